@@ -1,0 +1,46 @@
+# make demo and make test need nothing run before them: they make .venv and build into it.
+TORCH  ?= torch==2.13.0
+# The Triton that this torch release is built against; a CUDA build of torch brings its own.
+TRITON ?= triton==3.7.1
+VENV   ?= .venv
+BASE_PYTHON ?= python3
+BIN := $(abspath $(VENV))/bin
+PY  := $(BIN)/python
+export PATH := $(BIN):$(PATH)
+
+CSRC := $(shell git ls-files 'csrc/*' 2>/dev/null || find csrc -type f)
+BUILT := $(VENV)/.built
+
+.PHONY: build demo test lint format bench gpu-evidence cuda-check docs clean
+
+build: $(BUILT)
+
+$(VENV)/.deps: pyproject.toml
+	test -x $(PY) || $(BASE_PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade "setuptools>=77" wheel "pybind11>=2.13" ninja
+	$(PY) -m pip install --quiet "$(TORCH)" "$(TRITON)"
+	touch $@
+
+$(BUILT): $(VENV)/.deps setup.py $(CSRC)
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+demo: build
+	$(BIN)/synface demo
+
+test: build lint
+	$(PY) -m pytest
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu')
+
+clean:
+	rm -rf build $(VENV)/.built synface_kernels/*.so

@@ -1,0 +1,430 @@
+#include "margin_cross_entropy/cpu.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "simd/scalar.h"
+
+namespace synface::margin_cross_entropy {
+namespace {
+
+template <class T>
+struct Loops {
+  T (*dot)(const T* a, const T* b, int64_t n);
+  void (*multiply)(T* values, const T* factors, int64_t n);
+  void (*axpy_scale)(T* y, T a, const T* x, T scale, int64_t n);
+  T (*maximum)(const T* values, int64_t n);
+  T (*exponentials)(T* values, const T* factors, T scale, T shift, int64_t n);
+  void (*probabilities)(T* values, const T* factors, T scale, T lse, T coefficient, int64_t n);
+  void (*load)(const void* from, Dtype dtype, T* to, int64_t n);
+  void (*store)(const T* from, void* to, Dtype dtype, int64_t n);
+};
+
+}  // namespace
+}  // namespace synface::margin_cross_entropy
+
+#define SYNFACE_ISA_SOURCE "margin_cross_entropy/cpu-inl.h"
+#include "simd/foreach_isa.h"
+
+namespace synface::margin_cross_entropy {
+namespace {
+
+// A block of rows × a tile of classes: large enough that the products run at full speed, small
+// enough that the block of cosines stays in a core's cache.
+constexpr int64_t kTile = 512;
+constexpr int64_t kBlock = 512;
+// What all threads' partial mean centres may take together.
+constexpr int64_t kPartialBytes = int64_t(32) << 20;
+constexpr double kNormMin = 1e-12;  // as in reference.py
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Uninitialised, aligned for the widest vectors.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size)
+      : data_(size > 0 ? static_cast<T*>(::operator new(size_t(size) * sizeof(T), kAlign))
+                       : nullptr) {}
+  T* get() const { return data_.get(); }
+  T& operator[](int64_t i) const { return data_.get()[i]; }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, kAlign); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+size_t bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+template <class T>
+constexpr Dtype dtype_of = std::is_same_v<T, double> ? Dtype::f64 : Dtype::f32;
+
+const void* row_at(const Rows& rows, int64_t i) {
+  return static_cast<const char*>(rows.data) + size_t(i) * size_t(rows.stride) * bytes(rows.dtype);
+}
+
+// 1/norm, or 0 for a row that counts as zero. Where the squares overflow T they are summed anew,
+// scaled, in double.
+template <class T>
+T inverse_norm(const Loops<T>& loops, const T* values, int64_t n) {
+  double norm = std::sqrt(double(loops.dot(values, values, n)));
+  if (!std::isfinite(norm)) {
+    double most = 0, sum = 0;
+    for (int64_t i = 0; i < n; ++i) most = std::max(most, std::abs(double(values[i])));
+    for (int64_t i = 0; i < n; ++i) sum += (values[i] / most) * (values[i] / most);
+    norm = most * std::sqrt(sum);  // still not finite where a value is not
+  }
+  return norm <= kNormMin ? 0 : T(1 / norm);
+}
+
+// The rows that count, normalised and packed, and where they came from.
+template <class T>
+struct Embeddings {
+  Embeddings(const Problem& p, const Loops<T>& loops) : dim(p.input.cols), unit(0), inverse(0) {
+    const int64_t k = p.labels_per_row;
+    for (int64_t i = 0; i < p.input.rows; ++i) {
+      const int64_t* labels = p.labels + i * k;
+      for (int64_t l = 0; l < k; ++l) {
+        if (labels[l] < -1 || labels[l] >= p.weight.rows) {
+          throw std::out_of_range("labels must be in [-1, " + std::to_string(p.weight.rows) +
+                                  "), got " + std::to_string(labels[l]) + " in row " +
+                                  std::to_string(i));
+        }
+      }
+      if (std::any_of(labels, labels + k, [](int64_t l) { return l >= 0; })) source.push_back(i);
+    }
+    unit = Buffer<T>(count() * dim);
+    inverse = Buffer<T>(count());
+    for (int64_t i = 0; i < count(); ++i) {
+      T* to = unit.get() + i * dim;
+      loops.load(row_at(p.input, source[i]), p.input.dtype, to, dim);
+      inverse[i] = inverse_norm(loops, to, dim);
+      for (int64_t d = 0; d < dim; ++d) to[d] *= inverse[i];
+    }
+  }
+  int64_t count() const { return int64_t(source.size()); }
+  const T* row(int64_t i) const { return unit.get() + i * dim; }
+
+  int64_t dim;
+  std::vector<int64_t> source;
+  Buffer<T> unit, inverse;
+};
+
+// A tile of centres as T, with their inverse norms. Centres that are T already are not copied.
+template <class T>
+class Centers {
+ public:
+  Centers(const Problem& p, const Loops<T>& loops)
+      : weight_(p.weight),
+        loops_(loops),
+        copies_(p.weight.dtype != dtype_of<T>),
+        copy_(copies_ ? std::min(kTile, p.weight.rows) * p.weight.cols : 0),
+        inverse_(std::min(kTile, p.weight.rows)) {}
+
+  void read(int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      T* copy = copy_.get() + (j - begin) * weight_.cols;
+      if (copies_) loops_.load(row_at(weight_, j), weight_.dtype, copy, weight_.cols);
+    }
+    data_ = copies_ ? copy_.get()
+                    : static_cast<const T*>(row_at(weight_, begin));
+    for (int64_t j = 0; j < end - begin; ++j) {
+      inverse_[j] = inverse_norm(loops_, row(j), weight_.cols);
+    }
+  }
+  int64_t stride() const { return copies_ ? weight_.cols : weight_.stride; }
+  const T* data() const { return data_; }
+  const T* row(int64_t j) const { return data_ + j * stride(); }
+  const T* inverse() const { return inverse_.get(); }
+
+ private:
+  Rows weight_;
+  const Loops<T>& loops_;
+  bool copies_;
+  Buffer<T> copy_, inverse_;
+  const T* data_ = nullptr;
+};
+
+// The classes of a tile that are labels of a row: position in the tile and in the row's labels.
+template <class F>
+void for_labels_in(const int64_t* labels, int64_t k, int64_t begin, int64_t end, F&& visit) {
+  for (int64_t l = 0; l < k; ++l) {
+    if (labels[l] >= begin && labels[l] < end) visit(labels[l] - begin, l);
+  }
+}
+
+// What one thread knows of its rows after its classes: the greatest cosine, Σ e^{s·(cos − max)},
+// and Σ e^{…}·ŵ.
+template <class T>
+struct Partial {
+  Partial(int64_t rows, int64_t dim, bool centers)
+      : most(rows, -std::numeric_limits<T>::infinity()), sum(rows, 0.0), mean(0) {
+    if (centers) {
+      mean = Buffer<T>(rows * dim);
+      std::fill_n(mean.get(), rows * dim, T(0));
+    }
+  }
+  std::vector<T> most;
+  std::vector<double> sum;
+  Buffer<T> mean;
+};
+
+// Splits [0, n) into `parts` nearly equal ranges.
+struct Range {
+  int64_t begin, end;
+};
+Range part_of(int64_t n, int64_t parts, int64_t part) {
+  return {n * part / parts, n * (part + 1) / parts};
+}
+
+template <class T>
+void scan_classes(const Problem& p, const Runtime<T>& runtime, const Loops<T>& loops,
+                  const Embeddings<T>& x, Range rows, Range classes, Partial<T>& partial) {
+  const int64_t dim = x.dim, k = p.labels_per_row;
+  const T scale = T(p.scale), infinity = std::numeric_limits<T>::infinity();
+  const int64_t width = std::min(kTile, classes.end - classes.begin);
+  Buffer<T> cosines(std::min(kBlock, rows.end - rows.begin) * width);
+  Centers<T> centers(p, loops);
+  for (int64_t c0 = classes.begin; c0 < classes.end; c0 += kTile) {
+    const int64_t c1 = std::min(c0 + kTile, classes.end), n = c1 - c0;
+    centers.read(c0, c1);
+    for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kBlock) {
+      const int64_t r1 = std::min(r0 + kBlock, rows.end);
+      runtime.product(false, true, r1 - r0, n, dim, x.row(r0), dim, centers.data(),
+                      centers.stride(), cosines.get(), n, false);
+      for (int64_t i = r0; i < r1; ++i) {
+        T* row = cosines.get() + (i - r0) * n;
+        const int64_t at = i - rows.begin;
+        T* mean = partial.mean.get() + (partial.mean.get() ? at * dim : 0);
+        int64_t labels_here = 0;
+        loops.multiply(row, centers.inverse(), n);
+        for_labels_in(p.labels + x.source[i] * k, k, c0, c1, [&](int64_t j, int64_t) {
+          row[j] = -infinity;
+          ++labels_here;
+        });
+        const T most = loops.maximum(row, n);
+        if (most == -infinity) {  // nothing but labels here, or nothing but NaN
+          if (n > labels_here) partial.sum[at] = std::numeric_limits<double>::quiet_NaN();
+          std::fill_n(row, n, T(0));
+          continue;
+        }
+        if (most > partial.most[at]) {
+          const T shrink = std::exp(scale * (partial.most[at] - most));
+          partial.sum[at] *= shrink;
+          if (mean && shrink < 1) {
+            for (int64_t d = 0; d < dim; ++d) mean[d] *= shrink;
+          }
+          partial.most[at] = most;
+        }
+        partial.sum[at] += loops.exponentials(row, centers.inverse(), scale, partial.most[at], n);
+      }
+      if (partial.mean.get()) {
+        runtime.product(false, false, r1 - r0, dim, n, cosines.get(), n, centers.data(),
+                        centers.stride(), partial.mean.get() + (r0 - rows.begin) * dim, dim, true);
+      }
+    }
+  }
+}
+
+// The labels' cosines, each a dot product of its own in double.
+template <class T>
+void target_cosines(const Problem& p, const Loops<T>& loops, const Embeddings<T>& x, int64_t i,
+                    T* center, T* cosines) {
+  for (int64_t l = 0; l < p.labels_per_row; ++l) {
+    const int64_t label = p.labels[x.source[i] * p.labels_per_row + l];
+    if (label < 0) continue;
+    loops.load(row_at(p.weight, label), p.weight.dtype, center, x.dim);
+    const T inverse = inverse_norm(loops, center, x.dim);
+    double sum = 0;
+    for (int64_t d = 0; d < x.dim; ++d) sum += double(x.row(i)[d]) * double(center[d]);
+    cosines[l] = T(sum * inverse);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void forward(const Problem& p, const Runtime<T>& runtime, T* negative_lse, T* negative_max,
+             T* target_cosine, T* mean_center) {
+  const Loops<T>& loops = SYNFACE_PICK(loops<T>);
+  const int64_t k = p.labels_per_row, dim = p.input.cols;
+  std::fill_n(negative_lse, p.input.rows, T(0));
+  std::fill_n(negative_max, p.input.rows, T(0));
+  std::fill_n(target_cosine, p.input.rows * k, T(0));
+  if (mean_center) std::fill_n(mean_center, p.input.rows * dim, T(0));
+  const Embeddings<T> x(p, loops);
+  if (x.count() == 0) return;
+
+  // A grid of row groups × class groups, one task each. Class groups read the centres once, so
+  // there are as many of them as the memory for their partial results allows.
+  const int64_t partial_bytes = x.count() * dim * int64_t(sizeof(T));
+  const int64_t most_groups = mean_center ? std::max<int64_t>(1, kPartialBytes / partial_bytes)
+                                          : std::numeric_limits<int64_t>::max();
+  const int64_t class_groups = std::min({int64_t(runtime.threads), most_groups,
+                                         ceil_div(p.weight.rows, std::min<int64_t>(kTile, 64))});
+  const int64_t row_groups =
+      std::clamp<int64_t>(runtime.threads / class_groups, 1, ceil_div(x.count(), 16));
+  std::vector<std::unique_ptr<Partial<T>>> partials(size_t(class_groups * row_groups));
+  runtime.parallel(int(partials.size()), [&](int task) {
+    const Range rows = part_of(x.count(), row_groups, task / class_groups);
+    const Range classes = part_of(p.weight.rows, class_groups, task % class_groups);
+    partials[task] =
+        std::make_unique<Partial<T>>(rows.end - rows.begin, dim, mean_center != nullptr);
+    scan_classes(p, runtime, loops, x, rows, classes, *partials[task]);
+  });
+
+  // Merge in the order of the classes, so that the answer depends on the number of threads alone.
+  const int64_t tasks = std::min<int64_t>(runtime.threads, x.count());
+  runtime.parallel(int(tasks), [&](int task) {
+    Buffer<T> center(dim);
+    const Range mine = part_of(x.count(), tasks, task);
+    for (int64_t group = 0; group < row_groups; ++group) {
+      const Range rows = part_of(x.count(), row_groups, group);
+      for (int64_t i = std::max(rows.begin, mine.begin); i < std::min(rows.end, mine.end); ++i) {
+        const int64_t at = i - rows.begin, out = x.source[i];
+        T most = -std::numeric_limits<T>::infinity();
+        double sum = 0;
+        const auto* parts = &partials[group * class_groups];
+        for (int64_t g = 0; g < class_groups; ++g) most = std::max(most, parts[g]->most[at]);
+        std::vector<double> factor(class_groups, 1);
+        for (int64_t g = 0; g < class_groups; ++g) {
+          if (parts[g]->most[at] < most) {
+            factor[g] = std::exp(p.scale * (double(parts[g]->most[at]) - most));
+          }
+          sum += factor[g] * parts[g]->sum[at];
+        }
+        negative_max[out] = most;
+        negative_lse[out] = sum == 0 ? most : T(p.scale * most + std::log(sum));
+        target_cosines(p, loops, x, i, center.get(), target_cosine + out * k);
+        if (!mean_center || sum == 0) continue;
+        T* mean = mean_center + out * dim;
+        for (int64_t g = 0; g < class_groups; ++g) {
+          const T* from = parts[g]->mean.get() + at * dim;
+          const T share = T(factor[g] / sum);
+          for (int64_t d = 0; d < dim; ++d) mean[d] += share * from[d];
+        }
+      }
+    }
+  });
+}
+
+namespace {
+
+template <class T>
+void input_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T>& x, int64_t i,
+                    const T* mean_center, const T* grad_negative_lse, const T* grad_target_cosine,
+                    T* gradient, T* center, void* grad_input) {
+  const int64_t dim = x.dim, k = p.labels_per_row, out = x.source[i];
+  const T spread = T(p.scale) * grad_negative_lse[out];
+  for (int64_t d = 0; d < dim; ++d) gradient[d] = spread * mean_center[out * dim + d];
+  for (int64_t l = 0; l < k; ++l) {
+    const int64_t label = p.labels[out * k + l];
+    if (label < 0) continue;
+    loops.load(row_at(p.weight, label), p.weight.dtype, center, dim);
+    const T inverse = inverse_norm(loops, center, dim);
+    loops.axpy_scale(gradient, grad_target_cosine[out * k + l] * inverse, center, T(1), dim);
+  }
+  loops.axpy_scale(gradient, -loops.dot(gradient, x.row(i), dim), x.row(i), x.inverse[i], dim);
+  loops.store(gradient, static_cast<char*>(grad_input) + size_t(out * dim) * bytes(p.input.dtype),
+              p.input.dtype, dim);
+}
+
+template <class T>
+void weight_gradient(const Problem& p, const Runtime<T>& runtime, const Loops<T>& loops,
+                     const Embeddings<T>& x, Range classes, const T* negative_lse,
+                     const T* grad_negative_lse, const T* grad_target_cosine, void* grad_weight) {
+  const int64_t dim = x.dim, k = p.labels_per_row;
+  const T scale = T(p.scale);
+  const int64_t width = std::min(kTile, classes.end - classes.begin);
+  const bool direct = p.weight.dtype == dtype_of<T>;
+  Buffer<T> cosines(std::min(kBlock, x.count()) * width), scratch(direct ? 0 : width * dim);
+  Centers<T> centers(p, loops);
+  for (int64_t c0 = classes.begin; c0 < classes.end; c0 += kTile) {
+    const int64_t c1 = std::min(c0 + kTile, classes.end), n = c1 - c0;
+    char* out = static_cast<char*>(grad_weight) + size_t(c0 * dim) * bytes(p.weight.dtype);
+    T* gradient = direct ? reinterpret_cast<T*>(out) : scratch.get();
+    centers.read(c0, c1);
+    for (int64_t r0 = 0; r0 < x.count(); r0 += kBlock) {
+      const int64_t r1 = std::min(r0 + kBlock, x.count());
+      runtime.product(false, true, r1 - r0, n, dim, x.row(r0), dim, centers.data(),
+                      centers.stride(), cosines.get(), n, false);
+      for (int64_t i = r0; i < r1; ++i) {
+        T* row = cosines.get() + (i - r0) * n;
+        const int64_t from = x.source[i];
+        const T spread = scale * grad_negative_lse[from];
+        if (spread == 0) {  // also where the row has no negatives and its log-sum-exp is −∞
+          std::fill_n(row, n, T(0));
+        } else {
+          loops.probabilities(row, centers.inverse(), scale, negative_lse[from], spread, n);
+        }
+        for_labels_in(p.labels + from * k, k, c0, c1,
+                      [&](int64_t j, int64_t l) { row[j] = grad_target_cosine[from * k + l]; });
+      }
+      runtime.product(true, false, n, dim, r1 - r0, cosines.get(), n, x.row(r0), dim, gradient, dim,
+                      r0 > 0);
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      T* g = gradient + j * dim;
+      const T inverse = centers.inverse()[j];
+      const T along = loops.dot(g, centers.row(j), dim) * inverse * inverse;
+      loops.axpy_scale(g, -along, centers.row(j), inverse, dim);
+      if (!direct) loops.store(g, out + size_t(j * dim) * bytes(p.weight.dtype), p.weight.dtype, dim);
+    }
+  }
+}
+
+}  // namespace
+
+template <class T>
+void backward(const Problem& p, const Runtime<T>& runtime, const T* negative_lse,
+              const T* mean_center, const T* grad_negative_lse, const T* grad_target_cosine,
+              void* grad_input, void* grad_weight) {
+  const Loops<T>& loops = SYNFACE_PICK(loops<T>);
+  const int64_t dim = p.input.cols;
+  const Embeddings<T> x(p, loops);
+  if (grad_input) {
+    std::fill_n(static_cast<char*>(grad_input),
+                size_t(p.input.rows * dim) * bytes(p.input.dtype), char(0));
+    const int64_t tasks = std::min<int64_t>(runtime.threads, x.count());
+    runtime.parallel(int(tasks), [&](int task) {
+      Buffer<T> gradient(dim), center(dim);
+      const Range rows = part_of(x.count(), tasks, task);
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        input_gradient(p, loops, x, i, mean_center, grad_negative_lse, grad_target_cosine,
+                       gradient.get(), center.get(), grad_input);
+      }
+    });
+  }
+  if (grad_weight) {
+    if (x.count() == 0) {
+      std::fill_n(static_cast<char*>(grad_weight),
+                  size_t(p.weight.rows * dim) * bytes(p.weight.dtype), char(0));
+      return;
+    }
+    const int64_t tasks = std::min<int64_t>(runtime.threads, ceil_div(p.weight.rows, 64));
+    runtime.parallel(int(tasks), [&](int task) {
+      weight_gradient(p, runtime, loops, x, part_of(p.weight.rows, tasks, task), negative_lse,
+                      grad_negative_lse, grad_target_cosine, grad_weight);
+    });
+  }
+}
+
+#define SYNFACE_INSTANTIATE(T)                                                                  \
+  template void forward<T>(const Problem&, const Runtime<T>&, T*, T*, T*, T*);                  \
+  template void backward<T>(const Problem&, const Runtime<T>&, const T*, const T*, const T*,    \
+                            const T*, void*, void*);
+SYNFACE_INSTANTIATE(float)
+SYNFACE_INSTANTIATE(double)
+
+}  // namespace synface::margin_cross_entropy

@@ -1,0 +1,31 @@
+// The core of the margin softmax on a CPU: see synface_kernels/ops/margin_cross_entropy/op.py for
+// what it computes. T is float or double, the type of all arithmetic and of the statistics.
+#pragma once
+
+#include <cstdint>
+
+#include "runtime.h"
+
+namespace synface::margin_cross_entropy {
+
+struct Problem {
+  Rows input;             // (N, D)
+  Rows weight;            // (C, D)
+  const int64_t* labels;  // (N, K) contiguous; −1 where absent; a row of −1 is ignored
+  int64_t labels_per_row;
+  double scale;
+};
+
+// Outputs are contiguous. mean_center may be null: then it is not computed.
+template <class T>
+void forward(const Problem& problem, const Runtime<T>& runtime, T* negative_lse, T* negative_max,
+             T* target_cosine, T* mean_center);
+
+// grad_input (N, D) and grad_weight (C, D) are contiguous, of their inputs' dtypes; either may be
+// null: then it is not computed. mean_center is read for grad_input alone.
+template <class T>
+void backward(const Problem& problem, const Runtime<T>& runtime, const T* negative_lse,
+              const T* mean_center, const T* grad_negative_lse, const T* grad_target_cosine,
+              void* grad_input, void* grad_weight);
+
+}  // namespace synface::margin_cross_entropy

@@ -1,0 +1,116 @@
+// The CPU kernels on NumPy arrays, without torch: for data-loader workers and for programs that
+// have NumPy alone. One thread; the matrix products are NumPy's own.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "margin_cross_entropy/cpu.h"
+#include "simd/isa.h"
+
+namespace py = pybind11;
+
+namespace synface {
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+template <class T>
+py::array view(const T* data, bool transpose, int64_t rows, int64_t cols, int64_t stride) {
+  const int64_t row = (transpose ? 1 : stride) * int64_t(sizeof(T));
+  const int64_t col = (transpose ? stride : 1) * int64_t(sizeof(T));
+  // A capsule as the base keeps pybind11 from copying; it owns nothing.
+  return py::array_t<T>({rows, cols}, {row, col}, data, py::capsule(data, [](void*) {}));
+}
+
+template <class T>
+Runtime<T> numpy_runtime() {
+  const py::object matmul = py::module_::import("numpy").attr("matmul");
+  return {1,
+          [](int tasks, const std::function<void(int)>& run) {
+            for (int task = 0; task < tasks; ++task) run(task);
+          },
+          [matmul](bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const T* a,
+                   int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool accumulate) {
+            const py::array left = view(a, transpose_a, m, k, lda);
+            const py::array right = view(b, transpose_b, k, n, ldb);
+            py::array out = view<T>(c, false, m, n, ldc);
+            if (accumulate) {
+              out.attr("__iadd__")(matmul(left, right));
+            } else {
+              matmul(left, right, py::arg("out") = out);
+            }
+          }};
+}
+
+template <class T>
+Rows rows_of(const Array<T>& matrix) {
+  return {matrix.data(), std::is_same_v<T, double> ? Dtype::f64 : Dtype::f32, matrix.shape(0),
+          matrix.shape(1), matrix.shape(1)};
+}
+
+template <class T>
+margin_cross_entropy::Problem margin_problem(const Array<T>& input, const Array<T>& weight,
+                                             const Array<int64_t>& labels, double scale) {
+  if (input.ndim() != 2 || weight.ndim() != 2 || labels.ndim() != 2 ||
+      input.shape(0) != labels.shape(0) || input.shape(1) != weight.shape(1) ||
+      weight.shape(0) < 1) {
+    throw py::value_error("input (N, D), weight (C, D) and labels (N, K) do not fit together");
+  }
+  return {rows_of(input), rows_of(weight), labels.data(), labels.shape(1), scale};
+}
+
+template <class T>
+py::tuple margin_forward(const Array<T>& input, const Array<T>& weight,
+                         const Array<int64_t>& labels, double scale, bool needs_input_grad) {
+  const auto problem = margin_problem(input, weight, labels, scale);
+  const py::ssize_t n = input.shape(0);
+  py::array_t<T> lse(n), most(n), cosine({n, labels.shape(1)}),
+      mean({needs_input_grad ? n : 0, input.shape(1)});
+  margin_cross_entropy::forward<T>(problem, numpy_runtime<T>(), lse.mutable_data(),
+                                   most.mutable_data(), cosine.mutable_data(),
+                                   needs_input_grad ? mean.mutable_data() : nullptr);
+  return py::make_tuple(lse, most, cosine, mean);
+}
+
+template <class T>
+py::tuple margin_backward(const Array<T>& input, const Array<T>& weight,
+                          const Array<int64_t>& labels, const Array<T>& negative_lse,
+                          const Array<T>& mean_center, const Array<T>& grad_negative_lse,
+                          const Array<T>& grad_target_cosine, double scale) {
+  const auto problem = margin_problem(input, weight, labels, scale);
+  const py::ssize_t n = input.shape(0), d = input.shape(1);
+  if (negative_lse.size() != n || grad_negative_lse.size() != n || mean_center.size() != n * d ||
+      grad_target_cosine.size() != labels.size()) {
+    throw py::value_error("negative_lse and grad_negative_lse must be (N,), mean_center (N, D), "
+                          "grad_target_cosine (N, K)");
+  }
+  py::array_t<T> grad_input({n, d}), grad_weight({weight.shape(0), d});
+  margin_cross_entropy::backward<T>(problem, numpy_runtime<T>(), negative_lse.data(),
+                                    mean_center.data(), grad_negative_lse.data(),
+                                    grad_target_cosine.data(), grad_input.mutable_data(),
+                                    grad_weight.mutable_data());
+  return py::make_tuple(grad_input, grad_weight);
+}
+
+template <class T>
+void define_margin(py::module_& module) {
+  module.def("margin_cross_entropy_forward", margin_forward<T>, py::arg("input").noconvert(),
+             py::arg("weight").noconvert(), py::arg("labels"), py::arg("scale"),
+             py::arg("needs_input_grad"));
+  module.def("margin_cross_entropy_backward", margin_backward<T>, py::arg("input").noconvert(),
+             py::arg("weight").noconvert(), py::arg("labels"), py::arg("negative_lse"),
+             py::arg("mean_center"), py::arg("grad_negative_lse"), py::arg("grad_target_cosine"),
+             py::arg("scale"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_numpy, module) {
+  module.doc() = "CPU kernels on NumPy arrays; see synface_kernels.numpy.";
+  module.def("cpu_isa", [] { return std::string(name(isa())); });
+  define_margin<float>(module);
+  define_margin<double>(module);
+}
+
+}  // namespace synface

@@ -1,0 +1,26 @@
+// Which instruction set the CPU kernels use. Chosen once per call, at run time.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
+#define SYNFACE_X86 1
+#else
+#define SYNFACE_X86 0
+#endif
+
+namespace synface {
+
+enum class Isa { base, avx2, avx512 };
+
+// The fastest that this processor offers, or what SYNFACE_CPU_ISA=base|avx2|avx512 names; an error
+// where the processor lacks it. Read anew at each call, so that a test can go through all of them.
+Isa isa();
+
+// All that this processor offers, slowest first.
+std::vector<Isa> isas();
+
+const char* name(Isa isa);
+
+}  // namespace synface

@@ -1,0 +1,120 @@
+"""Which implementation an op takes, and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import _load
+
+# A requirement returns why the implementation cannot run on these tensors, or None if it can.
+Requirement = Callable[[torch.device, Sequence[torch.dtype]], "str | None"]
+# op -> implementation -> requirement, in the order in which `auto` prefers them
+_REGISTRY: dict[str, dict[str, Requirement]] = {}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `auto` takes: the implementation's name, why, and why not the ones before it."""
+
+    op: str
+    impl: str
+    reason: str
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.impl} ({self.reason})"]
+        lines += [f"  not {name}: {why}" for name, why in self.rejected.items()]
+        return "\n".join(lines)
+
+
+def register(op: str, implementations: dict[str, Requirement]) -> None:
+    _REGISTRY[op] = implementations
+
+
+def ops() -> list[str]:
+    """The names of all ops."""
+    return list(_REGISTRY)
+
+
+def needs_cpu_extension(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    if device.type != "cpu":
+        return f"runs on CPU tensors, got {device}"
+    return _load.extension_error
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def needs_triton(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    if torch.float64 in dtypes:
+        return "has no float64 kernel"
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+        return f"runs on CUDA tensors (on CPU tensors only under TRITON_INTERPRET=1), got {device}"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return None
+
+
+def always(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    return None
+
+
+def choose(op: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> Choice:
+    rejected = {}
+    for name, requirement in _REGISTRY[op].items():
+        problem = requirement(device, dtypes)
+        if problem is None:
+            kinds = ", ".join(sorted({str(d).removeprefix("torch.") for d in dtypes}))
+            return Choice(op, name, f"the first that runs for {kinds} on {device}", rejected)
+        rejected[name] = problem
+    raise RuntimeError(f"no implementation of {op} runs on {device}: {rejected}")
+
+
+def resolve(op: str, impl: str, tensors: Sequence[Tensor]) -> str:
+    """The implementation to run; an error with the reason where ``impl`` cannot."""
+    device, dtypes = tensors[0].device, [t.dtype for t in tensors]
+    if impl == "auto":
+        return choose(op, device, dtypes).impl
+    if impl not in _REGISTRY[op]:
+        raise ValueError(f"impl must be one of {['auto', *_REGISTRY[op]]} for {op}, got {impl!r}")
+    problem = _REGISTRY[op][impl](device, dtypes)
+    if problem is not None:
+        raise RuntimeError(f"impl={impl!r} of {op} cannot run here: {problem}")
+    return impl
+
+
+def explain(
+    op: str | Callable[..., object],
+    *tensors: Tensor,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Choice:
+    """Which implementation ``impl="auto"`` takes, and why.
+
+    Args:
+        op: the public function, or its name.
+        tensors: the op's tensors; or else give
+        device, dtype: what they would be.
+
+    Returns:
+        A `Choice` with ``impl``, ``reason`` and ``rejected``; printing it reads as sentences.
+
+    Raises:
+        ValueError: if there is no such op.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _REGISTRY:
+        raise ValueError(f"op must be one of {ops()}, got {name!r}")
+    if tensors:
+        floating = [t.dtype for t in tensors if t.is_floating_point()]
+        return choose(name, tensors[0].device, floating or [tensors[0].dtype])
+    return choose(name, torch.device(device), [dtype])

@@ -1,0 +1,618 @@
+"""The core of the margin softmax in Triton: kernels, launchers and their default configurations.
+
+Two designs share the arithmetic on a block of logits:
+
+- *fused* (`_forward_fused`): no gradient of the input is asked for. The product runs inside the
+  kernel and logits never reach device memory.
+- *tiled* (training): cuBLAS writes the float32 logits of one tile of classes into a reused
+  workspace, one kernel turns them into the second product's factor, and cuBLAS takes that product.
+
+In both, cos_ij = (x_i · w_j)·r_i·r_j with r = 1/norm in the epilogue, so nothing normalised is
+written and 16-bit inputs are not rounded twice. All sums have a fixed order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# What the tiled design may hold at a time.
+WORKSPACE_BYTES = 64 << 20
+# Tiles are a multiple of this many classes, so that rows of the workspace stay aligned.
+TILE_ALIGNMENT = 128
+
+# exp() of a logit minus a row's shift must stay in float32's range, e^±87, also when it is
+# multiplied by an inverse norm: at most 1e12 = e^27.6, at least some e^-12.
+EXPONENT_MAX = 60.0
+EXPONENT_MIN = -75.0
+
+_NORM_MIN = tl.constexpr(1e-12)  # as in reference.py
+
+
+# ---- kernels ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _inverse_norm(square):
+    """1/norm from a sum of squares; 0 for a zero row."""
+    norm = tl.sqrt(square)
+    return tl.where(norm <= _NORM_MIN, 0.0, 1.0 / norm)
+
+
+@triton.jit
+def _is_label(labels, rows, in_rows, classes, k, K: tl.constexpr):
+    """Where a class (column) is label k of its row."""
+    label = tl.load(labels + rows * K + k, mask=in_rows, other=-1).to(tl.int32)
+    return classes[None, :] == label[:, None]
+
+
+@triton.jit
+def _only_negatives(cosine, labels, rows, in_rows, classes, C, K: tl.constexpr):
+    """The cosines, −∞ at a row's labels and past the last class."""
+    cosine = tl.where(classes[None, :] < C, cosine, float("-inf"))
+    for k in tl.static_range(K):
+        match = _is_label(labels, rows, in_rows, classes, k, K)
+        cosine = tl.where(match, float("-inf"), cosine)
+    return cosine
+
+
+@triton.jit
+def _tile_cosines(
+    logits, stride, input_r, weight_r, rows, in_rows, columns, in_columns
+):
+    """Cosines from a block of a tile's products."""
+    mask = in_rows[:, None] & in_columns[None, :]
+    product = tl.load(logits + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    r_i = tl.load(input_r + rows, mask=in_rows, other=0.0)
+    r_j = tl.load(weight_r + columns, mask=in_columns, other=0.0)
+    return product * r_i[:, None] * r_j[None, :]
+
+
+@triton.jit
+def _inverse_norms_kernel(
+    matrix, out, count, stride, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    d = tl.arange(0, BLOCK_D)
+    mask = (rows < count)[:, None] & (d < D)[None, :]
+    x = tl.load(matrix + rows[:, None] * stride + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + rows, _inverse_norm(tl.sum(x * x, 1)), mask=rows < count)
+
+
+@triton.jit
+def _target_cosines_kernel(
+    input, weight, labels, input_r, target_cosine, input_stride, weight_stride,
+    D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One row per program: its inverse norm, and its cosines with its own labels."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    x = tl.load(input + row * input_stride + d, mask=d < D, other=0.0).to(tl.float32)
+    r_i = _inverse_norm(tl.sum(x * x, 0))
+    tl.store(input_r + row, r_i)
+    for k in tl.static_range(K):
+        label = tl.load(labels + row * K + k)
+        present = label >= 0
+        w = tl.load(weight + label * weight_stride + d, mask=present & (d < D), other=0.0)
+        w = w.to(tl.float32)
+        cosine = tl.sum(x * w, 0) * r_i * _inverse_norm(tl.sum(w * w, 0))
+        tl.store(target_cosine + row * K + k, tl.where(present, cosine, 0.0))
+
+
+@triton.jit
+def _fused_kernel(
+    input, weight, labels, input_r, weight_r, maximum, total, N, C, classes_per_split,
+    input_stride, weight_stride, scale, D: tl.constexpr, K: tl.constexpr, PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Maximum and Σ exp(scale·(cos − maximum)) of a block of rows over one split of the classes."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    in_rows = rows < N
+    d = tl.arange(0, BLOCK_D)
+    r_i = tl.load(input_r + rows, mask=in_rows, other=0.0)
+    row_maximum = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    row_total = tl.zeros((BLOCK_N,), tl.float32)
+
+    first = split * classes_per_split
+    for start in range(first, min(first + classes_per_split, C), BLOCK_C):
+        classes = start + tl.arange(0, BLOCK_C)
+        in_classes = classes < C
+        product = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+        for d_start in range(0, D, BLOCK_D):
+            in_d = d_start + d < D
+            x = tl.load(
+                input + rows[:, None] * input_stride + (d_start + d)[None, :],
+                mask=in_rows[:, None] & in_d[None, :],
+                other=0.0,
+            )
+            w = tl.load(
+                weight + classes.to(tl.int64)[None, :] * weight_stride + (d_start + d)[:, None],
+                mask=in_classes[None, :] & in_d[:, None],
+                other=0.0,
+            )
+            product = tl.dot(x.to(PRODUCT), w.to(PRODUCT), product, input_precision=PRECISION)
+        r_j = tl.load(weight_r + classes, mask=in_classes, other=0.0)
+        cosine = product * r_i[:, None] * r_j[None, :]
+        cosine = _only_negatives(cosine, labels, rows, in_rows, classes, C, K)
+
+        new_maximum = tl.maximum(row_maximum, tl.max(cosine, 1))
+        reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        row_total *= tl.exp(scale * (row_maximum - reference))
+        row_total += tl.sum(tl.exp(scale * (cosine - reference[:, None])), 1)
+        row_maximum = new_maximum
+
+    tl.store(maximum + split * N + rows, row_maximum, mask=in_rows)
+    tl.store(total + split * N + rows, row_total, mask=in_rows)
+
+
+@triton.jit
+def _tile_statistics_kernel(
+    logits, probabilities, labels, input_r, weight_r, shift, maximum, total, N, columns, stride,
+    start, scale, K: tl.constexpr, MAXIMUM_ONLY: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One chunk of a tile's columns: raises maximum, and unless MAXIMUM_ONLY adds exp(logit − shift)
+    to total and writes it times r_j, the mean centre's factor (in place where dtypes agree)."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = rows < N
+    chunk = tl.program_id(1)
+    row_shift = tl.load(shift + rows, mask=in_rows, other=0.0)
+    slot = chunk * N + rows
+    row_maximum = tl.load(maximum + slot, mask=in_rows, other=float("-inf"))
+    row_total = tl.load(total + slot, mask=in_rows, other=0.0)
+    for c in range(chunk * CHUNK, min((chunk + 1) * CHUNK, columns), BLOCK_C):
+        column = c + tl.arange(0, BLOCK_C)
+        in_columns = column < columns
+        cosine = _tile_cosines(
+            logits, stride, input_r, weight_r, rows, in_rows, column, in_columns
+        )
+        cosine = _only_negatives(
+            cosine, labels, rows, in_rows, start + column, start + columns, K
+        )
+        row_maximum = tl.maximum(row_maximum, tl.max(cosine, 1))
+        if not MAXIMUM_ONLY:
+            p = tl.exp(scale * cosine - row_shift[:, None])
+            row_total += tl.sum(p, 1)
+            r_j = tl.load(weight_r + column, mask=in_columns, other=0.0)
+            out = probabilities + rows[:, None] * stride + column[None, :]
+            tl.store(out, p * r_j[None, :], mask=in_rows[:, None] & in_columns[None, :])
+    tl.store(maximum + slot, row_maximum, mask=in_rows)
+    tl.store(total + slot, row_total, mask=in_rows)
+
+
+@triton.jit
+def _tile_gradient_kernel(
+    logits, gradient, labels, input_r, weight_r, negative_lse, grad_negative_lse,
+    grad_target_cosine, N, columns, stride, start, scale, K: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A block of G_ij·r_i, where G is the loss's gradient by the cosines (in place where dtypes
+    agree)."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = rows < N
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_columns = column < columns
+    cosine = _tile_cosines(logits, stride, input_r, weight_r, rows, in_rows, column, in_columns)
+
+    lse = tl.load(negative_lse + rows, mask=in_rows, other=0.0)
+    g = tl.load(grad_negative_lse + rows, mask=in_rows, other=0.0) * scale
+    present = tl.zeros((BLOCK_N,), tl.int1)
+    for k in tl.static_range(K):
+        present |= tl.load(labels + rows * K + k, mask=in_rows, other=-1) >= 0
+    # A row without labels, or without negatives, has no such term.
+    lse = tl.where(present & (lse != float("-inf")), lse, float("inf"))
+    gradient_ij = tl.exp(scale * cosine - lse[:, None]) * g[:, None]
+    for k in tl.static_range(K):
+        target = tl.load(grad_target_cosine + rows * K + k, mask=in_rows, other=0.0)
+        match = _is_label(labels, rows, in_rows, start + column, k, K)
+        gradient_ij = tl.where(match, target[:, None], gradient_ij)
+    r_i = tl.load(input_r + rows, mask=in_rows, other=0.0)
+    out = gradient + rows[:, None] * stride + column[None, :]
+    tl.store(out, gradient_ij * r_i[:, None], mask=in_rows[:, None] & in_columns[None, :])
+
+
+@triton.jit
+def _grad_weight_kernel(
+    weight, weight_r, product, grad_weight, count, weight_stride, D: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """r_j·(A_j − (ŵ_j·A_j)·ŵ_j) for rows A of product (in place where dtypes agree)."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    d = tl.arange(0, BLOCK_D)
+    mask = (rows < count)[:, None] & (d < D)[None, :]
+    r = tl.load(weight_r + rows, mask=rows < count, other=0.0)[:, None]
+    w = tl.load(weight + rows[:, None] * weight_stride + d[None, :], mask=mask, other=0.0)
+    unit = w.to(tl.float32) * r
+    out = rows[:, None] * D + d[None, :]
+    a = tl.load(product + out, mask=mask, other=0.0)
+    grad = r * (a - tl.sum(unit * a, 1)[:, None] * unit)
+    tl.store(grad_weight + out, grad, mask=mask)
+
+
+@triton.jit
+def _grad_input_kernel(
+    input, weight, labels, mean_center, grad_negative_lse, grad_target_cosine, grad_input,
+    input_stride, weight_stride, scale, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One row per program: r_i·(V_i − (x̂_i·V_i)·x̂_i)."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    in_d = d < D
+    v = tl.load(mean_center + row * D + d, mask=in_d, other=0.0)
+    v *= tl.load(grad_negative_lse + row) * scale
+    counted = False
+    for k in tl.static_range(K):
+        label = tl.load(labels + row * K + k)
+        present = label >= 0
+        counted |= present
+        w = tl.load(weight + label * weight_stride + d, mask=present & in_d, other=0.0)
+        w = w.to(tl.float32)
+        v += tl.load(grad_target_cosine + row * K + k) * _inverse_norm(tl.sum(w * w, 0)) * w
+    x = tl.load(input + row * input_stride + d, mask=in_d, other=0.0).to(tl.float32)
+    r_i = _inverse_norm(tl.sum(x * x, 0))
+    unit = x * r_i
+    grad = r_i * (v - tl.sum(unit * v, 0) * unit)
+    tl.store(grad_input + row * D + d, tl.where(counted, grad, 0.0), mask=in_d)
+
+
+# ---- configurations --------------------------------------------------------------------------------
+
+
+def _fused_config(n: int, product: torch.dtype, precision: str) -> dict[str, int]:
+    """Blocks of `_fused_kernel`: see docs/kernels/margin_cross_entropy_triton.md."""
+    block_n = min(128, max(16, triton.next_power_of_2(n)))
+    if product == torch.float32 and precision == "ieee":  # no tensor cores
+        return {
+            "BLOCK_N": min(64, block_n), "BLOCK_C": 64, "BLOCK_D": 32,
+            "num_warps": 4, "num_stages": 2,
+        }  # fmt: skip
+    return {
+        "BLOCK_N": block_n, "BLOCK_C": 128, "BLOCK_D": 128 // product.itemsize,
+        "num_warps": 8 if block_n == 128 else 4, "num_stages": 3,
+    }  # fmt: skip
+
+
+def _tile_config(n: int) -> dict[str, int]:
+    """Blocks of the kernels that read a tile of logits: 4096 elements for 4 warps."""
+    block_n = min(4, triton.next_power_of_2(n))
+    return {"BLOCK_N": block_n, "BLOCK_C": 4096 // block_n, "num_warps": 4}
+
+
+def _row_config(d: int) -> dict[str, int]:
+    """Blocks of the kernels that hold whole rows of D elements."""
+    block_d = triton.next_power_of_2(d)
+    return {"BLOCK_R": max(1, 4096 // block_d), "BLOCK_D": block_d, "num_warps": 4}
+
+
+def _one_row_config(d: int) -> dict[str, int]:
+    block_d = triton.next_power_of_2(d)
+    return {"BLOCK_D": block_d, "num_warps": 1 if block_d <= 1024 else 4}
+
+
+def _tile_classes(c: int, bytes_per_class: int) -> int:
+    """Classes per tile: as many as the workspace holds, in tiles of about equal width."""
+    fits = max(1, WORKSPACE_BYTES // bytes_per_class // TILE_ALIGNMENT) * TILE_ALIGNMENT
+    return _round_up(triton.cdiv(c, triton.cdiv(c, fits)), TILE_ALIGNMENT)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return triton.cdiv(value, multiple) * multiple
+
+
+# ---- launchers -------------------------------------------------------------------------------------
+
+
+def forward(
+    input: Tensor, weight: Tensor, labels: Tensor, scale: float, needs_input_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Statistics of the classes that are not a row's labels.
+
+    Args:
+        input: (N, D), weight: (C, D); float32, bfloat16 or float16, on one CUDA device (or on the
+            CPU in Triton's interpreter). Where their dtypes differ, both are taken as float32.
+        labels: (N, K) int64, distinct within a row, −1 where absent.
+        scale: of the logits.
+        needs_input_grad: whether the mean centre is asked for.
+
+    Returns:
+        float32 negative_lse (N,), negative_max (N,), target_cosine (N, K), and mean_center (N, D),
+        or (0,) if not asked for. All 0 for a row without labels; lse and max −∞ for a row whose
+        labels are all the classes.
+
+    Memory above inputs and outputs, in bytes:
+        without the mean centre 4·C + 8·N·(splits + 1), splits ≤ ⌈4·SMs/⌈N/128⌉⌉; with it
+        max(64 MiB, 128 classes) of tile at (4·N + 2·N [16-bit] + 2·D [float16] + 4·D [mixed
+        dtypes] + 4) per class, and O(N·D). An input or weight whose rows are not contiguous is
+        copied.
+
+    Raises:
+        ValueError: for float64, which has no kernel here.
+    """
+    input, weight, labels = _check(input, weight, labels)
+    n, d = input.shape
+    input_r = torch.empty(n, dtype=torch.float32, device=input.device)
+    target_cosine = input_r.new_empty(labels.shape)
+    if n == 0:
+        mean_center = input_r.new_empty((0, d) if needs_input_grad else 0)
+        return torch.empty_like(input_r), torch.empty_like(input_r), target_cosine, mean_center
+    with _on_device_of(input):
+        _launch(
+            _target_cosines_kernel, (n,), input, weight, labels, input_r, target_cosine,
+            input.stride(0), weight.stride(0), D=d, K=labels.shape[1], **_one_row_config(d),
+        )  # fmt: skip
+        statistics = _forward_tiled if needs_input_grad else _forward_fused
+        negative_lse, negative_max, mean_center = statistics(input, weight, labels, input_r, scale)
+        # The hardware's maximum skips a NaN, the sum does not.
+        negative_max = torch.where(negative_lse.isnan(), torch.nan, negative_max)
+        present = (labels >= 0).any(1)
+        if needs_input_grad:
+            mean_center = torch.where(present[:, None], mean_center, 0)
+        return (
+            torch.where(present, negative_lse, 0),
+            torch.where(present, negative_max, 0),
+            target_cosine,
+            mean_center,
+        )
+
+
+def _forward_fused(
+    input: Tensor, weight: Tensor, labels: Tensor, input_r: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    (n, d), c = input.shape, weight.shape[0]
+    product, _ = _product_dtypes(input, weight)
+    precision = _float32_precision() if product == torch.float32 else "ieee"
+    config = _fused_config(n, product, precision)
+    if product == torch.bfloat16 and input.device.type == "cpu":
+        product = torch.float32  # the interpreter's dot takes bfloat16 for integers
+
+    row_blocks, class_blocks = triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(c, config["BLOCK_C"])
+    splits = min(class_blocks, triton.cdiv(4 * _multiprocessors(input.device), row_blocks))
+    classes_per_split = triton.cdiv(class_blocks, splits) * config["BLOCK_C"]
+    splits = triton.cdiv(c, classes_per_split)
+
+    weight_r = _inverse_norms(weight, input_r.new_empty(c))
+    maximum = input_r.new_empty((splits, n))
+    total = torch.empty_like(maximum)
+    _launch(
+        _fused_kernel, (row_blocks, splits), input, weight, labels, input_r, weight_r, maximum,
+        total, n, c, classes_per_split, input.stride(0), weight.stride(0), scale,
+        D=d, K=labels.shape[1], PRODUCT=_TRITON_DTYPES[product], PRECISION=precision, **config,
+    )  # fmt: skip
+    negative_max = maximum.amax(0)
+    reference = torch.where(negative_max == -torch.inf, 0, negative_max)
+    total = (total * torch.exp(scale * (maximum - reference))).sum(0)
+    return scale * reference + torch.log(total), negative_max, input_r.new_empty(0)
+
+
+def _forward_tiled(
+    input: Tensor, weight: Tensor, labels: Tensor, input_r: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    (n, d), c = input.shape, weight.shape[0]
+    product, factor = _product_dtypes(input, weight)
+    tile = _tile_classes(c, _bytes_per_class(input, weight))
+    config = _tile_config(n)
+    row_blocks = triton.cdiv(n, config["BLOCK_N"])
+    chunks = min(triton.cdiv(tile, config["BLOCK_C"]), triton.cdiv(1024, row_blocks))
+    chunk = _round_up(triton.cdiv(tile, chunks), config["BLOCK_C"])
+
+    # One shift serves all cosines, unless exp() of what is left can leave float32's range: then
+    # the shift follows each row's maximum, tile by tile, up from the least logit.
+    shift = max(0.0, scale - EXPONENT_MAX)
+    follow = -scale - shift < EXPONENT_MIN
+    shift = torch.full_like(input_r, -scale if follow else shift)
+    maximum = input_r.new_full((chunks, n), -torch.inf)
+    total = torch.zeros_like(maximum)
+    mean_center = input_r.new_zeros((n, d))
+    part = torch.empty_like(mean_center)
+    tiles = _Tiles(input, weight, product, tile)
+    probabilities = tiles.factor(factor)
+    for start, rows, weight_r in tiles:
+        columns = rows.shape[0]
+        for maximum_only in (True, False) if follow else (False,):
+            _launch(
+                _tile_statistics_kernel, (row_blocks, triton.cdiv(columns, chunk)), tiles.logits,
+                probabilities, labels, input_r, weight_r, shift, maximum, total, n, columns, tile,
+                start, scale, K=labels.shape[1], MAXIMUM_ONLY=maximum_only, CHUNK=chunk, **config,
+            )  # fmt: skip
+            if maximum_only:
+                raised = torch.maximum(shift, scale * maximum.amax(0))
+                decay = torch.exp(shift - raised)
+                total *= decay
+                mean_center *= decay[:, None]
+                shift = raised
+        mean_center += _mm(probabilities[:, :columns], rows.to(factor), part)
+    total = total.sum(0)
+    mean_center /= torch.where(total == 0, 1, total)[:, None]
+    return shift + torch.log(total), maximum.amax(0), mean_center
+
+
+def backward(
+    input: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    negative_lse: Tensor,
+    mean_center: Tensor,
+    grad_negative_lse: Tensor,
+    grad_target_cosine: Tensor,
+    scale: float,
+    needs_input_grad: bool,
+    needs_weight_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients from those of negative_lse (N,) and target_cosine (N, K), both float32.
+
+    Args:
+        input, weight, labels, scale: as in `forward`; negative_lse, mean_center: its results.
+        needs_input_grad, needs_weight_grad: which gradients are asked for; the input's needs the
+            mean centre.
+
+    Returns:
+        grad_input (N, D) in input's dtype, grad_weight (C, D) in weight's dtype; (0,) for one not
+        asked for. Rows without labels give and get no gradient.
+
+    Memory above the gradients: as forward's tile, and 4·D more per class for a 16-bit weight.
+
+    Raises:
+        ValueError: for float64, which has no kernel here.
+    """
+    input, weight, labels = _check(input, weight, labels)
+    n, d = input.shape
+    negative_lse, mean_center = negative_lse.contiguous(), mean_center.contiguous()
+    grad_negative_lse = grad_negative_lse.contiguous()
+    grad_target_cosine = grad_target_cosine.contiguous()
+    grad_input = input.new_empty((n, d) if needs_input_grad else 0)
+    grad_weight = weight.new_empty(weight.shape if needs_weight_grad else 0)
+    if n == 0:
+        return grad_input, grad_weight.zero_()
+    with _on_device_of(input):
+        if needs_input_grad:
+            _launch(
+                _grad_input_kernel, (n,), input, weight, labels, mean_center, grad_negative_lse,
+                grad_target_cosine, grad_input, input.stride(0), weight.stride(0), scale,
+                D=d, K=labels.shape[1], **_one_row_config(d),
+            )  # fmt: skip
+        if needs_weight_grad:
+            _fill_grad_weight(
+                grad_weight, input, weight, labels, negative_lse, grad_negative_lse,
+                grad_target_cosine, scale,
+            )  # fmt: skip
+    return grad_input, grad_weight
+
+
+def _fill_grad_weight(
+    grad_weight: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    negative_lse: Tensor,
+    grad_negative_lse: Tensor,
+    grad_target_cosine: Tensor,
+    scale: float,
+) -> None:
+    (n, d), c = input.shape, weight.shape[0]
+    # What stands in a row without labels must not reach the sums over rows.
+    input = torch.where((labels >= 0).any(1)[:, None], input, 0)
+    input_r = _inverse_norms(input, negative_lse.new_empty(n))
+    product, factor = _product_dtypes(input, weight)
+    x = input.to(factor)
+    in_place = weight.dtype == torch.float32
+    tile = _tile_classes(c, _bytes_per_class(input, weight) + (0 if in_place else 4 * d))
+    sums = None if in_place else negative_lse.new_empty((tile, d))
+    config, row_config = _tile_config(n), _row_config(d)
+    tiles = _Tiles(input, weight, product, tile)
+    gradient = tiles.factor(factor)
+    for start, rows, weight_r in tiles:
+        columns = rows.shape[0]
+        grid = (triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(columns, config["BLOCK_C"]))
+        _launch(
+            _tile_gradient_kernel, grid, tiles.logits, gradient, labels, input_r, weight_r,
+            negative_lse, grad_negative_lse, grad_target_cosine, n, columns, tile, start, scale,
+            K=labels.shape[1], **config,
+        )  # fmt: skip
+        own, out = weight[start : start + columns], grad_weight[start : start + columns]
+        a = _mm(gradient[:, :columns].t(), x, out if sums is None else sums[:columns])
+        _launch(
+            _grad_weight_kernel, (triton.cdiv(columns, row_config["BLOCK_R"]),), own, weight_r, a,
+            out, columns, own.stride(0), D=d, **row_config,
+        )  # fmt: skip
+
+
+class _Tiles:
+    """Tiles of classes with their logits, in buffers that serve one tile after the other."""
+
+    def __init__(self, input: Tensor, weight: Tensor, product: torch.dtype, tile: int) -> None:
+        self.input, self.weight, self.tile = input.to(product), weight, tile
+        new = torch.empty((input.shape[0] + 1, tile), dtype=torch.float32, device=input.device)
+        self.logits, self.weight_r = new[:-1], new[-1]
+
+    def factor(self, dtype: torch.dtype) -> Tensor:
+        """The buffer for the second product's factor: the logits' own if the dtype allows."""
+        return self.logits if dtype == torch.float32 else torch.empty_like(self.logits, dtype=dtype)
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(first class, its rows of weight in the product's dtype, their inverse norms)."""
+        for start in range(0, self.weight.shape[0], self.tile):
+            own = self.weight[start : start + self.tile]
+            _inverse_norms(own, self.weight_r)
+            rows = own.to(self.input.dtype)
+            _mm(self.input, rows.t(), self.logits[:, : rows.shape[0]])
+            yield start, rows, self.weight_r
+
+
+def _inverse_norms(matrix: Tensor, out: Tensor) -> Tensor:
+    count, d = matrix.shape
+    config = _row_config(d)
+    _launch(
+        _inverse_norms_kernel, (triton.cdiv(count, config["BLOCK_R"]),), matrix, out, count,
+        matrix.stride(0), D=d, **config,
+    )  # fmt: skip
+    return out
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a @ b into float32 out, whatever the factors' dtype."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    if a.device.type == "cpu":  # under the interpreter; no such overload
+        return torch.mm(a.float(), b.float(), out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> None:
+    kernel[grid](*args, **config)
+
+
+def _check(input: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    for name, tensor in (("input", input), ("weight", weight)):
+        if tensor.dtype not in _TRITON_DTYPES:
+            raise ValueError(
+                f"{name} must be float32, bfloat16 or float16 for impl='triton', got {tensor.dtype}: "
+                "take impl='cpu' or impl='reference'"
+            )
+    rows_contiguous = (t if t.stride(1) == 1 else t.contiguous() for t in (input, weight))
+    return *rows_contiguous, labels.contiguous()
+
+
+_TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def _product_dtypes(input: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Of the logits' product, and of the second one, by probabilities or gradients.
+
+    These span more than float16's range, so float16 gives way to bfloat16 there.
+    """
+    product = input.dtype if input.dtype == weight.dtype else torch.float32
+    return product, torch.float32 if product == torch.float32 else torch.bfloat16
+
+
+def _bytes_per_class(input: Tensor, weight: Tensor) -> int:
+    """Of a tile: logits and inverse norms, the second factor, and copies of weight's rows."""
+    n, d = input.shape
+    product, factor = _product_dtypes(input, weight)
+    copies = (product != weight.dtype) * product.itemsize + (factor != product) * factor.itemsize
+    return 4 * (n + 1) + (0 if factor == torch.float32 else factor.itemsize * n) + copies * d
+
+
+def _float32_precision() -> str:
+    """That of torch's own float32 products, as `tl.dot` names it."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 1  # the interpreter
+
+
+def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

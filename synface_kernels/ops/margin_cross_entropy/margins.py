@@ -1,0 +1,162 @@
+"""The margins: what the target's cosine becomes before the softmax."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+# The slope of the margin divides by sin θ, which vanishes at cos θ = ±1: it is taken no smaller than
+# this. Below it a float32 cosine no longer tells the angle apart from zero (eps^(1/2) = 3e-4).
+SIN_MIN = 1e-4
+
+Margin: TypeAlias = "float | Tensor"
+
+
+@dataclass(frozen=True, eq=False)
+class CombinedMargin:
+    """ψ(cos θ) = cos(m1·θ + m2) − m3, and logits of ``scale`` times that.
+
+    Args:
+        scale: s > 0, the inverse temperature of the softmax; no unit.
+        m1: multiplicative angular margin (SphereFace); > 0, no unit.
+        m2: additive angular margin (ArcFace), **in radians**, |m2| < π.
+        m3: additive cosine margin (CosFace); |m3| < 2.
+            Each of m1, m2 and m3 is a float or an (N,) tensor, one value per sample; a tensor may
+            require a gradient.
+        beyond_pi: what happens past m1·θ + m2 > π, where the cosine would rise again. ``"linear"``
+            goes on as cos θ − max(m2·sin m2, 1 + cos((π − m2)/m1)) − m3, which falls monotonically
+            and is cos θ − m2·sin(π − m2) for ArcFace (its authors' first code, and SynFace's);
+            ``"none"`` leaves the cosine as it is (insightface since 2022).
+        target_grad: ``"exact"`` takes dψ/dcos θ = m1·sin(m1·θ + m2)/sin θ with sin θ ≥ 1e-4;
+            ``"straight_through"`` takes 1, as insightface does since 2022.
+
+    Raises:
+        ValueError: for a margin that makes no sense (for example an angle in degrees).
+
+    Source: Deng et al., "ArcFace" (CVPR 2019), eq. 4; Huang et al., "SynFace" (ICCV 2021), eq. 1.
+    """
+
+    scale: float = 64.0
+    m1: Margin = 1.0
+    m2: Margin = 0.0
+    m3: Margin = 0.0
+    beyond_pi: Literal["linear", "none"] = "linear"
+    target_grad: Literal["exact", "straight_through"] = "exact"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scale, (int, float)):
+            raise TypeError(f"scale must be a float, got {type(self.scale).__name__}")
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale must be finite and positive, got {self.scale}")
+        object.__setattr__(self, "scale", float(self.scale))
+        for name, low, high, hint in (
+            ("m1", 0.0, 16.0, "a factor of the angle"),
+            ("m2", -math.pi, math.pi, "an angle in radians"),
+            ("m3", -2.0, 2.0, "a difference of cosines"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                if value.dim() != 1 or not value.is_floating_point():
+                    raise ValueError(
+                        f"{name} must be a float or a floating-point tensor of shape (N,), "
+                        f"got {value.dtype} {tuple(value.shape)}"
+                    )
+            elif not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
+            elif not low < value < high:  # NaN fails too
+                raise ValueError(
+                    f"{name} is {hint} and must be between {low:.6g} and {high:.6g}, got {value}"
+                )
+        if self.beyond_pi not in ("linear", "none"):
+            raise ValueError(f"beyond_pi must be 'linear' or 'none', got {self.beyond_pi!r}")
+        if self.target_grad not in ("exact", "straight_through"):
+            raise ValueError(
+                f"target_grad must be 'exact' or 'straight_through', got {self.target_grad!r}"
+            )
+
+    def target_cosine(self, cosine: Tensor) -> Tensor:
+        """ψ of an (N, M) tensor of plain cosines, with the gradient that ``target_grad`` asks for.
+
+        The value follows the margins too, so a margin that requires a gradient gets one.
+        """
+        m1, m2, m3 = (self._per_row(m, cosine) for m in (self.m1, self.m2, self.m3))
+        if self._is(m1, 1.0) and self._is(m2, 0.0):
+            return cosine - m3
+
+        fixed = cosine.detach().clamp(-1.0, 1.0)
+        theta = fixed.acos()
+        angle = m1 * theta + m2
+        psi = angle.cos()
+        if self.target_grad == "exact":
+            slope = m1 * angle.sin() / theta.sin().clamp_min(SIN_MIN)
+        else:
+            slope = torch.ones_like(fixed)
+        if self.beyond_pi == "linear":
+            beyond = angle > math.pi
+            psi = torch.where(beyond, fixed - _drop(m1, m2), psi)
+            slope = torch.where(beyond, torch.ones_like(slope), slope)
+        return psi + slope.detach() * (cosine - cosine.detach()) - m3
+
+    @staticmethod
+    def _per_row(value: Margin, cosine: Tensor) -> Margin:
+        if not isinstance(value, Tensor):
+            return value
+        if value.shape[0] != cosine.shape[0] or value.device != cosine.device:
+            raise ValueError(
+                f"a margin given as a tensor must be of shape ({cosine.shape[0]},) on "
+                f"{cosine.device}, got {tuple(value.shape)} on {value.device}"
+            )
+        return value.to(cosine.dtype).unsqueeze(1)
+
+    @staticmethod
+    def _is(value: Margin, number: float) -> bool:
+        return not isinstance(value, Tensor) and value == number
+
+
+def _drop(m1: Margin, m2: Margin) -> Margin:
+    """How far under cos θ the linear continuation runs: far enough to stay monotone at the joint."""
+    if isinstance(m1, Tensor) or isinstance(m2, Tensor):
+        like = m1 if isinstance(m1, Tensor) else m2
+        m1, m2 = (torch.as_tensor(m, dtype=like.dtype, device=like.device) for m in (m1, m2))
+        return torch.maximum(m2 * m2.sin(), 1 + ((math.pi - m2) / m1).cos())
+    return max(m2 * math.sin(m2), 1 + math.cos((math.pi - m2) / m1))
+
+
+class ArcFace(CombinedMargin):
+    """cos(θ + margin), the margin in radians. Deng et al., CVPR 2019. See `CombinedMargin`."""
+
+    def __init__(
+        self,
+        scale: float = 64.0,
+        margin: Margin = 0.5,
+        beyond_pi: Literal["linear", "none"] = "linear",
+        target_grad: Literal["exact", "straight_through"] = "exact",
+    ) -> None:
+        super().__init__(scale, 1.0, margin, 0.0, beyond_pi, target_grad)
+
+
+class CosFace(CombinedMargin):
+    """cos θ − margin. Wang et al., CVPR 2018. See `CombinedMargin`."""
+
+    def __init__(self, scale: float = 64.0, margin: Margin = 0.35) -> None:
+        super().__init__(scale, 1.0, 0.0, margin)
+
+
+class SphereFace(CombinedMargin):
+    """cos(margin·θ). Liu et al., CVPR 2017; 1.35 is the value in the ArcFace paper's comparison.
+
+    See `CombinedMargin`.
+    """
+
+    def __init__(
+        self,
+        scale: float = 64.0,
+        margin: Margin = 1.35,
+        beyond_pi: Literal["linear", "none"] = "linear",
+        target_grad: Literal["exact", "straight_through"] = "exact",
+    ) -> None:
+        super().__init__(scale, margin, 0.0, 0.0, beyond_pi, target_grad)

@@ -1,0 +1,470 @@
+"""The margin softmax: checks, target mathematics, and the core op that never holds N×C.
+
+The core knows plain cosines and the classes that are not targets; everything about targets (margins,
+mixed labels, reductions) is torch code on (N, K) tensors, under ordinary autograd. So each
+implementation of the core serves every margin, and the target terms are added at the end: nothing
+is subtracted from a log-sum-exp that they dominate.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._load import library
+from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
+from . import reference
+from .margins import ArcFace, CombinedMargin
+
+OP = "margin_cross_entropy"
+_ARCFACE = ArcFace()
+register(
+    OP, {"triton": needs_triton, "cpu": needs_cpu_extension, "reference": always}
+)
+
+library.define(
+    f"{OP}_targets(Tensor target, Tensor? target_weight, SymInt num_classes, int ignore_index, "
+    "ScalarType dtype) -> (Tensor labels, Tensor label_weight)"
+)
+_FORWARD = (
+    "(Tensor input, Tensor weight, Tensor labels, float scale, bool needs_input_grad{impl})"
+    " -> (Tensor negative_lse, Tensor negative_max, Tensor target_cosine, Tensor mean_center)"
+)
+_BACKWARD = (
+    "(Tensor input, Tensor weight, Tensor labels, Tensor negative_lse, Tensor mean_center, "
+    "Tensor grad_negative_lse, Tensor grad_target_cosine, float scale, bool needs_input_grad, "
+    "bool needs_weight_grad{impl}) -> (Tensor grad_input, Tensor grad_weight)"
+)
+for _name, _schema in ((f"{OP}_forward", _FORWARD), (f"{OP}_backward", _BACKWARD)):
+    library.define(_name + _schema.format(impl=", str impl"))
+    library.define(_name + "_cpu" + _schema.format(impl=""))  # implemented in csrc/bindings.cpp
+
+
+class MarginStats(NamedTuple):
+    """What a training step may want to know besides the loss.
+
+    Attributes:
+        lse: (N,) log-sum-exp of the logits, margins included; differentiable (z-loss). With
+            ``mix="separate"``, the mean over the labels by their weights.
+        target_cosine: (N,), or (N, K) for (N, K) targets: plain cosine with the target's centre;
+            differentiable; 0 where ignored.
+        top1: (N,) bool: no other class has a higher plain cosine than the (best) target. Its mean
+            is the training accuracy. False where ignored.
+    """
+
+    lse: Tensor
+    target_cosine: Tensor
+    top1: Tensor
+
+
+def margin_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    margin: CombinedMargin = _ARCFACE,
+    *,
+    target_weight: Tensor | None = None,
+    mix: Literal["joint", "separate"] = "joint",
+    class_ids: Tensor | None = None,
+    group: Any = None,
+    class_start: int = 0,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: Literal["none", "mean", "sum"] = "mean",
+    return_stats: bool = False,
+    impl: str = "auto",
+) -> Any:
+    """Cross entropy of a margin softmax over the cosines of embeddings and class centres.
+
+    With cos_ij = ⟨x_i, w_j⟩/(‖x_i‖·‖w_j‖), margin ψ, scale s, and t_ij ≥ 0 the weight of label j in
+    row i (Σ_j t_ij = 1):
+
+    - ``mix="joint"``: z_ij = s·(cos_ij + t_ij·(ψ(cos_ij) − cos_ij)),
+      L_i = −Σ_j t_ij·log softmax(z_i)_j. SynFace's loss of mixed identities and domains.
+    - ``mix="separate"``: L_i = Σ_k t_ik·CE_ik, where CE_ik has label k as its only target.
+
+    With one label per row both are ArcFace and its kin.
+
+    Args:
+        input: (N, D) embeddings: float32, bfloat16 or float16 (computed in float32), or float64
+            together with ``weight``. They need not be normalised nor contiguous.
+        weight: (C, D) class centres, likewise; C ≥ 1.
+        target: (N,) int64 labels in [0, C), or (N, K) for K labels per row. A label that stands
+            twice in a row counts once, with the sum of its weights.
+        margin: an `ArcFace` (the default), `CosFace`, `SphereFace` or `CombinedMargin`. Angles are
+            in radians.
+        target_weight: (N, K) weights of (N, K) targets, ≥ 0, each row summing to 1; no gradient.
+        mix: how several labels per row combine, see above.
+        class_ids, group, class_start, label_smoothing: not built yet.
+        ignore_index: a label to leave out. A row of nothing else costs nothing, has loss 0 and
+            gradient 0, and is not counted by the mean; beside other labels it must have weight 0.
+        reduction: ``"mean"`` over the rows that count (0 if there is none), ``"sum"``, ``"none"``.
+        return_stats: also return `MarginStats`.
+        impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``; see `explain`.
+
+    Returns:
+        The loss, float32 (float64 for float64 inputs): a scalar, or (N,) for ``"none"``. With
+        ``return_stats``, the pair (loss, `MarginStats`).
+
+    A vector no longer than 1e-12 counts as zero: its cosines are 0 and its gradient is 0. At
+    cos θ = ±1 the slope of the margin is finite, see `CombinedMargin`. A row with a non-finite
+    element has a non-finite loss of its own. Gradients have their input's dtype. There is no second
+    derivative.
+
+    Memory above the inputs: forward O(N·(D + K)) and a workspace of at most 64 MiB; backward the
+    gradients and that workspace. Never N×C, except in ``impl="reference"``.
+
+    Raises:
+        ValueError: for a wrong dtype, shape, device, label or weight. On a GPU labels and weights
+            are checked there, by an asynchronous assertion.
+        TypeError: for an argument of a wrong Python type.
+        NotImplementedError: for what is not built yet.
+        RuntimeError: for an ``impl`` that cannot run here, naming the reason.
+
+    Source: Deng et al., "ArcFace", CVPR 2019; Qiu et al., "SynFace", ICCV 2021, eqs. 1 and 5.
+    """
+    _check(input, weight, target, margin, target_weight, mix, reduction)
+    for name, value, default in (
+        ("class_ids", class_ids, None),
+        ("group", group, None),
+        ("class_start", class_start, 0),
+        ("label_smoothing", label_smoothing, 0.0),
+    ):
+        if value != default:
+            raise NotImplementedError(f"{name} is not built yet: leave it at {default}")
+    chosen = resolve(OP, impl, (input, weight))
+
+    labels, label_weight = torch.ops.synface_kernels.margin_cross_entropy_targets(
+        target, target_weight, weight.shape[0], ignore_index, _statistics_dtype(input)
+    )
+    if chosen == "reference":
+        to = _statistics_dtype(input)
+        loss, lse, cosine, top1 = reference.margin_cross_entropy(
+            input.to(to), weight.to(to), labels, label_weight, margin, mix
+        )
+    else:
+        needs_input_grad = torch.is_grad_enabled() and input.requires_grad
+        negative_lse, negative_max, cosine, _ = (
+            torch.ops.synface_kernels.margin_cross_entropy_forward(
+                input, weight, labels, margin.scale, needs_input_grad, chosen
+            )
+        )
+        loss, lse = _target_terms(cosine, negative_lse, labels, label_weight, margin, mix)
+        best = torch.where(labels >= 0, cosine, -torch.inf).amax(1)
+        top1 = (labels >= 0).any(1) & (best >= negative_max)
+
+    if reduction == "mean":
+        result = loss.sum() / (labels >= 0).any(1).sum().clamp_min(1)
+    else:
+        result = loss.sum() if reduction == "sum" else loss
+    if not return_stats:
+        return result
+    if target.dim() == 1:
+        cosine = cosine.squeeze(1)
+    elif target.shape[1] > 1:  # a label that stands twice was kept once
+        same = target[:, :, None] == target[:, None, :]
+        cosine = (same * cosine[:, None, :]).sum(2)
+    return result, MarginStats(lse, cosine, top1)
+
+
+def _target_terms(
+    cosine: Tensor,
+    negative_lse: Tensor,
+    labels: Tensor,
+    label_weight: Tensor,
+    margin: CombinedMargin,
+    mix: str,
+) -> tuple[Tensor, Tensor]:
+    """Loss (N,) and log-sum-exp (N,) from the targets' cosines (N, K) and the others' sum."""
+    present = labels >= 0
+    psi = margin.target_cosine(cosine)
+    own = cosine + label_weight * (psi - cosine) if mix == "joint" else psi
+    own = torch.where(present, margin.scale * own, 0)
+    if mix == "joint":
+        logits = own[:, None, :]  # the same logits for each label k
+    else:
+        is_k = torch.eye(labels.shape[1], dtype=torch.bool, device=labels.device)
+        logits = torch.where(is_k, own[:, None, :], margin.scale * cosine[:, None, :])
+    logits = torch.where(present[:, None, :], logits, -torch.inf)
+    # log-sum-exp relative to label k's logit: exact where that logit dominates
+    terms = torch.cat(
+        [
+            (negative_lse[:, None] - own)[:, :, None],
+            logits - own[:, :, None],
+        ],
+        dim=2,
+    )
+    excess = terms.logsumexp(2)  # −log softmax at label k
+    loss = (label_weight * excess).sum(1)
+    return loss, loss + (label_weight * own).sum(1)
+
+
+def _statistics_dtype(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _describe(tensor: object) -> str:
+    if not isinstance(tensor, Tensor):
+        return type(tensor).__name__
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return f"{kind} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def _check(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    margin: CombinedMargin,
+    target_weight: Tensor | None,
+    mix: str,
+    reduction: str,
+) -> None:
+    for name, tensor in (("input", input), ("weight", weight), ("target", target)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {_describe(tensor)}")
+    if not isinstance(margin, CombinedMargin):
+        raise TypeError(
+            "margin must be an ArcFace, CosFace, SphereFace or CombinedMargin, "
+            f"got {type(margin).__name__}"
+        )
+    allowed = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for name, tensor, shape in (("input", input, "(N, D)"), ("weight", weight, "(C, D)")):
+        if tensor.dtype not in allowed or tensor.dim() != 2:
+            raise ValueError(
+                f"{name} must be float32, bfloat16, float16 or float64 of shape {shape}, "
+                f"got {_describe(tensor)}"
+            )
+    if (input.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise ValueError(
+            "input and weight must both be float64 or neither, "
+            f"got input {_describe(input)} and weight {_describe(weight)}"
+        )
+    if input.shape[1] != weight.shape[1] or input.shape[1] < 1:
+        raise ValueError(
+            "input (N, D) and weight (C, D) must have the same D ≥ 1, "
+            f"got {_describe(input)} and {_describe(weight)}"
+        )
+    if weight.shape[0] < 1:
+        raise ValueError(f"weight (C, D) must have at least one class, got {_describe(weight)}")
+    n = input.shape[0]
+    if target.dtype != torch.int64 or target.dim() not in (1, 2) or target.shape[0] != n:
+        raise ValueError(
+            f"target must be int64 of shape (N,) or (N, K) with N = {n} as in input, "
+            f"got {_describe(target)}"
+        )
+    if target.dim() == 2 and target.shape[1] < 1:
+        raise ValueError(f"target (N, K) must have K ≥ 1, got {_describe(target)}")
+    if target.dim() == 2 and target_weight is None:
+        raise ValueError(f"target_weight (N, K) is required with (N, K) targets: {_describe(target)}")
+    if target_weight is not None:
+        if not isinstance(target_weight, Tensor):
+            raise TypeError(f"target_weight must be a tensor, got {_describe(target_weight)}")
+        if (
+            target.dim() != 2
+            or not target_weight.is_floating_point()
+            or target_weight.shape != target.shape
+        ):
+            raise ValueError(
+                "target_weight must be floating point of the shape of an (N, K) target, "
+                f"got {_describe(target_weight)} with target {_describe(target)}"
+            )
+        if target_weight.requires_grad:
+            raise ValueError("target_weight gets no gradient: pass target_weight.detach()")
+    for name, tensor in (("weight", weight), ("target", target), ("target_weight", target_weight)):
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(
+                f"{name} must be on input's device {input.device}, got {_describe(tensor)}"
+            )
+    if mix not in ("joint", "separate"):
+        raise ValueError(f"mix must be 'joint' or 'separate', got {mix!r}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+
+
+# ---- the targets: checked, repeated labels merged -------------------------------------------------
+
+
+@torch.library.impl(library, f"{OP}_targets", "CompositeExplicitAutograd")
+def _targets(
+    target: Tensor,
+    target_weight: Tensor | None,
+    num_classes: int,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Labels (N, K), −1 where absent, and their weights (N, K), 0 there.
+
+    Absent are ignored labels and all but the first of equal labels in a row.
+    """
+    labels = target[:, None] if target_weight is None else target
+    present = labels != ignore_index
+    outside = present & ((labels < 0) | (labels >= num_classes))
+    _require(
+        ~outside,
+        f"target must be in [0, {num_classes}) or ignore_index ({ignore_index})",
+        labels,
+    )
+    if target_weight is None:
+        weights = present.to(dtype)
+    else:
+        weights = target_weight.to(dtype)
+        counted = present.any(1)
+        valid = weights.isfinite() & (weights >= 0)
+        _require(valid | ~counted[:, None], "target_weight must be finite and ≥ 0", weights)
+        total = torch.where(present, weights, 0).sum(1)
+        tolerance = 1e-4 if target_weight.dtype in (torch.float32, torch.float64) else 2e-2
+        _require(
+            ((total - 1).abs() <= tolerance) | ~counted,
+            f"each row of target_weight must sum to 1 (±{tolerance:g}) over labels not ignored",
+            total,
+        )
+        same = (labels[:, :, None] == labels[:, None, :]) & present[:, None, :]
+        weights = (same * torch.where(present, weights, 0)[:, None, :]).sum(2)
+        earlier = torch.ones_like(same[0]).tril(-1)
+        present = present & ~(same & earlier).any(2)
+        weights = torch.where(present, weights, 0)
+    return torch.where(present, labels, -1), weights
+
+
+def _require(condition: Tensor, message: str, values: Tensor) -> None:
+    """At once, naming what came, on a CPU; without waiting, on a GPU."""
+    if condition.device.type != "cpu":
+        torch._assert_async(condition.all(), message)
+    elif not bool(condition.all()):
+        where = tuple((~condition).nonzero()[0].tolist())
+        raise ValueError(f"{message}, got {values[where].item():g} in row {where[0]}")
+
+
+@torch.library.register_fake(f"synface_kernels::{OP}_targets")
+def _targets_fake(
+    target: Tensor, target_weight: Tensor | None, num_classes: int, ignore_index: int, dtype: Any
+) -> tuple[Tensor, Tensor]:
+    shape = (target.shape[0], 1 if target_weight is None else target.shape[1])
+    return target.new_empty(shape), target.new_empty(shape, dtype=dtype)
+
+
+# ---- the core: one implementation per device, fake, autograd --------------------------------------
+
+
+def _forward(
+    input: Tensor, weight: Tensor, labels: Tensor, scale: float, needs_input_grad: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if impl == "triton":
+        from . import kernel_triton
+
+        return kernel_triton.forward(input, weight, labels, scale, needs_input_grad)
+    return torch.ops.synface_kernels.margin_cross_entropy_forward_cpu(
+        input, weight, labels, scale, needs_input_grad
+    )
+
+
+def _backward(
+    input: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    negative_lse: Tensor,
+    mean_center: Tensor,
+    grad_negative_lse: Tensor,
+    grad_target_cosine: Tensor,
+    scale: float,
+    needs_input_grad: bool,
+    needs_weight_grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    arguments = (
+        input,
+        weight,
+        labels,
+        negative_lse,
+        mean_center,
+        grad_negative_lse,
+        grad_target_cosine,
+        scale,
+        needs_input_grad,
+        needs_weight_grad,
+    )
+    if impl == "triton":
+        from . import kernel_triton
+
+        return kernel_triton.backward(*arguments)
+    return torch.ops.synface_kernels.margin_cross_entropy_backward_cpu(*arguments)
+
+
+for _key in ("CPU", "CUDA"):
+    library.impl(f"{OP}_forward", _forward, _key)
+    library.impl(f"{OP}_backward", _backward, _key)
+
+
+@torch.library.register_fake(f"synface_kernels::{OP}_forward")
+def _forward_fake(
+    input: Tensor, weight: Tensor, labels: Tensor, scale: float, needs_input_grad: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, d = input.shape
+    new = input.new_empty
+    dtype = _statistics_dtype(input)
+    return (
+        new((n,), dtype=dtype),
+        new((n,), dtype=dtype),
+        new(labels.shape, dtype=dtype),
+        new((n, d) if needs_input_grad else (0,), dtype=dtype),
+    )
+
+
+@torch.library.register_fake(f"synface_kernels::{OP}_backward")
+def _backward_fake(
+    input: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    negative_lse: Tensor,
+    mean_center: Tensor,
+    grad_negative_lse: Tensor,
+    grad_target_cosine: Tensor,
+    scale: float,
+    needs_input_grad: bool,
+    needs_weight_grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    return (
+        input.new_empty(input.shape if needs_input_grad else (0,)),
+        weight.new_empty(weight.shape if needs_weight_grad else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, weight, labels, ctx.scale, _, ctx.impl = inputs
+    negative_lse, negative_max, _, mean_center = output
+    ctx.mark_non_differentiable(negative_max, mean_center)
+    ctx.save_for_backward(input, weight, labels, negative_lse, mean_center)
+
+
+def _autograd(ctx: Any, grad_lse: Tensor, _: Any, grad_cosine: Tensor, __: Any) -> tuple[Any, ...]:
+    input, weight, labels, negative_lse, mean_center = ctx.saved_tensors
+    needs_input_grad, needs_weight_grad = ctx.needs_input_grad[:2]
+    grad_input, grad_weight = torch.ops.synface_kernels.margin_cross_entropy_backward(
+        input,
+        weight,
+        labels,
+        negative_lse,
+        mean_center,
+        grad_lse,
+        grad_cosine,
+        ctx.scale,
+        needs_input_grad,
+        needs_weight_grad,
+        ctx.impl,
+    )
+    return (
+        grad_input if needs_input_grad else None,
+        grad_weight if needs_weight_grad else None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd(
+    f"synface_kernels::{OP}_forward", _autograd, setup_context=_setup_context
+)
