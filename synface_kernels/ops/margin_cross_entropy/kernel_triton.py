@@ -35,7 +35,7 @@ EXPONENT_MIN = -75.0
 _NORM_MIN = tl.constexpr(1e-12)  # as in reference.py
 
 
-# ---- kernels ---------------------------------------------------------------------------------------
+# ---- kernels -------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -63,9 +63,7 @@ def _only_negatives(cosine, labels, rows, in_rows, classes, C, K: tl.constexpr):
 
 
 @triton.jit
-def _tile_cosines(
-    logits, stride, input_r, weight_r, rows, in_rows, columns, in_columns
-):
+def _tile_cosines(logits, stride, input_r, weight_r, rows, in_rows, columns, in_columns):
     """Cosines from a block of a tile's products."""
     mask = in_rows[:, None] & in_columns[None, :]
     product = tl.load(logits + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
@@ -158,8 +156,9 @@ def _tile_statistics_kernel(
     start, scale, K: tl.constexpr, MAXIMUM_ONLY: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of a tile's columns: raises maximum, and unless MAXIMUM_ONLY adds exp(logit − shift)
-    to total and writes it times r_j, the mean centre's factor (in place where dtypes agree)."""
+    """One chunk of a tile's columns: raises maximum and, unless MAXIMUM_ONLY, adds
+    exp(logit − shift) to total and writes it times r_j, the mean centre's factor (in place where
+    dtypes agree)."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < N
     chunk = tl.program_id(1)
@@ -170,12 +169,8 @@ def _tile_statistics_kernel(
     for c in range(chunk * CHUNK, min((chunk + 1) * CHUNK, columns), BLOCK_C):
         column = c + tl.arange(0, BLOCK_C)
         in_columns = column < columns
-        cosine = _tile_cosines(
-            logits, stride, input_r, weight_r, rows, in_rows, column, in_columns
-        )
-        cosine = _only_negatives(
-            cosine, labels, rows, in_rows, start + column, start + columns, K
-        )
+        cosine = _tile_cosines(logits, stride, input_r, weight_r, rows, in_rows, column, in_columns)
+        cosine = _only_negatives(cosine, labels, rows, in_rows, start + column, start + columns, K)
         row_maximum = tl.maximum(row_maximum, tl.max(cosine, 1))
         if not MAXIMUM_ONLY:
             p = tl.exp(scale * cosine - row_shift[:, None])
@@ -262,7 +257,7 @@ def _grad_input_kernel(
     tl.store(grad_input + row * D + d, tl.where(counted, grad, 0.0), mask=in_d)
 
 
-# ---- configurations --------------------------------------------------------------------------------
+# ---- configurations ------------------------------------------------------------------------------
 
 
 def _fused_config(n: int, product: torch.dtype, precision: str) -> dict[str, int]:
@@ -306,7 +301,7 @@ def _round_up(value: int, multiple: int) -> int:
     return triton.cdiv(value, multiple) * multiple
 
 
-# ---- launchers -------------------------------------------------------------------------------------
+# ---- launchers -----------------------------------------------------------------------------------
 
 
 def forward(
@@ -404,9 +399,9 @@ def _forward_tiled(
 
     # One shift serves all cosines, unless exp() of what is left can leave float32's range: then
     # the shift follows each row's maximum, tile by tile, up from the least logit.
-    shift = max(0.0, scale - EXPONENT_MAX)
-    follow = -scale - shift < EXPONENT_MIN
-    shift = torch.full_like(input_r, -scale if follow else shift)
+    middle = max(0.0, scale - EXPONENT_MAX)
+    follow = -scale - middle < EXPONENT_MIN
+    shift = torch.full_like(input_r, -scale if follow else middle)
     maximum = input_r.new_full((chunks, n), -torch.inf)
     total = torch.zeros_like(maximum)
     mean_center = input_r.new_zeros((n, d))
@@ -572,11 +567,11 @@ def _check(input: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     for name, tensor in (("input", input), ("weight", weight)):
         if tensor.dtype not in _TRITON_DTYPES:
             raise ValueError(
-                f"{name} must be float32, bfloat16 or float16 for impl='triton', got {tensor.dtype}: "
-                "take impl='cpu' or impl='reference'"
+                f"{name} must be float32, bfloat16 or float16 for impl='triton', "
+                f"got {tensor.dtype}: take impl='cpu' or impl='reference'"
             )
-    rows_contiguous = (t if t.stride(1) == 1 else t.contiguous() for t in (input, weight))
-    return *rows_contiguous, labels.contiguous()
+    input, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (input, weight))
+    return input, weight, labels.contiguous()
 
 
 _TRITON_DTYPES = {
