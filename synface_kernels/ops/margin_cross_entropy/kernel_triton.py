@@ -153,20 +153,20 @@ def _fused_kernel(
 @triton.jit
 def _tile_statistics_kernel(
     logits, probabilities, labels, input_r, weight_r, shift, maximum, total, N, columns, stride,
-    start, scale, K: tl.constexpr, MAXIMUM_ONLY: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    start, chunk, scale, K: tl.constexpr, MAXIMUM_ONLY: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One chunk of a tile's columns: raises maximum and, unless MAXIMUM_ONLY, adds
     exp(logit − shift) to total and writes it times r_j, the mean centre's factor (in place where
     dtypes agree)."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < N
-    chunk = tl.program_id(1)
     row_shift = tl.load(shift + rows, mask=in_rows, other=0.0)
-    slot = chunk * N + rows
+    first = tl.program_id(1) * chunk
+    slot = tl.program_id(1) * N + rows
     row_maximum = tl.load(maximum + slot, mask=in_rows, other=float("-inf"))
     row_total = tl.load(total + slot, mask=in_rows, other=0.0)
-    for c in range(chunk * CHUNK, min((chunk + 1) * CHUNK, columns), BLOCK_C):
+    for c in range(first, min(first + chunk, columns), BLOCK_C):
         column = c + tl.arange(0, BLOCK_C)
         in_columns = column < columns
         cosine = _tile_cosines(logits, stride, input_r, weight_r, rows, in_rows, column, in_columns)
@@ -260,30 +260,30 @@ def _grad_input_kernel(
 # ---- configurations ------------------------------------------------------------------------------
 
 
-def _fused_config(n: int, product: torch.dtype, precision: str) -> dict[str, int]:
-    """Blocks of `_fused_kernel`: see docs/kernels/margin_cross_entropy_triton.md."""
+def _fused_config(n: int, product: torch.dtype, precision: str, capability: int) -> dict[str, int]:
+    """The largest blocks that fit two programs on a multiprocessor and spill (next to) nothing."""
     block_n = min(128, max(16, triton.next_power_of_2(n)))
     if product == torch.float32 and precision == "ieee":  # no tensor cores
         return {
             "BLOCK_N": min(64, block_n), "BLOCK_C": 64, "BLOCK_D": 32,
-            "num_warps": 4, "num_stages": 2,
+            "num_warps": 8, "num_stages": 2,
         }  # fmt: skip
     return {
-        "BLOCK_N": block_n, "BLOCK_C": 128, "BLOCK_D": 128 // product.itemsize,
-        "num_warps": 8 if block_n == 128 else 4, "num_stages": 3,
+        "BLOCK_N": block_n, "BLOCK_C": 128 if capability == 90 or block_n < 128 else 64,
+        "BLOCK_D": 128 // product.itemsize, "num_warps": 4, "num_stages": 3,
     }  # fmt: skip
 
 
 def _tile_config(n: int) -> dict[str, int]:
-    """Blocks of the kernels that read a tile of logits: 4096 elements for 4 warps."""
+    """Blocks of the kernels that read a tile of logits."""
     block_n = min(4, triton.next_power_of_2(n))
-    return {"BLOCK_N": block_n, "BLOCK_C": 4096 // block_n, "num_warps": 4}
+    return {"BLOCK_N": block_n, "BLOCK_C": 2048 // block_n, "num_warps": 4}
 
 
 def _row_config(d: int) -> dict[str, int]:
     """Blocks of the kernels that hold whole rows of D elements."""
     block_d = triton.next_power_of_2(d)
-    return {"BLOCK_R": max(1, 4096 // block_d), "BLOCK_D": block_d, "num_warps": 4}
+    return {"BLOCK_R": max(1, 2048 // block_d), "BLOCK_D": block_d, "num_warps": 4}
 
 
 def _one_row_config(d: int) -> dict[str, int]:
@@ -363,12 +363,13 @@ def _forward_fused(
     (n, d), c = input.shape, weight.shape[0]
     product, _ = _product_dtypes(input, weight)
     precision = _float32_precision() if product == torch.float32 else "ieee"
-    config = _fused_config(n, product, precision)
+    capability, multiprocessors = _properties(input.device)
+    config = _fused_config(n, product, precision, capability)
     if product == torch.bfloat16 and input.device.type == "cpu":
         product = torch.float32  # the interpreter's dot takes bfloat16 for integers
 
     row_blocks, class_blocks = triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(c, config["BLOCK_C"])
-    splits = min(class_blocks, triton.cdiv(4 * _multiprocessors(input.device), row_blocks))
+    splits = min(class_blocks, triton.cdiv(4 * multiprocessors, row_blocks))
     classes_per_split = triton.cdiv(class_blocks, splits) * config["BLOCK_C"]
     splits = triton.cdiv(c, classes_per_split)
 
@@ -414,7 +415,7 @@ def _forward_tiled(
             _launch(
                 _tile_statistics_kernel, (row_blocks, triton.cdiv(columns, chunk)), tiles.logits,
                 probabilities, labels, input_r, weight_r, shift, maximum, total, n, columns, tile,
-                start, scale, K=labels.shape[1], MAXIMUM_ONLY=maximum_only, CHUNK=chunk, **config,
+                start, chunk, scale, K=labels.shape[1], MAXIMUM_ONLY=maximum_only, **config,
             )  # fmt: skip
             if maximum_only:
                 raised = torch.maximum(shift, scale * maximum.amax(0))
@@ -603,10 +604,12 @@ def _float32_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 1  # the interpreter
+def _properties(device: torch.device) -> tuple[int, int]:
+    """Compute capability times ten, and number of multiprocessors."""
+    if device.type != "cuda":  # the interpreter
+        return 80, 1
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

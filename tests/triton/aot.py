@@ -1,0 +1,141 @@
+"""Compiles, without a GPU, the kernels that a launcher would launch.
+
+Runs the launchers on meta tensors and compiles each launch for the given architectures, with the
+signature, divisibility and configuration that it would have there. One JSON object per line:
+the kernel, its configuration, and what the compiler says of it.
+
+    python tests/triton/aot.py 80 90 100
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from synface_kernels.ops.margin_cross_entropy import kernel_triton
+
+OPTIONS = ("num_warps", "num_stages")
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
+# Of the launches: N, C, K and the dtype. The last tile of an odd C has its own variants.
+CASES = [
+    (n, c, k, dtype)
+    for n, c, k in ((512, 1_000_000, 1), (512, 999_983, 3), (7, 1_000_000, 2))
+    for dtype in (torch.float32, torch.bfloat16)
+] + [(512, 1_000_000, 1, torch.float16)]
+D = 512
+
+
+class Launch:
+    """A kernel with what the compiler is to know of its arguments."""
+
+    def __init__(self, kernel: Any, args: tuple[Any, ...], config: dict[str, Any]) -> None:
+        self.kernel = kernel
+        self.options = {k: v for k, v in config.items() if k in OPTIONS}
+        constants = {k: v for k, v in config.items() if k not in OPTIONS}
+        self.signature: dict[str, str] = {}
+        self.constants: dict[str, Any] = {}
+        self.attributes: dict[tuple[int, ...], Any] = {}
+        for i, name in enumerate(kernel.arg_names):
+            value = constants[name] if name in constants else args[i]
+            if name in constants or (isinstance(value, int) and value == 1):
+                self.signature[name] = "constexpr"
+                self.constants[name] = value
+                continue
+            if isinstance(value, torch.Tensor):
+                self.signature[name] = POINTERS[value.dtype]
+                multiple = value.storage_offset() * value.element_size() % 16 == 0
+            elif isinstance(value, int):
+                self.signature[name] = "i32" if value < 2**31 else "i64"
+                multiple = value % 16 == 0
+            else:
+                self.signature[name], multiple = "fp32", False
+            if multiple:
+                self.attributes[(i,)] = [["tt.divisibility", 16]]
+
+    def key(self) -> str:
+        return repr(
+            (self.kernel.__name__, *(vars(self)[k] for k in sorted(vars(self)) if k != "kernel"))
+        )
+
+    def compile(self, capability: int) -> dict[str, Any]:
+        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", capability, 32), options=self.options
+        )
+        return {
+            "kernel": self.kernel.__name__,
+            "capability": capability,
+            "config": {k: str(v) for k, v in self.constants.items()} | self.options,
+            "pointers": sorted({v for v in self.signature.values() if v.startswith("*")}),
+            "instructions": sorted(
+                set(re.findall(r"\b(mma\.sync|wgmma|tcgen05\.mma)", compiled.asm["ptx"]))
+            ),
+            "shared": compiled.metadata.shared,
+            **resources(compiled.asm["cubin"]),
+        }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and stack bytes of a cubin's kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    return {
+        key: int(re.search(rf"\b{name}:(\d+)", text)[1])  # type: ignore[index]
+        for key, name in (("registers", "REG"), ("stack", "STACK"), ("local", "LOCAL"))
+    }
+
+
+def launches(capability: int) -> Iterator[Launch]:
+    """Every distinct launch of the cases on such a device."""
+    seen = set()
+    recorded: list[Launch] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> None:
+        recorded.append(Launch(kernel, args, config))
+
+    with (
+        mock.patch.object(kernel_triton, "_launch", record),
+        mock.patch.object(kernel_triton, "_properties", lambda device: (capability, 132)),
+    ):
+        for n, c, k, dtype in CASES:
+            x = torch.empty((n, D), dtype=dtype, device="meta")
+            w = torch.empty((c, D), dtype=dtype, device="meta")
+            labels = torch.empty((n, k), dtype=torch.int64, device="meta")
+            for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
+                with mock.patch.object(kernel_triton, "_float32_precision", lambda p=precision: p):
+                    kernel_triton.forward(x, w, labels, 64.0, False)
+            for scale in (64.0, 128.0):
+                lse, _, cosine, mean = kernel_triton.forward(x, w, labels, scale, True)
+            kernel_triton.backward(x, w, labels, lse, mean, lse, cosine, 64.0, True, True)
+    for launch in recorded:
+        if launch.key() not in seen:
+            seen.add(launch.key())
+            yield launch
+
+
+if __name__ == "__main__":
+    for capability in map(int, sys.argv[1:]):
+        for launch in launches(capability):
+            print(json.dumps(launch.compile(capability)), flush=True)
