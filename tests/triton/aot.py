@@ -33,12 +33,16 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.int64: "*i64",
 }
-# Of the launches: N, C, K and the dtype. The last tile of an odd C has its own variants.
+# Of the launches: N, C, K and the dtypes. The last tile of an odd C has its own variants.
 CASES = [
-    (n, c, k, dtype)
-    for n, c, k in ((512, 1_000_000, 1), (512, 999_983, 3), (7, 1_000_000, 2))
-    for dtype in (torch.float32, torch.bfloat16)
-] + [(512, 1_000_000, 1, torch.float16)]
+    *(
+        (n, c, k, dtype, dtype)
+        for n, c, k in ((512, 1_000_000, 1), (512, 999_983, 3), (7, 1_000_000, 2))
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
+    (512, 1_000_000, 1, torch.float16, torch.float16),
+    (512, 1_000_000, 1, torch.bfloat16, torch.float32),
+]
 D = 512
 
 
@@ -85,7 +89,7 @@ class Launch:
             "config": {k: str(v) for k, v in self.constants.items()} | self.options,
             "pointers": sorted({v for v in self.signature.values() if v.startswith("*")}),
             "instructions": sorted(
-                set(re.findall(r"\b(mma\.sync|wgmma|tcgen05\.mma)", compiled.asm["ptx"]))
+                set(re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", compiled.asm["ptx"]))
             ),
             "shared": compiled.metadata.shared,
             **resources(compiled.asm["cubin"]),
@@ -117,14 +121,14 @@ def launches(capability: int) -> Iterator[Launch]:
 
     with (
         mock.patch.object(kernel_triton, "_launch", record),
-        mock.patch.object(kernel_triton, "_properties", lambda device: (capability, 132)),
+        mock.patch.object(kernel_triton, "_properties", return_value=(capability, 132)),
     ):
-        for n, c, k, dtype in CASES:
-            x = torch.empty((n, D), dtype=dtype, device="meta")
-            w = torch.empty((c, D), dtype=dtype, device="meta")
+        for n, c, k, input_dtype, weight_dtype in CASES:
+            x = torch.empty((n, D), dtype=input_dtype, device="meta")
+            w = torch.empty((c, D), dtype=weight_dtype, device="meta")
             labels = torch.empty((n, k), dtype=torch.int64, device="meta")
-            for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
-                with mock.patch.object(kernel_triton, "_float32_precision", lambda p=precision: p):
+            for precision in ("ieee", "tf32") if weight_dtype == torch.float32 else ("ieee",):
+                with mock.patch.object(kernel_triton, "_float32_precision", return_value=precision):
                     kernel_triton.forward(x, w, labels, 64.0, False)
             for scale in (64.0, 128.0):
                 lse, _, cosine, mean = kernel_triton.forward(x, w, labels, scale, True)

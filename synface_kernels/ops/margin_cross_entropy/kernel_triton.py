@@ -106,8 +106,8 @@ def _target_cosines_kernel(
 @triton.jit
 def _fused_kernel(
     input, weight, labels, input_r, weight_r, maximum, total, N, C, classes_per_split,
-    input_stride, weight_stride, scale, D: tl.constexpr, K: tl.constexpr, PRODUCT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    input_stride, weight_stride, scale, D: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Maximum and Σ exp(scale·(cos − maximum)) of a block of rows over one split of the classes."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -118,8 +118,10 @@ def _fused_kernel(
     row_maximum = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     row_total = tl.zeros((BLOCK_N,), tl.float32)
 
-    first = split * classes_per_split
-    for start in range(first, min(first + classes_per_split, C), BLOCK_C):
+    # A while loop: with numpy 2.4, Triton 3.6's interpreter takes no tensor for a bound of range().
+    start = split * classes_per_split
+    end = min(start + classes_per_split, C)
+    while start < end:
         classes = start + tl.arange(0, BLOCK_C)
         in_classes = classes < C
         product = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
@@ -135,7 +137,7 @@ def _fused_kernel(
                 mask=in_classes[None, :] & in_d[:, None],
                 other=0.0,
             )
-            product = tl.dot(x.to(PRODUCT), w.to(PRODUCT), product, input_precision=PRECISION)
+            product = tl.dot(x, w, product, input_precision=PRECISION)
         r_j = tl.load(weight_r + classes, mask=in_classes, other=0.0)
         cosine = product * r_i[:, None] * r_j[None, :]
         cosine = _only_negatives(cosine, labels, rows, in_rows, classes, C, K)
@@ -145,6 +147,7 @@ def _fused_kernel(
         row_total *= tl.exp(scale * (row_maximum - reference))
         row_total += tl.sum(tl.exp(scale * (cosine - reference[:, None])), 1)
         row_maximum = new_maximum
+        start += BLOCK_C
 
     tl.store(maximum + split * N + rows, row_maximum, mask=in_rows)
     tl.store(total + split * N + rows, row_total, mask=in_rows)
@@ -162,11 +165,12 @@ def _tile_statistics_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < N
     row_shift = tl.load(shift + rows, mask=in_rows, other=0.0)
-    first = tl.program_id(1) * chunk
+    c = tl.program_id(1) * chunk
     slot = tl.program_id(1) * N + rows
     row_maximum = tl.load(maximum + slot, mask=in_rows, other=float("-inf"))
     row_total = tl.load(total + slot, mask=in_rows, other=0.0)
-    for c in range(first, min(first + chunk, columns), BLOCK_C):
+    end = min(c + chunk, columns)
+    while c < end:
         column = c + tl.arange(0, BLOCK_C)
         in_columns = column < columns
         cosine = _tile_cosines(logits, stride, input_r, weight_r, rows, in_rows, column, in_columns)
@@ -178,6 +182,7 @@ def _tile_statistics_kernel(
             r_j = tl.load(weight_r + column, mask=in_columns, other=0.0)
             out = probabilities + rows[:, None] * stride + column[None, :]
             tl.store(out, p * r_j[None, :], mask=in_rows[:, None] & in_columns[None, :])
+        c += BLOCK_C
     tl.store(maximum + slot, row_maximum, mask=in_rows)
     tl.store(total + slot, row_total, mask=in_rows)
 
@@ -342,8 +347,11 @@ def forward(
             _target_cosines_kernel, (n,), input, weight, labels, input_r, target_cosine,
             input.stride(0), weight.stride(0), D=d, K=labels.shape[1], **_one_row_config(d),
         )  # fmt: skip
-        statistics = _forward_tiled if needs_input_grad else _forward_fused
-        negative_lse, negative_max, mean_center = statistics(input, weight, labels, input_r, scale)
+        if needs_input_grad or weight.dtype != _product_dtypes(input, weight)[0]:
+            statistics = _forward_tiled(input, weight, labels, input_r, scale, needs_input_grad)
+        else:
+            statistics = _forward_fused(input, weight, labels, input_r, scale)
+        negative_lse, negative_max, mean_center = statistics
         # The hardware's maximum skips a NaN, the sum does not.
         negative_max = torch.where(negative_lse.isnan(), torch.nan, negative_max)
         present = (labels >= 0).any(1)
@@ -360,13 +368,17 @@ def forward(
 def _forward_fused(
     input: Tensor, weight: Tensor, labels: Tensor, input_r: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """For a weight in the product's dtype: in the kernel, a cast before `tl.dot` must not be, for
+    then Triton 3.6 and 3.7 take TF32 on compute capability 10, whatever the precision asked for."""
     (n, d), c = input.shape, weight.shape[0]
-    product, _ = _product_dtypes(input, weight)
+    product = weight.dtype
+    input = input.to(product)
     precision = _float32_precision() if product == torch.float32 else "ieee"
     capability, multiprocessors = _properties(input.device)
     config = _fused_config(n, product, precision, capability)
     if product == torch.bfloat16 and input.device.type == "cpu":
-        product = torch.float32  # the interpreter's dot takes bfloat16 for integers
+        # The interpreter's dot takes bfloat16 for integers.
+        input, weight = input.float(), weight.float()
 
     row_blocks, class_blocks = triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(c, config["BLOCK_C"])
     splits = min(class_blocks, triton.cdiv(4 * multiprocessors, row_blocks))
@@ -379,7 +391,7 @@ def _forward_fused(
     _launch(
         _fused_kernel, (row_blocks, splits), input, weight, labels, input_r, weight_r, maximum,
         total, n, c, classes_per_split, input.stride(0), weight.stride(0), scale,
-        D=d, K=labels.shape[1], PRODUCT=_TRITON_DTYPES[product], PRECISION=precision, **config,
+        D=d, K=labels.shape[1], PRECISION=precision, **config,
     )  # fmt: skip
     negative_max = maximum.amax(0)
     reference = torch.where(negative_max == -torch.inf, 0, negative_max)
@@ -388,7 +400,12 @@ def _forward_fused(
 
 
 def _forward_tiled(
-    input: Tensor, weight: Tensor, labels: Tensor, input_r: Tensor, scale: float
+    input: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    input_r: Tensor,
+    scale: float,
+    needs_mean_center: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (n, d), c = input.shape, weight.shape[0]
     product, factor = _product_dtypes(input, weight)
@@ -405,7 +422,7 @@ def _forward_tiled(
     shift = torch.full_like(input_r, -scale if follow else middle)
     maximum = input_r.new_full((chunks, n), -torch.inf)
     total = torch.zeros_like(maximum)
-    mean_center = input_r.new_zeros((n, d))
+    mean_center = input_r.new_zeros((n, d) if needs_mean_center else 0)
     part = torch.empty_like(mean_center)
     tiles = _Tiles(input, weight, product, tile)
     probabilities = tiles.factor(factor)
@@ -421,11 +438,14 @@ def _forward_tiled(
                 raised = torch.maximum(shift, scale * maximum.amax(0))
                 decay = torch.exp(shift - raised)
                 total *= decay
-                mean_center *= decay[:, None]
+                if needs_mean_center:
+                    mean_center *= decay[:, None]
                 shift = raised
-        mean_center += _mm(probabilities[:, :columns], rows.to(factor), part)
+        if needs_mean_center:
+            mean_center += _mm(probabilities[:, :columns], rows.to(factor), part)
     total = total.sum(0)
-    mean_center /= torch.where(total == 0, 1, total)[:, None]
+    if needs_mean_center:
+        mean_center /= torch.where(total == 0, 1, total)[:, None]
     return shift + torch.log(total), maximum.amax(0), mean_center
 
 
@@ -566,20 +586,13 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> No
 
 def _check(input: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for name, tensor in (("input", input), ("weight", weight)):
-        if tensor.dtype not in _TRITON_DTYPES:
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(
                 f"{name} must be float32, bfloat16 or float16 for impl='triton', "
                 f"got {tensor.dtype}: take impl='cpu' or impl='reference'"
             )
     input, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (input, weight))
     return input, weight, labels.contiguous()
-
-
-_TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 
 
 def _product_dtypes(input: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
