@@ -21,7 +21,9 @@ def want_cuda() -> bool:
         sys.exit(f"SYNFACE_CUDA must be 0, 1 or auto, got {choice!r}")
     nvcc = CUDA_HOME is not None or shutil.which("nvcc") is not None
     if choice == "1" and not (nvcc and torch_cuda):
-        sys.exit(f"SYNFACE_CUDA=1 needs nvcc (found: {nvcc}) and a CUDA torch (found: {torch_cuda})")
+        sys.exit(
+            f"SYNFACE_CUDA=1 needs nvcc (found: {nvcc}) and a CUDA torch (found: {torch_cuda})"
+        )
     return choice != "0" and nvcc and torch_cuda is not None
 
 

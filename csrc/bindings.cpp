@@ -56,15 +56,14 @@ struct MarginInputs {
       : input(with_contiguous_rows(input)),
         weight(with_contiguous_rows(weight)),
         labels(labels.contiguous()),
-        statistics(input.options().dtype(input.scalar_type() == at::kDouble ? at::kDouble
-                                                                            : at::kFloat)),
+        statistics(
+            input.options().dtype(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)),
         scale(scale) {
-    TORCH_CHECK_VALUE(labels.dim() == 2 && labels.scalar_type() == at::kLong &&
-                          labels.size(0) == input.size(0),
-                      "labels must be int64 (N, K), got ", labels.scalar_type(), " ",
-                      labels.sizes());
-    TORCH_CHECK_VALUE(input.size(1) == weight.size(1), "input and weight differ in D: ",
-                      input.sizes(), " and ", weight.sizes());
+    TORCH_CHECK_VALUE(
+        labels.dim() == 2 && labels.scalar_type() == at::kLong && labels.size(0) == input.size(0),
+        "labels must be int64 (N, K), got ", labels.scalar_type(), " ", labels.sizes());
+    TORCH_CHECK_VALUE(input.size(1) == weight.size(1),
+                      "input and weight differ in D: ", input.sizes(), " and ", weight.sizes());
   }
   margin_cross_entropy::Problem problem() const {
     return {rows_of(input), rows_of(weight), labels.const_data_ptr<int64_t>(), labels.size(1),
@@ -103,20 +102,22 @@ std::tuple<Tensor, Tensor> margin_backward(const Tensor& input, const Tensor& we
   TORCH_CHECK_VALUE(!needs_input_grad || mean_center.sizes() == input.sizes(),
                     "mean_center must be of input's shape, got ", mean_center.sizes());
   const auto empty = [](bool wanted, const Tensor& like) {
-    return wanted ? at::empty(like.sizes(), like.options().memory_format(at::MemoryFormat::Contiguous))
-                  : at::empty({0}, like.options());
+    return wanted
+               ? at::empty(like.sizes(), like.options().memory_format(at::MemoryFormat::Contiguous))
+               : at::empty({0}, like.options());
   };
-  Tensor grad_input = empty(needs_input_grad, input), grad_weight = empty(needs_weight_grad, weight);
+  Tensor grad_input = empty(needs_input_grad, input),
+         grad_weight = empty(needs_weight_grad, weight);
   const Tensor lse = negative_lse.contiguous(), mean = mean_center.contiguous(),
                grad_lse = grad_negative_lse.contiguous(),
                grad_cosine = grad_target_cosine.contiguous();
   with_statistics_type(input, [&](auto zero) {
     using T = decltype(zero);
-    margin_cross_entropy::backward<T>(
-        in.problem(), torch_runtime<T>(), lse.const_data_ptr<T>(), mean.const_data_ptr<T>(),
-        grad_lse.const_data_ptr<T>(), grad_cosine.const_data_ptr<T>(),
-        needs_input_grad ? grad_input.data_ptr() : nullptr,
-        needs_weight_grad ? grad_weight.data_ptr() : nullptr);
+    margin_cross_entropy::backward<T>(in.problem(), torch_runtime<T>(), lse.const_data_ptr<T>(),
+                                      mean.const_data_ptr<T>(), grad_lse.const_data_ptr<T>(),
+                                      grad_cosine.const_data_ptr<T>(),
+                                      needs_input_grad ? grad_input.data_ptr() : nullptr,
+                                      needs_weight_grad ? grad_weight.data_ptr() : nullptr);
   });
   return {grad_input, grad_weight};
 }

@@ -82,8 +82,9 @@ py::tuple margin_backward(const Array<T>& input, const Array<T>& weight,
   const py::ssize_t n = input.shape(0), d = input.shape(1);
   if (negative_lse.size() != n || grad_negative_lse.size() != n || mean_center.size() != n * d ||
       grad_target_cosine.size() != labels.size()) {
-    throw py::value_error("negative_lse and grad_negative_lse must be (N,), mean_center (N, D), "
-                          "grad_target_cosine (N, K)");
+    throw py::value_error(
+        "negative_lse and grad_negative_lse must be (N,), mean_center (N, D), "
+        "grad_target_cosine (N, K)");
   }
   py::array_t<T> grad_input({n, d}), grad_weight({weight.shape(0), d});
   margin_cross_entropy::backward<T>(problem, numpy_runtime<T>(), negative_lse.data(),

@@ -15,7 +15,7 @@ using Product = std::function<void(bool transpose_a, bool transpose_b, int64_t m
 
 template <class T>
 struct Runtime {
-  int threads;  // how many of `tasks` may run at once
+  int threads;  // how many tasks run at once; each takes the next one when it is done
   std::function<void(int tasks, const std::function<void(int task)>&)> parallel;
   Product<T> product;
 };

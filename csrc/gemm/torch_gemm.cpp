@@ -1,5 +1,8 @@
 #include "gemm/torch_gemm.h"
 
+#include <algorithm>
+#include <atomic>
+
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
@@ -12,11 +15,10 @@ namespace {
 template <class T>
 at::Tensor matrix(const T* data, bool transpose, int64_t rows, int64_t cols, int64_t stride) {
   // The products read through a tensor of mutable type and write through C alone.
-  at::Tensor tensor =
-      transpose ? at::from_blob(const_cast<T*>(data), {rows, cols}, {1, stride},
-                                c10::CppTypeToScalarType<T>::value)
-                : at::from_blob(const_cast<T*>(data), {rows, cols}, {stride, 1},
-                                c10::CppTypeToScalarType<T>::value);
+  at::Tensor tensor = transpose ? at::from_blob(const_cast<T*>(data), {rows, cols}, {1, stride},
+                                                c10::CppTypeToScalarType<T>::value)
+                                : at::from_blob(const_cast<T*>(data), {rows, cols}, {stride, 1},
+                                                c10::CppTypeToScalarType<T>::value);
   return tensor;
 }
 
@@ -40,8 +42,10 @@ template <class T>
 Runtime<T> torch_runtime() {
   return {at::get_num_threads(),
           [](int tasks, const std::function<void(int)>& run) {
-            at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t task = begin; task < end; ++task) run(int(task));
+            std::atomic<int> next{0};
+            const int threads = std::min(tasks, at::get_num_threads());
+            at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+              for (int task = next++; task < tasks; task = next++) run(task);
             });
           },
           product<T>};

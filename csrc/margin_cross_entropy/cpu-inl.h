@@ -126,8 +126,8 @@ void store(const T* from, void* to, Dtype dtype, int64_t n) {
 }
 
 template <class T>
-constexpr Loops<T> loops{dot<T>,           multiply<T>, axpy_scale<T>, maximum<T>, exponentials<T>,
-                         probabilities<T>, load<T>,     store<T>};
+constexpr Loops<T> loops{dot<T>,          multiply<T>,      axpy_scale<T>, maximum<T>,
+                         exponentials<T>, probabilities<T>, load<T>,       store<T>};
 
 }  // namespace SYNFACE_ISA_NAMESPACE
 }  // namespace

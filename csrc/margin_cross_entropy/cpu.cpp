@@ -43,6 +43,7 @@ constexpr int64_t kTile = 512;
 constexpr int64_t kBlock = 512;
 // What all threads' partial mean centres may take together.
 constexpr int64_t kPartialBytes = int64_t(32) << 20;
+constexpr int64_t kTasksPerThread = 4;
 constexpr double kNormMin = 1e-12;  // as in reference.py
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -137,8 +138,7 @@ class Centers {
       T* copy = copy_.get() + (j - begin) * weight_.cols;
       if (copies_) loops_.load(row_at(weight_, j), weight_.dtype, copy, weight_.cols);
     }
-    data_ = copies_ ? copy_.get()
-                    : static_cast<const T*>(row_at(weight_, begin));
+    data_ = copies_ ? copy_.get() : static_cast<const T*>(row_at(weight_, begin));
     for (int64_t j = 0; j < end - begin; ++j) {
       inverse_[j] = inverse_norm(loops_, row(j), weight_.cols);
     }
@@ -266,15 +266,16 @@ void forward(const Problem& p, const Runtime<T>& runtime, T* negative_lse, T* ne
   const Embeddings<T> x(p, loops);
   if (x.count() == 0) return;
 
-  // A grid of row groups × class groups, one task each. Class groups read the centres once, so
-  // there are as many of them as the memory for their partial results allows.
+  // A grid of row groups × class groups. Several tasks a thread, so that a core shared with other
+  // programs (data-loader workers) holds nobody up. Each class group needs partial results for its
+  // rows; each row group reads all centres: so there are as many class groups as memory allows.
   const int64_t partial_bytes = x.count() * dim * int64_t(sizeof(T));
-  const int64_t most_groups = mean_center ? std::max<int64_t>(1, kPartialBytes / partial_bytes)
-                                          : std::numeric_limits<int64_t>::max();
-  const int64_t class_groups = std::min({int64_t(runtime.threads), most_groups,
-                                         ceil_div(p.weight.rows, std::min<int64_t>(kTile, 64))});
+  const int64_t most_groups =
+      mean_center ? std::max<int64_t>(1, kPartialBytes / partial_bytes) : p.weight.rows;
+  const int64_t class_groups = std::min(
+      {kTasksPerThread * runtime.threads, most_groups, ceil_div(p.weight.rows, kTile / 8)});
   const int64_t row_groups =
-      std::clamp<int64_t>(runtime.threads / class_groups, 1, ceil_div(x.count(), 16));
+      std::clamp<int64_t>(runtime.threads / class_groups, 1, ceil_div(x.count(), kBlock / 8));
   std::vector<std::unique_ptr<Partial<T>>> partials(size_t(class_groups * row_groups));
   runtime.parallel(int(partials.size()), [&](int task) {
     const Range rows = part_of(x.count(), row_groups, task / class_groups);
@@ -321,6 +322,20 @@ void forward(const Problem& p, const Runtime<T>& runtime, T* negative_lse, T* ne
 
 namespace {
 
+// to += coefficient·(the part of `a` orthogonal to `b`), in double: near cos θ = ±1 a margin's
+// slope is large and that part small.
+template <class T>
+void add_tangent(T* to, double coefficient, const T* a, const T* b, int64_t n) {
+  double ab = 0, bb = 0;
+  for (int64_t d = 0; d < n; ++d) {
+    ab += double(a[d]) * double(b[d]);
+    bb += double(b[d]) * double(b[d]);
+  }
+  if (bb == 0) return;
+  const double along = ab / bb;
+  for (int64_t d = 0; d < n; ++d) to[d] += T(coefficient * (double(a[d]) - along * double(b[d])));
+}
+
 template <class T>
 void input_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T>& x, int64_t i,
                     const T* mean_center, const T* grad_negative_lse, const T* grad_target_cosine,
@@ -328,14 +343,14 @@ void input_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T>
   const int64_t dim = x.dim, k = p.labels_per_row, out = x.source[i];
   const T spread = T(p.scale) * grad_negative_lse[out];
   for (int64_t d = 0; d < dim; ++d) gradient[d] = spread * mean_center[out * dim + d];
+  loops.axpy_scale(gradient, -loops.dot(gradient, x.row(i), dim), x.row(i), x.inverse[i], dim);
   for (int64_t l = 0; l < k; ++l) {
     const int64_t label = p.labels[out * k + l];
     if (label < 0) continue;
     loops.load(row_at(p.weight, label), p.weight.dtype, center, dim);
-    const T inverse = inverse_norm(loops, center, dim);
-    loops.axpy_scale(gradient, grad_target_cosine[out * k + l] * inverse, center, T(1), dim);
+    const double inverse = double(x.inverse[i]) * inverse_norm(loops, center, dim);
+    add_tangent(gradient, inverse * grad_target_cosine[out * k + l], center, x.row(i), dim);
   }
-  loops.axpy_scale(gradient, -loops.dot(gradient, x.row(i), dim), x.row(i), x.inverse[i], dim);
   loops.store(gradient, static_cast<char*>(grad_input) + size_t(out * dim) * bytes(p.input.dtype),
               p.input.dtype, dim);
 }
@@ -368,8 +383,7 @@ void weight_gradient(const Problem& p, const Runtime<T>& runtime, const Loops<T>
         } else {
           loops.probabilities(row, centers.inverse(), scale, negative_lse[from], spread, n);
         }
-        for_labels_in(p.labels + from * k, k, c0, c1,
-                      [&](int64_t j, int64_t l) { row[j] = grad_target_cosine[from * k + l]; });
+        for_labels_in(p.labels + from * k, k, c0, c1, [&](int64_t j, int64_t) { row[j] = 0; });
       }
       runtime.product(true, false, n, dim, r1 - r0, cosines.get(), n, x.row(r0), dim, gradient, dim,
                       r0 > 0);
@@ -379,8 +393,16 @@ void weight_gradient(const Problem& p, const Runtime<T>& runtime, const Loops<T>
       const T inverse = centers.inverse()[j];
       const T along = loops.dot(g, centers.row(j), dim) * inverse * inverse;
       loops.axpy_scale(g, -along, centers.row(j), inverse, dim);
-      if (!direct) loops.store(g, out + size_t(j * dim) * bytes(p.weight.dtype), p.weight.dtype, dim);
     }
+    for (int64_t i = 0; i < x.count(); ++i) {
+      const int64_t from = x.source[i];
+      for_labels_in(p.labels + from * k, k, c0, c1, [&](int64_t j, int64_t l) {
+        add_tangent(gradient + j * dim,
+                    double(centers.inverse()[j]) * grad_target_cosine[from * k + l], x.row(i),
+                    centers.row(j), dim);
+      });
+    }
+    if (!direct) loops.store(gradient, out, p.weight.dtype, n * dim);
   }
 }
 
@@ -394,8 +416,8 @@ void backward(const Problem& p, const Runtime<T>& runtime, const T* negative_lse
   const int64_t dim = p.input.cols;
   const Embeddings<T> x(p, loops);
   if (grad_input) {
-    std::fill_n(static_cast<char*>(grad_input),
-                size_t(p.input.rows * dim) * bytes(p.input.dtype), char(0));
+    std::fill_n(static_cast<char*>(grad_input), size_t(p.input.rows * dim) * bytes(p.input.dtype),
+                char(0));
     const int64_t tasks = std::min<int64_t>(runtime.threads, x.count());
     runtime.parallel(int(tasks), [&](int task) {
       Buffer<T> gradient(dim), center(dim);
@@ -412,7 +434,8 @@ void backward(const Problem& p, const Runtime<T>& runtime, const T* negative_lse
                   size_t(p.weight.rows * dim) * bytes(p.weight.dtype), char(0));
       return;
     }
-    const int64_t tasks = std::min<int64_t>(runtime.threads, ceil_div(p.weight.rows, 64));
+    const int64_t tasks =
+        std::min(kTasksPerThread * runtime.threads, ceil_div(p.weight.rows, kTile / 8));
     runtime.parallel(int(tasks), [&](int task) {
       weight_gradient(p, runtime, loops, x, part_of(p.weight.rows, tasks, task), negative_lse,
                       grad_negative_lse, grad_target_cosine, grad_weight);
@@ -420,9 +443,9 @@ void backward(const Problem& p, const Runtime<T>& runtime, const T* negative_lse
   }
 }
 
-#define SYNFACE_INSTANTIATE(T)                                                                  \
-  template void forward<T>(const Problem&, const Runtime<T>&, T*, T*, T*, T*);                  \
-  template void backward<T>(const Problem&, const Runtime<T>&, const T*, const T*, const T*,    \
+#define SYNFACE_INSTANTIATE(T)                                                               \
+  template void forward<T>(const Problem&, const Runtime<T>&, T*, T*, T*, T*);               \
+  template void backward<T>(const Problem&, const Runtime<T>&, const T*, const T*, const T*, \
                             const T*, void*, void*);
 SYNFACE_INSTANTIATE(float)
 SYNFACE_INSTANTIATE(double)

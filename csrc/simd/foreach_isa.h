@@ -34,7 +34,7 @@
 
 #define SYNFACE_ISA_NAMESPACE isa_avx512
 #if defined(__clang__)
-#pragma clang attribute push( \
+#pragma clang attribute push(                                                    \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
     apply_to = function)
 #else
@@ -56,7 +56,7 @@
 
 // The ISA's version of a function, at run time: SYNFACE_PICK(kernels<float>)
 #if SYNFACE_X86
-#define SYNFACE_PICK(what)                             \
+#define SYNFACE_PICK(what)                                       \
   (::synface::isa() == ::synface::Isa::avx512 ? isa_avx512::what \
    : ::synface::isa() == ::synface::Isa::avx2 ? isa_avx2::what   \
                                               : isa_base::what)

@@ -20,8 +20,7 @@ inline float from_f16(uint16_t x) {
   // The exponents' biases differ by 112; the product is exact for subnormals too.
   const float finite = std::bit_cast<float>(magnitude) * 0x1p112f;
   const uint32_t special = magnitude | 0x7f800000;
-  const uint32_t bits =
-      (x & 0x7c00) == 0x7c00 ? special : std::bit_cast<uint32_t>(finite);
+  const uint32_t bits = (x & 0x7c00) == 0x7c00 ? special : std::bit_cast<uint32_t>(finite);
   return std::bit_cast<float>(bits | uint32_t(x & 0x8000) << 16);
 }
 

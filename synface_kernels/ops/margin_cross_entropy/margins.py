@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 # The slope of the margin divides by sin θ, which vanishes at cos θ = ±1: it is taken no smaller than
-# this. Below it a float32 cosine no longer tells the angle apart from zero (eps^(1/2) = 3e-4).
-SIN_MIN = 1e-4
+# this, a little above where a float32 cosine stops telling the angle apart from 0 (√ε = 3e-4).
+SIN_MIN = 1e-3
 
 Margin: TypeAlias = "float | Tensor"
 
@@ -31,7 +31,7 @@ class CombinedMargin:
             goes on as cos θ − max(m2·sin m2, 1 + cos((π − m2)/m1)) − m3, which falls monotonically
             and is cos θ − m2·sin(π − m2) for ArcFace (its authors' first code, and SynFace's);
             ``"none"`` leaves the cosine as it is (insightface since 2022).
-        target_grad: ``"exact"`` takes dψ/dcos θ = m1·sin(m1·θ + m2)/sin θ with sin θ ≥ 1e-4;
+        target_grad: ``"exact"`` takes dψ/dcos θ = m1·sin(m1·θ + m2)/sin θ with sin θ ≥ 1e-3;
             ``"straight_through"`` takes 1, as insightface does since 2022.
 
     Raises:

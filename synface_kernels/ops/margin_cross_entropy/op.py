@@ -20,9 +20,7 @@ from .margins import ArcFace, CombinedMargin
 
 OP = "margin_cross_entropy"
 _ARCFACE = ArcFace()
-register(
-    OP, {"triton": needs_triton, "cpu": needs_cpu_extension, "reference": always}
-)
+register(OP, {"triton": needs_triton, "cpu": needs_cpu_extension, "reference": always})
 
 library.define(
     f"{OP}_targets(Tensor target, Tensor? target_weight, SymInt num_classes, int ignore_index, "
@@ -257,7 +255,9 @@ def _check(
     if target.dim() == 2 and target.shape[1] < 1:
         raise ValueError(f"target (N, K) must have K ≥ 1, got {_describe(target)}")
     if target.dim() == 2 and target_weight is None:
-        raise ValueError(f"target_weight (N, K) is required with (N, K) targets: {_describe(target)}")
+        raise ValueError(
+            f"target_weight (N, K) is required with (N, K) targets: {_describe(target)}"
+        )
     if target_weight is not None:
         if not isinstance(target_weight, Tensor):
             raise TypeError(f"target_weight must be a tensor, got {_describe(target_weight)}")
