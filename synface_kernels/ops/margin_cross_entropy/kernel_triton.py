@@ -328,7 +328,7 @@ def forward(
 
     Memory above inputs and outputs, in bytes:
         without the mean centre 4·C + 8·N·(splits + 1), splits ≤ ⌈4·SMs/⌈N/128⌉⌉; with it
-        max(64 MiB, 128 classes) of tile at (4·N + 2·N [16-bit] + 2·D [float16] + 4·D [mixed
+        max(64 MiB, 128 classes) of tile at (4·N + 2·N [bfloat16] + 4·D [float16 or mixed
         dtypes] + 4) per class, and O(N·D). An input or weight whose rows are not contiguous is
         copied.
 
@@ -598,10 +598,10 @@ def _check(input: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
 def _product_dtypes(input: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """Of the logits' product, and of the second one, by probabilities or gradients.
 
-    These span more than float16's range, so float16 gives way to bfloat16 there.
+    Those leave float16's range, so that float16 gives way to float32 there.
     """
     product = input.dtype if input.dtype == weight.dtype else torch.float32
-    return product, torch.float32 if product == torch.float32 else torch.bfloat16
+    return product, torch.float32 if product == torch.float16 else product
 
 
 def _bytes_per_class(input: Tensor, weight: Tensor) -> int:
