@@ -65,8 +65,8 @@ py::tuple margin_forward(const Array<T>& input, const Array<T>& weight,
                          const Array<int64_t>& labels, double scale, bool needs_input_grad) {
   const auto problem = margin_problem(input, weight, labels, scale);
   const py::ssize_t n = input.shape(0);
-  py::array_t<T> lse(n), most(n), cosine({n, labels.shape(1)}),
-      mean({needs_input_grad ? n : 0, input.shape(1)});
+  py::array_t<T> lse(n), most(n), mean({needs_input_grad ? n : 0, input.shape(1)});
+  py::array_t<double> cosine({n, labels.shape(1)});
   margin_cross_entropy::forward<T>(problem, numpy_runtime<T>(), lse.mutable_data(),
                                    most.mutable_data(), cosine.mutable_data(),
                                    needs_input_grad ? mean.mutable_data() : nullptr);
@@ -77,7 +77,7 @@ template <class T>
 py::tuple margin_backward(const Array<T>& input, const Array<T>& weight,
                           const Array<int64_t>& labels, const Array<T>& negative_lse,
                           const Array<T>& mean_center, const Array<T>& grad_negative_lse,
-                          const Array<T>& grad_target_cosine, double scale) {
+                          const Array<double>& grad_target_cosine, double scale) {
   const auto problem = margin_problem(input, weight, labels, scale);
   const py::ssize_t n = input.shape(0), d = input.shape(1);
   if (negative_lse.size() != n || grad_negative_lse.size() != n || mean_center.size() != n * d ||

@@ -69,7 +69,7 @@ def always(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
 
 
 def choose(op: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> Choice:
-    rejected = {}
+    rejected: dict[str, str] = {}
     for name, requirement in _REGISTRY[op].items():
         problem = requirement(device, dtypes)
         if problem is None:

@@ -39,6 +39,14 @@ T dot(const T* a, const T* b, int64_t n) {
   return sum;
 }
 
+template <class T>
+double dot_double(const T* a, const T* b, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += double(a[i]) * double(b[i]);
+  return sum;
+}
+
 // values *= factors, elementwise
 template <class T>
 void multiply(T* values, const T* factors, int64_t n) {
@@ -51,6 +59,14 @@ template <class T>
 void axpy_scale(T* y, T a, const T* x, T scale, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) y[i] = scale * madd(a, x[i], y[i]);
+}
+
+// y += g·(a − along·b), in double: near cos θ = ±1 a margin's slope g is large and a − along·b
+// small.
+template <class T>
+void add_tangent(T* y, double g, const T* a, double along, const T* b, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) y[i] += T(g * (double(a[i]) - along * double(b[i])));
 }
 
 template <class T>
@@ -126,8 +142,9 @@ void store(const T* from, void* to, Dtype dtype, int64_t n) {
 }
 
 template <class T>
-constexpr Loops<T> loops{dot<T>,          multiply<T>,      axpy_scale<T>, maximum<T>,
-                         exponentials<T>, probabilities<T>, load<T>,       store<T>};
+constexpr Loops<T> loops{dot<T>,         dot_double<T>, multiply<T>,     axpy_scale<T>,
+                         add_tangent<T>, maximum<T>,    exponentials<T>, probabilities<T>,
+                         load<T>,        store<T>};
 
 }  // namespace SYNFACE_ISA_NAMESPACE
 }  // namespace

@@ -19,8 +19,10 @@ namespace {
 template <class T>
 struct Loops {
   T (*dot)(const T* a, const T* b, int64_t n);
+  double (*dot_double)(const T* a, const T* b, int64_t n);
   void (*multiply)(T* values, const T* factors, int64_t n);
   void (*axpy_scale)(T* y, T a, const T* x, T scale, int64_t n);
+  void (*add_tangent)(T* y, double g, const T* a, double along, const T* b, int64_t n);
   T (*maximum)(const T* values, int64_t n);
   T (*exponentials)(T* values, const T* factors, T scale, T shift, int64_t n);
   void (*probabilities)(T* values, const T* factors, T scale, T lse, T coefficient, int64_t n);
@@ -237,31 +239,49 @@ void scan_classes(const Problem& p, const Runtime<T>& runtime, const Loops<T>& l
   }
 }
 
-// The labels' cosines, each a dot product of its own in double.
+// A row's own labels, one at a time, in double: its own embedding and centre, as they came.
+// visit(l, center, ⟨x, w⟩, ‖x‖², ‖w‖²); zero vectors are passed over.
 template <class T>
-void target_cosines(const Problem& p, const Loops<T>& loops, const Embeddings<T>& x, int64_t i,
-                    T* center, T* cosines) {
-  for (int64_t l = 0; l < p.labels_per_row; ++l) {
-    const int64_t label = p.labels[x.source[i] * p.labels_per_row + l];
-    if (label < 0) continue;
-    loops.load(row_at(p.weight, label), p.weight.dtype, center, x.dim);
-    const T inverse = inverse_norm(loops, center, x.dim);
-    double sum = 0;
-    for (int64_t d = 0; d < x.dim; ++d) sum += double(x.row(i)[d]) * double(center[d]);
-    cosines[l] = T(sum * inverse);
+class Targets {
+ public:
+  Targets(const Problem& p, const Loops<T>& loops)
+      : p_(p), loops_(loops), embedding_(p.input.cols), center_(p.input.cols) {}
+
+  const T* embedding() const { return embedding_.get(); }
+  const T* center() const { return center_.get(); }
+
+  template <class F>
+  void visit(int64_t source, int64_t begin, int64_t end, F&& visit) {
+    const int64_t dim = p_.input.cols, k = p_.labels_per_row;
+    bool loaded = false;
+    for_labels_in(p_.labels + source * k, k, begin, end, [&](int64_t j, int64_t l) {
+      if (!loaded) loops_.load(row_at(p_.input, source), p_.input.dtype, embedding_.get(), dim);
+      loaded = true;
+      loops_.load(row_at(p_.weight, begin + j), p_.weight.dtype, center_.get(), dim);
+      const double xw = loops_.dot_double(embedding(), center(), dim);
+      const double xx = loops_.dot_double(embedding(), embedding(), dim);
+      const double ww = loops_.dot_double(center(), center(), dim);
+      if (std::sqrt(xx) <= kNormMin || std::sqrt(ww) <= kNormMin) return;
+      visit(j, l, xw, std::sqrt(xx), std::sqrt(ww));
+    });
   }
-}
+
+ private:
+  const Problem& p_;
+  const Loops<T>& loops_;
+  Buffer<T> embedding_, center_;
+};
 
 }  // namespace
 
 template <class T>
 void forward(const Problem& p, const Runtime<T>& runtime, T* negative_lse, T* negative_max,
-             T* target_cosine, T* mean_center) {
+             double* target_cosine, T* mean_center) {
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
   const int64_t k = p.labels_per_row, dim = p.input.cols;
   std::fill_n(negative_lse, p.input.rows, T(0));
   std::fill_n(negative_max, p.input.rows, T(0));
-  std::fill_n(target_cosine, p.input.rows * k, T(0));
+  std::fill_n(target_cosine, p.input.rows * k, 0.0);
   if (mean_center) std::fill_n(mean_center, p.input.rows * dim, T(0));
   const Embeddings<T> x(p, loops);
   if (x.count() == 0) return;
@@ -288,7 +308,7 @@ void forward(const Problem& p, const Runtime<T>& runtime, T* negative_lse, T* ne
   // Merge in the order of the classes, so that the answer depends on the number of threads alone.
   const int64_t tasks = std::min<int64_t>(runtime.threads, x.count());
   runtime.parallel(int(tasks), [&](int task) {
-    Buffer<T> center(dim);
+    Targets<T> targets(p, loops);
     const Range mine = part_of(x.count(), tasks, task);
     for (int64_t group = 0; group < row_groups; ++group) {
       const Range rows = part_of(x.count(), row_groups, group);
@@ -307,7 +327,11 @@ void forward(const Problem& p, const Runtime<T>& runtime, T* negative_lse, T* ne
         }
         negative_max[out] = most;
         negative_lse[out] = sum == 0 ? most : T(p.scale * most + std::log(sum));
-        target_cosines(p, loops, x, i, center.get(), target_cosine + out * k);
+        targets.visit(out, 0, p.weight.rows,
+                      [&](int64_t, int64_t l, double xw, double x, double w) {
+                        target_cosine[out * k + l] =
+                            xw / (x * w);  // exactly ±1 for parallel vectors where D = 1
+                      });
         if (!mean_center || sum == 0) continue;
         T* mean = mean_center + out * dim;
         for (int64_t g = 0; g < class_groups; ++g) {
@@ -322,35 +346,19 @@ void forward(const Problem& p, const Runtime<T>& runtime, T* negative_lse, T* ne
 
 namespace {
 
-// to += coefficient·(the part of `a` orthogonal to `b`), in double: near cos θ = ±1 a margin's
-// slope is large and that part small.
-template <class T>
-void add_tangent(T* to, double coefficient, const T* a, const T* b, int64_t n) {
-  double ab = 0, bb = 0;
-  for (int64_t d = 0; d < n; ++d) {
-    ab += double(a[d]) * double(b[d]);
-    bb += double(b[d]) * double(b[d]);
-  }
-  if (bb == 0) return;
-  const double along = ab / bb;
-  for (int64_t d = 0; d < n; ++d) to[d] += T(coefficient * (double(a[d]) - along * double(b[d])));
-}
-
 template <class T>
 void input_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T>& x, int64_t i,
-                    const T* mean_center, const T* grad_negative_lse, const T* grad_target_cosine,
-                    T* gradient, T* center, void* grad_input) {
-  const int64_t dim = x.dim, k = p.labels_per_row, out = x.source[i];
+                    const T* mean_center, const T* grad_negative_lse,
+                    const double* grad_target_cosine, T* gradient, Targets<T>& targets,
+                    void* grad_input) {
+  const int64_t dim = x.dim, out = x.source[i];
   const T spread = T(p.scale) * grad_negative_lse[out];
   for (int64_t d = 0; d < dim; ++d) gradient[d] = spread * mean_center[out * dim + d];
   loops.axpy_scale(gradient, -loops.dot(gradient, x.row(i), dim), x.row(i), x.inverse[i], dim);
-  for (int64_t l = 0; l < k; ++l) {
-    const int64_t label = p.labels[out * k + l];
-    if (label < 0) continue;
-    loops.load(row_at(p.weight, label), p.weight.dtype, center, dim);
-    const double inverse = double(x.inverse[i]) * inverse_norm(loops, center, dim);
-    add_tangent(gradient, inverse * grad_target_cosine[out * k + l], center, x.row(i), dim);
-  }
+  targets.visit(out, 0, p.weight.rows, [&](int64_t, int64_t l, double xw, double x, double w) {
+    const double g = grad_target_cosine[out * p.labels_per_row + l] / (x * w);
+    loops.add_tangent(gradient, g, targets.center(), xw / (x * x), targets.embedding(), dim);
+  });
   loops.store(gradient, static_cast<char*>(grad_input) + size_t(out * dim) * bytes(p.input.dtype),
               p.input.dtype, dim);
 }
@@ -358,13 +366,15 @@ void input_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T>
 template <class T>
 void weight_gradient(const Problem& p, const Runtime<T>& runtime, const Loops<T>& loops,
                      const Embeddings<T>& x, Range classes, const T* negative_lse,
-                     const T* grad_negative_lse, const T* grad_target_cosine, void* grad_weight) {
+                     const T* grad_negative_lse, const double* grad_target_cosine,
+                     void* grad_weight) {
   const int64_t dim = x.dim, k = p.labels_per_row;
   const T scale = T(p.scale);
   const int64_t width = std::min(kTile, classes.end - classes.begin);
   const bool direct = p.weight.dtype == dtype_of<T>;
   Buffer<T> cosines(std::min(kBlock, x.count()) * width), scratch(direct ? 0 : width * dim);
   Centers<T> centers(p, loops);
+  Targets<T> targets(p, loops);
   for (int64_t c0 = classes.begin; c0 < classes.end; c0 += kTile) {
     const int64_t c1 = std::min(c0 + kTile, classes.end), n = c1 - c0;
     char* out = static_cast<char*>(grad_weight) + size_t(c0 * dim) * bytes(p.weight.dtype);
@@ -394,12 +404,11 @@ void weight_gradient(const Problem& p, const Runtime<T>& runtime, const Loops<T>
       const T along = loops.dot(g, centers.row(j), dim) * inverse * inverse;
       loops.axpy_scale(g, -along, centers.row(j), inverse, dim);
     }
-    for (int64_t i = 0; i < x.count(); ++i) {
-      const int64_t from = x.source[i];
-      for_labels_in(p.labels + from * k, k, c0, c1, [&](int64_t j, int64_t l) {
-        add_tangent(gradient + j * dim,
-                    double(centers.inverse()[j]) * grad_target_cosine[from * k + l], x.row(i),
-                    centers.row(j), dim);
+    for (const int64_t from : x.source) {
+      targets.visit(from, c0, c1, [&](int64_t j, int64_t l, double xw, double x, double w) {
+        const double g = grad_target_cosine[from * k + l] / (x * w);
+        loops.add_tangent(gradient + j * dim, g, targets.embedding(), xw / (w * w),
+                          targets.center(), dim);
       });
     }
     if (!direct) loops.store(gradient, out, p.weight.dtype, n * dim);
@@ -410,7 +419,7 @@ void weight_gradient(const Problem& p, const Runtime<T>& runtime, const Loops<T>
 
 template <class T>
 void backward(const Problem& p, const Runtime<T>& runtime, const T* negative_lse,
-              const T* mean_center, const T* grad_negative_lse, const T* grad_target_cosine,
+              const T* mean_center, const T* grad_negative_lse, const double* grad_target_cosine,
               void* grad_input, void* grad_weight) {
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
   const int64_t dim = p.input.cols;
@@ -420,11 +429,12 @@ void backward(const Problem& p, const Runtime<T>& runtime, const T* negative_lse
                 char(0));
     const int64_t tasks = std::min<int64_t>(runtime.threads, x.count());
     runtime.parallel(int(tasks), [&](int task) {
-      Buffer<T> gradient(dim), center(dim);
+      Buffer<T> gradient(dim);
+      Targets<T> targets(p, loops);
       const Range rows = part_of(x.count(), tasks, task);
       for (int64_t i = rows.begin; i < rows.end; ++i) {
         input_gradient(p, loops, x, i, mean_center, grad_negative_lse, grad_target_cosine,
-                       gradient.get(), center.get(), grad_input);
+                       gradient.get(), targets, grad_input);
       }
     });
   }
@@ -444,9 +454,9 @@ void backward(const Problem& p, const Runtime<T>& runtime, const T* negative_lse
 }
 
 #define SYNFACE_INSTANTIATE(T)                                                               \
-  template void forward<T>(const Problem&, const Runtime<T>&, T*, T*, T*, T*);               \
+  template void forward<T>(const Problem&, const Runtime<T>&, T*, T*, double*, T*);          \
   template void backward<T>(const Problem&, const Runtime<T>&, const T*, const T*, const T*, \
-                            const T*, void*, void*);
+                            const double*, void*, void*);
 SYNFACE_INSTANTIATE(float)
 SYNFACE_INSTANTIATE(double)
 

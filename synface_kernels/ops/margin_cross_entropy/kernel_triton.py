@@ -88,17 +88,18 @@ def _target_cosines_kernel(
     input, weight, labels, input_r, target_cosine, input_stride, weight_stride,
     D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row per program: its inverse norm, and its cosines with its own labels."""
+    """One row per program: its inverse norm, and its cosines with its own labels, in float64, for
+    near cos θ = ±1 a margin's slope is large."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    x = tl.load(input + row * input_stride + d, mask=d < D, other=0.0).to(tl.float32)
+    x = tl.load(input + row * input_stride + d, mask=d < D, other=0.0).to(tl.float64)
     r_i = _inverse_norm(tl.sum(x * x, 0))
     tl.store(input_r + row, r_i)
     for k in tl.static_range(K):
         label = tl.load(labels + row * K + k)
         present = label >= 0
         w = tl.load(weight + label * weight_stride + d, mask=present & (d < D), other=0.0)
-        w = w.to(tl.float32)
+        w = w.to(tl.float64)
         cosine = tl.sum(x * w, 0) * r_i * _inverse_norm(tl.sum(w * w, 0))
         tl.store(target_cosine + row * K + k, tl.where(present, cosine, 0.0))
 
@@ -203,11 +204,6 @@ def _tile_gradient_kernel(
 
     lse = tl.load(negative_lse + rows, mask=in_rows, other=0.0)
     g = tl.load(grad_negative_lse + rows, mask=in_rows, other=0.0) * scale
-    present = tl.zeros((BLOCK_N,), tl.int1)
-    for k in tl.static_range(K):
-        present |= tl.load(labels + rows * K + k, mask=in_rows, other=-1) >= 0
-    # A row without labels, or without negatives, has no such term.
-    lse = tl.where(present & (lse != float("-inf")), lse, float("inf"))
     gradient_ij = tl.exp(scale * cosine - lse[:, None]) * g[:, None]
     for k in tl.static_range(K):
         target = tl.load(grad_target_cosine + rows * K + k, mask=in_rows, other=0.0)
@@ -241,11 +237,12 @@ def _grad_input_kernel(
     input, weight, labels, mean_center, grad_negative_lse, grad_target_cosine, grad_input,
     input_stride, weight_stride, scale, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row per program: r_i·(V_i − (x̂_i·V_i)·x̂_i)."""
+    """One row per program: r_i·(V_i − (x̂_i·V_i)·x̂_i), in float64, for near cos θ = ±1 a margin's
+    slope is large and what is left of its target small."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
-    v = tl.load(mean_center + row * D + d, mask=in_d, other=0.0)
+    v = tl.load(mean_center + row * D + d, mask=in_d, other=0.0).to(tl.float64)
     v *= tl.load(grad_negative_lse + row) * scale
     counted = False
     for k in tl.static_range(K):
@@ -253,13 +250,14 @@ def _grad_input_kernel(
         present = label >= 0
         counted |= present
         w = tl.load(weight + label * weight_stride + d, mask=present & in_d, other=0.0)
-        w = w.to(tl.float32)
+        w = w.to(tl.float64)
         v += tl.load(grad_target_cosine + row * K + k) * _inverse_norm(tl.sum(w * w, 0)) * w
-    x = tl.load(input + row * input_stride + d, mask=in_d, other=0.0).to(tl.float32)
+    x = tl.load(input + row * input_stride + d, mask=in_d, other=0.0).to(tl.float64)
     r_i = _inverse_norm(tl.sum(x * x, 0))
     unit = x * r_i
     grad = r_i * (v - tl.sum(unit * v, 0) * unit)
-    tl.store(grad_input + row * D + d, tl.where(counted, grad, 0.0), mask=in_d)
+    grad = tl.where(counted, grad, 0.0).to(tl.float32)
+    tl.store(grad_input + row * D + d, grad, mask=in_d)
 
 
 # ---- configurations ------------------------------------------------------------------------------

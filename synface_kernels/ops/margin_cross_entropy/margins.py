@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-# The slope of the margin divides by sin θ, which vanishes at cos θ = ±1: it is taken no smaller than
-# this, a little above where a float32 cosine stops telling the angle apart from 0 (√ε = 3e-4).
+# The slope of the margin divides by sin θ, which vanishes at cos θ = ±1: it is taken no smaller
+# than this, a little above where a float32 cosine stops telling the angle from 0 (√ε = 3e-4).
 SIN_MIN = 1e-3
 
 Margin: TypeAlias = "float | Tensor"
@@ -118,12 +118,13 @@ class CombinedMargin:
 
 
 def _drop(m1: Margin, m2: Margin) -> Margin:
-    """How far under cos θ the linear continuation runs: far enough to stay monotone at the joint."""
-    if isinstance(m1, Tensor) or isinstance(m2, Tensor):
-        like = m1 if isinstance(m1, Tensor) else m2
-        m1, m2 = (torch.as_tensor(m, dtype=like.dtype, device=like.device) for m in (m1, m2))
-        return torch.maximum(m2 * m2.sin(), 1 + ((math.pi - m2) / m1).cos())
-    return max(m2 * math.sin(m2), 1 + math.cos((math.pi - m2) / m1))
+    """How far under cos θ the linear continuation runs: enough to stay monotone at the joint."""
+    angle = (math.pi - m2) / m1  # where the joint is
+    if isinstance(angle, Tensor):
+        m2 = m2 if isinstance(m2, Tensor) else torch.full_like(angle, m2)
+        return torch.maximum(m2 * m2.sin(), 1 + angle.cos())
+    assert not isinstance(m2, Tensor)
+    return max(m2 * math.sin(m2), 1 + math.cos(angle))
 
 
 class ArcFace(CombinedMargin):

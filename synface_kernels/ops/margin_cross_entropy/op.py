@@ -1,9 +1,9 @@
 """The margin softmax: checks, target mathematics, and the core op that never holds N×C.
 
-The core knows plain cosines and the classes that are not targets; everything about targets (margins,
-mixed labels, reductions) is torch code on (N, K) tensors, under ordinary autograd. So each
-implementation of the core serves every margin, and the target terms are added at the end: nothing
-is subtracted from a log-sum-exp that they dominate.
+The core knows plain cosines and the classes that are not targets; everything about targets
+(margins, mixed labels, reductions) is torch code on (N, K) tensors, under ordinary autograd. So
+each implementation of the core serves every margin, and the target terms are added at the end:
+nothing is subtracted from a log-sum-exp that they dominate.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .margins import ArcFace, CombinedMargin
 
 OP = "margin_cross_entropy"
 _ARCFACE = ArcFace()
-register(OP, {"triton": needs_triton, "cpu": needs_cpu_extension, "reference": always})
+register(OP, {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always})
 
 library.define(
-    f"{OP}_targets(Tensor target, Tensor? target_weight, SymInt num_classes, int ignore_index, "
-    "ScalarType dtype) -> (Tensor labels, Tensor label_weight)"
+    f"{OP}_targets(Tensor target, Tensor? target_weight, SymInt num_classes, int ignore_index) "
+    "-> (Tensor labels, Tensor label_weight)"
 )
 _FORWARD = (
     "(Tensor input, Tensor weight, Tensor labels, float scale, bool needs_input_grad{impl})"
@@ -134,13 +134,13 @@ def margin_cross_entropy(
             raise NotImplementedError(f"{name} is not built yet: leave it at {default}")
     chosen = resolve(OP, impl, (input, weight))
 
+    dtype = _statistics_dtype(input)
     labels, label_weight = torch.ops.synface_kernels.margin_cross_entropy_targets(
-        target, target_weight, weight.shape[0], ignore_index, _statistics_dtype(input)
+        target, target_weight, weight.shape[0], ignore_index
     )
     if chosen == "reference":
-        to = _statistics_dtype(input)
         loss, lse, cosine, top1 = reference.margin_cross_entropy(
-            input.to(to), weight.to(to), labels, label_weight, margin, mix
+            input.to(dtype), weight.to(dtype), labels, label_weight.to(dtype), margin, mix
         )
     else:
         needs_input_grad = torch.is_grad_enabled() and input.requires_grad
@@ -149,7 +149,7 @@ def margin_cross_entropy(
                 input, weight, labels, margin.scale, needs_input_grad, chosen
             )
         )
-        loss, lse = _target_terms(cosine, negative_lse, labels, label_weight, margin, mix)
+        loss, lse = _target_terms(cosine, negative_lse.double(), labels, label_weight, margin, mix)
         best = torch.where(labels >= 0, cosine, -torch.inf).amax(1)
         top1 = (labels >= 0).any(1) & (best >= negative_max)
 
@@ -157,6 +157,7 @@ def margin_cross_entropy(
         result = loss.sum() / (labels >= 0).any(1).sum().clamp_min(1)
     else:
         result = loss.sum() if reduction == "sum" else loss
+    result = result.to(dtype)
     if not return_stats:
         return result
     if target.dim() == 1:
@@ -164,7 +165,7 @@ def margin_cross_entropy(
     elif target.shape[1] > 1:  # a label that stands twice was kept once
         same = target[:, :, None] == target[:, None, :]
         cosine = (same * cosine[:, None, :]).sum(2)
-    return result, MarginStats(lse, cosine, top1)
+    return result, MarginStats(lse.to(dtype), cosine.to(dtype), top1)
 
 
 def _target_terms(
@@ -175,7 +176,10 @@ def _target_terms(
     margin: CombinedMargin,
     mix: str,
 ) -> tuple[Tensor, Tensor]:
-    """Loss (N,) and log-sum-exp (N,) from the targets' cosines (N, K) and the others' sum."""
+    """Loss (N,) and log-sum-exp (N,) from the targets' cosines (N, K) and the others' sum.
+
+    In float64: these are N·K numbers, and a margin's slope is steep near cos θ = ±1.
+    """
     present = labels >= 0
     psi = margin.target_cosine(cosine)
     own = cosine + label_weight * (psi - cosine) if mix == "joint" else psi
@@ -272,10 +276,11 @@ def _check(
             )
         if target_weight.requires_grad:
             raise ValueError("target_weight gets no gradient: pass target_weight.detach()")
-    for name, tensor in (("weight", weight), ("target", target), ("target_weight", target_weight)):
-        if tensor is not None and tensor.device != input.device:
+    others = {"weight": weight, "target": target, "target_weight": target_weight}
+    for name, other in others.items():
+        if other is not None and other.device != input.device:
             raise ValueError(
-                f"{name} must be on input's device {input.device}, got {_describe(tensor)}"
+                f"{name} must be on input's device {input.device}, got {_describe(other)}"
             )
     if mix not in ("joint", "separate"):
         raise ValueError(f"mix must be 'joint' or 'separate', got {mix!r}")
@@ -283,7 +288,7 @@ def _check(
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
 
 
-# ---- the targets: checked, repeated labels merged -------------------------------------------------
+# ---- the targets: checked, repeated labels merged ----------------------------------------------
 
 
 @torch.library.impl(library, f"{OP}_targets", "CompositeExplicitAutograd")
@@ -292,9 +297,8 @@ def _targets(
     target_weight: Tensor | None,
     num_classes: int,
     ignore_index: int,
-    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Labels (N, K), −1 where absent, and their weights (N, K), 0 there.
+    """Labels (N, K), −1 where absent, and their float64 weights (N, K), 0 there.
 
     Absent are ignored labels and all but the first of equal labels in a row.
     """
@@ -307,9 +311,9 @@ def _targets(
         labels,
     )
     if target_weight is None:
-        weights = present.to(dtype)
+        weights = present.double()
     else:
-        weights = target_weight.to(dtype)
+        weights = target_weight.double()
         counted = present.any(1)
         valid = weights.isfinite() & (weights >= 0)
         _require(valid | ~counted[:, None], "target_weight must be finite and ≥ 0", weights)
@@ -339,13 +343,13 @@ def _require(condition: Tensor, message: str, values: Tensor) -> None:
 
 @torch.library.register_fake(f"synface_kernels::{OP}_targets")
 def _targets_fake(
-    target: Tensor, target_weight: Tensor | None, num_classes: int, ignore_index: int, dtype: Any
+    target: Tensor, target_weight: Tensor | None, num_classes: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     shape = (target.shape[0], 1 if target_weight is None else target.shape[1])
-    return target.new_empty(shape), target.new_empty(shape, dtype=dtype)
+    return target.new_empty(shape), target.new_empty(shape, dtype=torch.float64)
 
 
-# ---- the core: one implementation per device, fake, autograd --------------------------------------
+# ---- the core: one implementation per device, fake, autograd -----------------------------------
 
 
 def _forward(
@@ -354,7 +358,10 @@ def _forward(
     if impl == "triton":
         from . import kernel_triton
 
-        return kernel_triton.forward(input, weight, labels, scale, needs_input_grad)
+        lse, most, cosine, mean = kernel_triton.forward(
+            input, weight, labels, scale, needs_input_grad
+        )
+        return lse, most, cosine.double(), mean
     return torch.ops.synface_kernels.margin_cross_entropy_forward_cpu(
         input, weight, labels, scale, needs_input_grad
     )
@@ -373,23 +380,15 @@ def _backward(
     needs_weight_grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    arguments = (
-        input,
-        weight,
-        labels,
-        negative_lse,
-        mean_center,
-        grad_negative_lse,
-        grad_target_cosine,
-        scale,
-        needs_input_grad,
-        needs_weight_grad,
-    )
+    saved = (input, weight, labels, negative_lse, mean_center, grad_negative_lse)
+    rest = (scale, needs_input_grad, needs_weight_grad)
     if impl == "triton":
         from . import kernel_triton
 
-        return kernel_triton.backward(*arguments)
-    return torch.ops.synface_kernels.margin_cross_entropy_backward_cpu(*arguments)
+        return kernel_triton.backward(*saved, grad_target_cosine.float(), *rest)
+    return torch.ops.synface_kernels.margin_cross_entropy_backward_cpu(
+        *saved, grad_target_cosine, *rest
+    )
 
 
 for _key in ("CPU", "CUDA"):
@@ -407,7 +406,7 @@ def _forward_fake(
     return (
         new((n,), dtype=dtype),
         new((n,), dtype=dtype),
-        new(labels.shape, dtype=dtype),
+        new(labels.shape, dtype=torch.float64),
         new((n, d) if needs_input_grad else (0,), dtype=dtype),
     )
 
@@ -468,3 +467,10 @@ def _autograd(ctx: Any, grad_lse: Tensor, _: Any, grad_cosine: Tensor, __: Any) 
 torch.library.register_autograd(
     f"synface_kernels::{OP}_forward", _autograd, setup_context=_setup_context
 )
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> Any:
+    raise RuntimeError("margin_cross_entropy has no second derivative")
+
+
+torch.library.register_autograd(f"synface_kernels::{OP}_backward", _no_second_derivative)

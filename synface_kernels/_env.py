@@ -1,0 +1,80 @@
+"""What this library runs on: versions, devices, and the environment variables it reads."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import _load, _select
+
+# Every variable that the library reads, and what it does. docs/environment.md says more.
+VARIABLES = {
+    "SYNFACE_CPU_ISA": "base, avx2 or avx512: the CPU kernels' instruction set (default: the best)",
+    "SYNFACE_CUDA": "0, 1 or auto: whether a build compiles the CUDA sources (default: auto)",
+    "TRITON_INTERPRET": "1: Triton interprets its kernels on CPU tensors (slow; for tests)",
+}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def processor() -> str:
+    """The processor's model name."""
+    try:
+        with open("/proc/cpuinfo") as info:
+            for line in info:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def devices() -> list[torch.device]:
+    """The CPU, and each GPU that torch sees."""
+    found = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        found += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return found
+
+
+def report() -> str:
+    """Versions, devices, instruction sets, and which implementation each op takes, and why."""
+    lines = [
+        f"synface-kernels {_version('synface-kernels')}",
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"triton {_version('triton')}, numpy {_version('numpy')}, "
+        f"CUDA of torch: {torch.version.cuda or 'none'}",
+        f"processor: {processor()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} "
+        "threads",
+    ]
+    if _load.extension_error is None:
+        lines.append(
+            f"CPU instruction set: {_load.cpu_isa()} (offered: {', '.join(_load.cpu_isas())})"
+        )
+    else:
+        lines.append(f"CPU kernels: none, {_load.extension_error}")
+    for device in devices()[1:]:
+        lines.append(f"{device}: {torch.cuda.get_device_name(device)}")
+    if len(devices()) == 1:
+        lines.append("GPU: none that torch sees")
+    lines += ["", "implementations:"]
+    for op in _select.ops():
+        for device in devices():
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+                choice = _select.choose(op, device, [dtype])
+                lines.append(
+                    f"  {op} on {device}, {str(dtype).removeprefix('torch.')}: {choice.impl}"
+                )
+                lines += [f"    not {name}: {why}" for name, why in choice.rejected.items()]
+    lines += ["", "environment:"]
+    for name, meaning in VARIABLES.items():
+        lines.append(f"  {name}={os.environ.get(name, '')}  ({meaning})")
+    return "\n".join(lines)

@@ -1,0 +1,39 @@
+"""How this library's tests judge an implementation: against float64, by what torch itself loses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assert_as_exact_as_torch(
+    actual: Tensor, exact: Tensor, torch_result: Tensor, *, atol: float, name: str = "result"
+) -> None:
+    """Asserts |actual − exact| ≤ 2·max|torch_result − exact| + atol, elementwise.
+
+    Args:
+        actual: what the implementation gave; any floating dtype.
+        exact: the float64 reference, of the same shape.
+        torch_result: what plain torch gives in the implementation's dtype.
+        atol: a small absolute term, in the result's unit.
+        name: what to call it in the message.
+
+    Raises:
+        AssertionError: with the worst element, its error and what was allowed. Non-finite elements
+            must agree in kind and place.
+    """
+    assert actual.shape == exact.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
+    actual, torch_result = actual.detach().double().cpu(), torch_result.detach().double().cpu()
+    exact = exact.detach().double().cpu()
+    finite = exact.isfinite()
+    assert torch.equal(actual.isfinite(), finite), f"{name}: non-finite elements differ"
+    if not finite.any():
+        return
+    torch_error = (torch_result - exact)[finite].abs().max()
+    error = torch.where(finite, (actual - exact).abs(), 0)
+    allowed = 2 * torch_error + atol
+    worst = error.argmax()
+    assert error.max() <= allowed, (
+        f"{name}: error {error.max():.3g} at flat index {worst} (got {actual.flatten()[worst]:.9g}, "
+        f"exact {exact.flatten()[worst]:.9g}); allowed {allowed:.3g}, torch's own {torch_error:.3g}"
+    )

@@ -1,0 +1,689 @@
+"""Every implementation of the margin softmax against its definition in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import synface_kernels as sk
+import synface_kernels.numpy
+from synface_kernels import _load
+from synface_kernels.testing import assert_as_exact_as_torch
+
+ISAS = _load.cpu_isas()
+COMBINED = sk.CombinedMargin(64.0, 0.9, 0.4, 0.15)
+MARGINS = {
+    "arcface": sk.ArcFace(),
+    "cosface": sk.CosFace(),
+    "sphereface": sk.SphereFace(),
+    "combined": COMBINED,
+    "m2+m3": sk.CombinedMargin(32.0, 1.0, 0.3, 0.2),
+}
+
+
+def problem(n: int, c: int, d: int, k: int, dtype: torch.dtype, seed: int = 0):
+    """Input, weight, target, target_weight and the loss's gradient: float64, exact in dtype."""
+    g = torch.Generator().manual_seed(seed + n + 7 * c + 31 * d + 101 * k)
+    x = torch.randn(n, d, generator=g).to(dtype).double()
+    w = torch.randn(c, d, generator=g).to(dtype).double()
+    target = torch.randint(0, c, (n, k), generator=g)
+    weight = torch.rand(n, k, generator=g, dtype=torch.float64).softmax(1) if k > 1 else None
+    return x, w, target if k > 1 else target[:, 0], weight, torch.rand(n, generator=g).double()
+
+
+def run(x, w, target, target_weight, upstream, dtype, margin=COMBINED, **options):
+    """Loss per row and both gradients, computed in dtype."""
+    x, w = (v.to(dtype).requires_grad_() for v in (x, w))
+    if target_weight is not None:
+        target_weight = target_weight.float() if dtype != torch.float64 else target_weight
+    loss = sk.margin_cross_entropy(
+        x, w, target, margin, target_weight=target_weight, reduction="none", **options
+    )
+    return loss.detach(), *torch.autograd.grad(loss, (x, w), upstream.to(loss.dtype))
+
+
+def assert_matches_float64(case, dtype, margin=COMBINED, **options):
+    exact = run(*case, torch.float64, margin, **options, impl="reference")
+    plain = run(*case, dtype, margin, **options, impl="reference")
+    actual = run(*case, dtype, margin, **options, impl="cpu")
+    # The absolute terms: float32's ε times the size of a logit, and of a gradient before the part
+    # along the vector is taken out (which leaves nothing at all where D = 1).
+    ulp = torch.finfo(torch.float32).eps * margin.scale
+    atol = [2 * ulp] + [4 * ulp / v.norm(dim=1).min().item() for v in case[:2]]
+    for name, *results, tol in zip(
+        ("loss", "grad_input", "grad_weight"), actual, exact, plain, atol, strict=True
+    ):
+        assert_as_exact_as_torch(*results, atol=tol, name=name)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("d", [1, 8, 129, 512])
+@pytest.mark.parametrize("c", [1, 5, 1000, 4097])
+@pytest.mark.parametrize("isa", ISAS)
+def test_float32_matches_float64(isa, c, d, k, monkeypatch):
+    monkeypatch.setenv("SYNFACE_CPU_ISA", isa)
+    assert _load.cpu_isa() == isa
+    for n in (1, 7, 64):
+        assert_matches_float64(problem(n, c, d, k, torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("d", [1, 8, 129, 512])
+@pytest.mark.parametrize("c", [1, 5, 1000, 4097])
+def test_float64_matches_the_reference(c, d, k):
+    for n in (1, 7, 64):
+        case = problem(n, c, d, k, torch.float64)
+        for a, e in zip(
+            run(*case, torch.float64, impl="cpu"),
+            run(*case, torch.float64, impl="reference"),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "c", "d", "k"), [(7, 1000, 129, 1), (64, 513, 8, 3), (1, 1, 5, 1)])
+def test_16_bit_inputs(dtype, n, c, d, k):
+    assert_matches_float64(problem(n, c, d, k, dtype), dtype)
+
+
+@pytest.mark.parametrize("name", MARGINS)
+@pytest.mark.parametrize("mix", ["joint", "separate"])
+def test_margins_and_mixes(name, mix):
+    assert_matches_float64(
+        problem(33, 700, 64, 3, torch.float32), torch.float32, MARGINS[name], mix=mix
+    )
+    assert_matches_float64(
+        problem(33, 700, 64, 1, torch.float32), torch.float32, MARGINS[name], mix=mix
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    c=st.integers(1, 1200),
+    d=st.integers(2, 70),
+    k=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(n, c, d, k, seed):
+    assert_matches_float64(problem(n, c, d, k, torch.float32, seed), torch.float32)
+
+
+def test_mixed_dtypes_and_autocast():
+    x, w, target, _, _ = problem(9, 50, 16, 1, torch.bfloat16)
+    x16, w32 = x.bfloat16().requires_grad_(), w.float().requires_grad_()
+    exact = sk.margin_cross_entropy(x, w, target, impl="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = sk.margin_cross_entropy(x16, w32, target)
+        linear = torch.nn.Linear(16, 16)
+        sk.margin_cross_entropy(linear(x16), w32, target).backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+    loss.backward()
+    assert x16.grad.dtype == torch.bfloat16
+    assert w32.grad.dtype == torch.float32
+    assert linear.weight.grad.isfinite().all()
+
+
+# ---- against formulas that do not share the reference's code ------------------------------------
+
+
+def naive_logits(x, w, labels, angle_of) -> Tensor:
+    """64·cosine with the margin at each row's own label, as trainers write it."""
+    cosine = F.normalize(x) @ F.normalize(w).T
+    theta = cosine.clamp(-1, 1).acos()
+    own = F.one_hot(labels, w.shape[0]).bool()
+    return 64 * torch.where(own, angle_of(theta), cosine)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_arcface_cosface_and_sphereface_as_trainers_write_them(impl):
+    x, w, target, _, _ = problem(20, 30, 16, 1, torch.float64)
+    for margin, angle_of in (
+        (sk.ArcFace(beyond_pi="none"), lambda t: (t + 0.5).cos()),
+        (sk.CosFace(), lambda t: t.cos() - 0.35),
+        (sk.SphereFace(margin=1.2, beyond_pi="none"), lambda t: (1.2 * t).cos()),
+        (sk.CombinedMargin(64, 0.9, 0.4, 0.15, "none"), lambda t: (0.9 * t + 0.4).cos() - 0.15),
+    ):
+        expected = F.cross_entropy(naive_logits(x, w, target, angle_of), target)
+        torch.testing.assert_close(
+            sk.margin_cross_entropy(x, w, target, margin, impl=impl), expected
+        )
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("coincide", [False, True])
+def test_joint_equals_three_classifiers(impl, coincide):
+    """SynFace's published form: three margin classifiers, their logits and losses mixed."""
+    x, w, target, t, _ = problem(16, 40, 12, 3, torch.float64)
+    if coincide:
+        target[:, 1] = target[:, 0]
+        target[3] = 5
+    x, w = x.requires_grad_(), w.requires_grad_()
+    logits = sum(
+        t[:, k, None] * naive_logits(x, w, target[:, k], lambda a: (a + 0.5).cos())
+        for k in range(3)
+    )
+    losses = [F.cross_entropy(logits, target[:, k], reduction="none") for k in range(3)]
+    expected = (t * torch.stack(losses, 1)).sum(1).mean()
+    loss = sk.margin_cross_entropy(
+        x, w, target, sk.ArcFace(beyond_pi="none"), target_weight=t, impl=impl
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for a, e in zip(
+        torch.autograd.grad(loss, (x, w)), torch.autograd.grad(expected, (x, w)), strict=True
+    ):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_separate_is_the_weighted_mean_of_single_label_losses(impl):
+    x, w, target, t, _ = problem(16, 40, 12, 3, torch.float64)
+    single = [
+        sk.margin_cross_entropy(x, w, target[:, k], reduction="none", impl=impl) for k in range(3)
+    ]
+    loss = sk.margin_cross_entropy(
+        x, w, target, target_weight=t, mix="separate", reduction="none", impl=impl
+    )
+    torch.testing.assert_close(loss, (t * torch.stack(single, 1)).sum(1))
+
+
+def test_arcface_beyond_pi():
+    angles = torch.linspace(0, math.pi, 2001, dtype=torch.float64)
+    x = torch.stack([angles.cos(), angles.sin()], 1)
+    cosine = x[:, :1]
+    psi = sk.ArcFace(margin=0.5).target_cosine(cosine)
+    beyond = angles + 0.5 > math.pi
+    expected = torch.where(
+        beyond, angles.cos() - 0.5 * math.sin(math.pi - 0.5), (angles + 0.5).cos()
+    )
+    torch.testing.assert_close(psi[:, 0], expected)
+    for margin in (*MARGINS.values(), sk.SphereFace(margin=4.0), sk.CombinedMargin(64, 1.3, 0.9)):
+        psi = margin.target_cosine(cosine)
+        if not (isinstance(margin.m1, float) and margin.m1 >= 2):
+            assert (psi.diff(dim=0) <= 1e-12).all(), margin  # falls as the angle grows
+    raw = sk.ArcFace(beyond_pi="none").target_cosine(cosine)[:, 0]
+    torch.testing.assert_close(raw, (angles + 0.5).cos())
+
+
+def test_target_grad():
+    cosine = torch.linspace(-0.8, 0.99, 50, dtype=torch.float64)[:, None].requires_grad_()
+    assert torch.autograd.gradcheck(COMBINED.target_cosine, cosine)
+    through = sk.ArcFace(target_grad="straight_through").target_cosine(cosine)
+    (grad,) = torch.autograd.grad(through.sum(), cosine)
+    assert torch.equal(grad, torch.ones_like(grad))
+    torch.testing.assert_close(through, sk.ArcFace().target_cosine(cosine))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_gradcheck_with_margins_per_sample(impl):
+    x, w, target, t, _ = problem(5, 7, 4, 2, torch.float64)
+    m2 = torch.rand(5, dtype=torch.float64) * 0.5
+    m3 = torch.rand(5, dtype=torch.float64) * 0.2
+
+    def f(x, w, m2, m3):
+        margin = sk.CombinedMargin(8.0, 1.0, m2, m3)
+        loss, stats = sk.margin_cross_entropy(
+            x, w, target, margin, target_weight=t, return_stats=True, impl=impl
+        )
+        return loss + 0.1 * stats.lse.square().sum() + stats.target_cosine.sum()  # z-loss and more
+
+    inputs = [v.requires_grad_() for v in (x, w, m2, m3)]
+    assert torch.autograd.gradcheck(f, inputs)
+
+
+# ---- statistics, reductions, rows that do not count ---------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_statistics_agree(k):
+    x, w, target, t, _ = problem(50, 20, 8, k, torch.float64)
+    w[target if k == 1 else target[:, 0]] += 3 * x[:, :8]  # some hits
+    options = {"target_weight": t, "return_stats": True}
+    loss, stats = sk.margin_cross_entropy(x, w, target, **options, impl="cpu")
+    expected_loss, expected = sk.margin_cross_entropy(x, w, target, **options, impl="reference")
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(stats.lse, expected.lse)
+    torch.testing.assert_close(stats.target_cosine, expected.target_cosine)
+    assert stats.target_cosine.shape == target.shape
+    assert torch.equal(stats.top1, expected.top1)
+    assert 0 < stats.top1.sum() < 50
+    cosine = F.normalize(x) @ F.normalize(w).T
+    hit = (cosine.argmax(1)[:, None] == target.reshape(50, k)).any(1)
+    assert torch.equal(stats.top1, hit)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_ignored_rows_cost_nothing(impl, k):
+    x, w, target, t, _ = problem(12, 30, 8, k, torch.float64)
+    keep = torch.arange(12) % 3 != 0
+    masked = target.clone()
+    masked[~keep] = -7
+    x[~keep] = math.nan if impl == "cpu" else 1.0
+    x, w = x.requires_grad_(), w.requires_grad_()
+    loss = sk.margin_cross_entropy(x, w, masked, target_weight=t, ignore_index=-7, impl=impl)
+    t_kept = None if t is None else t[keep]
+    expected = sk.margin_cross_entropy(
+        x[keep], w, target[keep], target_weight=t_kept, impl="reference"
+    )
+    torch.testing.assert_close(loss, expected)
+    dx, dw = torch.autograd.grad(loss, (x, w))
+    edx, edw = torch.autograd.grad(expected, (x, w))
+    assert (dx[~keep] == 0).all()
+    torch.testing.assert_close(dx[keep], edx[keep])
+    torch.testing.assert_close(dw, edw)
+    per_row = sk.margin_cross_entropy(
+        x, w, masked, target_weight=t, ignore_index=-7, reduction="none", impl=impl
+    )
+    assert (per_row[~keep] == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_all_rows_ignored_and_no_rows(impl):
+    for target in (torch.full((4,), -100), torch.empty(0, dtype=torch.int64)):
+        x = torch.randn(len(target), 8, requires_grad=True)
+        w = torch.randn(5, 8, requires_grad=True)
+        loss, stats = sk.margin_cross_entropy(x, w, target, return_stats=True, impl=impl)
+        loss.backward()
+        assert loss == 0
+        assert not stats.top1.any()
+        assert x.grad.shape == x.shape
+        assert (x.grad == 0).all()
+        assert (w.grad == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_padding_and_repeated_labels(impl):
+    x, w, _, _, _ = problem(3, 10, 8, 2, torch.float64)
+    target = torch.tensor([[4, 4, -100], [2, 7, 2], [9, -100, -100]])
+    t = torch.tensor([[0.25, 0.75, 0.0], [0.2, 0.5, 0.3], [1.0, 0, 0]], dtype=torch.float64)
+    loss, stats = sk.margin_cross_entropy(
+        x, w, target, target_weight=t, reduction="none", return_stats=True, impl=impl
+    )
+    single = sk.margin_cross_entropy(x, w, torch.tensor([4, 2, 9]), reduction="none", impl=impl)
+    pair = sk.margin_cross_entropy(
+        x[1:2],
+        w,
+        torch.tensor([[2, 7]]),
+        target_weight=torch.tensor([[0.5, 0.5]], dtype=torch.float64),
+        reduction="none",
+        impl=impl,
+    )
+    torch.testing.assert_close(loss, torch.stack([single[0], pair[0], single[2]]))
+    cosine = F.normalize(x) @ F.normalize(w).T
+    expected = torch.where(target >= 0, cosine.gather(1, target.clamp_min(0)), 0)
+    torch.testing.assert_close(stats.target_cosine, expected)
+
+
+def test_reductions():
+    x, w, target, _, _ = problem(6, 9, 4, 1, torch.float64)
+    rows = sk.margin_cross_entropy(x, w, target, reduction="none")
+    torch.testing.assert_close(sk.margin_cross_entropy(x, w, target), rows.mean())
+    torch.testing.assert_close(sk.margin_cross_entropy(x, w, target, reduction="sum"), rows.sum())
+
+
+# ---- the corners ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", MARGINS)
+def test_gradients_are_finite_at_the_poles(impl, dtype, name):
+    x = torch.eye(4, dtype=dtype)[:3].clone().requires_grad_()
+    w = torch.stack([x[0], -x[1], x[2]]).detach().clone().requires_grad_()  # cos = 1, −1, 1
+    loss = sk.margin_cross_entropy(x, w, torch.arange(3), MARGINS[name], impl=impl)
+    for grad in torch.autograd.grad(loss, (x, w)):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("norm", [0.0, 1e-13, 1e-30])
+def test_zero_vectors_have_zero_cosine_and_gradient(impl, norm):
+    x, w, target, _, _ = problem(4, 6, 8, 1, torch.float32)
+    x, w = x.float(), w.float()
+    target[:] = torch.tensor([0, 1, 2, 3])
+    x[1] *= norm / x[1].norm()
+    w[2] *= norm / w[2].norm()
+    x, w = x.requires_grad_(), w.requires_grad_()
+    loss, stats = sk.margin_cross_entropy(
+        x, w, target, reduction="none", return_stats=True, impl=impl
+    )
+    dx, dw = torch.autograd.grad(loss.sum(), (x, w))
+    assert loss.isfinite().all()
+    assert stats.target_cosine[1] == 0
+    assert stats.target_cosine[2] == 0
+    assert (dx[1] == 0).all()
+    assert (dw[2] == 0).all()
+    assert dx.isfinite().all()
+    assert dw.isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e-3, 1e15, 1e25])
+def test_the_loss_does_not_depend_on_norms(factor):
+    x, w, target, _, _ = problem(5, 40, 16, 1, torch.float32)
+    exact = sk.margin_cross_entropy(x, w, target, impl="reference", reduction="none")
+    actual = sk.margin_cross_entropy(
+        (x * factor).float(), (w * factor).float(), target, impl="cpu", reduction="none"
+    )
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_far_from_every_centre_keep_their_loss():
+    """All cosines near −1: a constant shift of the exponent would underflow to log 0."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(3000, 16, generator=g) * 0.01
+    w[:, 0] -= 1
+    x = torch.zeros(2, 16)
+    x[:, 0] = 1
+    for scale in (64.0, 500.0):
+        margin = sk.ArcFace(scale)
+        actual = sk.margin_cross_entropy(x, w, torch.tensor([0, 1]), margin, impl="cpu")
+        exact = sk.margin_cross_entropy(
+            x.double(), w.double(), torch.tensor([0, 1]), margin, impl="reference"
+        )
+        torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_non_finite_row_spoils_itself_alone(value):
+    x, w, target, _, _ = problem(6, 700, 8, 1, torch.float32)
+    x, w = x.float(), w.float()
+    clean = x.clone().requires_grad_()
+    (clean_grad,) = torch.autograd.grad(
+        sk.margin_cross_entropy(clean, w, target, reduction="sum"), clean
+    )
+    clean_loss = sk.margin_cross_entropy(x, w, target, reduction="none")
+    x[2, 3] = value
+    x.requires_grad_()
+    loss = sk.margin_cross_entropy(x, w, target, reduction="none")
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    others = torch.arange(6) != 2
+    assert not loss[2].isfinite()
+    assert torch.equal(loss[others], clean_loss[others])
+    assert torch.equal(grad[others], clean_grad[others])
+
+
+def test_non_contiguous_inputs():
+    x, w, target, _, upstream = problem(20, 60, 12, 1, torch.float32)
+    expected = run(x, w, target, None, upstream, torch.float32)
+    views = {
+        "transposed": lambda v: v.float().T.contiguous().T,
+        "every other row": lambda v: torch.stack([v, v], 1).float().flatten(0, 1)[::2],
+        "columns of a wider one": lambda v: torch.cat([v, v, v], 1).float()[:, 12:24],
+        "expanded": lambda v: v.float()[None].expand(2, -1, -1)[1],
+    }
+    for name, view in views.items():
+        a, b = view(x).requires_grad_(), view(w).requires_grad_()
+        assert torch.equal(a, x.float()), name
+        loss = sk.margin_cross_entropy(a, b, target, COMBINED, reduction="none")
+        grads = torch.autograd.grad(loss, (a, b), upstream.float())
+        for actual, e in zip((loss.detach(), *grads), expected, strict=True):
+            torch.testing.assert_close(actual, e, rtol=1e-5, atol=1e-5, msg=name)
+    one_row = x[:1].float().expand(5, -1).requires_grad_()
+    sk.margin_cross_entropy(one_row, w.float(), target[:5]).backward()
+
+
+def test_two_runs_agree_bitwise():
+    case = problem(130, 3000, 64, 2, torch.float32)
+    first = run(*case, torch.float32)
+    for _ in range(3):
+        for a, b in zip(run(*case, torch.float32), first, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert_matches_float64(problem(300, 2000, 16, 2, torch.float32), torch.float32)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_only_what_is_asked_for_is_computed():
+    x, w, target, _, _ = problem(4, 9, 8, 1, torch.float32)
+    labels = target[:, None]
+    op = torch.ops.synface_kernels
+    out = op.margin_cross_entropy_forward(x, w, labels, 64.0, False, "cpu")
+    assert out[3].shape == (0,)
+    g = torch.ones(4, dtype=torch.float64)
+    out = op.margin_cross_entropy_forward(x, w, labels, 64.0, True, "cpu")
+    for needs in itertools.product((False, True), repeat=2):
+        grads = op.margin_cross_entropy_backward(
+            x, w, labels, out[0], out[3], g, g[:, None], 64.0, *needs, "cpu"
+        )
+        assert [tuple(v.shape) for v in grads] == [
+            tuple(v.shape) if need else (0,) for v, need in zip((x, w), needs, strict=True)
+        ]
+    x.requires_grad_()  # frozen centres
+    sk.margin_cross_entropy(x, w, target).backward()
+    assert x.grad is not None
+    assert w.grad is None
+
+
+def test_no_second_derivative():
+    x, w, target, _, _ = problem(4, 9, 8, 1, torch.float64)
+    x.requires_grad_()
+    loss = sk.margin_cross_entropy(x, w, target)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
+
+
+MEMORY = """
+import torch, synface_kernels as sk
+def status(key):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith(key)) / 1024
+n, c, d = 512, 100_000, 64
+x = torch.randn(n, d, requires_grad=True)
+w = torch.randn(c, d, requires_grad=True)
+t = torch.randint(0, c, (n,))
+sk.margin_cross_entropy(x[:2], w[:2], t[:2] * 0).backward()
+x.grad = w.grad = None
+with open("/proc/self/clear_refs", "w") as f:
+    f.write("5")
+before = status("VmRSS")
+sk.margin_cross_entropy(x, w, t).backward()
+print(status("VmHWM") - before, (n + c) * d * 4 / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_is_the_gradients_and_64_mib():
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, gradients = map(float, done.stdout.split())
+    assert gradients / 2 < peak <= gradients + 64  # N×C would be 195 MiB more
+
+
+# ---- torch's machinery ---------------------------------------------------------------------------
+
+
+def test_compile_fullgraph():
+    x, w, target, t, _ = problem(8, 40, 16, 2, torch.float32)
+    x, w = x.float().requires_grad_(), w.float().requires_grad_()
+
+    def step(x, w, target, t):
+        loss, stats = sk.margin_cross_entropy(
+            x, w, target, sk.ArcFace(), target_weight=t, return_stats=True
+        )
+        return loss + 1e-4 * stats.lse.square().mean(), stats.top1
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for n in (8, 5):
+        args = (x[:n], w, target[:n], t[:n].float())
+        actual, top1 = compiled(*args)
+        expected, expected_top1 = step(*args)
+        torch.testing.assert_close(actual, expected)
+        assert torch.equal(top1, expected_top1)
+        for a, e in zip(
+            torch.autograd.grad(actual, (x, w)), torch.autograd.grad(expected, (x, w)), strict=True
+        ):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
+
+
+def test_export():
+    class Loss(torch.nn.Module):
+        def forward(self, x, w, target):
+            return sk.margin_cross_entropy(x, w, target, sk.CosFace())
+
+    x, w, target, _, _ = problem(8, 40, 16, 1, torch.float32)
+    args = (x.float(), w.float(), target)
+    exported = torch.export.export(Loss(), args)
+    torch.testing.assert_close(exported.module()(*args), Loss()(*args))
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+X, W, T = torch.randn(4, 8), torch.randn(5, 8), torch.tensor([0, 1, 2, 3])
+T2, TW = torch.tensor([[0, 1]] * 4), torch.tensor([[0.5, 0.5]] * 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((X, W, T.float()), {}, ValueError, r"target must be int64 .* got float32 \(4,\)"),
+        ((X, W, T.int()), {}, ValueError, "got int32"),
+        ((X, W, T[:3]), {}, ValueError, r"N = 4 .* got int64 \(3,\)"),
+        ((X, W, T[:, None, None]), {}, ValueError, "target must be int64"),
+        ((X, W, T2[:, :0]), {"target_weight": TW[:, :0]}, ValueError, "K ≥ 1"),
+        ((X, W[:, :7], T), {}, ValueError, r"same D .*\(4, 8\).*\(5, 7\)"),
+        ((X[0], W, T), {}, ValueError, r"input must be .* \(N, D\), got float32 \(8,\)"),
+        ((X, W[None], T), {}, ValueError, r"weight must be"),
+        ((X.int(), W, T), {}, ValueError, "input must be .* got int32"),
+        ((X.double(), W, T), {}, ValueError, "both be float64"),
+        ((X, W[:0], T), {}, ValueError, "at least one class"),
+        ((X, W, torch.tensor([0, 1, 5, 2])), {}, ValueError, r"\[0, 5\).* got 5 in row 2"),
+        ((X, W, torch.tensor([0, -1, 0, 2])), {}, ValueError, "got -1 in row 1"),
+        ((X, W, T2), {}, ValueError, "target_weight .* is required"),
+        ((X, W, T), {"target_weight": TW}, ValueError, "target_weight must be"),
+        ((X, W, T2), {"target_weight": TW[:, :1]}, ValueError, "target_weight must be"),
+        ((X, W, T2), {"target_weight": TW.long()}, ValueError, "floating point"),
+        ((X, W, T2), {"target_weight": TW * 0.9}, ValueError, "sum to 1 .* got 0.9 in row 0"),
+        ((X, W, T2), {"target_weight": torch.tensor([[1.5, -0.5]] * 4)}, ValueError, "got -0.5"),
+        ((X, W, T2), {"target_weight": TW * math.nan}, ValueError, "finite"),
+        ((X, W, T2), {"target_weight": TW.clone().requires_grad_()}, ValueError, "no gradient"),
+        ((X, W, T.to("meta")), {}, ValueError, "input's device cpu, got int64 .* on meta"),
+        ((X, W, T, "arcface"), {}, TypeError, "margin must be .* got str"),
+        ((X, W, [0, 1, 2, 3]), {}, TypeError, "target must be a tensor, got list"),
+        ((X, W, T), {"reduction": "avg"}, ValueError, "reduction must be .* got 'avg'"),
+        ((X, W, T), {"mix": "sum"}, ValueError, "mix must be"),
+        ((X, W, T), {"impl": "cuda"}, ValueError, "impl must be one of .* got 'cuda'"),
+        ((X, W, T), {"impl": "triton"}, RuntimeError, "impl='triton' .* cannot run here: runs on"),
+        ((X, W, T), {"class_ids": T}, NotImplementedError, "class_ids is not built yet"),
+        ((X, W, T), {"group": object()}, NotImplementedError, "group is not built yet"),
+        ((X, W, T), {"class_start": 3}, NotImplementedError, "class_start is not built yet"),
+        ((X, W, T), {"label_smoothing": 0.1}, NotImplementedError, "label_smoothing is not built"),
+        (
+            (X, W, T, sk.ArcFace(margin=torch.zeros(3))),
+            {},
+            ValueError,
+            r"shape \(4,\) .* got \(3,\)",
+        ),
+    ],
+)
+def test_bad_input(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        sk.margin_cross_entropy(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: sk.ArcFace(margin=28.6), ValueError, "angle in radians .* got 28.6"),
+        (lambda: sk.ArcFace(scale=0.0), ValueError, "scale must be finite and positive, got 0"),
+        (lambda: sk.ArcFace(scale=math.inf), ValueError, "got inf"),
+        (lambda: sk.ArcFace(scale="64"), TypeError, "scale must be a float, got str"),
+        (lambda: sk.CosFace(margin=math.nan), ValueError, "got nan"),
+        (lambda: sk.CosFace(margin=2.5), ValueError, "difference of cosines"),
+        (lambda: sk.SphereFace(margin=0.0), ValueError, "m1 is a factor of the angle"),
+        (lambda: sk.ArcFace(margin=[0.5]), TypeError, "m2 must be a float or a tensor, got list"),
+        (lambda: sk.ArcFace(margin=torch.zeros(2, 2)), ValueError, r"shape \(N,\), got"),
+        (lambda: sk.ArcFace(beyond_pi="clip"), ValueError, "beyond_pi must be .* got 'clip'"),
+        (lambda: sk.ArcFace(target_grad="ste"), ValueError, "target_grad must be .* got 'ste'"),
+    ],
+)
+def test_margins_that_make_no_sense(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_bad_isa_is_named(monkeypatch):
+    monkeypatch.setenv("SYNFACE_CPU_ISA", "avx1024")
+    with pytest.raises(ValueError, match=r"SYNFACE_CPU_ISA must be one of .*base.* got avx1024"):
+        sk.margin_cross_entropy(X, W, T)
+
+
+def test_explain():
+    choice = sk.explain(sk.margin_cross_entropy, X, W, T)
+    assert choice.impl == "cpu"
+    assert "triton" in str(sk.explain("margin_cross_entropy", device="cuda"))
+    with pytest.raises(
+        ValueError, match=r"op must be one of .*margin_cross_entropy.* got 'softmax'"
+    ):
+        sk.explain("softmax")
+
+
+# ---- NumPy ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("isa", ISAS)
+def test_numpy_binding_agrees(isa, dtype, monkeypatch):
+    monkeypatch.setenv("SYNFACE_CPU_ISA", isa)
+    assert synface_kernels.numpy.cpu_isa() == isa
+    x, w, target, _, upstream = problem(9, 1100, 24, 2, torch.float32)
+    x, w, g = (v.numpy().astype(dtype) for v in (x, w, upstream))
+    target[:, 1] = (target[:, 0] + 1) % 1100
+    target[4] = -1
+    op = torch.ops.synface_kernels
+    as_torch = [torch.from_numpy(v) for v in (x, w)]
+    expected = op.margin_cross_entropy_forward(*as_torch, target, 64.0, True, "cpu")
+    actual = synface_kernels.numpy.margin_cross_entropy_forward(x, w, target.numpy(), 64.0, True)
+    gc = np.stack([g, -g], 1).astype(np.float64)
+    expected += op.margin_cross_entropy_backward(
+        *as_torch,
+        target,
+        expected[0],
+        expected[3],
+        *map(torch.from_numpy, (g, gc)),
+        64.0,
+        True,
+        True,
+        "cpu",
+    )
+    actual += synface_kernels.numpy.margin_cross_entropy_backward(
+        x, w, target.numpy(), actual[0], actual[3], g, gc, 64.0
+    )
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(
+            a, e.numpy(), rtol=1e-4 if dtype == np.float32 else 1e-10, atol=1e-5
+        )
+
+
+def test_numpy_bad_input():
+    x, w = np.zeros((3, 4), np.float32), np.zeros((5, 4), np.float32)
+    labels = np.array([[0], [1], [5]])
+    with pytest.raises(IndexError, match=r"labels must be in \[-1, 5\), got 5 in row 2"):
+        synface_kernels.numpy.margin_cross_entropy_forward(x, w, labels)
+    with pytest.raises(
+        ValueError, match="both be float32 or both float64, got float32 and float64"
+    ):
+        synface_kernels.numpy.margin_cross_entropy_forward(x, w.astype(float), labels)
+    with pytest.raises(ValueError, match="do not fit together"):
+        synface_kernels.numpy.margin_cross_entropy_forward(x, w[:, :3], labels)

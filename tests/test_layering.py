@@ -1,0 +1,88 @@
+"""The house's rules: who imports whom, and that each op has all its parts under one name."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+import synface_kernels as sk
+from synface_kernels import _env, _select
+
+ROOT = Path(__file__).parents[1]
+OPS = sorted(p.name for p in (ROOT / "synface_kernels" / "ops").iterdir() if (p / "op.py").exists())
+
+
+def imports(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module or ""
+
+
+def test_the_kernels_do_not_know_the_training_layer():
+    for path in (ROOT / "synface_kernels").rglob("*.py"):
+        assert not [m for m in imports(path) if m.split(".")[0] == "synface"], path
+
+
+def test_the_training_layer_uses_public_names_alone():
+    for path in (ROOT / "python" / "synface").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "synface_kernels"
+            ):
+                private = [
+                    a.name for a in node.names if a.name.startswith("_") and a.name != "_env"
+                ]
+                assert not private, (path, private)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_has_all_its_parts(op):
+    parts = [
+        f"synface_kernels/ops/{op}/op.py",
+        f"synface_kernels/ops/{op}/reference.py",
+        f"synface_kernels/ops/{op}/kernel_triton.py",
+        f"csrc/{op}/cpu.cpp",
+        f"csrc/{op}/cpu-inl.h",
+        f"tests/ops/test_{op}.py",
+        f"benchmarks/bench_{op}.py",
+    ]
+    assert [p for p in parts if not (ROOT / p).exists()] == []
+    assert op in _select.ops()
+    assert callable(getattr(sk, op))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_says_what_it_needs_to(op):
+    doc = inspect.getdoc(getattr(sk, op)) or ""
+    for section in ("Args:", "Returns:", "Raises:", "Memory", "Source:"):
+        assert section in doc, (op, section)
+
+
+def test_kernels_are_free_of_torch():
+    """Tensors of torch's C++ interface appear in the bindings and behind csrc/gemm alone."""
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix in (".cpp", ".h", ".cu") and path.parent.name not in ("csrc", "gemm"):
+            text = path.read_text()
+            assert "torch/" not in text, path
+            assert "ATen/" not in text, path
+
+
+def test_every_environment_variable_is_in_the_table():
+    for pattern in ("csrc/**/*", "synface_kernels/**/*.py", "setup.py"):
+        for path in ROOT.glob(pattern):
+            if path.suffix in (".cpp", ".h", ".py"):
+                for word in path.read_text().replace('"', " ").replace("=", " ").split():
+                    if word.startswith(("SYNFACE_CPU_", "SYNFACE_CUDA", "SYNFACE_TRITON")):
+                        assert word.strip("`.,:;)(") in _env.VARIABLES, (path, word)
+
+
+def test_report(capsys):
+    text = _env.report()
+    for op in OPS:
+        assert f"{op} on cpu, float32: cpu" in text
+    for name in _env.VARIABLES:
+        assert name in text
