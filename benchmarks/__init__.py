@@ -1,0 +1,1 @@
+"""What the ops cost beside their peers: `make bench`, and `make gpu-evidence` where a GPU is."""

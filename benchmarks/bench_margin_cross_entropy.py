@@ -1,0 +1,38 @@
+"""The margin softmax beside its peers.
+
+`python -m benchmarks.bench_margin_cross_entropy` interleaves them and prints ratios;
+`pytest benchmarks --benchmark-only` runs the same steps under pytest-benchmark, one by one.
+"""
+
+from typing import Any
+
+import torch
+
+from . import run
+from .cases import Case, cases
+from .driver import prepare
+from .peers import PEERS, MarginWorkload, Peer
+
+OP = "margin_cross_entropy"
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    # The headline: a benchmark that runs peers one after the other is no place for the rest.
+    metafunc.parametrize("case", cases("cpu", OP)[:1], ids=lambda case: case.name)
+    metafunc.parametrize("peer", PEERS[OP], ids=lambda peer: peer.name)
+
+
+def test_step(benchmark: Any, case: Case, peer: Peer) -> None:
+    import pytest
+
+    device = torch.device("cpu")
+    work = MarginWorkload(case, device)
+    try:
+        step = prepare(peer, case, work, device)
+    except Exception as error:
+        pytest.skip(f"not measured: {error}")
+    benchmark.pedantic(step, setup=work.clear_gradients, rounds=5)
+
+
+if __name__ == "__main__":
+    run.main(OP)

@@ -1,0 +1,253 @@
+"""Measures a case: the time of its peers, interleaved in one process, or the memory of one peer."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import machine
+from .cases import Case, cases
+from .peers import PEERS, WORKLOADS, Peer, Step, Workload, find
+from .process import ROUNDS, write_json
+
+
+def measure_time(
+    case: Case,
+    device: torch.device,
+    *,
+    rounds: int = ROUNDS,
+    seconds: float = float("inf"),
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Forward and backward of every peer of a case, interleaved, in this process.
+
+    Args:
+        rounds: how often each peer runs, after two runs to warm up. seconds: stop by then.
+        save: is given what is known so far, after every round.
+
+    Returns:
+        The case, and for each peer its median seconds, its ratio to ours (the median of the
+        rounds' ratios, and the least and the greatest), peak bytes (on a GPU), or why it was not
+        measured.
+    """
+    start = time.monotonic()
+
+    def left() -> float:
+        return seconds - (time.monotonic() - start)
+
+    idle = machine.idle_check()
+    if not idle["idle"]:
+        print(f"WARNING: other programs keep {idle['busy_cores']} cores busy", file=sys.stderr)
+    peers = PEERS[case.op]
+    why_not: dict[str, str] = {}
+    memory: dict[str, int] = {}
+    steps: dict[str, Step] = {}
+    work, reason = _workload(case, device)
+    for peer in peers:
+        if work is None:
+            why_not[peer.name] = reason
+            continue
+        try:
+            with _time_limit(0.6 * left()):
+                steps[peer.name] = prepare(peer, case, work, device)
+                if device.type == "cuda":
+                    memory[peer.name] = _peak_cuda(steps[peer.name], work)
+        except Exception as error:  # whatever a peer raises: it is told, and the others go on
+            steps.pop(peer.name, None)
+            why_not[peer.name] = _brief(error)
+        work.release()
+
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    result: dict[str, Any] = {}
+    done, slowest = 0, 0.0
+    while True:
+        result = {
+            "op": case.op,
+            "name": case.name,
+            "shape": dict(case.shape),
+            "dtype": case.dtype,
+            "flops": case.flops,
+            "bytes": case.bytes,
+            "rounds": done,
+            **idle,
+            "peers": [_row(peer, case, samples, memory, why_not) for peer in peers],
+        }
+        save(result)
+        if work is None or not steps or done == rounds or left() < 1.2 * slowest:
+            return result
+        began = time.monotonic()
+        names = list(steps)
+        turn = done % len(names)
+        for name in names[turn:] + names[:turn]:
+            samples[name].append(seconds_of(steps[name], device))
+            work.clear_gradients()
+        done += 1
+        slowest = max(slowest, time.monotonic() - began)
+
+
+def _workload(case: Case, device: torch.device) -> tuple[Workload | None, str]:
+    needed = case.bytes  # inputs and gradients: a lower bound
+    available = machine.available_memory(device)
+    if needed > available:
+        return None, _too_large(needed, available)
+    return WORKLOADS[case.op](case, device), ""
+
+
+def prepare(peer: Peer, case: Case, work: Workload, device: torch.device) -> Step:
+    """The step, run twice to warm up; raises where the peer does not exist or would not fit."""
+    needed, available = peer.needs(case), machine.available_memory(device)
+    if device.type == "cuda":  # what torch holds but does not use
+        available += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if needed > available:
+        raise MemoryError(_too_large(needed, available))
+    step = peer.build(work)
+    for _ in range(2):
+        work.clear_gradients()
+        step()
+    return step
+
+
+def _too_large(needed: int, available: int) -> str:
+    return f"would need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} are free"
+
+
+def _brief(error: Exception) -> str:
+    message = str(error).strip().split("\n")[0][:200]
+    return message if isinstance(error, MemoryError) else f"{type(error).__name__}: {message}"
+
+
+def _row(
+    peer: Peer,
+    case: Case,
+    samples: dict[str, list[float]],
+    memory: dict[str, int],
+    why_not: dict[str, str],
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"peer": peer.name, "label": peer.label}
+    times = samples.get(peer.name)
+    if not times:
+        return {**row, "not_measured": why_not.get(peer.name, "no time was left")}
+    row["seconds"] = statistics.median(times)
+    row["tflop_per_second"] = case.flops / row["seconds"] / 1e12
+    row["gigabyte_per_second"] = case.bytes / row["seconds"] / 1e9
+    ours = samples.get("ours")
+    if ours:
+        ratios = [theirs / mine for theirs, mine in zip(times, ours, strict=True)]
+        row["ratio"] = statistics.median(ratios)
+        row["ratio_range"] = [min(ratios), max(ratios)]
+    if peer.name in memory:
+        row["peak_bytes"] = memory[peer.name]
+    return row
+
+
+def seconds_of(step: Callable[[], object], device: torch.device) -> float:
+    """One run, by the device's clock."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        begin.record()
+        step()
+        end.record()
+        torch.cuda.synchronize(device)
+        return begin.elapsed_time(end) / 1e3
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _peak_cuda(step: Step, work: Workload) -> int:
+    work.release()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure_memory(case: Case, peer: Peer) -> dict[str, Any]:
+    """The peak resident memory of a step on the CPU, above what stands before it.
+
+    Linux keeps a process's peak and lets it be reset; a first step, before that, loads what stays.
+    """
+    device = torch.device("cpu")
+    work, reason = _workload(case, device)
+    if work is None:
+        return {"not_measured": reason}
+    try:
+        step = prepare(peer, case, work, device)
+        work.release()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        step()
+        return {"peak_bytes": _status("VmHWM") - before}
+    except Exception as error:
+        return {"not_measured": _brief(error)}
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no line {field}")
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError inside, once the time is over."""
+    if seconds == float("inf"):
+        yield
+        return
+
+    def stop(_signal: int, _frame: object) -> None:
+        raise TimeoutError(f"not ready after {seconds:.0f} s")
+
+    if seconds <= 0:
+        raise TimeoutError("no time was left")
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measures one case.")
+    parser.add_argument("op")
+    parser.add_argument("suite")
+    parser.add_argument("index", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--memory-of", metavar="PEER")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    case = cases(args.suite, args.op)[args.index]
+
+    def save(result: dict[str, Any]) -> None:
+        write_json(args.output, result)
+
+    if args.memory_of:
+        save(measure_memory(case, find(case.op, args.memory_of)))
+    else:
+        device = torch.device(args.device)
+        measure_time(case, device, rounds=args.rounds, seconds=args.seconds, save=save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The machine that a figure was measured on, and whether it was idle."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from synface_kernels import _env, _load
+
+from .process import write_json
+
+# More busy cores than this, by other programs, and figures are marked as taken on a busy machine.
+BUSY_CORES_MAX = 0.15
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Processor, device and versions; no host name, no paths."""
+    found: dict[str, Any] = {
+        "processor": _env.processor(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": _load.cpu_isa() if _load.extension_error is None else "no extension",
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": properties.name,
+            "device_memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "cuda": str(torch.version.cuda),
+        }
+    return found
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be had now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as info:
+        for line in info:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo has no line MemAvailable")
+
+
+def busy_cores(seconds: float = 1.0) -> float:
+    """How many cores other programs keep busy, while this one sleeps."""
+
+    def ticks() -> int:
+        with open("/proc/stat") as stat:
+            user, nice, system, _idle, _iowait, irq, softirq, steal = map(
+                int, stat.readline().split()[1:9]
+            )
+        return user + nice + system + irq + softirq + steal
+
+    before, start = ticks(), time.perf_counter()
+    time.sleep(seconds)
+    return (ticks() - before) / os.sysconf("SC_CLK_TCK") / (time.perf_counter() - start)
+
+
+def idle_check() -> dict[str, Any]:
+    """Whether nothing else runs here; the load average is told, but decides nothing (it lags)."""
+    busy = busy_cores()
+    return {
+        "busy_cores": round(busy, 2),
+        "load_average": round(os.getloadavg()[0], 2),
+        "idle": busy <= BUSY_CORES_MAX,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Describes the machine.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    write_json(args.output, describe(torch.device(args.device)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""What each op is measured against, and the workload that all of them share.
+
+An op adds its workload to `WORKLOADS` and its peers to `PEERS`: ours first, then the floor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import synface_kernels as sk
+
+from .cases import Case
+
+SCALE, MARGIN = 64.0, 0.5
+
+
+class Workload:
+    """What all peers of a case share, and what a step leaves behind."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.parameters = parameters
+        self.buffers: dict[str, Tensor] = {}
+
+    def buffer(self, name: str, *shape: int) -> Tensor:
+        """Memory that is reused from step to step, of the first parameter's dtype and device."""
+        if name not in self.buffers:
+            self.buffers[name] = self.parameters[0].new_empty(shape)
+        return self.buffers[name]
+
+    def clear_gradients(self) -> None:
+        """As ``optimizer.zero_grad()`` does before each training step."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def release(self) -> None:
+        """Leaves nothing but the inputs."""
+        self.clear_gradients()
+        self.buffers.clear()
+
+
+class MarginWorkload(Workload):
+    """Random embeddings (N, D), centres (C, D) and labels (N,)."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        n, d, c = case.shape["N"], case.shape["D"], case.shape["C"]
+        generator = torch.Generator(device).manual_seed(0)
+        options: dict[str, Any] = {"device": device, "dtype": case.torch_dtype}
+        self.input = torch.randn(n, d, generator=generator, **options).requires_grad_()
+        self.weight = torch.randn(c, d, generator=generator, **options).requires_grad_()
+        self.target = torch.randint(c, (n,), generator=generator, device=device)
+        super().__init__([self.input, self.weight])
+
+
+# A step runs forward and backward once, and returns the loss (None if there is none).
+Step = Callable[[], "Tensor | None"]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Something to be measured.
+
+    Attributes:
+        name: short, as in tables. label: what it is, and what it leaves out.
+        build: makes the step; raises where the peer does not exist here.
+        needs: bytes above the inputs, roughly: a case that would not fit is not tried.
+    """
+
+    name: str
+    label: str
+    build: Callable[[Any], Step]
+    needs: Callable[[Case], int]
+
+
+def _matrices(case: Case, logits: float, weights: float) -> int:
+    n, d, c = case.shape["N"], case.shape["D"], case.shape["C"]
+    return int(case.torch_dtype.itemsize * (logits * n * c + weights * c * d + 4 * n * d))
+
+
+def _backward(loss: Tensor) -> Tensor:
+    loss.backward()
+    return loss.detach()
+
+
+def _ours(work: MarginWorkload) -> Step:
+    margin = sk.ArcFace(SCALE, MARGIN)
+    return lambda: _backward(sk.margin_cross_entropy(work.input, work.weight, work.target, margin))
+
+
+def _three_products(work: MarginWorkload) -> Step:
+    x, w = work.input.detach(), work.weight.detach()
+    (n, d), c = x.shape, w.shape[0]
+
+    def step() -> None:
+        logits = torch.mm(x, w.T, out=work.buffer("logits", n, c))
+        torch.mm(logits, w, out=work.buffer("grad_input", n, d))
+        torch.mm(logits.T, x, out=work.buffer("grad_weight", c, d))
+
+    return step
+
+
+def arcface(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """ArcFace over dense logits, the margin applied at the targets alone."""
+    cosine = F.linear(F.normalize(input), F.normalize(weight))
+    at_target = cosine.gather(1, target[:, None])
+    theta = at_target.float().clamp(-1 + 1e-7, 1 - 1e-7).acos()
+    psi = torch.where(
+        theta + MARGIN > math.pi, at_target - MARGIN * math.sin(MARGIN), (theta + MARGIN).cos()
+    )
+    logits = SCALE * cosine.scatter(1, target[:, None], psi.to(cosine.dtype))
+    return F.cross_entropy(logits, target)
+
+
+def _eager(work: MarginWorkload) -> Step:
+    return lambda: _backward(arcface(work.input, work.weight, work.target))
+
+
+def _compiled(work: MarginWorkload) -> Step:
+    compiled = torch.compile(arcface, dynamic=False)
+    return lambda: _backward(compiled(work.input, work.weight, work.target))
+
+
+def _linear_cross_entropy(work: MarginWorkload, chunked: bool) -> Step:
+    function = getattr(F, "linear_cross_entropy", None)
+    if function is None:
+        raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    return lambda: _backward(function(work.input, work.weight, work.target, options=options))
+
+
+def _pytorch_metric_learning(work: MarginWorkload) -> Step:
+    from pytorch_metric_learning.losses import ArcFaceLoss
+
+    n_features = work.input.shape[1]
+    loss = ArcFaceLoss(1, n_features, margin=math.degrees(MARGIN), scale=SCALE)
+    loss.num_classes = work.weight.shape[0]
+    loss.W = torch.nn.Parameter(work.weight.detach().T)  # its centres are columns
+    work.parameters.append(loss.W)
+    return lambda: _backward(loss(work.input, work.target))
+
+
+WORKLOADS: dict[str, Callable[[Case, torch.device], Workload]] = {
+    "margin_cross_entropy": MarginWorkload,
+}
+
+PEERS: dict[str, list[Peer]] = {
+    "margin_cross_entropy": [
+        Peer("ours", "synface_kernels.margin_cross_entropy", _ours, lambda c: _matrices(c, 0, 1.2)),
+        Peer(
+            "three products",
+            "torch.mm three times into reused outputs: logits, dX, dW; the floor, no loss",
+            _three_products,
+            lambda c: _matrices(c, 1, 1),
+        ),
+        Peer(
+            "eager torch",
+            "ArcFace over dense logits, the margin at the targets alone",
+            _eager,
+            lambda c: _matrices(c, 5, 3.2),
+        ),
+        Peer("torch.compile", "the same, compiled", _compiled, lambda c: _matrices(c, 5, 3.2)),
+        Peer(
+            "F.linear_cross_entropy",
+            "torch's, as called by default: no margin, no normalisation",
+            partial(_linear_cross_entropy, chunked=False),
+            lambda c: _matrices(c, 4, 1.2),
+        ),
+        Peer(
+            "F.linear_cross_entropy, chunked",
+            "torch's, with LinearCrossEntropyOptions(): no margin, no normalisation",
+            partial(_linear_cross_entropy, chunked=True),
+            lambda c: _matrices(c, 1, 2.2),
+        ),
+        Peer(
+            "pytorch-metric-learning",
+            "its ArcFaceLoss (margin in degrees)",
+            _pytorch_metric_learning,
+            lambda c: _matrices(c, 7, 3.2),
+        ),
+    ],
+}
+
+
+def find(op: str, name: str) -> Peer:
+    return next(peer for peer in PEERS[op] if peer.name == name)

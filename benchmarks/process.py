@@ -1,0 +1,86 @@
+"""Every case is measured in a process of its own, with a limit: none can stop or spoil the others.
+
+Nothing here imports the library, which may not be built yet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cases import Case, cases
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+ROUNDS = 7
+# What a process may take beyond its own limit, to start and to stop, before it is ended.
+GRACE_SECONDS = 15
+
+
+def run_child(arguments: list[str], seconds: float = float("inf")) -> dict[str, Any]:
+    """Runs ``python -m arguments --output FILE`` and returns the JSON that it wrote.
+
+    It and what it started are ended after so many seconds; what it wrote until then counts.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "result.json"
+        command = [sys.executable, "-m", *arguments, "--output", str(output)]
+        ended = run_limited(command, seconds, stdout=sys.stderr)
+        if output.exists():
+            return json.loads(output.read_text())
+        return {"not_measured": ended or "the process wrote no result"}
+
+
+def run_limited(command: list[str], seconds: float, **options: Any) -> str | None:
+    """Runs a command in a session of its own; returns None, or how it failed."""
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **options)
+    try:
+        code = process.wait(None if seconds == float("inf") else max(0.0, seconds))
+        return None if code == 0 else f"the process ended with status {code}"
+    except subprocess.TimeoutExpired:
+        return f"the process was ended after {seconds:.0f} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """At once or not at all, so that a killed process leaves a whole file."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    part.replace(path)
+
+
+def run_case(
+    case: Case, device: torch.device, *, rounds: int = ROUNDS, seconds: float = float("inf")
+) -> dict[str, Any]:
+    """`measure_time`, and on a CPU `measure_memory`, each in a process of its own."""
+    index = cases(case.suite, case.op).index(case)
+    this = ["benchmarks.driver", case.op, case.suite, str(index)]
+    timed = run_child(
+        [*this, "--device", device.type, "--rounds", str(rounds), "--seconds", str(seconds)],
+        seconds + GRACE_SECONDS,
+    )
+    if "peers" not in timed:
+        return {"op": case.op, "name": case.name, "peers": [], **timed}
+    if device.type == "cpu":
+        for row in timed["peers"]:
+            if "not_measured" not in row:
+                found = run_child([*this, "--memory-of", row["peer"]])
+                row["peak_bytes"] = found.get("peak_bytes")
+    return timed
+
+
+def slug(name: str) -> str:
+    """A file name for the results of a machine or device."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

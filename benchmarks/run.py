@@ -1,0 +1,58 @@
+"""`make bench`: verifies each op, measures its cases on the CPU, prints and writes the results."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import machine, table
+from .cases import CASES, cases
+from .process import RESULTS, ROUNDS, run_case, slug, write_json
+from .verify import verify
+
+
+def main(op: str | None = None) -> None:
+    """Runs all ops, or one; results of all are written to benchmarks/results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suite", choices=["cpu", "dry"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--output", type=Path, help="where to write, instead")
+    args = parser.parse_args()
+    ops = [op] if op else list(CASES)
+
+    described = machine.describe(torch.device("cpu"))
+    result: dict[str, Any] = {
+        "machine": described,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": f"python -m benchmarks.bench_{op}" if op else "make bench",
+        "verified": {},
+        "cases": [],
+    }
+    for name in ops:
+        outcome = verify(name)
+        if not outcome.speaks_for(name):
+            sys.exit(f"{name}: its tests do not pass ({outcome.summary()}), so nothing is timed")
+        result["verified"][name] = outcome.summary()
+    for name in ops:
+        for case in cases(args.suite, name):
+            print(f"measuring {name}, {case.name}", file=sys.stderr)
+            measured = run_case(case, torch.device("cpu"), rounds=args.rounds)
+            result["cases"].append(measured)
+            print(table.one_case(measured), flush=True)
+
+    output = args.output
+    if output is None and op is None:
+        stem = f"{described['processor']} {described['cores']} cores"
+        output = RESULTS / ("dry-run.json" if args.suite == "dry" else f"{slug(stem)}.json")
+    if output is not None:
+        write_json(output, result)
+        print(f"written: {output.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Tables from result files; `python -m benchmarks.table` puts them into README.md.
+
+With `--check` nothing is written: the exit status says whether README.md shows what the committed
+results say.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from .process import RESULTS, ROOT
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _state(case: dict[str, Any]) -> str:
+    if case.get("idle", True):
+        return "nothing else running"
+    return f"other programs kept {case['busy_cores']:.1f} cores busy"
+
+
+def one_case(case: dict[str, Any]) -> str:
+    """All that was measured of a case."""
+    rows = [["peer", "time ÷ ours", "least…most", "time", "peak extra memory", "what"]]
+    for row in case["peers"]:
+        if "not_measured" in row:
+            why = f"not measured: {row['not_measured']}"
+            rows.append([row["peer"], why, "", "", "", row["label"]])
+            continue
+        ratio, spread = "not measured", ""
+        if "ratio" in row:
+            low, high = row["ratio_range"]
+            ratio, spread = f"{row['ratio']:.2f}", f"{low:.2f}…{high:.2f}"
+        peak = row.get("peak_bytes")
+        memory = "not measured" if peak is None else _size(peak)
+        rows.append([row["peer"], ratio, spread, _duration(row["seconds"]), memory, row["label"]])
+    if not case["peers"]:
+        rows.append([f"not measured: {case['not_measured']}", "", "", "", "", ""])
+    rounds = case.get("rounds", 0)
+    return f"\n{case['op']}, {case['name']}: {rounds} rounds, {_state(case)}\n{_markdown(rows)}\n"
+
+
+def _cell(case: dict[str, Any], peer: str) -> str:
+    row = next((row for row in case["peers"] if row["peer"] == peer), None)
+    if row is None or "ratio" not in row:
+        return "not measured"
+    time = f"{row['ratio']:.2f}×"
+    if peer == "ours":
+        time = f"1 ({_duration(row['seconds'])})"
+    return f"{time}, {_size(row['peak_bytes'])}" if row.get("peak_bytes") is not None else time
+
+
+def _one_op(op: str, cases: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(row["peer"] for case in cases for row in case["peers"]))
+    rows = [[f"`{op}`", *(case["name"] for case in cases)]]
+    rows += [[name, *(_cell(case, name) for case in cases)] for name in names]
+    return _markdown(rows)
+
+
+def one_machine(result: dict[str, Any]) -> str:
+    """Ratios and memory of every op and case of a result file."""
+    about = result["machine"]
+    where = f"{about['processor']}, {about['cores']} cores, {about['instruction_set']}"
+    if "device" in about:
+        where = f"{about['device']}, CUDA {about['cuda']}"
+    states = dict.fromkeys(_state(case) for case in result["cases"])
+    text = (
+        f"**{where}**; torch {about['torch']}, {result['date']}, `{result['command']}`; "
+        f"{'; '.join(states)}."
+    )
+    for op in dict.fromkeys(case["op"] for case in result["cases"]):
+        text += "\n\n" + _one_op(op, [case for case in result["cases"] if case["op"] == op])
+    return text
+
+
+def render() -> str:
+    """What stands in README.md between the marks: every committed result, CPUs first."""
+    paths = sorted(path for path in RESULTS.glob("*.json") if path.stem != "dry-run")
+    results = [json.loads(path.read_text()) for path in paths]
+    cpus = [result for result in results if "device" not in result["machine"]]
+    gpus = [result for result in results if "device" in result["machine"]]
+    parts = [one_machine(result) for result in cpus + gpus]
+    if not cpus:
+        parts.insert(0, "On a CPU: not measured.")
+    if not gpus:
+        parts.append("On a GPU: not measured.")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    wanted = f"{before}{BEGIN}\n{render()}\n{END}{after}"
+    if "--check" not in sys.argv[1:]:
+        README.write_text(wanted)
+    elif text != wanted:
+        sys.exit("README.md does not show the committed results: run python -m benchmarks.table")
+
+
+if __name__ == "__main__":
+    main()
