@@ -85,16 +85,15 @@ def _inverse_norms_kernel(
 
 @triton.jit
 def _target_cosines_kernel(
-    input, weight, labels, input_r, target_cosine, input_stride, weight_stride,
+    input, weight, labels, target_cosine, input_stride, weight_stride,
     D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row per program: its inverse norm, and its cosines with its own labels, in float64, for
-    near cos θ = ±1 a margin's slope is large."""
+    """One row per program: its cosines with its own labels, in float64, for near cos θ = ±1 a
+    margin's slope is large."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     x = tl.load(input + row * input_stride + d, mask=d < D, other=0.0).to(tl.float64)
     r_i = _inverse_norm(tl.sum(x * x, 0))
-    tl.store(input_r + row, r_i)
     for k in tl.static_range(K):
         label = tl.load(labels + row * K + k)
         present = label >= 0
@@ -342,9 +341,11 @@ def forward(
         return torch.empty_like(input_r), torch.empty_like(input_r), target_cosine, mean_center
     with _on_device_of(input):
         _launch(
-            _target_cosines_kernel, (n,), input, weight, labels, input_r, target_cosine,
-            input.stride(0), weight.stride(0), D=d, K=labels.shape[1], **_one_row_config(d),
+            _target_cosines_kernel, (n,), input, weight, labels, target_cosine, input.stride(0),
+            weight.stride(0), D=d, K=labels.shape[1], **_one_row_config(d),
         )  # fmt: skip
+        # As in backward: a last bit more or less in r_i, times the scale, is in every probability.
+        _inverse_norms(input, input_r)
         if needs_input_grad or weight.dtype != _product_dtypes(input, weight)[0]:
             statistics = _forward_tiled(input, weight, labels, input_r, scale, needs_input_grad)
         else:

@@ -222,6 +222,16 @@ def test_cosines_of_one() -> None:
     assert all(value.isfinite().all() for value in actual)
 
 
+def test_targets_nearly_reached() -> None:
+    """There the input's gradient is a small difference, which float32 would lose."""
+    case = make_case(3, 4, 64, 1)
+    weight = case.weight.clone()
+    weight[:3] = case.input + 1e-4 * torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    case = case._replace(weight=weight, labels=torch.arange(3)[:, None], grad_lse=torch.zeros(3))
+    actual, exact = run(case).grad_input, dense(case, torch.float64).grad_input
+    assert (actual - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
 def test_rows_without_negatives() -> None:
     case = make_case(5, 3, 4, 3)
     actual = check(case)
