@@ -2,9 +2,10 @@
 
 Runs the launchers on meta tensors and compiles each launch for the given architectures, with the
 signature, divisibility and configuration that it would have there. One JSON object per line:
-the kernel, its configuration, and what the compiler says of it.
+the kernel, its configuration, and what the compiler says of it; or all in one Markdown table.
 
     python tests/triton/aot.py 80 90 100
+    python tests/triton/aot.py --table 80 90 100
 """
 
 from __future__ import annotations
@@ -139,7 +140,34 @@ def launches(capability: int) -> Iterator[Launch]:
             yield launch
 
 
+def table(reports: list[dict[str, Any]]) -> str:
+    """One line per kernel, dtypes, blocks and architecture: the most over its variants."""
+    lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for report in reports:
+        config = report["config"]
+        dtypes = ", ".join(p[1:] for p in report["pointers"] if p != "*i64")
+        blocks = "×".join(str(v) for k, v in config.items() if k.startswith("BLOCK"))
+        blocks += "".join(f", {config[k]} {k[4:]}" for k in OPTIONS if k in config)
+        kernel, precision = report["kernel"].strip("_"), config.get("PRECISION", "")
+        key = (kernel, f"{dtypes} {precision}".strip(), blocks, f"sm_{report['capability']}")
+        lines.setdefault(key, []).append(report)
+    text = [
+        "| kernel | dtypes | blocks | for | instruction | registers | shared | stack |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for key, variants in sorted(lines.items()):
+        instructions = ", ".join(sorted({i for v in variants for i in v["instructions"]}))
+        most = [str(max(v[name] for v in variants)) for name in ("registers", "shared", "stack")]
+        text.append("| " + " | ".join((*key, instructions or "–", *most)) + " |")
+    return "\n".join(text)
+
+
 if __name__ == "__main__":
-    for capability in map(int, sys.argv[1:]):
+    reports = []
+    for capability in (int(word) for word in sys.argv[1:] if word != "--table"):
         for launch in launches(capability):
-            print(json.dumps(launch.compile(capability)), flush=True)
+            reports.append(launch.compile(capability))
+            if "--table" not in sys.argv:
+                print(json.dumps(reports[-1]), flush=True)
+    if "--table" in sys.argv:
+        print(table(reports))

@@ -290,7 +290,7 @@ def _row_config(d: int) -> dict[str, int]:
 
 def _one_row_config(d: int) -> dict[str, int]:
     block_d = triton.next_power_of_2(d)
-    return {"BLOCK_D": block_d, "num_warps": 1 if block_d <= 1024 else 4}
+    return {"BLOCK_D": block_d, "num_warps": min(8, max(1, block_d // 128))}
 
 
 def _tile_classes(c: int, bytes_per_class: int) -> int:
