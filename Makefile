@@ -42,5 +42,14 @@ format: build
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu')
 
+# Tests first, then every op beside its peers; `python -m benchmarks.table` shows it in README.md.
+bench: build
+	$(PY) -m benchmarks.run
+
+# For a machine with a GPU: takes what is there, makes no .venv. DRY=1 tries it on the CPU.
+PYTHON ?= python3
+gpu-evidence:
+	PYTHONPATH=.:python $(PYTHON) -m benchmarks.gpu_evidence $(if $(DRY),--dry)
+
 clean:
 	rm -rf build $(VENV)/.built synface_kernels/*.so

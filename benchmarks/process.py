@@ -36,7 +36,8 @@ def run_child(arguments: list[str], seconds: float = float("inf")) -> dict[str, 
         command = [sys.executable, "-m", *arguments, "--output", str(output)]
         ended = run_limited(command, seconds, stdout=sys.stderr)
         if output.exists():
-            return json.loads(output.read_text())
+            result = json.loads(output.read_text())
+            return result if ended is None else {**result, "problem": ended}
         return {"not_measured": ended or "the process wrote no result"}
 
 
@@ -62,9 +63,15 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 
 
 def run_case(
-    case: Case, device: torch.device, *, rounds: int = ROUNDS, seconds: float = float("inf")
+    case: Case,
+    device: torch.device,
+    *,
+    rounds: int = ROUNDS,
+    seconds: float = float("inf"),
+    cpu_memory: bool = False,
 ) -> dict[str, Any]:
-    """`measure_time`, and on a CPU `measure_memory`, each in a process of its own."""
+    """Times a case in a process of its own; a GPU's memory is measured there too, a CPU's, where
+    asked for, in one more process per peer."""
     index = cases(case.suite, case.op).index(case)
     this = ["benchmarks.driver", case.op, case.suite, str(index)]
     timed = run_child(
@@ -73,7 +80,7 @@ def run_case(
     )
     if "peers" not in timed:
         return {"op": case.op, "name": case.name, "peers": [], **timed}
-    if device.type == "cpu":
+    if cpu_memory:
         for row in timed["peers"]:
             if "not_measured" not in row:
                 found = run_child([*this, "--memory-of", row["peer"]])

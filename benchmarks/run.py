@@ -41,7 +41,7 @@ def main(op: str | None = None) -> None:
     for name in ops:
         for case in cases(args.suite, name):
             print(f"measuring {name}, {case.name}", file=sys.stderr)
-            measured = run_case(case, torch.device("cpu"), rounds=args.rounds)
+            measured = run_case(case, torch.device("cpu"), rounds=args.rounds, cpu_memory=True)
             result["cases"].append(measured)
             print(table.one_case(measured), flush=True)
 
