@@ -1,0 +1,1 @@
+"""The training layer over `synface_kernels`: data, heads, training, evaluation."""

@@ -1,0 +1,118 @@
+"""Real faces that need no download: 100 crops of Labeled Faces in the Wild, with varied styles."""
+
+from __future__ import annotations
+
+import math
+from importlib import resources
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from synface.data.augment import warp
+from synface.data.folder import DataError, Faces
+
+FACES = 100  # of the file's 200 crops, the first 100 show faces
+
+
+def embedded_faces(
+    images_per_identity: int = 20, size: int = 48, seed: int = 0, identities: int = FACES
+) -> Faces:
+    """The 100 face crops of LFW that scikit-image ships, each taken for a person of its own.
+
+    Image 0 of each identity is the crop itself, enlarged from 25x25 pixels; the others vary its
+    style: shift, rotation, scale, lighting (gain, bias and a gradient), blur and noise. Asking for
+    more images per identity leaves the first ones as they are.
+
+    Args:
+        images_per_identity: at least 1.
+        size: height and width in pixels, at least 8.
+        seed: of the variation; the same seed gives the same images.
+        identities: how many of the 100, in [2, 100].
+
+    Returns:
+        `Faces`, (identities * images_per_identity, size, size, 1) uint8, sorted by identity.
+
+    Raises:
+        ValueError: for an argument out of range.
+        DataError: if scikit-image or its file is missing or not as expected.
+
+    Source: Huang, Mattar, Lee, Learned-Miller, "Learning to Align from Scratch", NIPS 2012;
+        scikit-image's `data/lfw_subset.npy`.
+    """
+    if images_per_identity < 1:
+        raise ValueError(f"images_per_identity must be at least 1, got {images_per_identity}")
+    if size < 8:
+        raise ValueError(f"size must be at least 8 pixels, got {size}")
+    if not 2 <= identities <= FACES:
+        raise ValueError(f"identities must lie in [2, {FACES}], got {identities}")
+    crops = torch.from_numpy(_read_crops()[:identities]).float()
+    originals = F.interpolate(
+        crops[:, None], size=(size, size), mode="bicubic", antialias=True, align_corners=False
+    ).clamp_(0.0, 1.0)
+    generator = torch.Generator().manual_seed(seed)
+    varied = [originals]
+    varied += [_vary(originals, generator) for _ in range(images_per_identity - 1)]
+    images = torch.stack([(x * 255.0).round_().to(torch.uint8) for x in varied], 1)
+    return Faces(
+        images.view(-1, size, size, 1),
+        torch.arange(identities).repeat_interleave(images_per_identity),
+        [f"lfw{i:03d}" for i in range(identities)],
+        f"scikit-image's LFW crops ({identities} people, varied)",
+    )
+
+
+def _read_crops() -> np.ndarray:
+    """(100, 25, 25) float in [0, 1]."""
+    hint = "; expected the file that scikit-image ships (pip install scikit-image)"
+    try:
+        with (resources.files("skimage") / "data" / "lfw_subset.npy").open("rb") as file:
+            crops = np.load(file, allow_pickle=False)
+    except (ImportError, OSError, ValueError, EOFError) as error:
+        raise DataError(f"the embedded faces cannot be read: {error}{hint}") from error
+    if crops.shape != (200, 25, 25) or crops.dtype.kind != "f" or not _in_unit_range(crops):
+        raise DataError(
+            f"the embedded faces are {crops.dtype} {crops.shape}{hint}: "
+            "floats in [0, 1] of shape (200, 25, 25)"
+        )
+    return crops[:FACES]
+
+
+def _in_unit_range(x: np.ndarray) -> bool:
+    return bool(np.isfinite(x).all() and x.min() >= 0.0 and x.max() <= 1.0)
+
+
+def _vary(x: Tensor, generator: torch.Generator) -> Tensor:
+    """One varied copy of each image, (B, 1, S, S) in [0, 1]."""
+    batch, _, _, side = x.shape
+    random = torch.rand(batch, 10, generator=generator)
+    signed = 2.0 * random - 1.0
+    x = warp(
+        x,
+        angle=signed[:, 0] * math.radians(12.0),
+        zoom=torch.exp(signed[:, 1] * math.log(1.12)),
+        shift=signed[:, 2:4] * 0.08,
+        flip=torch.zeros(batch, dtype=torch.bool),
+    )
+    x = _blur(x, sigma=random[:, 4] * (1.5 / 48.0) * side)
+    # Light falls from a random direction.
+    at = torch.linspace(-1.0, 1.0, side)
+    slope = signed[:, 5:7, None, None] * 0.2
+    gradient = slope[:, 0:1] * at[:, None] + slope[:, 1:2] * at
+    gain = torch.exp(signed[:, 7] * math.log(1.35)).view(-1, 1, 1, 1)
+    bias = (signed[:, 8] * 0.1).view(-1, 1, 1, 1)
+    x = x * gain * (1.0 + gradient) + bias
+    noise = torch.randn(x.shape, generator=generator) * (random[:, 9] * 0.04).view(-1, 1, 1, 1)
+    return (x + noise).clamp_(0.0, 1.0)
+
+
+def _blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """A Gaussian of its own width, in pixels, for each (B, 1, H, W) image."""
+    batch = len(x)
+    radius = max(1, math.ceil(2.0 * float(sigma.max())))
+    at = torch.arange(-radius, radius + 1, dtype=x.dtype)
+    taps = torch.softmax(-0.5 * (at / sigma.clamp_min(1e-3)[:, None]) ** 2, 1)
+    padded = F.pad(x, (radius,) * 4, mode="replicate").transpose(0, 1)
+    rows = F.conv2d(padded, taps.view(batch, 1, -1, 1), groups=batch)
+    return F.conv2d(rows, taps.view(batch, 1, 1, -1), groups=batch).transpose(0, 1)

@@ -1,0 +1,270 @@
+"""Face verification: embeddings, and how well their cosines tell same people from different."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from synface.data import normalise
+
+
+@torch.no_grad()
+def embed(model: nn.Module, images: Tensor, batch_size: int = 256, flip: bool = True) -> Tensor:
+    """Embeds images with the model in eval mode; each module's own mode is restored afterwards.
+
+    Args:
+        model: maps (B, C, H, W) float32 in [-1, 1] to (B, D).
+        images: (N, H, W, C) uint8, N at least 1, on any device.
+        batch_size: images per call of the model, which gets them on its first parameter's device.
+        flip: add the embedding of the mirror image before normalising.
+
+    Returns:
+        (N, D) float32 of unit rows, on the CPU.
+
+    Raises:
+        ValueError: for images of another dtype or shape, no images, or a batch size under 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    _check_images(images)
+    parameter = next(model.parameters(), None)
+    device = images.device if parameter is None else parameter.device
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        rows = []
+        for batch in images.split(batch_size):
+            x = normalise(batch.to(device))
+            y = model(x).float()
+            if flip:
+                y = y + model(x.flip(-1)).float()
+            rows.append(F.normalize(y).cpu())
+    finally:
+        for module, training in modes:
+            module.training = training
+    return torch.cat(rows)
+
+
+def pixel_embeddings(images: Tensor, mean: Tensor | None = None) -> Tensor:
+    """The baseline without learning: centred pixels as unit vectors.
+
+    Args:
+        images: (N, H, W, C) uint8, N at least 1.
+        mean: (H, W, C), in the same 0-255 units, subtracted from every image; None subtracts from
+            each image its own mean value, so the cosine is the pixels' correlation.
+
+    Returns:
+        (N, H*W*C) float32 of unit rows (zero where nothing is left).
+
+    Raises:
+        ValueError: for images of another dtype or shape, no images, or a mean of another shape.
+    """
+    _check_images(images)
+    pixels = images.double().flatten(1)
+    if mean is None:
+        return F.normalize(pixels - pixels.mean(1, keepdim=True)).float()
+    if mean.shape != images.shape[1:]:
+        raise ValueError(
+            f"mean must have the images' shape {tuple(images.shape[1:])}, got {tuple(mean.shape)}"
+        )
+    return F.normalize(pixels - mean.double().flatten()).float()
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """How well scores separate genuine pairs (same person) from impostor pairs.
+
+    Attributes:
+        accuracy: mean over the folds, on as many genuine as impostor pairs (chance is 0.5).
+        accuracy_std: standard deviation over the folds (divided by their number).
+        threshold: mean cosine, over the folds, from which a pair counts as the same person.
+        auc: area under the ROC curve over all pairs, ties counted half.
+        tar: for each requested false accept rate the highest true accept rate at a FAR not above
+            it; None where there are too few impostor pairs to measure such a FAR.
+        fpr, tpr: the ROC curve over all pairs, float64, from (0, 0) to (1, 1), corners only.
+        pairs, genuine, impostor: how many pairs there are.
+    """
+
+    accuracy: float
+    accuracy_std: float
+    threshold: float
+    auc: float
+    tar: dict[float, float | None]
+    fpr: np.ndarray = field(repr=False)
+    tpr: np.ndarray = field(repr=False)
+    pairs: int
+    genuine: int
+    impostor: int
+
+    def summary(self) -> str:
+        """Aligned lines for people."""
+        rows = [
+            ("pairs", f"{self.pairs:,} ({self.genuine:,} genuine, {self.impostor:,} impostor)"),
+            (
+                "accuracy",
+                f"{self.accuracy:.4f} ± {self.accuracy_std:.4f} (threshold {self.threshold:.4f})",
+            ),
+            ("ROC-AUC", f"{self.auc:.4f}"),
+        ]
+        for far, tar in self.tar.items():
+            needed = f"not measured: needs at least {_pairs_for(far):,} impostor pairs"
+            rows.append((f"TAR at FAR {far:g}", needed if tar is None else f"{tar:.4f}"))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def to_json(self) -> dict:
+        """All but the curve, ready for `json.dumps`."""
+        return {
+            "accuracy": self.accuracy,
+            "accuracy_std": self.accuracy_std,
+            "threshold": self.threshold,
+            "auc": self.auc,
+            "tar": {f"{far:g}": tar for far, tar in self.tar.items()},
+            "pairs": self.pairs,
+            "genuine": self.genuine,
+            "impostor": self.impostor,
+        }
+
+
+def verify(
+    embeddings: Tensor,
+    labels: Tensor,
+    folds: int = 10,
+    fars: Sequence[float] = (1e-1, 1e-2, 1e-3),
+    seed: int = 0,
+) -> Verification:
+    """Scores every pair of images by the cosine of their embeddings.
+
+    ROC-AUC and TAR are over all pairs. Accuracy is over as many genuine as impostor pairs, the
+    more numerous kind drawn at random without replacement and both kinds spread evenly over the
+    folds: the threshold that is best on the other folds is applied to each.
+
+    Args:
+        embeddings: (N, D) floating, of any length (the cosine normalises; a zero row has cosine 0).
+        labels: (N,) integer.
+        folds: at least 2.
+        fars: false accept rates in (0, 1].
+        seed: of the draw and the folds.
+
+    Raises:
+        ValueError: for wrong shapes or dtypes, non-finite embeddings, a kind of pair with fewer
+            members than folds, or folds or fars out of range.
+
+    Memory: about 8*N*N bytes for the cosines (float64) and 8*N*N more to sort them.
+    """
+    if embeddings.ndim != 2 or not embeddings.is_floating_point():
+        raise ValueError(
+            "embeddings must be floating point of shape (N, D), "
+            f"got {_kind(embeddings)} {tuple(embeddings.shape)}"
+        )
+    n = len(embeddings)
+    integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if labels.shape != (n,) or not integer:
+        raise ValueError(
+            f"labels must be integer of shape ({n},), got {_kind(labels)} {tuple(labels.shape)}"
+        )
+    if folds < 2:
+        raise ValueError(f"folds must be at least 2, got {folds}")
+    if not all(0.0 < far <= 1.0 for far in fars):
+        raise ValueError(f"fars must lie in (0, 1], got {tuple(fars)}")
+    embeddings, labels = embeddings.detach().cpu().double(), labels.cpu()
+    if bad := int((~embeddings.isfinite()).any(1).sum()):
+        raise ValueError(f"embeddings must be finite, got {bad} of {n} rows with nan or inf")
+
+    unit = F.normalize(embeddings)
+    cosines = unit @ unit.T
+    upper = torch.ones(n, n, dtype=torch.bool).triu_(1)
+    same = labels[:, None] == labels
+    genuine = cosines[upper & same].numpy()
+    impostor = cosines[upper & ~same].numpy()
+    for name, scores in (("genuine", genuine), ("impostor", impostor)):
+        if len(scores) < folds:
+            raise ValueError(
+                f"{folds} folds need at least {folds} genuine and {folds} impostor pairs, got "
+                f"{len(scores)} {name} ones from {n} images of {len(labels.unique())} identities"
+            )
+
+    accepted = _roc(genuine, impostor)
+    tpr, fpr = accepted[0] / len(genuine), accepted[1] / len(impostor)
+    tar = {far: float(tpr[fpr <= far].max()) if 1 / len(impostor) <= far else None for far in fars}
+    # Trapezoids in integers: exact, and half of a tied pair counts.
+    doubled = int((np.diff(accepted[1]) * (accepted[0, 1:] + accepted[0, :-1])).sum())
+    accuracies, threshold = _fold_accuracies(genuine, impostor, folds, seed)
+    corner = np.r_[True, np.diff(accepted, n=2).any(0), True]
+    return Verification(
+        accuracy=float(accuracies.mean()),
+        accuracy_std=float(accuracies.std()),
+        threshold=threshold,
+        auc=doubled / (2 * len(genuine) * len(impostor)),
+        tar=tar,
+        fpr=fpr[corner],
+        tpr=tpr[corner],
+        pairs=len(genuine) + len(impostor),
+        genuine=len(genuine),
+        impostor=len(impostor),
+    )
+
+
+def _roc(genuine: np.ndarray, impostor: np.ndarray) -> np.ndarray:
+    """(2, T+1) int64: genuine and impostor pairs accepted at no and at each distinct threshold."""
+    scores = np.concatenate([genuine, impostor])
+    order = np.argsort(-scores, kind="stable")
+    is_genuine = order < len(genuine)
+    last_of_its_score = np.r_[np.diff(scores[order]) != 0, True]
+    counts = np.stack([np.cumsum(is_genuine), np.cumsum(~is_genuine)])[:, last_of_its_score]
+    return np.pad(counts, ((0, 0), (1, 0)))
+
+
+def _fold_accuracies(
+    genuine: np.ndarray, impostor: np.ndarray, folds: int, seed: int
+) -> tuple[np.ndarray, float]:
+    """Each fold's accuracy at the threshold of the others, and the mean threshold."""
+    rng = np.random.default_rng(seed)
+    count = min(len(genuine), len(impostor))
+    scores = np.stack([rng.permutation(kind)[:count] for kind in (genuine, impostor)])
+    fold = np.arange(count) % folds
+    accuracies, thresholds = np.empty(folds), np.empty(folds)
+    for i in range(folds):
+        threshold = _best_threshold(*scores[:, fold != i])
+        same, different = scores[:, fold == i] >= threshold
+        accuracies[i] = (same.mean() + (~different).mean()) / 2
+        thresholds[i] = threshold
+    return accuracies, float(thresholds.mean())
+
+
+def _best_threshold(genuine: np.ndarray, impostor: np.ndarray) -> float:
+    """The score from which accepting errs least; midway in its gap, the highest among equals."""
+    accepted = _roc(genuine, impostor)
+    best = int(np.argmax(accepted[0] - accepted[1]))
+    above = np.unique(np.concatenate([genuine, impostor]))[::-1]
+    if best == 0:  # accept nothing
+        return float(np.nextafter(above[0], np.inf))
+    if best == len(above):  # accept everything
+        return float(above[-1])
+    low, high = above[best], above[best - 1]
+    middle = low + (high - low) / 2
+    return float(middle if middle > low else high)
+
+
+def _pairs_for(far: float) -> int:
+    """The fewest impostor pairs among which one false accept is a rate of at most `far`."""
+    count = math.floor(1.0 / far)
+    return count if 1 / count <= far else count + 1
+
+
+def _check_images(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
+        raise ValueError(
+            "images must be uint8 of shape (N, H, W, C) with N at least 1, "
+            f"got {_kind(images)} {tuple(images.shape)}"
+        )
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
