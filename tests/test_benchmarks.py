@@ -1,0 +1,222 @@
+"""The benchmarks measure what they say, and report what they could not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import driver, machine, peers, process, table, verify
+from benchmarks.cases import CASES, cases
+from benchmarks.peers import Peer
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+OPS = list(CASES)
+MARGIN = "margin_cross_entropy"
+
+
+def dry(op: str):
+    return cases("dry", op)[0]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_cases_of_each_suite_and_peers(op):
+    for suite in ("dry", "cpu", "gpu"):
+        found = cases(suite, op)
+        assert found
+        assert len({case.name for case in found}) == len(found)
+    assert peers.PEERS[op][0].name == "ours"
+    assert op in peers.WORKLOADS
+
+
+def test_margin_flops_and_bytes_are_those_of_the_three_products():
+    case = dry(MARGIN)
+    work = peers.MarginWorkload(case, CPU)
+    step = peers.find(MARGIN, "three products").build(work)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert counter.get_total_flops() == case.flops
+    x, w = work.input.nbytes, work.weight.nbytes
+    assert case.bytes == 2 * w + work.buffers["grad_weight"].nbytes + 2 * x + work.target.nbytes
+
+
+def test_margin_peers_compute_what_ours_does():
+    def run(name):
+        work = peers.MarginWorkload(dry(MARGIN), CPU)
+        loss = peers.find(MARGIN, name).build(work)()
+        weight_grad = next(p.grad for p in reversed(work.parameters) if p.grad is not None)
+        if weight_grad.shape != work.weight.shape:
+            weight_grad = weight_grad.T
+        return loss, work.input.grad, weight_grad
+
+    ours = run("ours")
+    for name in ("eager torch", "pytorch-metric-learning"):
+        if name == "pytorch-metric-learning":
+            pytest.importorskip("pytorch_metric_learning")
+        for mine, theirs in zip(ours, run(name), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_floor_reuses_its_outputs():
+    work = peers.MarginWorkload(dry(MARGIN), CPU)
+    step = peers.find(MARGIN, "three products").build(work)
+    step()
+    before = {name: buffer.data_ptr() for name, buffer in work.buffers.items()}
+    step()
+    assert {name: buffer.data_ptr() for name, buffer in work.buffers.items()} == before
+    torch.testing.assert_close(work.buffers["logits"], work.input.detach() @ work.weight.detach().T)
+
+
+def peer(name, build, needs=0):
+    return Peer(name, f"label of {name}", build, lambda case: needs)
+
+
+def sleeper(seconds):
+    return lambda work: lambda: time.sleep(seconds)
+
+
+def absent(work):
+    raise ImportError("No module named 'nothing'")
+
+
+def test_interleaved_times_and_reasons(monkeypatch):
+    monkeypatch.setitem(
+        peers.PEERS,
+        MARGIN,
+        [
+            peer("ours", sleeper(0.02)),
+            peer("slow", sleeper(0.06)),
+            peer("absent", absent),
+            peer("large", sleeper(0), needs=2**60),
+        ],
+    )
+    saved = []
+    result = driver.measure_time(dry(MARGIN), CPU, rounds=3, save=saved.append)
+    ours, slow, missing, large = result["peers"]
+    assert result["rounds"] == 3
+    assert [r["rounds"] for r in saved] == [0, 1, 2, 3]
+    assert ours["ratio"] == 1
+    assert slow["seconds"] >= 0.06
+    assert 1 < slow["ratio_range"][0] <= slow["ratio"] <= slow["ratio_range"][1]
+    assert missing["not_measured"] == "ImportError: No module named 'nothing'"
+    assert large["not_measured"].startswith("would need 1073741824.0 GiB")
+    assert result["flops"] / slow["seconds"] / 1e12 == slow["tflop_per_second"]
+    text = table.one_case(result)
+    assert "not measured: ImportError" in text
+    assert f"{slow['ratio']:.2f}" in text
+
+
+def test_a_peer_that_hangs_costs_its_time_alone(monkeypatch):
+    monkeypatch.setitem(
+        peers.PEERS, MARGIN, [peer("ours", sleeper(0.001)), peer("hangs", sleeper(60))]
+    )
+    began = time.monotonic()
+    result = driver.measure_time(dry(MARGIN), CPU, rounds=2, seconds=5)
+    assert time.monotonic() - began < 10
+    assert result["rounds"] == 2
+    assert "TimeoutError: not ready after" in result["peers"][1]["not_measured"]
+
+
+def test_peak_memory_is_what_a_step_takes():
+    size = 96 << 20
+
+    def build(work):
+        def step():
+            torch.ones(size, dtype=torch.uint8)
+            torch.ones(size // 2, dtype=torch.uint8)  # the first is free again by now
+
+        return step
+
+    big = peer("big", build)
+    found = driver.measure_memory(dry(MARGIN), big)
+    assert size - (1 << 20) < found["peak_bytes"] < size + (16 << 20)  # Linux counts in batches
+    assert "not_measured" in driver.measure_memory(dry(MARGIN), peer("absent", absent))
+
+
+def test_processes_end_with_their_limit(tmp_path):
+    pid = tmp_path / "pid"
+    command = ["sh", "-c", f"sleep 60 & echo $! > {pid}; wait"]
+    assert process.run_limited(command, 1) == "the process was ended after 1 s"
+    grandchild = int(pid.read_text())
+    status = Path(f"/proc/{grandchild}/status")
+    deadline = time.monotonic() + 5
+    while status.exists() and "zombie" not in status.read_text():
+        assert time.monotonic() < deadline, "what the process started still runs"
+        time.sleep(0.05)
+    assert process.run_limited(["false"], 5) == "the process ended with status 1"
+    assert process.run_limited(["true"], 5) is None
+
+
+def test_verification_counts_and_decides(tmp_path):
+    def outcome(body):
+        file = tmp_path / f"test_{MARGIN}.py"
+        file.write_text("import pytest\n" + textwrap.dedent(body))
+        return verify.run_tests([str(file), "-p", "no:cacheprovider", f"--rootdir={tmp_path}"])
+
+    good = outcome("def test_a(): pass\n@pytest.mark.skip\ndef test_b(): pass")
+    assert (good.passed, good.skipped, good.failed) == (1, 1, 0)
+    assert good.speaks_for(MARGIN)
+    assert not good.speaks_for("another_op")
+    bad = outcome("def test_a(): pass\ndef test_b(): assert False")
+    assert (bad.passed, bad.failed) == (1, 1)
+    assert not bad.speaks_for(MARGIN)
+    assert not outcome("import nothing_of_that_name").speaks_for(MARGIN)
+    assert not outcome("@pytest.mark.skip\ndef test_a(): pass").speaks_for(MARGIN)
+
+
+def test_the_machine_without_names_or_paths():
+    found = machine.describe(CPU)
+    assert {"processor", "cores", "instruction_set", "torch", "triton"} <= found.keys()
+    text = json.dumps(found)
+    assert os.uname().nodename not in text
+    assert str(Path.home()) not in text
+    assert process.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    idle = machine.idle_check()
+    assert idle["idle"] == (idle["busy_cores"] <= machine.BUSY_CORES_MAX + 0.005)
+
+
+def test_readme_shows_the_committed_results(tmp_path, monkeypatch):
+    text = table.README.read_text()
+    assert table.render() in text
+
+    copy = tmp_path / "README.md"
+    copy.write_text(text.replace(table.render(), "1000× faster"))
+    monkeypatch.setattr(table, "README", copy)
+    monkeypatch.setattr(sys, "argv", ["table", "--check"])
+    with pytest.raises(SystemExit, match="does not show"):
+        table.main()
+    monkeypatch.setattr(sys, "argv", ["table"])
+    table.main()
+    assert copy.read_text() == text
+
+
+def test_gpu_evidence_dry_run(tmp_path):
+    output = tmp_path / "evidence.json"
+    ran = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_evidence", "--dry", "--output", str(output)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": ".:python"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    result = json.loads(output.read_text())
+    assert result["build"]["problem"] is None
+    assert result["tests"]["failed"] == 0
+    assert result["ceilings"]["copy_gigabyte_per_second"] > 0
+    assert [case["op"] for case in result["cases"]] == OPS
+    for case in result["cases"]:
+        ours = case["peers"][0]
+        assert case["rounds"] == 3
+        assert ours["share_of_product"] > 0
+        assert ours["share_of_copy"] > 0
