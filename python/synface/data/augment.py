@@ -28,7 +28,7 @@ def warp(images: Tensor, angle: Tensor, zoom: Tensor, shift: Tensor, flip: Tenso
 
     Args:
         images: (B, C, H, W) float.
-        angle: (B,) radians.
+        angle: (B,) radians, counter-clockwise as seen.
         zoom: (B,) factors, over 1 enlarges.
         shift: (B, 2) in widths and heights of the image.
         flip: (B,) bool, mirrored left to right.

@@ -172,21 +172,25 @@ def read_folder(
                 wrong[files[good[done]]] = problem
             if progress is not None:
                 progress(done + 1, len(good))
+    wrong = {file: wrong[file] for file in files if file in wrong}  # in the folder's order
     _raise_if(wrong, f"of {len(files)} images in {root}", "readable, complete images")
     return Faces(torch.from_numpy(images), torch.tensor(labels), identities, str(root))
 
 
 def _list(root: Path) -> tuple[list[str], list[Path], list[int]]:
     """The identities' names, every image file, and each file's label."""
-    if not root.is_dir():
-        what = "is not a folder" if root.exists() else "does not exist"
+    # os.path answers False where Path raises: without the right to look.
+    if not os.path.isdir(root):
+        what = "is not a folder" if os.path.exists(root) else "does not exist or may not be entered"
         raise DataError(
             f"{root} {what}; expected a folder with one sub-folder of images per person"
         )
     entries = _entries(root)
-    folders = [entry for entry in entries if entry.is_dir()]
+    folders = [entry for entry in entries if os.path.isdir(entry)]
     if len(folders) < 2:
-        loose = sum(entry.suffix.lower() in EXTENSIONS for entry in entries if entry.is_file())
+        loose = sum(
+            entry.suffix.lower() in EXTENSIONS for entry in entries if os.path.isfile(entry)
+        )
         raise DataError(
             f"{root} holds {len(folders)} identity folders and {loose} images of its own; "
             "expected at least 2 sub-folders, one per person, with that person's images"
@@ -196,7 +200,7 @@ def _list(root: Path) -> tuple[list[str], list[Path], list[int]]:
     wrong: dict[Path, str] = {}
     for label, folder in enumerate(folders):
         inside = _entries(folder)
-        nested = [entry for entry in inside if entry.is_dir()]
+        nested = [entry for entry in inside if os.path.isdir(entry)]
         images = [e for e in inside if e.suffix.lower() in EXTENSIONS and e not in nested]
         if nested:
             wrong[folder] = f"has the folder {nested[0].name!r} inside"
