@@ -139,6 +139,21 @@ def test_progress_counts_every_image(people):
     assert calls == [(i + 1, 6) for i in range(6)]
 
 
+def test_an_interrupt_ends_the_reading(people, monkeypatch):
+    for i in range(300):
+        picture(seed=i).save(people / "s9" / f"more{i}.png")
+    decoded = []
+    decode = folder._decode
+    monkeypatch.setattr(folder, "_decode", lambda path: decoded.append(path) or decode(path))
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read_folder(people, size=(2000, 2000), grey=True, progress=interrupt)
+    assert len(decoded) < 300
+
+
 def test_reading_twice_gives_the_same(people):
     a, b = read_folder(people, size=(13, 11)), read_folder(people, size=(13, 11))
     assert torch.equal(a.images, b.images)

@@ -136,7 +136,8 @@ def read_folder(
     root = Path(path)
     identities, files, labels = _list(root)
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+    try:
         modes: list[str | None] = []
         wrong: dict[Path, str] = {}
         for file, (mode, problem) in zip(files, pool.map(_attempt(_mode), files), strict=True):
@@ -172,6 +173,8 @@ def read_folder(
                 wrong[files[good[done]]] = problem
             if progress is not None:
                 progress(done + 1, len(good))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
     wrong = {file: wrong[file] for file in files if file in wrong}  # in the folder's order
     _raise_if(wrong, f"of {len(files)} images in {root}", "readable, complete images")
     return Faces(torch.from_numpy(images), torch.tensor(labels), identities, str(root))
