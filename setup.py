@@ -1,7 +1,7 @@
 """Builds `synface_kernels._C` (torch) and `synface_kernels._numpy` (NumPy alone).
 
-SYNFACE_CUDA=0|1|auto says whether the CUDA sources are built; `auto` builds them where both nvcc and
-a CUDA build of torch are found.
+SYNFACE_CUDA=0|1|auto says whether the CUDA sources are built; `auto` builds them where both nvcc
+and a CUDA build of torch are found.
 """
 
 import os
@@ -9,9 +9,14 @@ import shutil
 import sys
 from glob import glob
 
-import pybind11
 from setuptools import Extension, setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils.cpp_extension import (
+    CUDA_HOME,
+    BuildExtension,
+    CppExtension,
+    CUDAExtension,
+    include_paths,
+)
 from torch.version import cuda as torch_cuda
 
 
@@ -32,10 +37,22 @@ def want_cuda() -> bool:
 # sets agree wherever they promise to.
 CXX = ["-O3", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
 INCLUDE = [os.path.abspath("csrc")]
-CPU_KERNELS = sorted(glob("csrc/*/cpu.cpp")) + ["csrc/simd/isa.cpp"]
+CPU_KERNELS = [*sorted(glob("csrc/*/cpu.cpp")), "csrc/simd/isa.cpp"]
 
 cuda_sources = sorted(glob("csrc/*/cuda.cu")) if want_cuda() else []
 TorchExtension = CUDAExtension if cuda_sources else CppExtension
+
+
+class Build(BuildExtension):
+    """Objects of each extension in a folder of its own: compiled with other flags, they would
+    otherwise replace each other's at every build."""
+
+    def build_extension(self, ext: Extension) -> None:
+        together = self.build_temp
+        self.build_temp = os.path.join(together, ext.name)
+        super().build_extension(ext)
+        self.build_temp = together
+
 
 setup(
     ext_modules=[
@@ -48,10 +65,10 @@ setup(
         Extension(
             "synface_kernels._numpy",
             ["csrc/numpy_bindings.cpp", *CPU_KERNELS],
-            include_dirs=[*INCLUDE, pybind11.get_include()],
+            include_dirs=[*INCLUDE, *include_paths()],  # torch brings pybind11's headers
             extra_compile_args={"cxx": CXX},
             language="c++",
         ),
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": Build},
 )
