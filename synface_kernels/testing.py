@@ -29,11 +29,11 @@ def assert_as_exact_as_torch(
     assert torch.equal(actual.isfinite(), finite), f"{name}: non-finite elements differ"
     if not finite.any():
         return
-    torch_error = (torch_result - exact)[finite].abs().max()
+    own = (torch_result - exact)[finite].abs().max()
     error = torch.where(finite, (actual - exact).abs(), 0)
-    allowed = 2 * torch_error + atol
+    allowed = 2 * own + atol
     worst = error.argmax()
     assert error.max() <= allowed, (
-        f"{name}: error {error.max():.3g} at flat index {worst} (got {actual.flatten()[worst]:.9g}, "
-        f"exact {exact.flatten()[worst]:.9g}); allowed {allowed:.3g}, torch's own {torch_error:.3g}"
+        f"{name}: error {error.max():.3g} at flat index {worst} (got {actual.flatten()[worst]:.9g},"
+        f" exact {exact.flatten()[worst]:.9g}); allowed {allowed:.3g}, torch's own {own:.3g}"
     )

@@ -1,0 +1,5 @@
+"""`python -m synface`: the command line."""
+
+from .cli import main
+
+main()

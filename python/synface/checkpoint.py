@@ -1,0 +1,143 @@
+"""Checkpoints: tensors in safetensors, everything else in JSON, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+FORMAT = 1
+TENSORS, STATE = "tensors.safetensors", "state.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or of another model or run."""
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a text file so that it is there whole, or as it was before."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    _sync(part)
+    part.replace(path)
+    _sync(path.parent)
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    """Writes ``folder/step-XXXXXXXX``, then removes all but the two newest checkpoints.
+
+    The checkpoint is written under another name, flushed to the disk, and renamed: whatever
+    happens on the way, the ones before it stay whole.
+
+    Raises:
+        OSError: where it cannot be written (a full disk, say); nothing is lost then.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{step:08d}"
+    part = folder / f".{final.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir()
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part / TENSORS)
+        size = (part / TENSORS).stat().st_size
+        state = {"format": FORMAT, "step": step, "tensor_bytes": size} | state
+        (part / STATE).write_text(json.dumps(state, indent=1))
+        for name in (TENSORS, STATE):
+            _sync(part / name)
+        shutil.rmtree(final, ignore_errors=True)  # the same step, written before a resume
+        part.rename(final)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    for old in checkpoints(folder)[:-2]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that ``path`` is, or the newest one of the run that it is.
+
+    Raises:
+        CheckpointError: where there is none.
+    """
+    for folder in (path, path / "checkpoints"):
+        if (folder / STATE).exists() or (folder / TENSORS).exists():
+            return folder
+        found = checkpoints(folder)
+        if found:
+            return found[-1]
+    raise CheckpointError(
+        f"no checkpoint in {path}: expected a run's folder (with checkpoints/step-…), or a "
+        f"checkpoint's (with {TENSORS} and {STATE})"
+    )
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of a checkpoint.
+
+    Raises:
+        CheckpointError: where it is missing, cut short or not a checkpoint, naming the file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = json.loads((path / STATE).read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path / STATE} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path / STATE} is not whole JSON: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        came = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"{path / STATE}: expected format {FORMAT}, got {came!r}")
+    file = path / TENSORS
+    try:
+        size = file.stat().st_size
+        if size != state.get("tensor_bytes"):
+            raise CheckpointError(
+                f"{file} is cut short or changed: expected {state.get('tensor_bytes')} bytes, "
+                f"got {size}"
+            )
+        return load_file(file), state
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is not a safetensors file: {error}") from error
+
+
+def check_shapes(file: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Compares names and shapes with a model's.
+
+    Raises:
+        CheckpointError: naming the first tensors that differ.
+    """
+    problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
+    problems += [f"{name} is unknown" for name in tensors.keys() - expected.keys()]
+    for name in expected.keys() & tensors.keys():
+        want, came = tuple(expected[name].shape), tuple(tensors[name].shape)
+        if want != came:
+            problems.append(f"{name}: expected shape {want}, got {came}")
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        shown = "; ".join(sorted(problems)[:3])
+        raise CheckpointError(f"{file} is of another model: {shown}{more}")

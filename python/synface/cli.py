@@ -1,0 +1,323 @@
+"""The command line: synface train | eval | demo | info."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from click.core import ParameterSource
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from . import checkpoint
+from .data import Faces, embedded_faces, read_folder
+from .evaluate import Verification, embed, pixel_embeddings, verify
+from .train import TrainConfig, load_backbone, train
+
+app = typer.Typer(
+    help="Face recognition on synthetic and real faces, over the fused ops of synface_kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+DEFAULT = TrainConfig()
+
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Image folder, one sub-folder per identity. "
+        "Default: the 100 real faces that scikit-image ships, with style variation."
+    ),
+]
+HoldoutOption = Annotated[
+    int, typer.Option(help="Identities (the last ones) kept for verification.", min=0)
+]
+SizeOption = Annotated[
+    str | None, typer.Option(help="Height×width in pixels, such as 112x112; default: as read.")
+]
+SeedOption = Annotated[int, typer.Option(help="Of everything random.", min=0)]
+
+
+class Bar:
+    """A rich progress bar with images/s and loss."""
+
+    def __init__(self, description: str) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.task = self.progress.add_task(description, total=None, note="")
+        self.images, self.began = 0, time.perf_counter()
+
+    def __enter__(self) -> Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def start(self, total_steps: int, step: int) -> None:
+        self.progress.update(self.task, total=total_steps, completed=step)
+
+    def step(self, loss: float, accuracy: float, images: int) -> None:
+        self.images += images
+        rate = self.images / (time.perf_counter() - self.began)
+        note = f"loss {loss:6.3f}  accuracy {accuracy:4.0%}  {rate:4.0f} images/s"
+        self.progress.update(self.task, advance=1, note=note)
+
+    def files(self, done: int, total: int) -> None:
+        self.progress.update(self.task, total=total, completed=done)
+
+    def advance(self, note: str) -> None:
+        self.progress.update(self.task, advance=1, note=note)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    parts = text.lower().replace("×", "x").split("x")
+    if len(parts) != 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise ValueError(f"--size must be HEIGHTxWIDTH, such as 112x112, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def _faces(data: Path | None, size: tuple[int, int] | None) -> Faces:
+    if data is None:
+        if size is not None and size[0] != size[1]:
+            raise ValueError(f"the embedded faces are square, got --size {size[0]}x{size[1]}")
+        return embedded_faces(size=size[0]) if size else embedded_faces()
+    with Bar(f"reading {data}") as bar:
+        return read_folder(data, size, progress=bar.files)
+
+
+def _verify_both(backbone: torch.nn.Module, held: Faces) -> tuple[Verification, Verification]:
+    return (
+        verify(embed(backbone, held.images), held.labels),
+        verify(pixel_embeddings(held.images), held.labels),
+    )
+
+
+def _print_verification(trained: Verification, pixels: Verification, held: Faces) -> None:
+    people = len(held.identities)
+    console.print(f"\nverification on {people} people never trained on ({len(held)} images)")
+    console.print(f"[bold]trained network[/bold]\n{trained.summary()}", highlight=False)
+    console.print(f"[bold]raw pixels, centred cosine[/bold]\n{pixels.summary()}", highlight=False)
+    console.print(
+        f"ROC-AUC: trained [bold]{trained.auc:.4f}[/bold], raw pixels {pixels.auc:.4f}\n",
+        highlight=False,
+    )
+
+
+@app.command("train")
+def train_command(
+    context: typer.Context,
+    data: DataOption = None,
+    holdout: HoldoutOption = 10,
+    output: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder, as it was configured.")
+    ] = None,
+    size: SizeOption = None,
+    seed: SeedOption = DEFAULT.seed,
+    epochs: int = DEFAULT.epochs,
+    batch_size: int = DEFAULT.batch_size,
+    optimizer: Annotated[str, typer.Option(help="sgd or adamw")] = DEFAULT.optimizer,
+    lr: float = DEFAULT.lr,
+    weight_decay: float = DEFAULT.weight_decay,
+    schedule: Annotated[str, typer.Option(help="cosine, step or constant")] = DEFAULT.schedule,
+    warmup_epochs: float = DEFAULT.warmup_epochs,
+    scale: Annotated[float, typer.Option(help="Of the logits.")] = DEFAULT.scale,
+    m1: Annotated[float, typer.Option(help="Margin: factor of the angle.")] = DEFAULT.m1,
+    m2: Annotated[float, typer.Option(help="Margin: radians added to the angle.")] = DEFAULT.m2,
+    m3: Annotated[float, typer.Option(help="Margin: taken off the cosine.")] = DEFAULT.m3,
+    embedding_size: int = DEFAULT.embedding_size,
+    dropout: float = DEFAULT.dropout,
+    augment: Annotated[float, typer.Option(help="Strength; 0 for none.")] = DEFAULT.augment,
+    checkpoint_every: Annotated[int, typer.Option(help="Epochs.")] = DEFAULT.checkpoint_every,
+) -> None:
+    """Train on an image folder (or the embedded faces) and verify on people kept out."""
+    given = context.params
+    run = {"data": str(data) if data else None, "holdout": holdout, "size": size}
+    names = {f.name for f in fields(TrainConfig)} & given.keys()
+    config = TrainConfig(**{name: given[name] for name in names})
+    if resume is not None:
+        run, config = _stored_run(context, resume)
+        output = resume
+    folder = output or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    source = Path(run["data"]) if run["data"] else None
+    faces, held = _faces(source, _size(run["size"])).split(run["holdout"])
+    console.print(
+        f"{len(faces)} images of {len(faces.identities)} people from {faces.source}; "
+        f"{len(held.identities)} people held out; run folder {folder}",
+        highlight=False,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    if resume is None and not (folder / "run.json").exists():
+        import json
+
+        checkpoint.write(folder / "run.json", json.dumps(run | {"config": asdict(config)}))
+    with Bar("training") as bar:
+        result = train(config, faces, folder, resume=resume is not None, progress=bar)
+    if held.identities:
+        _print_verification(*_verify_both(result.backbone, held), held)
+    console.print(f"synface eval {folder} verifies this run again", highlight=False)
+
+
+def _stored_run(context: typer.Context, folder: Path) -> tuple[dict[str, Any], TrainConfig]:
+    """How the run was started; options given now must agree with it."""
+    import json
+
+    file = folder / "run.json"
+    try:
+        run = json.loads(file.read_text())
+        config = TrainConfig.from_json(run.pop("config"))
+        stored = run | asdict(config)
+        for name, value in context.params.items():
+            explicit = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+            value = str(value) if isinstance(value, Path) else value
+            if explicit and name in stored and stored[name] != value:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {value} differs from the run's {stored[name]}: "
+                    "a resumed run keeps its configuration"
+                )
+    except OSError as error:
+        raise ValueError(f"{folder} holds no run to resume: {file}: {error.strerror}") from error
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    return run, config
+
+
+@app.command("eval")
+def eval_command(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or one checkpoint's.")],
+    data: DataOption = None,
+    holdout: Annotated[
+        int, typer.Option(help="Verify on this many last identities; 0: on all.", min=0)
+    ] = 10,
+) -> None:
+    """Verify a trained network on pairs of images, beside raw pixels."""
+    backbone, state = load_backbone(run)
+    height, width, channels = state["data"]["image_shape"]
+    faces = _faces(data, (height, width))
+    if faces.images.shape[3] != channels:
+        raise ValueError(
+            f"{run} was trained on images of {channels} channels, {faces.source} has "
+            f"{faces.images.shape[3]}"
+        )
+    held = faces.split(holdout)[1] if holdout else faces
+    _print_verification(*_verify_both(backbone, held), held)
+
+
+@app.command()
+def info() -> None:
+    """Versions, devices, and which implementation each op takes."""
+    from synface_kernels import _env
+
+    console.print(_env.report(), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="The report's folder.")] = Path("synface-report"),
+    seed: SeedOption = 0,
+    epochs: int = 12,
+    identities: Annotated[int, typer.Option(help="Of the 100 embedded.", min=4, max=100)] = 100,
+    images: Annotated[int, typer.Option(help="Per identity.", min=2)] = 20,
+    classes: Annotated[int, typer.Option(help="C of the measured softmax.", min=2)] = 100_000,
+) -> None:
+    """Train on real faces, verify on others, measure the fused softmax; write a report."""
+    import tempfile
+
+    import synface_kernels as sk
+    from synface_kernels import _env
+
+    from . import measure, report
+
+    began = time.perf_counter()
+    faces = embedded_faces(images_per_identity=images, identities=identities, seed=seed)
+    held_out = max(2, identities // 5)
+    learn, held = faces.split(held_out)
+    console.print(
+        f"1. {faces.source}\n   training on {len(learn.identities)} people, verifying on the "
+        f"{held_out} others",
+        highlight=False,
+    )
+    config = TrainConfig(epochs=epochs, seed=seed, checkpoint_every=max(1, epochs))
+    with tempfile.TemporaryDirectory() as folder, Bar("   training") as bar:
+        result = train(config, learn, Path(folder) / "run", progress=bar)
+    trained, pixels = _verify_both(result.backbone, held)
+    _print_verification(trained, pixels, held)
+
+    work = measure.Workload(c=classes)
+    console.print(
+        f"2. the margin softmax over {work.c:,} identities: N={work.n}, D={work.d}, float32",
+        highlight=False,
+    )
+    with Bar("   measuring") as bar:
+        bar.start(len(measure.METHODS) * 5, 0)
+        memory: dict[str, Any] = {}
+        for method in measure.METHODS:
+            memory[method] = measure.peak_memory(method, work)
+            bar.advance(f"memory of {method}")
+        times = measure.time_all(work, 3, lambda method: bar.advance(f"time of {method}"))
+    implementation = f"impl={sk.explain('margin_cross_entropy').impl}"
+    header, *rows = report.softmax_table(times, memory, implementation)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+    seconds = time.perf_counter() - began
+    page = report.write(
+        output,
+        faces=faces,
+        history=result.history,
+        trained=trained,
+        pixels=pixels,
+        workload=work,
+        times=times,
+        memory=memory,
+        implementation=implementation,
+        machine=f"{_env.processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
+        seconds=seconds,
+    )
+    console.print(f"3. report: {page} ({seconds:.0f} s in all)", highlight=False)
+
+
+def main() -> None:
+    """Runs the command line; an error that the user can act on is one line, without a traceback."""
+    try:
+        app(standalone_mode=False)
+    except typer.Abort:
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        console.print("\ninterrupted: the last checkpoint is whole; --resume goes on from it")
+        raise SystemExit(130) from None
+    except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+    except Exception as error:
+        import click
+
+        if not isinstance(error, click.ClickException):
+            raise
+        error.show()
+        raise SystemExit(error.exit_code) from None

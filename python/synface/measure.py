@@ -1,0 +1,122 @@
+"""Time and memory of the margin softmax, fused and as plain torch, measured where it is called.
+
+python -m synface.measure eager 256 256 100000     (peak memory of one, in a process of its own)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import synface_kernels as sk
+
+METHODS = ("fused", "eager", "torch.compile")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """N embeddings of D dimensions against C class centres, float32."""
+
+    n: int = 256
+    d: int = 256
+    c: int = 100_000
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(self.n, self.d, generator=g).requires_grad_()
+        w = torch.randn(self.c, self.d, generator=g).requires_grad_()
+        return x, w, torch.randint(0, self.c, (self.n,), generator=g)
+
+
+def arcface(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+    """ArcFace in plain torch, as trainers write it: N×C logits."""
+    cosine = F.linear(F.normalize(x), F.normalize(w)).clamp(-1 + 1e-7, 1 - 1e-7)
+    own = cosine.gather(1, target[:, None])
+    logits = cosine.scatter(1, target[:, None], (own.acos() + 0.5).cos())
+    return F.cross_entropy(64 * logits, target)
+
+
+def step(method: str, workload: Workload) -> Callable[[], None]:
+    """One forward and backward pass, gradients cleared first."""
+    x, w, target = workload.tensors()
+    loss: Callable[..., Tensor] = {
+        "fused": sk.margin_cross_entropy,
+        "eager": arcface,
+        "torch.compile": torch.compile(arcface),
+    }[method]
+
+    def run() -> None:
+        x.grad = w.grad = None
+        loss(x, w, target).backward()
+
+    return run
+
+
+def time_all(
+    workload: Workload, rounds: int = 3, done: Callable[[str], None] = lambda method: None
+) -> dict[str, Any]:
+    """Median seconds of each method, in turn in one process; or why one could not be measured."""
+    steps: dict[str, Callable[[], None]] = {}
+    result: dict[str, Any] = {}
+    for method in METHODS:
+        try:
+            steps[method] = step(method, workload)
+            steps[method]()  # compiles, allocates
+        except Exception as error:  # no C++ compiler, no memory: said, and the others go on
+            steps.pop(method, None)
+            result[method] = f"not measured: {type(error).__name__}: {str(error).splitlines()[0]}"
+        done(method)
+    samples: dict[str, list[float]] = {method: [] for method in steps}
+    for _ in range(rounds):
+        for method, run in steps.items():
+            began = time.perf_counter()
+            run()
+            samples[method].append(time.perf_counter() - began)
+            done(method)
+    return result | {method: statistics.median(times) for method, times in samples.items()}
+
+
+def peak_memory(method: str, workload: Workload) -> int | str:
+    """Peak bytes of a step above what stood before it, in a process of its own (Linux)."""
+    command = [sys.executable, "-m", "synface.measure", method]
+    command += [str(size) for size in asdict(workload).values()]
+    child = subprocess.run(command, capture_output=True, text=True)
+    if child.returncode:
+        lines = child.stderr.strip().splitlines()
+        return f"not measured: {lines[-1] if lines else f'exit status {child.returncode}'}"
+    return int(json.loads(child.stdout))
+
+
+def _peak(method: str, workload: Workload) -> int:
+    def status(field: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+        raise OSError(f"/proc/self/status has no {field}")
+
+    run = step(method, workload)
+    run()  # what is loaded and compiled once does not count
+    step_again = run
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = status("VmRSS")
+    step_again()
+    return status("VmHWM") - before
+
+
+if __name__ == "__main__":
+    print(_peak(sys.argv[1], Workload(*map(int, sys.argv[2:5]))))

@@ -1,0 +1,365 @@
+"""Training on one process: a backbone, a margin head, checkpoints that resume bitwise the same.
+
+All randomness of a step is drawn from generators seeded by (seed, purpose, step). So a checkpoint
+holds no generator's state, and a resumed run draws what the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import synface_kernels as sk
+
+from . import checkpoint
+from .backbone import IResNet
+from .checkpoint import CheckpointError
+from .data import Augment, Faces
+from .heads import MarginHead
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What makes a run. Two runs of one configuration on one machine are bitwise the same.
+
+    Attributes:
+        epochs, batch_size: the last, shorter batch of an epoch is trained on too.
+        optimizer: "sgd" (Nesterov momentum 0.9) or "adamw"; lr, weight_decay: its settings.
+        schedule: "cosine", "step" (÷10 after 60 % and 85 % of the steps) or "constant";
+            warmup_epochs of linear warm-up come first.
+        scale, m1, m2, m3: of the margin, m2 in radians.
+        widths, depths, embedding_size, dropout: of the backbone.
+        augment: strength of the augmentation, 0 for none.
+        checkpoint_every: epochs between checkpoints.
+        seed: of everything random.
+    """
+
+    epochs: int = 40
+    batch_size: int = 64
+    optimizer: str = "adamw"
+    lr: float = 2e-3
+    weight_decay: float = 5e-2
+    schedule: str = "cosine"
+    warmup_epochs: float = 2.0
+    scale: float = 32.0
+    m1: float = 1.0
+    m2: float = 0.3
+    m3: float = 0.0
+    widths: tuple[int, ...] = (32, 64, 128, 256)
+    depths: tuple[int, ...] = (1, 1, 1, 1)
+    embedding_size: int = 128
+    dropout: float = 0.2
+    augment: float = 1.0
+    checkpoint_every: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "batch_size", "lr", "embedding_size", "checkpoint_every")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup_epochs", "augment", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for name, allowed in (
+            ("optimizer", ("sgd", "adamw")),
+            ("schedule", ("cosine", "step", "constant")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        self.margin()
+
+    def margin(self) -> sk.CombinedMargin:
+        return sk.CombinedMargin(self.scale, self.m1, self.m2, self.m3)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> TrainConfig:
+        known = {f.name for f in fields(TrainConfig)}
+        if values.keys() != known:
+            different = sorted(values.keys() ^ known)
+            raise CheckpointError(f"a configuration with unknown or missing keys: {different}")
+        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return TrainConfig(**lists)
+
+
+class Progress(Protocol):
+    """What `train` tells while it runs; every method may be left as it is."""
+
+    def start(self, total_steps: int, step: int) -> None: ...
+
+    def step(self, loss: float, accuracy: float, images: int) -> None: ...
+
+
+@dataclass
+class Trained:
+    """A trained model, with what was logged at every step."""
+
+    backbone: IResNet
+    head: MarginHead
+    config: TrainConfig
+    history: list[dict[str, float]]
+
+
+def seeds(seed: int, purpose: str, step: int) -> int:
+    """A seed of its own for each purpose and step."""
+    words = [seed, step, *purpose.encode()]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generator(seed: int, purpose: str, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seeds(seed, purpose, step))
+
+
+def fingerprint(faces: Faces) -> str:
+    """Tells two sets of images apart."""
+    digest = hashlib.sha256(repr((tuple(faces.images.shape), faces.identities)).encode())
+    digest.update(faces.labels.numpy().tobytes())
+    digest.update(faces.images.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def build_backbone(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet:
+    """The backbone of a configuration for (H, W, C) images."""
+    height, width, channels = image_shape
+    return IResNet(
+        (height, width),
+        channels,
+        config.widths,
+        config.depths,
+        config.embedding_size,
+        config.dropout,
+    )
+
+
+def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True
+        )
+    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Of one step, counted from 0."""
+    total = config.epochs * steps_per_epoch
+    warmup = min(int(config.warmup_epochs * steps_per_epoch), total - 1)
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, total - warmup)
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+    if config.schedule == "step":
+        return config.lr * 0.1 ** ((done >= 0.6) + (done >= 0.85))
+    return config.lr
+
+
+def _batches(config: TrainConfig, count: int, first_step: int) -> Iterator[tuple[int, Tensor]]:
+    """(step, indices) of every batch from a step on; each epoch has an order of its own."""
+    per_epoch = -(-count // config.batch_size)
+    for epoch in range(first_step // per_epoch, config.epochs):
+        order = torch.randperm(count, generator=generator(config.seed, "order", epoch))
+        for i, indices in enumerate(order.split(config.batch_size)):
+            if epoch * per_epoch + i >= first_step:
+                yield epoch * per_epoch + i, indices
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+    return tensors
+
+
+def _restore(
+    model: nn.Module, optimizer: torch.optim.Optimizer, file: Path, tensors: dict[str, Tensor]
+) -> None:
+    values = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    checkpoint.check_shapes(file, values, model.state_dict())
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            if not index.isdecimal() or int(index) >= len(parameters):
+                raise CheckpointError(f"{file} is of another optimiser: {key}")
+            shape = tuple(parameters[int(index)].shape)
+            if value.dim() and tuple(value.shape) != shape:
+                raise CheckpointError(
+                    f"{file}: {key} must be of shape {shape}, got {tuple(value.shape)}"
+                )
+            state.setdefault(int(index), {})[name] = value
+    model.load_state_dict(values)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def train(
+    config: TrainConfig,
+    faces: Faces,
+    output: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    stop_after: int | None = None,
+) -> Trained:
+    """Trains a backbone and a margin head on a set of faces, on the CPU.
+
+    Args:
+        config: what to do. faces: at least two identities.
+        output: the run's folder: config.json, metrics.jsonl (one line a step), checkpoints/.
+        resume: go on from the newest checkpoint in ``output``. The result is bitwise that of a run
+            that was never interrupted.
+        progress: is told about every step.
+        stop_after: end early, after this step, as an interruption would (the last checkpoint is
+            what remains).
+
+    Raises:
+        CheckpointError: for a checkpoint that is damaged, or of another configuration or data.
+        ValueError: for data that cannot be trained on.
+        FileExistsError: where ``output`` holds a run already and ``resume`` is not set.
+        FloatingPointError: once a loss is not finite; the last checkpoint stays.
+
+    The global random state of torch is left as it was.
+    """
+    if len(faces.identities) < 2:
+        raise ValueError(f"training needs two identities or more, got {len(faces.identities)}")
+    with torch.random.fork_rng(devices=[]):
+        return _train(config, faces, output, resume, progress, stop_after)
+
+
+def _train(
+    config: TrainConfig,
+    faces: Faces,
+    output: Path,
+    resume: bool,
+    progress: Progress | None,
+    stop_after: int | None,
+) -> Trained:
+    description = {
+        "config": json.loads(json.dumps(asdict(config))),
+        "data": {
+            "source": faces.source,
+            "fingerprint": fingerprint(faces),
+            "image_shape": list(faces.images.shape[1:]),
+            "identities": len(faces.identities),
+        },
+    }
+    torch.manual_seed(seeds(config.seed, "parameters", 0))
+    backbone = build_backbone(config, tuple(faces.images.shape[1:]))
+    head = MarginHead(config.embedding_size, len(faces.identities), config.margin())
+    model = nn.ModuleDict({"backbone": backbone, "head": head})
+    optimizer = _optimizer(config, [p for p in model.parameters() if p.requires_grad])
+    folder, log = output / "checkpoints", output / "metrics.jsonl"
+    steps_per_epoch = -(-len(faces) // config.batch_size)
+
+    first = 0
+    history: list[dict[str, float]] = []
+    if resume:
+        first = _resume(output, description, model, optimizer)
+        history = [json.loads(line) for line in log.read_text().splitlines()[:first]]
+        checkpoint.write(log, "".join(json.dumps(row) + "\n" for row in history))
+    elif checkpoint.checkpoints(folder) or log.exists():
+        raise FileExistsError(
+            f"{output} holds a run already: resume it, or choose another output folder"
+        )
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        checkpoint.write(output / "config.json", json.dumps(description, indent=1))
+
+    total = config.epochs * steps_per_epoch
+    if progress:
+        progress.start(total, first)
+    augment = Augment(config.augment)
+    model.train()
+    with log.open("a") as lines:
+        for step, indices in _batches(config, len(faces), first):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step, steps_per_epoch)
+            torch.manual_seed(seeds(config.seed, "dropout", step))
+            images = augment(faces.images[indices], generator(config.seed, "augment", step))
+            loss, stats = head(backbone(images), faces.labels[indices], return_stats=True)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            row = {
+                "step": step,
+                "epoch": step / steps_per_epoch,
+                "loss": loss.item(),
+                "accuracy": stats.top1.float().mean().item(),
+                "lr": optimizer.param_groups[0]["lr"],
+            }
+            if not math.isfinite(row["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {row['loss']} at step {step}: lower lr (now {config.lr:g}); "
+                    f"checkpoints up to step {step - 1} are in {folder}"
+                )
+            history.append(row)
+            lines.write(json.dumps(row) + "\n")
+            if progress:
+                progress.step(row["loss"], row["accuracy"], len(indices))
+            epoch_ends = (step + 1) % steps_per_epoch == 0
+            due = (step + 1) // steps_per_epoch % config.checkpoint_every == 0
+            if (epoch_ends and due) or step + 1 == total:
+                lines.flush()
+                os.fsync(lines.fileno())
+                checkpoint.save(folder, step + 1, _tensors(model, optimizer), description)
+            if stop_after is not None and step >= stop_after:
+                break
+    model.eval()
+    return Trained(backbone, head, config, history)
+
+
+def _resume(
+    output: Path,
+    description: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> int:
+    found = checkpoint.find(output)
+    tensors, state = checkpoint.load(found)
+    for part in ("config", "data"):
+        came, wanted = state.get(part, {}), description[part]
+        changed = [k for k in wanted if came.get(k) != wanted[k]]
+        if changed:
+            key = changed[0]
+            raise CheckpointError(
+                f"{found} is of another run: its {part}'s {key} is {came.get(key)!r}, "
+                f"expected {wanted[key]!r}"
+            )
+    _restore(model, optimizer, found / checkpoint.TENSORS, tensors)
+    return int(state["step"])
+
+
+def load_backbone(path: Path) -> tuple[IResNet, dict[str, Any]]:
+    """The backbone of a run's newest checkpoint (or of one checkpoint), in evaluation mode.
+
+    Returns:
+        The backbone and the checkpoint's state: its configuration, data and step.
+
+    Raises:
+        CheckpointError: where there is none, or it is damaged.
+    """
+    found = checkpoint.find(path)
+    tensors, state = checkpoint.load(found)
+    try:
+        config = TrainConfig.from_json(state["config"])
+        backbone = build_backbone(config, tuple(state["data"]["image_shape"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{found / checkpoint.STATE}: {error}") from error
+    prefix = "model.backbone."
+    values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    checkpoint.check_shapes(found / checkpoint.TENSORS, values, backbone.state_dict())
+    backbone.load_state_dict(values)
+    return backbone.eval(), state
