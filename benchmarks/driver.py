@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+import synface_kernels as sk
+
 from . import machine
 from .cases import Case, cases
 from .peers import PEERS, WORKLOADS, Peer, Step, Workload, find
@@ -77,6 +79,7 @@ def measure_time(
             "name": case.name,
             "shape": dict(case.shape),
             "dtype": case.dtype,
+            "implementation": sk.explain(case.op, device=device, dtype=case.torch_dtype).impl,
             "flops": case.flops,
             "bytes": case.bytes,
             "rounds": done,

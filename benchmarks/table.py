@@ -56,7 +56,10 @@ def one_case(case: dict[str, Any]) -> str:
     if not case["peers"]:
         rows.append([f"not measured: {case['not_measured']}", "", "", "", "", ""])
     rounds = case.get("rounds", 0)
-    return f"\n{case['op']}, {case['name']}: {rounds} rounds, {_state(case)}\n{_markdown(rows)}\n"
+    head = f"{case['op']}, {case['name']}: {rounds} rounds, {_state(case)}"
+    if "implementation" in case:
+        head += f", ours is {case['implementation']}"
+    return f"\n{head}\n{_markdown(rows)}\n"
 
 
 def _cell(case: dict[str, Any], peer: str) -> str:
@@ -65,7 +68,9 @@ def _cell(case: dict[str, Any], peer: str) -> str:
         return "not measured"
     time = f"{row['ratio']:.2f}×"
     if peer == "ours":
-        time = f"1 ({_duration(row['seconds'])})"
+        share = row.get("share_of_product")
+        time = f"1 ({_duration(row['seconds'])}"
+        time += ")" if share is None else f", {share:.0%} of the bf16 product)"
     return f"{time}, {_size(row['peak_bytes'])}" if row.get("peak_bytes") is not None else time
 
 
@@ -87,6 +92,13 @@ def one_machine(result: dict[str, Any]) -> str:
         f"**{where}**; torch {about['torch']}, {result['date']}, `{result['command']}`; "
         f"{'; '.join(states)}."
     )
+    ceilings = result.get("ceilings", {})
+    if "product_tflop_per_second" in ceilings:
+        text += (
+            f" Measured there: a copy at {ceilings['copy_gigabyte_per_second']:.0f} GB/s, "
+            f"a product ({ceilings['product']}) at "
+            f"{ceilings['product_tflop_per_second']:.0f} TFLOP/s."
+        )
     for op in dict.fromkeys(case["op"] for case in result["cases"]):
         text += "\n\n" + _one_op(op, [case for case in result["cases"] if case["op"] == op])
     return text

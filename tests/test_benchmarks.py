@@ -199,6 +199,33 @@ def test_readme_shows_the_committed_results(tmp_path, monkeypatch):
     assert copy.read_text() == text
 
 
+def test_tables_of_a_gpu(tmp_path, monkeypatch):
+    case = driver.measure_time(dry(MARGIN), CPU, rounds=0) | {"idle": True}
+    case["peers"] = [
+        {"peer": "ours", "seconds": 0.002, "ratio": 1.0, "peak_bytes": 3 << 20},
+        {"peer": "eager", "seconds": 0.005, "ratio": 2.5, "peak_bytes": 3 << 30},
+        {"peer": "absent", "not_measured": "ImportError"},
+    ]
+    result = {
+        "machine": {"processor": "P", "cores": 8, "instruction_set": "base", "torch": "2.11"}
+        | {"device": "GPU X", "cuda": "13.0"},
+        "date": "2026-01-01",
+        "command": "make gpu-evidence",
+        "ceilings": {"copy_gigabyte_per_second": 3000.0, "product_tflop_per_second": 800.0}
+        | {"product": "bfloat16"},
+        "cases": [case],
+    }
+    case["peers"][0]["share_of_product"] = 0.625
+    (tmp_path / "gpu.json").write_text(json.dumps(result))
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    text = table.render()
+    assert text.startswith("On a CPU: not measured.")
+    for part in ("GPU X", "3000 GB/s", "800 TFLOP/s", "1 (2 ms, 62% of the bf16 product), 3 MiB"):
+        assert part in text
+    assert "| eager | 2.50×, 3.0 GiB |" in text
+    assert "| absent | not measured |" in text
+
+
 def test_gpu_evidence_dry_run(tmp_path):
     output = tmp_path / "evidence.json"
     ran = subprocess.run(
