@@ -49,7 +49,8 @@ bench: build
 # For a machine with a GPU: takes what is there, makes no .venv. DRY=1 tries it on the CPU.
 PYTHON ?= python3
 gpu-evidence:
-	PYTHONPATH=.:python $(PYTHON) -m benchmarks.gpu_evidence $(if $(DRY),--dry)
+	PYTHONPATH=".:python$${PYTHONPATH:+:$$PYTHONPATH}" \
+		$(PYTHON) -m benchmarks.gpu_evidence $(if $(DRY),--dry)
 
 clean:
 	rm -rf build $(VENV)/.built synface_kernels/*.so
