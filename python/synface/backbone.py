@@ -66,7 +66,7 @@ class IResNet(nn.Module):
         self,
         image_size: tuple[int, int],
         channels: int = 1,
-        widths: Sequence[int] = (32, 64, 128, 256),
+        widths: Sequence[int] = (16, 32, 64, 128),
         depths: Sequence[int] = (1, 1, 1, 1),
         embedding_size: int = 128,
         dropout: float = 0.0,

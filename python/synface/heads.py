@@ -60,9 +60,9 @@ class MarginHead(nn.Module):
         Args and errors: as `synface_kernels.margin_cross_entropy`, whose options (``mix``,
         ``reduction``, ``return_stats``, a per-batch ``margin``, …) may follow.
         """
-        options = {"margin": self.margin, "impl": self.impl} | options
+        settings: dict[str, Any] = {"margin": self.margin, "impl": self.impl} | options
         return sk.margin_cross_entropy(
-            embeddings, self.weight, target, target_weight=target_weight, **options
+            embeddings, self.weight, target, target_weight=target_weight, **settings
         )
 
     def extra_repr(self) -> str:

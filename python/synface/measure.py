@@ -52,11 +52,12 @@ def arcface(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
 def step(method: str, workload: Workload) -> Callable[[], None]:
     """One forward and backward pass, gradients cleared first."""
     x, w, target = workload.tensors()
-    loss: Callable[..., Tensor] = {
+    losses: dict[str, Callable[..., Any]] = {
         "fused": sk.margin_cross_entropy,
         "eager": arcface,
         "torch.compile": torch.compile(arcface),
-    }[method]
+    }
+    loss = losses[method]
 
     def run() -> None:
         x.grad = w.grad = None
@@ -109,12 +110,11 @@ def _peak(method: str, workload: Workload) -> int:
 
     run = step(method, workload)
     run()  # what is loaded and compiled once does not count
-    step_again = run
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")
-    step_again()
+    run()
     return status("VmHWM") - before
 
 

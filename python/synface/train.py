@@ -27,6 +27,8 @@ from .checkpoint import CheckpointError
 from .data import Augment, Faces
 from .heads import MarginHead
 
+CONFIG = "config.json"
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -45,17 +47,17 @@ class TrainConfig:
     """
 
     epochs: int = 40
-    batch_size: int = 64
-    optimizer: str = "adamw"
-    lr: float = 2e-3
-    weight_decay: float = 5e-2
+    batch_size: int = 32
+    optimizer: str = "sgd"
+    lr: float = 0.2
+    weight_decay: float = 1e-3
     schedule: str = "cosine"
     warmup_epochs: float = 2.0
     scale: float = 32.0
     m1: float = 1.0
     m2: float = 0.3
     m3: float = 0.0
-    widths: tuple[int, ...] = (32, 64, 128, 256)
+    widths: tuple[int, ...] = (16, 32, 64, 128)
     depths: tuple[int, ...] = (1, 1, 1, 1)
     embedding_size: int = 128
     dropout: float = 0.2
@@ -90,7 +92,9 @@ class TrainConfig:
         if values.keys() != known:
             different = sorted(values.keys() ^ known)
             raise CheckpointError(f"a configuration with unknown or missing keys: {different}")
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        lists: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
         return TrainConfig(**lists)
 
 
@@ -213,6 +217,7 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     stop_after: int | None = None,
+    command: dict[str, Any] | None = None,
 ) -> Trained:
     """Trains a backbone and a margin head on a set of faces, on the CPU.
 
@@ -224,6 +229,7 @@ def train(
         progress: is told about every step.
         stop_after: end early, after this step, as an interruption would (the last checkpoint is
             what remains).
+        command: what else config.json is to remember of how the run was started.
 
     Raises:
         CheckpointError: for a checkpoint that is damaged, or of another configuration or data.
@@ -236,7 +242,7 @@ def train(
     if len(faces.identities) < 2:
         raise ValueError(f"training needs two identities or more, got {len(faces.identities)}")
     with torch.random.fork_rng(devices=[]):
-        return _train(config, faces, output, resume, progress, stop_after)
+        return _train(config, faces, output, resume, progress, stop_after, command)
 
 
 def _train(
@@ -246,6 +252,7 @@ def _train(
     resume: bool,
     progress: Progress | None,
     stop_after: int | None,
+    command: dict[str, Any] | None,
 ) -> Trained:
     description = {
         "config": json.loads(json.dumps(asdict(config))),
@@ -276,7 +283,8 @@ def _train(
         )
     else:
         output.mkdir(parents=True, exist_ok=True)
-        checkpoint.write(output / "config.json", json.dumps(description, indent=1))
+        started = {"command": command or {}} | description
+        checkpoint.write(output / CONFIG, json.dumps(started, indent=1))
 
     total = config.epochs * steps_per_epoch
     if progress:

@@ -1,0 +1,248 @@
+"""Training: reproducible, resumable bitwise, and nothing lost when something fails."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import synface.checkpoint
+import torch
+from synface.checkpoint import STATE, TENSORS, CheckpointError
+from synface.data import Faces, embedded_faces, read_folder
+from synface.evaluate import embed, pixel_embeddings, verify
+from synface.train import TrainConfig, learning_rate, load_backbone, train
+
+SMALL = TrainConfig(
+    epochs=4,
+    batch_size=11,  # 24 images: batches of 11, 11 and 2
+    widths=(4, 8),
+    depths=(1, 1),
+    embedding_size=16,
+    checkpoint_every=1,
+)
+ORL = Path(__file__).parents[2] / ".." / "shared" / "data" / "orl"
+
+
+@pytest.fixture(scope="module")
+def faces() -> Faces:
+    return embedded_faces(images_per_identity=4, size=16, identities=6)
+
+
+def parameters(result):
+    modules = (result.backbone, result.head)
+    return {f"{i}.{k}": v for i, m in enumerate(modules) for k, v in m.state_dict().items()}
+
+
+def assert_same(a, b):
+    a, b = parameters(a), parameters(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_two_runs_are_the_same_and_leave_the_global_generator_alone(faces, tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = train(SMALL, faces, tmp_path / "a")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(100)
+    assert_same(first, train(SMALL, faces, tmp_path / "b"))
+    other = train(replace(SMALL, seed=1), faces, tmp_path / "c")
+    assert not torch.equal(other.head.weight, first.head.weight)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("stop_after", [4, 8])  # between checkpoints, and at one
+def test_resuming_is_bitwise_the_uninterrupted_run(faces, tmp_path, optimizer, stop_after):
+    config = replace(SMALL, optimizer=optimizer)
+    whole = train(config, faces, tmp_path / "whole")
+    train(config, faces, tmp_path / "cut", stop_after=stop_after)
+    resumed = train(config, faces, tmp_path / "cut", resume=True)
+    assert_same(whole, resumed)
+    assert whole.history == resumed.history
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+    again = train(config, faces, tmp_path / "cut", resume=True)  # nothing left to do
+    assert_same(whole, again)
+
+
+def test_the_loss_falls(faces, tmp_path):
+    result = train(replace(SMALL, epochs=15), faces, tmp_path / "run")
+    losses = [row["loss"] for row in result.history]
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+
+
+def test_a_trained_network_is_read_back(faces, tmp_path):
+    result = train(SMALL, faces, tmp_path / "run")
+    backbone, state = load_backbone(tmp_path / "run")
+    assert torch.equal(embed(backbone, faces.images), embed(result.backbone, faces.images))
+    assert state["step"] == 12
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2  # the newest two
+
+
+def test_an_existing_run_is_not_overwritten(faces, tmp_path):
+    train(SMALL, faces, tmp_path / "run", stop_after=3)
+    with pytest.raises(FileExistsError, match="holds a run already: resume it"):
+        train(SMALL, faces, tmp_path / "run")
+
+
+def test_resuming_another_run_is_refused(faces, tmp_path):
+    train(SMALL, faces, tmp_path / "run", stop_after=3)
+    with pytest.raises(CheckpointError, match=r"config's lr is 0.2, expected 0.1"):
+        train(replace(SMALL, lr=0.1), faces, tmp_path / "run", resume=True)
+    other = embedded_faces(images_per_identity=4, size=16, identities=6, seed=1)
+    with pytest.raises(CheckpointError, match="data's fingerprint"):
+        train(SMALL, other, tmp_path / "run", resume=True)
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        train(SMALL, faces, tmp_path / "nothing", resume=True)
+
+
+def test_damaged_checkpoints_are_named(faces, tmp_path):
+    train(SMALL, faces, tmp_path / "run", stop_after=3)
+    good = synface.checkpoint.find(tmp_path / "run")
+    tensors, state = synface.checkpoint.load(good)
+
+    def damaged(change):
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(good, copy)
+        change(copy)
+        return copy
+
+    def cut(folder):
+        data = (folder / TENSORS).read_bytes()
+        (folder / TENSORS).write_bytes(data[: len(data) // 2])
+
+    def reshape(folder):
+        from safetensors.torch import save_file
+
+        renamed = {k: v[:-1].clone() if v.dim() == 2 else v for k, v in tensors.items()}
+        save_file(renamed, folder / TENSORS)
+        size = (folder / TENSORS).stat().st_size
+        (folder / STATE).write_text(json.dumps(state | {"tensor_bytes": size}))
+
+    def garbage(folder):
+        size = (folder / TENSORS).stat().st_size
+        (folder / TENSORS).write_bytes(os.urandom(size))
+
+    for change, message in (
+        (cut, "cut short or changed: expected .* bytes, got"),
+        (reshape, "is of another model: embed.3.weight: expected shape"),
+        (garbage, "is not a safetensors file"),
+        (lambda f: (f / TENSORS).unlink(), "cannot be read: No such file"),
+        (lambda f: (f / STATE).unlink(), "cannot be read: No such file"),
+        (lambda f: (f / STATE).write_text('{"format": 1, "st'), "is not whole JSON"),
+        (lambda f: (f / STATE).write_text("[]"), "expected format 1, got 'list'"),
+        (lambda f: (f / STATE).write_text('{"format": 9}'), "expected format 1, got 9"),
+        (
+            lambda f: (f / STATE).write_text(json.dumps(state | {"config": {"epochs": 3}})),
+            "unknown or missing keys",
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_backbone(damaged(change))
+
+
+def test_a_checkpoint_that_cannot_be_written_loses_nothing(faces, tmp_path, monkeypatch):
+    train(SMALL, faces, tmp_path / "run", stop_after=3)
+    folder = tmp_path / "run" / "checkpoints"
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(synface.checkpoint, "_sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(SMALL, faces, tmp_path / "run", resume=True)
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+    monkeypatch.undo()
+    assert_same(
+        train(SMALL, faces, tmp_path / "run", resume=True), train(SMALL, faces, tmp_path / "w")
+    )
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from synface.data import embedded_faces
+from synface.train import TrainConfig, train
+faces = embedded_faces(images_per_identity=4, size=16, identities=6)
+config = TrainConfig(epochs=400, batch_size=11, widths=(4, 8), depths=(1, 1), embedding_size=16,
+                     checkpoint_every=1)
+train(config, faces, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_kill_9_leaves_a_whole_checkpoint(faces, tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "run")])
+    folder = tmp_path / "run" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while len(synface.checkpoint.checkpoints(folder)) < 2:
+        assert child.poll() is None, "ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    found = synface.checkpoint.find(tmp_path / "run")
+    _, state = synface.checkpoint.load(found)
+    config = replace(SMALL, epochs=400)
+    step = state["step"] + 3
+    resumed = train(config, faces, tmp_path / "run", resume=True, stop_after=step)
+    assert_same(resumed, train(config, faces, tmp_path / "whole", stop_after=step))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(faces, tmp_path):
+    config = replace(SMALL, optimizer="sgd", lr=1e30, warmup_epochs=0.0)
+    with pytest.raises(FloatingPointError, match="lower lr"):
+        train(config, faces, tmp_path / "run")
+
+
+def test_schedules():
+    config = TrainConfig(epochs=10, warmup_epochs=2, lr=1.0)
+    rates = [learning_rate(config, step, 5) for step in range(50)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] < 0.01
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    steps = [learning_rate(replace(config, schedule="step"), s, 5) for s in range(50)]
+    assert sorted({round(r, 6) for r in steps[10:]}) == [0.01, 0.1, 1.0]
+    assert learning_rate(replace(config, schedule="constant"), 30, 5) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs must be positive, got 0"),
+        ({"lr": float("nan")}, "lr must be positive, got nan"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"optimizer": "lion"}, "optimizer must be one of .* got 'lion'"),
+        ({"m2": 28.6}, "angle in radians"),
+        ({"seed": -1}, "seed must not be negative"),
+    ],
+)
+def test_configurations_that_make_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+
+
+def test_one_identity_is_too_few(tmp_path):
+    images = torch.zeros(4, 16, 16, 1, dtype=torch.uint8)
+    one = Faces(images, torch.zeros(4, dtype=torch.int64), ["a"], "one person")
+    with pytest.raises(ValueError, match="two identities or more, got 1"):
+        train(SMALL, one, tmp_path / "run")
+
+
+@pytest.mark.skipif(not ORL.is_dir(), reason="../shared/data/orl (the ORL faces) is not there")
+def test_orl_people_never_trained_on(tmp_path):
+    """A short run; docs/training.md has the full one."""
+    faces, held = read_folder(ORL, (56, 48)).split(10)
+    result = train(replace(TrainConfig(), epochs=12), faces, tmp_path / "run")
+    trained = verify(embed(result.backbone, held.images), held.labels)
+    assert trained.auc > verify(pixel_embeddings(held.images), held.labels).auc
