@@ -8,42 +8,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class _TakesOneValue(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation that takes a single value per channel.
+
+    One value has no variance: it is normalised by the running statistics, which stay as they are.
+    So a last batch of one image trains like any other.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(x)
+
+
+class _Norm1d(_TakesOneValue, nn.BatchNorm1d):
+    pass
+
+
+class _Norm2d(_TakesOneValue, nn.BatchNorm2d):
+    pass
+
+
 class Block(nn.Module):
     """BN-Conv-BN-PReLU-Conv-BN and a shortcut, as in ArcFace's improved ResNet."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.BatchNorm2d(in_channels),
+            _Norm2d(in_channels),
             nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
+            _Norm2d(channels),
             nn.PReLU(channels),
             nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
+            _Norm2d(channels),
         )
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), _Norm2d(channels)
             )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x) + self.shortcut(x)
-
-
-class EmbeddingNorm(nn.BatchNorm1d):
-    """Batch normalisation of the embedding that takes a batch of one.
-
-    One sample has no variance: a last batch of one is normalised by the running statistics and
-    leaves them as they are.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.shape[0] == 1:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
-        return super().forward(x)
 
 
 class IResNet(nn.Module):
@@ -85,7 +93,7 @@ class IResNet(nn.Module):
             )
         self.stem = nn.Sequential(
             nn.Conv2d(channels, widths[0], 3, padding=1, bias=False),
-            nn.BatchNorm2d(widths[0]),
+            _Norm2d(widths[0]),
             nn.PReLU(widths[0]),
         )
         stages = []
@@ -99,12 +107,12 @@ class IResNet(nn.Module):
         for _ in widths:
             height, width = -(-height // 2), -(-width // 2)
         self.embed = nn.Sequential(
-            nn.BatchNorm2d(before),
+            _Norm2d(before),
             nn.Flatten(),
             nn.Dropout(dropout),
             nn.Linear(before * height * width, embedding_size),
         )
-        self.norm = EmbeddingNorm(embedding_size)
+        self.norm = _Norm1d(embedding_size)
         nn.init.ones_(self.norm.weight)
         self.norm.weight.requires_grad_(False)  # the loss is blind to a common scale
 

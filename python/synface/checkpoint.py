@@ -92,15 +92,12 @@ def find(path: Path) -> Path:
     )
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of a checkpoint.
+def load_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors.
 
     Raises:
         CheckpointError: where it is missing, cut short or not a checkpoint, naming the file.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         state = json.loads((path / STATE).read_text())
     except OSError as error:
@@ -110,6 +107,24 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         came = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"{path / STATE}: expected format {FORMAT}, got {came!r}")
+    for name, kind in (("step", int), ("config", dict), ("data", dict)):
+        if not isinstance(state.get(name), kind):
+            raise CheckpointError(
+                f"{path / STATE}: {name} must be {kind.__name__}, got {state.get(name)!r}"
+            )
+    return state
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of a checkpoint.
+
+    Raises:
+        CheckpointError: as `load_state`, and for tensors that are not those that were written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    state = load_state(path)
     file = path / TENSORS
     try:
         size = file.stat().st_size

@@ -22,9 +22,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from . import checkpoint
 from .data import Faces, embedded_faces, read_folder
 from .evaluate import Verification, embed, pixel_embeddings, verify
-from .train import CONFIG, TrainConfig, load_backbone, train
+from .train import CONFIG, TrainConfig, fingerprint, load_backbone, train
 
 app = typer.Typer(
     help="Face recognition on synthetic and real faces, over the fused ops of synface_kernels.",
@@ -69,7 +70,7 @@ class Bar:
             TimeRemainingColumn(),
             console=console,
         )
-        self.task = self.progress.add_task(description, total=None, note="")
+        self.task = self.progress.add_task(escape(description), total=None, note="")
         self.images, self.began = 0, time.perf_counter()
 
     def __enter__(self) -> Bar:
@@ -104,13 +105,13 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return int(parts[0]), int(parts[1])
 
 
-def _faces(data: Path | None, size: tuple[int, int] | None) -> Faces:
+def _faces(data: Path | None, size: tuple[int, int] | None, grey: bool | None = None) -> Faces:
     if data is None:
         if size is not None and size[0] != size[1]:
             raise ValueError(f"the embedded faces are square, got --size {size[0]}x{size[1]}")
         return embedded_faces(size=size[0]) if size else embedded_faces()
     with Bar(f"reading {data}") as bar:
-        return read_folder(data, size or FOLDER_SIZE, progress=bar.files)
+        return read_folder(data, size or FOLDER_SIZE, grey, progress=bar.files)
 
 
 def _verify_network(backbone: torch.nn.Module, held: Faces) -> Verification:
@@ -127,11 +128,13 @@ def _verify_pixels(held: Faces) -> Verification:
         ) from error
 
 
-def _print_verification(trained: Verification, pixels: Verification, held: Faces) -> None:
+def _print_verification(
+    trained: Verification, pixels: Verification, held: Faces, unseen: bool = True
+) -> None:
     mean_image = held.images.double().mean(0)
     centred = verify(pixel_embeddings(held.images, mean_image), held.labels)
-    people = len(held.identities)
-    console.print(f"\nverification on {people} people never trained on ({len(held)} images)")
+    people = f"{len(held.identities)} people" + (" never trained on" if unseen else "")
+    console.print(f"\nverification on {people} ({len(held)} images)", highlight=False)
     console.print(f"[bold]trained network[/bold]\n{trained.summary()}", highlight=False)
     console.print(f"[bold]raw pixels, centred cosine[/bold]\n{pixels.summary()}", highlight=False)
     console.print(
@@ -187,6 +190,7 @@ def train_command(
         f"{len(faces)} images of {len(faces.identities)} people from {faces.source}; "
         f"{len(held.identities)} people held out; run folder {folder}",
         highlight=False,
+        markup=False,
     )
     pixels = _verify_pixels(held) if held.identities else None  # an error, if any, before training
     try:
@@ -195,36 +199,49 @@ def train_command(
                 config, faces, folder, resume=resume is not None, progress=bar, command=run
             )
     except KeyboardInterrupt:
-        console.print(f"interrupted: synface train --resume {folder} goes on", highlight=False)
+        console.print(
+            f"interrupted: synface train --resume {folder} goes on",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
         raise typer.Exit(130) from None
     if pixels is not None:
         _print_verification(_verify_network(result.backbone, held), pixels, held)
-    console.print(f"synface eval {folder} verifies this run again", highlight=False)
+        console.print(
+            f"synface eval {folder} verifies this run again", highlight=False, markup=False
+        )
 
 
 def _stored_run(context: typer.Context, folder: Path) -> tuple[dict[str, Any], TrainConfig]:
     """How the run was started; options given now must agree with it."""
-    file = folder / CONFIG
+    run, config = _command(folder / CONFIG)
+    stored = run | asdict(config)
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)  # click's enum, which typer may vendor
+        value = str(value) if isinstance(value, Path) else value
+        explicit = source is not None and source.name == "COMMANDLINE"
+        if explicit and name in stored and stored[name] != value:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value} differs from the run's {stored[name]}: "
+                "a resumed run keeps its configuration"
+            )
+    return run, config
+
+
+def _command(file: Path) -> tuple[dict[str, Any], TrainConfig]:
+    """Data, holdout and size that a run was started with, and its configuration."""
     try:
         started = json.loads(file.read_text())
         run, config = started["command"], TrainConfig.from_json(started["config"])
-        stored = run | asdict(config)
-        for name, value in context.params.items():
-            source = context.get_parameter_source(name)  # click's enum, which typer may vendor
-            value = str(value) if isinstance(value, Path) else value
-            if (
-                source is not None
-                and source.name == "COMMANDLINE"
-                and name in stored
-                and stored[name] != value
-            ):
-                raise ValueError(
-                    f"--{name.replace('_', '-')} {value} differs from the run's {stored[name]}: "
-                    "a resumed run keeps its configuration"
-                )
+        types = {"data": (str, type(None)), "holdout": (int,), "size": (str, type(None))}
+        if run.keys() != types.keys() or not all(isinstance(run[k], types[k]) for k in types):
+            raise TypeError(f"its command is {run}")
     except OSError as error:
-        raise ValueError(f"{folder} holds no run to resume: {file}: {error.strerror}") from error
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{file.parent} holds no run to resume: {file}: {error.strerror}"
+        ) from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     return run, config
 
@@ -232,23 +249,36 @@ def _stored_run(context: typer.Context, folder: Path) -> tuple[dict[str, Any], T
 @app.command("eval")
 def eval_command(
     run: Annotated[Path, typer.Argument(help="A run's folder, or one checkpoint's.")],
-    data: DataOption = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Image folder. Default: the one that the run trained on.")
+    ] = None,
     holdout: Annotated[
-        int, typer.Option(help="Verify on this many last identities; 0: on all.", min=0)
-    ] = 10,
+        int | None,
+        typer.Option(
+            help="Verify on this many last identities; 0: on all. Default: as in training, or "
+            "all where --data is given.",
+            min=0,
+        ),
+    ] = None,
 ) -> None:
     """Verify a trained network on pairs of images, beside raw pixels."""
     backbone, state = load_backbone(run)
     height, width, channels = state["data"]["image_shape"]
-    faces = _faces(data, (height, width))
+    if data is None:
+        command = _command(checkpoint.find(run).parent.parent / CONFIG)[0]
+        data = Path(command["data"]) if command["data"] else None
+        holdout = command["holdout"] if holdout is None else holdout
+    faces = _faces(data, (height, width), grey=channels == 1)
     if faces.images.shape[3] != channels:
         raise ValueError(
             f"{run} was trained on images of {channels} channels, {faces.source} has "
             f"{faces.images.shape[3]}"
         )
-    held = faces.split(holdout)[1] if holdout else faces
+    rest, held = faces.split(holdout) if holdout else (None, faces)
+    # Only the split of the training run itself proves that these people are new to the network.
+    unseen = rest is not None and fingerprint(rest) == state["data"]["fingerprint"]
     pixels = _verify_pixels(held)
-    _print_verification(_verify_network(backbone, held), pixels, held)
+    _print_verification(_verify_network(backbone, held), pixels, held, unseen)
 
 
 @app.command()

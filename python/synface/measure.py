@@ -49,8 +49,8 @@ def arcface(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(64 * logits, target)
 
 
-def step(method: str, workload: Workload) -> Callable[[], None]:
-    """One forward and backward pass, gradients cleared first."""
+def step(method: str, workload: Workload) -> Callable[[], tuple[Tensor, ...]]:
+    """A function that returns the loss and both gradients, and keeps none of them."""
     x, w, target = workload.tensors()
     losses: dict[str, Callable[..., Any]] = {
         "fused": sk.margin_cross_entropy,
@@ -59,27 +59,38 @@ def step(method: str, workload: Workload) -> Callable[[], None]:
     }
     loss = losses[method]
 
-    def run() -> None:
-        x.grad = w.grad = None
-        loss(x, w, target).backward()
+    def run() -> tuple[Tensor, ...]:
+        value = loss(x, w, target)
+        return value.detach(), *torch.autograd.grad(value, (x, w))
 
     return run
+
+
+def _agree(ours: tuple[Tensor, ...], eager: tuple[Tensor, ...]) -> bool:
+    pairs = zip(ours, eager, strict=True)
+    return all(bool((a - b).norm() <= 1e-3 * b.norm()) for a, b in pairs)
 
 
 def time_all(
     workload: Workload, rounds: int = 3, done: Callable[[str], None] = lambda method: None
 ) -> dict[str, Any]:
-    """Median seconds of each method, in turn in one process; or why one could not be measured."""
-    steps: dict[str, Callable[[], None]] = {}
+    """Median seconds of each method, in turn in one process; or why one could not be measured.
+
+    A method whose loss or gradients are not eager's (to 1e-3 of their norm) is not timed.
+    """
+    expected = step("eager", workload)()
+    steps: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
     result: dict[str, Any] = {}
     for method in METHODS:
         try:
             steps[method] = step(method, workload)
-            steps[method]()  # compiles, allocates
+            if not _agree(steps[method](), expected):  # the first call also compiles
+                raise ArithmeticError("its loss or gradients differ from eager torch's")
         except Exception as error:  # no C++ compiler, no memory: said, and the others go on
             steps.pop(method, None)
             result[method] = f"not measured: {type(error).__name__}: {str(error).splitlines()[0]}"
         done(method)
+    del expected
     samples: dict[str, list[float]] = {method: [] for method in steps}
     for _ in range(rounds):
         for method, run in steps.items():
@@ -91,7 +102,7 @@ def time_all(
 
 
 def peak_memory(method: str, workload: Workload) -> int | str:
-    """Peak bytes of a step above what stood before it, in a process of its own (Linux)."""
+    """Peak bytes above the inputs, gradients included, in a process of its own (Linux)."""
     command = [sys.executable, "-m", "synface.measure", method]
     command += [str(size) for size in asdict(workload).values()]
     child = subprocess.run(command, capture_output=True, text=True)

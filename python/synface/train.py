@@ -10,7 +10,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,6 +85,7 @@ class TrainConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         self.margin()
+        Augment(self.augment)
 
     def margin(self) -> sk.CombinedMargin:
         return sk.CombinedMargin(self.scale, self.m1, self.m2, self.m3)
@@ -99,7 +103,7 @@ class TrainConfig:
 
 
 class Progress(Protocol):
-    """What `train` tells while it runs; every method may be left as it is."""
+    """What `train` tells while it runs."""
 
     def start(self, total_steps: int, step: int) -> None: ...
 
@@ -179,6 +183,30 @@ def _batches(config: TrainConfig, count: int, first_step: int) -> Iterator[tuple
                 yield epoch * per_epoch + i, indices
 
 
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Lets Ctrl-C wait for the end of a step; a second one does not wait.
+
+    Yields whether it was pressed. Outside the main thread, which alone gets it, never.
+    """
+    pressed = False
+
+    def on_interrupt(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
@@ -235,14 +263,15 @@ def train(
         CheckpointError: for a checkpoint that is damaged, or of another configuration or data.
         ValueError: for data that cannot be trained on.
         FileExistsError: where ``output`` holds a run already and ``resume`` is not set.
-        FloatingPointError: once a loss is not finite; the last checkpoint stays.
+        FloatingPointError: once a loss or a parameter is not finite; the last checkpoint stays.
+        KeyboardInterrupt: on Ctrl-C, once the step is done and a checkpoint of it is written.
 
     The global random state of torch is left as it was.
     """
     if len(faces.identities) < 2:
         raise ValueError(f"training needs two identities or more, got {len(faces.identities)}")
-    with torch.random.fork_rng(devices=[]):
-        return _train(config, faces, output, resume, progress, stop_after, command)
+    with torch.random.fork_rng(devices=[]), _interrupts() as interrupted:
+        return _train(config, faces, output, resume, progress, stop_after, command, interrupted)
 
 
 def _train(
@@ -253,6 +282,7 @@ def _train(
     progress: Progress | None,
     stop_after: int | None,
     command: dict[str, Any] | None,
+    interrupted: Callable[[], bool],
 ) -> Trained:
     description = {
         "config": json.loads(json.dumps(asdict(config))),
@@ -271,11 +301,20 @@ def _train(
     folder, log = output / "checkpoints", output / "metrics.jsonl"
     steps_per_epoch = -(-len(faces) // config.batch_size)
 
+    def save(steps: int) -> None:
+        wrong = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+        if wrong:
+            raise FloatingPointError(
+                f"{wrong[0]} is not finite after {steps} steps: lower lr (now {config.lr:g}); "
+                f"earlier checkpoints are in {folder}"
+            )
+        checkpoint.save(folder, steps, _tensors(model, optimizer), description)
+
     first = 0
     history: list[dict[str, float]] = []
     if resume:
         first = _resume(output, description, model, optimizer)
-        history = [json.loads(line) for line in log.read_text().splitlines()[:first]]
+        history = _history(log, first)
         checkpoint.write(log, "".join(json.dumps(row) + "\n" for row in history))
     elif checkpoint.checkpoints(folder) or log.exists():
         raise FileExistsError(
@@ -285,6 +324,7 @@ def _train(
         output.mkdir(parents=True, exist_ok=True)
         started = {"command": command or {}} | description
         checkpoint.write(output / CONFIG, json.dumps(started, indent=1))
+        save(0)  # so that there always is one to resume from
 
     total = config.epochs * steps_per_epoch
     if progress:
@@ -298,9 +338,6 @@ def _train(
             torch.manual_seed(seeds(config.seed, "dropout", step))
             images = augment(faces.images[indices], generator(config.seed, "augment", step))
             loss, stats = head(backbone(images), faces.labels[indices], return_stats=True)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
             row = {
                 "step": step,
                 "epoch": step / steps_per_epoch,
@@ -311,22 +348,39 @@ def _train(
             if not math.isfinite(row["loss"]):
                 raise FloatingPointError(
                     f"the loss is {row['loss']} at step {step}: lower lr (now {config.lr:g}); "
-                    f"checkpoints up to step {step - 1} are in {folder}"
+                    f"earlier checkpoints are in {folder}"
                 )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
             history.append(row)
             lines.write(json.dumps(row) + "\n")
             if progress:
                 progress.step(row["loss"], row["accuracy"], len(indices))
             epoch_ends = (step + 1) % steps_per_epoch == 0
             due = (step + 1) // steps_per_epoch % config.checkpoint_every == 0
-            if (epoch_ends and due) or step + 1 == total:
+            stop = interrupted()
+            if (epoch_ends and due) or step + 1 == total or stop:
                 lines.flush()
                 os.fsync(lines.fileno())
-                checkpoint.save(folder, step + 1, _tensors(model, optimizer), description)
+                save(step + 1)
+            if stop:
+                raise KeyboardInterrupt
             if stop_after is not None and step >= stop_after:
                 break
     model.eval()
     return Trained(backbone, head, config, history)
+
+
+def _history(log: Path, steps: int) -> list[dict[str, float]]:
+    """The log's first lines; those of steps after the checkpoint are done again."""
+    try:
+        rows = [json.loads(line) for line in log.read_text().splitlines()[:steps]]
+        if [row["step"] for row in rows] != list(range(steps)):
+            raise ValueError(f"expected steps 0 to {steps - 1}, got {len(rows)} lines")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{log} does not fit the checkpoint: {error}") from error
+    return rows
 
 
 def _resume(
@@ -338,7 +392,7 @@ def _resume(
     found = checkpoint.find(output)
     tensors, state = checkpoint.load(found)
     for part in ("config", "data"):
-        came, wanted = state.get(part, {}), description[part]
+        came, wanted = state[part], description[part]
         changed = [k for k in wanted if came.get(k) != wanted[k]]
         if changed:
             key = changed[0]
@@ -347,7 +401,7 @@ def _resume(
                 f"expected {wanted[key]!r}"
             )
     _restore(model, optimizer, found / checkpoint.TENSORS, tensors)
-    return int(state["step"])
+    return state["step"]
 
 
 def load_backbone(path: Path) -> tuple[IResNet, dict[str, Any]]:

@@ -48,6 +48,12 @@ def test_train_eval_and_resume(folder, tmp_path):
     again = synface("eval", run, "--data", folder, "--holdout", 3)
     line = next(x for x in done.stdout.splitlines() if x.startswith("ROC-AUC"))
     assert line in again.stdout
+    same = synface("eval", run)  # the people held out in training
+    assert line in same.stdout
+    assert "3 people never trained on" in same.stdout
+    seen = synface("eval", run, "--holdout", 4)
+    assert "4 people (24 images)" in seen.stdout
+    assert "never trained on" not in seen.stdout
     resumed = synface("train", "--resume", run)
     assert line in resumed.stdout
     refused = synface("train", "--resume", run, "--lr", 0.5, check=False)

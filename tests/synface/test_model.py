@@ -37,9 +37,10 @@ def test_backbone_shapes(size, channels):
     assert model(torch.randn(3, channels, *size)).shape == (3, 16)
 
 
-def test_a_last_batch_of_one():
+@pytest.mark.parametrize("widths", [(4, 8), (4, 4, 8, 8)])  # ends in 4×4 pixels, and in one
+def test_a_last_batch_of_one(widths):
     torch.manual_seed(0)
-    model = IResNet((16, 16), 1, widths=(4, 8), depths=(1, 1), embedding_size=16)
+    model = IResNet((16, 16), 1, widths, depths=(1,) * len(widths), embedding_size=16)
     model(torch.randn(8, 1, 16, 16))  # the running statistics are not the initial ones
     running = model.norm.running_mean.clone()
     out = model(torch.randn(1, 1, 16, 16))

@@ -72,6 +72,38 @@ def test_resuming_is_bitwise_the_uninterrupted_run(faces, tmp_path, optimizer, s
     assert_same(whole, again)
 
 
+def test_ctrl_c_loses_nothing(faces, tmp_path):
+    class Impatient:
+        def start(self, total_steps: int, step: int) -> None: ...
+
+        def step(self, loss: float, accuracy: float, images: int) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    config = replace(SMALL, checkpoint_every=100)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, faces, tmp_path / "run", progress=Impatient())
+    assert signal.getsignal(signal.SIGINT) is handler
+    found = synface.checkpoint.find(tmp_path / "run")
+    assert synface.checkpoint.load_state(found)["step"] == 1
+    resumed = train(config, faces, tmp_path / "run", resume=True)
+    assert_same(train(config, faces, tmp_path / "whole"), resumed)
+
+
+def test_a_run_can_be_resumed_from_before_its_first_epoch_ended(faces, tmp_path):
+    train(SMALL, faces, tmp_path / "run", stop_after=0)
+    resumed = train(SMALL, faces, tmp_path / "run", resume=True)
+    assert_same(train(SMALL, faces, tmp_path / "whole"), resumed)
+
+
+def test_a_lost_log_is_named(faces, tmp_path):
+    train(SMALL, faces, tmp_path / "run", stop_after=4)
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl does not fit .* 0 to 2, got 2 lines"):
+        train(SMALL, faces, tmp_path / "run", resume=True)
+
+
 def test_the_loss_falls(faces, tmp_path):
     result = train(replace(SMALL, epochs=15), faces, tmp_path / "run")
     losses = [row["loss"] for row in result.history]
@@ -144,6 +176,10 @@ def test_damaged_checkpoints_are_named(faces, tmp_path):
             lambda f: (f / STATE).write_text(json.dumps(state | {"config": {"epochs": 3}})),
             "unknown or missing keys",
         ),
+        (
+            lambda f: (f / STATE).write_text(json.dumps(state | {"config": [1]})),
+            r"config must be dict, got \[1\]",
+        ),
     ):
         with pytest.raises(CheckpointError, match=message):
             load_backbone(damaged(change))
@@ -202,6 +238,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(faces, tmp_path):
     config = replace(SMALL, optimizer="sgd", lr=1e30, warmup_epochs=0.0)
     with pytest.raises(FloatingPointError, match="lower lr"):
         train(config, faces, tmp_path / "run")
+    tensors, _ = synface.checkpoint.load(synface.checkpoint.find(tmp_path / "run"))
+    assert all(values.isfinite().all() for values in tensors.values())
 
 
 def test_schedules():
@@ -224,6 +262,7 @@ def test_schedules():
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"optimizer": "lion"}, "optimizer must be one of .* got 'lion'"),
         ({"m2": 28.6}, "angle in radians"),
+        ({"augment": 3.0}, r"strength must lie in \[0, 2\], got 3.0"),
         ({"seed": -1}, "seed must not be negative"),
     ],
 )
