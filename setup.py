@@ -9,6 +9,7 @@ import shutil
 import sys
 from glob import glob
 
+import torch
 from setuptools import Extension, setup
 from torch.utils.cpp_extension import (
     CUDA_HOME,
@@ -39,6 +40,11 @@ CXX = ["-O3", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-fvisibility=
 INCLUDE = [os.path.abspath("csrc")]
 CPU_KERNELS = [*sorted(glob("csrc/*/cpu.cpp")), "csrc/simd/isa.cpp"]
 
+# at::parallel_for is serial unless it is compiled with OpenMP. It must be the OpenMP library that
+# torch itself uses, which its wheels may ship under a name of their own: with two of them, products
+# called from parallel code would not know that they are, and start threads anew.
+OPENMP = glob(os.path.join(os.path.dirname(torch.__file__), "lib", "libgomp*.so*")) or ["-fopenmp"]
+
 cuda_sources = sorted(glob("csrc/*/cuda.cu")) if want_cuda() else []
 TorchExtension = CUDAExtension if cuda_sources else CppExtension
 
@@ -60,7 +66,8 @@ setup(
             "synface_kernels._C",
             ["csrc/bindings.cpp", "csrc/gemm/torch_gemm.cpp", *CPU_KERNELS, *cuda_sources],
             include_dirs=INCLUDE,
-            extra_compile_args={"cxx": CXX, "nvcc": ["-O3", "-std=c++20"]},
+            extra_compile_args={"cxx": [*CXX, "-fopenmp"], "nvcc": ["-O3", "-std=c++20"]},
+            extra_link_args=OPENMP,
         ),
         Extension(
             "synface_kernels._numpy",

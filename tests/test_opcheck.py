@@ -18,7 +18,7 @@ def margin_samples():
         yield (x.detach(), w, labels[:, :1], 32.0, False, "cpu")
 
 
-@pytest.mark.parametrize("sample", margin_samples())
+@pytest.mark.parametrize("sample", list(margin_samples()))
 def test_margin_cross_entropy(sample):
     opcheck(ops.margin_cross_entropy_forward.default, sample)
     x, w, labels, scale, needs_input_grad, impl = (

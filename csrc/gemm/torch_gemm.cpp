@@ -9,6 +9,10 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 
+#if AT_PARALLEL_OPENMP && !defined(INTRA_OP_PARALLEL)
+#error "at::parallel_for would be serial: compile with OpenMP, as torch was"
+#endif
+
 namespace synface {
 namespace {
 

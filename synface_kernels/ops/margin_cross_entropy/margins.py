@@ -37,7 +37,7 @@ class CombinedMargin:
     Raises:
         ValueError: for a margin that makes no sense (for example an angle in degrees).
 
-    Source: Deng et al., "ArcFace" (CVPR 2019), eq. 4; Huang et al., "SynFace" (ICCV 2021), eq. 1.
+    Source: Deng et al., "ArcFace" (CVPR 2019), eq. 4; Qiu et al., "SynFace" (ICCV 2021).
     """
 
     scale: float = 64.0
