@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from ._select import explain
+from .ops.domain_mixup.op import domain_mixup, identity_mixup
 from .ops.margin_cross_entropy.margins import ArcFace, CombinedMargin, CosFace, SphereFace
 from .ops.margin_cross_entropy.op import MarginStats, margin_cross_entropy
 
@@ -17,6 +18,8 @@ __all__ = [
     "CosFace",
     "MarginStats",
     "SphereFace",
+    "domain_mixup",
     "explain",
+    "identity_mixup",
     "margin_cross_entropy",
 ]
