@@ -42,5 +42,8 @@ format: build
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu')
 
+cuda-check: build
+	$(PY) tools/cuda_check.py
+
 clean:
 	rm -rf build $(VENV)/.built synface_kernels/*.so

@@ -31,6 +31,7 @@ def want_cuda() -> bool:
 # No contraction: where a fused multiply-add is meant, the source says so, so that the instruction
 # sets agree wherever they promise to.
 CXX = ["-O3", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
+NVCC = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
 INCLUDE = [os.path.abspath("csrc")]
 CPU_KERNELS = sorted(glob("csrc/*/cpu.cpp")) + ["csrc/simd/isa.cpp"]
 
@@ -43,7 +44,8 @@ setup(
             "synface_kernels._C",
             ["csrc/bindings.cpp", "csrc/gemm/torch_gemm.cpp", *CPU_KERNELS, *cuda_sources],
             include_dirs=INCLUDE,
-            extra_compile_args={"cxx": CXX, "nvcc": ["-O3", "-std=c++20"]},
+            define_macros=[("SYNFACE_CUDA", None)] if cuda_sources else [],
+            extra_compile_args={"cxx": CXX, "nvcc": NVCC},
         ),
         Extension(
             "synface_kernels._numpy",

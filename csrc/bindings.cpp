@@ -8,6 +8,13 @@
 #include "margin_cross_entropy/cpu.h"
 #include "simd/isa.h"
 
+#ifdef SYNFACE_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "domain_mixup/cuda.h"
+#endif
+
 namespace synface {
 namespace {
 
@@ -195,14 +202,47 @@ struct MixupInputs {
   Tensor synthetic, real, psi, affine, flip_synthetic, flip_real;
 };
 
+struct OnCpu {
+  static void forward(const domain_mixup::Problem& p, const MutableImages& out, const Tensor&) {
+    domain_mixup::forward(p, torch_runtime<double>(), out);
+  }
+  static void backward(const domain_mixup::Problem& p, const Images& gradient,
+                       const MutableImages& grad_synthetic, const MutableImages& grad_real,
+                       double* grad_psi, const Tensor&) {
+    domain_mixup::backward(p, torch_runtime<double>(), gradient, grad_synthetic, grad_real,
+                           grad_psi);
+  }
+};
+
+#ifdef SYNFACE_CUDA
+struct OnCuda {
+  static void check(const char* error) { TORCH_CHECK(!error, "domain_mixup: ", error); }
+  static void forward(const domain_mixup::Problem& p, const MutableImages& out, const Tensor& psi) {
+    const c10::cuda::CUDAGuard guard(psi.device());
+    check(domain_mixup::forward_cuda(p, out, c10::cuda::getCurrentCUDAStream().stream()));
+  }
+  static void backward(const domain_mixup::Problem& p, const Images& gradient,
+                       const MutableImages& grad_synthetic, const MutableImages& grad_real,
+                       double* grad_psi, const Tensor& psi) {
+    const c10::cuda::CUDAGuard guard(psi.device());
+    const Tensor workspace =
+        at::empty({grad_psi ? domain_mixup::psi_workspace(p) : 0}, psi.options());
+    check(domain_mixup::backward_cuda(p, gradient, grad_synthetic, grad_real, grad_psi,
+                                      workspace.data_ptr<double>(),
+                                      c10::cuda::getCurrentCUDAStream().stream()));
+  }
+};
+#endif
+
+template <class Device>
 void mixup(const Tensor& synthetic, const Tensor& real, const Tensor& psi, const Tensor& affine,
            const std::optional<Tensor>& flip_synthetic, const std::optional<Tensor>& flip_real,
            Tensor out) {
   const MixupInputs in(synthetic, real, psi, affine, flip_synthetic, flip_real);
-  domain_mixup::forward(in.problem(), torch_runtime<double>(),
-                        mutable_images_of(out, in.synthetic));
+  Device::forward(in.problem(), mutable_images_of(out, in.synthetic), in.psi);
 }
 
+template <class Device>
 void mixup_backward(const Tensor& gradient, const Tensor& synthetic, const Tensor& real,
                     const Tensor& psi, const Tensor& affine,
                     const std::optional<Tensor>& flip_synthetic,
@@ -212,20 +252,26 @@ void mixup_backward(const Tensor& gradient, const Tensor& synthetic, const Tenso
   const MixupInputs in(synthetic, real, psi, affine, flip_synthetic, flip_real);
   const Tensor dense = with_dense_samples(gradient);
   TORCH_CHECK_VALUE(dense.sizes() == real.sizes(), "gradient must be ", real.sizes());
-  domain_mixup::backward(in.problem(), torch_runtime<double>(), images_of(dense),
-                         mutable_images_of(grad_synthetic, in.synthetic),
-                         mutable_images_of(grad_real, in.synthetic),
-                         grad_psi ? grad_psi->data_ptr<double>() : nullptr);
+  Device::backward(in.problem(), images_of(dense), mutable_images_of(grad_synthetic, in.synthetic),
+                   mutable_images_of(grad_real, in.synthetic),
+                   grad_psi ? grad_psi->data_ptr<double>() : nullptr, in.psi);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(synface_kernels, CPU, library) {
-  library.impl("domain_mixup_cpu", mixup);
-  library.impl("domain_mixup_backward_cpu", mixup_backward);
+  library.impl("domain_mixup_cpu", mixup<OnCpu>);
+  library.impl("domain_mixup_backward_cpu", mixup_backward<OnCpu>);
   library.impl("margin_cross_entropy_forward_cpu", margin_forward);
   library.impl("margin_cross_entropy_backward_cpu", margin_backward);
 }
+
+#ifdef SYNFACE_CUDA
+TORCH_LIBRARY_IMPL(synface_kernels, CUDA, library) {
+  library.impl("domain_mixup_cuda", mixup<OnCuda>);
+  library.impl("domain_mixup_backward_cuda", mixup_backward<OnCuda>);
+}
+#endif
 
 TORCH_LIBRARY_IMPL(synface_kernels, CompositeExplicitAutograd, library) {
   library.impl("_cpu_isa", cpu_isa);

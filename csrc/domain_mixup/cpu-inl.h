@@ -161,13 +161,12 @@ void mix_run(const In* synthetic, const In* real, Blend blend, const double* shi
 }
 
 template <class Out, class In>
-void forward_as(const Problem& p, const MutableImages& out, const Geometry& g, bool stream,
+void forward_as(const Problem& p, const MutableImages& out, const Geometry& g,
                 Range range) {
   using Storage = typename Out::Storage;
   const int64_t size = g.chunk_pixels * g.channels;
   const int64_t runs = g.interleaved ? 1 : g.channels;
   std::vector<In> synthetic_buffer(size), real_buffer(size);
-  std::vector<Storage> result_buffer(stream ? size / runs : 0);
   std::vector<typename Out::Wide> wide(std::max(kBlock, g.period));
   for (int64_t index = range.begin; index < range.end; ++index) {
     const Chunk chunk = g.chunk(index);
@@ -181,39 +180,37 @@ void forward_as(const Problem& p, const MutableImages& out, const Geometry& g, b
     Storage* result =
         static_cast<Storage*>(out.data) + b * out.sample_stride + chunk.begin * to.pixel;
     for (int64_t c = 0; c < runs; ++c) {
-      Storage* target = result + c * to.channel;
       mix_run<Out>(synthetic.data + c * synthetic.plane, real.data + c * real.plane, blend,
                    g.shift.data() + c, g.scale.data() + c, g.period, wide.data(),
-                   stream ? result_buffer.data() : target, n);
-      if (stream) stream_copy(target, result_buffer.data(), n * int64_t(sizeof(Storage)));
+                   result + c * to.channel, n);
     }
   }
 }
 
 template <class Out>
-void forward_to(const Problem& p, const MutableImages& out, const Geometry& g, bool stream,
+void forward_to(const Problem& p, const MutableImages& out, const Geometry& g,
                 Range range) {
   switch (p.synthetic.dtype) {
     case Dtype::u8:
-      return forward_as<Out, uint8_t>(p, out, g, stream, range);
+      return forward_as<Out, uint8_t>(p, out, g, range);
     case Dtype::f64:
-      return forward_as<Out, double>(p, out, g, stream, range);
+      return forward_as<Out, double>(p, out, g, range);
     default:
-      return forward_as<Out, float>(p, out, g, stream, range);
+      return forward_as<Out, float>(p, out, g, range);
   }
 }
 
-void forward_range(const Problem& p, const MutableImages& out, const Geometry& g, bool stream,
+void forward_range(const Problem& p, const MutableImages& out, const Geometry& g,
                    Range range) {
   switch (out.dtype) {
     case Dtype::f64:
-      return forward_to<Float64>(p, out, g, stream, range);
+      return forward_to<Float64>(p, out, g, range);
     case Dtype::bf16:
-      return forward_to<Bfloat16>(p, out, g, stream, range);
+      return forward_to<Bfloat16>(p, out, g, range);
     case Dtype::f16:
-      return forward_to<Float16>(p, out, g, stream, range);
+      return forward_to<Float16>(p, out, g, range);
     default:
-      return forward_to<Float32>(p, out, g, stream, range);
+      return forward_to<Float32>(p, out, g, range);
   }
 }
 

@@ -17,8 +17,8 @@
 namespace synface::domain_mixup {
 namespace {
 
-// Elements of a chunk: its arranged inputs and its result stay in the first-level cache.
-constexpr int64_t kChunkElements = 4608;
+// Elements of a chunk: few, so that the arranging of one overlaps with the arithmetic of another.
+constexpr int64_t kChunkElements = 1536;
 // Loops over bytes do so many at a time with the widest vectors.
 constexpr int64_t kVector = 64;
 // Elements that are rounded, and where need be rounded again with more care, together.
@@ -26,10 +26,6 @@ constexpr int64_t kBlock = 128;
 // Elements that are worth a task of their own.
 constexpr int64_t kTaskElements = 32768;
 constexpr int64_t kTasksPerThread = 4;
-// A result above this size would drive everything else from the caches, and would not stay there
-// itself: it is written past them, which also saves reading its lines first.
-constexpr int64_t kStreamBytes = int64_t(8) << 20;
-
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Range {
@@ -113,33 +109,6 @@ struct ThreeMasks {
 };
 [[maybe_unused]] constexpr ThreeMasks kThreeMasks;
 
-// memcpy past the caches.
-void stream_copy(void* to, const void* from, int64_t bytes) {
-#if SYNFACE_X86
-  auto* target = static_cast<char*>(to);
-  const auto* source = static_cast<const char*>(from);
-  const int64_t head = std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(target) & 63);
-  std::memcpy(target, source, size_t(head));
-  int64_t i = head;
-  for (; i + 64 <= bytes; i += 64) {
-    for (int part = 0; part < 64; part += 16) {
-      _mm_stream_si128(reinterpret_cast<__m128i*>(target + i + part),
-                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i + part)));
-    }
-  }
-  std::memcpy(target + i, source + i, size_t(bytes - i));
-#else
-  std::memcpy(to, from, size_t(bytes));
-#endif
-}
-
-// Makes streamed stores visible to other threads.
-void stream_end() {
-#if SYNFACE_X86
-  _mm_sfence();
-#endif
-}
-
 }  // namespace
 }  // namespace synface::domain_mixup
 
@@ -148,10 +117,6 @@ void stream_end() {
 
 namespace synface::domain_mixup {
 namespace {
-
-int64_t bytes(Dtype dtype) {
-  return dtype == Dtype::u8 ? 1 : dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
-}
 
 // run(range) over all chunks, in parallel.
 template <class F>
@@ -169,12 +134,8 @@ void for_chunks(const Problem& p, const Runtime<double>& runtime, const Geometry
 void forward(const Problem& p, const Runtime<double>& runtime, const MutableImages& out) {
   if (p.batch * p.channels * p.height * p.width == 0) return;
   const Geometry g(p, out.interleaved);
-  const bool stream = p.batch * p.channels * g.pixels() * bytes(out.dtype) > kStreamBytes;
   const auto range = SYNFACE_PICK(forward_range);
-  for_chunks(p, runtime, g, [&](Range chunks) {
-    range(p, out, g, stream, chunks);
-    if (stream) stream_end();
-  });
+  for_chunks(p, runtime, g, [&](Range chunks) { range(p, out, g, chunks); });
 }
 
 void backward(const Problem& p, const Runtime<double>& runtime, const Images& gradient,
