@@ -20,21 +20,23 @@ _FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16
 @triton.jit
 def _rounded(x, FORMAT: tl.constexpr):
     """float64 to what the result is stored as; to 16 bits by way of rounding to odd."""
-    if FORMAT == 1:
-        return x
     nearest = x.to(tl.float32)
-    if FORMAT == 0:
-        return nearest
     back = nearest.to(tl.float64)
     bits = nearest.to(tl.int32, bitcast=True)
     away = (x > back) == (bits >= 0)  # the exact value is the larger in magnitude
     adjust = ((back < x) | (back > x)) & ((bits & 1) == 0)
     odd = tl.where(adjust, tl.where(away, bits + 1, bits - 1), bits)
-    if FORMAT == 3:
-        return odd.to(tl.float32, bitcast=True).to(tl.float16)
-    # In integers, as the interpreter's own conversion to bfloat16 truncates.
-    half = tl.where(nearest == nearest, (odd + 0x7FFF + ((odd >> 16) & 1)) >> 16, 0x7FC0)
-    return half.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    if FORMAT == 0:
+        result = nearest
+    elif FORMAT == 1:
+        result = x
+    elif FORMAT == 2:
+        # In integers, as the interpreter's own conversion to bfloat16 truncates.
+        half = tl.where(nearest == nearest, (odd + 0x7FFF + ((odd >> 16) & 1)) >> 16, 0x7FC0)
+        result = half.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = odd.to(tl.float32, bitcast=True).to(tl.float16)
+    return result
 
 
 @triton.jit
