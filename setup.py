@@ -33,7 +33,7 @@ def want_cuda() -> bool:
 CXX = ["-O3", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
 NVCC = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
 INCLUDE = [os.path.abspath("csrc")]
-CPU_KERNELS = sorted(glob("csrc/*/cpu.cpp")) + ["csrc/simd/isa.cpp"]
+CPU_KERNELS = [*sorted(glob("csrc/*/cpu.cpp")), "csrc/simd/isa.cpp"]
 
 cuda_sources = sorted(glob("csrc/*/cuda.cu")) if want_cuda() else []
 TorchExtension = CUDAExtension if cuda_sources else CppExtension

@@ -134,20 +134,17 @@ void mixup(const py::array_t<In, py::array::c_style>& synthetic,
   }
   const int64_t sample = channels * height * width;
   const Dtype in = std::is_same_v<In, uint8_t> ? Dtype::u8 : Dtype::f32;
-  const Dtype to = std::is_same_v<Out, float> ? Dtype::f32
-                   : bfloat16                 ? Dtype::bf16
-                                              : Dtype::f16;
-  const domain_mixup::Problem problem{
-      {synthetic.data(), in, interleaved, sample},
-      {real.data(), in, interleaved, sample},
-      psi.data(),
-      reinterpret_cast<const domain_mixup::Affine*>(affine.data()),
-      flip_synthetic ? flip_synthetic->data() : nullptr,
-      flip_real ? flip_real->data() : nullptr,
-      batch,
-      channels,
-      height,
-      width};
+  const Dtype to = std::is_same_v<Out, float> ? Dtype::f32 : bfloat16 ? Dtype::bf16 : Dtype::f16;
+  const domain_mixup::Problem problem{{synthetic.data(), in, interleaved, sample},
+                                      {real.data(), in, interleaved, sample},
+                                      psi.data(),
+                                      reinterpret_cast<const domain_mixup::Affine*>(affine.data()),
+                                      flip_synthetic ? flip_synthetic->data() : nullptr,
+                                      flip_real ? flip_real->data() : nullptr,
+                                      batch,
+                                      channels,
+                                      height,
+                                      width};
   const domain_mixup::MutableImages target{out.mutable_data(), to, out_interleaved, sample};
   const Runtime<double> runtime = numpy_runtime<double>();
   const py::gil_scoped_release release;

@@ -31,7 +31,7 @@ _HOMES = {
     "margin_cross_entropy": "ops.margin_cross_entropy.op",
 }
 
-__all__ = [  # noqa: F822  (see __getattr__)
+__all__ = [
     "ArcFace",
     "CombinedMargin",
     "CosFace",

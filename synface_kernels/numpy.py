@@ -6,13 +6,13 @@ Importing this module does not import torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from importlib import import_module
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _numpy  # type: ignore[attr-defined]
-
+_numpy: Any = import_module("._numpy", __package__)
 cpu_isa = _numpy.cpu_isa
 
 
@@ -83,8 +83,8 @@ def domain_mixup(
     for i, side in enumerate(flip if flip is not None else ()):
         if side is None:
             continue
-        flips[i] = np.asarray(side)
-        if flips[i].dtype != np.bool_ or flips[i].shape != (batch,):
+        flags = flips[i] = np.asarray(side)
+        if flags.dtype != np.bool_ or flags.shape != (batch,):
             raise ValueError(f"flip[{i}] must be bool (B,) with B = {batch}, got {side!r}")
     shape = (batch, channels, height, width) if out_layout == "NCHW" else (
         batch, height, width, channels,

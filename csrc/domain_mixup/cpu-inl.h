@@ -17,9 +17,9 @@ int64_t split_three(uint8_t* to, int64_t plane, const uint8_t* from, int64_t pix
     const __m128i a = load(source), b = load(source + 16), c = load(source + 32);
     for (int channel = 0; channel < 3; ++channel) {
       const auto* masks = kThreeMasks.bytes[kFlip][channel];
-      const __m128i picked = _mm_or_si128(_mm_or_si128(_mm_shuffle_epi8(a, load(masks[0])),
-                                                       _mm_shuffle_epi8(b, load(masks[1]))),
-                                          _mm_shuffle_epi8(c, load(masks[2])));
+      const __m128i picked = _mm_or_si128(
+          _mm_or_si128(_mm_shuffle_epi8(a, load(masks[0])), _mm_shuffle_epi8(b, load(masks[1]))),
+          _mm_shuffle_epi8(c, load(masks[2])));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to + channel * plane + done), picked);
     }
   }
@@ -64,8 +64,7 @@ struct Arranged {
 template <class From, class To, class Convert>
 Arranged<To> arrange(const Images& image, bool flip, const Geometry& g, const Chunk& chunk,
                      To* buffer, Convert convert) {
-  const From* sample =
-      static_cast<const From*>(image.data) + chunk.sample * image.sample_stride;
+  const From* sample = static_cast<const From*>(image.data) + chunk.sample * image.sample_stride;
   const int64_t pixels = chunk.end - chunk.begin;
   const Strides from = g.strides(image.interleaved);
   if constexpr (std::is_same_v<From, To>) {
@@ -114,8 +113,8 @@ void mix_block(const In* __restrict synthetic, const In* __restrict real, Blend 
 }
 template <class In, class Wide>
 void mix_block(const In* __restrict synthetic, const In* __restrict real, Blend blend,
-               const double* __restrict shift, const double* __restrict scale,
-               Wide* __restrict to, int64_t n) {
+               const double* __restrict shift, const double* __restrict scale, Wide* __restrict to,
+               int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     to[i] = Wide(mix(double(synthetic[i]), double(real[i]), blend, {shift[i], scale[i]}));
@@ -161,8 +160,7 @@ void mix_run(const In* synthetic, const In* real, Blend blend, const double* shi
 }
 
 template <class Out, class In>
-void forward_as(const Problem& p, const MutableImages& out, const Geometry& g,
-                Range range) {
+void forward_as(const Problem& p, const MutableImages& out, const Geometry& g, Range range) {
   using Storage = typename Out::Storage;
   const int64_t size = g.chunk_pixels * g.channels;
   const int64_t runs = g.interleaved ? 1 : g.channels;
@@ -174,8 +172,7 @@ void forward_as(const Problem& p, const MutableImages& out, const Geometry& g,
     const Blend blend{p.psi[b], 1 - p.psi[b]};
     const auto synthetic = arrange(p.synthetic, p.flip_synthetic && p.flip_synthetic[b], g, chunk,
                                    synthetic_buffer.data());
-    const auto real =
-        arrange(p.real, p.flip_real && p.flip_real[b], g, chunk, real_buffer.data());
+    const auto real = arrange(p.real, p.flip_real && p.flip_real[b], g, chunk, real_buffer.data());
     const Strides to = g.strides(g.interleaved);
     Storage* result =
         static_cast<Storage*>(out.data) + b * out.sample_stride + chunk.begin * to.pixel;
@@ -188,8 +185,7 @@ void forward_as(const Problem& p, const MutableImages& out, const Geometry& g,
 }
 
 template <class Out>
-void forward_to(const Problem& p, const MutableImages& out, const Geometry& g,
-                Range range) {
+void forward_to(const Problem& p, const MutableImages& out, const Geometry& g, Range range) {
   switch (p.synthetic.dtype) {
     case Dtype::u8:
       return forward_as<Out, uint8_t>(p, out, g, range);
@@ -200,8 +196,7 @@ void forward_to(const Problem& p, const MutableImages& out, const Geometry& g,
   }
 }
 
-void forward_range(const Problem& p, const MutableImages& out, const Geometry& g,
-                   Range range) {
+void forward_range(const Problem& p, const MutableImages& out, const Geometry& g, Range range) {
   switch (out.dtype) {
     case Dtype::f64:
       return forward_to<Float64>(p, out, g, range);
@@ -221,8 +216,7 @@ void scatter(const double* gradient, const MutableImages& image, bool flip, cons
   using Storage = typename Out::Storage;
   Storage* sample = static_cast<Storage*>(image.data) + chunk.sample * image.sample_stride;
   const Strides to = g.strides(image.interleaved);
-  const Strides from =
-      g.interleaved ? Strides{g.channels, 1} : Strides{1, chunk.end - chunk.begin};
+  const Strides from = g.interleaved ? Strides{g.channels, 1} : Strides{1, chunk.end - chunk.begin};
   for_segments(g, chunk, flip, [&](int64_t at, int64_t pixel, int64_t count, int64_t step) {
     transfer(sample + pixel * to.pixel, to.pixel * step, to.channel, gradient + at * from.pixel,
              from.pixel, from.channel, count, g.channels, rounded<Out>);
@@ -278,8 +272,7 @@ void backward_as(const Problem& p, const Images& gradient, const MutableImages& 
     give(grad_synthetic, blend.psi, flip_synthetic);
     give(grad_real, blend.rest, flip_real);
     if (!psi_parts) continue;
-    const auto synthetic =
-        arrange(p.synthetic, flip_synthetic, g, chunk, synthetic_buffer.data());
+    const auto synthetic = arrange(p.synthetic, flip_synthetic, g, chunk, synthetic_buffer.data());
     const auto real = arrange(p.real, flip_real, g, chunk, real_buffer.data());
     double sums[kLanes] = {};
     for (int64_t c = 0; c < runs; ++c) {
@@ -309,8 +302,7 @@ void backward_from(const Problem& p, const Images& gradient, const MutableImages
       return backward_as<Grad, uint8_t>(p, gradient, grad_synthetic, grad_real, psi_parts, g,
                                         range);
     case Dtype::f64:
-      return backward_as<Grad, double>(p, gradient, grad_synthetic, grad_real, psi_parts, g,
-                                       range);
+      return backward_as<Grad, double>(p, gradient, grad_synthetic, grad_real, psi_parts, g, range);
     default:
       return backward_as<Grad, float>(p, gradient, grad_synthetic, grad_real, psi_parts, g, range);
   }

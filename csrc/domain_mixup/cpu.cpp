@@ -55,7 +55,7 @@ struct Geometry {
     });
     // Interleaved channels that differ: their constants as often as fills vectors.
     const int64_t whole = std::lcm(channels, kVector);
-    period = uniform || !interleaved  ? 1
+    period = uniform || !interleaved   ? 1
              : whole <= kChunkElements ? whole
                                        : channels * ceil_div(kVector, channels);
     for (int64_t i = 0; i < std::max(period, channels); ++i) {
@@ -124,9 +124,8 @@ void for_chunks(const Problem& p, const Runtime<double>& runtime, const Geometry
   const int64_t count = p.batch * g.chunks;
   const int64_t worth = ceil_div(p.batch * g.pixels() * p.channels, kTaskElements);
   const int64_t tasks = std::min({count, worth, kTasksPerThread * runtime.threads});
-  runtime.parallel(int(tasks), [&](int task) {
-    run(Range{count * task / tasks, count * (task + 1) / tasks});
-  });
+  runtime.parallel(int(tasks),
+                   [&](int task) { run(Range{count * task / tasks, count * (task + 1) / tasks}); });
 }
 
 }  // namespace
@@ -147,8 +146,7 @@ void backward(const Problem& p, const Runtime<double>& runtime, const Images& gr
   std::vector<double> psi_parts(grad_psi ? size_t(p.batch * g.chunks) : 0);
   const auto range = SYNFACE_PICK(backward_range);
   for_chunks(p, runtime, g, [&](Range chunks) {
-    range(p, gradient, grad_synthetic, grad_real, grad_psi ? psi_parts.data() : nullptr, g,
-          chunks);
+    range(p, gradient, grad_synthetic, grad_real, grad_psi ? psi_parts.data() : nullptr, g, chunks);
   });
   for (size_t i = 0; i < psi_parts.size(); ++i) grad_psi[i / size_t(g.chunks)] += psi_parts[i];
 }

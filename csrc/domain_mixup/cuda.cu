@@ -13,8 +13,8 @@ namespace synface::domain_mixup {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kGroup = 16;              // pixels that a thread takes where all is aligned
-constexpr int64_t kPsiThreads = 1024;   // partial sums of each sample
+constexpr int kGroup = 16;             // pixels that a thread takes where all is aligned
+constexpr int64_t kPsiThreads = 1024;  // partial sums of each sample
 
 struct alignas(16) Vector {
   uint32_t words[4];
@@ -154,8 +154,7 @@ __global__ void __launch_bounds__(kThreads) mix_groups(Sides p, View out) {
       return rounded<Out>(mix(synthetic.at(pixel, channel), real.at(pixel, channel), blend,
                               p.affine[e.channel + channel]));
     };
-    Storage* target =
-        static_cast<Storage*>(const_cast<void*>(out.data)) + offset(out, e, e.pixel);
+    Storage* target = static_cast<Storage*>(const_cast<void*>(out.data)) + offset(out, e, e.pixel);
 #pragma unroll
     for (int first = 0; first < kGroup * kChannels; first += kPerVector) {
       alignas(16) Storage part[kPerVector];
@@ -204,8 +203,8 @@ __global__ void psi_parts(Sides p, View gradient, bool interleaved, double* part
       const Element e = element(p, interleaved, sample * size + at);
       const double mixed = mixed_gradient(
           load(gradient.data, gradient.dtype, offset(gradient, e, e.pixel)), p.affine[e.channel]);
-      sum += multiply(mixed, of_side(p, p.synthetic, p.flip_synthetic, e) -
-                                 of_side(p, p.real, p.flip_real, e));
+      sum += multiply(
+          mixed, of_side(p, p.synthetic, p.flip_synthetic, e) - of_side(p, p.real, p.flip_real, e));
     }
     parts[i] = sum;
   }
@@ -234,9 +233,16 @@ View view_of(const ImagesOf<Data>& images, const Problem& p) {
 }
 
 Sides sides_of(const Problem& p) {
-  return {view_of(p.synthetic, p), view_of(p.real, p), p.psi,   p.affine,
-          p.flip_synthetic,        p.flip_real,        p.batch, p.channels,
-          p.width,                 p.height * p.width};
+  return {view_of(p.synthetic, p),
+          view_of(p.real, p),
+          p.psi,
+          p.affine,
+          p.flip_synthetic,
+          p.flip_real,
+          p.batch,
+          p.channels,
+          p.width,
+          p.height * p.width};
 }
 
 template <class Data>
@@ -296,8 +302,8 @@ const char* forward_cuda(const Problem& p, const MutableImages& out, void* strea
   const int64_t count = p.batch * p.channels * p.height * p.width;
   if (count == 0) return nullptr;
   if (!launch_groups(p, out, stream)) {
-    SYNFACE_LAUNCH(mix_elements, blocks_for(count), kThreads, stream, sides_of(p),
-                   view_of(out, p), out.interleaved);
+    SYNFACE_LAUNCH(mix_elements, blocks_for(count), kThreads, stream, sides_of(p), view_of(out, p),
+                   out.interleaved);
   }
   return last_error();
 }

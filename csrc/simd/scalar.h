@@ -9,7 +9,9 @@
 
 namespace synface {
 
-SYNFACE_HOST_DEVICE inline float from_bf16(uint16_t x) { return std::bit_cast<float>(uint32_t(x) << 16); }
+SYNFACE_HOST_DEVICE inline float from_bf16(uint16_t x) {
+  return std::bit_cast<float>(uint32_t(x) << 16);
+}
 
 SYNFACE_HOST_DEVICE inline uint16_t to_bf16(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);

@@ -1,5 +1,6 @@
-// Runs csrc/domain_mixup/cuda.cu on the host, one thread after the other, and compares its bits with
-// the CPU kernel's. Its threads are independent of one another, so that this is what a GPU computes.
+// Runs csrc/domain_mixup/cuda.cu on the host, one thread after the other, and compares its bits
+// with the CPU kernel's. Its threads are independent of one another, so that this is what a GPU
+// computes.
 #include <cstdint>
 #include <cmath>
 #include <cstdio>
@@ -88,7 +89,8 @@ void check(const Case& c, Dtype in, Dtype out) {
   std::vector<Affine> affine;
   const double unit = in == Dtype::u8 ? 255 : 1;
   for (int64_t i = 0; i < c.channels; ++i) {
-    affine.push_back({unit * (0.4 + 0.03 * double(i % 7)), 1 / (unit * (0.2 + 0.01 * double(i % 5)))});
+    affine.push_back(
+        {unit * (0.4 + 0.03 * double(i % 7)), 1 / (unit * (0.2 + 0.01 * double(i % 5)))});
   }
   bool flips[2][64] = {};
   for (int64_t b = 0; b < c.batch; ++b) {
@@ -102,7 +104,10 @@ void check(const Case& c, Dtype in, Dtype out) {
                   affine.data(),
                   c.flip ? flips[0] : nullptr,
                   c.flip ? flips[1] : nullptr,
-                  c.batch, c.channels, c.height, c.width};
+                  c.batch,
+                  c.channels,
+                  c.height,
+                  c.width};
   const auto fail = [&](const char* what) {
     ++failures;
     std::printf("%s differs: (%d, %d, %d, %d) in %d %d out %d %d flip %d shift %d\n", what,

@@ -121,10 +121,10 @@ def test_cpu_gives_the_definitions_bits(name: str, source: Any, dtype: Any) -> N
                 even = index == 0
                 mean = 0.5 if even else [0.4 + 0.01 * (i % 9) for i in range(c)]
                 std = 0.5 if even else [0.2 + 0.01 * (i % 7) for i in range(c)]
-                options: dict[str, Any] = dict(
-                    mean=mean, std=std, flip=flip, layout=layout, dtype=dtype,
-                    memory_format=memory_format,
-                )  # fmt: skip
+                options: dict[str, Any] = {
+                    "mean": mean, "std": std, "flip": flip, "layout": layout, "dtype": dtype,
+                    "memory_format": memory_format,
+                }  # fmt: skip
                 expected = sk.domain_mixup(s, r, psi, impl="reference", **options)
                 with isa(name):
                     got = sk.domain_mixup(s, r, psi, impl="cpu", **options)
@@ -196,9 +196,11 @@ def test_any_shape_and_strides(data: st.DataObject) -> None:
     s, r = pair((b, h, w, c), source, seed=data.draw(st.integers(0, 99)))
     psi = data.draw(st.sampled_from([0.0, 1.0, 0.3, torch.rand(b), torch.tensor(0.7)]))
     flip = torch.rand(2, b) < 0.5 if data.draw(st.booleans()) else None
-    options: dict[str, Any] = dict(
-        flip=flip, dtype=dtype, memory_format=data.draw(st.sampled_from(FORMATS))
-    )
+    options: dict[str, Any] = {
+        "flip": flip,
+        "dtype": dtype,
+        "memory_format": data.draw(st.sampled_from(FORMATS)),
+    }
     expected = sk.domain_mixup(s, r, psi, impl="reference", **options)
     other = strided(r) if data.draw(st.booleans()) else r
     assert torch.equal(sk.domain_mixup(strided(s), other, psi, impl="cpu", **options), expected)
@@ -211,7 +213,8 @@ def test_empty() -> None:
         out = sk.domain_mixup(s, s, psi, impl=impl)
         assert out.shape == (0, 3, 4, 4)
         out.sum().backward()
-        assert psi.grad is not None and psi.grad.shape == (0,)
+        assert psi.grad is not None
+        assert psi.grad.shape == (0,)
 
 
 def test_out() -> None:
@@ -220,9 +223,7 @@ def test_out() -> None:
         for memory_format in FORMATS:
             expected = sk.domain_mixup(s, r, 0.4, dtype=dtype, memory_format=memory_format)
             out = torch.full_like(expected, torch.nan)
-            got = sk.domain_mixup(
-                s, r, 0.4, dtype=dtype, memory_format=memory_format, out=out
-            )
+            got = sk.domain_mixup(s, r, 0.4, dtype=dtype, memory_format=memory_format, out=out)
             assert got is out
             assert torch.equal(out, expected)
 
@@ -260,16 +261,16 @@ def test_numpy_needs_no_torch() -> None:
 def test_numpy_bad_input() -> None:
     x = np.zeros((2, 4, 4, 3), np.uint8)
     for options, message in (
-        (dict(real=x[:1]), "real must be like synthetic"),
-        (dict(psi=1.5), "psi must be in"),
-        (dict(psi=np.zeros(3)), "psi must be one number"),
-        (dict(std=0.0), "std must be > 0"),
-        (dict(mean=(1, 2)), "mean must be one finite number or C = 3"),
-        (dict(dtype="float64"), "dtype must be"),
-        (dict(out=np.zeros((2, 3, 4, 4))), "out must be float32"),
-        (dict(flip=(np.zeros(2), None)), r"flip\[0\] must be bool"),
+        ({"real": x[:1]}, "real must be like synthetic"),
+        ({"psi": 1.5}, "psi must be in"),
+        ({"psi": np.zeros(3)}, "psi must be one number"),
+        ({"std": 0.0}, "std must be > 0"),
+        ({"mean": (1, 2)}, "mean must be one finite number or C = 3"),
+        ({"dtype": "float64"}, "dtype must be"),
+        ({"out": np.zeros((2, 3, 4, 4))}, "out must be float32"),
+        ({"flip": (np.zeros(2), None)}, r"flip\[0\] must be bool"),
     ):
-        arguments: dict[str, Any] = dict(synthetic=x, real=x, psi=0.5) | options
+        arguments: dict[str, Any] = {"synthetic": x, "real": x, "psi": 0.5} | options
         with pytest.raises(ValueError, match=message):
             skn.domain_mixup(**arguments)
 
@@ -336,7 +337,9 @@ def test_opcheck() -> None:
             )
         with torch.no_grad():
             arguments = (s.detach(), r.detach(), psi.detach(), *constants)
-            torch.library.opcheck(OPS.domain_mixup_out, (*arguments, torch.empty(2, 3, 5, 4), "cpu"))
+            torch.library.opcheck(
+                OPS.domain_mixup_out, (*arguments, torch.empty(2, 3, 5, 4), "cpu")
+            )
             gradient = torch.randn(2, 3, 5, 4)
             torch.library.opcheck(
                 OPS.domain_mixup_backward,
@@ -379,52 +382,52 @@ SHARED = torch.zeros(2 * 4 * 5 * 3, dtype=F32)
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (dict(real=X[:1]), ValueError, r"real must be of the shape.*got real uint8 \(1, 4, 5, 3\)"),
-        (dict(real=X.float()), ValueError, "real must be of the shape, dtype"),
-        (dict(real=X.to("meta")), ValueError, "device"),
-        (dict(synthetic=X.int()), ValueError, "synthetic must be uint8, float32.*got int32"),
-        (dict(synthetic=X[0]), ValueError, r"synthetic must be .*\(4, 5, 3\)"),
-        (dict(synthetic=[1]), TypeError, "synthetic must be a tensor, got list"),
-        (dict(psi=1.01), ValueError, r"psi must be in \[0, 1\], got 1.01"),
-        (dict(psi=float("nan")), ValueError, r"psi must be in \[0, 1\], got nan"),
-        (dict(psi=torch.tensor([0.5, -0.25])), ValueError, "got -0.25 in row 1"),
-        (dict(psi=torch.tensor([torch.nan, 0.5])), ValueError, "got nan in row 0"),
-        (dict(psi=torch.tensor(torch.inf)), ValueError, "psi must be .*got inf"),
-        (dict(psi=torch.zeros(3)), ValueError, r"psi must be .*B = 2.*got float32 \(3,\)"),
-        (dict(psi=torch.tensor([0, 1])), ValueError, "psi must be floating point"),
-        (dict(psi="0.5"), TypeError, "psi must be a number or a tensor, got str"),
-        (dict(std=0.0), ValueError, "std must be > 0, got 0.0"),
-        (dict(std=(0.5, -1, 0.5)), ValueError, "std must be > 0"),
-        (dict(std=float("nan")), ValueError, "std must be finite"),
-        (dict(mean=(0.5, 0.5)), ValueError, "mean must be one number or C = 3, got 2"),
-        (dict(mean="half"), TypeError, "mean must be a number"),
-        (dict(layout="HWC"), ValueError, "layout must be 'NHWC' or 'NCHW', got 'HWC'"),
-        (dict(dtype=torch.int32), ValueError, "dtype must be float32"),
-        (dict(dtype="float32"), TypeError, "dtype must be a torch.dtype, got str"),
-        (dict(memory_format=torch.preserve_format), ValueError, "memory_format must be"),
-        (dict(flip=torch.zeros(2, 2)), ValueError, "flip_synthetic must be bool"),
-        (dict(flip=torch.zeros(3, 2).bool()), ValueError, "flip must be a pair"),
-        (dict(flip=(None, torch.zeros(3).bool())), ValueError, "flip_real must be bool.*B = 2"),
-        (dict(flip=True), TypeError, "flip must be"),
-        (dict(out=torch.zeros(2, 4, 5, 3)), ValueError, r"out must be float32 \(2, 3, 4, 5\)"),
-        (dict(out=torch.zeros(2, 3, 4, 5, dtype=BF16)), ValueError, "got bfloat16"),
-        (dict(out=torch.zeros(2, 4, 5, 3).permute(0, 3, 1, 2)), ValueError, "contiguous"),
-        (dict(out=[0]), TypeError, "out must be a tensor"),
-        (dict(out=torch.zeros(2, 3, 4, 5, requires_grad=True)), ValueError, "autograd"),
-        (dict(synthetic=SHARED.view(2, 4, 5, 3), real=X.float(), out=SHARED.view(2, 3, 4, 5)),
+        ({"real": X[:1]}, ValueError, r"real must be of the shape.*got real uint8 \(1, 4, 5, 3\)"),
+        ({"real": X.float()}, ValueError, "real must be of the shape, dtype"),
+        ({"real": X.to("meta")}, ValueError, "device"),
+        ({"synthetic": X.int()}, ValueError, "synthetic must be uint8, float32.*got int32"),
+        ({"synthetic": X[0]}, ValueError, r"synthetic must be .*\(4, 5, 3\)"),
+        ({"synthetic": [1]}, TypeError, "synthetic must be a tensor, got list"),
+        ({"psi": 1.01}, ValueError, r"psi must be in \[0, 1\], got 1.01"),
+        ({"psi": float("nan")}, ValueError, r"psi must be in \[0, 1\], got nan"),
+        ({"psi": torch.tensor([0.5, -0.25])}, ValueError, "got -0.25 in row 1"),
+        ({"psi": torch.tensor([torch.nan, 0.5])}, ValueError, "got nan in row 0"),
+        ({"psi": torch.tensor(torch.inf)}, ValueError, "psi must be .*got inf"),
+        ({"psi": torch.zeros(3)}, ValueError, r"psi must be .*B = 2.*got float32 \(3,\)"),
+        ({"psi": torch.tensor([0, 1])}, ValueError, "psi must be floating point"),
+        ({"psi": "0.5"}, TypeError, "psi must be a number or a tensor, got str"),
+        ({"std": 0.0}, ValueError, "std must be > 0, got 0.0"),
+        ({"std": (0.5, -1, 0.5)}, ValueError, "std must be > 0"),
+        ({"std": float("nan")}, ValueError, "std must be finite"),
+        ({"mean": (0.5, 0.5)}, ValueError, "mean must be one number or C = 3, got 2"),
+        ({"mean": "half"}, TypeError, "mean must be a number"),
+        ({"layout": "HWC"}, ValueError, "layout must be 'NHWC' or 'NCHW', got 'HWC'"),
+        ({"dtype": torch.int32}, ValueError, "dtype must be float32"),
+        ({"dtype": "float32"}, TypeError, "dtype must be a torch.dtype, got str"),
+        ({"memory_format": torch.preserve_format}, ValueError, "memory_format must be"),
+        ({"flip": torch.zeros(2, 2)}, ValueError, "flip_synthetic must be bool"),
+        ({"flip": torch.zeros(3, 2).bool()}, ValueError, "flip must be a pair"),
+        ({"flip": (None, torch.zeros(3).bool())}, ValueError, "flip_real must be bool.*B = 2"),
+        ({"flip": True}, TypeError, "flip must be"),
+        ({"out": torch.zeros(2, 4, 5, 3)}, ValueError, r"out must be float32 \(2, 3, 4, 5\)"),
+        ({"out": torch.zeros(2, 3, 4, 5, dtype=BF16)}, ValueError, "got bfloat16"),
+        ({"out": torch.zeros(2, 4, 5, 3).permute(0, 3, 1, 2)}, ValueError, "contiguous"),
+        ({"out": [0]}, TypeError, "out must be a tensor"),
+        ({"out": torch.zeros(2, 3, 4, 5, requires_grad=True)}, ValueError, "autograd"),
+        ({"synthetic": SHARED.view(2, 4, 5, 3), "real": X.float(), "out": SHARED.view(2, 3, 4, 5)},
          ValueError, "out must not share memory with synthetic"),
-        (dict(synthetic=X.float(), real=SHARED.view(2, 4, 5, 3), out=SHARED.view(2, 3, 4, 5)),
+        ({"synthetic": X.float(), "real": SHARED.view(2, 4, 5, 3), "out": SHARED.view(2, 3, 4, 5)},
          ValueError, "out must not share memory with real"),
-        (dict(impl="gpu"), ValueError, "impl must be one of"),
-        (dict(impl="cuda"), RuntimeError, "impl='cuda' of domain_mixup cannot run here"),
-        (dict(impl="triton"), RuntimeError, "impl='triton' of domain_mixup cannot run here"),
+        ({"impl": "gpu"}, ValueError, "impl must be one of"),
+        ({"impl": "cuda"}, RuntimeError, "impl='cuda' of domain_mixup cannot run here"),
+        ({"impl": "triton"}, RuntimeError, "impl='triton' of domain_mixup cannot run here"),
     ],
 )  # fmt: skip
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
     if change.get("impl") == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("Triton interprets its kernels here")
     with pytest.raises(error, match=message):
-        sk.domain_mixup(**(dict(synthetic=X, real=X, psi=0.5) | change))
+        sk.domain_mixup(**({"synthetic": X, "real": X, "psi": 0.5} | change))
 
 
 # ---- identity mixup ------------------------------------------------------------------------------
@@ -445,15 +448,15 @@ def test_identity_mixup() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (dict(alpha1=torch.zeros(3)), ValueError, r"alpha1 must be floating point \(B, D\)"),
-        (dict(alpha2=torch.zeros(2, 5)), ValueError, "alpha2 must be like alpha1"),
-        (dict(alpha2=None), TypeError, "alpha2 must be a tensor, got NoneType"),
-        (dict(phi=-0.1), ValueError, r"phi must be in \[0, 1\], got -0.1"),
-        (dict(phi=torch.tensor([0.1, 2.0])), ValueError, "got 2 in row 1"),
-        (dict(phi=torch.zeros(3)), ValueError, "phi must be .*B = 2"),
+        ({"alpha1": torch.zeros(3)}, ValueError, r"alpha1 must be floating point \(B, D\)"),
+        ({"alpha2": torch.zeros(2, 5)}, ValueError, "alpha2 must be like alpha1"),
+        ({"alpha2": None}, TypeError, "alpha2 must be a tensor, got NoneType"),
+        ({"phi": -0.1}, ValueError, r"phi must be in \[0, 1\], got -0.1"),
+        ({"phi": torch.tensor([0.1, 2.0])}, ValueError, "got 2 in row 1"),
+        ({"phi": torch.zeros(3)}, ValueError, "phi must be .*B = 2"),
     ],
 )
 def test_identity_mixup_bad_input(change: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
-        sk.identity_mixup(**(dict(alpha1=torch.zeros(2, 4), alpha2=torch.zeros(2, 4), phi=0.5)
+        sk.identity_mixup(**({"alpha1": torch.zeros(2, 4), "alpha2": torch.zeros(2, 4), "phi": 0.5}
                              | change))  # fmt: skip

@@ -1,6 +1,6 @@
 """Compiles domain mixup's Triton kernels without a GPU; see aot.py.
 
-    python tests/triton/aot_domain_mixup.py 80 90 100
+python tests/triton/aot_domain_mixup.py 80 90 100
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def launches() -> Iterator[aot.Launch]:
 if __name__ == "__main__":
     for capability in map(int, sys.argv[1:]):
         for launch in launches():
-            source = ASTSource(
-                launch.kernel, launch.signature, launch.constants, launch.attributes
-            )
+            source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
             compiled = compile(
                 source,
                 target=GPUTarget("cuda", capability, 32),

@@ -1,7 +1,7 @@
 """Domain mixup in Triton: float64 without fused multiply-adds, rounded once, as everywhere.
 
-Elements are taken in the order of the result's memory, images are read by their strides: any layout,
-nothing is copied.
+Elements are taken in the order of the result's memory, and images are read by their strides: any
+layout, nothing is copied.
 """
 
 from __future__ import annotations

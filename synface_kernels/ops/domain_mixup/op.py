@@ -399,6 +399,8 @@ def _forward(
     impl: str,
 ) -> Tensor:
     out = _empty(synthetic, dtype, channels_last)
+    if impl == "cpu":
+        torch.ops.synface_kernels._advise_huge_pages(out)
     _out(synthetic, real, psi, mean, std, flip_synthetic, flip_real, out, impl)
     return out
 
@@ -429,6 +431,9 @@ def _backward(
             if want:
                 result.copy_(reference.round_once(value, result.dtype))
         return results
+    if impl == "cpu":
+        for result in results:
+            torch.ops.synface_kernels._advise_huge_pages(result)
     targets = tuple(r if want else None for r, want in zip(results, wanted, strict=True))
     if impl == "triton":
         from . import kernel_triton
