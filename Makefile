@@ -52,5 +52,8 @@ gpu-evidence:
 	PYTHONPATH=".:python$${PYTHONPATH:+:$$PYTHONPATH}" \
 		$(PYTHON) -m benchmarks.gpu_evidence $(if $(DRY),--dry)
 
+cuda-check: build
+	$(PY) tools/cuda_check.py
+
 clean:
 	rm -rf build $(VENV)/.built synface_kernels/*.so

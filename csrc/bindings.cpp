@@ -3,9 +3,21 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "domain_mixup/cpu.h"
 #include "gemm/torch_gemm.h"
 #include "margin_cross_entropy/cpu.h"
 #include "simd/isa.h"
+
+#ifdef SYNFACE_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "domain_mixup/cuda.h"
+#endif
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace synface {
 namespace {
@@ -20,6 +32,18 @@ std::vector<std::string> cpu_isas() {
   return names;
 }
 
+// Large fresh memory, about to be written: asks for huge pages, as a fault per 4 KiB costs more
+// than the writing. No more than a hint.
+void advise_huge_pages(const Tensor& memory) {
+#ifdef __linux__
+  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
+  const auto begin = (reinterpret_cast<uintptr_t>(memory.const_data_ptr()) + kHuge - 1) / kHuge;
+  const auto end = (reinterpret_cast<uintptr_t>(memory.const_data_ptr()) + memory.nbytes()) / kHuge;
+  if (end > begin)
+    madvise(reinterpret_cast<void*>(begin * kHuge), (end - begin) * kHuge, MADV_HUGEPAGE);
+#endif
+}
+
 Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kDouble:
@@ -28,9 +52,11 @@ Dtype dtype_of(const Tensor& tensor) {
       return Dtype::bf16;
     case at::kHalf:
       return Dtype::f16;
+    case at::kByte:
+      return Dtype::u8;
     default:
-      TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat, "expected float32, float64, bfloat16 ",
-                        "or float16, got ", tensor.scalar_type());
+      TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat, "expected float32, float64, bfloat16, ",
+                        "float16 or uint8, got ", tensor.scalar_type());
       return Dtype::f32;
   }
 }
@@ -122,12 +148,147 @@ std::tuple<Tensor, Tensor> margin_backward(const Tensor& input, const Tensor& we
   return {grad_input, grad_weight};
 }
 
+using domain_mixup::Affine;
+using domain_mixup::Images;
+using domain_mixup::MutableImages;
+
+bool has_strides(const Tensor& sample, std::array<int64_t, 3> strides) {
+  for (int dim = 0; dim < 3; ++dim) {
+    if (sample.size(dim + 1) > 1 && sample.stride(dim + 1) != strides[dim]) return false;
+  }
+  return true;
+}
+bool is_planar(const Tensor& images) {
+  return has_strides(images, {images.size(2) * images.size(3), images.size(3), 1});
+}
+bool is_interleaved(const Tensor& images) {
+  return has_strides(images, {1, images.size(1) * images.size(3), images.size(1)});
+}
+
+// Samples must be dense, CHW or HWC; else they are copied.
+Tensor with_dense_samples(const Tensor& images) {
+  TORCH_CHECK_VALUE(images.dim() == 4, "expected (B, C, H, W), got ", images.sizes());
+  return is_planar(images) || is_interleaved(images) ? images : images.contiguous();
+}
+
+Images images_of(const Tensor& images) {
+  return {images.const_data_ptr(), dtype_of(images), !is_planar(images), images.stride(0)};
+}
+
+MutableImages mutable_images_of(const std::optional<Tensor>& images, const Tensor& like) {
+  if (!images) return {nullptr, Dtype::f32, false, 0};
+  TORCH_CHECK_VALUE(
+      images->sizes() == like.sizes() && (is_planar(*images) || is_interleaved(*images)),
+      "expected dense samples of shape ", like.sizes());
+  return {images->data_ptr(), dtype_of(*images), !is_planar(*images), images->stride(0)};
+}
+
+struct MixupInputs {
+  MixupInputs(const Tensor& synthetic, const Tensor& real, const Tensor& psi, const Tensor& affine,
+              const std::optional<Tensor>& flip_synthetic, const std::optional<Tensor>& flip_real)
+      : synthetic(with_dense_samples(synthetic)),
+        real(with_dense_samples(real)),
+        psi(psi.contiguous()),
+        affine(affine.contiguous()),
+        flip_synthetic(flip_synthetic ? flip_synthetic->contiguous() : Tensor()),
+        flip_real(flip_real ? flip_real->contiguous() : Tensor()) {
+    TORCH_CHECK_VALUE(
+        real.sizes() == synthetic.sizes() && real.scalar_type() == synthetic.scalar_type() &&
+            psi.numel() == real.size(0) && affine.numel() == 2 * real.size(1),
+        "synthetic, real (B, C, H, W), psi (B,) and affine (C, 2) do not fit together");
+    for (const Tensor& flip : {this->flip_synthetic, this->flip_real}) {
+      TORCH_CHECK_VALUE(!flip.defined() || flip.numel() == real.size(0), "flips must be (B,)");
+    }
+  }
+  domain_mixup::Problem problem() const {
+    const auto flips = [](const Tensor& flip) {
+      return flip.defined() ? flip.const_data_ptr<bool>() : nullptr;
+    };
+    return {images_of(synthetic),
+            images_of(real),
+            psi.const_data_ptr<double>(),
+            reinterpret_cast<const Affine*>(affine.const_data_ptr<double>()),
+            flips(flip_synthetic),
+            flips(flip_real),
+            real.size(0),
+            real.size(1),
+            real.size(2),
+            real.size(3)};
+  }
+  Tensor synthetic, real, psi, affine, flip_synthetic, flip_real;
+};
+
+struct OnCpu {
+  static void forward(const domain_mixup::Problem& p, const MutableImages& out, const Tensor&) {
+    domain_mixup::forward(p, torch_runtime<double>(), out);
+  }
+  static void backward(const domain_mixup::Problem& p, const Images& gradient,
+                       const MutableImages& grad_synthetic, const MutableImages& grad_real,
+                       double* grad_psi, const Tensor&) {
+    domain_mixup::backward(p, torch_runtime<double>(), gradient, grad_synthetic, grad_real,
+                           grad_psi);
+  }
+};
+
+#ifdef SYNFACE_CUDA
+struct OnCuda {
+  static void check(const char* error) { TORCH_CHECK(!error, "domain_mixup: ", error); }
+  static void forward(const domain_mixup::Problem& p, const MutableImages& out, const Tensor& psi) {
+    const c10::cuda::CUDAGuard guard(psi.device());
+    check(domain_mixup::forward_cuda(p, out, c10::cuda::getCurrentCUDAStream().stream()));
+  }
+  static void backward(const domain_mixup::Problem& p, const Images& gradient,
+                       const MutableImages& grad_synthetic, const MutableImages& grad_real,
+                       double* grad_psi, const Tensor& psi) {
+    const c10::cuda::CUDAGuard guard(psi.device());
+    const Tensor workspace =
+        at::empty({grad_psi ? domain_mixup::psi_workspace(p) : 0}, psi.options());
+    check(domain_mixup::backward_cuda(p, gradient, grad_synthetic, grad_real, grad_psi,
+                                      workspace.data_ptr<double>(),
+                                      c10::cuda::getCurrentCUDAStream().stream()));
+  }
+};
+#endif
+
+template <class Device>
+void mixup(const Tensor& synthetic, const Tensor& real, const Tensor& psi, const Tensor& affine,
+           const std::optional<Tensor>& flip_synthetic, const std::optional<Tensor>& flip_real,
+           Tensor out) {
+  const MixupInputs in(synthetic, real, psi, affine, flip_synthetic, flip_real);
+  Device::forward(in.problem(), mutable_images_of(out, in.synthetic), in.psi);
+}
+
+template <class Device>
+void mixup_backward(const Tensor& gradient, const Tensor& synthetic, const Tensor& real,
+                    const Tensor& psi, const Tensor& affine,
+                    const std::optional<Tensor>& flip_synthetic,
+                    const std::optional<Tensor>& flip_real,
+                    const std::optional<Tensor>& grad_synthetic,
+                    const std::optional<Tensor>& grad_real, const std::optional<Tensor>& grad_psi) {
+  const MixupInputs in(synthetic, real, psi, affine, flip_synthetic, flip_real);
+  const Tensor dense = with_dense_samples(gradient);
+  TORCH_CHECK_VALUE(dense.sizes() == real.sizes(), "gradient must be ", real.sizes());
+  Device::backward(in.problem(), images_of(dense), mutable_images_of(grad_synthetic, in.synthetic),
+                   mutable_images_of(grad_real, in.synthetic),
+                   grad_psi ? grad_psi->data_ptr<double>() : nullptr, in.psi);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(synface_kernels, CPU, library) {
+  library.impl("_advise_huge_pages", advise_huge_pages);
+  library.impl("domain_mixup_cpu", mixup<OnCpu>);
+  library.impl("domain_mixup_backward_cpu", mixup_backward<OnCpu>);
   library.impl("margin_cross_entropy_forward_cpu", margin_forward);
   library.impl("margin_cross_entropy_backward_cpu", margin_backward);
 }
+
+#ifdef SYNFACE_CUDA
+TORCH_LIBRARY_IMPL(synface_kernels, CUDA, library) {
+  library.impl("domain_mixup_cuda", mixup<OnCuda>);
+  library.impl("domain_mixup_backward_cuda", mixup_backward<OnCuda>);
+}
+#endif
 
 TORCH_LIBRARY_IMPL(synface_kernels, CompositeExplicitAutograd, library) {
   library.impl("_cpu_isa", cpu_isa);

@@ -21,7 +21,7 @@ struct Runtime {
 };
 
 // Element types that arrive from outside.
-enum class Dtype { f32, f64, bf16, f16 };
+enum class Dtype { f32, f64, bf16, f16, u8 };
 
 // A matrix with contiguous rows, `stride` elements apart.
 struct Rows {

@@ -1,15 +1,35 @@
 """Fused kernels for training face recognition on synthetic faces: drop-in torch ops."""
 
-from importlib.metadata import PackageNotFoundError, version
+from __future__ import annotations
 
-from ._select import explain
-from .ops.margin_cross_entropy.margins import ArcFace, CombinedMargin, CosFace, SphereFace
-from .ops.margin_cross_entropy.op import MarginStats, margin_cross_entropy
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ._select import explain
+    from .ops.domain_mixup.op import domain_mixup, identity_mixup
+    from .ops.margin_cross_entropy.margins import ArcFace, CombinedMargin, CosFace, SphereFace
+    from .ops.margin_cross_entropy.op import MarginStats, margin_cross_entropy
 
 try:
     __version__ = version("synface-kernels")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
+
+# Where the public names live. They are imported when first asked for, so that
+# `synface_kernels.numpy` can be imported without torch.
+_HOMES = {
+    "ArcFace": "ops.margin_cross_entropy.margins",
+    "CombinedMargin": "ops.margin_cross_entropy.margins",
+    "CosFace": "ops.margin_cross_entropy.margins",
+    "MarginStats": "ops.margin_cross_entropy.op",
+    "SphereFace": "ops.margin_cross_entropy.margins",
+    "domain_mixup": "ops.domain_mixup.op",
+    "explain": "_select",
+    "identity_mixup": "ops.domain_mixup.op",
+    "margin_cross_entropy": "ops.margin_cross_entropy.op",
+}
 
 __all__ = [
     "ArcFace",
@@ -17,6 +37,21 @@ __all__ = [
     "CosFace",
     "MarginStats",
     "SphereFace",
+    "domain_mixup",
     "explain",
+    "identity_mixup",
     "margin_cross_entropy",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for home in sorted(set(_HOMES.values())):  # all of them: each registers its op
+        import_module(f".{home}", __name__)
+    globals().update({n: getattr(import_module(f".{h}", __name__), n) for n, h in _HOMES.items()})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

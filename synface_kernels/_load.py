@@ -10,6 +10,7 @@ NAMESPACE = "synface_kernels"
 library = torch.library.Library(NAMESPACE, "DEF")
 library.define("_cpu_isas() -> str[]")
 library.define("_cpu_isa() -> str")
+library.define("_advise_huge_pages(Tensor memory) -> ()")
 
 
 def _load() -> str | None:

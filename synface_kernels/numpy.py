@@ -1,13 +1,119 @@
-"""The CPU kernels on NumPy arrays, for data-loader workers: one thread, and torch plays no part."""
+"""The CPU kernels on NumPy arrays, for data-loader workers: one thread, and torch plays no part.
+
+Importing this module does not import torch.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _numpy  # type: ignore[attr-defined]
-
+_numpy: Any = import_module("._numpy", __package__)
 cpu_isa = _numpy.cpu_isa
+
+
+def domain_mixup(
+    synthetic: NDArray,
+    real: NDArray,
+    psi: float | NDArray,
+    *,
+    mean: float | Sequence[float] = 0.5,
+    std: float | Sequence[float] = 0.5,
+    flip: tuple[NDArray | None, NDArray | None] | None = None,
+    layout: Literal["NHWC", "NCHW"] = "NHWC",
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    out_layout: Literal["NCHW", "NHWC"] = "NCHW",
+    out: NDArray | None = None,
+) -> NDArray:
+    """ψ·X_S + (1 − ψ)·X_R, normalised; bit for bit what `synface_kernels.domain_mixup` gives.
+
+    Args:
+        synthetic: (B, H, W, C) images, or (B, C, H, W) with ``layout="NCHW"``; uint8 (standing for
+            value/255) or float32. real: likewise, of the same shape and dtype. An array that is
+            not C-contiguous is copied.
+        psi: the synthetic share, in [0, 1]: one number, or (B,).
+        mean, std: one number, or C of them; std > 0.
+        flip: (flip_synthetic, flip_real), each None or (B,) bool: samples to mirror left to right.
+        dtype: of the result. ``"bfloat16"``, which NumPy lacks, comes as its bits in uint16.
+        out_layout: the order of the result's dimensions, C-contiguous.
+        out: an array to write into; it may not share memory with an image.
+
+    Returns:
+        (B, C, H, W), or (B, H, W, C); ``out`` if it was given.
+
+    Raises:
+        ValueError: for a wrong dtype, shape or value.
+
+    Memory above the inputs: the result.
+    """
+    for name, value in (("layout", layout), ("out_layout", out_layout)):
+        if value not in ("NHWC", "NCHW"):
+            raise ValueError(f"{name} must be 'NHWC' or 'NCHW', got {value!r}")
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype must be 'float32', 'float16' or 'bfloat16', got {dtype!r}")
+    synthetic, real = np.asarray(synthetic), np.asarray(real)
+    if synthetic.ndim != 4 or synthetic.dtype not in (np.uint8, np.float32):
+        raise ValueError(
+            f"synthetic must be uint8 or float32 of 4 dimensions ({layout}), "
+            f"got {synthetic.dtype} {synthetic.shape}"
+        )
+    if (real.shape, real.dtype) != (synthetic.shape, synthetic.dtype):
+        raise ValueError(
+            f"real must be like synthetic, got {real.dtype} {real.shape} and synthetic "
+            f"{synthetic.dtype} {synthetic.shape}"
+        )
+    batch, *size = synthetic.shape
+    channels, height, width = size if layout == "NCHW" else (size[2], *size[:2])
+    shares = np.asarray(psi, dtype=np.float64)
+    if shares.shape not in ((), (batch,)):
+        raise ValueError(f"psi must be one number or (B,) with B = {batch}, got {shares.shape}")
+    if not np.all((shares >= 0) & (shares <= 1)):
+        raise ValueError(f"psi must be in [0, 1], got {psi}")
+    shares = np.broadcast_to(shares, (batch,))
+    unit = 255.0 if synthetic.dtype == np.uint8 else 1.0
+    means, stds = _constants("mean", mean, channels), _constants("std", std, channels)
+    if not np.all(stds > 0):
+        raise ValueError(f"std must be > 0, got {std}")
+    affine = np.stack([unit * means, 1.0 / (unit * stds)], axis=1)
+    flips: list[NDArray | None] = [None, None]
+    for i, side in enumerate(flip if flip is not None else ()):
+        if side is None:
+            continue
+        flags = flips[i] = np.asarray(side)
+        if flags.dtype != np.bool_ or flags.shape != (batch,):
+            raise ValueError(f"flip[{i}] must be bool (B,) with B = {batch}, got {side!r}")
+    shape = (batch, channels, height, width) if out_layout == "NCHW" else (
+        batch, height, width, channels,
+    )  # fmt: skip
+    stored = np.dtype({"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[dtype])
+    if out is None:
+        out = np.empty(shape, stored)
+    elif (out.shape, out.dtype) != (shape, stored) or not out.flags.c_contiguous:
+        raise ValueError(
+            f"out must be {stored} {shape}, C-contiguous, got {out.dtype} {out.shape} "
+            f"with strides {out.strides}"
+        )
+    elif not out.flags.writeable:
+        raise ValueError("out must be writeable")
+    elif np.may_share_memory(out, synthetic) or np.may_share_memory(out, real):
+        raise ValueError("out must not share memory with synthetic or real")
+    _numpy.domain_mixup(
+        np.ascontiguousarray(synthetic), np.ascontiguousarray(real), shares, affine, *flips,
+        layout == "NHWC", out if dtype == "float32" else out.view(np.uint16),
+        out_layout == "NHWC", dtype == "bfloat16",
+    )  # fmt: skip
+    return out
+
+
+def _constants(name: str, value: float | Sequence[float], channels: int) -> NDArray[np.float64]:
+    values = np.asarray(value, dtype=np.float64)
+    if values.shape not in ((), (channels,)) or not np.all(np.isfinite(values)):
+        raise ValueError(f"{name} must be one finite number or C = {channels}, got {value}")
+    return np.broadcast_to(values, (channels,))
 
 
 def margin_cross_entropy_forward(

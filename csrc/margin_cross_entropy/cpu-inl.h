@@ -117,6 +117,8 @@ void load(const void* from, Dtype dtype, T* to, int64_t n) {
     case Dtype::f64:
       for (int64_t i = 0; i < n; ++i) to[i] = T(static_cast<const double*>(from)[i]);
       break;
+    case Dtype::u8:
+      break;
   }
 }
 
@@ -137,6 +139,8 @@ void store(const T* from, void* to, Dtype dtype, int64_t n) {
       break;
     case Dtype::f64:
       for (int64_t i = 0; i < n; ++i) static_cast<double*>(to)[i] = double(from[i]);
+      break;
+    case Dtype::u8:
       break;
   }
 }

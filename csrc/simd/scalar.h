@@ -5,17 +5,21 @@
 #include <bit>
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace synface {
 
-inline float from_bf16(uint16_t x) { return std::bit_cast<float>(uint32_t(x) << 16); }
+SYNFACE_HOST_DEVICE inline float from_bf16(uint16_t x) {
+  return std::bit_cast<float>(uint32_t(x) << 16);
+}
 
-inline uint16_t to_bf16(float x) {
+SYNFACE_HOST_DEVICE inline uint16_t to_bf16(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return uint16_t(x == x ? rounded : 0x7fc0);
 }
 
-inline float from_f16(uint16_t x) {
+SYNFACE_HOST_DEVICE inline float from_f16(uint16_t x) {
   const uint32_t magnitude = uint32_t(x & 0x7fff) << 13;
   // The exponents' biases differ by 112; the product is exact for subnormals too.
   const float finite = std::bit_cast<float>(magnitude) * 0x1p112f;
@@ -24,17 +28,17 @@ inline float from_f16(uint16_t x) {
   return std::bit_cast<float>(bits | uint32_t(x & 0x8000) << 16);
 }
 
-inline uint16_t to_f16(float x) {
+SYNFACE_HOST_DEVICE inline uint16_t to_f16(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const uint32_t magnitude = bits & 0x7fffffff;
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const int32_t magnitude = int32_t(bits & 0x7fffffff);
+  const int32_t normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   // Adding 0.5 puts a subnormal's 2^-24 steps at the last bit of the mantissa.
-  const uint32_t subnormal =
-      std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
-  uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
+  const int32_t subnormal =
+      std::bit_cast<int32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
+  int32_t half = magnitude < (113 << 23) ? subnormal : normal;
   half = magnitude >= 0x477ff000 ? 0x7c00 : half;  // 65520 and above round to infinity
   half = magnitude > 0x7f800000 ? 0x7e00 : half;
-  return uint16_t(half | (bits >> 16 & 0x8000));
+  return uint16_t(uint32_t(half) | (bits >> 16 & 0x8000));
 }
 
 }  // namespace synface

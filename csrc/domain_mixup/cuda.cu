@@ -1,0 +1,333 @@
+// Threads are independent of one another: no shared memory, no synchronisation, no atomics. So the
+// same source also runs on a host, one thread after the other, where a test holds it to the CPU's
+// bits (tests/cuda/emulated.cpp, which defines SYNFACE_LAUNCH).
+#include "domain_mixup/cuda.h"
+
+#ifndef SYNFACE_LAUNCH
+#include <cuda_runtime.h>
+#define SYNFACE_LAUNCH(kernel, blocks, threads, stream, ...) \
+  kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#endif
+
+namespace synface::domain_mixup {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kGroup = 16;             // pixels that a thread takes where all is aligned
+constexpr int64_t kPsiThreads = 1024;  // partial sums of each sample
+
+struct alignas(16) Vector {
+  uint32_t words[4];
+};
+
+// (B, C, H, W) by strides, in elements.
+struct View {
+  const void* data;
+  Dtype dtype;
+  int64_t sample, channel, pixel;
+};
+
+struct Sides {
+  View synthetic, real;
+  const double* psi;
+  const Affine* affine;
+  const bool *flip_synthetic, *flip_real;
+  int64_t batch, channels, width, pixels;
+};
+
+__device__ double load(const void* data, Dtype dtype, int64_t i) {
+  switch (dtype) {
+    case Dtype::u8:
+      return static_cast<const uint8_t*>(data)[i];
+    case Dtype::bf16:
+      return from_bf16(static_cast<const uint16_t*>(data)[i]);
+    case Dtype::f16:
+      return from_f16(static_cast<const uint16_t*>(data)[i]);
+    case Dtype::f64:
+      return static_cast<const double*>(data)[i];
+    default:
+      return static_cast<const float*>(data)[i];
+  }
+}
+
+__device__ void store(void* data, Dtype dtype, int64_t i, double x) {
+  switch (dtype) {
+    case Dtype::bf16:
+      static_cast<uint16_t*>(data)[i] = rounded<Bfloat16>(x);
+      return;
+    case Dtype::f16:
+      static_cast<uint16_t*>(data)[i] = rounded<Float16>(x);
+      return;
+    case Dtype::f64:
+      static_cast<double*>(data)[i] = x;
+      return;
+    default:
+      static_cast<float*>(data)[i] = float(x);
+  }
+}
+
+__device__ bool flips(const bool* flip, int64_t sample) { return flip && flip[sample]; }
+
+// Where a pixel of the result comes from.
+__device__ int64_t source(const Sides& p, bool flip, int64_t pixel) {
+  return flip ? pixel + p.width - 1 - 2 * (pixel % p.width) : pixel;
+}
+
+struct Element {
+  int64_t sample, channel, pixel;
+};
+
+// Elements in the order of the result's memory, so that writes are coalesced.
+__device__ Element element(const Sides& p, bool interleaved, int64_t i) {
+  const int64_t size = p.channels * p.pixels, sample = i / size, rest = i % size;
+  if (interleaved) return {sample, rest % p.channels, rest / p.channels};
+  return {sample, rest / p.pixels, rest % p.pixels};
+}
+
+__device__ int64_t offset(const View& view, const Element& e, int64_t pixel) {
+  return e.sample * view.sample + e.channel * view.channel + pixel * view.pixel;
+}
+
+__device__ double of_side(const Sides& p, const View& view, const bool* flip, const Element& e) {
+  const int64_t pixel = source(p, flips(flip, e.sample), e.pixel);
+  return load(view.data, view.dtype, offset(view, e, pixel));
+}
+
+// Any types, orders and alignments: an element per thread and turn.
+__global__ void mix_elements(Sides p, View out, bool interleaved) {
+  const int64_t count = p.batch * p.channels * p.pixels;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += int64_t(gridDim.x) * blockDim.x) {
+    const Element e = element(p, interleaved, i);
+    const Blend blend{p.psi[e.sample], 1 - p.psi[e.sample]};
+    const double x = mix(of_side(p, p.synthetic, p.flip_synthetic, e),
+                         of_side(p, p.real, p.flip_real, e), blend, p.affine[e.channel]);
+    store(const_cast<void*>(out.data), out.dtype, offset(out, e, e.pixel), x);
+  }
+}
+
+// The bytes of 16 pixels, interleaved, in 16-byte loads. In registers, as all indices are constant
+// once the loops are unrolled.
+template <int kChannels>
+struct Group {
+  __device__ Group(const uint8_t* from, bool flip) : flip(flip) {
+    static_assert(sizeof(Vector) == kGroup);
+#pragma unroll
+    for (int part = 0; part < kChannels; ++part) {
+      vectors[part] = reinterpret_cast<const Vector*>(from)[part];
+    }
+  }
+  __device__ uint32_t byte(int i) const {
+    return vectors[i / 16].words[i % 16 / 4] >> (i % 4 * 8) & 255u;
+  }
+  __device__ double at(int pixel, int channel) const {
+    const uint32_t forwards = byte(pixel * kChannels + channel);
+    const uint32_t backwards = byte((kGroup - 1 - pixel) * kChannels + channel);
+    return flip ? backwards : forwards;
+  }
+  Vector vectors[kChannels];
+  bool flip;
+};
+
+// Bytes to any type, 16 aligned pixels per thread, of kChannels interleaved channels or of one
+// plane. Reads and writes 16 bytes at a time.
+template <class Out, int kChannels, bool kInterleavedOut>
+__global__ void __launch_bounds__(kThreads) mix_groups(Sides p, View out) {
+  using Storage = typename Out::Storage;
+  constexpr int kPerVector = sizeof(Vector) / sizeof(Storage);
+  const int64_t planes = kChannels == 1 ? p.channels : 1;
+  const int64_t groups = p.pixels / kGroup, count = p.batch * planes * groups;
+  for (int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; index < count;
+       index += int64_t(gridDim.x) * blockDim.x) {
+    const Element e{index / (planes * groups), index / groups % planes, index % groups * kGroup};
+    const Blend blend{p.psi[e.sample], 1 - p.psi[e.sample]};
+    const bool flip_synthetic = flips(p.flip_synthetic, e.sample);
+    const bool flip_real = flips(p.flip_real, e.sample);
+    // A flip takes an aligned group to an aligned group, its pixels backwards.
+    const auto start = [&](const View& view, bool flip) {
+      const int64_t pixel = source(p, flip, e.pixel) - (flip ? kGroup - 1 : 0);
+      return static_cast<const uint8_t*>(view.data) + offset(view, e, pixel);
+    };
+    const Group<kChannels> synthetic(start(p.synthetic, flip_synthetic), flip_synthetic);
+    const Group<kChannels> real(start(p.real, flip_real), flip_real);
+    const auto value = [&](int channel, int pixel) {
+      return rounded<Out>(mix(synthetic.at(pixel, channel), real.at(pixel, channel), blend,
+                              p.affine[e.channel + channel]));
+    };
+    Storage* target = static_cast<Storage*>(const_cast<void*>(out.data)) + offset(out, e, e.pixel);
+#pragma unroll
+    for (int first = 0; first < kGroup * kChannels; first += kPerVector) {
+      alignas(16) Storage part[kPerVector];
+#pragma unroll
+      for (int i = 0; i < kPerVector; ++i) {
+        const int at = first + i;
+        part[i] = kInterleavedOut ? value(at % kChannels, at / kChannels)
+                                  : value(at / kGroup, at % kGroup);
+      }
+      const int channel = kInterleavedOut ? 0 : first / kGroup;
+      const int rest = kInterleavedOut ? first : first % kGroup;
+      *reinterpret_cast<Vector*>(target + channel * out.channel + rest) =
+          *reinterpret_cast<const Vector*>(part);
+    }
+  }
+}
+
+__global__ void image_gradients(Sides p, View gradient, bool interleaved, View grad_synthetic,
+                                View grad_real) {
+  const int64_t count = p.batch * p.channels * p.pixels;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += int64_t(gridDim.x) * blockDim.x) {
+    const Element e = element(p, interleaved, i);
+    const double psi = p.psi[e.sample];
+    const double mixed = mixed_gradient(
+        load(gradient.data, gradient.dtype, offset(gradient, e, e.pixel)), p.affine[e.channel]);
+    const auto give = [&](const View& view, const bool* flip, double share) {
+      if (!view.data) return;
+      const int64_t pixel = source(p, flips(flip, e.sample), e.pixel);
+      store(const_cast<void*>(view.data), view.dtype, offset(view, e, pixel),
+            multiply(share, mixed));
+    };
+    give(grad_synthetic, p.flip_synthetic, psi);
+    give(grad_real, p.flip_real, 1 - psi);
+  }
+}
+
+// One of a sample's partial sums per thread.
+__global__ void psi_parts(Sides p, View gradient, bool interleaved, double* parts) {
+  const int64_t size = p.channels * p.pixels;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < p.batch * kPsiThreads;
+       i += int64_t(gridDim.x) * blockDim.x) {
+    const int64_t sample = i / kPsiThreads;
+    double sum = 0;
+    for (int64_t at = i % kPsiThreads; at < size; at += kPsiThreads) {
+      const Element e = element(p, interleaved, sample * size + at);
+      const double mixed = mixed_gradient(
+          load(gradient.data, gradient.dtype, offset(gradient, e, e.pixel)), p.affine[e.channel]);
+      sum += multiply(
+          mixed, of_side(p, p.synthetic, p.flip_synthetic, e) - of_side(p, p.real, p.flip_real, e));
+    }
+    parts[i] = sum;
+  }
+}
+
+__global__ void psi_sums(const double* parts, int64_t batch, double* grad_psi) {
+  for (int64_t b = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; b < batch;
+       b += int64_t(gridDim.x) * blockDim.x) {
+    double sum = 0;
+    for (int64_t i = 0; i < kPsiThreads; ++i) sum += parts[b * kPsiThreads + i];
+    grad_psi[b] = sum;
+  }
+}
+
+// Threads take further turns past this.
+unsigned blocks_for(int64_t threads) {
+  const int64_t blocks = (threads + kThreads - 1) / kThreads;
+  return unsigned(blocks < 65536 ? blocks : 65536);
+}
+
+template <class Data>
+View view_of(const ImagesOf<Data>& images, const Problem& p) {
+  const int64_t pixels = p.height * p.width;
+  return {images.data, images.dtype, images.sample_stride, images.interleaved ? 1 : pixels,
+          images.interleaved ? p.channels : 1};
+}
+
+Sides sides_of(const Problem& p) {
+  return {view_of(p.synthetic, p),
+          view_of(p.real, p),
+          p.psi,
+          p.affine,
+          p.flip_synthetic,
+          p.flip_real,
+          p.batch,
+          p.channels,
+          p.width,
+          p.height * p.width};
+}
+
+template <class Data>
+bool aligned(const ImagesOf<Data>& images, int64_t element) {
+  return reinterpret_cast<uintptr_t>(images.data) % sizeof(Vector) == 0 &&
+         images.sample_stride * element % int64_t(sizeof(Vector)) == 0;
+}
+
+template <class Out>
+bool launch_groups(const Problem& p, const MutableImages& out, void* stream) {
+  const bool both = p.synthetic.interleaved == p.real.interleaved;
+  const bool by_row = !p.flip_synthetic && !p.flip_real;
+  if (p.synthetic.dtype != Dtype::u8 || !both || !aligned(p.synthetic, 1) || !aligned(p.real, 1) ||
+      !aligned(out, sizeof(typename Out::Storage)) ||
+      (by_row ? p.height * p.width : p.width) % kGroup != 0) {
+    return false;
+  }
+  const Sides sides = sides_of(p);
+  const View target = view_of(out, p);
+  const int64_t groups = p.batch * (p.height * p.width / kGroup);
+  const bool planar = !p.synthetic.interleaved;
+  if (p.channels == 3 && !planar && out.interleaved) {
+    SYNFACE_LAUNCH((mix_groups<Out, 3, true>), blocks_for(groups), kThreads, stream, sides, target);
+  } else if (p.channels == 3 && !planar) {
+    SYNFACE_LAUNCH((mix_groups<Out, 3, false>), blocks_for(groups), kThreads, stream, sides,
+                   target);
+  } else if (planar && !out.interleaved) {
+    SYNFACE_LAUNCH((mix_groups<Out, 1, false>), blocks_for(groups * p.channels), kThreads, stream,
+                   sides, target);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+bool launch_groups(const Problem& p, const MutableImages& out, void* stream) {
+  switch (out.dtype) {
+    case Dtype::bf16:
+      return launch_groups<Bfloat16>(p, out, stream);
+    case Dtype::f16:
+      return launch_groups<Float16>(p, out, stream);
+    case Dtype::f64:
+      return launch_groups<Float64>(p, out, stream);
+    default:
+      return launch_groups<Float32>(p, out, stream);
+  }
+}
+
+const char* last_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+const char* forward_cuda(const Problem& p, const MutableImages& out, void* stream) {
+  const int64_t count = p.batch * p.channels * p.height * p.width;
+  if (count == 0) return nullptr;
+  if (!launch_groups(p, out, stream)) {
+    SYNFACE_LAUNCH(mix_elements, blocks_for(count), kThreads, stream, sides_of(p), view_of(out, p),
+                   out.interleaved);
+  }
+  return last_error();
+}
+
+int64_t psi_workspace(const Problem& p) { return p.batch * kPsiThreads; }
+
+const char* backward_cuda(const Problem& p, const Images& gradient,
+                          const MutableImages& grad_synthetic, const MutableImages& grad_real,
+                          double* grad_psi, double* workspace, void* stream) {
+  if (p.batch == 0) return nullptr;
+  const Sides sides = sides_of(p);
+  const View from = view_of(gradient, p);
+  const int64_t count = p.batch * p.channels * p.height * p.width;
+  if (count && (grad_synthetic.data || grad_real.data)) {
+    SYNFACE_LAUNCH(image_gradients, blocks_for(count), kThreads, stream, sides, from,
+                   gradient.interleaved, view_of(grad_synthetic, p), view_of(grad_real, p));
+  }
+  if (grad_psi) {
+    SYNFACE_LAUNCH(psi_parts, blocks_for(p.batch * kPsiThreads), kThreads, stream, sides, from,
+                   gradient.interleaved, workspace);
+    SYNFACE_LAUNCH(psi_sums, blocks_for(p.batch), kThreads, stream,
+                   static_cast<const double*>(workspace), p.batch, grad_psi);
+  }
+  return last_error();
+}
+
+}  // namespace synface::domain_mixup

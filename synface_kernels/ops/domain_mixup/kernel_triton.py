@@ -1,0 +1,191 @@
+"""Domain mixup in Triton: float64 without fused multiply-adds, rounded once, as everywhere.
+
+Elements are taken in the order of the result's memory, and images are read by their strides: any
+layout, nothing is copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+_FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+@triton.jit
+def _rounded(x, FORMAT: tl.constexpr):
+    """float64 to what the result is stored as; to 16 bits by way of rounding to odd."""
+    nearest = x.to(tl.float32)
+    back = nearest.to(tl.float64)
+    bits = nearest.to(tl.int32, bitcast=True)
+    away = (x > back) == (bits >= 0)  # the exact value is the larger in magnitude
+    adjust = ((back < x) | (back > x)) & ((bits & 1) == 0)
+    odd = tl.where(adjust, tl.where(away, bits + 1, bits - 1), bits)
+    if FORMAT == 0:
+        result = nearest
+    elif FORMAT == 1:
+        result = x
+    elif FORMAT == 2:
+        # In integers, as the interpreter's own conversion to bfloat16 truncates.
+        half = tl.where(nearest == nearest, (odd + 0x7FFF + ((odd >> 16) & 1)) >> 16, 0x7FC0)
+        result = half.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = odd.to(tl.float32, bitcast=True).to(tl.float16)
+    return result
+
+
+@triton.jit
+def _element(C, H, W, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
+    """Channel, row and column of a block of one sample's elements."""
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if INTERLEAVED:
+        channel, pixel = i % C, i // C
+    else:
+        channel, pixel = i // (H * W), i % (H * W)
+    return channel, pixel // W, pixel % W, i < C * H * W
+
+
+@triton.jit
+def _offsets(sample, channel, row, column, flip, W, s_b, s_c, s_h, s_w, FLIP: tl.constexpr):
+    if FLIP:
+        column = tl.where(tl.load(flip + sample) != 0, W - 1 - column, column)
+    inside = channel.to(tl.int64) * s_c + row.to(tl.int64) * s_h + column.to(tl.int64) * s_w
+    return sample * s_b + inside
+
+
+@triton.jit
+def _forward_kernel(
+    synthetic, real, psi, affine, flip_synthetic, flip_real, out, C, H, W,
+    s_b, s_c, s_h, s_w, r_b, r_c, r_h, r_w, o_b, o_c, o_h, o_w,
+    FLIP_S: tl.constexpr, FLIP_R: tl.constexpr, INTERLEAVED: tl.constexpr, FORMAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(0).to(tl.int64)
+    c, h, w, mask = _element(C, H, W, INTERLEAVED, BLOCK)
+    at_s = _offsets(sample, c, h, w, flip_synthetic, W, s_b, s_c, s_h, s_w, FLIP_S)
+    at_r = _offsets(sample, c, h, w, flip_real, W, r_b, r_c, r_h, r_w, FLIP_R)
+    x_s = tl.load(synthetic + at_s, mask=mask, other=0).to(tl.float64)
+    x_r = tl.load(real + at_r, mask=mask, other=0).to(tl.float64)
+    share = tl.load(psi + sample)
+    shift = tl.load(affine + 2 * c, mask=mask, other=0.0)
+    scale = tl.load(affine + 2 * c + 1, mask=mask, other=0.0)
+    mixed = (share * x_s + (1.0 - share) * x_r - shift) * scale
+    at = _offsets(sample, c, h, w, flip_real, W, o_b, o_c, o_h, o_w, False)
+    tl.store(out + at, _rounded(mixed, FORMAT), mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    gradient, synthetic, real, psi, affine, flip_synthetic, flip_real,
+    grad_synthetic, grad_real, psi_parts, C, H, W,
+    g_b, g_c, g_h, g_w, s_b, s_c, s_h, s_w, r_b, r_c, r_h, r_w,
+    gs_b, gs_c, gs_h, gs_w, gr_b, gr_c, gr_h, gr_w,
+    FLIP_S: tl.constexpr, FLIP_R: tl.constexpr, INTERLEAVED: tl.constexpr, FORMAT: tl.constexpr,
+    GRAD_S: tl.constexpr, GRAD_R: tl.constexpr, GRAD_PSI: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(0).to(tl.int64)
+    c, h, w, mask = _element(C, H, W, INTERLEAVED, BLOCK)
+    at = _offsets(sample, c, h, w, flip_real, W, g_b, g_c, g_h, g_w, False)
+    scale = tl.load(affine + 2 * c + 1, mask=mask, other=0.0)
+    share = tl.load(psi + sample)
+    mixed = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float64) * scale
+    if GRAD_S:
+        to = _offsets(sample, c, h, w, flip_synthetic, W, gs_b, gs_c, gs_h, gs_w, FLIP_S)
+        tl.store(grad_synthetic + to, _rounded(share * mixed, FORMAT), mask=mask)
+    if GRAD_R:
+        to = _offsets(sample, c, h, w, flip_real, W, gr_b, gr_c, gr_h, gr_w, FLIP_R)
+        tl.store(grad_real + to, _rounded((1.0 - share) * mixed, FORMAT), mask=mask)
+    if GRAD_PSI:
+        at_s = _offsets(sample, c, h, w, flip_synthetic, W, s_b, s_c, s_h, s_w, FLIP_S)
+        at_r = _offsets(sample, c, h, w, flip_real, W, r_b, r_c, r_h, r_w, FLIP_R)
+        x_s = tl.load(synthetic + at_s, mask=mask, other=0).to(tl.float64)
+        x_r = tl.load(real + at_r, mask=mask, other=0).to(tl.float64)
+        part = tl.sum(tl.where(mask, mixed * (x_s - x_r), 0.0), 0)
+        tl.store(psi_parts + sample * tl.num_programs(1) + tl.program_id(1), part)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> None:
+    # No fused multiply-adds: they would give other bits than the definition.
+    kernel[grid](*args, **config, enable_fp_fusion=False)
+
+
+def _interleaved(images: Tensor) -> bool:
+    return images.shape[1] > 1 and images.stride(1) == 1
+
+
+def _flags(flip: Tensor | None, psi: Tensor) -> tuple[Tensor, bool]:
+    return (psi, False) if flip is None else (flip.view(torch.uint8), True)
+
+
+def forward(
+    synthetic: Tensor,
+    real: Tensor,
+    psi: Tensor,
+    affine: Tensor,
+    flip_synthetic: Tensor | None,
+    flip_real: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Writes the mixed images into ``out``; see `reference.forward` for the arguments.
+
+    Memory above inputs and output: none. Images of any strides are read in place.
+    """
+    batch, channels, height, width = synthetic.shape
+    if out.numel() == 0:
+        return
+    flags_s, flip_s = _flags(flip_synthetic, psi)
+    flags_r, flip_r = _flags(flip_real, psi)
+    _launch(
+        _forward_kernel,
+        (batch, triton.cdiv(channels * height * width, BLOCK)),
+        synthetic, real, psi.contiguous(), affine, flags_s, flags_r, out, channels, height, width,
+        *synthetic.stride(), *real.stride(), *out.stride(),
+        FLIP_S=flip_s, FLIP_R=flip_r, INTERLEAVED=_interleaved(out), FORMAT=_FORMATS[out.dtype],
+        BLOCK=BLOCK,
+    )  # fmt: skip
+
+
+def backward(
+    gradient: Tensor,
+    synthetic: Tensor,
+    real: Tensor,
+    psi: Tensor,
+    affine: Tensor,
+    flip_synthetic: Tensor | None,
+    flip_real: Tensor | None,
+    grad_synthetic: Tensor | None,
+    grad_real: Tensor | None,
+    grad_psi: Tensor | None,
+) -> None:
+    """Writes the gradients that are not None.
+
+    Memory above inputs and outputs: 8·B·⌈C·H·W/1024⌉ bytes for ``grad_psi``.
+    """
+    batch, channels, height, width = synthetic.shape
+    if synthetic.numel() == 0:
+        if grad_psi is not None:
+            grad_psi.zero_()
+        return
+    flags_s, flip_s = _flags(flip_synthetic, psi)
+    flags_r, flip_r = _flags(flip_real, psi)
+    blocks = triton.cdiv(channels * height * width, BLOCK)
+    parts = psi.new_empty((batch, blocks if grad_psi is not None else 1))
+    to_s = gradient if grad_synthetic is None else grad_synthetic
+    to_r = gradient if grad_real is None else grad_real
+    _launch(
+        _backward_kernel,
+        (batch, blocks),
+        gradient, synthetic, real, psi.contiguous(), affine, flags_s, flags_r, to_s, to_r, parts,
+        channels, height, width,
+        *gradient.stride(), *synthetic.stride(), *real.stride(), *to_s.stride(), *to_r.stride(),
+        FLIP_S=flip_s, FLIP_R=flip_r, INTERLEAVED=_interleaved(gradient),
+        FORMAT=_FORMATS.get(synthetic.dtype, 0), GRAD_S=grad_synthetic is not None,
+        GRAD_R=grad_real is not None, GRAD_PSI=grad_psi is not None, BLOCK=BLOCK,
+    )  # fmt: skip
+    if grad_psi is not None:
+        torch.sum(parts, 1, out=grad_psi)

@@ -1,0 +1,84 @@
+"""The Triton kernels of domain mixup, interpreted on CPU tensors: the definition's very bits.
+
+Needs TRITON_INTERPRET=1 before Triton is imported; see ../test_domain_mixup_interpreter.py.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+import synface_kernels as sk
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+def images(shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator) -> Tensor:
+    if dtype == torch.uint8:
+        return torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8)
+    return torch.rand(shape, generator=rng).to(dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5, 3), (1, 20, 19, 3), (3, 1, 9, 1), (2, 2, 2, 5)])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_forward(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    if layout == "NCHW":
+        shape = (shape[0], shape[3], *shape[1:3])
+    channels = shape[3 if layout == "NHWC" else 1]
+    mean = [0.4 + 0.02 * c for c in range(channels)]
+    std = [0.2 + 0.01 * c for c in range(channels)]
+    for source, flipped, memory_format in itertools.product(
+        (torch.uint8, F32, BF16), (False, True), (torch.contiguous_format, torch.channels_last)
+    ):
+        s, r = images(shape, source, rng), images(shape, source, rng)
+        psi = torch.rand(shape[0], generator=rng)
+        flip = torch.rand(2, shape[0], generator=rng) < 0.5 if flipped else None
+        got, expected = (
+            sk.domain_mixup(
+                s, r, psi, mean=mean, std=std, flip=flip, layout=layout, dtype=dtype,
+                memory_format=memory_format, impl=impl,
+            )
+            for impl in ("triton", "reference")
+        )  # fmt: skip
+        assert torch.equal(got, expected)
+        assert got.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
+def test_backward(dtype: torch.dtype) -> None:
+    rng = torch.Generator().manual_seed(0)
+    shape = (3, 11, 13, 3)
+    flip = torch.tensor([[True, False, True], [False, False, True]])
+    gradient = torch.randn(3, 3, 11, 13, generator=rng)
+    inputs = [images(shape, dtype, rng), images(shape, dtype, rng), torch.rand(3, generator=rng)]
+    results = []
+    for impl in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        sk.domain_mixup(*leaves, flip=flip, impl=impl).backward(gradient)
+        results.append([leaf.grad for leaf in leaves])
+    for got, expected in zip(results[0][:2], results[1][:2], strict=True):
+        assert torch.equal(got, expected)
+    torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-6, atol=0)
+
+
+def test_ties_round_once() -> None:
+    """Values that float32 would round onto a tie of the narrower type."""
+    for dtype, bits in ((BF16, 8), (F16, 11)):
+        tie = 1 + 2.0**-bits
+        s = torch.tensor([tie + 2.0**-40, tie - 2.0**-40, tie, -tie - 2.0**-40], dtype=F64)
+        s = s.view(1, 4, 1, 1)
+        got, expected = (
+            sk.domain_mixup(s, s, 1.0, mean=0.0, std=1.0, dtype=dtype, impl=impl)
+            for impl in ("triton", "reference")
+        )
+        above = 1 + 2.0 ** (1 - bits)
+        assert expected.flatten().tolist() == [above, 1.0, 1.0, -above]
+        assert torch.equal(got, expected)
+
+
+def test_empty() -> None:
+    s = torch.zeros(0, 4, 4, 3, dtype=torch.uint8)
+    assert sk.domain_mixup(s, s, 0.5, impl="triton").shape == (0, 3, 4, 4)
