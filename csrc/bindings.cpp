@@ -134,6 +134,7 @@ std::tuple<Tensor, Tensor> margin_backward(const Tensor& input, const Tensor& we
   };
   Tensor grad_input = empty(needs_input_grad, input),
          grad_weight = empty(needs_weight_grad, weight);
+  advise_huge_pages(grad_weight);
   const Tensor lse = negative_lse.contiguous(), mean = mean_center.contiguous(),
                grad_lse = grad_negative_lse.contiguous(),
                grad_cosine = grad_target_cosine.contiguous();

@@ -46,9 +46,16 @@ constexpr int64_t kBlock = 512;
 // What all threads' partial mean centres may take together.
 constexpr int64_t kPartialBytes = int64_t(32) << 20;
 constexpr int64_t kTasksPerThread = 4;
+// Multiply-adds that are worth a task of their own, some tens of microseconds.
+constexpr int64_t kTaskWork = int64_t(1) << 21;
 constexpr double kNormMin = 1e-12;  // as in reference.py
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class T>
+int64_t task_count(const Runtime<T>& runtime, int64_t work) {
+  return std::clamp<int64_t>(work / kTaskWork, 1, kTasksPerThread * runtime.threads);
+}
 
 // Uninitialised, aligned for the widest vectors.
 template <class T>
@@ -292,8 +299,8 @@ void forward(const Problem& p, const Runtime<T>& runtime, T* negative_lse, T* ne
   const int64_t partial_bytes = x.count() * dim * int64_t(sizeof(T));
   const int64_t most_groups =
       mean_center ? std::max<int64_t>(1, kPartialBytes / partial_bytes) : p.weight.rows;
-  const int64_t class_groups = std::min(
-      {kTasksPerThread * runtime.threads, most_groups, ceil_div(p.weight.rows, kTile / 8)});
+  const int64_t class_groups = std::min({task_count(runtime, x.count() * p.weight.rows * dim),
+                                         most_groups, ceil_div(p.weight.rows, kTile / 8)});
   const int64_t row_groups =
       std::clamp<int64_t>(runtime.threads / class_groups, 1, ceil_div(x.count(), kBlock / 8));
   std::vector<std::unique_ptr<Partial<T>>> partials(size_t(class_groups * row_groups));
@@ -306,7 +313,7 @@ void forward(const Problem& p, const Runtime<T>& runtime, T* negative_lse, T* ne
   });
 
   // Merge in the order of the classes, so that the answer depends on the number of threads alone.
-  const int64_t tasks = std::min<int64_t>(runtime.threads, x.count());
+  const int64_t tasks = std::min(task_count(runtime, x.count() * (k + 1) * dim * 16), x.count());
   runtime.parallel(int(tasks), [&](int task) {
     Targets<T> targets(p, loops);
     const Range mine = part_of(x.count(), tasks, task);
@@ -427,7 +434,8 @@ void backward(const Problem& p, const Runtime<T>& runtime, const T* negative_lse
   if (grad_input) {
     std::fill_n(static_cast<char*>(grad_input), size_t(p.input.rows * dim) * bytes(p.input.dtype),
                 char(0));
-    const int64_t tasks = std::min<int64_t>(runtime.threads, x.count());
+    const int64_t tasks =
+        std::min(task_count(runtime, x.count() * (p.labels_per_row + 1) * dim * 16), x.count());
     runtime.parallel(int(tasks), [&](int task) {
       Buffer<T> gradient(dim);
       Targets<T> targets(p, loops);
@@ -444,8 +452,8 @@ void backward(const Problem& p, const Runtime<T>& runtime, const T* negative_lse
                   size_t(p.weight.rows * dim) * bytes(p.weight.dtype), char(0));
       return;
     }
-    const int64_t tasks =
-        std::min(kTasksPerThread * runtime.threads, ceil_div(p.weight.rows, kTile / 8));
+    const int64_t tasks = std::min(task_count(runtime, x.count() * p.weight.rows * dim),
+                                   ceil_div(p.weight.rows, kTile / 8));
     runtime.parallel(int(tasks), [&](int task) {
       weight_gradient(p, runtime, loops, x, part_of(p.weight.rows, tasks, task), negative_lse,
                       grad_negative_lse, grad_target_cosine, grad_weight);
