@@ -6,12 +6,10 @@
 
 from typing import Any
 
-import torch
-
 from . import run
 from .cases import Case, cases
-from .driver import prepare
-from .peers import PEERS, MarginWorkload, Peer
+from .driver import under_pytest
+from .peers import PEERS, Peer
 
 OP = "margin_cross_entropy"
 
@@ -23,15 +21,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
 
 
 def test_step(benchmark: Any, case: Case, peer: Peer) -> None:
-    import pytest
-
-    device = torch.device("cpu")
-    work = MarginWorkload(case, device)
-    try:
-        step = prepare(peer, case, work, device)
-    except Exception as error:
-        pytest.skip(f"not measured: {error}")
-    benchmark.pedantic(step, setup=work.clear_gradients, rounds=5)
+    under_pytest(benchmark, case, peer)
 
 
 if __name__ == "__main__":

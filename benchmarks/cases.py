@@ -13,12 +13,13 @@ import torch
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of one op, forward and backward.
+    """One shape of one op; `STEPS` says what is run of it.
 
     Attributes:
         op: the op's name. suite: ``"cpu"``, ``"gpu"``, or ``"dry"`` (tiny, to try the machinery).
-        shape: dimension → size. dtype: of the floating-point inputs, as torch spells it.
+        shape: dimension → size. dtype: of the floating-point tensors, as torch spells it.
         flops, bytes: what every implementation must at least compute, and read plus write.
+        options: what else tells the case from others of its op.
     """
 
     op: str
@@ -27,10 +28,12 @@ class Case:
     dtype: str
     flops: int
     bytes: int
+    options: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        return " ".join([*(f"{k}={v:,}" for k, v in self.shape.items()), self.dtype])
+        sizes = (f"{k}={v:,}" for k, v in self.shape.items())
+        return " ".join([*sizes, self.dtype, *self.options])
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -51,6 +54,29 @@ def _margin_cross_entropy(suite: str, n: int, d: int, c: int, dtype: str = "floa
     )
 
 
+def domain_mixup(
+    suite: str, b: int, side: int, dtype: str, memory_format: str, result: str = "out="
+) -> Case:
+    """FLOPs: two products and two sums an element (constants folded). Bytes: read both uint8
+    batches, write the result (into ``out=``, or ``"fresh"``)."""
+    elements = b * side * side * 3
+    return Case(
+        op="domain_mixup",
+        suite=suite,
+        shape={"B": b, "H": side, "W": side, "C": 3},
+        dtype=dtype,
+        flops=4 * elements,
+        bytes=elements * (2 + getattr(torch, dtype).itemsize),
+        options=(memory_format, result),
+    )
+
+
+# What a step of each op is, as tables say it.
+STEPS = {
+    "margin_cross_entropy": "forward and backward",
+    "domain_mixup": "forward only, uint8 (B, H, W, C) to normalised (B, C, H, W)",
+}
+
 # The first case of a suite is the op's headline.
 CASES: dict[str, list[Case]] = {
     "margin_cross_entropy": [
@@ -66,6 +92,17 @@ CASES: dict[str, list[Case]] = {
         _margin_cross_entropy("gpu", 2048, 512, 100_000, "bfloat16"),
         _margin_cross_entropy("gpu", 2048, 512, 100_000),
         _margin_cross_entropy("gpu", 512, 512, 10_000, "bfloat16"),
+    ],
+    "domain_mixup": [
+        domain_mixup("dry", 2, 16, "float32", "contiguous"),
+        domain_mixup("cpu", 512, 112, "float32", "contiguous"),
+        domain_mixup("cpu", 512, 112, "float32", "channels_last"),
+        domain_mixup("cpu", 512, 112, "bfloat16", "contiguous"),
+        domain_mixup("cpu", 512, 112, "bfloat16", "channels_last"),
+        domain_mixup("cpu", 512, 112, "float32", "contiguous", "fresh"),
+        domain_mixup("gpu", 4096, 112, "bfloat16", "channels_last"),
+        domain_mixup("gpu", 4096, 112, "bfloat16", "contiguous"),
+        domain_mixup("gpu", 4096, 112, "float32", "contiguous"),
     ],
 }
 

@@ -32,7 +32,7 @@ def measure_time(
     seconds: float = float("inf"),
     save: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Forward and backward of every peer of a case, interleaved, in this process.
+    """A step of every peer of a case, interleaved, in this process.
 
     Args:
         rounds: how often each peer runs, after two runs to warm up. seconds: stop by then.
@@ -79,6 +79,7 @@ def measure_time(
             "name": case.name,
             "shape": dict(case.shape),
             "dtype": case.dtype,
+            "options": list(case.options),
             "implementation": sk.explain(case.op, device=device, dtype=case.torch_dtype).impl,
             "flops": case.flops,
             "bytes": case.bytes,
@@ -100,7 +101,7 @@ def measure_time(
 
 
 def _workload(case: Case, device: torch.device) -> tuple[Workload | None, str]:
-    needed = case.bytes  # inputs and gradients: a lower bound
+    needed = case.bytes  # inputs and results: a lower bound
     available = machine.available_memory(device)
     if needed > available:
         return None, _too_large(needed, available)
@@ -152,6 +153,19 @@ def _row(
     if peer.name in memory:
         row["peak_bytes"] = memory[peer.name]
     return row
+
+
+def under_pytest(benchmark: Any, case: Case, peer: Peer) -> None:
+    """The same step on the CPU under pytest-benchmark."""
+    import pytest
+
+    device = torch.device("cpu")
+    work = WORKLOADS[case.op](case, device)
+    try:
+        step = prepare(peer, case, work, device)
+    except Exception as error:
+        pytest.skip(f"not measured: {error}")
+    benchmark.pedantic(step, setup=work.clear_gradients, rounds=5)
 
 
 def seconds_of(step: Callable[[], object], device: torch.device) -> float:

@@ -20,6 +20,7 @@ import synface_kernels as sk
 from .cases import Case
 
 SCALE, MARGIN = 64.0, 0.5
+PSI = 0.35
 
 
 class Workload:
@@ -59,7 +60,28 @@ class MarginWorkload(Workload):
         super().__init__([self.input, self.weight])
 
 
-# A step runs forward and backward once, and returns the loss (None if there is none).
+class MixupWorkload(Workload):
+    """Random bytes (B, H, W, C), twice, and a tensor (B, C, H, W) to write results into."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        b, h, w, c = (case.shape[name] for name in "BHWC")
+        generator = torch.Generator(device).manual_seed(0)
+        self.synthetic, self.real = (
+            torch.randint(
+                0, 256, (b, h, w, c), generator=generator, device=device, dtype=torch.uint8
+            )
+            for _ in range(2)
+        )
+        channels_last = "channels_last" in case.options
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self.dtype, self.fresh, self.bytes = case.torch_dtype, "fresh" in case.options, case.bytes
+        self.out = torch.empty(
+            (b, c, h, w), device=device, dtype=self.dtype, memory_format=self.format
+        ).zero_()
+        super().__init__([])
+
+
+# A step runs the op once, and returns the loss or the result (None if there is neither).
 Step = Callable[[], "Tensor | None"]
 
 
@@ -146,8 +168,52 @@ def _pytorch_metric_learning(work: MarginWorkload) -> Step:
     return lambda: _backward(loss(work.input, work.target))
 
 
+def _elements(case: Case, bytes_each: int) -> int:
+    return math.prod(case.shape.values()) * bytes_each
+
+
+def _our_mixup(work: MixupWorkload) -> Step:
+    return lambda: sk.domain_mixup(
+        work.synthetic,
+        work.real,
+        PSI,
+        dtype=work.dtype,
+        memory_format=work.format,
+        out=None if work.fresh else work.out,
+    )
+
+
+def _copy(work: MixupWorkload, size: int) -> Step:
+    source, target = (torch.ones(size, dtype=torch.uint8, device=work.out.device) for _ in range(2))
+    return lambda: target.copy_(source)
+
+
+def mixup(synthetic: Tensor, real: Tensor) -> Tensor:
+    """The expression as pipelines write it, on whole batches."""
+    s = synthetic.permute(0, 3, 1, 2).float() / 255
+    r = real.permute(0, 3, 1, 2).float() / 255
+    return ((PSI * s + (1 - PSI) * r) - 0.5) / 0.5
+
+
+def _mixup_fresh(work: MixupWorkload, compiled: bool) -> Step:
+    def plain(synthetic: Tensor, real: Tensor) -> Tensor:
+        return mixup(synthetic, real).to(work.dtype, memory_format=work.format)
+
+    function = torch.compile(plain, dynamic=False) if compiled else plain
+    return lambda: function(work.synthetic, work.real)
+
+
+def _mixup_into(work: MixupWorkload) -> Step:
+    def plain(synthetic: Tensor, real: Tensor, out: Tensor) -> Tensor:
+        return out.copy_(mixup(synthetic, real))
+
+    compiled = torch.compile(plain, dynamic=False)
+    return lambda: compiled(work.synthetic, work.real, work.out)
+
+
 WORKLOADS: dict[str, Callable[[Case, torch.device], Workload]] = {
     "margin_cross_entropy": MarginWorkload,
+    "domain_mixup": MixupWorkload,
 }
 
 PEERS: dict[str, list[Peer]] = {
@@ -183,6 +249,45 @@ PEERS: dict[str, list[Peer]] = {
             "its ArcFaceLoss (margin in degrees)",
             _pytorch_metric_learning,
             lambda c: _matrices(c, 7, 3.2),
+        ),
+    ],
+    "domain_mixup": [
+        Peer(
+            "ours",
+            "synface_kernels.domain_mixup",
+            _our_mixup,
+            lambda c: _elements(c, c.torch_dtype.itemsize if "fresh" in c.options else 0),
+        ),
+        Peer(
+            "copy_ of as many bytes",
+            "torch copy_ of a uint8 tensor of as many bytes as the op reads and writes together; "
+            "it moves twice as many",
+            lambda work: _copy(work, work.bytes),
+            lambda c: 2 * c.bytes,
+        ),
+        Peer(
+            "copy_ of half as many",
+            "torch copy_ of a uint8 tensor of half as many bytes: it moves what the op must move",
+            lambda work: _copy(work, work.bytes // 2),
+            lambda c: c.bytes,
+        ),
+        Peer(
+            "eager torch",
+            "the expression as pipelines write it, on whole batches; a fresh result",
+            partial(_mixup_fresh, compiled=False),
+            lambda c: _elements(c, 24),
+        ),
+        Peer(
+            "torch.compile",
+            "the same, compiled; a fresh result",
+            partial(_mixup_fresh, compiled=True),
+            lambda c: _elements(c, c.torch_dtype.itemsize),
+        ),
+        Peer(
+            "torch.compile, into out",
+            "the same, compiled with a copy_ into a standing tensor",
+            _mixup_into,
+            lambda c: 0,
         ),
     ],
 }

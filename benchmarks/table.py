@@ -10,6 +10,7 @@ import json
 import sys
 from typing import Any
 
+from .cases import STEPS
 from .process import RESULTS, ROOT
 
 README = ROOT / "README.md"
@@ -20,13 +21,13 @@ def _size(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:.2f} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def markdown(rows: list[list[str]]) -> str:
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -52,14 +53,14 @@ def one_case(case: dict[str, Any]) -> str:
             ratio, spread = f"{row['ratio']:.2f}", f"{low:.2f}…{high:.2f}"
         peak = row.get("peak_bytes")
         memory = "not measured" if peak is None else _size(peak)
-        rows.append([row["peer"], ratio, spread, _duration(row["seconds"]), memory, row["label"]])
+        rows.append([row["peer"], ratio, spread, duration(row["seconds"]), memory, row["label"]])
     if not case["peers"]:
         rows.append([f"not measured: {case['not_measured']}", "", "", "", "", ""])
     rounds = case.get("rounds", 0)
     head = f"{case['op']}, {case['name']}: {rounds} rounds, {_state(case)}"
     if "implementation" in case:
         head += f", ours is {case['implementation']}"
-    return f"\n{head}\n{_markdown(rows)}\n"
+    return f"\n{head}\n{markdown(rows)}\n"
 
 
 def _cell(case: dict[str, Any], peer: str) -> str:
@@ -68,17 +69,21 @@ def _cell(case: dict[str, Any], peer: str) -> str:
         return "not measured"
     time = f"{row['ratio']:.2f}×"
     if peer == "ours":
-        share = row.get("share_of_product")
-        time = f"1 ({_duration(row['seconds'])}"
-        time += ")" if share is None else f", {share:.0%} of the bf16 product)"
+        ceilings = {"share_of_product": "the bf16 product", "share_of_copy": "the copy"}
+        shares = [(row[key], what) for key, what in ceilings.items() if key in row]
+        time = f"1 ({duration(row['seconds'])}"
+        if shares:  # the ceiling that is nearer
+            share, what = max(shares)
+            time += f", {share:.0%} of {what}"
+        time += ")"
     return f"{time}, {_size(row['peak_bytes'])}" if row.get("peak_bytes") is not None else time
 
 
 def _one_op(op: str, cases: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(row["peer"] for case in cases for row in case["peers"]))
-    rows = [[f"`{op}`", *(case["name"] for case in cases)]]
+    rows = [["time ÷ ours, memory", *(case["name"] for case in cases)]]
     rows += [[name, *(_cell(case, name) for case in cases)] for name in names]
-    return _markdown(rows)
+    return f"`{op}`, {STEPS[op]}:\n\n{markdown(rows)}"
 
 
 def one_machine(result: dict[str, Any]) -> str:

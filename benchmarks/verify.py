@@ -64,12 +64,17 @@ def verify(op: str) -> Outcome:
     return run_tests([str(ROOT / "tests" / "ops" / f"test_{op}.py")])
 
 
+def require(op: str) -> Outcome:
+    """Runs the op's own tests, and ends the program where they do not pass."""
+    outcome = verify(op)
+    if not outcome.speaks_for(op):
+        sys.exit(f"{op}: its tests do not pass ({outcome.summary()}), so nothing is timed")
+    return outcome
+
+
 def main() -> None:
     for op in sys.argv[1:] or CASES:
-        outcome = verify(op)
-        print(f"{op}: {outcome.summary()}")
-        if not outcome.speaks_for(op):
-            sys.exit(f"{op}: its tests do not pass, so nothing is timed")
+        print(f"{op}: {require(op).summary()}")
 
 
 if __name__ == "__main__":

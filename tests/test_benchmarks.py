@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import driver, machine, peers, process, table, verify
-from benchmarks.cases import CASES, cases
+from benchmarks import bench_domain_mixup, driver, machine, peers, process, table, verify
+from benchmarks.cases import CASES, STEPS, cases, domain_mixup
 from benchmarks.peers import Peer
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 OPS = list(CASES)
-MARGIN = "margin_cross_entropy"
+MARGIN, MIXUP = "margin_cross_entropy", "domain_mixup"
 
 
 def dry(op: str):
@@ -36,6 +36,7 @@ def test_every_op_has_cases_of_each_suite_and_peers(op):
         assert len({case.name for case in found}) == len(found)
     assert peers.PEERS[op][0].name == "ours"
     assert op in peers.WORKLOADS
+    assert op in STEPS
 
 
 def test_margin_flops_and_bytes_are_those_of_the_three_products():
@@ -74,6 +75,38 @@ def test_floor_reuses_its_outputs():
     step()
     assert {name: buffer.data_ptr() for name, buffer in work.buffers.items()} == before
     torch.testing.assert_close(work.buffers["logits"], work.input.detach() @ work.weight.detach().T)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("result", ["out=", "fresh"])
+def test_mixup_peers_compute_what_ours_does(dtype, memory_format, result, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    case = domain_mixup("dry", 2, 16, dtype, memory_format, result)
+    work = peers.MixupWorkload(case, CPU)
+    assert case.bytes == work.synthetic.nbytes + work.real.nbytes + work.out.nbytes
+    ours = peers.find(MIXUP, "ours").build(work)()
+    assert (ours is work.out) == (result == "out=")
+    ours = ours.clone()
+    assert ours.is_contiguous(memory_format=work.format)
+    for name in ("eager torch", "torch.compile", "torch.compile, into out"):
+        theirs = peers.find(MIXUP, name).build(work)()
+        assert (theirs is work.out) == (name == "torch.compile, into out")
+        assert theirs.is_contiguous(memory_format=work.format)
+        tolerance = {"rtol": 2 * torch.finfo(theirs.dtype).eps, "atol": 1e-6}
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+def test_mixup_floors_copy_what_they_say():
+    work = peers.MixupWorkload(dry(MIXUP), CPU)
+    for name, share in (("copy_ of as many bytes", 1), ("copy_ of half as many", 2)):
+        assert peers.find(MIXUP, name).build(work)().nbytes == dry(MIXUP).bytes // share
+
+
+def test_linear_table():
+    lines = bench_domain_mixup.linear((1, 2), rounds=1).splitlines()
+    assert lines[0] == "| B | a call | an image |"
+    assert [line.split(" ")[1] for line in lines[2:]] == ["1", "2"]
 
 
 def peer(name, build, needs=0):
@@ -223,7 +256,28 @@ def test_tables_of_a_gpu(tmp_path, monkeypatch):
     for part in ("GPU X", "3000 GB/s", "800 TFLOP/s", "1 (2 ms, 62% of the bf16 product), 3 MiB"):
         assert part in text
     assert "| eager | 2.50×, 3.0 GiB |" in text
+    assert "`margin_cross_entropy`, forward and backward:" in text
     assert "| absent | not measured |" in text
+
+
+def test_each_op_has_a_table_of_its_own(tmp_path, monkeypatch):
+    rows = [{"peer": "ours", "seconds": 0.002, "ratio": 1.0}]
+    shares = {"share_of_product": 0.01, "share_of_copy": 0.875}
+    result = {
+        "machine": {"processor": "P", "cores": 2, "instruction_set": "avx2", "torch": "2.13"},
+        "date": "2026-01-01",
+        "command": "make bench",
+        "cases": [
+            {"op": MARGIN, "name": "a", "peers": []},
+            {"op": MIXUP, "name": "b", "peers": [rows[0] | shares]},
+        ],
+    }
+    (tmp_path / "cpu.json").write_text(json.dumps(result))
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    margin, mixup = table.render().split("`domain_mixup`, forward only")
+    assert "| time ÷ ours, memory | a |" in margin
+    assert "| time ÷ ours, memory | b |" in mixup
+    assert "| ours | 1 (2 ms, 88% of the copy) |" in mixup
 
 
 def test_gpu_evidence_dry_run(tmp_path):

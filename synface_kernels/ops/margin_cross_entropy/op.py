@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._check import describe
 from ..._load import library
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
 from . import reference
@@ -207,13 +208,6 @@ def _statistics_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
-def _describe(tensor: object) -> str:
-    if not isinstance(tensor, Tensor):
-        return type(tensor).__name__
-    kind = str(tensor.dtype).removeprefix("torch.")
-    return f"{kind} {tuple(tensor.shape)} on {tensor.device}"
-
-
 def _check(
     input: Tensor,
     weight: Tensor,
@@ -225,7 +219,7 @@ def _check(
 ) -> None:
     for name, tensor in (("input", input), ("weight", weight), ("target", target)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {_describe(tensor)}")
+            raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
     if not isinstance(margin, CombinedMargin):
         raise TypeError(
             "margin must be an ArcFace, CosFace, SphereFace or CombinedMargin, "
@@ -236,35 +230,35 @@ def _check(
         if tensor.dtype not in allowed or tensor.dim() != 2:
             raise ValueError(
                 f"{name} must be float32, bfloat16, float16 or float64 of shape {shape}, "
-                f"got {_describe(tensor)}"
+                f"got {describe(tensor)}"
             )
     if (input.dtype == torch.float64) != (weight.dtype == torch.float64):
         raise ValueError(
             "input and weight must both be float64 or neither, "
-            f"got input {_describe(input)} and weight {_describe(weight)}"
+            f"got input {describe(input)} and weight {describe(weight)}"
         )
     if input.shape[1] != weight.shape[1] or input.shape[1] < 1:
         raise ValueError(
             "input (N, D) and weight (C, D) must have the same D ≥ 1, "
-            f"got {_describe(input)} and {_describe(weight)}"
+            f"got {describe(input)} and {describe(weight)}"
         )
     if weight.shape[0] < 1:
-        raise ValueError(f"weight (C, D) must have at least one class, got {_describe(weight)}")
+        raise ValueError(f"weight (C, D) must have at least one class, got {describe(weight)}")
     n = input.shape[0]
     if target.dtype != torch.int64 or target.dim() not in (1, 2) or target.shape[0] != n:
         raise ValueError(
             f"target must be int64 of shape (N,) or (N, K) with N = {n} as in input, "
-            f"got {_describe(target)}"
+            f"got {describe(target)}"
         )
     if target.dim() == 2 and target.shape[1] < 1:
-        raise ValueError(f"target (N, K) must have K ≥ 1, got {_describe(target)}")
+        raise ValueError(f"target (N, K) must have K ≥ 1, got {describe(target)}")
     if target.dim() == 2 and target_weight is None:
         raise ValueError(
-            f"target_weight (N, K) is required with (N, K) targets: {_describe(target)}"
+            f"target_weight (N, K) is required with (N, K) targets: {describe(target)}"
         )
     if target_weight is not None:
         if not isinstance(target_weight, Tensor):
-            raise TypeError(f"target_weight must be a tensor, got {_describe(target_weight)}")
+            raise TypeError(f"target_weight must be a tensor, got {describe(target_weight)}")
         if (
             target.dim() != 2
             or not target_weight.is_floating_point()
@@ -272,7 +266,7 @@ def _check(
         ):
             raise ValueError(
                 "target_weight must be floating point of the shape of an (N, K) target, "
-                f"got {_describe(target_weight)} with target {_describe(target)}"
+                f"got {describe(target_weight)} with target {describe(target)}"
             )
         if target_weight.requires_grad:
             raise ValueError("target_weight gets no gradient: pass target_weight.detach()")
@@ -280,7 +274,7 @@ def _check(
     for name, other in others.items():
         if other is not None and other.device != input.device:
             raise ValueError(
-                f"{name} must be on input's device {input.device}, got {_describe(other)}"
+                f"{name} must be on input's device {input.device}, got {describe(other)}"
             )
     if mix not in ("joint", "separate"):
         raise ValueError(f"mix must be 'joint' or 'separate', got {mix!r}")
