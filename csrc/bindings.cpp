@@ -105,13 +105,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> margin_forward(const Tensor& input, c
                                                           bool needs_input_grad) {
   const MarginInputs in(input, weight, labels, scale);
   const int64_t n = input.size(0);
-  Tensor lse = at::empty({n}, in.statistics), most = at::empty({n}, in.statistics);
+  Tensor lse = at::empty({n}, in.statistics.dtype(at::kDouble)),
+         most = at::empty({n}, in.statistics);
   Tensor cosine = at::empty(labels.sizes(), in.statistics.dtype(at::kDouble));
   Tensor mean = needs_input_grad ? at::empty({n, input.size(1)}, in.statistics)
                                  : at::empty({0}, in.statistics);
   with_statistics_type(input, [&](auto zero) {
     using T = decltype(zero);
-    margin_cross_entropy::forward<T>(in.problem(), torch_runtime<T>(), lse.data_ptr<T>(),
+    margin_cross_entropy::forward<T>(in.problem(), torch_runtime<T>(), lse.data_ptr<double>(),
                                      most.data_ptr<T>(), cosine.data_ptr<double>(),
                                      needs_input_grad ? mean.data_ptr<T>() : nullptr);
   });
@@ -140,11 +141,11 @@ std::tuple<Tensor, Tensor> margin_backward(const Tensor& input, const Tensor& we
                grad_cosine = grad_target_cosine.contiguous();
   with_statistics_type(input, [&](auto zero) {
     using T = decltype(zero);
-    margin_cross_entropy::backward<T>(in.problem(), torch_runtime<T>(), lse.const_data_ptr<T>(),
-                                      mean.const_data_ptr<T>(), grad_lse.const_data_ptr<T>(),
-                                      grad_cosine.const_data_ptr<double>(),
-                                      needs_input_grad ? grad_input.data_ptr() : nullptr,
-                                      needs_weight_grad ? grad_weight.data_ptr() : nullptr);
+    margin_cross_entropy::backward<T>(
+        in.problem(), torch_runtime<T>(), lse.const_data_ptr<double>(), mean.const_data_ptr<T>(),
+        grad_lse.const_data_ptr<double>(), grad_cosine.const_data_ptr<double>(),
+        needs_input_grad ? grad_input.data_ptr() : nullptr,
+        needs_weight_grad ? grad_weight.data_ptr() : nullptr);
   });
   return {grad_input, grad_weight};
 }

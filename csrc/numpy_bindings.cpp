@@ -69,8 +69,8 @@ py::tuple margin_forward(const Array<T>& input, const Array<T>& weight,
                          const Array<int64_t>& labels, double scale, bool needs_input_grad) {
   const auto problem = margin_problem(input, weight, labels, scale);
   const py::ssize_t n = input.shape(0);
-  py::array_t<T> lse(n), most(n), mean({needs_input_grad ? n : 0, input.shape(1)});
-  py::array_t<double> cosine({n, labels.shape(1)});
+  py::array_t<T> most(n), mean({needs_input_grad ? n : 0, input.shape(1)});
+  py::array_t<double> lse(n), cosine({n, labels.shape(1)});
   margin_cross_entropy::forward<T>(problem, numpy_runtime<T>(), lse.mutable_data(),
                                    most.mutable_data(), cosine.mutable_data(),
                                    needs_input_grad ? mean.mutable_data() : nullptr);
@@ -79,8 +79,8 @@ py::tuple margin_forward(const Array<T>& input, const Array<T>& weight,
 
 template <class T>
 py::tuple margin_backward(const Array<T>& input, const Array<T>& weight,
-                          const Array<int64_t>& labels, const Array<T>& negative_lse,
-                          const Array<T>& mean_center, const Array<T>& grad_negative_lse,
+                          const Array<int64_t>& labels, const Array<double>& negative_lse,
+                          const Array<T>& mean_center, const Array<double>& grad_negative_lse,
                           const Array<double>& grad_target_cosine, double scale) {
   const auto problem = margin_problem(input, weight, labels, scale);
   const py::ssize_t n = input.shape(0), d = input.shape(1);

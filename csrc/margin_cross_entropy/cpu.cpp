@@ -84,18 +84,13 @@ const void* row_at(const Rows& rows, int64_t i) {
   return static_cast<const char*>(rows.data) + size_t(i) * size_t(rows.stride) * bytes(rows.dtype);
 }
 
-// 1/norm, or 0 for a row that counts as zero. Where the squares overflow T they are summed anew,
-// scaled, in double.
+// 1/norm; 0 for a row that counts as zero, NaN for one that is not finite. In double: an error here
+// would scale a whole row of cosines, but not its labels', which are computed apart.
 template <class T>
-T inverse_norm(const Loops<T>& loops, const T* values, int64_t n) {
-  double norm = std::sqrt(double(loops.dot(values, values, n)));
-  if (!std::isfinite(norm)) {
-    double most = 0, sum = 0;
-    for (int64_t i = 0; i < n; ++i) most = std::max(most, std::abs(double(values[i])));
-    for (int64_t i = 0; i < n; ++i) sum += (values[i] / most) * (values[i] / most);
-    norm = most * std::sqrt(sum);  // still not finite where a value is not
-  }
-  return norm <= kNormMin ? 0 : T(1 / norm);
+double inverse_norm(const Loops<T>& loops, const T* values, int64_t n) {
+  const double norm = std::sqrt(loops.dot_double(values, values, n));
+  if (norm <= kNormMin) return 0;
+  return std::isfinite(norm) ? 1 / norm : std::numeric_limits<double>::quiet_NaN();
 }
 
 // The rows that count, normalised and packed, and where they came from.
@@ -119,8 +114,9 @@ struct Embeddings {
     for (int64_t i = 0; i < count(); ++i) {
       T* to = unit.get() + i * dim;
       loops.load(row_at(p.input, source[i]), p.input.dtype, to, dim);
-      inverse[i] = inverse_norm(loops, to, dim);
-      for (int64_t d = 0; d < dim; ++d) to[d] *= inverse[i];
+      const double scale = inverse_norm(loops, to, dim);
+      for (int64_t d = 0; d < dim; ++d) to[d] = T(to[d] * scale);
+      inverse[i] = T(scale);
     }
   }
   int64_t count() const { return int64_t(source.size()); }
@@ -149,7 +145,7 @@ class Centers {
     }
     data_ = copies_ ? copy_.get() : static_cast<const T*>(row_at(weight_, begin));
     for (int64_t j = 0; j < end - begin; ++j) {
-      inverse_[j] = inverse_norm(loops_, row(j), weight_.cols);
+      inverse_[j] = T(inverse_norm(loops_, row(j), weight_.cols));
     }
   }
   int64_t stride() const { return copies_ ? weight_.cols : weight_.stride; }
@@ -282,11 +278,11 @@ class Targets {
 }  // namespace
 
 template <class T>
-void forward(const Problem& p, const Runtime<T>& runtime, T* negative_lse, T* negative_max,
+void forward(const Problem& p, const Runtime<T>& runtime, double* negative_lse, T* negative_max,
              double* target_cosine, T* mean_center) {
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
   const int64_t k = p.labels_per_row, dim = p.input.cols;
-  std::fill_n(negative_lse, p.input.rows, T(0));
+  std::fill_n(negative_lse, p.input.rows, 0.0);
   std::fill_n(negative_max, p.input.rows, T(0));
   std::fill_n(target_cosine, p.input.rows * k, 0.0);
   if (mean_center) std::fill_n(mean_center, p.input.rows * dim, T(0));
@@ -333,7 +329,7 @@ void forward(const Problem& p, const Runtime<T>& runtime, T* negative_lse, T* ne
           sum += factor[g] * parts[g]->sum[at];
         }
         negative_max[out] = most;
-        negative_lse[out] = sum == 0 ? most : T(p.scale * most + std::log(sum));
+        negative_lse[out] = sum == 0 ? double(most) : p.scale * most + std::log(sum);
         targets.visit(out, 0, p.weight.rows,
                       [&](int64_t, int64_t l, double xw, double x, double w) {
                         target_cosine[out * k + l] =
@@ -355,11 +351,11 @@ namespace {
 
 template <class T>
 void input_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T>& x, int64_t i,
-                    const T* mean_center, const T* grad_negative_lse,
+                    const T* mean_center, const double* grad_negative_lse,
                     const double* grad_target_cosine, T* gradient, Targets<T>& targets,
                     void* grad_input) {
   const int64_t dim = x.dim, out = x.source[i];
-  const T spread = T(p.scale) * grad_negative_lse[out];
+  const T spread = T(p.scale * grad_negative_lse[out]);
   for (int64_t d = 0; d < dim; ++d) gradient[d] = spread * mean_center[out * dim + d];
   loops.axpy_scale(gradient, -loops.dot(gradient, x.row(i), dim), x.row(i), x.inverse[i], dim);
   targets.visit(out, 0, p.weight.rows, [&](int64_t, int64_t l, double xw, double x, double w) {
@@ -372,8 +368,8 @@ void input_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T>
 
 template <class T>
 void weight_gradient(const Problem& p, const Runtime<T>& runtime, const Loops<T>& loops,
-                     const Embeddings<T>& x, Range classes, const T* negative_lse,
-                     const T* grad_negative_lse, const double* grad_target_cosine,
+                     const Embeddings<T>& x, Range classes, const double* negative_lse,
+                     const double* grad_negative_lse, const double* grad_target_cosine,
                      void* grad_weight) {
   const int64_t dim = x.dim, k = p.labels_per_row;
   const T scale = T(p.scale);
@@ -394,11 +390,13 @@ void weight_gradient(const Problem& p, const Runtime<T>& runtime, const Loops<T>
       for (int64_t i = r0; i < r1; ++i) {
         T* row = cosines.get() + (i - r0) * n;
         const int64_t from = x.source[i];
-        const T spread = scale * grad_negative_lse[from];
-        if (spread == 0) {  // also where the row has no negatives and its log-sum-exp is −∞
+        if (grad_negative_lse[from] == 0) {  // also a row without negatives, of log-sum-exp −∞
           std::fill_n(row, n, T(0));
         } else {
-          loops.probabilities(row, centers.inverse(), scale, negative_lse[from], spread, n);
+          const T lse = T(negative_lse[from]);  // what rounding takes off goes into the factor
+          const T spread =
+              T(p.scale * grad_negative_lse[from] * std::exp(double(lse) - negative_lse[from]));
+          loops.probabilities(row, centers.inverse(), scale, lse, spread, n);
         }
         for_labels_in(p.labels + from * k, k, c0, c1, [&](int64_t j, int64_t) { row[j] = 0; });
       }
@@ -425,9 +423,9 @@ void weight_gradient(const Problem& p, const Runtime<T>& runtime, const Loops<T>
 }  // namespace
 
 template <class T>
-void backward(const Problem& p, const Runtime<T>& runtime, const T* negative_lse,
-              const T* mean_center, const T* grad_negative_lse, const double* grad_target_cosine,
-              void* grad_input, void* grad_weight) {
+void backward(const Problem& p, const Runtime<T>& runtime, const double* negative_lse,
+              const T* mean_center, const double* grad_negative_lse,
+              const double* grad_target_cosine, void* grad_input, void* grad_weight) {
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
   const int64_t dim = p.input.cols;
   const Embeddings<T> x(p, loops);
@@ -461,10 +459,10 @@ void backward(const Problem& p, const Runtime<T>& runtime, const T* negative_lse
   }
 }
 
-#define SYNFACE_INSTANTIATE(T)                                                               \
-  template void forward<T>(const Problem&, const Runtime<T>&, T*, T*, double*, T*);          \
-  template void backward<T>(const Problem&, const Runtime<T>&, const T*, const T*, const T*, \
-                            const double*, void*, void*);
+#define SYNFACE_INSTANTIATE(T)                                                           \
+  template void forward<T>(const Problem&, const Runtime<T>&, double*, T*, double*, T*); \
+  template void backward<T>(const Problem&, const Runtime<T>&, const double*, const T*,  \
+                            const double*, const double*, void*, void*);
 SYNFACE_INSTANTIATE(float)
 SYNFACE_INSTANTIATE(double)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -108,6 +108,7 @@ def test_margins_and_mixes(name, mix):
     )
 
 
+@example(n=16, c=1199, d=16, k=3, seed=24)  # once lost to norms rounded to float32
 @settings(max_examples=25, deadline=None)
 @given(
     n=st.integers(1, 40),
@@ -647,14 +648,14 @@ def test_numpy_binding_agrees(isa, dtype, monkeypatch):
     monkeypatch.setenv("SYNFACE_CPU_ISA", isa)
     assert synface_kernels.numpy.cpu_isa() == isa
     x, w, target, _, upstream = problem(9, 1100, 24, 2, torch.float32)
-    x, w, g = (v.numpy().astype(dtype) for v in (x, w, upstream))
+    x, w, g = x.numpy().astype(dtype), w.numpy().astype(dtype), upstream.numpy()
     target[:, 1] = (target[:, 0] + 1) % 1100
     target[4] = -1
     op = torch.ops.synface_kernels
     as_torch = [torch.from_numpy(v) for v in (x, w)]
     expected = op.margin_cross_entropy_forward(*as_torch, target, 64.0, True, "cpu")
     actual = synface_kernels.numpy.margin_cross_entropy_forward(x, w, target.numpy(), 64.0, True)
-    gc = np.stack([g, -g], 1).astype(np.float64)
+    gc = np.stack([g, -g], 1)
     expected += op.margin_cross_entropy_backward(
         *as_torch,
         target,

@@ -150,7 +150,7 @@ def margin_cross_entropy(
                 input, weight, labels, margin.scale, needs_input_grad, chosen
             )
         )
-        loss, lse = _target_terms(cosine, negative_lse.double(), labels, label_weight, margin, mix)
+        loss, lse = _target_terms(cosine, negative_lse, labels, label_weight, margin, mix)
         best = torch.where(labels >= 0, cosine, -torch.inf).amax(1)
         top1 = (labels >= 0).any(1) & (best >= negative_max)
 
@@ -355,7 +355,7 @@ def _forward(
         lse, most, cosine, mean = kernel_triton.forward(
             input, weight, labels, scale, needs_input_grad
         )
-        return lse, most, cosine.double(), mean
+        return lse.double(), most, cosine.double(), mean
     return torch.ops.synface_kernels.margin_cross_entropy_forward_cpu(
         input, weight, labels, scale, needs_input_grad
     )
@@ -374,14 +374,29 @@ def _backward(
     needs_weight_grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    saved = (input, weight, labels, negative_lse, mean_center, grad_negative_lse)
     rest = (scale, needs_input_grad, needs_weight_grad)
     if impl == "triton":
         from . import kernel_triton
 
-        return kernel_triton.backward(*saved, grad_target_cosine.float(), *rest)
+        return kernel_triton.backward(
+            input,
+            weight,
+            labels,
+            negative_lse.float(),
+            mean_center,
+            grad_negative_lse.float(),
+            grad_target_cosine.float(),
+            *rest,
+        )
     return torch.ops.synface_kernels.margin_cross_entropy_backward_cpu(
-        *saved, grad_target_cosine, *rest
+        input,
+        weight,
+        labels,
+        negative_lse,
+        mean_center,
+        grad_negative_lse,
+        grad_target_cosine,
+        *rest,
     )
 
 
@@ -398,7 +413,7 @@ def _forward_fake(
     new = input.new_empty
     dtype = _statistics_dtype(input)
     return (
-        new((n,), dtype=dtype),
+        new((n,), dtype=torch.float64),
         new((n,), dtype=dtype),
         new(labels.shape, dtype=torch.float64),
         new((n, d) if needs_input_grad else (0,), dtype=dtype),
