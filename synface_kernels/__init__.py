@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -17,8 +18,8 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-# Where the public names live. They are imported when first asked for, so that
-# `synface_kernels.numpy` can be imported without torch.
+# Where the public names live. Where torch is not imported yet, they are when first asked for, so
+# that `synface_kernels.numpy` can be imported without torch.
 _HOMES = {
     "ArcFace": "ops.margin_cross_entropy.margins",
     "CombinedMargin": "ops.margin_cross_entropy.margins",
@@ -44,14 +45,21 @@ __all__ = [
 ]
 
 
+def _import_all() -> None:
+    """Imports every public name; this also registers the ops with torch."""
+    globals().update({n: getattr(import_module(f".{h}", __name__), n) for n, h in _HOMES.items()})
+
+
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for home in sorted(set(_HOMES.values())):  # all of them: each registers its op
-        import_module(f".{home}", __name__)
-    globals().update({n: getattr(import_module(f".{h}", __name__), n) for n, h in _HOMES.items()})
+    _import_all()
     return globals()[name]
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
+
+
+if "torch" in sys.modules:
+    _import_all()
