@@ -21,6 +21,7 @@ def main(op: str | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", choices=["cpu", "dry"], default="cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--headline", action="store_true", help="only the first case of each op")
     parser.add_argument("--output", type=Path, help="where to write, instead")
     args = parser.parse_args()
     ops = [op] if op else list(CASES)
@@ -29,14 +30,15 @@ def main(op: str | None = None) -> None:
     result: dict[str, Any] = {
         "machine": described,
         "date": time.strftime("%Y-%m-%d"),
-        "command": f"python -m benchmarks.bench_{op}" if op else "make bench",
+        "command": "python -m benchmarks."
+        + " ".join([f"bench_{op}" if op else "run", *sys.argv[1:]]),
         "verified": {},
         "cases": [],
     }
     for name in ops:
         result["verified"][name] = require(name).summary()
     for name in ops:
-        for case in cases(args.suite, name):
+        for case in cases(args.suite, name)[: 1 if args.headline else None]:
             print(f"measuring {name}, {case.name}", file=sys.stderr)
             measured = run_case(case, torch.device("cpu"), rounds=args.rounds, cpu_memory=True)
             result["cases"].append(measured)

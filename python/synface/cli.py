@@ -17,7 +17,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -63,11 +62,10 @@ class Bar:
     def __init__(self, description: str) -> None:
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=14),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(),  # 80 columns hold no more
             console=console,
         )
         self.task = self.progress.add_task(escape(description), total=None, note="")
@@ -86,7 +84,7 @@ class Bar:
     def step(self, loss: float, accuracy: float, images: int) -> None:
         self.images += images
         rate = self.images / (time.perf_counter() - self.began)
-        note = f"loss {loss:6.3f}  accuracy {accuracy:4.0%}  {rate:4.0f} images/s"
+        note = f"loss {loss:.2f}, top-1 {accuracy:.0%}, {rate:.0f} images/s"
         self.progress.update(self.task, advance=1, note=note)
 
     def files(self, done: int, total: int) -> None:
