@@ -11,7 +11,7 @@ export PATH := $(BIN):$(PATH)
 CSRC := $(shell git ls-files 'csrc/*' 2>/dev/null || find csrc -type f)
 BUILT := $(VENV)/.built
 
-.PHONY: build demo test lint format bench gpu-evidence cuda-check docs clean
+.PHONY: build demo test lint format bench gpu-evidence cuda-check clean
 
 build: $(BUILT)
 
