@@ -149,12 +149,11 @@ def _compiled(work: MarginWorkload) -> Step:
     return lambda: _backward(compiled(work.input, work.weight, work.target))
 
 
-def _linear_cross_entropy(work: MarginWorkload, chunked: bool) -> Step:
+def _linear_cross_entropy(work: MarginWorkload) -> Step:
     function = getattr(F, "linear_cross_entropy", None)
     if function is None:
         raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy")
-    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
-    return lambda: _backward(function(work.input, work.weight, work.target, options=options))
+    return lambda: _backward(function(work.input, work.weight, work.target))
 
 
 def _pytorch_metric_learning(work: MarginWorkload) -> Step:
@@ -235,14 +234,8 @@ PEERS: dict[str, list[Peer]] = {
         Peer(
             "F.linear_cross_entropy",
             "torch's, as called by default: no margin, no normalisation",
-            partial(_linear_cross_entropy, chunked=False),
+            _linear_cross_entropy,
             lambda c: _matrices(c, 4, 1.2),
-        ),
-        Peer(
-            "F.linear_cross_entropy, chunked",
-            "torch's, with LinearCrossEntropyOptions(): no margin, no normalisation",
-            partial(_linear_cross_entropy, chunked=True),
-            lambda c: _matrices(c, 1, 2.2),
         ),
         Peer(
             "pytorch-metric-learning",
