@@ -1,0 +1,1 @@
+"""Packing unit vectors on the hypersphere."""
