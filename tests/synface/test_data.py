@@ -380,7 +380,7 @@ def test_embedded_faces_are_the_crops_and_variations_of_them():
     assert faces.images.dtype == torch.uint8
     assert len(faces.identities) == 100
     assert torch.equal(faces.labels, torch.arange(100).repeat_interleave(4))
-    crops = torch.from_numpy(embedded._read_crops())
+    crops = torch.from_numpy(embedded.lfw_crops())
     first = faces.images[::4, :, :, 0] / 255.0
     torch.testing.assert_close(first.double(), crops, atol=0.51 / 255, rtol=0)
     grouped = faces.images.view(100, 4, -1).float()

@@ -14,6 +14,8 @@ from synface.data.augment import warp
 from synface.data.folder import DataError, Faces
 
 FACES = 100  # of the file's 200 crops, the first 100 show faces
+STYLES = 10  # numbers that `restyle` takes for each image
+BLUR = 1.5 / 48.0  # the largest standard deviation, in sides of the image
 
 
 def embedded_faces(
@@ -47,14 +49,14 @@ def embedded_faces(
         raise ValueError(f"size must be at least 8 pixels, got {size}")
     if not 2 <= identities <= FACES:
         raise ValueError(f"identities must lie in [2, {FACES}], got {identities}")
-    crops = torch.from_numpy(_read_crops()[:identities]).float()
-    originals = F.interpolate(
-        crops[:, None], size=(size, size), mode="bicubic", antialias=True, align_corners=False
-    ).clamp_(0.0, 1.0)
+    originals = enlarge(torch.from_numpy(lfw_crops()[:identities]), size)
     generator = torch.Generator().manual_seed(seed)
     varied = [originals]
-    varied += [_vary(originals, generator) for _ in range(images_per_identity - 1)]
-    images = torch.stack([(x * 255.0).round_().to(torch.uint8) for x in varied], 1)
+    for _ in range(images_per_identity - 1):
+        random = torch.rand(identities, STYLES, generator=generator)
+        noise = torch.randn(originals.shape, generator=generator)
+        varied.append(restyle(originals, random, noise))
+    images = torch.stack([to_bytes(x) for x in varied], 1)
     return Faces(
         images.view(-1, size, size, 1),
         torch.arange(identities).repeat_interleave(images_per_identity),
@@ -63,8 +65,12 @@ def embedded_faces(
     )
 
 
-def _read_crops() -> np.ndarray:
-    """(100, 25, 25) float in [0, 1]."""
+def lfw_crops() -> np.ndarray:
+    """The crops that scikit-image ships, (100, 25, 25) float64 in [0, 1].
+
+    Raises:
+        DataError: if scikit-image or its file is missing or not as expected.
+    """
     hint = "; expected the file that scikit-image ships (pip install scikit-image)"
     try:
         with (resources.files("skimage") / "data" / "lfw_subset.npy").open("rb") as file:
@@ -76,26 +82,53 @@ def _read_crops() -> np.ndarray:
             f"the embedded faces are {crops.dtype} {crops.shape}{hint}: "
             "floats in [0, 1] of shape (200, 25, 25)"
         )
-    return crops[:FACES]
+    return crops[:FACES].astype(np.float64)
 
 
 def _in_unit_range(x: np.ndarray) -> bool:
     return bool(np.isfinite(x).all() and x.min() >= 0.0 and x.max() <= 1.0)
 
 
-def _vary(x: Tensor, generator: torch.Generator) -> Tensor:
-    """One varied copy of each image, (B, 1, S, S) in [0, 1]."""
-    batch, _, _, side = x.shape
-    random = torch.rand(batch, 10, generator=generator)
+def enlarge(crops: Tensor, size: int) -> Tensor:
+    """(B, H, W) to (B, 1, size, size) float32 in [0, 1], bicubic."""
+    return F.interpolate(
+        crops[:, None].float(),
+        size=(size, size),
+        mode="bicubic",
+        antialias=True,
+        align_corners=False,
+    ).clamp_(0.0, 1.0)
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """[0, 1] to uint8, rounded."""
+    return (x * 255.0).round_().to(torch.uint8)
+
+
+def restyle(x: Tensor, random: Tensor, noise: Tensor) -> Tensor:
+    """Varies the style of each image; no image depends on the others in the batch.
+
+    Args:
+        x: (B, 1, S, S) float32 in [0, 1].
+        random: (B, 10) in [0, 1]: rotation (12 degrees either way), zoom (12 %), shift right and
+            down (8 % of the side), blur (up to 1.5/48 of the side), slope of the light down and
+            right (20 %), gain (35 %), bias (0.1), strength of the noise (up to 0.04). All but blur
+            and noise change nothing at 0.5.
+        noise: standard normal, of x's shape.
+
+    Returns:
+        Of x's shape, in [0, 1].
+    """
+    side = x.shape[-1]
     signed = 2.0 * random - 1.0
     x = warp(
         x,
         angle=signed[:, 0] * math.radians(12.0),
         zoom=torch.exp(signed[:, 1] * math.log(1.12)),
         shift=signed[:, 2:4] * 0.08,
-        flip=torch.zeros(batch, dtype=torch.bool),
+        flip=torch.zeros(len(x), dtype=torch.bool),
     )
-    x = _blur(x, sigma=random[:, 4] * (1.5 / 48.0) * side)
+    x = _blur(x, random[:, 4] * BLUR * side, radius=max(1, math.ceil(2.0 * BLUR * side)))
     # Light falls from a random direction.
     at = torch.linspace(-1.0, 1.0, side)
     slope = signed[:, 5:7, None, None] * 0.2
@@ -103,14 +136,12 @@ def _vary(x: Tensor, generator: torch.Generator) -> Tensor:
     gain = torch.exp(signed[:, 7] * math.log(1.35)).view(-1, 1, 1, 1)
     bias = (signed[:, 8] * 0.1).view(-1, 1, 1, 1)
     x = x * gain * (1.0 + gradient) + bias
-    noise = torch.randn(x.shape, generator=generator) * (random[:, 9] * 0.04).view(-1, 1, 1, 1)
-    return (x + noise).clamp_(0.0, 1.0)
+    return (x + noise * (random[:, 9] * 0.04).view(-1, 1, 1, 1)).clamp_(0.0, 1.0)
 
 
-def _blur(x: Tensor, sigma: Tensor) -> Tensor:
+def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """A Gaussian of its own width, in pixels, for each (B, 1, H, W) image."""
     batch = len(x)
-    radius = max(1, math.ceil(2.0 * float(sigma.max())))
     at = torch.arange(-radius, radius + 1, dtype=x.dtype)
     taps = torch.softmax(-0.5 * (at / sigma.clamp_min(1e-3)[:, None]) ** 2, 1)
     padded = F.pad(x, (radius,) * 4, mode="replicate").transpose(0, 1)
