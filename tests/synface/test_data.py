@@ -18,9 +18,9 @@ from synface.data import (
     Augment,
     DataError,
     Faces,
+    decode,
     embedded,
     embedded_faces,
-    folder,
     normalise,
     read_folder,
 )
@@ -64,12 +64,12 @@ def test_identities_and_files_come_in_natural_order(people):
 def test_natural_order_is_total(names):
     paths = [Path("x") / name for name in names]
     backwards = paths[::-1]
-    assert sorted(paths, key=folder._natural) == sorted(backwards, key=folder._natural)
+    assert sorted(paths, key=decode.natural) == sorted(backwards, key=decode.natural)
 
 
 def test_natural_order_reads_numbers():
     names = ["s10", "s2", "S1", "s1b", "a"]
-    got = [p.name for p in sorted(map(Path, names), key=folder._natural)]
+    got = [p.name for p in sorted(map(Path, names), key=decode.natural)]
     assert got == ["a", "S1", "s1b", "s2", "s10"]
 
 
@@ -143,8 +143,8 @@ def test_an_interrupt_ends_the_reading(people, monkeypatch):
     for i in range(300):
         picture(seed=i).save(people / "s9" / f"more{i}.png")
     decoded = []
-    decode = folder._decode
-    monkeypatch.setattr(folder, "_decode", lambda path: decoded.append(path) or decode(path))
+    read = decode.decode
+    monkeypatch.setattr(decode, "decode", lambda path: decoded.append(path) or read(path))
 
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
