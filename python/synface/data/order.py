@@ -36,8 +36,6 @@ class CycledOrder:
     Raises:
         ValueError: for a number out of range.
         TypeError: for one that is no integer.
-
-    Source: Qiu et al., "SynFace", ICCV 2021, section 3.3, which mixes the domains pairwise.
     """
 
     num_synthetic: int
