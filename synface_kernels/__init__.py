@@ -10,6 +10,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ._select import explain
     from .ops.domain_mixup.op import domain_mixup, identity_mixup
+    from .ops.hypersphere_repulsion.energies import (
+        ClosestPair,
+        Gaussian,
+        Hinge,
+        KoLeo,
+        Log,
+        LogSumExp,
+        MaxCosine,
+        Riesz,
+    )
+    from .ops.hypersphere_repulsion.op import hypersphere_repulsion, nearest_neighbors
     from .ops.margin_cross_entropy.margins import ArcFace, CombinedMargin, CosFace, SphereFace
     from .ops.margin_cross_entropy.op import MarginStats, margin_cross_entropy
 
@@ -22,26 +33,46 @@ except PackageNotFoundError:  # a source tree that was never installed
 # that `synface_kernels.numpy` can be imported without torch.
 _HOMES = {
     "ArcFace": "ops.margin_cross_entropy.margins",
+    "ClosestPair": "ops.hypersphere_repulsion.energies",
     "CombinedMargin": "ops.margin_cross_entropy.margins",
     "CosFace": "ops.margin_cross_entropy.margins",
+    "Gaussian": "ops.hypersphere_repulsion.energies",
+    "Hinge": "ops.hypersphere_repulsion.energies",
+    "KoLeo": "ops.hypersphere_repulsion.energies",
+    "Log": "ops.hypersphere_repulsion.energies",
+    "LogSumExp": "ops.hypersphere_repulsion.energies",
     "MarginStats": "ops.margin_cross_entropy.op",
+    "MaxCosine": "ops.hypersphere_repulsion.energies",
+    "Riesz": "ops.hypersphere_repulsion.energies",
     "SphereFace": "ops.margin_cross_entropy.margins",
     "domain_mixup": "ops.domain_mixup.op",
     "explain": "_select",
+    "hypersphere_repulsion": "ops.hypersphere_repulsion.op",
     "identity_mixup": "ops.domain_mixup.op",
     "margin_cross_entropy": "ops.margin_cross_entropy.op",
+    "nearest_neighbors": "ops.hypersphere_repulsion.op",
 }
 
 __all__ = [
     "ArcFace",
+    "ClosestPair",
     "CombinedMargin",
     "CosFace",
+    "Gaussian",
+    "Hinge",
+    "KoLeo",
+    "Log",
+    "LogSumExp",
     "MarginStats",
+    "MaxCosine",
+    "Riesz",
     "SphereFace",
     "domain_mixup",
     "explain",
+    "hypersphere_repulsion",
     "identity_mixup",
     "margin_cross_entropy",
+    "nearest_neighbors",
 ]
 
 

@@ -1,0 +1,264 @@
+"""Hypersphere repulsion: checks, the two ops that never hold N×N, and the public functions.
+
+- *pairs*: a sum over all pairs, with its gradient in the same pass.
+- *nearest*: each point's nearest neighbours; its derivative is taken afterwards, on N·k pairs.
+
+The energies are torch code on what those two return, under ordinary autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..._check import describe
+from ..._load import library
+from ..._select import always, register, resolve
+from . import reference
+from .energies import (
+    NEIGHBOR_ENERGIES,
+    PAIR_ENERGIES,
+    R_MIN,
+    ClosestPair,
+    Energy,
+    Gaussian,
+    Hinge,
+    KoLeo,
+    Log,
+    LogSumExp,
+    MaxCosine,
+    Riesz,
+)
+
+OP = "hypersphere_repulsion"
+_DEFAULT = LogSumExp()
+register(OP, {"reference": always})
+
+_ROWS = f"{OP}_rows"
+library.define(f"{_ROWS}(Tensor rows, str name) -> Tensor")
+
+
+def hypersphere_repulsion(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    energy: Energy = _DEFAULT,
+    reduction: Literal["none", "mean", "sum"] = "mean",
+    group: Any = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Energy of points that repel each other on the unit sphere, or that a gallery repels.
+
+    Args:
+        x: (N, D) points: float32, bfloat16 or float16 (computed in float32), or float64. They need
+            not be normalised nor contiguous. N ≥ 2, or N ≥ 1 with y.
+        y: (M, D) gallery, likewise, M ≥ 1; both float64 or neither. Then the pairs are (x_i, y_j),
+            and no two points of x repel each other.
+        energy: `MaxCosine`, `ClosestPair`, `KoLeo` (of nearest neighbours), `LogSumExp`,
+            `Gaussian`, `Riesz`, `Log` or `Hinge` (of all pairs). Their docstrings state formulas.
+        reduction: ``"mean"`` or ``"sum"``, see the energy; ``"none"``, per point, for `MaxCosine`
+            and `KoLeo`.
+        group: not built yet.
+        impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``; see `explain`.
+
+    Returns:
+        The energy, float32 (float64 for float64 inputs): a scalar, or (N,) for ``"none"``.
+
+    Gradients reach x and y, in their dtypes; each row's is orthogonal to it. Points that coincide
+    still repel each other, see `energies`. There is no second derivative.
+
+    Memory above inputs and gradients: O(N·k) and a workspace of at most 64 MiB; energies of all
+    pairs hold their gradient, float32 (N, D), from forward to backward. Never N×N, except in
+    ``impl="reference"``.
+
+    Raises:
+        ValueError: for a wrong dtype, shape, device or value; for a zero or non-finite row (on a
+            GPU these are checked there, by an asynchronous assertion).
+        TypeError: for an argument of a wrong Python type.
+        NotImplementedError: for what is not built yet.
+        RuntimeError: for an ``impl`` that cannot run here, naming the reason.
+
+    Source: see each energy.
+    """
+    _check(x, y)
+    if not isinstance(energy, (*NEIGHBOR_ENERGIES, *PAIR_ENERGIES)):
+        raise TypeError(f"energy must be an energy such as LogSumExp(), got {describe(energy)}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if reduction == "none" and not isinstance(energy, (MaxCosine, KoLeo)):
+        raise ValueError(
+            f"reduction must be 'mean' or 'sum' for {type(energy).__name__}, which is one number "
+            "for all points, got 'none'"
+        )
+    if group is not None:
+        raise NotImplementedError("group is not built yet: leave it at None")
+    chosen = resolve(OP, impl, (x,) if y is None else (x, y))
+
+    if isinstance(energy, PAIR_ENERGIES):
+        result = _pair_energy(x, y, energy, reduction, chosen)
+    else:
+        k = energy.topk if isinstance(energy, MaxCosine) else 1
+        _check_k(x, y, k, "energy's topk")
+        square, _ = _nearest(x, y, k, chosen)
+        result = _neighbor_energy(square, energy, reduction)
+    return result.to(_statistics_dtype(x))
+
+
+def nearest_neighbors(
+    x: Tensor, y: Tensor | None = None, k: int = 1, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The k rows of y with the greatest cosines to each row of x; of x itself if y is None.
+
+    Exact: by the cosines in double precision, rounded to the result's dtype. Among equal ones the
+    lowest index comes first. Without y a row is no neighbour of itself.
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64; rows need not be normalised.
+        y: (M, D) likewise; both float64 or neither.
+        k: number of neighbours, 1 ≤ k < N, or k ≤ M with y.
+        impl: as in `hypersphere_repulsion`.
+
+    Returns:
+        cosine (N, k), greatest first, float32 or, for float64 inputs, float64; and index (N, k),
+        int64. The cosines are differentiable, by x and y; the choice of neighbours is piecewise
+        constant and passes no gradient.
+
+    Memory above the inputs: O(N·k) and a workspace of at most 64 MiB.
+
+    Raises: as `hypersphere_repulsion`.
+    """
+    _check(x, y)
+    if not isinstance(k, int):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    _check_k(x, y, k, "k")
+    chosen = resolve(OP, impl, (x,) if y is None else (x, y))
+    square, index = _nearest(x, y, k, chosen)
+    return (1 - square / 2).to(_statistics_dtype(x)), index
+
+
+# ---- energies from the two ops -------------------------------------------------------------------
+
+
+def _pair_energy(x: Tensor, y: Tensor | None, energy: Energy, reduction: str, impl: str) -> Tensor:
+    n = x.shape[0]
+    count = n * (n - 1) // 2 if y is None else n * y.shape[0]
+    mean = reduction == "mean"
+    if isinstance(energy, (LogSumExp, Gaussian)):
+        gaussian = isinstance(energy, Gaussian)
+        t = 2 * energy.t if gaussian else energy.t  # −t·r² = 2t·c − 2t
+        value = _pairs(x, y, "log_sum_exp", t, 0, energy.r_min, impl)
+        value = value - math.log(count) if mean else value
+        return value - t if gaussian else value / t
+    if isinstance(energy, Riesz):
+        value = _pairs(x, y, "riesz", energy.s, 0, energy.r_min, impl)
+    elif isinstance(energy, Hinge):
+        value = _pairs(x, y, "hinge", energy.threshold, energy.power, energy.r_min, impl)
+    else:
+        assert isinstance(energy, Log)
+        value = _pairs(x, y, "log", 0.0, 0, energy.r_min, impl)
+    return value / count if mean else value
+
+
+def _neighbor_energy(square: Tensor, energy: Energy, reduction: str) -> Tensor:
+    if isinstance(energy, KoLeo):
+        # r_min in place of what is less, with r²'s own derivative, which is that at r_min
+        apart = square.detach().clamp_min(R_MIN**2) + (square - square.detach())
+        each = -apart[:, 0].log() / 2
+    else:
+        each = (1 - square / 2).mean(1)
+    if isinstance(energy, ClosestPair):
+        return each.max(0).values
+    if reduction == "mean":
+        return each.mean()
+    return each.sum() if reduction == "sum" else each
+
+
+def _pairs(
+    x: Tensor, y: Tensor | None, kind: str, a: float, power: int, r_min: float, impl: str
+) -> Tensor:
+    """Σ_pairs f, or the log of Σ_pairs exp, in double."""
+    dtype = _statistics_dtype(x)
+    x, y = _valid(x, "x"), None if y is None else _valid(y, "y")
+    y = None if y is None else y.to(dtype)
+    return reference.pair_energy(x.to(dtype), y, kind, a, power, r_min)
+
+
+def _nearest(x: Tensor, y: Tensor | None, k: int, impl: str) -> tuple[Tensor, Tensor]:
+    """Squared distances (N, k) in double, and indices (N, k)."""
+    x, y = _valid(x, "x"), None if y is None else _valid(y, "y")
+    y = None if y is None else y.double()
+    return reference.nearest(x.double(), y, k, _statistics_dtype(x))
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check(x: Tensor, y: Tensor | None) -> None:
+    for name, tensor, shape in (("x", x, "(N, D)"), ("y", y, "(M, D)")):
+        if tensor is None and name == "y":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
+        allowed = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        if tensor.dtype not in allowed or tensor.dim() != 2 or tensor.shape[1] < 1:
+            raise ValueError(
+                f"{name} must be float32, bfloat16, float16 or float64 of shape {shape}, D ≥ 1, "
+                f"got {describe(tensor)}"
+            )
+    if y is None:
+        if x.shape[0] < 2:
+            raise ValueError(f"x must have at least two rows without y, got {describe(x)}")
+        return
+    if x.shape[0] < 1 or y.shape[0] < 1:
+        raise ValueError(
+            f"x and y must have at least one row each, got {describe(x)} and {describe(y)}"
+        )
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"x (N, D) and y (M, D) must have the same D, got {describe(x)} and {describe(y)}"
+        )
+    if (x.dtype == torch.float64) != (y.dtype == torch.float64):
+        raise ValueError(
+            f"x and y must both be float64 or neither, got {describe(x)} and {describe(y)}"
+        )
+    if x.device != y.device:
+        raise ValueError(f"y must be on x's device {x.device}, got {describe(y)}")
+
+
+def _check_k(x: Tensor, y: Tensor | None, k: int, name: str) -> None:
+    most = x.shape[0] - 1 if y is None else y.shape[0]
+    if not 1 <= k <= most:
+        bound = "the number of other rows of x" if y is None else "the number of rows of y"
+        raise ValueError(f"{name} must be at least 1 and at most {most}, {bound}, got {k}")
+
+
+def _valid(rows: Tensor, name: str) -> Tensor:
+    """The rows; an error where one is zero or not finite."""
+    torch.ops.synface_kernels.hypersphere_repulsion_rows(rows, name)
+    return rows
+
+
+@torch.library.impl(library, _ROWS, "CompositeExplicitAutograd")
+def _rows(rows: Tensor, name: str) -> Tensor:
+    """Norms (N,) in double; an error at once on a CPU, and without waiting on a GPU."""
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    valid = (norms > 0) & norms.isfinite()
+    message = f"{name} must have finite, non-zero rows"
+    if rows.device.type != "cpu":
+        torch._assert_async(valid.all(), message)
+    elif not bool(valid.all()):
+        row = int((~valid).nonzero()[0])
+        raise ValueError(f"{message}, got a norm of {norms[row].item():g} in row {row}")
+    return norms
+
+
+@torch.library.register_fake(f"synface_kernels::{_ROWS}")
+def _rows_fake(rows: Tensor, name: str) -> Tensor:
+    return rows.new_empty(rows.shape[:1], dtype=torch.float64)
