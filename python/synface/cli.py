@@ -22,9 +22,11 @@ from rich.progress import (
 from rich.table import Table
 
 from . import checkpoint
-from .data import Faces, embedded_faces, read_folder
+from .data import Faces, embedded_faces, list_folder, read_folder
 from .evaluate import Verification, embed, pixel_embeddings, verify
-from .train import CONFIG, TrainConfig, fingerprint, load_backbone, train
+from .mixing import Beta, Constant, Grid, Ratio
+from .sources import MixedSource, fingerprint
+from .train import CONFIG, TrainConfig, load_backbone, train
 
 app = typer.Typer(
     help="Face recognition on synthetic and real faces, over the fused ops of synface_kernels.",
@@ -34,6 +36,19 @@ app = typer.Typer(
 )
 console = Console()
 DEFAULT = TrainConfig()
+EMBEDDED = "default"  # as a folder: the embedded faces
+# What config.json holds of how a run was started, and what one means that was written earlier.
+TEXT: tuple[type, ...] = (str, type(None))
+COMMAND: dict[str, tuple[type, ...]] = {
+    "data": TEXT,
+    "synthetic": TEXT,
+    "real": TEXT,
+    "mix_ratio": (str,),
+    "per_sample": (bool,),
+    "holdout": (int,),
+    "size": TEXT,
+}
+UNMIXED = {"synthetic": None, "real": None, "mix_ratio": "grid", "per_sample": False}
 FOLDER_SIZE = (56, 48)  # height, width: what two cores train in a minute or two
 
 DataOption = Annotated[
@@ -112,6 +127,40 @@ def _faces(data: Path | None, size: tuple[int, int] | None, grey: bool | None = 
         return read_folder(data, size or FOLDER_SIZE, grey, progress=bar.files)
 
 
+def _ratio(text: str) -> Ratio:
+    name, _, value = text.partition(":")
+    try:
+        if name == "grid" and not value:
+            return Grid()
+        return {"beta": Beta, "constant": Constant}[name](float(value))
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"--mix-ratio must be grid, beta:A with A > 0 or constant:V with V in [0, 1], "
+            f"got {text!r}"
+        ) from error
+
+
+def _mixed(run: dict[str, Any], workers: int) -> tuple[MixedSource, Faces]:
+    """The two domains that a run mixes, and the real people held out."""
+    if not (run["synthetic"] and run["real"]) or run["data"]:
+        raise ValueError("--synthetic and --real go together, without --data")
+    embedded, size = run["synthetic"] == EMBEDDED, _size(run["size"])
+    if not embedded and Path(run["synthetic"]).resolve() == Path(run["real"]).resolve():
+        raise ValueError(f"--synthetic and --real are the same folder, {run['real']}")
+    real, held = list_folder(run["real"]).split(run["holdout"])
+    source = MixedSource(
+        _faces(None, size) if embedded else list_folder(run["synthetic"]),
+        real,
+        ratio=_ratio(run["mix_ratio"]),
+        per_sample=run["per_sample"],
+        size=size or (None if embedded else FOLDER_SIZE),
+        workers=workers,
+    )
+    height, width, channels = source.image_shape
+    with Bar(f"reading {held.source}") as bar:
+        return source, read_folder(held, (height, width), channels == 1, progress=bar.files)
+
+
 def _verify_network(backbone: torch.nn.Module, held: Faces) -> Verification:
     return verify(embed(backbone, held.images), held.labels)
 
@@ -146,6 +195,23 @@ def _print_verification(
 def train_command(
     context: typer.Context,
     data: DataOption = None,
+    synthetic: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Train on these images mixed with --real: an image folder, or {EMBEDDED!r} for "
+            "the embedded faces."
+        ),
+    ] = None,
+    real: Annotated[
+        Path | None, typer.Option(help="The real images' folder; see --synthetic.")
+    ] = None,
+    mix_ratio: Annotated[
+        str, typer.Option(help="Of the synthetic share: grid (0, 0.05, … 1), beta:A, constant:V.")
+    ] = "grid",
+    per_sample: Annotated[
+        bool, typer.Option("--per-sample", help="A share for each image, not for each batch.")
+    ] = False,
+    workers: Annotated[int, typer.Option(help="Processes that decode --real.", min=1)] = 2,
     holdout: HoldoutOption = 10,
     output: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
     resume: Annotated[
@@ -173,6 +239,10 @@ def train_command(
     given = context.params
     run: dict[str, Any] = {
         "data": str(data) if data else None,
+        "synthetic": synthetic,
+        "real": str(real) if real else None,
+        "mix_ratio": mix_ratio,
+        "per_sample": per_sample,
         "holdout": holdout,
         "size": size,
     }
@@ -182,10 +252,17 @@ def train_command(
         run, config = _stored_run(context, resume)
         output = resume
     folder = output or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    source = Path(run["data"]) if run["data"] else None
-    faces, held = _faces(source, _size(run["size"])).split(run["holdout"])
+    faces: Faces | MixedSource
+    if run["synthetic"] or run["real"]:
+        faces, held = _mixed(run, workers)
+        domains = [faces.synthetic, faces.real]
+    else:
+        source = Path(run["data"]) if run["data"] else None
+        faces, held = _faces(source, _size(run["size"])).split(run["holdout"])
+        domains = [faces]
+    sets = (f"{len(d)} images of {len(d.identities)} people from {d.source}" for d in domains)
     console.print(
-        f"{len(faces)} images of {len(faces.identities)} people from {faces.source}; "
+        f"{', mixed with '.join(sets)}; "
         f"{len(held.identities)} people held out; run folder {folder}",
         highlight=False,
         markup=False,
@@ -204,6 +281,13 @@ def train_command(
             soft_wrap=True,
         )
         raise typer.Exit(130) from None
+    if result.timing is not None:
+        console.print(
+            "{pairs_per_s:.0f} pairs of images/s; {workers} workers, {decode_share:.1%} of their "
+            "time spent on decoding; {wait_share:.1%} of the time spent on waiting for "
+            "them".format(**result.timing),
+            highlight=False,
+        )
     if pixels is not None:
         _print_verification(_verify_network(result.backbone, held), pixels, held)
         console.print(
@@ -228,12 +312,12 @@ def _stored_run(context: typer.Context, folder: Path) -> tuple[dict[str, Any], T
 
 
 def _command(file: Path) -> tuple[dict[str, Any], TrainConfig]:
-    """Data, holdout and size that a run was started with, and its configuration."""
+    """How a run was started, as `train_command` has it, and its configuration."""
     try:
         started = json.loads(file.read_text())
-        run, config = started["command"], TrainConfig.from_json(started["config"])
-        types = {"data": (str, type(None)), "holdout": (int,), "size": (str, type(None))}
-        if run.keys() != types.keys() or not all(isinstance(run[k], types[k]) for k in types):
+        config = TrainConfig.from_json(started["config"])
+        run = UNMIXED | started["command"]
+        if run.keys() != COMMAND.keys() or not all(isinstance(run[k], COMMAND[k]) for k in run):
             raise TypeError(f"its command is {run}")
     except OSError as error:
         raise ValueError(
@@ -264,7 +348,8 @@ def eval_command(
     height, width, channels = state["data"]["image_shape"]
     if data is None:
         command = _command(checkpoint.find(run).parent.parent / CONFIG)[0]
-        data = Path(command["data"]) if command["data"] else None
+        trained_on = command["real"] or command["data"]
+        data = Path(trained_on) if trained_on else None
         holdout = command["holdout"] if holdout is None else holdout
     faces = _faces(data, (height, width), grey=channels == 1)
     if faces.images.shape[3] != channels:
@@ -274,7 +359,10 @@ def eval_command(
         )
     rest, held = faces.split(holdout) if holdout else (None, faces)
     # Only the split of the training run itself proves that these people are new to the network.
-    unseen = rest is not None and fingerprint(rest) == state["data"]["fingerprint"]
+    prints = [fingerprint(rest)] if rest is not None else []
+    if rest is not None and data is not None:  # as a mixed run knows it
+        prints.append(fingerprint(list_folder(data).split(holdout or 0)[0]))
+    unseen = state["data"]["fingerprint"].split()[-1] in prints
     pixels = _verify_pixels(held)
     _print_verification(_verify_network(backbone, held), pixels, held, unseen)
 

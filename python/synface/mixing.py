@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from itertools import accumulate
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -28,7 +29,7 @@ class Mixed(NamedTuple):
     Attributes:
         images: (N, C, H, W), normalised.
         targets: (N, K) int64 labels of each image; they may coincide.
-        weights: (N, K) float32 share of each label, ≥ 0; a row sums to 1.
+        weights: (N, K) float32 share of each label, a multiple of 2⁻²⁴; a row sums to 1 exactly.
     """
 
     images: Tensor
@@ -98,10 +99,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Beta:
-    """Beta(a, b); b None is a. Any a, b ≥ 1e-300, however small, draw without underflow.
+    """Beta(a, b); b None is a.
 
     Raises:
-        TypeError, ValueError: unless a and b are finite numbers ≥ 1e-300.
+        TypeError, ValueError: unless a and b are numbers in [1e-300, 1e300].
 
     Source: Zhang et al., "mixup", ICLR 2018, takes Beta(a, a).
     """
@@ -110,14 +111,15 @@ class Beta:
     b: float | None = None
 
     def __post_init__(self) -> None:
-        _check_number("a", self.a, 1e-300)
+        _check_number("a", self.a, 1e-300, 1e300)
         if self.b is not None:
-            _check_number("b", self.b, 1e-300)
+            _check_number("b", self.b, 1e-300, 1e300)
 
     def sample(self, count: int, generator: Generator | None = None) -> Tensor:
         _check_integer("count", count, 0)
-        shape = torch.tensor([[self.a], [self.a if self.b is None else self.b]]).double()
-        shape = _send(shape, _device(generator)).expand(2, count)
+        b = self.a if self.b is None else self.b
+        shape = torch.tensor([[self.a], [b]], dtype=torch.float64).expand(2, count)
+        shape = _send(shape, _device(generator))
         # Beta is G_a/(G_a + G_b) of two gamma variates, and G_a = G_(a+1)·U^(1/a): in logarithms,
         # because for small a both may be too small for a float.
         gamma = torch._standard_gamma(shape + 1, generator=generator)
@@ -267,15 +269,39 @@ class DomainMixup(_Mixer):
         _check_labels("synthetic_labels", synthetic_labels, synthetic, self.num_synthetic, True)
         own = _own_weights(synthetic_labels, synthetic_weights)
 
-        psi = _send(self._shares(batch, generator), device).expand(batch)
-        flip = None
-        if self.flip > 0:
-            flip = _send(_uniform((2, batch), generator) < self.flip, device)
+        shares, flips = self.draw(batch, generator)
+        psi = _send(shares, device)
+        flip = None if flips is None else _send(flips, device)
         images = self._mix(synthetic, _cycled(real, batch), psi, out, flip)
-        others = _cycled(real_labels, batch) + self.num_synthetic
-        targets = torch.cat([synthetic_labels.view(own.shape), others[:, None]], 1)
-        weights = torch.cat([psi[:, None] * own, 1 - psi[:, None]], 1)
-        return Mixed(images, targets, weights.float())
+        return Mixed(images, *self._label(synthetic_labels, own, _cycled(real_labels, batch), psi))
+
+    def draw(self, batch: int, generator: Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        """All that is random in a call: ψ (B,) float64; and which images to flip, (2, B) or None.
+
+        For who mixes elsewhere, as workers do with `synface_kernels.numpy.domain_mixup`.
+        """
+        psi = self._shares(batch, generator).expand(batch)
+        return psi, _uniform((2, batch), generator) < self.flip if self.flip > 0 else None
+
+    def label(
+        self, synthetic_labels: Tensor, real_labels: Tensor, psi: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Targets and weights (N, 2) of images mixed elsewhere, by (N,) labels and the ψ drawn.
+
+        Raises:
+            TypeError, ValueError: for wrong labels, naming them.
+        """
+        _check_labels("real_labels", real_labels, psi, self.num_real)
+        _check_labels("synthetic_labels", synthetic_labels, psi, self.num_synthetic)
+        return self._label(synthetic_labels, _own_weights(synthetic_labels, None), real_labels, psi)
+
+    def _label(
+        self, labels: Tensor, own: Tensor, real_labels: Tensor, psi: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        others = real_labels + self.num_synthetic
+        targets = torch.cat([labels.view(own.shape), others[:, None]], 1)
+        shares = torch.cat([psi[:, None] * own, 1 - psi[:, None]], 1)
+        return targets, _weights(shares)
 
 
 @dataclass(frozen=True)
@@ -677,7 +703,17 @@ def _paste(images: Tensor, partner: Tensor, boxes: Tensor, layout: str) -> Tenso
 
 def _pairs(first: Tensor, second: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """Targets and weights (N, 2)."""
-    return torch.stack([first, second], 1), torch.stack([share, 1 - share], 1).float()
+    return torch.stack([first, second], 1), _weights(torch.stack([share, 1 - share], 1))
+
+
+def _weights(shares: Tensor) -> Tensor:
+    """Float64 shares (N, K) as float32 whose sums are 1 exactly.
+
+    Rounded are the partial sums, to multiples of 2⁻²⁴: float32 holds those up to 1, and their
+    differences.
+    """
+    edges = torch.stack(list(accumulate(shares.unbind(1))), 1).mul(2**24).round()
+    return edges.diff(prepend=torch.zeros_like(edges[:, :1])).div(2**24).float()
 
 
 def _cycled(rows: Tensor, count: int) -> Tensor:
@@ -713,7 +749,7 @@ def _own_weights(labels: Tensor, weights: Tensor | None) -> Tensor:
     total = own.sum(1)
     close = (total - 1).abs() <= (2e-2 if weights.element_size() == 2 else 1e-4)
     _require(close, "each row of synthetic_weights must sum to 1", total)
-    return own
+    return own / total[:, None]
 
 
 # ---- checks --------------------------------------------------------------------------------------

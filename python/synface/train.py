@@ -6,19 +6,17 @@ holds no generator's state, and a resumed run draws what the uninterrupted one w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,10 +25,12 @@ import synface_kernels as sk
 from . import checkpoint
 from .backbone import IResNet
 from .checkpoint import CheckpointError
-from .data import Augment, Faces
+from .data import Augment, DataError, Faces
 from .heads import MarginHead
+from .randomness import seeds
+from .sources import Batch, FacesSource, Source
 
-CONFIG = "config.json"
+CONFIG, METRICS, TIMING = "config.json", "metrics.jsonl", "timing.jsonl"
 
 
 @dataclass(frozen=True)
@@ -112,30 +112,13 @@ class Progress(Protocol):
 
 @dataclass
 class Trained:
-    """A trained model, with what was logged at every step."""
+    """A trained model, with what was logged at every step, and the timing of the reading if any."""
 
     backbone: IResNet
     head: MarginHead
     config: TrainConfig
     history: list[dict[str, float]]
-
-
-def seeds(seed: int, purpose: str, step: int) -> int:
-    """A seed of its own for each purpose and step."""
-    words = [seed, step, *purpose.encode()]
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def generator(seed: int, purpose: str, step: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seeds(seed, purpose, step))
-
-
-def fingerprint(faces: Faces) -> str:
-    """Tells two sets of images apart."""
-    digest = hashlib.sha256(repr((tuple(faces.images.shape), faces.identities)).encode())
-    digest.update(faces.labels.numpy().tobytes())
-    digest.update(faces.images.contiguous().numpy().data)
-    return digest.hexdigest()
+    timing: dict[str, float] | None
 
 
 def build_backbone(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet:
@@ -171,16 +154,6 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     if config.schedule == "step":
         return config.lr * 0.1 ** ((done >= 0.6) + (done >= 0.85))
     return config.lr
-
-
-def _batches(config: TrainConfig, count: int, first_step: int) -> Iterator[tuple[int, Tensor]]:
-    """(step, indices) of every batch from a step on; each epoch has an order of its own."""
-    per_epoch = -(-count // config.batch_size)
-    for epoch in range(first_step // per_epoch, config.epochs):
-        order = torch.randperm(count, generator=generator(config.seed, "order", epoch))
-        for i, indices in enumerate(order.split(config.batch_size)):
-            if epoch * per_epoch + i >= first_step:
-                yield epoch * per_epoch + i, indices
 
 
 @contextmanager
@@ -239,7 +212,7 @@ def _restore(
 
 def train(
     config: TrainConfig,
-    faces: Faces,
+    data: Faces | Source,
     output: Path,
     *,
     resume: bool = False,
@@ -247,11 +220,12 @@ def train(
     stop_after: int | None = None,
     command: dict[str, Any] | None = None,
 ) -> Trained:
-    """Trains a backbone and a margin head on a set of faces, on the CPU.
+    """Trains a backbone and a margin head on a set of faces or another source, on the CPU.
 
     Args:
-        config: what to do. faces: at least two identities.
-        output: the run's folder: config.json, metrics.jsonl (one line a step), checkpoints/.
+        config: what to do. data: at least two identities.
+        output: the run's folder: config.json, metrics.jsonl (one line a step), checkpoints/, and
+            for a source that reads files timing.jsonl (one line each time that it was run).
         resume: go on from the newest checkpoint in ``output``. The result is bitwise that of a run
             that was never interrupted.
         progress: is told about every step.
@@ -263,20 +237,23 @@ def train(
         CheckpointError: for a checkpoint that is damaged, or of another configuration or data.
         ValueError: for data that cannot be trained on.
         FileExistsError: where ``output`` holds a run already and ``resume`` is not set.
+        DataError: where the source cannot go on (a damaged file, a worker that died), once a
+            checkpoint of the last step is written.
         FloatingPointError: once a loss or a parameter is not finite; the last checkpoint stays.
         KeyboardInterrupt: on Ctrl-C, once the step is done and a checkpoint of it is written.
 
     The global random state of torch is left as it was.
     """
-    if len(faces.identities) < 2:
-        raise ValueError(f"training needs two identities or more, got {len(faces.identities)}")
+    source: Source = FacesSource(data) if isinstance(data, Faces) else data
+    if source.num_classes < 2:
+        raise ValueError(f"training needs two identities or more, got {source.num_classes}")
     with torch.random.fork_rng(devices=[]), _interrupts() as interrupted:
-        return _train(config, faces, output, resume, progress, stop_after, command, interrupted)
+        return _train(config, source, output, resume, progress, stop_after, command, interrupted)
 
 
 def _train(
     config: TrainConfig,
-    faces: Faces,
+    source: Source,
     output: Path,
     resume: bool,
     progress: Progress | None,
@@ -286,20 +263,15 @@ def _train(
 ) -> Trained:
     description = {
         "config": json.loads(json.dumps(asdict(config))),
-        "data": {
-            "source": faces.source,
-            "fingerprint": fingerprint(faces),
-            "image_shape": list(faces.images.shape[1:]),
-            "identities": len(faces.identities),
-        },
+        "data": source.description(),
     }
     torch.manual_seed(seeds(config.seed, "parameters", 0))
-    backbone = build_backbone(config, tuple(faces.images.shape[1:]))
-    head = MarginHead(config.embedding_size, len(faces.identities), config.margin())
+    backbone = build_backbone(config, source.image_shape)
+    head = MarginHead(config.embedding_size, source.num_classes, config.margin())
     model = nn.ModuleDict({"backbone": backbone, "head": head})
     optimizer = _optimizer(config, [p for p in model.parameters() if p.requires_grad])
-    folder, log = output / "checkpoints", output / "metrics.jsonl"
-    steps_per_epoch = -(-len(faces) // config.batch_size)
+    folder, log = output / "checkpoints", output / METRICS
+    steps_per_epoch = -(-len(source) // config.batch_size)
 
     def save(steps: int) -> None:
         wrong = [name for name, p in model.named_parameters() if not p.isfinite().all()]
@@ -329,15 +301,24 @@ def _train(
     total = config.epochs * steps_per_epoch
     if progress:
         progress.start(total, first)
-    augment = Augment(config.augment)
     model.train()
-    with log.open("a") as lines:
-        for step, indices in _batches(config, len(faces), first):
+    with (
+        log.open("a") as lines,
+        closing(source.batches(config, first)) as batches,
+        _timed(source, output / TIMING, first),
+    ):
+
+        def keep(steps: int) -> None:
+            lines.flush()
+            os.fsync(lines.fileno())
+            save(steps)
+
+        for step, batch in _kept(batches, first, keep):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step, steps_per_epoch)
             torch.manual_seed(seeds(config.seed, "dropout", step))
-            images = augment(faces.images[indices], generator(config.seed, "augment", step))
-            loss, stats = head(backbone(images), faces.labels[indices], return_stats=True)
+            images, target, target_weight = batch
+            loss, stats = head(backbone(images), target, target_weight, return_stats=True)
             row = {
                 "step": step,
                 "epoch": step / steps_per_epoch,
@@ -356,20 +337,45 @@ def _train(
             history.append(row)
             lines.write(json.dumps(row) + "\n")
             if progress:
-                progress.step(row["loss"], row["accuracy"], len(indices))
+                progress.step(row["loss"], row["accuracy"], len(images))
             epoch_ends = (step + 1) % steps_per_epoch == 0
             due = (step + 1) // steps_per_epoch % config.checkpoint_every == 0
             stop = interrupted()
             if (epoch_ends and due) or step + 1 == total or stop:
-                lines.flush()
-                os.fsync(lines.fileno())
-                save(step + 1)
+                keep(step + 1)
             if stop:
                 raise KeyboardInterrupt
             if stop_after is not None and step >= stop_after:
                 break
     model.eval()
-    return Trained(backbone, head, config, history)
+    timing = source.timing.report() if source.timing else None
+    return Trained(backbone, head, config, history, timing)
+
+
+def _kept(
+    batches: Iterator[tuple[int, Batch]], first: int, keep: Callable[[int], None]
+) -> Iterator[tuple[int, Batch]]:
+    """The batches; if they end in an error of the data, the steps that were done are kept."""
+    done = first
+    try:
+        for step, batch in batches:
+            yield step, batch
+            done = step + 1
+    except DataError:
+        if done > first:
+            keep(done)
+        raise
+
+
+@contextmanager
+def _timed(source: Source, file: Path, first: int) -> Iterator[None]:
+    """Adds a line on the source's timing to a file, however the run ends."""
+    try:
+        yield
+    finally:
+        if source.timing is not None:
+            with file.open("a") as lines:
+                lines.write(json.dumps({"first_step": first} | source.timing.report()) + "\n")
 
 
 def _history(log: Path, steps: int) -> list[dict[str, float]]:

@@ -48,16 +48,31 @@ class ImageFolder:
     """The images of a folder, listed but not opened; `list_folder` makes one.
 
     Attributes:
-        files: of the images, sorted by identity.
+        files: of the images.
         labels: (N,) int64 in [0, len(identities)), one for each file.
         identities: the name of each label, which is that of its sub-folder.
         source: the folder, for reports.
+
+    Raises:
+        ValueError: for labels that do not fit.
     """
 
     files: list[Path]
     labels: NDArray[np.int64]
     identities: list[str]
     source: str
+
+    def __post_init__(self) -> None:
+        labels, count = self.labels, len(self.identities)
+        if labels.dtype != np.int64 or labels.shape != (len(self.files),):
+            raise ValueError(
+                f"labels must be int64 of shape ({len(self.files)},), one for each file, "
+                f"got {labels.dtype} {labels.shape}"
+            )
+        if len(labels) and not 0 <= labels.min() <= labels.max() < count:
+            raise ValueError(
+                f"labels must lie in [0, {count}), got {labels.min()} to {labels.max()}"
+            )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -71,11 +86,19 @@ class ImageFolder:
             ValueError: if holdout is negative, or leaves fewer than 2 identities in the first.
         """
         kept = keep(len(self.identities), holdout)
-        cut = int(np.searchsorted(self.labels, kept))
+        first, second = np.flatnonzero(self.labels < kept), np.flatnonzero(self.labels >= kept)
         return (
-            ImageFolder(self.files[:cut], self.labels[:cut], self.identities[:kept], self.source),
             ImageFolder(
-                self.files[cut:], self.labels[cut:] - kept, self.identities[kept:], self.source
+                [self.files[i] for i in first],
+                self.labels[first],
+                self.identities[:kept],
+                self.source,
+            ),
+            ImageFolder(
+                [self.files[i] for i in second],
+                self.labels[second] - kept,
+                self.identities[kept:],
+                self.source,
             ),
         )
 

@@ -1,0 +1,194 @@
+"""What a run is trained on: batches that are a function of the step alone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .data import Augment, Faces
+from .data.loader import Domain, Pairs, Timing, TwoDomainLoader, common_shape
+from .mixing import DomainMixup, Grid, Mixed, Ratio
+from .randomness import generator
+
+if TYPE_CHECKING:
+    from .train import TrainConfig
+
+
+class Batch(NamedTuple):
+    """A training batch.
+
+    Attributes:
+        images: (N, C, H, W) float32, the network's input; it may be written over by the next one.
+        target: (N,) or (N, K) int64. target_weight: (N, K) with the latter, else None.
+    """
+
+    images: Tensor
+    target: Tensor
+    target_weight: Tensor | None
+
+
+class Source(Protocol):
+    """Training data.
+
+    Attributes:
+        image_shape: (H, W, C). num_classes: C of the head.
+        timing: of the reading, once `batches` was iterated over; None where nothing is read.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    timing: Timing | None
+
+    def __len__(self) -> int:
+        """Images in an epoch."""
+        ...
+
+    def description(self) -> dict[str, Any]:
+        """What tells this data from other, in JSON's types; a checkpoint keeps it."""
+        ...
+
+    def batches(self, config: TrainConfig, first: int) -> Generator[tuple[int, Batch]]:
+        """(step, batch) of every step of a run from the step ``first`` on.
+
+        A step's batch depends on the configuration and the step alone: a resumed run sees what an
+        uninterrupted one does. Closing the generator frees what it holds.
+        """
+        ...
+
+
+def fingerprint(domain: Domain) -> str:
+    """Tells two sets of images apart; of files, by their names and sizes."""
+    if isinstance(domain, Faces):
+        shape = tuple(domain.images.shape)
+        digest = hashlib.sha256(repr((shape, domain.identities)).encode())
+        digest.update(domain.labels.numpy().tobytes())
+        digest.update(domain.images.contiguous().numpy().data)
+    else:
+        digest = hashlib.sha256(repr(domain.identities).encode())
+        digest.update(domain.labels.tobytes())
+        for file in domain.files:
+            try:
+                size = os.path.getsize(file)
+            except OSError:  # for the loader to name, when it is read
+                size = -1
+            digest.update(f"{file.parent.name}/{file.name}\0{size}\0".encode(errors="replace"))
+    return digest.hexdigest()
+
+
+class FacesSource:
+    """A set of faces in memory, augmented; each epoch has an order of its own."""
+
+    timing: Timing | None = None
+
+    def __init__(self, faces: Faces) -> None:
+        self.faces = faces
+        height, width, channels = faces.images.shape[1:]
+        self.image_shape = (height, width, channels)
+        self.num_classes = len(faces.identities)
+
+    def __len__(self) -> int:
+        return len(self.faces)
+
+    def description(self) -> dict[str, Any]:
+        return {
+            "source": self.faces.source,
+            "fingerprint": fingerprint(self.faces),
+            "image_shape": list(self.image_shape),
+            "identities": self.num_classes,
+        }
+
+    def batches(self, config: TrainConfig, first: int) -> Generator[tuple[int, Batch]]:
+        augment, faces = Augment(config.augment), self.faces
+        per_epoch = -(-len(faces) // config.batch_size)
+        for epoch in range(first // per_epoch, config.epochs):
+            order = torch.randperm(len(faces), generator=generator(config.seed, "order", epoch))
+            for i, indices in enumerate(order.split(config.batch_size)):
+                step = epoch * per_epoch + i
+                if step >= first:
+                    varied = generator(config.seed, "augment", step)
+                    images = augment(faces.images[indices], varied)
+                    yield step, Batch(images, faces.labels[indices], None)
+
+
+class MixedSource:
+    """Synthetic images mixed with real ones, pixel by pixel, as worker processes decode them.
+
+    An epoch is one pass over the synthetic set; the classes are the synthetic identities, then the
+    real ones, and each image has one label of either. The augmentation is that each side of a pair
+    is mirrored by itself, with probability 0.5 (0.5·augment below a strength of 1).
+
+    Args:
+        synthetic, real: see `TwoDomainLoader`, as for size, grey and workers.
+        ratio: of the synthetic share ψ. per_sample: a ψ for each image, else one for the batch.
+        mix_in_workers: mix there, on a thread in each, and not in the training process.
+
+    Source: Qiu et al., "SynFace", ICCV 2021, section 3.3.
+    """
+
+    def __init__(
+        self,
+        synthetic: Domain,
+        real: Domain,
+        *,
+        ratio: Ratio | None = None,
+        per_sample: bool = False,
+        size: tuple[int, int] | None = None,
+        grey: bool | None = None,
+        workers: int = 2,
+        mix_in_workers: bool = False,
+    ) -> None:
+        self.synthetic, self.real = synthetic, real
+        self.ratio, self.per_sample = ratio or Grid(), per_sample
+        self.image_shape = common_shape((synthetic, real), size, grey)
+        self.num_classes = len(synthetic.identities) + len(real.identities)
+        self.workers, self.mix_in_workers = workers, mix_in_workers
+        self.timing: Timing | None = None
+
+    def __len__(self) -> int:
+        return len(self.synthetic)
+
+    def description(self) -> dict[str, Any]:
+        fingerprints = [fingerprint(domain) for domain in (self.synthetic, self.real)]
+        return {
+            "source": f"{self.synthetic.source}, mixed with {self.real.source}",
+            "fingerprint": " ".join(fingerprints),
+            "image_shape": list(self.image_shape),
+            "identities": self.num_classes,
+            "ratio": f"{self.ratio!r}, {'per sample' if self.per_sample else 'per batch'}",
+        }
+
+    def batches(self, config: TrainConfig, first: int) -> Generator[tuple[int, Batch]]:
+        mixup = DomainMixup(
+            len(self.synthetic.identities),
+            len(self.real.identities),
+            ratio=self.ratio,
+            per_sample=self.per_sample,
+            flip=0.5 * min(config.augment, 1.0),
+        )
+        height, width, channels = self.image_shape
+        mixed = torch.empty(config.batch_size, channels, height, width)
+        with TwoDomainLoader(
+            self.synthetic,
+            self.real,
+            config.batch_size,
+            size=(height, width),
+            grey=channels == 1,
+            seed=config.seed,
+            first_step=first,
+            last_step=config.epochs * -(-len(self) // config.batch_size),
+            workers=self.workers,
+            mix_in_workers=mixup if self.mix_in_workers else None,
+            pin=False,  # the network is on the CPU
+        ) as loader:
+            self.timing = loader.timing
+            for step, batch in loader:
+                if isinstance(batch, Pairs):
+                    draws = generator(config.seed, "mixup", step)
+                    out = mixed[: len(batch.real)]
+                    batch = Mixed(*mixup(*batch, generator=draws, out=out))
+                yield step, Batch(*batch)
