@@ -1,10 +1,15 @@
 // The CPU implementations of the ops. Their schemas live in Python, beside what they mean.
+#include <string_view>
+#include <unordered_map>
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <torch/library.h>
 
 #include "domain_mixup/cpu.h"
 #include "gemm/torch_gemm.h"
+#include "hypersphere_repulsion/cpu.h"
 #include "margin_cross_entropy/cpu.h"
 #include "simd/isa.h"
 
@@ -150,6 +155,105 @@ std::tuple<Tensor, Tensor> margin_backward(const Tensor& input, const Tensor& we
   return {grad_input, grad_weight};
 }
 
+using hypersphere_repulsion::Points;
+
+// Rows with their inverse norms.
+template <class T>
+struct PointsOf {
+  PointsOf(const Tensor& tensor, const char* name)
+      : rows(with_contiguous_rows(tensor)), inverse(at::empty({tensor.size(0)}, at::kDouble)) {
+    const int64_t bad = hypersphere_repulsion::inverse_norms<T>(rows_of(rows), torch_runtime<T>(),
+                                                                inverse.data_ptr<double>());
+    TORCH_CHECK_VALUE(bad < 0, name, " must have finite, non-zero rows, got a norm of ",
+                      1 / inverse.const_data_ptr<double>()[std::max<int64_t>(bad, 0)], " in row ",
+                      bad);
+  }
+  Points points() const { return {rows_of(rows), inverse.const_data_ptr<double>()}; }
+  Tensor rows, inverse;
+};
+
+// run(T(), problem)
+template <class F>
+auto with_points(const Tensor& x, const std::optional<Tensor>& y, F&& run) {
+  return with_statistics_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const PointsOf<T> of_x(x, "x");
+    if (!y) return run(zero, hypersphere_repulsion::Problem{of_x.points(), nullptr});
+    TORCH_CHECK_VALUE(x.size(1) == y->size(1), "x and y differ in D: ", x.sizes(), " and ",
+                      y->sizes());
+    const PointsOf<T> of_y(*y, "y");
+    const Points points = of_y.points();
+    return run(zero, hypersphere_repulsion::Problem{of_x.points(), &points});
+  });
+}
+
+// The gradient's memory, or an empty tensor.
+Tensor gradient_of(const Tensor& like, bool wanted, at::ScalarType dtype) {
+  Tensor gradient =
+      at::empty(wanted ? like.sizes() : at::IntArrayRef{0},
+                like.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous));
+  advise_huge_pages(gradient);
+  return gradient;
+}
+
+std::tuple<Tensor, Tensor, Tensor> repulsion_pairs(const Tensor& x, const std::optional<Tensor>& y,
+                                                   std::string_view kind, double a, int64_t power,
+                                                   double r_min, bool needs_x_grad,
+                                                   bool needs_y_grad) {
+  using hypersphere_repulsion::Kind;
+  static const std::unordered_map<std::string_view, Kind> kinds{{"log_sum_exp", Kind::log_sum_exp},
+                                                                {"riesz", Kind::riesz},
+                                                                {"log", Kind::log},
+                                                                {"hinge", Kind::hinge}};
+  const auto found = kinds.find(kind);
+  TORCH_CHECK_VALUE(found != kinds.end(), "kind must be one of the kernel's, got ", kind);
+  const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  Tensor grad_x = gradient_of(x, needs_x_grad, dtype).zero_();
+  Tensor grad_y = gradient_of(y ? *y : x, y && needs_y_grad, dtype).zero_();
+  const double value = with_points(x, y, [&](auto zero, const auto& problem) {
+    using T = decltype(zero);
+    return hypersphere_repulsion::pairs<T>(problem, {found->second, a, power, r_min},
+                                           torch_runtime<T>(),
+                                           needs_x_grad ? grad_x.data_ptr<T>() : nullptr,
+                                           y && needs_y_grad ? grad_y.data_ptr<T>() : nullptr);
+  });
+  return {at::full({}, value, x.options().dtype(at::kDouble)), grad_x, grad_y};
+}
+
+std::tuple<Tensor, Tensor> repulsion_nearest(const Tensor& x, const std::optional<Tensor>& y,
+                                             int64_t k) {
+  Tensor square = at::empty({x.size(0), k}, x.options().dtype(at::kDouble));
+  Tensor index = at::empty({x.size(0), k}, x.options().dtype(at::kLong));
+  with_points(x, y, [&](auto zero, const auto& problem) {
+    using T = decltype(zero);
+    hypersphere_repulsion::nearest<T>(problem, k, torch_runtime<T>(), square.data_ptr<double>(),
+                                      index.data_ptr<int64_t>());
+  });
+  return {square, index};
+}
+
+std::tuple<Tensor, Tensor> repulsion_nearest_backward(const Tensor& x,
+                                                      const std::optional<Tensor>& y,
+                                                      const Tensor& index,
+                                                      const Tensor& grad_square, double r_min,
+                                                      bool needs_x_grad, bool needs_y_grad) {
+  TORCH_CHECK_VALUE(index.sizes() == grad_square.sizes() && index.size(0) == x.size(0),
+                    "index and grad_square must be (N, k), got ", index.sizes(), " and ",
+                    grad_square.sizes());
+  Tensor grad_x = gradient_of(x, needs_x_grad, x.scalar_type());
+  Tensor grad_y = gradient_of(y ? *y : x, y && needs_y_grad, (y ? *y : x).scalar_type());
+  const Tensor indices = index.contiguous(), gradient = grad_square.contiguous();
+  with_points(x, y, [&](auto zero, const auto& problem) {
+    using T = decltype(zero);
+    hypersphere_repulsion::nearest_backward<T>(
+        problem, index.size(1), indices.const_data_ptr<int64_t>(),
+        gradient.const_data_ptr<double>(), r_min, torch_runtime<T>(),
+        needs_x_grad ? grad_x.data_ptr() : nullptr,
+        y && needs_y_grad ? grad_y.data_ptr() : nullptr);
+  });
+  return {grad_x, grad_y};
+}
+
 using domain_mixup::Affine;
 using domain_mixup::Images;
 using domain_mixup::MutableImages;
@@ -281,6 +385,9 @@ TORCH_LIBRARY_IMPL(synface_kernels, CPU, library) {
   library.impl("_advise_huge_pages", advise_huge_pages);
   library.impl("domain_mixup_cpu", mixup<OnCpu>);
   library.impl("domain_mixup_backward_cpu", mixup_backward<OnCpu>);
+  library.impl("hypersphere_repulsion_nearest_cpu", repulsion_nearest);
+  library.impl("hypersphere_repulsion_nearest_backward_cpu", repulsion_nearest_backward);
+  library.impl("hypersphere_repulsion_pairs_cpu", repulsion_pairs);
   library.impl("margin_cross_entropy_forward_cpu", margin_forward);
   library.impl("margin_cross_entropy_backward_cpu", margin_backward);
 }

@@ -6,11 +6,11 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "memory.h"
 #include "simd/scalar.h"
 
 namespace synface::margin_cross_entropy {
@@ -50,38 +50,9 @@ constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kTaskWork = int64_t(1) << 21;
 constexpr double kNormMin = 1e-12;  // as in reference.py
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class T>
 int64_t task_count(const Runtime<T>& runtime, int64_t work) {
   return std::clamp<int64_t>(work / kTaskWork, 1, kTasksPerThread * runtime.threads);
-}
-
-// Uninitialised, aligned for the widest vectors.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : data_(size > 0 ? static_cast<T*>(::operator new(size_t(size) * sizeof(T), kAlign))
-                       : nullptr) {}
-  T* get() const { return data_.get(); }
-  T& operator[](int64_t i) const { return data_.get()[i]; }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, kAlign); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
-
-size_t bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
-
-template <class T>
-constexpr Dtype dtype_of = std::is_same_v<T, double> ? Dtype::f64 : Dtype::f32;
-
-const void* row_at(const Rows& rows, int64_t i) {
-  return static_cast<const char*>(rows.data) + size_t(i) * size_t(rows.stride) * bytes(rows.dtype);
 }
 
 // 1/norm; 0 for a row that counts as zero, NaN for one that is not finite. In double: an error here
@@ -184,14 +155,6 @@ struct Partial {
   std::vector<double> sum;
   Buffer<T> mean;
 };
-
-// Splits [0, n) into `parts` nearly equal ranges.
-struct Range {
-  int64_t begin, end;
-};
-Range part_of(int64_t n, int64_t parts, int64_t part) {
-  return {n * part / parts, n * (part + 1) / parts};
-}
 
 template <class T>
 void scan_classes(const Problem& p, const Runtime<T>& runtime, const Loops<T>& loops,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..._check import describe
 from ..._load import library
-from ..._select import always, register, resolve
+from ..._select import always, needs_cpu_extension, register, resolve
 from . import reference
 from .energies import (
     NEIGHBOR_ENERGIES,
@@ -35,10 +35,27 @@ from .energies import (
 
 OP = "hypersphere_repulsion"
 _DEFAULT = LogSumExp()
-register(OP, {"reference": always})
+# A row no longer than this counts as zero.
+NORM_MIN = 1e-12
+register(OP, {"cpu": needs_cpu_extension, "reference": always})
 
-_ROWS = f"{OP}_rows"
-library.define(f"{_ROWS}(Tensor rows, str name) -> Tensor")
+library.define(f"{OP}_check(Tensor rows, str name) -> ()")
+_PAIRS = (
+    "(Tensor x, Tensor? y, str kind, float a, int power, float r_min, bool needs_x_grad, "
+    "bool needs_y_grad{impl}) -> (Tensor value, Tensor grad_x, Tensor grad_y)"
+)
+_NEAREST = "(Tensor x, Tensor? y, int k{impl}) -> (Tensor square, Tensor index)"
+_NEAREST_BACKWARD = (
+    "(Tensor x, Tensor? y, Tensor index, Tensor grad_square, float r_min, bool needs_x_grad, "
+    "bool needs_y_grad{impl}) -> (Tensor grad_x, Tensor grad_y)"
+)
+for _name, _schema in (
+    (f"{OP}_pairs", _PAIRS),
+    (f"{OP}_nearest", _NEAREST),
+    (f"{OP}_nearest_backward", _NEAREST_BACKWARD),
+):
+    library.define(_name + _schema.format(impl=", str impl"))
+    library.define(_name + "_cpu" + _schema.format(impl=""))  # implemented in csrc/bindings.cpp
 
 
 def hypersphere_repulsion(
@@ -179,18 +196,30 @@ def _neighbor_energy(square: Tensor, energy: Energy, reduction: str) -> Tensor:
 def _pairs(
     x: Tensor, y: Tensor | None, kind: str, a: float, power: int, r_min: float, impl: str
 ) -> Tensor:
-    """Σ_pairs f, or the log of Σ_pairs exp, in double."""
-    dtype = _statistics_dtype(x)
-    x, y = _valid(x, "x"), None if y is None else _valid(y, "y")
-    y = None if y is None else y.to(dtype)
-    return reference.pair_energy(x.to(dtype), y, kind, a, power, r_min)
+    """Σ_pairs f, or the log of Σ_pairs exp."""
+    if impl == "reference":
+        dtype = _statistics_dtype(x)
+        x, y = _checked(x, y, dtype)
+        return reference.pair_energy(x, y, kind, a, power, r_min)
+    needs_x_grad = torch.is_grad_enabled() and x.requires_grad
+    needs_y_grad = torch.is_grad_enabled() and y is not None and y.requires_grad
+    return torch.ops.synface_kernels.hypersphere_repulsion_pairs(
+        x, y, kind, a, power, r_min, needs_x_grad, needs_y_grad, impl
+    )[0]
 
 
 def _nearest(x: Tensor, y: Tensor | None, k: int, impl: str) -> tuple[Tensor, Tensor]:
     """Squared distances (N, k) in double, and indices (N, k)."""
-    x, y = _valid(x, "x"), None if y is None else _valid(y, "y")
-    y = None if y is None else y.double()
-    return reference.nearest(x.double(), y, k, _statistics_dtype(x))
+    if impl == "reference":
+        return reference.nearest(*_checked(x, y, torch.float64), k, _statistics_dtype(x))
+    return torch.ops.synface_kernels.hypersphere_repulsion_nearest(x, y, k, impl)
+
+
+def _checked(x: Tensor, y: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    for name, rows in (("x", x), ("y", y)):
+        if rows is not None:
+            torch.ops.synface_kernels.hypersphere_repulsion_check(rows.detach(), name)
+    return x.to(dtype), None if y is None else y.to(dtype)
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -239,26 +268,159 @@ def _check_k(x: Tensor, y: Tensor | None, k: int, name: str) -> None:
         raise ValueError(f"{name} must be at least 1 and at most {most}, {bound}, got {k}")
 
 
-def _valid(rows: Tensor, name: str) -> Tensor:
-    """The rows; an error where one is zero or not finite."""
-    torch.ops.synface_kernels.hypersphere_repulsion_rows(rows, name)
-    return rows
-
-
-@torch.library.impl(library, _ROWS, "CompositeExplicitAutograd")
-def _rows(rows: Tensor, name: str) -> Tensor:
-    """Norms (N,) in double; an error at once on a CPU, and without waiting on a GPU."""
+@torch.library.impl(library, f"{OP}_check", "CompositeExplicitAutograd")
+def _check_rows(rows: Tensor, name: str) -> None:
+    """An error where a row is zero or not finite: at once on a CPU, without waiting on a GPU."""
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    valid = (norms > 0) & norms.isfinite()
+    valid = (norms > NORM_MIN) & norms.isfinite()
     message = f"{name} must have finite, non-zero rows"
     if rows.device.type != "cpu":
         torch._assert_async(valid.all(), message)
     elif not bool(valid.all()):
         row = int((~valid).nonzero()[0])
         raise ValueError(f"{message}, got a norm of {norms[row].item():g} in row {row}")
-    return norms
 
 
-@torch.library.register_fake(f"synface_kernels::{_ROWS}")
-def _rows_fake(rows: Tensor, name: str) -> Tensor:
-    return rows.new_empty(rows.shape[:1], dtype=torch.float64)
+@torch.library.register_fake(f"synface_kernels::{OP}_check")
+def _check_rows_fake(rows: Tensor, name: str) -> None:
+    return None
+
+
+# ---- the two ops: one implementation per device, fake, autograd ----------------------------------
+
+
+def _pairs_impl(
+    x: Tensor,
+    y: Tensor | None,
+    kind: str,
+    a: float,
+    power: int,
+    r_min: float,
+    needs_x_grad: bool,
+    needs_y_grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.synface_kernels.hypersphere_repulsion_pairs_cpu(
+        x, y, kind, a, power, r_min, needs_x_grad, needs_y_grad
+    )
+
+
+def _nearest_impl(x: Tensor, y: Tensor | None, k: int, impl: str) -> tuple[Tensor, Tensor]:
+    return torch.ops.synface_kernels.hypersphere_repulsion_nearest_cpu(x, y, k)
+
+
+def _nearest_backward_impl(
+    x: Tensor,
+    y: Tensor | None,
+    index: Tensor,
+    grad_square: Tensor,
+    r_min: float,
+    needs_x_grad: bool,
+    needs_y_grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.synface_kernels.hypersphere_repulsion_nearest_backward_cpu(
+        x, y, index, grad_square, r_min, needs_x_grad, needs_y_grad
+    )
+
+
+for _key in ("CPU", "CUDA"):
+    library.impl(f"{OP}_pairs", _pairs_impl, _key)
+    library.impl(f"{OP}_nearest", _nearest_impl, _key)
+    library.impl(f"{OP}_nearest_backward", _nearest_backward_impl, _key)
+
+
+def _gradient_like(rows: Tensor | None, wanted: bool, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(rows.shape if wanted and rows is not None else (0,), dtype=dtype)
+
+
+@torch.library.register_fake(f"synface_kernels::{OP}_pairs")
+def _pairs_fake(
+    x: Tensor,
+    y: Tensor | None,
+    kind: str,
+    a: float,
+    power: int,
+    r_min: float,
+    needs_x_grad: bool,
+    needs_y_grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _statistics_dtype(x)
+    return (
+        x.new_empty((), dtype=torch.float64),
+        _gradient_like(x, needs_x_grad, x, dtype),
+        _gradient_like(y, needs_y_grad, x, dtype),
+    )
+
+
+@torch.library.register_fake(f"synface_kernels::{OP}_nearest")
+def _nearest_fake(x: Tensor, y: Tensor | None, k: int, impl: str) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], k)
+    return x.new_empty(shape, dtype=torch.float64), x.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.register_fake(f"synface_kernels::{OP}_nearest_backward")
+def _nearest_backward_fake(
+    x: Tensor,
+    y: Tensor | None,
+    index: Tensor,
+    grad_square: Tensor,
+    r_min: float,
+    needs_x_grad: bool,
+    needs_y_grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    return (
+        _gradient_like(x, needs_x_grad, x, x.dtype),
+        _gradient_like(y, needs_y_grad, x, x.dtype if y is None else y.dtype),
+    )
+
+
+def _pairs_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, y = inputs[:2]
+    ctx.dtypes = (x.dtype, None if y is None else y.dtype)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _pairs_backward(ctx: Any, grad_value: Tensor, *_: Any) -> tuple[Any, ...]:
+    grads = [
+        (grad * grad_value.to(grad.dtype)).to(dtype) if needed else None
+        for grad, dtype, needed in zip(
+            ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True
+        )
+    ]
+    return (*grads, *[None] * 7)
+
+
+torch.library.register_autograd(
+    f"synface_kernels::{OP}_pairs", _pairs_backward, setup_context=_pairs_context
+)
+
+
+def _nearest_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, y, _, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, y, output[1])
+
+
+def _nearest_backward(ctx: Any, grad_square: Tensor, _: Any) -> tuple[Any, ...]:
+    x, y, index = ctx.saved_tensors
+    needs_x_grad, needs_y_grad = ctx.needs_input_grad[:2]
+    grad_x, grad_y = torch.ops.synface_kernels.hypersphere_repulsion_nearest_backward(
+        x, y, index, grad_square, R_MIN, needs_x_grad, needs_y_grad, ctx.impl
+    )
+    return (grad_x if needs_x_grad else None, grad_y if needs_y_grad else None, None, None)
+
+
+torch.library.register_autograd(
+    f"synface_kernels::{OP}_nearest", _nearest_backward, setup_context=_nearest_context
+)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> Any:
+    raise RuntimeError("hypersphere_repulsion has no second derivative")
+
+
+torch.library.register_autograd(f"synface_kernels::{OP}_nearest_backward", _no_second_derivative)
