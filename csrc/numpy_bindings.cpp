@@ -1,5 +1,5 @@
 // The CPU kernels on NumPy arrays, without torch: for data-loader workers and for programs that
-// have NumPy alone. One thread; the matrix products are NumPy's own.
+// have NumPy alone. One thread.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -20,31 +20,12 @@ template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
 template <class T>
-py::array view(const T* data, bool transpose, int64_t rows, int64_t cols, int64_t stride) {
-  const int64_t row = (transpose ? 1 : stride) * int64_t(sizeof(T));
-  const int64_t col = (transpose ? stride : 1) * int64_t(sizeof(T));
-  // A capsule as the base keeps pybind11 from copying; it owns nothing.
-  return py::array_t<T>({rows, cols}, {row, col}, data, py::capsule(data, [](void*) {}));
-}
-
-template <class T>
-Runtime<T> numpy_runtime() {
-  const py::object matmul = py::module_::import("numpy").attr("matmul");
+Runtime<T> one_thread() {
   return {1,
           [](int tasks, const std::function<void(int)>& run) {
             for (int task = 0; task < tasks; ++task) run(task);
           },
-          [matmul](bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const T* a,
-                   int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool accumulate) {
-            const py::array left = view(a, transpose_a, m, k, lda);
-            const py::array right = view(b, transpose_b, k, n, ldb);
-            py::array out = view<T>(c, false, m, n, ldc);
-            if (accumulate) {
-              out.attr("__iadd__")(matmul(left, right));
-            } else {
-              matmul(left, right, py::arg("out") = out);
-            }
-          }};
+          nullptr};
 }
 
 template <class T>
@@ -71,7 +52,7 @@ py::tuple margin_forward(const Array<T>& input, const Array<T>& weight,
   const py::ssize_t n = input.shape(0);
   py::array_t<T> most(n), mean({needs_input_grad ? n : 0, input.shape(1)});
   py::array_t<double> lse(n), cosine({n, labels.shape(1)});
-  margin_cross_entropy::forward<T>(problem, numpy_runtime<T>(), lse.mutable_data(),
+  margin_cross_entropy::forward<T>(problem, one_thread<T>(), lse.mutable_data(),
                                    most.mutable_data(), cosine.mutable_data(),
                                    needs_input_grad ? mean.mutable_data() : nullptr);
   return py::make_tuple(lse, most, cosine, mean);
@@ -91,7 +72,7 @@ py::tuple margin_backward(const Array<T>& input, const Array<T>& weight,
         "grad_target_cosine (N, K)");
   }
   py::array_t<T> grad_input({n, d}), grad_weight({weight.shape(0), d});
-  margin_cross_entropy::backward<T>(problem, numpy_runtime<T>(), negative_lse.data(),
+  margin_cross_entropy::backward<T>(problem, one_thread<T>(), negative_lse.data(),
                                     mean_center.data(), grad_negative_lse.data(),
                                     grad_target_cosine.data(), grad_input.mutable_data(),
                                     grad_weight.mutable_data());
@@ -146,7 +127,7 @@ void mixup(const py::array_t<In, py::array::c_style>& synthetic,
                                       height,
                                       width};
   const domain_mixup::MutableImages target{out.mutable_data(), to, out_interleaved, sample};
-  const Runtime<double> runtime = numpy_runtime<double>();
+  const Runtime<double> runtime = one_thread<double>();
   const py::gil_scoped_release release;
   domain_mixup::forward(problem, runtime, target);
 }

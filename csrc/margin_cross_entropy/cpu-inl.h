@@ -1,4 +1,4 @@
-// The loops over one row of cosines or of centres. Included once per instruction set by
+// The loops over one class's cosines or centre. Included once per instruction set by
 // simd/foreach_isa.h; plain loops, which the compiler turns into that set's vectors.
 
 namespace synface::margin_cross_entropy {
@@ -13,13 +13,6 @@ T dot(const T* a, const T* b, int64_t n) {
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
   return sum;
-}
-
-// values *= factors, elementwise
-template <class T>
-void multiply(T* values, const T* factors, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) values[i] *= factors[i];
 }
 
 // y = scale·(y + a·x)
@@ -37,40 +30,41 @@ void add_tangent(T* y, double g, const T* a, double along, const T* b, int64_t n
   for (int64_t i = 0; i < n; ++i) y[i] += T(g * (double(a[i]) - along * double(b[i])));
 }
 
+// A row of cosines: one class against every embedding. values *= factor; most = max(most, values)
 template <class T>
-T maximum(const T* values, int64_t n) {
-  T most = -std::numeric_limits<T>::infinity();
-#pragma omp simd reduction(max : most)
-  for (int64_t i = 0; i < n; ++i) most = values[i] > most ? values[i] : most;
-  return most;
-}
-
-// values = e·factors with e = exp(scale·(values − shift)); returns Σ e.
-template <class T>
-T exponentials(T* values, const T* factors, T scale, T shift, int64_t n) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    const T e = exponential(scale * (values[i] - shift));
-    sum += e;
-    values[i] = e * factors[i];
-  }
-  return sum;
-}
-
-// values = coefficient·exp(scale·values·factors − lse)
-template <class T>
-void probabilities(T* values, const T* factors, T scale, T lse, T coefficient, int64_t n) {
+void cosines(T* values, T factor, T* most, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    values[i] = coefficient * exponential(madd(scale, values[i] * factors[i], -lse));
+    const T value = values[i] * factor;
+    values[i] = value;
+    most[i] = value > most[i] ? value : most[i];
+  }
+}
+
+// values = e·factor with e = exp(scale·(values − shift)); sum += e
+template <class T>
+void exponentials(T* values, T factor, T scale, const T* shift, T* sum, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const T e = exponential(scale * (values[i] - shift[i]));
+    sum[i] += e;
+    values[i] = e * factor;
+  }
+}
+
+// values = coefficient·exp(factor·values − lse)
+template <class T>
+void probabilities(T* values, T factor, const T* lse, const T* coefficient, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    values[i] = coefficient[i] * exponential(madd(factor, values[i], -lse[i]));
   }
 }
 
 template <class T>
-constexpr Loops<T> loops{dot<T>,         dot_double<T>, multiply<T>,     axpy_scale<T>,
-                         add_tangent<T>, maximum<T>,    exponentials<T>, probabilities<T>,
-                         load<T>,        store<T>};
+constexpr Loops<T> loops{dot<T>,           dot_double<T>, axpy_scale<T>,
+                         add_tangent<T>,   cosines<T>,    exponentials<T>,
+                         probabilities<T>, load<T>,       store<T>};
 
 }  // namespace SYNFACE_ISA_NAMESPACE
 }  // namespace

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "gemm/gemm.h"
 #include "memory.h"
 #include "simd/scalar.h"
 
@@ -20,12 +21,11 @@ template <class T>
 struct Loops {
   T (*dot)(const T* a, const T* b, int64_t n);
   double (*dot_double)(const T* a, const T* b, int64_t n);
-  void (*multiply)(T* values, const T* factors, int64_t n);
   void (*axpy_scale)(T* y, T a, const T* x, T scale, int64_t n);
   void (*add_tangent)(T* y, double g, const T* a, double along, const T* b, int64_t n);
-  T (*maximum)(const T* values, int64_t n);
-  T (*exponentials)(T* values, const T* factors, T scale, T shift, int64_t n);
-  void (*probabilities)(T* values, const T* factors, T scale, T lse, T coefficient, int64_t n);
+  void (*cosines)(T* values, T factor, T* most, int64_t n);
+  void (*exponentials)(T* values, T factor, T scale, const T* shift, T* sum, int64_t n);
+  void (*probabilities)(T* values, T factor, const T* lse, const T* coefficient, int64_t n);
   void (*load)(const void* from, Dtype dtype, T* to, int64_t n);
   void (*store)(const T* from, void* to, Dtype dtype, int64_t n);
 };
@@ -39,10 +39,13 @@ struct Loops {
 namespace synface::margin_cross_entropy {
 namespace {
 
-// A block of rows × a tile of classes: large enough that the products run at full speed, small
-// enough that the block of cosines stays in a core's cache.
+// A tile of classes × a block of rows: large enough that the products run at full speed, small
+// enough that their cosines stay in a core's cache. A class is a row of the tile: then the centres
+// and the cosines are read as they lie, and the embeddings, packed once, serve every tile.
 constexpr int64_t kTile = 512;
 constexpr int64_t kBlock = 512;
+// Rows of a tile whose exponentials are added up before the sum goes into a double.
+constexpr int64_t kSummands = 16;
 // What all threads' partial mean centres may take together.
 constexpr int64_t kPartialBytes = int64_t(32) << 20;
 constexpr int64_t kTasksPerThread = 4;
@@ -98,6 +101,22 @@ struct Embeddings {
   Buffer<T> unit, inverse;
 };
 
+// Embeddings as right operands of products, a block of rows each.
+template <class T>
+std::vector<Packed<T>> pack_blocks(const Embeddings<T>& x, Range rows, bool transposed) {
+  std::vector<Packed<T>> blocks;
+  for (int64_t r = rows.begin; r < rows.end; r += kBlock) {
+    const int64_t n = std::min(kBlock, rows.end - r);
+    blocks.push_back(transposed ? Packed<T>(x.dim, n) : Packed<T>(n, x.dim));
+    if (transposed) {
+      blocks.back().fill(x.row(r), x.dim, n, 1, x.dim);
+    } else {
+      blocks.back().fill(x.row(r), n, x.dim, x.dim, 1);
+    }
+  }
+  return blocks;
+}
+
 // A tile of centres as T, with their inverse norms. Centres that are T already are not copied.
 template <class T>
 class Centers {
@@ -120,9 +139,8 @@ class Centers {
     }
   }
   int64_t stride() const { return copies_ ? weight_.cols : weight_.stride; }
-  const T* data() const { return data_; }
   const T* row(int64_t j) const { return data_ + j * stride(); }
-  const T* inverse() const { return inverse_.get(); }
+  T inverse(int64_t j) const { return inverse_[j]; }
 
  private:
   Rows weight_;
@@ -157,49 +175,60 @@ struct Partial {
 };
 
 template <class T>
-void scan_classes(const Problem& p, const Runtime<T>& runtime, const Loops<T>& loops,
-                  const Embeddings<T>& x, Range rows, Range classes, Partial<T>& partial) {
+void scan_classes(const Problem& p, const Loops<T>& loops, const Embeddings<T>& x, Range rows,
+                  const std::vector<Packed<T>>& blocks, Range classes, Partial<T>& partial) {
   const int64_t dim = x.dim, k = p.labels_per_row;
   const T scale = T(p.scale), infinity = std::numeric_limits<T>::infinity();
   const int64_t width = std::min(kTile, classes.end - classes.begin);
-  Buffer<T> cosines(std::min(kBlock, rows.end - rows.begin) * width);
+  const int64_t stride = padded<T>(std::min(kBlock, rows.end - rows.begin));
+  Buffer<T> tile(width * stride), most(stride), shift(stride), sum(stride);
   Centers<T> centers(p, loops);
+  Packed<T> packed(partial.mean.get() ? width : 0, dim);
   for (int64_t c0 = classes.begin; c0 < classes.end; c0 += kTile) {
     const int64_t c1 = std::min(c0 + kTile, classes.end), n = c1 - c0;
     centers.read(c0, c1);
-    for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kBlock) {
-      const int64_t r1 = std::min(r0 + kBlock, rows.end);
-      runtime.product(false, true, r1 - r0, n, dim, x.row(r0), dim, centers.data(),
-                      centers.stride(), cosines.get(), n, false);
-      for (int64_t i = r0; i < r1; ++i) {
-        T* row = cosines.get() + (i - r0) * n;
-        const int64_t at = i - rows.begin;
-        T* mean = partial.mean.get() + (partial.mean.get() ? at * dim : 0);
-        int64_t labels_here = 0;
-        loops.multiply(row, centers.inverse(), n);
-        for_labels_in(p.labels + x.source[i] * k, k, c0, c1, [&](int64_t j, int64_t) {
-          row[j] = -infinity;
-          ++labels_here;
+    if (partial.mean.get()) packed.fill(centers.row(0), n, dim, centers.stride(), 1);
+    for (int64_t r0 = rows.begin, block = 0; r0 < rows.end; r0 += kBlock, ++block) {
+      const int64_t count = std::min(kBlock, rows.end - r0), at = r0 - rows.begin;
+      multiply(n, Left<T>{centers.row(0), centers.stride(), 1}, blocks[block], tile.get(), stride,
+               false);
+      std::fill_n(most.get(), count, -infinity);
+      for (int64_t j = 0; j < n; ++j) {
+        loops.cosines(tile.get() + j * stride, centers.inverse(j), most.get(), count);
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        T* column = tile.get() + i;
+        bool labels_here = false;
+        for_labels_in(p.labels + x.source[r0 + i] * k, k, c0, c1, [&](int64_t j, int64_t) {
+          column[j * stride] = -infinity;
+          labels_here = true;
         });
-        const T most = loops.maximum(row, n);
-        if (most == -infinity) {  // nothing but labels here, or nothing but NaN
-          if (n > labels_here) partial.sum[at] = std::numeric_limits<double>::quiet_NaN();
-          std::fill_n(row, n, T(0));
-          continue;
+        if (labels_here) {
+          most[i] = -infinity;
+          for (int64_t j = 0; j < n; ++j) most[i] = std::max(most[i], column[j * stride]);
         }
-        if (most > partial.most[at]) {
-          const T shrink = std::exp(scale * (partial.most[at] - most));
-          partial.sum[at] *= shrink;
-          if (mean && shrink < 1) {
-            for (int64_t d = 0; d < dim; ++d) mean[d] *= shrink;
-          }
-          partial.most[at] = most;
+        T& greatest = partial.most[at + i];
+        if (most[i] > greatest) {
+          const T shrink = std::exp(scale * (greatest - most[i]));
+          partial.sum[at + i] *= shrink;
+          T* mean = partial.mean.get() + (at + i) * dim;
+          for (int64_t d = 0; partial.mean.get() && d < dim; ++d) mean[d] *= shrink;
+          greatest = most[i];
         }
-        partial.sum[at] += loops.exponentials(row, centers.inverse(), scale, partial.most[at], n);
+        // Where there is nothing but labels so far, and nothing but NaN, which stays.
+        shift[i] = greatest == -infinity ? T(0) : greatest;
+      }
+      for (int64_t j0 = 0; j0 < n; j0 += kSummands) {
+        std::fill_n(sum.get(), count, T(0));
+        for (int64_t j = j0; j < std::min(j0 + kSummands, n); ++j) {
+          loops.exponentials(tile.get() + j * stride, centers.inverse(j), scale, shift.get(),
+                             sum.get(), count);
+        }
+        for (int64_t i = 0; i < count; ++i) partial.sum[at + i] += sum[i];
       }
       if (partial.mean.get()) {
-        runtime.product(false, false, r1 - r0, dim, n, cosines.get(), n, centers.data(),
-                        centers.stride(), partial.mean.get() + (r0 - rows.begin) * dim, dim, true);
+        multiply(count, Left<T>{tile.get(), 1, stride}, packed, partial.mean.get() + at * dim, dim,
+                 true);
       }
     }
   }
@@ -262,13 +291,17 @@ void forward(const Problem& p, const Runtime<T>& runtime, double* negative_lse, 
                                          most_groups, ceil_div(p.weight.rows, kTile / 8)});
   const int64_t row_groups =
       std::clamp<int64_t>(runtime.threads / class_groups, 1, ceil_div(x.count(), kBlock / 8));
+  std::vector<std::vector<Packed<T>>> blocks(static_cast<size_t>(row_groups));
+  runtime.parallel(int(row_groups), [&](int group) {
+    blocks[group] = pack_blocks(x, part_of(x.count(), row_groups, group), true);
+  });
   std::vector<std::unique_ptr<Partial<T>>> partials(size_t(class_groups * row_groups));
   runtime.parallel(int(partials.size()), [&](int task) {
     const Range rows = part_of(x.count(), row_groups, task / class_groups);
     const Range classes = part_of(p.weight.rows, class_groups, task % class_groups);
     partials[task] =
         std::make_unique<Partial<T>>(rows.end - rows.begin, dim, mean_center != nullptr);
-    scan_classes(p, runtime, loops, x, rows, classes, *partials[task]);
+    scan_classes(p, loops, x, rows, blocks[task / class_groups], classes, *partials[task]);
   });
 
   // Merge in the order of the classes, so that the answer depends on the number of threads alone.
@@ -329,16 +362,34 @@ void input_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T>
               p.input.dtype, dim);
 }
 
+// What the probabilities of a row need, one element per row that counts.
 template <class T>
-void weight_gradient(const Problem& p, const Runtime<T>& runtime, const Loops<T>& loops,
-                     const Embeddings<T>& x, Range classes, const double* negative_lse,
-                     const double* grad_negative_lse, const double* grad_target_cosine,
+struct Softmax {
+  Softmax(const Problem& p, const Embeddings<T>& x, const double* negative_lse,
+          const double* grad_negative_lse)
+      : lse(x.count()), spread(x.count()) {
+    for (int64_t i = 0; i < x.count(); ++i) {
+      const double exact = negative_lse[x.source[i]], grad = grad_negative_lse[x.source[i]];
+      const bool counts = grad != 0;  // else the log-sum-exp may be −∞, of no negatives, or NaN
+      lse[i] = counts ? T(exact) : T(0);
+      // What rounding takes off the log-sum-exp goes into the factor.
+      spread[i] = counts ? T(p.scale * grad * std::exp(double(lse[i]) - exact)) : T(0);
+    }
+  }
+  Buffer<T> lse, spread;
+};
+
+template <class T>
+void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T>& x,
+                     const std::vector<Packed<T>>& blocks, const std::vector<Packed<T>>& transposed,
+                     const Softmax<T>& softmax, Range classes, const double* grad_target_cosine,
                      void* grad_weight) {
   const int64_t dim = x.dim, k = p.labels_per_row;
   const T scale = T(p.scale);
   const int64_t width = std::min(kTile, classes.end - classes.begin);
+  const int64_t stride = padded<T>(std::min(kBlock, x.count()));
   const bool direct = p.weight.dtype == dtype_of<T>;
-  Buffer<T> cosines(std::min(kBlock, x.count()) * width), scratch(direct ? 0 : width * dim);
+  Buffer<T> tile(width * stride), scratch(direct ? 0 : width * dim);
   Centers<T> centers(p, loops);
   Targets<T> targets(p, loops);
   for (int64_t c0 = classes.begin; c0 < classes.end; c0 += kTile) {
@@ -346,34 +397,29 @@ void weight_gradient(const Problem& p, const Runtime<T>& runtime, const Loops<T>
     char* out = static_cast<char*>(grad_weight) + size_t(c0 * dim) * bytes(p.weight.dtype);
     T* gradient = direct ? reinterpret_cast<T*>(out) : scratch.get();
     centers.read(c0, c1);
-    for (int64_t r0 = 0; r0 < x.count(); r0 += kBlock) {
-      const int64_t r1 = std::min(r0 + kBlock, x.count());
-      runtime.product(false, true, r1 - r0, n, dim, x.row(r0), dim, centers.data(),
-                      centers.stride(), cosines.get(), n, false);
-      for (int64_t i = r0; i < r1; ++i) {
-        T* row = cosines.get() + (i - r0) * n;
-        const int64_t from = x.source[i];
-        if (grad_negative_lse[from] == 0) {  // also a row without negatives, of log-sum-exp −∞
-          std::fill_n(row, n, T(0));
-        } else {
-          const T lse = T(negative_lse[from]);  // what rounding takes off goes into the factor
-          const T spread =
-              T(p.scale * grad_negative_lse[from] * std::exp(double(lse) - negative_lse[from]));
-          loops.probabilities(row, centers.inverse(), scale, lse, spread, n);
-        }
-        for_labels_in(p.labels + from * k, k, c0, c1, [&](int64_t j, int64_t) { row[j] = 0; });
+    for (int64_t r0 = 0, block = 0; r0 < x.count(); r0 += kBlock, ++block) {
+      const int64_t count = std::min(kBlock, x.count() - r0);
+      multiply(n, Left<T>{centers.row(0), centers.stride(), 1}, transposed[block], tile.get(),
+               stride, false);
+      for (int64_t j = 0; j < n; ++j) {
+        loops.probabilities(tile.get() + j * stride, scale * centers.inverse(j),
+                            softmax.lse.get() + r0, softmax.spread.get() + r0, count);
       }
-      runtime.product(true, false, n, dim, r1 - r0, cosines.get(), n, x.row(r0), dim, gradient, dim,
-                      r0 > 0);
+      for (int64_t i = 0; i < count; ++i) {
+        for_labels_in(p.labels + x.source[r0 + i] * k, k, c0, c1,
+                      [&](int64_t j, int64_t) { tile[j * stride + i] = 0; });
+      }
+      multiply(n, Left<T>{tile.get(), stride, 1}, blocks[block], gradient, dim, r0 > 0);
     }
     for (int64_t j = 0; j < n; ++j) {
       T* g = gradient + j * dim;
-      const T inverse = centers.inverse()[j];
+      const T inverse = centers.inverse(j);
       const T along = loops.dot(g, centers.row(j), dim) * inverse * inverse;
       loops.axpy_scale(g, -along, centers.row(j), inverse, dim);
     }
     for (const int64_t from : x.source) {
       targets.visit(from, c0, c1, [&](int64_t j, int64_t l, double xw, double x, double w) {
+        if (grad_target_cosine[from * k + l] == 0) return;
         const double g = grad_target_cosine[from * k + l] / (x * w);
         loops.add_tangent(gradient + j * dim, g, targets.embedding(), xw / (w * w),
                           targets.center(), dim);
@@ -415,9 +461,16 @@ void backward(const Problem& p, const Runtime<T>& runtime, const double* negativ
     }
     const int64_t tasks = std::min(task_count(runtime, x.count() * p.weight.rows * dim),
                                    ceil_div(p.weight.rows, kTile / 8));
+    const Softmax<T> softmax(p, x, negative_lse, grad_negative_lse);
+    for (int64_t i = 0; i < x.count(); ++i) {  // a row without a gradient may hold NaN
+      if (softmax.spread[i] == 0) std::fill_n(x.unit.get() + i * dim, dim, T(0));
+    }
+    const Range rows{0, x.count()};
+    const std::vector<Packed<T>> blocks = pack_blocks(x, rows, false),
+                                 transposed = pack_blocks(x, rows, true);
     runtime.parallel(int(tasks), [&](int task) {
-      weight_gradient(p, runtime, loops, x, part_of(p.weight.rows, tasks, task), negative_lse,
-                      grad_negative_lse, grad_target_cosine, grad_weight);
+      weight_gradient(p, loops, x, blocks, transposed, softmax, part_of(p.weight.rows, tasks, task),
+                      grad_target_cosine, grad_weight);
     });
   }
 }

@@ -1,6 +1,7 @@
 // Includes the file that SYNFACE_ISA_SOURCE names once per instruction set, each time inside a
-// namespace of its own (SYNFACE_ISA_NAMESPACE) and with SYNFACE_FMA set where one instruction does
-// a fused multiply-add. No include guard: each op's cpu.cpp includes it once.
+// namespace of its own (SYNFACE_ISA_NAMESPACE), with SYNFACE_FMA set where one instruction does a
+// fused multiply-add, and the width of its vectors in SYNFACE_VECTOR_BYTES. No include guard: each
+// op's cpu.cpp includes it once.
 //
 // Every standard header must come before this one: inside a target region it would be compiled for
 // that target, and the linker may keep that copy for everyone.
@@ -9,15 +10,18 @@
 
 #define SYNFACE_ISA_NAMESPACE isa_base
 #define SYNFACE_FMA 0
+#define SYNFACE_VECTOR_BYTES 16
 #include SYNFACE_ISA_SOURCE
 #undef SYNFACE_ISA_NAMESPACE
 #undef SYNFACE_FMA
+#undef SYNFACE_VECTOR_BYTES
 
 #if SYNFACE_X86
 
 #define SYNFACE_FMA 1
 
 #define SYNFACE_ISA_NAMESPACE isa_avx2
+#define SYNFACE_VECTOR_BYTES 32
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
@@ -31,8 +35,10 @@
 #pragma GCC pop_options
 #endif
 #undef SYNFACE_ISA_NAMESPACE
+#undef SYNFACE_VECTOR_BYTES
 
 #define SYNFACE_ISA_NAMESPACE isa_avx512
+#define SYNFACE_VECTOR_BYTES 64
 #if defined(__clang__)
 #pragma clang attribute push(                                                    \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
@@ -48,6 +54,7 @@
 #pragma GCC pop_options
 #endif
 #undef SYNFACE_ISA_NAMESPACE
+#undef SYNFACE_VECTOR_BYTES
 
 #undef SYNFACE_FMA
 #endif

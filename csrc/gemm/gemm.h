@@ -1,0 +1,47 @@
+// Matrix products of one thread on tiles that lie in its cache, where a vendor's product would
+// spend much of its time on packing what the caller could pack once, or keep as it is.
+#pragma once
+
+#include <cstdint>
+
+#include "memory.h"
+
+namespace synface {
+
+// The right operand of products, (k × n), in panels as wide as the registers take.
+template <class T>
+class Packed {
+ public:
+  Packed(int64_t k, int64_t n);
+  // Element (p, j) is from[p·row + j·column].
+  void fill(const T* from, int64_t k, int64_t n, int64_t row, int64_t column);
+
+  const T* data() const { return data_.get(); }
+  int64_t k() const { return k_; }
+  int64_t n() const { return n_; }
+
+ private:
+  int64_t k_, n_;
+  Buffer<T> data_;
+};
+
+// A left operand: element (i, p) is data[i·row + p·column], with one of the strides 1.
+template <class T>
+struct Left {
+  const T* data;
+  int64_t row, column;
+};
+
+// Row-major C (m × n) = A·B, or C += it; k and n are B's.
+template <class T>
+void multiply(int64_t m, Left<T> a, const Packed<T>& b, T* c, int64_t c_row, bool accumulate);
+
+// A row stride of at least n for a tile that is read by columns: no power of two, which would put a
+// column's elements into the same few sets of the cache.
+template <class T>
+constexpr int64_t padded(int64_t n) {
+  constexpr int64_t line = 64 / sizeof(T);
+  return (n + 2 * line - 1) / (2 * line) * (2 * line) + line;
+}
+
+}  // namespace synface
