@@ -35,6 +35,29 @@ def write(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file so that it is there whole, or as it was before.
+
+    Raises:
+        OSError: where it cannot be written (a full disk, say).
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    part = path.with_name(path.name + ".part")
+    try:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, metadata)
+        _sync(part)
+        part.replace(path)
+        _sync(path.parent)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
     """Writes ``folder/step-XXXXXXXX``, then removes all but the two newest checkpoints.
 
@@ -44,20 +67,17 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
     Raises:
         OSError: where it cannot be written (a full disk, say); nothing is lost then.
     """
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
     part = folder / f".{final.name}.part"
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir()
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part / TENSORS)
+        write_tensors(part / TENSORS, tensors)
         size = (part / TENSORS).stat().st_size
         state = {"format": FORMAT, "step": step, "tensor_bytes": size} | state
         (part / STATE).write_text(json.dumps(state, indent=1))
-        for name in (TENSORS, STATE):
-            _sync(part / name)
+        _sync(part / STATE)
         shutil.rmtree(final, ignore_errors=True)  # the same step, written before a resume
         part.rename(final)
         _sync(folder)

@@ -1,1 +1,14 @@
-"""Packing unit vectors on the hypersphere."""
+"""Packing: identities spread on the hypersphere, and how close to the best possible they are."""
+
+from . import bounds
+from .packer import OBJECTIVES, PackConfig, Packed, Packer, Progress, closest_pair
+
+__all__ = [
+    "OBJECTIVES",
+    "PackConfig",
+    "Packed",
+    "Packer",
+    "Progress",
+    "bounds",
+    "closest_pair",
+]

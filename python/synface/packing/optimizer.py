@@ -1,0 +1,70 @@
+"""Adam on the sphere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 256  # rows updated together: at d = 512 they stay in cache through all of a step's passes
+NO_FORCE = 1e-28  # a gradient this small has lost its direction in float32
+
+
+class SphereAdam:
+    """Riemannian Adam for unit vectors: step and renormalisation in one pass over the rows.
+
+    The second moment is one number a point, the mean square of its gradient's norm, so a rotation
+    of all points rotates the result. Gradients are projected onto the tangent space, and so is the
+    first moment, which is how it is carried along as its point moves. A step has about the same
+    length, in radians, for every point: ``length`` where the gradient keeps its direction.
+
+    Args:
+        count, dim, dtype, device: of the points.
+        betas: decay of the first and of the second moment per step.
+
+    Memory: N·d numbers of the points' dtype, and 2·N float64.
+    Source: Bécigneul and Ganea, "Riemannian adaptive optimization methods", ICLR 2019.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        betas: tuple[float, float] = (0.9, 0.9),
+    ) -> None:
+        self.betas = betas
+        self.mean = torch.zeros(count, dim, dtype=dtype, device=device)
+        self.square = torch.zeros(count, 1, dtype=torch.float64, device=device)
+        self.steps = torch.zeros(count, 1, dtype=torch.float64, device=device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state, for a checkpoint."""
+        return {"mean": self.mean, "square": self.square, "steps": self.steps}
+
+    def step(self, points: Tensor, gradient: Tensor, length: float) -> None:
+        """Moves all points (N, d), in place, against the gradient (N, d)."""
+        state = (self.mean, self.square, self.steps)
+        for block in zip(*(x.split(BLOCK) for x in (points, gradient, *state)), strict=True):
+            self._step(block, length)
+
+    def step_rows(self, points: Tensor, rows: Tensor, gradient: Tensor, length: float) -> None:
+        """Moves ``points[rows]``, in place, against their gradient."""
+        state = (self.mean, self.square, self.steps)
+        x, mean, square, steps = (tensor[rows] for tensor in (points, *state))
+        self._step((x, gradient, mean, square, steps), length)
+        for whole, part in zip((points, *state), (x, mean, square, steps), strict=True):
+            whole[rows] = part
+
+    def _step(self, block: tuple[Tensor, ...], length: float) -> None:
+        x, gradient, mean, square, steps = block
+        beta1, beta2 = self.betas
+        gradient = gradient - (gradient * x).sum(1, keepdim=True) * x
+        norm = torch.linalg.vector_norm(gradient, dim=1, keepdim=True, dtype=torch.float64)
+        steps += 1
+        square.lerp_(norm.square(), 1 - beta2)
+        mean.sub_((mean * x).sum(1, keepdim=True) * x).lerp_(gradient, 1 - beta1)
+        size = (square / (1 - beta2**steps)).sqrt()
+        factor = torch.where(size > NO_FORCE, length / (1 - beta1**steps) / size, 0.0)
+        x.sub_(mean * factor.to(x.dtype))
+        x.div_(torch.linalg.vector_norm(x, dim=1, keepdim=True))

@@ -1,0 +1,519 @@
+"""Spreads unit vectors as far apart as they go: an annealed soft maximum, stepped on the sphere."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import synface_kernels as sk
+
+from .. import checkpoint
+from ..checkpoint import CheckpointError
+from ..embeddings import NAME
+from ..randomness import generator
+from ..train import _interrupts
+from . import bounds
+from .optimizer import SphereAdam
+
+OBJECTIVES = ("lse", "hyperface", "langevin")
+CHECK_EVERY = 25  # steps between exact looks at the worst cosine
+CHECKPOINT_SECONDS = 120.0
+DEFAULT_STEPS = 500
+DOUBLE_UP_TO = 1000  # points: few enough that float64 costs nothing
+
+# Of "lse", found by trials at N = 600 to 3000, d = 8 to 512 with 100 to 300 steps.
+FIRST_STEP = 0.2  # of the angle that the bound leaves between neighbours
+FIRST_SHARPNESS = 0.5  # t, in units of √d: the cosines of random points spread by 1/√d
+LAST_SHARPNESS = 75.0  # likewise; sharper for few points, in proportion
+FEW = 1000
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """What makes a packing. With ``steps``, two runs on one machine are bitwise the same.
+
+    Attributes:
+        count, dim: number of points N and dimension d, both at least 2.
+        objective: "lse", "hyperface" or "langevin", see `Packer`.
+        steps: of each restart, or
+        minutes: of the whole run. The annealing then follows the clock, so the result depends on
+            the machine's pace. Neither: 500 steps.
+        restarts: runs from other random points; the best one wins. Worth it for few points.
+        batch: points that repel each other in one step, drawn without replacement until all had
+            their turn; None for all at once. See `Packer`.
+        alpha: weight of the gallery.
+        lr: learning rate of "hyperface".
+        seed: of everything random.
+    """
+
+    count: int
+    dim: int
+    objective: str = "lse"
+    steps: int | None = None
+    minutes: float | None = None
+    restarts: int = 1
+    batch: int | None = None
+    alpha: float = 0.5
+    lr: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        bounds.best(self.count, self.dim)  # checks both
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
+        if self.steps is not None and self.minutes is not None:
+            raise ValueError(
+                f"give steps or minutes, not both, got {self.steps} and {self.minutes}"
+            )
+        if self.steps is None and self.minutes is None:
+            object.__setattr__(self, "steps", DEFAULT_STEPS)
+        for name in ("steps", "minutes", "restarts", "lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        for name in ("alpha", "seed"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        if self.batch is not None and not 2 <= self.batch <= self.count:
+            raise ValueError(f"batch must be in [2, count = {self.count}], got {self.batch}")
+        if self.batch is not None and self.objective != "lse":
+            raise ValueError(f"batch needs the objective 'lse', got {self.objective!r}")
+
+
+class Progress(Protocol):
+    """What `Packer.run` tells while it runs."""
+
+    def update(self, done: float, seconds: float, worst: float | None) -> None:
+        """The share done, seconds so far, and the worst cosine at the last exact look."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packing.
+
+    Attributes:
+        points: (N, d) unit vectors, float32 or (up to 1000 points) float64.
+        worst: the largest cosine between two of them, exact.
+        pair: the indices of these two.
+        bound: no N points have a lower worst cosine.
+        history: (seconds, steps, worst cosine) of every exact look.
+        config: how it was made.
+    """
+
+    points: Tensor
+    worst: float
+    pair: tuple[int, int]
+    bound: bounds.Bound
+    history: list[tuple[float, int, float]]
+    config: PackConfig
+
+    @property
+    def gap(self) -> float:
+        """How far the worst cosine is above the bound."""
+        return self.worst - self.bound.cosine
+
+    def save(self, path: Path, *, overwrite: bool = False) -> None:
+        """Writes a safetensors file: "embeddings" (N, d), with what is known of them as metadata.
+
+        Raises:
+            FileExistsError: where there is one already and ``overwrite`` is not set.
+            OSError: where it cannot be written (a full disk, say); what was there stays.
+        """
+        check_output(path, overwrite)
+        metadata = {
+            **{name: json.dumps(value) for name, value in asdict(self.config).items()},
+            "objective": self.config.objective,
+            "worst_cosine": repr(self.worst),
+            "worst_pair": json.dumps(self.pair),
+            "bound": repr(self.bound.cosine),
+            "bound_name": self.bound.name,
+            "history": json.dumps(self.history),
+        }
+        checkpoint.write_tensors(path, {NAME: self.points.cpu()}, metadata)
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raises FileExistsError where a file would be lost."""
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another output, or --overwrite it")
+
+
+def closest_pair(points: Tensor, other: Tensor | None = None) -> tuple[float, tuple[int, int]]:
+    """The largest cosine between two rows (of points and of other, if given), and which they are.
+
+    Exact. Memory: as `sk.nearest_neighbors`.
+    """
+    cosine, index = sk.nearest_neighbors(points, other)
+    row = int(cosine[:, 0].argmax())
+    return cosine[row, 0].item(), (row, int(index[row, 0]))
+
+
+class Packer:
+    """Packs N points on the unit sphere of R^d, each as far from its nearest neighbour as it goes.
+
+    Objectives, over f, the share of the run that is done:
+
+    - "lse": (1/t)·log Σ_{i<j} exp(t·c_ij), a soft maximum of the cosines, with t rising
+      exponentially from √d/2 to 75·max(1, 1000/N)·√d (both divided by 1 − bound), and steps of
+      `SphereAdam` whose length falls linearly to 0.
+    - "hyperface": max c_ij, the closest pair alone, with Adam and renormalisation.
+    - "langevin": soft spheres, Σ max(0, c_ij − threshold)²/2, whose threshold falls from random
+      points' worst cosine to the bound, with noise that dies out.
+
+    A gallery (M, d) adds α·(1/N)·Σ_i min_g (1 − x_i·y_g), which keeps points near it.
+
+    What is exact: every pair counts in every step, unless ``batch`` is set; then a step moves
+    ``batch`` points that repel each other alone, and a pair meets in about batch/N of the passes
+    over the points. Every worst cosine reported is exact, over all pairs; with ``batch`` it is
+    computed at the end of each restart only.
+
+    Args:
+        config: what to do.
+        gallery: (M, d) embeddings, rows finite and not zero; normalised here.
+        start: (N, d) embeddings to start from, likewise, instead of random points (with one
+            restart).
+        device: where to compute.
+
+    Raises:
+        ValueError: for a gallery or start of another shape, or with a zero or non-finite row.
+
+    Memory: 5·N·d numbers (points, best so far, gradient, moment, scratch) and the op's 64 MiB.
+    Sources: Shahreza and Marcel, "HyperFace", ICLR 2025; Geissbühler et al., "Synthetic face
+    datasets generation via latent space exploration from Brownian identity diffusion", 2024.
+    """
+
+    def __init__(
+        self,
+        config: PackConfig,
+        *,
+        gallery: Tensor | None = None,
+        start: Tensor | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.dtype = torch.float64 if config.count <= DOUBLE_UP_TO else torch.float32
+        self.bound = bounds.best(config.count, config.dim)
+        self.gallery = None if gallery is None else self._unit("gallery", gallery, None)
+        self.start = None if start is None else self._unit("start", start, config.count)
+        if start is not None and config.restarts > 1:
+            raise ValueError(f"restarts must be 1 with a start, got {config.restarts}")
+
+    def run(
+        self,
+        folder: Path | None = None,
+        *,
+        resume: bool = False,
+        progress: Progress | None = None,
+        stop_after: int | None = None,
+    ) -> Packed:
+        """Packs.
+
+        Args:
+            folder: for checkpoints, every two minutes and on Ctrl-C; None for none.
+            resume: go on from the newest one. With ``steps`` in the configuration, the result is
+                bitwise that of a run that was never interrupted.
+            progress: is told about every step.
+            stop_after: end early, after this step, as Ctrl-C would.
+
+        Raises:
+            CheckpointError: for a checkpoint that is damaged or of another run.
+            FileExistsError: where ``folder`` holds checkpoints and ``resume`` is not set.
+            FloatingPointError: once the points are not finite.
+            KeyboardInterrupt: on Ctrl-C, once the step is done and a checkpoint of it is written.
+            OSError: where a checkpoint cannot be written; the ones before it stay.
+        """
+        with _interrupts() as interrupted:
+            return _Run(self, folder, progress).run(
+                resume, lambda step: interrupted() or step == stop_after
+            )
+
+    def _unit(self, name: str, rows: Tensor, count: int | None) -> Tensor:
+        dim = self.config.dim
+        if rows.dim() != 2 or rows.shape[1] != dim or (count is not None and len(rows) != count):
+            wanted = f"({'M' if count is None else count}, {dim})"
+            raise ValueError(f"{name} must be of shape {wanted}, got {tuple(rows.shape)}")
+        rows = rows.to(self.device, torch.float64)
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        wrong = ~(norms.isfinite() & (norms > 0))
+        if wrong.any():
+            row = int(wrong.nonzero()[0, 0])
+            raise ValueError(
+                f"{name} must have finite, non-zero rows, row {row} has norm {norms[row].item()}"
+            )
+        return (rows / norms).to(self.dtype)
+
+
+class _Run:
+    """The state of a run: points, moments, the best so far, the clock."""
+
+    def __init__(self, packer: Packer, folder: Path | None, progress: Progress | None) -> None:
+        self.packer, self.config, self.progress = packer, packer.config, progress
+        self.folder = folder
+        self.step = 0
+        self.restart = -1
+        self.seconds = 0.0
+        self.check_seconds = 0.0
+        self.history: list[tuple[float, int, float]] = []
+        self.best, self.pair = math.inf, (0, 0)
+        shape = (self.config.count, self.config.dim)
+        self.points = torch.zeros(shape, dtype=packer.dtype, device=packer.device)
+        self.best_points = self.points.clone()
+        self.objective = _OBJECTIVES[self.config.objective](packer)
+
+    def run(self, resume: bool, stop: Callable[[int], bool]) -> Packed:
+        if resume:
+            self._load()
+        elif self.folder is not None and checkpoint.checkpoints(self.folder):
+            raise FileExistsError(
+                f"{self.folder} holds an interrupted run: resume it, or discard it (--overwrite)"
+            )
+        began = time.perf_counter() - self.seconds
+        saved = time.perf_counter()
+        while True:
+            restart, done = self._where()
+            if restart != self.restart:
+                if self.restart >= 0:
+                    self._check()
+                if restart == self.config.restarts:
+                    break
+                self._begin(restart)
+            if self.step % CHECK_EVERY == 0 and self.config.batch is None:
+                self._check()
+            self.objective.step(self.points, self.step, done)
+            self.step += 1
+            self.seconds = time.perf_counter() - began
+            if self.progress:
+                worst = self.history[-1][2] if self.history else None
+                self.progress.update(self._share(), self.seconds, worst)
+            stopped = stop(self.step)
+            if stopped or time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                self._save()
+                saved = time.perf_counter()
+            if stopped:
+                raise KeyboardInterrupt
+        return Packed(
+            self.best_points,
+            self.best,
+            self.pair,
+            self.packer.bound,
+            self.history,
+            self.config,
+        )
+
+    def _share(self) -> float:
+        """Of the whole run that is done."""
+        if self.config.steps is not None:
+            return self.step / (self.config.steps * self.config.restarts)
+        assert self.config.minutes is not None
+        budget = self.config.minutes * 60 - 1.2 * self.check_seconds  # the last look counts too
+        return 1.0 if budget <= self.seconds else self.seconds / budget
+
+    def _where(self) -> tuple[int, float]:
+        """The restart, and the share of it that is done."""
+        if self.config.steps is not None:
+            restart, step = divmod(self.step, self.config.steps)
+            return restart, step / self.config.steps
+        position = self._share() * self.config.restarts
+        return int(position), position % 1
+
+    def _begin(self, restart: int) -> None:
+        self.restart = restart
+        if self.packer.start is not None:
+            self.points = self.packer.start.clone()
+        else:
+            random = generator(self.config.seed, "points", restart)
+            points = torch.randn(self.points.shape, dtype=self.points.dtype, generator=random).to(
+                self.points.device
+            )
+            self.points = points / torch.linalg.vector_norm(points, dim=1, keepdim=True)
+        self.objective = _OBJECTIVES[self.config.objective](self.packer)
+
+    def _check(self) -> None:
+        """An exact look at the worst cosine; the best points so far are kept."""
+        if not self.points.isfinite().all():
+            raise FloatingPointError(f"points are not finite after {self.step} steps")
+        began = time.perf_counter()
+        worst, pair = closest_pair(self.points)
+        self.check_seconds = max(self.check_seconds, time.perf_counter() - began)
+        self.history.append((round(self.seconds, 3), self.step, worst))
+        if worst < self.best:
+            self.best, self.pair = worst, pair
+            self.best_points.copy_(self.points)
+
+    def _description(self) -> dict[str, Any]:
+        digests = {
+            name: None if rows is None else _fingerprint(rows)
+            for name, rows in (("gallery", self.packer.gallery), ("start", self.packer.start))
+        }
+        return {"config": asdict(self.config), "data": digests}
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        tensors = {"points": self.points, "best": self.best_points}
+        tensors |= {f"optimizer.{k}": v for k, v in self.objective.tensors().items()}
+        state = {
+            "restart": self.restart,
+            "seconds": self.seconds,
+            "best": None if math.isinf(self.best) else self.best,
+            "pair": self.pair,
+            "history": self.history,
+        }
+        checkpoint.save(
+            self.folder,
+            self.step,
+            {k: v.cpu() for k, v in tensors.items()},
+            self._description() | state,
+        )
+
+    def _load(self) -> None:
+        if self.folder is None:
+            raise ValueError("resume needs a folder")
+        found = checkpoint.find(self.folder)
+        tensors, state = checkpoint.load(found)
+        for part, wanted in self._description().items():
+            for key in wanted:
+                if state[part].get(key) != wanted[key]:
+                    raise CheckpointError(
+                        f"{found} is of another run: its {key} is {state[part].get(key)!r}, "
+                        f"expected {wanted[key]!r}"
+                    )
+        own = {"points": self.points, "best": self.best_points}
+        own |= {f"optimizer.{k}": v for k, v in self.objective.tensors().items()}
+        checkpoint.check_shapes(found / checkpoint.TENSORS, tensors, own)
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+        try:
+            self.step, self.restart = int(state["step"]), int(state["restart"])
+            self.seconds = float(state["seconds"])
+            self.best = math.inf if state["best"] is None else float(state["best"])
+            self.pair = (int(state["pair"][0]), int(state["pair"][1]))
+            self.history = [(float(s), int(k), float(c)) for s, k, c in state["history"]]
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CheckpointError(f"{found / checkpoint.STATE} is damaged: {error!r}") from error
+
+
+def _fingerprint(rows: Tensor) -> str:
+    import hashlib
+
+    return hashlib.sha256(rows.cpu().contiguous().numpy().data).hexdigest()
+
+
+# ---- objectives: one step each, at the share `done` of a restart ---------------------------------
+
+
+class _Annealed:
+    """What "lse" and "langevin" share: an energy of all pairs, or of a batch, and `SphereAdam`."""
+
+    def __init__(self, packer: Packer) -> None:
+        self.packer, self.config = packer, packer.config
+        self.angle = math.acos(packer.bound.cosine)
+        self.optimizer = SphereAdam(self.config.count, self.config.dim, packer.dtype, packer.device)
+        self.batches: tuple[int, tuple[Tensor, ...]] = (-1, ())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.optimizer.tensors()
+
+    def energy(self, done: float) -> sk.LogSumExp | sk.Hinge:
+        raise NotImplementedError
+
+    def step(self, points: Tensor, step: int, done: float) -> None:
+        length = FIRST_STEP * self.angle * (1 - done)
+        rows = self._rows(step)
+        if rows is None:
+            self.optimizer.step(points, self._gradient(points, done), length)
+        else:
+            self.optimizer.step_rows(points, rows, self._gradient(points[rows], done), length)
+
+    def _rows(self, step: int) -> Tensor | None:
+        """The points that take part in a step; each has its turn once in every pass."""
+        if self.config.batch is None:
+            return None
+        parts = self.config.count // self.config.batch
+        epoch, part = divmod(step, parts)
+        if epoch != self.batches[0]:
+            random = generator(self.config.seed, "batches", epoch)
+            order = torch.randperm(self.config.count, generator=random).to(self.packer.device)
+            self.batches = (epoch, order.tensor_split(parts))
+        return self.batches[1][part]
+
+    def _gradient(self, points: Tensor, done: float) -> Tensor:
+        x = points.detach().requires_grad_()
+        loss = sk.hypersphere_repulsion(x, energy=self.energy(done))
+        return torch.autograd.grad(loss + _gallery_term(self.packer, x), x)[0]
+
+
+def _gallery_term(packer: Packer, x: Tensor) -> Tensor | float:
+    if packer.gallery is None:
+        return 0.0
+    nearest = sk.hypersphere_repulsion(x, packer.gallery, energy=sk.MaxCosine())
+    return packer.config.alpha * (1 - nearest)
+
+
+class _LogSumExp(_Annealed):
+    def energy(self, done: float) -> sk.LogSumExp:
+        last = LAST_SHARPNESS * max(1.0, FEW / self.config.count)
+        relative = FIRST_SHARPNESS * (last / FIRST_SHARPNESS) ** done
+        return sk.LogSumExp(relative * self.config.dim**0.5 / (1 - self.packer.bound.cosine))
+
+
+class _Langevin(_Annealed):
+    NOISE = 0.1  # length of the noise in units of a step's
+
+    def energy(self, done: float) -> sk.Hinge:
+        low = self.packer.bound.cosine
+        high = bounds.random_worst(self.config.count, self.config.dim)
+        return sk.Hinge(min(high + (low - high) * done, math.nextafter(1, 0)))
+
+    def step(self, points: Tensor, step: int, done: float) -> None:
+        super().step(points, step, done)
+        random = generator(self.config.seed, "noise", step)
+        noise = torch.randn(points.shape, dtype=points.dtype, generator=random).to(points.device)
+        length = self.NOISE * FIRST_STEP * self.angle * (1 - done) ** 2
+        points.add_(noise, alpha=length / self.config.dim**0.5)
+        points.div_(torch.linalg.vector_norm(points, dim=1, keepdim=True))
+
+
+class _HyperFace:
+    """The closest pair alone, Adam on the coordinates, then renormalisation, as in the paper."""
+
+    def __init__(self, packer: Packer) -> None:
+        self.packer = packer
+        shape = (packer.config.count, packer.config.dim)
+        self.parameter = torch.zeros(shape, dtype=packer.dtype, device=packer.device)
+        self.optimizer = torch.optim.Adam([self.parameter], packer.config.lr, fused=True)
+        self.parameter.grad = torch.zeros_like(self.parameter)
+        self.optimizer.state[self.parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=packer.device),
+            "exp_avg": torch.zeros_like(self.parameter),
+            "exp_avg_sq": torch.zeros_like(self.parameter),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.optimizer.state[self.parameter])
+
+    def step(self, points: Tensor, step: int, done: float) -> None:
+        x = points.detach().requires_grad_()
+        loss = sk.hypersphere_repulsion(x, energy=sk.ClosestPair())
+        gradient = torch.autograd.grad(loss + _gallery_term(self.packer, x), x)[0]
+        self.parameter.data = points  # the same memory
+        self.parameter.grad = gradient
+        self.optimizer.step()
+        points.div_(torch.linalg.vector_norm(points, dim=1, keepdim=True))
+
+
+_OBJECTIVES: dict[str, Callable[[Packer], Any]] = {
+    "lse": _LogSumExp,
+    "hyperface": _HyperFace,
+    "langevin": _Langevin,
+}
