@@ -1,4 +1,4 @@
-"""The command line: synface train | eval | demo | info."""
+"""The command line: synface synthesize | train | eval | demo | info."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ from rich.table import Table
 
 from . import checkpoint
 from .data import Faces, embedded_faces, list_folder, read_folder
+from .embeddings import read_embeddings
 from .evaluate import Verification, embed, pixel_embeddings, verify
+from .generate import open_generator
 from .mixing import Beta, Constant, Grid, Ratio
 from .sources import MixedSource, fingerprint
+from .synthesize import synthesize
 from .train import CONFIG, TrainConfig, load_backbone, train
 
 app = typer.Typer(
@@ -85,6 +88,7 @@ class Bar:
         )
         self.task = self.progress.add_task(escape(description), total=None, note="")
         self.images, self.began = 0, time.perf_counter()
+        self.before: int | None = None  # files that were there at the first call
 
     def __enter__(self) -> Bar:
         self.progress.start()
@@ -103,7 +107,10 @@ class Bar:
         self.progress.update(self.task, advance=1, note=note)
 
     def files(self, done: int, total: int) -> None:
-        self.progress.update(self.task, total=total, completed=done)
+        if self.before is None:
+            self.before, self.began = done, time.perf_counter()
+        rate = (done - self.before) / max(1e-9, time.perf_counter() - self.began)
+        self.progress.update(self.task, total=total, completed=done, note=f"{rate:.0f} images/s")
 
     def advance(self, note: str) -> None:
         self.progress.update(self.task, advance=1, note=note)
@@ -365,6 +372,78 @@ def eval_command(
     unseen = state["data"]["fingerprint"].split()[-1] in prints
     pixels = _verify_pixels(held)
     _print_verification(_verify_network(backbone, held), pixels, held, unseen)
+
+
+@app.command("synthesize")
+def synthesize_command(
+    packed: Annotated[
+        Path, typer.Option(help="Embeddings (N, D), one identity per row: .safetensors or .npy.")
+    ],
+    output: Annotated[Path, typer.Option(help="The image folder to write.")],
+    images_per_identity: Annotated[int, typer.Option(min=1)] = 20,
+    generator: Annotated[
+        Path | None,
+        typer.Option(
+            help="ONNX (.onnx) or TorchScript file; the latter is a program that is run: trust "
+            "who wrote it. Default: eigenfaces of the faces that scikit-image ships."
+        ),
+    ] = None,
+    style_size: Annotated[
+        int | None, typer.Option(help="Of the generator's style, where its file does not say it.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Of the eigenfaces' images, such as 112x112. Default: 48x48."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the styles.", min=0)] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images per call of the generator.")] = 64,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that encode. Default: one per core.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where a generator's file runs.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Make what is missing.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what was synthesized before.")
+    ] = False,
+) -> None:
+    """Write a folder of face images, some of each packed identity, that `train` takes."""
+    embeddings = read_embeddings(packed)
+    asked = _size(size)
+    if asked is not None and asked[0] != asked[1]:
+        raise ValueError(f"the eigenfaces are square, got --size {size}")
+    faces = open_generator(
+        generator,
+        embeddings.shape[1],
+        style_size=style_size,
+        size=asked[0] if asked else None,
+        device=device,
+    )
+    began = time.perf_counter()
+    try:
+        with Bar("synthesizing") as bar:
+            made = synthesize(
+                embeddings,
+                faces,
+                output,
+                images_per_identity,
+                seed=seed,
+                batch_size=batch_size,
+                workers=workers,
+                resume=resume,
+                overwrite=overwrite,
+                progress=bar.files,
+            )
+    except KeyboardInterrupt:
+        console.print("interrupted: the same command with --resume makes the rest", highlight=False)
+        raise typer.Exit(130) from None
+    seconds = time.perf_counter() - began
+    console.print(
+        f"{len(embeddings)} identities, {images_per_identity} images of each in {output}: "
+        f"{made} made, {made / seconds:.0f} images/s",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

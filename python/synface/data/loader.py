@@ -137,7 +137,8 @@ class TwoDomainLoader:
             generator are the same bits.
         pin: page-locks the slots for copies to a GPU; None does where CUDA is at hand.
 
-    Use it in a ``with`` statement, or call `close`: it ends the workers and frees the memory.
+    Use it in a ``with`` statement, or call `close`: it ends the workers and frees the memory. Needs
+    a POSIX system.
 
     Raises (also while iterating):
         DataError: for folders that `list_folder` refuses; for a file that is unreadable, truncated
@@ -205,10 +206,9 @@ class TwoDomainLoader:
         height, width, channels = self.image_shape
         try:
             if mix_in_workers is None:
-                slots_of = self._share((slots, 2, batch_size, *self.image_shape), np.uint8)
+                self._slots = self._share((slots, 2, batch_size, *self.image_shape), np.uint8)
             else:
-                slots_of = self._share((slots, batch_size, channels, height, width), np.float32)
-            self._slots = torch.from_numpy(slots_of.array)
+                self._slots = self._share((slots, batch_size, channels, height, width), np.float32)
             if torch.cuda.is_available() if pin is None else pin:
                 self._pin()
             self._tickets = self._share((workers,), np.int64)
@@ -220,7 +220,7 @@ class TwoDomainLoader:
                 setup = Setup(
                     index,
                     (stored[0], stored[1]),
-                    slots_of,
+                    self._slots,
                     self._tickets,
                     self.image_shape,
                     batch_size,
@@ -253,7 +253,8 @@ class TwoDomainLoader:
         if step - 1 in self._slot_of:
             self._free.append(self._slot_of.pop(step - 1))
         self._give()
-        self._receive(0.0)  # a worker that died is told of even where this batch is there
+        while self._receive(0.0):  # a worker that died is told of even where this batch is there
+            pass
         while step not in self._done:
             self._receive(None)
         done = self._done.pop(step)
@@ -266,7 +267,7 @@ class TwoDomainLoader:
             )
         self._next += 1
         synthetic, real = torch.from_numpy(self._rows(step))
-        count, slot = len(real), self._slots[self._slot_of[step]]
+        count, slot = len(real), torch.from_numpy(self._slots.array[self._slot_of[step]])
         labels = self._labels[0][synthetic], self._labels[1][real]
         if self._mixup is None:
             batch: Pairs | Mixed = Pairs(slot[0, :count], labels[0], slot[1, :count], labels[1])
@@ -298,11 +299,11 @@ class TwoDomainLoader:
         return files
 
     def _pin(self) -> None:
-        address = self._slots.data_ptr()
-        error = torch.cuda.cudart().cudaHostRegister(address, self._slots.nbytes, 0)
+        address, size = self._slots.array.ctypes.data, self._slots.array.nbytes
+        error = torch.cuda.cudart().cudaHostRegister(address, size, 0)
         if int(error):
             warnings.warn(
-                f"{self._slots.nbytes:,} bytes of slots cannot be page-locked ({error}); copies "
+                f"{size:,} bytes of slots cannot be page-locked ({error}); copies "
                 "to the GPU will be slower",
                 stacklevel=3,
             )
@@ -344,10 +345,14 @@ class TwoDomainLoader:
             worker.tasks += 1
             self._ahead += 1
 
-    def _receive(self, timeout: float | None) -> None:
-        """Takes what workers have finished; waits for the first of them if there is no timeout."""
+    def _receive(self, timeout: float | None) -> bool:
+        """Takes a batch of each worker that has one; without a timeout, waits for the first.
+
+        Returns whether there was any.
+        """
         workers = {worker.connection: worker for worker in self._resources.workers}
-        for connection in wait(list(workers), timeout):
+        ready = wait(list(workers), timeout)
+        for connection in ready:
             worker = workers[connection]  # type: ignore[index]
             try:
                 done: Done = worker.connection.recv()
@@ -357,8 +362,10 @@ class TwoDomainLoader:
             self._done[done.step] = done
             self.timing.decoding += done.seconds
         self._give()
+        return bool(ready)
 
     def _raise_died(self, worker: _Worker) -> NoReturn:
+        hint = ""
         try:
             code = worker.process.wait(1.0)
         except subprocess.TimeoutExpired:
@@ -366,16 +373,16 @@ class TwoDomainLoader:
         else:
             if code < 0:
                 how = f"was killed by signal {-code} ({signal.strsignal(-code)})"
-                how += ", as it is when memory runs out," if code == -signal.SIGKILL else ""
+                hint = "; so ends a process when memory runs out" if code == -signal.SIGKILL else ""
             else:
                 how = f"exited with status {code}"
         ticket = int(self._tickets.array[worker.index])
         self.close()
         states = {STARTING: "while it started", IDLE: "while idle", MIXING: "while mixing"}
-        where = states.get(ticket) or f"on {self._image(ticket)}"
+        where = states.get(ticket) or f"while on {self._image(ticket)}"
         raise WorkerDied(
-            f"loader worker {worker.index} of {self.timing.workers} "
-            f"(process {worker.process.pid}) {how} {where}"
+            f"loader worker {worker.index + 1} of {self.timing.workers} "
+            f"(process {worker.process.pid}) {how} {where}{hint}"
         )
 
     def _image(self, ticket: int) -> str:

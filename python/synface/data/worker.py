@@ -53,8 +53,9 @@ class SharedArray:
         return SharedArray, (self.array.shape, self.array.dtype.str, self.fd)
 
     def close(self) -> None:
-        """Closes the descriptor; arrays that are there stay."""
+        """Lets go of the array; others over it stay, and keep the memory."""
         os.close(self.fd)
+        del self.array
 
 
 def _nameless(size: int) -> int:

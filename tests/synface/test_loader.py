@@ -1,0 +1,598 @@
+"""The two-domain loader: the same batches always, and no death or damage that goes unnoticed."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from synface import checkpoint, cli
+from synface.checkpoint import CheckpointError
+from synface.data import (
+    CycledOrder,
+    DataError,
+    Faces,
+    ImageFolder,
+    TwoDomainLoader,
+    embedded_faces,
+    list_folder,
+    read_folder,
+)
+from synface.data.loader import WorkerDied
+from synface.data.worker import IDLE
+from synface.mixing import Beta, Constant, DomainMixup
+from synface.randomness import generator
+from synface.sources import MixedSource
+from synface.train import TIMING, TrainConfig, train
+from typer.testing import CliRunner
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+ORL = Path(__file__).parents[2] / ".." / "shared" / "data" / "orl"
+SMALL = TrainConfig(
+    epochs=3,
+    batch_size=5,  # 12 synthetic images: batches of 5, 5 and 2
+    widths=(4, 8),
+    depths=(1, 1),
+    embedding_size=16,
+    checkpoint_every=1,
+)
+
+
+def folder(root: Path, people: int, each: int, seed: int, mode: str = "L") -> Path:
+    """PNG files of differing sizes."""
+    random = np.random.default_rng(seed)
+    for person in range(people):
+        (root / f"p{person}").mkdir(parents=True)
+        for i in range(each):
+            shape = (20 + i, 18 + person) if mode == "L" else (20 + i, 18 + person, 3)
+            pixels = random.integers(0, 256, shape, np.uint8)
+            Image.fromarray(pixels).save(root / f"p{person}" / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def synthetic(tmp_path) -> Path:
+    """Twelve images of four people."""
+    return folder(tmp_path / "synthetic", 4, 3, seed=1)
+
+
+@pytest.fixture
+def real(tmp_path) -> Path:
+    """Six images of three people."""
+    return folder(tmp_path / "real", 3, 2, seed=2)
+
+
+def batches(*arguments, **options) -> list[tuple]:
+    """All that a loader yields, copied."""
+    with TwoDomainLoader(*arguments, **options) as loader:
+        return [(step, *(part.clone() for part in batch)) for step, batch in loader]
+
+
+def assert_same(a: list[tuple], b: list[tuple]) -> None:
+    assert [x[0] for x in a] == [x[0] for x in b]
+    for x, y in zip(a, b, strict=True):
+        assert all(torch.equal(s, t) for s, t in zip(x[1:], y[1:], strict=True))
+
+
+# -- what is yielded
+
+
+def test_batches_are_the_images_of_the_order(synthetic, real):
+    got = batches(synthetic, real, 5, size=(16, 14), seed=3, last_step=6)
+    sets = [read_folder(path, (16, 14)) for path in (synthetic, real)]
+    order = CycledOrder(12, 6, seed=3)
+    assert [step for step, *_ in got] == list(range(6))
+    assert [len(labels) for _, _, labels, _, _ in got] == [5, 5, 2] * 2
+    for step, *batch in got:
+        epoch, begin = step // 3, step % 3 * 5
+        rows = order(epoch, np.arange(begin, min(begin + 5, 12)))
+        for side, (faces, indices) in enumerate(zip(sets, rows, strict=True)):
+            assert torch.equal(batch[2 * side], faces.images[indices])
+            assert torch.equal(batch[2 * side + 1], faces.labels[indices])
+
+
+def test_any_number_of_workers_yields_the_same_from_any_step(synthetic, real):
+    whole = batches(synthetic, real, 5, last_step=9, workers=1, prefetch=1)
+    for first, workers, prefetch in ((0, 3, 2), (4, 2, 3), (8, 1, 2)):
+        options = {"first_step": first, "workers": workers, "prefetch": prefetch}
+        assert_same(whole[first:], batches(synthetic, real, 5, last_step=9, **options))
+    other = batches(synthetic, real, 5, last_step=9, seed=1)
+    assert not all(torch.equal(a[1], b[1]) for a, b in zip(whole, other, strict=True))
+
+
+def test_a_domain_may_be_in_memory(synthetic, real):
+    on_disk = batches(synthetic, real, 5, size=(16, 14), last_step=3)
+    sets = [read_folder(path, (16, 14)) for path in (synthetic, real)]
+    assert_same(on_disk, batches(sets[0], real, 5, last_step=3))  # its size holds for both
+    assert_same(on_disk, batches(synthetic, sets[1], 5, last_step=3))
+    assert_same(on_disk, batches(*sets, 5, last_step=3))
+
+
+def test_size_and_colour_are_found_out(synthetic, real, tmp_path):
+    coloured = folder(tmp_path / "coloured", 2, 2, seed=3, mode="RGB")
+    with TwoDomainLoader(synthetic, real, 4) as loader:
+        assert loader.image_shape == (20, 18, 1)  # the first synthetic image's
+    with TwoDomainLoader(synthetic, coloured, 4) as loader:
+        assert loader.image_shape == (20, 18, 3)
+    with TwoDomainLoader(synthetic, coloured, 4, grey=True, size=(8, 9)) as loader:
+        assert loader.image_shape == (8, 9, 1)
+        _, pairs = next(loader)
+        assert pairs.real.shape == (4, 8, 9, 1)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_workers_mix_to_the_same_bits(synthetic, real, per_sample):
+    mixup = DomainMixup(4, 3, ratio=Beta(0.5), per_sample=per_sample, flip=0.5, std=0.25)
+    options = {"size": (16, 14), "seed": 7, "last_step": 6}
+    mixed = batches(synthetic, real, 5, mix_in_workers=mixup, **options)
+    for (step, *pairs), (_, images, targets, weights) in zip(
+        batches(synthetic, real, 5, **options), mixed, strict=True
+    ):
+        expected = mixup(*pairs, generator=generator(7, "mixup", step))
+        assert images.shape == (len(pairs[0]), 1, 16, 14)
+        assert torch.equal(images, expected.images)
+        assert torch.equal(targets, expected.targets)
+        assert torch.equal(weights, expected.weights)
+
+
+def test_timing_adds_up(synthetic, real):
+    with TwoDomainLoader(synthetic, real, 5, size=(200, 200), last_step=9) as loader:
+        assert sum(len(pairs.real) for _, pairs in loader) == 36
+        report = loader.timing.report()
+    assert report["pairs"] == 36
+    assert report["pairs_per_s"] == pytest.approx(36 / report["seconds"])
+    assert 0 < report["decode_share"] < 1
+    assert report["decode_share"] * 2 * report["seconds"] == pytest.approx(report["decoding"])
+    assert 0 < report["wait_share"] <= 1
+
+
+# -- workers
+
+
+def test_workers_do_without_torch(synthetic, real):
+    """Nor with mixing, for which they use the kernels."""
+    mixup = DomainMixup(4, 3)
+    with TwoDomainLoader(synthetic, real, 5, mix_in_workers=mixup) as loader:
+        for _ in range(4):
+            next(loader)
+        mapped = [Path(f"/proc/{pid}/maps").read_text() for pid in loader.pids]
+    assert all("_multiarray_umath" in text for text in mapped)  # NumPy, as a check of the check
+    assert any("synface_kernels/_numpy" in text for text in mapped)
+    assert not any("torch" in text for text in mapped)
+
+
+def test_the_current_folder_is_not_imported_from(synthetic, real, tmp_path, monkeypatch):
+    (tmp_path / "numpy.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    with TwoDomainLoader(synthetic, real, 5) as loader:
+        next(loader)
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def stop_on_an_image(loader: TwoDomainLoader, worker: int) -> int:
+    """Stops a worker while it is on an image, and returns its ticket."""
+    pid = loader.pids[worker]
+    status = Path(f"/proc/{pid}/stat")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        os.kill(pid, signal.SIGSTOP)
+        wait_for(lambda: status.read_text().rsplit(")", 1)[1].split()[0] == "T")
+        ticket = int(loader._tickets.array[worker])
+        if ticket >= 0:
+            return ticket
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.001)
+    raise AssertionError("never on an image")
+
+
+@pytest.mark.parametrize("domain", ["files", "memory"])
+def test_a_killed_worker_is_named_with_the_file_that_it_was_on(synthetic, real, domain):
+    sets = (synthetic, real)
+    if domain == "memory":
+        sets = tuple(read_folder(path, (900, 900)) for path in sets)
+    with TwoDomainLoader(*sets, 5, size=(900, 900), prefetch=4) as loader:
+        next(loader)
+        ticket = stop_on_an_image(loader, 1)
+        step, place = divmod(ticket, 10)
+        side, i = divmod(place, 5)
+        row = loader._rows(step)[side, i]
+        path = (synthetic, real)[side]
+        name = f"image {row} of {path}" if domain == "memory" else list_folder(path).files[row]
+        pid = loader.pids[1]
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(WorkerDied) as raised:
+            for _ in loader:
+                pass
+        assert str(raised.value) == (
+            f"loader worker 2 of 2 (process {pid}) was killed by signal 9 (Killed) "
+            f"while on {name}; so ends a process when memory runs out"
+        )
+        with pytest.raises(ValueError, match="the loader is closed"):
+            next(loader)
+
+
+def test_a_death_is_told_within_a_second_of_waiting(synthetic, real):
+    died = []
+
+    def kill():
+        died.append(time.monotonic())
+        os.kill(pid, signal.SIGTERM)
+
+    with TwoDomainLoader(synthetic, real, 5, workers=1) as loader:
+        pid = loader.pids[0]
+        next(loader)
+        stop_on_an_image(loader, 0)  # so that what is asked for now never comes
+        threading.Timer(0.3, kill).start()
+        threading.Timer(0.4, os.kill, (pid, signal.SIGCONT)).start()
+        with pytest.raises(WorkerDied, match=r"signal 15 \(Terminated\) while on"):
+            for _ in loader:
+                pass
+        assert time.monotonic() - died[0] < 1.1  # SIGTERM is seen 0.1 s later
+
+
+def test_a_death_is_told_even_where_the_batch_is_there(synthetic, real):
+    with TwoDomainLoader(synthetic, real, 5, last_step=3) as loader:
+        next(loader)
+        wait_for(lambda: (loader._tickets.array == IDLE).all())
+        os.kill(loader.pids[0], signal.SIGKILL)
+        wait_for(lambda: loader._resources.workers[0].process.poll() is not None)
+        with pytest.raises(DataError, match=r"worker 1 of 2 .* killed by signal 9 .* while idle"):
+            next(loader)
+
+
+def test_a_worker_that_cannot_start_is_told_of(synthetic, real, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "path", [])
+    with (
+        pytest.raises(WorkerDied, match="exited with status 1 while it started"),
+        TwoDomainLoader(synthetic, real, 5) as loader,
+    ):
+        next(loader)
+    assert "ModuleNotFoundError" in capfd.readouterr().err
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("how", ["close", "forget"])
+def test_nothing_is_left_behind(synthetic, real, how):
+    gc.collect()
+    before = open_files(), sorted(os.listdir("/dev/shm"))
+    loader = TwoDomainLoader(synthetic, real, 5)
+    pids = loader.pids
+    _, pairs = next(loader)
+    copy = pairs.real.clone()
+    assert open_files() > before[0]
+    if how == "close":
+        loader.close()
+        loader.close()
+    else:
+        del loader
+        gc.collect()
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]  # not even as zombies
+    assert torch.equal(pairs.real, copy)  # what was handed out is still there
+    del pairs
+    assert (open_files(), sorted(os.listdir("/dev/shm"))) == before
+
+
+ORPHANS = """
+import sys, time
+from synface.data import TwoDomainLoader
+loader = TwoDomainLoader(*sys.argv[1:], 5)
+next(loader)
+print(*loader.pids, flush=True)
+time.sleep(100)
+"""
+
+
+def test_workers_end_with_the_trainer(synthetic, real):
+    arguments = [sys.executable, "-c", ORPHANS, str(synthetic), str(real)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        pids = trainer.stdout.readline().split()
+        assert len(pids) == 2
+        trainer.kill()
+    wait_for(lambda: not any(is_running(pid) for pid in pids))
+
+
+def is_running(pid: str) -> bool:
+    try:  # what nobody waits for stays as a zombie
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_slots_are_page_locked_where_cuda_is(synthetic, real, monkeypatch):
+    locked: dict[int, int] = {}
+
+    def register(address: int, size: int, flags: int) -> int:
+        locked[address] = size
+        return 0
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=locked.pop)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    with TwoDomainLoader(synthetic, real, 5, size=(16, 14)) as loader:
+        _, pairs = next(loader)
+        ((address, size),) = locked.items()
+        assert address <= pairs.real.data_ptr() < address + size
+        assert size == 5 * 2 * 5 * 16 * 14  # 2 workers with 2 slots, and one more
+    assert not locked
+    runtime.cudaHostRegister = lambda *_: 2
+    with (
+        pytest.warns(UserWarning, match=r"2,240 bytes of slots cannot be page-locked \(2\)"),
+        TwoDomainLoader(synthetic, real, 1, size=(16, 14)) as loader,
+    ):
+        next(loader)
+
+
+# -- what is refused
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-60])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "truncated"),
+        (lambda file: file.write_bytes(b"MZ no image"), "no image that can be read"),
+        (Path.unlink, "no regular file, or a link to nothing"),
+        (lambda file: file.write_bytes(b"P5 60000 60000 255\n"), "bomb|over the limit"),
+    ],
+)
+def test_a_damaged_file_is_named_when_its_batch_is_due(synthetic, real, damage, message):
+    options = {"size": (20, 18), "grey": True}
+    whole = batches(synthetic, real, 5, last_step=1, **options)
+    files = list_folder(synthetic)
+    file = files.files[CycledOrder(12, 6)(0, 7)[0]]  # of the second batch
+    damage(file)
+    with TwoDomainLoader(files, real, 5, **options) as loader:
+        step, pairs = next(loader)
+        assert_same([(step, *pairs)], whole)
+        with pytest.raises(DataError, match=f"(?s){file} cannot be used; .*({message})"):
+            next(loader)
+
+
+def test_a_first_file_that_tells_no_size_is_named(synthetic, real):
+    truncate(synthetic / "p0" / "0.png")
+    with pytest.raises(DataError, match=r"p0/0.png: .*truncated"):
+        TwoDomainLoader(synthetic, real, 5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros(2, np.int64), r"int64 of shape \(3,\), one for each file, got int64 \(2,\)"),
+        (np.zeros(3, np.int32), r"int64 of shape \(3,\).* got int32 \(3,\)"),
+        (np.array([0, 1, 2]), r"labels must lie in \[0, 2\), got 0 to 2"),
+    ],
+)
+def test_labels_that_do_not_fit(labels, message):
+    with pytest.raises(ValueError, match=message):
+        ImageFolder([Path("a"), Path("b"), Path("c")], labels, ["x", "y"], "here")
+
+
+def test_settings_that_make_no_sense(synthetic, real):
+    small, big = embedded_faces(2, 16, identities=3), embedded_faces(2, 20, identities=3)
+    empty = Faces(small.images[:0], small.labels[:0], [], "nowhere")
+    fewer = {"mix_in_workers": DomainMixup(4, 2)}
+    bfloat = {"mix_in_workers": DomainMixup(4, 3, dtype=torch.bfloat16)}
+    before = open_files()
+    for sets, options, message in (
+        ((synthetic, real), {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ((synthetic, real), {"workers": 0}, "workers must be at least 1, got 0"),
+        ((synthetic, real), {"prefetch": 0}, "prefetch must be at least 1, got 0"),
+        ((synthetic, real), {"first_step": -1}, "first_step must be at least 0, got -1"),
+        ((synthetic, real), {"size": (0, 3)}, "size must be .* got \\(0, 3\\)"),
+        ((synthetic, real), fewer, "4 synthetic and 2 real identities, .* hold 4 and 3"),
+        ((synthetic, real), bfloat, "contiguous float32 .* got dtype torch.bfloat16"),
+        ((small, big), {}, r"one shape .* expected \(16, 16, 1\), got \(20, 20, 1\) from scikit"),
+        ((small, real), {"size": (8, 8)}, r"expected \(8, 8, 1\), got \(16, 16, 1\)"),
+        ((small, real), {"grey": False}, r"expected \(16, 16, 3\), got \(16, 16, 1\)"),
+        ((small, empty), {}, r"real holds no images \(nowhere\)"),
+        ((synthetic, real / "p0"), {}, "holds 0 identity folders"),
+        ((synthetic, real / "missing"), {}, "does not exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TwoDomainLoader(*sets, **{"batch_size": 5} | options)
+    assert open_files() == before
+
+
+# -- training
+
+
+def mixed(synthetic: Path, real: Path, **options) -> MixedSource:
+    size = options.pop("size", (16, 16))
+    return MixedSource(list_folder(synthetic), list_folder(real), size=size, **options)
+
+
+def weights(result) -> list[torch.Tensor]:
+    return [*result.backbone.state_dict().values(), *result.head.state_dict().values()]
+
+
+@pytest.mark.parametrize("mix_in_workers", [False, True])
+def test_a_killed_worker_costs_nothing(synthetic, real, tmp_path, mix_in_workers):
+    """The step is kept, the file named, and the next batch is the very next one."""
+    whole = train(SMALL, mixed(synthetic, real), tmp_path / "whole")
+
+    class Killer:
+        """Kills a worker after the fifth step, of nine."""
+
+        steps = 0
+
+        def start(self, total_steps: int, step: int) -> None:
+            assert (total_steps, step) == (9, 0)
+
+        def step(self, loss: float, accuracy: float, images: int) -> None:
+            self.steps += 1
+            if self.steps == 5:
+                for worker in children():
+                    os.kill(worker, signal.SIGKILL)
+                wait_for(lambda: not any(is_running(str(pid)) for pid in children()))
+
+    source = mixed(synthetic, real, mix_in_workers=mix_in_workers)
+    config = replace(SMALL, checkpoint_every=100)
+    with pytest.raises(DataError, match="was killed by signal 9"):
+        train(config, source, tmp_path / "run", progress=Killer())
+    assert children() == []
+    found = checkpoint.find(tmp_path / "run")
+    assert checkpoint.load_state(found)["step"] == 5
+    source = mixed(synthetic, real, workers=1)  # how many, and who mixes, makes no difference
+    resumed = train(config, source, tmp_path / "run", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+    assert resumed.history == whole.history
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "run")]
+    assert logs[0] == logs[1]
+    assert len((tmp_path / "run" / TIMING).read_text().splitlines()) == 2
+    assert resumed.timing is not None
+    assert resumed.timing["pairs"] == 36 - 22
+
+
+def children() -> list[int]:
+    text = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
+    return [int(pid) for pid in text.split()]
+
+
+def test_a_truncated_file_keeps_the_steps_before_it(synthetic, real, tmp_path):
+    source = mixed(synthetic, real)
+    file = source.synthetic.files[CycledOrder(12, 6, SMALL.seed)(0, 11)[0]]  # of the third step
+    good = file.read_bytes()
+    whole = train(SMALL, source, tmp_path / "whole")
+    file.write_bytes(good[:60] + bytes(len(good) - 60))  # the size is what tells files apart
+    with pytest.raises(DataError, match=str(file)):
+        train(SMALL, source, tmp_path / "run")
+    assert checkpoint.load_state(checkpoint.find(tmp_path / "run"))["step"] == 2
+    file.write_bytes(good)
+    resumed = train(SMALL, source, tmp_path / "run", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+
+
+def test_other_data_or_another_mixture_is_refused(synthetic, real, tmp_path):
+    train(SMALL, mixed(synthetic, real), tmp_path / "run", stop_after=1)
+    for other, message in (
+        (mixed(synthetic, real, ratio=Constant(0.5)), "data's ratio is .* expected 'Constant"),
+        (mixed(synthetic, real, per_sample=True), "data's ratio is .*, per batch', expected"),
+        (mixed(synthetic, real, size=(20, 16)), "data's image_shape"),
+        (mixed(real, synthetic), "data's source"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train(SMALL, other, tmp_path / "run", resume=True)
+    truncate(real / "p1" / "1.png")
+    with pytest.raises(CheckpointError, match="data's fingerprint"):
+        train(SMALL, mixed(synthetic, real), tmp_path / "run", resume=True)
+
+
+def test_the_loss_falls_on_mixed_images(synthetic, real, tmp_path):
+    config = replace(SMALL, epochs=15, augment=0.0, checkpoint_every=100)
+    history = train(config, mixed(synthetic, real, ratio=Beta(0.1)), tmp_path / "run").history
+    losses = [row["loss"] for row in history]
+    assert sum(losses[-9:]) < 0.8 * sum(losses[:9])
+
+
+def synface(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def test_the_command_line_mixes_verifies_and_resumes(tmp_path):
+    run, real = tmp_path / "run", folder(tmp_path / "real", 5, 4, seed=4)
+    tiny = ["--size", "16x16", "--embedding-size", "8", "--batch-size", "500", "--epochs", "1"]
+    domains = ["--synthetic", "default", "--real", real, "--holdout", "2"]
+    mixing = ["--mix-ratio", "beta:0.5", "--per-sample", "--workers", "1"]
+    trained = synface("train", *domains, *mixing, *tiny, "--output", run)
+    assert trained.exit_code == 0, trained.output
+    words = " ".join(trained.output.split())
+    assert "2000 images of 100 people from scikit" in words
+    assert "mixed with 12 images of 3 people from" in words
+    assert "pairs of images/s; 1 workers, " in words
+    line = next(x for x in trained.output.splitlines() if x.startswith("ROC-AUC"))
+    for command in (("eval", run), ("train", "--resume", run, "--workers", "2")):
+        again = synface(*command)
+        assert line in again.output
+        assert "2 people never trained on" in again.output
+    refused = synface("train", "--resume", run, "--mix-ratio", "grid").exception
+    assert isinstance(refused, ValueError)
+    assert "--mix-ratio grid differs from the run's beta:0.5" in str(refused)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--synthetic", "default"], "--synthetic and --real go together"),
+        (["--real", "real", "--data", "real"], "--synthetic and --real go together"),
+        (["--synthetic", "real", "--real", "real/"], "are the same folder"),
+        (
+            ["--synthetic", "default", "--real", "real", "--mix-ratio", "beta"],
+            "--mix-ratio must be grid, beta:A with A > 0 or constant:V .* got 'beta'",
+        ),
+        (
+            ["--synthetic", "default", "--real", "real", "--mix-ratio", "constant:2"],
+            "got 'constant:2'",
+        ),
+        (["--synthetic", "default", "--real", "missing"], "missing does not exist"),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path, options, message, monkeypatch):
+    folder(tmp_path / "real", 4, 2, seed=4)
+    monkeypatch.chdir(tmp_path)
+    error = synface("train", "--holdout", "2", *options).exception
+    assert isinstance(error, ValueError)
+    assert re.search(message, str(error)), error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ctrl_c_goes_to_the_trainer_alone(synthetic, real, tmp_path):
+    """As a terminal sends it, to all processes of the group."""
+    run = tmp_path / "run"
+    arguments = [sys.executable, "-m", "synface", "train", "--synthetic", synthetic]
+    arguments += ["--real", real, "--holdout", "0", "--size", "16x16", "--epochs", "100000"]
+    arguments += ["--embedding-size", "8", "--output", run]
+    with subprocess.Popen(
+        [str(argument) for argument in arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as trainer:
+        log = run / "metrics.jsonl"
+        wait_for(lambda: checkpoint.checkpoints(run / "checkpoints"))
+        time.sleep(0.5)
+        os.killpg(trainer.pid, signal.SIGINT)
+        text = trainer.communicate(timeout=60)[0]
+    assert trainer.returncode == 130, text
+    assert "interrupted: synface train --resume" in text
+    assert "Traceback" not in text
+    assert "killed" not in text
+    state = checkpoint.load_state(checkpoint.find(run))
+    assert state["step"] == len(log.read_text().splitlines()) > 0
+
+
+@pytest.mark.skipif(not ORL.is_dir(), reason="../shared/data/orl (the ORL faces) is not there")
+def test_orl_mixed_with_the_embedded_faces(tmp_path):
+    real, held = list_folder(ORL).split(10)
+    assert (len(real), len(held)) == (300, 100)
+    source = MixedSource(embedded_faces(), real)
+    assert (len(source), source.num_classes, source.image_shape) == (2000, 130, (48, 48, 1))
+    result = train(TrainConfig(), source, tmp_path / "run", stop_after=3)
+    assert result.timing is not None
+    assert result.timing["pairs"] == 4 * 32
