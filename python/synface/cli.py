@@ -526,6 +526,6 @@ def main() -> None:
     """Runs the command line; an error that the user can act on is one line, without a traceback."""
     try:
         app()
-    except (ValueError, OSError, FloatingPointError, NotImplementedError) as error:
+    except (ValueError, OSError, FloatingPointError, NotImplementedError, ImportError) as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None

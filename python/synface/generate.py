@@ -1,4 +1,4 @@
-"""From embeddings to face images: what a generator is, the embedded one, and generators in files."""
+"""From embeddings to face images: the interface, the embedded generator, generators in files."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ class FaceGenerator(Protocol):
 class EigenfaceGenerator:
     """Faces from the eigenfaces of 100 crops of LFW, which scikit-image ships; needs no file.
 
-    With the eigenfaces v_k and the standard deviations s_k of the crops along them (k <= K =
-    min(99, D)), the face of a unit embedding e is mean + sum_k s_k * sqrt(D) * (Q e)_k * v_k. Q (K, D)
-    has orthonormal rows and is always the same. A random e gives coefficients of unit variance, so
-    the faces vary as the crops do; up to D = 99 the map keeps all angles between coefficients, past
-    that it is a random projection of them. Pixels weigh the leading eigenfaces most: they keep the
-    order of the embeddings' cosines on average, not for every pair.
+    With the eigenfaces v_k and the standard deviations s_k of the crops along them, k <= K =
+    min(99, D), the face of a unit embedding e is mean + sum_k s_k * sqrt(D) * (Q e)_k * v_k. Q is
+    (K, D) with orthonormal rows, and always the same. A random e gives coefficients of unit
+    variance, so the faces vary as the crops do. Up to D = 99 the coefficients have the embeddings'
+    cosines; past that Q is a random projection. Pixels weigh the leading eigenfaces most: they keep
+    the order of the cosines on average, not for every pair.
 
     The ten numbers of a style are put through the normal distribution function and then are
     `synface.data.embedded.restyle`'s: rotation, zoom, shift, blur, light and noise.
 
-    Images are drawn one by one, so an image depends on nothing else in its batch.
+    An image depends on nothing else in its batch, to the last bit.
 
     Args:
         embedding_size: D, at least 2.
@@ -97,24 +97,23 @@ class EigenfaceGenerator:
         rotation = rotation * triangle.diagonal().sign()
         largest = eigenfaces.gather(1, eigenfaces.abs().argmax(1, keepdim=True))
         axes = (eigenfaces * largest.sign())[:rank] * deviations * math.sqrt(embedding_size)
-        self._axes = rotation @ axes
+        # Numbers on a grid have sums that are exact in float64, whatever their order.
+        self._axes = _on_grid(rotation @ axes)
 
     def generate(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
         _check_arguments(self, embedding, style, seed)
-        random = torch.special.ndtr(style)
-        rows = zip(embedding.double(), random.split(1), seed.tolist(), strict=True)
-        images = [to_bytes(self._draw(*row)) for row in rows]
-        return torch.cat(images).permute(0, 2, 3, 1)
+        faces = enlarge(self.faces(embedding), self.image_shape[0])
+        noise = [
+            torch.randn(faces.shape[1:], generator=torch.Generator().manual_seed(s))
+            for s in seed.tolist()
+        ]
+        images = restyle(faces, torch.special.ndtr(style), torch.stack(noise))
+        return to_bytes(images).permute(0, 2, 3, 1)
 
     def faces(self, embedding: Tensor) -> Tensor:
-        """(D,) or (B, D) to faces in [0, 1] without any style, (..., 25, 25) float64."""
-        face = self._mean + (embedding.double() @ self._axes).unflatten(-1, self._mean.shape)
-        return face.clamp_(0.0, 1.0)
-
-    def _draw(self, embedding: Tensor, random: Tensor, seed: int) -> Tensor:
-        face = enlarge(self.faces(embedding)[None], self.image_shape[0])
-        noise = torch.randn(face.shape, generator=torch.Generator().manual_seed(seed))
-        return restyle(face, random, noise)
+        """(B, D) unit rows to faces in [0, 1] without any style, (B, 25, 25) float64."""
+        offset = _on_grid(embedding.double()) @ self._axes
+        return (self._mean + offset.unflatten(1, self._mean.shape)).clamp_(0.0, 1.0)
 
 
 class TorchScriptGenerator:
@@ -186,10 +185,10 @@ class TorchScriptGenerator:
 class OnnxGenerator:
     """A generator in an ONNX file, run by onnxruntime (`pip install onnxruntime`).
 
-    Its inputs are, in this order, the embedding, the style and, if there is a third, the seed (int64);
-    its first output is what `TorchScriptGenerator` describes. A file exported for a fixed batch is run
-    in batches of that size, the last one filled up. Operators that draw random numbers have seeds
-    in the file, or give other images each time.
+    Its inputs are, in this order, the embedding, the style and, if there is a third, the seed
+    (int64); its first output is what `TorchScriptGenerator` describes. A file exported for a fixed
+    batch is run in batches of that size, the last one filled up. Operators that draw random numbers
+    have seeds in the file, or give other images each time.
 
     Args:
         path: the file.
@@ -233,8 +232,8 @@ class OnnxGenerator:
         if len(inputs) not in (2, 3) or len(shapes[0]) != 2 or len(shapes[1]) != 2:
             came = ", ".join(f"{x.name} {x.shape}" for x in inputs)
             raise ValueError(
-                f"{path}: the inputs must be embedding (B, D), style (B, S) and, at will, seed (B,), "
-                f"got {came}"
+                f"{path}: the inputs must be embedding (B, D), style (B, S) and, at will, "
+                f"seed (B,), got {came}"
             )
         self._path, self._names = path, [x.name for x in inputs]
         self._batch = shapes[0][0] if isinstance(shapes[0][0], int) else None
@@ -254,9 +253,12 @@ class OnnxGenerator:
         filled = torch.arange(-(-count // batch) * batch).clamp_(max=count - 1)
         outputs = []
         for rows in filled.split(batch):
-            inputs = [x[rows].cpu().numpy() for x in (embedding, style, seed)]
+            inputs = (x[rows].cpu().numpy() for x in (embedding, style, seed))
+            feed = dict(
+                zip(self._names, inputs, strict=False)
+            )  # without a seed where it takes none
             try:
-                outputs.append(self._session.run(None, dict(zip(self._names, inputs)))[0])
+                outputs.append(self._session.run(None, feed)[0])
             except Exception as error:
                 raise ValueError(_failed(self._path, embedding, style, error)) from error
         return torch.from_numpy(np.concatenate(outputs))[:count]
@@ -270,7 +272,7 @@ def open_generator(
     size: int | None = None,
     device: str = "cpu",
 ) -> FaceGenerator:
-    """The generator in a file (ONNX if its name ends in .onnx, else TorchScript), or the embedded one.
+    """The generator in a file (ONNX if its name ends in .onnx, else TorchScript), or eigenfaces.
 
     Args:
         path: None for eigenfaces. A TorchScript file is a program that this runs.
@@ -301,7 +303,13 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_arguments(generator: FaceGenerator, embedding: Tensor, style: Tensor, seed: Tensor) -> None:
+def _on_grid(x: Tensor) -> Tensor:
+    return torch.round(x * 2.0**22) / 2.0**22
+
+
+def _check_arguments(
+    generator: FaceGenerator, embedding: Tensor, style: Tensor, seed: Tensor
+) -> None:
     batch = len(seed) if seed.ndim else 0
     for name, tensor, dtype, shape in (
         ("seed", seed, torch.int64, (batch,)),

@@ -140,10 +140,16 @@ def restyle(x: Tensor, random: Tensor, noise: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """A Gaussian of its own width, in pixels, for each (B, 1, H, W) image."""
-    batch = len(x)
+    """A Gaussian of its own width, in pixels, for each (B, 1, H, W) image.
+
+    Sums of shifted images, not a convolution: its rounding would depend on the batch.
+    """
     at = torch.arange(-radius, radius + 1, dtype=x.dtype)
     taps = torch.softmax(-0.5 * (at / sigma.clamp_min(1e-3)[:, None]) ** 2, 1)
-    padded = F.pad(x, (radius,) * 4, mode="replicate").transpose(0, 1)
-    rows = F.conv2d(padded, taps.view(batch, 1, -1, 1), groups=batch)
-    return F.conv2d(rows, taps.view(batch, 1, 1, -1), groups=batch).transpose(0, 1)
+    padded = F.pad(x, (radius,) * 4, mode="replicate")
+    for dim in (2, 3):
+        shifted = padded.unfold(dim, x.shape[dim], 1).movedim(-1, dim + 1).unbind(dim)
+        padded = sum(
+            tap.view(-1, 1, 1, 1) * part for tap, part in zip(taps.T, shifted, strict=True)
+        )
+    return padded
