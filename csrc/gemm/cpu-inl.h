@@ -11,6 +11,8 @@ namespace SYNFACE_ISA_NAMESPACE {
 template <class T>
 struct Vectors {
   typedef T type __attribute__((vector_size(SYNFACE_VECTOR_BYTES)));
+  using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Integer integer __attribute__((vector_size(SYNFACE_VECTOR_BYTES)));
   static constexpr int lanes = SYNFACE_VECTOR_BYTES / sizeof(T);
 };
 template <class T>
@@ -132,22 +134,69 @@ void multiply(int64_t m, Left<T> a, const T* b, int64_t k, int64_t n, T* c, int6
                                                                  accumulate);
 }
 
-// Slices of kDepth rows, each of panels of kColumns columns; what is missing of the last panel is
-// 0.
+// Element l is that of a and b, one after the other, which `which` names.
+template <class T>
+Vector<T> shuffle(Vector<T> a, Vector<T> b, typename Vectors<T>::integer which) {
+#ifdef __clang__  // knows constants alone
+  Vector<T> picked;
+  constexpr int lanes = Vectors<T>::lanes;
+  for (int l = 0; l < lanes; ++l) picked[l] = which[l] < lanes ? a[which[l]] : b[which[l] - lanes];
+  return picked;
+#else
+  return __builtin_shuffle(a, b, which);
+#endif
+}
+
+// The transpose of a square as wide as a vector: `lanes` rows at `from`, and at `to`.
+template <class T>
+void transpose(const T* from, int64_t from_row, T* to, int64_t to_row) {
+  constexpr int lanes = Vectors<T>::lanes;
+  typename Vectors<T>::integer low, high;  // of two vectors, interleaved
+  for (int l = 0; l < lanes; ++l) {
+    low[l] = l / 2 + l % 2 * lanes;
+    high[l] = low[l] + lanes / 2;
+  }
+  Vector<T> rows[lanes], next[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) std::memcpy(&rows[i], from + i * from_row, sizeof rows[i]);
+#pragma GCC unroll 4
+  for (int stage = 1; stage < lanes; stage *= 2) {  // each a perfect shuffle of all elements
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes / 2; ++i) {
+      next[2 * i] = shuffle<T>(rows[i], rows[i + lanes / 2], low);
+      next[2 * i + 1] = shuffle<T>(rows[i], rows[i + lanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) rows[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) std::memcpy(to + i * to_row, &rows[i], sizeof rows[i]);
+}
+
+// Slices of kDepth rows, each of panels of kColumns columns; what the last panel lacks is 0.
 template <class T>
 void fill(const T* from, int64_t k, int64_t n, int64_t row, int64_t column, T* to) {
+  constexpr int64_t width = kColumns<T>, lanes = Vectors<T>::lanes;
   for (int64_t p = 0; p < k; p += kDepth) {
     const int64_t depth = std::min(kDepth, k - p);
-    for (int64_t j = 0; j < n; j += kColumns<T>) {
-      const int64_t columns = std::min(kColumns<T>, n - j);
-      for (int64_t q = p; q < p + depth; ++q, to += kColumns<T>) {
-        const T* at = from + q * row + j * column;
-        if (column == 1 && columns == kColumns<T>) {
-          std::memcpy(to, at, kColumns<T> * sizeof(T));
+    for (int64_t j = 0; j < n; j += width, to += depth * width) {
+      const int64_t columns = std::min(width, n - j);
+      int64_t q = 0;
+      if (row == 1 && columns == width) {
+        for (; q + lanes <= depth; q += lanes) {
+          for (int64_t l = 0; l < width; l += lanes) {
+            transpose(from + (p + q) + (j + l) * column, column, to + q * width + l, width);
+          }
+        }
+      }
+      for (; q < depth; ++q) {
+        const T* at = from + (p + q) * row + j * column;
+        if (column == 1 && columns == width) {
+          std::memcpy(to + q * width, at, width * sizeof(T));
           continue;
         }
-        for (int64_t l = 0; l < columns; ++l) to[l] = at[l * column];
-        std::fill(to + columns, to + kColumns<T>, T(0));
+        for (int64_t l = 0; l < columns; ++l) to[q * width + l] = at[l * column];
+        std::fill(to + q * width + columns, to + (q + 1) * width, T(0));
       }
     }
   }
