@@ -450,8 +450,8 @@ class CutMix(_OneBatch):
     ) -> Mixed:
         """Mixes a batch; arguments, result and errors are those of `Mixup`.
 
-        Memory above the inputs: the result, two copies of the images in their own dtype, and N·H·W
-        bytes (H·W for one box).
+        Memory above the inputs: the result, two copies of the images in their own dtype, and a byte
+        for each of their elements.
         """
         _check_images("images", images, self.layout)
         _check_labels("labels", labels, images)
@@ -575,8 +575,8 @@ class TimmMixup:
             ``dense`` (B, C) float32: (1 − ε)·Σ_k weight_k·onehot(target_k) + ε/C, with ε =
             label_smoothing.
 
-        Memory above the inputs: the result, a copy of x in its own dtype, and as much again plus
-        B·H·W bytes where CutMix is on.
+        Memory above the inputs: the result, a copy of x in its own dtype, and as much again plus a
+        byte for each of its elements where CutMix is on.
 
         Raises:
             TypeError, ValueError: for a wrong argument, naming it.
@@ -694,8 +694,14 @@ def _paste(images: Tensor, partner: Tensor, boxes: Tensor, layout: str) -> Tenso
     top, bottom, left, right = boxes[:, :, None, None]
     y = torch.arange(height, device=images.device)[:, None]
     x = torch.arange(width, device=images.device)
-    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
-    return torch.where(inside.unsqueeze(3 if layout == "NHWC" else 1), partner, images)
+    rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
+    if layout == "NCHW":
+        return torch.where((rows & columns).unsqueeze(1), partner, images)
+    # Channels count as columns: loops over three elements would be slow.
+    batch, channels = len(images), images.shape[3]
+    inside = rows & columns.repeat_interleave(channels, 2)
+    lines = (batch, height, width * channels)
+    return torch.where(inside, partner.reshape(lines), images.reshape(lines)).view(images.shape)
 
 
 # ---- labels --------------------------------------------------------------------------------------
