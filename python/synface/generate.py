@@ -178,7 +178,7 @@ class TorchScriptGenerator:
             torch.manual_seed(int(seed[0]))
             try:
                 return self._model(*inputs[: 3 if self._seeded else 2])
-            except RuntimeError as error:
+            except (RuntimeError, torch.jit.Error) as error:
                 raise ValueError(_failed(self._path, embedding, style, error)) from error
 
 
@@ -221,8 +221,10 @@ class OnnxGenerator:
                 f"device must be one of those of onnxruntime "
                 f"({', '.join(onnxruntime.get_available_providers())}), got {device!r}"
             )
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what goes wrong is raised
         try:
-            self._session = onnxruntime.InferenceSession(str(path), providers=[provider])
+            self._session = onnxruntime.InferenceSession(str(path), options, [provider])
         except Exception as error:  # onnxruntime's own types have no common base
             raise ValueError(
                 f"{path} cannot be loaded as an ONNX model: {_last_line(error)}"
@@ -261,7 +263,8 @@ class OnnxGenerator:
                 outputs.append(self._session.run(None, feed)[0])
             except Exception as error:
                 raise ValueError(_failed(self._path, embedding, style, error)) from error
-        return torch.from_numpy(np.concatenate(outputs))[:count]
+        images = torch.from_numpy(np.concatenate(outputs))
+        return images[:count] if len(images) == len(filled) else images  # `_images` refuses it
 
 
 def open_generator(
