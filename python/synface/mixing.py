@@ -418,7 +418,7 @@ class Mixup(_OneBatch):
         _check_labels("labels", labels, images)
         order = self._partners(images, generator)
         share = _send(self._shares(len(images), generator), images.device).expand(len(images))
-        mixed = self._mix(images, images[order], share, out)
+        mixed = self._mix(images, images.index_select(0, order), share, out)
         return Mixed(mixed, *_pairs(labels, labels[order], share))
 
 
@@ -459,7 +459,9 @@ class CutMix(_OneBatch):
         order = self._partners(images, generator)
         boxes = _boxes(height, width, self._shares(len(images), generator), generator)
         share = _kept(boxes, height, width)
-        pasted = _paste(images, images[order], _send(boxes, images.device), self.layout)
+        pasted = _paste(
+            images, images.index_select(0, order), _send(boxes, images.device), self.layout
+        )
         share = _send(share, images.device).expand(len(images))
         mixed = self._mix(pasted, pasted.detach(), torch.ones_like(share), out)
         return Mixed(mixed, *_pairs(labels, labels[order], share))
@@ -726,7 +728,8 @@ def _cycled(rows: Tensor, count: int) -> Tensor:
     """Row i of the result is row i mod len(rows)."""
     if len(rows) >= count:
         return rows[:count]
-    return rows[torch.arange(count, device=rows.device) % len(rows)]
+    whole, rest = divmod(count, len(rows))
+    return torch.cat([rows] * whole + [rows[:rest]])
 
 
 def _own_weights(labels: Tensor, weights: Tensor | None) -> Tensor:
