@@ -1,4 +1,4 @@
-"""The command line: synface synthesize | train | eval | demo | info."""
+"""The command line: synface pack | synthesize | train | eval | demo | info."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
 
-from . import checkpoint
+from . import checkpoint, packing
 from .data import Faces, embedded_faces, list_folder, read_folder
 from .embeddings import read_embeddings
 from .evaluate import Verification, embed, pixel_embeddings, verify
@@ -77,11 +79,11 @@ SeedOption = Annotated[int, typer.Option(help="Of everything random.", min=0)]
 class Bar:
     """A rich progress bar with images/s and loss."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, done: ProgressColumn | None = None) -> None:
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=14),
-            MofNCompleteColumn(),
+            done or MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),  # 80 columns hold no more
             console=console,
@@ -114,6 +116,22 @@ class Bar:
 
     def advance(self, note: str) -> None:
         self.progress.update(self.task, advance=1, note=note)
+
+
+class PackingBar(Bar):
+    """A share done, the worst cosine, how far it is above the bound, and the time left."""
+
+    def __init__(self, objective: str, bound: float) -> None:
+        super().__init__(f"packing, {objective}", TaskProgressColumn())
+        self.bound = bound
+
+    def __enter__(self) -> PackingBar:
+        super().__enter__()
+        return self
+
+    def update(self, done: float, seconds: float, worst: float | None) -> None:
+        note = "" if worst is None else f"worst {worst:.4f}, bound + {worst - self.bound:.4f}"
+        self.progress.update(self.task, total=1.0, completed=done, note=note)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -372,6 +390,137 @@ def eval_command(
     unseen = state["data"]["fingerprint"].split()[-1] in prints
     pixels = _verify_pixels(held)
     _print_verification(_verify_network(backbone, held), pixels, held, unseen)
+
+
+@app.command("pack")
+def pack_command(
+    count: Annotated[int | None, typer.Option(help="Points N.")] = None,
+    dim: Annotated[int | None, typer.Option(help="Dimensions d.")] = None,
+    objective: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="lse, hyperface or langevin; give several to run one after the other. "
+            "The first one's points go to --output. Default: lse."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Of each objective and restart. Default: 500.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Of each objective, in place of --steps.")
+    ] = None,
+    restarts: Annotated[
+        int, typer.Option(help="Runs from other random points; the best wins.")
+    ] = 1,
+    batch: Annotated[
+        int | None,
+        typer.Option(help="Points per step, drawn at random; for N too large for all at once."),
+    ] = None,
+    gallery: Annotated[
+        Path | None, typer.Option(help="Embeddings to stay close to: .safetensors or .npy.")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Weight of the gallery.")] = 0.5,
+    start: Annotated[
+        Path | None, typer.Option(help="Embeddings to start from: .safetensors or .npy.")
+    ] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate of hyperface.")] = 0.01,
+    seed: SeedOption = 0,
+    output: Annotated[
+        Path, typer.Option(help="The points, a .safetensors file; beside it a .png.")
+    ] = Path("packed.safetensors"),
+    device: str = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")] = False,
+    check: Annotated[
+        Path | None,
+        typer.Option(help="Pack nothing: find the worst pair of these embeddings, exactly."),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="With --check: pairs of one embedding from each file.")
+    ] = None,
+) -> None:
+    """Spread N unit vectors in d dimensions as far apart as they go, or check embeddings."""
+    if check is not None:
+        _check_embeddings(check, against)
+        return
+    if against is not None:
+        raise ValueError("--against needs --check")
+    begin = None if start is None else read_embeddings(start)
+    keep = None if gallery is None else read_embeddings(gallery)
+    if begin is not None:
+        count, dim = count or begin.shape[0], dim or begin.shape[1]
+    if count is None or dim is None:
+        raise ValueError("pack needs --count and --dim (or --start), or --check")
+    packers = [
+        packing.Packer(
+            packing.PackConfig(count, dim, each, steps, minutes, restarts, batch, alpha, lr, seed),
+            gallery=keep,
+            start=begin,
+            device=device,
+        )
+        for each in objective or ["lse"]
+    ]
+    bound = packers[0].bound
+    console.print(
+        f"{count:,} points in {dim} dimensions: random ones have a worst cosine of about "
+        f"{packing.bounds.random_worst(count, dim):.4f}, none can have less than "
+        f"{bound.cosine:.4f} ({bound.name})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    try:
+        packings = packing.pack(
+            packers,
+            output,
+            resume=resume,
+            overwrite=overwrite,
+            progress=lambda each: PackingBar(each, bound.cosine),
+        )
+    except KeyboardInterrupt:
+        console.print("interrupted: the same command with --resume goes on", highlight=False)
+        raise typer.Exit(130) from None
+    for each in packings:
+        seconds, number, _ = each.history[-1]
+        console.print(
+            f"{each.config.objective}: worst cosine {each.worst:.6f} (points {each.pair[0]} and "
+            f"{each.pair[1]}), {each.gap:.6f} above the bound; {number:,} steps, {seconds:.0f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(
+        f"written: {output}, {output.with_suffix('.png')}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _check_embeddings(file: Path, against: Path | None) -> None:
+    rows = read_embeddings(file)
+    other = None if against is None else read_embeddings(against)
+    if other is not None and rows.shape[1] != other.shape[1]:
+        raise ValueError(
+            f"{file} and {against} must have the same dimension, got {rows.shape[1]} and "
+            f"{other.shape[1]}"
+        )
+    if other is None and len(rows) < 2:
+        raise ValueError(f"{file} must have two rows or more, got {len(rows)}")
+    cosine, (i, j) = packing.closest_pair(rows, other)
+    console.print(
+        f"worst cosine {cosine:.6f}: row {i} of {file} and row {j} of {against or file}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    if other is None and rows.shape[1] > 1:
+        count, dim = rows.shape
+        bound = packing.bounds.best(count, dim)
+        console.print(
+            f"{count:,} points in {dim} dimensions: bound {bound.cosine:.6f} ({bound.name}), "
+            f"random points about {packing.bounds.random_worst(count, dim):.6f}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command("synthesize")

@@ -1,6 +1,7 @@
 """Packing: identities spread on the hypersphere, and how close to the best possible they are."""
 
 from . import bounds
+from .files import pack
 from .packer import OBJECTIVES, PackConfig, Packed, Packer, Progress, closest_pair
 
 __all__ = [
@@ -11,4 +12,5 @@ __all__ = [
     "Progress",
     "bounds",
     "closest_pair",
+    "pack",
 ]

@@ -144,7 +144,7 @@ class Packed:
 def check_output(path: Path, overwrite: bool) -> None:
     """Raises FileExistsError where a file would be lost."""
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another output, or --overwrite it")
+        raise FileExistsError(f"{path} exists: choose another output, or --overwrite")
 
 
 def closest_pair(points: Tensor, other: Tensor | None = None) -> tuple[float, tuple[int, int]]:
@@ -164,7 +164,7 @@ class Packer:
 
     - "lse": (1/t)·log Σ_{i<j} exp(t·c_ij), a soft maximum of the cosines, with t rising
       exponentially from √d/2 to 75·max(1, 1000/N)·√d (both divided by 1 − bound), and steps of
-      `SphereAdam` whose length falls linearly to 0.
+      `SphereAdam` whose length falls linearly to 0, and with 1/t in the end where that is less.
     - "hyperface": max c_ij, the closest pair alone, with Adam and renormalisation.
     - "langevin": soft spheres, Σ max(0, c_ij − threshold)²/2, whose threshold falls from random
       points' worst cosine to the bound, with noise that dies out.
@@ -219,7 +219,7 @@ class Packer:
         """Packs.
 
         Args:
-            folder: for checkpoints, every two minutes and on Ctrl-C; None for none.
+            folder: for checkpoints: every two minutes, on Ctrl-C and at the end; None for none.
             resume: go on from the newest one. With ``steps`` in the configuration, the result is
                 bitwise that of a run that was never interrupted.
             progress: is told about every step.
@@ -275,13 +275,15 @@ class _Run:
             self._load()
         elif self.folder is not None and checkpoint.checkpoints(self.folder):
             raise FileExistsError(
-                f"{self.folder} holds an interrupted run: resume it, or discard it (--overwrite)"
+                f"{self.folder} holds a run already: resume it, or choose another folder"
             )
         began = time.perf_counter() - self.seconds
         saved = time.perf_counter()
         while True:
             restart, done = self._where()
             if restart != self.restart:
+                if restart == self.config.restarts:
+                    self._save()  # all that the last look at it needs
                 if self.restart >= 0:
                     self._check()
                 if restart == self.config.restarts:
@@ -427,9 +429,12 @@ class _Annealed:
     def energy(self, done: float) -> sk.LogSumExp | sk.Hinge:
         raise NotImplementedError
 
+    def length(self, done: float) -> float:
+        """Of a step, in radians."""
+        return FIRST_STEP * self.angle * (1 - done)
+
     def step(self, points: Tensor, step: int, done: float) -> None:
-        length = FIRST_STEP * self.angle * (1 - done)
-        rows = self._rows(step)
+        rows, length = self._rows(step), self.length(done)
         if rows is None:
             self.optimizer.step(points, self._gradient(points, done), length)
         else:
@@ -461,10 +466,18 @@ def _gallery_term(packer: Packer, x: Tensor) -> Tensor | float:
 
 
 class _LogSumExp(_Annealed):
-    def energy(self, done: float) -> sk.LogSumExp:
+    def sharpness(self, done: float) -> float:
+        """t·(1 − bound)/√d."""
         last = LAST_SHARPNESS * max(1.0, FEW / self.config.count)
-        relative = FIRST_SHARPNESS * (last / FIRST_SHARPNESS) ** done
-        return sk.LogSumExp(relative * self.config.dim**0.5 / (1 - self.packer.bound.cosine))
+        return FIRST_SHARPNESS * (last / FIRST_SHARPNESS) ** done
+
+    def energy(self, done: float) -> sk.LogSumExp:
+        return sk.LogSumExp(
+            self.sharpness(done) * self.config.dim**0.5 / (1 - self.packer.bound.cosine)
+        )
+
+    def length(self, done: float) -> float:
+        return min(super().length(done), self.angle / self.sharpness(done))
 
 
 class _Langevin(_Annealed):
@@ -479,7 +492,7 @@ class _Langevin(_Annealed):
         super().step(points, step, done)
         random = generator(self.config.seed, "noise", step)
         noise = torch.randn(points.shape, dtype=points.dtype, generator=random).to(points.device)
-        length = self.NOISE * FIRST_STEP * self.angle * (1 - done) ** 2
+        length = self.NOISE * self.length(done) * (1 - done)
         points.add_(noise, alpha=length / self.config.dim**0.5)
         points.div_(torch.linalg.vector_norm(points, dim=1, keepdim=True))
 

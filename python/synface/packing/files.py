@@ -1,0 +1,81 @@
+"""Packings as files: one per objective, a picture, and checkpoints while they are made."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from .. import checkpoint
+from ..checkpoint import CheckpointError
+from .packer import Packed, Packer, Progress, check_output
+from .plot import plot
+
+
+def outputs(output: Path, objectives: Sequence[str]) -> dict[str, Path]:
+    """Each objective's file: the first one's is ``output``, the others bear their names."""
+    first, *others = objectives
+    return {first: output} | {o: output.with_name(f"{output.stem}-{o}.safetensors") for o in others}
+
+
+def pack(
+    packers: Sequence[Packer],
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[str], AbstractContextManager[Progress]],
+) -> list[Packed]:
+    """Packs with each packer in turn, into ``output`` and, beside it, the others' files and a PNG.
+
+    Checkpoints are in NAME-OBJECTIVE.checkpoints beside the output until all is written.
+
+    Args:
+        packers: of one (N, d), with objectives that differ.
+        output: a .safetensors file.
+        resume: go on from the checkpoints.
+        overwrite: replace files of these names, and discard checkpoints.
+        progress: of an objective.
+
+    Raises:
+        ValueError: for an output of another suffix, or an objective twice.
+        FileExistsError: where something would be lost.
+        CheckpointError: where there is nothing to resume, or it is of another run.
+        OSError: where something cannot be written; checkpoints stay.
+        KeyboardInterrupt: on Ctrl-C, with a checkpoint written.
+    """
+    names = [packer.config.objective for packer in packers]
+    if len(set(names)) < len(names):
+        raise ValueError(f"each objective must be given once, got {names}")
+    if output.suffix != ".safetensors":
+        raise ValueError(f"output must be a .safetensors file, got {output}")
+    files = outputs(output, names)
+    picture = output.with_suffix(".png")
+    folders = {o: output.with_name(f"{output.stem}-{o}.checkpoints") for o in names}
+    if resume:
+        if not any(checkpoint.checkpoints(folder) for folder in folders.values()):
+            raise CheckpointError(f"nothing to resume: no checkpoints in {folders[names[0]]}")
+    else:
+        for file in (*files.values(), picture):
+            check_output(file, overwrite)
+        for folder in folders.values():
+            if overwrite:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif checkpoint.checkpoints(folder):
+                raise FileExistsError(
+                    f"{folder} holds an interrupted run: --resume goes on with it, "
+                    "--overwrite discards it"
+                )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    packings = []
+    for name, packer in zip(names, packers, strict=True):
+        begun = bool(checkpoint.checkpoints(folders[name]))
+        with progress(name) as bar:
+            packings.append(packer.run(folders[name], resume=begun, progress=bar))
+    for packing in packings:
+        packing.save(files[packing.config.objective], overwrite=True)
+    plot(packings, picture)
+    for folder in folders.values():
+        shutil.rmtree(folder)
+    return packings
