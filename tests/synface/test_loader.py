@@ -159,6 +159,15 @@ def test_timing_adds_up(synthetic, real):
     assert 0 < report["wait_share"] <= 1
 
 
+def test_the_documented_loop_runs():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict = {}
+    exec(compile(block, "training.md", "exec"), names)
+    assert names["images"].shape == (16, 1, 48, 48)
+    assert names["targets"].shape == names["weights"].shape == (16, 2)
+
+
 # -- workers
 
 
@@ -292,6 +301,30 @@ def test_nothing_is_left_behind(synthetic, real, how):
     assert torch.equal(pairs.real, copy)  # what was handed out is still there
     del pairs
     assert (open_files(), sorted(os.listdir("/dev/shm"))) == before
+
+
+def test_a_fork_of_the_trainer_ends_no_worker(synthetic, real):
+    with TwoDomainLoader(synthetic, real, 5) as loader:
+        child = os.fork()
+        if child == 0:
+            loader.close()
+            os._exit(0)
+        os.waitpid(child, 0)
+        for _ in range(9):
+            next(loader)
+
+
+def test_an_interrupt_while_waiting_closes_the_loader(synthetic, real):
+    with TwoDomainLoader(synthetic, real, 5, workers=1) as loader:
+        next(loader)
+        stop_on_an_image(loader, 0)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            for _ in loader:
+                pass
+        assert not Path(f"/proc/{loader.pids[0]}").exists()
+        with pytest.raises(ValueError, match="the loader is closed"):
+            next(loader)
 
 
 ORPHANS = """

@@ -97,8 +97,11 @@ class _Resources:
     workers: list[_Worker] = field(default_factory=list)
     shared: list[SharedArray] = field(default_factory=list)
     pinned: list[int] = field(default_factory=list)
+    owner: int = field(default_factory=os.getpid)
 
     def release(self) -> None:
+        if os.getpid() != self.owner:  # a fork of the trainer, to which nothing of this belongs
+            return
         for worker in self.workers:
             worker.process.kill()  # it holds nothing that could be lost
             worker.connection.close()
@@ -248,6 +251,14 @@ class TwoDomainLoader:
             raise ValueError("the loader is closed")
         if self._last is not None and self._next >= self._last:
             raise StopIteration
+        try:
+            return self._batch()
+        except BaseException:  # an interrupt may leave half a message behind
+            self.close()
+            raise
+
+    def _batch(self) -> tuple[int, Pairs | Mixed]:
+        """The next batch."""
         asked = time.perf_counter()
         step = self._next
         if step - 1 in self._slot_of:
@@ -260,7 +271,6 @@ class TwoDomainLoader:
         done = self._done.pop(step)
         if done.problem is not None:
             ticket, problem = done.problem
-            self.close()
             raise DataError(
                 f"{self._image(ticket)} cannot be used; expected a readable, complete image: "
                 f"{problem}"
@@ -377,7 +387,6 @@ class TwoDomainLoader:
             else:
                 how = f"exited with status {code}"
         ticket = int(self._tickets.array[worker.index])
-        self.close()
         states = {STARTING: "while it started", IDLE: "while idle", MIXING: "while mixing"}
         where = states.get(ticket) or f"while on {self._image(ticket)}"
         raise WorkerDied(
@@ -455,7 +464,7 @@ def _attempted(function: Callable[[Path], Any], file: Path) -> Any:
 def _start(index: int, descriptors: list[int]) -> _Worker:
     """A worker that finds what this process would import, and shares some descriptors with it."""
     ours, theirs = Pipe()
-    code = (
+    code = (  # sys.path first: it would begin with the current folder
         f"import sys; sys.path[:] = {json.dumps([str(p) for p in sys.path])}; "
         f"from {__package__}.worker import main; main({theirs.fileno()})"
     )
@@ -463,7 +472,7 @@ def _start(index: int, descriptors: list[int]) -> _Worker:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", code],  # -I: whatever lies in the current folder
+            [sys.executable, "-c", code],
             env=environment,
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno(), *descriptors],
