@@ -51,3 +51,28 @@ def test_margin_cross_entropy_targets(weighted):
     weight = torch.tensor([[0.5, 0.5], [0.1, 0.9], [0, 0]]) if weighted else None
     sample = (target if weighted else target[:, 0], weight, 3, -100)
     opcheck(ops.margin_cross_entropy_targets.default, sample)
+
+
+def repulsion_samples():
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x = torch.randn(6, 8, dtype=dtype, requires_grad=True)
+        y = torch.randn(5, 8, dtype=dtype, requires_grad=True)
+        yield x, None
+        yield x, y
+        yield x.detach(), y
+
+
+@pytest.mark.parametrize("sample", list(repulsion_samples()))
+def test_hypersphere_repulsion(sample):
+    x, y = sample
+    needs = (x.requires_grad, y is not None and y.requires_grad)
+    for kind, a in (("log_sum_exp", 10.0), ("riesz", 1.0), ("log", 0.0), ("hinge", 0.1)):
+        opcheck(ops.hypersphere_repulsion_pairs.default, (x, y, kind, a, 2, 1e-6, *needs, "cpu"))
+    opcheck(ops.hypersphere_repulsion_nearest.default, (x, y, 3, "cpu"))
+    x, y = (None if v is None else v.detach() for v in sample)
+    square, index = ops.hypersphere_repulsion_nearest(x, y, 3, "cpu")
+    opcheck(
+        ops.hypersphere_repulsion_nearest_backward.default,
+        (x, y, index, square, 1e-6, True, y is not None, "cpu"),
+    )
+    opcheck(ops.hypersphere_repulsion_check.default, (x, "x"))

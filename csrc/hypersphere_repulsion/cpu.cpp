@@ -336,9 +336,10 @@ class PairSum {
     const T before = sums.shift[block];
     if (shift <= before) return;
     sums.shift[block] = shift;
+    if (before == -std::numeric_limits<T>::infinity()) return;  // nothing was added yet
     const double shrink = rescaling(before, shift);
     sums.sum[block] *= shrink;
-    if (sums.gradient && shrink > 0) {
+    if (sums.gradient) {
       loops_.multiply(sums.gradient + points.begin * dim_, T(shrink), points.size() * dim_);
     }
   }
