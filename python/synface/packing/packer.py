@@ -264,7 +264,7 @@ class _Run:
         self.seconds = 0.0
         self.check_seconds = 0.0
         self.history: list[tuple[float, int, float]] = []
-        self.best, self.pair = math.inf, (0, 0)
+        self.score, self.worst, self.pair = math.inf, math.inf, (0, 0)  # of the best so far
         shape = (self.config.count, self.config.dim)
         self.points = torch.zeros(shape, dtype=packer.dtype, device=packer.device)
         self.best_points = self.points.clone()
@@ -305,7 +305,7 @@ class _Run:
                 raise KeyboardInterrupt
         return Packed(
             self.best_points,
-            self.best,
+            self.worst,
             self.pair,
             self.packer.bound,
             self.history,
@@ -341,15 +341,19 @@ class _Run:
         self.objective = _OBJECTIVES[self.config.objective](self.packer)
 
     def _check(self) -> None:
-        """An exact look at the worst cosine; the best points so far are kept."""
+        """An exact look at the worst cosine; the best points so far are kept.
+
+        Best by worst cosine plus gallery term, which is HyperFace's objective.
+        """
         if not self.points.isfinite().all():
             raise FloatingPointError(f"points are not finite after {self.step} steps")
         began = time.perf_counter()
         worst, pair = closest_pair(self.points)
         self.check_seconds = max(self.check_seconds, time.perf_counter() - began)
         self.history.append((round(self.seconds, 3), self.step, worst))
-        if worst < self.best:
-            self.best, self.pair = worst, pair
+        score = worst + float(_gallery_term(self.packer, self.points))
+        if score < self.score:
+            self.score, self.worst, self.pair = score, worst, pair
             self.best_points.copy_(self.points)
 
     def _description(self) -> dict[str, Any]:
@@ -367,8 +371,7 @@ class _Run:
         state = {
             "restart": self.restart,
             "seconds": self.seconds,
-            "best": None if math.isinf(self.best) else self.best,
-            "pair": self.pair,
+            "best": None if math.isinf(self.score) else [self.score, self.worst, *self.pair],
             "history": self.history,
         }
         checkpoint.save(
@@ -398,10 +401,11 @@ class _Run:
         try:
             self.step, self.restart = int(state["step"]), int(state["restart"])
             self.seconds = float(state["seconds"])
-            self.best = math.inf if state["best"] is None else float(state["best"])
-            self.pair = (int(state["pair"][0]), int(state["pair"][1]))
+            if state["best"] is not None:
+                score, worst, i, j = state["best"]
+                self.score, self.worst, self.pair = float(score), float(worst), (int(i), int(j))
             self.history = [(float(s), int(k), float(c)) for s, k, c in state["history"]]
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{found / checkpoint.STATE} is damaged: {error!r}") from error
 
 

@@ -1,0 +1,428 @@
+"""The packer reaches the known optima, resumes to the bit, and loses nothing."""
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from synface import checkpoint
+from synface.checkpoint import CheckpointError
+from synface.packing import PackConfig, Packer, bounds, closest_pair, pack
+from synface.packing.optimizer import SphereAdam
+
+import synface_kernels as sk
+from tests import codes
+
+SMALL = PackConfig(40, 6, steps=60, seed=3)
+
+
+def synface(*arguments, check=True, **options):
+    done = subprocess.run(
+        [sys.executable, "-m", "synface", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        **options,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+class Silent:
+    def __init__(self, *_):
+        self.told = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, done, seconds, worst):
+        self.told.append((done, seconds, worst))
+
+
+# ---- quality -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "dim", "worst"),
+    [(9, 8, -1 / 8), (16, 8, 0.0), (12, 3, 5**-0.5)],
+    ids=["simplex", "orthoplex", "icosahedron"],
+)
+def test_reaches_known_optima(count, dim, worst):
+    packed = Packer(PackConfig(count, dim, steps=250, restarts=2)).run()
+    assert packed.worst == pytest.approx(worst, abs=1e-4)
+    assert packed.gap == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [7, 8, 9, 10, 24])
+def test_tammes(count):
+    packed = Packer(PackConfig(count, 3, steps=250, restarts=2)).run()
+    angle = math.degrees(math.acos(packed.worst))
+    assert codes.TAMMES[count] - 0.2 < angle < codes.TAMMES[count] + 1e-3
+
+
+def test_the_annealed_objective_beats_the_closest_pair_and_random_points():
+    worst = {
+        objective: Packer(PackConfig(300, 24, objective, steps=100)).run().worst
+        for objective in ("lse", "hyperface", "langevin")
+    }
+    bound = bounds.best(300, 24).cosine
+    assert bound < worst["lse"] < worst["langevin"] < bounds.random_worst(300, 24)
+    assert worst["lse"] < worst["hyperface"] < bounds.random_worst(300, 24)
+    assert worst["lse"] - bound < 0.1
+
+
+def test_batches_spread_points_too():
+    config = PackConfig(1200, 16, steps=300, batch=300)
+    packed = Packer(config).run()
+    assert packed.worst < bounds.random_worst(1200, 16) - 0.1
+    assert [step for _, step, _ in packed.history] == [300]  # exact only at the end
+    assert packed.worst == closest_pair(packed.points)[0]
+
+
+def test_what_is_reported_is_exact():
+    told = Silent()
+    packed = Packer(SMALL).run(progress=told)
+    cosines = (packed.points @ packed.points.T).fill_diagonal_(-2)
+    assert packed.worst == pytest.approx(cosines.max().item(), abs=1e-12)
+    i, j = packed.pair
+    assert cosines[i, j].item() == pytest.approx(packed.worst, abs=1e-12)
+    assert (packed.points.norm(dim=1) - 1).abs().max() < 1e-12
+    assert packed.worst == min(worst for _, _, worst in packed.history)
+    assert [done for done, _, _ in told.told] == pytest.approx([(i + 1) / 60 for i in range(60)])
+    assert told.told[-1][2] in [worst for _, _, worst in packed.history]
+
+
+def test_a_gallery_keeps_points_close():
+    generator = torch.Generator().manual_seed(0)
+    gallery = torch.randn(30, 6, generator=generator)
+    gallery[:, 0] = gallery[:, 0].abs() + 2  # to one side
+    config = replace(SMALL, alpha=5.0)
+
+    def distance(points):
+        return (1 - sk.nearest_neighbors(points, gallery.double())[0]).mean()
+
+    for objective in ("lse", "hyperface"):
+        config = replace(config, objective=objective, lr=0.1)
+        free = Packer(config).run()
+        held = Packer(config, gallery=gallery).run()
+        assert distance(held.points) < 0.5 * distance(free.points), objective
+        unweighted = Packer(replace(config, alpha=0.0), gallery=gallery).run()
+        assert torch.equal(unweighted.points, free.points)
+
+
+def test_a_start_is_never_made_worse():
+    code = codes.cell_600()
+    packed = Packer(PackConfig(120, 4, steps=30), start=3 * code).run()
+    assert packed.worst <= codes.GOLDEN / 2 + 1e-12
+    assert closest_pair(code)[0] == pytest.approx(codes.GOLDEN / 2, abs=1e-12)
+
+
+def test_minutes_are_kept():
+    began = time.perf_counter()
+    packed = Packer(PackConfig(60, 8, minutes=0.03, restarts=2)).run()
+    assert time.perf_counter() - began < 1.8 * 2 + 2
+    assert 0 < packed.history[-1][0] <= 1.9
+    assert packed.worst < bounds.random_worst(60, 8)
+
+
+# ---- the optimiser -------------------------------------------------------------------------------
+
+
+def test_sphere_adam_turns_with_the_points():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(700, 5, dtype=torch.float64, generator=generator))
+    turn = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=generator))[0]
+    turned = x @ turn
+    two = [SphereAdam(700, 5, x.dtype, x.device) for _ in range(2)]
+    for _ in range(5):
+        gradient = torch.randn(700, 5, dtype=torch.float64, generator=generator)
+        before = x.clone()
+        two[0].step(x, gradient, 0.1)
+        two[1].step(turned, gradient @ turn, 0.1)
+        assert (x @ turn - turned).abs().max() < 1e-12
+        assert (x.norm(dim=1) - 1).abs().max() < 1e-12
+        assert (two[0].mean * before).sum(1).abs().max() < 1e-12  # tangent where it was applied
+    assert (x - before).norm(dim=1).max() < 0.3
+
+
+def test_the_first_step_has_the_length_asked_for_and_no_force_moves_nothing():
+    x = torch.eye(3)
+    gradient = torch.tensor([[5.0, 0, 1e-3], [0, 0, 0], [1e-35, 0, 7]])
+    SphereAdam(3, 3, x.dtype, x.device).step(x, gradient, 0.01)
+    expected = torch.tensor([[1, 0, -0.01], [0, 1, 0], [0, 0, 1]])
+    assert torch.allclose(x, expected, atol=1e-4)
+
+
+def test_rows_are_stepped_as_the_whole_is():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(20, 4, generator=generator))
+    gradient = torch.randn(20, 4, generator=generator)
+    whole, parts = x.clone(), x.clone()
+    SphereAdam(20, 4, x.dtype, x.device).step(whole, gradient, 0.1)
+    optimizer = SphereAdam(20, 4, x.dtype, x.device)
+    for rows in torch.randperm(20, generator=generator).split(7):
+        optimizer.step_rows(parts, rows, gradient[rows], 0.1)
+    assert torch.allclose(whole, parts, atol=1e-7)
+
+
+# ---- the same again, and resuming ----------------------------------------------------------------
+
+VARIANTS = {
+    "lse": SMALL,
+    "restarts": replace(SMALL, restarts=3, steps=20),
+    "batch": replace(SMALL, batch=11),
+    "hyperface": replace(SMALL, objective="hyperface"),
+    "langevin": replace(SMALL, objective="langevin"),
+    "float32": replace(SMALL, count=1001, steps=30),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("stops", [(1,), (25, 37)])
+def test_resumes_to_the_bit(name, stops, tmp_path):
+    config = VARIANTS[name]
+    whole = Packer(config).run()
+    again = Packer(config).run()
+    assert torch.equal(whole.points, again.points)
+    assert torch.equal(whole.points, Packer(config).run(tmp_path / "uninterrupted").points)
+    for i, stop in enumerate(stops):
+        with pytest.raises(KeyboardInterrupt):
+            Packer(config).run(tmp_path / "run", resume=i > 0, stop_after=min(stop, 29))
+    resumed = Packer(config).run(tmp_path / "run", resume=True)
+    assert torch.equal(whole.points, resumed.points)
+    assert (whole.worst, whole.pair) == (resumed.worst, resumed.pair)
+    assert [row[1:] for row in whole.history] == [row[1:] for row in resumed.history]
+    done = Packer(config).run(tmp_path / "run", resume=True)  # all done: only the last look
+    assert torch.equal(whole.points, done.points)
+
+
+def test_other_seeds_are_other_packings():
+    points = [Packer(replace(SMALL, seed=seed)).run().points for seed in (0, 1)]
+    assert not torch.equal(*points)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        Packer(SMALL).run(tmp_path, stop_after=5)
+    for change, message in (
+        ({"seed": 4}, "another run: its seed is 3, expected 4"),
+        ({"steps": 61}, "another run: its steps is 60, expected 61"),
+        ({"count": 41}, "another run: its count is 40, expected 41"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            Packer(replace(SMALL, **change)).run(tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="another run: its gallery is None"):
+        Packer(SMALL, gallery=torch.ones(1, 6)).run(tmp_path, resume=True)
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        Packer(SMALL).run(tmp_path)
+    found = checkpoint.find(tmp_path)
+    (found / checkpoint.TENSORS).write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="cut short"):
+        Packer(SMALL).run(tmp_path, resume=True)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def run_pack(output, config=SMALL, objectives=("lse",), **options):
+    packers = [Packer(replace(config, objective=objective)) for objective in objectives]
+    return pack(packers, output, progress=Silent, **options)
+
+
+def test_files(tmp_path):
+    output = tmp_path / "new" / "packed.safetensors"
+    lse, hyperface = run_pack(output, objectives=("lse", "hyperface"))
+    assert sorted(p.name for p in output.parent.iterdir()) == [
+        "packed-hyperface.safetensors",
+        "packed.png",
+        "packed.safetensors",
+    ]
+    assert torch.equal(load_file(output)["embeddings"], lse.points)
+    with safe_open(output, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["objective"] == "lse"
+    assert float(metadata["worst_cosine"]) == lse.worst
+    assert float(metadata["bound"]) == lse.bound.cosine
+    assert metadata["bound_name"] == "Levenshtein"
+    assert json.loads(metadata["worst_pair"]) == list(lse.pair)
+    assert json.loads(metadata["seed"]) == 3
+    assert (output.with_suffix(".png")).read_bytes().startswith(b"\x89PNG")
+    assert hyperface.config.objective == "hyperface"
+
+
+def test_nothing_is_overwritten_unasked(tmp_path):
+    output = tmp_path / "packed.safetensors"
+    run_pack(output)
+    before = output.read_bytes()
+    with pytest.raises(FileExistsError, match=r"packed.safetensors exists: .*--overwrite"):
+        run_pack(output, replace(SMALL, seed=9))
+    assert output.read_bytes() == before
+    run_pack(output, replace(SMALL, seed=9), overwrite=True)
+    assert output.read_bytes() != before
+    output.unlink()
+    with pytest.raises(FileExistsError, match=r"packed\.png exists"):
+        run_pack(output)
+    with pytest.raises(ValueError, match=r"must be a .safetensors file"):
+        run_pack(tmp_path / "packed.npy")
+    with pytest.raises(ValueError, match="given once"):
+        run_pack(tmp_path / "two.safetensors", objectives=("lse", "lse"))
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        run_pack(tmp_path / "two.safetensors", resume=True)
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    """A limit on the size of files stands in for it: points fit, points with moments do not."""
+    code = (
+        "import resource, sys; from pathlib import Path\n"
+        "from synface.packing import Packer, PackConfig\n"
+        "packed = Packer(PackConfig(40, 6, steps=60, seed=3)).run()\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))\n"
+        "packed.save(Path(sys.argv[1]), overwrite=True)\n"
+    )
+    output = tmp_path / "packed.safetensors"
+    output.write_bytes(b"what was there")
+    done = subprocess.run([sys.executable, "-c", code, output], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "OSError" in done.stderr
+    assert "packed.safetensors cannot be written" in done.stderr
+    assert output.read_bytes() == b"what was there"
+    assert [p.name for p in tmp_path.iterdir()] == ["packed.safetensors"]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run_pack_stopped(tmp_path, 20)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+    try:
+        with pytest.raises(OSError, match="cannot be written"):
+            Packer(SMALL).run(tmp_path, resume=True, stop_after=40)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resumed = Packer(SMALL).run(tmp_path, resume=True)
+    assert torch.equal(resumed.points, Packer(SMALL).run().points)
+
+
+def run_pack_stopped(folder, step):
+    Packer(SMALL).run(folder, stop_after=step)
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def test_command_packs_and_checks(tmp_path):
+    done = synface("pack", "--count", 40, "--dim", 6, "--steps", 60, "--seed", 3, cwd=tmp_path)
+    packed = Packer(SMALL).run()
+    assert f"worst cosine {packed.worst:.6f}" in done.stdout
+    assert f"none can have less than {packed.bound.cosine:.4f} (Levenshtein)" in done.stdout
+    assert "worst 0." in done.stdout
+    checked = synface("pack", "--check", "packed.safetensors", cwd=tmp_path)
+    i, j = sorted(packed.pair)
+    assert f"worst cosine {packed.worst:.6f}: row {i} of" in checked.stdout
+    assert f"row {j} of" in checked.stdout
+    other = np.random.default_rng(0).standard_normal((50, 6)).astype(np.float32)
+    other[17] = 2 * packed.points[5].numpy()  # a leak
+    np.save(tmp_path / "other.npy", other)
+    leak = synface("pack", "--check", "packed.safetensors", "--against", "other.npy", cwd=tmp_path)
+    line = "worst cosine 1.000000: row 5 of packed.safetensors and row 17 of other.npy"
+    assert line in leak.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--count", "1", "--dim", "4"], "count must be at least 2, got 1"),
+        (["--count", "9", "--dim", "1"], "dim must be at least 2, got 1"),
+        (["--count", "9"], "needs --count and --dim"),
+        (["--count", "9", "--dim", "4", "--objective", "best"], "objective must be one of"),
+        (["--count", "9", "--dim", "4", "--steps", "5", "--minutes", "1"], "not both"),
+        (["--count", "9", "--dim", "4", "--steps", "0"], "steps must be positive"),
+        (["--count", "9", "--dim", "4", "--batch", "10"], r"batch must be in \[2, count = 9\]"),
+        (
+            ["--count", "9", "--dim", "4", "--batch", "5", "--objective", "hyperface"],
+            "batch needs the objective 'lse'",
+        ),
+        (
+            ["--count", "9", "--dim", "4", "--gallery", "good.npy"],
+            r"gallery must be of shape \(M, 4\), got \(5, 3\)",
+        ),
+        (["--count", "9", "--start", "good.npy"], r"start must be of shape \(9, 3\), got \(5, 3\)"),
+        (["--start", "good.npy", "--restarts", "2"], "restarts must be 1 with a start"),
+        (["--start", "zero.npy"], "1 of 5 rows are zero.*row 2"),
+        (["--check", "infinite.npy"], "1 of 5 rows are not finite.*row 3"),
+        (["--check", "pickle.npy"], "not a whole .npy array"),
+        (["--check", "one.safetensors"], "must have two rows or more, got 1"),
+        (["--check", "good.npy", "--against", "one.safetensors"], "same dimension, got 3 and 4"),
+        (["--check", "missing.npy"], "cannot be read"),
+        (["--against", "good.npy"], "--against needs --check"),
+        (["--count", "9", "--dim", "4", "--resume"], "nothing to resume"),
+        (["--count", "9", "--dim", "4", "--output", "good.npy"], "must be a .safetensors file"),
+        (["--count", "9", "--dim", "4", "--output", "one.safetensors"], "exists: .*--overwrite"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, arguments, message, monkeypatch, capsys):
+    import re
+
+    from synface import cli
+
+    good = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    np.save(tmp_path / "good.npy", good)
+    zero, infinite = good.copy(), good.copy()
+    zero[2], infinite[3, 1] = 0, np.inf
+    np.save(tmp_path / "zero.npy", zero)
+    np.save(tmp_path / "infinite.npy", infinite)
+    np.save(tmp_path / "pickle.npy", np.array([{}], dtype=object), allow_pickle=True)
+    save_file({"embeddings": torch.ones(1, 4)}, tmp_path / "one.safetensors")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["synface", "pack", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    shown = capsys.readouterr()
+    assert re.search(message, shown.out + shown.err)
+    assert "Traceback" not in shown.out + shown.err
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+def test_a_blow_loses_at_most_what_came_after_the_checkpoint(blow, tmp_path):
+    """Checkpoints after every step, a blow at any time; then --resume ends as if it never fell."""
+    arguments = ["pack", "--count", "40", "--dim", "6", "--steps", "200", "--seed", "3"]
+    often = (
+        "import sys, synface.packing.packer as p; from synface.cli import main\n"
+        "p.CHECKPOINT_SECONDS = 0.0; sys.argv[0] = 'synface'; main()"
+    )
+    running = subprocess.Popen(
+        [sys.executable, "-c", often, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    folder = tmp_path / "packed-lse.checkpoints"
+    limit = time.monotonic() + 60
+    while len(checkpoint.checkpoints(folder)) < 2 and time.monotonic() < limit:
+        time.sleep(0.005)
+    os.kill(running.pid, blow)
+    shown = running.communicate(timeout=60)[0]
+    if blow == signal.SIGINT:
+        assert running.returncode == 130
+        assert "--resume goes on" in shown
+    assert not (tmp_path / "packed.safetensors").exists()
+    refused = synface(*arguments, check=False, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "holds an interrupted run: --resume goes on with it" in refused.stdout
+    synface(*arguments, "--resume", cwd=tmp_path)
+    whole = Packer(replace(SMALL, steps=200)).run()
+    assert torch.equal(load_file(tmp_path / "packed.safetensors")["embeddings"], whole.points)
+    assert not folder.exists()
