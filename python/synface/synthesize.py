@@ -128,6 +128,8 @@ def synthesize(
             identity, image = np.divmod(np.arange(start, start + len(wanted)), images_per_identity)
             style, seeds = _draws(seed, identity, image, generator.style_size)
             images = generator.generate(unit[torch.from_numpy(identity)], style, seeds).numpy()
+            for i in np.unique(identity[wanted]):
+                _file(root, int(i), 0).parent.mkdir(exist_ok=True)
             for k in np.flatnonzero(wanted):
                 file = _file(root, int(identity[k]), int(image[k]))
                 written.append(pool.submit(_write, file, images[k]))
@@ -246,7 +248,6 @@ def _write(file: Path, pixels: np.ndarray) -> None:
     buffer = io.BytesIO()
     grey = pixels.shape[2] == 1
     Image.fromarray(pixels[:, :, 0] if grey else pixels).save(buffer, "png")
-    file.parent.mkdir(exist_ok=True)
     part = file.with_name(f".{file.name}.part")
     try:
         part.write_bytes(buffer.getbuffer())
