@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..._check import describe
 from ..._load import library
-from ..._select import always, needs_cpu_extension, register, resolve
+from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
 from . import reference
 from .energies import (
     NEIGHBOR_ENERGIES,
@@ -37,7 +37,7 @@ OP = "hypersphere_repulsion"
 _DEFAULT = LogSumExp()
 # A row no longer than this counts as zero.
 NORM_MIN = 1e-12
-register(OP, {"cpu": needs_cpu_extension, "reference": always})
+register(OP, {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always})
 
 library.define(f"{OP}_check(Tensor rows, str name) -> ()")
 _PAIRS = (
@@ -270,7 +270,12 @@ def _check_k(x: Tensor, y: Tensor | None, k: int, name: str) -> None:
 
 @torch.library.impl(library, f"{OP}_check", "CompositeExplicitAutograd")
 def _check_rows(rows: Tensor, name: str) -> None:
-    """An error where a row is zero or not finite: at once on a CPU, without waiting on a GPU."""
+    _norms(rows, name)
+
+
+def _norms(rows: Tensor, name: str) -> Tensor:
+    """Norms (N,) in double; an error where one is zero or not finite: at once on a CPU, without
+    waiting on a GPU."""
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     valid = (norms > NORM_MIN) & norms.isfinite()
     message = f"{name} must have finite, non-zero rows"
@@ -279,6 +284,7 @@ def _check_rows(rows: Tensor, name: str) -> None:
     elif not bool(valid.all()):
         row = int((~valid).nonzero()[0])
         raise ValueError(f"{message}, got a norm of {norms[row].item():g} in row {row}")
+    return norms
 
 
 @torch.library.register_fake(f"synface_kernels::{OP}_check")
@@ -287,6 +293,12 @@ def _check_rows_fake(rows: Tensor, name: str) -> None:
 
 
 # ---- the two ops: one implementation per device, fake, autograd ----------------------------------
+
+
+def _triton_points(x: Tensor, y: Tensor | None) -> tuple[Any, Any]:
+    from .kernel_triton import Points
+
+    return Points(x, _norms(x, "x")), None if y is None else Points(y, _norms(y, "y"))
 
 
 def _pairs_impl(
@@ -300,12 +312,20 @@ def _pairs_impl(
     needs_y_grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.synface_kernels.hypersphere_repulsion_pairs_cpu(
-        x, y, kind, a, power, r_min, needs_x_grad, needs_y_grad
-    )
+    rest: Any = (kind, a, power, r_min, needs_x_grad, needs_y_grad)
+    if impl == "triton":
+        from . import kernel_triton
+
+        points = _triton_points(x, y)
+        return kernel_triton.pairs(points[0], points[1], *rest)
+    return torch.ops.synface_kernels.hypersphere_repulsion_pairs_cpu(x, y, *rest)
 
 
 def _nearest_impl(x: Tensor, y: Tensor | None, k: int, impl: str) -> tuple[Tensor, Tensor]:
+    if impl == "triton":
+        from . import kernel_triton
+
+        return kernel_triton.nearest(*_triton_points(x, y), k)
     return torch.ops.synface_kernels.hypersphere_repulsion_nearest_cpu(x, y, k)
 
 
@@ -319,9 +339,13 @@ def _nearest_backward_impl(
     needs_y_grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return torch.ops.synface_kernels.hypersphere_repulsion_nearest_backward_cpu(
-        x, y, index, grad_square, r_min, needs_x_grad, needs_y_grad
-    )
+    rest: Any = (index, grad_square, r_min, needs_x_grad, needs_y_grad)
+    if impl == "triton":
+        from . import kernel_triton
+
+        points = _triton_points(x, y)
+        return kernel_triton.nearest_backward(points[0], points[1], *rest)
+    return torch.ops.synface_kernels.hypersphere_repulsion_nearest_backward_cpu(x, y, *rest)
 
 
 for _key in ("CPU", "CUDA"):

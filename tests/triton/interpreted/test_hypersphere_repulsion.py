@@ -1,0 +1,128 @@
+"""Hypersphere repulsion's Triton kernels, interpreted on CPU tensors, against float64.
+
+Needs TRITON_INTERPRET=1 before Triton is imported: test_hypersphere_repulsion_interpreter.py.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import synface_kernels as sk
+from synface_kernels.ops.hypersphere_repulsion import kernel_triton
+from synface_kernels.testing import assert_as_exact_as_torch
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+EPS = torch.finfo(F32).eps
+PAIR = [
+    sk.LogSumExp(10.0), sk.LogSumExp(300.0), sk.Riesz(), sk.Log(), sk.Hinge(0.1),
+    sk.Hinge(-0.2, power=1),
+]  # fmt: skip
+NEIGHBOR = [sk.MaxCosine(topk=2), sk.KoLeo(), sk.ClosestPair()]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of so few points as an interpreter gets through."""
+    monkeypatch.setattr(kernel_triton, "BLOCK_ALIGNMENT", 8)
+    monkeypatch.setattr(kernel_triton, "_block", lambda d: 16)
+
+
+def points(n: int, m: int | None, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    g = torch.Generator().manual_seed(n + d)
+    x = torch.randn(n, d, generator=g).to(dtype)
+    x[n // 2] = 2 * x[1]  # the same point, in another block
+    x[n - 1] = x[0] + 0.01 * x[2]
+    y = None if m is None else torch.randn(m, d, generator=g).to(dtype)
+    if y is not None:
+        y[m // 2] = x[3]
+    return x, y
+
+
+def run(x: Tensor, y: Tensor | None, energy: object, dtype: torch.dtype, impl: str):
+    inputs = [v.to(dtype, copy=True).requires_grad_() for v in (x, y) if v is not None]
+    loss = sk.hypersphere_repulsion(*inputs, energy=energy, impl=impl)
+    return loss.detach(), *torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("energy", PAIR + NEIGHBOR, ids=str)
+@pytest.mark.parametrize("gallery", [False, True])
+def test_matches_float64(energy: object, gallery: bool, dtype: torch.dtype) -> None:
+    for n, m, d in ((5, 4, 2), (37, 21, 5)) if dtype == F32 else ((19, 6, 3),):
+        x, y = points(n, m if gallery else None, d, dtype)
+        exact = run(x, y, energy, torch.float64, "reference")
+        plain = run(x, y, energy, dtype, "reference")
+        actual = run(x, y, energy, dtype, "triton")
+        for a, e, p in zip(actual, exact, plain, strict=True):
+            # In units of the greatest element, as the pair that coincides outweighs all others.
+            sharpness = 1 + getattr(energy, "t", 0)
+            atol = 4 * EPS * sharpness * max(e.abs().max().item(), 1 / n)
+            assert_as_exact_as_torch(a, e, p, atol=atol, name=str(energy))
+
+
+@pytest.mark.parametrize("gallery", [False, True])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_neighbors_are_exact(gallery: bool, dtype: torch.dtype) -> None:
+    x, y = points(37 if dtype == F32 else 19, 26 if gallery else None, 5, dtype)
+    for k in (1, 3):
+        cosine, index = sk.nearest_neighbors(x, y, k, impl="triton")
+        values, expected = sk.nearest_neighbors(x, y, k, impl="reference")
+        assert (cosine - values).abs().max() <= EPS
+        assert torch.equal(index, expected)
+
+
+@pytest.mark.parametrize("gallery", [False, True])
+def test_ties_go_to_the_lowest_index(gallery: bool) -> None:
+    """Two places, so more equal cosines than a row has room for."""
+    signs = torch.randint(0, 2, (40, 1), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    x, y = signs, signs[1:].clone() if gallery else None
+    cosine, index = sk.nearest_neighbors(x, y, 2, impl="triton")
+    values, expected = sk.nearest_neighbors(x, y, 2, impl="reference")
+    assert torch.equal(cosine, values)
+    assert torch.equal(index, expected)
+
+
+@pytest.mark.parametrize("t", [1.0, 1e5])
+def test_exponentials_neither_vanish_nor_overflow(t: float) -> None:
+    for cosine, x in (
+        (-1.0, torch.tensor([[1.0, 0.0], [-2.0, 0.0]])),
+        (0.0, torch.eye(9)),
+        (0.3, torch.tensor([[1.0, 0.0], [0.3, math.sqrt(1 - 0.09)]])),
+    ):
+        x = x.clone().requires_grad_()
+        loss = sk.hypersphere_repulsion(x, energy=sk.LogSumExp(t), impl="triton")
+        assert loss.item() == pytest.approx(cosine, abs=2e-7)
+        loss.backward()
+        assert x.grad is not None
+        assert x.grad.isfinite().all()
+
+
+def test_two_runs_agree_bitwise() -> None:
+    x, y = points(19, 6, 3, F32)
+    for energy in (sk.LogSumExp(), sk.Log(), sk.MaxCosine()):
+        for a, b in zip(
+            run(x, y, energy, F32, "triton"), run(x, y, energy, F32, "triton"), strict=True
+        ):
+            assert torch.equal(a, b)
+
+
+def test_bad_rows() -> None:
+    x = torch.eye(4)
+    x[2] = 0
+    with pytest.raises(ValueError, match=r"x must have finite, non-zero rows.*in row 2"):
+        sk.hypersphere_repulsion(x, impl="triton")
+
+
+def test_the_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for d in (2, 512, 4096):
+        block = kernel_triton._block(d)
+        assert block % 128 == 0
+        assert 4 * block * (block + 2 * d) <= kernel_triton.WORKSPACE_BYTES
+        for n in (1, 127, 10_000, 1_000_003):
+            blocks = kernel_triton._blocks(n, block)
+            assert max(b.stop - b.start for b in blocks) <= block
+            assert [b.start for b in blocks[1:]] == [b.stop for b in blocks[:-1]]
+            assert (blocks[0].start, blocks[-1].stop) == (0, n)
