@@ -24,7 +24,8 @@ from . import bounds
 from .optimizer import SphereAdam
 
 OBJECTIVES = ("lse", "hyperface", "langevin")
-CHECK_EVERY = 25  # steps between exact looks at the worst cosine
+CHECK_EVERY = 25  # steps between exact looks at the worst cosine, or
+LOOKS = 50  # of them in a run by the clock
 CHECKPOINT_SECONDS = 120.0
 DEFAULT_STEPS = 500
 DOUBLE_UP_TO = 1000  # points: few enough that float64 costs nothing
@@ -289,7 +290,7 @@ class _Run:
                 if restart == self.config.restarts:
                     break
                 self._begin(restart)
-            if self.step % CHECK_EVERY == 0 and self.config.batch is None:
+            if self.config.batch is None and self._due():
                 self._check()
             self.objective.step(self.points, self.step, done)
             self.step += 1
@@ -328,6 +329,13 @@ class _Run:
         position = self._share() * self.config.restarts
         return int(position), position % 1
 
+    def _due(self) -> bool:
+        """Whether to look: every 25 steps, or by the clock, for at most a tenth of the time."""
+        if self.config.minutes is None or not self.history:
+            return self.step % CHECK_EVERY == 0
+        since = self.seconds - self.history[-1][0]
+        return since >= max(self.config.minutes * 60 / LOOKS, 10 * self.check_seconds)
+
     def _begin(self, restart: int) -> None:
         self.restart = restart
         if self.packer.start is not None:
@@ -350,7 +358,7 @@ class _Run:
         began = time.perf_counter()
         worst, pair = closest_pair(self.points)
         self.check_seconds = max(self.check_seconds, time.perf_counter() - began)
-        self.history.append((round(self.seconds, 3), self.step, worst))
+        self.history.append((self.seconds, self.step, worst))
         score = worst + float(_gallery_term(self.packer, self.points))
         if score < self.score:
             self.score, self.worst, self.pair = score, worst, pair
