@@ -71,10 +71,25 @@ def domain_mixup(
     )
 
 
+def hypersphere_repulsion(suite: str, n: int, d: int, energy: str, dtype: str = "float32") -> Case:
+    """FLOPs: half of X·Xᵀ, N²·D; a global energy's gradient takes two more such products.
+    Bytes: read X, write dX."""
+    return Case(
+        op="hypersphere_repulsion",
+        suite=suite,
+        shape={"N": n, "D": d},
+        dtype=dtype,
+        flops=n * n * d * (3 if energy == "log-sum-exp" else 1),
+        bytes=getattr(torch, dtype).itemsize * 2 * n * d,
+        options=(energy,),
+    )
+
+
 # What a step of each op is, as tables say it.
 STEPS = {
     "margin_cross_entropy": "forward and backward",
     "domain_mixup": "forward only, uint8 (B, H, W, C) to normalised (B, C, H, W)",
+    "hypersphere_repulsion": "energy of N points and its gradient",
 }
 
 # The first case of a suite is the op's headline.
@@ -103,6 +118,18 @@ CASES: dict[str, list[Case]] = {
         domain_mixup("gpu", 4096, 112, "bfloat16", "channels_last"),
         domain_mixup("gpu", 4096, 112, "bfloat16", "contiguous"),
         domain_mixup("gpu", 4096, 112, "float32", "contiguous"),
+    ],
+    "hypersphere_repulsion": [
+        hypersphere_repulsion("dry", 64, 16, "row-max"),
+        hypersphere_repulsion("dry", 64, 16, "log-sum-exp"),
+        # HyperFace's 10k identities; the energy that packs best; few dimensions, as KeOps wants
+        hypersphere_repulsion("cpu", 10_000, 512, "row-max"),
+        hypersphere_repulsion("cpu", 10_000, 512, "log-sum-exp"),
+        hypersphere_repulsion("cpu", 10_000, 64, "row-max"),
+        hypersphere_repulsion("gpu", 50_000, 512, "row-max"),
+        hypersphere_repulsion("gpu", 50_000, 512, "log-sum-exp"),
+        hypersphere_repulsion("gpu", 50_000, 512, "row-max", "bfloat16"),
+        hypersphere_repulsion("gpu", 10_000, 512, "row-max"),
     ],
 }
 

@@ -21,6 +21,7 @@ from .cases import Case
 
 SCALE, MARGIN = 64.0, 0.5
 PSI = 0.35
+SHARPNESS = 100.0
 
 
 class Workload:
@@ -79,6 +80,19 @@ class MixupWorkload(Workload):
             (b, c, h, w), device=device, dtype=self.dtype, memory_format=self.format
         ).zero_()
         super().__init__([])
+
+
+class RepulsionWorkload(Workload):
+    """Random points (N, D)."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        n, d = case.shape["N"], case.shape["D"]
+        generator = torch.Generator(device).manual_seed(0)
+        self.points = torch.randn(
+            n, d, generator=generator, device=device, dtype=case.torch_dtype
+        ).requires_grad_()
+        self.row_max = "row-max" in case.options
+        super().__init__([self.points])
 
 
 # A step runs the op once, and returns the loss or the result (None if there is neither).
@@ -167,6 +181,14 @@ def _pytorch_metric_learning(work: MarginWorkload) -> Step:
     return lambda: _backward(loss(work.input, work.target))
 
 
+def _points(case: Case, copies: float) -> int:
+    return int(case.torch_dtype.itemsize * copies * case.shape["N"] * case.shape["D"])
+
+
+def _similarities(case: Case, copies: float) -> int:
+    return int(case.torch_dtype.itemsize * copies * case.shape["N"] ** 2)
+
+
 def _elements(case: Case, bytes_each: int) -> int:
     return math.prod(case.shape.values()) * bytes_each
 
@@ -210,9 +232,93 @@ def _mixup_into(work: MixupWorkload) -> Step:
     return lambda: compiled(work.synthetic, work.real, work.out)
 
 
+def _our_repulsion(work: RepulsionWorkload) -> Step:
+    energy = sk.MaxCosine() if work.row_max else sk.LogSumExp(SHARPNESS)
+    return lambda: _backward(sk.hypersphere_repulsion(work.points, energy=energy))
+
+
+def _our_neighbors(work: RepulsionWorkload) -> Step:
+    def step() -> Tensor:
+        cosine, _ = sk.nearest_neighbors(work.points.detach())
+        return cosine.mean()
+
+    return step
+
+
+def _half_products(work: RepulsionWorkload) -> Step:
+    x = work.points.detach()
+    n, d = x.shape
+    half = x[: n // 2]
+
+    def step() -> None:
+        cosines = torch.mm(half, x.T, out=work.buffer("cosines", n // 2, n))
+        if not work.row_max:  # the gradients of both sides
+            torch.mm(cosines, x, out=work.buffer("rows", n // 2, d))
+            torch.mm(cosines.T, half, out=work.buffer("columns", n, d))
+
+    return step
+
+
+def row_max(points: Tensor) -> Tensor:
+    """The mean cosine to the nearest neighbour, over dense similarities."""
+    x = F.normalize(points)
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    return (x @ x.T).masked_fill(itself, -2).amax(1).mean()
+
+
+def log_sum_exp(points: Tensor) -> Tensor:
+    """The log-mean-exp of all pairs' cosines, over dense similarities."""
+    x = F.normalize(points)
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    logits = (SHARPNESS * (x @ x.T)).masked_fill(itself, -torch.inf)
+    return (logits.logsumexp((0, 1)) - math.log(len(x) * (len(x) - 1))) / SHARPNESS
+
+
+def _dense_repulsion(work: RepulsionWorkload, compiled: bool) -> Step:
+    energy = row_max if work.row_max else log_sum_exp
+    function = torch.compile(energy, dynamic=False) if compiled else energy
+    return lambda: _backward(function(work.points))
+
+
+def _faiss(work: RepulsionWorkload) -> Step:
+    import faiss
+
+    if not work.row_max:
+        raise NotImplementedError("FAISS searches for neighbours alone")
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    points = F.normalize(work.points.detach().float()).cpu().numpy()
+
+    def step() -> Tensor:
+        index = faiss.IndexFlatIP(points.shape[1])
+        index.add(points)
+        cosine, _ = index.search(points, 2)  # the first is the point itself
+        return torch.from_numpy(cosine)[:, 1].mean()
+
+    return step
+
+
+def _keops(work: RepulsionWorkload) -> Step:
+    if work.points.shape[1] > 100:
+        raise NotImplementedError("its manual warns of more than 100 dimensions")
+    from pykeops.torch import LazyTensor
+
+    if not work.row_max:
+        raise NotImplementedError("tried for the row maximum alone")
+
+    def step() -> Tensor:
+        x = F.normalize(work.points)
+        # The greatest two, of which the first is the point itself.
+        distance = -(LazyTensor(x[:, None, :]) | LazyTensor(x[None, :, :]))
+        index = distance.argKmin(K=2, dim=1)[:, 1]
+        return _backward((x * x[index]).sum(1).mean())
+
+    return step
+
+
 WORKLOADS: dict[str, Callable[[Case, torch.device], Workload]] = {
     "margin_cross_entropy": MarginWorkload,
     "domain_mixup": MixupWorkload,
+    "hypersphere_repulsion": RepulsionWorkload,
 }
 
 PEERS: dict[str, list[Peer]] = {
@@ -281,6 +387,43 @@ PEERS: dict[str, list[Peer]] = {
             "the same, compiled with a copy_ into a standing tensor",
             _mixup_into,
             lambda c: 0,
+        ),
+    ],
+    "hypersphere_repulsion": [
+        Peer(
+            "ours",
+            "synface_kernels.hypersphere_repulsion",
+            _our_repulsion,
+            lambda c: (64 << 20) + _points(c, 4),
+        ),
+        Peer(
+            "half products",
+            "torch.mm of half of X·Xᵀ into a reused output (and of both gradients, for a global "
+            "energy); the floor, no energy",
+            _half_products,
+            lambda c: _similarities(c, 0.5),
+        ),
+        Peer(
+            "eager torch",
+            "the same energy over dense similarities",
+            partial(_dense_repulsion, compiled=False),
+            lambda c: _similarities(c, 5),
+        ),
+        Peer(
+            "torch.compile",
+            "the same, compiled",
+            partial(_dense_repulsion, compiled=True),
+            lambda c: _similarities(c, 4),
+        ),
+        Peer(
+            "ours, neighbours",
+            "synface_kernels.nearest_neighbors: no gradient",
+            _our_neighbors,
+            lambda c: (64 << 20) + _points(c, 1),
+        ),
+        Peer("FAISS", "IndexFlatIP, the nearest two: no gradient", _faiss, lambda c: _points(c, 4)),
+        Peer(
+            "KeOps", "arg-min over a LazyTensor, the nearest two", _keops, lambda c: _points(c, 4)
         ),
     ],
 }

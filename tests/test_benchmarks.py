@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 OPS = list(CASES)
 MARGIN, MIXUP = "margin_cross_entropy", "domain_mixup"
+REPULSION = "hypersphere_repulsion"
 
 
 def dry(op: str):
@@ -101,6 +102,43 @@ def test_mixup_floors_copy_what_they_say():
     work = peers.MixupWorkload(dry(MIXUP), CPU)
     for name, share in (("copy_ of as many bytes", 1), ("copy_ of half as many", 2)):
         assert peers.find(MIXUP, name).build(work)().nbytes == dry(MIXUP).bytes // share
+
+
+@pytest.mark.parametrize("case", cases("dry", REPULSION), ids=lambda case: case.name)
+def test_repulsion_peers_compute_what_ours_does(case, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    work = peers.RepulsionWorkload(case, CPU)
+
+    def run(name):
+        work.clear_gradients()
+        return peers.find(REPULSION, name).build(work)(), work.points.grad
+
+    loss, gradient = run("ours")
+    for name in ("eager torch", "torch.compile"):
+        theirs, their_gradient = run(name)
+        torch.testing.assert_close(theirs, loss)
+        torch.testing.assert_close(their_gradient, gradient, rtol=1e-4, atol=1e-7)
+    if work.row_max:
+        torch.testing.assert_close(run("ours, neighbours")[0], loss)
+
+
+@pytest.mark.parametrize(("name", "module"), [("FAISS", "faiss"), ("KeOps", "pykeops")])
+def test_neighbour_searches_find_what_ours_does(name, module):
+    pytest.importorskip(module)
+    work = peers.RepulsionWorkload(dry(REPULSION), CPU)
+    theirs = peers.find(REPULSION, name).build(work)()
+    torch.testing.assert_close(theirs, peers.find(REPULSION, "ours").build(work)())
+
+
+def test_half_products_are_what_a_step_must_compute():
+    for case in cases("dry", REPULSION):
+        work = peers.RepulsionWorkload(case, CPU)
+        peers.find(REPULSION, "half products").build(work)()
+        made = {name: tuple(buffer.shape) for name, buffer in work.buffers.items()}
+        n, d = case.shape["N"], case.shape["D"]
+        gradients = {} if work.row_max else {"rows": (n // 2, d), "columns": (n, d)}
+        assert made == {"cosines": (n // 2, n)} | gradients
+        assert case.flops == 2 * (n // 2) * n * d * (1 if work.row_max else 3)
 
 
 def test_linear_table():

@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "gemm/gemm.h"
 #include "memory.h"
 #include "simd/scalar.h"
 
@@ -136,6 +137,8 @@ struct Tile {
   const T* row_units;
   const T* column_units;
   T* cosines;
+  int64_t stride;     // of the cosines' rows
+  Packed<T>* packed;  // room for either block's points
   bool diagonal;
 };
 
@@ -146,9 +149,9 @@ class Tiles {
  public:
   Tiles(const Problem& p, const Runtime<T>& runtime, const Loops<T>& loops)
       : p_(p), runtime_(runtime), loops_(loops), dim_(p.x.rows.cols) {
-    // Both blocks' points and the cosines, per thread.
+    // Both blocks' points, a block's packed in two ways, and the cosines, per thread.
     const double room = double(kScratchBytes) / double(sizeof(T)) / runtime.threads;
-    const auto most = int64_t(std::sqrt(double(dim_) * double(dim_) + room)) - dim_;
+    const auto most = int64_t(std::sqrt(4.0 * double(dim_) * double(dim_) + room)) - 2 * dim_;
     const auto blocks = [&](int64_t n) {
       const int64_t least = ceil_div(n, std::clamp<int64_t>(most, 16, kBlock));
       return std::max(
@@ -189,8 +192,13 @@ class Tiles {
   };
   struct Scratch {
     Scratch(int64_t rows, int64_t columns, int64_t dim)
-        : row_units(rows * dim), column_units(columns * dim), cosines(rows * columns) {}
+        : row_units(rows * dim),
+          column_units(columns * dim),
+          cosines(rows * padded<T>(columns)),
+          transposed(dim, columns),
+          packed(std::max(rows, columns), dim) {}
     Buffer<T> row_units, column_units, cosines;
+    Packed<T> transposed, packed;
   };
 
   int64_t rows() const { return p_.x.rows.rows; }
@@ -230,7 +238,7 @@ class Tiles {
   }
 
   template <class Visit>
-  void visit_pair(int thread, const Scratch& scratch, BlockPair pair, const Visit& visit) const {
+  void visit_pair(int thread, Scratch& scratch, BlockPair pair, const Visit& visit) const {
     Tile<T> tile{row_block(pair.row),
                  column_block(pair.column),
                  pair.row,
@@ -238,43 +246,46 @@ class Tiles {
                  scratch.row_units.get(),
                  scratch.column_units.get(),
                  scratch.cosines.get(),
+                 padded<T>(column_block(pair.column).size()),
+                 &scratch.packed,
                  false};
     normalize(p_.x, tile.rows, scratch.row_units.get());
     if (!p_.y && pair.row == pair.column) {
       tile.column_units = tile.row_units;
-      visit_diagonal(thread, tile, visit);
+      visit_diagonal(thread, scratch, tile, visit);
     } else {
       normalize(p_.y ? *p_.y : p_.x, tile.columns, scratch.column_units.get());
-      visit_product(thread, tile, visit);
+      visit_product(thread, scratch, tile, visit);
     }
   }
 
   template <class Visit>
-  void visit_product(int thread, const Tile<T>& tile, const Visit& visit) const {
-    runtime_.product(false, true, tile.rows.size(), tile.columns.size(), dim_, tile.row_units, dim_,
-                     tile.column_units, dim_, tile.cosines, tile.columns.size(), false);
+  void visit_product(int thread, Scratch& scratch, const Tile<T>& tile, const Visit& visit) const {
+    scratch.transposed.fill(tile.column_units, dim_, tile.columns.size(), 1, dim_);
+    multiply(tile.rows.size(), Left<T>{tile.row_units, dim_, 1}, scratch.transposed, tile.cosines,
+             tile.stride, false);
     visit(thread, tile);
   }
 
   // Of a block with itself little more than a half is computed.
   template <class Visit>
-  void visit_diagonal(int thread, Tile<T> tile, const Visit& visit) const {
+  void visit_diagonal(int thread, Scratch& scratch, Tile<T> tile, const Visit& visit) const {
     const auto [begin, end] = tile.rows;
     if (end - begin <= kSmallBlock) {
       tile.diagonal = true;
-      return visit_product(thread, tile, visit);
+      return visit_product(thread, scratch, tile, visit);
     }
     const int64_t middle = (begin + end) / 2;
     const Range first{begin, middle}, second{middle, end};
     const T* units = tile.row_units;
     const T* second_units = units + (middle - begin) * dim_;
     const auto part = [&](Range rows, const T* row_units, Range columns, const T* column_units) {
-      return Tile<T>{rows,      columns,      tile.row_block, tile.column_block,
-                     row_units, column_units, tile.cosines,   false};
+      return Tile<T>{rows,         columns,      tile.row_block, tile.column_block, row_units,
+                     column_units, tile.cosines, tile.stride,    tile.packed,       false};
     };
-    visit_diagonal(thread, part(first, units, first, units), visit);
-    visit_diagonal(thread, part(second, second_units, second, second_units), visit);
-    visit_product(thread, part(first, units, second, second_units), visit);
+    visit_diagonal(thread, scratch, part(first, units, first, units), visit);
+    visit_diagonal(thread, scratch, part(second, second_units, second, second_units), visit);
+    visit_product(thread, scratch, part(first, units, second, second_units), visit);
   }
 
   const Problem& p_;
@@ -353,7 +364,7 @@ class PairSum {
     if (columns_.gradient) shift = std::max(shift, columns_.shift[tile.column_block]);
     for (int64_t i = 0; i < tile.rows.size(); ++i) {
       const int64_t begin = tile.diagonal ? i + 1 : 0;
-      shift = std::max(shift, loops_.maximum(tile.cosines + i * n + begin, n - begin));
+      shift = std::max(shift, loops_.maximum(tile.cosines + i * tile.stride + begin, n - begin));
     }
     raise(x_, tile.row_block, tiles_.row_block(tile.row_block), shift);
     raise(columns_, tile.column_block, tiles_.column_block(tile.column_block), shift);
@@ -366,7 +377,7 @@ class PairSum {
     const auto derivatives = loops_.derivatives[int(potential_.kind)];
     double sum = 0;
     for (int64_t i = 0; i < rows; ++i) {
-      T* row = tile.cosines + i * n;
+      T* row = tile.cosines + i * tile.stride;
       int64_t j = tile.diagonal ? i + 1 : 0;
       std::fill_n(row, j, T(0));
       while (j < n) {
@@ -382,12 +393,14 @@ class PairSum {
     }
     x_.sum[tile.row_block] += sum;
     if (x_.gradient) {
-      runtime_.product(false, false, rows, dim_, n, tile.cosines, n, tile.column_units, dim_,
-                       x_.gradient + tile.rows.begin * dim_, dim_, true);
+      tile.packed->fill(tile.column_units, n, dim_, dim_, 1);
+      multiply(rows, Left<T>{tile.cosines, tile.stride, 1}, *tile.packed,
+               x_.gradient + tile.rows.begin * dim_, dim_, true);
     }
     if (columns_.gradient) {
-      runtime_.product(true, false, n, dim_, rows, tile.cosines, n, tile.row_units, dim_,
-                       columns_.gradient + tile.columns.begin * dim_, dim_, true);
+      tile.packed->fill(tile.row_units, rows, dim_, dim_, 1);
+      multiply(n, Left<T>{tile.cosines, 1, tile.stride}, *tile.packed,
+               columns_.gradient + tile.columns.begin * dim_, dim_, true);
     }
   }
 
@@ -525,7 +538,7 @@ void search(const Problem& p, const Runtime<T>& runtime, const Loops<T>& loops,
     const int64_t n = tile.columns.size();
     const T* columns = symmetric ? candidates.thresholds() + tile.columns.begin : nullptr;
     for (int64_t i = 0; i < tile.rows.size(); ++i) {
-      const T* row = tile.cosines + i * n;
+      const T* row = tile.cosines + i * tile.stride;
       const int64_t x = tile.rows.begin + i;
       int64_t j = tile.diagonal ? i + 1 : 0;
       while ((j = loops.first_reaching(row, candidates.thresholds()[x], columns, j, n)) < n) {

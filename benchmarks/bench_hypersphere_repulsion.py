@@ -1,0 +1,28 @@
+"""Hypersphere repulsion beside its peers.
+
+`python -m benchmarks.bench_hypersphere_repulsion` interleaves them and prints ratios;
+`pytest benchmarks --benchmark-only` runs the same steps under pytest-benchmark, one by one.
+"""
+
+from typing import Any
+
+from . import run
+from .cases import Case, cases
+from .driver import under_pytest
+from .peers import PEERS, Peer
+
+OP = "hypersphere_repulsion"
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    # The headline: a benchmark that runs peers one after the other is no place for the rest.
+    metafunc.parametrize("case", cases("cpu", OP)[:1], ids=lambda case: case.name)
+    metafunc.parametrize("peer", PEERS[OP], ids=lambda peer: peer.name)
+
+
+def test_step(benchmark: Any, case: Case, peer: Peer) -> None:
+    under_pytest(benchmark, case, peer)
+
+
+if __name__ == "__main__":
+    run.main(OP)
