@@ -65,9 +65,16 @@ def run(x, y, energy, dtype, impl, **options) -> tuple[Tensor, ...]:
     return loss.detach(), *torch.autograd.grad(loss.sum(), inputs)
 
 
+def sharpness(energy) -> float:
+    """The most that a slope ∂E/∂c changes, relative to itself, per change of its cosine c."""
+    if isinstance(energy, (sk.Riesz, sk.Log)):
+        return (getattr(energy, "s", 0) + 2) * 8  # (s + 2)/r² where r² is still 2 − 2c
+    return 2 * getattr(energy, "t", 0)
+
+
 def slopes(x, y, energy) -> tuple[float, ...]:
-    """The greatest Σ_j |∂E/∂c_ij| over the rows, divided by their norms, of x and of y: the size of
-    what a gradient is summed from, of which the part along the point is taken out."""
+    """Sizes of what is summed up: Σ |∂E/∂c_ij| over all pairs, and, of x and of y, the greatest
+    over a row, divided by its norm (of which the part along the point is taken out)."""
     cosine = F.normalize(x) @ F.normalize(x if y is None else y).T
     cosine.requires_grad_()
     pairs = cosine.flatten()
@@ -77,25 +84,28 @@ def slopes(x, y, energy) -> tuple[float, ...]:
     (slope,) = torch.autograd.grad(as_written(energy, pairs), cosine)
     if y is None:
         slope = slope + slope.T
-        return ((slope.abs().sum(1) / x.norm(dim=1)).max().item(),)
+        size = slope.abs()
+        return size.sum().item() / 2, (size.sum(1) / x.norm(dim=1)).max().item()
     size = slope.abs()
-    return tuple((size.sum(1 - k) / v.norm(dim=1)).max().item() for k, v in ((0, x), (1, y)))
+    return size.sum().item(), *(
+        (size.sum(1 - k) / v.norm(dim=1)).max().item() for k, v in ((0, x), (1, y))
+    )
 
 
 def assert_matches_float64(x, y, energy, dtype, isas=ISAS[-1:]):
     exact = run(x, y, energy, torch.float64, "reference")
     plain = run(x, y, energy, dtype, "reference")
     if isinstance(energy, NEIGHBOR_ENERGIES):
-        sizes = [1 / v.norm(dim=1).min().item() for v in (x, y) if v is not None]
-    else:
-        # An error of a cosine, a few ε, changes a slope by as many times t.
-        sizes = [(1 + getattr(energy, "t", 0)) * size for size in slopes(x, y, energy)]
+        sizes = [1, *(1 / v.norm(dim=1).min().item() for v in (x, y) if v is not None)]
+    else:  # the cosines are off by a few ε
+        total, *rows = slopes(x, y, energy)
+        sizes = [1 + total, *((1 + sharpness(energy)) * size for size in rows)]
     names = ("loss", "grad_x", "grad_y")[: len(exact)]
     for isa in isas:
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("SYNFACE_CPU_ISA", isa)
             actual = run(x, y, energy, dtype, "cpu")
-        for name, a, e, p, size in zip(names, actual, exact, plain, (1, *sizes), strict=True):
+        for name, a, e, p, size in zip(names, actual, exact, plain, sizes, strict=True):
             what = f"{name} of {energy}, {isa}"
             assert_as_exact_as_torch(a, e, p, atol=4 * EPS * size, name=what)
 
@@ -493,7 +503,7 @@ def test_forces_vanish_on_exact_codes(energy, name, dtype):
     """Each point's forces balance: of a gradient only the part along the point was ever there."""
     code = codes.SMALL[name]
     x = code.points()
-    (size,) = slopes(x, None, energy)
+    _, size = slopes(x, None, energy)
     _, grad = run(x, None, energy, dtype, "cpu")
     assert grad.norm(dim=1).max() <= 8 * torch.finfo(dtype).eps * size
     # Not so where a point is moved.

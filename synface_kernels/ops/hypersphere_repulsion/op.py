@@ -17,7 +17,7 @@ from torch import Tensor
 from ..._check import describe
 from ..._load import library
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
-from . import reference
+from . import reference, sharded
 from .energies import (
     NEIGHBOR_ENERGIES,
     PAIR_ENERGIES,
@@ -78,7 +78,11 @@ def hypersphere_repulsion(
             `Gaussian`, `Riesz`, `Log` or `Hinge` (of all pairs). Their docstrings state formulas.
         reduction: ``"mean"`` or ``"sum"``, see the energy; ``"none"``, per point, for `MaxCosine`
             and `KoLeo`.
-        group: not built yet.
+        group: a `torch.distributed` process group whose ranks each hold some of the points, for
+            energies of all pairs without y. All ranks get the energy of all points, and its
+            gradient by their own (which all of them ask for, or none). Half of a ring's steps, each
+            moving one rank's points and their gradient. Not with ``impl="reference"``, nor inside
+            `torch.compile`.
         impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``; see `explain`.
 
     Returns:
@@ -100,7 +104,7 @@ def hypersphere_repulsion(
 
     Source: see each energy.
     """
-    _check(x, y)
+    _check(x, y, group is not None)
     if not isinstance(energy, (*NEIGHBOR_ENERGIES, *PAIR_ENERGIES)):
         raise TypeError(f"energy must be an energy such as LogSumExp(), got {describe(energy)}")
     if reduction not in ("none", "mean", "sum"):
@@ -110,12 +114,17 @@ def hypersphere_repulsion(
             f"reduction must be 'mean' or 'sum' for {type(energy).__name__}, which is one number "
             "for all points, got 'none'"
         )
-    if group is not None:
-        raise NotImplementedError("group is not built yet: leave it at None")
+    if group is not None and (y is not None or not isinstance(energy, PAIR_ENERGIES)):
+        raise NotImplementedError(
+            "group is built for energies of all pairs without y: leave it at None for "
+            f"{type(energy).__name__}{'' if y is None else ' with y'}"
+        )
     chosen = resolve(OP, impl, (x,) if y is None else (x, y))
+    if group is not None and chosen == "reference":
+        raise ValueError("impl must be 'cpu' or 'triton' with a group, got 'reference'")
 
     if isinstance(energy, PAIR_ENERGIES):
-        result = _pair_energy(x, y, energy, reduction, chosen)
+        result = _pair_energy(x, y, energy, reduction, group, chosen)
     else:
         k = energy.topk if isinstance(energy, MaxCosine) else 1
         _check_k(x, y, k, "energy's topk")
@@ -159,23 +168,35 @@ def nearest_neighbors(
 # ---- energies from the two ops -------------------------------------------------------------------
 
 
-def _pair_energy(x: Tensor, y: Tensor | None, energy: Energy, reduction: str, impl: str) -> Tensor:
-    n = x.shape[0]
-    count = n * (n - 1) // 2 if y is None else n * y.shape[0]
+def _pair_energy(
+    x: Tensor, y: Tensor | None, energy: Energy, reduction: str, group: Any, impl: str
+) -> Tensor:
+    counts = None if group is None else sharded.total_rows(x, group)
+    n, m = sum(counts or [x.shape[0]]), 0 if y is None else y.shape[0]
+    if y is None and n < 2:
+        raise ValueError(f"x must have at least two rows, on all ranks together, got {n}")
+
+    def pairs(kind: str, a: float = 0.0, power: int = 0) -> Tensor:
+        if counts is None:
+            return _pairs(x, y, kind, a, power, energy.r_min, impl)
+        potential = (kind, a, power, energy.r_min)
+        return sharded.PairSum.apply(x, counts, potential, group, impl)
+
+    count = n * (n - 1) // 2 if y is None else n * m
     mean = reduction == "mean"
     if isinstance(energy, (LogSumExp, Gaussian)):
         gaussian = isinstance(energy, Gaussian)
         t = 2 * energy.t if gaussian else energy.t  # −t·r² = 2t·c − 2t
-        value = _pairs(x, y, "log_sum_exp", t, 0, energy.r_min, impl)
+        value = pairs("log_sum_exp", t)
         value = value - math.log(count) if mean else value
         return value - t if gaussian else value / t
     if isinstance(energy, Riesz):
-        value = _pairs(x, y, "riesz", energy.s, 0, energy.r_min, impl)
+        value = pairs("riesz", energy.s)
     elif isinstance(energy, Hinge):
-        value = _pairs(x, y, "hinge", energy.threshold, energy.power, energy.r_min, impl)
+        value = pairs("hinge", energy.threshold, energy.power)
     else:
         assert isinstance(energy, Log)
-        value = _pairs(x, y, "log", 0.0, 0, energy.r_min, impl)
+        value = pairs("log")
     return value / count if mean else value
 
 
@@ -229,7 +250,7 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _check(x: Tensor, y: Tensor | None) -> None:
+def _check(x: Tensor, y: Tensor | None, sharded: bool = False) -> None:
     for name, tensor, shape in (("x", x, "(N, D)"), ("y", y, "(M, D)")):
         if tensor is None and name == "y":
             continue
@@ -242,7 +263,7 @@ def _check(x: Tensor, y: Tensor | None) -> None:
                 f"got {describe(tensor)}"
             )
     if y is None:
-        if x.shape[0] < 2:
+        if x.shape[0] < 2 and not sharded:
             raise ValueError(f"x must have at least two rows without y, got {describe(x)}")
         return
     if x.shape[0] < 1 or y.shape[0] < 1:

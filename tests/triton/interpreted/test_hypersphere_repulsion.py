@@ -16,8 +16,7 @@ from synface_kernels.testing import assert_as_exact_as_torch
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 EPS = torch.finfo(F32).eps
 PAIR = [
-    sk.LogSumExp(10.0), sk.LogSumExp(300.0), sk.Riesz(), sk.Log(), sk.Hinge(0.1),
-    sk.Hinge(-0.2, power=1),
+    sk.LogSumExp(300.0), sk.Riesz(), sk.Log(), sk.Hinge(0.1), sk.Hinge(-0.2, power=1),
 ]  # fmt: skip
 NEIGHBOR = [sk.MaxCosine(topk=2), sk.KoLeo(), sk.ClosestPair()]
 
@@ -26,7 +25,7 @@ NEIGHBOR = [sk.MaxCosine(topk=2), sk.KoLeo(), sk.ClosestPair()]
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of so few points as an interpreter gets through."""
     monkeypatch.setattr(kernel_triton, "BLOCK_ALIGNMENT", 8)
-    monkeypatch.setattr(kernel_triton, "_block", lambda d: 16)
+    monkeypatch.setattr(kernel_triton, "_block", lambda d: 8)
 
 
 def points(n: int, m: int | None, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -50,7 +49,7 @@ def run(x: Tensor, y: Tensor | None, energy: object, dtype: torch.dtype, impl: s
 @pytest.mark.parametrize("energy", PAIR + NEIGHBOR, ids=str)
 @pytest.mark.parametrize("gallery", [False, True])
 def test_matches_float64(energy: object, gallery: bool, dtype: torch.dtype) -> None:
-    for n, m, d in ((5, 4, 2), (37, 21, 5)) if dtype == F32 else ((19, 6, 3),):
+    for n, m, d in ((5, 4, 2), (21, 18, 5)) if dtype == F32 else ((11, 5, 3),):
         x, y = points(n, m if gallery else None, d, dtype)
         exact = run(x, y, energy, torch.float64, "reference")
         plain = run(x, y, energy, dtype, "reference")
@@ -65,7 +64,7 @@ def test_matches_float64(energy: object, gallery: bool, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("gallery", [False, True])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_neighbors_are_exact(gallery: bool, dtype: torch.dtype) -> None:
-    x, y = points(37 if dtype == F32 else 19, 26 if gallery else None, 5, dtype)
+    x, y = points(21 if dtype == F32 else 11, 19 if gallery else None, 5, dtype)
     for k in (1, 3):
         cosine, index = sk.nearest_neighbors(x, y, k, impl="triton")
         values, expected = sk.nearest_neighbors(x, y, k, impl="reference")
