@@ -423,7 +423,7 @@ def pack_command(
     start: Annotated[
         Path | None, typer.Option(help="Embeddings to start from: .safetensors or .npy.")
     ] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate of hyperface.")] = 0.01,
+    lr: Annotated[float, typer.Option(help="Learning rate of hyperface.")] = 0.001,
     seed: SeedOption = 0,
     output: Annotated[
         Path, typer.Option(help="The points, a .safetensors file; beside it a .png.")
