@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from synface.cli import app
+from typer.testing import CliRunner
 
 from synface_kernels import _env
 
@@ -30,6 +33,20 @@ def test_the_code_in_the_readme_runs(capsys):
     assert isinstance(loss, torch.Tensor)
     loss.backward()
     assert names["centers"].grad.isfinite().all()
+
+
+def test_the_chain_in_the_readme_runs(tmp_path, monkeypatch):
+    chain = re.findall(r"^synface (pack|synthesize|train --data faces)(.*)$", README, re.MULTILINE)
+    assert [command.split()[0] for command, _ in chain] == ["pack", "synthesize", "train"]
+    smaller = {"count": 8, "steps": 20, "images-per-identity": 4, "epochs": 1, "holdout": 3}
+    monkeypatch.chdir(tmp_path)
+    for command, options in chain:
+        for name, value in smaller.items():
+            options = re.sub(rf"(--{name}) \d+", rf"\1 {value}", options)
+        result = CliRunner().invoke(app, shlex.split(command + options))
+        assert result.exit_code == 0, result.output
+    assert "ROC-AUC" in result.output
+    assert len(list(tmp_path.glob("faces/*/*.png"))) == 32
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
