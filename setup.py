@@ -36,9 +36,10 @@ def want_cuda() -> bool:
 # One instruction set for the whole build: faster ones are chosen at run time, per function.
 # No contraction: where a fused multiply-add is meant, the source says so, so that the instruction
 # sets agree wherever they promise to. Nobody reads the floating-point exceptions, which else keep
-# selects between two results from becoming vector code.
+# selects between two results from becoming vector code, nor errno, which else keeps square roots
+# from it.
 CXX = ["-O3", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-fno-trapping-math"]
-CXX += ["-fvisibility=hidden", "-Wall"]
+CXX += ["-fno-math-errno", "-fvisibility=hidden", "-Wall"]
 NVCC = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
 INCLUDE = [os.path.abspath("csrc")]
 CPU_KERNELS = [*sorted(glob("csrc/*/cpu.cpp")), "csrc/simd/isa.cpp"]

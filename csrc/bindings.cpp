@@ -11,6 +11,8 @@
 #include "gemm/torch_gemm.h"
 #include "hypersphere_repulsion/cpu.h"
 #include "margin_cross_entropy/cpu.h"
+#include "row_update/cpu.h"
+#include "sample_classes/cpu.h"
 #include "simd/isa.h"
 
 #ifdef SYNFACE_CUDA
@@ -379,6 +381,68 @@ void mixup_backward(const Tensor& gradient, const Tensor& synthetic, const Tenso
                    grad_psi ? grad_psi->data_ptr<double>() : nullptr, in.psi);
 }
 
+row_update::State state_of(const std::optional<Tensor>& rows, const Tensor& like) {
+  if (!rows) return {nullptr, Dtype::f32, 0};
+  TORCH_CHECK_VALUE(rows->sizes() == like.sizes() && (rows->size(1) < 2 || rows->stride(1) == 1),
+                    "expected contiguous rows of shape ", like.sizes());
+  return {rows->data_ptr(), dtype_of(*rows), rows->stride(0)};
+}
+
+struct RowInputs {
+  RowInputs(const Tensor& weight, const std::optional<Tensor>& row_grad, const Tensor& class_ids,
+            const std::optional<Tensor>& last_step, int64_t step, std::optional<int64_t> seed)
+      : gradient(row_grad ? with_contiguous_rows(*row_grad) : Tensor()),
+        class_ids(class_ids.contiguous()),
+        problem{state_of(weight, weight),
+                row_grad ? rows_of(gradient) : Rows{nullptr, Dtype::f32, 0, 0, 0},
+                this->class_ids.const_data_ptr<int64_t>(),
+                class_ids.numel(),
+                weight.size(1),
+                step,
+                last_step ? last_step->data_ptr() : nullptr,
+                last_step && last_step->scalar_type() == at::kLong,
+                seed.has_value(),
+                uint64_t(seed.value_or(0))} {}
+  Tensor gradient, class_ids;
+  row_update::Problem problem;
+};
+
+void row_sgd(const Tensor& weight, const std::optional<Tensor>& row_grad, const Tensor& class_ids,
+             const std::optional<Tensor>& momentum_buffer, const std::optional<Tensor>& last_step,
+             double lr, double momentum, double weight_decay, double dampening, bool nesterov,
+             int64_t step, std::optional<int64_t> seed) {
+  const RowInputs in(weight, row_grad, class_ids, last_step, step, seed);
+  with_statistics_type(weight, [&](auto zero) {
+    using T = decltype(zero);
+    row_update::sgd<T>(in.problem, state_of(momentum_buffer, weight),
+                       {lr, momentum, weight_decay, dampening, nesterov}, torch_runtime<T>());
+  });
+}
+
+void row_adamw(const Tensor& weight, const std::optional<Tensor>& row_grad, const Tensor& class_ids,
+               const Tensor& exp_avg, const Tensor& exp_avg_sq,
+               const std::optional<Tensor>& last_step, double lr, double beta1, double beta2,
+               double eps, double weight_decay, int64_t step, std::optional<int64_t> seed) {
+  const RowInputs in(weight, row_grad, class_ids, last_step, step, seed);
+  with_statistics_type(weight, [&](auto zero) {
+    using T = decltype(zero);
+    row_update::adamw<T>(in.problem, state_of(exp_avg, weight), state_of(exp_avg_sq, weight),
+                         {lr, beta1, beta2, eps, weight_decay}, torch_runtime<T>());
+  });
+}
+
+std::tuple<Tensor, Tensor> draw_classes(const Tensor& target, int64_t classes, int64_t wanted,
+                                        int64_t seed, int64_t ignore) {
+  const Tensor labels = target.contiguous();
+  const sample_classes::Sample sample(
+      {labels.const_data_ptr<int64_t>(), labels.numel(), classes, wanted, ignore, uint64_t(seed)});
+  Tensor class_ids = at::empty({sample.size()}, labels.options());
+  Tensor remapped = at::empty(labels.sizes(), labels.options());
+  advise_huge_pages(class_ids);
+  sample.write(torch_runtime<float>(), class_ids.data_ptr<int64_t>(), remapped.data_ptr<int64_t>());
+  return {class_ids, remapped};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(synface_kernels, CPU, library) {
@@ -390,6 +454,9 @@ TORCH_LIBRARY_IMPL(synface_kernels, CPU, library) {
   library.impl("hypersphere_repulsion_pairs_cpu", repulsion_pairs);
   library.impl("margin_cross_entropy_forward_cpu", margin_forward);
   library.impl("margin_cross_entropy_backward_cpu", margin_backward);
+  library.impl("row_update_adamw_cpu", row_adamw);
+  library.impl("row_update_sgd_cpu", row_sgd);
+  library.impl("sample_classes_cpu", draw_classes);
 }
 
 #ifdef SYNFACE_CUDA

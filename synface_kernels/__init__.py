@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .ops.hypersphere_repulsion.op import hypersphere_repulsion, nearest_neighbors
     from .ops.margin_cross_entropy.margins import ArcFace, CombinedMargin, CosFace, SphereFace
     from .ops.margin_cross_entropy.op import MarginStats, margin_cross_entropy
+    from .ops.row_update.op import row_adamw_, row_sgd_
+    from .ops.sample_classes.op import sample_classes
 
 try:
     __version__ = version("synface-kernels")
@@ -51,6 +53,9 @@ _HOMES = {
     "identity_mixup": "ops.domain_mixup.op",
     "margin_cross_entropy": "ops.margin_cross_entropy.op",
     "nearest_neighbors": "ops.hypersphere_repulsion.op",
+    "row_adamw_": "ops.row_update.op",
+    "row_sgd_": "ops.row_update.op",
+    "sample_classes": "ops.sample_classes.op",
 }
 
 __all__ = [
@@ -73,6 +78,9 @@ __all__ = [
     "identity_mixup",
     "margin_cross_entropy",
     "nearest_neighbors",
+    "row_adamw_",
+    "row_sgd_",
+    "sample_classes",
 ]
 
 

@@ -1,0 +1,111 @@
+"""Row updates beside torch's indexed reads and writes, and beside a dense optimizer's step.
+
+`python -m benchmarks.bench_row_update` interleaves them and prints medians and ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import synface_kernels as sk
+
+from . import table, verify
+from .interleave import medians
+
+OP = "row_update"
+LR, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
+
+
+def indexed(weight: Tensor, grad: Tensor, ids: Tensor, buffer: Tensor) -> None:
+    """SGD with momentum on some rows, as one writes it in torch."""
+    w, b = weight[ids].float(), buffer[ids].float()
+    b.mul_(MOMENTUM).add_(grad.float() + DECAY * w)
+    weight.index_copy_(0, ids, w.sub_(b, alpha=LR).to(weight.dtype))
+    buffer.index_copy_(0, ids, b.to(buffer.dtype))
+
+
+def indexed_adamw(
+    weight: Tensor, grad: Tensor, ids: Tensor, mean: Tensor, square: Tensor, step: int
+) -> None:
+    w, m, v, g = weight[ids].float(), mean[ids].float(), square[ids].float(), grad.float()
+    m.lerp_(g, 0.1)
+    v.mul_(0.999).addcmul_(g, g, value=0.001)
+    denominator = v.sqrt().div_((1 - 0.999**step) ** 0.5).add_(1e-8)
+    w.mul_(1 - 1e-3 * 1e-2).addcdiv_(m, denominator, value=-1e-3 / (1 - 0.9**step))
+    for state, rows in ((weight, w), (mean, m), (square, v)):
+        state.index_copy_(0, ids, rows.to(state.dtype))
+
+
+def rows(classes: int, touched: int, dim: int, rounds: int) -> str:
+    rng = torch.Generator().manual_seed(0)
+    ids, _ = sk.sample_classes(torch.empty(0, dtype=torch.int64), classes, touched, rng)
+    lines: list[list[str]] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weight, buffer, square = (
+            torch.randn(classes, dim, generator=rng, dtype=dtype) for _ in range(3)
+        )
+        square.abs_()
+        grad = torch.randn(touched, dim, generator=rng, dtype=dtype)
+        ours = partial(
+            sk.row_sgd_, weight, grad, ids,
+            lr=LR, momentum=MOMENTUM, weight_decay=DECAY, momentum_buffer=buffer,
+        )  # fmt: skip
+        adamw = partial(sk.row_adamw_, weight, grad, ids, buffer, square, 10)
+        kinds = {
+            "row_sgd_, momentum": (
+                ours,
+                partial(ours, step=1, seed=0),
+                partial(indexed, weight, grad, ids, buffer),
+            ),
+            "row_adamw_": (
+                adamw,
+                partial(adamw, seed=0),
+                partial(indexed_adamw, weight, grad, ids, buffer, square, 10),
+            ),
+        }
+        for name, steps in kinds.items():
+            labels = ("ours", "ours, random rounding", "index, compute, index_copy_")
+            cells = medians(dict(zip(labels, steps, strict=True)), rounds)
+            lines = lines or [["step", "dtype", *cells]]
+            kind = str(dtype).removeprefix("torch.")
+            lines.append([name, kind, *cells.values()])
+    return table.markdown(lines)
+
+
+def catching_up(touched: int, dim: int, rounds: int) -> str:
+    """A step on rows that missed many before it."""
+    ids, lines = torch.arange(touched), [["missed", "row_sgd_", "row_adamw_"]]
+    weight, buffer, square, grad = (torch.ones(touched, dim) for _ in range(4))
+    last = torch.zeros(touched, dtype=torch.int64)
+    for missed in (0, 10, 100, 1000):
+        step: dict[str, Any] = {"step": missed + 1, "last_step": last}
+
+        def sgd(step: dict[str, Any] = step) -> None:
+            last.zero_()
+            sk.row_sgd_(weight, grad, ids, lr=LR, momentum=MOMENTUM, momentum_buffer=buffer,
+                        weight_decay=DECAY, **step)  # fmt: skip
+
+        def adamw(step: dict[str, Any] = step) -> None:
+            last.zero_()
+            sk.row_adamw_(weight, grad, ids, buffer, square, **step)
+
+        lines.append([f"{missed:,}", *medians({"sgd": sgd}, rounds).values(),
+                      *medians({"adamw": adamw}, rounds).values()])  # fmt: skip
+    return table.markdown(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--classes", type=int, default=1_000_000)
+    parser.add_argument("--touched", type=int, default=100_000)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    verify.require(OP)
+    print(rows(args.classes, args.touched, args.dim, args.rounds))
+    print(catching_up(args.touched // 10, args.dim, args.rounds))

@@ -1,0 +1,60 @@
+"""Sampled classes beside insightface's way: random numbers for all classes, topk, sort.
+
+`python -m benchmarks.bench_sample_classes` interleaves them and prints medians and ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import synface_kernels as sk
+
+from . import table, verify
+from .interleave import medians
+
+OP = "sample_classes"
+
+
+def insightface(target: Tensor, num_classes: int, num_sampled: int) -> tuple[Tensor, Tensor]:
+    """As its Partial FC does at each step: positives get 2, the others a number below 1."""
+    positive = target.unique(sorted=True)
+    if num_sampled < positive.numel():
+        return positive, torch.searchsorted(positive, target)
+    perm = torch.rand(num_classes)
+    perm[positive] = 2.0
+    index = torch.topk(perm, k=num_sampled)[1].sort()[0]
+    return index, torch.searchsorted(index, target)
+
+
+def rows(num_classes: int, labels: int, rounds: int) -> str:
+    target = torch.randint(num_classes, (labels,), generator=torch.Generator().manual_seed(0))
+    lines: list[list[str]] = []
+    for share in (0.1, 0.01):
+        wanted = max(1, int(num_classes * share))
+        cells = medians(
+            {
+                "ours": partial(sk.sample_classes, target, num_classes, wanted),
+                "in plain torch": partial(
+                    sk.sample_classes, target, num_classes, wanted, impl="torch"
+                ),
+                "rand + topk + sort": partial(insightface, target, num_classes, wanted),
+            },
+            rounds,
+        )
+        lines = lines or [["S", *cells]]
+        lines.append([f"{wanted:,}", *cells.values()])
+    return table.markdown(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--classes", type=int, default=10_000_000)
+    parser.add_argument("--labels", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    verify.require(OP)
+    print(rows(args.classes, args.labels, args.rounds))

@@ -1,0 +1,302 @@
+#include "row_update/cpu.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <vector>
+
+#include "memory.h"
+#include "simd/scalar.h"
+
+namespace synface::row_update {
+namespace {
+
+template <class T>
+struct SgdStep {
+  explicit SgdStep(const Sgd& o)
+      : lr(T(o.lr)), momentum(T(o.momentum)), decay(T(o.weight_decay)), take(T(1 - o.dampening)) {}
+  T lr, momentum, decay, take;
+};
+
+template <class T>
+struct AdamWStep {
+  AdamWStep(const AdamW& o, int64_t step)
+      : beta1(T(o.beta1)),
+        take1(T(1 - o.beta1)),
+        beta2(T(o.beta2)),
+        take2(T(1 - o.beta2)),
+        keep(T(1 - o.lr * o.weight_decay)),
+        size(T(o.lr / (1 - std::pow(o.beta1, double(step))))),
+        root(T(1 / std::sqrt(1 - std::pow(o.beta2, double(step))))),
+        eps(T(o.eps)) {}
+  T beta1, take1, beta2, take2, keep, size, root, eps;
+};
+
+template <class T>
+struct Loops {
+  void (*sgd_plain)(T* w, const T* g, const SgdStep<T>& s, int64_t n);
+  void (*sgd_momentum)(T* w, T* b, const T* g, const SgdStep<T>& s, int64_t n);
+  void (*sgd_nesterov)(T* w, T* b, const T* g, const SgdStep<T>& s, int64_t n);
+  void (*scale)(T* w, T factor, int64_t n);
+  void (*linear)(T* w, T* b, const T* a, int64_t n);
+  void (*adamw_step)(T* w, T* m, T* v, const T* g, const AdamWStep<T>& s, int64_t n);
+  void (*roots)(const T* v, T* root, int64_t n);
+  void (*add_quotients)(T* sum, const T* root, T size, T factor, T eps, int64_t n);
+  void (*adamw_missed)(T* w, T* m, T* v, const T* sum, T keep, T beta1, T beta2, int64_t n);
+  void (*load)(const void* from, Dtype dtype, T* to, int64_t n);
+  void (*store)(const T* from, void* to, Dtype dtype, int64_t n);
+  void (*store_stochastic)(const T* from, uint16_t* to, uint32_t low, uint32_t high, int64_t n);
+};
+
+}  // namespace
+}  // namespace synface::row_update
+
+#define SYNFACE_ISA_SOURCE "row_update/cpu-inl.h"
+#include "simd/foreach_isa.h"
+
+namespace synface::row_update {
+namespace {
+
+constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kTaskElements = 1 << 14;  // that are worth a task
+
+uint64_t mix(uint64_t z) {  // SplitMix64
+  z += 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+// One row at a time of a state, as T: in place where it is T already.
+template <class T>
+class Row {
+ public:
+  // `stream` tells the states of a problem apart.
+  Row(const Problem& p, const State& state, int64_t stream, const Loops<T>& loops)
+      : state_(state),
+        cols_(p.cols),
+        stochastic_(p.stochastic && state.dtype == Dtype::bf16),
+        key_(mix(mix(p.seed) ^ uint64_t(4 * p.step + stream))),
+        loops_(loops),
+        copy_(state.data && state.dtype != dtype_of<T> ? cols_ : 0) {}
+
+  // null where there is no such state
+  T* open(int64_t row) {
+    if (!state_.data) return nullptr;
+    row_ = row;
+    if (!copy_.get()) return static_cast<T*>(at());
+    loops_.load(at(), state_.dtype, copy_.get(), cols_);
+    return copy_.get();
+  }
+  void close() {
+    if (!copy_.get()) return;
+    if (stochastic_) {
+      const uint64_t key = mix(key_ ^ uint64_t(row_));
+      loops_.store_stochastic(copy_.get(), static_cast<uint16_t*>(at()), uint32_t(key),
+                              uint32_t(key >> 32), cols_);
+    } else {
+      loops_.store(copy_.get(), at(), state_.dtype, cols_);
+    }
+  }
+
+ private:
+  void* at() const {
+    return static_cast<char*>(state_.data) +
+           size_t(row_) * size_t(state_.stride) * bytes(state_.dtype);
+  }
+  State state_;
+  int64_t cols_, row_ = 0;
+  bool stochastic_;
+  uint64_t key_;
+  const Loops<T>& loops_;
+  Buffer<T> copy_;
+};
+
+// The gradient's rows as T, in place where they are.
+template <class T>
+struct Gradient {
+  Gradient(const Problem& p, const Loops<T>& loops)
+      : rows(p.gradient), loops(loops), copy(rows.data && rows.dtype != dtype_of<T> ? p.cols : 0) {}
+  const T* row(int64_t i) {
+    if (!rows.data) return nullptr;
+    if (!copy.get()) return static_cast<const T*>(row_at(rows, i));
+    loops.load(row_at(rows, i), rows.dtype, copy.get(), rows.cols);
+    return copy.get();
+  }
+  const Rows& rows;
+  const Loops<T>& loops;
+  Buffer<T> copy;
+};
+
+// The step after which each row is up to date.
+class LastStep {
+ public:
+  explicit LastStep(const Problem& p) : p_(p) {}
+  int64_t of(int64_t row) const {
+    return !p_.last_step   ? due()
+           : p_.long_steps ? static_cast<const int64_t*>(p_.last_step)[row]
+                           : static_cast<const int32_t*>(p_.last_step)[row];
+  }
+  int64_t missed(int64_t row) const { return due() - of(row); }
+  void set(int64_t row) const {
+    if (!p_.last_step) return;
+    if (p_.long_steps) {
+      static_cast<int64_t*>(p_.last_step)[row] = p_.step;
+    } else {
+      static_cast<int32_t*>(p_.last_step)[row] = int32_t(p_.step);
+    }
+  }
+
+ private:
+  // Where rows must have arrived before the gradient comes.
+  int64_t due() const { return p_.gradient.data ? p_.step - 1 : p_.step; }
+  const Problem& p_;
+};
+
+// run(begin, end) on ranges of the rows, in parallel
+template <class T, class F>
+void over_rows(const Problem& p, const Runtime<T>& runtime, F&& run) {
+  const int64_t tasks =
+      std::clamp<int64_t>(p.count * p.cols / kTaskElements, 1, kTasksPerThread * runtime.threads);
+  runtime.parallel(int(tasks), [&](int task) { run(part_of(p.count, tasks, task)); });
+}
+
+using Matrix = std::array<double, 4>;  // row by row
+
+Matrix product(const Matrix& a, const Matrix& b) {
+  return {a[0] * b[0] + a[1] * b[2], a[0] * b[1] + a[1] * b[3], a[2] * b[0] + a[3] * b[2],
+          a[2] * b[1] + a[3] * b[3]};
+}
+
+Matrix power(Matrix base, int64_t exponent) {
+  Matrix result{1, 0, 0, 1};
+  for (; exponent > 0; exponent >>= 1) {
+    if (exponent & 1) result = product(result, base);
+    base = product(base, base);
+  }
+  return result;
+}
+
+// What a step without a gradient makes of (weight, momentum): a linear map.
+Matrix idle_step(const Sgd& o) {
+  const double to_buffer = (1 - o.dampening) * o.weight_decay;
+  if (o.nesterov) {
+    return {1 - o.lr * (o.weight_decay + o.momentum * to_buffer), -o.lr * o.momentum * o.momentum,
+            to_buffer, o.momentum};
+  }
+  return {1 - o.lr * to_buffer, -o.lr * o.momentum, to_buffer, o.momentum};
+}
+
+// What `missed` steps without gradients take off a weight: m·Σ size/(√v·factor + eps), then decay.
+template <class T>
+struct AdamWMissed {
+  struct Term {
+    double size, factor;
+  };
+  AdamWMissed(const AdamW& o, int64_t last, int64_t missed)
+      : keep(std::pow(1 - o.lr * o.weight_decay, double(missed))),
+        beta1(std::pow(o.beta1, double(missed))),
+        beta2(std::pow(o.beta2, double(missed))) {
+    const double decay = 1 - o.lr * o.weight_decay;
+    // Relative to its first, term k is at most ratio^k, up to bias corrections.
+    const double ratio = o.beta1 / (std::sqrt(o.beta2) * decay);
+    const bool falls = decay > 0 && ratio < 1;
+    const double negligible = std::is_same_v<T, float> ? 0x1p-26 : 0x1p-55;
+    double moment = 1, square = 1, bound = 1, enough = 0;
+    double power1 = std::pow(o.beta1, double(last)), power2 = std::pow(o.beta2, double(last));
+    for (int64_t k = 1; k <= missed; ++k) {
+      moment *= o.beta1, square *= o.beta2, power1 *= o.beta1, power2 *= o.beta2, bound *= ratio;
+      terms.push_back({o.lr * moment / (1 - power1), std::sqrt(square / (1 - power2))});
+      if (k == 1) enough = negligible * bound * std::sqrt(1 - power2) / (1 - power1);
+      if (falls && bound * ratio / (1 - ratio) / (1 - power1) < enough) break;
+    }
+    double later = std::pow(decay, double(missed - int64_t(terms.size())));
+    for (auto term = terms.rbegin(); term != terms.rend(); ++term, later *= decay) {
+      term->size *= later;
+    }
+  }
+  std::vector<Term> terms;
+  double keep, beta1, beta2;
+};
+
+}  // namespace
+
+template <class T>
+void sgd(const Problem& p, const State& momentum, const Sgd& o, const Runtime<T>& runtime) {
+  const Loops<T>& loops = SYNFACE_PICK(loops<T>);
+  const SgdStep<T> step(o);
+  const Matrix idle = idle_step(o);
+  over_rows(p, runtime, [&](Range range) {
+    Row<T> weights(p, p.weight, 0, loops), buffers(p, momentum, 1, loops);
+    Gradient<T> gradient(p, loops);
+    const LastStep last(p);
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      const int64_t row = p.class_ids[i], missed = last.missed(row);
+      T *w = weights.open(row), *b = buffers.open(row);
+      const T* g = gradient.row(i);
+      if (missed > 0 && b) {
+        const Matrix a = power(idle, missed);
+        const T to[4] = {T(a[0]), T(a[1]), T(a[2]), T(a[3])};
+        loops.linear(w, b, to, p.cols);
+      } else if (missed > 0) {
+        loops.scale(w, T(std::pow(1 - o.lr * o.weight_decay, double(missed))), p.cols);
+      }
+      if (g && b) {
+        (o.nesterov ? loops.sgd_nesterov : loops.sgd_momentum)(w, b, g, step, p.cols);
+      } else if (g) {
+        loops.sgd_plain(w, g, step, p.cols);
+      }
+      weights.close();
+      buffers.close();
+      last.set(row);
+    }
+  });
+}
+
+template <class T>
+void adamw(const Problem& p, const State& exp_avg, const State& exp_avg_sq, const AdamW& o,
+           const Runtime<T>& runtime) {
+  const Loops<T>& loops = SYNFACE_PICK(loops<T>);
+  const AdamWStep<T> step(o, p.step);
+  over_rows(p, runtime, [&](Range range) {
+    Row<T> weights(p, p.weight, 0, loops), means(p, exp_avg, 1, loops),
+        squares(p, exp_avg_sq, 2, loops);
+    Gradient<T> gradient(p, loops);
+    const LastStep last(p);
+    Buffer<T> root(p.last_step ? p.cols : 0), sum(p.last_step ? p.cols : 0);
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      const int64_t row = p.class_ids[i], missed = last.missed(row);
+      T *w = weights.open(row), *m = means.open(row), *v = squares.open(row);
+      const T* g = gradient.row(i);
+      if (missed > 0) {
+        AdamWMissed<T> idle(o, last.of(row), missed);
+        // A row that was never touched only decays.
+        const bool moves = std::any_of(m, m + p.cols, [](T x) { return x != 0; });
+        std::fill_n(sum.get(), p.cols, T(0));
+        if (moves) {
+          loops.roots(v, root.get(), p.cols);
+          for (const auto& term : idle.terms) {
+            loops.add_quotients(sum.get(), root.get(), T(term.size), T(term.factor), T(o.eps),
+                                p.cols);
+          }
+        }
+        loops.adamw_missed(w, m, v, sum.get(), T(idle.keep), T(idle.beta1), T(idle.beta2), p.cols);
+      }
+      if (g) loops.adamw_step(w, m, v, g, step, p.cols);
+      weights.close();
+      means.close();
+      squares.close();
+      last.set(row);
+    }
+  });
+}
+
+#define SYNFACE_INSTANTIATE(T)                                                       \
+  template void sgd<T>(const Problem&, const State&, const Sgd&, const Runtime<T>&); \
+  template void adamw<T>(const Problem&, const State&, const State&, const AdamW&,   \
+                         const Runtime<T>&);
+SYNFACE_INSTANTIATE(float)
+SYNFACE_INSTANTIATE(double)
+
+}  // namespace synface::row_update

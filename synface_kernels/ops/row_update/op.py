@@ -1,0 +1,335 @@
+"""Optimiser steps on some rows of a matrix, in place: checks, registrations, public functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._check import describe, require
+from ..._load import library
+from ..._select import always, needs_cpu_extension, register, resolve
+from . import reference
+
+OP = "row_update"
+register(OP, {"cpu": needs_cpu_extension, "reference": always})
+
+_SCHEMAS = {
+    "sgd": "(Tensor(a!) weight, Tensor? row_grad, Tensor class_ids, Tensor(b!)? momentum_buffer, "
+    "Tensor(c!)? last_step, float lr, float momentum, float weight_decay, float dampening, "
+    "bool nesterov, SymInt step, int? seed{impl}) -> ()",
+    "adamw": "(Tensor(a!) weight, Tensor? row_grad, Tensor class_ids, Tensor(b!) exp_avg, "
+    "Tensor(c!) exp_avg_sq, Tensor(d!)? last_step, float lr, float beta1, float beta2, float eps, "
+    "float weight_decay, SymInt step, int? seed{impl}) -> ()",
+}
+for _name, _schema in _SCHEMAS.items():
+    library.define(f"{OP}_{_name}" + _schema.format(impl=", str impl"))
+    # implemented in csrc/bindings.cpp
+    library.define(f"{OP}_{_name}_cpu" + _schema.replace("SymInt", "int").format(impl=""))
+
+
+def row_sgd_(
+    weight: Tensor,
+    row_grad: Tensor | None,
+    class_ids: Tensor,
+    *,
+    lr: float,
+    momentum_buffer: Tensor | None = None,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    step: int | None = None,
+    last_step: Tensor | None = None,
+    seed: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """A step of SGD on some rows of a matrix, in place; the other rows are not even read.
+
+    With g = row_grad + weight_decay·w, as `torch.optim.SGD`: b ← momentum·b + (1 − dampening)·g,
+    w ← w − lr·b; with ``nesterov`` w ← w − lr·(g + momentum·b); without momentum w ← w − lr·g.
+
+    Without ``last_step``, rows that are not in ``class_ids`` keep their weight and momentum as they
+    are, as with `torch.optim.SparseAdam`: they neither decay nor coast on.
+
+    With ``last_step``, a row that is touched first takes the steps that it missed: those that
+    `torch.optim.SGD` would take on a gradient of zero. They are linear in (w, b), so that the
+    2 × 2 matrix of one, raised to their number, is all of them: exact but for rounding. The
+    missed steps are taken with the arguments given now: where ``lr`` changes, bring all rows up to
+    date first (``row_grad=None``), or accept that they coast at the new rate.
+
+    Args:
+        weight: (C, D), its rows contiguous: float32, bfloat16 (arithmetic in float32), or float64.
+        row_grad: (S, D) gradients of the rows: float32, bfloat16, float16, or float64 for a float64
+            weight. None: the rows only take the steps that they missed, that of ``step`` included.
+        class_ids: (S,) int64 rows of the weight, rising strictly.
+        lr, weight_decay, dampening: ≥ 0, finite.
+        momentum: ≥ 0. momentum_buffer: (C, D) float32 or bfloat16 (float64 for float64), zeros to
+            begin with; required just where momentum > 0. (torch's first step takes all of g
+            whatever the dampening; this one 1 − dampening of it.)
+        nesterov: needs momentum and no dampening.
+        step: the number of this step, ≥ 1, rising from call to call; required with ``last_step`` or
+            ``seed``.
+        last_step: (C,) int64 or int32: the step after which each row is up to date; zeros to begin
+            with. Written.
+        seed: rounds what is stored as bfloat16 at random, without bias, by a hash of (seed, step,
+            state, row, column): the same whatever the threads or the device. Default: to nearest.
+            With nearest rounding, updates below 2^-9 of a weight are lost. In [0, 2^63).
+        impl: ``"auto"``, ``"cpu"`` or ``"reference"`` (plain torch: ``index_select`` and
+            ``index_copy_``, and missed steps one by one); see `explain`.
+
+    Returns:
+        ``weight``. Takes no part in autograd.
+
+    Memory above the inputs: on the CPU one bool per element of ``class_ids``, and a few rows for
+    each thread; for ``"reference"`` a few times (S, D).
+
+    Raises:
+        ValueError: for a wrong dtype, shape, device or value, before anything is written. On a GPU
+            ``class_ids`` and ``last_step`` are checked there, by an asynchronous assertion.
+        TypeError: for an argument of a wrong Python type.
+        RuntimeError: for an ``impl`` that cannot run here, naming the reason.
+
+    Source: Sutskever et al., ICML 2013; the missed steps: docs/kernels/row_update.md.
+    """
+    _check_numbers(lr=lr, momentum=momentum, weight_decay=weight_decay, dampening=dampening)
+    if (momentum_buffer is not None) != (momentum > 0):
+        raise ValueError(
+            "momentum_buffer is required just where momentum > 0, "
+            f"got {describe(momentum_buffer)} with momentum {momentum}"
+        )
+    if nesterov and (momentum <= 0 or dampening != 0):
+        raise ValueError(
+            "nesterov needs momentum > 0 and dampening = 0, "
+            f"got momentum {momentum} and dampening {dampening}"
+        )
+    _check(weight, row_grad, class_ids, {"momentum_buffer": momentum_buffer}, step, last_step, seed)
+    chosen = resolve(OP, impl, (weight,))
+    with torch.no_grad():
+        torch.ops.synface_kernels.row_update_sgd(
+            weight, row_grad, class_ids, momentum_buffer, last_step, lr, momentum, weight_decay,
+            dampening, nesterov, step or 0, seed, chosen,
+        )  # fmt: skip
+    return weight
+
+
+def row_adamw_(
+    weight: Tensor,
+    row_grad: Tensor | None,
+    class_ids: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    last_step: Tensor | None = None,
+    seed: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """A step of AdamW on some rows of a matrix, in place; the other rows are not even read.
+
+    As `torch.optim.AdamW`, with t = ``step``: m ← β₁·m + (1 − β₁)·g, v ← β₂·v + (1 − β₂)·g²,
+    w ← (1 − lr·weight_decay)·w − lr·m/(1 − β₁^t) / (√(v/(1 − β₂^t)) + eps).
+
+    Without ``last_step``, rows that are not in ``class_ids`` keep weight and moments as they are,
+    as with `torch.optim.SparseAdam`; bias is corrected by the number of steps, not of touches.
+
+    With ``last_step``, a row that is touched first takes the steps that it missed: those that
+    `torch.optim.AdamW` would take on a gradient of zero. Decay of weight and moments is in closed
+    form. What the decaying moments still move the weight by is not (eps stands in the
+    denominator): these terms are added one by one, until what is left of their geometric series is
+    below 2^-26 (float64: 2^-55) of the first, some 200 at the default betas; all of them where the
+    series does not fall, β₁ ≥ √β₂·(1 − lr·weight_decay). The missed steps are taken with the
+    arguments given now, see `row_sgd_`.
+
+    Args:
+        weight, row_grad, class_ids: see `row_sgd_`.
+        exp_avg, exp_avg_sq: (C, D) moments, float32 or bfloat16 (float64 for a float64 weight),
+            zeros to begin with. In bfloat16 without ``seed``, exp_avg_sq cannot decay: rounding to
+            nearest undoes each step by 1 − β₂ < 2^-9.
+        step: the number of this step, ≥ 1, rising from call to call.
+        lr, eps, weight_decay: ≥ 0, finite. betas: in [0, 1).
+        last_step, seed, impl: see `row_sgd_`.
+
+    Returns:
+        ``weight``. Takes no part in autograd.
+
+    Memory above the inputs, and errors: see `row_sgd_`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `row_sgd_`.
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019; the missed
+    steps: docs/kernels/row_update.md.
+    """
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
+    _check_numbers(lr=lr, eps=eps, weight_decay=weight_decay, beta1=betas[0], beta2=betas[1])
+    if max(betas) >= 1:
+        raise ValueError(f"betas must be in [0, 1), got {tuple(betas)}")
+    if step is None:
+        raise TypeError("step must be an int, got NoneType")
+    states = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    for name, state in states.items():
+        if state is None:
+            raise TypeError(f"{name} must be a tensor, got NoneType")
+    _check(weight, row_grad, class_ids, states, step, last_step, seed)
+    chosen = resolve(OP, impl, (weight,))
+    with torch.no_grad():
+        torch.ops.synface_kernels.row_update_adamw(
+            weight, row_grad, class_ids, exp_avg, exp_avg_sq, last_step, lr, *betas, eps,
+            weight_decay, step, seed, chosen,
+        )  # fmt: skip
+    return weight
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def _check_numbers(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {describe(value)}")
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be finite and ≥ 0, got {value}")
+
+
+def _check(
+    weight: Tensor,
+    row_grad: Tensor | None,
+    class_ids: Tensor,
+    states: Mapping[str, Tensor | None],
+    step: int | None,
+    last_step: Tensor | None,
+    seed: int | None,
+) -> None:
+    tensors = {"weight": weight, "class_ids": class_ids}
+    optional = {"row_grad": row_grad, "last_step": last_step, **states}
+    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
+    for name, tensor in tensors.items():
+        if tensor.device != weight.device:
+            raise ValueError(
+                f"{name} must be on weight's device {weight.device}, got {describe(tensor)}"
+            )
+    double = weight.dtype == torch.float64
+    kept = (torch.float64,) if double else (torch.float32, torch.bfloat16)
+    for name in ("weight", *states):
+        state = tensors.get(name)
+        if state is None:
+            continue
+        if state.dim() != 2 or state.shape != weight.shape or state.dtype not in kept:
+            expected = (
+                "float64 like a float64 weight" if double and name != "weight"
+                else "float32, bfloat16 or float64" if name == "weight"
+                else "float32 or bfloat16"
+            )  # fmt: skip
+            shape = "(C, D)" if name == "weight" else f"{tuple(weight.shape)} like weight"
+            raise ValueError(f"{name} must be {expected} of shape {shape}, got {describe(state)}")
+        if state.shape[1] > 1 and state.stride(1) != 1:
+            raise ValueError(
+                f"{name} must have contiguous rows, got strides {tuple(state.stride())}"
+            )
+    if class_ids.dtype != torch.int64 or class_ids.dim() != 1:
+        raise ValueError(f"class_ids must be int64 of shape (S,), got {describe(class_ids)}")
+    if row_grad is not None:
+        allowed = kept if double else (*kept, torch.float16)
+        needed = (class_ids.shape[0], weight.shape[1])
+        if row_grad.shape != needed or row_grad.dtype not in allowed:
+            kinds = "float64" if double else "float32, bfloat16 or float16"
+            raise ValueError(
+                f"row_grad must be {kinds} of shape (S, D) = {needed} as class_ids and "
+                f"weight say, got {describe(row_grad)}"
+            )
+    elif last_step is None:
+        raise ValueError("row_grad may be None only with last_step")
+    if last_step is not None and (
+        last_step.dtype not in (torch.int64, torch.int32)
+        or last_step.shape != weight.shape[:1]
+        or not last_step.is_contiguous()
+    ):
+        raise ValueError(
+            "last_step must be int64 or int32, contiguous, of shape (C,) with "
+            f"C = {weight.shape[0]}, got {describe(last_step)}"
+        )
+    for name, value, least in (("step", step, 1), ("seed", seed, 0)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be an int, got {describe(value)}")
+        most = 2**31 if last_step is not None and last_step.dtype == torch.int32 else 2**63
+        if not least <= value < (most if name == "step" else 2**63):
+            raise ValueError(f"{name} must be in [{least}, {most}), got {value}")
+    if step is None and (last_step is not None or seed is not None):
+        raise ValueError("step is required with last_step or seed")
+
+
+def _check_rows(
+    weight: Tensor, row_grad: Tensor | None, class_ids: Tensor, last_step: Tensor | None, step: int
+) -> None:
+    """What the tensors hold: these checks cost a pass over S elements."""
+    if class_ids.numel() == 0:
+        return
+    rising = torch.ones_like(class_ids, dtype=torch.bool)
+    torch.gt(class_ids[1:], class_ids[:-1], out=rising[1:])
+    require(rising, "class_ids must rise strictly (be sorted, none repeated)", class_ids)
+    # Rising, so that the ends stand for all.
+    ends = class_ids[:: max(class_ids.numel() - 1, 1)]
+    inside = (ends >= 0) & (ends < weight.shape[0])
+    require(inside, f"class_ids must be in [0, {weight.shape[0]})", ends)
+    if last_step is not None:
+        last = last_step.index_select(0, class_ids)
+        due = step if row_grad is None else step - 1
+        message = f"last_step of the rows in class_ids must be in [0, {due}] at step {step}"
+        require((last >= 0) & (last <= due), message, last)
+
+
+# ---- the ops -------------------------------------------------------------------------------------
+
+
+def _sgd(*args: Any) -> None:
+    *args, impl = args  # type: ignore[assignment]
+    weight, row_grad, class_ids, _, last_step = args[:5]
+    _check_rows(weight, row_grad, class_ids, last_step, args[10])
+    run = reference.sgd if impl == "reference" else torch.ops.synface_kernels.row_update_sgd_cpu
+    run(*args)
+
+
+def _adamw(*args: Any) -> None:
+    *args, impl = args  # type: ignore[assignment]
+    weight, row_grad, class_ids, _, _, last_step = args[:6]
+    _check_rows(weight, row_grad, class_ids, last_step, args[11])
+    run = reference.adamw if impl == "reference" else torch.ops.synface_kernels.row_update_adamw_cpu
+    run(*args)
+
+
+def _mark_written(name: str, written: tuple[int, ...], keys: Any, *args: Any) -> None:
+    """Tells autograd: a graph that saved one of these raises in its backward pass."""
+    for i in written:
+        if args[i] is not None:
+            torch.autograd.graph.increment_version(args[i])
+    op = getattr(torch.ops.synface_kernels, name).default
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
+
+
+_RUN: dict[str, tuple[Callable[..., None], tuple[int, ...]]] = {
+    f"{OP}_sgd": (_sgd, (0, 3, 4)),
+    f"{OP}_adamw": (_adamw, (0, 3, 4, 5)),
+}
+for _name, (_run, _written) in _RUN.items():
+    for _key in ("CPU", "CUDA"):
+        library.impl(_name, _run, _key)
+    library.impl(
+        _name, partial(_mark_written, _name, _written), "ADInplaceOrView", with_keyset=True
+    )
+    torch.library.register_fake(f"synface_kernels::{_name}", lambda *args: None)

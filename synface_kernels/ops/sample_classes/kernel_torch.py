@@ -1,0 +1,96 @@
+"""Sampled classes in plain torch, on any device: the definition's very classes.
+
+All shapes are known beforehand, so that a GPU is not waited for, but for two cases: fewer classes
+are asked for than the target has elements, or about half of all are (see `sample`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .reference import GOLDEN, MIX1, MIX2
+
+
+def _signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _shifted(z: Tensor, by: int) -> Tensor:
+    return (z >> by) & (2 ** (64 - by) - 1)
+
+
+def _draws(seed: Tensor, count: int, num_classes: int) -> Tensor:
+    """(count,) classes of the stream; int64 products wrap as unsigned ones do."""
+    z = (torch.arange(1, count + 1, device=seed.device) * _signed(GOLDEN)).add_(seed)
+    z = (z ^ _shifted(z, 30)) * _signed(MIX1)
+    z = (z ^ _shifted(z, 27)) * _signed(MIX2)
+    z = z ^ _shifted(z, 31)
+    low = _shifted((z & 0xFFFFFFFF) * num_classes, 32)
+    return _shifted(_shifted(z, 32) * num_classes + low, 32)
+
+
+def _enough(distinct: int, num_classes: int) -> int:
+    """Draws among which there are so many distinct classes, but for a chance below 1e-15.
+
+    Mean and variance of the coupon collector's time, plus what geometric tails need.
+    """
+    share = min(distinct / num_classes, 1 - 1 / num_classes)
+    mean = -num_classes * math.log1p(-share)
+    variance = num_classes * (share / (1 - share) + math.log1p(-share))
+    return math.ceil(mean + 12 * math.sqrt(max(variance, 0)) + 64 / (1 - share))
+
+
+def _distinct(labels: Tensor, num_classes: int) -> Tensor:
+    """The labels in order, with num_classes in the place of repeated and ignored ones."""
+    ordered = labels.sort().values
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    return ordered.where(first, num_classes).sort().values
+
+
+def _first_new(draws: Tensor, count: int | Tensor, known: Tensor, num_classes: int) -> Tensor:
+    """The first ``count`` distinct draws that are not known; num_classes stands for the others."""
+    ordered, order = draws.sort(stable=True)
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    at = torch.searchsorted(known, ordered).clamp_max(known.numel() - 1)
+    new &= known[at] != ordered
+    by_draw = torch.empty_like(new).scatter_(0, order, new)
+    rank = by_draw.cumsum(0)
+    torch._assert_async(rank[-1] >= count, "the draws held too few distinct classes")
+    return draws.where(by_draw & (rank <= count), num_classes)
+
+
+def sample(
+    target: Tensor, num_classes: int, num_sampled: int, seed: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """See `reference.sample_classes`. ``seed`` is a 0-dimensional int64 tensor."""
+    labels = target.flatten()
+    labels = labels.where(labels != ignore_index, num_classes)
+    known = _distinct(torch.cat([labels, labels.new_full((1,), num_classes)]), num_classes)
+    positives: int | Tensor = (known < num_classes).sum()
+    most = labels.numel()  # of positives
+    # Into the sample or out of it: fewer are drawn. S − P > C − S ⟺ P < 2S − C.
+    if num_sampled < most or 0 < 2 * num_sampled - num_classes <= most:
+        positives = most = int(positives)  # waits for a GPU
+    size = max(num_sampled, most) if isinstance(positives, int) else num_sampled
+    out_of = num_classes - size
+    if 2 * size - num_classes > most:
+        kept = torch.ones(num_classes + 1, dtype=torch.bool, device=target.device)
+        if out_of > 0:
+            draws = _draws(seed, _enough(out_of + most, num_classes), num_classes)
+            kept[_first_new(draws, out_of, known, num_classes)] = False
+        kept[num_classes] = False
+        to = torch.where(kept, kept.cumsum(0) - 1, size)
+        ids = to.new_empty(size + 1)
+        ids.scatter_(0, to, torch.arange(num_classes + 1, device=target.device))
+        ids = ids[:size]
+    else:
+        draws = _draws(seed, _enough(size, num_classes), num_classes)
+        drawn = _first_new(draws, size - positives, known, num_classes)
+        ids = torch.cat([known, drawn]).sort().values[:size].contiguous()
+    remapped = torch.searchsorted(ids, target)
+    return ids, remapped.where(target != ignore_index, ignore_index)

@@ -1,0 +1,126 @@
+"""Sampled classes: checks, registrations, the public function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._check import describe, require
+from ..._load import library
+from ..._select import always, needs_cpu_extension, register, resolve
+from . import kernel_torch, reference
+
+OP = "sample_classes"
+register(OP, {"cpu": needs_cpu_extension, "torch": always, "reference": always})
+
+_RESULT = " -> (Tensor class_ids, Tensor remapped)"
+library.define(
+    f"{OP}_draw(Tensor target, SymInt num_classes, SymInt num_sampled, Tensor seed, "
+    f"int ignore_index, str impl){_RESULT}"
+)
+library.define(  # implemented in csrc/bindings.cpp
+    f"{OP}_cpu(Tensor target, int num_classes, int num_sampled, int seed, int ignore_index)"
+    + _RESULT
+)
+
+
+def sample_classes(
+    target: Tensor,
+    num_classes: int,
+    num_sampled: int,
+    generator: torch.Generator | None = None,
+    *,
+    ignore_index: int = -100,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Samples the classes that take part in a training step: all positives, and random negatives.
+
+    The negatives are uniform among the classes that are no positives, without replacement, and a
+    function of one number that is taken from the generator: the same on every device and by every
+    implementation, whatever the number of threads.
+
+    Args:
+        target: (N,) or (N, K) int64 labels in [0, num_classes), or ``ignore_index``.
+        num_classes: C, 1 ≤ C < 2^31.
+        num_sampled: how many classes to sample, in [1, C]. Where the target holds more distinct
+            positives than that, all of these are kept, and nothing else.
+        generator: gives the random number. Default: torch's own of the target's device.
+        ignore_index: a label that stays as it is and samples nothing.
+        impl: ``"auto"``, ``"cpu"``, ``"torch"`` or ``"reference"``; see `explain`.
+
+    Returns:
+        The pair (class_ids, target): class_ids (S,) int64, rising strictly, with
+        S = max(num_sampled, number of distinct positives), and the target with each label replaced
+        by its place in class_ids.
+
+    Time: O(N·K·log S + S), and one pass over a bit per class on the CPU. On a GPU a few operations
+    on S elements, sorting among them; it is waited for only where ``num_sampled`` is less than N·K,
+    or between C/2 and (C + N·K)/2.
+
+    Memory above the results: on the CPU one bit per class; else O(S + N·K).
+
+    Raises:
+        ValueError: for a wrong dtype, shape or value; labels on a GPU are checked there, by an
+            asynchronous assertion.
+        TypeError: for an argument of a wrong Python type.
+        RuntimeError: for an ``impl`` that cannot run here, naming the reason.
+
+    Source: An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face
+    Recognition CNNs by Partial FC", CVPR 2022. SplitMix64: Steele et al., OOPSLA 2014.
+    """
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {describe(target)}")
+    if target.dtype != torch.int64 or target.dim() not in (1, 2):
+        raise ValueError(f"target must be int64 of shape (N,) or (N, K), got {describe(target)}")
+    for name, value in (("num_classes", num_classes), ("num_sampled", num_sampled)):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be an int, got {describe(value)}")
+    if not 1 <= num_classes < 2**31:
+        raise ValueError(f"num_classes must be in [1, 2^31), got {num_classes}")
+    if not 1 <= num_sampled <= num_classes:
+        raise ValueError(
+            f"num_sampled must be in [1, {num_classes}] (num_classes), got {num_sampled}"
+        )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {describe(generator)}")
+    device = target.device if generator is None else generator.device
+    if device.type != "cpu" and device != target.device:
+        raise ValueError(
+            f"generator must be on the CPU or on target's device {target.device}, got {device}"
+        )
+    chosen = resolve(OP, impl, (target,))
+    seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
+    return torch.ops.synface_kernels.sample_classes_draw(
+        target, num_classes, num_sampled, seed.to(target.device), ignore_index, chosen
+    )
+
+
+def _draw(
+    target: Tensor, num_classes: int, num_sampled: int, seed: Tensor, ignore_index: int, impl: str
+) -> tuple[Tensor, Tensor]:
+    valid = (target == ignore_index) | ((target >= 0) & (target < num_classes))
+    message = f"target must be in [0, {num_classes}) or ignore_index ({ignore_index})"
+    require(valid, message, target)
+    target = target.contiguous()
+    if impl == "torch":
+        return kernel_torch.sample(target, num_classes, num_sampled, seed, ignore_index)
+    draw = (
+        reference.sample_classes
+        if impl == "reference"
+        else torch.ops.synface_kernels.sample_classes_cpu
+    )
+    return draw(target, num_classes, num_sampled, int(seed), ignore_index)
+
+
+for _key in ("CPU", "CUDA"):
+    library.impl(f"{OP}_draw", _draw, _key)
+
+
+@torch.library.register_fake(f"synface_kernels::{OP}_draw")
+def _draw_fake(
+    target: Tensor, num_classes: int, num_sampled: int, seed: Tensor, ignore_index: int, impl: str
+) -> tuple[Tensor, Tensor]:
+    size: int | torch.SymInt = num_sampled
+    if num_sampled < target.numel():  # there may be more positives
+        size = torch.library.get_ctx().new_dynamic_size()
+    return target.new_empty((size,)), target.new_empty(target.shape)
