@@ -101,8 +101,8 @@ def catching_up(touched: int, dim: int, rounds: int) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--classes", type=int, default=1_000_000)
-    parser.add_argument("--touched", type=int, default=100_000)
+    parser.add_argument("--classes", type=int, default=400_000)
+    parser.add_argument("--touched", type=int, default=40_000)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
