@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import machine, table
-from .cases import CASES, cases
+from .cases import CASES, HEADLINES, cases
 from .process import RESULTS, ROUNDS, run_case, slug, write_json
 from .verify import require
 
@@ -21,7 +21,7 @@ def main(op: str | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", choices=["cpu", "dry"], default="cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--headline", action="store_true", help="only the first case of each op")
+    parser.add_argument("--headline", action="store_true", help="only what README shows")
     parser.add_argument("--output", type=Path, help="where to write, instead")
     args = parser.parse_args()
     ops = [op] if op else list(CASES)
@@ -38,7 +38,7 @@ def main(op: str | None = None) -> None:
     for name in ops:
         result["verified"][name] = require(name).summary()
     for name in ops:
-        for case in cases(args.suite, name)[: 1 if args.headline else None]:
+        for case in cases(args.suite, name)[: HEADLINES[name] if args.headline else None]:
             print(f"measuring {name}, {case.name}", file=sys.stderr)
             measured = run_case(case, torch.device("cpu"), rounds=args.rounds, cpu_memory=True)
             result["cases"].append(measured)

@@ -15,7 +15,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_domain_mixup, driver, machine, peers, process, table, verify
-from benchmarks.cases import CASES, STEPS, cases, domain_mixup
+from benchmarks.cases import (
+    CASES,
+    HEADLINES,
+    STEPS,
+    cases,
+    domain_mixup,
+    hypersphere_repulsion,
+)
 from benchmarks.peers import Peer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +45,7 @@ def test_every_op_has_cases_of_each_suite_and_peers(op):
     assert peers.PEERS[op][0].name == "ours"
     assert op in peers.WORKLOADS
     assert op in STEPS
+    assert 1 <= HEADLINES[op] <= len(cases("cpu", op))
 
 
 def test_margin_flops_and_bytes_are_those_of_the_three_products():
@@ -61,7 +69,7 @@ def test_margin_peers_compute_what_ours_does():
         return loss, work.input.grad, weight_grad
 
     ours = run("ours")
-    for name in ("eager torch", "pytorch-metric-learning"):
+    for name in ("eager torch", "eager torch, lean", "pytorch-metric-learning"):
         if name == "pytorch-metric-learning":
             pytest.importorskip("pytorch_metric_learning")
         for mine, theirs in zip(ours, run(name), strict=True):
@@ -104,7 +112,10 @@ def test_mixup_floors_copy_what_they_say():
         assert peers.find(MIXUP, name).build(work)().nbytes == dry(MIXUP).bytes // share
 
 
-@pytest.mark.parametrize("case", cases("dry", REPULSION), ids=lambda case: case.name)
+ENERGIES = [hypersphere_repulsion("dry", 64, 16, energy) for energy in ("row-max", "log-sum-exp")]
+
+
+@pytest.mark.parametrize("case", ENERGIES, ids=lambda case: case.name)
 def test_repulsion_peers_compute_what_ours_does(case, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     work = peers.RepulsionWorkload(case, CPU)
@@ -131,7 +142,7 @@ def test_neighbour_searches_find_what_ours_does(name, module):
 
 
 def test_half_products_are_what_a_step_must_compute():
-    for case in cases("dry", REPULSION):
+    for case in ENERGIES:
         work = peers.RepulsionWorkload(case, CPU)
         peers.find(REPULSION, "half products").build(work)()
         made = {name: tuple(buffer.shape) for name, buffer in work.buffers.items()}
