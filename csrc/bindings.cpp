@@ -224,6 +224,8 @@ std::tuple<Tensor, Tensor, Tensor> repulsion_pairs(const Tensor& x, const std::o
 
 std::tuple<Tensor, Tensor> repulsion_nearest(const Tensor& x, const std::optional<Tensor>& y,
                                              int64_t k) {
+  const int64_t others = y ? y->size(0) : x.size(0) - 1;
+  TORCH_CHECK_VALUE(k >= 1 && k <= others, "k must be in [1, ", others, "], got ", k);
   Tensor square = at::empty({x.size(0), k}, x.options().dtype(at::kDouble));
   Tensor index = at::empty({x.size(0), k}, x.options().dtype(at::kLong));
   with_points(x, y, [&](auto zero, const auto& problem) {
@@ -242,6 +244,10 @@ std::tuple<Tensor, Tensor> repulsion_nearest_backward(const Tensor& x,
   TORCH_CHECK_VALUE(index.sizes() == grad_square.sizes() && index.size(0) == x.size(0),
                     "index and grad_square must be (N, k), got ", index.sizes(), " and ",
                     grad_square.sizes());
+  const int64_t others = y ? y->size(0) : x.size(0);
+  TORCH_CHECK_VALUE(index.numel() == 0 ||
+                        (index.min().item<int64_t>() >= 0 && index.max().item<int64_t>() < others),
+                    "index must be in [0, ", others, ")");
   Tensor grad_x = gradient_of(x, needs_x_grad, x.scalar_type());
   Tensor grad_y = gradient_of(y ? *y : x, y && needs_y_grad, (y ? *y : x).scalar_type());
   const Tensor indices = index.contiguous(), gradient = grad_square.contiguous();
