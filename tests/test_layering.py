@@ -56,6 +56,7 @@ def test_an_op_has_all_its_parts(op):
         }.get(impl, [f"synface_kernels/ops/{op}/kernel_{impl}.py"])
     assert [p for p in parts if not (ROOT / p).exists()] == []
     assert {"cpu", "reference"} <= set(_select._REGISTRY[op])
+    assert {"triton", "torch"} & set(_select._REGISTRY[op])  # for a GPU
 
 
 def functions(op):

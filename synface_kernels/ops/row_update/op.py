@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..._check import describe, require
 from ..._load import library
-from ..._select import always, needs_cpu_extension, register, resolve
+from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
 from . import reference
 
 OP = "row_update"
-register(OP, {"cpu": needs_cpu_extension, "reference": always})
+register(OP, {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always})
 
 _SCHEMAS = {
     "sgd": "(Tensor(a!) weight, Tensor? row_grad, Tensor class_ids, Tensor(b!)? momentum_buffer, "
@@ -79,14 +79,14 @@ def row_sgd_(
         seed: rounds what is stored as bfloat16 at random, without bias, by a hash of (seed, step,
             state, row, column): the same whatever the threads or the device. Default: to nearest.
             With nearest rounding, updates below 2^-9 of a weight are lost. In [0, 2^63).
-        impl: ``"auto"``, ``"cpu"`` or ``"reference"`` (plain torch: ``index_select`` and
-            ``index_copy_``, and missed steps one by one); see `explain`.
+        impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"`` (plain torch: ``index_select``
+            and ``index_copy_``, and missed steps one by one); see `explain`.
 
     Returns:
         ``weight``. Takes no part in autograd.
 
-    Memory above the inputs: on the CPU one bool per element of ``class_ids``, and a few rows for
-    each thread; for ``"reference"`` a few times (S, D).
+    Memory above the inputs: a few numbers per element of ``class_ids``, and on the CPU a few rows
+    for each thread; for ``"reference"`` a few times (S, D).
 
     Raises:
         ValueError: for a wrong dtype, shape, device or value, before anything is written. On a GPU
@@ -296,20 +296,28 @@ def _check_rows(
 # ---- the ops -------------------------------------------------------------------------------------
 
 
+def _implementation(name: str, impl: str) -> Callable[..., None]:
+    if impl == "reference":
+        return getattr(reference, name)
+    if impl == "triton":
+        from . import kernel_triton
+
+        return getattr(kernel_triton, name)
+    return getattr(torch.ops.synface_kernels, f"{OP}_{name}_cpu")
+
+
 def _sgd(*args: Any) -> None:
     *args, impl = args  # type: ignore[assignment]
     weight, row_grad, class_ids, _, last_step = args[:5]
     _check_rows(weight, row_grad, class_ids, last_step, args[10])
-    run = reference.sgd if impl == "reference" else torch.ops.synface_kernels.row_update_sgd_cpu
-    run(*args)
+    _implementation("sgd", impl)(*args)
 
 
 def _adamw(*args: Any) -> None:
     *args, impl = args  # type: ignore[assignment]
     weight, row_grad, class_ids, _, _, last_step = args[:6]
     _check_rows(weight, row_grad, class_ids, last_step, args[11])
-    run = reference.adamw if impl == "reference" else torch.ops.synface_kernels.row_update_adamw_cpu
-    run(*args)
+    _implementation("adamw", impl)(*args)
 
 
 def _mark_written(name: str, written: tuple[int, ...], keys: Any, *args: Any) -> None:

@@ -1,0 +1,27 @@
+"""Runs interpreted/test_row_update.py in a process where Triton is the interpreter."""
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def test_interpreted_kernels(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    command += [f"--junitxml={report}", str(HERE / "interpreted" / "test_row_update.py")]
+    child = subprocess.run(
+        command,
+        cwd=HERE.parents[1],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert suite is not None
+    assert int(suite.attrib["tests"]) > 0
+    assert int(suite.attrib["skipped"]) == 0, child.stdout
