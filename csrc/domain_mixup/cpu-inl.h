@@ -6,21 +6,30 @@ namespace {
 namespace SYNFACE_ISA_NAMESPACE {
 
 // Three channels' bytes, interleaved, into three planes; backwards through the pixels for a flip.
-// Returns how many pixels it did, the rest being fewer than 16.
+// Returns how many pixels it did, the rest being fewer than 32.
 #if SYNFACE_FMA
+inline __m256i load_lanes(const uint8_t* low, const uint8_t* high) {
+  return _mm256_inserti128_si256(
+      _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low))),
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1);
+}
+inline __m256i load_twice(const uint8_t* mask) { return load_lanes(mask, mask); }
+
+// The lanes hold 16 pixels each, so that they need nothing of one another.
 template <bool kFlip>
 int64_t split_three(uint8_t* to, int64_t plane, const uint8_t* from, int64_t pixels) {
-  const auto load = [](const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); };
   int64_t done = 0;
-  for (; done + 16 <= pixels; done += 16) {
-    const uint8_t* source = kFlip ? from - 3 * (done + 15) : from + 3 * done;
-    const __m128i a = load(source), b = load(source + 16), c = load(source + 32);
+  for (; done + 32 <= pixels; done += 32) {
+    const uint8_t* lane0 = kFlip ? from - 3 * (done + 15) : from + 3 * done;
+    const uint8_t* lane1 = lane0 + (kFlip ? -48 : 48);
+    const __m256i a = load_lanes(lane0, lane1), b = load_lanes(lane0 + 16, lane1 + 16),
+                  c = load_lanes(lane0 + 32, lane1 + 32);
     for (int channel = 0; channel < 3; ++channel) {
-      const auto* masks = kThreeMasks.bytes[kFlip][channel];
-      const __m128i picked = _mm_or_si128(
-          _mm_or_si128(_mm_shuffle_epi8(a, load(masks[0])), _mm_shuffle_epi8(b, load(masks[1]))),
-          _mm_shuffle_epi8(c, load(masks[2])));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + channel * plane + done), picked);
+      const __m256i ab = _mm256_blendv_epi8(a, b, load_twice(kThreeMasks.part[1][channel]));
+      const __m256i abc = _mm256_blendv_epi8(ab, c, load_twice(kThreeMasks.part[2][channel]));
+      const __m256i plane_bytes =
+          _mm256_shuffle_epi8(abc, load_twice(kThreeMasks.order[kFlip][channel]));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + channel * plane + done), plane_bytes);
     }
   }
   return done;
@@ -102,60 +111,105 @@ Arranged<T> arrange(const Images& image, bool flip, const Geometry& g, const Chu
   return arrange<T>(image, flip, g, chunk, buffer, [](T x) { return x; });
 }
 
-// One block of elements, all of one channel, or with shift and scale element by element.
-template <class In, class Wide>
-void mix_block(const In* __restrict synthetic, const In* __restrict real, Blend blend,
-               Affine affine, Wide* __restrict to, int64_t n) {
+// Elements that have one shift and scale, or each its own.
+template <class Out, class In>
+void mix_exactly(const In* __restrict synthetic, const In* __restrict real, Blend blend,
+                 Affine affine, typename Out::Storage* __restrict to, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    to[i] = Wide(mix(double(synthetic[i]), double(real[i]), blend, affine));
+    to[i] = Out::rounded(mix(double(synthetic[i]), double(real[i]), blend, affine));
   }
 }
-template <class In, class Wide>
-void mix_block(const In* __restrict synthetic, const In* __restrict real, Blend blend,
-               const double* __restrict shift, const double* __restrict scale, Wide* __restrict to,
-               int64_t n) {
+template <class Out, class In>
+void mix_exactly(const In* __restrict synthetic, const In* __restrict real, Blend blend,
+                 const double* __restrict shift, const double* __restrict scale,
+                 typename Out::Storage* __restrict to, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    to[i] = Wide(mix(double(synthetic[i]), double(real[i]), blend, {shift[i], scale[i]}));
+    to[i] = Out::rounded(mix(double(synthetic[i]), double(real[i]), blend, {shift[i], scale[i]}));
   }
 }
 
-// Rounds a block; whether a tie is among it.
+// Rounds on to 16 bits; whether a tie is among them.
 template <class Out>
-uint32_t round_block(const typename Out::Wide* __restrict wide,
-                     typename Out::Storage* __restrict to, int64_t n) {
+bool round_on(const float* __restrict from, uint16_t* __restrict to, int64_t n) {
   uint32_t ties = 0;
 #pragma omp simd reduction(| : ties)
   for (int64_t i = 0; i < n; ++i) {
-    to[i] = Out::round(wide[i]);
-    ties |= uint32_t(Out::tie(wide[i]));
+    to[i] = Out::round(from[i]);
+    ties |= uint32_t(Out::tie(from[i]));
   }
-  return ties;
+  return ties != 0;
 }
 
-// `period` elements at a time have shift[0], shift[1] …; a period of 1: all have shift[0].
-template <class Out, class In>
-void mix_run(const In* synthetic, const In* real, Blend blend, const double* shift,
-             const double* scale, int64_t period, typename Out::Wide* wide,
-             typename Out::Storage* to, int64_t n) {
-  const bool uniform = period == 1;
-  const int64_t block = uniform ? kBlock : period;
-  for (int64_t start = 0; start < n; start += block) {
-    const int64_t count = std::min(block, n - start);
-    const In *s = synthetic + start, *r = real + start;
-    if constexpr (std::is_same_v<typename Out::Wide, typename Out::Storage>) wide = to + start;
-    if (uniform) {
-      mix_block(s, r, blend, {shift[0], scale[0]}, wide, count);
+// kGroup bytes to bfloat16 by float32 arithmetic; false where that does not tell how one rounds.
+template <bool kUniform>
+bool estimate(const uint8_t* __restrict synthetic, const uint8_t* __restrict real, Split psi,
+              const Split* __restrict shift, const float* __restrict scale,
+              const int32_t* __restrict least, uint16_t* __restrict to) {
+  const Split shift0 = shift[0];
+  const float scale0 = scale[0];
+  const int32_t least0 = least[0];
+  uint32_t unsure = 0;
+#pragma omp simd reduction(| : unsure)
+  for (int64_t i = 0; i < kGroup; ++i) {
+    const float minus = float(int32_t(synthetic[i]) - int32_t(real[i])), plus = float(real[i]);
+    const float high = psi.high * minus + plus - (kUniform ? shift0.high : shift[i].high);
+    const float low = psi.low * minus - (kUniform ? shift0.low : shift[i].low);
+    const float x = (high + low) * (kUniform ? scale0 : scale[i]);
+    const uint32_t bits = std::bit_cast<uint32_t>(x);
+    const int32_t above_least = int32_t(bits & 0x7fffffffu) - (kUniform ? least0 : least[i]);
+    const uint32_t inward = bits + 0x8000u - kOff, outward = bits + 0x8000u + kOff;
+    to[i] = uint16_t(inward >> 16);
+    unsure |= (inward ^ outward) >> 16 | uint32_t(above_least) >> 31;
+  }
+  return unsure == 0;
+}
+
+template <class Out, class In, bool kUniform>
+void mix_block(const In* synthetic, const In* real, Blend blend, const Constants& constants,
+               typename Out::Storage* to, int64_t n) {
+  const auto exactly = [&](auto type, int64_t at, int64_t count, auto* target) {
+    using To = decltype(type);
+    if constexpr (kUniform) {
+      const Affine affine{constants.shift[0], constants.scale[0]};
+      mix_exactly<To>(synthetic + at, real + at, blend, affine, target, count);
     } else {
-      mix_block(s, r, blend, shift, scale, wide, count);
+      mix_exactly<To>(synthetic + at, real + at, blend, constants.shift + at, constants.scale + at,
+                      target, count);
     }
-    if constexpr (std::is_same_v<typename Out::Wide, typename Out::Storage>) continue;
-    if (!round_block<Out>(wide, to + start, count)) continue;
-    for (int64_t i = 0; i < count; ++i) {
-      const Affine affine{shift[uniform ? 0 : i], scale[uniform ? 0 : i]};
-      to[start + i] = rounded<Out>(mix(double(s[i]), double(r[i]), blend, affine));
+  };
+  int64_t done = 0;
+  if constexpr (sizeof(typename Out::Storage) == 2) {
+    if constexpr (std::is_same_v<In, uint8_t> && std::is_same_v<Out, Bfloat16>) {
+      const Split psi(blend.psi);
+      for (; constants.estimable && done + kGroup <= n; done += kGroup) {
+        const int64_t at = kUniform ? 0 : done;
+        if (!estimate<kUniform>(synthetic + done, real + done, psi, constants.split_shift + at,
+                                constants.near_scale + at, constants.least + at, to + done)) {
+          exactly(Out(), done, kGroup, to + done);
+        }
+      }
     }
+    float wide[kGroup];
+    for (; done < n; done += kGroup) {
+      const int64_t count = std::min(kGroup, n - done);
+      exactly(Float32(), done, count, wide);
+      if (round_on<Out>(wide, to + done, count)) exactly(Out(), done, count, to + done);
+    }
+  } else {
+    exactly(Out(), 0, n, to);
+  }
+}
+
+// Constants repeat after `period` elements; 1: they are the same for all.
+template <class Out, class In>
+void mix_run(const In* synthetic, const In* real, Blend blend, const Constants& constants,
+             int64_t period, typename Out::Storage* to, int64_t n) {
+  if (period == 1) return mix_block<Out, In, true>(synthetic, real, blend, constants, to, n);
+  for (int64_t start = 0; start < n; start += period) {
+    mix_block<Out, In, false>(synthetic + start, real + start, blend, constants, to + start,
+                              std::min(period, n - start));
   }
 }
 
@@ -165,7 +219,6 @@ void forward_as(const Problem& p, const MutableImages& out, const Geometry& g, R
   const int64_t size = g.chunk_pixels * g.channels;
   const int64_t runs = g.interleaved ? 1 : g.channels;
   std::vector<In> synthetic_buffer(size), real_buffer(size);
-  std::vector<typename Out::Wide> wide(std::max(kBlock, g.period));
   for (int64_t index = range.begin; index < range.end; ++index) {
     const Chunk chunk = g.chunk(index);
     const int64_t b = chunk.sample, n = (chunk.end - chunk.begin) * g.channels / runs;
@@ -176,10 +229,9 @@ void forward_as(const Problem& p, const MutableImages& out, const Geometry& g, R
     const Strides to = g.strides(g.interleaved);
     Storage* result =
         static_cast<Storage*>(out.data) + b * out.sample_stride + chunk.begin * to.pixel;
-    for (int64_t c = 0; c < runs; ++c) {
+    for (int64_t c = 0; c < runs; ++c, result += to.channel) {
       mix_run<Out>(synthetic.data + c * synthetic.plane, real.data + c * real.plane, blend,
-                   g.shift.data() + c, g.scale.data() + c, g.period, wide.data(),
-                   result + c * to.channel, n);
+                   g.constants().from(c), g.period, result, n);
     }
   }
 }
@@ -219,7 +271,7 @@ void scatter(const double* gradient, const MutableImages& image, bool flip, cons
   const Strides from = g.interleaved ? Strides{g.channels, 1} : Strides{1, chunk.end - chunk.begin};
   for_segments(g, chunk, flip, [&](int64_t at, int64_t pixel, int64_t count, int64_t step) {
     transfer(sample + pixel * to.pixel, to.pixel * step, to.channel, gradient + at * from.pixel,
-             from.pixel, from.channel, count, g.channels, rounded<Out>);
+             from.pixel, from.channel, count, g.channels, Out::rounded);
   });
 }
 
@@ -259,7 +311,7 @@ void backward_as(const Problem& p, const Images& gradient, const MutableImages& 
       for (int64_t i = 0; i < n; ++i) {
         const int64_t channel = c + i % g.period;
         grad_mixed[c * n + i] = mixed_gradient(Grad::load(from[c * strides.channel + i]),
-                                               {g.shift[channel], g.scale[channel]});
+                                               {g.shifts[channel], g.scales[channel]});
       }
     }
     const auto give = [&](const MutableImages& image, double factor, bool flip) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 #include <type_traits>
@@ -21,8 +22,8 @@ namespace {
 constexpr int64_t kChunkElements = 1536;
 // Loops over bytes do so many at a time with the widest vectors.
 constexpr int64_t kVector = 64;
-// Elements that are rounded, and where need be rounded again with more care, together.
-constexpr int64_t kBlock = 128;
+// Elements that are computed fast, and where need be again with more care, together.
+constexpr int64_t kGroup = 64;
 // Elements that are worth a task of their own.
 constexpr int64_t kTaskElements = 32768;
 constexpr int64_t kTasksPerThread = 4;
@@ -39,6 +40,41 @@ struct Strides {
 // Pixels of one sample.
 struct Chunk {
   int64_t sample, begin, end;
+};
+
+// Bytes become bfloat16 by float32 arithmetic (`estimate`) wherever that provably gives what the
+// exact arithmetic does. With u = 2^-24 and d = ψ·s + (1 − ψ)·r − shift, so that x = d·scale:
+//
+// - ψ and shift are split into multiples of 2^-16 and a rest of at most 2^-17. As 0 <= ψ <= 1 and
+//   0 <= shift <= 255, all that is computed of the former are multiples of 2^-16 up to 255: float32
+//   holds them exactly. The rests give at most 255·2^-17 + 2^-17, with three roundings: an error
+//   below u·2^-7.
+// - Adding the two, rounding scale and multiplying by it are off by 3·u relatively, to first order.
+// - The result in float64 is itself off by less than u·2^-18 before the multiplication, and then by
+//   less than u·2^-28 relatively.
+//
+// Where |d| >= 2^-6, u·2^-7 is at most u·|d|/2; so the two differ by less than 5·u·|x|, less than
+// five units in x's last place (as scale is far from the least and the greatest floats). Move x by
+// kOff = 8 units inwards and outwards: if both round to the same bfloat16, so does all in between,
+// as rounding is monotonic; a tie cannot be in between, as it would have told the two apart.
+constexpr uint32_t kOff = 8;
+
+struct Split {
+  explicit Split(double x)
+      : high(float(std::nearbyint(x * 0x1p16) * 0x1p-16)), low(float(x - double(high))) {}
+  float high, low;
+};
+
+// What elements are normalised with: exactly, and for estimates.
+struct Constants {
+  const double *shift, *scale;
+  const Split* split_shift;
+  const float* near_scale;
+  const int32_t* least;  // the bits of the least |x| that an estimate is good for
+  bool estimable;
+  Constants from(int64_t i) const {
+    return {shift + i, scale + i, split_shift + i, near_scale + i, least + i, estimable};
+  }
 };
 
 // The result's order, and how its samples are cut into chunks. The cut depends on the shape alone,
@@ -59,9 +95,19 @@ struct Geometry {
              : whole <= kChunkElements ? whole
                                        : channels * ceil_div(kVector, channels);
     for (int64_t i = 0; i < std::max(period, channels); ++i) {
-      shift.push_back(p.affine[i % channels].shift);
-      scale.push_back(p.affine[i % channels].scale);
+      const auto [shift, scale] = p.affine[i % channels];
+      shifts.push_back(shift);
+      scales.push_back(scale);
+      split_shifts.emplace_back(shift);
+      near_scales.push_back(float(scale));
+      least.push_back(std::bit_cast<int32_t>(float(0x1p-6 * scale)) + int32_t(kOff));
+      estimable = estimable && shift >= 0 && shift <= 255 && scale > 0x1p-60 && scale < 0x1p60;
     }
+    for (int64_t b = 0; b < p.batch; ++b) estimable = estimable && p.psi[b] >= 0 && p.psi[b] <= 1;
+  }
+  Constants constants() const {
+    return {shifts.data(),      scales.data(), split_shifts.data(),
+            near_scales.data(), least.data(),  estimable};
   }
   int64_t pixels() const { return height * width; }
   Chunk chunk(int64_t index) const {
@@ -74,7 +120,11 @@ struct Geometry {
   int64_t channels, height, width;
   bool interleaved;
   int64_t chunks, chunk_pixels, period;  // chunks of a sample, each of at most chunk_pixels
-  std::vector<double> shift, scale;
+  std::vector<double> shifts, scales;
+  std::vector<Split> split_shifts;
+  std::vector<float> near_scales;
+  std::vector<int32_t> least;
+  bool estimable = true;
 };
 
 // Calls visit(offset in the chunk, pixel of the image, count, step) for runs of the image's pixels.
@@ -89,23 +139,21 @@ void for_segments(const Geometry& g, const Chunk& chunk, bool flip, F&& visit) {
   }
 }
 
-// Which bytes of three vectors (48 bytes, 16 pixels) make up one of three channels: byte shuffles,
-// where 0x80 gives 0.
+// How one of three channels is picked from 48 bytes (three vectors, 16 pixels): no two vectors have
+// a byte of it at the same place, so they are blended (0x80: from this part) and then put into
+// order.
 struct ThreeMasks {
-  constexpr ThreeMasks() : bytes() {
-    for (int flip = 0; flip < 2; ++flip) {
-      for (int channel = 0; channel < 3; ++channel) {
-        for (int i = 0; i < 16; ++i) {
-          const int source = 3 * (flip ? 15 - i : i) + channel;
-          for (int part = 0; part < 3; ++part) {
-            bytes[flip][channel][part][i] =
-                source / 16 == part ? uint8_t(source % 16) : uint8_t(0x80);
-          }
-        }
+  constexpr ThreeMasks() : part(), order() {
+    for (int channel = 0; channel < 3; ++channel) {
+      for (int i = 0; i < 16; ++i) {
+        const int source = 3 * i + channel;
+        part[source / 16][channel][source % 16] = 0x80;
+        order[0][channel][i] = order[1][channel][15 - i] = uint8_t(source % 16);
       }
     }
   }
-  alignas(16) uint8_t bytes[2][3][3][16];
+  alignas(16) uint8_t part[3][3][16];
+  alignas(16) uint8_t order[2][3][16];  // [1]: backwards
 };
 [[maybe_unused]] constexpr ThreeMasks kThreeMasks;
 

@@ -53,10 +53,10 @@ __device__ double load(const void* data, Dtype dtype, int64_t i) {
 __device__ void store(void* data, Dtype dtype, int64_t i, double x) {
   switch (dtype) {
     case Dtype::bf16:
-      static_cast<uint16_t*>(data)[i] = rounded<Bfloat16>(x);
+      static_cast<uint16_t*>(data)[i] = Bfloat16::rounded(x);
       return;
     case Dtype::f16:
-      static_cast<uint16_t*>(data)[i] = rounded<Float16>(x);
+      static_cast<uint16_t*>(data)[i] = Float16::rounded(x);
       return;
     case Dtype::f64:
       static_cast<double*>(data)[i] = x;
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads) mix_groups(Sides p, View out) {
     const Group<kChannels> synthetic(start(p.synthetic, flip_synthetic), flip_synthetic);
     const Group<kChannels> real(start(p.real, flip_real), flip_real);
     const auto value = [&](int channel, int pixel) {
-      return rounded<Out>(mix(synthetic.at(pixel, channel), real.at(pixel, channel), blend,
+      return Out::rounded(mix(synthetic.at(pixel, channel), real.at(pixel, channel), blend,
                               p.affine[e.channel + channel]));
     };
     Storage* target = static_cast<Storage*>(const_cast<void*>(out.data)) + offset(out, e, e.pixel);

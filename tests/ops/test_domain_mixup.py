@@ -175,6 +175,49 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
+@pytest.mark.parametrize("name", cpu_isas())
+def test_estimates_do_not_show(name: str) -> None:
+    """bfloat16 of bytes comes from float32 wherever that suffices: the bits are float64's."""
+    rng = torch.Generator().manual_seed(3)
+    s, r = pair((16, 64, 67, 3), U8)
+    s[8:12] = r[8:12]  # then ψ has no say
+    s[12:] = 255 - r[12:]  # mid-grey at ψ = ½: results of 0 and about 0
+    for share in (None, 0.5, 1e-300, 2.0**-17, 1 - 2.0**-53):
+        psi = torch.rand(16, generator=rng, dtype=F64) if share is None else share
+        for mean, std in (
+            (0.5, 0.5),
+            (0.0, 1 / 255),  # at ψ = ½ sums of bytes, halved: many ties
+            (1 / 255, 2.0**-9),
+            ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            ([0.0, 1.0, 0.5], [1e-30, 1e30, 3.0]),  # too far off for estimates
+            ([-0.1, 0.5, 1.2], 0.5),
+            (1e200, 1e-200),
+        ):
+            for memory_format in FORMATS:
+                options: dict[str, Any] = {
+                    "mean": mean, "std": std, "dtype": BF16, "memory_format": memory_format,
+                }  # fmt: skip
+                expected = sk.domain_mixup(s, r, psi, impl="reference", **options)
+                with isa(name):
+                    got = sk.domain_mixup(s, r, psi, impl="cpu", **options)
+                assert torch.equal(got.view(torch.int16), expected.view(torch.int16)), (psi, mean)
+
+
+@pytest.mark.parametrize("name", cpu_isas())
+def test_writes_into_views_at_any_address(name: str) -> None:
+    s, r = pair((2, 31, 33, 3), U8)
+    for dtype in (F32, BF16):
+        expected = sk.domain_mixup(s, r, 0.3, dtype=dtype, impl="reference")
+        for offset in range(1, 8):
+            memory = torch.full((expected.numel() + 16,), 7.0, dtype=dtype)
+            out = memory[offset : offset + expected.numel()].view(expected.shape)
+            with isa(name):
+                sk.domain_mixup(s, r, 0.3, dtype=dtype, out=out, impl="cpu")
+            assert torch.equal(out, expected)
+            assert (memory[:offset] == 7).all()
+            assert (memory[offset + expected.numel() :] == 7).all()
+
+
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 @hypothesis.given(st.data())
 def test_any_shape_and_strides(data: st.DataObject) -> None:
