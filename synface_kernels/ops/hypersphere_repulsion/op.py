@@ -9,6 +9,7 @@ The energies are torch code on what those two return, under ordinary autograd.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -78,11 +79,14 @@ def hypersphere_repulsion(
             `Gaussian`, `Riesz`, `Log` or `Hinge` (of all pairs). Their docstrings state formulas.
         reduction: ``"mean"`` or ``"sum"``, see the energy; ``"none"``, per point, for `MaxCosine`
             and `KoLeo`.
-        group: a `torch.distributed` process group whose ranks each hold some of the points, for
-            energies of all pairs without y. All ranks get the energy of all points, and its
-            gradient by their own (which all of them ask for, or none). Half of a ring's steps, each
-            moving one rank's points and their gradient. Not with ``impl="reference"``, nor inside
-            `torch.compile`.
+        group: a `torch.distributed` process group whose ranks each hold some of the points, in
+            the order of the ranks; a rank may hold none. All ranks get the energy of all points,
+            and its gradient by their own (``"none"``: the energies of their own, and the gradient
+            of what all ranks make of theirs). y must be the same on all ranks, which is checked,
+            and each of them gets its whole gradient. With energies of nearest neighbours, or y,
+            the backward pass communicates too: all ranks must run it, or none. See
+            docs/kernels/hypersphere_repulsion.md for what travels. Where one rank's argument is
+            wrong all raise its error. Not with ``impl="reference"``, nor inside `torch.compile`.
         impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``; see `explain`.
 
     Returns:
@@ -92,49 +96,42 @@ def hypersphere_repulsion(
     still repel each other, see `energies`. There is no second derivative.
 
     Memory above inputs and gradients: O(N·k) and a workspace of at most 64 MiB; energies of all
-    pairs hold their gradient, float32 (N, D), from forward to backward. Never N×N, except in
-    ``impl="reference"``.
+    pairs hold their gradient, float32 (N, D), from forward to backward; with a group, another
+    rank's points and their gradient as well. Never N×N, except in ``impl="reference"``.
 
     Raises:
         ValueError: for a wrong dtype, shape, device or value; for a zero or non-finite row (on a
             GPU these are checked there, by an asynchronous assertion).
         TypeError: for an argument of a wrong Python type.
-        NotImplementedError: for what is not built yet.
         RuntimeError: for an ``impl`` that cannot run here, naming the reason.
 
     Source: see each energy.
     """
-    _check(x, y, group is not None)
-    if not isinstance(energy, (*NEIGHBOR_ENERGIES, *PAIR_ENERGIES)):
-        raise TypeError(f"energy must be an energy such as LogSumExp(), got {describe(energy)}")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    if reduction == "none" and not isinstance(energy, (MaxCosine, KoLeo)):
-        raise ValueError(
-            f"reduction must be 'mean' or 'sum' for {type(energy).__name__}, which is one number "
-            "for all points, got 'none'"
-        )
-    if group is not None and (y is not None or not isinstance(energy, PAIR_ENERGIES)):
-        raise NotImplementedError(
-            "group is built for energies of all pairs without y: leave it at None for "
-            f"{type(energy).__name__}{'' if y is None else ' with y'}"
-        )
-    chosen = resolve(OP, impl, (x,) if y is None else (x, y))
-    if group is not None and chosen == "reference":
-        raise ValueError("impl must be 'cpu' or 'triton' with a group, got 'reference'")
 
+    def check() -> None:
+        if not isinstance(energy, (*NEIGHBOR_ENERGIES, *PAIR_ENERGIES)):
+            raise TypeError(f"energy must be an energy such as LogSumExp(), got {describe(energy)}")
+        if reduction not in ("none", "mean", "sum"):
+            raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+        if reduction == "none" and not isinstance(energy, (MaxCosine, KoLeo)):
+            raise ValueError(
+                f"reduction must be 'mean' or 'sum' for {type(energy).__name__}, which is one "
+                "number for all points, got 'none'"
+            )
+
+    chosen, counts = _prepare(x, y, group, impl, check, energy=energy, reduction=reduction)
     if isinstance(energy, PAIR_ENERGIES):
-        result = _pair_energy(x, y, energy, reduction, group, chosen)
+        result = _pair_energy(x, y, energy, reduction, counts, group, chosen)
     else:
         k = energy.topk if isinstance(energy, MaxCosine) else 1
-        _check_k(x, y, k, "energy's topk")
-        square, _ = _nearest(x, y, k, chosen)
-        result = _neighbor_energy(square, energy, reduction)
+        _check_k(sum(counts), y, k, "energy's topk")
+        square, _ = _nearest(x, y, k, counts, group, chosen)
+        result = _neighbor_energy(square, energy, reduction, sum(counts), group)
     return result.to(_statistics_dtype(x))
 
 
 def nearest_neighbors(
-    x: Tensor, y: Tensor | None = None, k: int = 1, *, impl: str = "auto"
+    x: Tensor, y: Tensor | None = None, k: int = 1, *, group: Any = None, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """The k rows of y with the greatest cosines to each row of x; of x itself if y is None.
 
@@ -145,6 +142,8 @@ def nearest_neighbors(
         x: (N, D) float32, bfloat16, float16 or float64; rows need not be normalised.
         y: (M, D) likewise; both float64 or neither.
         k: number of neighbours, 1 ≤ k < N, or k ≤ M with y.
+        group: as in `hypersphere_repulsion`. Each rank gets the neighbours of its own rows; their
+            indices count the rows of all ranks.
         impl: as in `hypersphere_repulsion`.
 
     Returns:
@@ -156,12 +155,14 @@ def nearest_neighbors(
 
     Raises: as `hypersphere_repulsion`.
     """
-    _check(x, y)
-    if not isinstance(k, int):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
-    _check_k(x, y, k, "k")
-    chosen = resolve(OP, impl, (x,) if y is None else (x, y))
-    square, index = _nearest(x, y, k, chosen)
+
+    def check() -> None:
+        if not isinstance(k, int):
+            raise TypeError(f"k must be an int, got {type(k).__name__}")
+
+    chosen, counts = _prepare(x, y, group, impl, check, k=k)
+    _check_k(sum(counts), y, k, "k")
+    square, index = _nearest(x, y, k, counts, group, chosen)
     return (1 - square / 2).to(_statistics_dtype(x)), index
 
 
@@ -169,20 +170,32 @@ def nearest_neighbors(
 
 
 def _pair_energy(
-    x: Tensor, y: Tensor | None, energy: Energy, reduction: str, group: Any, impl: str
+    x: Tensor,
+    y: Tensor | None,
+    energy: Energy,
+    reduction: str,
+    counts: list[int],
+    group: Any,
+    impl: str,
 ) -> Tensor:
-    counts = None if group is None else sharded.total_rows(x, group)
-    n, m = sum(counts or [x.shape[0]]), 0 if y is None else y.shape[0]
-    if y is None and n < 2:
-        raise ValueError(f"x must have at least two rows, on all ranks together, got {n}")
-
     def pairs(kind: str, a: float = 0.0, power: int = 0) -> Tensor:
-        if counts is None:
-            return _pairs(x, y, kind, a, power, energy.r_min, impl)
         potential = (kind, a, power, energy.r_min)
-        return sharded.PairSum.apply(x, counts, potential, group, impl)
+        if group is None:
+            return _pairs(x, y, *potential, impl)
+        if y is None:
+            return sharded.PairSum.apply(x, counts, potential, group, impl)
+        gallery, exponential = sharded.Replicated.apply(y, group), kind == "log_sum_exp"
+        if x.shape[0] > 0:
+            start = sum(counts[: torch.distributed.get_rank(group)])
+            points = sharded.turned(x, start, False)
+            value = _pairs(points, sharded.turned(gallery, start, False), *potential, impl)
+        else:  # no pairs, but their gradient, zero, takes part in the sum over ranks
+            value = (x.sum() + gallery[:0].sum()).double() - (torch.inf if exponential else 0)
+        values = sharded.Gather.apply(value, group)
+        return values.logsumexp(0) if exponential else values.sum()
 
-    count = n * (n - 1) // 2 if y is None else n * m
+    n = sum(counts)
+    count = n * (n - 1) // 2 if y is None else n * y.shape[0]
     mean = reduction == "mean"
     if isinstance(energy, (LogSumExp, Gaussian)):
         gaussian = isinstance(energy, Gaussian)
@@ -200,18 +213,24 @@ def _pair_energy(
     return value / count if mean else value
 
 
-def _neighbor_energy(square: Tensor, energy: Energy, reduction: str) -> Tensor:
+def _neighbor_energy(square: Tensor, energy: Energy, reduction: str, n: int, group: Any) -> Tensor:
     if isinstance(energy, KoLeo):
         # r_min in place of what is less, with r²'s own derivative, which is that at r_min
         apart = square.detach().clamp_min(R_MIN**2) + (square - square.detach())
         each = -apart[:, 0].log() / 2
     else:
         each = (1 - square / 2).mean(1)
+    if reduction == "none":
+        return each
+
+    def of_ranks(value: Tensor) -> Tensor:
+        return value[None] if group is None else sharded.Gather.apply(value, group)
+
     if isinstance(energy, ClosestPair):
-        return each.max(0).values
-    if reduction == "mean":
-        return each.mean()
-    return each.sum() if reduction == "sum" else each
+        own = each.max(0).values if each.shape[0] > 0 else each.sum() - torch.inf
+        return of_ranks(own).max(0).values
+    total = of_ranks(each.sum()).sum()
+    return total / n if reduction == "mean" else total
 
 
 def _pairs(
@@ -229,17 +248,20 @@ def _pairs(
     )[0]
 
 
-def _nearest(x: Tensor, y: Tensor | None, k: int, impl: str) -> tuple[Tensor, Tensor]:
+def _nearest(
+    x: Tensor, y: Tensor | None, k: int, counts: list[int], group: Any, impl: str
+) -> tuple[Tensor, Tensor]:
     """Squared distances (N, k) in double, and indices (N, k)."""
+    if group is not None:
+        y = None if y is None else sharded.Replicated.apply(y, group)
+        return sharded.Nearest.apply(x, y, counts, k, group, impl)
     if impl == "reference":
         return reference.nearest(*_checked(x, y, torch.float64), k, _statistics_dtype(x))
     return torch.ops.synface_kernels.hypersphere_repulsion_nearest(x, y, k, impl)
 
 
 def _checked(x: Tensor, y: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    for name, rows in (("x", x), ("y", y)):
-        if rows is not None:
-            torch.ops.synface_kernels.hypersphere_repulsion_check(rows.detach(), name)
+    _check_values(x, y)
     return x.to(dtype), None if y is None else y.to(dtype)
 
 
@@ -248,6 +270,56 @@ def _checked(x: Tensor, y: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, T
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _prepare(
+    x: Tensor,
+    y: Tensor | None,
+    group: Any,
+    impl: str,
+    check: Callable[[], None],
+    **options: Any,
+) -> tuple[str, list[int]]:
+    """Checks all arguments, on all ranks at once; the implementation, and each rank's rows of x."""
+
+    def prepare() -> str:
+        _check(x, y, group is not None)
+        check()
+        return resolve(OP, impl, (x,) if y is None else (x, y))
+
+    if group is None:
+        return prepare(), [x.shape[0]]
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"group must be a torch.distributed process group, got {type(group).__name__}"
+        )
+    chosen = ""
+
+    def facts() -> dict[str, Any]:
+        nonlocal chosen
+        chosen = prepare()
+        if chosen == "reference":
+            raise ValueError("impl must be 'cpu' or 'triton' with a group, got 'reference'")
+        _check_values(x, y)
+        recorded = torch.is_grad_enabled()
+        result = {"rows": x.shape[0], "D": x.shape[1], "dtype of x": x.dtype, **options}
+        result["requires_grad of x"] = recorded and x.requires_grad
+        result["y"] = None if y is None else (tuple(y.shape), y.dtype, sharded.checksum(y))
+        result["requires_grad of y"] = recorded and y is not None and y.requires_grad
+        return result
+
+    ranks = sharded.together(facts, group)
+    counts = [rank.pop("rows") for rank in ranks]
+    for name in ranks[0]:
+        values = [rank[name] for rank in ranks]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"{name} must be the same on all ranks, got {values} on ranks 0, 1, …")
+    least = 2 if y is None else 1
+    if sum(counts) < least:
+        raise ValueError(
+            f"x must have at least {least} rows, on all ranks together, got {sum(counts)}"
+        )
+    return chosen, counts
 
 
 def _check(x: Tensor, y: Tensor | None, sharded: bool = False) -> None:
@@ -266,7 +338,7 @@ def _check(x: Tensor, y: Tensor | None, sharded: bool = False) -> None:
         if x.shape[0] < 2 and not sharded:
             raise ValueError(f"x must have at least two rows without y, got {describe(x)}")
         return
-    if x.shape[0] < 1 or y.shape[0] < 1:
+    if (x.shape[0] < 1 and not sharded) or y.shape[0] < 1:
         raise ValueError(
             f"x and y must have at least one row each, got {describe(x)} and {describe(y)}"
         )
@@ -282,8 +354,14 @@ def _check(x: Tensor, y: Tensor | None, sharded: bool = False) -> None:
         raise ValueError(f"y must be on x's device {x.device}, got {describe(y)}")
 
 
-def _check_k(x: Tensor, y: Tensor | None, k: int, name: str) -> None:
-    most = x.shape[0] - 1 if y is None else y.shape[0]
+def _check_values(x: Tensor, y: Tensor | None) -> None:
+    for name, rows in (("x", x), ("y", y)):
+        if rows is not None:
+            torch.ops.synface_kernels.hypersphere_repulsion_check(rows.detach(), name)
+
+
+def _check_k(n: int, y: Tensor | None, k: int, name: str) -> None:
+    most = n - 1 if y is None else y.shape[0]
     if not 1 <= k <= most:
         bound = "the number of other rows of x" if y is None else "the number of rows of y"
         raise ValueError(f"{name} must be at least 1 and at most {most}, {bound}, got {k}")
