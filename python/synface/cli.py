@@ -448,7 +448,8 @@ def pack_command(
     begin = None if start is None else read_embeddings(start)
     keep = None if gallery is None else read_embeddings(gallery)
     if begin is not None:
-        count, dim = count or begin.shape[0], dim or begin.shape[1]
+        count = begin.shape[0] if count is None else count
+        dim = begin.shape[1] if dim is None else dim
     if count is None or dim is None:
         raise ValueError("pack needs --count and --dim (or --start), or --check")
     packers = [

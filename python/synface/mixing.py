@@ -11,7 +11,6 @@ checked by asynchronous assertions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import accumulate
@@ -21,6 +20,8 @@ import torch
 from torch import Generator, Tensor
 
 import synface_kernels as sk
+
+from .check import check_integer, check_number, describe
 
 
 class Mixed(NamedTuple):
@@ -45,28 +46,6 @@ class MixedIdentities(NamedTuple):
     weights: Tensor
 
 
-def _describe(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return f"{type(value).__name__} {value!r}"
-    kind = str(value.dtype).removeprefix("torch.")
-    return f"{kind} {tuple(value.shape)} on {value.device}"
-
-
-def _check_number(name: str, value: object, least: float, most: float = math.inf) -> None:
-    bounds = f"in [{least:g}, {most:g}]" if most < math.inf else f"finite and ≥ {least:g}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number {bounds}, got {_describe(value)}")
-    if not (least <= value <= most and math.isfinite(value)):
-        raise ValueError(f"{name} must be {bounds}, got {value}")
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer ≥ {least}, got {_describe(value)}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
 # ---- how shares are distributed ------------------------------------------------------------------
 
 
@@ -89,10 +68,10 @@ class Grid:
     steps: int = 21
 
     def __post_init__(self) -> None:
-        _check_integer("steps", self.steps, 2)
+        check_integer("steps", self.steps, 2)
 
     def sample(self, count: int, generator: Generator | None = None) -> Tensor:
-        _check_integer("count", count, 0)
+        check_integer("count", count, 0)
         drawn = torch.randint(self.steps, (count,), generator=generator, device=_device(generator))
         return drawn.double() / (self.steps - 1)
 
@@ -111,12 +90,12 @@ class Beta:
     b: float | None = None
 
     def __post_init__(self) -> None:
-        _check_number("a", self.a, 1e-300, 1e300)
+        check_number("a", self.a, 1e-300, 1e300)
         if self.b is not None:
-            _check_number("b", self.b, 1e-300, 1e300)
+            check_number("b", self.b, 1e-300, 1e300)
 
     def sample(self, count: int, generator: Generator | None = None) -> Tensor:
-        _check_integer("count", count, 0)
+        check_integer("count", count, 0)
         b = self.a if self.b is None else self.b
         shape = torch.tensor([[self.a], [b]], dtype=torch.float64).expand(2, count)
         shape = _send(shape, _device(generator))
@@ -139,10 +118,10 @@ class Constant:
     value: float
 
     def __post_init__(self) -> None:
-        _check_number("value", self.value, 0, 1)
+        check_number("value", self.value, 0, 1)
 
     def sample(self, count: int, generator: Generator | None = None) -> Tensor:
-        _check_integer("count", count, 0)
+        check_integer("count", count, 0)
         return torch.full(
             (count,), float(self.value), dtype=torch.float64, device=_device(generator)
         )
@@ -219,9 +198,9 @@ class DomainMixup(_Mixer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_integer("num_synthetic", self.num_synthetic, 1)
-        _check_integer("num_real", self.num_real, 1)
-        _check_number("flip", self.flip, 0, 1)
+        check_integer("num_synthetic", self.num_synthetic, 1)
+        check_integer("num_real", self.num_real, 1)
+        check_number("flip", self.flip, 0, 1)
 
     @property
     def num_classes(self) -> int:
@@ -264,7 +243,7 @@ class DomainMixup(_Mixer):
         _check_images("real", real, self.layout)
         batch, device = len(synthetic), synthetic.device
         if batch and not len(real):
-            raise ValueError(f"real must hold at least one image, got {_describe(real)}")
+            raise ValueError(f"real must hold at least one image, got {describe(real)}")
         _check_labels("real_labels", real_labels, real, self.num_real)
         _check_labels("synthetic_labels", synthetic_labels, synthetic, self.num_synthetic, True)
         own = _own_weights(synthetic_labels, synthetic_weights)
@@ -339,9 +318,9 @@ class IdentityMixup:
             TypeError, ValueError: for a wrong argument, naming it.
         """
         if not isinstance(alpha, Tensor):
-            raise TypeError(f"alpha must be a tensor, got {_describe(alpha)}")
+            raise TypeError(f"alpha must be a tensor, got {describe(alpha)}")
         if alpha.dim() != 2 or not alpha.is_floating_point():
-            raise ValueError(f"alpha must be floating point (N, D), got {_describe(alpha)}")
+            raise ValueError(f"alpha must be floating point (N, D), got {describe(alpha)}")
         _check_labels("labels", labels, alpha)
         order = _send(_permutation(len(alpha), generator), alpha.device)
         phi = _send(self.ratio.sample(len(alpha), generator), alpha.device)
@@ -522,9 +501,16 @@ class TimmMixup:
         layout: Literal["NHWC", "NCHW"] = "NCHW",
         impl: str = "auto",
     ) -> None:
-        _check_number("mixup_alpha", mixup_alpha, 0)
-        _check_number("cutmix_alpha", cutmix_alpha, 0)
+        check_number("mixup_alpha", mixup_alpha, 0)
+        check_number("cutmix_alpha", cutmix_alpha, 0)
         if cutmix_minmax is not None:
+            if not isinstance(cutmix_minmax, Sequence) or not all(
+                isinstance(bound, (int, float)) for bound in cutmix_minmax
+            ):
+                raise TypeError(
+                    "cutmix_minmax must be a sequence of two numbers (min, max), "
+                    f"got {describe(cutmix_minmax)}"
+                )
             if len(cutmix_minmax) != 2 or not 0 <= cutmix_minmax[0] <= cutmix_minmax[1] <= 1:
                 raise ValueError(
                     "cutmix_minmax must be (min, max) with 0 ≤ min ≤ max ≤ 1, "
@@ -533,17 +519,17 @@ class TimmMixup:
             cutmix_alpha = 1.0
         if not mixup_alpha and not cutmix_alpha:
             raise ValueError("mixup_alpha or cutmix_alpha must be > 0, or cutmix_minmax given")
-        _check_number("prob", prob, 0, 1)
-        _check_number("switch_prob", switch_prob, 0, 1)
+        check_number("prob", prob, 0, 1)
+        check_number("switch_prob", switch_prob, 0, 1)
         if mode not in ("batch", "pair", "elem"):
             raise ValueError(f"mode must be 'batch', 'pair' or 'elem', got {mode!r}")
-        _check_number("label_smoothing", label_smoothing, 0, 1)
+        check_number("label_smoothing", label_smoothing, 0, 1)
         if label_smoothing and not dense:
             raise ValueError(
                 f"label_smoothing = {label_smoothing} needs dense=True: it gives every class a "
                 "weight; with sparse targets, give it to the loss"
             )
-        _check_integer("num_classes", num_classes, 1)
+        check_integer("num_classes", num_classes, 1)
         _check_layout(layout)
         self.mixup = Beta(mixup_alpha) if mixup_alpha else None
         self.cutmix = Beta(cutmix_alpha) if cutmix_alpha else None
@@ -740,10 +726,10 @@ def _own_weights(labels: Tensor, weights: Tensor | None) -> Tensor:
         return torch.ones(len(labels), 1, dtype=torch.float64, device=labels.device)
     if weights is None:
         raise ValueError(
-            f"synthetic_weights (N, J) is required with synthetic_labels {_describe(labels)}"
+            f"synthetic_weights (N, J) is required with synthetic_labels {describe(labels)}"
         )
     if not isinstance(weights, Tensor):
-        raise TypeError(f"synthetic_weights must be a tensor, got {_describe(weights)}")
+        raise TypeError(f"synthetic_weights must be a tensor, got {describe(weights)}")
     if (
         not weights.is_floating_point()
         or weights.shape != labels.shape
@@ -751,7 +737,7 @@ def _own_weights(labels: Tensor, weights: Tensor | None) -> Tensor:
     ):
         raise ValueError(
             "synthetic_weights must be floating point, of the shape and device of "
-            f"synthetic_labels, got {_describe(weights)} and synthetic_labels {_describe(labels)}"
+            f"synthetic_labels, got {describe(weights)} and synthetic_labels {describe(labels)}"
         )
     own = weights.detach().double()
     _require((own >= 0) & own.isfinite(), "synthetic_weights must be finite and ≥ 0", own)
@@ -766,7 +752,7 @@ def _own_weights(labels: Tensor, weights: Tensor | None) -> Tensor:
 
 def _check_ratio(ratio: object) -> None:
     if not callable(getattr(ratio, "sample", None)):
-        raise TypeError(f"ratio must be a Grid, Beta or Constant, got {_describe(ratio)}")
+        raise TypeError(f"ratio must be a Grid, Beta or Constant, got {describe(ratio)}")
 
 
 def _check_layout(layout: object) -> None:
@@ -789,11 +775,11 @@ def _memory_format(images: Tensor, layout: str) -> torch.memory_format:
 
 def _check_images(name: str, images: Tensor, layout: str) -> None:
     if not isinstance(images, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {_describe(images)}")
+        raise TypeError(f"{name} must be a tensor, got {describe(images)}")
     if images.dim() != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
         shape = "(N, H, W, C)" if layout == "NHWC" else "(N, C, H, W)"
         raise ValueError(
-            f"{name} must be uint8 or floating point of shape {shape}, got {_describe(images)}"
+            f"{name} must be uint8 or floating point of shape {shape}, got {describe(images)}"
         )
 
 
@@ -802,7 +788,7 @@ def _check_labels(
 ) -> None:
     """int64 (N,), or where several are allowed (N, J), in [0, count)."""
     if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {_describe(labels)}")
+        raise TypeError(f"{name} must be a tensor, got {describe(labels)}")
     rows, device = len(images), images.device
     if (
         labels.dtype != torch.int64
@@ -813,7 +799,7 @@ def _check_labels(
         shape = "(N,) or (N, J)" if several else "(N,)"
         raise ValueError(
             f"{name} must be int64 of shape {shape} with N = {rows} on {device}, "
-            f"got {_describe(labels)}"
+            f"got {describe(labels)}"
         )
     valid = labels >= 0 if count is None else (labels >= 0) & (labels < count)
     bounds = "≥ 0" if count is None else f"in [0, {count})"

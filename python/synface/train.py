@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -27,6 +25,7 @@ from .backbone import IResNet
 from .checkpoint import CheckpointError
 from .data import Augment, DataError, Faces
 from .heads import MarginHead
+from .interrupts import interrupts
 from .randomness import seeds
 from .sources import Batch, FacesSource, Source
 
@@ -156,30 +155,6 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     return config.lr
 
 
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Lets Ctrl-C wait for the end of a step; a second one does not wait.
-
-    Yields whether it was pressed. Outside the main thread, which alone gets it, never.
-    """
-    pressed = False
-
-    def on_interrupt(*_: object) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
@@ -247,7 +222,7 @@ def train(
     source: Source = FacesSource(data) if isinstance(data, Faces) else data
     if source.num_classes < 2:
         raise ValueError(f"training needs two identities or more, got {source.num_classes}")
-    with torch.random.fork_rng(devices=[]), _interrupts() as interrupted:
+    with torch.random.fork_rng(devices=[]), interrupts() as interrupted:
         return _train(config, source, output, resume, progress, stop_after, command, interrupted)
 
 

@@ -615,6 +615,22 @@ def test_bad_energies(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sk.LogSumExp("a"), "t must be a number, positive and finite, got str 'a'"),
+        (lambda: sk.Gaussian(True), "t must be a number, .* got bool True"),
+        (lambda: sk.Riesz(None), r"s must be a number, in \(0, 16\], got NoneType None"),
+        (lambda: sk.Hinge("1"), "threshold must be a number, .* got str '1'"),
+        (lambda: sk.Hinge(0.1, 2.0), "power must be an int, 1 or 2, got float 2.0"),
+        (lambda: sk.MaxCosine(topk=True), "topk must be an int, at least 1, got bool True"),
+    ],
+)
+def test_energies_of_another_type(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
 def test_explain():
     assert sk.explain(sk.hypersphere_repulsion).impl == "cpu"
     with pytest.raises(RuntimeError, match="triton"):

@@ -652,6 +652,12 @@ def test_timm_errors(options, message):
         TimmMixup(**options)
 
 
+@pytest.mark.parametrize("minmax", [5, "01", (0.1, "1"), (None, 1)])
+def test_timm_bounds_of_another_type(minmax):
+    with pytest.raises(TypeError, match=r"cutmix_minmax must be a sequence of two numbers.*got"):
+        TimmMixup(cutmix_minmax=minmax, num_classes=3)
+
+
 # ---- what holds for all --------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from synface import checkpoint
 from synface.checkpoint import CheckpointError
 from synface.packing import PackConfig, Packer, bounds, closest_pair, pack
 from synface.packing.optimizer import SphereAdam
+from synface.packing.packer import _Run
 
 import synface_kernels as sk
 from tests import codes
@@ -234,6 +235,53 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         Packer(SMALL).run(tmp_path, resume=True)
 
 
+def test_the_clock_goes_on_where_it_was(tmp_path):
+    """Of a minute, 25 s are over and the last look takes 10: in the second of two restarts."""
+    packer = Packer(PackConfig(40, 6, minutes=1, restarts=2))
+    run, resumed = (_Run(packer, tmp_path, None) for _ in range(2))
+    run.seconds, run.check_seconds, run.restart, run.step = 25.0, 10.0, 1, 7
+    run._save()
+    resumed._load()
+    assert resumed._where() == run._where()
+    assert resumed._where()[0] == 1
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["count", "dim", "steps", "restarts", "batch", "seed"])
+@pytest.mark.parametrize("value", [5.0, "5", True])
+def test_integers_are_integers(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be an int.*, got {type(value).__name__}"):
+        replace(SMALL, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["alpha", "lr", "minutes"])
+@pytest.mark.parametrize("value", ["1", (1,), False])
+def test_numbers_are_numbers(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be a number .*got {type(value).__name__}"):
+        replace(SMALL, **{"steps": None, name: value})
+    with pytest.raises(ValueError, match=f"{name} must be finite"):
+        replace(SMALL, **{"steps": None, name: math.nan})
+
+
+@pytest.mark.parametrize("name", ["lr", "minutes"])
+def test_nothing_is_too_little(name):
+    with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
+        replace(SMALL, **{"steps": None, name: 0})
+
+
+@pytest.mark.parametrize("name", ["gallery", "start"])
+def test_rows_are_floating_tensors(name):
+    rows = torch.eye(40, 6) + 1
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
+        Packer(SMALL, **{name: rows.tolist()})
+    with pytest.raises(ValueError, match=rf"{name} must be floating point .*got int64 \(40, 6\)"):
+        Packer(SMALL, **{name: rows.long()})
+    with pytest.raises(TypeError, match=r"device must be a str or torch\.device, got int 3"):
+        Packer(SMALL, device=3)
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
@@ -281,6 +329,21 @@ def test_nothing_is_overwritten_unasked(tmp_path):
         run_pack(tmp_path / "two.safetensors", objectives=("lse", "lse"))
     with pytest.raises(CheckpointError, match="nothing to resume"):
         run_pack(tmp_path / "two.safetensors", resume=True)
+
+
+def test_resuming_does_not_replace_what_another_run_finished(tmp_path):
+    output = tmp_path / "packed.safetensors"
+    langevin = Packer(replace(SMALL, objective="langevin"))
+    with pytest.raises(KeyboardInterrupt):
+        langevin.run(tmp_path / "packed-langevin.checkpoints", stop_after=20)
+    run_pack(output)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    with pytest.raises(FileExistsError, match=r"packed.safetensors exists: .*--overwrite"):
+        run_pack(output, objectives=["langevin"], resume=True)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+    (packed,) = run_pack(output, objectives=["langevin"], resume=True, overwrite=True)
+    assert torch.equal(load_file(output)["embeddings"], packed.points)
+    assert torch.equal(packed.points, langevin.run().points)
 
 
 def test_a_full_disk_loses_nothing(tmp_path):
@@ -349,7 +412,7 @@ def test_command_packs_and_checks(tmp_path):
         (["--count", "9"], "needs --count and --dim"),
         (["--count", "9", "--dim", "4", "--objective", "best"], "objective must be one of"),
         (["--count", "9", "--dim", "4", "--steps", "5", "--minutes", "1"], "not both"),
-        (["--count", "9", "--dim", "4", "--steps", "0"], "steps must be positive"),
+        (["--count", "9", "--dim", "4", "--steps", "0"], "steps must be at least 1, got 0"),
         (["--count", "9", "--dim", "4", "--batch", "10"], r"batch must be in \[2, count = 9\]"),
         (
             ["--count", "9", "--dim", "4", "--batch", "5", "--objective", "hyperface"],
@@ -357,9 +420,15 @@ def test_command_packs_and_checks(tmp_path):
         ),
         (
             ["--count", "9", "--dim", "4", "--gallery", "good.npy"],
-            r"gallery must be of shape \(M, 4\), got \(5, 3\)",
+            r"gallery must be floating point of shape \(M, 4\), got float32 \(5, 3\)",
         ),
-        (["--count", "9", "--start", "good.npy"], r"start must be of shape \(9, 3\), got \(5, 3\)"),
+        (
+            ["--count", "9", "--start", "good.npy"],
+            r"start must be .*shape \(9, 3\), got .*\(5, 3\)",
+        ),
+        (["--count", "0", "--start", "good.npy"], "count must be at least 2, got 0"),
+        (["--count", "9", "--dim", "4", "--device", "nope"], "device must be .* got 'nope'"),
+        (["--count", "9", "--dim", "4", "--device", "cuda:99"], "device must be .* got 'cuda:99'"),
         (["--start", "good.npy", "--restarts", "2"], "restarts must be 1 with a start"),
         (["--start", "zero.npy"], "1 of 5 rows are zero.*row 2"),
         (["--check", "infinite.npy"], "1 of 5 rows are not finite.*row 3"),

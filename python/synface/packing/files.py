@@ -35,7 +35,7 @@ def pack(
         packers: of one (N, d), with objectives that differ.
         output: a .safetensors file.
         resume: go on from the checkpoints.
-        overwrite: replace files of these names, and discard checkpoints.
+        overwrite: replace files of these names and, unless resume is set, discard checkpoints.
         progress: of an objective.
 
     Raises:
@@ -53,12 +53,11 @@ def pack(
     files = outputs(output, names)
     picture = output.with_suffix(".png")
     folders = {o: output.with_name(f"{output.stem}-{o}.checkpoints") for o in names}
-    if resume:
-        if not any(checkpoint.checkpoints(folder) for folder in folders.values()):
-            raise CheckpointError(f"nothing to resume: no checkpoints in {folders[names[0]]}")
-    else:
-        for file in (*files.values(), picture):
-            check_output(file, overwrite)
+    if resume and not any(checkpoint.checkpoints(folder) for folder in folders.values()):
+        raise CheckpointError(f"nothing to resume: no checkpoints in {folders[names[0]]}")
+    for file in (*files.values(), picture):
+        check_output(file, overwrite)
+    if not resume:
         for folder in folders.values():
             if overwrite:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -16,10 +16,11 @@ from torch import Tensor
 import synface_kernels as sk
 
 from .. import checkpoint
+from ..check import check_device, check_integer, check_number, describe
 from ..checkpoint import CheckpointError
 from ..embeddings import NAME
+from ..interrupts import interrupts
 from ..randomness import generator
-from ..train import _interrupts
 from . import bounds
 from .optimizer import SphereAdam
 
@@ -53,6 +54,9 @@ class PackConfig:
         alpha: weight of the gallery.
         lr: learning rate of "hyperface". 0.001 was the best of seven in a trial (docs/packing.md).
         seed: of everything random.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, naming it.
     """
 
     count: int
@@ -76,15 +80,20 @@ class PackConfig:
             )
         if self.steps is None and self.minutes is None:
             object.__setattr__(self, "steps", DEFAULT_STEPS)
-        for name in ("steps", "minutes", "restarts", "lr"):
+        check_integer("restarts", self.restarts, 1)
+        check_integer("seed", self.seed, 0)
+        if self.steps is not None:
+            check_integer("steps", self.steps, 1)
+        if self.batch is not None:
+            check_integer("batch", self.batch, 2)
+        check_number("alpha", self.alpha, 0)
+        for name in ("lr", "minutes"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        for name in ("alpha", "seed"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {value}")
-        if self.batch is not None and not 2 <= self.batch <= self.count:
+            if name == "lr" or value is not None:
+                check_number(name, value, 0)
+                if value == 0:
+                    raise ValueError(f"{name} must be positive, got {value}")
+        if self.batch is not None and self.batch > self.count:
             raise ValueError(f"batch must be in [2, count = {self.count}], got {self.batch}")
         if self.batch is not None and self.objective != "lse":
             raise ValueError(f"batch needs the objective 'lse', got {self.objective!r}")
@@ -185,7 +194,9 @@ class Packer:
         device: where to compute.
 
     Raises:
-        ValueError: for a gallery or start of another shape, or with a zero or non-finite row.
+        TypeError: for a gallery, start or device of another Python type.
+        ValueError: for a gallery or start of another dtype or shape, or with a zero or non-finite
+            row, and a device that is not there.
 
     Memory: 5·N·d numbers (points, best so far, gradient, moment, scratch) and the op's 64 MiB.
     Sources: Shahreza and Marcel, "HyperFace", ICLR 2025; Geissbühler et al., "Synthetic face
@@ -201,7 +212,7 @@ class Packer:
         device: str | torch.device = "cpu",
     ) -> None:
         self.config = config
-        self.device = torch.device(device)
+        self.device = check_device(device)
         self.dtype = torch.float64 if config.count <= DOUBLE_UP_TO else torch.float32
         self.bound = bounds.best(config.count, config.dim)
         self.gallery = None if gallery is None else self._unit("gallery", gallery, None)
@@ -233,16 +244,25 @@ class Packer:
             KeyboardInterrupt: on Ctrl-C, once the step is done and a checkpoint of it is written.
             OSError: where a checkpoint cannot be written; the ones before it stay.
         """
-        with _interrupts() as interrupted:
+        with interrupts() as interrupted:
             return _Run(self, folder, progress).run(
                 resume, lambda step: interrupted() or step == stop_after
             )
 
     def _unit(self, name: str, rows: Tensor, count: int | None) -> Tensor:
         dim = self.config.dim
-        if rows.dim() != 2 or rows.shape[1] != dim or (count is not None and len(rows) != count):
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(rows).__name__}")
+        if (
+            not rows.is_floating_point()
+            or rows.dim() != 2
+            or rows.shape[1] != dim
+            or (count is not None and len(rows) != count)
+        ):
             wanted = f"({'M' if count is None else count}, {dim})"
-            raise ValueError(f"{name} must be of shape {wanted}, got {tuple(rows.shape)}")
+            raise ValueError(
+                f"{name} must be floating point of shape {wanted}, got {describe(rows)}"
+            )
         rows = rows.to(self.device, torch.float64)
         norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         wrong = ~(norms.isfinite() & (norms > 0))
@@ -379,6 +399,7 @@ class _Run:
         state = {
             "restart": self.restart,
             "seconds": self.seconds,
+            "check_seconds": self.check_seconds,
             "best": None if math.isinf(self.score) else [self.score, self.worst, *self.pair],
             "history": self.history,
         }
@@ -409,6 +430,7 @@ class _Run:
         try:
             self.step, self.restart = int(state["step"]), int(state["restart"])
             self.seconds = float(state["seconds"])
+            self.check_seconds = float(state["check_seconds"])
             if state["best"] is not None:
                 score, worst, i, j = state["best"]
                 self.score, self.worst, self.pair = float(score), float(worst), (int(i), int(j))

@@ -23,7 +23,16 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
+def _number(
+    name: str, value: object, expected: str, types: tuple[type, ...] = (int, float)
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, types):
+        kind = "an int" if types == (int,) else "a number"
+        raise TypeError(f"{name} must be {kind}, {expected}, got {type(value).__name__} {value!r}")
+
+
 def _positive(name: str, value: float) -> None:
+    _number(name, value, "positive and finite")
     _require(0 < value < math.inf, name, value, "positive and finite")
 
 
@@ -57,8 +66,7 @@ class MaxCosine(Energy):
     topk: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.topk, int):
-            raise TypeError(f"topk must be an int, got {type(self.topk).__name__}")
+        _number("topk", self.topk, "at least 1", (int,))
         _require(self.topk >= 1, "topk", self.topk, "at least 1")
 
 
@@ -136,6 +144,7 @@ class Riesz(Energy):
     s: float = 1.0
 
     def __post_init__(self) -> None:
+        _number("s", self.s, "in (0, 16]")
         _require(0 < self.s <= 16, "s", self.s, "in (0, 16]")
 
     @property
@@ -170,6 +179,8 @@ class Hinge(Energy):
     power: int = 2
 
     def __post_init__(self) -> None:
+        _number("threshold", self.threshold, "in [−1, 1)")
+        _number("power", self.power, "1 or 2", (int,))
         _require(-1 <= self.threshold < 1, "threshold", self.threshold, "in [−1, 1)")
         _require(self.power in (1, 2), "power", self.power, "1 or 2")
 

@@ -1,0 +1,48 @@
+"""What the layer's argument checks share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def describe(value: object) -> str:
+    """A tensor's dtype, shape and device, or a value with its type."""
+    if not isinstance(value, Tensor):
+        return f"{type(value).__name__} {value!r}"
+    kind = str(value.dtype).removeprefix("torch.")
+    return f"{kind} {tuple(value.shape)} on {value.device}"
+
+
+def check_number(name: str, value: object, least: float, most: float = math.inf) -> None:
+    """Raises TypeError or ValueError unless value is a finite number in [least, most]."""
+    bounds = f"in [{least:g}, {most:g}]" if most < math.inf else f"finite and ≥ {least:g}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number {bounds}, got {describe(value)}")
+    if not (least <= value <= most and math.isfinite(value)):
+        raise ValueError(f"{name} must be {bounds}, got {value}")
+
+
+def check_integer(name: str, value: object, least: int) -> None:
+    """Raises TypeError or ValueError unless value is an integer ≥ least."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer ≥ {least}, got {describe(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_device(device: object) -> torch.device:
+    """The device, if torch can compute on it here; raises TypeError or ValueError if not."""
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device must be a str or torch.device, got {describe(device)}")
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"device must be one that torch has here, such as 'cpu', got {str(device)!r}: {reason}"
+        ) from error
+    return found
