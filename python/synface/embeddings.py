@@ -54,7 +54,9 @@ def _read_npy(path: Path) -> Tensor:
     try:
         # Mapped: a header that claims more than the file holds is an error, not an allocation.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OverflowError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # NumPy lets through whatever a hostile header makes Python raise
         raise ValueError(f"{path} is not a whole .npy array: {error}") from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path} is an archive of arrays, expected one .npy array")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .check import check_device
 from .data.embedded import FACES, STYLES, enlarge, lfw_crops, restyle, to_bytes
 
 
@@ -132,8 +133,9 @@ class TorchScriptGenerator:
         device: where it runs.
 
     Raises:
-        ValueError: for a file that is missing or no TorchScript, sizes that are unknown or
-            disagree, and a model that fails or returns something else on a batch of two.
+        ValueError: for a device that is not there, a file that is missing or no TorchScript, sizes
+            that are unknown or disagree, and a model that fails or returns something else on a
+            batch of two.
     """
 
     def __init__(
@@ -144,8 +146,8 @@ class TorchScriptGenerator:
         device: str = "cpu",
     ) -> None:
         path = Path(path)
+        self._device = check_device(device)
         try:
-            self._device = torch.device(device)
             self._model = torch.jit.load(str(path), map_location=self._device).eval()
             arguments = len(self._model.forward.schema.arguments) - 1
         except (RuntimeError, ValueError, OSError, AttributeError) as error:
@@ -175,10 +177,14 @@ class TorchScriptGenerator:
         inputs = [x.to(self._device) for x in (embedding, style, seed)]
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(int(seed[0]))
+            # Not torch.manual_seed, which reseeds every GPU: only what was forked.
+            torch.default_generator.manual_seed(int(seed[0]))
+            if devices:
+                with torch.cuda.device(self._device):
+                    torch.cuda.manual_seed(int(seed[0]))
             try:
                 return self._model(*inputs[: 3 if self._seeded else 2])
-            except (RuntimeError, torch.jit.Error) as error:
+            except Exception as error:  # a model's own error has any type
                 raise ValueError(_failed(self._path, embedding, style, error)) from error
 
 
@@ -215,7 +221,7 @@ class OnnxGenerator:
             import onnxruntime
         except ImportError as error:
             raise ImportError(f"{path} needs onnxruntime: pip install onnxruntime") from error
-        provider = f"{torch.device(device).type.upper()}ExecutionProvider"
+        provider = f"{str(device).partition(':')[0].upper()}ExecutionProvider"
         if provider not in onnxruntime.get_available_providers():
             raise ValueError(
                 f"device must be one of those of onnxruntime "
@@ -288,6 +294,7 @@ def open_generator(
         ValueError, ImportError, DataError: as the generators.
     """
     if path is None:
+        check_device(device)
         if style_size not in (None, STYLES):
             raise ValueError(f"style_size of the eigenfaces is {STYLES}, got {style_size}")
         return EigenfaceGenerator(embedding_size, **({} if size is None else {"size": size}))

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import checkpoint
+from .check import describe
 from .generate import FaceGenerator
 
 MANIFEST = "synthesis.json"
@@ -66,8 +66,8 @@ def synthesize(
         How many images were made: N * images_per_identity less those that were there.
 
     Raises:
-        ValueError: for arguments out of range, embeddings that are zero or not finite, and, with
-            resume, a folder made of something else.
+        ValueError: for arguments out of range, embeddings that are zero or not finite, a generator
+            that returns anything but its images and, with resume, a folder made of something else.
         FileExistsError: for a folder that holds something.
         OSError: for a folder that cannot be written (a full disk, say). What is done stays.
 
@@ -83,8 +83,7 @@ def synthesize(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other")
-    embeddings = _checked(embeddings, generator.embedding_size)
-    unit = F.normalize(embeddings)
+    embeddings, unit = _checked(embeddings, generator.embedding_size)
     root = Path(output)
     _begin(
         root,
@@ -127,7 +126,7 @@ def synthesize(
                 continue
             identity, image = np.divmod(np.arange(start, start + len(wanted)), images_per_identity)
             style, seeds = _draws(seed, identity, image, generator.style_size)
-            images = generator.generate(unit[torch.from_numpy(identity)], style, seeds).numpy()
+            images = _generate(generator, unit[torch.from_numpy(identity)], style, seeds)
             for i in np.unique(identity[wanted]):
                 _file(root, int(i), 0).parent.mkdir(exist_ok=True)
             for k in np.flatnonzero(wanted):
@@ -147,8 +146,8 @@ def synthesize(
     return total - already
 
 
-def _checked(embeddings: Tensor, size: int) -> Tensor:
-    """(N, D) float32 on the CPU, contiguous."""
+def _checked(embeddings: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """(N, D) float32 on the CPU, contiguous: as they are, and normalised."""
     if (
         embeddings.ndim != 2
         or not embeddings.is_floating_point()
@@ -160,12 +159,13 @@ def _checked(embeddings: Tensor, size: int) -> Tensor:
             f"got {str(embeddings.dtype).removeprefix('torch.')} {tuple(embeddings.shape)}"
         )
     embeddings = embeddings.detach().cpu().float().contiguous()
-    norms = torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float64)
+    # Squares in float32 overflow from 1e19 on, and vanish from 1e-23 on.
+    norms = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True, dtype=torch.float64)
     if bad := int((~(norms.isfinite() & (norms > 0))).sum()):
         raise ValueError(
             f"embeddings must be finite and not zero, {bad} of {len(norms)} rows are not so"
         )
-    return embeddings
+    return embeddings, (embeddings / norms).float()
 
 
 def _begin(root: Path, manifest: dict[str, Any], resume: bool, overwrite: bool) -> None:
@@ -239,6 +239,25 @@ def _draws(
         styles.append(torch.randn(style_size, generator=stream))
         seeds.append(int(pair[1]))
     return torch.stack(styles), torch.tensor(seeds)
+
+
+def _generate(
+    generator: FaceGenerator, embedding: Tensor, style: Tensor, seed: Tensor
+) -> np.ndarray:
+    """A batch of images, once it is what `FaceGenerator.generate` promises."""
+    images = generator.generate(embedding, style, seed)
+    shape = (len(seed), *generator.image_shape)
+    if (
+        not isinstance(images, Tensor)
+        or images.dtype != torch.uint8
+        or tuple(images.shape) != shape
+        or images.device.type != "cpu"
+    ):
+        raise ValueError(
+            f"generator must return uint8 {shape} on cpu, "
+            f"got {describe(images) if isinstance(images, Tensor) else type(images).__name__}"
+        )
+    return images.numpy()
 
 
 def _write(file: Path, pixels: np.ndarray) -> None:

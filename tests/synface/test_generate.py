@@ -180,6 +180,8 @@ class Wrong(torch.nn.Module):
             return images[:1]
         if self.kind == "channels":
             return images[:, :2]
+        if self.kind == "index":
+            return [images][int(images.sum()) + 1]
         if self.kind == "dtype":
             return images.to(torch.int32)
         if self.kind == "nan":
@@ -228,6 +230,14 @@ def test_a_torchscript_file_that_draws_is_seeded(tmp_path):
     assert not torch.equal(generator.generate(embedding, style, seed + 1), images)
 
 
+def test_a_torchscript_file_on_a_cpu_leaves_the_gpus_alone(tmp_path, monkeypatch):
+    generator = TorchScriptGenerator(scripted(Noisy(), tmp_path / "g.pt"), 8, 2)
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    generator.generate(*arguments(3, 8, 2))
+    assert seeds == []
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -237,6 +247,7 @@ def test_a_torchscript_file_that_draws_is_seeded(tmp_path):
         ("dtype", r"got int32 \(2, 3, 4, 4\)"),
         ("nan", "got values up to ±nan"),
         ("range", "got values up to ±255"),
+        ("index", r"failed on embedding \(2, 8\) and style \(2, 4\): .*out of range"),
         ("raises", r"failed on embedding \(2, 8\) and style \(2, 4\): .*no such embedding"),
     ],
 )
@@ -274,8 +285,11 @@ def test_torchscript_files_that_cannot_be_used(tmp_path):
     for name in ("text.pt", "weights.pt", "cut.pt", "missing.pt"):
         with pytest.raises(ValueError, match=rf"{name} cannot be loaded as TorchScript"):
             TorchScriptGenerator(tmp_path / name, 8, 4)
-    with pytest.raises(ValueError, match="cannot be loaded as TorchScript on 'nowhere'"):
-        TorchScriptGenerator(path, 8, device="nowhere")
+    for device in ("nowhere", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device must be one that .* got '{device}'"):
+            TorchScriptGenerator(path, 8, device=device)
+        with pytest.raises(ValueError, match=f"device must be one that .* got '{device}'"):
+            open_generator(None, 8, device=device)
 
 
 # -- ONNX
@@ -339,6 +353,8 @@ def test_onnx_files_that_cannot_be_used(tmp_path):
         open_generator(onnx_file(tmp_path / "wide.onnx", outputs=24), 8)
     with pytest.raises(ValueError, match=r"device must be one of .*CPU.* got 'cuda'"):
         open_generator(path, 8, device="cuda")
+    with pytest.raises(ValueError, match=r"device must be one of .*CPU.* got 'nope'"):
+        open_generator(path, 8, device="nope")
     (tmp_path / "text.onnx").write_text("no model")
     for name in ("text.onnx", "missing.onnx"):
         with pytest.raises(ValueError, match=f"{name} cannot be loaded as an ONNX model"):
@@ -380,6 +396,13 @@ def content(data: bytes):
     return lambda path: path.write_bytes(data)
 
 
+def header(text: str):
+    return content(
+        b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + bytes(64)
+    )
+
+
+DESCRIBED = "{{'descr': {}, 'fortran_order': False, 'shape': {}}}"
 LIE = (
     b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000, 512), }"
 )
@@ -392,6 +415,11 @@ LIE = (
         ("x.txt", content(b""), r"expected a \.safetensors or \.npy file, got '\.txt'"),
         ("x.npy", content(b""), "not a whole .npy array"),
         ("x.npy", content(LIE.ljust(127) + b"\n" + bytes(64)), "not a whole .npy array"),
+        ("x.npy", header("(" * 5000), "not a whole .npy array"),
+        ("x.npy", header("-" * 9000), "not a whole .npy array"),
+        ("x.npy", header("{[]: 1}"), "not a whole .npy array"),
+        ("x.npy", header(DESCRIBED.format("'<f4'", "(True, 2)")), "not a whole .npy array"),
+        ("x.npy", header(DESCRIBED.format("()", "(1, 2)")), "not a whole .npy array"),
         ("x.npy", npy(np.array([{}]), allow_pickle=True), "not a whole .npy array"),
         ("x.npy", lambda p: np.savez(p.open("wb"), a=np.eye(2)), "an archive of arrays"),
         ("x.npy", npy(np.arange(6).reshape(2, 3)), r"floating point .* got int64 \(2, 3\)"),
@@ -468,6 +496,43 @@ class Interrupted(EigenfaceGenerator):
         if self.calls < 0:
             raise self.error
         return super().generate(*arguments)
+
+
+@pytest.mark.parametrize("scale", [2.0**84, 2.0**-50, 2.0**-100])
+def test_faces_depend_on_directions_alone(tmp_path, scale):
+    generator = EigenfaceGenerator(16, 24)
+    synthesize(unit(3, 16), generator, tmp_path / "a", 2)
+    synthesize(unit(3, 16) * scale, generator, tmp_path / "b", 2)
+    faces, scaled = (read_folder(tmp_path / name) for name in "ab")
+    assert torch.equal(faces.images, scaled.images)
+
+
+class Careless(EigenfaceGenerator):
+    """Its images, changed."""
+
+    def __init__(self, change):
+        super().__init__(16, 24)
+        self.change = change
+
+    def generate(self, *arguments):
+        return self.change(super().generate(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "came"),
+    [
+        (lambda images: images.numpy(), "ndarray"),
+        (lambda images: images.float(), r"float32 \(6, 24, 24, 1\) on cpu"),
+        (lambda images: images[1:], r"uint8 \(5, 24, 24, 1\) on cpu"),
+        (lambda images: images.permute(0, 3, 1, 2), r"uint8 \(6, 1, 24, 24\) on cpu"),
+        (lambda images: images.to("meta"), r"uint8 \(6, 24, 24, 1\) on meta"),
+    ],
+)
+def test_what_a_generator_returns_is_checked(tmp_path, change, came):
+    message = rf"generator must return uint8 \(6, 24, 24, 1\) on cpu, got {came}"
+    with pytest.raises(ValueError, match=message):
+        synthesize(unit(3, 16), Careless(change), tmp_path / "x", 2)
+    assert list(tree(tmp_path / "x")) == [MANIFEST]
 
 
 def test_a_resumed_folder_is_bitwise_the_same(tmp_path):

@@ -30,9 +30,7 @@ class SharedArray:
 
     A child process that was given the file descriptor maps it by unpickling this. The memory lives
     until the last array over it is gone, `close` or not.
-
-    Raises:
-        OSError: if there is not so much memory.
+    Pages are taken as they are written, so a lack of memory shows only then.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, fd: int | None = None) -> None:
