@@ -68,7 +68,7 @@ setup(
     ext_modules=[
         TorchExtension(
             "synface_kernels._C",
-            ["csrc/bindings.cpp", "csrc/gemm/torch_gemm.cpp", *CPU_KERNELS, *cuda_sources],
+            ["csrc/bindings.cpp", "csrc/torch_runtime.cpp", *CPU_KERNELS, *cuda_sources],
             include_dirs=INCLUDE,
             define_macros=[("SYNFACE_CUDA", None)] if cuda_sources else [],
             extra_compile_args={"cxx": [*CXX, "-fopenmp"], "nvcc": NVCC},

@@ -8,7 +8,7 @@
 #include <torch/library.h>
 
 #include "domain_mixup/cpu.h"
-#include "gemm/torch_gemm.h"
+#include "torch_runtime.h"
 #include "hypersphere_repulsion/cpu.h"
 #include "margin_cross_entropy/cpu.h"
 #include "row_update/cpu.h"
@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> margin_forward(const Tensor& input, c
                                  : at::empty({0}, in.statistics);
   with_statistics_type(input, [&](auto zero) {
     using T = decltype(zero);
-    margin_cross_entropy::forward<T>(in.problem(), torch_runtime<T>(), lse.data_ptr<double>(),
+    margin_cross_entropy::forward<T>(in.problem(), torch_runtime(), lse.data_ptr<double>(),
                                      most.data_ptr<T>(), cosine.data_ptr<double>(),
                                      needs_input_grad ? mean.data_ptr<T>() : nullptr);
   });
@@ -148,11 +148,11 @@ std::tuple<Tensor, Tensor> margin_backward(const Tensor& input, const Tensor& we
                grad_cosine = grad_target_cosine.contiguous();
   with_statistics_type(input, [&](auto zero) {
     using T = decltype(zero);
-    margin_cross_entropy::backward<T>(
-        in.problem(), torch_runtime<T>(), lse.const_data_ptr<double>(), mean.const_data_ptr<T>(),
-        grad_lse.const_data_ptr<double>(), grad_cosine.const_data_ptr<double>(),
-        needs_input_grad ? grad_input.data_ptr() : nullptr,
-        needs_weight_grad ? grad_weight.data_ptr() : nullptr);
+    margin_cross_entropy::backward<T>(in.problem(), torch_runtime(), lse.const_data_ptr<double>(),
+                                      mean.const_data_ptr<T>(), grad_lse.const_data_ptr<double>(),
+                                      grad_cosine.const_data_ptr<double>(),
+                                      needs_input_grad ? grad_input.data_ptr() : nullptr,
+                                      needs_weight_grad ? grad_weight.data_ptr() : nullptr);
   });
   return {grad_input, grad_weight};
 }
@@ -164,7 +164,7 @@ template <class T>
 struct PointsOf {
   PointsOf(const Tensor& tensor, const char* name)
       : rows(with_contiguous_rows(tensor)), inverse(at::empty({tensor.size(0)}, at::kDouble)) {
-    const int64_t bad = hypersphere_repulsion::inverse_norms<T>(rows_of(rows), torch_runtime<T>(),
+    const int64_t bad = hypersphere_repulsion::inverse_norms<T>(rows_of(rows), torch_runtime(),
                                                                 inverse.data_ptr<double>());
     TORCH_CHECK_VALUE(bad < 0, name, " must have finite, non-zero rows, got a norm of ",
                       1 / inverse.const_data_ptr<double>()[std::max<int64_t>(bad, 0)], " in row ",
@@ -215,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor> repulsion_pairs(const Tensor& x, const std::o
   const double value = with_points(x, y, [&](auto zero, const auto& problem) {
     using T = decltype(zero);
     return hypersphere_repulsion::pairs<T>(problem, {found->second, a, power, r_min},
-                                           torch_runtime<T>(),
+                                           torch_runtime(),
                                            needs_x_grad ? grad_x.data_ptr<T>() : nullptr,
                                            y && needs_y_grad ? grad_y.data_ptr<T>() : nullptr);
   });
@@ -230,7 +230,7 @@ std::tuple<Tensor, Tensor> repulsion_nearest(const Tensor& x, const std::optiona
   Tensor index = at::empty({x.size(0), k}, x.options().dtype(at::kLong));
   with_points(x, y, [&](auto zero, const auto& problem) {
     using T = decltype(zero);
-    hypersphere_repulsion::nearest<T>(problem, k, torch_runtime<T>(), square.data_ptr<double>(),
+    hypersphere_repulsion::nearest<T>(problem, k, torch_runtime(), square.data_ptr<double>(),
                                       index.data_ptr<int64_t>());
   });
   return {square, index};
@@ -255,7 +255,7 @@ std::tuple<Tensor, Tensor> repulsion_nearest_backward(const Tensor& x,
     using T = decltype(zero);
     hypersphere_repulsion::nearest_backward<T>(
         problem, index.size(1), indices.const_data_ptr<int64_t>(),
-        gradient.const_data_ptr<double>(), r_min, torch_runtime<T>(),
+        gradient.const_data_ptr<double>(), r_min, torch_runtime(),
         needs_x_grad ? grad_x.data_ptr() : nullptr,
         y && needs_y_grad ? grad_y.data_ptr() : nullptr);
   });
@@ -334,13 +334,12 @@ struct MixupInputs {
 
 struct OnCpu {
   static void forward(const domain_mixup::Problem& p, const MutableImages& out, const Tensor&) {
-    domain_mixup::forward(p, torch_runtime<double>(), out);
+    domain_mixup::forward(p, torch_runtime(), out);
   }
   static void backward(const domain_mixup::Problem& p, const Images& gradient,
                        const MutableImages& grad_synthetic, const MutableImages& grad_real,
                        double* grad_psi, const Tensor&) {
-    domain_mixup::backward(p, torch_runtime<double>(), gradient, grad_synthetic, grad_real,
-                           grad_psi);
+    domain_mixup::backward(p, torch_runtime(), gradient, grad_synthetic, grad_real, grad_psi);
   }
 };
 
@@ -421,7 +420,7 @@ void row_sgd(const Tensor& weight, const std::optional<Tensor>& row_grad, const 
   with_statistics_type(weight, [&](auto zero) {
     using T = decltype(zero);
     row_update::sgd<T>(in.problem, state_of(momentum_buffer, weight),
-                       {lr, momentum, weight_decay, dampening, nesterov}, torch_runtime<T>());
+                       {lr, momentum, weight_decay, dampening, nesterov}, torch_runtime());
   });
 }
 
@@ -433,7 +432,7 @@ void row_adamw(const Tensor& weight, const std::optional<Tensor>& row_grad, cons
   with_statistics_type(weight, [&](auto zero) {
     using T = decltype(zero);
     row_update::adamw<T>(in.problem, state_of(exp_avg, weight), state_of(exp_avg_sq, weight),
-                         {lr, beta1, beta2, eps, weight_decay}, torch_runtime<T>());
+                         {lr, beta1, beta2, eps, weight_decay}, torch_runtime());
   });
 }
 
@@ -445,7 +444,7 @@ std::tuple<Tensor, Tensor> draw_classes(const Tensor& target, int64_t classes, i
   Tensor class_ids = at::empty({sample.size()}, labels.options());
   Tensor remapped = at::empty(labels.sizes(), labels.options());
   advise_huge_pages(class_ids);
-  sample.write(torch_runtime<float>(), class_ids.data_ptr<int64_t>(), remapped.data_ptr<int64_t>());
+  sample.write(torch_runtime(), class_ids.data_ptr<int64_t>(), remapped.data_ptr<int64_t>());
   return {class_ids, remapped};
 }
 

@@ -19,13 +19,10 @@ namespace {
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
-template <class T>
-Runtime<T> one_thread() {
-  return {1,
-          [](int tasks, const std::function<void(int)>& run) {
+Runtime one_thread() {
+  return {1, [](int tasks, const std::function<void(int)>& run) {
             for (int task = 0; task < tasks; ++task) run(task);
-          },
-          nullptr};
+          }};
 }
 
 template <class T>
@@ -52,8 +49,8 @@ py::tuple margin_forward(const Array<T>& input, const Array<T>& weight,
   const py::ssize_t n = input.shape(0);
   py::array_t<T> most(n), mean({needs_input_grad ? n : 0, input.shape(1)});
   py::array_t<double> lse(n), cosine({n, labels.shape(1)});
-  margin_cross_entropy::forward<T>(problem, one_thread<T>(), lse.mutable_data(),
-                                   most.mutable_data(), cosine.mutable_data(),
+  margin_cross_entropy::forward<T>(problem, one_thread(), lse.mutable_data(), most.mutable_data(),
+                                   cosine.mutable_data(),
                                    needs_input_grad ? mean.mutable_data() : nullptr);
   return py::make_tuple(lse, most, cosine, mean);
 }
@@ -72,10 +69,9 @@ py::tuple margin_backward(const Array<T>& input, const Array<T>& weight,
         "grad_target_cosine (N, K)");
   }
   py::array_t<T> grad_input({n, d}), grad_weight({weight.shape(0), d});
-  margin_cross_entropy::backward<T>(problem, one_thread<T>(), negative_lse.data(),
-                                    mean_center.data(), grad_negative_lse.data(),
-                                    grad_target_cosine.data(), grad_input.mutable_data(),
-                                    grad_weight.mutable_data());
+  margin_cross_entropy::backward<T>(problem, one_thread(), negative_lse.data(), mean_center.data(),
+                                    grad_negative_lse.data(), grad_target_cosine.data(),
+                                    grad_input.mutable_data(), grad_weight.mutable_data());
   return py::make_tuple(grad_input, grad_weight);
 }
 
@@ -127,7 +123,7 @@ void mixup(const py::array_t<In, py::array::c_style>& synthetic,
                                       height,
                                       width};
   const domain_mixup::MutableImages target{out.mutable_data(), to, out_interleaved, sample};
-  const Runtime<double> runtime = one_thread<double>();
+  const Runtime runtime = one_thread();
   const py::gil_scoped_release release;
   domain_mixup::forward(problem, runtime, target);
 }

@@ -1,5 +1,5 @@
-// What a CPU kernel needs from the program around it: threads and matrix products. The torch
-// bindings and the NumPy bindings each bring their own, so the kernels know neither.
+// What a CPU kernel is given by the program around it: threads, and matrices of what it brings.
+// The torch bindings and the NumPy bindings each bring their own threads, so kernels know neither.
 #pragma once
 
 #include <cstdint>
@@ -7,17 +7,9 @@
 
 namespace synface {
 
-// Row-major C (m×n) = op(A)·op(B), or C += it. Called from inside `Runtime::parallel`.
-template <class T>
-using Product = std::function<void(bool transpose_a, bool transpose_b, int64_t m, int64_t n,
-                                   int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
-                                   T* c, int64_t ldc, bool accumulate)>;
-
-template <class T>
 struct Runtime {
   int threads;  // how many tasks run at once; each takes the next one when it is done
   std::function<void(int tasks, const std::function<void(int task)>&)> parallel;
-  Product<T> product;
 };
 
 // Element types that arrive from outside.

@@ -29,11 +29,11 @@ struct Problem {
 };
 
 // out: float32, float64, bfloat16 or float16.
-void forward(const Problem& problem, const Runtime<double>& runtime, const MutableImages& out);
+void forward(const Problem& problem, const Runtime& runtime, const MutableImages& out);
 
 // gradient: of the result, any order. grad_synthetic and grad_real (in the inputs' dtype, which
 // then is not u8) and grad_psi (B,) may be null: then they are not computed.
-void backward(const Problem& problem, const Runtime<double>& runtime, const Images& gradient,
+void backward(const Problem& problem, const Runtime& runtime, const Images& gradient,
               const MutableImages& grad_synthetic, const MutableImages& grad_real,
               double* grad_psi);
 

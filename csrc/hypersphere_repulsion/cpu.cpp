@@ -123,8 +123,8 @@ class Pair {
   Buffer<double> difference_;
 };
 
-template <class T, class F>
-void for_rows(const Runtime<T>& runtime, int64_t n, F&& run) {
+template <class F>
+void for_rows(const Runtime& runtime, int64_t n, F&& run) {
   const int64_t tasks = std::min<int64_t>(n, kTasksPerThread * runtime.threads);
   runtime.parallel(int(tasks), [&](int task) { run(part_of(n, tasks, task)); });
 }
@@ -147,7 +147,7 @@ struct Tile {
 template <class T>
 class Tiles {
  public:
-  Tiles(const Problem& p, const Runtime<T>& runtime, const Loops<T>& loops)
+  Tiles(const Problem& p, const Runtime& runtime, const Loops<T>& loops)
       : p_(p), runtime_(runtime), loops_(loops), dim_(p.x.rows.cols) {
     // Both blocks' points, a block's packed in two ways, and the cosines, per thread.
     const double room = double(kScratchBytes) / double(sizeof(T)) / runtime.threads;
@@ -289,7 +289,7 @@ class Tiles {
   }
 
   const Problem& p_;
-  const Runtime<T>& runtime_;
+  const Runtime& runtime_;
   const Loops<T>& loops_;
   int64_t dim_, row_blocks_, column_blocks_;
 };
@@ -311,7 +311,7 @@ struct Sums {
 template <class T>
 class PairSum {
  public:
-  PairSum(const Problem& p, const Potential& potential, const Runtime<T>& runtime, T* grad_x,
+  PairSum(const Problem& p, const Potential& potential, const Runtime& runtime, T* grad_x,
           T* grad_y)
       : p_(p),
         potential_(potential),
@@ -448,7 +448,7 @@ class PairSum {
 
   const Problem& p_;
   const Potential& potential_;
-  const Runtime<T>& runtime_;
+  const Runtime& runtime_;
   const Loops<T>& loops_;
   Tiles<T> tiles_;
   int64_t dim_;
@@ -531,7 +531,7 @@ struct Neighbor {
 };
 
 template <class T>
-void search(const Problem& p, const Runtime<T>& runtime, const Loops<T>& loops,
+void search(const Problem& p, const Runtime& runtime, const Loops<T>& loops,
             const Candidates<T>& candidates) {
   const bool symmetric = p.y == nullptr;
   Tiles<T>(p, runtime, loops).run([&](int, const Tile<T>& tile) {
@@ -554,7 +554,7 @@ void search(const Problem& p, const Runtime<T>& runtime, const Loops<T>& loops,
 }  // namespace
 
 template <class T>
-int64_t inverse_norms(const Rows& rows, const Runtime<T>& runtime, double* inverse) {
+int64_t inverse_norms(const Rows& rows, const Runtime& runtime, double* inverse) {
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
   for_rows(runtime, rows.rows, [&](Range range) {
     const Points points{rows, nullptr};
@@ -571,14 +571,13 @@ int64_t inverse_norms(const Rows& rows, const Runtime<T>& runtime, double* inver
 }
 
 template <class T>
-double pairs(const Problem& p, const Potential& potential, const Runtime<T>& runtime, T* grad_x,
+double pairs(const Problem& p, const Potential& potential, const Runtime& runtime, T* grad_x,
              T* grad_y) {
   return PairSum<T>(p, potential, runtime, grad_x, grad_y).run();
 }
 
 template <class T>
-void nearest(const Problem& p, int64_t k, const Runtime<T>& runtime, double* square,
-             int64_t* index) {
+void nearest(const Problem& p, int64_t k, const Runtime& runtime, double* square, int64_t* index) {
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
   const int64_t n = p.x.rows.rows, others = p.y ? p.y->rows.rows : n;
   const Candidates<T> candidates(n, k, cosine_error<T>(p.x.rows.cols));
@@ -612,7 +611,7 @@ void nearest(const Problem& p, int64_t k, const Runtime<T>& runtime, double* squ
 
 template <class T>
 void nearest_backward(const Problem& p, int64_t k, const int64_t* index, const double* grad_square,
-                      double r_min, const Runtime<T>& runtime, void* grad_x, void* grad_y) {
+                      double r_min, const Runtime& runtime, void* grad_x, void* grad_y) {
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
   const int64_t n = p.x.rows.rows, dim = p.x.rows.cols;
   const Points& y = p.y ? *p.y : p.x;
@@ -654,11 +653,11 @@ void nearest_backward(const Problem& p, int64_t k, const int64_t* index, const d
 }
 
 #define SYNFACE_INSTANTIATE(T)                                                              \
-  template int64_t inverse_norms<T>(const Rows&, const Runtime<T>&, double*);               \
-  template double pairs<T>(const Problem&, const Potential&, const Runtime<T>&, T*, T*);    \
-  template void nearest<T>(const Problem&, int64_t, const Runtime<T>&, double*, int64_t*);  \
+  template int64_t inverse_norms<T>(const Rows&, const Runtime&, double*);                  \
+  template double pairs<T>(const Problem&, const Potential&, const Runtime&, T*, T*);       \
+  template void nearest<T>(const Problem&, int64_t, const Runtime&, double*, int64_t*);     \
   template void nearest_backward<T>(const Problem&, int64_t, const int64_t*, const double*, \
-                                    double, const Runtime<T>&, void*, void*);
+                                    double, const Runtime&, void*, void*);
 SYNFACE_INSTANTIATE(float)
 SYNFACE_INSTANTIATE(double)
 

@@ -30,24 +30,24 @@ struct Potential {
 
 // 1/norm of each row. Returns the first row whose norm is at most 1e-12 or not finite, or −1.
 template <class T>
-int64_t inverse_norms(const Rows& rows, const Runtime<T>& runtime, double* inverse);
+int64_t inverse_norms(const Rows& rows, const Runtime& runtime, double* inverse);
 
 // Σ_pairs f(r), or log Σ_pairs exp(a·c). The gradients, contiguous and of the points' shapes, must
 // come zeroed; either may be null: then it is not computed.
 template <class T>
-double pairs(const Problem& problem, const Potential& potential, const Runtime<T>& runtime,
-             T* grad_x, T* grad_y);
+double pairs(const Problem& problem, const Potential& potential, const Runtime& runtime, T* grad_x,
+             T* grad_y);
 
 // square, index: (N, k), contiguous.
 template <class T>
-void nearest(const Problem& problem, int64_t k, const Runtime<T>& runtime, double* square,
+void nearest(const Problem& problem, int64_t k, const Runtime& runtime, double* square,
              int64_t* index);
 
 // From grad_square (N, k). The gradients are contiguous and of their points' dtypes; either may be
 // null.
 template <class T>
 void nearest_backward(const Problem& problem, int64_t k, const int64_t* index,
-                      const double* grad_square, double r_min, const Runtime<T>& runtime,
-                      void* grad_x, void* grad_y);
+                      const double* grad_square, double r_min, const Runtime& runtime, void* grad_x,
+                      void* grad_y);
 
 }  // namespace synface::hypersphere_repulsion

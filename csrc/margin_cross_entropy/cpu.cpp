@@ -53,8 +53,7 @@ constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kTaskWork = int64_t(1) << 21;
 constexpr double kNormMin = 1e-12;  // as in reference.py
 
-template <class T>
-int64_t task_count(const Runtime<T>& runtime, int64_t work) {
+int64_t task_count(const Runtime& runtime, int64_t work) {
   return std::clamp<int64_t>(work / kTaskWork, 1, kTasksPerThread * runtime.threads);
 }
 
@@ -270,7 +269,7 @@ class Targets {
 }  // namespace
 
 template <class T>
-void forward(const Problem& p, const Runtime<T>& runtime, double* negative_lse, T* negative_max,
+void forward(const Problem& p, const Runtime& runtime, double* negative_lse, T* negative_max,
              double* target_cosine, T* mean_center) {
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
   const int64_t k = p.labels_per_row, dim = p.input.cols;
@@ -432,7 +431,7 @@ void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T
 }  // namespace
 
 template <class T>
-void backward(const Problem& p, const Runtime<T>& runtime, const double* negative_lse,
+void backward(const Problem& p, const Runtime& runtime, const double* negative_lse,
               const T* mean_center, const double* grad_negative_lse,
               const double* grad_target_cosine, void* grad_input, void* grad_weight) {
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
@@ -475,9 +474,9 @@ void backward(const Problem& p, const Runtime<T>& runtime, const double* negativ
   }
 }
 
-#define SYNFACE_INSTANTIATE(T)                                                           \
-  template void forward<T>(const Problem&, const Runtime<T>&, double*, T*, double*, T*); \
-  template void backward<T>(const Problem&, const Runtime<T>&, const double*, const T*,  \
+#define SYNFACE_INSTANTIATE(T)                                                        \
+  template void forward<T>(const Problem&, const Runtime&, double*, T*, double*, T*); \
+  template void backward<T>(const Problem&, const Runtime&, const double*, const T*,  \
                             const double*, const double*, void*, void*);
 SYNFACE_INSTANTIATE(float)
 SYNFACE_INSTANTIATE(double)

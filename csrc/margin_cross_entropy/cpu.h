@@ -20,13 +20,13 @@ struct Problem {
 // scale whole rows of gradients, and what concerns the labels, as a margin's slope is steep near
 // cos θ = ±1. mean_center may be null: then it is not computed.
 template <class T>
-void forward(const Problem& problem, const Runtime<T>& runtime, double* negative_lse,
-             T* negative_max, double* target_cosine, T* mean_center);
+void forward(const Problem& problem, const Runtime& runtime, double* negative_lse, T* negative_max,
+             double* target_cosine, T* mean_center);
 
 // grad_input (N, D) and grad_weight (C, D) are contiguous, of their inputs' dtypes; either may be
 // null: then it is not computed. mean_center is read for grad_input alone.
 template <class T>
-void backward(const Problem& problem, const Runtime<T>& runtime, const double* negative_lse,
+void backward(const Problem& problem, const Runtime& runtime, const double* negative_lse,
               const T* mean_center, const double* grad_negative_lse,
               const double* grad_target_cosine, void* grad_input, void* grad_weight);
 

@@ -155,8 +155,8 @@ class LastStep {
 };
 
 // run(begin, end) on ranges of the rows, in parallel
-template <class T, class F>
-void over_rows(const Problem& p, const Runtime<T>& runtime, F&& run) {
+template <class F>
+void over_rows(const Problem& p, const Runtime& runtime, F&& run) {
   const int64_t tasks =
       std::clamp<int64_t>(p.count * p.cols / kTaskElements, 1, kTasksPerThread * runtime.threads);
   runtime.parallel(int(tasks), [&](int task) { run(part_of(p.count, tasks, task)); });
@@ -223,7 +223,7 @@ struct AdamWMissed {
 }  // namespace
 
 template <class T>
-void sgd(const Problem& p, const State& momentum, const Sgd& o, const Runtime<T>& runtime) {
+void sgd(const Problem& p, const State& momentum, const Sgd& o, const Runtime& runtime) {
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
   const SgdStep<T> step(o);
   const Matrix idle = idle_step(o);
@@ -256,7 +256,7 @@ void sgd(const Problem& p, const State& momentum, const Sgd& o, const Runtime<T>
 
 template <class T>
 void adamw(const Problem& p, const State& exp_avg, const State& exp_avg_sq, const AdamW& o,
-           const Runtime<T>& runtime) {
+           const Runtime& runtime) {
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
   const AdamWStep<T> step(o, p.step);
   over_rows(p, runtime, [&](Range range) {
@@ -292,10 +292,9 @@ void adamw(const Problem& p, const State& exp_avg, const State& exp_avg_sq, cons
   });
 }
 
-#define SYNFACE_INSTANTIATE(T)                                                       \
-  template void sgd<T>(const Problem&, const State&, const Sgd&, const Runtime<T>&); \
-  template void adamw<T>(const Problem&, const State&, const State&, const AdamW&,   \
-                         const Runtime<T>&);
+#define SYNFACE_INSTANTIATE(T)                                                    \
+  template void sgd<T>(const Problem&, const State&, const Sgd&, const Runtime&); \
+  template void adamw<T>(const Problem&, const State&, const State&, const AdamW&, const Runtime&);
 SYNFACE_INSTANTIATE(float)
 SYNFACE_INSTANTIATE(double)
 

@@ -39,11 +39,10 @@ struct AdamW {
 
 // The momentum's data is null where there is none.
 template <class T>
-void sgd(const Problem& problem, const State& momentum, const Sgd& options,
-         const Runtime<T>& runtime);
+void sgd(const Problem& problem, const State& momentum, const Sgd& options, const Runtime& runtime);
 
 template <class T>
 void adamw(const Problem& problem, const State& exp_avg, const State& exp_avg_sq,
-           const AdamW& options, const Runtime<T>& runtime);
+           const AdamW& options, const Runtime& runtime);
 
 }  // namespace synface::row_update

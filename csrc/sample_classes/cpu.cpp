@@ -70,7 +70,7 @@ uint64_t Sample::word(int64_t i) const {
   return ~bits & (last >= 64 ? ~uint64_t(0) : (uint64_t(1) << last) - 1);
 }
 
-void Sample::write(const Runtime<float>& runtime, int64_t* class_ids, int64_t* remapped) const {
+void Sample::write(const Runtime& runtime, int64_t* class_ids, int64_t* remapped) const {
   const int64_t parts = std::clamp<int64_t>(words_ / kTaskWords, 1, 4 * runtime.threads);
   std::vector<int64_t> begin(size_t(parts) + 1);
   runtime.parallel(int(parts), [&](int part) {

@@ -23,7 +23,7 @@ class Sample {
   explicit Sample(const Problem& problem);
   int64_t size() const { return size_; }
   // The classes, rising, and each label's place among them (ignored ones stay).
-  void write(const Runtime<float>& runtime, int64_t* class_ids, int64_t* remapped) const;
+  void write(const Runtime& runtime, int64_t* class_ids, int64_t* remapped) const;
 
  private:
   struct Free {

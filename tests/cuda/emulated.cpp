@@ -66,12 +66,10 @@ struct Array {
   void* data;
 };
 
-Runtime<double> serial() {
-  return {1,
-          [](int tasks, const std::function<void(int)>& run) {
+Runtime serial() {
+  return {1, [](int tasks, const std::function<void(int)>& run) {
             for (int task = 0; task < tasks; ++task) run(task);
-          },
-          {}};
+          }};
 }
 
 struct Case {
