@@ -146,10 +146,10 @@ bool round_on(const float* __restrict from, uint16_t* __restrict to, int64_t n) 
 template <bool kUniform>
 bool estimate(const uint8_t* __restrict synthetic, const uint8_t* __restrict real, Split psi,
               const Split* __restrict shift, const float* __restrict scale,
-              const int32_t* __restrict least, uint16_t* __restrict to) {
+              const int32_t* __restrict least, bool exact, uint16_t* __restrict to) {
   const Split shift0 = shift[0];
   const float scale0 = scale[0];
-  const int32_t least0 = least[0];
+  const int32_t any = exact ? 0 : -1, least0 = least[0] & any;
   uint32_t unsure = 0;
 #pragma omp simd reduction(| : unsure)
   for (int64_t i = 0; i < kGroup; ++i) {
@@ -158,7 +158,7 @@ bool estimate(const uint8_t* __restrict synthetic, const uint8_t* __restrict rea
     const float low = psi.low * minus - (kUniform ? shift0.low : shift[i].low);
     const float x = (high + low) * (kUniform ? scale0 : scale[i]);
     const uint32_t bits = std::bit_cast<uint32_t>(x);
-    const int32_t above_least = int32_t(bits & 0x7fffffffu) - (kUniform ? least0 : least[i]);
+    const int32_t above_least = int32_t(bits & 0x7fffffffu) - (kUniform ? least0 : least[i] & any);
     const uint32_t inward = bits + 0x8000u - kOff, outward = bits + 0x8000u + kOff;
     to[i] = uint16_t(inward >> 16);
     unsure |= (inward ^ outward) >> 16 | uint32_t(above_least) >> 31;
@@ -183,10 +183,12 @@ void mix_block(const In* synthetic, const In* real, Blend blend, const Constants
   if constexpr (sizeof(typename Out::Storage) == 2) {
     if constexpr (std::is_same_v<In, uint8_t> && std::is_same_v<Out, Bfloat16>) {
       const Split psi(blend.psi);
+      const bool exact = psi.low == 0 && constants.exact_shift;
       for (; constants.estimable && done + kGroup <= n; done += kGroup) {
         const int64_t at = kUniform ? 0 : done;
         if (!estimate<kUniform>(synthetic + done, real + done, psi, constants.split_shift + at,
-                                constants.near_scale + at, constants.least + at, to + done)) {
+                                constants.near_scale + at, constants.least + at, exact,
+                                to + done)) {
           exactly(Out(), done, kGroup, to + done);
         }
       }

@@ -57,6 +57,8 @@ struct Chunk {
 // five units in x's last place (as scale is far from the least and the greatest floats). Move x by
 // kOff = 8 units inwards and outwards: if both round to the same bfloat16, so does all in between,
 // as rounding is monotonic; a tie cannot be in between, as it would have told the two apart.
+//
+// Without rests, as at ψ = 1/2 and mean 1/2, d is exact, in float64 too, and no |d| is too small.
 constexpr uint32_t kOff = 8;
 
 struct Split {
@@ -71,9 +73,11 @@ struct Constants {
   const Split* split_shift;
   const float* near_scale;
   const int32_t* least;  // the bits of the least |x| that an estimate is good for
-  bool estimable;
+  bool estimable;        // whether estimates are allowed
+  bool exact_shift;      // whether no shift has a rest
   Constants from(int64_t i) const {
-    return {shift + i, scale + i, split_shift + i, near_scale + i, least + i, estimable};
+    return {shift + i, scale + i, split_shift + i, near_scale + i,
+            least + i, estimable, exact_shift};
   }
 };
 
@@ -99,6 +103,7 @@ struct Geometry {
       shifts.push_back(shift);
       scales.push_back(scale);
       split_shifts.emplace_back(shift);
+      exact_shift = exact_shift && split_shifts.back().low == 0;
       near_scales.push_back(float(scale));
       least.push_back(std::bit_cast<int32_t>(float(0x1p-6 * scale)) + int32_t(kOff));
       estimable = estimable && shift >= 0 && shift <= 255 && scale > 0x1p-60 && scale < 0x1p60;
@@ -106,8 +111,8 @@ struct Geometry {
     for (int64_t b = 0; b < p.batch; ++b) estimable = estimable && p.psi[b] >= 0 && p.psi[b] <= 1;
   }
   Constants constants() const {
-    return {shifts.data(),      scales.data(), split_shifts.data(),
-            near_scales.data(), least.data(),  estimable};
+    return {shifts.data(), scales.data(), split_shifts.data(), near_scales.data(),
+            least.data(),  estimable,     exact_shift};
   }
   int64_t pixels() const { return height * width; }
   Chunk chunk(int64_t index) const {
@@ -124,7 +129,7 @@ struct Geometry {
   std::vector<Split> split_shifts;
   std::vector<float> near_scales;
   std::vector<int32_t> least;
-  bool estimable = true;
+  bool estimable = true, exact_shift = true;
 };
 
 // Calls visit(offset in the chunk, pixel of the image, count, step) for runs of the image's pixels.
@@ -168,7 +173,7 @@ namespace {
 
 // run(range) over all chunks, in parallel.
 template <class F>
-void for_chunks(const Problem& p, const Runtime& runtime, const Geometry& g, F&& run) {
+void for_chunks(const Problem& p, const Runtime<double>& runtime, const Geometry& g, F&& run) {
   const int64_t count = p.batch * g.chunks;
   const int64_t worth = ceil_div(p.batch * g.pixels() * p.channels, kTaskElements);
   const int64_t tasks = std::min({count, worth, kTasksPerThread * runtime.threads});
@@ -178,14 +183,14 @@ void for_chunks(const Problem& p, const Runtime& runtime, const Geometry& g, F&&
 
 }  // namespace
 
-void forward(const Problem& p, const Runtime& runtime, const MutableImages& out) {
+void forward(const Problem& p, const Runtime<double>& runtime, const MutableImages& out) {
   if (p.batch * p.channels * p.height * p.width == 0) return;
   const Geometry g(p, out.interleaved);
   const auto range = SYNFACE_PICK(forward_range);
   for_chunks(p, runtime, g, [&](Range chunks) { range(p, out, g, chunks); });
 }
 
-void backward(const Problem& p, const Runtime& runtime, const Images& gradient,
+void backward(const Problem& p, const Runtime<double>& runtime, const Images& gradient,
               const MutableImages& grad_synthetic, const MutableImages& grad_real,
               double* grad_psi) {
   if (grad_psi) std::fill_n(grad_psi, p.batch, 0.0);
