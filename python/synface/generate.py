@@ -269,7 +269,10 @@ class OnnxGenerator:
                 outputs.append(self._session.run(None, feed)[0])
             except Exception as error:
                 raise ValueError(_failed(self._path, embedding, style, error)) from error
-        images = torch.from_numpy(np.concatenate(outputs))
+        try:
+            images = torch.from_numpy(np.concatenate(outputs))
+        except (TypeError, ValueError) as error:  # strings, say, or a number
+            raise ValueError(_failed(self._path, embedding, style, error)) from error
         return images[:count] if len(images) == len(filled) else images  # `_images` refuses it
 
 

@@ -180,8 +180,6 @@ class Wrong(torch.nn.Module):
             return images[:1]
         if self.kind == "channels":
             return images[:, :2]
-        if self.kind == "index":
-            return [images][int(images.sum()) + 1]
         if self.kind == "dtype":
             return images.to(torch.int32)
         if self.kind == "nan":
@@ -247,13 +245,24 @@ def test_a_torchscript_file_on_a_cpu_leaves_the_gpus_alone(tmp_path, monkeypatch
         ("dtype", r"got int32 \(2, 3, 4, 4\)"),
         ("nan", "got values up to ±nan"),
         ("range", "got values up to ±255"),
-        ("index", r"failed on embedding \(2, 8\) and style \(2, 4\): .*out of range"),
         ("raises", r"failed on embedding \(2, 8\) and style \(2, 4\): .*no such embedding"),
     ],
 )
 def test_a_torchscript_file_that_is_no_generator(tmp_path, kind, message):
     with pytest.raises(ValueError, match=message):
         TorchScriptGenerator(scripted(Wrong(kind), tmp_path / "g.pt"), 8, 4)
+
+
+@pytest.mark.parametrize("error", [IndexError, TypeError, torch.jit.Error])
+def test_a_torchscript_file_that_raises_anything(tmp_path, monkeypatch, error):
+    generator = TorchScriptGenerator(scripted(Tiny(8, 4), tmp_path / "g.pt"), 8)
+
+    def fail(*_):
+        raise error("no such row")
+
+    monkeypatch.setattr(generator, "_model", fail)
+    with pytest.raises(ValueError, match=r"g\.pt failed on embedding \(3, 8\) .*no such row"):
+        generator.generate(*arguments(3, 8, 4))
 
 
 def test_a_torchscript_file_that_changes_its_mind(tmp_path):
@@ -359,6 +368,19 @@ def test_onnx_files_that_cannot_be_used(tmp_path):
     for name in ("text.onnx", "missing.onnx"):
         with pytest.raises(ValueError, match=f"{name} cannot be loaded as an ONNX model"):
             open_generator(tmp_path / name, 8)
+
+
+@pytest.mark.parametrize("output", [np.array([["a"], ["b"]]), np.float32(1)])
+def test_an_onnx_file_that_returns_no_images(tmp_path, monkeypatch, output):
+    generator = open_generator(onnx_file(tmp_path / "g.onnx"), 8)
+
+    class Session:
+        def run(self, *_):
+            return [output]
+
+    monkeypatch.setattr(generator, "_session", Session())
+    with pytest.raises(ValueError, match=r"g\.onnx failed on embedding \(3, 8\)"):
+        generator.generate(*arguments(3, 8, 4))
 
 
 def test_onnx_without_onnxruntime(tmp_path, monkeypatch):
