@@ -173,7 +173,7 @@ namespace {
 
 // run(range) over all chunks, in parallel.
 template <class F>
-void for_chunks(const Problem& p, const Runtime<double>& runtime, const Geometry& g, F&& run) {
+void for_chunks(const Problem& p, const Runtime& runtime, const Geometry& g, F&& run) {
   const int64_t count = p.batch * g.chunks;
   const int64_t worth = ceil_div(p.batch * g.pixels() * p.channels, kTaskElements);
   const int64_t tasks = std::min({count, worth, kTasksPerThread * runtime.threads});
@@ -183,14 +183,14 @@ void for_chunks(const Problem& p, const Runtime<double>& runtime, const Geometry
 
 }  // namespace
 
-void forward(const Problem& p, const Runtime<double>& runtime, const MutableImages& out) {
+void forward(const Problem& p, const Runtime& runtime, const MutableImages& out) {
   if (p.batch * p.channels * p.height * p.width == 0) return;
   const Geometry g(p, out.interleaved);
   const auto range = SYNFACE_PICK(forward_range);
   for_chunks(p, runtime, g, [&](Range chunks) { range(p, out, g, chunks); });
 }
 
-void backward(const Problem& p, const Runtime<double>& runtime, const Images& gradient,
+void backward(const Problem& p, const Runtime& runtime, const Images& gradient,
               const MutableImages& grad_synthetic, const MutableImages& grad_real,
               double* grad_psi) {
   if (grad_psi) std::fill_n(grad_psi, p.batch, 0.0);
