@@ -30,12 +30,19 @@ void add_tangent(T* y, double g, const T* a, double along, const T* b, int64_t n
   for (int64_t i = 0; i < n; ++i) y[i] += T(g * (double(a[i]) - along * double(b[i])));
 }
 
-// A row of cosines: one class against every embedding. values *= factor; most = max(most, values)
+// The inverse norm comes in two parts: rounded to one, its error would be the same in all of a
+// class's cosines, and scale times as large in their exponentials.
 template <class T>
-void cosines(T* values, T factor, T* most, int64_t n) {
+inline T cosine(T product, Parts<T> inverse) {
+  return madd(product, inverse.high, product * inverse.low);
+}
+
+// A row of products, one class against every embedding, to cosines; most = max(most, cosines)
+template <class T>
+void cosines(T* values, Parts<T> inverse, T* most, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const T value = values[i] * factor;
+    const T value = cosine(values[i], inverse);
     values[i] = value;
     most[i] = value > most[i] ? value : most[i];
   }
@@ -52,12 +59,15 @@ void exponentials(T* values, T factor, T scale, const T* shift, T* sum, int64_t 
   }
 }
 
-// values = coefficient·exp(factor·values − lse)
+// A row of products to coefficient·exp(scale·cosine − lse). The cosines are those that the
+// log-sum-exps were made of, to the last bit: so a probability near 1 keeps all its digits.
 template <class T>
-void probabilities(T* values, T factor, const T* lse, const T* coefficient, int64_t n) {
+void probabilities(T* values, Parts<T> inverse, T scale, const T* lse, const T* coefficient,
+                   int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    values[i] = coefficient[i] * exponential(madd(factor, values[i], -lse[i]));
+    const T difference = madd(scale, cosine(values[i], inverse), -lse[i]);
+    values[i] = coefficient[i] * exponential(difference);
   }
 }
 

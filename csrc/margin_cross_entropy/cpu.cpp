@@ -17,15 +17,23 @@
 namespace synface::margin_cross_entropy {
 namespace {
 
+// A number as a sum of two.
+template <class T>
+struct Parts {
+  explicit Parts(double x) : high(T(x)), low(T(x - double(high))) {}
+  T high, low;
+};
+
 template <class T>
 struct Loops {
   T (*dot)(const T* a, const T* b, int64_t n);
   double (*dot_double)(const T* a, const T* b, int64_t n);
   void (*axpy_scale)(T* y, T a, const T* x, T scale, int64_t n);
   void (*add_tangent)(T* y, double g, const T* a, double along, const T* b, int64_t n);
-  void (*cosines)(T* values, T factor, T* most, int64_t n);
+  void (*cosines)(T* values, Parts<T> inverse, T* most, int64_t n);
   void (*exponentials)(T* values, T factor, T scale, const T* shift, T* sum, int64_t n);
-  void (*probabilities)(T* values, T factor, const T* lse, const T* coefficient, int64_t n);
+  void (*probabilities)(T* values, Parts<T> inverse, T scale, const T* lse, const T* coefficient,
+                        int64_t n);
   void (*load)(const void* from, Dtype dtype, T* to, int64_t n);
   void (*store)(const T* from, void* to, Dtype dtype, int64_t n);
 };
@@ -134,18 +142,19 @@ class Centers {
     }
     data_ = copies_ ? copy_.get() : static_cast<const T*>(row_at(weight_, begin));
     for (int64_t j = 0; j < end - begin; ++j) {
-      inverse_[j] = T(inverse_norm(loops_, row(j), weight_.cols));
+      inverse_[j] = inverse_norm(loops_, row(j), weight_.cols);
     }
   }
   int64_t stride() const { return copies_ ? weight_.cols : weight_.stride; }
   const T* row(int64_t j) const { return data_ + j * stride(); }
-  T inverse(int64_t j) const { return inverse_[j]; }
+  double inverse(int64_t j) const { return inverse_[j]; }
 
  private:
   Rows weight_;
   const Loops<T>& loops_;
   bool copies_;
-  Buffer<T> copy_, inverse_;
+  Buffer<T> copy_;
+  Buffer<double> inverse_;
   const T* data_ = nullptr;
 };
 
@@ -193,7 +202,7 @@ void scan_classes(const Problem& p, const Loops<T>& loops, const Embeddings<T>& 
                false);
       std::fill_n(most.get(), count, -infinity);
       for (int64_t j = 0; j < n; ++j) {
-        loops.cosines(tile.get() + j * stride, centers.inverse(j), most.get(), count);
+        loops.cosines(tile.get() + j * stride, Parts<T>(centers.inverse(j)), most.get(), count);
       }
       for (int64_t i = 0; i < count; ++i) {
         T* column = tile.get() + i;
@@ -220,7 +229,7 @@ void scan_classes(const Problem& p, const Loops<T>& loops, const Embeddings<T>& 
       for (int64_t j0 = 0; j0 < n; j0 += kSummands) {
         std::fill_n(sum.get(), count, T(0));
         for (int64_t j = j0; j < std::min(j0 + kSummands, n); ++j) {
-          loops.exponentials(tile.get() + j * stride, centers.inverse(j), scale, shift.get(),
+          loops.exponentials(tile.get() + j * stride, T(centers.inverse(j)), scale, shift.get(),
                              sum.get(), count);
         }
         for (int64_t i = 0; i < count; ++i) partial.sum[at + i] += sum[i];
@@ -384,7 +393,6 @@ void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T
                      const Softmax<T>& softmax, Range classes, const double* grad_target_cosine,
                      void* grad_weight) {
   const int64_t dim = x.dim, k = p.labels_per_row;
-  const T scale = T(p.scale);
   const int64_t width = std::min(kTile, classes.end - classes.begin);
   const int64_t stride = padded<T>(std::min(kBlock, x.count()));
   const bool direct = p.weight.dtype == dtype_of<T>;
@@ -401,7 +409,7 @@ void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T
       multiply(n, Left<T>{centers.row(0), centers.stride(), 1}, transposed[block], tile.get(),
                stride, false);
       for (int64_t j = 0; j < n; ++j) {
-        loops.probabilities(tile.get() + j * stride, scale * centers.inverse(j),
+        loops.probabilities(tile.get() + j * stride, Parts<T>(centers.inverse(j)), T(p.scale),
                             softmax.lse.get() + r0, softmax.spread.get() + r0, count);
       }
       for (int64_t i = 0; i < count; ++i) {
@@ -412,7 +420,7 @@ void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T
     }
     for (int64_t j = 0; j < n; ++j) {
       T* g = gradient + j * dim;
-      const T inverse = centers.inverse(j);
+      const T inverse = T(centers.inverse(j));
       const T along = loops.dot(g, centers.row(j), dim) * inverse * inverse;
       loops.axpy_scale(g, -along, centers.row(j), inverse, dim);
     }
