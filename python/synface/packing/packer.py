@@ -506,9 +506,8 @@ class _LogSumExp(_Annealed):
         return FIRST_SHARPNESS * (last / FIRST_SHARPNESS) ** done
 
     def energy(self, done: float) -> sk.LogSumExp:
-        return sk.LogSumExp(
-            self.sharpness(done) * self.config.dim**0.5 / (1 - self.packer.bound.cosine)
-        )
+        t = self.sharpness(done) * self.config.dim**0.5 / (1 - self.packer.bound.cosine)
+        return sk.LogSumExp(min(t, 1e6))  # its sharpest
 
     def length(self, done: float) -> float:
         return min(super().length(done), self.angle / self.sharpness(done))

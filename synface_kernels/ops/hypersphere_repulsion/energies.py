@@ -12,10 +12,10 @@ gradient of every energy is finite and, but for D = 1, no pair is stuck together
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 R_MIN = 1e-6
+SHARPEST = 1e6  # a float32 cosine's last bit is then a factor of 1.06
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -31,9 +31,9 @@ def _number(
         raise TypeError(f"{name} must be {kind}, {expected}, got {type(value).__name__} {value!r}")
 
 
-def _positive(name: str, value: float) -> None:
-    _number(name, value, "positive and finite")
-    _require(0 < value < math.inf, name, value, "positive and finite")
+def _sharpness(value: float) -> None:
+    _number("t", value, f"in (0, {SHARPEST:g}]")
+    _require(0 < value <= SHARPEST, "t", value, f"in (0, {SHARPEST:g}]")
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,13 @@ class LogSumExp(Energy):
     the pairs' softmax weights, which sum to 1, on the gradients of their cosines.
 
     Args:
-        t: sharpness (1/temperature) > 0.
+        t: sharpness (1/temperature), 0 < t ≤ 1e6.
     """
 
     t: float = 40.0
 
     def __post_init__(self) -> None:
-        _positive("t", self.t)
+        _sharpness(self.t)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Gaussian(Energy):
     """log((1/P)·Σ_pairs exp(−t·r_ij²)): the uniformity loss; ``"sum"`` leaves the 1/P out.
 
     Args:
-        t: inverse squared width > 0.
+        t: inverse squared width, 0 < t ≤ 1e6.
 
     Source: Wang and Isola, "Understanding contrastive representation learning through alignment
     and uniformity on the hypersphere", ICML 2020.
@@ -126,7 +126,7 @@ class Gaussian(Energy):
     t: float = 2.0
 
     def __post_init__(self) -> None:
-        _positive("t", self.t)
+        _sharpness(self.t)
 
 
 @dataclass(frozen=True)
