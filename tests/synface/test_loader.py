@@ -318,10 +318,15 @@ def test_an_interrupt_while_waiting_closes_the_loader(synthetic, real):
     with TwoDomainLoader(synthetic, real, 5, workers=1) as loader:
         next(loader)
         stop_on_an_image(loader, 0)
+        # A shell's background jobs ignore it.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-        with pytest.raises(KeyboardInterrupt):
-            for _ in loader:
-                pass
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                for _ in loader:
+                    pass
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert not Path(f"/proc/{loader.pids[0]}").exists()
         with pytest.raises(ValueError, match="the loader is closed"):
             next(loader)
