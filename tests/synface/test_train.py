@@ -217,7 +217,9 @@ train(config, faces, Path(sys.argv[1]))
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_kill_9_leaves_a_whole_checkpoint(faces, tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "run")])
+    # A run is bitwise another one's with the same number of threads, which a test may have set.
+    threads = f"import torch; torch.set_num_threads({torch.get_num_threads()})"
+    child = subprocess.Popen([sys.executable, "-c", f"{threads}\n{KILLED}", str(tmp_path / "run")])
     folder = tmp_path / "run" / "checkpoints"
     deadline = time.monotonic() + 120
     while len(synface.checkpoint.checkpoints(folder)) < 2:
