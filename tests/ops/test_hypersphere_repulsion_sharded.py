@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import synface_kernels as sk
+from tests.ranks import on_ranks
 
 N, M, D = 61, 9, 7
 ENERGIES = [
@@ -61,19 +61,6 @@ def objective(loss: torch.Tensor, first: int = 0) -> torch.Tensor:
     """A scalar with a gradient of its own for each of a rank's energies, if it is not one."""
     weights = 2 + torch.arange(first, first + loss.numel(), dtype=loss.dtype) / N
     return (loss.flatten() * weights).sum()
-
-
-def rank_main(rank: int, ranks: int, path: str, main) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
-    torch.save(main(rank, ranks), f"{path}.{rank}")
-    dist.destroy_process_group()
-
-
-def on_ranks(ranks: int, main, tmp_path) -> list:
-    path = str(tmp_path / "group")
-    mp.spawn(rank_main, (ranks, path, main), nprocs=ranks)
-    return [torch.load(f"{path}.{r}", weights_only=True) for r in range(ranks)]
 
 
 def results_of(rank: int, ranks: int) -> tuple[list, list]:

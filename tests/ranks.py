@@ -1,0 +1,29 @@
+"""Functions run on every rank of a process group, each rank in a process of its own."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def on_ranks(ranks: int, main: Callable[[int, int], Any], tmp_path: Path) -> list[Any]:
+    """What main(rank, ranks) returns on each rank: tensors and plain values."""
+    path = str(tmp_path / "group")
+    mp.spawn(_rank, (ranks, path, main), nprocs=ranks)
+    return [torch.load(f"{path}.{rank}", weights_only=True) for rank in range(ranks)]
+
+
+def _rank(rank: int, ranks: int, path: str, main: Callable[[int, int], Any]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
+    torch.save(main(rank, ranks), f"{path}.{rank}")
+    dist.destroy_process_group()
+    # The group's threads are joined when the last reference to it goes, which may be part of a
+    # cycle. A thread that drops a tensor while the interpreter ends would abort the process.
+    gc.collect()
