@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .check import check_device
 from .data.embedded import FACES, STYLES, enlarge, lfw_crops, restyle, to_bytes
+from .randomness import seeded
 
 
 class FaceGenerator(Protocol):
@@ -175,13 +176,7 @@ class TorchScriptGenerator:
     @torch.inference_mode()
     def _run(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
         inputs = [x.to(self._device) for x in (embedding, style, seed)]
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            # Not torch.manual_seed, which reseeds every GPU: only what was forked.
-            torch.default_generator.manual_seed(int(seed[0]))
-            if devices:
-                with torch.cuda.device(self._device):
-                    torch.cuda.manual_seed(int(seed[0]))
+        with seeded(int(seed[0]), self._device):
             try:
                 return self._model(*inputs[: 3 if self._seeded else 2])
             except Exception as error:  # a model's own error has any type

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -14,3 +17,16 @@ def seeds(seed: int, purpose: str, step: int) -> int:
 
 def generator(seed: int, purpose: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seeds(seed, purpose, step))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Torch's global generators of the CPU and of a GPU begin at a seed, and go back to what they
+    were; those of other GPUs are left alone, as `torch.manual_seed` would not."""
+    gpus = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -26,7 +26,7 @@ from .checkpoint import CheckpointError
 from .data import Augment, DataError, Faces
 from .heads import MarginHead
 from .interrupts import interrupts
-from .randomness import seeds
+from .randomness import seeded, seeds
 from .sources import Batch, FacesSource, Source
 
 CONFIG, METRICS, TIMING = "config.json", "metrics.jsonl", "timing.jsonl"
@@ -222,7 +222,7 @@ def train(
     source: Source = FacesSource(data) if isinstance(data, Faces) else data
     if source.num_classes < 2:
         raise ValueError(f"training needs two identities or more, got {source.num_classes}")
-    with torch.random.fork_rng(devices=[]), interrupts() as interrupted:
+    with interrupts() as interrupted:
         return _train(config, source, output, resume, progress, stop_after, command, interrupted)
 
 
@@ -240,9 +240,9 @@ def _train(
         "config": json.loads(json.dumps(asdict(config))),
         "data": source.description(),
     }
-    torch.manual_seed(seeds(config.seed, "parameters", 0))
-    backbone = build_backbone(config, source.image_shape)
-    head = MarginHead(config.embedding_size, source.num_classes, config.margin())
+    with seeded(seeds(config.seed, "parameters", 0)):
+        backbone = build_backbone(config, source.image_shape)
+        head = MarginHead(config.embedding_size, source.num_classes, config.margin())
     model = nn.ModuleDict({"backbone": backbone, "head": head})
     optimizer = _optimizer(config, [p for p in model.parameters() if p.requires_grad])
     folder, log = output / "checkpoints", output / METRICS
@@ -291,9 +291,9 @@ def _train(
         for step, batch in _kept(batches, first, keep):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step, steps_per_epoch)
-            torch.manual_seed(seeds(config.seed, "dropout", step))
             images, target, target_weight = batch
-            loss, stats = head(backbone(images), target, target_weight, return_stats=True)
+            with seeded(seeds(config.seed, "dropout", step)):
+                loss, stats = head(backbone(images), target, target_weight, return_stats=True)
             row = {
                 "step": step,
                 "epoch": step / steps_per_epoch,
