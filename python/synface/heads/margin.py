@@ -1,0 +1,285 @@
+"""Heads whose margin is fixed, or a function of each embedding's length (AdaFace, MagFace)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import synface_kernels as sk
+
+from ..check import describe
+
+
+class MarginHead(nn.Module):
+    """The class centres, and `synface_kernels.margin_cross_entropy` over them.
+
+    Args:
+        embedding_size: D. num_classes: C. Both at least 1.
+        margin: an `ArcFace` (the default), `CosFace`, `SphereFace` or `CombinedMargin`.
+        init_std: standard deviation of the centres' initial values; only their directions matter
+            to the loss, but their lengths scale the step that a given learning rate takes.
+        impl: which implementation of the op to take.
+        device, dtype: of the centres.
+
+    Memory: C·D values, and as much for their gradient.
+
+    Source: Deng et al., "ArcFace", CVPR 2019.
+    """
+
+    def __init__(
+        self,
+        embedding_size: int,
+        num_classes: int,
+        margin: sk.CombinedMargin | None = None,
+        *,
+        init_std: float = 0.01,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("embedding_size", embedding_size), ("num_classes", num_classes)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        self.margin = sk.ArcFace() if margin is None else margin
+        self.impl = impl
+        self.weight = nn.Parameter(
+            torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
+        )
+        nn.init.normal_(self.weight, std=init_std)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        target: Tensor,
+        target_weight: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """The loss of (N, D) embeddings and (N,) or (N, K) labels.
+
+        Args and errors: as `synface_kernels.margin_cross_entropy`, whose options (``mix``,
+        ``reduction``, ``return_stats``, a per-batch ``margin``, …) may follow.
+        """
+        settings: dict[str, Any] = {"margin": self.margin, "impl": self.impl} | options
+        return sk.margin_cross_entropy(
+            embeddings, self.weight, target, target_weight=target_weight, **settings
+        )
+
+    def extra_repr(self) -> str:
+        classes, size = self.weight.shape
+        return f"embedding_size={size}, num_classes={classes}, margin={self.margin}"
+
+
+class AdaFace(MarginHead):
+    """AdaFace: an ArcFace margin for images of low quality, a CosFace margin for good ones.
+
+    An embedding's length ‖x_i‖ stands for its image's quality. With μ and σ the running mean and
+    standard deviation of these lengths,
+
+        q_i = clip((‖x_i‖ − μ)·h/σ, −1, 1)
+        g_angle = −m·q_i,  g_add = m·q_i + m
+        ψ(cos θ) = cos(θ + g_angle) − g_add
+
+    No gradient passes through q, as in the paper. In training mode each forward pass first updates
+    μ and σ by those of its batch: μ ← momentum·μ_batch + (1 − momentum)·μ, and likewise σ. Ignored
+    rows and lengths that are not finite do not count; σ waits for two rows that do.
+
+    Args:
+        embedding_size: D. num_classes: C.
+        scale: s. m: the margin, 0 ≤ m < π: radians in g_angle, a cosine in g_add (so below 1).
+        h: concentration, > 0. σ is taken no smaller than 1e-3.
+        momentum: share of the batch's statistics in the running ones, in (0, 1].
+        options: as `MarginHead`.
+
+    State: ``weight`` (C, D), and the float32 scalars ``norm_mean`` and ``norm_std``, which begin at
+    20 and 100 as the authors' do.
+
+    The authors' code also keeps θ + g_angle within [1e-3, π − 1e-3] and lengths within [1e-3, 100];
+    the paper does not, nor does this.
+
+    Source: Kim et al., "AdaFace: Quality Adaptive Margin for Face Recognition", CVPR 2022.
+    """
+
+    norm_mean: Tensor
+    norm_std: Tensor
+
+    def __init__(
+        self,
+        embedding_size: int,
+        num_classes: int,
+        *,
+        scale: float = 64.0,
+        m: float = 0.4,
+        h: float = 0.333,
+        momentum: float = 0.01,
+        **options: Any,
+    ) -> None:
+        if not 0 <= m < 1:
+            raise ValueError(f"m must be in [0, 1), got {m}")
+        if not 0 < h < math.inf:
+            raise ValueError(f"h must be finite and positive, got {h}")
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1], got {momentum}")
+        super().__init__(embedding_size, num_classes, sk.CombinedMargin(scale), **options)
+        self.m, self.h, self.momentum = m, h, momentum
+        device = self.weight.device
+        self.register_buffer("norm_mean", torch.tensor(20.0, device=device))
+        self.register_buffer("norm_std", torch.tensor(100.0, device=device))
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        target: Tensor,
+        target_weight: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """As `MarginHead.forward`; its ``margin`` is this head's own."""
+        _own_margin(options)
+        length = _lengths(embeddings).detach()
+        mean, std = self.norm_mean, self.norm_std
+        if self.training:
+            mean, std = self._statistics(length, _counted(length, target, options))
+        quality = ((length - mean) * self.h / std.clamp_min(1e-3)).clamp(-1, 1)
+        margin = replace(self.margin, m2=-self.m * quality, m3=self.m * quality + self.m)
+        result = super().forward(embeddings, target, target_weight, margin=margin, **options)
+        if self.training:  # only now: an error leaves the state as it was
+            self.norm_mean.copy_(mean)
+            self.norm_std.copy_(std)
+        return result
+
+    @torch.no_grad()
+    def _statistics(self, length: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+        """The running mean and deviation after this batch, without waiting for a GPU to count."""
+        counted = counted & length.isfinite()
+        number = counted.sum()
+        mean = torch.where(counted, length, 0).sum() / number
+        square = torch.where(counted, length - mean, 0).square().sum()
+        std = (square / (number - 1)).sqrt()
+        first, second = (
+            torch.where(enough, running.lerp(batch.to(running.dtype), self.momentum), running)
+            for running, batch, enough in (
+                (self.norm_mean, mean, number > 0),
+                (self.norm_std, std, number > 1),
+            )
+        )
+        return first, second
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, m={self.m}, h={self.h}, momentum={self.momentum}"
+
+
+class MagFace(MarginHead):
+    """MagFace: a margin that grows with the embedding's length, and a reward for length.
+
+    With a_i = ‖x_i‖ clipped to [l_a, u_a],
+
+        m(a) = l_m + (u_m − l_m)/(u_a − l_a)·(a − l_a)        radians
+        g(a) = 1/a + a/u_a²                                    convex, least at a = u_a
+        L_i = ArcFace with margin m(a_i) + lambda_g·g(a_i)
+
+    Both m and g pass their gradient to the embedding's length, as in the paper; where the clip
+    holds there is none.
+
+    Args:
+        embedding_size: D. num_classes: C.
+        scale: s. l_a, u_a: 0 < l_a < u_a. l_m, u_m: margins there, 0 ≤ l_m ≤ u_m < π.
+        lambda_g: ≥ 0. The paper's analysis asks for lambda_g ≥ s·K·u_a²/(u_a² − l_a²), with K the
+            slope of m.
+        beyond_pi: see `synface_kernels.CombinedMargin`; its default continues as the authors' code
+            without its "easy margin".
+        options: as `MarginHead`.
+
+    Source: Meng et al., "MagFace: A Universal Representation for Face Recognition and Quality
+    Assessment", CVPR 2021.
+    """
+
+    def __init__(
+        self,
+        embedding_size: int,
+        num_classes: int,
+        *,
+        scale: float = 64.0,
+        l_a: float = 10.0,
+        u_a: float = 110.0,
+        l_m: float = 0.45,
+        u_m: float = 0.8,
+        lambda_g: float = 35.0,
+        beyond_pi: Literal["linear", "none"] = "linear",
+        **options: Any,
+    ) -> None:
+        if not 0 < l_a < u_a < math.inf:
+            raise ValueError(f"l_a and u_a must be finite, 0 < l_a < u_a, got {l_a} and {u_a}")
+        if not 0 <= l_m <= u_m < math.pi:
+            raise ValueError(
+                f"l_m and u_m are angles in radians, 0 ≤ l_m ≤ u_m < π, got {l_m} and {u_m}"
+            )
+        if not 0 <= lambda_g < math.inf:
+            raise ValueError(f"lambda_g must be finite and ≥ 0, got {lambda_g}")
+        margin = sk.CombinedMargin(scale, beyond_pi=beyond_pi)
+        super().__init__(embedding_size, num_classes, margin, **options)
+        self.l_a, self.u_a, self.l_m, self.u_m, self.lambda_g = l_a, u_a, l_m, u_m, lambda_g
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        target: Tensor,
+        target_weight: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """As `MarginHead.forward`; its ``margin`` is this head's own."""
+        _own_margin(options)
+        length = _lengths(embeddings).clamp(self.l_a, self.u_a)
+        counted = _counted(length, target, options)
+        slope = (self.u_m - self.l_m) / (self.u_a - self.l_a)
+        margin = replace(self.margin, m2=self.l_m + slope * (length - self.l_a))
+        result = super().forward(embeddings, target, target_weight, margin=margin, **options)
+        penalty = torch.where(counted, self.lambda_g * (1 / length + length / self.u_a**2), 0)
+        reduction = options.get("reduction", "mean")
+        if reduction == "mean":
+            penalty = penalty.sum() / counted.sum().clamp_min(1)
+        elif reduction == "sum":
+            penalty = penalty.sum()
+        if options.get("return_stats"):
+            loss, stats = result
+            return loss + penalty, stats
+        return result + penalty
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, l_a={self.l_a}, u_a={self.u_a}, l_m={self.l_m}, "
+            f"u_m={self.u_m}, lambda_g={self.lambda_g}"
+        )
+
+
+def _own_margin(options: dict[str, Any]) -> None:
+    if "margin" in options:
+        raise TypeError("this head computes its margin: margin cannot be given")
+
+
+def _lengths(embeddings: Tensor) -> Tensor:
+    """(N,) Euclidean lengths, at least float32."""
+    if not isinstance(embeddings, Tensor):
+        raise TypeError(f"embeddings must be a tensor, got {describe(embeddings)}")
+    if embeddings.dim() != 2 or not embeddings.is_floating_point():
+        raise ValueError(
+            f"embeddings must be floating point of shape (N, D), got {describe(embeddings)}"
+        )
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(embeddings, dim=1, dtype=dtype)
+
+
+def _counted(length: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
+    """(N,) which rows have a label."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {describe(target)}")
+    if target.dim() not in (1, 2) or target.shape[0] != length.shape[0]:
+        raise ValueError(
+            f"target must be int64 of shape (N,) or (N, K) with N = {length.shape[0]} as in "
+            f"embeddings, got {describe(target)}"
+        )
+    present = target != options.get("ignore_index", -100)
+    return present.any(1) if target.dim() == 2 else present

@@ -1,0 +1,211 @@
+"""AdaFace and MagFace against their papers' formulas over dense logits in float64."""
+
+import math
+
+import pytest
+import torch
+from synface.heads import AdaFace, MagFace
+from torch.nn.functional import cross_entropy, normalize
+
+import synface_kernels as sk
+
+N, D, C = 24, 8, 13
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def batch(dtype=torch.float64, length=20.0, n=N):
+    """Embeddings of many lengths, near enough to a common direction for high cosines too."""
+    x = normalize(torch.randn(n, D, dtype=torch.float64))
+    x = x * length * torch.rand(n, 1, dtype=torch.float64).mul(2).add(0.05)
+    return x.to(dtype).requires_grad_(), torch.randint(C, (n,))
+
+
+def dense(x, weight, target, scale, m2, m3):
+    """Loss per row of s·(cos(θ + m2) − m3) in the target's column, s·cos θ elsewhere."""
+    cosine = normalize(x) @ normalize(weight).T
+    own = (cosine.gather(1, target[:, None]).squeeze(1).acos() + m2).cos() - m3
+    logits = cosine.scatter(1, target[:, None], own[:, None])
+    return cross_entropy(scale * logits, target, reduction="none")
+
+
+def assert_like(head, x, target, expected, **options):
+    """Loss and both gradients."""
+    loss = head(x, target, **options)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-11)
+    inputs = (x, head.weight)
+    ours = torch.autograd.grad(loss.sum(), inputs, retain_graph=True)
+    theirs = torch.autograd.grad(expected.sum(), inputs)
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("momentum", [0.01, 1.0])
+def test_adaface_is_the_papers_formula(momentum, reduction):
+    head = AdaFace(D, C, scale=16.0, m=0.4, h=0.333, momentum=momentum, init_std=1.0).double()
+    for _ in range(3):  # the running statistics go on from batch to batch
+        x, target = batch()
+        length = x.detach().norm(dim=1)
+        mean = momentum * length.mean() + (1 - momentum) * head.norm_mean
+        std = momentum * length.std() + (1 - momentum) * head.norm_std
+        quality = ((length - mean) / (std / 0.333)).clip(-1, 1)
+        loss = dense(x, head.weight, target, 16.0, -0.4 * quality, 0.4 * quality + 0.4)
+        if reduction != "none":
+            loss = getattr(loss, reduction)()
+        assert_like(head, x, target, loss, reduction=reduction)
+        torch.testing.assert_close(head.norm_mean, mean)
+        torch.testing.assert_close(head.norm_std, std)
+
+
+def test_adaface_evaluates_with_the_statistics_that_it_has():
+    head = AdaFace(D, C, momentum=1.0).double()
+    head(*batch())
+    state = {name: value.clone() for name, value in head.state_dict().items()}
+    assert set(state) == {"weight", "norm_mean", "norm_std"}
+    other = AdaFace(D, C).double()
+    other.load_state_dict(state)
+    for each in (head, other):
+        each.eval()
+    x, target = batch()
+    assert torch.equal(head(x, target), other(x, target))
+    assert torch.equal(head.norm_mean, state["norm_mean"])
+
+
+def test_adaface_counts_rows_that_count():
+    x, target = batch()
+    target[:4] = -100
+    with torch.no_grad():
+        x[4] = math.nan
+    head, few = (AdaFace(D, C, momentum=0.5, dtype=torch.float64) for _ in range(2))
+    few.load_state_dict(head.state_dict())
+    rows = head(x, target, reduction="none")
+    expected = few(x[5:], target[5:], reduction="none")
+    torch.testing.assert_close(rows[5:], expected)
+    assert rows[4].isnan()
+    assert not rows[:4].any()
+    torch.testing.assert_close(head.norm_mean, few.norm_mean)
+    torch.testing.assert_close(head.norm_std, few.norm_std)
+
+
+def test_adaface_with_one_row_or_none():
+    head = AdaFace(D, C, momentum=0.5)
+    x, target = batch(torch.float32, n=1)
+    assert head(x, target).isfinite()
+    torch.testing.assert_close(head.norm_mean, 0.5 * 20 + 0.5 * x.detach().norm())
+    assert head.norm_std == 100
+    before = head.norm_mean.clone()
+    assert head(x, torch.tensor([-100])) == 0
+    assert head(x[:0], target[:0]) == 0
+    assert torch.equal(head.norm_mean, before)
+
+
+def test_an_error_leaves_adafaces_statistics_as_they_were():
+    head = AdaFace(D, C)
+    x, target = batch(torch.float32)
+    with pytest.raises(ValueError, match=r"target must be in \[0, 13\)"):
+        head(x, target + C)
+    assert head.norm_mean == 20
+    assert head.norm_std == 100
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_magface_is_the_papers_formula(reduction):
+    settings = {"l_a": 10.0, "u_a": 30.0, "l_m": 0.3, "u_m": 0.8, "lambda_g": 5.0}
+    head = MagFace(D, C, scale=16.0, beyond_pi="none", init_std=1.0, **settings).double()
+    x, target = batch()
+    length = x.norm(dim=1)
+    assert (length < 10).any()
+    assert (length > 30).any()
+    a = length.clip(10, 30)
+    margin = 0.3 + (0.8 - 0.3) / (30 - 10) * (a - 10)
+    loss = dense(x, head.weight, target, 16.0, margin, 0.0) + 5.0 * (1 / a + a / 30**2)
+    if reduction != "none":
+        loss = getattr(loss, reduction)()
+    assert_like(head, x, target, loss, reduction=reduction)
+
+
+def test_magface_gradient_by_differences():
+    head = MagFace(D, C, scale=8.0, l_a=1.0, u_a=50.0, lambda_g=5.0, dtype=torch.float64)
+    x, target = batch(n=4)
+
+    def loss(x, weight):
+        return torch.func.functional_call(head, {"weight": weight}, (x, target))
+
+    torch.autograd.gradcheck(loss, (x, head.weight))
+
+
+def test_magface_rewards_length_and_ignores_rows():
+    head = MagFace(D, C, lambda_g=1e6)
+    x, target = batch(torch.float32, length=50.0)
+    target[0] = -100
+    loss, stats = head(x, target, return_stats=True)
+    loss.backward()
+    length = x.detach().norm(dim=1)
+    inside = (length > 10) & (length < 110)
+    inside[0] = False
+    assert inside.any()
+    assert ((x.grad * x).sum(1)[inside] < 0).all()  # a step down makes the embedding longer
+    assert not x.grad[0].any()
+    assert stats.top1.shape == (N,)
+
+
+@pytest.mark.parametrize("kind", [AdaFace, MagFace])
+def test_k_hot_targets_share_the_rows_margin(kind):
+    head = kind(D, C).double().eval()
+    x, target = batch()
+    pairs = torch.stack([target, target], 1)
+    both = head(x, pairs, torch.full((N, 2), 0.5, dtype=torch.float64))
+    torch.testing.assert_close(both, head(x, target))
+
+
+@pytest.mark.parametrize("kind", [AdaFace, MagFace])
+def test_bfloat16_embeddings_and_strides(kind):
+    head = kind(D, C).eval()
+    x, target = batch(torch.bfloat16)
+    loss = head(x, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, head(x.float(), target), rtol=1e-6, atol=1e-6)
+    spread = torch.zeros(D, 2 * N).T[::2].copy_(x)
+    assert not spread.is_contiguous()
+    torch.testing.assert_close(head(spread, target), head(x.float(), target))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (AdaFace, {"m": 1.0}, r"m must be in \[0, 1\), got 1.0"),
+        (AdaFace, {"h": 0.0}, "h must be finite and positive, got 0.0"),
+        (AdaFace, {"momentum": math.nan}, r"momentum must be in \(0, 1\], got nan"),
+        (MagFace, {"l_a": 110.0}, "0 < l_a < u_a, got 110.0 and 110.0"),
+        (MagFace, {"u_m": 45.0}, "angles in radians.*got 0.45 and 45.0"),
+        (MagFace, {"lambda_g": -1.0}, "lambda_g must be finite and ≥ 0, got -1.0"),
+        (MagFace, {"scale": 0.0}, "scale must be finite and positive"),
+    ],
+)
+def test_settings_that_make_no_sense(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(D, C, **options)
+
+
+@pytest.mark.parametrize("kind", [AdaFace, MagFace])
+def test_bad_input(kind):
+    head = kind(D, C)
+    x, target = batch(torch.float32)
+    with pytest.raises(TypeError, match="margin cannot be given"):
+        head(x, target, margin=sk.ArcFace())
+    with pytest.raises(TypeError, match="embeddings must be a tensor, got list"):
+        head(x.tolist(), target)
+    with pytest.raises(TypeError, match="target must be a tensor, got list"):
+        head(x, target.tolist())
+    with pytest.raises(ValueError, match=r"shape \(N, D\), got float32 \(8,\)"):
+        head(x[0], target)
+    with pytest.raises(ValueError, match=r"N = 24 as in embeddings, got int64 \(3,\)"):
+        head(x, target[:3])
+    with pytest.raises(ValueError, match="same D"):
+        head(x[:, :3], target)
