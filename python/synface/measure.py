@@ -112,15 +112,15 @@ def peak_memory(method: str, workload: Workload) -> int | str:
     return int(json.loads(child.stdout))
 
 
-def _peak(method: str, workload: Workload) -> int:
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Peak resident bytes of this process while run() runs, above those before it (Linux)."""
+
     def status(field: str) -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(field):
                 return int(line.split()[1]) * 1024
         raise OSError(f"/proc/self/status has no {field}")
 
-    run = step(method, workload)
-    run()  # what is loaded and compiled once does not count
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -130,4 +130,6 @@ def _peak(method: str, workload: Workload) -> int:
 
 
 if __name__ == "__main__":
-    print(_peak(sys.argv[1], Workload(*map(int, sys.argv[2:5]))))
+    timed = step(sys.argv[1], Workload(*map(int, sys.argv[2:5])))
+    timed()  # what is loaded and compiled once does not count
+    print(peak_bytes(timed))
