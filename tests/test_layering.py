@@ -52,6 +52,11 @@ def test_an_op_has_all_its_parts(op):
         parts += {
             "cpu": [f"csrc/{op}/cpu.cpp", f"csrc/{op}/cpu-inl.h"],
             "cuda": [f"csrc/{op}/cuda.cu"],
+            "triton": [
+                f"synface_kernels/ops/{op}/kernel_triton.py",
+                f"tests/triton/aot_{op}.py",
+                f"tests/triton/interpreted/test_{op}.py",
+            ],
             "reference": [],
         }.get(impl, [f"synface_kernels/ops/{op}/kernel_{impl}.py"])
     assert [p for p in parts if not (ROOT / p).exists()] == []

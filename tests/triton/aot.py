@@ -1,11 +1,12 @@
-"""Compiles, without a GPU, the kernels that a launcher would launch.
+"""Compiles, without a GPU, the kernels that an op's launchers would launch.
 
-Runs the launchers on meta tensors and compiles each launch for the given architectures, with the
-signature, divisibility and configuration that it would have there. One JSON object per line:
-the kernel, its configuration, and what the compiler says of it; or all in one Markdown table.
+Runs the launchers on meta tensors (`launch` of aot_<op>.py) and compiles each launch for the given
+architectures, with the signature, divisibility and configuration that it would have there. One JSON
+object per line: the kernel, its configuration, and what the compiler says of it; or all in one
+Markdown table.
 
-    python tests/triton/aot.py 80 90 100
-    python tests/triton/aot.py --table 80 90 100
+    python tests/triton/aot.py margin_cross_entropy 80 90 100
+    python tests/triton/aot.py --table margin_cross_entropy 80 90 100
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,27 +26,19 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import JITFunction
 
-from synface_kernels.ops.margin_cross_entropy import kernel_triton
-
-OPTIONS = ("num_warps", "num_stages")
+SIZES = ("num_warps", "num_stages")
+OPTIONS = (*SIZES, "enable_fp_fusion")
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.float64: "*fp64",
     torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
 }
-# Of the launches: N, C, K and the dtypes. The last tile of an odd C has its own variants.
-CASES = [
-    *(
-        (n, c, k, dtype, dtype)
-        for n, c, k in ((512, 1_000_000, 1), (512, 999_983, 3), (7, 1_000_000, 2))
-        for dtype in (torch.float32, torch.bfloat16)
-    ),
-    (512, 1_000_000, 1, torch.float16, torch.float16),
-    (512, 1_000_000, 1, torch.bfloat16, torch.float32),
-]
-D = 512
 
 
 class Launch:
@@ -92,6 +86,7 @@ class Launch:
             "instructions": sorted(
                 set(re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", compiled.asm["ptx"]))
             ),
+            "fused": {k: compiled.asm["ptx"].count(f"fma.rn.{k}") for k in ("f32", "f64")},
             "shared": compiled.metadata.shared,
             **resources(compiled.asm["cubin"]),
         }
@@ -112,32 +107,17 @@ def resources(cubin: bytes) -> dict[str, int]:
     }
 
 
-def launches(capability: int) -> Iterator[Launch]:
-    """Every distinct launch of the cases on such a device."""
-    seen = set()
-    recorded: list[Launch] = []
+def launches(op: str, capability: int) -> Iterable[Launch]:
+    """Every distinct launch of an op's cases on such a device."""
+    distinct: dict[str, Launch] = {}
 
-    def record(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> None:
-        recorded.append(Launch(kernel, args, config))
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **config: Any) -> None:
+        launch = Launch(kernel, args, config)
+        distinct.setdefault(launch.key(), launch)
 
-    with (
-        mock.patch.object(kernel_triton, "_launch", record),
-        mock.patch.object(kernel_triton, "_properties", return_value=(capability, 132)),
-    ):
-        for n, c, k, input_dtype, weight_dtype in CASES:
-            x = torch.empty((n, D), dtype=input_dtype, device="meta")
-            w = torch.empty((c, D), dtype=weight_dtype, device="meta")
-            labels = torch.empty((n, k), dtype=torch.int64, device="meta")
-            for precision in ("ieee", "tf32") if weight_dtype == torch.float32 else ("ieee",):
-                with mock.patch.object(kernel_triton, "_float32_precision", return_value=precision):
-                    kernel_triton.forward(x, w, labels, 64.0, False)
-            for scale in (64.0, 128.0):
-                lse, _, cosine, mean = kernel_triton.forward(x, w, labels, scale, True)
-            kernel_triton.backward(x, w, labels, lse, mean, lse, cosine, 64.0, True, True)
-    for launch in recorded:
-        if launch.key() not in seen:
-            seen.add(launch.key())
-            yield launch
+    with mock.patch.object(JITFunction, "run", record):
+        import_module(f"aot_{op}").launch(capability)
+    return distinct.values()
 
 
 def table(reports: list[dict[str, Any]]) -> str:
@@ -147,7 +127,7 @@ def table(reports: list[dict[str, Any]]) -> str:
         config = report["config"]
         dtypes = ", ".join(p[1:] for p in report["pointers"] if p != "*i64")
         blocks = "×".join(str(v) for k, v in config.items() if k.startswith("BLOCK"))
-        blocks += "".join(f", {config[k]} {k[4:]}" for k in OPTIONS if k in config)
+        blocks += "".join(f", {config[k]} {k[4:]}" for k in SIZES if k in config)
         kernel, precision = report["kernel"].strip("_"), config.get("PRECISION", "")
         key = (kernel, f"{dtypes} {precision}".strip(), blocks, f"sm_{report['capability']}")
         lines.setdefault(key, []).append(report)
@@ -163,9 +143,10 @@ def table(reports: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
+    op, *capabilities = (word for word in sys.argv[1:] if word != "--table")
     reports = []
-    for capability in (int(word) for word in sys.argv[1:] if word != "--table"):
-        for launch in launches(capability):
+    for capability in map(int, capabilities):
+        for launch in launches(op, capability):
             reports.append(launch.compile(capability))
             if "--table" not in sys.argv:
                 print(json.dumps(reports[-1]), flush=True)

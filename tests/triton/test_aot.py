@@ -4,87 +4,105 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
+OPS = sorted(file.stem.removeprefix("aot_") for file in HERE.glob("aot_*.py"))
 # Shared memory that one program may use, and the product's instruction with at least 64 rows.
 ARCHITECTURES = {
     80: (163 * 1024, "mma.sync"),
     90: (227 * 1024, "wgmma.mma_async"),
     100: (227 * 1024, "tcgen05.mma"),
 }
-# Bytes that a thread may spill, outside of the innermost loops.
-STACK = 16 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 72
 
-Report = list[dict[str, Any]]
+Reports = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module", params=OPS)
+def op(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def reports() -> dict[int, Report]:
-    """By architecture, compiled side by side; never in the interpreter, which compiles nothing."""
+def limits(op: str) -> ModuleType:
+    return import_module(f"aot_{op}")
+
+
+@pytest.fixture(scope="module")
+def reports(op: str) -> Reports:
+    """Compiled side by side; never in the interpreter, which compiles nothing."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    processes = {
-        capability: subprocess.Popen(
-            [sys.executable, str(HERE / "aot.py"), str(capability)],
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "aot.py"), op, str(capability)],
             cwd=HERE.parents[1], env=env, stdout=subprocess.PIPE, text=True,
         )
         for capability in ARCHITECTURES
-    }  # fmt: skip
-    outputs = {capability: process.communicate()[0] for capability, process in processes.items()}
-    assert not any(process.returncode for process in processes.values())
-    return {k: [json.loads(line) for line in text.splitlines()] for k, text in outputs.items()}
+    ]  # fmt: skip
+    outputs = [process.communicate()[0] for process in processes]
+    assert not any(process.returncode for process in processes)
+    return [json.loads(line) for text in outputs for line in text.splitlines()]
 
 
-@pytest.fixture(params=ARCHITECTURES)
-def report(request: pytest.FixtureRequest, reports: dict[int, Report]) -> Report:
-    return reports[request.param]
-
-
-def test_every_kernel_is_launched(report: Report) -> None:
-    source = HERE.parents[1] / "synface_kernels/ops/margin_cross_entropy/kernel_triton.py"
+def test_every_kernel_is_launched(op: str, reports: Reports) -> None:
+    source = HERE.parents[1] / f"synface_kernels/ops/{op}/kernel_triton.py"
     kernels = {
         line.removeprefix("def ").split("(")[0]
         for line in source.read_text().splitlines()
         if line.startswith("def ") and line.split("(")[0].endswith("_kernel")
     }
-    assert len(kernels) >= 7
-    assert {compiled["kernel"] for compiled in report} == kernels
+    assert len(kernels) >= 2
+    assert {(compiled["kernel"], compiled["capability"]) for compiled in reports} == {
+        (kernel, capability) for kernel in kernels for capability in ARCHITECTURES
+    }
 
 
-def test_products_use_tensor_cores(report: Report) -> None:
-    products = [compiled for compiled in report if "PRECISION" in compiled["config"]]
+def test_shared_memory_fits(reports: Reports) -> None:
+    for compiled in reports:
+        assert compiled["shared"] <= ARCHITECTURES[compiled["capability"]][0], compiled
+
+
+def test_registers_suffice(reports: Reports, limits: ModuleType) -> None:
+    for compiled in reports:
+        assert compiled["registers"] <= limits.REGISTERS, compiled
+        assert compiled["stack"] <= limits.STACK, compiled
+        assert compiled["local"] == 0, compiled
+
+
+def test_nothing_is_fused_that_must_not_be(reports: Reports, limits: ModuleType) -> None:
+    for compiled in reports:
+        assert limits.NOT_FUSED is None or compiled["fused"][limits.NOT_FUSED] == 0, compiled
+
+
+@pytest.mark.parametrize("op", ["margin_cross_entropy"], indirect=True)
+def test_products_use_tensor_cores(reports: Reports) -> None:
     kinds = set()
-    for compiled in products:
+    for compiled in reports:
+        if "PRECISION" not in compiled["config"]:
+            continue
         dtype = next((p for p in ("*bf16", "*fp16") if p in compiled["pointers"]), "*fp32")
         precision = compiled["config"]["PRECISION"]
-        kinds.add((dtype, precision))
+        kinds.add((compiled["capability"], dtype, precision))
         large = int(compiled["config"]["BLOCK_N"]) >= 64
         instruction = ARCHITECTURES[compiled["capability"]][1] if large else "mma.sync"
         exact = (dtype, precision) == ("*fp32", "ieee")
         assert compiled["instructions"] == ([] if exact else [instruction]), compiled
-    assert kinds == {("*fp32", "ieee"), ("*fp32", "tf32"), ("*bf16", "ieee"), ("*fp16", "ieee")}
+    wanted = [("*fp32", "ieee"), ("*fp32", "tf32"), ("*bf16", "ieee"), ("*fp16", "ieee")]
+    assert kinds == {(capability, *kind) for capability in ARCHITECTURES for kind in wanted}
 
 
-def test_shared_memory_fits(report: Report) -> None:
-    for compiled in report:
-        assert compiled["shared"] <= ARCHITECTURES[compiled["capability"]][0], compiled
-
-
-def test_two_products_fit_on_a_multiprocessor(report: Report) -> None:
-    for compiled in report:
+@pytest.mark.parametrize("op", ["margin_cross_entropy"], indirect=True)
+def test_two_products_fit_on_a_multiprocessor(reports: Reports) -> None:
+    for compiled in reports:
         if "PRECISION" in compiled["config"]:
             shared = ARCHITECTURES[compiled["capability"]][0]
             assert 2 * compiled["shared"] <= shared, compiled
             threads = 32 * compiled["config"]["num_warps"]
             assert 2 * threads * -(-compiled["registers"] // 8) * 8 <= 65536, compiled
-
-
-def test_next_to_nothing_spills(report: Report) -> None:
-    for compiled in report:
-        assert compiled["stack"] <= STACK, compiled
-        assert compiled["local"] == 0, compiled

@@ -1,6 +1,6 @@
 """The Triton kernels of domain mixup, interpreted on CPU tensors: the definition's very bits.
 
-Needs TRITON_INTERPRET=1 before Triton is imported; see ../test_domain_mixup_interpreter.py.
+Needs TRITON_INTERPRET=1 before Triton is imported; see ../test_interpreter.py.
 """
 
 import itertools

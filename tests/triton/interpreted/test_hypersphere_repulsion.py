@@ -1,6 +1,6 @@
 """Hypersphere repulsion's Triton kernels, interpreted on CPU tensors, against float64.
 
-Needs TRITON_INTERPRET=1 before Triton is imported: test_hypersphere_repulsion_interpreter.py.
+Needs TRITON_INTERPRET=1 before Triton is imported; see ../test_interpreter.py.
 """
 
 import math

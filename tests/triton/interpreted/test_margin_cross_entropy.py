@@ -1,6 +1,6 @@
 """The core's Triton kernels, interpreted on CPU tensors, against plain torch in float64.
 
-Needs TRITON_INTERPRET=1 before Triton is imported; see ../test_margin_cross_entropy_interpreter.py.
+Needs TRITON_INTERPRET=1 before Triton is imported; see ../test_interpreter.py.
 """
 
 import math

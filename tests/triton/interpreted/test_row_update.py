@@ -1,4 +1,5 @@
-"""The Triton row updates against their definition; needs TRITON_INTERPRET=1."""
+"""The Triton row updates against their definition; needs TRITON_INTERPRET=1 before Triton is
+imported, see ../test_interpreter.py."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Runs interpreted/test_margin_cross_entropy.py in a process where Triton is the interpreter."""
+"""Runs each file of interpreted/ in a process where Triton is the interpreter."""
 
 import os
 import subprocess
@@ -6,15 +6,18 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
+FILES = sorted((HERE / "interpreted").glob("test_*.py"))
 
 
-def test_interpreted_kernels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem.removeprefix("test_"))
+def test_interpreted_kernels(file: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
-    command += [f"--junitxml={report}", str(HERE / "interpreted" / "test_margin_cross_entropy.py")]
     child = subprocess.run(
-        command,
+        [*command, f"--junitxml={report}", str(file)],
         cwd=HERE.parents[1],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,

@@ -1,0 +1,40 @@
+"""Margin softmax's launches, and what its kernels may take; see aot.py."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+import triton
+
+from synface_kernels.ops.margin_cross_entropy import kernel_triton
+
+REGISTERS = 255
+# Bytes that a thread may spill, outside of the innermost loops.
+STACK = 16 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 72
+NOT_FUSED = None
+# N, C, K and the dtypes. The last tile of an odd C has its own variants.
+CASES = [
+    *(
+        (n, c, k, dtype, dtype)
+        for n, c, k in ((512, 1_000_000, 1), (512, 999_983, 3), (7, 1_000_000, 2))
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
+    (512, 1_000_000, 1, torch.float16, torch.float16),
+    (512, 1_000_000, 1, torch.bfloat16, torch.float32),
+]
+D = 512
+
+
+def launch(capability: int) -> None:
+    with mock.patch.object(kernel_triton, "_properties", return_value=(capability, 132)):
+        for n, c, k, input_dtype, weight_dtype in CASES:
+            x = torch.empty((n, D), dtype=input_dtype, device="meta")
+            w = torch.empty((c, D), dtype=weight_dtype, device="meta")
+            labels = torch.empty((n, k), dtype=torch.int64, device="meta")
+            for precision in ("ieee", "tf32") if weight_dtype == torch.float32 else ("ieee",):
+                with mock.patch.object(kernel_triton, "_float32_precision", return_value=precision):
+                    kernel_triton.forward(x, w, labels, 64.0, False)
+            for scale in (64.0, 128.0):
+                lse, _, cosine, mean = kernel_triton.forward(x, w, labels, scale, True)
+            kernel_triton.backward(x, w, labels, lse, mean, lse, cosine, 64.0, True, True)
