@@ -82,13 +82,13 @@ struct Embeddings {
     for (int64_t i = 0; i < p.input.rows; ++i) {
       const int64_t* labels = p.labels + i * k;
       for (int64_t l = 0; l < k; ++l) {
-        if (labels[l] < -1 || labels[l] >= p.weight.rows) {
-          throw std::out_of_range("labels must be in [-1, " + std::to_string(p.weight.rows) +
+        if (labels[l] < -2 || labels[l] >= p.weight.rows) {
+          throw std::out_of_range("labels must be in [-2, " + std::to_string(p.weight.rows) +
                                   "), got " + std::to_string(labels[l]) + " in row " +
                                   std::to_string(i));
         }
       }
-      if (std::any_of(labels, labels + k, [](int64_t l) { return l >= 0; })) source.push_back(i);
+      if (std::any_of(labels, labels + k, [](int64_t l) { return l != -1; })) source.push_back(i);
     }
     unit = Buffer<T>(count() * dim);
     inverse = Buffer<T>(count());

@@ -11,7 +11,8 @@ namespace synface::margin_cross_entropy {
 struct Problem {
   Rows input;             // (N, D)
   Rows weight;            // (C, D)
-  const int64_t* labels;  // (N, K) contiguous; −1 where absent; a row of −1 is ignored
+  const int64_t* labels;  // (N, K) contiguous; −1 where absent, −2 where the label's
+                          // centre is not in weight; a row of −1 is ignored
   int64_t labels_per_row;
   double scale;
 };

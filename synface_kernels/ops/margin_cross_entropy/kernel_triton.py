@@ -247,7 +247,7 @@ def _grad_input_kernel(
     for k in tl.static_range(K):
         label = tl.load(labels + row * K + k)
         present = label >= 0
-        counted |= present
+        counted |= label != -1
         w = tl.load(weight + label * weight_stride + d, mask=present & in_d, other=0.0)
         w = w.to(tl.float64)
         v += tl.load(grad_target_cosine + row * K + k) * _inverse_norm(tl.sum(w * w, 0)) * w
@@ -314,7 +314,8 @@ def forward(
     Args:
         input: (N, D), weight: (C, D); float32, bfloat16 or float16, on one CUDA device (or on the
             CPU in Triton's interpreter). Where their dtypes differ, both are taken as float32.
-        labels: (N, K) int64, distinct within a row, −1 where absent.
+        labels: (N, K) int64, distinct within a row, −1 where absent, −2 where a label's centre is
+            not in weight.
         scale: of the logits.
         needs_input_grad: whether the mean centre is asked for.
 
@@ -353,7 +354,7 @@ def forward(
         negative_lse, negative_max, mean_center = statistics
         # The hardware's maximum skips a NaN, the sum does not.
         negative_max = torch.where(negative_lse.isnan(), torch.nan, negative_max)
-        present = (labels >= 0).any(1)
+        present = (labels != -1).any(1)
         if needs_input_grad:
             mean_center = torch.where(present[:, None], mean_center, 0)
         return (
@@ -512,7 +513,7 @@ def _fill_grad_weight(
 ) -> None:
     (n, d), c = input.shape, weight.shape[0]
     # What stands in a row without labels must not reach the sums over rows.
-    input = torch.where((labels >= 0).any(1)[:, None], input, 0)
+    input = torch.where((labels != -1).any(1)[:, None], input, 0)
     input_r = _inverse_norms(input, negative_lse.new_empty(n))
     product, factor = _product_dtypes(input, weight)
     x = input.to(factor)

@@ -69,11 +69,12 @@ def dense(case: Case, dtype: torch.dtype) -> Core:
         return r * (v - (u * v).sum(1, keepdim=True) * u)
 
     (x, r_i), (w, r_j) = unit(x), unit(w)
-    counted = present.any(1)
+    counted = (case.labels != -1).any(1)
     x, r_i = torch.where(counted[:, None], x, 0), torch.where(counted[:, None], r_i, 0)
     cosine = x @ w.T
     one_hot = torch.zeros(*case.labels.shape, w.shape[0] + 1, dtype=dtype)
-    one_hot = one_hot.scatter_(2, (case.labels % (w.shape[0] + 1))[:, :, None], 1)[:, :, :-1]
+    column = torch.where(present, case.labels, w.shape[0])
+    one_hot = one_hot.scatter_(2, column[:, :, None], 1)[:, :, :-1]
     negative = (one_hot.sum(1) == 0) & counted[:, None]
     logits = torch.where(negative, scale * cosine, -math.inf)
     lse = logits.logsumexp(1)
@@ -251,6 +252,14 @@ def test_rows_without_labels_are_all_zero_whatever_they_hold() -> None:
         assert torch.equal(a, b), name
     for value in dirty[:5]:
         assert not value[1].any()
+
+
+def test_a_row_counts_though_its_labels_centres_are_elsewhere() -> None:
+    case = make_case(6, 20, 8, 2)
+    case.labels[0], case.labels[4, 1] = -2, -2
+    actual = check(case)
+    assert not actual.target_cosine[0].any()
+    assert actual.grad_input[0].any()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
