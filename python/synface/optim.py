@@ -318,5 +318,8 @@ def _rows(parameter: Tensor) -> tuple[Tensor, Tensor]:
             "a sparse gradient must be sparse along its first dimension alone, "
             f"got sparse_dim {grad.sparse_dim()} for shape {tuple(grad.shape)}"
         )
-    grad = grad.coalesce()
-    return grad.indices()[0], _matrix(grad.values())
+    class_ids = grad._indices()[0]
+    if not bool((class_ids.diff() > 0).all()):  # torch forgets that a gradient is coalesced
+        grad = grad.coalesce()
+        class_ids = grad._indices()[0]
+    return class_ids, _matrix(grad._values())

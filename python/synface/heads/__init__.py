@@ -1,5 +1,12 @@
 """Classification heads: modules that hold the class centres and return the loss."""
 
 from .margin import AdaFace, MagFace, MarginHead
+from .metric_learning import ArcFaceLoss, CosFaceLoss
 
-__all__ = ["AdaFace", "MagFace", "MarginHead"]
+__all__ = [
+    "AdaFace",
+    "ArcFaceLoss",
+    "CosFaceLoss",
+    "MagFace",
+    "MarginHead",
+]

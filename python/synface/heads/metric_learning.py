@@ -1,0 +1,233 @@
+"""pytorch-metric-learning's margin losses, by its names and arguments, over this library's op.
+
+Where they differ from pytorch-metric-learning's on purpose:
+
+- a label outside [0, num_classes) is an error; a label of -100 leaves its row out;
+- past θ + margin > π they continue alike for margins up to 133° (beyond, theirs would rise again);
+- at cos θ = ±1 the gradient is finite (theirs is NaN);
+- the centres are never cast to the embeddings' dtype; float64 embeddings need ``.double()`` heads;
+- N×C logits are never held, but by ``get_logits``, whose result they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+import synface_kernels as sk
+
+from ..check import check_integer, check_number, describe
+
+
+class _Loss(nn.Module):
+    """What the losses share. ``weight`` is (C, D), or (C, S, D) with S sub-centres a class."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        margin: sk.CombinedMargin,
+        *,
+        weight_init_func: Callable[[Tensor], Any] | None = None,
+        weight_regularizer: Callable[[Tensor], Tensor] | None = None,
+        weight_reg_weight: float = 1.0,
+        embedding_regularizer: Callable[[Tensor], Tensor] | None = None,
+        embedding_reg_weight: float = 1.0,
+        reducer: Callable[..., Any] | None = None,
+        distance: Any = None,
+        collect_stats: bool | None = None,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        if collect_stats:
+            raise NotImplementedError("collect_stats is not supported: leave it at None")
+        if distance is not None and (
+            type(distance).__name__ != "CosineSimilarity" or getattr(distance, "power", 1) != 1
+        ):
+            raise ValueError(
+                f"distance must be CosineSimilarity with power 1 or None, got {distance!r}"
+            )
+        self.margin = margin
+        self.num_classes = shape[0]
+        self.weight_regularizer, self.weight_reg_weight = weight_regularizer, weight_reg_weight
+        self.embedding_regularizer = embedding_regularizer
+        self.embedding_reg_weight = embedding_reg_weight
+        self.reducer = reducer
+        self.impl = impl
+        centers = torch.empty(shape[-1], math.prod(shape[:-1]))  # so that a seed gives their values
+        (weight_init_func or nn.init.normal_)(centers)
+        self.weight = nn.Parameter(centers.T.contiguous().view(shape))
+        self.register_load_state_dict_pre_hook(_from_theirs)
+
+    @property
+    def W(self) -> Tensor:
+        """The centres as pytorch-metric-learning has them, (D, C) or (D, C·S): a view."""
+        return self.weight.view(-1, self.weight.shape[-1]).T
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Sequence[Tensor] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Any:
+        """The loss: a scalar, or what ``reducer`` makes of the rows' losses.
+
+        Args:
+            embeddings: (N, D). labels: (N,) int64 in [0, num_classes), or -100 to leave a row out;
+                they are moved to the embeddings' device.
+            indices_tuple: a miner's pairs or triplets. A row's loss is weighted by how often it
+                occurs in them, over the most frequent one's count; then the mean is over all rows.
+            ref_emb, ref_labels: not supported, as in theirs.
+
+        Raises:
+            ValueError, TypeError: as `synface_kernels.margin_cross_entropy`.
+        """
+        if labels is None:
+            raise ValueError("labels are required for this loss")
+        if (ref_emb is not None and ref_emb is not embeddings) or (
+            ref_labels is not None and ref_labels is not labels
+        ):
+            raise ValueError("ref_emb and ref_labels are not supported for this loss")
+        for name, value in (("embeddings", embeddings), ("labels", labels)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {describe(value)}")
+        if labels.dim() != 1:
+            raise ValueError(f"labels must be int64 of shape (N,), got {describe(labels)}")
+        labels = labels.to(embeddings.device)
+        plain = self.reducer is None and indices_tuple is None
+        losses = sk.margin_cross_entropy(
+            embeddings,
+            self.weight,
+            labels,
+            self.margin,
+            reduction="mean" if plain else "none",
+            impl=self.impl,
+        )
+        if indices_tuple is not None:
+            losses = losses * _miner_weights(indices_tuple, losses)
+        loss: Any
+        if self.reducer is not None:
+            rows = torch.arange(len(losses), device=losses.device)
+            entry = {"losses": losses, "indices": rows, "reduction_type": "element"}
+            loss = self.reducer({"loss": entry}, embeddings, labels)
+        else:
+            loss = losses if plain else losses.mean()
+        if self.weight_regularizer is not None:
+            loss = loss + self.weight_reg_weight * self.weight_regularizer(self.W.T)
+        if self.embedding_regularizer is not None:
+            loss = loss + self.embedding_reg_weight * self.embedding_regularizer(embeddings)
+        return loss
+
+    def get_cosine(self, embeddings: Tensor) -> Tensor:
+        """(N, C) cosines; with sub-centres, each class's highest. Memory: N·C (N·C·S)."""
+        dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
+        cosine = normalize(embeddings.to(dtype)) @ normalize(self.W.T.to(dtype)).T
+        return cosine.unflatten(1, (self.num_classes, -1)).amax(2)
+
+    def get_logits(self, embeddings: Tensor) -> Tensor:
+        """(N, C) scale·cosine, without margins."""
+        return self.get_cosine(embeddings) * self.margin.scale
+
+    def extra_repr(self) -> str:
+        return f"weight={tuple(self.weight.shape)}, margin={self.margin}"
+
+
+def _from_theirs(module: _Loss, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A state dict of pytorch-metric-learning's has ``W`` of shape (D, C)."""
+    theirs = state_dict.pop(prefix + "W", None)
+    if theirs is None:
+        return
+    if theirs.shape != module.W.shape:
+        raise ValueError(
+            f"{prefix}W must be of shape {tuple(module.W.shape)}, got {tuple(theirs.shape)}"
+        )
+    state_dict[prefix + "weight"] = theirs.T.reshape(module.weight.shape)
+
+
+def _miner_weights(indices_tuple: Sequence[Tensor], losses: Tensor) -> Tensor:
+    """(N,) how often each row occurs in a miner's tuple, relative to the most frequent one."""
+    if len(indices_tuple) not in (3, 4) or not all(isinstance(x, Tensor) for x in indices_tuple):
+        raise ValueError("indices_tuple must be 3 (triplets) or 4 (pairs) tensors of indices")
+    indices = torch.cat([part.to(losses.device) for part in indices_tuple])
+    if indices.numel() == 0:
+        return torch.ones_like(losses)
+    if indices.is_floating_point() or not 0 <= indices.min() <= indices.max() < len(losses):
+        raise ValueError(f"indices_tuple must hold integers in [0, {len(losses)}) (N)")
+    counts = torch.zeros_like(losses).index_add_(
+        0, indices, torch.ones_like(indices, dtype=losses.dtype)
+    )
+    return counts / counts.max()
+
+
+class ArcFaceLoss(_Loss):
+    """pytorch-metric-learning's ``ArcFaceLoss``: cos(θ + margin), the margin in **degrees**.
+
+    Args:
+        num_classes: C. embedding_size: D.
+        margin: in degrees. scale: s.
+        options: ``weight_init_func`` (of the (D, C) centres; default: normal, so that one seed
+            gives the centres that theirs has), ``weight_regularizer`` and
+            ``embedding_regularizer`` (called with (C, D) centres and (N, D) embeddings; added with
+            ``weight_reg_weight`` and ``embedding_reg_weight``), ``reducer`` (called as theirs, for
+            the rows' losses), ``distance`` (CosineSimilarity or None), ``impl``.
+            ``collect_stats`` is not supported.
+
+    State dict: ``weight`` (C, D); theirs, ``W`` (D, C), loads too. The property `W` gives it back.
+
+    Memory: as `synface_kernels.margin_cross_entropy`; while it is built, twice the centres.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: for arguments that do not fit or are not built.
+
+    Source: Deng et al., "ArcFace", CVPR 2019; pytorch-metric-learning's documentation.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 28.6,
+        scale: float = 64,
+        **options: Any,
+    ) -> None:
+        _check_sizes(num_classes=num_classes, embedding_size=embedding_size)
+        super().__init__((num_classes, embedding_size), _arcface(scale, margin), **options)
+
+
+class CosFaceLoss(_Loss):
+    """pytorch-metric-learning's ``CosFaceLoss``: cos θ − margin.
+
+    Args:
+        num_classes: C. embedding_size: D.
+        margin: a difference of cosines. scale: s.
+        options: see `ArcFaceLoss`; state dict, memory and errors too.
+
+    Source: Wang et al., "CosFace", CVPR 2018; pytorch-metric-learning's documentation.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 0.35,
+        scale: float = 64,
+        **options: Any,
+    ) -> None:
+        _check_sizes(num_classes=num_classes, embedding_size=embedding_size)
+        super().__init__((num_classes, embedding_size), sk.CosFace(scale, margin), **options)
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        check_integer(name, size, 1)
+
+
+def _arcface(scale: float, degrees: float) -> sk.CombinedMargin:
+    check_number("margin (in degrees)", degrees, -180, 180)
+    return sk.ArcFace(scale, math.radians(degrees))

@@ -1,0 +1,215 @@
+"""The drop-ins for pytorch-metric-learning's losses, beside the originals, in float64."""
+
+import copy
+import math
+
+import pytest
+import torch
+from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
+from synface.heads import ArcFaceLoss, CosFaceLoss
+from torch.nn.functional import normalize
+
+N, D, C = 20, 8, 11
+
+PAIRS = [
+    (ArcFaceLoss, losses.ArcFaceLoss),
+    (CosFaceLoss, losses.CosFaceLoss),
+]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def both(pair, **options):
+    """Ours and theirs from the same seed."""
+    made = []
+    for kind in pair:
+        torch.manual_seed(5)
+        made.append(kind(num_classes=C, embedding_size=D, **options).double())
+    return made
+
+
+def batch(dtype=torch.float64):
+    return torch.randn(N, D, dtype=dtype, requires_grad=True), torch.randint(C, (N,))
+
+
+def assert_equal(ours, theirs, x, labels, *rest, rtol=1e-9):
+    one, two = ours(x, labels, *rest), theirs(x, labels, *rest)
+    torch.testing.assert_close(one, two, rtol=rtol, atol=1e-11)
+    grads = torch.autograd.grad(one, (x, ours.weight))
+    expected = torch.autograd.grad(two, (x, theirs.W))
+    torch.testing.assert_close(grads[0], expected[0], rtol=1e-7, atol=1e-10)
+    as_theirs = grads[1].reshape(-1, D).T
+    torch.testing.assert_close(as_theirs, expected[1], rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("options", [{}, {"margin": 0.2, "scale": 10}, {"scale": 1.0}])
+def test_loss_and_gradients_are_theirs(pair, options):
+    ours, theirs = both(pair, **options)
+    torch.testing.assert_close(ours.W, theirs.W, rtol=0, atol=0)  # the same seed, the same centres
+    for _ in range(3):
+        x, labels = batch()
+        assert_equal(ours, theirs, x, labels)
+    torch.testing.assert_close(ours.get_logits(x), theirs.get_logits(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("margin", [28.6, 90.0, 130.0])
+def test_past_pi_is_theirs(margin):
+    ours, theirs = both(PAIRS[0], margin=margin, scale=8)
+    x, labels = batch()
+    with torch.no_grad():  # angles from a few degrees to nearly 180
+        own = normalize(theirs.W.T[labels])
+        away = torch.linspace(-0.999, 0.999, N, dtype=torch.float64)[:, None]
+        x.copy_(away * own + (1 - away**2).sqrt() * normalize(x - (x * own).sum(1)[:, None] * own))
+        angles = (normalize(x) * own).sum(1).acos()
+    assert (angles + math.radians(margin) > math.pi).any()
+    assert_equal(ours, theirs, x, labels)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight_regularizer": regularizers.LpRegularizer(), "weight_reg_weight": 0.3},
+        {"embedding_regularizer": regularizers.LpRegularizer(p=1), "embedding_reg_weight": 0.1},
+        {"weight_init_func": lambda w: torch.nn.init.uniform_(w, -1, 2)},
+        {"reducer": reducers.ThresholdReducer(low=20)},
+        {"reducer": reducers.ClassWeightedReducer(torch.linspace(0.1, 2, C))},
+        {"distance": distances.CosineSimilarity()},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options(pair, options):
+    ours, theirs = both(pair, **copy.deepcopy(options))
+    x, labels = batch()
+    # ClassWeightedReducer's weights are float32 in its sum
+    assert_equal(ours, theirs, x, labels, rtol=1e-6 if "reducer" in options else 1e-9)
+
+
+@pytest.mark.parametrize("miner", [miners.MultiSimilarityMiner(), miners.TripletMarginMiner()])
+def test_miners_weights(miner):
+    ours, theirs = both(PAIRS[0])
+    x, labels = batch()
+    found = miner(x.detach(), labels)
+    assert any(len(part) for part in found)
+    assert_equal(ours, theirs, x, labels, found)
+    empty = tuple(part[:0] for part in found)
+    assert_equal(ours, theirs, x, labels, empty)
+
+
+def test_do_nothing_reducer():
+    ours, theirs = both(PAIRS[1], reducer=reducers.DoNothingReducer())
+    x, labels = batch()
+    one, two = ours(x, labels)["loss"], theirs(x, labels)["loss"]
+    torch.testing.assert_close(one["losses"], two["losses"])
+    assert torch.equal(one["indices"], two["indices"])
+    assert one["reduction_type"] == two["reduction_type"]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_their_state_dict_loads(pair):
+    _, theirs = both(pair)
+    for wrap in (lambda m: m, lambda m: torch.nn.Sequential(m)):
+        ours = pair[0](num_classes=C, embedding_size=D).double()
+        outer, saved = wrap(ours), wrap(theirs).state_dict()
+        outer.load_state_dict(saved)
+        assert torch.equal(ours.W, theirs.W)
+        assert ours.weight.is_contiguous()
+        again = pair[0](num_classes=C, embedding_size=D).double()
+        wrap(again).load_state_dict(outer.state_dict())
+        assert torch.equal(again.weight, ours.weight)
+    small = pair[0](num_classes=C - 1, embedding_size=D)
+    with pytest.raises(ValueError, match=r"W must be of shape \(8, \d+\), got \(8, \d+\)"):
+        small.load_state_dict(theirs.state_dict())
+
+
+def test_training_with_theirs_and_ours_goes_the_same_way():
+    ours, theirs = both(PAIRS[0], scale=16)
+    x, labels = batch()
+    for loss in (ours, theirs):
+        optimizer = torch.optim.SGD(loss.parameters(), lr=1.0, momentum=0.9)
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss(x.detach(), labels).backward()
+            optimizer.step()
+    torch.testing.assert_close(ours.W, theirs.W, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_where_theirs_is_not_finite_ours_is(pair):
+    ours, theirs = both(pair)
+    _, labels = batch()
+    x = theirs.W.T.unflatten(0, (C, -1))[labels, 0].detach().clone().requires_grad_()
+    if pair[0] is not CosFaceLoss:
+        (grad,) = torch.autograd.grad(theirs(x, labels), x)
+        assert grad.isnan().any()
+    loss = ours(x, labels)
+    loss.backward()
+    assert loss.isfinite()
+    assert x.grad.isfinite().all()
+    assert ours.weight.grad.isfinite().all()
+
+
+def test_bad_labels_are_errors_and_ignored_rows_do_not_count():
+    ours, _ = both(PAIRS[0])
+    x, labels = batch()
+    for wrong in (-1, C):
+        bad = labels.clone()
+        bad[3] = wrong
+        with pytest.raises(ValueError, match=rf"\[0, {C}\).* got {wrong} "):
+            ours(x, bad)
+    some = labels.clone()
+    some[4:] = -100
+    torch.testing.assert_close(ours(x, some), ours(x[:4], labels[:4]))
+
+
+def test_centres_keep_their_dtype():
+    ours = ArcFaceLoss(C, D)
+    x, labels = batch(torch.float16)
+    loss = ours(x, labels)
+    loss.backward()
+    assert loss.dtype == ours.weight.dtype == ours.weight.grad.dtype == torch.float32
+    assert x.grad.dtype == torch.float16
+    assert ours.get_logits(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (ValueError, "labels are required", lambda loss, x, y: loss(x)),
+        (ValueError, "ref_emb and ref_labels are not", lambda loss, x, y: loss(x, y, None, x * 2)),
+        (ValueError, r"int64 of shape \(N,\), got", lambda loss, x, y: loss(x, y[:, None])),
+        (ValueError, r"with N = 20", lambda loss, x, y: loss(x, y[:3])),
+        (ValueError, "target must be int64", lambda loss, x, y: loss(x, y.float())),
+        (TypeError, "labels must be a tensor, got list", lambda loss, x, y: loss(x, y.tolist())),
+        (ValueError, "must both be float64 or neither", lambda loss, x, y: loss(x.float(), y)),
+        (ValueError, "3 .triplets. or 4 .pairs. tensors", lambda loss, x, y: loss(x, y, (y, y))),
+        (ValueError, r"integers in \[0, 20\)", lambda loss, x, y: loss(x, y, (y, y, y + N))),
+    ],
+)  # fmt: skip
+def test_bad_input(error, message, call):
+    ours, _ = both(PAIRS[0])
+    with pytest.raises(error, match=message):
+        call(ours, *batch())
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "num_classes must be at least 1, got 0", {"num_classes": 0}),
+        (TypeError, "embedding_size must be an integer", {"embedding_size": 8.0}),
+        (ValueError, r"margin \(in degrees\) must be in \[-180, 180\], got 1000", {"margin": 1000}),
+        (ValueError, "scale must be finite and positive", {"scale": 0}),
+        (ValueError, "distance must be CosineSimilarity", {"distance": distances.LpDistance()}),
+        (NotImplementedError, "collect_stats is not supported", {"collect_stats": True}),
+        (TypeError, "unexpected keyword argument 'marginn'", {"marginn": 1}),
+    ],
+)
+def test_settings_that_make_no_sense(error, message, arguments):
+    with pytest.raises(error, match=message):
+        ArcFaceLoss(**({"num_classes": C, "embedding_size": D} | arguments))
