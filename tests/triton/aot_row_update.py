@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from synface_kernels.ops.row_update import kernel_triton
+from synface_kernels.ops.row_update.reference import Update
 
 REGISTERS, STACK = 128, 0
 NOT_FUSED = "f32"  # a fused multiply-add would give other bits than the definition
@@ -23,6 +24,7 @@ def launch(capability: int) -> None:
     for dtype, lazy in itertools.product((torch.float32, torch.bfloat16), (False, True)):
         w, g = empty(10**6, 512, dtype=dtype), empty(4096, 512, dtype=dtype)
         last = empty(10**6, dtype=torch.int64) if lazy else None
-        kernel_triton.sgd(w, g, ids, None, last, 0.1, 0.0, 0.1, 0.0, False, 9, 1)
-        kernel_triton.sgd(w, g, ids, w, last, 0.1, 0.9, 0.1, 0.0, True, 9, 1)
-        kernel_triton.adamw(w, g, ids, w, w, last, 0.1, 0.9, 0.999, 1e-8, 0.1, 9, 1)
+        update = Update(w, g, ids, last, step=9, seed=1)
+        kernel_triton.sgd(update, None, 0.1, 0.0, 0.1, 0.0, False)
+        kernel_triton.sgd(update, w, 0.1, 0.9, 0.1, 0.0, True)
+        kernel_triton.adamw(update, w, w, 0.1, 0.9, 0.999, 1e-8, 0.1)

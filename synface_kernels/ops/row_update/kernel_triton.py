@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import row_keys
+from .reference import Update, row_keys
 
 BLOCK = 512
 NEGLIGIBLE = 2.0**-26
@@ -130,15 +130,11 @@ def _format(state: Tensor, seed: int | None) -> int:
     return 0 if state.dtype == torch.float32 else 1 if seed is None else 2
 
 
-def _keys(class_ids: Tensor, step: int, seed: int | None, streams: int) -> Tensor:
+def _keys(update: Update, streams: int) -> Tensor:
+    _, _, ids, _, step, seed = update
     if seed is None:
-        return class_ids.new_empty((streams, class_ids.numel()))  # loaded, not used
-    return torch.stack([row_keys(seed, step, stream, class_ids) for stream in range(streams)])
-
-
-def _missed(last_step: Tensor, class_ids: Tensor, row_grad: Tensor | None, step: int) -> Tensor:
-    until = step if row_grad is None else step - 1
-    return until - last_step.index_select(0, class_ids).long()
+        return ids.new_empty((streams, ids.numel()))  # loaded, not used
+    return torch.stack([row_keys(seed, step, stream, ids) for stream in range(streams)])
 
 
 def _powers(matrix: Tensor, exponents: Tensor, most: int) -> Tensor:
@@ -159,25 +155,26 @@ def _launch(kernel: Any, class_ids: Tensor, columns: int, *args: Any, **config: 
         kernel[grid](*args, **config, BLOCK=BLOCK, enable_fp_fusion=False)
 
 
+def _contiguous(update: Update) -> tuple[Update, Tensor]:
+    """With contiguous ids; and the gradient with contiguous rows, or what stands in for none."""
+    gradient = update.weight if update.row_grad is None else update.row_grad
+    if gradient.stride(1) != 1:
+        gradient = gradient.contiguous()
+    return update._replace(class_ids=update.class_ids.contiguous()), gradient
+
+
 def sgd(
-    weight: Tensor,
-    row_grad: Tensor | None,
-    class_ids: Tensor,
+    update: Update,
     momentum_buffer: Tensor | None,
-    last_step: Tensor | None,
     lr: float,
     momentum: float,
     weight_decay: float,
     dampening: float,
     nesterov: bool,
-    step: int,
-    seed: int | None,
 ) -> None:
     """See `reference.sgd`."""
-    ids = class_ids.contiguous()
-    gradient = weight if row_grad is None else row_grad
-    if gradient.stride(1) != 1:
-        gradient = gradient.contiguous()
+    update, gradient = _contiguous(update)
+    weight, row_grad, ids, last_step, step, seed = update
     buffer = weight if momentum_buffer is None else momentum_buffer
     maps = weight
     if last_step is not None:
@@ -187,10 +184,11 @@ def sgd(
         if momentum_buffer is None:
             fast, into, coast = lr * weight_decay, 0.0, 0.0
         idle = torch.tensor([[1 - fast, -coast], [into, momentum]], dtype=torch.float64)
-        maps = _powers(idle, _missed(last_step, ids, row_grad, step), step).float().contiguous()
+        missed = update.until - last_step.index_select(0, ids).long()
+        maps = _powers(idle, missed, step).float().contiguous()
     _launch(
         _sgd_kernel, ids, weight.shape[1],
-        weight, gradient, ids, buffer, maps, _keys(ids, step, seed, 2), ids.numel(),
+        weight, gradient, ids, buffer, maps, _keys(update, 2), ids.numel(),
         weight.shape[1], weight.stride(0), gradient.stride(0), buffer.stride(0),
         lr, momentum, weight_decay, 1 - dampening,
         GRADIENT=row_grad is not None, MOMENTUM=momentum_buffer is not None, NESTEROV=nesterov,
@@ -213,25 +211,18 @@ def _terms(lr: float, beta1: float, beta2: float, weight_decay: float) -> int:
 
 
 def adamw(
-    weight: Tensor,
-    row_grad: Tensor | None,
-    class_ids: Tensor,
+    update: Update,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    last_step: Tensor | None,
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
-    step: int,
-    seed: int | None,
 ) -> None:
     """See `reference.adamw`."""
-    ids = class_ids.contiguous()
-    gradient = weight if row_grad is None else row_grad
-    if gradient.stride(1) != 1:
-        gradient = gradient.contiguous()
+    update, gradient = _contiguous(update)
+    weight, row_grad, ids, last_step, step, seed = update
     missed, powers, kept, terms = ids, weight, weight, 0
     keep = 1 - lr * weight_decay
     if last_step is not None:
@@ -239,10 +230,13 @@ def adamw(
             raise NotImplementedError(
                 f"last_step with impl='triton' needs lr·weight_decay < 1, got {lr * weight_decay}"
             )
-        missed = _missed(last_step, ids, row_grad, step)
-        last = last_step.index_select(0, ids).double()
+        last = last_step.index_select(0, ids).long()
+        missed = update.until - last
         powers = torch.stack(
-            [beta1**last, beta2**last, *(base ** missed.double() for base in (keep, beta1, beta2))],
+            [
+                *(base ** last.double() for base in (beta1, beta2)),
+                *(base ** missed.double() for base in (keep, beta1, beta2)),
+            ],
             dim=1,
         )
         kept = torch.tensor([lr, beta1, beta2, 1 / keep], dtype=torch.float64).to(ids.device)
@@ -251,7 +245,7 @@ def adamw(
     _launch(
         _adamw_kernel, ids, weight.shape[1],
         weight, gradient, ids, exp_avg, exp_avg_sq, missed, powers, kept,
-        _keys(ids, step, seed, 3), ids.numel(), weight.shape[1], weight.stride(0),
+        _keys(update, 3), ids.numel(), weight.shape[1], weight.stride(0),
         gradient.stride(0), exp_avg.stride(0), exp_avg_sq.stride(0), terms,
         keep, beta1, 1 - beta1, beta2, 1 - beta2, size, root, eps,
         GRADIENT=row_grad is not None, LAZY=last_step is not None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..._check import describe, require
 from ..._load import library
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
 from . import reference
+from .reference import Update
 
 OP = "row_update"
 register(OP, {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always})
@@ -273,10 +274,9 @@ def _check(
         raise ValueError("step is required with last_step or seed")
 
 
-def _check_rows(
-    weight: Tensor, row_grad: Tensor | None, class_ids: Tensor, last_step: Tensor | None, step: int
-) -> None:
+def _check_rows(update: Update) -> None:
     """What the tensors hold: these checks cost a pass over S elements."""
+    weight, _, class_ids, last_step, step, _ = update
     if class_ids.numel() == 0:
         return
     rising = torch.ones_like(class_ids, dtype=torch.bool)
@@ -288,7 +288,7 @@ def _check_rows(
     require(inside, f"class_ids must be in [0, {weight.shape[0]})", ends)
     if last_step is not None:
         last = last_step.index_select(0, class_ids)
-        due = step if row_grad is None else step - 1
+        due = update.until
         message = f"last_step of the rows in class_ids must be in [0, {due}] at step {step}"
         require((last >= 0) & (last <= due), message, last)
 
@@ -296,28 +296,20 @@ def _check_rows(
 # ---- the ops -------------------------------------------------------------------------------------
 
 
-def _implementation(name: str, impl: str) -> Callable[..., None]:
-    if impl == "reference":
-        return getattr(reference, name)
-    if impl == "triton":
+def _run(name: str, states: int, *args: Any) -> None:
+    """An optimiser's op: checks the rows, and hands its arguments to the implementation."""
+    *args, impl = args  # type: ignore[assignment]
+    weight, row_grad, class_ids, *rest, step, seed = args
+    update = Update(weight, row_grad, class_ids, rest.pop(states), step, seed)
+    _check_rows(update)
+    if impl == "cpu":
+        getattr(torch.ops.synface_kernels, f"{OP}_{name}_cpu")(*args)
+    elif impl == "triton":
         from . import kernel_triton
 
-        return getattr(kernel_triton, name)
-    return getattr(torch.ops.synface_kernels, f"{OP}_{name}_cpu")
-
-
-def _sgd(*args: Any) -> None:
-    *args, impl = args  # type: ignore[assignment]
-    weight, row_grad, class_ids, _, last_step = args[:5]
-    _check_rows(weight, row_grad, class_ids, last_step, args[10])
-    _implementation("sgd", impl)(*args)
-
-
-def _adamw(*args: Any) -> None:
-    *args, impl = args  # type: ignore[assignment]
-    weight, row_grad, class_ids, _, _, last_step = args[:6]
-    _check_rows(weight, row_grad, class_ids, last_step, args[11])
-    _implementation("adamw", impl)(*args)
+        getattr(kernel_triton, name)(update, *rest)
+    else:
+        getattr(reference, name)(update, *rest)
 
 
 def _mark_written(name: str, written: tuple[int, ...], keys: Any, *args: Any) -> None:
@@ -330,13 +322,13 @@ def _mark_written(name: str, written: tuple[int, ...], keys: Any, *args: Any) ->
         op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
 
 
-_RUN: dict[str, tuple[Callable[..., None], tuple[int, ...]]] = {
-    f"{OP}_sgd": (_sgd, (0, 3, 4)),
-    f"{OP}_adamw": (_adamw, (0, 3, 4, 5)),
-}
-for _name, (_run, _written) in _RUN.items():
+# How many states an optimiser has besides the weight: schemas say weight, row_grad, class_ids, the
+# states, last_step, ..., step, seed, impl.
+for _optimizer, _states in (("sgd", 1), ("adamw", 2)):
+    _name = f"{OP}_{_optimizer}"
     for _key in ("CPU", "CUDA"):
-        library.impl(_name, _run, _key)
+        library.impl(_name, partial(_run, _optimizer, _states), _key)
+    _written = (0, *range(3, 4 + _states))
     library.impl(
         _name, partial(_mark_written, _name, _written), "ADInplaceOrView", with_keyset=True
     )

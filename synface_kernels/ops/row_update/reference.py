@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,40 +54,63 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     return torch.where(x.isnan(), x, rounded).to(torch.bfloat16)
 
 
-def _write(
-    state: Tensor, rows: Tensor, class_ids: Tensor, step: int, seed: int | None, stream: int
-) -> None:
-    if seed is not None and state.dtype == torch.bfloat16:
-        keys = row_keys(seed, step, stream, class_ids)
-        rows = round_stochastically(rows, random_bits(keys, rows.shape[1]))
-    state.index_copy_(0, class_ids, rows.to(state.dtype))
-
-
 # ---- the steps -----------------------------------------------------------------------------------
 
 Rows = list[Tensor]
 
 
-def _read(weight: Tensor, class_ids: Tensor, *states: Tensor) -> Rows:
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return [state.index_select(0, class_ids).to(dtype) for state in (weight, *states)]
+class Update(NamedTuple):
+    """What a step is told whatever the optimiser; see `row_sgd_`."""
+
+    weight: Tensor
+    row_grad: Tensor | None
+    class_ids: Tensor
+    last_step: Tensor | None
+    step: int
+    seed: int | None
+
+    @property
+    def until(self) -> int:
+        """The step up to which rows take those that they missed, without gradients."""
+        return self.step if self.row_grad is None else self.step - 1
 
 
-def _catch_up(
-    rows: Rows,
-    last_step: Tensor,
-    class_ids: Tensor,
-    until: int,
+def _take(
+    update: Update,
+    states: Rows,
     idle: Callable[[Rows, Tensor], Rows],
-) -> Rows:
-    """Takes steps last_step + 1 … until, without gradients; ``idle(rows, step)`` is one of them."""
-    last = last_step.index_select(0, class_ids).long()
+    step: Callable[[Rows, Tensor], Rows],
+) -> None:
+    """Reads rows of the states, takes the steps that they missed and the one with gradients, and
+    writes them. The steps are ``idle(rows, number)``, numbers (S, 1) float64, and
+    ``step(rows, gradients)``."""
+    weight, row_grad, class_ids, last_step, number, _ = update
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    rows = [state.index_select(0, class_ids).to(dtype) for state in states]
+    if last_step is not None:
+        rows = _catch_up(rows, last_step.index_select(0, class_ids).long(), update.until, idle)
+        last_step[class_ids] = number
+    if row_grad is not None:
+        rows = step(rows, row_grad.to(dtype))
+    for stream, (state, new) in enumerate(zip(states, rows, strict=True)):
+        _write(update, state, new, stream)
+
+
+def _catch_up(rows: Rows, last: Tensor, until: int, idle: Callable[[Rows, Tensor], Rows]) -> Rows:
+    """Takes steps last + 1 … until."""
     for k in range(1, int((until - last).max()) + 1 if last.numel() else 0):
-        step = last + k
-        active = (step <= until)[:, None]
-        moved = idle(rows, step[:, None].double())
+        number = last + k
+        active = (number <= until)[:, None]
+        moved = idle(rows, number[:, None].double())
         rows = [torch.where(active, new, old) for new, old in zip(moved, rows, strict=True)]
     return rows
+
+
+def _write(update: Update, state: Tensor, rows: Tensor, stream: int) -> None:
+    if update.seed is not None and state.dtype == torch.bfloat16:
+        keys = row_keys(update.seed, update.step, stream, update.class_ids)
+        rows = round_stochastically(rows, random_bits(keys, rows.shape[1]))
+    state.index_copy_(0, update.class_ids, rows.to(state.dtype))
 
 
 def _sqrt(x: Tensor) -> Tensor:
@@ -95,20 +119,15 @@ def _sqrt(x: Tensor) -> Tensor:
 
 
 def sgd(
-    weight: Tensor,
-    row_grad: Tensor | None,
-    class_ids: Tensor,
+    update: Update,
     momentum_buffer: Tensor | None,
-    last_step: Tensor | None,
     lr: float,
     momentum: float,
     weight_decay: float,
     dampening: float,
     nesterov: bool,
-    step: int,
-    seed: int | None,
 ) -> None:
-    def one_step(rows: Rows, grad: Tensor | float) -> Rows:
+    def step(rows: Rows, grad: Tensor | float) -> Rows:
         w, *buffer = rows
         g = grad + weight_decay * w
         if not buffer:
@@ -116,57 +135,37 @@ def sgd(
         b = momentum * buffer[0] + (1 - dampening) * g
         return [w - lr * (g + momentum * b if nesterov else b), b]
 
-    states = [weight] if momentum_buffer is None else [weight, momentum_buffer]
-    rows = _read(weight, class_ids, *states[1:])
-    if last_step is not None:
-        until = step if row_grad is None else step - 1
-        rows = _catch_up(rows, last_step, class_ids, until, lambda rows, _: one_step(rows, 0.0))
-        last_step[class_ids] = step
-    if row_grad is not None:
-        rows = one_step(rows, row_grad.to(rows[0].dtype))
-    for stream, (state, new) in enumerate(zip(states, rows, strict=True)):
-        _write(state, new, class_ids, step, seed, stream)
+    states = [update.weight] if momentum_buffer is None else [update.weight, momentum_buffer]
+    _take(update, states, lambda rows, _: step(rows, 0.0), step)
 
 
 def adamw(
-    weight: Tensor,
-    row_grad: Tensor | None,
-    class_ids: Tensor,
+    update: Update,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    last_step: Tensor | None,
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
-    step: int,
-    seed: int | None,
 ) -> None:
     def moved(
         w: Tensor, m: Tensor, v: Tensor, size: float | Tensor, root: float | Tensor
     ) -> Tensor:
         return (1 - lr * weight_decay) * w - size * (m / (_sqrt(v) * root + eps))
 
-    def idle(rows: Rows, step: Tensor) -> Rows:
+    def idle(rows: Rows, number: Tensor) -> Rows:
         w, m, v = rows
         m, v = beta1 * m, beta2 * v
-        size = (lr / (1 - beta1**step)).to(w.dtype)
-        root = (1 - beta2**step).rsqrt().to(w.dtype)
+        size = (lr / (1 - beta1**number)).to(w.dtype)
+        root = (1 - beta2**number).rsqrt().to(w.dtype)
         return [moved(w, m, v, size, root), m, v]
 
-    states = (weight, exp_avg, exp_avg_sq)
-    rows = _read(weight, class_ids, exp_avg, exp_avg_sq)
-    if last_step is not None:
-        until = step if row_grad is None else step - 1
-        rows = _catch_up(rows, last_step, class_ids, until, idle)
-        last_step[class_ids] = step
-    if row_grad is not None:
+    def step(rows: Rows, g: Tensor) -> Rows:
         w, m, v = rows
-        g = row_grad.to(w.dtype)
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
-        size, root = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
-        rows = [moved(w, m, v, size, root), m, v]
-    for stream, (state, new) in enumerate(zip(states, rows, strict=True)):
-        _write(state, new, class_ids, step, seed, stream)
+        size, root = lr / (1 - beta1**update.step), 1 / math.sqrt(1 - beta2**update.step)
+        return [moved(w, m, v, size, root), m, v]
+
+    _take(update, [update.weight, exp_avg, exp_avg_sq], idle, step)
