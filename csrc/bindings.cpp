@@ -85,9 +85,11 @@ auto with_statistics_type(const Tensor& input, F&& run) {
 }
 
 struct MarginInputs {
-  MarginInputs(const Tensor& input, const Tensor& weight, const Tensor& labels, double scale)
+  MarginInputs(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& class_ids,
+               const Tensor& labels, double scale)
       : input(with_contiguous_rows(input)),
         weight(with_contiguous_rows(weight)),
+        class_ids(class_ids ? class_ids->contiguous() : Tensor()),
         labels(labels.contiguous()),
         statistics(
             input.options().dtype(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)),
@@ -97,20 +99,28 @@ struct MarginInputs {
         "labels must be int64 (N, K), got ", labels.scalar_type(), " ", labels.sizes());
     TORCH_CHECK_VALUE(input.size(1) == weight.size(1),
                       "input and weight differ in D: ", input.sizes(), " and ", weight.sizes());
+    TORCH_CHECK_VALUE(!class_ids || class_ids->dim() == 1, "class_ids must be int64 (S,)");
   }
+  int64_t classes() const { return class_ids.defined() ? class_ids.numel() : weight.size(0); }
   margin_cross_entropy::Problem problem() const {
-    return {rows_of(input), rows_of(weight), labels.const_data_ptr<int64_t>(), labels.size(1),
+    return {rows_of(input),
+            rows_of(weight),
+            class_ids.defined() ? class_ids.const_data_ptr<int64_t>() : nullptr,
+            classes(),
+            labels.const_data_ptr<int64_t>(),
+            labels.size(1),
             scale};
   }
-  Tensor input, weight, labels;
+  Tensor input, weight, class_ids, labels;
   at::TensorOptions statistics;
   double scale;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> margin_forward(const Tensor& input, const Tensor& weight,
+                                                          const std::optional<Tensor>& class_ids,
                                                           const Tensor& labels, double scale,
                                                           bool needs_input_grad) {
-  const MarginInputs in(input, weight, labels, scale);
+  const MarginInputs in(input, weight, class_ids, labels, scale);
   const int64_t n = input.size(0);
   Tensor lse = at::empty({n}, in.statistics.dtype(at::kDouble)),
          most = at::empty({n}, in.statistics);
@@ -127,21 +137,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> margin_forward(const Tensor& input, c
 }
 
 std::tuple<Tensor, Tensor> margin_backward(const Tensor& input, const Tensor& weight,
+                                           const std::optional<Tensor>& class_ids,
                                            const Tensor& labels, const Tensor& negative_lse,
                                            const Tensor& mean_center,
                                            const Tensor& grad_negative_lse,
                                            const Tensor& grad_target_cosine, double scale,
                                            bool needs_input_grad, bool needs_weight_grad) {
-  const MarginInputs in(input, weight, labels, scale);
+  const MarginInputs in(input, weight, class_ids, labels, scale);
   TORCH_CHECK_VALUE(!needs_input_grad || mean_center.sizes() == input.sizes(),
                     "mean_center must be of input's shape, got ", mean_center.sizes());
-  const auto empty = [](bool wanted, const Tensor& like) {
-    return wanted
-               ? at::empty(like.sizes(), like.options().memory_format(at::MemoryFormat::Contiguous))
-               : at::empty({0}, like.options());
+  const auto empty = [&](bool wanted, int64_t rows, const Tensor& like) {
+    return wanted ? at::empty({rows, like.size(1)},
+                              like.options().memory_format(at::MemoryFormat::Contiguous))
+                  : at::empty({0}, like.options());
   };
-  Tensor grad_input = empty(needs_input_grad, input),
-         grad_weight = empty(needs_weight_grad, weight);
+  Tensor grad_input = empty(needs_input_grad, input.size(0), input),
+         grad_weight = empty(needs_weight_grad, in.classes(), weight);
   advise_huge_pages(grad_weight);
   const Tensor lse = negative_lse.contiguous(), mean = mean_center.contiguous(),
                grad_lse = grad_negative_lse.contiguous(),

@@ -39,7 +39,8 @@ margin_cross_entropy::Problem margin_problem(const Array<T>& input, const Array<
       weight.shape(0) < 1) {
     throw py::value_error("input (N, D), weight (C, D) and labels (N, K) do not fit together");
   }
-  return {rows_of(input), rows_of(weight), labels.data(), labels.shape(1), scale};
+  return {rows_of(input), rows_of(weight), nullptr, weight.shape(0), labels.data(), labels.shape(1),
+          scale};
 }
 
 template <class T>

@@ -14,24 +14,33 @@ def margin_samples():
         x = torch.randn(6, 8, dtype=dtype, requires_grad=True)
         w = torch.randn(9, 8, dtype=dtype, requires_grad=True)
         labels = torch.tensor([[0, 1], [8, -1], [-1, -1], [3, 4], [5, 0], [7, 2]])
-        yield (x, w, labels, 64.0, True, "cpu")
-        yield (x.detach(), w, labels[:, :1], 32.0, False, "cpu")
+        yield (x, w, None, labels, 64.0, True, "cpu")
+        yield (
+            x.detach(),
+            w,
+            torch.tensor([0, 2, 3, 4, 5, 6, 7, 8]),
+            labels[:, :1] % 8,
+            32.0,
+            False,
+            "cpu",
+        )
 
 
 @pytest.mark.parametrize("sample", list(margin_samples()))
 def test_margin_cross_entropy(sample):
     opcheck(ops.margin_cross_entropy_forward.default, sample)
-    x, w, labels, scale, needs_input_grad, impl = (
+    x, w, class_ids, labels, scale, needs_input_grad, impl = (
         v.detach() if isinstance(v, torch.Tensor) else v for v in sample
     )
     lse, _, cosine, mean = ops.margin_cross_entropy_forward(
-        x, w, labels, scale, needs_input_grad, impl
+        x, w, class_ids, labels, scale, needs_input_grad, impl
     )
     opcheck(
         ops.margin_cross_entropy_backward.default,
         (
             x,
             w,
+            class_ids,
             labels,
             lse,
             mean,
@@ -49,7 +58,7 @@ def test_margin_cross_entropy(sample):
 def test_margin_cross_entropy_targets(weighted):
     target = torch.tensor([[0, 1], [2, 2], [-100, -100]])
     weight = torch.tensor([[0.5, 0.5], [0.1, 0.9], [0, 0]]) if weighted else None
-    sample = (target if weighted else target[:, 0], weight, 3, -100)
+    sample = (target if weighted else target[:, 0], weight, None, 3, -100)
     opcheck(ops.margin_cross_entropy_targets.default, sample)
 
 

@@ -61,6 +61,29 @@ constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kTaskWork = int64_t(1) << 21;
 constexpr double kNormMin = 1e-12;  // as in reference.py
 
+const void* center_at(const Problem& p, int64_t j) {
+  return row_at(p.weight, p.class_ids ? p.class_ids[j] : j);
+}
+
+// Before anything is read through them.
+void check(const Problem& p) {
+  for (int64_t j = 0; p.class_ids && j < p.classes; ++j) {
+    const int64_t id = p.class_ids[j];
+    if (id < 0 || id >= p.weight.rows || (j > 0 && id <= p.class_ids[j - 1])) {
+      throw std::out_of_range("class_ids must rise strictly in [0, " +
+                              std::to_string(p.weight.rows) + "), got " + std::to_string(id) +
+                              " at " + std::to_string(j));
+    }
+  }
+  for (int64_t i = 0; i < p.input.rows * p.labels_per_row; ++i) {
+    if (p.labels[i] < -2 || p.labels[i] >= p.classes) {
+      throw std::out_of_range("labels must be in [-2, " + std::to_string(p.classes) + "), got " +
+                              std::to_string(p.labels[i]) + " in row " +
+                              std::to_string(i / p.labels_per_row));
+    }
+  }
+}
+
 int64_t task_count(const Runtime& runtime, int64_t work) {
   return std::clamp<int64_t>(work / kTaskWork, 1, kTasksPerThread * runtime.threads);
 }
@@ -81,13 +104,6 @@ struct Embeddings {
     const int64_t k = p.labels_per_row;
     for (int64_t i = 0; i < p.input.rows; ++i) {
       const int64_t* labels = p.labels + i * k;
-      for (int64_t l = 0; l < k; ++l) {
-        if (labels[l] < -2 || labels[l] >= p.weight.rows) {
-          throw std::out_of_range("labels must be in [-2, " + std::to_string(p.weight.rows) +
-                                  "), got " + std::to_string(labels[l]) + " in row " +
-                                  std::to_string(i));
-        }
-      }
       if (std::any_of(labels, labels + k, [](int64_t l) { return l != -1; })) source.push_back(i);
     }
     unit = Buffer<T>(count() * dim);
@@ -124,33 +140,32 @@ std::vector<Packed<T>> pack_blocks(const Embeddings<T>& x, Range rows, bool tran
   return blocks;
 }
 
-// A tile of centres as T, with their inverse norms. Centres that are T already are not copied.
+// A tile of centres as T, with their inverse norms. Centres that are T already, one after the
+// other, are not copied.
 template <class T>
 class Centers {
  public:
   Centers(const Problem& p, const Loops<T>& loops)
-      : weight_(p.weight),
+      : p_(p),
         loops_(loops),
-        copies_(p.weight.dtype != dtype_of<T>),
-        copy_(copies_ ? std::min(kTile, p.weight.rows) * p.weight.cols : 0),
-        inverse_(std::min(kTile, p.weight.rows)) {}
+        copies_(p.class_ids || p.weight.dtype != dtype_of<T>),
+        copy_(copies_ ? std::min(kTile, p.classes) * p.weight.cols : 0),
+        inverse_(std::min(kTile, p.classes)) {}
 
   void read(int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
-      T* copy = copy_.get() + (j - begin) * weight_.cols;
-      if (copies_) loops_.load(row_at(weight_, j), weight_.dtype, copy, weight_.cols);
+    const int64_t dim = p_.weight.cols;
+    for (int64_t j = begin; copies_ && j < end; ++j) {
+      loops_.load(center_at(p_, j), p_.weight.dtype, copy_.get() + (j - begin) * dim, dim);
     }
-    data_ = copies_ ? copy_.get() : static_cast<const T*>(row_at(weight_, begin));
-    for (int64_t j = 0; j < end - begin; ++j) {
-      inverse_[j] = inverse_norm(loops_, row(j), weight_.cols);
-    }
+    data_ = copies_ ? copy_.get() : static_cast<const T*>(center_at(p_, begin));
+    for (int64_t j = 0; j < end - begin; ++j) inverse_[j] = inverse_norm(loops_, row(j), dim);
   }
-  int64_t stride() const { return copies_ ? weight_.cols : weight_.stride; }
+  int64_t stride() const { return copies_ ? p_.weight.cols : p_.weight.stride; }
   const T* row(int64_t j) const { return data_ + j * stride(); }
   double inverse(int64_t j) const { return inverse_[j]; }
 
  private:
-  Rows weight_;
+  const Problem& p_;
   const Loops<T>& loops_;
   bool copies_;
   Buffer<T> copy_;
@@ -260,7 +275,7 @@ class Targets {
     for_labels_in(p_.labels + source * k, k, begin, end, [&](int64_t j, int64_t l) {
       if (!loaded) loops_.load(row_at(p_.input, source), p_.input.dtype, embedding_.get(), dim);
       loaded = true;
-      loops_.load(row_at(p_.weight, begin + j), p_.weight.dtype, center_.get(), dim);
+      loops_.load(center_at(p_, begin + j), p_.weight.dtype, center_.get(), dim);
       const double xw = loops_.dot_double(embedding(), center(), dim);
       const double xx = loops_.dot_double(embedding(), embedding(), dim);
       const double ww = loops_.dot_double(center(), center(), dim);
@@ -280,6 +295,7 @@ class Targets {
 template <class T>
 void forward(const Problem& p, const Runtime& runtime, double* negative_lse, T* negative_max,
              double* target_cosine, T* mean_center) {
+  check(p);
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
   const int64_t k = p.labels_per_row, dim = p.input.cols;
   std::fill_n(negative_lse, p.input.rows, 0.0);
@@ -294,9 +310,9 @@ void forward(const Problem& p, const Runtime& runtime, double* negative_lse, T* 
   // rows; each row group reads all centres: so there are as many class groups as memory allows.
   const int64_t partial_bytes = x.count() * dim * int64_t(sizeof(T));
   const int64_t most_groups =
-      mean_center ? std::max<int64_t>(1, kPartialBytes / partial_bytes) : p.weight.rows;
-  const int64_t class_groups = std::min({task_count(runtime, x.count() * p.weight.rows * dim),
-                                         most_groups, ceil_div(p.weight.rows, kTile / 8)});
+      mean_center ? std::max<int64_t>(1, kPartialBytes / partial_bytes) : p.classes;
+  const int64_t class_groups = std::min({task_count(runtime, x.count() * p.classes * dim),
+                                         most_groups, ceil_div(p.classes, kTile / 8)});
   const int64_t row_groups =
       std::clamp<int64_t>(runtime.threads / class_groups, 1, ceil_div(x.count(), kBlock / 8));
   std::vector<std::vector<Packed<T>>> blocks(static_cast<size_t>(row_groups));
@@ -306,7 +322,7 @@ void forward(const Problem& p, const Runtime& runtime, double* negative_lse, T* 
   std::vector<std::unique_ptr<Partial<T>>> partials(size_t(class_groups * row_groups));
   runtime.parallel(int(partials.size()), [&](int task) {
     const Range rows = part_of(x.count(), row_groups, task / class_groups);
-    const Range classes = part_of(p.weight.rows, class_groups, task % class_groups);
+    const Range classes = part_of(p.classes, class_groups, task % class_groups);
     partials[task] =
         std::make_unique<Partial<T>>(rows.end - rows.begin, dim, mean_center != nullptr);
     scan_classes(p, loops, x, rows, blocks[task / class_groups], classes, *partials[task]);
@@ -334,7 +350,7 @@ void forward(const Problem& p, const Runtime& runtime, double* negative_lse, T* 
         }
         negative_max[out] = most;
         negative_lse[out] = sum == 0 ? double(most) : p.scale * most + std::log(sum);
-        targets.visit(out, 0, p.weight.rows,
+        targets.visit(out, 0, p.classes,
                       [&](int64_t, int64_t l, double xw, double x, double w) {
                         target_cosine[out * k + l] =
                             xw / (x * w);  // exactly ±1 for parallel vectors where D = 1
@@ -362,7 +378,7 @@ void input_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T>
   const T spread = T(p.scale * grad_negative_lse[out]);
   for (int64_t d = 0; d < dim; ++d) gradient[d] = spread * mean_center[out * dim + d];
   loops.axpy_scale(gradient, -loops.dot(gradient, x.row(i), dim), x.row(i), x.inverse[i], dim);
-  targets.visit(out, 0, p.weight.rows, [&](int64_t, int64_t l, double xw, double x, double w) {
+  targets.visit(out, 0, p.classes, [&](int64_t, int64_t l, double xw, double x, double w) {
     const double g = grad_target_cosine[out * p.labels_per_row + l] / (x * w);
     loops.add_tangent(gradient, g, targets.center(), xw / (x * x), targets.embedding(), dim);
   });
@@ -442,6 +458,7 @@ template <class T>
 void backward(const Problem& p, const Runtime& runtime, const double* negative_lse,
               const T* mean_center, const double* grad_negative_lse,
               const double* grad_target_cosine, void* grad_input, void* grad_weight) {
+  check(p);
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
   const int64_t dim = p.input.cols;
   const Embeddings<T> x(p, loops);
@@ -463,11 +480,11 @@ void backward(const Problem& p, const Runtime& runtime, const double* negative_l
   if (grad_weight) {
     if (x.count() == 0) {
       std::fill_n(static_cast<char*>(grad_weight),
-                  size_t(p.weight.rows * dim) * bytes(p.weight.dtype), char(0));
+                  size_t(p.classes * dim) * bytes(p.weight.dtype), char(0));
       return;
     }
-    const int64_t tasks = std::min(task_count(runtime, x.count() * p.weight.rows * dim),
-                                   ceil_div(p.weight.rows, kTile / 8));
+    const int64_t tasks = std::min(task_count(runtime, x.count() * p.classes * dim),
+                                   ceil_div(p.classes, kTile / 8));
     const Softmax<T> softmax(p, x, negative_lse, grad_negative_lse);
     for (int64_t i = 0; i < x.count(); ++i) {  // a row without a gradient may hold NaN
       if (softmax.spread[i] == 0) std::fill_n(x.unit.get() + i * dim, dim, T(0));
@@ -476,7 +493,7 @@ void backward(const Problem& p, const Runtime& runtime, const double* negative_l
     const std::vector<Packed<T>> blocks = pack_blocks(x, rows, false),
                                  transposed = pack_blocks(x, rows, true);
     runtime.parallel(int(tasks), [&](int task) {
-      weight_gradient(p, loops, x, blocks, transposed, softmax, part_of(p.weight.rows, tasks, task),
+      weight_gradient(p, loops, x, blocks, transposed, softmax, part_of(p.classes, tasks, task),
                       grad_target_cosine, grad_weight);
     });
   }

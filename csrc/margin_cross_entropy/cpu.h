@@ -9,10 +9,12 @@
 namespace synface::margin_cross_entropy {
 
 struct Problem {
-  Rows input;             // (N, D)
-  Rows weight;            // (C, D)
-  const int64_t* labels;  // (N, K) contiguous; −1 where absent, −2 where the label's
-                          // centre is not in weight; a row of −1 is ignored
+  Rows input;                // (N, D)
+  Rows weight;               // (C, D)
+  const int64_t* class_ids;  // (S,) rising rows of weight that take part; null: all, S = C
+  int64_t classes;           // S
+  const int64_t* labels;     // (N, K) in [0, S); −1 where absent, −2 where the label's centre is
+                             // elsewhere; a row of −1 is ignored
   int64_t labels_per_row;
   double scale;
 };
@@ -24,7 +26,7 @@ template <class T>
 void forward(const Problem& problem, const Runtime& runtime, double* negative_lse, T* negative_max,
              double* target_cosine, T* mean_center);
 
-// grad_input (N, D) and grad_weight (C, D) are contiguous, of their inputs' dtypes; either may be
+// grad_input (N, D) and grad_weight (S, D) are contiguous, of their inputs' dtypes; either may be
 // null: then it is not computed. mean_center is read for grad_input alone.
 template <class T>
 void backward(const Problem& problem, const Runtime& runtime, const double* negative_lse,

@@ -459,13 +459,13 @@ def test_only_what_is_asked_for_is_computed():
     x, w, target, _, _ = problem(4, 9, 8, 1, torch.float32)
     labels = target[:, None]
     op = torch.ops.synface_kernels
-    out = op.margin_cross_entropy_forward(x, w, labels, 64.0, False, "cpu")
+    out = op.margin_cross_entropy_forward(x, w, None, labels, 64.0, False, "cpu")
     assert out[3].shape == (0,)
     g = torch.ones(4, dtype=torch.float64)
-    out = op.margin_cross_entropy_forward(x, w, labels, 64.0, True, "cpu")
+    out = op.margin_cross_entropy_forward(x, w, None, labels, 64.0, True, "cpu")
     for needs in itertools.product((False, True), repeat=2):
         grads = op.margin_cross_entropy_backward(
-            x, w, labels, out[0], out[3], g, g[:, None], 64.0, *needs, "cpu"
+            x, w, None, labels, out[0], out[3], g, g[:, None], 64.0, *needs, "cpu"
         )
         assert [tuple(v.shape) for v in grads] == [
             tuple(v.shape) if need else (0,) for v, need in zip((x, w), needs, strict=True)
@@ -483,6 +483,92 @@ def test_no_second_derivative():
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         grad.sum().backward()
+
+
+def sampled(c: int, share: float = 0.3) -> Tensor:
+    """Some of C classes, the first and the last among them."""
+    ids = torch.rand(c, generator=torch.Generator().manual_seed(c)) < share
+    ids[[0, -1]] = True
+    return ids.nonzero().squeeze(1)
+
+
+@pytest.mark.parametrize("mix", ["joint", "separate"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("isa", ISAS)
+def test_class_ids_give_the_bits_of_the_rows_that_they_name(isa, dtype, mix, monkeypatch):
+    monkeypatch.setenv("SYNFACE_CPU_ISA", isa)
+    for n, c, d, k in ((64, 4097, 129, 3), (7, 2000, 8, 1), (5, 9, 1, 2), (1, 1, 4, 1)):
+        x, w, _, t, upstream = problem(n, c, d, k, dtype)
+        ids = sampled(c)
+        target = torch.randint(0, len(ids), (n, k) if k > 1 else (n,))
+        results = []
+        for impl, weight, class_ids in (
+            ("cpu", w, ids),
+            ("cpu", w[ids], None),
+            ("reference", w, ids),
+            ("reference", w[ids], None),
+        ):
+            loss, dx, dw = run(
+                x, weight, target, t, upstream, dtype, mix=mix, class_ids=class_ids, impl=impl
+            )
+            if class_ids is not None:
+                assert dw.is_coalesced()
+                assert dw.shape == w.shape
+                assert torch.equal(dw.indices()[0], ids)
+                dw = dw.values()
+            results.append((loss, dx, dw))
+        for with_ids, of_rows in (results[:2], results[2:]):
+            for a, e in zip(with_ids, of_rows, strict=True):
+                assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_a_step_on_sampled_classes(impl):
+    x, w, target, _, _ = problem(20, 500, 16, 1, torch.float64)
+    target[3] = -100
+    ids, places = sk.sample_classes(target, 500, 60, torch.Generator().manual_seed(1))
+    weight = w.clone().requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    for scale in (1, 2):  # two losses of one step
+        (scale * sk.margin_cross_entropy(x, weight, places, class_ids=ids, impl=impl)).backward()
+    optimizer.step()
+    rows = w[ids].requires_grad_()
+    (grad,) = torch.autograd.grad(sk.margin_cross_entropy(x, rows, places, impl="reference"), rows)
+    torch.testing.assert_close(weight.detach()[ids], w[ids] - 0.3 * grad)
+    others = torch.ones(500, dtype=torch.bool).index_fill(0, ids, False)
+    assert torch.equal(weight.detach()[others], w[others])
+    loss = sk.margin_cross_entropy(x, weight, places, class_ids=ids, impl=impl)
+    (grad,) = torch.autograd.grad(loss, weight)
+    before = weight.detach().clone()
+    with torch.no_grad():
+        sk.row_sgd_(weight, grad.values(), ids, lr=0.1)
+    torch.testing.assert_close(weight.detach(), before - 0.1 * grad.to_dense())
+
+
+GATHERED = """
+import torch, synface_kernels as sk
+def status(key):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith(key)) / 1024
+n, c, d = 8, 120_000, 512
+x, w = torch.randn(n, d), torch.randn(c, d)
+ids = torch.arange(0, c, 2)
+t = torch.randint(0, len(ids), (n,))
+sk.margin_cross_entropy(x, w[:9], t * 0, class_ids=ids[:2])
+with open("/proc/self/clear_refs", "w") as f:
+    f.write("5")
+before = status("VmRSS")
+sk.margin_cross_entropy(x, w, t, class_ids=ids)
+print(status("VmHWM") - before, len(ids) * d * 4 / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_sampled_rows_are_not_gathered():
+    done = subprocess.run([sys.executable, "-c", GATHERED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, gathered = map(float, done.stdout.split())
+    assert peak < gathered / 4
 
 
 MEMORY = """
@@ -538,6 +624,24 @@ def test_compile_fullgraph():
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_compile_fullgraph_with_class_ids(impl):
+    x, w, target, _, _ = problem(8, 40, 16, 1, torch.float32)
+    x, w = x.float().requires_grad_(), w.float().requires_grad_()
+
+    def step(x, w, target, ids):
+        return sk.margin_cross_entropy(x, w, target, class_ids=ids, impl=impl)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for num_sampled in (12, 17):
+        ids, places = sk.sample_classes(target, 40, num_sampled)
+        dx, dw = torch.autograd.grad(compiled(x, w, places, ids), (x, w))
+        assert not dw.is_sparse
+        expected = torch.autograd.grad(step(x, w, places, ids), (x, w))
+        torch.testing.assert_close(dx, expected[0])
+        torch.testing.assert_close(dw, expected[1].to_dense())
+
+
 def test_export():
     class Loss(torch.nn.Module):
         def forward(self, x, w, target):
@@ -569,13 +673,13 @@ T2, TW = torch.tensor([[0, 1]] * 4), torch.tensor([[0.5, 0.5]] * 4)
         ((X.int(), W, T), {}, ValueError, "input must be .* got int32"),
         ((X.double(), W, T), {}, ValueError, "both be float64"),
         ((X, W[:0], T), {}, ValueError, "at least one class"),
-        ((X, W, torch.tensor([0, 1, 5, 2])), {}, ValueError, r"\[0, 5\).* got 5 in row 2"),
-        ((X, W, torch.tensor([0, -1, 0, 2])), {}, ValueError, "got -1 in row 1"),
+        ((X, W, torch.tensor([0, 1, 5, 2])), {}, ValueError, r"\[0, 5\).* got 5 at 2"),
+        ((X, W, torch.tensor([0, -1, 0, 2])), {}, ValueError, "got -1 at 1"),
         ((X, W, T2), {}, ValueError, "target_weight .* is required"),
         ((X, W, T), {"target_weight": TW}, ValueError, "target_weight must be"),
         ((X, W, T2), {"target_weight": TW[:, :1]}, ValueError, "target_weight must be"),
         ((X, W, T2), {"target_weight": TW.long()}, ValueError, "floating point"),
-        ((X, W, T2), {"target_weight": TW * 0.9}, ValueError, "sum to 1 .* got 0.9 in row 0"),
+        ((X, W, T2), {"target_weight": TW * 0.9}, ValueError, "sum to 1 .* got 0.89"),
         ((X, W, T2), {"target_weight": torch.tensor([[1.5, -0.5]] * 4)}, ValueError, "got -0.5"),
         ((X, W, T2), {"target_weight": TW * math.nan}, ValueError, "finite"),
         ((X, W, T2), {"target_weight": TW.clone().requires_grad_()}, ValueError, "no gradient"),
@@ -586,7 +690,27 @@ T2, TW = torch.tensor([[0, 1]] * 4), torch.tensor([[0.5, 0.5]] * 4)
         ((X, W, T), {"mix": "sum"}, ValueError, "mix must be"),
         ((X, W, T), {"impl": "cuda"}, ValueError, "impl must be one of .* got 'cuda'"),
         ((X, W, T), {"impl": "triton"}, RuntimeError, "impl='triton' .* cannot run here: runs on"),
-        ((X, W, T), {"class_ids": T}, NotImplementedError, "class_ids is not built yet"),
+        ((X, W, T), {"class_ids": [0, 1]}, TypeError, "class_ids must be a tensor, got list"),
+        ((X, W, T), {"class_ids": T.int()}, ValueError, "class_ids must be int64 .* got int32"),
+        (
+            (X, W, T),
+            {"class_ids": T[None]},
+            ValueError,
+            r"of shape \(S,\), S ≥ 1, got int64 \(1, 4",
+        ),
+        ((X, W, T), {"class_ids": T[:0]}, ValueError, "S ≥ 1, got int64"),
+        ((X, W, T), {"class_ids": T.to("meta")}, ValueError, "class_ids must be on input's device"),
+        ((X, W, T), {"class_ids": T + 2}, ValueError, r"class_ids must be in \[0, 5\), got 5 at 3"),
+        ((X, W, T), {"class_ids": T - 1}, ValueError, "class_ids must be .* got -1 at 0"),
+        ((X, W, T), {"class_ids": T.flip(0)}, ValueError, "class_ids must rise strictly, got 2"),
+        ((X, W, T), {"class_ids": T // 2}, ValueError, "class_ids must rise strictly, got 0"),
+        (
+            (X, W, T),
+            {"class_ids": T[:3]},
+            ValueError,
+            r"target must be in \[0, 3\), a place in class_ids, which must hold every label, .*"
+            "got 3 at 3",
+        ),
         ((X, W, T), {"group": object()}, NotImplementedError, "group is not built yet"),
         ((X, W, T), {"class_start": 3}, NotImplementedError, "class_start is not built yet"),
         ((X, W, T), {"label_smoothing": 0.1}, NotImplementedError, "label_smoothing is not built"),
@@ -654,11 +778,12 @@ def test_numpy_binding_agrees(isa, dtype, monkeypatch):
     target[4] = -1
     op = torch.ops.synface_kernels
     as_torch = [torch.from_numpy(v) for v in (x, w)]
-    expected = op.margin_cross_entropy_forward(*as_torch, target, 64.0, True, "cpu")
+    expected = op.margin_cross_entropy_forward(*as_torch, None, target, 64.0, True, "cpu")
     actual = synface_kernels.numpy.margin_cross_entropy_forward(x, w, target.numpy(), 64.0, True)
     gc = np.stack([g, -g], 1)
     expected += op.margin_cross_entropy_backward(
         *as_torch,
+        None,
         target,
         expected[0],
         expected[3],
@@ -681,7 +806,7 @@ def test_numpy_binding_agrees(isa, dtype, monkeypatch):
 def test_numpy_bad_input():
     x, w = np.zeros((3, 4), np.float32), np.zeros((5, 4), np.float32)
     labels = np.array([[0], [1], [5]])
-    with pytest.raises(IndexError, match=r"labels must be in \[-1, 5\), got 5 in row 2"):
+    with pytest.raises(IndexError, match=r"labels must be in \[-2, 5\), got 5 in row 2"):
         synface_kernels.numpy.margin_cross_entropy_forward(x, w, labels)
     with pytest.raises(
         ValueError, match="both be float32 or both float64, got float32 and float64"

@@ -34,7 +34,7 @@ def launch(capability: int) -> None:
             labels = torch.empty((n, k), dtype=torch.int64, device="meta")
             for precision in ("ieee", "tf32") if weight_dtype == torch.float32 else ("ieee",):
                 with mock.patch.object(kernel_triton, "_float32_precision", return_value=precision):
-                    kernel_triton.forward(x, w, labels, 64.0, False)
+                    kernel_triton.forward(x, w, None, labels, 64.0, False)
             for scale in (64.0, 128.0):
-                lse, _, cosine, mean = kernel_triton.forward(x, w, labels, scale, True)
-            kernel_triton.backward(x, w, labels, lse, mean, lse, cosine, 64.0, True, True)
+                lse, _, cosine, mean = kernel_triton.forward(x, w, None, labels, scale, True)
+            kernel_triton.backward(x, w, None, labels, lse, mean, lse, cosine, 64.0, True, True)

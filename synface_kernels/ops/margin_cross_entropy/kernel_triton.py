@@ -2,8 +2,8 @@
 
 Two designs share the arithmetic on a block of logits:
 
-- *fused* (`_forward_fused`): no gradient of the input is asked for. The product runs inside the
-  kernel and logits never reach device memory.
+- *fused* (`_forward_fused`): no gradient of the input is asked for, and weight is taken
+  as it is. The product runs inside the kernel and logits never reach device memory.
 - *tiled* (training): cuBLAS writes the float32 logits of one tile of classes into a reused
   workspace, one kernel turns them into the second product's factor, and cuBLAS takes that product.
 
@@ -307,15 +307,21 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def forward(
-    input: Tensor, weight: Tensor, labels: Tensor, scale: float, needs_input_grad: bool
+    input: Tensor,
+    weight: Tensor,
+    class_ids: Tensor | None,
+    labels: Tensor,
+    scale: float,
+    needs_input_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Statistics of the classes that are not a row's labels.
 
     Args:
         input: (N, D), weight: (C, D); float32, bfloat16 or float16, on one CUDA device (or on the
             CPU in Triton's interpreter). Where their dtypes differ, both are taken as float32.
-        labels: (N, K) int64, distinct within a row, −1 where absent, −2 where a label's centre is
-            not in weight.
+        class_ids: (S,) int64 rows of weight that take part; None: all, S = C.
+        labels: (N, K) int64 in [0, S), distinct within a row, −1 where absent, −2 where a label's
+            centre is not in weight.
         scale: of the logits.
         needs_input_grad: whether the mean centre is asked for.
 
@@ -325,10 +331,10 @@ def forward(
         labels are all the classes.
 
     Memory above inputs and outputs, in bytes:
-        without the mean centre 4·C + 8·N·(splits + 1), splits ≤ ⌈4·SMs/⌈N/128⌉⌉; with it
-        max(64 MiB, 128 classes) of tile at (4·N + 2·N [bfloat16] + 4·D [float16 or mixed
-        dtypes] + 4) per class, and O(N·D). An input or weight whose rows are not contiguous is
-        copied.
+        without the mean centre 4·C + 8·N·(splits + 1), splits ≤ ⌈4·SMs/⌈N/128⌉⌉; with it, or with
+        class_ids, max(64 MiB, 128 classes) of tile at (4·N + 2·N [bfloat16] + 4·D [float16 or mixed
+        dtypes] + 4 + a row of weight [class_ids]) per class, and O(N·D). An input or weight whose
+        rows are not contiguous is copied.
 
     Raises:
         ValueError: for float64, which has no kernel here.
@@ -342,13 +348,17 @@ def forward(
         return torch.empty_like(input_r), torch.empty_like(input_r), target_cosine, mean_center
     with _on_device_of(input):
         _launch(
-            _target_cosines_kernel, (n,), input, weight, labels, target_cosine, input.stride(0),
-            weight.stride(0), D=d, K=labels.shape[1], **_one_row_config(d),
+            _target_cosines_kernel, (n,), input, weight, _label_rows(labels, class_ids),
+            target_cosine, input.stride(0), weight.stride(0), D=d, K=labels.shape[1],
+            **_one_row_config(d),
         )  # fmt: skip
         # As in backward: a last bit more or less in r_i, times the scale, is in every probability.
         _inverse_norms(input, input_r)
-        if needs_input_grad or weight.dtype != _product_dtypes(input, weight)[0]:
-            statistics = _forward_tiled(input, weight, labels, input_r, scale, needs_input_grad)
+        cast = weight.dtype != _product_dtypes(input, weight)[0]
+        if needs_input_grad or cast or class_ids is not None:
+            statistics = _forward_tiled(
+                input, weight, class_ids, labels, input_r, scale, needs_input_grad
+            )
         else:
             statistics = _forward_fused(input, weight, labels, input_r, scale)
         negative_lse, negative_max, mean_center = statistics
@@ -402,14 +412,17 @@ def _forward_fused(
 def _forward_tiled(
     input: Tensor,
     weight: Tensor,
+    class_ids: Tensor | None,
     labels: Tensor,
     input_r: Tensor,
     scale: float,
     needs_mean_center: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (n, d), c = input.shape, weight.shape[0]
+    n, d = input.shape
     product, factor = _product_dtypes(input, weight)
-    tile = _tile_classes(c, _bytes_per_class(input, weight))
+    tile = _tile_classes(
+        _count(weight, class_ids), _bytes_per_class(input, weight, class_ids is not None)
+    )
     config = _tile_config(n)
     row_blocks = triton.cdiv(n, config["BLOCK_N"])
     chunks = min(triton.cdiv(tile, config["BLOCK_C"]), triton.cdiv(1024, row_blocks))
@@ -424,9 +437,9 @@ def _forward_tiled(
     total = torch.zeros_like(maximum)
     mean_center = input_r.new_zeros((n, d) if needs_mean_center else 0)
     part = torch.empty_like(mean_center)
-    tiles = _Tiles(input, weight, product, tile)
+    tiles = _Tiles(input, weight, class_ids, product, tile)
     probabilities = tiles.factor(factor)
-    for start, rows, weight_r in tiles:
+    for start, _, rows, weight_r in tiles:
         columns = rows.shape[0]
         for maximum_only in (True, False) if follow else (False,):
             _launch(
@@ -452,6 +465,7 @@ def _forward_tiled(
 def backward(
     input: Tensor,
     weight: Tensor,
+    class_ids: Tensor | None,
     labels: Tensor,
     negative_lse: Tensor,
     mean_center: Tensor,
@@ -464,12 +478,13 @@ def backward(
     """Gradients from those of negative_lse (N,) and target_cosine (N, K), both float32.
 
     Args:
-        input, weight, labels, scale: as in `forward`; negative_lse, mean_center: its results.
+        input, weight, class_ids, labels, scale: as in `forward`; negative_lse, mean_center: its
+            results.
         needs_input_grad, needs_weight_grad: which gradients are asked for; the input's needs the
             mean centre.
 
     Returns:
-        grad_input (N, D) in input's dtype, grad_weight (C, D) in weight's dtype; (0,) for one not
+        grad_input (N, D) in input's dtype, grad_rows (S, D) in weight's dtype; (0,) for one not
         asked for. Rows without labels give and get no gradient.
 
     Memory above the gradients: as forward's tile, and 4·D more per class for a 16-bit weight.
@@ -483,55 +498,57 @@ def backward(
     grad_negative_lse = grad_negative_lse.contiguous()
     grad_target_cosine = grad_target_cosine.contiguous()
     grad_input = input.new_empty((n, d) if needs_input_grad else 0)
-    grad_weight = weight.new_empty(weight.shape if needs_weight_grad else 0)
+    grad_rows = weight.new_empty((_count(weight, class_ids), d) if needs_weight_grad else 0)
     if n == 0:
-        return grad_input, grad_weight.zero_()
+        return grad_input, grad_rows.zero_()
     with _on_device_of(input):
         if needs_input_grad:
             _launch(
-                _grad_input_kernel, (n,), input, weight, labels, mean_center, grad_negative_lse,
-                grad_target_cosine, grad_input, input.stride(0), weight.stride(0), scale,
-                D=d, K=labels.shape[1], **_one_row_config(d),
+                _grad_input_kernel, (n,), input, weight, _label_rows(labels, class_ids),
+                mean_center, grad_negative_lse, grad_target_cosine, grad_input, input.stride(0),
+                weight.stride(0), scale, D=d, K=labels.shape[1], **_one_row_config(d),
             )  # fmt: skip
         if needs_weight_grad:
-            _fill_grad_weight(
-                grad_weight, input, weight, labels, negative_lse, grad_negative_lse,
+            _fill_grad_rows(
+                grad_rows, input, weight, class_ids, labels, negative_lse, grad_negative_lse,
                 grad_target_cosine, scale,
             )  # fmt: skip
-    return grad_input, grad_weight
+    return grad_input, grad_rows
 
 
-def _fill_grad_weight(
-    grad_weight: Tensor,
+def _fill_grad_rows(
+    grad_rows: Tensor,
     input: Tensor,
     weight: Tensor,
+    class_ids: Tensor | None,
     labels: Tensor,
     negative_lse: Tensor,
     grad_negative_lse: Tensor,
     grad_target_cosine: Tensor,
     scale: float,
 ) -> None:
-    (n, d), c = input.shape, weight.shape[0]
+    n, d = input.shape
     # What stands in a row without labels must not reach the sums over rows.
     input = torch.where((labels != -1).any(1)[:, None], input, 0)
     input_r = _inverse_norms(input, negative_lse.new_empty(n))
     product, factor = _product_dtypes(input, weight)
     x = input.to(factor)
     in_place = weight.dtype == torch.float32
-    tile = _tile_classes(c, _bytes_per_class(input, weight) + (0 if in_place else 4 * d))
+    per_class = _bytes_per_class(input, weight, class_ids is not None) + (0 if in_place else 4 * d)
+    tile = _tile_classes(grad_rows.shape[0], per_class)
     sums = None if in_place else negative_lse.new_empty((tile, d))
     config, row_config = _tile_config(n), _row_config(d)
-    tiles = _Tiles(input, weight, product, tile)
+    tiles = _Tiles(input, weight, class_ids, product, tile)
     gradient = tiles.factor(factor)
-    for start, rows, weight_r in tiles:
-        columns = rows.shape[0]
+    for start, own, _, weight_r in tiles:
+        columns = own.shape[0]
         grid = (triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(columns, config["BLOCK_C"]))
         _launch(
             _tile_gradient_kernel, grid, tiles.logits, gradient, labels, input_r, weight_r,
             negative_lse, grad_negative_lse, grad_target_cosine, n, columns, tile, start, scale,
             K=labels.shape[1], **config,
         )  # fmt: skip
-        own, out = weight[start : start + columns], grad_weight[start : start + columns]
+        out = grad_rows[start : start + columns]
         a = _mm(gradient[:, :columns].t(), x, out if sums is None else sums[:columns])
         _launch(
             _grad_weight_kernel, (triton.cdiv(columns, row_config["BLOCK_R"]),), own, weight_r, a,
@@ -542,8 +559,20 @@ def _fill_grad_weight(
 class _Tiles:
     """Tiles of classes with their logits, in buffers that serve one tile after the other."""
 
-    def __init__(self, input: Tensor, weight: Tensor, product: torch.dtype, tile: int) -> None:
-        self.input, self.weight, self.tile = input.to(product), weight, tile
+    def __init__(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        class_ids: Tensor | None,
+        product: torch.dtype,
+        tile: int,
+    ) -> None:
+        self.input, self.weight, self.class_ids, self.tile = (
+            input.to(product),
+            weight,
+            class_ids,
+            tile,
+        )
         new = torch.empty((input.shape[0] + 1, tile), dtype=torch.float32, device=input.device)
         self.logits, self.weight_r = new[:-1], new[-1]
 
@@ -551,14 +580,30 @@ class _Tiles:
         """The buffer for the second product's factor: the logits' own if the dtype allows."""
         return self.logits if dtype == torch.float32 else torch.empty_like(self.logits, dtype=dtype)
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(first class, its rows of weight in the product's dtype, their inverse norms)."""
-        for start in range(0, self.weight.shape[0], self.tile):
-            own = self.weight[start : start + self.tile]
+    def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """(first class, its rows of weight, the same in the product's dtype, inverse norms)."""
+        for start in range(0, _count(self.weight, self.class_ids), self.tile):
+            end = start + self.tile
+            if self.class_ids is None:
+                own = self.weight[start:end]
+            else:
+                own = self.weight.index_select(0, self.class_ids[start:end])
             _inverse_norms(own, self.weight_r)
             rows = own.to(self.input.dtype)
             _mm(self.input, rows.t(), self.logits[:, : rows.shape[0]])
-            yield start, rows, self.weight_r
+            yield start, own, rows, self.weight_r
+
+
+def _count(weight: Tensor, class_ids: Tensor | None) -> int:
+    """How many classes take part."""
+    return (weight if class_ids is None else class_ids).shape[0]
+
+
+def _label_rows(labels: Tensor, class_ids: Tensor | None) -> Tensor:
+    """Labels' rows of weight; what is no label stays as it is."""
+    if class_ids is None:
+        return labels
+    return torch.where(labels >= 0, class_ids[labels.clamp_min(0)], labels)
 
 
 def _inverse_norms(matrix: Tensor, out: Tensor) -> Tensor:
@@ -604,11 +649,12 @@ def _product_dtypes(input: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.d
     return product, torch.float32 if product == torch.float16 else product
 
 
-def _bytes_per_class(input: Tensor, weight: Tensor) -> int:
+def _bytes_per_class(input: Tensor, weight: Tensor, gathered: bool) -> int:
     """Of a tile: logits and inverse norms, the second factor, and copies of weight's rows."""
     n, d = input.shape
     product, factor = _product_dtypes(input, weight)
     copies = (product != weight.dtype) * product.itemsize + (factor != product) * factor.itemsize
+    copies += gathered * weight.itemsize
     return 4 * (n + 1) + (0 if factor == torch.float32 else factor.itemsize * n) + copies * d
 
 

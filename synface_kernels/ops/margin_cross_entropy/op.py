@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._check import describe
+from ..._check import describe, require
 from ..._load import library
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
 from . import reference
@@ -24,17 +24,19 @@ _ARCFACE = ArcFace()
 register(OP, {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always})
 
 library.define(
-    f"{OP}_targets(Tensor target, Tensor? target_weight, SymInt num_classes, int ignore_index) "
-    "-> (Tensor labels, Tensor label_weight)"
+    f"{OP}_targets(Tensor target, Tensor? target_weight, Tensor? class_ids, SymInt num_classes, "
+    "int ignore_index) -> (Tensor labels, Tensor label_weight)"
 )
 _FORWARD = (
-    "(Tensor input, Tensor weight, Tensor labels, float scale, bool needs_input_grad{impl})"
+    "(Tensor input, Tensor weight, Tensor? class_ids, Tensor labels, float scale, "
+    "bool needs_input_grad{impl})"
     " -> (Tensor negative_lse, Tensor negative_max, Tensor target_cosine, Tensor mean_center)"
 )
 _BACKWARD = (
-    "(Tensor input, Tensor weight, Tensor labels, Tensor negative_lse, Tensor mean_center, "
-    "Tensor grad_negative_lse, Tensor grad_target_cosine, float scale, bool needs_input_grad, "
-    "bool needs_weight_grad{impl}) -> (Tensor grad_input, Tensor grad_weight)"
+    "(Tensor input, Tensor weight, Tensor? class_ids, Tensor labels, Tensor negative_lse, "
+    "Tensor mean_center, Tensor grad_negative_lse, Tensor grad_target_cosine, float scale, "
+    "bool needs_input_grad, bool needs_weight_grad{impl}) "
+    "-> (Tensor grad_input, Tensor grad_rows)"
 )
 for _name, _schema in ((f"{OP}_forward", _FORWARD), (f"{OP}_backward", _BACKWARD)):
     library.define(_name + _schema.format(impl=", str impl"))
@@ -91,12 +93,21 @@ def margin_cross_entropy(
             together with ``weight``. They need not be normalised nor contiguous.
         weight: (C, D) class centres, likewise; C ≥ 1.
         target: (N,) int64 labels in [0, C), or (N, K) for K labels per row. A label that stands
-            twice in a row counts once, with the sum of its weights.
+            twice in a row counts once, with the sum of its weights. With ``class_ids``, labels are
+            places in it, in [0, S).
         margin: an `ArcFace` (the default), `CosFace`, `SphereFace` or `CombinedMargin`. Angles are
             in radians.
         target_weight: (N, K) weights of (N, K) targets, ≥ 0, each row summing to 1; no gradient.
         mix: how several labels per row combine, see above.
-        class_ids, group, class_start, label_smoothing: not built yet.
+        class_ids: (S,) int64, rising strictly: the rows of weight that take part in this step, as
+            if there were no others. `sample_classes` returns them together with the target as
+            places in them; they must hold every label. Rows are read where they lie. Weight's
+            gradient then is a coalesced sparse COO tensor of weight's shape with S rows: indices
+            ``class_ids``, values (S, D), which `torch.optim.SGD` takes as it is, and `row_sgd_` as
+            ids and values. (In ``weight.grad`` torch forgets that it is coalesced; what
+            `torch.autograd.grad` returns is.) Compiled by torch.compile, which cannot hold sparse
+            tensors, the gradient is dense: C·D numbers, zero but for those rows.
+        group, class_start, label_smoothing: not built yet.
         ignore_index: a label to leave out. A row of nothing else costs nothing, has loss 0 and
             gradient 0, and is not counted by the mean; beside other labels it must have weight 0.
         reduction: ``"mean"`` over the rows that count (0 if there is none), ``"sum"``, ``"none"``.
@@ -124,9 +135,8 @@ def margin_cross_entropy(
 
     Source: Deng et al., "ArcFace", CVPR 2019; Qiu et al., "SynFace", ICCV 2021, eqs. 1 and 5.
     """
-    _check(input, weight, target, margin, target_weight, mix, reduction)
+    _check(input, weight, target, margin, target_weight, mix, class_ids, reduction)
     for name, value, default in (
-        ("class_ids", class_ids, None),
         ("group", group, None),
         ("class_start", class_start, 0),
         ("label_smoothing", label_smoothing, 0.0),
@@ -137,9 +147,11 @@ def margin_cross_entropy(
 
     dtype = _statistics_dtype(input)
     labels, label_weight = torch.ops.synface_kernels.margin_cross_entropy_targets(
-        target, target_weight, weight.shape[0], ignore_index
+        target, target_weight, class_ids, weight.shape[0], ignore_index
     )
     if chosen == "reference":
+        if class_ids is not None:
+            weight = _TakenRows.apply(weight, class_ids)
         loss, lse, cosine, top1 = reference.margin_cross_entropy(
             input.to(dtype), weight.to(dtype), labels, label_weight.to(dtype), margin, mix
         )
@@ -147,7 +159,7 @@ def margin_cross_entropy(
         needs_input_grad = torch.is_grad_enabled() and input.requires_grad
         negative_lse, negative_max, cosine, _ = (
             torch.ops.synface_kernels.margin_cross_entropy_forward(
-                input, weight, labels, margin.scale, needs_input_grad, chosen
+                input, weight, class_ids, labels, margin.scale, needs_input_grad, chosen
             )
         )
         loss, lse = _target_terms(cosine, negative_lse, labels, label_weight, margin, mix)
@@ -215,6 +227,7 @@ def _check(
     margin: CombinedMargin,
     target_weight: Tensor | None,
     mix: str,
+    class_ids: Tensor | None,
     reduction: str,
 ) -> None:
     for name, tensor in (("input", input), ("weight", weight), ("target", target)):
@@ -270,7 +283,19 @@ def _check(
             )
         if target_weight.requires_grad:
             raise ValueError("target_weight gets no gradient: pass target_weight.detach()")
-    others = {"weight": weight, "target": target, "target_weight": target_weight}
+    if class_ids is not None:
+        if not isinstance(class_ids, Tensor):
+            raise TypeError(f"class_ids must be a tensor, got {describe(class_ids)}")
+        if class_ids.dtype != torch.int64 or class_ids.dim() != 1 or class_ids.shape[0] < 1:
+            raise ValueError(
+                f"class_ids must be int64 of shape (S,), S ≥ 1, got {describe(class_ids)}"
+            )
+    others = {
+        "weight": weight,
+        "target": target,
+        "target_weight": target_weight,
+        "class_ids": class_ids,
+    }
     for name, other in others.items():
         if other is not None and other.device != input.device:
             raise ValueError(
@@ -289,6 +314,7 @@ def _check(
 def _targets(
     target: Tensor,
     target_weight: Tensor | None,
+    class_ids: Tensor | None,
     num_classes: int,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
@@ -298,22 +324,26 @@ def _targets(
     """
     labels = target[:, None] if target_weight is None else target
     present = labels != ignore_index
-    outside = present & ((labels < 0) | (labels >= num_classes))
-    _require(
-        ~outside,
-        f"target must be in [0, {num_classes}) or ignore_index ({ignore_index})",
-        labels,
-    )
+    meaning = ""
+    if class_ids is not None:
+        inside = (class_ids >= 0) & (class_ids < num_classes)
+        require(inside, f"class_ids must be in [0, {num_classes})", class_ids)
+        require(class_ids.diff() > 0, "class_ids must rise strictly", class_ids[1:])
+        num_classes = class_ids.shape[0]
+        meaning = ", a place in class_ids, which must hold every label"
+    valid = (target == ignore_index) | ((target >= 0) & (target < num_classes))
+    message = f"target must be in [0, {num_classes}){meaning}, or ignore_index ({ignore_index})"
+    require(valid, message, target)
     if target_weight is None:
         weights = present.double()
     else:
         weights = target_weight.double()
         counted = present.any(1)
         valid = weights.isfinite() & (weights >= 0)
-        _require(valid | ~counted[:, None], "target_weight must be finite and ≥ 0", weights)
+        require(valid | ~counted[:, None], "target_weight must be finite and ≥ 0", weights)
         total = torch.where(present, weights, 0).sum(1)
         tolerance = 1e-4 if target_weight.dtype in (torch.float32, torch.float64) else 2e-2
-        _require(
+        require(
             ((total - 1).abs() <= tolerance) | ~counted,
             f"each row of target_weight must sum to 1 (±{tolerance:g}) over labels not ignored",
             total,
@@ -326,18 +356,13 @@ def _targets(
     return torch.where(present, labels, -1), weights
 
 
-def _require(condition: Tensor, message: str, values: Tensor) -> None:
-    """At once, naming what came, on a CPU; without waiting, on a GPU."""
-    if condition.device.type != "cpu":
-        torch._assert_async(condition.all(), message)
-    elif not bool(condition.all()):
-        where = tuple((~condition).nonzero()[0].tolist())
-        raise ValueError(f"{message}, got {values[where].item():g} in row {where[0]}")
-
-
 @torch.library.register_fake(f"synface_kernels::{OP}_targets")
 def _targets_fake(
-    target: Tensor, target_weight: Tensor | None, num_classes: int, ignore_index: int
+    target: Tensor,
+    target_weight: Tensor | None,
+    class_ids: Tensor | None,
+    num_classes: int,
+    ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     shape = (target.shape[0], 1 if target_weight is None else target.shape[1])
     return target.new_empty(shape), target.new_empty(shape, dtype=torch.float64)
@@ -347,23 +372,30 @@ def _targets_fake(
 
 
 def _forward(
-    input: Tensor, weight: Tensor, labels: Tensor, scale: float, needs_input_grad: bool, impl: str
+    input: Tensor,
+    weight: Tensor,
+    class_ids: Tensor | None,
+    labels: Tensor,
+    scale: float,
+    needs_input_grad: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if impl == "triton":
         from . import kernel_triton
 
         lse, most, cosine, mean = kernel_triton.forward(
-            input, weight, labels, scale, needs_input_grad
+            input, weight, class_ids, labels, scale, needs_input_grad
         )
         return lse.double(), most, cosine.double(), mean
     return torch.ops.synface_kernels.margin_cross_entropy_forward_cpu(
-        input, weight, labels, scale, needs_input_grad
+        input, weight, class_ids, labels, scale, needs_input_grad
     )
 
 
 def _backward(
     input: Tensor,
     weight: Tensor,
+    class_ids: Tensor | None,
     labels: Tensor,
     negative_lse: Tensor,
     mean_center: Tensor,
@@ -381,6 +413,7 @@ def _backward(
         return kernel_triton.backward(
             input,
             weight,
+            class_ids,
             labels,
             negative_lse.float(),
             mean_center,
@@ -391,6 +424,7 @@ def _backward(
     return torch.ops.synface_kernels.margin_cross_entropy_backward_cpu(
         input,
         weight,
+        class_ids,
         labels,
         negative_lse,
         mean_center,
@@ -407,7 +441,13 @@ for _key in ("CPU", "CUDA"):
 
 @torch.library.register_fake(f"synface_kernels::{OP}_forward")
 def _forward_fake(
-    input: Tensor, weight: Tensor, labels: Tensor, scale: float, needs_input_grad: bool, impl: str
+    input: Tensor,
+    weight: Tensor,
+    class_ids: Tensor | None,
+    labels: Tensor,
+    scale: float,
+    needs_input_grad: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, d = input.shape
     new = input.new_empty
@@ -424,6 +464,7 @@ def _forward_fake(
 def _backward_fake(
     input: Tensor,
     weight: Tensor,
+    class_ids: Tensor | None,
     labels: Tensor,
     negative_lse: Tensor,
     mean_center: Tensor,
@@ -434,25 +475,27 @@ def _backward_fake(
     needs_weight_grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    rows = weight if class_ids is None else class_ids
     return (
         input.new_empty(input.shape if needs_input_grad else (0,)),
-        weight.new_empty(weight.shape if needs_weight_grad else (0,)),
+        weight.new_empty((rows.shape[0], weight.shape[1]) if needs_weight_grad else (0,)),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, weight, labels, ctx.scale, _, ctx.impl = inputs
+    input, weight, class_ids, labels, ctx.scale, _, ctx.impl = inputs
     negative_lse, negative_max, _, mean_center = output
     ctx.mark_non_differentiable(negative_max, mean_center)
-    ctx.save_for_backward(input, weight, labels, negative_lse, mean_center)
+    ctx.save_for_backward(input, weight, class_ids, labels, negative_lse, mean_center)
 
 
 def _autograd(ctx: Any, grad_lse: Tensor, _: Any, grad_cosine: Tensor, __: Any) -> tuple[Any, ...]:
-    input, weight, labels, negative_lse, mean_center = ctx.saved_tensors
+    input, weight, class_ids, labels, negative_lse, mean_center = ctx.saved_tensors
     needs_input_grad, needs_weight_grad = ctx.needs_input_grad[:2]
-    grad_input, grad_weight = torch.ops.synface_kernels.margin_cross_entropy_backward(
+    grad_input, grad_rows = torch.ops.synface_kernels.margin_cross_entropy_backward(
         input,
         weight,
+        class_ids,
         labels,
         negative_lse,
         mean_center,
@@ -463,14 +506,34 @@ def _autograd(ctx: Any, grad_lse: Tensor, _: Any, grad_cosine: Tensor, __: Any) 
         needs_weight_grad,
         ctx.impl,
     )
-    return (
-        grad_input if needs_input_grad else None,
-        grad_weight if needs_weight_grad else None,
-        None,
-        None,
-        None,
-        None,
+    grad_weight = grad_rows if needs_weight_grad else None
+    if needs_weight_grad and class_ids is not None:
+        grad_weight = _scattered(class_ids, grad_rows, weight.shape)
+    return (grad_input if needs_input_grad else None, grad_weight, *[None] * 5)
+
+
+def _scattered(class_ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    """A gradient that is zero but for the rows class_ids, which were checked: sparse, but dense in
+    compiled graphs, for Inductor's passes stop at sparse tensors."""
+    if torch.compiler.is_compiling():
+        return rows.new_zeros(shape).index_copy(0, class_ids, rows)
+    return torch.sparse_coo_tensor(
+        class_ids[None], rows, shape, is_coalesced=True, check_invariants=False
     )
+
+
+class _TakenRows(torch.autograd.Function):
+    """weight[class_ids] with the kernels' sparse gradient, for the reference."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, class_ids: Tensor) -> Tensor:
+        ctx.save_for_backward(class_ids)
+        ctx.shape = weight.shape
+        return weight.index_select(0, class_ids)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _scattered(ctx.saved_tensors[0], grad, ctx.shape), None
 
 
 torch.library.register_autograd(

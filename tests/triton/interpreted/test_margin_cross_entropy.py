@@ -92,11 +92,13 @@ def dense(case: Case, dtype: torch.dtype) -> Core:
     )
 
 
-def run(case: Case) -> Core:
+def run(case: Case, class_ids: Tensor | None = None) -> Core:
     input, weight, labels, grad_lse, grad_cosine, scale = case
-    lse, maximum, cosine, mean = kernel_triton.forward(input, weight, labels, scale, True)
+    lse, maximum, cosine, mean = kernel_triton.forward(
+        input, weight, class_ids, labels, scale, True
+    )
     grads = kernel_triton.backward(
-        input, weight, labels, lse, mean, grad_lse, grad_cosine, scale, True, True
+        input, weight, class_ids, labels, lse, mean, grad_lse, grad_cosine, scale, True, True
     )
     return Core(lse, maximum, cosine, mean, *grads)
 
@@ -126,7 +128,7 @@ def check(case: Case, actual: Core | None = None) -> Core:
     actual = run(case) if actual is None else actual
     for name in Core._fields:
         assert_close(name, getattr(actual, name), getattr(exact, name), getattr(plain, name))
-    fused = kernel_triton.forward(case.input, case.weight, case.labels, case.scale, False)
+    fused = kernel_triton.forward(case.input, case.weight, None, case.labels, case.scale, False)
     assert fused[3].shape == (0,)
     for name, value in zip(Core._fields[:3], fused, strict=False):
         assert value.dtype == F32
@@ -270,11 +272,33 @@ def test_a_bad_row_spoils_its_own_statistics_only(bad: float) -> None:
     input[4, 2] = bad
     others = torch.arange(6) != 4
     for needs_input_grad in (False, True):
-        dirty = kernel_triton.forward(input, case.weight, case.labels, 64.0, needs_input_grad)
+        dirty = kernel_triton.forward(input, case.weight, None, case.labels, 64.0, needs_input_grad)
         for name, a, b in zip(Core._fields, clean, dirty, strict=False):
             if b.numel():
                 torch.testing.assert_close(a[others], b[others], rtol=1e-5, atol=1e-5)
                 assert b[4].isnan().all(), name
+
+
+# ---- some rows of weight -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32)], ids=str)
+def test_class_ids(dtypes: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_triton, "WORKSPACE_BYTES", 1)
+    case = make_case(6, 300, 16, 2, dtypes=dtypes)
+    ids = torch.randperm(700, generator=torch.Generator().manual_seed(0))[:300].sort().values
+    weight = torch.full((700, 16), math.nan, dtype=dtypes[1])  # the others are not read
+    weight[ids] = case.weight
+    expected = run(case)
+    check(case, run(case._replace(weight=weight), ids))
+    for name, a, b in zip(
+        Core._fields, run(case._replace(weight=weight), ids), expected, strict=True
+    ):
+        assert torch.equal(a, b), name
+    fused = kernel_triton.forward(case.input, weight, ids, case.labels, case.scale, False)
+    assert fused[3].shape == (0,)
+    for a, b in zip(fused[:3], expected[:3], strict=True):
+        assert torch.equal(a, b)
 
 
 # ---- layouts, sizes and what is asked for --------------------------------------------------------
@@ -283,11 +307,11 @@ def test_a_bad_row_spoils_its_own_statistics_only(bad: float) -> None:
 def test_no_rows() -> None:
     weight, labels = torch.randn(5, 3), torch.empty(0, 2, dtype=torch.int64)
     input = torch.empty(0, 3)
-    lse, maximum, cosine, mean = kernel_triton.forward(input, weight, labels, 64.0, True)
+    lse, maximum, cosine, mean = kernel_triton.forward(input, weight, None, labels, 64.0, True)
     assert [t.shape for t in (lse, maximum, cosine, mean)] == [(0,), (0,), (0, 2), (0, 3)]
-    assert kernel_triton.forward(input, weight, labels, 64.0, False)[3].shape == (0,)
+    assert kernel_triton.forward(input, weight, None, labels, 64.0, False)[3].shape == (0,)
     grad_input, grad_weight = kernel_triton.backward(
-        input, weight, labels, lse, mean, lse, cosine, 64.0, True, True
+        input, weight, None, labels, lse, mean, lse, cosine, 64.0, True, True
     )
     assert grad_input.shape == (0, 3)
     assert torch.equal(grad_weight, torch.zeros(5, 3))
@@ -300,7 +324,16 @@ def test_only_what_is_asked_for() -> None:
     for asked in ((True, False), (False, True), (False, False)):
         mean = full.mean_center if asked[0] else empty
         grads = kernel_triton.backward(
-            input, weight, labels, full.negative_lse, mean, grad_lse, grad_cosine, scale, *asked
+            input,
+            weight,
+            None,
+            labels,
+            full.negative_lse,
+            mean,
+            grad_lse,
+            grad_cosine,
+            scale,
+            *asked,
         )
         for wanted, grad, expected in zip(asked, grads, full[4:], strict=True):
             assert torch.equal(grad, expected) if wanted else grad.shape == (0,)
@@ -339,7 +372,9 @@ def test_same_answer_twice(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
     case = make_case(20, 400, 16, 3, dtypes=(dtype, dtype))
     for first, second in zip(check(case), run(case), strict=True):
         assert torch.equal(first, second)
-    fused = [kernel_triton.forward(*case[:3], case.scale, False) for _ in range(2)]
+    fused = [
+        kernel_triton.forward(*case[:2], None, case.labels, case.scale, False) for _ in range(2)
+    ]
     for first, second in zip(*fused, strict=True):
         assert torch.equal(first, second)
 
@@ -369,7 +404,7 @@ def test_float64_is_an_error(name: str) -> None:
     case = make_case(2, 3, 4, 1)
     case = case._replace(**{name: getattr(case, name).double()})
     with pytest.raises(ValueError, match=rf"{name} must be float32.*got torch.float64.*impl='cpu'"):
-        kernel_triton.forward(*case[:3], 64.0, True)
+        kernel_triton.forward(*case[:2], None, case.labels, 64.0, True)
 
 
 def test_the_workspace_is_bounded() -> None:
@@ -378,7 +413,7 @@ def test_the_workspace_is_bounded() -> None:
         for dtypes in ((F32, F32), (BF16, BF16), (F16, F16), (BF16, F32)):
             x = torch.empty(n, d, dtype=dtypes[0], device="meta")
             per_class = kernel_triton._bytes_per_class(
-                x, torch.empty(1, d, dtype=dtypes[1], device="meta")
+                x, torch.empty(1, d, dtype=dtypes[1], device="meta"), False
             )
             tile = kernel_triton._tile_classes(c, per_class)
             assert tile % 128 == 0
@@ -446,6 +481,19 @@ def test_public_function_where_all_rows_are_ignored() -> None:
     assert weight.grad is not None
     assert not input.grad.any()
     assert not weight.grad.any()
+
+
+def test_public_function_with_class_ids() -> None:
+    case = make_case(7, 129, 33, 1)
+    ids = torch.arange(0, 129, 2)
+    options = {"class_ids": ids, "margin": sk.ArcFace()}
+    case = case._replace(labels=torch.where(case.labels >= 0, case.labels // 2, -1))
+    actual = public(case, "triton", F32, None, **options)
+    exact = public(case, "reference", torch.float64, None, **options)
+    plain = public(case, "reference", F32, None, **options)
+    for i, values in enumerate(zip(actual, exact, plain, strict=True)):
+        dense_values = (v.to_dense() if v.is_sparse else v for v in values)
+        assert_close(f"output {i}", *dense_values)
 
 
 def test_public_function_without_gradients_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
