@@ -1,4 +1,4 @@
-"""The command line: synface pack | synthesize | train | eval | plan | demo | info."""
+"""The command line: synface convert | pack | synthesize | train | eval | plan | demo | info."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from rich.progress import (
 from rich.table import Table
 
 from . import checkpoint, packing
-from .data import Faces, embedded_faces, list_folder, read_folder
+from .data import Faces, convert, embedded_faces, open_images, read_folder
+from .data.images import FORMATS
 from .embeddings import read_embeddings
 from .evaluate import Verification, embed, pixel_embeddings, verify
 from .generate import open_generator
@@ -55,15 +56,29 @@ COMMAND: dict[str, tuple[type, ...]] = {
     "per_sample": (bool,),
     "holdout": (int,),
     "size": TEXT,
+    "relabel": (bool,),
 }
-UNMIXED = {"synthetic": None, "real": None, "mix_ratio": "grid", "per_sample": False}
+EARLIER = {
+    "synthetic": None,
+    "real": None,
+    "mix_ratio": "grid",
+    "per_sample": False,
+    "relabel": False,
+}
 FOLDER_SIZE = (56, 48)  # height, width: what two cores train in a minute or two
 
 DataOption = Annotated[
     Path | None,
     typer.Option(
-        help="Image folder, one sub-folder per identity. "
+        help="Image folder, one sub-folder per identity; or RecordIO, WebDataset shards, Parquet, "
+        "a folder of Hugging Face datasets. "
         "Default: the 100 real faces that scikit-image ships, with style variation."
+    ),
+]
+RelabelOption = Annotated[
+    bool,
+    typer.Option(
+        "--relabel", help="Number the labels that have images from 0 on; else gaps are an error."
     ),
 ]
 HoldoutOption = Annotated[
@@ -146,13 +161,19 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return int(parts[0]), int(parts[1])
 
 
-def _faces(data: Path | None, size: tuple[int, int] | None, grey: bool | None = None) -> Faces:
+def _faces(
+    data: Path | None,
+    size: tuple[int, int] | None,
+    grey: bool | None = None,
+    relabel: bool = False,
+) -> Faces:
     if data is None:
         if size is not None and size[0] != size[1]:
             raise ValueError(f"the embedded faces are square, got --size {size[0]}x{size[1]}")
         return embedded_faces(size=size[0]) if size else embedded_faces()
     with Bar(f"reading {data}") as bar:
-        return read_folder(data, size or FOLDER_SIZE, grey, progress=bar.files)
+        images = open_images(data, relabel)
+        return read_folder(images, size or FOLDER_SIZE, grey, progress=bar.files)
 
 
 def _ratio(text: str) -> Ratio:
@@ -175,9 +196,9 @@ def _mixed(run: dict[str, Any], workers: int) -> tuple[MixedSource, Faces]:
     embedded, size = run["synthetic"] == EMBEDDED, _size(run["size"])
     if not embedded and Path(run["synthetic"]).resolve() == Path(run["real"]).resolve():
         raise ValueError(f"--synthetic and --real are the same folder, {run['real']}")
-    real, held = list_folder(run["real"]).split(run["holdout"])
+    real, held = open_images(run["real"], run["relabel"]).split(run["holdout"])
     source = MixedSource(
-        _faces(None, size) if embedded else list_folder(run["synthetic"]),
+        _faces(None, size) if embedded else open_images(run["synthetic"], run["relabel"]),
         real,
         ratio=_ratio(run["mix_ratio"]),
         per_sample=run["per_sample"],
@@ -230,9 +251,7 @@ def train_command(
             "the embedded faces."
         ),
     ] = None,
-    real: Annotated[
-        Path | None, typer.Option(help="The real images' folder; see --synthetic.")
-    ] = None,
+    real: Annotated[Path | None, typer.Option(help="The real images; see --synthetic.")] = None,
     mix_ratio: Annotated[
         str, typer.Option(help="Of the synthetic share: grid (0, 0.05, … 1), beta:A, constant:V.")
     ] = "grid",
@@ -246,6 +265,7 @@ def train_command(
         Path | None, typer.Option(help="Go on with the run in this folder, as it was configured.")
     ] = None,
     size: SizeOption = None,
+    relabel: RelabelOption = False,
     seed: SeedOption = DEFAULT.seed,
     epochs: int = DEFAULT.epochs,
     batch_size: int = DEFAULT.batch_size,
@@ -273,6 +293,7 @@ def train_command(
         "per_sample": per_sample,
         "holdout": holdout,
         "size": size,
+        "relabel": relabel,
     }
     names = {f.name for f in fields(TrainConfig)} & given.keys()
     config = TrainConfig(**{name: given[name] for name in names})
@@ -286,7 +307,9 @@ def train_command(
         domains = [faces.synthetic, faces.real]
     else:
         source = Path(run["data"]) if run["data"] else None
-        faces, held = _faces(source, _size(run["size"])).split(run["holdout"])
+        faces, held = _faces(source, _size(run["size"]), relabel=run["relabel"]).split(
+            run["holdout"]
+        )
         domains = [faces]
     sets = (f"{len(d)} images of {len(d.identities)} people from {d.source}" for d in domains)
     console.print(
@@ -344,7 +367,7 @@ def _command(file: Path) -> tuple[dict[str, Any], TrainConfig]:
     try:
         started = json.loads(file.read_text())
         config = TrainConfig.from_json(started["config"])
-        run = UNMIXED | started["command"]
+        run = EARLIER | started["command"]
         if run.keys() != COMMAND.keys() or not all(isinstance(run[k], COMMAND[k]) for k in run):
             raise TypeError(f"its command is {run}")
     except OSError as error:
@@ -370,6 +393,7 @@ def eval_command(
             min=0,
         ),
     ] = None,
+    relabel: RelabelOption = False,
 ) -> None:
     """Verify a trained network on pairs of images, beside raw pixels."""
     backbone, state = load_backbone(run)
@@ -379,7 +403,8 @@ def eval_command(
         trained_on = command["real"] or command["data"]
         data = Path(trained_on) if trained_on else None
         holdout = command["holdout"] if holdout is None else holdout
-    faces = _faces(data, (height, width), grey=channels == 1)
+        relabel = command["relabel"]
+    faces = _faces(data, (height, width), grey=channels == 1, relabel=relabel)
     if faces.images.shape[3] != channels:
         raise ValueError(
             f"{run} was trained on images of {channels} channels, {faces.source} has "
@@ -389,10 +414,45 @@ def eval_command(
     # Only the split of the training run itself proves that these people are new to the network.
     prints = [fingerprint(rest)] if rest is not None else []
     if rest is not None and data is not None:  # as a mixed run knows it
-        prints.append(fingerprint(list_folder(data).split(holdout or 0)[0]))
+        prints.append(fingerprint(open_images(data, relabel).split(holdout or 0)[0]))
     unseen = state["data"]["fingerprint"].split()[-1] in prints
     pixels = _verify_pixels(held)
     _print_verification(_verify_network(backbone, held), pixels, held, unseen)
+
+
+@app.command("convert")
+def convert_command(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Image folder, RecordIO, WebDataset shards, Parquet or a folder of Hugging Face "
+            "datasets, found out by what is there."
+        ),
+    ],
+    destination: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    to: Annotated[str, typer.Option(help=f"{', '.join(FORMATS)}.")],
+    relabel: RelabelOption = False,
+    shard_size: Annotated[
+        int, typer.Option(help="MiB after which another shard is begun.", min=1)
+    ] = 512,
+) -> None:
+    """Write images in another format, their bytes as they are."""
+    with Bar(f"converting {source}") as bar:
+        written = convert(
+            source,
+            destination,
+            to,
+            relabel=relabel,
+            shard_bytes=shard_size << 20,
+            progress=bar.files,
+        )
+    console.print(
+        f"{destination}: {FORMATS[to].title}; {len(written):,} images of "
+        f"{len(written.identities):,} identities",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 @app.command("pack")

@@ -24,12 +24,13 @@ from synface.data import (
     CycledOrder,
     DataError,
     Faces,
-    ImageFolder,
+    ImageSet,
     TwoDomainLoader,
     embedded_faces,
     list_folder,
     read_folder,
 )
+from synface.data.images import Files, Names
 from synface.data.loader import WorkerDied
 from synface.data.worker import IDLE
 from synface.mixing import Beta, Constant, DomainMixup
@@ -225,7 +226,7 @@ def test_a_killed_worker_is_named_with_the_file_that_it_was_on(synthetic, real, 
         side, i = divmod(place, 5)
         row = loader._rows(step)[side, i]
         path = (synthetic, real)[side]
-        name = f"image {row} of {path}" if domain == "memory" else list_folder(path).files[row]
+        name = f"image {row} of {path}" if domain == "memory" else list_folder(path).name(row)
         pid = loader.pids[1]
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(WorkerDied) as raised:
@@ -403,7 +404,7 @@ def test_a_damaged_file_is_named_when_its_batch_is_due(synthetic, real, damage, 
     options = {"size": (20, 18), "grey": True}
     whole = batches(synthetic, real, 5, last_step=1, **options)
     files = list_folder(synthetic)
-    file = files.files[CycledOrder(12, 6)(0, 7)[0]]  # of the second batch
+    file = files.store.path(CycledOrder(12, 6)(0, 7)[0])  # of the second batch
     damage(file)
     with TwoDomainLoader(files, real, 5, **options) as loader:
         step, pairs = next(loader)
@@ -421,14 +422,14 @@ def test_a_first_file_that_tells_no_size_is_named(synthetic, real):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (np.zeros(2, np.int64), r"int64 of shape \(3,\), one for each file, got int64 \(2,\)"),
+        (np.zeros(2, np.int64), r"int64 of shape \(3,\), one for each image, got int64 \(2,\)"),
         (np.zeros(3, np.int32), r"int64 of shape \(3,\).* got int32 \(3,\)"),
         (np.array([0, 1, 2]), r"labels must lie in \[0, 2\), got 0 to 2"),
     ],
 )
 def test_labels_that_do_not_fit(labels, message):
     with pytest.raises(ValueError, match=message):
-        ImageFolder([Path("a"), Path("b"), Path("c")], labels, ["x", "y"], "here")
+        ImageSet(Files(Names.of([Path("a"), Path("b"), Path("c")])), labels, ["x", "y"], "here")
 
 
 def test_settings_that_make_no_sense(synthetic, real):
@@ -519,7 +520,7 @@ def children() -> list[int]:
 
 def test_a_truncated_file_keeps_the_steps_before_it(synthetic, real, tmp_path):
     source = mixed(synthetic, real)
-    file = source.synthetic.files[CycledOrder(12, 6, SMALL.seed)(0, 11)[0]]  # of the third step
+    file = source.synthetic.store.path(CycledOrder(12, 6, SMALL.seed)(0, 11)[0])  # of the third step
     good = file.read_bytes()
     whole = train(SMALL, source, tmp_path / "whole")
     file.write_bytes(good[:60] + bytes(len(good) - 60))  # the size is what tells files apart

@@ -1,13 +1,16 @@
-"""Face images: read from folders, in memory or as a stream; or the small set always at hand."""
+"""Face images: of many formats, in memory or as a stream; or the small set always at hand."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .augment import Augment, normalise
-    from .decode import DataError, ImageFolder, list_folder
+    from .conversion import convert
+    from .decode import DataError
     from .embedded import embedded_faces
     from .folder import Faces, read_folder
+    from .imagefolder import list_folder
+    from .images import ImageSet, open_images
     from .loader import TwoDomainLoader
     from .order import CycledOrder
 
@@ -17,11 +20,13 @@ _HOMES = {
     "CycledOrder": "order",
     "DataError": "decode",
     "Faces": "folder",
-    "ImageFolder": "decode",
+    "ImageSet": "images",
+    "convert": "conversion",
     "TwoDomainLoader": "loader",
     "embedded_faces": "embedded",
-    "list_folder": "decode",
+    "list_folder": "imagefolder",
     "normalise": "augment",
+    "open_images": "images",
     "read_folder": "folder",
 }
 
@@ -30,11 +35,13 @@ __all__ = [
     "CycledOrder",
     "DataError",
     "Faces",
-    "ImageFolder",
+    "ImageSet",
     "TwoDomainLoader",
+    "convert",
     "embedded_faces",
     "list_folder",
     "normalise",
+    "open_images",
     "read_folder",
 ]
 

@@ -1,4 +1,4 @@
-"""Faces in memory, and the reader of image folders: one sub-folder per identity."""
+"""Faces in memory, and the reader of sets of images into it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import decode
-from .decode import DataError, ImageFolder
+from .decode import DataError
+from .images import ImageSet, open_images
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,23 +79,23 @@ class Faces:
 
 
 def read_folder(
-    path: str | Path | ImageFolder,
+    path: str | Path | ImageSet,
     size: tuple[int, int] | None = None,
     grey: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
     memory_limit: int = 8 << 30,
 ) -> Faces:
-    """Reads a folder that holds one sub-folder of images per identity.
+    """Reads a folder that holds one sub-folder of images per identity, or any other set of images.
 
-    Identities and files come in natural order (s1, s2, ..., s10). Every image is decoded in full
-    before this returns, turned by its EXIF orientation, stripped of alpha, converted, and resized
-    (antialiased, the aspect ratio is not kept). Files of other extensions and hidden ones are
-    ignored.
+    Of a folder, identities and files come in natural order (s1, s2, ..., s10), and files of other
+    extensions and hidden ones are ignored. Every image is decoded in full before this returns,
+    turned by its EXIF orientation, stripped of alpha, converted, and resized (antialiased, the
+    aspect ratio is not kept).
 
     Args:
-        path: the folder, or what is left of one that was listed and split.
+        path: the folder, or what else `open_images` takes or gave, also after a split.
         size: (H, W) in pixels; None takes the first image's.
-        grey: True for one channel, False for RGB; None is grey when every file is.
+        grey: True for one channel, False for RGB; None is grey when every image is.
         progress: called as progress(done, total) after each decoded image.
         memory_limit: the most bytes that the decoded images may take together.
 
@@ -103,9 +104,10 @@ def read_folder(
 
     Raises:
         DataError: for a missing or empty folder, fewer than 2 identities, an identity without
-            images or with folders inside, more than `memory_limit` bytes, and files that are
-            unreadable, no image, truncated, over 2**26 pixels, or not of 8 bits per channel: every
-            file is looked at, the first five bad ones are named.
+            images or with folders inside, whatever else `open_images` refuses, more than
+            `memory_limit` bytes, and images that are unreadable, truncated, over 2**26 pixels, not
+            of 8 bits per channel, or of another size than their format says: every one is looked
+            at, the first five bad ones are named.
         ValueError: if size or memory_limit makes no sense.
 
     Memory: N*H*W*C bytes, and one decoded file per thread (at most four).
@@ -114,52 +116,57 @@ def read_folder(
         raise ValueError(f"size must be (height, width) in pixels, both at least 1, got {size}")
     if memory_limit < 1:
         raise ValueError(f"memory_limit must be a positive number of bytes, got {memory_limit}")
-    folder = path if isinstance(path, ImageFolder) else decode.list_folder(path)
-    files = folder.files
+    images_of = path if isinstance(path, ImageSet) else open_images(path)
+    store, count = images_of.store, len(images_of)
 
-    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+    def mode(index: int) -> str:
+        with store.open(index) as file:
+            return decode.mode(file)
+
+    pool = ThreadPoolExecutor(1 if store.streams else min(4, os.cpu_count() or 1))
     try:
         modes: list[str | None] = []
-        wrong: dict[Path, str] = {}
-        mode_of = decode.attempt(decode.mode)
-        for file, (mode, problem) in zip(files, pool.map(mode_of, files), strict=True):
-            modes.append(mode)
+        wrong: dict[int, str] = {}
+        for index, (found, problem) in enumerate(pool.map(decode.attempt(mode), range(count))):
+            modes.append(found)
             if problem:
-                wrong[file] = problem
+                wrong[index] = problem
         if grey is None:
-            grey = all(mode in decode.GREY for mode in modes if mode)
+            grey = all(found in decode.GREY for found in modes if found)
         if size is None:
-            # Only a file that decodes has a size; one that does not is an error below.
-            whole = decode.attempt(decode.decode)
-            decoded = (whole(file)[0] for file in files if file not in wrong)
-            first = next((image for image in decoded if image is not None), None)
-            size = (first.height, first.width) if first else (1, 1)
+            # Only an image that decodes has a size; one that does not is an error below.
+            whole = decode.attempt(store.size_of)
+            sizes = (whole(index)[0] for index in range(count) if index not in wrong)
+            size = next((found for found in sizes if found is not None), (1, 1))
 
-        shape = (len(files), *size, 1 if grey else 3)
+        shape = (count, *size, 1 if grey else 3)
         if (total := int(np.prod(shape, dtype=object))) > memory_limit:
             raise DataError(
-                f"{folder.source}: {shape[0]} images of {shape[1]}x{shape[2]} pixels and "
+                f"{images_of.source}: {shape[0]} images of {shape[1]}x{shape[2]} pixels and "
                 f"{shape[3]} channels take {total:,} bytes, over the memory limit of "
                 f"{memory_limit:,}; ask for a smaller size"
             )
         images = np.empty(shape, np.uint8)
 
         def read(index: int) -> None:
-            decode.read_into(images[index], files[index])
+            store.read_into(images[index], index)
 
-        good = [index for index, file in enumerate(files) if file not in wrong]
+        good = [index for index in range(count) if index not in wrong]
         for done, (_, problem) in enumerate(pool.map(decode.attempt(read), good)):
             if problem:
-                wrong[files[good[done]]] = problem
+                wrong[good[done]] = problem
             if progress is not None:
                 progress(done + 1, len(good))
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
-    wrong = {file: wrong[file] for file in files if file in wrong}  # in the folder's order
-    what = f"of {len(files)} images in {folder.source}"
-    decode.raise_if(wrong, what, "readable, complete images")
+    named = {images_of.name(index): wrong[index] for index in sorted(wrong)}
+    what = f"of {count} images in {images_of.source}"
+    decode.raise_if(named, what, "readable, complete images")
     return Faces(
-        torch.from_numpy(images), torch.from_numpy(folder.labels), folder.identities, folder.source
+        torch.from_numpy(images),
+        torch.from_numpy(images_of.labels),
+        images_of.identities,
+        images_of.source,
     )
 
 

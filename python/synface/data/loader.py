@@ -29,12 +29,13 @@ from synface.mixing import DomainMixup, Mixed
 from synface.randomness import generator
 
 from . import decode
-from .decode import DataError, ImageFolder, list_folder
+from .decode import DataError
 from .folder import Faces
+from .images import ImageSet, open_images
 from .order import CycledOrder
-from .worker import IDLE, MIXING, STARTING, Done, Files, Pixels, Setup, SharedArray, Task
+from .worker import IDLE, MIXING, STARTING, Done, Pixels, Setup, SharedArray, Stored, Task
 
-Domain = Faces | ImageFolder
+Domain = Faces | ImageSet
 
 
 class WorkerDied(DataError):
@@ -125,7 +126,7 @@ class TwoDomainLoader:
     workers. The last batch of an epoch is shorter where the batch size does not divide it.
 
     Args:
-        synthetic, real: a `Faces` in memory, an `ImageFolder`, or a path to list as one. An epoch
+        synthetic, real: a `Faces` in memory, an `ImageSet`, or a path for `open_images`. An epoch
             is one pass over the synthetic set.
         batch_size: pairs of images in a batch.
         size: (H, W) in pixels, to which files are resized; None is the size of the domain in
@@ -144,8 +145,8 @@ class TwoDomainLoader:
     a POSIX system.
 
     Raises (also while iterating):
-        DataError: for folders that `list_folder` refuses; for a file that is unreadable, truncated
-            or no image, named when its batch is due.
+        DataError: for paths that `open_images` refuses, and compressed shards, which can be read in
+            order only; for an image that is unreadable or truncated, named when its batch is due.
         WorkerDied: a `DataError`: within a second of the death of any worker if a batch is waited
             for, else when the next batch is asked for.
         ValueError: for domains of different size or channels, a number out of range, a mixup for
@@ -181,12 +182,17 @@ class TwoDomainLoader:
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.domains = tuple(
-            domain if isinstance(domain, Faces | ImageFolder) else list_folder(domain)
+            domain if isinstance(domain, Faces | ImageSet) else open_images(domain)
             for domain in (synthetic, real)
         )
         for name, domain in zip(("synthetic", "real"), self.domains, strict=True):
             if not len(domain):
                 raise ValueError(f"{name} holds no images ({domain.source})")
+            if isinstance(domain, ImageSet) and domain.store.streams:
+                raise DataError(
+                    f"{domain.source} can be read in order only, and training shuffles; "
+                    "convert it first (synface convert)"
+                )
         if mix_in_workers is not None:
             _check_mixup(mix_in_workers, self.domains)
         self.image_shape = common_shape(self.domains, size, grey)
@@ -299,14 +305,14 @@ class TwoDomainLoader:
         self._resources.shared.append(shared := SharedArray(shape, dtype))
         return shared
 
-    def _stored(self, domain: Domain) -> Pixels | Files:
+    def _stored(self, domain: Domain) -> Pixels | Stored:
         if isinstance(domain, Faces):
             pixels = Pixels(SharedArray.of(domain.images.numpy()))
             self._resources.shared.append(pixels.images)
             return pixels
-        files = Files.of(domain.files)
-        self._resources.shared += [files.names, files.ends]
-        return files
+        stored = Stored.of(domain.store)
+        self._resources.shared += stored.arrays
+        return stored
 
     def _pin(self) -> None:
         address, size = self._slots.array.ctypes.data, self._slots.array.nbytes
@@ -399,8 +405,8 @@ class TwoDomainLoader:
         step, place = divmod(ticket, 2 * self.batch_size)
         side, i = divmod(place, self.batch_size)
         row, domain = int(self._rows(step)[side, i]), self.domains[side]
-        if isinstance(domain, ImageFolder):
-            return str(domain.files[row])
+        if isinstance(domain, ImageSet):
+            return domain.name(row)
         return f"image {row} of {domain.source}"
 
 
@@ -429,21 +435,22 @@ def common_shape(
         ValueError: if a domain in memory is of another shape.
     """
     in_memory = [domain for domain in domains if isinstance(domain, Faces)]
-    on_disk = [domain for domain in domains if isinstance(domain, ImageFolder)]
+    on_disk = [domain for domain in domains if isinstance(domain, ImageSet)]
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"size must be (height, width) in pixels, both at least 1, got {size}")
     if size is None:
         if in_memory:
             size = (in_memory[0].images.shape[1], in_memory[0].images.shape[2])
         else:
-            first = _attempted(decode.decode, on_disk[0].files[0])
-            size = (first.height, first.width)
+            size = on_disk[0].store.image_size or _attempted(
+                on_disk[0], on_disk[0].store.size_of, 0
+            )
     if grey is None:
         if in_memory:
             grey = in_memory[0].images.shape[3] == 1
         else:
-            files = (file for domain in on_disk for file in domain.files)
-            grey = all(_attempted(decode.mode, file) in decode.GREY for file in files)
+            every = ((domain, i) for domain in on_disk for i in range(len(domain)))
+            grey = all(_mode(domain, i) in decode.GREY for domain, i in every)
     shape = (*size, 1 if grey else 3)
     for domain in in_memory:
         if tuple(domain.images.shape[1:]) != shape:
@@ -454,11 +461,19 @@ def common_shape(
     return shape
 
 
-def _attempted(function: Callable[[Path], Any], file: Path) -> Any:
-    result, problem = decode.attempt(function)(file)
+def _attempted(images: ImageSet, function: Callable[[int], Any], index: int) -> Any:
+    result, problem = decode.attempt(function)(index)
     if problem:
-        decode.raise_if({file: problem}, "image", "a readable, complete image")
+        decode.raise_if({images.name(index): problem}, "image", "a readable, complete image")
     return result
+
+
+def _mode(images: ImageSet, index: int) -> str:
+    def mode(row: int) -> str:
+        with images.store.open(row) as file:
+            return decode.mode(file)
+
+    return _attempted(images, mode, index)
 
 
 def _start(index: int, descriptors: list[int]) -> _Worker:

@@ -1,26 +1,28 @@
 """A loader's worker process: it decodes images into memory that it shares with the trainer.
 
-NumPy and Pillow are all that it imports, so it starts in a fraction of a second and holds a few
-tens of megabytes. It ends when the other end of its connection does.
+NumPy and Pillow are all that it imports (and pyarrow, where a file needs it), so it starts in a
+fraction of a second and holds a few tens of megabytes. It ends when the other end of its connection
+does.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import pickle
 import signal
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import decode
+from .images import Store
 
 STARTING, IDLE, MIXING = -3, -2, -1  # what a ticket says where it names no image
 
@@ -77,21 +79,21 @@ class Pixels:
 
 
 @dataclass(frozen=True)
-class Files:
-    """A domain on disk: the files' names one after the other, and where each ends."""
+class Stored:
+    """A domain on disk: a pickled `Store` whose arrays are in shared memory."""
 
-    names: SharedArray
-    ends: SharedArray
+    pickled: bytes
+    arrays: list[SharedArray]
 
     @classmethod
-    def of(cls, files: list[Path]) -> Files:
-        names = [os.fsencode(file) for file in files]
-        ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-        return cls(SharedArray.of(np.frombuffer(b"".join(names), np.uint8)), SharedArray.of(ends))
+    def of(cls, store: Store) -> Stored:
+        buffers: list[pickle.PickleBuffer] = []
+        pickled = pickle.dumps(store, protocol=5, buffer_callback=buffers.append)
+        raw = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+        return cls(pickled, [SharedArray.of(array) for array in raw])
 
-    def read_into(self, pixels: NDArray[np.uint8], row: int) -> None:
-        begin, end = self.ends.array[row - 1] if row else 0, self.ends.array[row]
-        decode.read_into(pixels, Path(os.fsdecode(self.names.array[begin:end].tobytes())))
+    def store(self) -> Store:
+        return pickle.loads(self.pickled, buffers=[shared.array for shared in self.arrays])
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Setup:
     """
 
     index: int
-    domains: tuple[Pixels | Files, Pixels | Files]
+    domains: tuple[Pixels | Stored, Pixels | Stored]
     slots: SharedArray
     tickets: SharedArray
     image_shape: tuple[int, int, int]
@@ -146,24 +148,27 @@ def main(fd: int) -> None:
     with Connection(fd) as loader:
         try:
             setup: Setup = loader.recv()
+            domains = [d.store() if isinstance(d, Stored) else d for d in setup.domains]
             scratch = np.empty((2, setup.batch_size, *setup.image_shape), np.uint8)
             tickets = setup.tickets.array
             while True:
                 tickets[setup.index] = IDLE
                 task: Task = loader.recv()
-                loader.send(_serve(setup, task, scratch))
+                loader.send(_serve(setup, domains, task, scratch))
         except (EOFError, ConnectionError):  # the loader is gone
             return
 
 
-def _serve(setup: Setup, task: Task, scratch: NDArray[np.uint8]) -> Done:
+def _serve(
+    setup: Setup, domains: list[Pixels | Store], task: Task, scratch: NDArray[np.uint8]
+) -> Done:
     """Reads a batch, and mixes it if there is a ψ."""
     batch, tickets = setup.batch_size, setup.tickets.array
     slot = setup.slots.array[task.slot]
     images = slot if task.psi is None else scratch
     count = task.rows.shape[1]
     began = time.perf_counter()
-    for side, domain in enumerate(setup.domains):
+    for side, domain in enumerate(domains):
         read = decode.attempt(domain.read_into)
         for i, row in enumerate(task.rows[side]):
             ticket = (2 * task.step + side) * batch + i

@@ -1,0 +1,82 @@
+"""Image folders: one sub-folder of image files per identity."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from . import decode
+from .decode import EXTENSIONS, DataError
+from .images import Files, ImageSet, Listed, Names, Sample, label
+
+
+def list_folder(path: str | Path) -> ImageSet:
+    """The images of a folder that holds one sub-folder per identity, in natural order.
+
+    Files of other extensions and hidden ones are ignored. No file is opened.
+
+    Raises:
+        DataError: for a missing or empty folder, fewer than 2 identities, and an identity without
+            images or with folders inside.
+    """
+    return label(list_images(Path(path)), Path(path))
+
+
+def list_images(root: Path) -> Listed:
+    """What `list_folder` finds."""
+    # os.path answers False where Path raises: without the right to look.
+    if not os.path.isdir(root):
+        what = "is not a folder" if os.path.exists(root) else "does not exist or may not be entered"
+        raise DataError(
+            f"{root} {what}; expected a folder with one sub-folder of images per person"
+        )
+    inside = decode.entries(root)
+    folders = [entry for entry in inside if os.path.isdir(entry)]
+    if len(folders) < 2:
+        loose = sum(entry.suffix.lower() in EXTENSIONS for entry in inside if os.path.isfile(entry))
+        raise DataError(
+            f"{root} holds {len(folders)} identity folders and {loose} images of its own; "
+            "expected at least 2 sub-folders, one per person, with that person's images"
+        )
+    files: list[Path] = []
+    labels: list[int] = []
+    wrong: dict[str, str] = {}
+    for number, folder in enumerate(folders):
+        inside = decode.entries(folder)
+        nested = [entry for entry in inside if os.path.isdir(entry)]
+        images = [e for e in inside if e.suffix.lower() in EXTENSIONS and e not in nested]
+        if nested:
+            wrong[str(folder)] = f"has the folder {nested[0].name!r} inside"
+        elif not images:
+            wrong[str(folder)] = f"has no image ({len(inside)} other files)"
+        files += images
+        labels += [number] * len(images)
+    decode.raise_if(
+        wrong,
+        f"of {len(folders)} identity folders in {root}",
+        f"each to hold images ({' '.join(sorted(EXTENSIONS))}) and no folders",
+    )
+    names = [folder.name for folder in folders]
+    return Listed(Files(Names.of(files)), np.array(labels, np.int64), names)
+
+
+def write(folder: Path, samples: Iterable[Sample], identities: list[str], shard_bytes: int) -> None:
+    """Writes a sub-folder for each identity, and in it its images, numbered through the whole set.
+
+    Raises:
+        DataError: for a name of an identity that cannot be that of a folder.
+    """
+    del shard_bytes  # a file for each image
+    for name in identities:
+        unfit = not name or name[0] == "." or not name.isprintable() or len(os.fsencode(name)) > 200
+        if unfit or any(character in name for character in '/\\:*?"<>|'):
+            raise DataError(f"the identity {name!r} cannot be the name of a folder")
+    if len({name.casefold() for name in identities}) < len(identities):
+        raise DataError("some names of identities differ in case alone: not by all file systems")
+    for number, sample in enumerate(samples):
+        person = folder / identities[sample.label]
+        person.mkdir(exist_ok=True)
+        (person / f"{number:08d}.{sample.extension}").write_bytes(sample.content)

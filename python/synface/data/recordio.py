@@ -1,0 +1,321 @@
+"""insightface's RecordIO: train.rec, train.idx and property, as MXNet frames them.
+
+A record is a magic number, a word that holds its kind (3 bits) and length (29 bits), that many
+bytes and a padding to 4. Where the magic number stands in the bytes at a multiple of 4, the writer
+left it out and began another part. The bytes are a header (flag, float32 label, two 64-bit
+numbers), `flag` float32 labels, and the image. insightface's record 0 has no image, and two labels:
+one more than the number of images, and one more than the last key of the records that follow them,
+of which each gives the range of images of an identity.
+
+Source: dmlc-core, `include/dmlc/recordio.h`; MXNet, `python/mxnet/recordio.py`; insightface,
+`recognition/arcface_torch/dataset.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import decode
+from .decode import DataError
+from .images import (
+    IDENTITIES,
+    MAX_BYTES,
+    Listed,
+    Names,
+    Sample,
+    Spans,
+    natural_files,
+    read_at_most,
+    read_names,
+    read_span,
+)
+
+MAGIC = struct.pack("<I", 0xCED7230A)
+WHOLE, FIRST, MIDDLE, LAST = range(4)  # kinds of parts
+FRAME, HEADER = struct.Struct("<II"), struct.Struct("<IfQQ")
+MAX_PART = (1 << 29) - 1
+EXACT = 1 << 24  # integers up to here are float32's
+AT_ONCE = 1 << 16  # headers looked at together
+
+
+class Records(Spans):
+    """The images of a .rec file; where `size` is -1, of several parts that begin at `begin`."""
+
+    def read(self, row: int) -> bytes:
+        if self.size[row] >= 0:
+            return super().read(row)
+        with self.files[0].open("rb") as file:
+            return _unpack(_record(file, int(self.begin[row])))[1]
+
+
+def _record(file: BinaryIO, begin: int) -> bytes:
+    """A record's bytes, of one part or several.
+
+    Raises:
+        OSError: for wrong framing, a record cut short, and one over MAX_BYTES.
+    """
+    file.seek(begin)
+    parts: list[bytes] = []
+    total = 0
+    while True:
+        at = file.tell()
+        frame = file.read(FRAME.size)
+        if len(frame) < FRAME.size or frame[:4] != MAGIC:
+            raise OSError(f"no record begins at offset {at}")
+        word = FRAME.unpack(frame)[1]
+        kind, size = word >> 29, word & MAX_PART
+        if kind not in ((MIDDLE, LAST) if parts else (WHOLE, FIRST)):
+            raise OSError(f"the part at offset {at} is of kind {kind}, out of its order")
+        total += size + 4
+        if total > MAX_BYTES:
+            raise OSError(f"a record over the limit of {MAX_BYTES:,} bytes")
+        parts.append(read_span(file, file.tell(), size))
+        file.seek(-size % 4, os.SEEK_CUR)
+        if kind in (WHOLE, LAST):
+            return MAGIC.join(parts)
+
+
+def _unpack(record: bytes) -> tuple[NDArray[np.float32], bytes]:
+    """A record's labels and image.
+
+    Raises:
+        OSError: for one that is too short.
+    """
+    if len(record) < HEADER.size:
+        raise OSError(f"a record of {len(record)} bytes, expected at least {HEADER.size}")
+    flag, single, _, _ = HEADER.unpack_from(record)
+    end = HEADER.size + 4 * flag
+    if len(record) < end:
+        raise OSError(f"a record of {len(record)} bytes that announces {flag} labels")
+    if not flag:
+        return np.array([single], np.float32), record[end:]
+    return np.frombuffer(record, "<f4", flag, HEADER.size), record[end:]
+
+
+def _pack(labels: list[int], key: int, content: bytes) -> bytes:
+    """A record's bytes; one label stands in the header, more follow it."""
+    if len(labels) == 1:
+        return HEADER.pack(0, labels[0], key, 0) + content
+    return HEADER.pack(len(labels), 0, key, 0) + struct.pack(f"<{len(labels)}f", *labels) + content
+
+
+def _frame(record: bytes) -> bytes:
+    """A record in its frame."""
+    parts = []
+    begin = at = 0
+    while (at := record.find(MAGIC, at)) >= 0:
+        if at % 4:
+            at += 1
+        else:
+            parts.append(record[begin:at])
+            begin = at = at + 4
+    parts.append(record[begin:])
+    kinds = [WHOLE] if len(parts) == 1 else [FIRST, *[MIDDLE] * (len(parts) - 2), LAST]
+    framed = []
+    for kind, part in zip(kinds, parts, strict=True):
+        if len(part) > MAX_PART:
+            raise DataError(f"a record of {len(part):,} bytes, over the limit of {MAX_PART:,}")
+        framed += [MAGIC, struct.pack("<I", kind << 29 | len(part)), part, bytes(-len(part) % 4)]
+    return b"".join(framed)
+
+
+def list_images(path: Path) -> Listed:
+    """The images of a folder with one .rec file, or of a .rec file; its .idx must be beside it.
+
+    The labels are those of the records: a .lst file is not read. ``property`` (the number of
+    classes, and the images' height and width) and names of the classes are read where they are.
+
+    Raises:
+        DataError: for files that are missing, damaged or cut short, naming the file and offset.
+
+    Memory: 36 bytes per image, and about 150 per line of the .idx file while it is read.
+    """
+    rec = path.with_suffix(".rec") if path.is_file() else None
+    if rec is None:
+        found = natural_files(path, [".rec"])
+        if len(found) != 1:
+            raise DataError(
+                f"{path} holds {len(found)} .rec files, expected one; name the one to read"
+            )
+        rec = found[0]
+    keys, offsets = _read_index(rec.with_suffix(".idx"))
+    try:
+        size = rec.stat().st_size
+        raw = np.memmap(rec, np.uint8, "r") if size else np.zeros(0, np.uint8)
+    except OSError as error:
+        raise DataError(f"{rec} cannot be read: {error.strerror or error}") from error
+    if len(offsets) and not (offsets.min() >= 0 and offsets.max() <= size - 32):
+        wrong = int(np.flatnonzero((offsets < 0) | (offsets > size - 32))[0])
+        raise DataError(
+            f"{rec} is of {size:,} bytes, too short for the record {keys[wrong]} that "
+            f"{rec.with_suffix('.idx').name} has at offset {offsets[wrong]}"
+        )
+    keys, offsets = _without_ranges(rec, keys, offsets)
+    labels, begin, sizes = _headers(rec, raw, offsets)
+    classes, image_size = _read_property(rec.with_name("property"))
+    store = Records(Names.of([rec]), np.zeros(len(begin), np.int32), begin, sizes)
+    store.image_size = image_size
+    return Listed(store, labels, read_names(rec.parent), classes)
+
+
+def _read_index(idx: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Keys and offsets, in the order of the keys."""
+    try:
+        with idx.open("rb") as file:
+            lines = file.read().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{idx} cannot be read: {error.strerror}") from error
+    if lines[-1] == b"":
+        lines.pop()
+    rows = np.empty((len(lines), 2), np.int64)
+    for i, line in enumerate(lines):
+        try:
+            key, offset = line.split(b"\t")
+            rows[i] = int(key), int(offset)
+        except (ValueError, OverflowError):
+            raise DataError(
+                f"{idx}, line {i + 1}: expected a key, a tab and an offset, got {line[:80]!r}"
+            ) from None
+    order = np.argsort(rows[:, 0], kind="stable")
+    keys, offsets = rows[order].T
+    if len(twice := np.flatnonzero(keys[1:] == keys[:-1])):
+        raise DataError(f"{idx} has the key {keys[twice[0]]} twice")
+    return keys, offsets
+
+
+def _without_ranges(
+    rec: Path, keys: NDArray[np.int64], offsets: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The records of images alone, if record 0 says which they are."""
+    if not len(keys) or keys[0] != 0:
+        return keys, offsets
+    with rec.open("rb") as file:
+        record, problem = decode.attempt(_record)(file, int(offsets[0]))
+    if not problem:
+        unpacked, problem = decode.attempt(_unpack)(record)
+    if problem:
+        raise DataError(f"{rec}, record 0 at offset {offsets[0]}: {problem}")
+    announced, content = unpacked
+    if len(content) or len(announced) < 2:
+        return keys, offsets  # an image like the others
+    images = (keys >= 1) & (keys < announced[0])
+    if images.sum() != announced[0] - 1:
+        raise DataError(
+            f"{rec}: record 0 announces {announced[0] - 1:.0f} images, "
+            f"{rec.with_suffix('.idx').name} has {images.sum()}"
+        )
+    return keys[images], offsets[images]
+
+
+def _headers(
+    rec: Path, raw: NDArray[np.uint8], offsets: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Each record's label, and where its image begins and how many bytes it has, or -1."""
+    labels = np.empty(len(offsets), np.float32)
+    begin, sizes = np.empty_like(offsets), np.empty_like(offsets)
+    for i in range(0, len(offsets), AT_ONCE):
+        at = offsets[i : i + AT_ONCE]
+        rows = slice(i, i + len(at))
+        words = raw[at[:, None] + np.arange(20)].view("<u4").astype(np.int64)
+        magic, word, flag = words[:, 0], words[:, 1], words[:, 2]
+        skipped = HEADER.size + 4 * flag
+        length = word & MAX_PART
+        labels[rows] = words[:, 3].astype(np.uint32).view(np.float32)
+        begin[rows], sizes[rows] = at + FRAME.size + skipped, length - skipped
+        whole = (word >> 29) == WHOLE
+        sound = (magic == 0xCED7230A) & whole & (length >= skipped)
+        sound &= at + FRAME.size + length <= len(raw)
+        for j in np.flatnonzero(~sound | (flag > 0)):
+            # In several parts, with several labels, or damaged: rare, so each by itself.
+            with rec.open("rb") as file:
+                record, problem = decode.attempt(_record)(file, int(at[j]))
+            if not problem:
+                unpacked, problem = decode.attempt(_unpack)(record)
+            if problem:
+                raise DataError(f"{rec}, offset {at[j]}: {problem}")
+            labels[i + j] = unpacked[0][0]
+            if not whole[j]:
+                begin[i + j], sizes[i + j] = at[j], -1
+    with np.errstate(invalid="ignore"):
+        integers = labels.astype(np.int64)
+    fine = (labels >= 0) & (labels <= EXACT) & (integers == labels)
+    if not fine.all():
+        wrong = int(np.flatnonzero(~fine)[0])
+        raise DataError(
+            f"{rec}, offset {offsets[wrong]}: label {labels[wrong]}, expected an integer from 0 to "
+            f"{EXACT:,}"
+        )
+    return integers, begin, sizes
+
+
+def _read_property(file: Path) -> tuple[int | None, tuple[int, int] | None]:
+    """The number of classes, and (H, W)."""
+    if not file.exists():
+        return None, None
+    try:
+        with file.open("rb") as opened:
+            numbers = [int(word) for word in read_at_most(opened, 1000).split(b",")]
+        if len(numbers) not in (1, 3) or min(numbers) < 1:
+            raise ValueError
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError:
+        raise DataError(
+            f"{file} must be the number of classes, the height and the width, such as "
+            "'10572,112,112'"
+        ) from None
+    return numbers[0], (numbers[1], numbers[2]) if len(numbers) == 3 else None
+
+
+def write(folder: Path, samples: Iterable[Sample], identities: list[str], shard_bytes: int) -> None:
+    """Writes train.rec, train.idx, train.lst, property and the identities' names.
+
+    Images of an identity that do not follow one another make insightface's ranges meaningless, so
+    then there are none; its trainers read without them.  ``property`` has a height and width if all
+    images have the same.
+
+    Raises:
+        DataError: for more images or classes than its float32 labels can count.
+    """
+    del shard_bytes  # one file
+    if len(identities) > EXACT:
+        raise DataError(f"{len(identities):,} identities, RecordIO's float32 has {EXACT:,}")
+    sizes: set[tuple[int, int]] = set()
+    ranges: list[tuple[int, int, int]] = []  # label, first key, last key + 1
+    with (
+        (folder / "train.rec").open("wb") as rec,
+        (folder / "train.idx").open("w") as idx,
+        (folder / "train.lst").open("w") as lst,
+    ):
+
+        def put(key: int, labels: list[int], content: bytes) -> None:
+            idx.write(f"{key}\t{rec.tell()}\n")
+            rec.write(_frame(_pack(labels, key, content)))
+
+        key = 0
+        for key, sample in enumerate(samples, 1):
+            if key >= EXACT:
+                raise DataError(f"more images than RecordIO's float32 can count ({EXACT - 1:,})")
+            put(key, [sample.label], sample.content)
+            lst.write(f"{key}\t{sample.label}\t{identities[sample.label]}/{key}\n")
+            sizes.add(sample.image_size)
+            if ranges and ranges[-1][0] == sample.label:
+                ranges[-1] = (sample.label, ranges[-1][1], key + 1)
+            else:
+                ranges.append((sample.label, key, key + 1))
+        if len(ranges) > len(identities):
+            ranges = []
+        for number, (_, first, last) in enumerate(ranges, key + 1):
+            put(number, [first, last], b"")
+        put(0, [key + 1, key + 1 + len(ranges)], b"")
+    shape = f",{min(sizes)[0]},{min(sizes)[1]}" if len(sizes) == 1 else ""
+    (folder / "property").write_text(f"{len(identities)}{shape}\n")
+    (folder / IDENTITIES).write_text(json.dumps(identities))
