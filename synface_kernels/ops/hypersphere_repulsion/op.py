@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -41,22 +42,17 @@ NORM_MIN = 1e-12
 register(OP, {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always})
 
 library.define(f"{OP}_check(Tensor rows, str name) -> ()")
-_PAIRS = (
-    "(Tensor x, Tensor? y, str kind, float a, int power, float r_min, bool needs_x_grad, "
-    "bool needs_y_grad{impl}) -> (Tensor value, Tensor grad_x, Tensor grad_y)"
-)
-_NEAREST = "(Tensor x, Tensor? y, int k{impl}) -> (Tensor square, Tensor index)"
-_NEAREST_BACKWARD = (
-    "(Tensor x, Tensor? y, Tensor index, Tensor grad_square, float r_min, bool needs_x_grad, "
-    "bool needs_y_grad{impl}) -> (Tensor grad_x, Tensor grad_y)"
-)
-for _name, _schema in (
-    (f"{OP}_pairs", _PAIRS),
-    (f"{OP}_nearest", _NEAREST),
-    (f"{OP}_nearest_backward", _NEAREST_BACKWARD),
-):
-    library.define(_name + _schema.format(impl=", str impl"))
-    library.define(_name + "_cpu" + _schema.format(impl=""))  # implemented in csrc/bindings.cpp
+_SCHEMAS = {
+    "pairs": "(Tensor x, Tensor? y, str kind, float a, int power, float r_min, bool needs_x_grad, "
+    "bool needs_y_grad{impl}) -> (Tensor value, Tensor grad_x, Tensor grad_y)",
+    "nearest": "(Tensor x, Tensor? y, int k{impl}) -> (Tensor square, Tensor index)",
+    "nearest_backward": "(Tensor x, Tensor? y, Tensor index, Tensor grad_square, float r_min, "
+    "bool needs_x_grad, bool needs_y_grad{impl}) -> (Tensor grad_x, Tensor grad_y)",
+}
+for _name, _schema in _SCHEMAS.items():
+    library.define(f"{OP}_{_name}" + _schema.format(impl=", str impl"))
+    # implemented in csrc/bindings.cpp
+    library.define(f"{OP}_{_name}_cpu" + _schema.format(impl=""))
 
 
 def hypersphere_repulsion(
@@ -151,9 +147,13 @@ def nearest_neighbors(
         int64. The cosines are differentiable, by x and y; the choice of neighbours is piecewise
         constant and passes no gradient.
 
-    Memory above the inputs: O(N·k) and a workspace of at most 64 MiB.
+    Memory above the inputs: O(N·k) and a workspace of at most 64 MiB; never N×M, except in
+    ``impl="reference"``.
 
-    Raises: as `hypersphere_repulsion`.
+    Raises:
+        ValueError, TypeError, RuntimeError: as `hypersphere_repulsion`; for a k out of range.
+
+    Source: the definition; the search in blocks: docs/kernels/hypersphere_repulsion.md.
     """
 
     def check() -> None:
@@ -394,63 +394,21 @@ def _check_rows_fake(rows: Tensor, name: str) -> None:
 # ---- the two ops: one implementation per device, fake, autograd ----------------------------------
 
 
-def _triton_points(x: Tensor, y: Tensor | None) -> tuple[Any, Any]:
-    from .kernel_triton import Points
-
-    return Points(x, _norms(x, "x")), None if y is None else Points(y, _norms(y, "y"))
-
-
-def _pairs_impl(
-    x: Tensor,
-    y: Tensor | None,
-    kind: str,
-    a: float,
-    power: int,
-    r_min: float,
-    needs_x_grad: bool,
-    needs_y_grad: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rest: Any = (kind, a, power, r_min, needs_x_grad, needs_y_grad)
+def _run(name: str, x: Tensor, y: Tensor | None, *args: Any) -> Any:
+    """An op: hands x, y and what else its schema says to the implementation."""
+    *rest, impl = args
     if impl == "triton":
         from . import kernel_triton
 
-        points = _triton_points(x, y)
-        return kernel_triton.pairs(points[0], points[1], *rest)
-    return torch.ops.synface_kernels.hypersphere_repulsion_pairs_cpu(x, y, *rest)
+        points = kernel_triton.Points(x, _norms(x, "x"))
+        gallery = None if y is None else kernel_triton.Points(y, _norms(y, "y"))
+        return getattr(kernel_triton, name)(points, gallery, *rest)
+    return getattr(torch.ops.synface_kernels, f"{OP}_{name}_cpu")(x, y, *rest)
 
 
-def _nearest_impl(x: Tensor, y: Tensor | None, k: int, impl: str) -> tuple[Tensor, Tensor]:
-    if impl == "triton":
-        from . import kernel_triton
-
-        return kernel_triton.nearest(*_triton_points(x, y), k)
-    return torch.ops.synface_kernels.hypersphere_repulsion_nearest_cpu(x, y, k)
-
-
-def _nearest_backward_impl(
-    x: Tensor,
-    y: Tensor | None,
-    index: Tensor,
-    grad_square: Tensor,
-    r_min: float,
-    needs_x_grad: bool,
-    needs_y_grad: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    rest: Any = (index, grad_square, r_min, needs_x_grad, needs_y_grad)
-    if impl == "triton":
-        from . import kernel_triton
-
-        points = _triton_points(x, y)
-        return kernel_triton.nearest_backward(points[0], points[1], *rest)
-    return torch.ops.synface_kernels.hypersphere_repulsion_nearest_backward_cpu(x, y, *rest)
-
-
-for _key in ("CPU", "CUDA"):
-    library.impl(f"{OP}_pairs", _pairs_impl, _key)
-    library.impl(f"{OP}_nearest", _nearest_impl, _key)
-    library.impl(f"{OP}_nearest_backward", _nearest_backward_impl, _key)
+for _name in _SCHEMAS:
+    for _key in ("CPU", "CUDA"):
+        library.impl(f"{OP}_{_name}", partial(_run, _name), _key)
 
 
 def _gradient_like(rows: Tensor | None, wanted: bool, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -458,17 +416,8 @@ def _gradient_like(rows: Tensor | None, wanted: bool, x: Tensor, dtype: torch.dt
 
 
 @torch.library.register_fake(f"synface_kernels::{OP}_pairs")
-def _pairs_fake(
-    x: Tensor,
-    y: Tensor | None,
-    kind: str,
-    a: float,
-    power: int,
-    r_min: float,
-    needs_x_grad: bool,
-    needs_y_grad: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _pairs_fake(x: Tensor, y: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, needs_x_grad, needs_y_grad, _ = args
     dtype = _statistics_dtype(x)
     return (
         x.new_empty((), dtype=torch.float64),
@@ -484,16 +433,8 @@ def _nearest_fake(x: Tensor, y: Tensor | None, k: int, impl: str) -> tuple[Tenso
 
 
 @torch.library.register_fake(f"synface_kernels::{OP}_nearest_backward")
-def _nearest_backward_fake(
-    x: Tensor,
-    y: Tensor | None,
-    index: Tensor,
-    grad_square: Tensor,
-    r_min: float,
-    needs_x_grad: bool,
-    needs_y_grad: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+def _nearest_backward_fake(x: Tensor, y: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    *_, needs_x_grad, needs_y_grad, _ = args
     return (
         _gradient_like(x, needs_x_grad, x, x.dtype),
         _gradient_like(y, needs_y_grad, x, x.dtype if y is None else y.dtype),
