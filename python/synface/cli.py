@@ -30,6 +30,7 @@ from .embeddings import read_embeddings
 from .evaluate import Verification, embed, pixel_embeddings, verify
 from .generate import open_generator
 from .mixing import Beta, Constant, Grid, Ratio
+from .recipes import cli as recipes
 from .sources import MixedSource, fingerprint
 from .synthesize import synthesize
 from .train import CONFIG, TrainConfig, load_backbone, train
@@ -43,6 +44,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(recipes.app, name="recipe")
 console = Console()
 DEFAULT = TrainConfig()
 EMBEDDED = "default"  # as a folder: the embedded faces

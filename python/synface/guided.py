@@ -207,8 +207,8 @@ def subspace_similarity(a: StyleSpace, b: StyleSpace) -> float:
             f"got {tuple(a.basis.shape)} and {tuple(b.basis.shape)}"
         )
     with torch.no_grad():
-        ends = [(each.basis.T + each.mean).double().cpu() for each in (a, b)]
-        return F.cosine_similarity(*ends).mean().item()
+        one, other = ((each.basis.T + each.mean).double().cpu() for each in (a, b))
+        return F.cosine_similarity(one, other).mean().item()
 
 
 class _Residual(nn.Module):

@@ -1,0 +1,1 @@
+"""The papers' recipes: from data to a report, small enough for a CPU."""

@@ -1,0 +1,85 @@
+"""The command line's recipes: synface recipe cfsm."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="The papers' recipes, from data to a report.", no_args_is_help=True)
+
+
+@app.callback()
+def recipe() -> None:
+    """The papers' recipes, from data to a report."""
+
+
+@app.command("cfsm")
+def cfsm_command(
+    output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/cfsm"),
+    config: Annotated[
+        Path | None, typer.Option(help="TOML. Default: small enough for two cores.")
+    ] = None,
+    faces: Annotated[
+        Path | None, typer.Option(help="Image folder, in place of the embedded faces.")
+    ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option(help="Image folder of unlabelled faces of the target domain (degraded too)."),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder of the report. Default: report, in the run's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.", min=0)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
+) -> None:
+    """Learn style subspaces of degraded faces, and train a recogniser on guided ones (CFSM)."""
+    from ..cli import Bar, console
+    from . import cfsm, cfsm_report
+
+    settings = cfsm.load_config(config)
+    data = settings.data
+    data = replace(data, faces=str(faces) if faces else data.faces)
+    data = replace(data, target=str(target) if target else data.target)
+    settings = replace(settings, data=data, seed=settings.seed if seed is None else seed)
+    given = [("config", config), ("faces", faces), ("target", target), ("seed", seed)]
+    options = "".join(f" --{name} {value}" for name, value in given if value is not None)
+
+    began = time.perf_counter()
+    try:
+        results = cfsm.run(settings, output, resume=resume, progress=Bar)
+    except KeyboardInterrupt:
+        console.print(
+            f"interrupted: synface recipe cfsm{options} --output {output} --resume goes on",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
+    figures = cfsm_report.measured(results)
+    for domain, found in figures["style"].items():
+        cosines = found["cosine along the axes"]
+        console.print(
+            f"{domain}: L_ort {found['orthogonality l1, last step']:.1e}; cosine to the original "
+            f"{cosines[0]:.3f} at strength 0, {cosines[-1]:.3f} at "
+            f"{figures['strengths'][-1]:g}",
+            highlight=False,
+        )
+    loss = figures["loss"]
+    for name in ("random", "guided"):
+        more = loss[f"{name} above style"]
+        console.print(
+            f"{name} images raise the loss by {more['mean']:.3f} ± {more['std']:.3f} "
+            f"({loss['batches']} batches)",
+            highlight=False,
+        )
+    page = cfsm_report.write(
+        results,
+        report or output / "report",
+        f"synface recipe cfsm{options}",
+        None if resume else time.perf_counter() - began,
+    )
+    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,171 @@
+"""Steps with checkpoints that resume bitwise the same, for recipes that train several networks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoint
+from ..checkpoint import CheckpointError
+from ..interrupts import interrupts
+
+METRICS = "metrics.jsonl"
+
+
+class Progress(Protocol):
+    """What a recipe tells while it runs."""
+
+    def start(self, total_steps: int, step: int) -> None: ...
+
+    def advance(self, note: str) -> None: ...
+
+
+def run_steps(
+    folder: Path,
+    description: dict[str, Any],
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    step: Callable[[int], dict[str, float]],
+    total: int,
+    *,
+    resume: bool = False,
+    checkpoint_every: int = 100,
+    progress: Progress | None = None,
+    stop_after: int | None = None,
+) -> list[dict[str, float]]:
+    """Runs step(0), …, step(total − 1).
+
+    What a step does must depend on its number, the modules and the optimisers alone: its draws on
+    generators seeded with its number. Then a resumed run is bitwise one that was never interrupted.
+
+    Args:
+        folder: gets metrics.jsonl (what each step returned) and checkpoints/.
+        description: "config" and "data", JSON; a checkpoint of others is not resumed from.
+        modules, optimizers: what a checkpoint holds, by names without dots.
+        resume: go on from the newest checkpoint in the folder, if there is one.
+        progress: is told about every step.
+        stop_after: end early, after this step, as an interruption would.
+
+    Returns:
+        The rows of all steps.
+
+    Raises:
+        CheckpointError: for a checkpoint that is damaged, or of another configuration or data.
+        FileExistsError: where the folder holds a run already and ``resume`` is not set.
+        FloatingPointError: once a step returns a number that is not finite.
+        KeyboardInterrupt: on Ctrl-C, once the step is done and a checkpoint of it is written.
+    """
+    description = json.loads(json.dumps(description))
+    checkpoints, log = folder / "checkpoints", folder / METRICS
+    history: list[dict[str, float]] = []
+    if checkpoint.checkpoints(checkpoints):
+        if not resume:
+            raise FileExistsError(
+                f"{folder} holds a run already: resume it, or choose another output folder"
+            )
+        history = _restore(folder, description, modules, optimizers)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def save(done: int) -> None:
+        # The log first: a checkpoint without its rows could not be resumed from.
+        checkpoint.write(log, "".join(json.dumps(row) + "\n" for row in history))
+        checkpoint.save(checkpoints, done, _tensors(modules, optimizers), description)
+
+    if progress:
+        progress.start(total, len(history))
+    with interrupts() as interrupted:
+        for number in range(len(history), total):
+            row = {"step": number} | step(number)
+            wrong = [name for name, value in row.items() if not math.isfinite(value)]
+            if wrong:
+                raise FloatingPointError(
+                    f"{wrong[0]} is {row[wrong[0]]} at step {number} of {folder.name}: lower lr; "
+                    f"earlier checkpoints are in {checkpoints}"
+                )
+            history.append(row)
+            if progress:
+                shown = [f"{k} {v:.3f}" for k, v in row.items() if k != "step"]
+                progress.advance(", ".join(shown[:2]))
+            done, stop = number + 1, interrupted()
+            if done % checkpoint_every == 0 or done == total or stop:
+                save(done)
+            if stop:
+                raise KeyboardInterrupt
+            if stop_after is not None and number >= stop_after:
+                break
+    return history
+
+
+def _tensors(
+    modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
+) -> dict[str, Tensor]:
+    tensors = {}
+    for name, module in modules.items():
+        for key, value in module.state_dict().items():
+            tensors[f"{name}.{key}"] = value
+    for name, optimizer in optimizers.items():
+        for index, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                tensors[f"optimizer.{name}.{index}.{key}"] = torch.as_tensor(value)
+    return tensors
+
+
+def _restore(
+    folder: Path,
+    description: dict[str, Any],
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+) -> list[dict[str, float]]:
+    """Loads the newest checkpoint; the rows of the steps that it has done."""
+    found = checkpoint.find(folder)
+    tensors, state = checkpoint.load(found)
+    for part in ("config", "data"):
+        for key, wanted in description[part].items():
+            if state[part].get(key) != wanted:
+                raise CheckpointError(
+                    f"{found} is of another run: its {part}'s {key} is "
+                    f"{state[part].get(key)!r}, expected {wanted!r}"
+                )
+    load_modules(found, tensors, modules)
+    for name, optimizer in optimizers.items():
+        states: dict[int, dict[str, Tensor]] = {}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for full, value in tensors.items():
+            if full.startswith(f"optimizer.{name}."):
+                index, key = full.split(".")[2:]
+                if not index.isdecimal() or int(index) >= len(parameters):
+                    raise CheckpointError(f"{found} is of another optimiser: {full}")
+                if value.dim() and value.shape != parameters[int(index)].shape:
+                    raise CheckpointError(
+                        f"{found}: {full} must be of shape "
+                        f"{tuple(parameters[int(index)].shape)}, got {tuple(value.shape)}"
+                    )
+                states.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+    log = folder / METRICS
+    try:
+        rows = [json.loads(line) for line in log.read_text().splitlines()[: state["step"]]]
+        if [row["step"] for row in rows] != list(range(state["step"])):
+            raise ValueError(f"expected steps 0 to {state['step'] - 1}, got {len(rows)} lines")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{log} does not fit the checkpoint: {error}") from error
+    return rows
+
+
+def load_modules(found: Path, tensors: dict[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
+    """Loads modules by name from a checkpoint's tensors; what else it holds is left alone.
+
+    Raises:
+        CheckpointError: naming the first tensors that are missing, unknown or of another shape.
+    """
+    for name, module in modules.items():
+        prefix = f"{name}."
+        values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        checkpoint.check_shapes(found / checkpoint.TENSORS, values, module.state_dict())
+        module.load_state_dict(values)

@@ -1,0 +1,285 @@
+"""The CFSM recipe: from data to a report, resumed bitwise the same, bad configurations named."""
+
+import json
+import os
+import re
+import signal
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from synface.checkpoint import CheckpointError
+from synface.data import embedded_faces
+from synface.guided import Generator, GeneratorConfig
+from synface.recipes import cfsm, cfsm_report
+from synface.recipes.cfsm import CfsmConfig, degrade, load_config, to_toml
+from synface.recipes.cli import app
+from torch import nn
+from typer.testing import CliRunner
+
+ORL = Path(__file__).parents[2] / ".." / "shared" / "data" / "orl"
+TINY = """
+seed = 3
+domains = ["dark", "blurred"]
+[data]
+size = 16
+images_per_identity = 3
+target_identities = 10
+held_out_identities = 75
+[recogniser]
+epochs = 1
+widths = [4, 8]
+depths = [1, 1]
+embedding_size = 8
+batch_size = 15
+[generator]
+styles = 3
+latent = 8
+width = 4
+downsamplings = 1
+blocks = 1
+hidden = 8
+[discriminator]
+width = 4
+layers = 2
+scales = 2
+[style]
+steps = 6
+batch_size = 4
+lr = 1e-3
+checkpoint_every = 2
+[guided]
+domain = "dark"
+steps = 4
+batch_size = 8
+originals = 0.5
+checkpoint_every = 3
+"""
+
+
+@pytest.fixture
+def config(tmp_path) -> CfsmConfig:
+    file = tmp_path / "tiny.toml"
+    file.write_text(TINY)
+    return load_config(file)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Of the last checkpoints below a folder."""
+    files = sorted(folder.rglob("tensors.safetensors"))
+    newest = {file.parent.parent: file for file in files}  # sorted: the last one stays
+    return {str(k.relative_to(folder)): file.read_bytes() for k, file in newest.items()}
+
+
+def logs(folder: Path) -> dict[str, str]:
+    return {str(f.relative_to(folder)): f.read_text() for f in folder.rglob("metrics.jsonl")}
+
+
+def test_from_data_to_a_report(tmp_path, config):
+    (tmp_path / "tiny.toml").write_text(TINY)
+    command = ["cfsm", "--config", str(tmp_path / "tiny.toml"), "--output", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "guided images raise the loss by" in result.output
+    report = tmp_path / "run" / "report"
+    page = (report / "cfsm.md").read_text()
+    shown = re.findall(r"!\[.*\]\((.*)\)", page)
+    assert len(shown) == 7
+    assert all((report / name).stat().st_size > 1000 for name in shown)
+    assert "20" in page  # batches
+    block = re.search(r"```toml\n(.*)```", page, re.DOTALL)
+    (tmp_path / "again.toml").write_text(block.group(1))
+    assert load_config(tmp_path / "again.toml") == config
+    figures = json.loads((report / "cfsm.json").read_text())
+    assert figures["similarity"]["dark"]["dark"] == pytest.approx(1.0)
+    assert figures["verification"].keys() == {"before", *cfsm.VARIANTS}
+
+    # Everything is there: the same figures come out, and nothing is trained again.
+    before = weights(tmp_path / "run"), logs(tmp_path / "run")
+    again = CliRunner().invoke(app, [*command, "--resume"])
+    assert again.exit_code == 0, again.output
+    assert (weights(tmp_path / "run"), logs(tmp_path / "run")) == before
+    same = json.loads((report / "cfsm.json").read_text())
+    assert same.pop("seconds") is None
+    assert figures.pop("seconds") > 0
+    assert same == figures
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        cfsm.run(config, tmp_path / "run")
+
+
+def test_two_runs_are_the_same_and_an_interrupted_one_too(tmp_path, config):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    whole = cfsm.run(config, tmp_path / "whole")
+    assert torch.equal(torch.get_rng_state(), state)
+
+    pressed = []
+
+    class Impatient:
+        """Presses Ctrl-C in the third step of each part, once."""
+
+        def __init__(self, name: str) -> None:
+            self.name, self.steps = name, 0
+
+        def start(self, total_steps: int, step: int) -> None: ...
+
+        def step(self, loss: float, accuracy: float, images: int) -> None:
+            self.advance("")
+
+        def advance(self, note: str) -> None:
+            self.steps += 1
+            if self.steps == 3 and self.name not in pressed:
+                pressed.append(self.name)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    @contextmanager
+    def bar(name: str):
+        yield Impatient(name)
+
+    for _ in range(20):
+        try:
+            cut = cfsm.run(config, tmp_path / "cut", resume=True, progress=bar)
+            break
+        except KeyboardInterrupt:
+            torch.rand(3)
+    assert len(pressed) == 6  # the recogniser, stage 1 twice, stage 2 three times
+    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+    assert logs(tmp_path / "whole") == logs(tmp_path / "cut")
+    assert cfsm_report.measured(whole) == cfsm_report.measured(cut)
+
+    other = replace(config, style=replace(config.style, lr=0.5))
+    with pytest.raises(CheckpointError, match=r"another run: its config's style is .*0.001"):
+        cfsm.run(other, tmp_path / "cut", resume=True)
+    log = tmp_path / "cut" / "style" / "dark" / "metrics.jsonl"
+    log.write_text(log.read_text()[:50])
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl does not fit the checkpoint"):
+        cfsm.run(config, tmp_path / "cut", resume=True)
+
+
+def test_the_orthogonality_falls(tmp_path, config):
+    config = replace(config, style=replace(config.style, steps=150, lr=0.01))
+    people = cfsm.read_people(config.data, config.seed)
+    recogniser = nn.Sequential(nn.Flatten(), nn.Linear(256, 8))
+    _, history = cfsm.learn_style(config, people, recogniser, "noisy", tmp_path / "run")
+    assert history[0]["l1"] > 0.5
+    assert max(row["l1"] for row in history[-5:]) < 1e-2
+    assert recogniser[1].weight.requires_grad
+    assert recogniser[1].weight.grad is None
+
+
+def test_a_sweep_is_the_cosine_at_each_strength():
+    painter = Generator(GeneratorConfig(3, 6, 4, 1, 1, 8)).eval()
+    recogniser = nn.Sequential(nn.Flatten(), nn.Linear(64, 8))
+    images = torch.rand(2, 1, 8, 8)
+    strengths = torch.tensor([0.0, 2.0])
+    found = cfsm.strength_sweep(painter, recogniser, images, strengths, seed=0)
+    assert found["axes"].shape == (3, 2)
+    with torch.no_grad():
+        own = recogniser(images)
+        at_rest = F.cosine_similarity(own, recogniser(painter(images, torch.zeros(2, 3)))).mean()
+        ends = []
+        for a in (2.0, -2.0):
+            o = torch.tensor([[0.0, a, 0.0]] * 2)
+            ends.append(F.cosine_similarity(own, recogniser(painter(images, o))).mean())
+    torch.testing.assert_close(found["axes"][:, 0], at_rest.expand(3))
+    torch.testing.assert_close(found["random"][0], at_rest)
+    torch.testing.assert_close(found["axes"][1, 1], torch.stack(ends).mean())
+
+
+@pytest.mark.parametrize("domain", sorted(cfsm.DOMAINS))
+def test_degradations(domain):
+    faces = embedded_faces(images_per_identity=2, size=24, identities=4)
+    changed = cfsm.degraded(faces, domain, seed=1)
+    assert torch.equal(changed.images, cfsm.degraded(faces, domain, seed=1).images)
+    assert changed.images.shape == faces.images.shape
+    assert torch.equal(changed.images, faces.images) == (domain == "as_is")
+    x = torch.zeros(3, 3, 20, 16)
+    assert degrade(x, domain, torch.Generator().manual_seed(0)).shape == x.shape
+
+
+def test_stage_2_keeps_a_share_of_originals(tmp_path, config, monkeypatch):
+    people = cfsm.read_people(config.data, config.seed)
+    seen = []
+
+    class Painter(nn.Module):
+        def forward(self, images, o):
+            seen.append((len(images), torch.is_grad_enabled()))
+            return images * 0.5 + 0 * o.sum()
+
+    from synface.backbone import IResNet
+    from synface.heads import MarginHead
+
+    network = IResNet((16, 16), 1, (4, 8), (1, 1), 8)
+    head = MarginHead(8, len(people.source.identities))
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    config = replace(config, guided=replace(config.guided, originals=0.25))
+    for variant in ("guided", "random", "originals"):
+        seen.clear()
+        folder = tmp_path / variant
+        trained, _ = cfsm.train_guided(config, people, network, head, Painter(), variant, folder)
+        steps = config.guided.steps
+        expected = {
+            "guided": [(6, True), (6, False)] * steps,
+            "random": [(6, False)] * steps,
+            "originals": [],
+        }
+        assert seen == expected[variant]
+        assert not torch.equal(trained.stem[0].weight, network.stem[0].weight)
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    with pytest.raises(ValueError, match=r"variant must be one of .*, got 'best'"):
+        cfsm.train_guided(config, people, network, head, Painter(), "best", tmp_path / "x")
+
+
+def test_people_of_another_folder_as_targets(config):
+    if not ORL.is_dir():
+        pytest.skip(f"{ORL} is not there")
+    data = replace(config.data, target=str(ORL), target_identities=0)
+    people = cfsm.read_people(data, 0)
+    assert len(people.target) == 400
+    assert people.target.images.shape[1:] == (16, 16, 1)
+    assert len(people.source.identities) == 25
+
+
+def test_the_default_is_read_and_written_back(tmp_path):
+    config = load_config()
+    file = tmp_path / "copy.toml"
+    file.write_text(to_toml(config))
+    assert load_config(file) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sead = 1", "tiny.toml: unknown key 'sead'; known are seed"),
+        ("[style]\nstep = 1", r"\[style\]: unknown key 'step'"),
+        ("[style]\nsteps = 1.5", r"\[style\]: steps must be int, got 1.5"),
+        ("[style]\nsteps = true", r"\[style\]: steps must be int, got True"),
+        ("[style]\nsteps = 0", r"\[style\]: steps must be at least 1, got 0"),
+        ("[style]\northogonality = 'l2'", "orthogonality must be one of"),
+        ("[guided]\noriginals = 1.5", r"originals must be in \[0, 1\], got 1.5"),
+        ("[guided]\nepsilon = nan", "epsilon must be finite"),
+        ("[guided]\ndomain = 'dark'", r"guided.domain must be one of domains, \['mixed'\]"),
+        ("domains = ['foggy']", r"domains must be different ones of .*, got \['foggy'\]"),
+        ("domains = 'dark'", "domains must be tuple, got 'dark'"),
+        ("style = 3", "style must be a table, got 3"),
+        ("[recogniser]\nepochs = 0", r"\[recogniser\]: epochs must be positive"),
+        ("[generator]\nlatent = 3", "latent must be at least styles = 10"),
+        ("seed = ", "tiny.toml is not TOML"),
+    ],
+)
+def test_a_bad_configuration_is_named(tmp_path, text, message):
+    file = tmp_path / "tiny.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(file)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, config):
+    people = cfsm.read_people(config.data, config.seed)
+    recogniser = nn.Sequential(nn.Flatten(), nn.Linear(256, 8))
+    recogniser[1].weight.data[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="identity is nan at step 0 of dark: lower lr"):
+        cfsm.learn_style(config, people, recogniser, "dark", tmp_path / "dark")
