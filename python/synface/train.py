@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,10 +25,15 @@ from .checkpoint import CheckpointError
 from .data import Augment, DataError, Faces
 from .heads import MarginHead
 from .interrupts import interrupts
-from .randomness import seeded, seeds
+from .optim import RowAdamW, RowSGD
+from .randomness import generator, seeded, seeds
 from .sources import Batch, FacesSource, Source
 
 CONFIG, METRICS, TIMING = "config.json", "metrics.jsonl", "timing.jsonl"
+VERIFICATION = "verification.jsonl"
+# What configurations had no name for at first; it then was as it now is by default.
+LATER = {"accumulate", "precision", "power", "clip_norm", "freeze_statistics", "sample_rate"}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,17 @@ class TrainConfig:
 
     Attributes:
         epochs, batch_size: the last, shorter batch of an epoch is trained on too.
+        accumulate: in how many parts a batch goes through the network, whose gradients are added
+            up: less memory, and batch statistics of a part each.
+        precision: of the network's arithmetic, by autocast: "float32", "bfloat16", or "float16"
+            with a scaled loss. Parameters, head and loss stay float32.
         optimizer: "sgd" (Nesterov momentum 0.9) or "adamw"; lr, weight_decay: its settings.
-        schedule: "cosine", "step" (÷10 after 60 % and 85 % of the steps) or "constant";
-            warmup_epochs of linear warm-up come first.
+        schedule: "cosine", "polynomial" ((1 − t)^power), "step" (÷10 after 60 % and 85 % of the
+            steps) or "constant"; warmup_epochs of linear warm-up come first.
+        clip_norm: the network's gradient is cut to this norm; 0 leaves it.
+        freeze_statistics: normalise by the running statistics, not by a batch's.
+        sample_rate: share of the classes that take part in a step (Partial FC). Below 1 the
+            centres take their optimiser's steps row by row: `synface.optim`.
         scale, m1, m2, m3: of the margin, m2 in radians.
         widths, depths, embedding_size, dropout: of the backbone.
         augment: strength of the augmentation, 0 for none.
@@ -50,11 +62,17 @@ class TrainConfig:
 
     epochs: int = 40
     batch_size: int = 32
+    accumulate: int = 1
+    precision: str = "float32"
     optimizer: str = "sgd"
     lr: float = 0.2
     weight_decay: float = 1e-3
     schedule: str = "cosine"
+    power: float = 2.0
     warmup_epochs: float = 2.0
+    clip_norm: float = 0.0
+    freeze_statistics: bool = False
+    sample_rate: float = 1.0
     scale: float = 32.0
     m1: float = 1.0
     m2: float = 0.3
@@ -68,18 +86,25 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "lr", "embedding_size", "checkpoint_every")
+        positive = ("epochs", "batch_size", "lr", "power", "embedding_size", "checkpoint_every")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_epochs", "augment", "seed"):
+        for name in ("weight_decay", "warmup_epochs", "clip_norm", "augment", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 1 <= self.accumulate <= self.batch_size:
+            raise ValueError(
+                f"accumulate must be in [1, batch_size = {self.batch_size}], got {self.accumulate}"
+            )
+        if not 0 < self.sample_rate <= 1:
+            raise ValueError(f"sample_rate must be in (0, 1], got {self.sample_rate}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         for name, allowed in (
             ("optimizer", ("sgd", "adamw")),
-            ("schedule", ("cosine", "step", "constant")),
+            ("schedule", ("cosine", "polynomial", "step", "constant")),
+            ("precision", tuple(PRECISIONS)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
@@ -92,8 +117,8 @@ class TrainConfig:
     @staticmethod
     def from_json(values: dict[str, Any]) -> TrainConfig:
         known = {f.name for f in fields(TrainConfig)}
-        if values.keys() != known:
-            different = sorted(values.keys() ^ known)
+        different = sorted((values.keys() ^ known) - (LATER - values.keys()))
+        if different:
             raise CheckpointError(f"a configuration with unknown or missing keys: {different}")
         lists: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
@@ -133,12 +158,97 @@ def build_backbone(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet
     )
 
 
-def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, config.lr, 0.9, weight_decay=config.weight_decay, nesterov=True
-        )
-    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+@dataclass
+class _Model:
+    """What trains, and all that a checkpoint holds of it."""
+
+    backbone: IResNet
+    head: MarginHead
+    optimizers: dict[str, torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+
+    @property
+    def modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"backbone": self.backbone, "head": self.head})
+
+    def tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": value for name, value in self.modules.state_dict().items()}
+        for prefix, optimizer in self.optimizers.items():
+            for index, state in optimizer.state_dict()["state"].items():
+                for name, value in state.items():
+                    tensors[f"{prefix}.{index}.{name}"] = torch.as_tensor(value)
+        for name, value in self.scaler.state_dict().items():
+            tensors[f"scaler.{name}"] = torch.tensor(value)
+        return tensors
+
+    def restore(self, file: Path, tensors: dict[str, Tensor]) -> None:
+        """Takes over a checkpoint's tensors.
+
+        Raises:
+            CheckpointError: for tensors of another model or optimiser, naming the first.
+        """
+        kinds: dict[str, dict[str, Tensor]] = {"model": {}, "scaler": {}}
+        kinds |= {prefix: {} for prefix in self.optimizers}
+        for key, value in tensors.items():
+            kind, _, name = key.partition(".")
+            if kind not in kinds:
+                raise CheckpointError(f"{file} is of another model: {key} is unknown")
+            kinds[kind][name] = value
+        checkpoint.check_shapes(file, kinds["model"], self.modules.state_dict())
+        states = {
+            prefix: _states(optimizer, file, prefix, kinds[prefix])
+            for prefix, optimizer in self.optimizers.items()
+        }
+        scaler = self.scaler.state_dict()
+        if kinds["scaler"].keys() != scaler.keys():
+            raise CheckpointError(f"{file} is of a run of another precision")
+        self.modules.load_state_dict(kinds["model"])
+        for prefix, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": states[prefix]})
+        if scaler:
+            self.scaler.load_state_dict({k: v.item() for k, v in kinds["scaler"].items()})
+
+
+def _states(
+    optimizer: torch.optim.Optimizer, file: Path, prefix: str, values: dict[str, Tensor]
+) -> dict[int, dict[str, Tensor]]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, value in values.items():
+        index, _, name = key.partition(".")
+        if not index.isdecimal() or int(index) >= len(parameters):
+            raise CheckpointError(f"{file} is of another optimiser: {prefix}.{key}")
+        shape = tuple(parameters[int(index)].shape)
+        if value.dim() and tuple(value.shape) not in (shape, shape[:1]):  # one value a row, or all
+            raise CheckpointError(
+                f"{file}: {prefix}.{key} must be of shape {shape}, got {tuple(value.shape)}"
+            )
+        states.setdefault(int(index), {})[name] = value
+    return states
+
+
+def _model(config: TrainConfig, source: Source) -> _Model:
+    with seeded(seeds(config.seed, "parameters", 0)):
+        backbone = build_backbone(config, source.image_shape)
+        head = MarginHead(config.embedding_size, source.num_classes, config.margin())
+    sgd = {"momentum": 0.9, "nesterov": True} if config.optimizer == "sgd" else {}
+    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay} | sgd
+    dense = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.AdamW
+    learned = [p for p in backbone.parameters() if p.requires_grad]
+    centers = list(head.parameters())
+    optimizers: dict[str, torch.optim.Optimizer]
+    if config.sample_rate == 1:
+        optimizers = {"optimizer": dense(learned + centers, **settings)}
+    else:
+        by_row = RowSGD if config.optimizer == "sgd" else RowAdamW
+        optimizers = {"optimizer": dense(learned, **settings)}
+        optimizers["centers"] = by_row(centers, **settings)
+    return _Model(
+        backbone,
+        head,
+        optimizers,
+        torch.amp.GradScaler("cpu", enabled=config.precision == "float16"),
+    )
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -150,39 +260,11 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     done = (step - warmup) / max(1, total - warmup)
     if config.schedule == "cosine":
         return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+    if config.schedule == "polynomial":
+        return config.lr * (1 - done) ** config.power
     if config.schedule == "step":
         return config.lr * 0.1 ** ((done >= 0.6) + (done >= 0.85))
     return config.lr
-
-
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
-    return tensors
-
-
-def _restore(
-    model: nn.Module, optimizer: torch.optim.Optimizer, file: Path, tensors: dict[str, Tensor]
-) -> None:
-    values = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    checkpoint.check_shapes(file, values, model.state_dict())
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".")
-            if not index.isdecimal() or int(index) >= len(parameters):
-                raise CheckpointError(f"{file} is of another optimiser: {key}")
-            shape = tuple(parameters[int(index)].shape)
-            if value.dim() and tuple(value.shape) != shape:
-                raise CheckpointError(
-                    f"{file}: {key} must be of shape {shape}, got {tuple(value.shape)}"
-                )
-            state.setdefault(int(index), {})[name] = value
-    model.load_state_dict(values)
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def train(
@@ -194,6 +276,9 @@ def train(
     progress: Progress | None = None,
     stop_after: int | None = None,
     command: dict[str, Any] | None = None,
+    verify: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    verify_every: int = 0,
+    tensorboard: bool = False,
 ) -> Trained:
     """Trains a backbone and a margin head on a set of faces or another source, on the CPU.
 
@@ -207,6 +292,10 @@ def train(
         stop_after: end early, after this step, as an interruption would (the last checkpoint is
             what remains).
         command: what else config.json is to remember of how the run was started.
+        verify: is given the backbone, in evaluation mode, after every ``verify_every`` epochs (0:
+            never); what it returns goes into verification.jsonl, a line each time.
+        tensorboard: also write loss, accuracy, learning rate and verification to
+            ``output``/tensorboard; needs the package of that name.
 
     Raises:
         CheckpointError: for a checkpoint that is damaged, or of another configuration or data.
@@ -222,109 +311,232 @@ def train(
     source: Source = FacesSource(data) if isinstance(data, Faces) else data
     if source.num_classes < 2:
         raise ValueError(f"training needs two identities or more, got {source.num_classes}")
-    with interrupts() as interrupted:
-        return _train(config, source, output, resume, progress, stop_after, command, interrupted)
-
-
-def _train(
-    config: TrainConfig,
-    source: Source,
-    output: Path,
-    resume: bool,
-    progress: Progress | None,
-    stop_after: int | None,
-    command: dict[str, Any] | None,
-    interrupted: Callable[[], bool],
-) -> Trained:
-    description = {
-        "config": json.loads(json.dumps(asdict(config))),
-        "data": source.description(),
-    }
-    with seeded(seeds(config.seed, "parameters", 0)):
-        backbone = build_backbone(config, source.image_shape)
-        head = MarginHead(config.embedding_size, source.num_classes, config.margin())
-    model = nn.ModuleDict({"backbone": backbone, "head": head})
-    optimizer = _optimizer(config, [p for p in model.parameters() if p.requires_grad])
-    folder, log = output / "checkpoints", output / METRICS
-    steps_per_epoch = -(-len(source) // config.batch_size)
-
-    def save(steps: int) -> None:
-        wrong = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-        if wrong:
-            raise FloatingPointError(
-                f"{wrong[0]} is not finite after {steps} steps: lower lr (now {config.lr:g}); "
-                f"earlier checkpoints are in {folder}"
-            )
-        checkpoint.save(folder, steps, _tensors(model, optimizer), description)
-
-    first = 0
-    history: list[dict[str, float]] = []
-    if resume:
-        first = _resume(output, description, model, optimizer)
-        history = _history(log, first)
-        checkpoint.write(log, "".join(json.dumps(row) + "\n" for row in history))
-    elif checkpoint.checkpoints(folder) or log.exists():
-        raise FileExistsError(
-            f"{output} holds a run already: resume it, or choose another output folder"
-        )
-    else:
-        output.mkdir(parents=True, exist_ok=True)
-        started = {"command": command or {}} | description
-        checkpoint.write(output / CONFIG, json.dumps(started, indent=1))
-        save(0)  # so that there always is one to resume from
-
-    total = config.epochs * steps_per_epoch
-    if progress:
-        progress.start(total, first)
-    model.train()
-    with (
-        log.open("a") as lines,
-        closing(source.batches(config, first)) as batches,
-        _timed(source, output / TIMING, first),
-    ):
-
-        def keep(steps: int) -> None:
-            lines.flush()
-            os.fsync(lines.fileno())
-            save(steps)
-
-        for step, batch in _kept(batches, first, keep):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step, steps_per_epoch)
-            images, target, target_weight = batch
-            with seeded(seeds(config.seed, "dropout", step)):
-                loss, stats = head(backbone(images), target, target_weight, return_stats=True)
-            row = {
-                "step": step,
-                "epoch": step / steps_per_epoch,
-                "loss": loss.item(),
-                "accuracy": stats.top1.float().mean().item(),
-                "lr": optimizer.param_groups[0]["lr"],
-            }
-            if not math.isfinite(row["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {row['loss']} at step {step}: lower lr (now {config.lr:g}); "
-                    f"earlier checkpoints are in {folder}"
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            history.append(row)
-            lines.write(json.dumps(row) + "\n")
+    run = _Run(config, source, output)
+    with ExitStack() as stack:
+        interrupted = stack.enter_context(interrupts())
+        first = run.resume() if resume else run.start(command or {})
+        writer = stack.enter_context(_tensorboard(output, first)) if tensorboard else None
+        if progress:
+            progress.start(run.total_steps, first)
+        stack.enter_context(_timed(source, output / TIMING, first))
+        batches = stack.enter_context(closing(source.batches(config, first)))
+        for step, batch in _kept(batches, first, run.save):
+            row = run.step(step, batch)
+            done = step + 1
+            if writer:
+                writer(step, row)
             if progress:
-                progress.step(row["loss"], row["accuracy"], len(images))
-            epoch_ends = (step + 1) % steps_per_epoch == 0
-            due = (step + 1) // steps_per_epoch % config.checkpoint_every == 0
+                progress.step(row["loss"], row["accuracy"], len(batch.images))
+            epoch, rest = divmod(done, run.steps_per_epoch)
+            if verify and verify_every and rest == 0 and epoch % verify_every == 0:
+                figures = run.verify(done, verify)
+                if writer:
+                    writer(step, {f"verification/{k}": v for k, v in figures.items()})
+            due = rest == 0 and epoch % config.checkpoint_every == 0
             stop = interrupted()
-            if (epoch_ends and due) or step + 1 == total or stop:
-                keep(step + 1)
+            if due or done == run.total_steps or stop:
+                run.save(done)
             if stop:
                 raise KeyboardInterrupt
             if stop_after is not None and step >= stop_after:
                 break
-    model.eval()
+    run.backbone.eval()
     timing = source.timing.report() if source.timing else None
-    return Trained(backbone, head, config, history, timing)
+    return Trained(run.backbone, run.head, config, run.history, timing)
+
+
+class _Run:
+    """One run: its model, its folder, and what a step does."""
+
+    def __init__(self, config: TrainConfig, source: Source, output: Path) -> None:
+        self.config, self.output = config, output
+        self.folder = output / "checkpoints"
+        self.description = {
+            "config": json.loads(json.dumps(asdict(config))),
+            "data": source.description(),
+        }
+        self.model = _model(config, source)
+        self.backbone, self.head = self.model.backbone, self.model.head
+        self.num_classes = source.num_classes
+        self.steps_per_epoch = -(-len(source) // config.batch_size)
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.history: list[dict[str, float]] = []
+        self.lines = Lines(output / METRICS)
+        self.verified = Lines(output / VERIFICATION)
+        self._train_mode()
+
+    def start(self, command: dict[str, Any]) -> int:
+        """Writes how the run begins; 0, the first step."""
+        if checkpoint.checkpoints(self.folder) or self.lines.file.exists():
+            raise FileExistsError(
+                f"{self.output} holds a run already: resume it, or choose another output folder"
+            )
+        self.output.mkdir(parents=True, exist_ok=True)
+        started = {"command": command} | self.description
+        checkpoint.write(self.output / CONFIG, json.dumps(started, indent=1))
+        self.lines.rewrite([])
+        self.save(0)  # so that there always is one to resume from
+        return 0
+
+    def resume(self) -> int:
+        """Takes up the newest checkpoint; the first step that is still to do."""
+        found = checkpoint.find(self.output)
+        tensors, state = checkpoint.load(found)
+        # what a configuration does not name, because it is older, was as it is by default
+        state["config"] = asdict(TrainConfig.from_json(state["config"]))
+        state["config"] = json.loads(json.dumps(state["config"]))
+        for part in ("config", "data"):
+            came, wanted = state[part], self.description[part]
+            changed = [k for k in wanted if came.get(k) != wanted[k]]
+            if changed:
+                key = changed[0]
+                raise CheckpointError(
+                    f"{found} is of another run: its {part}'s {key} is {came.get(key)!r}, "
+                    f"expected {wanted[key]!r}"
+                )
+        self.model.restore(found / checkpoint.TENSORS, tensors)
+        first = state["step"]
+        # the lines of steps after the checkpoint are written again
+        self.history = self.lines.read()[:first]
+        if [row["step"] for row in self.history] != list(range(first)):
+            raise CheckpointError(
+                f"{self.lines.file} does not fit the checkpoint: expected steps 0 to {first - 1}, "
+                f"got {len(self.history)} lines"
+            )
+        self.lines.rewrite(self.history)
+        if self.verified.file.exists():
+            self.verified.rewrite([row for row in self.verified.read() if row["step"] <= first])
+        return first
+
+    def save(self, steps: int) -> None:
+        """Writes a checkpoint after so many steps, and sees the log on the disk."""
+        self.lines.flush()
+        for name, parameter in self.model.modules.named_parameters():
+            if not parameter.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} is not finite after {steps} steps: lower lr (now "
+                    f"{self.config.lr:g}); earlier checkpoints are in {self.folder}"
+                )
+        checkpoint.save(self.folder, steps, self.model.tensors(), self.description)
+
+    def step(self, step: int, batch: Batch) -> dict[str, float]:
+        """One step of training, and its line in the log."""
+        config, optimizers, scaler = self.config, self.model.optimizers, self.model.scaler
+        rate = learning_rate(config, step, self.steps_per_epoch)
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        target, class_ids = batch.target, None
+        if config.sample_rate < 1:
+            drawn = generator(config.seed, "classes", step)
+            sampled = math.ceil(config.sample_rate * self.num_classes)
+            class_ids, target = sk.sample_classes(target, self.num_classes, sampled, drawn)
+        count = len(batch.images)
+        loss, hits = torch.zeros(()), torch.zeros(())
+        with seeded(seeds(config.seed, "dropout", step)):
+            for part in torch.arange(count).tensor_split(min(config.accumulate, count)):
+                rows = slice(int(part[0]), int(part[-1]) + 1)
+                weight = batch.target_weight
+                embeddings = self._embed(batch.images[rows])
+                part_loss, stats = self.head(
+                    embeddings,
+                    target[rows],
+                    None if weight is None else weight[rows],
+                    class_ids=class_ids,
+                    return_stats=True,
+                )
+                part_loss = part_loss * (len(part) / count)
+                loss += part_loss.detach()
+                hits += stats.top1.sum()
+                if part_loss.isfinite():
+                    scaler.scale(part_loss).backward()
+        row = {
+            "step": step,
+            "epoch": step / self.steps_per_epoch,
+            "loss": loss.item(),
+            "accuracy": hits.item() / count,
+            "lr": rate,
+        }
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(
+                f"the loss is {row['loss']} at step {step}: lower lr (now {config.lr:g}); "
+                f"earlier checkpoints are in {self.folder}"
+            )
+        if config.clip_norm > 0:
+            scaler.unscale_(optimizers["optimizer"])
+            norm = nn.utils.clip_grad_norm_(self.backbone.parameters(), config.clip_norm)
+            if norm.isfinite():  # else the scaler leaves this step out
+                row["gradient_norm"] = norm.item()
+        for optimizer in optimizers.values():
+            scaler.step(optimizer)
+        scaler.update()
+        self.history.append(row)
+        self.lines.append(row)
+        return row
+
+    def verify(
+        self, steps: int, verify: Callable[[nn.Module], Mapping[str, float]]
+    ) -> dict[str, float]:
+        self.backbone.eval()
+        figures = dict(verify(self.backbone))
+        self._train_mode()
+        self.verified.append({"step": steps, "epoch": steps / self.steps_per_epoch} | figures)
+        return figures
+
+    def _embed(self, images: Tensor) -> Tensor:
+        dtype = PRECISIONS[self.config.precision]
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return self.backbone(images).float()
+
+    def _train_mode(self) -> None:
+        self.model.modules.train()
+        if self.config.freeze_statistics:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+
+class Lines:
+    """A log of JSON objects, a line each."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def append(self, row: Mapping[str, float]) -> None:
+        with self.file.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+
+    def flush(self) -> None:
+        """Sees to it that all lines are on the disk."""
+        if self.file.exists():
+            checkpoint.sync(self.file)
+
+    def rewrite(self, rows: list[dict[str, float]]) -> None:
+        checkpoint.write(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def read(self) -> list[dict[str, float]]:
+        """Raises CheckpointError for a file that is no such log."""
+        try:
+            rows = [json.loads(line) for line in self.file.read_text().splitlines()]
+            return [row | {"step": int(row["step"])} for row in rows]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{self.file} does not fit the checkpoint: {error}") from error
+
+
+@contextmanager
+def _tensorboard(output: Path, first: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """A function that writes figures of a step; those of later steps, of an earlier run, go."""
+    from torch.utils.tensorboard import SummaryWriter  # optional: the extra tensorboard
+
+    with SummaryWriter(str(output / "tensorboard"), purge_step=first) as writer:
+
+        def write(step: int, figures: Mapping[str, float]) -> None:
+            for name, value in figures.items():
+                if name not in ("step", "epoch"):
+                    writer.add_scalar(name if "/" in name else f"training/{name}", value, step)
+
+        yield write
 
 
 def _kept(
@@ -351,38 +563,6 @@ def _timed(source: Source, file: Path, first: int) -> Iterator[None]:
         if source.timing is not None:
             with file.open("a") as lines:
                 lines.write(json.dumps({"first_step": first} | source.timing.report()) + "\n")
-
-
-def _history(log: Path, steps: int) -> list[dict[str, float]]:
-    """The log's first lines; those of steps after the checkpoint are done again."""
-    try:
-        rows = [json.loads(line) for line in log.read_text().splitlines()[:steps]]
-        if [row["step"] for row in rows] != list(range(steps)):
-            raise ValueError(f"expected steps 0 to {steps - 1}, got {len(rows)} lines")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{log} does not fit the checkpoint: {error}") from error
-    return rows
-
-
-def _resume(
-    output: Path,
-    description: dict[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> int:
-    found = checkpoint.find(output)
-    tensors, state = checkpoint.load(found)
-    for part in ("config", "data"):
-        came, wanted = state[part], description[part]
-        changed = [k for k in wanted if came.get(k) != wanted[k]]
-        if changed:
-            key = changed[0]
-            raise CheckpointError(
-                f"{found} is of another run: its {part}'s {key} is {came.get(key)!r}, "
-                f"expected {wanted[key]!r}"
-            )
-    _restore(model, optimizer, found / checkpoint.TENSORS, tensors)
-    return state["step"]
 
 
 def load_backbone(path: Path) -> tuple[IResNet, dict[str, Any]]:

@@ -195,7 +195,7 @@ def test_a_checkpoint_that_cannot_be_written_loses_nothing(faces, tmp_path, monk
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(synface.checkpoint, "_sync", full)
+    monkeypatch.setattr(synface.checkpoint, "sync", full)
     with pytest.raises(OSError, match="No space left"):
         train(SMALL, faces, tmp_path / "run", resume=True)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before

@@ -1,0 +1,231 @@
+"""The plan of a training run: its memory model against measured peaks, its sums, its remedies."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from synface.backbone import IResNet
+from synface.plan import (
+    DEPTHS,
+    DEVICES,
+    WORKSPACE,
+    Settings,
+    exchange,
+    memory,
+    parse_bytes,
+    parse_count,
+    plan,
+    read_measured,
+)
+
+STEP = """
+import sys, torch
+from synface.measure import peak_bytes
+import synface_kernels as sk
+
+classes, dim, batch, dtype, optimizer, rate = sys.argv[1:]
+classes, dim, batch, rate = int(classes), int(dim), int(batch), float(rate)
+dtype = getattr(torch, dtype)
+
+def train(classes, steps):
+    weight = torch.randn(classes, dim, dtype=dtype).requires_grad_()
+    state = {"sgd": 1, "adamw": 2, "none": 0}[optimizer]
+    states = [torch.zeros_like(weight) for _ in range(state)]
+    last = torch.zeros(classes, dtype=torch.int32) if rate < 1 else None
+    for step in range(1, steps + 1):
+        x = torch.randn(batch, dim).to(torch.bfloat16).requires_grad_()
+        target, ids = torch.randint(0, classes, (batch,)), None
+        if rate < 1:
+            ids, target = sk.sample_classes(target, classes, int(rate * classes))
+        sk.margin_cross_entropy(x, weight, target, class_ids=ids).backward()
+        gradient, weight.grad = weight.grad, None
+        if rate < 1:
+            gradient = gradient.coalesce().values()
+        else:
+            ids = torch.arange(classes)
+        kwargs = {"lr": 0.1, "step": step, "last_step": last}
+        with torch.no_grad():
+            if optimizer == "adamw":
+                moments = {"exp_avg": states[0], "exp_avg_sq": states[1]}
+                sk.row_adamw_(weight, gradient, ids, **moments, **kwargs)
+            else:
+                momentum = {"momentum_buffer": states[0], "momentum": 0.9} if states else {}
+                sk.row_sgd_(weight, gradient, ids, **momentum, **kwargs)
+        del gradient  # as zero_grad() does
+    return weight
+
+train(1000, 2)
+print(peak_bytes(lambda: train(classes, 2)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize(
+    ("centers", "optimizer", "sample_rate"),
+    [
+        ("float32", "sgd", 1.0),
+        ("bfloat16", "sgd", 1.0),
+        ("float32", "none", 1.0),
+        ("float32", "adamw", 1.0),
+        ("float32", "sgd", 0.1),
+        ("bfloat16", "adamw", 0.05),
+    ],
+)
+def test_the_memory_model_is_what_is_measured(centers, optimizer, sample_rate):
+    settings = Settings(
+        1_000_000,
+        128,
+        batch=256,
+        sample_rate=sample_rate,
+        centers=centers,
+        optimizer=optimizer,
+        backbone=None,
+    )
+    arguments = [settings.identities, settings.dim, settings.batch, centers, optimizer, sample_rate]
+    child = subprocess.run(
+        [sys.executable, "-c", STEP, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    measured, model = int(child.stdout), sum(memory(settings).values())
+    # the model's workspace is an upper bound
+    assert model - WORKSPACE <= 1.02 * measured, (measured, model)
+    assert measured <= 1.02 * model, (measured, model)
+
+
+def test_parts_add_up():
+    settings = Settings(10_000_001, 64, gpus=4, batch=64, sample_rate=0.5, labels=3)
+    parts = memory(settings)
+    assert settings.classes == 2_500_001
+    assert settings.sampled == 1_250_001
+    assert parts["centres"] == 2_500_001 * 64 * 4
+    assert parts["centres' gradient"] == 1_250_001 * 64 * 4
+    found = plan(settings)
+    assert found.total == sum(parts.values())
+    assert found.fits
+    assert not found.remedies
+    assert found.seconds == pytest.approx(sum(part.seconds for part in found.time.values()))
+
+
+def test_alone_nothing_is_exchanged():
+    assert sum(exchange(Settings(1000, gpus=1)).values()) == 0
+    assert "exchange" not in plan(Settings(1000)).time
+
+
+def test_every_positive_is_sampled():
+    assert Settings(1_000_000, sample_rate=0.0001, batch=512, labels=3).sampled == 1536
+    assert Settings(1000, sample_rate=0.5, batch=4096).sampled == 1000
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_backbone_is_counted_as_built(name):
+    with torch.device("meta"):
+        network = IResNet((112, 112), 3, (64, 128, 256, 512), DEPTHS[name], 512)
+    parameters = sum(p.numel() for p in network.parameters())
+    assert memory(Settings(1000, backbone=name))["backbone"] == 12 * parameters
+
+
+def test_activations_are_what_autograd_keeps():
+    """Against the bytes that a real backward pass holds on to, counted by their storages."""
+    from synface import plan as module
+
+    network = IResNet((112, 112), 3, (64, 128, 256, 512), DEPTHS["r18"], 512)
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(torch.zeros(2, 3, 112, 112)).sum()
+    _, per_image, _ = module._backbone("r18", 512)
+    assert sum(s.nbytes() for s in kept.values()) == pytest.approx(2 * per_image, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(100_000_000, gpus=8),
+        Settings(100_000_000, gpus=8, optimizer="adamw"),
+        Settings(50_000_000, centers="bfloat16"),
+        Settings(1_000_000_000, gpus=2, sample_rate=0.1),
+    ],
+)
+def test_remedies_do_what_they_say(settings):
+    found = plan(settings)
+    assert not found.fits
+    assert found.remedies
+    assert any(remedy.fits for remedy in found.remedies)
+    for remedy in found.remedies:
+        assert remedy.bytes < found.total
+        assert remedy.fits == (remedy.bytes <= found.available)
+        option, value = remedy.change.split("--")[1].split()
+        name = option.replace("-", "_")
+        kind = type(getattr(settings, name))
+        changed = plan(replace(settings, **{name: kind(value)}))
+        assert changed.fits == remedy.fits, remedy
+        assert changed.total == pytest.approx(remedy.bytes, rel=0.01)
+
+
+def test_measured_rates_replace_the_data_sheet(tmp_path):
+    file = tmp_path / "device.json"
+    ceilings = {"copy_gigabyte_per_second": 3350 / 2, "product_tflop_per_second": 989 / 2}
+    file.write_text(json.dumps({"machine": {"gpu": "H100"}, "ceilings": ceilings}))
+    settings = Settings(10_000_000)
+    sheet, measured = plan(settings), plan(settings, read_measured(file))
+    assert measured.seconds == pytest.approx(2 * sheet.seconds)
+    assert all(part.measured for part in measured.time.values())
+    assert not any(part.measured for part in sheet.time.values())
+    assert "not measured" in sheet.rates
+    assert "measured on H100" in measured.rates
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"ceilings": {}}', "\xff"])
+def test_what_is_no_result_is_refused(tmp_path, text):
+    file = tmp_path / "device.json"
+    file.write_text(text, "latin-1")
+    with pytest.raises(ValueError, match=r"device\.json is no result of make gpu-evidence"):
+        read_measured(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"identities": 0}, "identities"),
+        ({"sample_rate": 0.0}, "sample_rate must be above 0"),
+        ({"sample_rate": 1.5}, "sample_rate"),
+        ({"gpus": 2000}, "batch must hold an image for each of 2000 gpus, got 1024"),
+        ({"centers": "int8"}, "centers must be one of float32, bfloat16, got 'int8'"),
+        ({"backbone": "r9"}, "backbone must be one of None, r18"),
+    ],
+)
+def test_bad_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**{"identities": 1000, **change})
+
+
+def test_counts_and_sizes():
+    assert parse_count("identities", "10M") == 10_000_000
+    assert parse_count("identities", "1.5b") == 1_500_000_000
+    assert parse_count("identities", "250_000") == 250_000
+    assert parse_bytes("memory", "80GB") == DEVICES["h100"].memory
+    assert parse_bytes("memory", "24GiB") == 24 * 2**30
+    for text in ("", "M", "1.5", "10X", "nan", "1e400", "-1", "0"):
+        with pytest.raises(ValueError, match="identities must be a count"):
+            parse_count("identities", text)
+
+
+def test_command_line():
+    command = "plan --identities 100M --dim 512 --gpus 8 --gpu-memory 80GB --batch 1024"
+    done = subprocess.run(
+        [sys.executable, "-m", "synface", *command.split()], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "It does not fit" in done.stdout
+    assert "--centers bfloat16" in done.stdout
+    assert "not measured" in done.stdout

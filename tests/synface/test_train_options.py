@@ -1,0 +1,170 @@
+"""What training can be told: precision, parts of a batch, clipping, sampling, schedules, logs."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from synface.checkpoint import CheckpointError
+from synface.data import Faces, embedded_faces
+from synface.train import TrainConfig, learning_rate, train
+
+SMALL = TrainConfig(
+    epochs=2,
+    batch_size=11,  # 24 images: batches of 11, 11 and 2
+    widths=(4, 8),
+    depths=(1, 1),
+    embedding_size=16,
+    dropout=0.0,
+    checkpoint_every=1,
+)
+SAMPLED = {"sample_rate": 0.5}
+
+
+@pytest.fixture(scope="module")
+def faces() -> Faces:
+    return embedded_faces(images_per_identity=2, size=16, identities=12)
+
+
+def parameters(result) -> dict[str, torch.Tensor]:
+    modules = (result.backbone, result.head)
+    return {f"{i}.{k}": v for i, m in enumerate(modules) for k, v in m.state_dict().items()}
+
+
+def largest_difference(a, b) -> float:
+    a, b = parameters(a), parameters(b)
+    return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bfloat16"},
+        {"precision": "float16"},
+        {"accumulate": 3},
+        {"clip_norm": 0.5},
+        {"schedule": "polynomial"},
+        {"freeze_statistics": True},
+        SAMPLED,
+        SAMPLED | {"optimizer": "adamw"},
+        SAMPLED | {"precision": "float16", "accumulate": 2, "clip_norm": 1.0},
+    ],
+    ids=str,
+)
+def test_every_option_resumes_bitwise(faces, tmp_path, options):
+    config = replace(SMALL, **options)
+    whole = train(config, faces, tmp_path / "whole")
+    train(config, faces, tmp_path / "cut", stop_after=3)
+    resumed = train(config, faces, tmp_path / "cut", resume=True)
+    assert largest_difference(whole, resumed) == 0
+    assert whole.history == resumed.history
+    assert all(math.isfinite(row["loss"]) for row in whole.history)
+
+
+def test_every_option_is_another_run(faces, tmp_path):
+    base = replace(SMALL, warmup_epochs=0)
+    plain = train(base, faces, tmp_path / "plain")
+    for name, value in (
+        ("precision", "bfloat16"),
+        ("clip_norm", 0.01),
+        ("sample_rate", 0.5),
+        ("schedule", "polynomial"),
+        ("freeze_statistics", True),
+    ):
+        other = train(replace(base, **{name: value}), faces, tmp_path / name)
+        assert largest_difference(plain, other) > 0, name
+        with pytest.raises(CheckpointError, match=rf"config's {name} is"):
+            train(base, faces, tmp_path / name, resume=True)
+
+
+def test_parts_of_a_batch_are_the_batch_where_statistics_are_frozen(faces, tmp_path):
+    config = replace(SMALL, freeze_statistics=True, lr=0.02)
+    whole = train(config, faces, tmp_path / "whole")
+    parts = train(replace(config, accumulate=4), faces, tmp_path / "parts")
+    assert largest_difference(whole, parts) < 1e-5
+    for a, b in zip(whole.history, parts.history, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["accuracy"] == pytest.approx(b["accuracy"])
+
+
+def test_all_classes_sampled_are_all_classes(faces, tmp_path):
+    """Row optimisers on rows that all take part do as torch's own on the whole matrix."""
+    config = replace(SMALL, sample_rate=0.999, freeze_statistics=True, lr=0.02)
+    sampled = train(config, faces, tmp_path / "sampled")
+    whole = train(replace(config, sample_rate=1.0), faces, tmp_path / "whole")
+    assert largest_difference(sampled, whole) < 1e-4
+
+
+def test_clipping_bounds_the_gradient(faces, tmp_path):
+    free = train(replace(SMALL, clip_norm=1e9), faces, tmp_path / "free")
+    norms = [row["gradient_norm"] for row in free.history]
+    cut = train(replace(SMALL, clip_norm=min(norms) / 10), faces, tmp_path / "cut")
+    assert cut.history[0]["gradient_norm"] == pytest.approx(norms[0], rel=1e-5)
+    assert largest_difference(free, cut) > 0
+
+
+def test_frozen_statistics_stay_as_they_began(faces, tmp_path):
+    result = train(replace(SMALL, freeze_statistics=True), faces, tmp_path / "run")
+    for name, value in result.backbone.state_dict().items():
+        if name.endswith("running_mean"):
+            assert not value.any(), name
+        if name.endswith("running_var"):
+            assert bool((value == 1).all()), name
+
+
+def test_polynomial_schedule():
+    config = replace(SMALL, epochs=10, schedule="polynomial", power=2.0, warmup_epochs=0, lr=1.0)
+    rates = [learning_rate(config, step, 3) for step in range(30)]
+    assert rates == pytest.approx([(1 - step / 30) ** 2 for step in range(30)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"accumulate": 12}, r"accumulate must be in \[1, batch_size = 11\], got 12"),
+        ({"accumulate": 0}, "accumulate"),
+        ({"sample_rate": 0.0}, r"sample_rate must be in \(0, 1\], got 0.0"),
+        ({"sample_rate": 1.5}, "sample_rate"),
+        ({"precision": "int8"}, "precision must be one of .*, got 'int8'"),
+        ({"clip_norm": -1.0}, "clip_norm must not be negative"),
+        ({"power": 0.0}, "power must be positive"),
+    ],
+)
+def test_bad_options_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **change)
+
+
+def test_verification_is_logged_and_written_again_after_a_resume(faces, tmp_path):
+    seen = []
+
+    def verify(backbone):
+        assert not backbone.training
+        seen.append(1)
+        return {"auc": len(seen) / 10}
+
+    train(SMALL, faces, tmp_path / "run", verify=verify, verify_every=1)
+    file = tmp_path / "run" / "verification.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["step"], row["auc"]) for row in rows] == [(3, 0.1), (6, 0.2)]
+
+    train(SMALL, faces, tmp_path / "cut", verify=verify, verify_every=1, stop_after=3)
+    train(SMALL, faces, tmp_path / "cut", verify=verify, verify_every=1, resume=True)
+    file = tmp_path / "cut" / "verification.jsonl"
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [3, 6]
+    plain = train(SMALL, faces, tmp_path / "plain")
+    checked = train(SMALL, faces, tmp_path / "same", verify=verify, verify_every=1)
+    assert largest_difference(plain, checked) == 0
+
+
+def test_tensorboard_has_the_figures(faces, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = {"verify": lambda backbone: {"auc": 0.5}, "verify_every": 1, "tensorboard": True}
+    train(SMALL, faces, tmp_path / "run", stop_after=3, **options)
+    result = train(SMALL, faces, tmp_path / "run", resume=True, **options)
+    events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    loss = {event.step: event.value for event in events.Scalars("training/loss")}
+    assert loss == {row["step"]: pytest.approx(row["loss"]) for row in result.history}
+    assert {event.step for event in events.Scalars("verification/auc")} == {2, 5}
