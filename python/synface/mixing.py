@@ -348,26 +348,6 @@ class _OneBatch(_Mixer):
         if self.partner not in ("permutation", "reverse"):
             raise ValueError(f"partner must be 'permutation' or 'reverse', got {self.partner!r}")
 
-    def _partners(self, images: Tensor, generator: Generator | None) -> Tensor:
-        if self.partner == "reverse":
-            return torch.arange(len(images), device=images.device).flip(0)
-        return _send(_permutation(len(images), generator), images.device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mixup(_OneBatch):
-    """Mixes the images of a batch with one another: λ·X + (1 − λ)·X'.
-
-    Args:
-        ratio: the distribution of λ; ``Beta(a)`` is the paper's, a grid of 21 values the default.
-        per_sample: draw a λ for each image, otherwise one for the batch.
-        partner: ``"permutation"`` draws a partner for each image, ``"reverse"`` takes the batch in
-            reverse order.
-        mean, std, dtype, memory_format, layout, impl: as `synface_kernels.domain_mixup` takes them.
-
-    Source: Zhang et al., "mixup", ICLR 2018.
-    """
-
     def __call__(
         self,
         images: Tensor,
@@ -387,8 +367,7 @@ class Mixup(_OneBatch):
         Returns:
             `Mixed` with K = 2 labels per image.
 
-        Differentiable in floating images. Memory above the inputs: the result, and a copy of the
-        images in their own dtype.
+        Differentiable in floating images.
 
         Raises:
             TypeError, ValueError: for a wrong argument, naming it.
@@ -396,9 +375,43 @@ class Mixup(_OneBatch):
         _check_images("images", images, self.layout)
         _check_labels("labels", labels, images)
         order = self._partners(images, generator)
-        share = _send(self._shares(len(images), generator), images.device).expand(len(images))
-        mixed = self._mix(images, images.index_select(0, order), share, out)
+        mixed, share = self._with(images, order, generator, out)
         return Mixed(mixed, *_pairs(labels, labels[order], share))
+
+    def _with(
+        self, images: Tensor, order: Tensor, generator: Generator | None, out: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The images mixed with their partners images[order], and the share (N,) of their own
+        labels."""
+        raise NotImplementedError
+
+    def _partners(self, images: Tensor, generator: Generator | None) -> Tensor:
+        if self.partner == "reverse":
+            return torch.arange(len(images), device=images.device).flip(0)
+        return _send(_permutation(len(images), generator), images.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixup(_OneBatch):
+    """Mixes the images of a batch with one another: λ·X + (1 − λ)·X'.
+
+    Args:
+        ratio: the distribution of λ; ``Beta(a)`` is the paper's, a grid of 21 values the default.
+        per_sample: draw a λ for each image, otherwise one for the batch.
+        partner: ``"permutation"`` draws a partner for each image, ``"reverse"`` takes the batch in
+            reverse order.
+        mean, std, dtype, memory_format, layout, impl: as `synface_kernels.domain_mixup` takes them.
+
+    Memory above the inputs: the result, and a copy of the images in their own dtype.
+
+    Source: Zhang et al., "mixup", ICLR 2018.
+    """
+
+    def _with(
+        self, images: Tensor, order: Tensor, generator: Generator | None, out: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        share = _send(self._shares(len(images), generator), images.device).expand(len(images))
+        return self._mix(images, images.index_select(0, order), share, out), share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,34 +429,21 @@ class CutMix(_OneBatch):
             reverse order.
         mean, std, dtype, memory_format, layout, impl: as `synface_kernels.domain_mixup` takes them.
 
+    Memory above the inputs: the result, two copies of the images in their own dtype, and a byte
+    for each of their elements.
+
     Source: Yun et al., "CutMix", ICCV 2019.
     """
 
-    def __call__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        generator: Generator | None = None,
-        *,
-        out: Tensor | None = None,
-    ) -> Mixed:
-        """Mixes a batch; arguments, result and errors are those of `Mixup`.
-
-        Memory above the inputs: the result, two copies of the images in their own dtype, and a byte
-        for each of their elements.
-        """
-        _check_images("images", images, self.layout)
-        _check_labels("labels", labels, images)
+    def _with(
+        self, images: Tensor, order: Tensor, generator: Generator | None, out: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         height, width = _size(images, self.layout)
-        order = self._partners(images, generator)
         boxes = _boxes(height, width, self._shares(len(images), generator), generator)
-        share = _kept(boxes, height, width)
-        pasted = _paste(
-            images, images.index_select(0, order), _send(boxes, images.device), self.layout
-        )
-        share = _send(share, images.device).expand(len(images))
-        mixed = self._mix(pasted, pasted.detach(), torch.ones_like(share), out)
-        return Mixed(mixed, *_pairs(labels, labels[order], share))
+        share = _send(_kept(boxes, height, width), images.device).expand(len(images))
+        boxes = _send(boxes, images.device)
+        pasted = _paste(images, images.index_select(0, order), boxes, self.layout)
+        return self._mix(pasted, pasted.detach(), torch.ones_like(share), out), share
 
 
 class TimmMixup:
