@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -316,7 +316,7 @@ def _require_shares(psi: Tensor, name: str) -> None:
             raise ValueError(f"{message}, got {psi[row].item():g} in row {row}")
 
 
-def _require_apart(out: Tensor, inputs: Sequence[Tensor | None]) -> None:
+def _require_apart(out: Tensor, inputs: Inputs) -> None:
     def extent(tensor: Tensor) -> tuple[int, int]:
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         start = tensor.data_ptr()
@@ -325,10 +325,8 @@ def _require_apart(out: Tensor, inputs: Sequence[Tensor | None]) -> None:
     if out.numel() == 0:
         return
     begin, end = extent(out)
-    for name, tensor in zip(
-        ("synthetic", "real", "psi", "flip_synthetic", "flip_real"), inputs, strict=True
-    ):
-        if tensor is None:
+    for name, tensor in inputs._asdict().items():
+        if not isinstance(tensor, Tensor):
             continue
         first, last = extent(tensor)
         if first < end and begin < last:
@@ -336,6 +334,31 @@ def _require_apart(out: Tensor, inputs: Sequence[Tensor | None]) -> None:
 
 
 # ---- the op: implementations, fakes, autograd ----------------------------------------------------
+
+
+class Inputs(NamedTuple):
+    """What the ops' schemas begin with."""
+
+    synthetic: Tensor
+    real: Tensor
+    psi: Tensor
+    mean: list[float]
+    std: list[float]
+    flip_synthetic: Tensor | None
+    flip_real: Tensor | None
+
+    def prepared(
+        self,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """As implementations take them: affine (C, 2) in place of mean and std."""
+        synthetic, real, psi, mean, std, flip_synthetic, flip_real = self
+        affine = _affine(tuple(mean), tuple(std), synthetic.dtype, synthetic.device)
+        return synthetic, real, psi, affine, flip_synthetic, flip_real
+
+
+def _split(args: tuple[Any, ...]) -> tuple[Inputs, tuple[Any, ...]]:
+    count = len(Inputs._fields)
+    return Inputs(*args[:count]), args[count:]
 
 
 @lru_cache(maxsize=64)
@@ -361,72 +384,36 @@ def _empty(images: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     )
 
 
-def _out(
-    synthetic: Tensor,
-    real: Tensor,
-    psi: Tensor,
-    mean: list[float],
-    std: list[float],
-    flip_synthetic: Tensor | None,
-    flip_real: Tensor | None,
-    out: Tensor,
-    impl: str,
-) -> None:
-    _require_shares(psi, "psi")
-    _require_apart(out, (synthetic, real, psi, flip_synthetic, flip_real))
-    affine = _affine(tuple(mean), tuple(std), synthetic.dtype, synthetic.device)
-    inputs = (synthetic, real, psi, affine, flip_synthetic, flip_real)
+def _out(*args: Any) -> None:
+    inputs, (out, impl) = _split(args)
+    _require_shares(inputs.psi, "psi")
+    _require_apart(out, inputs)
+    prepared = inputs.prepared()
     if impl == "reference":
-        out.copy_(reference.round_once(reference.forward(*inputs), out.dtype))
+        out.copy_(reference.round_once(reference.forward(*prepared), out.dtype))
     elif impl == "triton":
         from . import kernel_triton
 
-        kernel_triton.forward(*inputs, out)
+        kernel_triton.forward(*prepared, out)
     else:
-        getattr(torch.ops.synface_kernels, f"{OP}_{impl}")(*inputs, out)
+        getattr(torch.ops.synface_kernels, f"{OP}_{impl}")(*prepared, out)
 
 
-def _forward(
-    synthetic: Tensor,
-    real: Tensor,
-    psi: Tensor,
-    mean: list[float],
-    std: list[float],
-    flip_synthetic: Tensor | None,
-    flip_real: Tensor | None,
-    dtype: torch.dtype,
-    channels_last: bool,
-    impl: str,
-) -> Tensor:
-    out = _empty(synthetic, dtype, channels_last)
+def _forward(*args: Any) -> Tensor:
+    inputs, (dtype, channels_last, impl) = _split(args)
+    out = _empty(inputs.synthetic, dtype, channels_last)
     if impl == "cpu":
         torch.ops.synface_kernels._advise_huge_pages(out)
-    _out(synthetic, real, psi, mean, std, flip_synthetic, flip_real, out, impl)
+    _out(*inputs, out, impl)
     return out
 
 
-def _backward(
-    gradient: Tensor,
-    synthetic: Tensor,
-    real: Tensor,
-    psi: Tensor,
-    mean: list[float],
-    std: list[float],
-    flip_synthetic: Tensor | None,
-    flip_real: Tensor | None,
-    needs_synthetic_grad: bool,
-    needs_real_grad: bool,
-    needs_psi_grad: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    results = _backward_empty(
-        synthetic, real, psi, needs_synthetic_grad, needs_real_grad, needs_psi_grad
-    )
-    wanted = (needs_synthetic_grad, needs_real_grad, needs_psi_grad)
-    affine = _affine(tuple(mean), tuple(std), synthetic.dtype, synthetic.device)
-    inputs = (gradient, synthetic, real, psi, affine, flip_synthetic, flip_real)
+def _backward(gradient: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, (*wanted, impl) = _split(args)
+    results = _backward_empty(inputs, *wanted)
+    prepared = (gradient, *inputs.prepared())
     if impl == "reference":
-        exact = reference.backward(*inputs)
+        exact = reference.backward(*prepared)
         for result, value, want in zip(results, exact, wanted, strict=True):
             if want:
                 result.copy_(reference.round_once(value, result.dtype))
@@ -438,25 +425,23 @@ def _backward(
     if impl == "triton":
         from . import kernel_triton
 
-        kernel_triton.backward(*inputs, *targets)
+        kernel_triton.backward(*prepared, *targets)
     else:
-        getattr(torch.ops.synface_kernels, f"{OP}_backward_{impl}")(*inputs, *targets)
+        getattr(torch.ops.synface_kernels, f"{OP}_backward_{impl}")(*prepared, *targets)
     return results
 
 
 def _backward_empty(
-    synthetic: Tensor,
-    real: Tensor,
-    psi: Tensor,
-    needs_synthetic_grad: bool,
-    needs_real_grad: bool,
-    needs_psi_grad: bool,
+    inputs: Inputs, needs_synthetic_grad: bool, needs_real_grad: bool, needs_psi_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    images = (
-        _empty(side, side.dtype, _is_channels_last(side)) if needed else side.new_empty((0,))
-        for side, needed in ((synthetic, needs_synthetic_grad), (real, needs_real_grad))
+    def images(side: Tensor, needed: bool) -> Tensor:
+        return _empty(side, side.dtype, _is_channels_last(side)) if needed else side.new_empty(0)
+
+    return (
+        images(inputs.synthetic, needs_synthetic_grad),
+        images(inputs.real, needs_real_grad),
+        inputs.psi.new_empty(inputs.psi.shape if needs_psi_grad else (0,)),
     )
-    return (*images, psi.new_empty(psi.shape if needs_psi_grad else (0,)))  # type: ignore[return-value]
 
 
 for _key in ("CPU", "CUDA"):
@@ -466,19 +451,9 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake(f"synface_kernels::{OP}_forward")
-def _forward_fake(
-    synthetic: Tensor,
-    real: Tensor,
-    psi: Tensor,
-    mean: list[float],
-    std: list[float],
-    flip_synthetic: Tensor | None,
-    flip_real: Tensor | None,
-    dtype: torch.dtype,
-    channels_last: bool,
-    impl: str,
-) -> Tensor:
-    return _empty(synthetic, dtype, channels_last)
+def _forward_fake(*args: Any) -> Tensor:
+    inputs, (dtype, channels_last, _) = _split(args)
+    return _empty(inputs.synthetic, dtype, channels_last)
 
 
 @torch.library.register_fake(f"synface_kernels::{OP}_out")
@@ -488,8 +463,8 @@ def _out_fake(*args: Any) -> None:
 
 @torch.library.register_fake(f"synface_kernels::{OP}_backward")
 def _backward_fake(gradient: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    synthetic, real, psi = args[:3]
-    return _backward_empty(synthetic, real, psi, *args[7:10])
+    inputs, (*wanted, _) = _split(args)
+    return _backward_empty(inputs, *wanted)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
