@@ -3,8 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +17,12 @@ import synface_kernels as sk
 import synface_kernels.numpy as skn
 from synface_kernels._load import cpu_isas
 from synface_kernels.ops.domain_mixup import reference
+from tests.cpu import cpu
 
 ROOT = Path(__file__).parents[2]
 U8, F32, BF16, F16, F64 = torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64
 FORMATS = (torch.contiguous_format, torch.channels_last)
 OPS = torch.ops.synface_kernels
-
-
-@contextmanager
-def isa(name: str) -> Iterator[None]:
-    before = os.environ.get("SYNFACE_CPU_ISA")
-    os.environ["SYNFACE_CPU_ISA"] = name
-    try:
-        yield
-    finally:
-        del os.environ["SYNFACE_CPU_ISA"]
-        if before is not None:
-            os.environ["SYNFACE_CPU_ISA"] = before
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def images(shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator) -> Tensor:
@@ -126,7 +103,7 @@ def test_cpu_gives_the_definitions_bits(name: str, source: Any, dtype: Any) -> N
                     "memory_format": memory_format,
                 }  # fmt: skip
                 expected = sk.domain_mixup(s, r, psi, impl="reference", **options)
-                with isa(name):
+                with cpu(name):
                     got = sk.domain_mixup(s, r, psi, impl="cpu", **options)
                 assert torch.equal(got, expected), (shape, layout, memory_format)
                 assert got.is_contiguous(memory_format=memory_format)
@@ -143,7 +120,7 @@ def test_every_pair_of_bytes_is_exact(name: str, mean: float, std: float) -> Non
     exact = sk.domain_mixup(s, r, psi, mean=mean, std=std, dtype=F64, impl="reference")
     torch.testing.assert_close(exact, plain(s, r, psi, mean, std), rtol=4e-16, atol=4e-15 / std)
     for dtype in (F32, BF16, F16):
-        with isa(name):
+        with cpu(name):
             got = sk.domain_mixup(s, r, psi, mean=mean, std=std, dtype=dtype, impl="cpu")
         if dtype == F32:
             assert torch.equal(got, exact.float())
@@ -166,7 +143,7 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
     results = []
     for count in (1, 2, 3, 5):
         for name in cpu_isas():
-            with threads(count), isa(name):
+            with cpu(name, count):
                 leaves = [t.clone().requires_grad_() for t in (s, r, psi)]
                 out = sk.domain_mixup(*leaves, flip=flip, dtype=dtype, impl="cpu")
                 out.backward(gradient)
@@ -198,7 +175,7 @@ def test_estimates_do_not_show(name: str) -> None:
                     "mean": mean, "std": std, "dtype": BF16, "memory_format": memory_format,
                 }  # fmt: skip
                 expected = sk.domain_mixup(s, r, psi, impl="reference", **options)
-                with isa(name):
+                with cpu(name):
                     got = sk.domain_mixup(s, r, psi, impl="cpu", **options)
                 assert torch.equal(got.view(torch.int16), expected.view(torch.int16)), (psi, mean)
 
@@ -211,7 +188,7 @@ def test_writes_into_views_at_any_address(name: str) -> None:
         for offset in range(1, 8):
             memory = torch.full((expected.numel() + 16,), 7.0, dtype=dtype)
             out = memory[offset : offset + expected.numel()].view(expected.shape)
-            with isa(name):
+            with cpu(name):
                 sk.domain_mixup(s, r, 0.3, dtype=dtype, out=out, impl="cpu")
             assert torch.equal(out, expected)
             assert (memory[:offset] == 7).all()

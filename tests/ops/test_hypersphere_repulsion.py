@@ -18,6 +18,7 @@ from synface_kernels import _load
 from synface_kernels.ops.hypersphere_repulsion.energies import NEIGHBOR_ENERGIES, R_MIN
 from synface_kernels.testing import assert_as_exact_as_torch
 from tests import codes
+from tests.cpu import cpu
 
 ISAS = _load.cpu_isas()
 EPS = torch.finfo(torch.float32).eps
@@ -263,14 +264,10 @@ def test_two_runs_agree_bitwise(energy, gallery):
 @pytest.mark.parametrize("energy", [sk.LogSumExp(), sk.Log(), sk.MaxCosine()], ids=str)
 def test_any_number_of_threads(energy):
     x, y = points(900, 700, 16, torch.float32)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 3, 8):
-            torch.set_num_threads(count)
+    for threads in (1, 3, 8):
+        with cpu(threads=threads):
             assert_matches_float64(x, None, energy, torch.float32)
             assert_matches_float64(x, y, energy, torch.float32)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("energy", PAIR + NEIGHBOR, ids=str)

@@ -19,6 +19,7 @@ import synface_kernels as sk
 import synface_kernels.numpy
 from synface_kernels import _load
 from synface_kernels.testing import assert_as_exact_as_torch
+from tests.cpu import cpu
 
 ISAS = _load.cpu_isas()
 COMBINED = sk.CombinedMargin(64.0, 0.9, 0.4, 0.15)
@@ -447,12 +448,8 @@ def test_two_runs_agree_bitwise():
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads(threads):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with cpu(threads=threads):
         assert_matches_float64(problem(300, 2000, 16, 2, torch.float32), torch.float32)
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_only_what_is_asked_for_is_computed():

@@ -1,8 +1,5 @@
 """Optimiser steps on rows: the definition against torch.optim, the kernel against it."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +10,7 @@ import synface_kernels as sk
 from synface_kernels._load import cpu_isas
 from synface_kernels.ops.row_update import reference
 from synface_kernels.testing import assert_as_exact_as_torch
+from tests.cpu import cpu
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 OPS = torch.ops.synface_kernels
@@ -39,20 +37,6 @@ def seeded(seed: int) -> torch.Generator:
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = F64) -> Tensor:
     return torch.randn(shape, generator=seeded(seed), dtype=F64).to(dtype)
-
-
-@contextmanager
-def cpu(isa: str, threads: int) -> Iterator[None]:
-    before, count = os.environ.get("SYNFACE_CPU_ISA"), torch.get_num_threads()
-    os.environ["SYNFACE_CPU_ISA"] = isa
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
-        del os.environ["SYNFACE_CPU_ISA"]
-        if before is not None:
-            os.environ["SYNFACE_CPU_ISA"] = before
 
 
 class Rows:

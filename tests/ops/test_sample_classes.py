@@ -4,8 +4,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 import synface_kernels as sk
 from synface_kernels._load import cpu_isas
 from synface_kernels.ops.sample_classes import kernel_torch, reference
+from tests.cpu import cpu
 
 ROOT = Path(__file__).parents[2]
 IMPLS = ("cpu", "torch", "reference")
@@ -26,20 +25,6 @@ P_LEAST = 1e-4  # seeds are fixed, so that a test passes always or never
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-@contextmanager
-def cpu(isa: str, threads: int) -> Iterator[None]:
-    before, count = os.environ.get("SYNFACE_CPU_ISA"), torch.get_num_threads()
-    os.environ["SYNFACE_CPU_ISA"] = isa
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
-        del os.environ["SYNFACE_CPU_ISA"]
-        if before is not None:
-            os.environ["SYNFACE_CPU_ISA"] = before
 
 
 def check(ids: Tensor, remapped: Tensor, target: Tensor, num_classes: int, wanted: int) -> None:
