@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +32,7 @@ from .evaluate import Verification, embed, pixel_embeddings, verify
 from .generate import open_generator
 from .mixing import Beta, Constant, Grid, Ratio
 from .recipes import cli as recipes
+from .settings import check_keys, read_toml
 from .sources import MixedSource, fingerprint
 from .synthesize import synthesize
 from .train import CONFIG, TrainConfig, load_backbone, train
@@ -94,6 +96,32 @@ SizeOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Of everything random.", min=0)]
+
+
+def _from_file(context: typer.Context, file: Path | None) -> Path | None:
+    """Values of a TOML file, for options that the command line does not give."""
+    if file is not None:
+        values = read_toml(file)
+        check_keys(
+            file, values, [p.name for p in context.command.params if p.name != "config_file"]
+        )
+        context.default_map = {
+            name: ",".join(map(str, value)) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+    return file
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="TOML file of options, by their names with _ for -, such as a run's config.toml; "
+        "the command line goes before it.",
+        is_eager=True,
+        callback=_from_file,
+    ),
+]
 
 
 class Bar:
@@ -178,6 +206,17 @@ def _faces(
         return read_folder(images, size or FOLDER_SIZE, grey, progress=bar.files)
 
 
+def _joined(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{name} must be integers such as 16,32,64, got {text!r}") from None
+
+
 def _ratio(text: str) -> Ratio:
     name, _, value = text.partition(":")
     try:
@@ -214,6 +253,12 @@ def _mixed(run: dict[str, Any], workers: int) -> tuple[MixedSource, Faces]:
 
 def _verify_network(backbone: torch.nn.Module, held: Faces) -> Verification:
     return verify(embed(backbone, held.images), held.labels)
+
+
+def _figures(found: Verification) -> dict[str, float]:
+    numbers = {"auc": found.auc, "accuracy": found.accuracy}
+    numbers |= {f"tar_at_far_{far:g}": tar for far, tar in found.tar.items()}
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 def _verify_pixels(held: Faces) -> Verification:
@@ -271,22 +316,51 @@ def train_command(
     seed: SeedOption = DEFAULT.seed,
     epochs: int = DEFAULT.epochs,
     batch_size: int = DEFAULT.batch_size,
+    accumulate: Annotated[
+        int, typer.Option(help="Parts in which a batch goes through the network.")
+    ] = DEFAULT.accumulate,
+    precision: Annotated[
+        str, typer.Option(help="Of the network: float32, bfloat16 or float16.")
+    ] = DEFAULT.precision,
     optimizer: Annotated[str, typer.Option(help="sgd or adamw")] = DEFAULT.optimizer,
     lr: float = DEFAULT.lr,
     weight_decay: float = DEFAULT.weight_decay,
-    schedule: Annotated[str, typer.Option(help="cosine, step or constant")] = DEFAULT.schedule,
+    schedule: Annotated[
+        str, typer.Option(help="cosine, polynomial, step or constant")
+    ] = DEFAULT.schedule,
+    power: Annotated[float, typer.Option(help="Of the polynomial schedule.")] = DEFAULT.power,
     warmup_epochs: float = DEFAULT.warmup_epochs,
+    clip_norm: Annotated[
+        float, typer.Option(help="Of the network's gradient; 0 leaves it.")
+    ] = DEFAULT.clip_norm,
+    freeze_statistics: Annotated[
+        bool, typer.Option("--freeze-statistics", help="Normalise by the running statistics.")
+    ] = DEFAULT.freeze_statistics,
+    sample_rate: Annotated[
+        float, typer.Option(help="Share of the classes that take part in a step (Partial FC).")
+    ] = DEFAULT.sample_rate,
     scale: Annotated[float, typer.Option(help="Of the logits.")] = DEFAULT.scale,
     m1: Annotated[float, typer.Option(help="Margin: factor of the angle.")] = DEFAULT.m1,
     m2: Annotated[float, typer.Option(help="Margin: radians added to the angle.")] = DEFAULT.m2,
     m3: Annotated[float, typer.Option(help="Margin: taken off the cosine.")] = DEFAULT.m3,
+    widths: Annotated[str, typer.Option(help="Channels of each stage.")] = _joined(DEFAULT.widths),
+    depths: Annotated[str, typer.Option(help="Blocks of each stage.")] = _joined(DEFAULT.depths),
     embedding_size: int = DEFAULT.embedding_size,
     dropout: float = DEFAULT.dropout,
     augment: Annotated[float, typer.Option(help="Strength; 0 for none.")] = DEFAULT.augment,
     checkpoint_every: Annotated[int, typer.Option(help="Epochs.")] = DEFAULT.checkpoint_every,
+    verify_every: Annotated[
+        int,
+        typer.Option(help="Epochs between verifications on the way; 0: only at the end.", min=0),
+    ] = 0,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write the run's figures for TensorBoard.")
+    ] = False,
+    config_file: ConfigOption = None,
 ) -> None:
     """Train on an image folder (or the embedded faces) and verify on people kept out."""
-    given = context.params
+    given = context.params | {"widths": _numbers("--widths", widths)}
+    given["depths"] = _numbers("--depths", depths)
     run: dict[str, Any] = {
         "data": str(data) if data else None,
         "synthetic": synthetic,
@@ -324,7 +398,17 @@ def train_command(
     try:
         with Bar("training") as bar:
             result = train(
-                config, faces, folder, resume=resume is not None, progress=bar, command=run
+                config,
+                faces,
+                folder,
+                resume=resume is not None,
+                progress=bar,
+                command=run,
+                verify=(lambda network: _figures(_verify_network(network, held)))
+                if pixels
+                else None,
+                verify_every=verify_every,
+                tensorboard=tensorboard,
             )
     except KeyboardInterrupt:
         console.print(
@@ -352,6 +436,7 @@ def _stored_run(context: typer.Context, folder: Path) -> tuple[dict[str, Any], T
     """How the run was started; options given now must agree with it."""
     run, config = _command(folder / CONFIG)
     stored = run | asdict(config)
+    stored |= {name: _joined(stored[name]) for name in ("widths", "depths")}
     for name, value in context.params.items():
         source = context.get_parameter_source(name)  # click's enum, which typer may vendor
         value = str(value) if isinstance(value, Path) else value

@@ -27,6 +27,7 @@ from .heads import MarginHead
 from .interrupts import interrupts
 from .optim import RowAdamW, RowSGD
 from .randomness import generator, seeded, seeds
+from .settings import write_toml
 from .sources import Batch, FacesSource, Source
 
 CONFIG, METRICS, TIMING = "config.json", "metrics.jsonl", "timing.jsonl"
@@ -284,7 +285,8 @@ def train(
 
     Args:
         config: what to do. data: at least two identities.
-        output: the run's folder: config.json, metrics.jsonl (one line a step), checkpoints/, and
+        output: the run's folder: config.json, config.toml (the same, for ``synface train
+            --config``), metrics.jsonl (one line a step), checkpoints/, and
             for a source that reads files timing.jsonl (one line each time that it was run).
         resume: go on from the newest checkpoint in ``output``. The result is bitwise that of a run
             that was never interrupted.
@@ -374,6 +376,7 @@ class _Run:
         self.output.mkdir(parents=True, exist_ok=True)
         started = {"command": command} | self.description
         checkpoint.write(self.output / CONFIG, json.dumps(started, indent=1))
+        write_toml(self.output / "config.toml", command | self.description["config"])
         self.lines.rewrite([])
         self.save(0)  # so that there always is one to resume from
         return 0

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -168,3 +170,54 @@ def test_tensorboard_has_the_figures(faces, tmp_path):
     loss = {event.step: event.value for event in events.Scalars("training/loss")}
     assert loss == {row["step"]: pytest.approx(row["loss"]) for row in result.history}
     assert {event.step for event in events.Scalars("verification/auc")} == {2, 5}
+
+
+def synface(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "synface", *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+def test_a_file_of_options(faces, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'epochs = 2\nlr = 0.1\nwidths = [4, 8]\ndepths = [1, 1]\nsize = "16x16"\nholdout = 90\n'
+        'schedule = "polynomial"\nfreeze_statistics = true\nverify_every = 1\nbatch_size = 7\n'
+    )
+    done = synface("train", "--config", file, "--epochs", 1, "--output", tmp_path / "a")
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = json.loads((tmp_path / "a" / "config.json").read_text())["config"]
+    assert (config["epochs"], config["lr"], config["widths"]) == (1, 0.1, [4, 8])
+    assert (config["schedule"], config["freeze_statistics"]) == ("polynomial", True)
+    assert len((tmp_path / "a" / "verification.jsonl").read_text().splitlines()) == 1
+
+    done = synface("train", "--config", tmp_path / "a/config.toml", "--output", tmp_path / "b")
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in "ab"]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch = 3", "unknown key 'epoch'; did you mean 'epochs'?"),
+        ("zzz = 3", "unknown key 'zzz'; known are"),
+        ("epochs = ", "is not TOML"),
+        ('epochs = "many"', "epochs"),
+        ("widths = [4, 0.5]", "--widths must be integers such as 16,32,64, got '4,0.5'"),
+        ("precision = 3", "precision must be one of"),
+    ],
+)
+def test_a_bad_file_of_options_is_refused(tmp_path, text, message):
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    done = synface("train", "--config", file, "--output", tmp_path / "run")
+    assert done.returncode == 2
+    assert message in " ".join((done.stdout + done.stderr).replace("│", " ").split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_file_of_options_is_named(tmp_path):
+    done = synface("train", "--config", tmp_path / "none.toml")
+    assert done.returncode == 2
+    assert "none.toml cannot be read: No such file" in " ".join(done.stdout.split())
