@@ -27,8 +27,8 @@ domains = ["dark", "blurred"]
 [data]
 size = 16
 images_per_identity = 3
-target_identities = 10
-held_out_identities = 75
+target_identities = 75
+held_out_identities = 10
 [recogniser]
 epochs = 1
 widths = [4, 8]
@@ -240,7 +240,7 @@ def test_people_of_another_folder_as_targets(config):
     people = cfsm.read_people(data, 0)
     assert len(people.target) == 400
     assert people.target.images.shape[1:] == (16, 16, 1)
-    assert len(people.source.identities) == 25
+    assert len(people.source.identities) == 90
 
 
 def test_the_default_is_read_and_written_back(tmp_path):

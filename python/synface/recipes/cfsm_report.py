@@ -176,15 +176,19 @@ def _log_plot(results: Results, path: Path) -> None:
 
 def _sweep_plot(results: Results, path: Path) -> None:
     figure, axes = _figure(6.4, 4.4)
-    strengths = results.strengths
+    strengths = results.strengths.numpy()
     for (domain, curves), color in zip(
         results.sweep.items(), _colors(len(results.sweep)), strict=True
     ):
-        axes.plot(strengths, curves["axes"].T, color=color, linewidth=0.4, alpha=0.5)
-        axes.plot(strengths, curves["axes"].mean(0), color=color, linewidth=2, label=domain)
-        axes.plot(strengths, curves["random"], color=color, linewidth=1, linestyle=":")
+        axes.plot(strengths, curves["axes"].T.numpy(), color=color, linewidth=0.4, alpha=0.5)
+        axes.plot(strengths, curves["axes"].mean(0).numpy(), color=color, linewidth=2, label=domain)
+        axes.plot(strengths, curves["random"].numpy(), color=color, linewidth=1, linestyle=":")
     axes.plot(
-        strengths, 1 - identity_gap(strengths), color=ACCENT, linestyle="--", label="1 − g(a)"
+        strengths,
+        1 - identity_gap(results.strengths).numpy(),
+        color=ACCENT,
+        linestyle="--",
+        label="1 − g(a)",
     )
     axes.set_xlabel("strength a = ‖o‖")
     axes.set_ylabel("cosine of f(X) and f(G(X, o))")
@@ -198,8 +202,8 @@ def _sweep_plot(results: Results, path: Path) -> None:
 
 def _similarity_plot(results: Results, path: Path) -> None:
     figure, axes = _figure(5.2, 4.6)
-    names, values = list(results.painters), results.similarity
-    picture = axes.imshow(values, cmap="viridis", vmin=min(0.0, values.min().item()), vmax=1)
+    names, values = list(results.painters), results.similarity.numpy()
+    picture = axes.imshow(values, cmap="viridis", vmin=min(0.0, values.min()), vmax=1)
     for i in range(len(names)):
         for j in range(len(names)):
             color = "white" if values[i, j] < 0.7 else INK
@@ -214,9 +218,8 @@ def _similarity_plot(results: Results, path: Path) -> None:
 def _gain_plot(results: Results, path: Path) -> None:
     figure, axes = _figure(5.6, 3.4)
     gain = results.gain
-    at = torch.arange(len(gain["style"]))
     for name, color in (("style", QUIET), ("random", INK), ("guided", ACCENT)):
-        axes.plot(at, gain[name], "o-", color=color, markersize=3, linewidth=0.8, label=name)
+        axes.plot(gain[name].numpy(), "o-", color=color, markersize=3, linewidth=0.8, label=name)
     axes.set_xlabel("batch")
     axes.set_ylabel("recogniser's loss")
     axes.set_title(
@@ -237,7 +240,7 @@ def _guided_plot(results: Results, path: Path) -> None:
         steps, loss = _column(rows, "loss")
         window = max(1, len(loss) // 20)
         smooth = torch.tensor(loss).unfold(0, window, 1).mean(1)
-        axes.plot(steps[window - 1 :], smooth, color=color, linewidth=1, label=variant)
+        axes.plot(steps[window - 1 :], smooth.numpy(), color=color, linewidth=1, label=variant)
     axes.set_xlabel("step")
     axes.set_ylabel("loss, running mean")
     axes.set_title("Stage 2", color=INK)
@@ -252,7 +255,7 @@ def _grid(rows: Sequence[Tensor], names: Sequence[str], title: str, path: Path) 
     pixels = torch.cat([row.permute(2, 0, 3, 1).flatten(1, 2) for row in rows])
     pixels = pixels.expand(-1, -1, 3).cpu().add(1).div(2).clamp(0, 1)
     figure, axes = _figure(1.6 + 0.75 * len(rows[0]), 0.5 + 0.75 * len(rows))
-    axes.imshow(pixels)
+    axes.imshow(pixels.numpy())
     axes.set_yticks([height * (i + 0.5) for i in range(len(rows))], names)
     axes.set_xticks([])
     axes.tick_params(length=0, labelsize=8)
