@@ -708,8 +708,8 @@ T2, TW = torch.tensor([[0, 1]] * 4), torch.tensor([[0.5, 0.5]] * 4)
             r"target must be in \[0, 3\), a place in class_ids, which must hold every label, .*"
             "got 3 at 3",
         ),
-        ((X, W, T), {"group": object()}, NotImplementedError, "group is not built yet"),
-        ((X, W, T), {"class_start": 3}, NotImplementedError, "class_start is not built yet"),
+        ((X, W, T), {"group": object()}, TypeError, "group must be a .* process group, got object"),
+        ((X, W, T), {"class_start": 3}, ValueError, "class_start must be 0 without a group, got 3"),
         ((X, W, T), {"label_smoothing": 0.1}, NotImplementedError, "label_smoothing is not built"),
         (
             (X, W, T, sk.ArcFace(margin=torch.zeros(3))),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..._check import describe
+from ..._distributed import Gather, Replicated, agree, check_group
 from ..._load import library
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
 from . import reference, sharded
@@ -184,14 +185,14 @@ def _pair_energy(
             return _pairs(x, y, *potential, impl)
         if y is None:
             return sharded.PairSum.apply(x, counts, potential, group, impl)
-        gallery, exponential = sharded.Replicated.apply(y, group), kind == "log_sum_exp"
+        gallery, exponential = Replicated.apply(y, group), kind == "log_sum_exp"
         if x.shape[0] > 0:
             start = sum(counts[: torch.distributed.get_rank(group)])
             points = sharded.turned(x, start, False)
             value = _pairs(points, sharded.turned(gallery, start, False), *potential, impl)
         else:  # no pairs, but their gradient, zero, takes part in the sum over ranks
             value = (x.sum() + gallery[:0].sum()).double() - (torch.inf if exponential else 0)
-        values = sharded.Gather.apply(value, group)
+        values = Gather.apply(value, group)
         return values.logsumexp(0) if exponential else values.sum()
 
     n = sum(counts)
@@ -224,7 +225,7 @@ def _neighbor_energy(square: Tensor, energy: Energy, reduction: str, n: int, gro
         return each
 
     def of_ranks(value: Tensor) -> Tensor:
-        return value[None] if group is None else sharded.Gather.apply(value, group)
+        return value[None] if group is None else Gather.apply(value, group)
 
     if isinstance(energy, ClosestPair):
         own = each.max(0).values if each.shape[0] > 0 else each.sum() - torch.inf
@@ -253,7 +254,7 @@ def _nearest(
 ) -> tuple[Tensor, Tensor]:
     """Squared distances (N, k) in double, and indices (N, k)."""
     if group is not None:
-        y = None if y is None else sharded.Replicated.apply(y, group)
+        y = None if y is None else Replicated.apply(y, group)
         return sharded.Nearest.apply(x, y, counts, k, group, impl)
     if impl == "reference":
         return reference.nearest(*_checked(x, y, torch.float64), k, _statistics_dtype(x))
@@ -289,31 +290,23 @@ def _prepare(
 
     if group is None:
         return prepare(), [x.shape[0]]
-    if not isinstance(group, torch.distributed.ProcessGroup):
-        raise TypeError(
-            f"group must be a torch.distributed process group, got {type(group).__name__}"
-        )
+    check_group(group)
     chosen = ""
 
-    def facts() -> dict[str, Any]:
+    def facts() -> tuple[list[int], dict[str, Any]]:
         nonlocal chosen
         chosen = prepare()
         if chosen == "reference":
             raise ValueError("impl must be 'cpu' or 'triton' with a group, got 'reference'")
         _check_values(x, y)
         recorded = torch.is_grad_enabled()
-        result = {"rows": x.shape[0], "D": x.shape[1], "dtype of x": x.dtype, **options}
-        result["requires_grad of x"] = recorded and x.requires_grad
-        result["y"] = None if y is None else (tuple(y.shape), y.dtype, sharded.checksum(y))
-        result["requires_grad of y"] = recorded and y is not None and y.requires_grad
-        return result
+        facts = {"D": x.shape[1], "dtype of x": x.dtype, **options}
+        facts["requires_grad of x"] = recorded and x.requires_grad
+        facts["y"] = None if y is None else (tuple(y.shape), y.dtype, sharded.checksum(y))
+        facts["requires_grad of y"] = recorded and y is not None and y.requires_grad
+        return [x.shape[0]], facts
 
-    ranks = sharded.together(facts, group)
-    counts = [rank.pop("rows") for rank in ranks]
-    for name in ranks[0]:
-        values = [rank[name] for rank in ranks]
-        if any(value != values[0] for value in values):
-            raise ValueError(f"{name} must be the same on all ranks, got {values} on ranks 0, 1, …")
+    counts = [rows for (rows,) in agree(facts, 1, group)]
     least = 2 if y is None else 1
     if sum(counts) < least:
         raise ValueError(

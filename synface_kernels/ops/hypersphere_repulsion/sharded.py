@@ -10,7 +10,7 @@ A gallery is whole on every rank, so its pairs need no ring.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -19,22 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..._distributed import Gather, connected
 from .energies import R_MIN
-
-
-def together(check: Callable[[], dict[str, Any]], group: Any) -> list[dict[str, Any]]:
-    """What check() returns on each rank. If it raises on one, all raise that rank's error."""
-    try:
-        outcome: Any = check()
-    except Exception as error:
-        outcome = type(error), str(error)
-    outcomes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(outcomes, outcome, group=group)
-    for rank, outcome in enumerate(outcomes):
-        if not isinstance(outcome, dict):
-            kind, message = outcome
-            raise kind(f"rank {rank}: {message}")
-    return outcomes
 
 
 def checksum(rows: Tensor) -> int:
@@ -51,38 +37,6 @@ def turned(rows: Tensor, shift: int, flip: bool, *, back: bool = False) -> Tenso
     """
     rows = rows.roll(shift if back else -shift, 1)
     return -rows if flip else rows
-
-
-class Gather(torch.autograd.Function):
-    """One number of each rank: (P,). A rank's gradient is that by its own number, in a result that
-    is the same on all ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
-        ctx.rank = dist.get_rank(group)
-        values = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(values, value, group=group)
-        return torch.stack(values)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return grad[ctx.rank], None
-
-
-class Replicated(torch.autograd.Function):
-    """What is the same on all ranks; its gradient is summed over them."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return y.view_as(y)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True).contiguous()
-        dist.all_reduce(total, group=ctx.group)
-        return total.to(grad.dtype), None
 
 
 class Nearest(torch.autograd.Function):
@@ -290,6 +244,7 @@ def exchange(send: Tensor, receive: Tensor, to: int, source: int, group: Any) ->
         dist.P2POp(dist.isend, send.contiguous(), group=group, group_peer=to),
         dist.P2POp(dist.irecv, receive, group=group, group_peer=source),
     ]
-    for request in dist.batch_isend_irecv(operations):
-        request.wait()
+    with connected(group):
+        for request in dist.batch_isend_irecv(operations):
+            request.wait()
     return receive

@@ -8,6 +8,7 @@ nothing is subtracted from a log-sum-exp that they dominate.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..._check import describe, require
 from ..._load import library
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
-from . import reference
+from . import reference, sharded
 from .margins import ArcFace, CombinedMargin
 
 OP = "margin_cross_entropy"
@@ -106,8 +107,22 @@ def margin_cross_entropy(
             ``class_ids``, values (S, D), which `torch.optim.SGD` takes as it is, and `row_sgd_` as
             ids and values. (In ``weight.grad`` torch forgets that it is coalesced; what
             `torch.autograd.grad` returns is.) Compiled by torch.compile, which cannot hold sparse
-            tensors, the gradient is dense: C·D numbers, zero but for those rows.
-        group, class_start, label_smoothing: not built yet.
+            tensors, the gradient is dense: C·D numbers, zero but for those rows. With a group:
+            rows of this rank's weight, which must hold the labels of all ranks that are among its
+            classes (see `sample_classes`); all ranks give class_ids, or none, and the target
+            remains in [0, C).
+        label_smoothing: not built yet.
+        group: a `torch.distributed` process group whose ranks each hold some of the classes, and
+            a batch of their own: ``weight`` is (C_r, D), ``input`` (N_r, D), ``target`` is in
+            [0, C), C = Σ C_r, N = Σ N_r. N_r may differ, and be 0; so may C_r ≥ 1. The loss and
+            the gradients are those of one process that has all rows and all classes:
+            ``"mean"`` and ``"sum"`` are over all ranks' rows and the same number on all ranks,
+            ``"none"`` and the statistics are of the rank's own rows. All ranks must call this, and
+            run its backward pass, or none. Where one rank's argument is wrong all raise its error.
+            Not with ``impl="reference"``, nor inside `torch.compile`. See docs/sharding.md for what
+            travels, and for the factor that a backbone in `DistributedDataParallel` needs.
+        class_start: the first of this rank's classes. The ranks' classes must cover [0, C) without
+            a hole or an overlap.
         ignore_index: a label to leave out. A row of nothing else costs nothing, has loss 0 and
             gradient 0, and is not counted by the mean; beside other labels it must have weight 0.
         reduction: ``"mean"`` over the rows that count (0 if there is none), ``"sum"``, ``"none"``.
@@ -124,31 +139,54 @@ def margin_cross_entropy(
     derivative.
 
     Memory above the inputs: forward O(N·(D + K)) and a workspace of at most 64 MiB; backward the
-    gradients and that workspace. Never N×C, except in ``impl="reference"``.
+    gradients and that workspace. Never N×C, except in ``impl="reference"``. With a group N is that
+    of all ranks, and the embeddings of all of them, N·D, are held from forward to backward.
 
     Raises:
         ValueError: for a wrong dtype, shape, device, label or weight. On a GPU labels and weights
             are checked there, by an asynchronous assertion.
         TypeError: for an argument of a wrong Python type.
         NotImplementedError: for what is not built yet.
-        RuntimeError: for an ``impl`` that cannot run here, naming the reason.
+        RuntimeError: for an ``impl`` that cannot run here, naming the reason; where a rank of the
+            group has died.
 
     Source: Deng et al., "ArcFace", CVPR 2019; Qiu et al., "SynFace", ICCV 2021, eqs. 1 and 5.
     """
-    _check(input, weight, target, margin, target_weight, mix, class_ids, reduction)
-    for name, value, default in (
-        ("group", group, None),
-        ("class_start", class_start, 0),
-        ("label_smoothing", label_smoothing, 0.0),
-    ):
-        if value != default:
-            raise NotImplementedError(f"{name} is not built yet: leave it at {default}")
-    chosen = resolve(OP, impl, (input, weight))
 
+    def prepare() -> tuple[str, Tensor, Tensor]:
+        _check(input, weight, target, margin, target_weight, mix, class_ids, reduction, class_start)
+        if label_smoothing != 0.0:
+            raise NotImplementedError("label_smoothing is not built yet: leave it at 0.0")
+        if group is None:
+            places, num_classes = class_ids, weight.shape[0]
+        else:  # labels are numbers of classes, of all ranks'
+            places, num_classes = None, sharded.ANY_CLASS
+            if class_ids is not None:
+                _check_class_ids(class_ids, weight.shape[0])
+        labels, label_weight = torch.ops.synface_kernels.margin_cross_entropy_targets(
+            target, target_weight, places, num_classes, ignore_index
+        )
+        return resolve(OP, impl, (input, weight)), labels, label_weight
+
+    shards = None
+    if group is None:
+        chosen, labels, label_weight = prepare()
+        if class_start != 0:
+            raise ValueError(f"class_start must be 0 without a group, got {class_start}")
+    else:
+        shards, chosen, labels, label_weight = sharded.agreed(
+            prepare,
+            input,
+            weight,
+            margin,
+            class_ids,
+            class_start,
+            ignore_index,
+            group,
+            mix=mix,
+            reduction=reduction,
+        )
     dtype = _statistics_dtype(input)
-    labels, label_weight = torch.ops.synface_kernels.margin_cross_entropy_targets(
-        target, target_weight, class_ids, weight.shape[0], ignore_index
-    )
     if chosen == "reference":
         if class_ids is not None:
             weight = _TakenRows.apply(weight, class_ids)
@@ -157,19 +195,25 @@ def margin_cross_entropy(
         )
     else:
         needs_input_grad = torch.is_grad_enabled() and input.requires_grad
-        negative_lse, negative_max, cosine, _ = (
-            torch.ops.synface_kernels.margin_cross_entropy_forward(
+
+        def core(input: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+            return torch.ops.synface_kernels.margin_cross_entropy_forward(
                 input, weight, class_ids, labels, margin.scale, needs_input_grad, chosen
-            )
-        )
+            )[:3]
+
+        statistics = core if shards is None else partial(shards.statistics, core)
+        negative_lse, negative_max, cosine = statistics(input, labels)
         loss, lse = _target_terms(cosine, negative_lse, labels, label_weight, margin, mix)
         best = torch.where(labels >= 0, cosine, -torch.inf).amax(1)
         top1 = (labels >= 0).any(1) & (best >= negative_max)
 
-    if reduction == "mean":
-        result = loss.sum() / (labels >= 0).any(1).sum().clamp_min(1)
-    else:
-        result = loss.sum() if reduction == "sum" else loss
+    result = loss
+    if reduction != "none":
+        result, counted = loss.sum(), (labels >= 0).any(1).sum()
+        if shards is not None:
+            result, counted = shards.totals(result, counted)
+        if reduction == "mean":
+            result = result / counted.clamp_min(1)
     result = result.to(dtype)
     if not return_stats:
         return result
@@ -220,6 +264,12 @@ def _statistics_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
+def _check_class_ids(class_ids: Tensor, num_classes: int) -> None:
+    inside = (class_ids >= 0) & (class_ids < num_classes)
+    require(inside, f"class_ids must be in [0, {num_classes})", class_ids)
+    require(class_ids.diff() > 0, "class_ids must rise strictly", class_ids[1:])
+
+
 def _check(
     input: Tensor,
     weight: Tensor,
@@ -229,6 +279,7 @@ def _check(
     mix: str,
     class_ids: Tensor | None,
     reduction: str,
+    class_start: int,
 ) -> None:
     for name, tensor in (("input", input), ("weight", weight), ("target", target)):
         if not isinstance(tensor, Tensor):
@@ -301,6 +352,10 @@ def _check(
             raise ValueError(
                 f"{name} must be on input's device {input.device}, got {describe(other)}"
             )
+    if not isinstance(class_start, int):
+        raise TypeError(f"class_start must be an int, got {describe(class_start)}")
+    if class_start < 0:
+        raise ValueError(f"class_start must not be negative, got {class_start}")
     if mix not in ("joint", "separate"):
         raise ValueError(f"mix must be 'joint' or 'separate', got {mix!r}")
     if reduction not in ("none", "mean", "sum"):
@@ -326,13 +381,12 @@ def _targets(
     present = labels != ignore_index
     meaning = ""
     if class_ids is not None:
-        inside = (class_ids >= 0) & (class_ids < num_classes)
-        require(inside, f"class_ids must be in [0, {num_classes})", class_ids)
-        require(class_ids.diff() > 0, "class_ids must rise strictly", class_ids[1:])
+        _check_class_ids(class_ids, num_classes)
         num_classes = class_ids.shape[0]
         meaning = ", a place in class_ids, which must hold every label"
     valid = (target == ignore_index) | ((target >= 0) & (target < num_classes))
-    message = f"target must be in [0, {num_classes}){meaning}, or ignore_index ({ignore_index})"
+    classes = f"in [0, {num_classes})" if num_classes < sharded.ANY_CLASS else "at least 0"
+    message = f"target must be {classes}{meaning}, or ignore_index ({ignore_index})"
     require(valid, message, target)
     if target_weight is None:
         weights = present.double()
@@ -350,7 +404,7 @@ def _targets(
         )
         same = (labels[:, :, None] == labels[:, None, :]) & present[:, None, :]
         weights = (same * torch.where(present, weights, 0)[:, None, :]).sum(2)
-        earlier = torch.ones_like(same[0]).tril(-1)
+        earlier = same.new_ones(same.shape[1:]).tril(-1)
         present = present & ~(same & earlier).any(2)
         weights = torch.where(present, weights, 0)
     return torch.where(present, labels, -1), weights
