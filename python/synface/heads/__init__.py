@@ -2,6 +2,7 @@
 
 from .margin import AdaFace, MagFace, MarginHead
 from .metric_learning import ArcFaceLoss, CosFaceLoss
+from .partial_fc import PartialFC
 
 __all__ = [
     "AdaFace",
@@ -9,4 +10,5 @@ __all__ = [
     "CosFaceLoss",
     "MagFace",
     "MarginHead",
+    "PartialFC",
 ]
