@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -118,7 +117,35 @@ class EigenfaceGenerator:
         return (self._mean + offset.unflatten(1, self._mean.shape)).clamp_(0.0, 1.0)
 
 
-class TorchScriptGenerator:
+class _InFile:
+    """What generators in files share: their sizes, and images from what ``_run`` returns."""
+
+    def __init__(
+        self, path: Path, kind: str, given: dict[str, int | None], stated: dict[str, Any]
+    ) -> None:
+        self._path = path
+        self.embedding_size = _size(path, "embedding_size", given, stated)
+        self.style_size = _size(path, "style_size", given, stated)
+        self.description = {
+            "kind": kind,
+            "sha256": sha256(path),
+            "embedding_size": self.embedding_size,
+            "style_size": self.style_size,
+        }
+        two = (torch.eye(2, self.embedding_size), torch.zeros(2, self.style_size), torch.arange(2))
+        height, width, channels = _images(path, self._run(*two), 2).shape[1:]
+        self.image_shape = (height, width, channels)
+
+    def generate(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
+        _check_arguments(self, embedding, style, seed)
+        return _images(self._path, self._run(embedding, style, seed), len(seed), self.image_shape)
+
+    def _run(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Any:
+        """The model's output, for `_images`."""
+        raise NotImplementedError
+
+
+class TorchScriptGenerator(_InFile):
     """A generator in a TorchScript file (`torch.jit.save`). Its code is run: trust who wrote it.
 
     TorchScript is a program; nothing like `weights_only` limits what it does. It is called as
@@ -161,17 +188,10 @@ class TorchScriptGenerator:
                 f"{path}: forward must take (embedding, style) or (embedding, style, seed), "
                 f"it takes {arguments} arguments"
             )
-        self._path, self._seeded = path, arguments == 3
-        sizes = {"embedding_size": embedding_size, "style_size": style_size}
-        stated = {name: getattr(self._model, name, None) for name in sizes}
-        self.embedding_size = _size(path, "embedding_size", embedding_size, stated)
-        self.style_size = _size(path, "style_size", style_size, stated)
-        self.description = _description(self, "torchscript", path)
-        self.image_shape = _probe(self, path, self._run)
-
-    def generate(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
-        _check_arguments(self, embedding, style, seed)
-        return _images(self._path, self._run(embedding, style, seed), len(seed), self.image_shape)
+        self._seeded = arguments == 3
+        given = {"embedding_size": embedding_size, "style_size": style_size}
+        stated = {name: getattr(self._model, name, None) for name in given}
+        super().__init__(path, "torchscript", given, stated)
 
     @torch.inference_mode()
     def _run(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
@@ -183,7 +203,7 @@ class TorchScriptGenerator:
                 raise ValueError(_failed(self._path, embedding, style, error)) from error
 
 
-class OnnxGenerator:
+class OnnxGenerator(_InFile):
     """A generator in an ONNX file, run by onnxruntime (`pip install onnxruntime`).
 
     Its inputs are, in this order, the embedding, the style and, if there is a third, the seed
@@ -238,17 +258,11 @@ class OnnxGenerator:
                 f"{path}: the inputs must be embedding (B, D), style (B, S) and, at will, "
                 f"seed (B,), got {came}"
             )
-        self._path, self._names = path, [x.name for x in inputs]
+        self._names = [x.name for x in inputs]
         self._batch = shapes[0][0] if isinstance(shapes[0][0], int) else None
+        given = {"embedding_size": embedding_size, "style_size": style_size}
         stated = {"embedding_size": shapes[0][1], "style_size": shapes[1][1]}
-        self.embedding_size = _size(path, "embedding_size", embedding_size, stated)
-        self.style_size = _size(path, "style_size", style_size, stated)
-        self.description = _description(self, "onnx", path)
-        self.image_shape = _probe(self, path, self._run)
-
-    def generate(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
-        _check_arguments(self, embedding, style, seed)
-        return _images(self._path, self._run(embedding, style, seed), len(seed), self.image_shape)
+        super().__init__(path, "onnx", given, stated)
 
     def _run(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
         count = len(seed)
@@ -331,38 +345,19 @@ def _check_arguments(
             )
 
 
-def _size(path: Path, name: str, given: int | None, stated: dict[str, Any]) -> int:
+def _size(path: Path, name: str, given: dict[str, int | None], stated: dict[str, Any]) -> int:
     """D or S: what the file says, or else what was given; not both if they differ."""
-    inside = stated[name]
+    inside, asked = stated[name], given[name]
     inside = inside if isinstance(inside, int) else None  # a name stands for any size in ONNX
-    if inside is None and given is None:
+    if inside is None and asked is None:
         raise ValueError(f"{path} does not say its {name}: give it")
-    if inside is not None and given not in (None, inside):
-        raise ValueError(f"{name} of {path} is {inside}, got {given}")
-    size = inside if given is None else given
+    if inside is not None and asked not in (None, inside):
+        raise ValueError(f"{name} of {path} is {inside}, got {asked}")
+    size = inside if asked is None else asked
     assert size is not None
     if size < 1:
         raise ValueError(f"{name} must be at least 1, got {size}")
     return size
-
-
-def _description(generator: FaceGenerator, kind: str, path: Path) -> dict[str, Any]:
-    return {
-        "kind": kind,
-        "sha256": sha256(path),
-        "embedding_size": generator.embedding_size,
-        "style_size": generator.style_size,
-    }
-
-
-def _probe(
-    generator: FaceGenerator, path: Path, run: Callable[[Tensor, Tensor, Tensor], Any]
-) -> tuple[int, int, int]:
-    """(H, W, C) of the images, from a batch of two."""
-    embedding = torch.eye(2, generator.embedding_size)
-    style, seed = torch.zeros(2, generator.style_size), torch.arange(2)
-    height, width, channels = _images(path, run(embedding, style, seed), 2).shape[1:]
-    return height, width, channels
 
 
 def _images(
