@@ -13,22 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-
+from ..._splitmix import GOLDEN, mixed, shifted, signed
 
 # ---- random rounding -----------------------------------------------------------------------------
 
 
-def _shifted(z: Tensor, by: int) -> Tensor:
-    return (z >> by) & (2 ** (64 - by) - 1)
-
-
 def _mix(z: Tensor) -> Tensor:
-    """SplitMix64 of int64 words, which wrap as unsigned ones do."""
-    z = z + (GOLDEN - 2**64)
-    z = (z ^ _shifted(z, 30)) * (MIX1 - 2**64)
-    z = (z ^ _shifted(z, 27)) * (MIX2 - 2**64)
-    return z ^ _shifted(z, 31)
+    return mixed(z + signed(GOLDEN))
 
 
 def row_keys(seed: int, step: int, stream: int, class_ids: Tensor) -> Tensor:
@@ -42,7 +33,7 @@ def random_bits(keys: Tensor, columns: int) -> Tensor:
     word = 2**32 - 1
     x = torch.arange(columns, device=keys.device) * 0x9E3779B9 & word
     x = (x + (keys & word)[:, None]) & word
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD & word) ^ _shifted(keys, 32)[:, None]
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD & word) ^ shifted(keys, 32)[:, None]
     x = (x ^ (x >> 15)) * 0xD35A2D97 & word
     return (x ^ (x >> 15)) >> 16
 

@@ -11,25 +11,14 @@ import math
 import torch
 from torch import Tensor
 
-from .reference import GOLDEN, MIX1, MIX2
-
-
-def _signed(word: int) -> int:
-    return word - 2**64 if word >= 2**63 else word
-
-
-def _shifted(z: Tensor, by: int) -> Tensor:
-    return (z >> by) & (2 ** (64 - by) - 1)
+from ..._splitmix import GOLDEN, mixed, shifted, signed
 
 
 def _draws(seed: Tensor, count: int, num_classes: int) -> Tensor:
     """(count,) classes of the stream; int64 products wrap as unsigned ones do."""
-    z = (torch.arange(1, count + 1, device=seed.device) * _signed(GOLDEN)).add_(seed)
-    z = (z ^ _shifted(z, 30)) * _signed(MIX1)
-    z = (z ^ _shifted(z, 27)) * _signed(MIX2)
-    z = z ^ _shifted(z, 31)
-    low = _shifted((z & 0xFFFFFFFF) * num_classes, 32)
-    return _shifted(_shifted(z, 32) * num_classes + low, 32)
+    z = mixed((torch.arange(1, count + 1, device=seed.device) * signed(GOLDEN)).add_(seed))
+    low = shifted((z & 0xFFFFFFFF) * num_classes, 32)
+    return shifted(shifted(z, 32) * num_classes + low, 32)
 
 
 def _enough(distinct: int, num_classes: int) -> int:

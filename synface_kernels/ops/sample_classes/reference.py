@@ -15,7 +15,8 @@ import bisect
 
 from torch import Tensor
 
-GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+from ..._splitmix import GOLDEN, MIX1, MIX2
+
 _WORD = 2**64 - 1
 
 
