@@ -6,16 +6,19 @@ An op adds its workload to `WORKLOADS` and its peers to `PEERS`: ours first, the
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import synface_kernels as sk
+from synface_kernels._load import cpu_isas
 
 from .cases import Case
 
@@ -258,6 +261,18 @@ def _our_neighbors(work: RepulsionWorkload) -> Step:
     return step
 
 
+def _our_neighbors_in_float32(work: RepulsionWorkload) -> Step:
+    if "avx512_bf16" not in cpu_isas():
+        raise RuntimeError("this processor multiplies no bfloat16: ours searches in float32 anyway")
+    step = _our_neighbors(work)
+
+    def in_float32() -> Tensor:
+        with mock.patch.dict(os.environ, SYNFACE_CPU_ISA="avx512"):
+            return step()
+
+    return in_float32
+
+
 def _half_products(work: RepulsionWorkload) -> Step:
     x = work.points.detach()
     n, d = x.shape
@@ -438,6 +453,12 @@ PEERS: dict[str, list[Peer]] = {
             "ours, neighbours",
             "synface_kernels.nearest_neighbors: no gradient",
             _our_neighbors,
+            lambda c: (64 << 20) + _points(c, 1),
+        ),
+        Peer(
+            "ours, neighbours by float32",
+            "the same without products of bfloat16 (SYNFACE_CPU_ISA=avx512)",
+            _our_neighbors_in_float32,
             lambda c: (64 << 20) + _points(c, 1),
         ),
         Peer("FAISS", "IndexFlatIP, the nearest two: no gradient", _faiss, lambda c: _points(c, 4)),

@@ -29,7 +29,8 @@ extension_error = _load()
 
 
 def cpu_isa() -> str:
-    """The instruction set that the CPU kernels use: ``base``, ``avx2`` or ``avx512``."""
+    """The instruction set that the CPU kernels use: ``base``, ``avx2``, ``avx512`` or
+    ``avx512_bf16``."""
     return torch.ops.synface_kernels._cpu_isa()
 
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 #include <type_traits>
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -9,7 +10,6 @@
 #endif
 
 namespace synface {
-namespace {
 
 template <class T>
 struct Kernel {
@@ -18,9 +18,19 @@ struct Kernel {
   void (*multiply)(int64_t m, Left<T> a, const T* b, int64_t k, int64_t n, T* c, int64_t c_row,
                    bool accumulate);
 };
+template <>
+struct Kernel<uint16_t> {
+  int64_t width;
+  void (*fill)(const uint16_t* from, int64_t k, int64_t n, int64_t row, int64_t column,
+               uint16_t* to);
+  void (*multiply)(int64_t m, const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t k,
+                   int64_t n, float* c, int64_t c_row, bool accumulate);
+};
+
+namespace {
 
 // A slice of a row of A's blocks stays in the first cache.
-constexpr int64_t kDepth = 512;
+constexpr int64_t kDepth = 512, kPairs = 512;
 
 }  // namespace
 }  // namespace synface
@@ -28,36 +38,71 @@ constexpr int64_t kDepth = 512;
 #define SYNFACE_ISA_SOURCE "gemm/cpu-inl.h"
 #include "simd/foreach_isa.h"
 
+#if SYNFACE_X86
+#if defined(__clang__)
+#pragma clang attribute push(                                                               \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#pragma GCC target("prefer-vector-width=512")
+#endif
+#include "gemm/bf16-inl.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
 namespace synface {
 namespace {
 
 template <class T>
-const Kernel<T>& kernel() {
-  static const Kernel<T>& picked = SYNFACE_PICK(kernel<T>);
-  return picked;
+const Kernel<T>* pick() {
+  return &SYNFACE_PICK(kernel<T>);
+}
+template <>
+const Kernel<uint16_t>* pick() {
+#if SYNFACE_X86
+  static constexpr Kernel<uint16_t> kernel{isa_avx512_bf16::kColumns, isa_avx512_bf16::fill,
+                                           isa_avx512_bf16::multiply};
+  if (has_bf16_products()) return &kernel;
+#endif
+  throw std::logic_error("no products of bfloat16 on this processor");
 }
 
+// A panel has a whole number of pairs of rows.
 template <class T>
-int64_t whole_panels(int64_t n) {
-  const int64_t width = kernel<T>().width;
-  return (n + width - 1) / width * width;
+int64_t room(int64_t k, int64_t n, int64_t width) {
+  const int64_t rows = std::is_same_v<T, uint16_t> ? k + k % 2 : k;
+  return rows * ceil_div(n, width) * width;
 }
 
 }  // namespace
 
+bool has_bf16_products() { return isa() == Isa::avx512_bf16; }
+
 template <class T>
-Packed<T>::Packed(int64_t k, int64_t n) : k_(k), n_(n), data_(k * whole_panels<T>(n)) {}
+Packed<T>::Packed(int64_t k, int64_t n)
+    : k_(k), n_(n), kernel_(pick<T>()), data_(room<T>(k, n, kernel_->width)) {}
 
 template <class T>
 void Packed<T>::fill(const T* from, int64_t k, int64_t n, int64_t row, int64_t column) {
   k_ = k;
   n_ = n;
-  kernel<T>().fill(from, k, n, row, column, data_.get());
+  kernel_->fill(from, k, n, row, column, data_.get());
 }
 
 template <class T>
 void multiply(int64_t m, Left<T> a, const Packed<T>& b, T* c, int64_t c_row, bool accumulate) {
-  kernel<T>().multiply(m, a, b.data(), b.k(), b.n(), c, c_row, accumulate);
+  b.kernel().multiply(m, a, b.data(), b.k(), b.n(), c, c_row, accumulate);
+}
+
+void multiply(int64_t m, const uint16_t* a, int64_t a_row, const Packed<uint16_t>& b, float* c,
+              int64_t c_row, bool accumulate) {
+  b.kernel().multiply(m, a, a_row, b.data(), b.k(), b.n(), c, c_row, accumulate);
 }
 
 #define SYNFACE_INSTANTIATE(T) \
@@ -65,5 +110,6 @@ void multiply(int64_t m, Left<T> a, const Packed<T>& b, T* c, int64_t c_row, boo
   template void multiply<T>(int64_t, Left<T>, const Packed<T>&, T*, int64_t, bool);
 SYNFACE_INSTANTIATE(float)
 SYNFACE_INSTANTIATE(double)
+template class Packed<uint16_t>;
 
 }  // namespace synface

@@ -8,7 +8,11 @@
 
 namespace synface {
 
-// The right operand of products, (k × n), in panels as wide as the registers take.
+template <class T>
+struct Kernel;  // an instruction set's version
+
+// The right operand of products, (k × n), in panels as wide as the registers take. T is float or
+// double, or uint16_t: the bits of bfloat16, where has_bf16_products().
 template <class T>
 class Packed {
  public:
@@ -19,9 +23,11 @@ class Packed {
   const T* data() const { return data_.get(); }
   int64_t k() const { return k_; }
   int64_t n() const { return n_; }
+  const Kernel<T>& kernel() const { return *kernel_; }
 
  private:
   int64_t k_, n_;
+  const Kernel<T>* kernel_;
   Buffer<T> data_;
 };
 
@@ -35,6 +41,14 @@ struct Left {
 // Row-major C (m × n) = A·B, or C += it; k and n are B's.
 template <class T>
 void multiply(int64_t m, Left<T> a, const Packed<T>& b, T* c, int64_t c_row, bool accumulate);
+
+// Whether the CPU has instructions for products of bfloat16, which are faster than of float32, and
+// SYNFACE_CPU_ISA lets us use them. Numbers below 2^-126 count as 0 there.
+bool has_bf16_products();
+
+// The same of bfloat16, A's rows contiguous and a_row apart, with sums in float32.
+void multiply(int64_t m, const uint16_t* a, int64_t a_row, const Packed<uint16_t>& b, float* c,
+              int64_t c_row, bool accumulate);
 
 // A row stride of at least n for a tile that is read by columns: no power of two, which would put a
 // column's elements into the same few sets of the cache.

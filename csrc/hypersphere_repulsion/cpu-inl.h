@@ -63,6 +63,39 @@ int64_t first_reaching(const T* values, T row, const T* columns, int64_t from, i
   return n;
 }
 
+// How many values reach what first_reaching asks for.
+template <class T>
+int64_t count_reaching(const T* values, T row, const T* columns, int64_t n) {
+  int32_t count = 0;
+  if (columns) {
+#pragma omp simd reduction(+ : count)
+    for (int64_t j = 0; j < n; ++j) count += (values[j] >= row) | (values[j] >= columns[j]);
+  } else {
+#pragma omp simd reduction(+ : count)
+    for (int64_t j = 0; j < n; ++j) count += values[j] >= row;
+  }
+  return count;
+}
+
+// inverse·x in bfloat16
+template <class T>
+void round(const T* x, T inverse, uint16_t* to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = to_bf16(float(inverse * x[i]));
+}
+
+// ‖inverse·x − rounded‖²
+template <class T>
+double residual(const T* x, double inverse, const uint16_t* rounded, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const double d = inverse * double(x[i]) - double(from_bf16(rounded[i]));
+    sum += d * d;
+  }
+  return sum;
+}
+
 // difference = a·x − b·y in double; returns its square.
 template <class T>
 double subtract(const T* x, double a, const T* y, double b, double* difference, int64_t n) {
@@ -129,6 +162,9 @@ constexpr Loops<T> loops{dot_double<T>,
                          multiply<T>,
                          maximum<T>,
                          first_reaching<T>,
+                         count_reaching<T>,
+                         round<T>,
+                         residual<T>,
                          subtract<T>,
                          add<T>,
                          add<double>,

@@ -24,6 +24,9 @@ struct Loops {
   void (*multiply)(T* values, T factor, int64_t n);
   T (*maximum)(const T* values, int64_t n);
   int64_t (*first_reaching)(const T* values, T row, const T* columns, int64_t from, int64_t n);
+  int64_t (*count_reaching)(const T* values, T row, const T* columns, int64_t n);
+  void (*round)(const T* x, T inverse, uint16_t* to, int64_t n);
+  double (*residual)(const T* x, double inverse, const uint16_t* rounded, int64_t n);
   double (*subtract)(const T* x, double a, const T* y, double b, double* difference, int64_t n);
   void (*add)(T* to, double factor, const double* from, int64_t n);
   void (*add_double)(double* to, double factor, const double* from, int64_t n);
@@ -147,11 +150,13 @@ struct Tile {
 template <class T>
 class Tiles {
  public:
-  Tiles(const Problem& p, const Runtime& runtime, const Loops<T>& loops)
+  // `operands`: how many blocks' points a thread has room for besides the cosines. Here both
+  // blocks', and a block's packed in two ways.
+  Tiles(const Problem& p, const Runtime& runtime, const Loops<T>& loops, int operands = 4)
       : p_(p), runtime_(runtime), loops_(loops), dim_(p.x.rows.cols) {
-    // Both blocks' points, a block's packed in two ways, and the cosines, per thread.
     const double room = double(kScratchBytes) / double(sizeof(T)) / runtime.threads;
-    const auto most = int64_t(std::sqrt(4.0 * double(dim_) * double(dim_) + room)) - 2 * dim_;
+    const double half = 0.5 * operands * double(dim_);
+    const auto most = int64_t(std::sqrt(half * half + room) - half);
     const auto blocks = [&](int64_t n) {
       const int64_t least = ceil_div(n, std::clamp<int64_t>(most, 16, kBlock));
       return std::max(
@@ -163,16 +168,18 @@ class Tiles {
 
   int64_t row_blocks() const { return row_blocks_; }
   int64_t column_blocks() const { return column_blocks_; }
+  int64_t most_rows() const { return ceil_div(rows(), row_blocks_); }
+  int64_t most_columns() const { return ceil_div(columns(), column_blocks_); }
   Range row_block(int64_t b) const { return part_of(rows(), row_blocks_, b); }
   Range column_block(int64_t b) const { return part_of(columns(), column_blocks_, b); }
 
-  // visit(thread, tile)
-  template <class Visit>
-  void run(const Visit& visit) const {
+  // visit(thread, tile), but for the pairs of blocks with which skim(thread, rows, columns, room
+  // for their cosines) has dealt. It is not asked about a block with itself.
+  template <class Visit, class Skim>
+  void run(const Visit& visit, Skim&& skim) const {
     std::vector<Scratch> scratch;
     for (int t = 0; t < runtime_.threads; ++t) {
-      scratch.emplace_back(ceil_div(rows(), row_blocks_), ceil_div(columns(), column_blocks_),
-                           dim_);
+      scratch.emplace_back(most_rows(), most_columns(), dim_);
     }
     for (int64_t round = 0; round < rounds(); ++round) {
       const std::vector<BlockPair> pairs = pairs_of(round);
@@ -180,10 +187,19 @@ class Tiles {
       const int threads = std::min<int>(runtime_.threads, int(pairs.size()));
       runtime_.parallel(threads, [&](int thread) {
         for (size_t p = next++; p < pairs.size(); p = next++) {
+          const bool diagonal = !p_.y && pairs[p].row == pairs[p].column;
+          if (!diagonal && skim(thread, row_block(pairs[p].row), column_block(pairs[p].column),
+                                scratch[thread].cosines.get())) {
+            continue;
+          }
           visit_pair(thread, scratch[thread], pairs[p], visit);
         }
       });
     }
+  }
+  template <class Visit>
+  void run(const Visit& visit) const {
+    run(visit, [](int, Range, Range, T*) { return false; });
   }
 
  private:
@@ -530,11 +546,145 @@ struct Neighbor {
   }
 };
 
+// The search by products of bfloat16, where the CPU has them. They tell which pairs cannot be among
+// the nearest: a product of rounded unit vectors a and b is off from x̂·ŷ by no more than
+// ρ_x + ‖a‖·ρ_y, where ρ_x = ‖x̂ − a‖ and ρ_y = ‖ŷ − b‖, and by what the sum in float32 loses. The
+// cosines of the few other pairs are taken in double.
+class Skim {
+ public:
+  // Blocks have at most so many rows and columns.
+  Skim(const Problem& p, const Runtime& runtime, const Loops<float>& loops,
+       const Candidates<float>& candidates, int64_t rows, int64_t columns)
+      : p_(p),
+        y_(p.y ? *p.y : p.x),
+        loops_(loops),
+        candidates_(candidates),
+        dim_(p.x.rows.cols),
+        error_(p.x.rows.rows) {
+    for (int t = 0; t < runtime.threads; ++t) scratch_.emplace_back(p, y_, loops, rows, columns);
+    const double most_x = residuals(p.x, runtime, error_.get());
+    const double most_y = p.y ? residuals(y_, runtime, nullptr) : most_x;
+    const double sum = cosine_error<float>(dim_) * (1 + most_y);
+    for (int64_t i = 0; i < p.x.rows.rows; ++i) {
+      error_[i] = float((error_[i] + (1 + error_[i]) * (most_y + sum)) * (1 + 0x1p-20));
+    }
+  }
+
+  // Offers the near pairs of two blocks. False, and nothing done, where products of float32 are the
+  // better way: as long as some point knows too few others, or if too many pairs are near.
+  bool operator()(int thread, Range rows, Range columns, float* cosines) {
+    Scratch& s = scratch_[thread];
+    if (s.rest > 0) return --s.rest, false;
+    const int64_t n = columns.size(), stride = padded<float>(n);
+    if (!lower(rows, s.row_least.get())) return false;
+    float* column_least = p_.y ? nullptr : s.column_least.get();
+    if (column_least && !lower(columns, column_least)) return false;
+    round(p_.x, rows, s.row_units.get());
+    round(y_, columns, s.column_units.get());
+    s.packed.fill(s.column_units.get(), dim_, n, 1, dim_);
+    multiply(rows.size(), s.row_units.get(), dim_, s.packed, cosines, stride, false);
+    int64_t near = 0;
+    for (int64_t i = 0; i < rows.size(); ++i) {
+      near += loops_.count_reaching(cosines + i * stride, s.row_least[i], column_least, n);
+    }
+    if (near > rows.size() * n / kFew) {
+      s.patience = s.rest = std::min(2 * s.patience + 1, kRest);
+      return false;
+    }
+    s.patience = 0;
+    for (int64_t i = 0; near > 0 && i < rows.size(); ++i) {
+      const float* row = cosines + i * stride;
+      const int64_t x = rows.begin + i;
+      const float* point = nullptr;
+      int64_t j = 0;
+      while ((j = loops_.first_reaching(row, s.row_least[i], column_least, j, n)) < n) {
+        for (const int64_t end = std::min(j + kChunk, n); j < end; ++j) {
+          if (row[j] < s.row_least[i] && !(column_least && row[j] >= column_least[j])) continue;
+          const int64_t y = columns.begin + j;
+          if (!point) point = s.from_x.row(x);
+          const auto cosine = float(loops_.dot_double(point, s.from_y.row(y), dim_) *
+                                    p_.x.inverse[x] * y_.inverse[y]);
+          candidates_.offer(x, cosine, y);
+          if (!p_.y) candidates_.offer(y, cosine, x);
+        }
+      }
+    }
+    return true;
+  }
+
+ private:
+  // Of so many pairs one may be near: its cosine costs as much as several tens in a product.
+  static constexpr int64_t kFew = 32;
+  // Pairs of blocks without a try after a vain one, at most.
+  static constexpr int kRest = 15;
+
+  struct Scratch {
+    Scratch(const Problem& p, const Points& y, const Loops<float>& loops, int64_t rows,
+            int64_t columns)
+        : from_x(p.x, loops),
+          from_y(y, loops),
+          row_units(rows * p.x.rows.cols),
+          column_units(columns * p.x.rows.cols),
+          packed(p.x.rows.cols, columns),
+          row_least(rows),
+          column_least(columns) {}
+    Reader<float> from_x, from_y;
+    Buffer<uint16_t> row_units, column_units;
+    Packed<uint16_t> packed;
+    Buffer<float> row_least, column_least;
+    int rest = 0, patience = 0;
+  };
+
+  // ρ of each point, if asked for; the greatest of them.
+  double residuals(const Points& points, const Runtime& runtime, float* each) const {
+    const int64_t n = points.rows.rows, tasks = std::min<int64_t>(n, runtime.threads);
+    std::vector<double> most(tasks, 0);
+    runtime.parallel(int(tasks), [&](int task) {
+      const Reader<float> reader(points, loops_);
+      Buffer<uint16_t> rounded(dim_);
+      const Range range = part_of(n, tasks, task);
+      for (int64_t i = range.begin; i < range.end; ++i) {
+        const float* row = reader.row(i);
+        loops_.round(row, float(points.inverse[i]), rounded.get(), dim_);
+        const double rho = std::sqrt(loops_.residual(row, points.inverse[i], rounded.get(), dim_));
+        if (each) each[i] = float(rho);
+        most[task] = std::max(most[task], rho);
+      }
+    });
+    return *std::max_element(most.begin(), most.end());
+  }
+
+  void round(const Points& points, Range range, uint16_t* units) const {
+    const Reader<float> reader(points, loops_);
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      loops_.round(reader.row(i), float(points.inverse[i]), units + (i - range.begin) * dim_, dim_);
+    }
+  }
+
+  // The least products that points of x must look at; false if one of them must look at all.
+  bool lower(Range range, float* least) const {
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      const float threshold = candidates_.thresholds()[i];
+      if (threshold == -std::numeric_limits<float>::infinity()) return false;
+      least[i - range.begin] = threshold - error_[i];
+    }
+    return true;
+  }
+
+  const Problem& p_;
+  const Points& y_;
+  const Loops<float>& loops_;
+  const Candidates<float>& candidates_;
+  int64_t dim_;
+  Buffer<float> error_;  // of a point's products
+  std::vector<Scratch> scratch_;
+};
+
 template <class T>
 void search(const Problem& p, const Runtime& runtime, const Loops<T>& loops,
             const Candidates<T>& candidates) {
   const bool symmetric = p.y == nullptr;
-  Tiles<T>(p, runtime, loops).run([&](int, const Tile<T>& tile) {
+  const auto visit = [&](int, const Tile<T>& tile) {
     const int64_t n = tile.columns.size();
     const T* columns = symmetric ? candidates.thresholds() + tile.columns.begin : nullptr;
     for (int64_t i = 0; i < tile.rows.size(); ++i) {
@@ -548,7 +698,15 @@ void search(const Problem& p, const Runtime& runtime, const Loops<T>& loops,
         }
       }
     }
-  });
+  };
+  if constexpr (std::is_same_v<T, float>) {
+    if (has_bf16_products()) {
+      const Tiles<T> tiles(p, runtime, loops, 6);
+      return tiles.run(
+          visit, Skim(p, runtime, loops, candidates, tiles.most_rows(), tiles.most_columns()));
+    }
+  }
+  Tiles<T>(p, runtime, loops).run(visit);
 }
 
 }  // namespace

@@ -64,7 +64,7 @@
 // The ISA's version of a function, at run time: SYNFACE_PICK(kernels<float>)
 #if SYNFACE_X86
 #define SYNFACE_PICK(what)                                       \
-  (::synface::isa() == ::synface::Isa::avx512 ? isa_avx512::what \
+  (::synface::isa() >= ::synface::Isa::avx512 ? isa_avx512::what \
    : ::synface::isa() == ::synface::Isa::avx2 ? isa_avx2::what   \
                                               : isa_base::what)
 #else

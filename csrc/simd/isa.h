@@ -12,10 +12,12 @@
 
 namespace synface {
 
-enum class Isa { base, avx2, avx512 };
+// avx512_bf16: avx512, and products of bfloat16.
+enum class Isa { base, avx2, avx512, avx512_bf16 };
 
-// The fastest that this processor offers, or what SYNFACE_CPU_ISA=base|avx2|avx512 names; an error
-// where the processor lacks it. Read anew at each call, so that a test can go through all of them.
+// The fastest that this processor offers, or what SYNFACE_CPU_ISA=base|avx2|avx512|… names; an
+// error where the processor lacks it. Read anew at each call, so that a test can go through all of
+// them.
 Isa isa();
 
 // All that this processor offers, slowest first.

@@ -126,7 +126,14 @@ def neighbors(rank: int, ranks: int) -> list:
         x, y = points("lattice", torch.float32)
         x = x.split(shares(ranks, uneven))[rank]
         results.append(sk.nearest_neighbors(x, y if gallery else None, k, group=dist.group.WORLD))
+    own = many().tensor_split(ranks)[rank]
+    results.append(sk.nearest_neighbors(own, k=3, group=dist.group.WORLD))
     return results
+
+
+def many() -> torch.Tensor:
+    """Enough for blocks that have met others before."""
+    return torch.randn(1400, 24, generator=torch.Generator().manual_seed(1))
 
 
 def check_neighbors(results: tuple[list, ...]) -> None:
@@ -135,6 +142,12 @@ def check_neighbors(results: tuple[list, ...]) -> None:
         cosine, index = sk.nearest_neighbors(x, y if gallery else None, k)
         assert torch.equal(torch.cat([rank[at][0] for rank in results]), cosine)
         assert torch.equal(torch.cat([rank[at][1] for rank in results]), index)
+    for got, expected in zip(
+        zip(*(rank[-1] for rank in results), strict=True),
+        sk.nearest_neighbors(many(), k=3),
+        strict=True,
+    ):
+        assert torch.equal(torch.cat(got), expected)
 
 
 BAD = [

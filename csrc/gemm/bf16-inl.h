@@ -1,0 +1,155 @@
+// The product of bfloat16: that of cpu-inl.h, with pairs of neighbours along the depth in the place
+// of its elements. One instruction adds both products of a pair to a float32.
+
+namespace synface {
+namespace {
+namespace isa_avx512_bf16 {
+
+constexpr int kRows = 12, kVectors = 2, kLanes = 16;
+constexpr int64_t kColumns = kVectors * kLanes;
+
+inline __m512bh as_bf16(__m512i pairs) { return reinterpret_cast<__m512bh>(pairs); }
+
+// Rows × kColumns of C; `columns` of them exist. The last pair of an odd depth has one element.
+template <int Rows>
+void block(const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t depth, float* c,
+           int64_t c_row, int64_t columns, bool accumulate) {
+  __m512 sums[Rows][kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      sums[i][v] = _mm512_setzero_ps();
+      __builtin_prefetch(c + i * c_row + v * kLanes, 1);
+    }
+  }
+  const auto add = [&](int64_t p, auto pair_of) __attribute__((always_inline)) {
+    __m512bh right[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      right[v] = as_bf16(_mm512_load_si512(b + p * kColumns + v * 2 * kLanes));
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const __m512bh left = as_bf16(_mm512_set1_epi32(pair_of(a + i * a_row + p)));
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        sums[i][v] = _mm512_dpbf16_ps(sums[i][v], left, right[v]);
+      }
+    }
+  };
+  int64_t p = 0;
+  for (; p + 2 <= depth; p += 2) {
+    add(p, [](const uint16_t* at) __attribute__((always_inline)) {
+      int32_t pair;
+      std::memcpy(&pair, at, sizeof pair);
+      return pair;
+    });
+  }
+  if (p < depth) {
+    add(p, [](const uint16_t* at) __attribute__((always_inline)) { return int32_t(*at); });
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = c + i * c_row + v * kLanes;
+      const int64_t rest = std::clamp<int64_t>(columns - v * kLanes, 0, kLanes);
+      const __mmask16 exist = __mmask16((1u << rest) - 1);
+      const __m512 before = accumulate ? _mm512_maskz_loadu_ps(exist, to) : _mm512_setzero_ps();
+      _mm512_mask_storeu_ps(to, exist, _mm512_add_ps(before, sums[i][v]));
+    }
+  }
+}
+
+template <int Rows = kRows>
+void block_of(int64_t rows, const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t depth,
+              float* c, int64_t c_row, int64_t columns, bool accumulate) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) {
+      return block_of<Rows - 1>(rows, a, a_row, b, depth, c, c_row, columns, accumulate);
+    }
+  }
+  block<Rows>(a, a_row, b, depth, c, c_row, columns, accumulate);
+}
+
+void multiply(int64_t m, const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t k, int64_t n,
+              float* c, int64_t c_row, bool accumulate) {
+  if (k == 0 && !accumulate) {
+    for (int64_t i = 0; i < m; ++i) std::fill_n(c + i * c_row, n, 0.f);
+  }
+  const int64_t panels = ceil_div(n, kColumns);
+  for (int64_t p = 0; p < k; p += kPairs * 2) {
+    const int64_t depth = std::min(kPairs * 2, k - p), even = depth + depth % 2;
+    for (int64_t i = 0; i < m; i += kRows) {
+      for (int64_t j = 0; j < n; j += kColumns) {
+        block_of(std::min<int64_t>(kRows, m - i), a + i * a_row + p, a_row,
+                 b + p * panels * kColumns + j * even, depth, c + i * c_row + j, c_row,
+                 std::min(kColumns, n - j), accumulate || p > 0);
+      }
+    }
+  }
+}
+
+// 16 × 16 pairs, transposed: rows of bfloat16 `from_row` apart, and vectors of pairs kColumns
+// apart.
+inline void transpose(const uint16_t* from, int64_t from_row, uint16_t* to) {
+  // Each of four stages is a perfect shuffle of all elements.
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  __m512i rows[16], next[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(from + i * from_row);
+#pragma GCC unroll 4
+  for (int stage = 0; stage < 4; ++stage) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      next[2 * i] = _mm512_permutex2var_epi32(rows[i], low, rows[i + 8]);
+      next[2 * i + 1] = _mm512_permutex2var_epi32(rows[i], high, rows[i + 8]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) rows[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 2 * kColumns, rows[i]);
+}
+
+// Slices of kPairs pairs of rows, each of panels of kColumns columns; what the last panel, and the
+// last pair of an odd depth, lack is 0.
+void fill(const uint16_t* from, int64_t k, int64_t n, int64_t row, int64_t column, uint16_t* to) {
+  for (int64_t p = 0; p < k; p += kPairs * 2) {
+    const int64_t depth = std::min(kPairs * 2, k - p), even = depth + depth % 2;
+    for (int64_t j = 0; j < n; j += kColumns, to += even * kColumns) {
+      const int64_t columns = std::min(kColumns, n - j);
+      int64_t q = 0;
+      if (row == 1 && columns == kColumns) {
+        for (; q + 2 * kLanes <= depth; q += 2 * kLanes) {
+          for (int64_t l = 0; l < kColumns; l += kLanes) {
+            transpose(from + (p + q) + (j + l) * column, column, to + q * kColumns + 2 * l);
+          }
+        }
+      }
+      for (; q < depth; q += 2) {
+        const uint16_t* first = from + (p + q) * row + j * column;
+        const uint16_t* second = q + 1 < depth ? first + row : nullptr;
+        uint16_t* pairs = to + q * kColumns;
+        if (column == 1 && second) {
+#pragma omp simd
+          for (int64_t l = 0; l < columns; ++l) {
+            pairs[2 * l] = first[l];
+            pairs[2 * l + 1] = second[l];
+          }
+        } else {
+          for (int64_t l = 0; l < columns; ++l) {
+            pairs[2 * l] = first[l * column];
+            pairs[2 * l + 1] = second ? second[l * column] : 0;
+          }
+        }
+        std::fill(pairs + 2 * columns, pairs + 2 * kColumns, 0);
+      }
+    }
+  }
+}
+
+}  // namespace isa_avx512_bf16
+}  // namespace
+}  // namespace synface

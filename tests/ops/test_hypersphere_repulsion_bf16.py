@@ -1,0 +1,154 @@
+"""The search by products of bfloat16 finds what the search by products of float32 finds, to the
+last bit, wherever the points lie."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import synface_kernels as sk
+from synface_kernels import _load
+from tests import codes
+
+pytestmark = pytest.mark.skipif(
+    "avx512_bf16" not in _load.cpu_isas(), reason="this processor multiplies no bfloat16"
+)
+
+
+def noise(n: int, d: int, seed: int) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def lattice(n: int, d: int, seed: int) -> Tensor:
+    rows = noise(n, d, seed).round()
+    rows[:, 0] += 3 * (rows == 0).all(1)
+    return rows
+
+
+def clustered(n: int, d: int, seed: int, width: float = 0.1) -> Tensor:
+    return noise(n // 20 + 1, d, seed + 1).repeat(20, 1)[:n] + width * noise(n, d, seed)
+
+
+def duplicated(n: int, d: int, seed: int) -> Tensor:
+    return noise(n // 2 + 1, d, seed).repeat(2, 1)[:n]
+
+
+def in_a_cone(n: int, d: int, seed: int) -> Tensor:
+    """Cosines that differ by far less than rounding to bfloat16 changes them."""
+    return 1 + 1e-4 * noise(n, d, seed)
+
+
+def beside_midpoints(n: int, d: int, seed: int) -> Tensor:
+    """Coordinates just above or just below the middle of two numbers of bfloat16, a point's all on
+    one side or on both, so that all their errors add up."""
+    middle = (1 + 2**-8) * 2 ** -round(1 + torch.tensor(d).log2().item() / 2)
+    above = noise(n, 1, seed).sign() if seed % 2 else noise(n, d, seed).sign()
+    rows = middle * (1 + 1e-4 * above * noise(n, d, seed + 1).abs())
+    return torch.cat([rows, (1 - rows.square().sum(1, keepdim=True)).sqrt()], 1)
+
+
+def of_all_sizes(n: int, d: int, seed: int) -> Tensor:
+    """Norms from 1e-11 to 1e19, coordinates that are 0 in bfloat16's normal numbers."""
+    rows = noise(n, d, seed) * 10 ** (10 * noise(n, d, seed + 2).clamp(-2, 0))
+    return F.normalize(rows) * 10 ** (30 * torch.rand(n, 1) - 11)
+
+
+KINDS = [noise, lattice, clustered, duplicated, in_a_cone, beside_midpoints, of_all_sizes]
+
+
+def search(isa: str, x: Tensor, y: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SYNFACE_CPU_ISA", isa)
+        return sk.nearest_neighbors(x, y, k, impl="cpu")
+
+
+def assert_same(x: Tensor, y: Tensor | None, k: int) -> None:
+    cosine, index = search("avx512_bf16", x, y, k)
+    expected_cosine, expected = search("avx512", x, y, k)
+    assert torch.equal(index, expected)
+    assert torch.equal(cosine, expected_cosine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gallery", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_neighbors(kind, gallery, dtype):
+    for n, m, d, k in ((900, 700, 33, 1), (1300, 257, 128, 4), (650, 1030, 7, 20)):
+        x, y = kind(n, d, n).to(dtype), kind(m, d, m).to(dtype) if gallery else None
+        if kind is of_all_sizes and dtype == torch.float16:
+            x, y = x / x.norm(dim=1, keepdim=True), None
+            if not x.isfinite().all():
+                continue
+        assert_same(x, y, k)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    n=st.integers(2, 1100),
+    m=st.one_of(st.none(), st.integers(1, 1100)),
+    d=st.integers(1, 80),
+    k=st.integers(1, 300),
+    seed=st.integers(0, 2**20),
+)
+def test_any_points(kind, n, m, d, k, seed):
+    y = None if m is None else kind(m, d, seed + 7)
+    assert_same(kind(n, d, seed), y, min(k, n - 1 if m is None else m))
+
+
+def test_rounding_against_the_nearest():
+    """The nearest is rounded away from the point, the second nearest towards it: by products of
+    rounded vectors the order is the other one."""
+    d, n = 100, 1000
+    middle = (1 + 2**-8) * 2**-4
+    rows = noise(n, d, 0) / 20
+    rows[0] = middle * (1 + 2e-3)
+    rows[700] = middle * (1 - 2e-4)
+    x = torch.full((1, d), middle * (1 - 4e-4))
+
+    def unit(rows: Tensor) -> Tensor:
+        return torch.cat([rows, (1 - rows.double().square().sum(1, keepdim=True)).sqrt()], 1)
+
+    x, y = unit(x).float(), unit(rows).float()
+    rounded = F.normalize(y).bfloat16().double() @ F.normalize(x).bfloat16().double()[0]
+    assert rounded[700] < rounded[0] - 1e-3
+    assert search("avx512_bf16", x, y, 1)[1].item() == 700
+    assert_same(x, y, 3)
+    assert_same(torch.cat([y, x]), None, 3)
+
+
+def test_packed_points():
+    """As an optimiser leaves them: hundreds of neighbours nearly as near as the nearest."""
+    x = F.normalize(noise(1200, 48, 0)).requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=0.01)
+    for _ in range(40):
+        optimizer.zero_grad()
+        sk.hypersphere_repulsion(x, energy=sk.LogSumExp(t=200.0)).backward()
+        optimizer.step()
+    for k in (1, 8):
+        assert_same(x.detach(), None, k)
+
+
+def test_kerdock():
+    assert_same(codes.KERDOCK_64.points().float(), None, 1)
+
+
+def test_gradients_are_the_same():
+    x = noise(1000, 40, 3).requires_grad_()
+    grads = []
+    for isa in ("avx512", "avx512_bf16"):
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("SYNFACE_CPU_ISA", isa)
+            loss = sk.hypersphere_repulsion(x, energy=sk.MaxCosine(topk=2))
+            grads.append(torch.autograd.grad(loss, x)[0])
+    assert torch.equal(*grads)
+
+
+def test_large_dimensions():
+    """Slices of the depth, an odd one at that."""
+    assert_same(noise(600, 1537, 1), None, 2)
+    assert_same(clustered(600, 2049, 1), noise(300, 2049, 2), 1)
