@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .data import Augment, Faces
 from .data.loader import Domain, Pairs, Timing, TwoDomainLoader, common_shape
+from .data.order import WHOLE, Part
 from .mixing import DomainMixup, Grid, Mixed, Ratio
 from .randomness import generator
 
@@ -51,8 +52,10 @@ class Source(Protocol):
         """What tells this data from other, in JSON's types; a checkpoint keeps it."""
         ...
 
-    def batches(self, config: TrainConfig, first: int) -> Generator[tuple[int, Batch]]:
-        """(step, batch) of every step of a run from the step ``first`` on.
+    def batches(
+        self, config: TrainConfig, first: int, part: Part = WHOLE
+    ) -> Generator[tuple[int, Batch]]:
+        """(step, batch) of every step of a run from the step ``first`` on; of each batch a part.
 
         A step's batch depends on the configuration and the step alone: a resumed run sees what an
         uninterrupted one does. Closing the generator frees what it holds.
@@ -96,7 +99,9 @@ class FacesSource:
             "identities": self.num_classes,
         }
 
-    def batches(self, config: TrainConfig, first: int) -> Generator[tuple[int, Batch]]:
+    def batches(
+        self, config: TrainConfig, first: int, part: Part = WHOLE
+    ) -> Generator[tuple[int, Batch]]:
         augment, faces = Augment(config.augment), self.faces
         per_epoch = -(-len(faces) // config.batch_size)
         for epoch in range(first // per_epoch, config.epochs):
@@ -104,7 +109,8 @@ class FacesSource:
             for i, indices in enumerate(order.split(config.batch_size)):
                 step = epoch * per_epoch + i
                 if step >= first:
-                    varied = generator(config.seed, "augment", step)
+                    indices = indices[part.of(len(indices))]
+                    varied = generator(config.seed, part.purpose("augment"), step)
                     images = augment(faces.images[indices], varied)
                     yield step, Batch(images, faces.labels[indices], None)
 
@@ -156,7 +162,9 @@ class MixedSource:
             "ratio": f"{self.ratio!r}, {'per sample' if self.per_sample else 'per batch'}",
         }
 
-    def batches(self, config: TrainConfig, first: int) -> Generator[tuple[int, Batch]]:
+    def batches(
+        self, config: TrainConfig, first: int, part: Part = WHOLE
+    ) -> Generator[tuple[int, Batch]]:
         mixup = DomainMixup(
             len(self.synthetic.identities),
             len(self.real.identities),
@@ -178,11 +186,12 @@ class MixedSource:
             workers=self.workers,
             mix_in_workers=mixup if self.mix_in_workers else None,
             pin=False,  # the network is on the CPU
+            part=part,
         ) as loader:
             self.timing = loader.timing
             for step, batch in loader:
                 if isinstance(batch, Pairs):
-                    draws = generator(config.seed, "mixup", step)
+                    draws = generator(config.seed, part.purpose("mixup"), step)
                     out = mixed[: len(batch.real)]
                     batch = Mixed(*mixup(*batch, generator=draws, out=out))
                 yield step, Batch(*batch)

@@ -32,7 +32,7 @@ from . import decode
 from .decode import DataError
 from .folder import Faces
 from .images import ImageSet, open_images
-from .order import CycledOrder
+from .order import WHOLE, CycledOrder, Part
 from .worker import IDLE, MIXING, STARTING, Done, Pixels, Setup, SharedArray, Stored, Task
 
 Domain = Faces | ImageSet
@@ -140,6 +140,7 @@ class TwoDomainLoader:
             ``generator(seed, "mixup", step)``: what the same mixup makes of the `Pairs` with that
             generator are the same bits.
         pin: page-locks the slots for copies to a GPU; None does where CUDA is at hand.
+        part: of every batch, for one rank of several.
 
     Use it in a ``with`` statement, or call `close`: it ends the workers and frees the memory. Needs
     a POSIX system.
@@ -172,6 +173,7 @@ class TwoDomainLoader:
         prefetch: int = 2,
         mix_in_workers: DomainMixup | None = None,
         pin: bool | None = None,
+        part: Part = WHOLE,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -200,7 +202,7 @@ class TwoDomainLoader:
         self.batch_size = batch_size
         self.steps_per_epoch = -(-len(self.order) // batch_size)
         self.timing = Timing(workers)
-        self._mixup, self._seed = mix_in_workers, seed
+        self._mixup, self._seed, self._part = mix_in_workers, seed, part
         self._labels = [torch.as_tensor(domain.labels) for domain in self.domains]
         self._next = self._ahead = first_step  # to hand out; to give to a worker
         self._last = last_step
@@ -331,12 +333,12 @@ class TwoDomainLoader:
         epoch, place = divmod(step, self.steps_per_epoch)
         begin = place * self.batch_size
         end = min(begin + self.batch_size, len(self.order))
-        return np.stack(self.order(epoch, np.arange(begin, end)))
+        return np.stack(self.order(epoch, np.arange(begin, end)[self._part.of(end - begin)]))
 
     def _drawn(self, step: int, count: int) -> tuple[Tensor, Tensor | None]:
         """ψ and flips of a step."""
         assert self._mixup is not None
-        return self._mixup.draw(count, generator(self._seed, "mixup", step))
+        return self._mixup.draw(count, generator(self._seed, self._part.purpose("mixup"), step))
 
     def _send(self, worker: _Worker, message: Setup | Task) -> None:
         try:

@@ -14,6 +14,29 @@ from numpy.typing import ArrayLike, NDArray
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which part of every batch a rank of a process group trains on.
+
+    Attributes:
+        rank, ranks: 0 ≤ rank < ranks.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+
+    def of(self, count: int) -> slice:
+        """Its images among those of a batch; the ranks' parts differ by one at most."""
+        return slice(count * self.rank // self.ranks, count * (self.rank + 1) // self.ranks)
+
+    def purpose(self, name: str) -> str:
+        """What it draws random numbers for: the ranks draw others, the first those of one alone."""
+        return f"{name} {self.rank}" if self.rank else name
+
+
+WHOLE = Part()
+
+
+@dataclass(frozen=True)
 class CycledOrder:
     """Pairs each synthetic image with a real one; an epoch is one pass over the synthetic set.
 
