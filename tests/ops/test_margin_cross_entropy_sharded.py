@@ -184,6 +184,16 @@ def sampled(rank: int, ranks: int) -> list[Tensor]:
         sk.margin_cross_entropy(
             x, w, target[rows], class_ids=ids.flip(0) if rank else ids, **options
         )
+    positive = target[rows][:, None].repeat(1, 2)
+    positive[0, 1] = -100
+    drawn, same = sk.sample_classes(positive, end - start, 2, **options)
+    assert same is positive
+    assert drawn.tolist() == ids.tolist()  # more positives than asked for: they alone
+    drawn, _ = sk.sample_classes(target[rows], end - start, 15, **options)
+    assert len(drawn) == 15
+    sk.margin_cross_entropy(x, w, target[rows], class_ids=drawn, **options)
+    with pytest.raises(ValueError, match=r"rank 1: num_sampled must be in \[1, 17\]"):
+        sk.sample_classes(target, end - start, 18, **options)
     with pytest.raises(ValueError, match="whether there are class_ids must be the same"):
         sk.margin_cross_entropy(x, w, target[rows], class_ids=None if rank else ids, **options)
     return [loss.detach(), dx, dw.to_dense()]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..._check import describe, require
+from ..._distributed import agree, check_group, gather_rows
 from ..._load import library
 from ..._select import always, needs_cpu_extension, register, resolve
 from . import kernel_torch, reference
 
 OP = "sample_classes"
+ANOTHERS = -1  # a label that is no class of this rank
 register(OP, {"cpu": needs_cpu_extension, "torch": always, "reference": always})
 
 _RESULT = " -> (Tensor class_ids, Tensor remapped)"
@@ -30,6 +34,8 @@ def sample_classes(
     num_sampled: int,
     generator: torch.Generator | None = None,
     *,
+    group: Any = None,
+    class_start: int = 0,
     ignore_index: int = -100,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -45,13 +51,18 @@ def sample_classes(
         num_sampled: how many classes to sample, in [1, C]. Where the target holds more distinct
             positives than that, all of these are kept, and nothing else.
         generator: gives the random number. Default: torch's own of the target's device.
+        group, class_start: where the classes are spread over the ranks of a `torch.distributed`
+            process group, see `margin_cross_entropy`: each rank samples its own, num_classes of
+            them from class_start on, with every positive that any rank has among them. Labels,
+            which number all ranks' classes, travel: 8·N·K bytes. All ranks must call this.
         ignore_index: a label that stays as it is and samples nothing.
         impl: ``"auto"``, ``"cpu"``, ``"torch"`` or ``"reference"``; see `explain`.
 
     Returns:
         The pair (class_ids, target): class_ids (S,) int64, rising strictly, with
         S = max(num_sampled, number of distinct positives), and the target with each label replaced
-        by its place in class_ids.
+        by its place in class_ids. With a group class_ids are rows of this rank's weight, and the
+        target stays as it was: `margin_cross_entropy` takes it so.
 
     Time: O(N·K·log S + S), and one pass over a bit per class on the CPU. On a GPU a few operations
     on S elements, sorting among them; it is waited for only where ``num_sampled`` is less than N·K,
@@ -68,31 +79,63 @@ def sample_classes(
     Source: An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face
     Recognition CNNs by Partial FC", CVPR 2022. SplitMix64: Steele et al., OOPSLA 2014.
     """
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor, got {describe(target)}")
-    if target.dtype != torch.int64 or target.dim() not in (1, 2):
-        raise ValueError(f"target must be int64 of shape (N,) or (N, K), got {describe(target)}")
-    for name, value in (("num_classes", num_classes), ("num_sampled", num_sampled)):
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{name} must be an int, got {describe(value)}")
-    if not 1 <= num_classes < 2**31:
-        raise ValueError(f"num_classes must be in [1, 2^31), got {num_classes}")
-    if not 1 <= num_sampled <= num_classes:
-        raise ValueError(
-            f"num_sampled must be in [1, {num_classes}] (num_classes), got {num_sampled}"
-        )
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {describe(generator)}")
-    device = target.device if generator is None else generator.device
-    if device.type != "cpu" and device != target.device:
-        raise ValueError(
-            f"generator must be on the CPU or on target's device {target.device}, got {device}"
-        )
+
+    def check() -> int:
+        if not isinstance(target, Tensor):
+            raise TypeError(f"target must be a tensor, got {describe(target)}")
+        if target.dtype != torch.int64 or target.dim() not in (1, 2):
+            raise ValueError(
+                f"target must be int64 of shape (N,) or (N, K), got {describe(target)}"
+            )
+        for name, value in (
+            ("num_classes", num_classes),
+            ("num_sampled", num_sampled),
+            ("class_start", class_start),
+        ):
+            if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+                raise TypeError(f"{name} must be an int, got {describe(value)}")
+        if not 1 <= num_classes < 2**31:
+            raise ValueError(f"num_classes must be in [1, 2^31), got {num_classes}")
+        if not 1 <= num_sampled <= num_classes:
+            raise ValueError(
+                f"num_sampled must be in [1, {num_classes}] (num_classes), got {num_sampled}"
+            )
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {describe(generator)}")
+        device = target.device if generator is None else generator.device
+        if device.type != "cpu" and device != target.device:
+            raise ValueError(
+                f"generator must be on the CPU or on target's device {target.device}, got {device}"
+            )
+        if class_start < 0:
+            raise ValueError(f"class_start must not be negative, got {class_start}")
+        return target.numel()
+
+    if group is None:
+        check()
+        labels = target
+        if class_start != 0:
+            raise ValueError(f"class_start must be 0 without a group, got {class_start}")
+    else:
+        check_group(group)
+        # Labels of other ranks' classes sample nothing here.
+        counts = [count for (count,) in agree(lambda: ([check()], {}), 1, group)]
+        labels = gather_rows(target.flatten(), counts, group)
+        here = (labels >= class_start) & (labels < class_start + num_classes)
+        here &= labels != ignore_index
+        labels = torch.where(here, labels - class_start, ANOTHERS)
     chosen = resolve(OP, impl, (target,))
+    device = target.device if generator is None else generator.device
     seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
-    return torch.ops.synface_kernels.sample_classes_draw(
-        target, num_classes, num_sampled, seed.to(target.device), ignore_index, chosen
+    class_ids, places = torch.ops.synface_kernels.sample_classes_draw(
+        labels,
+        num_classes,
+        num_sampled,
+        seed.to(target.device),
+        ignore_index if group is None else ANOTHERS,
+        chosen,
     )
+    return class_ids, places if group is None else target
 
 
 def _draw(
