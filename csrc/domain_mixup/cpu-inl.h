@@ -111,7 +111,8 @@ Arranged<T> arrange(const Images& image, bool flip, const Geometry& g, const Chu
   return arrange<T>(image, flip, g, chunk, buffer, [](T x) { return x; });
 }
 
-// Elements that have one shift and scale, or each its own.
+// Elements that have one shift and scale, or each its own. Two loops: GCC makes no vectors of one
+// that has the choice inside, which takes 2 to 4 times as long.
 template <class Out, class In>
 void mix_exactly(const In* __restrict synthetic, const In* __restrict real, Blend blend,
                  Affine affine, typename Out::Storage* __restrict to, int64_t n) {
