@@ -79,6 +79,11 @@ def test_an_op_says_what_it_needs_to(op):
             assert section in doc, (function, section)
 
 
+@pytest.mark.parametrize("name", sorted({*sk.__all__} - {"MarginStats", "explain"}))
+def test_what_computes_names_its_source(name):
+    assert "Source:" in (inspect.getdoc(getattr(sk, name)) or "")
+
+
 def test_kernels_are_free_of_torch():
     """Tensors of torch's C++ interface appear in the bindings and torch_runtime alone."""
     for path in (ROOT / "csrc").rglob("*"):

@@ -16,6 +16,7 @@ def seeds(seed: int, purpose: str, step: int) -> int:
 
 
 def generator(seed: int, purpose: str, step: int) -> torch.Generator:
+    """On the CPU, at that seed."""
     return torch.Generator().manual_seed(seeds(seed, purpose, step))
 
 

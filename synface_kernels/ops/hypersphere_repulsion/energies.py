@@ -61,6 +61,11 @@ class MaxCosine(Energy):
 
     Args:
         topk: k ≥ 1, the number of neighbours.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, naming it.
+
+    Source: Shahreza and Marcel, "HyperFace", ICLR 2025, for the gallery term.
     """
 
     topk: int = 1
@@ -104,6 +109,11 @@ class LogSumExp(Energy):
 
     Args:
         t: sharpness (1/temperature), 0 < t ≤ 1e6.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, naming it.
+
+    Source: as `Gaussian`, which is t·this − t at half the t.
     """
 
     t: float = 40.0
@@ -118,6 +128,9 @@ class Gaussian(Energy):
 
     Args:
         t: inverse squared width, 0 < t ≤ 1e6.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, naming it.
 
     Source: Wang and Isola, "Understanding contrastive representation learning through alignment
     and uniformity on the hypersphere", ICML 2020.
@@ -137,6 +150,9 @@ class Riesz(Energy):
 
     Args:
         s: exponent, 0 < s ≤ 16. (For a sharper one take `LogSumExp`.)
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, naming it.
 
     Source: Liu et al., "Learning towards minimum hyperspherical energy", NeurIPS 2018.
     """
@@ -170,6 +186,9 @@ class Hinge(Energy):
     Args:
         threshold: the cosine from which pairs repel, in [−1, 1).
         power: p, 1 or 2.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, naming it.
 
     Source: Geissbühler et al., "Synthetic face datasets generation via latent space exploration
     from Brownian identity diffusion", 2024.

@@ -36,6 +36,7 @@ class CombinedMargin:
 
     Raises:
         ValueError: for a margin that makes no sense (for example an angle in degrees).
+        TypeError: for one that is neither a number nor a tensor.
 
     Source: Deng et al., "ArcFace" (CVPR 2019), eq. 4; Qiu et al., "SynFace" (ICCV 2021).
     """
@@ -128,7 +129,14 @@ def _drop(m1: Margin, m2: Margin) -> Margin:
 
 
 class ArcFace(CombinedMargin):
-    """cos(θ + margin), the margin in radians. Deng et al., CVPR 2019. See `CombinedMargin`."""
+    """cos(θ + margin).
+
+    Args:
+        margin: **in radians**, |margin| < π; a float or an (N,) tensor.
+        scale, beyond_pi, target_grad; errors: see `CombinedMargin`.
+
+    Source: Deng et al., "ArcFace", CVPR 2019.
+    """
 
     def __init__(
         self,
@@ -141,16 +149,28 @@ class ArcFace(CombinedMargin):
 
 
 class CosFace(CombinedMargin):
-    """cos θ − margin. Wang et al., CVPR 2018. See `CombinedMargin`."""
+    """cos θ − margin.
+
+    Args:
+        margin: a difference of cosines, |margin| < 2; a float or an (N,) tensor.
+        scale; errors: see `CombinedMargin`.
+
+    Source: Wang et al., "CosFace", CVPR 2018.
+    """
 
     def __init__(self, scale: float = 64.0, margin: Margin = 0.35) -> None:
         super().__init__(scale, 1.0, 0.0, margin)
 
 
 class SphereFace(CombinedMargin):
-    """cos(margin·θ). Liu et al., CVPR 2017; 1.35 is the value in the ArcFace paper's comparison.
+    """cos(margin·θ).
 
-    See `CombinedMargin`.
+    Args:
+        margin: a factor of the angle, in (0, 16); a float or an (N,) tensor. 1.35 is the value in
+            the ArcFace paper's comparison.
+        scale, beyond_pi, target_grad; errors: see `CombinedMargin`.
+
+    Source: Liu et al., "SphereFace", CVPR 2017.
     """
 
     def __init__(
