@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from . import checkpoint, packing
+from .check import check_device
 from .data import Faces, convert, embedded_faces, open_images, read_folder
 from .data.images import FORMATS
 from .embeddings import read_embeddings
@@ -36,6 +37,7 @@ from .settings import check_keys, read_toml
 from .sources import MixedSource, fingerprint
 from .synthesize import synthesize
 from .train import CONFIG, TrainConfig, load_backbone, train
+from .verification_sets import PairSet, TemplateSet, open_set
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -468,7 +470,36 @@ def _command(file: Path) -> tuple[dict[str, Any], TrainConfig]:
 
 @app.command("eval")
 def eval_command(
-    run: Annotated[Path, typer.Argument(help="A run's folder, or one checkpoint's.")],
+    run: Annotated[
+        Path | None, typer.Argument(help="A run's folder, or one checkpoint's.", show_default=False)
+    ] = None,
+    checkpoint_: Annotated[
+        Path | None, typer.Option("--checkpoint", help="The same, as an option.")
+    ] = None,
+    sets: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--set",
+            help="A verification set: insightface's .bin, LFW's pairs.txt, or a folder of IJB's "
+            "lists; several may be given, and nobody else is verified then.",
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="With --set: the folder of the images that it lists. Default: its own."),
+    ] = None,
+    resize: Annotated[
+        bool,
+        typer.Option("--resize", help="With --set: resize images; else another size is an error."),
+    ] = False,
+    flip: Annotated[
+        bool, typer.Option(help="With --set: add the embedding of the mirror image.")
+    ] = True,
+    device: Annotated[str, typer.Option(help="With --set: where the network runs.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(help="With --set: images at once.", min=1)] = 256,
+    output: Annotated[
+        Path | None, typer.Option(help="With --set: folder of the report (table, curves, JSON).")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Image folder. Default: the one that the run trained on.")
     ] = None,
@@ -482,9 +513,28 @@ def eval_command(
     ] = None,
     relabel: RelabelOption = False,
 ) -> None:
-    """Verify a trained network on pairs of images, beside raw pixels."""
+    """Verify a trained network on pairs of images, beside raw pixels, or on verification sets."""
+    if (run is None) == (checkpoint_ is None):
+        raise ValueError("eval needs one run: its folder, or --checkpoint")
+    run = run or checkpoint_
+    assert run is not None
     backbone, state = load_backbone(run)
     height, width, channels = state["data"]["image_shape"]
+    if sets:
+        if data is not None or holdout is not None:
+            raise ValueError("--set goes without --data and --holdout")
+        backbone.to(check_device(device))
+        _evaluate_sets(
+            backbone,
+            [open_set(path, images) for path in sets],
+            (height, width, channels),
+            {"run": str(run), "step": state["step"], "flip": flip, "device": device},
+            output,
+            batch_size=batch_size,
+            flip=flip,
+            resize=resize,
+        )
+        return
     if data is None:
         command = _command(checkpoint.find(run).parent.parent / CONFIG)[0]
         trained_on = command["real"] or command["data"]
@@ -505,6 +555,32 @@ def eval_command(
     unseen = state["data"]["fingerprint"].split()[-1] in prints
     pixels = _verify_pixels(held)
     _print_verification(_verify_network(backbone, held), pixels, held, unseen)
+
+
+def _evaluate_sets(
+    backbone: torch.nn.Module,
+    sets: list[PairSet | TemplateSet],
+    image_shape: tuple[int, int, int],
+    about: dict[str, Any],
+    output: Path | None,
+    **options: Any,
+) -> None:
+    from . import set_report
+
+    results = []
+    for each in sets:
+        with Bar(f"embedding {each.name}") as bar:
+            results.append(
+                set_report.evaluate_set(backbone, each, image_shape, progress=bar.files, **options)
+            )
+    header, *rows = set_report.table(results)
+    shown = Table(*header)
+    for row in rows:
+        shown.add_row(*map(escape, row))
+    console.print(shown)
+    if output is not None:
+        page = set_report.write(output, results, about)
+        console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("convert")

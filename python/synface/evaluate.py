@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from synface.data import normalise
+import synface_kernels as sk
+from synface.data import decode, normalise
+from synface.data.images import Store
 
 
 @torch.no_grad()
@@ -51,6 +55,71 @@ def embed(model: nn.Module, images: Tensor, batch_size: int = 256, flip: bool = 
     return torch.cat(rows)
 
 
+def embed_store(
+    model: nn.Module,
+    store: Store,
+    image_shape: tuple[int, int, int],
+    *,
+    batch_size: int = 256,
+    flip: bool = True,
+    resize: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Embeds encoded images as `embed` does, decoding them on threads, batch by batch.
+
+    Args:
+        image_shape: (H, W, C) that the model takes.
+        resize: bring images of another size to this one; else they are an error.
+        progress: called as progress(done, total), first with 0, then after each batch.
+
+    Returns:
+        (N, D) float32 of unit rows, on the CPU.
+
+    Raises:
+        DataError: for images that cannot be decoded or are of another size; the first five of a
+            batch are named.
+        ValueError: for no images, or a batch size under 1.
+
+    Memory: the result, and three batches of decoded images.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    count, expected = len(store), None if resize else image_shape[:2]
+
+    def read(pixels: np.ndarray, index: int) -> None:
+        with store.open(index) as file:
+            decode.read_into(pixels, file, expected)
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool, ThreadPoolExecutor(1) as ahead:
+
+        def batch(begin: int) -> Tensor:
+            indices = range(begin, min(begin + batch_size, count))
+            images = np.empty((len(indices), *image_shape), np.uint8)
+            done = list(pool.map(decode.attempt(read), images, indices))
+            wrong = {
+                store.name(i): text for i, (_, text) in zip(indices, done, strict=True) if text
+            }
+            decode.raise_if(
+                wrong,
+                f"of {len(indices)} images",
+                f"images of {image_shape[0]}x{image_shape[1]} pixels (height x width)",
+            )
+            return torch.from_numpy(images)
+
+        rows = []
+        if progress is not None:
+            progress(0, count)
+        following = ahead.submit(batch, 0)
+        for begin in range(0, count, batch_size):
+            images = following.result()
+            if begin + batch_size < count:
+                following = ahead.submit(batch, begin + batch_size)
+            rows.append(embed(model, images, batch_size, flip))
+            if progress is not None:
+                progress(begin + len(images), count)
+    return torch.cat(rows)
+
+
 def pixel_embeddings(images: Tensor, mean: Tensor | None = None) -> Tensor:
     """The baseline without learning: centred pixels as unit vectors.
 
@@ -81,7 +150,8 @@ class Verification:
     """How well scores separate genuine pairs (same person) from impostor pairs.
 
     Attributes:
-        accuracy: mean over the folds, on as many genuine as impostor pairs (chance is 0.5).
+        accuracy: mean over the folds, by `verify` on as many genuine as impostor pairs (chance is
+            0.5); None where pairs come without folds, and so are its deviation and threshold.
         accuracy_std: standard deviation over the folds (divided by their number).
         threshold: mean cosine, over the folds, from which a pair counts as the same person.
         auc: area under the ROC curve over all pairs, ties counted half.
@@ -91,9 +161,9 @@ class Verification:
         pairs, genuine, impostor: how many pairs there are.
     """
 
-    accuracy: float
-    accuracy_std: float
-    threshold: float
+    accuracy: float | None
+    accuracy_std: float | None
+    threshold: float | None
     auc: float
     tar: dict[float, float | None]
     fpr: np.ndarray = field(repr=False)
@@ -104,14 +174,13 @@ class Verification:
 
     def summary(self) -> str:
         """Aligned lines for people."""
-        rows = [
-            ("pairs", f"{self.pairs:,} ({self.genuine:,} genuine, {self.impostor:,} impostor)"),
-            (
-                "accuracy",
-                f"{self.accuracy:.4f} ± {self.accuracy_std:.4f} (threshold {self.threshold:.4f})",
-            ),
-            ("ROC-AUC", f"{self.auc:.4f}"),
-        ]
+        pairs = f"{self.pairs:,} ({self.genuine:,} genuine, {self.impostor:,} impostor)"
+        rows = [("pairs", pairs), ("ROC-AUC", f"{self.auc:.4f}")]
+        if self.accuracy is not None:
+            found = (
+                f"{self.accuracy:.4f} ± {self.accuracy_std:.4f} (threshold {self.threshold:.4f})"
+            )
+            rows.insert(1, ("accuracy", found))
         for far, tar in self.tar.items():
             needed = f"not measured: needs at least {_pairs_for(far):,} impostor pairs"
             rows.append((f"TAR at FAR {far:g}", needed if tar is None else f"{tar:.4f}"))
@@ -171,8 +240,6 @@ def verify(
         )
     if folds < 2:
         raise ValueError(f"folds must be at least 2, got {folds}")
-    if not all(0.0 < far <= 1.0 for far in fars):
-        raise ValueError(f"fars must lie in (0, 1], got {tuple(fars)}")
     embeddings, labels = embeddings.detach().cpu().double(), labels.cpu()
     if bad := int((~embeddings.isfinite()).any(1).sum()):
         raise ValueError(f"embeddings must be finite, got {bad} of {n} rows with nan or inf")
@@ -190,16 +257,127 @@ def verify(
                 f"{len(scores)} {name} ones from {n} images of {len(labels.unique())} identities"
             )
 
+    return _verification(genuine, impostor, fars, *_fold_accuracies(genuine, impostor, folds, seed))
+
+
+def verify_pairs(
+    cosine: Tensor,
+    same: Tensor,
+    fold: Tensor | None = None,
+    fars: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6),
+) -> Verification:
+    """Verification on given pairs, in given folds.
+
+    The accuracy of a fold is that of its pairs at the threshold that is best on all other folds.
+
+    Args:
+        cosine: (P,) floating, finite: each pair's. same: (P,) bool, of the same person.
+        fold: (P,) integer, at least two different; None measures no accuracy.
+        fars: false accept rates in (0, 1].
+
+    Raises:
+        ValueError: for wrong shapes or dtypes, non-finite cosines, pairs of one kind alone, fewer
+            than two folds, or fars out of range.
+
+    Memory: about 100 bytes per pair.
+    """
+    count = len(cosine)
+    if cosine.ndim != 1 or not cosine.is_floating_point() or not cosine.isfinite().all():
+        raise ValueError(
+            "cosine must be finite, floating point of shape (P,), "
+            f"got {_kind(cosine)} {tuple(cosine.shape)}"
+        )
+    if same.shape != (count,) or same.dtype != torch.bool:
+        raise ValueError(
+            f"same must be bool of shape ({count},), got {_kind(same)} {tuple(same.shape)}"
+        )
+    scores, kinds = cosine.detach().cpu().double().numpy(), same.cpu().numpy()
+    if not 0 < int(kinds.sum()) < count:
+        raise ValueError(
+            f"pairs must be of both kinds, got {int(kinds.sum())} genuine ones of {count}"
+        )
+    if fold is None:
+        return _verification(scores[kinds], scores[~kinds], fars)
+    if fold.shape != (count,) or fold.is_floating_point():
+        raise ValueError(
+            f"fold must be integer of shape ({count},), got {_kind(fold)} {tuple(fold.shape)}"
+        )
+    folds = fold.cpu().numpy()
+    accuracies, thresholds = [], []
+    if len(numbers := np.unique(folds)) < 2:
+        raise ValueError(f"fold must have two different values or more, got {len(numbers)}")
+    for number in numbers:
+        here = folds == number
+        rest, kind = scores[~here], kinds[~here]
+        thresholds.append(_best_threshold(rest[kind], rest[~kind]))
+        accuracies.append(float(((scores[here] >= thresholds[-1]) == kinds[here]).mean()))
+    return _verification(
+        scores[kinds], scores[~kinds], fars, np.array(accuracies), float(np.mean(thresholds))
+    )
+
+
+@dataclass(frozen=True)
+class Identification:
+    """Search of probes in a gallery.
+
+    Attributes:
+        rank1: the share of probes whose nearest gallery entry is of their own person.
+        probes, gallery: how many there are.
+    """
+
+    rank1: float
+    probes: int
+    gallery: int
+
+
+def identify(
+    probe: Tensor, probe_people: Tensor, gallery: Tensor, gallery_people: Tensor
+) -> Identification:
+    """Rank-1 identification, closed set: each probe's person is in the gallery.
+
+    Args:
+        probe: (Q, D) and gallery: (G, D) floating, of any length, on one device.
+        probe_people: (Q,) and gallery_people: (G,) integer.
+
+    Raises:
+        ValueError: for shapes that do not fit, and a probe of somebody who is not in the gallery.
+
+    Memory: that of `synface_kernels.nearest_neighbors`, never Q×G.
+    """
+    for name, rows, people in (
+        ("probe", probe, probe_people),
+        ("gallery", gallery, gallery_people),
+    ):
+        if rows.ndim != 2 or not len(rows) or people.shape != rows.shape[:1]:
+            raise ValueError(
+                f"{name} must be (N, D) with N at least 1 and its people (N,), "
+                f"got {tuple(rows.shape)} and {tuple(people.shape)}"
+            )
+    if not torch.isin(probe_people, gallery_people).all():
+        raise ValueError("probe must hold people of the gallery alone")
+    nearest = sk.nearest_neighbors(probe, gallery, k=1)[1][:, 0].to(gallery_people.device)
+    hits = gallery_people[nearest] == probe_people
+    return Identification(float(hits.double().mean()), len(probe), len(gallery))
+
+
+def _verification(
+    genuine: np.ndarray,
+    impostor: np.ndarray,
+    fars: Sequence[float],
+    accuracies: np.ndarray | None = None,
+    threshold: float | None = None,
+) -> Verification:
+    if not all(0.0 < far <= 1.0 for far in fars):
+        raise ValueError(f"fars must lie in (0, 1], got {tuple(fars)}")
     accepted = _roc(genuine, impostor)
     tpr, fpr = accepted[0] / len(genuine), accepted[1] / len(impostor)
     tar = {far: float(tpr[fpr <= far].max()) if 1 / len(impostor) <= far else None for far in fars}
     # Trapezoids in integers: exact, and half of a tied pair counts.
     doubled = int((np.diff(accepted[1]) * (accepted[0, 1:] + accepted[0, :-1])).sum())
-    accuracies, threshold = _fold_accuracies(genuine, impostor, folds, seed)
     corner = np.r_[True, np.diff(accepted, n=2).any(0), True]
     return Verification(
-        accuracy=float(accuracies.mean()),
-        accuracy_std=float(accuracies.std()),
+        accuracy=None if accuracies is None else float(accuracies.mean()),
+        accuracy_std=None if accuracies is None else float(accuracies.std()),
         threshold=threshold,
         auc=doubled / (2 * len(genuine) * len(impostor)),
         tar=tar,
