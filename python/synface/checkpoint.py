@@ -18,7 +18,8 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or of another model or run."""
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flushes a file or a directory to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -30,9 +31,9 @@ def write(path: Path, text: str) -> None:
     """Writes a text file so that it is there whole, or as it was before."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
-    _sync(part)
+    sync(part)
     part.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_tensors(
@@ -49,9 +50,9 @@ def write_tensors(
     part = path.with_name(path.name + ".part")
     try:
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, metadata)
-        _sync(part)
+        sync(part)
         part.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
     finally:
@@ -77,10 +78,10 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
         size = (part / TENSORS).stat().st_size
         state = {"format": FORMAT, "step": step, "tensor_bytes": size} | state
         (part / STATE).write_text(json.dumps(state, indent=1))
-        _sync(part / STATE)
+        sync(part / STATE)
         shutil.rmtree(final, ignore_errors=True)  # the same step, written before a resume
         part.rename(final)
-        _sync(folder)
+        sync(folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

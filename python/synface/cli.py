@@ -1,4 +1,4 @@
-"""The command line: synface convert | pack | synthesize | train | eval | plan | demo | info."""
+"""The command line: synface convert | pack | synthesize | train | eval | bench | plan | demo | info."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from . import checkpoint, packing
+from . import bench, checkpoint, packing
 from .check import check_device
 from .data import Faces, convert, embedded_faces, open_images, read_folder
 from .data.images import FORMATS
@@ -48,6 +48,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench.app, name="bench")
 app.add_typer(recipes.app, name="recipe")
 console = Console()
 DEFAULT = TrainConfig()

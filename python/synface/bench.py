@@ -1,0 +1,124 @@
+"""The command line's measurements: synface bench scale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Measure what the library does here.", no_args_is_help=True)
+
+
+@app.callback()
+def bench() -> None:
+    """Measure what the library does here."""
+
+
+@app.command("scale")
+def scale_command(
+    identities: Annotated[str, typer.Option(help="Class centres C, such as 10M.")] = "10M",
+    dim: Annotated[int, typer.Option(help="Dimensions D.")] = 512,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
+    sample_rate: Annotated[float, typer.Option(help="Share of C that a step takes.")] = 0.01,
+    batch: Annotated[int, typer.Option(help="Embeddings in a step.")] = 256,
+    steps: Annotated[int | None, typer.Option(help="Default: 100, or as --minutes says.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="In place of --steps.")] = None,
+    optimizer: Annotated[str, typer.Option(help="sgd or adamw")] = "sgd",
+    momentum: Annotated[float, typer.Option(help="Of sgd; 0 for none.")] = 0.9,
+    lr: Annotated[float, typer.Option(help="Constant.")] = 0.02,
+    working_set: Annotated[
+        str | None,
+        typer.Option(help="Identities that the embeddings are of. Default: 4096, or C if less."),
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option(help="Of memory-mapped centres. Default: in memory.")
+    ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the files, with a checkpoint at the end.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the centres in --directory, and keep them.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the centres in --directory.")
+    ] = False,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps.", min=1)] = None,
+    sync: Annotated[
+        bool, typer.Option("--sync", help="Let checkpoints outlive the machine going down.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0,
+    output: Annotated[Path, typer.Option(help="The report's folder.")] = Path("scale-report"),
+) -> None:
+    """Train class centres by the million on clustered embeddings: time, memory, and the loss."""
+    from . import scale
+    from .centers import Centers, CentersConfig
+    from .cli import Bar, console
+    from .plan import parse_count
+
+    classes = parse_count("--identities", identities)
+    config = scale.ScaleConfig(
+        CentersConfig(classes, dim, dtype, optimizer, momentum, seed=seed),
+        sample_rate=sample_rate,
+        batch=batch,
+        working_set=min(4096, classes)
+        if working_set is None
+        else parse_count("--working-set", working_set),
+        lr=lr,
+    )
+    if steps is None and minutes is None:
+        steps = 100
+    scale.check_length(steps, minutes)
+    if directory is None and (keep or resume or overwrite or sync or checkpoint_every):
+        raise ValueError(
+            "--keep, --resume, --overwrite, --sync and --checkpoint-every need --directory"
+        )
+    needed, free = sum(config.centers.bytes.values()), scale.available_memory()
+    if directory is None and free is not None and needed > free:
+        raise ValueError(
+            f"{classes:,} centres take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of "
+            "memory are free: give a --directory for memory-mapped files"
+        )
+
+    with Bar("undoing" if resume else "creating") as bar:
+
+        def part(done: int, total: int) -> None:
+            bar.progress.update(bar.task, completed=done, total=total)
+
+        if resume and directory is not None:
+            centers = Centers.open(directory, sync=sync, progress=part)
+        else:
+            centers = Centers.create(
+                config.centers, directory, overwrite=overwrite, sync=sync, progress=part
+            )
+    kept = keep or resume
+    try:
+        with Bar("training") as bar:
+            bar.progress.update(bar.task, total=steps, completed=centers.step)
+
+            def step(row: dict[str, Any]) -> None:
+                bar.step(row["loss"], row["accuracy"], batch)
+
+            result = scale.run(
+                config,
+                centers,
+                steps=steps,
+                minutes=minutes,
+                checkpoint_every=checkpoint_every,
+                progress=step,
+            )
+        scale.write_report(result, output)
+        if kept:
+            centers.checkpoint()
+    finally:
+        if kept:
+            centers.close()
+        else:
+            centers.remove()
+    console.print(scale.summary(result), highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"written: {output / 'scale.json'}, {output / 'scale.png'}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
