@@ -15,8 +15,10 @@ from synface.checkpoint import CheckpointError
 from synface.data import embedded_faces
 from synface.guided import Generator, GeneratorConfig
 from synface.recipes import cfsm, cfsm_report
-from synface.recipes.cfsm import CfsmConfig, degrade, load_config, to_toml
+from synface.recipes.cfsm import CfsmConfig, load_config
 from synface.recipes.cli import app
+from synface.recipes.config import to_toml
+from synface.recipes.degrade import DOMAINS, degrade
 from torch import nn
 from typer.testing import CliRunner
 
@@ -180,16 +182,14 @@ def test_a_sweep_is_the_cosine_at_each_strength():
     with torch.no_grad():
         own = recogniser(images)
         at_rest = F.cosine_similarity(own, recogniser(painter(images, torch.zeros(2, 3)))).mean()
-        ends = []
-        for a in (2.0, -2.0):
-            o = torch.tensor([[0.0, a, 0.0]] * 2)
-            ends.append(F.cosine_similarity(own, recogniser(painter(images, o))).mean())
+        o = torch.tensor([[0.0, 2.0, 0.0]] * 2)
+        end = F.cosine_similarity(own, recogniser(painter(images, o))).mean()
     torch.testing.assert_close(found["axes"][:, 0], at_rest.expand(3))
     torch.testing.assert_close(found["random"][0], at_rest)
-    torch.testing.assert_close(found["axes"][1, 1], torch.stack(ends).mean())
+    torch.testing.assert_close(found["axes"][1, 1], end)
 
 
-@pytest.mark.parametrize("domain", sorted(cfsm.DOMAINS))
+@pytest.mark.parametrize("domain", sorted(DOMAINS))
 def test_degradations(domain):
     faces = embedded_faces(images_per_identity=2, size=24, identities=4)
     changed = cfsm.degraded(faces, domain, seed=1)
@@ -253,7 +253,7 @@ def test_the_default_is_read_and_written_back(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sead = 1", "tiny.toml: unknown key 'sead'; known are seed"),
+        ("sead = 1", "tiny.toml: unknown key 'sead'; did you mean 'seed'"),
         ("[style]\nstep = 1", r"\[style\]: unknown key 'step'"),
         ("[style]\nsteps = 1.5", r"\[style\]: steps must be int, got 1.5"),
         ("[style]\nsteps = true", r"\[style\]: steps must be int, got True"),

@@ -10,16 +10,13 @@ Recognition", ECCV 2022.
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from importlib import import_module
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +44,8 @@ from ..randomness import generator as draws
 from ..randomness import seeded, seeds
 from ..sources import fingerprint
 from ..train import CONFIG, TrainConfig, train
+from .config import load
+from .degrade import DOMAINS, degrade
 from .loop import run_steps
 
 EMBEDDED = "embedded"
@@ -160,111 +159,11 @@ class CfsmConfig:
 
 
 def load_config(file: Path | None = None) -> CfsmConfig:
-    """A configuration from TOML; None takes the one beside this file.
-
-    Raises:
-        ValueError: for a file that is not TOML, an unknown key, or a value of another type.
-    """
-    tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    file = file or Path(__file__).with_name("cfsm.toml")
-    try:
-        table = tomllib.loads(file.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{file} is not TOML: {error}") from error
-    return _build(CfsmConfig, table, str(file))
+    """A configuration from TOML; None takes the one beside this file. Errors: see `load`."""
+    return load(CfsmConfig, file or Path(__file__).with_name("cfsm.toml"))
 
 
-def _build(cls: type, table: dict[str, Any], where: str) -> Any:
-    hints = get_type_hints(cls)
-    values = {}
-    for key, value in table.items():
-        if key not in hints:
-            raise ValueError(f"{where}: unknown key {key!r}; known are {', '.join(hints)}")
-        hint = hints[key]
-        if is_dataclass(hint):
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}: {key} must be a table, got {value!r}")
-            values[key] = _build(hint, value, f"{where}: [{key}]")  # type: ignore[arg-type]
-            continue
-        if isinstance(value, list):
-            value = tuple(value)
-        if hint is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        kind = getattr(hint, "__origin__", hint)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{where}: {key} must be {kind.__name__}, got {value!r}")
-        values[key] = value
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def to_toml(config: CfsmConfig) -> str:
-    """The exact configuration, as `load_config` reads it."""
-    lines, tables = [], []
-    for key, value in asdict(config).items():
-        if isinstance(value, dict):
-            tables += ["", f"[{key}]"] + [f"{k} = {json.dumps(v)}" for k, v in value.items()]
-        else:
-            lines.append(f"{key} = {json.dumps(value)}")
-    return "\n".join(lines + tables) + "\n"
-
-
-# -- target domains ------------------------------------------------------------------------------
-
-
-def _low_resolution(x: Tensor, random: torch.Generator) -> Tensor:
-    factor = _uniform(2.5, 5.0, (), random).item()
-    small = [max(2, round(side / factor)) for side in x.shape[2:]]
-    low = F.interpolate(x, small, mode="area")
-    return F.interpolate(low, x.shape[2:], mode="bicubic", align_corners=False)
-
-
-def _blurred(x: Tensor, random: torch.Generator) -> Tensor:
-    sigma = _uniform(1 / 24, 1 / 12, (), random).item() * x.shape[3]
-    radius = min(math.ceil(2.5 * sigma), *(side - 1 for side in x.shape[2:]))
-    at = torch.arange(-radius, radius + 1, dtype=x.dtype)
-    taps = torch.softmax(-0.5 * (at / sigma) ** 2, 0).expand(x.shape[1], 1, 1, -1)
-    padded = F.pad(x, (radius,) * 4, mode="reflect")
-    across = F.conv2d(padded, taps, groups=x.shape[1])
-    return F.conv2d(across, taps.transpose(2, 3), groups=x.shape[1])
-
-
-def _noisy(x: Tensor, random: torch.Generator) -> Tensor:
-    strength = _uniform(0.2, 0.5, (len(x), 1, 1, 1), random)
-    return x + strength * torch.randn(x.shape, generator=random)
-
-
-def _dark(x: Tensor, random: torch.Generator) -> Tensor:
-    gain = _uniform(0.15, 0.4, (len(x), 1, 1, 1), random)
-    return (x + 1.0) * gain - 1.0 + 0.04 * torch.randn(x.shape, generator=random)
-
-
-def _mixed(x: Tensor, random: torch.Generator) -> Tensor:
-    """Each image by one of the four."""
-    changed = torch.stack([f(x, random) for f in (_low_resolution, _blurred, _noisy, _dark)])
-    which = torch.randint(len(changed), (len(x),), generator=random)
-    return changed[which, torch.arange(len(x))]
-
-
-def _uniform(low: float, high: float, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
-    return low + (high - low) * torch.rand(shape, generator=random)
-
-
-DOMAINS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
-    "low_resolution": _low_resolution,
-    "blurred": _blurred,
-    "noisy": _noisy,
-    "dark": _dark,
-    "mixed": _mixed,
-    "as_is": lambda x, random: x,  # target images that need no degradation
-}
-
-
-def degrade(images: Tensor, domain: str, random: torch.Generator) -> Tensor:
-    """(N, C, H, W) float32 in [−1, 1], changed as a domain's images are; on the CPU."""
-    return DOMAINS[domain](images, random).clamp(-1.0, 1.0)
+# -- data ----------------------------------------------------------------------------------------
 
 
 def degraded(faces: Faces, domain: str, seed: int) -> Faces:
@@ -446,8 +345,8 @@ def strength_sweep(
         images: (N, C, H, W) in [−1, 1]. strengths: (A,).
 
     Returns:
-        "axes": (q, A), along each u_i, the mean of both signs; "random": (A,), along a direction
-        of its own for each image, the same at every strength.
+        "axes": (q, A), along each u_i; "random": (A,), along a direction of its own for each
+        image, the same at every strength.
     """
     size = painter.config.styles
     directions = torch.randn(len(images), size, generator=draws(seed, "sweep", 0))
@@ -458,13 +357,10 @@ def strength_sweep(
         def cosine(o: Tensor) -> Tensor:
             return F.cosine_similarity(own, recogniser(painter(images, o))).mean().cpu()
 
-        axes = []
-        for axis in torch.eye(size, device=images.device):
-            signs = [
-                [cosine((sign * a * axis).expand(len(images), -1)) for a in strengths.tolist()]
-                for sign in (1.0, -1.0)
-            ]
-            axes.append(torch.tensor(signs).mean(0))
+        axes = [
+            torch.stack([cosine((a * axis).expand(len(images), -1)) for a in strengths.tolist()])
+            for axis in torch.eye(size, device=images.device)
+        ]
         random = torch.stack([cosine(a * directions) for a in strengths.tolist()])
     return {"axes": torch.stack(axes), "random": random}
 
@@ -572,7 +468,7 @@ def train_guided(
         {
             "config": {
                 "variant": variant,
-                "style": asdict(config)  # what came before decides what comes out
+                "recipe": asdict(config)  # what came before decides what comes out
                 | {"guided": asdict(stage), "domains": [stage.domain]},
             },
             "data": _prints(people),
@@ -657,10 +553,14 @@ def run(
             )
     faces = normalise(people.held.images[:: config.data.images_per_identity]).to(device)
     strengths = torch.linspace(0.0, 6.0, 13)
-    sweep = {
-        domain: strength_sweep(painter, recogniser, faces, strengths, config.seed)
-        for domain, painter in painters.items()
-    }
+    sweep = {}
+    with bar("strength sweep") as shown:
+        if shown:
+            shown.start(len(painters), 0)
+        for domain, painter in painters.items():
+            sweep[domain] = strength_sweep(painter, recogniser, faces, strengths, config.seed)
+            if shown:
+                shown.advance(domain)
     painter = painters[config.guided.domain]
     gain = guided_gain(config, painter, recogniser, head, people.source)
 

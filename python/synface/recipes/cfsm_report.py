@@ -19,7 +19,9 @@ from ..generate import EigenfaceGenerator
 from ..guided import identity_gap
 from ..randomness import generator as draws
 from ..report import ACCENT, INK, QUIET, _figure, _save
-from .cfsm import EMBEDDED, Results, degrade, to_toml
+from .cfsm import EMBEDDED, Results
+from .config import to_toml
+from .degrade import degrade
 
 
 def write(results: Results, folder: Path, command: str, seconds: float | None) -> Path:
@@ -30,7 +32,7 @@ def write(results: Results, folder: Path, command: str, seconds: float | None) -
     """
     folder.mkdir(parents=True, exist_ok=True)
     figures = measured(results) | {
-        "machine": f"{_env.processor()}, {torch.get_num_threads()} threads, torch "
+        "machine": f"{_env.processor()}, threads: {torch.get_num_threads()}, torch "
         f"{torch.__version__}, Python {platform.python_version()}",
         "seconds": seconds,
     }
@@ -203,11 +205,11 @@ def _sweep_plot(results: Results, path: Path) -> None:
 def _similarity_plot(results: Results, path: Path) -> None:
     figure, axes = _figure(5.2, 4.6)
     names, values = list(results.painters), results.similarity.numpy()
-    picture = axes.imshow(values, cmap="viridis", vmin=min(0.0, values.min()), vmax=1)
+    picture = axes.imshow(values, cmap="viridis", vmin=values.min(), vmax=1)
     for i in range(len(names)):
         for j in range(len(names)):
-            color = "white" if values[i, j] < 0.7 else INK
-            axes.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", color=color)
+            color = "white" if values[i, j] < (1 + values.min()) / 2 else INK
+            axes.text(j, i, f"{values[i, j]:.3f}", ha="center", va="center", color=color)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set_title("Similarity of the subspaces, S(A, B)", color=INK, fontsize=10)
@@ -221,6 +223,7 @@ def _gain_plot(results: Results, path: Path) -> None:
     for name, color in (("style", QUIET), ("random", INK), ("guided", ACCENT)):
         axes.plot(gain[name].numpy(), "o-", color=color, markersize=3, linewidth=0.8, label=name)
     axes.set_xlabel("batch")
+    axes.set_xticks(range(0, len(gain["style"]), 5))
     axes.set_ylabel("recogniser's loss")
     axes.set_title(
         f"At o, o + ε·random signs, and guided; ε = {results.config.guided.epsilon:g}",
@@ -274,7 +277,7 @@ def _faces_plot(results: Results, faces: Tensor, path: Path) -> None:
         o = torch.randn(len(faces), painter.config.styles, generator=random).to(device)
         rows += [degrade(faces, domain, random)]
         rows += [painter(faces.to(device), 0 * o).cpu(), painter(faces.to(device), o).cpu()]
-        names += [domain, "redrawn, o = 0", "redrawn, o ~ N(0, I)"]
+        names += [domain, "o = 0", "o ~ N(0, I)"]
     _grid(rows, names, "Each domain: its degradation, and what its generator draws", path)
 
 
@@ -397,8 +400,8 @@ Images are {config.data.size}×{config.data.size}. Domains: {", ".join(config.do
 
 L_id and the anchor (mean |G(X, 0) − X|, pixels in [−1, 1]) are means over the last tenth of the
 steps. Cosines are means over one image of each person held out; a curve falls if each of its
-{len(results.strengths) - 1} steps from ‖o‖ = 0 to 6 goes down: the mean over the axes u_i (both
-signs), along a random direction per image, and how many of the axes alone.
+{len(results.strengths) - 1} steps from ‖o‖ = 0 to 6 goes down: the mean over the axes u_i,
+along a random direction per image, and how many of the axes alone.
 
 ![losses of stage 1](cfsm-style.png)
 
