@@ -259,9 +259,9 @@ def test_bad_input(rate):
         bad[3] = wrong
         with pytest.raises(ValueError, match=rf"target must be in \[0, {C}\).* got {wrong} "):
             head(x, bad)
-    with pytest.raises(TypeError, match="local_labels must be a tensor, got list"):
+    with pytest.raises(TypeError, match="target must be a tensor, got list"):
         head(x, labels.tolist())
-    with pytest.raises(ValueError, match=r"local_labels must be integers, got float32 \(20,\)"):
+    with pytest.raises(ValueError, match=r"target must be int64 .*got float32 \(20,\)"):
         head(x, labels.float())
     with pytest.raises(ValueError, match="N = 20"):
         head(x, labels[:3])

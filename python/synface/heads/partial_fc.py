@@ -13,11 +13,15 @@ import synface_kernels as sk
 
 from ..check import check_integer, check_number, describe
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 class PartialFC(nn.Module):
     """The class centres, of which each step takes a random part: insightface's ``PartialFC_V2``.
 
     Works with no process group too, on a CPU, with batches of any size, and with any optimiser.
+    With one, each rank holds num_classes/P of the classes, the first ranks one more where that is
+    uneven, and has a batch of its own; the loss is that of all ranks' rows and classes.
 
     Args:
         margin_loss: a margin of this library (`synface_kernels.ArcFace`, …), or an object with the
@@ -39,9 +43,16 @@ class PartialFC(nn.Module):
             for `synface.optim`'s optimisers, `torch.optim.SparseAdam`, or `torch.optim.SGD` without
             weight decay. False: a dense one, for any optimiser, which costs C·D at each step.
         generator: draws the classes. Default: torch's own of the labels' device.
+        group: a `torch.distributed` process group. Default: the default one, if there is one.
         impl: which implementation of the op to take. device, dtype: of the centres.
 
-    State dict: ``weight`` (C, D), like theirs; centres start as normal numbers of deviation 0.01.
+    State dict: ``weight``, like theirs: (C, D), or this rank's (num_local, D) beginning with class
+    ``class_start``. Centres start as normal numbers of deviation 0.01; on several ranks, from the
+    ranks' numbers too, so that ranks of the same seed do not start alike.
+
+    On P ranks the embeddings' gradient is P times the loss's, as theirs, so that a backbone in
+    `DistributedDataParallel`, which averages, gets the gradient of the loss. The head itself stays
+    outside: its gradient is complete on each rank. Where both are in one module, see docs/heads.md.
 
     Labels that are no class of any rank are an error (theirs costs 69.0776, silently); rows of
     label -100 are left out.
@@ -51,7 +62,7 @@ class PartialFC(nn.Module):
 
     Raises:
         ValueError, TypeError: for arguments that do not fit.
-        NotImplementedError: for several ranks, or an ``interclass_filtering_threshold``.
+        NotImplementedError: for an ``interclass_filtering_threshold``.
 
     Source: An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face
     Recognition CNNs by Partial FC", CVPR 2022; insightface's documentation.
@@ -68,6 +79,7 @@ class PartialFC(nn.Module):
         convention: Literal["synface", "insightface"] = "synface",
         sparse: bool = True,
         generator: torch.Generator | None = None,
+        group: Any = None,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -76,18 +88,34 @@ class PartialFC(nn.Module):
         check_integer("embedding_size", embedding_size, 1)
         check_integer("num_classes", num_classes, 1)
         check_number("sample_rate", sample_rate, 0, 1)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise NotImplementedError("PartialFC over several ranks is not built yet")
         if sample_rate == 0:
             raise ValueError("sample_rate must be in (0, 1], got 0")
         self.margin = margin_of(margin_loss, convention)
         self.embedding_size, self.num_classes = embedding_size, num_classes
         self.sample_rate, self.sparse = sample_rate, sparse
         self.generator, self.impl = generator, impl
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        self.rank, self.world_size = 0, 1
+        if group is not None:
+            self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self.group = group if self.world_size > 1 else None
+        share, more = divmod(num_classes, self.world_size)
+        if share == 0:
+            raise ValueError(
+                f"num_classes must be at least the number of ranks, {self.world_size}, "
+                f"got {num_classes}"
+            )
+        self.num_local = share + (self.rank < more)
+        self.class_start = share * self.rank + min(self.rank, more)
         self.weight = nn.Parameter(
-            torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
+            torch.empty(self.num_local, embedding_size, device=device, dtype=dtype)
         )
-        nn.init.normal_(self.weight, std=0.01)
+        start = None
+        if self.group is not None:
+            seed = int(torch.randint(2**62, ())) + self.rank
+            start = torch.Generator(self.weight.device).manual_seed(seed)
+        nn.init.normal_(self.weight, std=0.01, generator=start)
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor, **options: Any) -> Any:
         """The loss.
@@ -97,27 +125,29 @@ class PartialFC(nn.Module):
             options: of `synface_kernels.margin_cross_entropy`, such as ``reduction``,
                 ``return_stats``, or ``target_weight`` for (N, K) labels.
         """
-        labels = _labels(local_labels, local_embeddings)
+        labels = _labels(local_labels, self.weight.device)
         weight = self.weight if self.sparse else _DenseGradient.apply(self.weight)
-        class_ids = None
+        settings: dict[str, Any] = {"margin": self.margin, "impl": self.impl} | options
+        shard: dict[str, Any] = {}
+        if self.group is not None:
+            shard = {"group": self.group, "class_start": self.class_start}
+            local_embeddings = _times(local_embeddings, self.world_size)
         if self.sample_rate < 1:
-            count = max(1, int(self.sample_rate * self.num_classes))
-            class_ids, labels = sk.sample_classes(
+            settings["class_ids"], labels = sk.sample_classes(
                 labels,
-                self.num_classes,
-                count,
+                self.num_local,
+                max(1, int(self.sample_rate * self.num_local)),
                 self.generator,
                 ignore_index=options.get("ignore_index", -100),
+                **shard,
             )
-        settings: dict[str, Any] = {"margin": self.margin, "impl": self.impl} | options
-        return sk.margin_cross_entropy(
-            local_embeddings, weight, labels, class_ids=class_ids, **settings
-        )
+        return sk.margin_cross_entropy(local_embeddings, weight, labels, **settings, **shard)
 
     def extra_repr(self) -> str:
         return (
             f"embedding_size={self.embedding_size}, num_classes={self.num_classes}, "
-            f"sample_rate={self.sample_rate}, margin={self.margin}"
+            f"sample_rate={self.sample_rate}, margin={self.margin}, "
+            f"rank {self.rank} of {self.world_size}"
         )
 
 
@@ -172,15 +202,24 @@ def _numbers(margin_loss: Any) -> tuple[float, float, float, float, float]:
     return scale, m1, m2, m3, threshold
 
 
-def _labels(labels: Tensor, embeddings: Tensor) -> Tensor:
-    """int64 labels; (N, 1) ones as (N,)."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"local_labels must be a tensor, got {describe(labels)}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"local_labels must be integers, got {describe(labels)}")
+def _labels(labels: Any, device: torch.device) -> Any:
+    """Integers as int64, (N, 1) as (N,); what is wrong as it came, for the op to say so: on all
+    ranks, where a rank that raised by itself would leave the others waiting."""
+    if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
+        return labels
     if labels.dim() == 2 and labels.shape[1] == 1:
         labels = labels.squeeze(1)
-    return labels.to(embeddings.device, torch.int64)
+    return labels.to(device, torch.int64)
+
+
+def _times(embeddings: Any, factor: int) -> Any:
+    """The same embeddings, whose gradient is multiplied on its way back."""
+    if not (isinstance(embeddings, Tensor) and embeddings.requires_grad):
+        return embeddings
+    whole = embeddings.view_as(embeddings)
+    if whole.requires_grad:  # not under no_grad
+        whole.register_hook(lambda grad: grad * factor)
+    return whole
 
 
 class _DenseGradient(torch.autograd.Function):
