@@ -1,4 +1,4 @@
-"""The command line: synface convert | pack | synthesize | train | eval | bench | plan | demo | info."""
+"""The command line: synface convert, pack, synthesize, train, eval, plan, bench, demo, info."""
 
 from __future__ import annotations
 
