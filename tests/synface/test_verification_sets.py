@@ -1,0 +1,457 @@
+"""Verification sets: pickles as data, pairs, templates, and what a network reaches on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import pickletools
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score, roc_curve
+from synface import cli, pickles, set_report
+from synface.data import DataError, embedded_faces
+from synface.evaluate import embed, embed_store, identify, verify_pairs
+from synface.set_report import evaluate_set, pair_cosines, pool
+from synface.verification_sets import PairSet, TemplateSet, open_set, read_bin
+from torch import nn
+from typer.testing import CliRunner
+
+
+def jpeg(pixels: np.ndarray) -> bytes:
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def images(count: int = 8, size: int = 6) -> list[bytes]:
+    random = np.random.default_rng(0)
+    return [jpeg(random.integers(0, 256, (size, size), np.uint8)) for _ in range(count)]
+
+
+class Flat(nn.Module):
+    """A network that has nothing to learn: a fixed projection of the pixels."""
+
+    def __init__(self, pixels: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(pixels, 16, generator=generator))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) @ self.weight
+
+
+# -- .bin
+
+SAME = [True, False, True, False]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("kind", ["bytes", "bytearray", "arrays", "objects", "strings", "scalars"])
+def test_a_bin_is_read_as_it_was_written(tmp_path, protocol, kind):
+    wanted, same = images(), SAME
+    value: object = {
+        "bytes": (wanted, same),
+        "bytearray": [[bytearray(image) for image in wanted], tuple(same)],
+        "arrays": ([np.frombuffer(image, np.uint8) for image in wanted], np.array(same)),
+        "objects": (np.array(wanted, object), np.array(same, object)),
+        "strings": (np.array(wanted, np.bytes_), np.array(same, np.int64)),
+        "scalars": (wanted, [np.bool_(x) for x in same]),
+    }[kind]
+    (tmp_path / "x.bin").write_bytes(pickle.dumps(value, protocol))
+    found = read_bin(tmp_path / "x.bin")
+    assert [found.store.read(i) for i in range(8)] == [bytes(image) for image in wanted]
+    assert found.same.tolist() == same
+    assert found.first.tolist() == [0, 2, 4, 6]
+    assert found.second.tolist() == [1, 3, 5, 7]
+    assert found.people is None
+
+
+def test_a_bin_of_python_2(tmp_path):
+    """Its strings are bytes: opcodes that Python 3 does not write."""
+    wanted = images(2)
+    text = b"".join(b"T" + len(w).to_bytes(4, "little") + w for w in wanted)
+    (tmp_path / "x.bin").write_bytes(b"\x80\x02](" + text + b"e]\x88a\x86.")
+    found = read_bin(tmp_path / "x.bin")
+    assert [found.store.read(i) for i in range(2)] == wanted
+    assert found.same.tolist() == [True]
+    raw = (tmp_path / "x.bin").read_bytes()
+    assert found.store.name(1) == f"{tmp_path / 'x.bin'}, image 1, offset {raw.rindex(wanted[1])}"
+
+
+def test_the_folds_of_a_bin_are_runs_of_pairs(tmp_path):
+    image = images(1)[0]
+    (tmp_path / "x.bin").write_bytes(pickle.dumps(([image] * 46, [True] * 23), 4))
+    fold = read_bin(tmp_path / "x.bin").fold
+    assert np.bincount(fold).tolist() == [3, 3, 3, 2, 2, 2, 2, 2, 2, 2]
+    assert (np.diff(fold) >= 0).all()
+
+
+class Command:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+def test_a_pickle_that_calls_is_refused_and_nothing_runs(tmp_path, protocol):
+    marker, file = tmp_path / "executed", tmp_path / "x.bin"
+    for value in (Command(marker), ([Command(marker)], [True]), (images(2), [Command(marker)])):
+        file.write_bytes(pickle.dumps(value, protocol))
+        with pytest.raises(DataError, match=rf"{file}, offset \d+: .*(posix.system|bytes2|opcode)"):
+            read_bin(file)
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Command(marker), protocol))
+    assert marker.exists()  # so it would have run
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"cos\nsystem\n(S'x'\ntR.", "asks for os.system"),
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "asks for os.system"),
+        (b"(S'x'\nios\nsystem\n.", "opcode (STRING|INST)"),
+        (b"\x80\x02cnumpy\nload\n.", "asks for numpy.load"),
+        (b"\x80\x02c__builtin__\neval\n.", "asks for __builtin__.eval"),
+        (b"\x80\x02cnumpy\nndarray\n)R.", "asks for a call of numpy.ndarray"),
+        (b"\x80\x02c_codecs\nencode\nX\x01\0\0\0aX\x05\0\0\0rot13\x86R.", "the coding 'rot13'"),
+        (b"\x80\x02}.", "opcode EMPTY_DICT"),
+        (b"\x80\x02\x82\x01.", "opcode EXT1"),
+        (b"\x80\x02Pabc\n.", "opcode PERSID"),
+        (b"\x80\x02]", "no whole pickle"),
+        (b"\x80\x02a.", "no whole pickle"),
+        (b"\x80\x02h\x05.", "no whole pickle"),
+        (b"\x80\x02(.", "hold two lists|no whole pickle"),
+        (b"\x80\x02T\xff\xff\xff\x7fab", "no whole pickle"),
+        (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7fab", "no whole pickle"),
+        (b"", "is empty"),
+        (b"\x80\x02K\x01.", "must hold two lists"),
+        (pickle.dumps(([b"x"], [True])), "1 images for 1 pairs"),
+        (pickle.dumps(([], [])), "holds no pair"),
+        (pickle.dumps(([1, 2], [True])), "list of images: expected the bytes of an image, got int"),
+        (pickle.dumps(([b"x", b"y"], [2])), "list of booleans: expected a boolean, got 2"),
+        (pickle.dumps(([b"x", b"y"], b"1")), "list of booleans: expected a list"),
+        (pickle.dumps((np.zeros(2), [True])), "NumPy array of 'f8'"),
+        (
+                b"J\0\0\x10\0", b"J\0\0\x20\0"
+            ),
+            ".",
+        ),
+    ],
+)
+def test_a_pickle_of_anything_else_is_a_clear_error(tmp_path, raw, message):
+    (tmp_path / "x.bin").write_bytes(raw)
+    with pytest.raises(DataError, match=f"x.bin.*({message})"):
+        read_bin(tmp_path / "x.bin")
+
+
+def test_an_array_must_have_as_many_items_as_it_says(tmp_path):
+    raw = pickle.dumps(np.arange(7, dtype=np.uint8), 2)
+    assert raw.count(b"K\x07") == 1
+    (tmp_path / "x").write_bytes(raw)
+    assert pickles.load(tmp_path / "x").items == bytes(range(7))
+    (tmp_path / "x").write_bytes(raw.replace(b"K\x07", b"K\x09"))
+    with pytest.raises(DataError, match=r"shape \(9,\) without as many items"):
+        pickles.load(tmp_path / "x")
+
+
+def test_every_opcode_is_either_known_or_refused(tmp_path):
+    """None of the opcodes that call, import or make objects does anything."""
+    acting = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"}
+    machine = pickles._Machine(tmp_path)
+    for opcode in pickletools.opcodes:
+        if opcode.name in acting | {"EMPTY_DICT", "SETITEM", "SETITEMS", "DICT", "NEXT_BUFFER"}:
+            with pytest.raises(pickles._Refused, match=f"opcode {opcode.name}"):
+                machine.step(opcode.name, None, 0)
+
+
+# -- pairs
+
+
+@pytest.fixture
+def people(tmp_path) -> Path:
+    """Three people, four images each, named in two ways."""
+    for number, name in enumerate(("Ann_Lee", "Bo", "C d")):
+        (tmp_path / name).mkdir()
+        for i in range(1, 5):
+            file = f"{name}_{i:04d}.jpg" if number % 2 == 0 else f"{i:02d}.png"
+            (tmp_path / name / file).write_bytes(images(12)[4 * number + i - 1])
+    return tmp_path
+
+
+def test_pairs_of_lfw(people):
+    lines = ["2\t2"]
+    for first in (1, 2):
+        lines += [f"Ann_Lee\t{first}\t3", f"Bo\t{first}\t4"]
+        lines += [f"Ann_Lee\t{first}\tBo\t1", f"C d\t{first}\tAnn_Lee\t4"]
+    (people / "pairs.txt").write_text("\n".join(lines) + "\n\n")
+    found = open_set(people / "pairs.txt")
+    assert isinstance(found, PairSet)
+    assert found.same.tolist() == [True, True, False, False] * 2
+    assert found.fold.tolist() == [0] * 4 + [1] * 4
+    names = [Path(found.store.name(i)).relative_to(people) for i in found.first]
+    assert list(map(str, names[:4])) == [
+        "Ann_Lee/Ann_Lee_0001.jpg",
+        "Bo/01.png",
+        "Ann_Lee/Ann_Lee_0001.jpg",
+        "C d/C d_0001.jpg",
+    ]
+    shown = [found.store.name(i).split("/")[-2] for i in range(len(found.store))]
+    assert len(set(zip(shown, found.people.tolist(), strict=True))) == 3
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "line 1: expected the numbers"),
+        ("x y", "line 1: expected the numbers"),
+        ("1\nBo 1 2", "has 1 pairs, its first line announces 1 x 2 x 1"),
+        ("1\nBo 1 2\nBo 1 2", "line 3: expected 'name number name number', got 'Bo 1 2'"),
+        ("1\nBo 1 9\nBo 1 Ann_Lee 1", "line 2: .*Bo has no image 9"),
+        ("1\nBo 1 2\nBo 1 Zoe 1", "Zoe is no folder"),
+        ("1\nBo 1 x\nBo 1 Ann_Lee 1", "line 2: 'x' is no number"),
+        ("1\nBo 1 2\nBo 1 Bo 1", "line 3: 'Bo' twice, where people differ"),
+        ("1\n../x 1 2\nBo 1 Ann_Lee 1", "'../x' cannot be the name of a person's folder"),
+        ("99999999 99999999", "announces 99999999"),
+    ],
+)
+def test_pairs_that_are_not_as_expected(people, lines, message):
+    (people / "pairs.txt").write_text(lines)
+    with pytest.raises(DataError, match=message):
+        open_set(people / "pairs.txt")
+
+
+# -- templates
+
+
+@pytest.fixture
+def janus(tmp_path) -> Path:
+    """Six images in four templates of two people."""
+    for i, image in enumerate(images(6)):
+        (tmp_path / f"{i}.png").write_bytes(image)
+    rows = [(0, 7, 1), (1, 7, 1), (2, 7, 2), (3, 9, 1), (4, 20, 3), (5, 30, 3)]
+    text = "".join(f"{i}.png {template} {media}\n" for i, template, media in rows)
+    (tmp_path / "ijb_face_tid_mid.txt").write_text(text)
+    (tmp_path / "ijb_template_pair_label.txt").write_text("7 9 0\n7 20 1\n9 30 1\n")
+    (tmp_path / "gallery_G1.csv").write_text("TEMPLATE_ID,SUBJECT_ID,X\n7,1,a\n")
+    (tmp_path / "gallery_G2.csv").write_text("TEMPLATE_ID,SUBJECT_ID,X\n9,2,a\n")
+    (tmp_path / "probe.csv").write_text("TEMPLATE_ID,SUBJECT_ID\n20,1\n30,2\n")
+    return tmp_path
+
+
+def test_templates(janus):
+    found = open_set(janus)
+    assert isinstance(found, TemplateSet)
+    assert found.template.tolist() == [0, 0, 0, 1, 2, 3]
+    assert found.media.tolist() == [1, 1, 2, 1, 3, 3]
+    assert (found.first.tolist(), found.second.tolist()) == ([0, 0, 1], [1, 2, 3])
+    assert found.same.tolist() == [False, True, True]
+    assert found.gallery.tolist() == [[0, 1], [1, 2]]
+    assert found.probe.tolist() == [[2, 1], [3, 2]]
+    result = evaluate_set(Flat(36), found, (6, 6, 1), batch_size=4)
+    assert (result.images, result.verification.pairs) == (6, 3)
+    assert result.verification.accuracy is None
+    assert result.identification.probes == 2
+
+
+def test_pooling_is_the_sum_of_the_medias_means():
+    rows = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    template, media = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([4, 4, 9, 4, 1, 1])
+    got = pool(rows, template, media)
+    wanted = [(rows[0] + rows[1]) / 2 + rows[2], rows[3], (rows[4] + rows[5]) / 2]
+    wanted = torch.stack([row / row.norm() for row in wanted])
+    torch.testing.assert_close(got, wanted, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("ijb_face_tid_mid.txt", "0.png x 1\n", "line 1: expected image, template and media"),
+        ("ijb_face_tid_mid.txt", "../../etc/passwd 7 1\n", "line 1: .* is not inside of"),
+        ("ijb_face_tid_mid.txt", "", "is empty"),
+        ("ijb_template_pair_label.txt", "7 9\n", "expected 3 integers a line"),
+        ("ijb_template_pair_label.txt", "7 8 1\n", "template 8 of the pairs has no image"),
+        ("ijb_template_pair_label.txt", "7 9 2\n", "label must be 0 or 1"),
+        ("probe.csv", "TEMPLATE_ID,SUBJECT_ID\n1,1\n", "template 1 of the probe has no image"),
+        ("probe.csv", "TEMPLATE_ID,SUBJECT_ID\n7,a\n", "expected 2 integers a line"),
+    ],
+)
+def test_templates_that_are_not_as_expected(janus, file, text, message):
+    (janus / file).write_text(text)
+    with pytest.raises(DataError, match=message):
+        open_set(janus)
+
+
+def test_paths_that_are_no_set(tmp_path):
+    with pytest.raises(DataError, match=r"0 files \*tid_mid.txt, expected one"):
+        open_set(tmp_path)
+    with pytest.raises(DataError, match=r"nowhere.bin does not exist"):
+        open_set(tmp_path / "nowhere.bin")
+    (tmp_path / "x.zip").write_bytes(b"")
+    with pytest.raises(DataError, match=r"x.zip is no verification set"):
+        open_set(tmp_path / "x.zip")
+
+
+# -- what is measured
+
+
+def scores(pairs: int = 400, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    same = torch.rand(pairs, generator=g) < 0.5
+    cosine = torch.randn(pairs, generator=g) * 0.2 + same * 0.3
+    return cosine.double().round(decimals=2), same, torch.arange(pairs) * 10 // pairs  # with ties
+
+
+def test_pairs_against_scikit_learn_and_a_search_of_thresholds():
+    cosine, same, fold = scores()
+    got = verify_pairs(cosine, same, fold)
+    assert got.auc == pytest.approx(roc_auc_score(same, cosine), abs=1e-12)
+    fpr, tpr, _ = roc_curve(same, cosine, drop_intermediate=False)
+    assert {*zip(got.fpr, got.tpr, strict=True)} <= {*zip(fpr, tpr, strict=True)}
+    for far in (0.1, 0.01):
+        assert got.tar[far] == tpr[fpr <= far].max()
+    assert got.tar[1e-6] is None
+    accuracies = []
+    for i in range(10):
+        rest, here = fold != i, fold == i
+        best = max(
+            [*cosine[rest].tolist(), 9.0],
+            key=lambda t: (((cosine >= t) == same)[rest].sum().item(), t),
+        )
+        accuracies.append(((cosine >= best) == same)[here].double().mean().item())
+    # A threshold midway in its gap may take another side of a test pair than its upper end.
+    assert got.accuracy == pytest.approx(np.mean(accuracies), abs=0.02)
+    assert verify_pairs(cosine, same).accuracy is None
+    perfect = verify_pairs(same.double(), same, fold)
+    assert (perfect.accuracy, perfect.auc) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cosine": torch.ones(3)}, r"same must be bool of shape \(3,\)"),
+        ({"cosine": torch.full((400,), torch.nan)}, "cosine must be finite"),
+        ({"same": torch.ones(400, dtype=torch.bool)}, "both kinds, got 400 genuine ones of 400"),
+        ({"fold": torch.zeros(400, dtype=int)}, "two different values or more, got 1"),
+        ({"fold": torch.zeros(3, dtype=int)}, r"fold must be integer of shape \(400,\)"),
+        ({"fars": (0.0,)}, r"fars must lie in \(0, 1\]"),
+    ],
+)
+def test_pairs_that_cannot_be_verified(change, message):
+    cosine, same, fold = scores()
+    with pytest.raises(ValueError, match=message):
+        verify_pairs(**({"cosine": cosine, "same": same, "fold": fold} | change))
+
+
+def test_rank_1():
+    gallery, probe = torch.eye(3), torch.tensor([[1.0, 0.2, 0], [0, 0.4, 0.5], [0, 1, 0]])
+    found = identify(probe, torch.tensor([4, 5, 5]), gallery, torch.tensor([4, 5, 6]))
+    assert (found.rank1, found.probes, found.gallery) == (pytest.approx(2 / 3), 3, 3)
+    with pytest.raises(ValueError, match="people of the gallery alone"):
+        identify(probe, torch.tensor([4, 5, 9]), gallery, torch.tensor([4, 5, 6]))
+
+
+def test_embedding_encoded_images_is_embedding_decoded_ones(tmp_path):
+    (tmp_path / "x.bin").write_bytes(pickle.dumps((images(), SAME), 4))
+    store = read_bin(tmp_path / "x.bin").store
+    decoded = [np.asarray(Image.open(BytesIO(image)))[..., None] for image in images()]
+    pixels = torch.from_numpy(np.stack(decoded))
+    for flip in (False, True):
+        wanted = embed(Flat(36), pixels, flip=flip)
+        for batch in (1, 3, 8):
+            got = embed_store(Flat(36), store, (6, 6, 1), batch_size=batch, flip=flip)
+            torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
+    first, second = torch.tensor([0, 2]), torch.tensor([1, 3])
+    wanted = (wanted[first].double() * wanted[second].double()).sum(1)
+    torch.testing.assert_close(pair_cosines(got, first, second, 1), wanted, atol=1e-6, rtol=0)
+
+
+def test_an_image_of_another_size_or_none_is_named(tmp_path):
+    content = [*images(7), images(1, size=7)[0]]
+    (tmp_path / "x.bin").write_bytes(pickle.dumps((content, SAME), 4))
+    data = read_bin(tmp_path / "x.bin")
+    with pytest.raises(DataError, match=r"image 7, offset \d+: decodes to 7x7 .*expected 6x6"):
+        evaluate_set(Flat(36), data, (6, 6, 1))
+    assert evaluate_set(Flat(36), data, (6, 6, 1), resize=True).images == 8
+    data.store.images[3] = b"no image"
+    with pytest.raises(DataError, match=r"1 of 8 images.*\n.*image 3, .*no image that can be read"):
+        evaluate_set(Flat(36), data, (6, 6, 1), resize=True)
+
+
+# -- the command line
+
+
+def test_eval_reports_on_sets(tmp_path):
+    faces = embedded_faces(4, 24, identities=8)
+    root = tmp_path / "faces"
+    for i, (image, label) in enumerate(zip(faces.images, faces.labels, strict=True)):
+        (root / faces.identities[label]).mkdir(parents=True, exist_ok=True)
+        (root / faces.identities[label] / f"{i % 4}.png").write_bytes(jpeg(image[:, :, 0].numpy()))
+    names = faces.identities
+    lines = ["10\t2"]
+    for i in range(10):
+        a, b = names[i % 8], names[(i + 3) % 8]
+        lines += [f"{a}\t0\t1", f"{a}\t2\t3", f"{a}\t0\t{b}\t1", f"{a}\t2\t{b}\t3"]
+    (tmp_path / "pairs.txt").write_text("\n".join(lines))
+    content, same = [], []
+    for line in lines[1:]:
+        words = line.split("\t")
+        ends = [(words[0], words[1]), (words[0], words[2]) if len(words) == 3 else words[2:]]
+        content += [(root / name / f"{number}.png").read_bytes() for name, number in ends]
+        same.append(len(words) == 3)
+    (tmp_path / "same.bin").write_bytes(pickle.dumps((content, same), 2))
+    run = tmp_path / "run"
+    call = CliRunner().invoke
+    options = ["--epochs", "1", "--size", "24x24", "--embedding-size", "8", "--holdout", "0"]
+    done = call(cli.app, ["train", "--data", str(root), "--output", str(run), *options])
+    assert done.exit_code == 0, done.output
+    sets = [str(tmp_path / "pairs.txt"), str(tmp_path / "same.bin")]
+    report = tmp_path / "report"
+    done = call(
+        cli.app,
+        ["eval", "--checkpoint", str(run), "--set", sets[0], "--images", str(root)],
+    )
+    assert done.exit_code == 0, done.output
+    assert "not measured" not in done.output
+    done = call(cli.app, ["eval", str(run), "--set", sets[1], "--output", str(report)])
+    assert done.exit_code == 0, done.output
+    found = json.loads((report / "results.json").read_text())
+    assert [each["name"] for each in found["sets"]] == ["same"]
+    for name in ("roc.png", "det.png"):
+        with Image.open(report / name) as picture:
+            assert min(picture.size) > 200
+    page = (report / "index.html").read_text()
+    assert f"{found['sets'][0]['verification']['auc']:.4f}" in page
+    assert "det.png" in page
+    for arguments, message in (
+        ([], "eval needs one run"),
+        ([str(run), "--checkpoint", str(run)], "eval needs one run"),
+        ([str(run), "--set", sets[1], "--holdout", "2"], "--set goes without"),
+        ([str(run), "--set", sets[1], "--images", str(root)], "holds its images"),
+    ):
+        assert message in str(call(cli.app, ["eval", *arguments]).exception)
+
+
+def test_two_formats_of_one_set_give_the_same_figures(people):
+    lines = ["2\t1", "Ann_Lee 1 2", "Ann_Lee 3 Bo 1", "Bo 2 3", "Bo 4 Ann_Lee 4"]
+    (people / "pairs.txt").write_text("\n".join(lines))
+    pairs = open_set(people / "pairs.txt")
+    content = [
+        pairs.store.read(i) for pair in zip(pairs.first, pairs.second, strict=True) for i in pair
+    ]
+    (people / "x.bin").write_bytes(pickle.dumps((content, pairs.same.tolist()), 4))
+    results = [
+        evaluate_set(Flat(36), data, (6, 6, 1)) for data in (pairs, open_set(people / "x.bin"))
+    ]
+    assert results[0].verification.auc == results[1].verification.auc
+    assert np.array_equal(results[0].verification.fpr, results[1].verification.fpr)
+    assert results[0].identification.probes == 6
+    assert results[1].identification is None
+    assert set_report.table(results)[2][-1] == "not measured"
