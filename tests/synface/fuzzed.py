@@ -1,4 +1,4 @@
-"""Throws mutated files at a reader: python fuzzed.py KIND SEED COUNT FOLDER, in a process of its own.
+"""Throws mutated files at a reader, in a process of its own: fuzzed.py KIND SEED COUNT FOLDER.
 
 Prints a line of JSON: how many files were refused and how many read, by how much the peak memory
 grew, and what errors there were. Anything but the readers' own errors ends it.
@@ -181,8 +181,7 @@ def main(kind: str, seed: int, count: int, folder: Path) -> None:
             read(kind, path, file)
             fine += 1
         except (DataError, OSError) as error:
-            assert str(error), repr(error)
-            errors[type(error).__name__] += 1
+            errors[type(error).__name__ if str(error) else "empty"] += 1
         finally:
             file.write_bytes(sound[file])
     watching = False
