@@ -213,6 +213,12 @@ def read_people(config: DataConfig, seed: int) -> People:
     return People(source, target, held)
 
 
+def first_images(faces: Faces, count: int) -> Tensor:
+    """(N, C, H, W) in [−1, 1]: the first image of each of the first ``count`` people."""
+    people = range(min(count, len(faces.identities)))
+    return normalise(torch.stack([faces.images[faces.labels == i][0] for i in people]))
+
+
 # -- stage 1 -------------------------------------------------------------------------------------
 
 
@@ -551,7 +557,7 @@ def run(
                 resume=resume,
                 progress=shown,
             )
-    faces = normalise(people.held.images[:: config.data.images_per_identity]).to(device)
+    faces = first_images(people.held, 64).to(device)
     strengths = torch.linspace(0.0, 6.0, 13)
     sweep = {}
     with bar("strength sweep") as shown:

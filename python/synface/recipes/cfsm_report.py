@@ -19,7 +19,7 @@ from ..generate import EigenfaceGenerator
 from ..guided import identity_gap
 from ..randomness import generator as draws
 from ..report import ACCENT, INK, QUIET, _figure, _save
-from .cfsm import EMBEDDED, Results
+from .cfsm import EMBEDDED, Results, first_images
 from .config import to_toml
 from .degrade import degrade
 
@@ -134,9 +134,7 @@ def portraits(results: Results, count: int = 6) -> Tensor:
     """(N, C, H, W) faces to show: of nobody (eigenfaces) where the data is the embedded one."""
     data = results.config.data
     if data.faces != EMBEDDED:
-        held = results.people.held
-        first = [int((held.labels == i).nonzero()[0, 0]) for i in range(len(held.identities))]
-        return normalise(held.images[first[:count]])
+        return first_images(results.people.held, count)
     painter = EigenfaceGenerator(64, data.size)
     random = draws(results.config.seed, "portraits", 0)
     who = F.normalize(torch.randn(count, painter.embedding_size, generator=random))
@@ -311,7 +309,7 @@ def _number(value: float | None, digits: int = 4) -> str:
 def _page(results: Results, figures: dict[str, Any], command: str) -> str:
     config, people = results.config, results.people
     seconds = figures["seconds"]
-    took = "not measured (resumed)" if seconds is None else f"{seconds:.0f} s"
+    took = "not measured, since the run was resumed" if seconds is None else f"{seconds:.0f} s"
     style = _table(
         [
             "domain",
@@ -387,11 +385,14 @@ def _page(results: Results, figures: dict[str, Any], command: str) -> str:
     pictured = "drawn from eigenfaces: nobody's" if config.data.faces == EMBEDDED else "held out"
     return f"""# Controllable and guided face synthesis: what came out
 
-Written by `{command}`; none of the figures is typed in. Took {took} on {figures["machine"]}.
+Written by `{command}`; none of the figures is typed in. Time: {took}.
+Machine: {figures["machine"]}.
 
-Faces: {people.source.source}. {len(people.source)} images of {len(people.source.identities)} people
-train; {len(people.target)} images, degraded, are the target domains
-({people.target.source}); {len(people.held)} images of {len(people.held.identities)} others verify.
+- Train: {len(people.source)} images of {len(people.source.identities)} people,
+  {people.source.source}
+- Target domains, once degraded: {len(people.target)} images, {people.target.source}
+- Verify: {len(people.held)} images of {len(people.held.identities)} other people
+
 Images are {config.data.size}×{config.data.size}. Domains: {", ".join(config.domains)}.
 
 ## Stage 1: style subspaces

@@ -44,7 +44,10 @@ def cfsm_command(
     data = settings.data
     data = replace(data, faces=str(faces) if faces else data.faces)
     data = replace(data, target=str(target) if target else data.target)
-    settings = replace(settings, data=data, seed=settings.seed if seed is None else seed)
+    settings = replace(settings, data=data)
+    if seed is not None:
+        recogniser = replace(settings.recogniser, seed=seed)
+        settings = replace(settings, seed=seed, recogniser=recogniser)
     given = [("config", config), ("faces", faces), ("target", target), ("seed", seed)]
     options = "".join(f" --{name} {value}" for name, value in given if value is not None)
 
