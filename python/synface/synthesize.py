@@ -83,7 +83,7 @@ def synthesize(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other")
-    embeddings, unit = _checked(embeddings, generator.embedding_size)
+    embeddings, unit = checked(embeddings, generator.embedding_size)
     root = Path(output)
     _begin(
         root,
@@ -125,7 +125,7 @@ def synthesize(
             if not wanted.any():
                 continue
             identity, image = np.divmod(np.arange(start, start + len(wanted)), images_per_identity)
-            style, seeds = _draws(seed, identity, image, generator.style_size)
+            style, seeds = styles(seed, identity, image, generator.style_size)
             images = _generate(generator, unit[torch.from_numpy(identity)], style, seeds)
             for i in np.unique(identity[wanted]):
                 _file(root, int(i), 0).parent.mkdir(exist_ok=True)
@@ -146,8 +146,12 @@ def synthesize(
     return total - already
 
 
-def _checked(embeddings: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """(N, D) float32 on the CPU, contiguous: as they are, and normalised."""
+def checked(embeddings: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """(N, D) float32 on the CPU, contiguous: as they are, and normalised.
+
+    Raises:
+        ValueError: for another dtype or shape, and a row that is zero or not finite.
+    """
     if (
         embeddings.ndim != 2
         or not embeddings.is_floating_point()
@@ -228,7 +232,7 @@ def _missing(root: Path, identities: int, images: int) -> np.ndarray:
     return missing
 
 
-def _draws(
+def styles(
     seed: int, identity: np.ndarray, image: np.ndarray, style_size: int
 ) -> tuple[Tensor, Tensor]:
     """Styles (B, S), and a seed (B,) for what else is random, from (seed, identity, image)."""

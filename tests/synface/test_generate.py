@@ -694,7 +694,7 @@ def test_a_folder_whose_manifest_was_never_finished_is_empty(tmp_path):
 
 def test_draws_of_different_images_are_unlike():
     many = np.arange(4000)
-    style, seed = synthesize_module._draws(0, many // 20, many % 20, 10)
+    style, seed = synthesize_module.styles(0, many // 20, many % 20, 10)
     assert len(seed.unique()) == 4000
     assert seed.min() >= 0
     assert style.mean().abs() < 0.02

@@ -1,11 +1,13 @@
-"""The command line's recipes: synface recipe cfsm."""
+"""The command line's recipes: synface recipe synface, cfsm."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -85,4 +87,77 @@ def cfsm_command(
         f"synface recipe cfsm{options}",
         None if resume else time.perf_counter() - began,
     )
+    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+CellOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Run this one training run alone, without the report: others may run beside it; "
+        "--resume puts them together."
+    ),
+]
+FacesOption = Annotated[bool, typer.Option(help="Show some generated faces in the report.")]
+
+
+@app.command("synface")
+def synface_command(
+    output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/synface"),
+    config: Annotated[
+        Path | None, typer.Option(help="TOML. Default: small enough for two cores.")
+    ] = None,
+    real: Annotated[
+        Path | None, typer.Option(help="Image folder of real people, not the embedded faces.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder of the report. Default: report, in the run's.")
+    ] = None,
+    faces: FacesOption = True,
+    cell: CellOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
+) -> None:
+    """Train on generated faces, mixed by identity and with a few real people (SynFace)."""
+    from . import synface
+
+    settings = synface.load_config(config)
+    data = replace(settings.data, real=str(real) if real else settings.data.real)
+    settings = replace(settings, data=data)
+    options = _given(config=config, real=real)
+    with _going_on(f"synface recipe synface{options} --output {output}"):
+        results = synface.run(settings, output, resume=resume, only=cell, progress=_bar())
+    if cell is None:
+        command = f"synface recipe synface{options}"
+        _say(synface.write(results, report or output / "report", command, faces=faces))
+
+
+def _given(**options: object) -> str:
+    return "".join(f" --{name} {value}" for name, value in options.items() if value is not None)
+
+
+def _bar() -> Callable[[str], AbstractContextManager[Any]]:
+    from ..cli import Bar
+
+    return Bar
+
+
+@contextmanager
+def _going_on(command: str) -> Iterator[None]:
+    """On Ctrl-C, says which command goes on."""
+    from ..cli import console
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(
+            f"interrupted: {command} --resume goes on",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
+
+
+def _say(page: Path) -> None:
+    from ..cli import console
+
     console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)

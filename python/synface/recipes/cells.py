@@ -1,0 +1,182 @@
+"""Studies made of many training runs: each is verified, kept in a file, and never run again."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from synface_kernels import _env
+
+from .. import checkpoint
+from ..checkpoint import CheckpointError
+from ..data import Faces, embedded_faces, read_folder
+from ..evaluate import embed, verify
+from ..sources import Source, fingerprint
+from ..train import CONFIG, TrainConfig, train
+
+RESULT = "result.json"
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One training run of a study. Its source is opened when it is run."""
+
+    name: str
+    config: TrainConfig
+    source: Callable[[], Source]
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    held: Faces,
+    output: Path,
+    *,
+    resume: bool = False,
+    only: str | None = None,
+    progress: Callable[[str], AbstractContextManager[Any]] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Trains and verifies each cell in ``output``/NAME; what is found stays in its result.json.
+
+    Args:
+        held: the people that all cells are verified on.
+        resume: take what is finished as it is, and go on with what was begun.
+        only: run this cell alone: others may run in other processes, or on other machines.
+        progress: a bar for each cell, from its description.
+
+    Returns:
+        By cell: the figures of `verify` (without its curves), with the last epoch's "loss" and
+        training "top1".
+
+    Raises:
+        ValueError: for an ``only`` that is no cell.
+        FileExistsError: where a cell was begun and ``resume`` is not set.
+        CheckpointError: for a result that is damaged or of another configuration or data.
+    """
+    names = [cell.name for cell in cells]
+    if only is not None and only not in names:
+        raise ValueError(f"cell must be one of {', '.join(names)}, got {only!r}")
+    bar = progress or (lambda description: nullcontext())
+    return {
+        cell.name: _run(cell, held, output, resume, f"{i} of {len(cells)}: {cell.name}", bar)
+        for i, cell in enumerate(cells, 1)
+        if only in (None, cell.name)
+    }
+
+
+def _run(
+    cell: Cell,
+    held: Faces,
+    output: Path,
+    resume: bool,
+    title: str,
+    bar: Callable[[str], AbstractContextManager[Any]],
+) -> dict[str, Any]:
+    folder = output / cell.name
+    file = folder / RESULT
+    source = cell.source()
+    made_of = {
+        "config": asdict(cell.config),
+        "data": source.description(),
+        "held": fingerprint(held),
+    }
+    made_of = json.loads(json.dumps(made_of))
+    if resume and file.exists():
+        return _stored(file, made_of)
+    with bar(title) as shown:
+        trained = train(
+            cell.config,
+            source,
+            folder,
+            resume=resume and (folder / CONFIG).exists(),
+            progress=shown,
+        )
+    last = [row for row in trained.history if row["epoch"] >= cell.config.epochs - 1]
+    found = verify(embed(trained.backbone, held.images), held.labels).to_json()
+    found |= {
+        "loss": sum(row["loss"] for row in last) / len(last),
+        "top1": sum(row["accuracy"] for row in last) / len(last),
+    }
+    checkpoint.write(file, json.dumps({"made_of": made_of, "found": found}, indent=1) + "\n")
+    return found
+
+
+def _stored(file: Path, made_of: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        stored = json.loads(file.read_text())
+        found, made_before = stored["found"], stored["made_of"]
+        changed = [key for key in made_of if made_before[key] != made_of[key]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if changed:
+        raise CheckpointError(
+            f"{file} is of another run: its {changed[0]} is {made_before[changed[0]]!r}, "
+            f"expected {made_of[changed[0]]!r}"
+        )
+    return found
+
+
+def few_real(
+    path: str,
+    image_shape: tuple[int, int, int],
+    real_identities: int,
+    held_identities: int,
+    embedded_images: int = 10,
+) -> tuple[Faces, Faces]:
+    """The first people of a set of real faces, to train on, and the last ones, to verify on.
+
+    Args:
+        path: what `read_folder` takes, or "embedded" for the faces that are always at hand, with
+            ``embedded_images`` of each.
+        image_shape: (H, W, C) to bring them to.
+
+    Raises:
+        ValueError: where there are not as many people.
+        DataError: for a folder that is missing or damaged.
+    """
+    height, width, channels = image_shape
+    if path == EMBEDDED:
+        faces = embedded_faces(embedded_images, height)
+    else:
+        faces = read_folder(Path(path), (height, width), grey=channels == 1)
+    if len(faces.identities) < real_identities + held_identities:
+        raise ValueError(
+            f"{faces.source} must have {real_identities} people to train on and {held_identities} "
+            f"others, got {len(faces.identities)} in all"
+        )
+    rest, held = faces.split(held_identities)
+    return rest.split(len(rest.identities) - real_identities)[0], held
+
+
+def machine() -> str:
+    """What the figures of a report were measured on."""
+    return (
+        f"{_env.processor()}, threads: {torch.get_num_threads()}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and (over two values or more) standard deviation, with the values."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    std = tensor.std().item() if len(values) > 1 else None
+    return {"mean": tensor.mean().item(), "std": std, "values": list(values)}
+
+
+def shown(values: Mapping[str, Any], digits: int = 4) -> str:
+    """Of `spread`, for a table."""
+    std = "" if values["std"] is None else f" ± {values['std']:.{digits}f}"
+    return f"{values['mean']:.{digits}f}{std}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines)
