@@ -1,0 +1,279 @@
+"""Checkpoints of models whose class centres are spread over ranks, by torch.distributed.checkpoint.
+
+A checkpoint is a folder: safetensors files, some from each rank, and state.json. Any number of
+ranks can go on from it, however they split the classes. Nothing in it is a pickle: torch's own
+format for distributed checkpoints has one, its safetensors storage has none.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from . import checkpoint
+from .checkpoint import CheckpointError
+from .heads.partial_fc import PartialFC
+from .heads.sharded import ShardedMarginHead
+
+FORMAT = "sharded-1"
+
+
+class Shard(Tensor):
+    """This rank's rows of a tensor that is spread over ranks, as torch.distributed.checkpoint takes
+    it: a DTensor would prescribe how many rows each rank has.
+
+    Its shape is that of the whole tensor. There is nothing to compute with it.
+    """
+
+    rows: Tensor
+    start: int
+
+    @staticmethod
+    def __new__(cls, rows: Tensor, start: int, total: int) -> Shard:
+        shape = (total, *rows.shape[1:])
+        shard = Tensor._make_wrapper_subclass(cls, shape, dtype=rows.dtype, device=rows.device)
+        shard.rows, shard.start = rows, start
+        return shard
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, op: Any, types: Any, args: Any = (), kwargs: dict[Any, Any] | None = None
+    ) -> Any:
+        raise NotImplementedError(f"a Shard stands for rows on other ranks too: no {op}")
+
+    def _chunk(self) -> ChunkStorageMetadata:
+        offsets = [self.start] + [0] * (self.rows.dim() - 1)
+        return ChunkStorageMetadata(torch.Size(offsets), self.rows.size())
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self._chunk()]
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        chunk = self._chunk()
+        properties = TensorProperties.create_from_tensor(self.rows)
+        data = TensorWriteData(chunk, properties, self.size())
+        return [WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self.rows
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    state: dict[str, Any],
+    group: Any = None,
+) -> Path:
+    """Writes ``folder/step-XXXXXXXX``, then removes all but the two newest checkpoints.
+
+    All ranks call it, with one folder that all of them see. The checkpoint is written under another
+    name, flushed to the disk, and renamed once all ranks are done: whatever happens on the way, the
+    ones before it stay whole.
+
+    Args:
+        model: not wrapped in DistributedDataParallel (its ``.module`` is meant). What a
+            `ShardedMarginHead` or `PartialFC` in it holds is saved from each rank, everything else
+            from one.
+        optimizer: whose states are saved, by the names of the model's parameters. Its settings
+            (learning rates and so on) are not: they are the caller's.
+        state: goes into state.json.
+        group: of all ranks that call this. Default: the one of all ranks.
+
+    Raises:
+        RuntimeError: where it cannot be written (a full disk, say), or a rank has died; nothing is
+            lost then.
+    """
+    final = folder / f"step-{step:08d}"
+    part = folder / f".{final.name}.part"
+
+    def begin() -> None:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+
+    def end() -> None:
+        sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
+        content = {"format": FORMAT, "step": step, "bytes": sizes} | state
+        checkpoint.write(part / checkpoint.STATE, json.dumps(content, indent=1))
+        shutil.rmtree(final, ignore_errors=True)  # the same step, written before a resume
+        part.rename(final)
+        checkpoint.sync(folder)
+        for old in checkpoint.checkpoints(folder)[:-2]:
+            shutil.rmtree(old)
+
+    _first_rank(begin, group)
+    writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
+    dcp.save(_tensors(model, optimizer), storage_writer=writer, process_group=group)
+    _first_rank(end, group)
+    return final
+
+
+def load(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    group: Any = None,
+) -> dict[str, Any]:
+    """Puts a checkpoint, or the newest one of a folder of them, into a model and an optimiser.
+
+    All ranks call it; they may be more or fewer than those that saved it, and split the classes in
+    another way.
+
+    Returns:
+        What state.json holds, with ``step``.
+
+    Raises:
+        CheckpointError: where there is none, or it is damaged or of another model or optimiser. The
+            model may have been overwritten in part then.
+    """
+    found = checkpoint.find(path)
+    state = _state(found)
+    reader = dcp.HuggingFaceStorageReader(str(found))
+    try:
+        stored = reader.read_metadata().state_dict_metadata
+        targets = _targets(found, model, optimizer, stored)
+        dcp.load(targets, storage_reader=reader, process_group=group)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of torch's reader
+        raise CheckpointError(f"{found} cannot be read: {error}") from error
+    if optimizer is not None:
+        _restore(optimizer, model, targets)
+    return state
+
+
+def _first_rank(action: Callable[[], None], group: Any) -> None:
+    """Done by the group's first rank while the others wait; if it fails all say so."""
+    if not dist.is_initialized():
+        return action()
+    problem: list[str | None] = [None]
+    if dist.get_rank(group) == 0:
+        try:
+            action()
+        except Exception as error:
+            problem = [f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(problem, group=group, group_src=0)
+    if problem[0] is not None:
+        raise RuntimeError(f"the checkpoint cannot be written: {problem[0]}")
+
+
+def _shards(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which tensors of a model are spread: where this rank's rows begin, and how many all have."""
+    return {
+        f"{name}.weight" if name else "weight": (module.class_start, module.num_classes)
+        for name, module in model.named_modules()
+        if isinstance(module, (PartialFC, ShardedMarginHead))
+    }
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """By name: parameters and buffers, and the optimiser's states."""
+    shards = _shards(model)
+    tensors = {}
+    for name, value in model.state_dict().items():
+        tensors[f"model.{name}"] = Shard(value, *shards[name]) if name in shards else value
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    for parameter, values in optimizer.state.items() if optimizer else ():
+        name = names[parameter]
+        for key, value in values.items():
+            value = torch.as_tensor(value)
+            by_row = name in shards and value.dim() and len(value) == len(parameter)
+            tensors[f"optimizer.{name}.{key}"] = Shard(value, *shards[name]) if by_row else value
+    return tensors
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((path / checkpoint.STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / checkpoint.STATE} cannot be read: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        came = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"{path / checkpoint.STATE}: expected format {FORMAT}, got {came!r}")
+    if not isinstance(state.get("step"), int) or not isinstance(state.get("bytes"), dict):
+        raise CheckpointError(f"{path / checkpoint.STATE}: step must be int and bytes a dict")
+    files = {file.name: file.stat().st_size for file in path.iterdir()}
+    del files[checkpoint.STATE]
+    if files != state["bytes"]:
+        different = sorted(set(files.items()) ^ set(state["bytes"].items()))
+        raise CheckpointError(
+            f"{path}: files are missing, cut short or not of this checkpoint: "
+            f"{sorted({name for name, _ in different})}"
+        )
+    return state
+
+
+def _targets(
+    found: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    stored: dict[str, Any],
+) -> dict[str, Tensor]:
+    """What to read into: the model's own tensors, and new ones for the optimiser's states."""
+    targets, shards = _tensors(model, None), _shards(model)
+    if optimizer is not None:
+        parameters = dict(model.named_parameters())
+        known = {p for group in optimizer.param_groups for p in group["params"]}
+        for key, metadata in stored.items():
+            if not key.startswith("optimizer."):
+                continue
+            name = key.removeprefix("optimizer.").rpartition(".")[0]
+            if parameters.get(name) not in known:
+                raise CheckpointError(f"{found} is of another optimiser: {key}")
+            device = parameters[name].device if metadata.size else None
+            shape, dtype = list(metadata.size), metadata.properties.dtype
+            start, total = shards.get(name, (0, -1))
+            if shape[:1] == [total]:
+                shape[0] = len(parameters[name])
+                rows = torch.empty(shape, dtype=dtype, device=device)
+                targets[key] = Shard(rows, start, total)
+            else:
+                targets[key] = torch.empty(shape, dtype=dtype, device=device)
+    expected = {key: value for key, value in targets.items() if key.startswith("model.")}
+    saved = {key: value for key, value in stored.items() if key.startswith("model.")}
+    if saved.keys() != expected.keys():
+        raise CheckpointError(
+            f"{found} is of another model: {sorted(saved.keys() ^ expected.keys())[:3]} are "
+            "missing or unknown"
+        )
+    for key, value in expected.items():
+        came, dtype = saved[key].size, saved[key].properties.dtype
+        if came != value.size() or dtype != value.dtype:
+            raise CheckpointError(
+                f"{found} is of another model: {key} must be {value.dtype} {tuple(value.size())}, "
+                f"got {dtype} {tuple(came)}"
+            )
+    return targets
+
+
+def _restore(
+    optimizer: torch.optim.Optimizer, model: nn.Module, targets: dict[str, Tensor]
+) -> None:
+    indices: dict[Tensor, int] = {}
+    for group, numbered in zip(
+        optimizer.param_groups, optimizer.state_dict()["param_groups"], strict=True
+    ):
+        indices |= dict(zip(group["params"], numbered["params"], strict=True))
+    parameters = dict(model.named_parameters())
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, value in targets.items():
+        if key.startswith("optimizer."):
+            name, _, state = key.removeprefix("optimizer.").rpartition(".")
+            rows = value.rows if isinstance(value, Shard) else value
+            states.setdefault(indices[parameters[name]], {})[state] = rows
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
