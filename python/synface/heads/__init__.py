@@ -3,6 +3,7 @@
 from .margin import AdaFace, MagFace, MarginHead
 from .metric_learning import ArcFaceLoss, CosFaceLoss
 from .partial_fc import PartialFC
+from .sharded import ShardedMarginHead
 
 __all__ = [
     "AdaFace",
@@ -11,4 +12,5 @@ __all__ = [
     "MagFace",
     "MarginHead",
     "PartialFC",
+    "ShardedMarginHead",
 ]
