@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import chain
 from typing import Any
 
 import torch
@@ -79,13 +78,17 @@ class _RowOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: for a state of another optimiser or of other parameters; nothing is loaded.
         """
-        groups = state_dict["param_groups"]
-        names = chain.from_iterable(group["params"] for group in groups)
         loaded = {}
-        for name, (_, group, parameter) in zip(names, self._parameters(), strict=False):
-            values = state_dict["state"].get(name)
-            if values:
-                loaded[parameter] = self._checked(group, parameter, values)
+        for own, group in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            missing = self.defaults.keys() - group.keys()
+            if missing:
+                raise ValueError(
+                    f"state_dict is of another optimiser: its groups lack {sorted(missing)}"
+                )
+            for parameter, name in zip(own["params"], group["params"], strict=False):
+                values = state_dict["state"].get(name)
+                if values:
+                    loaded[parameter] = self._checked(group, parameter, values)
         # torch's own would cast the states to the parameter's dtype
         super().load_state_dict({**state_dict, "state": {}})
         self.state.update(loaded)

@@ -166,8 +166,10 @@ def test_several_groups_and_parameters_without_gradient():
     torch.testing.assert_close(weights[0] - start, 5 * (weights[1] - start))
     assert torch.equal(weights[2], start)
     assert weights[2] not in optimizer.state
-    other = RowSGD([{"params": weights[:1]}, {"params": weights[1:]}], momentum=0.5)
+    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)  # adds initial_lr to the groups
+    other = RowSGD([{"params": weights[:1]}, {"params": weights[1:]}])  # without momentum
     other.load_state_dict(saved(optimizer))
+    assert "momentum_buffer" in other.state[weights[0]]
     assert other.param_groups[0]["lr"] == 0.5
     assert other.param_groups[1]["momentum"] == 0.9
 
@@ -231,7 +233,12 @@ def test_states_of_others_are_refused_and_nothing_is_loaded():
 
     adamw = RowAdamW([weight])
     run(adamw, weight, range(1))
-    refused("must hold .*momentum_buffer.*, got .*exp_avg", adamw.state_dict())
+    refused("another optimiser: its groups lack .*momentum", adamw.state_dict())
+    theirs = torch.optim.SGD([weight], momentum=0.9)
+    refused("another optimiser: its groups lack .*catch_up", theirs.state_dict())
+    changed = optimizer.state_dict()
+    changed["state"] = {0: {"step": torch.tensor(1)}}
+    refused("must hold .*momentum_buffer.*, got .*step", changed)
     small = parameter(shape=(C - 1, D))
     other = RowSGD([small], momentum=0.9)
     run(other, small, range(1))
