@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from synface.heads import PartialFC
+from synface.heads import ArcFaceLoss, PartialFC
 from synface.optim import RowSGD
 from torch.nn.parallel import DistributedDataParallel
 
@@ -176,14 +176,24 @@ def test_a_group_of_one_is_none(tmp_path):
 
 
 def starts(rank, ranks):
+    """A sharded head's beginning, and a head under DDP whose centres are every rank's."""
     torch.manual_seed(7)
     head = PartialFC(MARGIN, D, 10, group=dist.group.WORLD)
-    return [head.weight.detach(), head.class_start, head.num_local, repr(head)]
+    whole = DistributedDataParallel(ArcFaceLoss(10, D))
+    x, labels = torch.randn(ranks, 6, D), torch.randint(10, (ranks, 6))
+    whole(x[rank], labels[rank]).backward()
+    together = ArcFaceLoss(10, D)
+    together.load_state_dict(whole.module.state_dict())
+    together(x.flatten(0, 1), labels.flatten()).backward()
+    grads = [each.weight.grad for each in (whole.module, together)]
+    return [head.weight.detach(), head.class_start, head.num_local, repr(head), *grads]
 
 
-def test_ranks_of_one_seed_do_not_start_alike(tmp_path):
+def test_how_ranks_start_and_a_head_under_ddp(tmp_path):
     results = on_ranks(3, starts, tmp_path)
     assert [rank[1:3] for rank in results] == [[0, 4], [4, 3], [7, 3]]
     assert "rank 2 of 3" in results[2][3]
     rows = torch.cat([rank[0] for rank in results])
-    assert len(rows.unique(dim=0)) == 10
+    assert len(rows.unique(dim=0)) == 10  # ranks of one seed do not start alike
+    for rank in results:
+        torch.testing.assert_close(rank[4], rank[5])
