@@ -10,8 +10,8 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from synface import centers as module
-from synface.centers import LAST_STEP, ROWS, STATE, Centers, CentersConfig
+from synface.centers import Centers, CentersConfig, files
+from synface.centers.files import LAST_STEP, ROWS, STATE
 from synface.checkpoint import CheckpointError
 
 import synface_kernels as sk
@@ -58,19 +58,19 @@ def assert_same(left, right):
 def test_files_equal_memory_bitwise(tmp_path, dtype, options):
     config = replace(SMALL, dtype=dtype, **options)
     memory = Centers.create(config)
-    with Centers.create(config, tmp_path / "new") as files:
-        assert_same(snapshot(memory), snapshot(files))
+    with Centers.create(config, tmp_path / "new") as mapped:
+        assert_same(snapshot(memory), snapshot(mapped))
         for until in (7, 20):  # a checkpoint on the way changes nothing
             train(memory, until)
-            train(files, until)
-            files.checkpoint()
-        assert_same(snapshot(memory), snapshot(files))
-    with Centers.open(tmp_path / "new") as files:
-        assert files.config == config
-        assert (files.step, files.lr) == (20, 0.05)
+            train(mapped, until)
+            mapped.checkpoint()
+        assert_same(snapshot(memory), snapshot(mapped))
+    with Centers.open(tmp_path / "new") as mapped:
+        assert mapped.config == config
+        assert (mapped.step, mapped.lr) == (20, 0.05)
         train(memory, 30)
-        train(files, 30)
-        assert_same(snapshot(memory), snapshot(files))
+        train(mapped, 30)
+        assert_same(snapshot(memory), snapshot(mapped))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_beyond_2_to_the_31(tmp_path):
     for name, size in config.bytes.items():
         with (folder / name).open("wb") as file:
             file.truncate(size)
-    state = {"format": module.FORMAT, "step": 0, "lr": 0.0, "config": asdict(config)}
+    state = {"format": files.FORMAT, "step": 0, "lr": 0.0, "config": asdict(config)}
     (folder / STATE).write_text(json.dumps(state))
     with Centers.open(folder) as centers:
         assert centers.weight.stride(0) * (len(centers.weight) - 1) > 2**32
@@ -229,7 +229,7 @@ if (folder / STATE).exists():
 else:
     centers = Centers.create(CentersConfig(3000, 16, seed=3), folder, sync=sync)
 print(centers.step, flush=True)
-move, write = centers._move, module._write
+move, write = centers._move, files._write
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -249,7 +249,7 @@ while centers.step < until:
         if kill == "move":
             centers._move = half_a_move
         else:
-            module._write = half_a_write
+            files._write = half_a_write
     train(centers, centers.step + 1, num_sampled=300)
     if centers.step % 10 == 0:
         centers.checkpoint()
@@ -362,14 +362,14 @@ def test_a_machine_that_went_down(tmp_path, monkeypatch):
     for sync in (False, True):
         with Centers.create(SMALL, tmp_path / str(sync), sync=sync) as centers:
             train(centers, 3)
-    monkeypatch.setattr(module, "_boot", lambda: b"another")
+    monkeypatch.setattr(files, "_boot", lambda: b"another")
     with pytest.raises(CheckpointError, match=r"machine went down .* sync=True"):
         Centers.open(tmp_path / "False")
     with Centers.open(tmp_path / "True") as centers:
         assert centers.step == 0
         train(centers, 3)
         centers.checkpoint()
-    monkeypatch.setattr(module, "_boot", lambda: b"a third")
+    monkeypatch.setattr(files, "_boot", lambda: b"a third")
     with Centers.open(tmp_path / "True") as centers:
         assert centers.step == 3
 
@@ -410,7 +410,7 @@ def test_a_log_that_cannot_be_written_changes_no_row(tmp_path, monkeypatch):
                 return wrote
 
             with monkeypatch.context() as patched:
-                patched.setattr(module.os, "write", full)
+                patched.setattr(files.os, "write", full)
                 with pytest.raises(OSError, match="No space left"):
                     centers.loss(*batch(7), num_sampled=40)
             assert_same(before, snapshot(centers))
@@ -524,7 +524,7 @@ def test_a_damaged_log(tmp_path, at):
     with Centers.create(SMALL, tmp_path / "c") as centers:
         train(centers, 2)
         log = centers._files._log_path
-    header = module._Files.HEADER.size
+    header = files.Files.HEADER.size
     place = {"frame": header, "count": header + 7, "ids": header + 20}.get(at, at)
     data = bytearray(log.read_bytes())
     data[place] ^= 0x40
