@@ -22,7 +22,8 @@ from synface.recipes.degrade import DOMAINS, degrade
 from torch import nn
 from typer.testing import CliRunner
 
-ORL = Path(__file__).parents[2] / ".." / "shared" / "data" / "orl"
+ROOT = Path(__file__).parents[2]
+ORL = ROOT / ".." / "shared" / "data" / "orl"
 TINY = """
 seed = 3
 domains = ["dark", "blurred"]
@@ -248,6 +249,24 @@ def test_the_default_is_read_and_written_back(tmp_path):
     file = tmp_path / "copy.toml"
     file.write_text(to_toml(config))
     assert load_config(file) == config
+
+
+def test_the_page_is_so(tmp_path):
+    """Its code runs, and the figures that it links to are of the configuration that is shipped."""
+    code = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/recipes/cfsm.md").read_text(), re.DOTALL
+    )
+    assert code
+    with torch.random.fork_rng():
+        for block in code:
+            names: dict[str, object] = {}
+            exec(compile(block, "cfsm.md", "exec"), names)
+            assert names["harder"].shape == names["images"].shape
+    report = (ROOT / "docs/results/cfsm.md").read_text()
+    file = tmp_path / "reported.toml"
+    file.write_text(re.search(r"```toml\n(.*)```", report, re.DOTALL).group(1))
+    assert load_config(file) == load_config()
+    assert "`synface recipe cfsm`" in report
 
 
 @pytest.mark.parametrize(

@@ -308,6 +308,7 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 def _page(results: Results, figures: dict[str, Any], command: str) -> str:
     config, people = results.config, results.people
+    source = people.source
     seconds = figures["seconds"]
     took = "not measured, since the run was resumed" if seconds is None else f"{seconds:.0f} s"
     style = _table(
@@ -388,8 +389,7 @@ def _page(results: Results, figures: dict[str, Any], command: str) -> str:
 Written by `{command}`; none of the figures is typed in. Time: {took}.
 Machine: {figures["machine"]}.
 
-- Train: {len(people.source)} images of {len(people.source.identities)} people,
-  {people.source.source}
+- Train: {len(source)} images of {len(source.identities)} people, {source.source}
 - Target domains, once degraded: {len(people.target)} images, {people.target.source}
 - Verify: {len(people.held)} images of {len(people.held.identities)} other people
 
