@@ -50,6 +50,7 @@ app = typer.Typer(
 )
 app.add_typer(bench.app, name="bench")
 app.add_typer(recipes.app, name="recipe")
+app.command("study")(recipes.study_command)
 console = Console()
 DEFAULT = TrainConfig()
 EMBEDDED = "default"  # as a folder: the embedded faces

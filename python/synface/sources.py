@@ -296,12 +296,12 @@ class GeneratedSource:
             epoch, place = divmod(step, per_epoch)
             begin = place * config.batch_size
             positions = np.arange(begin, min(begin + config.batch_size, len(self)))
-            pairs = order(epoch, positions[part.of(len(positions))])
+            rows, real = order(epoch, positions[part.of(len(positions))])
 
             def draws(purpose: str, step: int = step) -> torch.Generator:
                 return generator(config.seed, part.purpose(purpose), step)
 
-            yield step, self._batch(*map(torch.from_numpy, pairs), augment, draws)
+            yield step, self._batch(torch.from_numpy(rows), torch.from_numpy(real), augment, draws)
 
     def _batch(
         self,

@@ -6,7 +6,7 @@ import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,12 @@ from synface_kernels import _env
 
 from .. import checkpoint
 from ..checkpoint import CheckpointError
-from ..data import Faces, embedded_faces, read_folder
+from ..data import Faces
 from ..evaluate import embed, verify
 from ..sources import Source, fingerprint
 from ..train import CONFIG, TrainConfig, train
 
 RESULT = "result.json"
-EMBEDDED = "embedded"
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,36 +122,17 @@ def _stored(file: Path, made_of: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def few_real(
-    path: str,
-    image_shape: tuple[int, int, int],
-    real_identities: int,
-    held_identities: int,
-    embedded_images: int = 10,
-) -> tuple[Faces, Faces]:
-    """The first people of a set of real faces, to train on, and the last ones, to verify on.
-
-    Args:
-        path: what `read_folder` takes, or "embedded" for the faces that are always at hand, with
-            ``embedded_images`` of each.
-        image_shape: (H, W, C) to bring them to.
-
-    Raises:
-        ValueError: where there are not as many people.
-        DataError: for a folder that is missing or damaged.
-    """
-    height, width, channels = image_shape
-    if path == EMBEDDED:
-        faces = embedded_faces(embedded_images, height)
-    else:
-        faces = read_folder(Path(path), (height, width), grey=channels == 1)
-    if len(faces.identities) < real_identities + held_identities:
-        raise ValueError(
-            f"{faces.source} must have {real_identities} people to train on and {held_identities} "
-            f"others, got {len(faces.identities)} in all"
-        )
-    rest, held = faces.split(held_identities)
-    return rest.split(len(rest.identities) - real_identities)[0], held
+def for_steps(config: TrainConfig, images: int, steps: int) -> TrainConfig:
+    """The configuration with as many epochs of so many images as come nearest to a number of steps;
+    warm-up and checkpoints keep their share of the run."""
+    epochs = max(1, round(steps / -(-images // config.batch_size)))
+    factor = epochs / config.epochs
+    return replace(
+        config,
+        epochs=epochs,
+        warmup_epochs=config.warmup_epochs * factor,
+        checkpoint_every=max(1, round(config.checkpoint_every * factor)),
+    )
 
 
 def machine() -> str:

@@ -130,6 +130,33 @@ def synface_command(
         _say(synface.write(results, report or output / "report", command, faces=faces))
 
 
+def study_command(
+    output: Annotated[Path, typer.Option(help="The study's folder.")] = Path("runs/study"),
+    config: Annotated[
+        Path | None, typer.Option(help="TOML. Default: small enough for two cores.")
+    ] = None,
+    real: Annotated[
+        Path | None, typer.Option(help="Image folder of real people, not the embedded faces.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder of the report. Default: report, in the study's.")
+    ] = None,
+    cell: CellOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the study.")] = False,
+) -> None:
+    """Accuracy over identities × images of each, and by attribute, with and without mixup."""
+    from . import study
+
+    settings = study.load_config(config)
+    data = replace(settings.data, real=str(real) if real else settings.data.real)
+    settings = replace(settings, data=data)
+    options = _given(config=config, real=real)
+    with _going_on(f"synface study{options} --output {output}"):
+        results = study.run(settings, output, resume=resume, only=cell, progress=_bar())
+    if cell is None:
+        _say(study.write(results, report or output / "report", f"synface study{options}"))
+
+
 def _given(**options: object) -> str:
     return "".join(f" --{name} {value}" for name, value in options.items() if value is not None)
 

@@ -17,22 +17,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from ..check import check_integer
 from ..data import Faces
 from ..evaluate import pixel_embeddings, verify
-from ..generate import FaceGenerator, open_generator
+from ..generate import FaceGenerator
 from ..mixing import IdentityMixup
-from ..randomness import generator as draws
 from ..report import ACCENT, INK, QUIET, _figure, _save
 from ..sources import FacesSource, GeneratedSource, Source
 from ..synthesize import styles
 from ..train import TrainConfig
-from .cells import EMBEDDED, Cell, few_real, machine, run_cells, shown, spread, table
+from .cells import Cell, for_steps, machine, run_cells, shown, spread, table
 from .config import load, to_toml
+from .generated import PainterConfig, check_seeds, identities
 
-EIGENFACES = "eigenfaces"
 # By row: is the identity mixed, is the domain mixed. The real people alone have no such choice.
 ROWS: dict[str, tuple[bool, bool] | None] = {
     "synthetic": (False, False),
@@ -44,33 +42,19 @@ ROWS: dict[str, tuple[bool, bool] | None] = {
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(PainterConfig):
     """Which faces; see synface.toml."""
 
-    generator: str = EIGENFACES
-    size: int = 112
-    embedding_size: int = 64
     identities: int = 10_000
     images_per_identity: int = 50
-    real: str = EMBEDDED
-    real_identities: int = 10
+    real_identities: int = 2_000
     held_out_identities: int = 30
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("size", 8),
-            ("embedding_size", 2),
-            ("identities", 2),
-            ("images_per_identity", 1),
-            ("real_identities", 2),
-            ("held_out_identities", 2),
-        ):
-            check_integer(name, getattr(self, name), least)
-
-    def painter(self) -> FaceGenerator:
-        if self.generator == EIGENFACES:
-            return open_generator(None, self.embedding_size, size=self.size)
-        return open_generator(self.generator, self.embedding_size)
+        super().__post_init__()
+        check_integer("images_per_identity", self.images_per_identity, 1)
+        for name in ("identities", "real_identities", "held_out_identities"):
+            check_integer(name, getattr(self, name), 2)
 
 
 @dataclass(frozen=True)
@@ -91,22 +75,9 @@ class SynfaceConfig:
             )
 
 
-def check_seeds(seeds: tuple[int, ...]) -> None:
-    """Raises for seeds that are not integers from 0 on, all different, at least one."""
-    for seed in seeds:
-        check_integer("seeds", seed, 0)
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must be different, and at least one, got {list(seeds)}")
-
-
 def load_config(file: Path | None = None) -> SynfaceConfig:
     """A configuration from TOML; None takes the one beside this file. Errors: see `load`."""
     return load(SynfaceConfig, file or Path(__file__).with_name("synface.toml"))
-
-
-def identities(count: int, dim: int, seed: int) -> Tensor:
-    """(count, dim) random identities, unit rows, float32."""
-    return F.normalize(torch.randn(count, dim, generator=draws(seed, "identities", 0)))
 
 
 def cells(config: SynfaceConfig, painter: FaceGenerator, real: Faces) -> list[Cell]:
@@ -122,15 +93,10 @@ def _cell(config: SynfaceConfig, painter: FaceGenerator, real: Faces, row: str, 
     data, training = config.data, replace(config.train, seed=seed)
     mixing = ROWS[row]
     if mixing is None:
-        batch = training.batch_size
-        steps = [-(-n // batch) for n in (data.identities * data.images_per_identity, len(real))]
-        factor = steps[0] / steps[1]
-        training = replace(
-            training,
-            epochs=max(1, round(training.epochs * factor)),
-            warmup_epochs=training.warmup_epochs * factor,
-            checkpoint_every=max(1, round(training.checkpoint_every * factor)),
+        steps = training.epochs * -(
+            -data.identities * data.images_per_identity // training.batch_size
         )
+        training = for_steps(training, len(real), steps)
 
     def source() -> Source:
         if mixing is None:
@@ -170,9 +136,9 @@ def run(
 ) -> Results:
     """Trains and verifies all cells below ``output``; arguments and errors as of `run_cells`."""
     painter, data = config.data.painter(), config.data
-    real, held = few_real(
-        data.real, painter.image_shape, data.real_identities, data.held_out_identities
-    )
+    few, others = data.real_identities, data.held_out_identities
+    rest, held = data.real_people(painter.image_shape, few + others).split(others)
+    real = rest.split(len(rest.identities) - few)[0]
     pixels = verify(pixel_embeddings(held.images), held.labels).to_json()
     found = run_cells(
         cells(config, painter, real), held, output, resume=resume, only=only, progress=progress
