@@ -102,6 +102,7 @@ CASES: dict[str, list[Case]] = {
         _margin_cross_entropy("cpu", 512, 512, 200_000),
         _margin_cross_entropy("cpu", 2048, 512, 50_000),
         _margin_cross_entropy("cpu", 128, 512, 1_000_000),
+        _margin_cross_entropy("cpu", 512, 512, 200_000, "bfloat16"),
         # a million identities; the same in float32; a gathered batch; what fits any card; launches
         _margin_cross_entropy("gpu", 512, 512, 1_000_000, "bfloat16"),
         _margin_cross_entropy("gpu", 512, 512, 1_000_000),

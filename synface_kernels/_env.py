@@ -13,8 +13,8 @@ from . import _load, _select
 # Every variable that the library reads, and what it does. docs/environment.md says more.
 VARIABLES = {
     "NVCC": "the nvcc that make cuda-check runs (default: the one on PATH)",
-    "SYNFACE_CPU_ISA": "base, avx2, avx512 or avx512_bf16: the CPU kernels' instruction set "
-    "(default: the best)",
+    "SYNFACE_CPU_ISA": "base, avx2, avx512, avx512_bf16 or onednn_bf16: the CPU kernels' "
+    "instruction set (default: the best)",
     "SYNFACE_CUDA": "0, 1 or auto: whether a build compiles the CUDA sources (default: auto)",
     "TRITON_INTERPRET": "1: Triton interprets its kernels on CPU tensors (slow; for tests)",
 }

@@ -29,8 +29,8 @@ extension_error = _load()
 
 
 def cpu_isa() -> str:
-    """The instruction set that the CPU kernels use: ``base``, ``avx2``, ``avx512`` or
-    ``avx512_bf16``."""
+    """The instruction set that the CPU kernels use: ``base``, ``avx2``, ``avx512``,
+    ``avx512_bf16`` or ``onednn_bf16``."""
     return torch.ops.synface_kernels._cpu_isa()
 
 

@@ -90,15 +90,12 @@ void multiply(int64_t m, const uint16_t* a, int64_t a_row, const uint16_t* b, in
   }
 }
 
-// 16 × 16 pairs, transposed: rows of bfloat16 `from_row` apart, and vectors of pairs kColumns
-// apart.
-inline void transpose(const uint16_t* from, int64_t from_row, uint16_t* to) {
+// 16 vectors of 16 pairs, transposed.
+inline void transpose(__m512i (&rows)[16]) {
   // Each of four stages is a perfect shuffle of all elements.
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  __m512i rows[16], next[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(from + i * from_row);
+  __m512i next[16];
 #pragma GCC unroll 4
   for (int stage = 0; stage < 4; ++stage) {
 #pragma GCC unroll 8
@@ -109,8 +106,45 @@ inline void transpose(const uint16_t* from, int64_t from_row, uint16_t* to) {
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) rows[i] = next[i];
   }
+}
+
+inline __m512i rounded(__m512 values) {  // in the lower halves of 32 bits
+  return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
+}
+
+void narrow(const float* from, int64_t m, int64_t n, int64_t from_row, uint16_t* to,
+            int64_t to_row) {
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; j += 16) {
+      const auto exist = __mmask16((1u << std::min<int64_t>(16, n - j)) - 1);
+      const __m512 values = _mm512_maskz_loadu_ps(exist, from + i * from_row + j);
+      _mm512_mask_cvtepi32_storeu_epi16(to + i * to_row + j, exist, rounded(values));
+    }
+  }
+}
+
+// Two rows of `from` are a row of pairs.
+void narrow_transposed(const float* from, int64_t m, int64_t n, int64_t from_row, uint16_t* to,
+                       int64_t to_row) {
+  for (int64_t j = 0; j < n; j += 16) {
+    const auto columns = __mmask16((1u << std::min<int64_t>(16, n - j)) - 1);
+    for (int64_t i = 0; i < m; i += 32) {
+      const auto row = [&](int64_t which) __attribute__((always_inline)) {
+        return which < m ? rounded(_mm512_maskz_loadu_ps(columns, from + which * from_row + j))
+                         : _mm512_setzero_si512();
+      };
+      __m512i pairs[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 2 * kColumns, rows[i]);
+      for (int p = 0; p < 16; ++p) {
+        pairs[p] = _mm512_or_si512(row(i + 2 * p), _mm512_slli_epi32(row(i + 2 * p + 1), 16));
+      }
+      transpose(pairs);
+      const auto rows = __mmask32((uint64_t(1) << std::min<int64_t>(32, m - i)) - 1);
+      for (int64_t l = 0; l < std::min<int64_t>(16, n - j); ++l) {
+        _mm512_mask_storeu_epi16(to + (j + l) * to_row + i, rows, pairs[l]);
+      }
+    }
+  }
 }
 
 // Slices of kPairs pairs of rows, each of panels of kColumns columns; what the last panel, and the
@@ -124,7 +158,14 @@ void fill(const uint16_t* from, int64_t k, int64_t n, int64_t row, int64_t colum
       if (row == 1 && columns == kColumns) {
         for (; q + 2 * kLanes <= depth; q += 2 * kLanes) {
           for (int64_t l = 0; l < kColumns; l += kLanes) {
-            transpose(from + (p + q) + (j + l) * column, column, to + q * kColumns + 2 * l);
+            const uint16_t* corner = from + (p + q) + (j + l) * column;
+            __m512i pairs[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) pairs[i] = _mm512_loadu_si512(corner + i * column);
+            transpose(pairs);
+            uint16_t* at = to + q * kColumns + 2 * l;
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) _mm512_store_si512(at + i * 2 * kColumns, pairs[i]);
           }
         }
       }

@@ -25,6 +25,10 @@ struct Kernel<uint16_t> {
                uint16_t* to);
   void (*multiply)(int64_t m, const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t k,
                    int64_t n, float* c, int64_t c_row, bool accumulate);
+  void (*narrow)(const float* from, int64_t m, int64_t n, int64_t from_row, uint16_t* to,
+                 int64_t to_row);
+  void (*narrow_transposed)(const float* from, int64_t m, int64_t n, int64_t from_row, uint16_t* to,
+                            int64_t to_row);
 };
 
 namespace {
@@ -59,6 +63,24 @@ constexpr int64_t kDepth = 512, kPairs = 512;
 namespace synface {
 namespace {
 
+Brgemm brgemm = nullptr;
+
+#if SYNFACE_X86
+void multiply_by_onednn(int64_t m, const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t k,
+                        int64_t n, float* c, int64_t c_row, bool accumulate) {
+  using namespace isa_avx512_bf16;
+  if (k == 0 || k % 2) return multiply(m, a, a_row, b, k, n, c, c_row, accumulate);
+  const int64_t panels = ceil_div(n, kColumns);
+  for (int64_t p = 0; p < k; p += kPairs * 2) {
+    const int64_t depth = std::min(kPairs * 2, k - p);
+    for (int64_t j = 0; j < n; j += kColumns) {
+      brgemm(m, std::min(kColumns, n - j), depth, a_row, kColumns, c_row, accumulate || p > 0,
+             a + p, b + p * panels * kColumns + j * depth, c + j);
+    }
+  }
+}
+#endif
+
 template <class T>
 const Kernel<T>* pick() {
   return &SYNFACE_PICK(kernel<T>);
@@ -66,9 +88,12 @@ const Kernel<T>* pick() {
 template <>
 const Kernel<uint16_t>* pick() {
 #if SYNFACE_X86
-  static constexpr Kernel<uint16_t> kernel{isa_avx512_bf16::kColumns, isa_avx512_bf16::fill,
-                                           isa_avx512_bf16::multiply};
-  if (has_bf16_products()) return &kernel;
+  using namespace isa_avx512_bf16;
+  static constexpr Kernel<uint16_t> ours{kColumns, fill, multiply, narrow, narrow_transposed};
+  static constexpr Kernel<uint16_t> onednn{kColumns, fill, multiply_by_onednn, narrow,
+                                           narrow_transposed};
+  if (isa() == Isa::avx512_bf16) return &ours;
+  if (isa() == Isa::onednn_bf16 && brgemm) return &onednn;
 #endif
   throw std::logic_error("no products of bfloat16 on this processor");
 }
@@ -82,7 +107,9 @@ int64_t room(int64_t k, int64_t n, int64_t width) {
 
 }  // namespace
 
-bool has_bf16_products() { return isa() == Isa::avx512_bf16; }
+bool has_bf16_products() { return isa() >= Isa::avx512_bf16; }
+
+void set_brgemm(Brgemm given) { brgemm = given; }
 
 template <class T>
 Packed<T>::Packed(int64_t k, int64_t n)
@@ -103,6 +130,12 @@ void multiply(int64_t m, Left<T> a, const Packed<T>& b, T* c, int64_t c_row, boo
 void multiply(int64_t m, const uint16_t* a, int64_t a_row, const Packed<uint16_t>& b, float* c,
               int64_t c_row, bool accumulate) {
   b.kernel().multiply(m, a, a_row, b.data(), b.k(), b.n(), c, c_row, accumulate);
+}
+
+void narrow(const float* from, int64_t m, int64_t n, int64_t from_row, bool transposed,
+            uint16_t* to, int64_t to_row) {
+  const Kernel<uint16_t>& kernel = *pick<uint16_t>();
+  (transposed ? kernel.narrow_transposed : kernel.narrow)(from, m, n, from_row, to, to_row);
 }
 
 #define SYNFACE_INSTANTIATE(T) \

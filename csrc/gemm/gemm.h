@@ -50,6 +50,18 @@ bool has_bf16_products();
 void multiply(int64_t m, const uint16_t* a, int64_t a_row, const Packed<uint16_t>& b, float* c,
               int64_t c_row, bool accumulate);
 
+// oneDNN's product of bfloat16, which torch brings, for Isa::onednn_bf16. B's rows stand in pairs,
+// an element of one beside that of the next: b_row pairs from one pair of rows to the next. k is
+// even.
+using Brgemm = void (*)(int64_t m, int64_t n, int64_t k, int64_t a_row, int64_t b_row,
+                        int64_t c_row, bool accumulate, const uint16_t* a, const uint16_t* b,
+                        float* c);
+void set_brgemm(Brgemm brgemm);
+
+// float32 (m × n) to bfloat16, as it lies or transposed, for such products.
+void narrow(const float* from, int64_t m, int64_t n, int64_t from_row, bool transposed,
+            uint16_t* to, int64_t to_row);
+
 // A row stride of at least n for a tile that is read by columns: no power of two, which would put a
 // column's elements into the same few sets of the cache.
 template <class T>

@@ -37,6 +37,13 @@ inline T cosine(T product, Parts<T> inverse) {
   return madd(product, inverse.high, product * inverse.low);
 }
 
+// values *= factors, which come in two parts
+template <class T>
+void scale_each(T* values, const T* high, const T* low, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) values[i] = madd(values[i], high[i], values[i] * low[i]);
+}
+
 // A row of products, one class against every embedding, to cosines; most = max(most, cosines)
 template <class T>
 void cosines(T* values, Parts<T> inverse, T* most, int64_t n) {
@@ -72,9 +79,9 @@ void probabilities(T* values, Parts<T> inverse, T scale, const T* lse, const T* 
 }
 
 template <class T>
-constexpr Loops<T> loops{dot<T>,           dot_double<T>, axpy_scale<T>,
-                         add_tangent<T>,   cosines<T>,    exponentials<T>,
-                         probabilities<T>, load<T>,       store<T>};
+constexpr Loops<T> loops{dot<T>,        dot_double<T>, axpy_scale<T>,   add_tangent<T>,
+                         scale_each<T>, cosines<T>,    exponentials<T>, probabilities<T>,
+                         load<T>,       store<T>};
 
 }  // namespace SYNFACE_ISA_NAMESPACE
 }  // namespace

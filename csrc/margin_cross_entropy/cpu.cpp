@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <stdexcept>
@@ -30,6 +31,7 @@ struct Loops {
   double (*dot_double)(const T* a, const T* b, int64_t n);
   void (*axpy_scale)(T* y, T a, const T* x, T scale, int64_t n);
   void (*add_tangent)(T* y, double g, const T* a, double along, const T* b, int64_t n);
+  void (*scale_each)(T* values, const T* high, const T* low, int64_t n);
   void (*cosines)(T* values, Parts<T> inverse, T* most, int64_t n);
   void (*exponentials)(T* values, T factor, T scale, const T* shift, T* sum, int64_t n);
   void (*probabilities)(T* values, Parts<T> inverse, T scale, const T* lse, const T* coefficient,
@@ -97,10 +99,19 @@ double inverse_norm(const Loops<T>& loops, const T* values, int64_t n) {
   return std::isfinite(norm) ? 1 / norm : std::numeric_limits<double>::quiet_NaN();
 }
 
-// The rows that count, normalised and packed, and where they came from.
+// Products are of T, or, where both matrices are bfloat16 and the CPU has instructions for it, of
+// bfloat16 (uint16_t), with sums in float32. Then nothing is rounded before the product: the
+// centres are what they are, and embeddings are scaled by powers of two.
+bool multiplies_bf16(const Problem& p) {
+  return p.input.dtype == Dtype::bf16 && p.weight.dtype == Dtype::bf16 && has_bf16_products();
+}
+
+// The rows that count, normalised, and where they came from. For products of bfloat16 also as
+// `bits`, of which a unit vector is high + low times as much.
 template <class T>
 struct Embeddings {
-  Embeddings(const Problem& p, const Loops<T>& loops) : dim(p.input.cols), unit(0), inverse(0) {
+  Embeddings(const Problem& p, const Loops<T>& loops)
+      : dim(p.input.cols), unit(0), inverse(0), bits(0), high(0), low(0) {
     const int64_t k = p.labels_per_row;
     for (int64_t i = 0; i < p.input.rows; ++i) {
       const int64_t* labels = p.labels + i * k;
@@ -108,33 +119,68 @@ struct Embeddings {
     }
     unit = Buffer<T>(count() * dim);
     inverse = Buffer<T>(count());
+    const bool bf16 = multiplies_bf16(p);
+    if (bf16) {
+      bits = Buffer<uint16_t>(count() * dim);
+      high = Buffer<T>(count());
+      low = Buffer<T>(count());
+    }
     for (int64_t i = 0; i < count(); ++i) {
       T* to = unit.get() + i * dim;
       loops.load(row_at(p.input, source[i]), p.input.dtype, to, dim);
       const double scale = inverse_norm(loops, to, dim);
+      if (bf16) set_bits(i, to, scale);
       for (int64_t d = 0; d < dim; ++d) to[d] = T(to[d] * scale);
       inverse[i] = T(scale);
     }
   }
   int64_t count() const { return int64_t(source.size()); }
   const T* row(int64_t i) const { return unit.get() + i * dim; }
+  const uint16_t* bits_of(int64_t i) const { return bits.get() + i * dim; }
+  void clear(int64_t i) const {
+    std::fill_n(unit.get() + i * dim, dim, T(0));
+    if (bits.get()) set_bits(i, row(i), 0);
+  }
 
   int64_t dim;
   std::vector<int64_t> source;
   Buffer<T> unit, inverse;
+  Buffer<uint16_t> bits;
+  Buffer<T> high, low;
+
+ private:
+  // With a norm in [½, 1). Zeros where the inverse norm is 0 or NaN, which `high` passes on.
+  void set_bits(int64_t i, const T* values, double inverse) const {
+    int exponent = 0;
+    const bool counts = inverse > 0;
+    if (counts) std::frexp(1 / inverse, &exponent);
+    const double shrink = std::ldexp(1.0, -exponent);
+    for (int64_t d = 0; d < dim; ++d) {
+      bits[i * dim + d] = counts ? to_bf16(float(values[d] * shrink)) : 0;
+    }
+    const Parts<T> factor(std::ldexp(inverse, exponent));
+    high[i] = factor.high;
+    low[i] = counts ? factor.low : T(0);
+  }
 };
 
 // Embeddings as right operands of products, a block of rows each.
-template <class T>
-std::vector<Packed<T>> pack_blocks(const Embeddings<T>& x, Range rows, bool transposed) {
-  std::vector<Packed<T>> blocks;
+template <class Operand, class T>
+std::vector<Packed<Operand>> pack_blocks(const Embeddings<T>& x, Range rows, bool transposed) {
+  std::vector<Packed<Operand>> blocks;
   for (int64_t r = rows.begin; r < rows.end; r += kBlock) {
     const int64_t n = std::min(kBlock, rows.end - r);
-    blocks.push_back(transposed ? Packed<T>(x.dim, n) : Packed<T>(n, x.dim));
-    if (transposed) {
-      blocks.back().fill(x.row(r), x.dim, n, 1, x.dim);
+    const Operand* from;
+    if constexpr (std::is_same_v<Operand, T>) {
+      from = x.row(r);
     } else {
-      blocks.back().fill(x.row(r), n, x.dim, x.dim, 1);
+      from = x.bits_of(r);
+    }
+    blocks.push_back(transposed ? Packed<Operand>(x.dim, n) : Packed<Operand>(n, x.dim));
+    if (transposed) {
+      blocks.back().fill(from, x.dim, n, 1, x.dim);
+    } else {
+      blocks.back().fill(from, n, x.dim, x.dim, 1);
     }
   }
   return blocks;
@@ -150,6 +196,8 @@ class Centers {
         loops_(loops),
         copies_(p.class_ids || p.weight.dtype != dtype_of<T>),
         copy_(copies_ ? std::min(kTile, p.classes) * p.weight.cols : 0),
+        bits_copy_(p.class_ids && multiplies_bf16(p) ? std::min(kTile, p.classes) * p.weight.cols
+                                                     : 0),
         inverse_(std::min(kTile, p.classes)) {}
 
   void read(int64_t begin, int64_t end) {
@@ -158,19 +206,95 @@ class Centers {
       loops_.load(center_at(p_, j), p_.weight.dtype, copy_.get() + (j - begin) * dim, dim);
     }
     data_ = copies_ ? copy_.get() : static_cast<const T*>(center_at(p_, begin));
+    for (int64_t j = begin; bits_copy_.get() && j < end; ++j) {
+      std::memcpy(bits_copy_.get() + (j - begin) * dim, center_at(p_, j), dim * sizeof(uint16_t));
+    }
+    bits_ =
+        bits_copy_.get() ? bits_copy_.get() : static_cast<const uint16_t*>(center_at(p_, begin));
     for (int64_t j = 0; j < end - begin; ++j) inverse_[j] = inverse_norm(loops_, row(j), dim);
   }
   int64_t stride() const { return copies_ ? p_.weight.cols : p_.weight.stride; }
   const T* row(int64_t j) const { return data_ + j * stride(); }
   double inverse(int64_t j) const { return inverse_[j]; }
+  // As they came, if that is bfloat16.
+  const uint16_t* bits() const { return bits_; }
+  int64_t bits_stride() const { return p_.class_ids ? p_.weight.cols : p_.weight.stride; }
 
  private:
   const Problem& p_;
   const Loops<T>& loops_;
   bool copies_;
   Buffer<T> copy_;
+  Buffer<uint16_t> bits_copy_;
   Buffer<double> inverse_;
   const T* data_ = nullptr;
+  const uint16_t* bits_ = nullptr;
+};
+
+// The products of a tile of n centres × a block of `count` embeddings, by operands of T or, rounded
+// to it where they are probabilities, of bfloat16.
+template <class T, class Operand>
+class Products {
+ public:
+  // The most centres and embeddings that there are in a tile.
+  Products(const Embeddings<T>& x, const Loops<T>& loops, int64_t centers, int64_t embeddings)
+      : x_(x), loops_(loops), bits_(0) {
+    if constexpr (kRounds) {
+      bits_ = Buffer<uint16_t>(
+          std::max(centers * padded<uint16_t>(embeddings), embeddings * padded<uint16_t>(centers)));
+    }
+  }
+
+  void fill(const Centers<T>& centers, int64_t n, Packed<Operand>& packed) const {
+    if constexpr (kRounds) {
+      packed.fill(centers.bits(), n, x_.dim, centers.bits_stride(), 1);
+    } else {
+      packed.fill(centers.row(0), n, x_.dim, centers.stride(), 1);
+    }
+  }
+
+  // tile = centres × unit embeddings, from the r0-th on
+  void of_centers(const Centers<T>& centers, int64_t n, const Packed<Operand>& embeddings,
+                  int64_t r0, T* tile, int64_t stride) const {
+    if constexpr (kRounds) {
+      multiply(n, centers.bits(), centers.bits_stride(), embeddings, tile, stride, false);
+      for (int64_t j = 0; j < n; ++j) {
+        loops_.scale_each(tile + j * stride, x_.high.get() + r0, x_.low.get() + r0, embeddings.n());
+      }
+    } else {
+      multiply(n, Left<T>{centers.row(0), centers.stride(), 1}, embeddings, tile, stride, false);
+    }
+  }
+
+  // sums += tileᵀ × packed centres
+  void add_transposed(const T* tile, int64_t stride, int64_t count, const Packed<Operand>& packed,
+                      T* sums) const {
+    if constexpr (kRounds) {
+      const int64_t row = padded<uint16_t>(packed.k());
+      narrow(tile, packed.k(), count, stride, true, bits_.get(), row);
+      multiply(count, bits_.get(), row, packed, sums, x_.dim, true);
+    } else {
+      multiply(count, Left<T>{tile, 1, stride}, packed, sums, x_.dim, true);
+    }
+  }
+
+  // sums (+)= tile × packed embeddings
+  void add(const T* tile, int64_t stride, int64_t n, const Packed<Operand>& packed, T* sums,
+           bool accumulate) const {
+    if constexpr (kRounds) {
+      const int64_t row = padded<uint16_t>(packed.k());
+      narrow(tile, n, packed.k(), stride, false, bits_.get(), row);
+      multiply(n, bits_.get(), row, packed, sums, x_.dim, accumulate);
+    } else {
+      multiply(n, Left<T>{tile, stride, 1}, packed, sums, x_.dim, accumulate);
+    }
+  }
+
+ private:
+  static constexpr bool kRounds = !std::is_same_v<T, Operand>;
+  const Embeddings<T>& x_;
+  const Loops<T>& loops_;
+  Buffer<uint16_t> bits_;
 };
 
 // The classes of a tile that are labels of a row: position in the tile and in the row's labels.
@@ -197,24 +321,24 @@ struct Partial {
   Buffer<T> mean;
 };
 
-template <class T>
+template <class T, class Operand>
 void scan_classes(const Problem& p, const Loops<T>& loops, const Embeddings<T>& x, Range rows,
-                  const std::vector<Packed<T>>& blocks, Range classes, Partial<T>& partial) {
+                  const std::vector<Packed<Operand>>& blocks, Range classes, Partial<T>& partial) {
   const int64_t dim = x.dim, k = p.labels_per_row;
   const T scale = T(p.scale), infinity = std::numeric_limits<T>::infinity();
   const int64_t width = std::min(kTile, classes.end - classes.begin);
   const int64_t stride = padded<T>(std::min(kBlock, rows.end - rows.begin));
   Buffer<T> tile(width * stride), most(stride), shift(stride), sum(stride);
   Centers<T> centers(p, loops);
-  Packed<T> packed(partial.mean.get() ? width : 0, dim);
+  const Products<T, Operand> products(x, loops, width, std::min(kBlock, rows.size()));
+  Packed<Operand> packed(partial.mean.get() ? width : 0, dim);
   for (int64_t c0 = classes.begin; c0 < classes.end; c0 += kTile) {
     const int64_t c1 = std::min(c0 + kTile, classes.end), n = c1 - c0;
     centers.read(c0, c1);
-    if (partial.mean.get()) packed.fill(centers.row(0), n, dim, centers.stride(), 1);
+    if (partial.mean.get()) products.fill(centers, n, packed);
     for (int64_t r0 = rows.begin, block = 0; r0 < rows.end; r0 += kBlock, ++block) {
       const int64_t count = std::min(kBlock, rows.end - r0), at = r0 - rows.begin;
-      multiply(n, Left<T>{centers.row(0), centers.stride(), 1}, blocks[block], tile.get(), stride,
-               false);
+      products.of_centers(centers, n, blocks[block], r0, tile.get(), stride);
       std::fill_n(most.get(), count, -infinity);
       for (int64_t j = 0; j < n; ++j) {
         loops.cosines(tile.get() + j * stride, Parts<T>(centers.inverse(j)), most.get(), count);
@@ -250,8 +374,7 @@ void scan_classes(const Problem& p, const Loops<T>& loops, const Embeddings<T>& 
         for (int64_t i = 0; i < count; ++i) partial.sum[at + i] += sum[i];
       }
       if (partial.mean.get()) {
-        multiply(count, Left<T>{tile.get(), 1, stride}, packed, partial.mean.get() + at * dim, dim,
-                 true);
+        products.add_transposed(tile.get(), stride, count, packed, partial.mean.get() + at * dim);
       }
     }
   }
@@ -290,11 +413,9 @@ class Targets {
   Buffer<T> embedding_, center_;
 };
 
-}  // namespace
-
-template <class T>
-void forward(const Problem& p, const Runtime& runtime, double* negative_lse, T* negative_max,
-             double* target_cosine, T* mean_center) {
+template <class Operand, class T>
+void forward_by(const Problem& p, const Runtime& runtime, double* negative_lse, T* negative_max,
+                double* target_cosine, T* mean_center) {
   check(p);
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
   const int64_t k = p.labels_per_row, dim = p.input.cols;
@@ -315,9 +436,9 @@ void forward(const Problem& p, const Runtime& runtime, double* negative_lse, T* 
                                          most_groups, ceil_div(p.classes, kTile / 8)});
   const int64_t row_groups =
       std::clamp<int64_t>(runtime.threads / class_groups, 1, ceil_div(x.count(), kBlock / 8));
-  std::vector<std::vector<Packed<T>>> blocks(static_cast<size_t>(row_groups));
+  std::vector<std::vector<Packed<Operand>>> blocks(static_cast<size_t>(row_groups));
   runtime.parallel(int(row_groups), [&](int group) {
-    blocks[group] = pack_blocks(x, part_of(x.count(), row_groups, group), true);
+    blocks[group] = pack_blocks<Operand>(x, part_of(x.count(), row_groups, group), true);
   });
   std::vector<std::unique_ptr<Partial<T>>> partials(size_t(class_groups * row_groups));
   runtime.parallel(int(partials.size()), [&](int task) {
@@ -350,11 +471,9 @@ void forward(const Problem& p, const Runtime& runtime, double* negative_lse, T* 
         }
         negative_max[out] = most;
         negative_lse[out] = sum == 0 ? double(most) : p.scale * most + std::log(sum);
-        targets.visit(out, 0, p.classes,
-                      [&](int64_t, int64_t l, double xw, double x, double w) {
-                        target_cosine[out * k + l] =
-                            xw / (x * w);  // exactly ±1 for parallel vectors where D = 1
-                      });
+        targets.visit(out, 0, p.classes, [&](int64_t, int64_t l, double xw, double x, double w) {
+          target_cosine[out * k + l] = xw / (x * w);  // exactly ±1 for parallel vectors where D = 1
+        });
         if (!mean_center || sum == 0) continue;
         T* mean = mean_center + out * dim;
         for (int64_t g = 0; g < class_groups; ++g) {
@@ -366,8 +485,6 @@ void forward(const Problem& p, const Runtime& runtime, double* negative_lse, T* 
     }
   });
 }
-
-namespace {
 
 template <class T>
 void input_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T>& x, int64_t i,
@@ -403,11 +520,11 @@ struct Softmax {
   Buffer<T> lse, spread;
 };
 
-template <class T>
+template <class T, class Operand>
 void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T>& x,
-                     const std::vector<Packed<T>>& blocks, const std::vector<Packed<T>>& transposed,
-                     const Softmax<T>& softmax, Range classes, const double* grad_target_cosine,
-                     void* grad_weight) {
+                     const std::vector<Packed<Operand>>& blocks,
+                     const std::vector<Packed<Operand>>& transposed, const Softmax<T>& softmax,
+                     Range classes, const double* grad_target_cosine, void* grad_weight) {
   const int64_t dim = x.dim, k = p.labels_per_row;
   const int64_t width = std::min(kTile, classes.end - classes.begin);
   const int64_t stride = padded<T>(std::min(kBlock, x.count()));
@@ -415,6 +532,7 @@ void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T
   Buffer<T> tile(width * stride), scratch(direct ? 0 : width * dim);
   Centers<T> centers(p, loops);
   Targets<T> targets(p, loops);
+  const Products<T, Operand> products(x, loops, width, std::min(kBlock, x.count()));
   for (int64_t c0 = classes.begin; c0 < classes.end; c0 += kTile) {
     const int64_t c1 = std::min(c0 + kTile, classes.end), n = c1 - c0;
     char* out = static_cast<char*>(grad_weight) + size_t(c0 * dim) * bytes(p.weight.dtype);
@@ -422,8 +540,7 @@ void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T
     centers.read(c0, c1);
     for (int64_t r0 = 0, block = 0; r0 < x.count(); r0 += kBlock, ++block) {
       const int64_t count = std::min(kBlock, x.count() - r0);
-      multiply(n, Left<T>{centers.row(0), centers.stride(), 1}, transposed[block], tile.get(),
-               stride, false);
+      products.of_centers(centers, n, transposed[block], r0, tile.get(), stride);
       for (int64_t j = 0; j < n; ++j) {
         loops.probabilities(tile.get() + j * stride, Parts<T>(centers.inverse(j)), T(p.scale),
                             softmax.lse.get() + r0, softmax.spread.get() + r0, count);
@@ -432,7 +549,7 @@ void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T
         for_labels_in(p.labels + x.source[r0 + i] * k, k, c0, c1,
                       [&](int64_t j, int64_t) { tile[j * stride + i] = 0; });
       }
-      multiply(n, Left<T>{tile.get(), stride, 1}, blocks[block], gradient, dim, r0 > 0);
+      products.add(tile.get(), stride, n, blocks[block], gradient, r0 > 0);
     }
     for (int64_t j = 0; j < n; ++j) {
       T* g = gradient + j * dim;
@@ -452,12 +569,10 @@ void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T
   }
 }
 
-}  // namespace
-
-template <class T>
-void backward(const Problem& p, const Runtime& runtime, const double* negative_lse,
-              const T* mean_center, const double* grad_negative_lse,
-              const double* grad_target_cosine, void* grad_input, void* grad_weight) {
+template <class Operand, class T>
+void backward_by(const Problem& p, const Runtime& runtime, const double* negative_lse,
+                 const T* mean_center, const double* grad_negative_lse,
+                 const double* grad_target_cosine, void* grad_input, void* grad_weight) {
   check(p);
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
   const int64_t dim = p.input.cols;
@@ -479,24 +594,54 @@ void backward(const Problem& p, const Runtime& runtime, const double* negative_l
   }
   if (grad_weight) {
     if (x.count() == 0) {
-      std::fill_n(static_cast<char*>(grad_weight),
-                  size_t(p.classes * dim) * bytes(p.weight.dtype), char(0));
+      std::fill_n(static_cast<char*>(grad_weight), size_t(p.classes * dim) * bytes(p.weight.dtype),
+                  char(0));
       return;
     }
-    const int64_t tasks = std::min(task_count(runtime, x.count() * p.classes * dim),
-                                   ceil_div(p.classes, kTile / 8));
+    const int64_t tasks =
+        std::min(task_count(runtime, x.count() * p.classes * dim), ceil_div(p.classes, kTile / 8));
     const Softmax<T> softmax(p, x, negative_lse, grad_negative_lse);
     for (int64_t i = 0; i < x.count(); ++i) {  // a row without a gradient may hold NaN
-      if (softmax.spread[i] == 0) std::fill_n(x.unit.get() + i * dim, dim, T(0));
+      if (softmax.spread[i] == 0) x.clear(i);
+      // What the gradient's product takes are not unit vectors.
+      if (x.bits.get()) softmax.spread[i] *= x.high[i];
     }
     const Range rows{0, x.count()};
-    const std::vector<Packed<T>> blocks = pack_blocks(x, rows, false),
-                                 transposed = pack_blocks(x, rows, true);
+    const std::vector<Packed<Operand>> blocks = pack_blocks<Operand>(x, rows, false),
+                                       transposed = pack_blocks<Operand>(x, rows, true);
     runtime.parallel(int(tasks), [&](int task) {
       weight_gradient(p, loops, x, blocks, transposed, softmax, part_of(p.classes, tasks, task),
                       grad_target_cosine, grad_weight);
     });
   }
+}
+
+}  // namespace
+
+template <class T>
+void forward(const Problem& p, const Runtime& runtime, double* negative_lse, T* negative_max,
+             double* target_cosine, T* mean_center) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (multiplies_bf16(p)) {
+      return forward_by<uint16_t>(p, runtime, negative_lse, negative_max, target_cosine,
+                                  mean_center);
+    }
+  }
+  forward_by<T>(p, runtime, negative_lse, negative_max, target_cosine, mean_center);
+}
+
+template <class T>
+void backward(const Problem& p, const Runtime& runtime, const double* negative_lse,
+              const T* mean_center, const double* grad_negative_lse,
+              const double* grad_target_cosine, void* grad_input, void* grad_weight) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (multiplies_bf16(p)) {
+      return backward_by<uint16_t>(p, runtime, negative_lse, mean_center, grad_negative_lse,
+                                   grad_target_cosine, grad_input, grad_weight);
+    }
+  }
+  backward_by<T>(p, runtime, negative_lse, mean_center, grad_negative_lse, grad_target_cosine,
+                 grad_input, grad_weight);
 }
 
 #define SYNFACE_INSTANTIATE(T)                                                        \

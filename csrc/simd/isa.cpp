@@ -5,6 +5,12 @@
 
 namespace synface {
 
+namespace {
+enum class OneDnn { absent, slower, faster } onednn = OneDnn::absent;
+}
+
+void offer_onednn(bool faster) { onednn = faster ? OneDnn::faster : OneDnn::slower; }
+
 std::vector<Isa> isas() {
   std::vector<Isa> found{Isa::base};
 #if SYNFACE_X86
@@ -14,7 +20,11 @@ std::vector<Isa> isas() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       found.push_back(Isa::avx512);
-      if (__builtin_cpu_supports("avx512bf16")) found.push_back(Isa::avx512_bf16);
+      if (__builtin_cpu_supports("avx512bf16")) {
+        if (onednn == OneDnn::slower) found.push_back(Isa::onednn_bf16);
+        found.push_back(Isa::avx512_bf16);
+        if (onednn == OneDnn::faster) found.push_back(Isa::onednn_bf16);
+      }
     }
   }
 #endif
@@ -23,6 +33,8 @@ std::vector<Isa> isas() {
 
 const char* name(Isa isa) {
   switch (isa) {
+    case Isa::onednn_bf16:
+      return "onednn_bf16";
     case Isa::avx512_bf16:
       return "avx512_bf16";
     case Isa::avx512:
@@ -36,15 +48,18 @@ const char* name(Isa isa) {
 
 Isa isa() {
   static const std::vector<Isa> available = isas();
-  const char* asked = std::getenv("SYNFACE_CPU_ISA");
-  if (asked == nullptr || *asked == '\0') return available.back();
+  const char* set = std::getenv("SYNFACE_CPU_ISA");
+  if (set == nullptr || *set == '\0') return available.back();
+  // Without torch there is no oneDNN, but what can run it can run our own.
+  const bool ours = onednn == OneDnn::absent && set == std::string(name(Isa::onednn_bf16));
+  const std::string asked = ours ? name(Isa::avx512_bf16) : set;
   std::string offered;
   for (Isa candidate : available) {
-    if (std::string(asked) == name(candidate)) return candidate;
+    if (asked == name(candidate)) return candidate;
     offered += std::string(offered.empty() ? "" : ", ") + name(candidate);
   }
   throw std::invalid_argument("SYNFACE_CPU_ISA must be one of " + offered +
-                              " on this processor, got " + asked);
+                              " on this processor, got " + set);
 }
 
 }  // namespace synface

@@ -12,8 +12,12 @@
 
 namespace synface {
 
-// avx512_bf16: avx512, and products of bfloat16.
-enum class Isa { base, avx2, avx512, avx512_bf16 };
+// The last two are avx512, and products of bfloat16: our own, or oneDNN's, which take AMX where the
+// processor has it.
+enum class Isa { base, avx2, avx512, avx512_bf16, onednn_bf16 };
+
+// Says that oneDNN is there (torch brings it), and whether it is faster here than our own.
+void offer_onednn(bool faster);
 
 // The fastest that this processor offers, or what SYNFACE_CPU_ISA=base|avx2|avx512|… names; an
 // error where the processor lacks it. Read anew at each call, so that a test can go through all of

@@ -768,7 +768,7 @@ def test_explain():
 @pytest.mark.parametrize("isa", ISAS)
 def test_numpy_binding_agrees(isa, dtype, monkeypatch):
     monkeypatch.setenv("SYNFACE_CPU_ISA", isa)
-    assert synface_kernels.numpy.cpu_isa() == isa
+    assert synface_kernels.numpy.cpu_isa() == isa.replace("onednn", "avx512")  # has no oneDNN
     x, w, target, _, upstream = problem(9, 1100, 24, 2, torch.float32)
     x, w, g = x.numpy().astype(dtype), w.numpy().astype(dtype), upstream.numpy()
     target[:, 1] = (target[:, 0] + 1) % 1100
