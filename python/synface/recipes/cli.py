@@ -1,4 +1,4 @@
-"""The command line's recipes: synface recipe synface, cfsm."""
+"""The command line's recipes: synface recipe cfsm, synface, hyperface; and study."""
 
 from __future__ import annotations
 
@@ -128,6 +128,36 @@ def synface_command(
     if cell is None:
         command = f"synface recipe synface{options}"
         _say(synface.write(results, report or output / "report", command, faces=faces))
+
+
+@app.command("hyperface")
+def hyperface_command(
+    output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/hyperface"),
+    config: Annotated[
+        Path | None, typer.Option(help="TOML. Default: small enough for two cores.")
+    ] = None,
+    real: Annotated[
+        Path | None, typer.Option(help="Image folder of real people, not the embedded faces.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder of the report. Default: report, in the run's.")
+    ] = None,
+    faces: FacesOption = True,
+    cell: CellOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
+) -> None:
+    """Pack identities, draw their faces, train and verify, beside random ones (HyperFace)."""
+    from . import hyperface
+
+    settings = hyperface.load_config(config)
+    data = replace(settings.data, real=str(real) if real else settings.data.real)
+    settings = replace(settings, data=data)
+    options = _given(config=config, real=real)
+    with _going_on(f"synface recipe hyperface{options} --output {output}"):
+        results = hyperface.run(settings, output, resume=resume, only=cell, progress=_bar())
+    if cell is None:
+        command = f"synface recipe hyperface{options}"
+        _say(hyperface.write(results, report or output / "report", command, faces=faces))
 
 
 def study_command(
