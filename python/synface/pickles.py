@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple, cast
 
 from .data.decode import DataError
 
-MAX_OPCODES = 1 << 25  # of a file; each may leave an object
+MAX_OPCODES = 1 << 23  # of a file; each may leave an object
 
 
 class Located(bytes):
@@ -112,13 +112,13 @@ def load(path: str | Path) -> Any:
         DataError: for a file that is no whole pickle, and for one that asks for anything else; it
             names the file, the offset and what was asked for.
 
-    Memory: that of the content, and at most 2**25 objects.
+    Memory: that of the content, and at most 2**23 objects.
     """
     path = Path(path)
     try:
         with (
             path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
         ):
             return _Machine(path).run(mapped)
     except OSError as error:

@@ -114,10 +114,10 @@ def pool(rows: Tensor, template: Tensor, media: Tensor) -> Tensor:
     return F.normalize(sums)
 
 
-def pair_cosines(rows: Tensor, first: Tensor, second: Tensor, at_once: int = 1 << 16) -> Tensor:
-    """The cosines of pairs of (N, D) unit rows, (P,) float64, in blocks of pairs."""
+def pair_cosines(rows: Tensor, first: Tensor, second: Tensor, at_once: int = 1 << 14) -> Tensor:
+    """The cosines of pairs of (N, D) unit rows, (P,) of their dtype, in blocks of pairs."""
     parts = [
-        (rows[i].double() * rows[j].double()).sum(1)
+        torch.linalg.vecdot(rows[i], rows[j])
         for i, j in zip(first.split(at_once), second.split(at_once), strict=True)
     ]
     return torch.cat(parts)

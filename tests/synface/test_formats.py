@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
@@ -175,6 +176,16 @@ def test_a_destination_is_there_as_a_whole_or_not_at_all(few, tmp_path):
     for form in FORMATS:
         with pytest.raises(DataError, match=r"p4/9\.png: no image that can be read"):
             convert(few, tmp_path / "set", form)
+    assert os.listdir(tmp_path) == ["faces"]
+    (few / "p4" / "9.png").unlink()
+
+    def full(done: int, total: int) -> None:
+        if done == 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    for form in FORMATS:
+        with pytest.raises(OSError, match="No space left"):
+            convert(few, tmp_path / "set", form, progress=full)
     assert os.listdir(tmp_path) == ["faces"]
     (tmp_path / "set").mkdir()
     with pytest.raises(FileExistsError, match="set exists already"):
