@@ -365,7 +365,9 @@ def test_embedding_encoded_images_is_embedding_decoded_ones(tmp_path):
             torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
     first, second = torch.tensor([0, 2]), torch.tensor([1, 3])
     wanted = (wanted[first].double() * wanted[second].double()).sum(1)
-    torch.testing.assert_close(pair_cosines(got, first, second, 1), wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        pair_cosines(got, first, second, 1).double(), wanted, atol=1e-6, rtol=0
+    )
 
 
 def test_an_image_of_another_size_or_none_is_named(tmp_path):
