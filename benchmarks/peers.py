@@ -266,7 +266,7 @@ def _our_neighbors_in_float32(work: RepulsionWorkload) -> Step:
         raise RuntimeError("this processor multiplies no bfloat16: ours searches in float32 anyway")
     step = _our_neighbors(work)
 
-    def in_float32() -> Tensor:
+    def in_float32() -> Tensor | None:
         with mock.patch.dict(os.environ, SYNFACE_CPU_ISA="avx512"):
             return step()
 
