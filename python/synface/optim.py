@@ -80,7 +80,8 @@ class _RowOptimizer(torch.optim.Optimizer):
         """
         loaded = {}
         for own, group in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            missing = self.defaults.keys() - group.keys()
+            # torch adds defaults of its own when it loads, which no group has
+            missing = (self.defaults.keys() & own.keys()) - group.keys()
             if missing:
                 raise ValueError(
                     f"state_dict is of another optimiser: its groups lack {sorted(missing)}"
