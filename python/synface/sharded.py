@@ -116,10 +116,11 @@ def save(
         for old in checkpoint.checkpoints(folder)[:-2]:
             shutil.rmtree(old)
 
-    _first_rank(begin, group)
+    first = not dist.is_initialized() or dist.get_rank(group) == 0
+    _together(begin if first else lambda: None, group, RuntimeError)
     writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
     dcp.save(_tensors(model, optimizer), storage_writer=writer, process_group=group)
-    _first_rank(end, group)
+    _together(end if first else lambda: None, group, RuntimeError)
     return final
 
 
@@ -141,35 +142,43 @@ def load(
         CheckpointError: where there is none, or it is damaged or of another model or optimiser. The
             model may have been overwritten in part then.
     """
-    found = checkpoint.find(path)
-    state = _state(found)
-    reader = dcp.HuggingFaceStorageReader(str(found))
+
+    def prepare() -> tuple[dict[str, Any], dict[str, Tensor], dcp.HuggingFaceStorageReader]:
+        found = checkpoint.find(path)
+        state, reader = _state(found), dcp.HuggingFaceStorageReader(str(found))
+        try:
+            stored = reader.read_metadata().state_dict_metadata
+        except Exception as error:  # whatever a damaged file makes of torch's reader
+            raise CheckpointError(f"{found} cannot be read: {error}") from error
+        return state, _targets(found, model, optimizer, stored), reader
+
+    state, targets, reader = _together(prepare, group, CheckpointError)
     try:
-        stored = reader.read_metadata().state_dict_metadata
-        targets = _targets(found, model, optimizer, stored)
         dcp.load(targets, storage_reader=reader, process_group=group)
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever a damaged file makes of torch's reader
-        raise CheckpointError(f"{found} cannot be read: {error}") from error
+    except Exception as error:
+        raise CheckpointError(f"{reader.path} cannot be read: {error}") from error
     if optimizer is not None:
         _restore(optimizer, model, targets)
     return state
 
 
-def _first_rank(action: Callable[[], None], group: Any) -> None:
-    """Done by the group's first rank while the others wait; if it fails all say so."""
-    if not dist.is_initialized():
-        return action()
-    problem: list[str | None] = [None]
-    if dist.get_rank(group) == 0:
-        try:
-            action()
-        except Exception as error:
-            problem = [f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(problem, group=group, group_src=0)
-    if problem[0] is not None:
-        raise RuntimeError(f"the checkpoint cannot be written: {problem[0]}")
+def _together(action: Callable[[], Any], group: Any, kind: type[Exception]) -> Any:
+    """What it returns, on each rank; where it fails on one, all raise its error."""
+    result = failure = None
+    try:
+        result = action()
+    except CheckpointError as error:
+        failure = str(error)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    failures = [failure]
+    if dist.is_initialized():
+        failures *= dist.get_world_size(group)
+        dist.all_gather_object(failures, failure, group=group)
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            raise kind(f"rank {rank}: {failure}")
+    return result
 
 
 def _shards(model: nn.Module) -> dict[str, tuple[int, int]]:

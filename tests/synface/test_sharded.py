@@ -200,20 +200,33 @@ def test_an_interrupted_save_leaves_the_last_checkpoint_whole(tmp_path):
         process.join(90)
     assert [process.exitcode for process in processes] == [3, -signal.SIGKILL]
     assert (folder / ".step-00000003.part").exists()
-    assert on_ranks(1, partial(resumed, folder), tmp_path) == [2]
+    path = tmp_path / "again"
+    path.mkdir()
+    for resumed, never_killed in on_ranks(2, partial(resume, folder), path):
+        for name, value in never_killed.items():
+            assert torch.equal(resumed[name], value), name
+    on_ranks(1, partial(damaged, folder / "step-00000002"), tmp_path)
 
 
-def resumed(folder: Path, rank: int, ranks: int) -> int:
+def resume(folder: Path, rank: int, ranks: int) -> list[dict[str, Tensor]]:
     model, optimizer = build("sgd")
-    step = sharded.load(folder, model, optimizer)["step"]
-    damaged(folder / "step-00000002", model, optimizer)
+    assert sharded.load(folder, model, optimizer)["step"] == 2
     sharded.save(folder, 3, model, optimizer, {})  # over what is left of the one that failed
     assert sharded.load(folder, model, optimizer)["step"] == 3
-    return step
+    train(model, optimizer, range(2, 5))
+    another = build("sgd")
+    train(*another, range(5))
+    results = [tensors(model, optimizer), tensors(*another)]
+    if rank == 1:
+        model["backbone"] = nn.Linear(4, D)
+    with pytest.raises(CheckpointError, match=r"rank 1: .* is of another model"):
+        sharded.load(folder, model)
+    return results
 
 
-def damaged(found: Path, model: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
+def damaged(found: Path, rank: int, ranks: int) -> None:
     """Checkpoints that are not what was written, or not of this model."""
+    model, optimizer = build("sgd")
 
     def refuses(message: str, model: nn.Module = model, optimizer=optimizer) -> None:
         with pytest.raises(CheckpointError, match=message):
