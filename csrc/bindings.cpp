@@ -1,4 +1,5 @@
 // The CPU implementations of the ops. Their schemas live in Python, beside what they mean.
+#include <limits>
 #include <string_view>
 #include <unordered_map>
 
@@ -86,86 +87,103 @@ auto with_statistics_type(const Tensor& input, F&& run) {
 
 struct MarginInputs {
   MarginInputs(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& class_ids,
-               const Tensor& labels, double scale)
-      : input(with_contiguous_rows(input)),
-        weight(with_contiguous_rows(weight)),
+               const Tensor& labels, double scale, double limit)
+      : sub_centers(weight.dim() == 3 ? weight.size(1) : 1),
+        input(with_contiguous_rows(input)),
+        weight(with_contiguous_rows(weight.dim() == 3 ? weight.flatten(0, 1) : weight)),
         class_ids(class_ids ? class_ids->contiguous() : Tensor()),
         labels(labels.contiguous()),
         statistics(
             input.options().dtype(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)),
-        scale(scale) {
+        scale(scale),
+        limit(limit) {
     TORCH_CHECK_VALUE(
         labels.dim() == 2 && labels.scalar_type() == at::kLong && labels.size(0) == input.size(0),
         "labels must be int64 (N, K), got ", labels.scalar_type(), " ", labels.sizes());
-    TORCH_CHECK_VALUE(input.size(1) == weight.size(1),
+    TORCH_CHECK_VALUE(input.size(1) == weight.size(-1) && weight.size(0) > 0 && sub_centers > 0,
                       "input and weight differ in D: ", input.sizes(), " and ", weight.sizes());
     TORCH_CHECK_VALUE(!class_ids || class_ids->dim() == 1, "class_ids must be int64 (S,)");
   }
-  int64_t classes() const { return class_ids.defined() ? class_ids.numel() : weight.size(0); }
-  margin_cross_entropy::Problem problem() const {
-    return {rows_of(input),
-            rows_of(weight),
-            class_ids.defined() ? class_ids.const_data_ptr<int64_t>() : nullptr,
-            classes(),
-            labels.const_data_ptr<int64_t>(),
-            labels.size(1),
-            scale};
+  int64_t classes() const {
+    return class_ids.defined() ? class_ids.numel() : weight.size(0) / sub_centers;
   }
+  margin_cross_entropy::Problem problem() const {
+    return {rows_of(input), rows_of(weight),
+            sub_centers,    class_ids.defined() ? class_ids.const_data_ptr<int64_t>() : nullptr,
+            classes(),      labels.const_data_ptr<int64_t>(),
+            labels.size(1), scale,
+            limit};
+  }
+  int64_t sub_centers;
   Tensor input, weight, class_ids, labels;
   at::TensorOptions statistics;
-  double scale;
+  double scale, limit;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> margin_forward(const Tensor& input, const Tensor& weight,
-                                                          const std::optional<Tensor>& class_ids,
-                                                          const Tensor& labels, double scale,
-                                                          bool needs_input_grad) {
-  const MarginInputs in(input, weight, class_ids, labels, scale);
-  const int64_t n = input.size(0);
-  Tensor lse = at::empty({n}, in.statistics.dtype(at::kDouble)),
-         most = at::empty({n}, in.statistics);
-  Tensor cosine = at::empty(labels.sizes(), in.statistics.dtype(at::kDouble));
-  Tensor mean = needs_input_grad ? at::empty({n, input.size(1)}, in.statistics)
-                                 : at::empty({0}, in.statistics);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> margin_forward(
+    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& class_ids,
+    const Tensor& labels, double scale, double limit, bool needs_input_grad,
+    bool needs_cosine_sum) {
+  const MarginInputs in(input, weight, class_ids, labels, scale, limit);
+  const int64_t n = input.size(0), d = input.size(1);
+  const at::TensorOptions statistics = in.statistics, exact = statistics.dtype(at::kDouble);
+  const bool filters = limit < std::numeric_limits<double>::infinity();
+  Tensor lse = at::empty({n}, exact), most = at::empty({n}, statistics),
+         cosine = at::empty(labels.sizes(), exact), filtered = at::empty({filters ? n : 0}, exact),
+         sum = at::empty({needs_cosine_sum ? n : 0}, exact),
+         mean = needs_input_grad ? at::empty({n, d}, statistics) : at::empty({0}, statistics),
+         center_sum = at::empty({needs_cosine_sum ? d : 0}, exact);
   with_statistics_type(input, [&](auto zero) {
     using T = decltype(zero);
-    margin_cross_entropy::forward<T>(in.problem(), torch_runtime(), lse.data_ptr<double>(),
-                                     most.data_ptr<T>(), cosine.data_ptr<double>(),
-                                     needs_input_grad ? mean.data_ptr<T>() : nullptr);
+    const auto if_asked = [](bool asked, auto* data) { return asked ? data : nullptr; };
+    margin_cross_entropy::forward<T>(
+        in.problem(), torch_runtime(),
+        {lse.data_ptr<double>(), most.data_ptr<T>(), cosine.data_ptr<double>(),
+         if_asked(filters, filtered.data_ptr<double>()),
+         if_asked(needs_cosine_sum, sum.data_ptr<double>()),
+         if_asked(needs_input_grad, mean.data_ptr<T>()),
+         if_asked(needs_cosine_sum, center_sum.data_ptr<double>())});
   });
-  return {lse, most, cosine, mean};
+  return {lse, most, cosine, filtered, sum, mean, center_sum};
 }
 
-std::tuple<Tensor, Tensor> margin_backward(const Tensor& input, const Tensor& weight,
-                                           const std::optional<Tensor>& class_ids,
-                                           const Tensor& labels, const Tensor& negative_lse,
-                                           const Tensor& mean_center,
-                                           const Tensor& grad_negative_lse,
-                                           const Tensor& grad_target_cosine, double scale,
-                                           bool needs_input_grad, bool needs_weight_grad) {
-  const MarginInputs in(input, weight, class_ids, labels, scale);
+std::tuple<Tensor, Tensor> margin_backward(
+    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& class_ids,
+    const Tensor& labels, const Tensor& negative_lse, const Tensor& mean_center,
+    const Tensor& center_sum, const Tensor& grad_negative_lse, const Tensor& grad_target_cosine,
+    const Tensor& grad_cosine_sum, double scale, double limit, bool needs_input_grad,
+    bool needs_weight_grad) {
+  const MarginInputs in(input, weight, class_ids, labels, scale, limit);
   TORCH_CHECK_VALUE(!needs_input_grad || mean_center.sizes() == input.sizes(),
                     "mean_center must be of input's shape, got ", mean_center.sizes());
-  const auto empty = [&](bool wanted, int64_t rows, const Tensor& like) {
-    return wanted ? at::empty({rows, like.size(1)},
-                              like.options().memory_format(at::MemoryFormat::Contiguous))
-                  : at::empty({0}, like.options());
+  const bool sums = center_sum.numel() > 0;
+  TORCH_CHECK_VALUE(
+      !sums || (center_sum.numel() == input.size(1) && grad_cosine_sum.numel() == input.size(0)),
+      "center_sum must be (D,) and grad_cosine_sum (N,), got ", center_sum.sizes(), " and ",
+      grad_cosine_sum.sizes());
+  std::vector<int64_t> rows = weight.sizes().vec();
+  rows[0] = in.classes();
+  const auto empty = [](bool wanted, at::IntArrayRef shape, const Tensor& like) {
+    return at::empty(wanted ? shape : at::IntArrayRef{0}, like.options());
   };
-  Tensor grad_input = empty(needs_input_grad, input.size(0), input),
-         grad_weight = empty(needs_weight_grad, in.classes(), weight);
-  advise_huge_pages(grad_weight);
+  Tensor grad_input = empty(needs_input_grad, input.sizes(), input),
+         grad_rows = empty(needs_weight_grad, rows, weight);
+  advise_huge_pages(grad_rows);
   const Tensor lse = negative_lse.contiguous(), mean = mean_center.contiguous(),
-               grad_lse = grad_negative_lse.contiguous(),
-               grad_cosine = grad_target_cosine.contiguous();
+               all = center_sum.contiguous(), grad_lse = grad_negative_lse.contiguous(),
+               grad_cosine = grad_target_cosine.contiguous(),
+               grad_sum = grad_cosine_sum.contiguous();
   with_statistics_type(input, [&](auto zero) {
     using T = decltype(zero);
-    margin_cross_entropy::backward<T>(in.problem(), torch_runtime(), lse.const_data_ptr<double>(),
-                                      mean.const_data_ptr<T>(), grad_lse.const_data_ptr<double>(),
-                                      grad_cosine.const_data_ptr<double>(),
-                                      needs_input_grad ? grad_input.data_ptr() : nullptr,
-                                      needs_weight_grad ? grad_weight.data_ptr() : nullptr);
+    margin_cross_entropy::backward<T>(
+        in.problem(), torch_runtime(),
+        {lse.const_data_ptr<double>(), mean.const_data_ptr<T>(), all.const_data_ptr<double>(),
+         grad_lse.const_data_ptr<double>(), grad_cosine.const_data_ptr<double>(),
+         sums ? grad_sum.const_data_ptr<double>() : nullptr},
+        needs_input_grad ? grad_input.data_ptr() : nullptr,
+        needs_weight_grad ? grad_rows.data_ptr() : nullptr);
   });
-  return {grad_input, grad_weight};
+  return {grad_input, grad_rows};
 }
 
 using hypersphere_repulsion::Points;

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <limits>
 #include <optional>
 
 #include "domain_mixup/cpu.h"
@@ -39,8 +40,9 @@ margin_cross_entropy::Problem margin_problem(const Array<T>& input, const Array<
       weight.shape(0) < 1) {
     throw py::value_error("input (N, D), weight (C, D) and labels (N, K) do not fit together");
   }
-  return {rows_of(input), rows_of(weight), nullptr, weight.shape(0), labels.data(), labels.shape(1),
-          scale};
+  return {rows_of(input),  rows_of(weight), 1,
+          nullptr,         weight.shape(0), labels.data(),
+          labels.shape(1), scale,           std::numeric_limits<double>::infinity()};
 }
 
 template <class T>
@@ -50,9 +52,10 @@ py::tuple margin_forward(const Array<T>& input, const Array<T>& weight,
   const py::ssize_t n = input.shape(0);
   py::array_t<T> most(n), mean({needs_input_grad ? n : 0, input.shape(1)});
   py::array_t<double> lse(n), cosine({n, labels.shape(1)});
-  margin_cross_entropy::forward<T>(problem, one_thread(), lse.mutable_data(), most.mutable_data(),
-                                   cosine.mutable_data(),
-                                   needs_input_grad ? mean.mutable_data() : nullptr);
+  margin_cross_entropy::forward<T>(
+      problem, one_thread(),
+      {lse.mutable_data(), most.mutable_data(), cosine.mutable_data(), nullptr, nullptr,
+       needs_input_grad ? mean.mutable_data() : nullptr, nullptr});
   return py::make_tuple(lse, most, cosine, mean);
 }
 
@@ -70,8 +73,9 @@ py::tuple margin_backward(const Array<T>& input, const Array<T>& weight,
         "grad_target_cosine (N, K)");
   }
   py::array_t<T> grad_input({n, d}), grad_weight({weight.shape(0), d});
-  margin_cross_entropy::backward<T>(problem, one_thread(), negative_lse.data(), mean_center.data(),
-                                    grad_negative_lse.data(), grad_target_cosine.data(),
+  margin_cross_entropy::backward<T>(problem, one_thread(),
+                                    {negative_lse.data(), mean_center.data(), nullptr,
+                                     grad_negative_lse.data(), grad_target_cosine.data(), nullptr},
                                     grad_input.mutable_data(), grad_weight.mutable_data());
   return py::make_tuple(grad_input, grad_weight);
 }

@@ -1,5 +1,7 @@
 """torch.library.opcheck over every op: schema, fake kernel, autograd registration, AOT dispatch."""
 
+import math
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -10,48 +12,35 @@ ops = torch.ops.synface_kernels
 
 
 def margin_samples():
+    """Arguments of the core's forward pass: class ids, sub-centres, limit and sums come up once."""
+    labels = torch.tensor([[0, 1], [8, -1], [-1, -1], [3, 4], [5, 0], [7, 2]])
+    some = torch.tensor([0, 2, 3, 4, 5, 6, 7, 8])
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x = torch.randn(6, 8, dtype=dtype, requires_grad=True)
         w = torch.randn(9, 8, dtype=dtype, requires_grad=True)
-        labels = torch.tensor([[0, 1], [8, -1], [-1, -1], [3, 4], [5, 0], [7, 2]])
-        yield (x, w, None, labels, 64.0, True, "cpu")
-        yield (
-            x.detach(),
-            w,
-            torch.tensor([0, 2, 3, 4, 5, 6, 7, 8]),
-            labels[:, :1] % 8,
-            32.0,
-            False,
-            "cpu",
-        )
+        m = torch.randn(9, 2, 8, dtype=dtype, requires_grad=True)
+        yield (x, w, None, labels, 64.0, math.inf, True, False, "cpu")
+        yield (x.detach(), w, some, labels[:, :1] % 8, 32.0, 0.3, False, False, "cpu")
+        yield (x, w, None, labels, 64.0, math.inf, True, True, "cpu")
+        yield (x, m, some, labels % 8, 64.0, 0.3, True, False, "cpu")
 
 
 @pytest.mark.parametrize("sample", list(margin_samples()))
 def test_margin_cross_entropy(sample):
     opcheck(ops.margin_cross_entropy_forward.default, sample)
-    x, w, class_ids, labels, scale, needs_input_grad, impl = (
+    x, w, class_ids, labels, scale, limit, needs_input_grad, sums, impl = (
         v.detach() if isinstance(v, torch.Tensor) else v for v in sample
     )
-    lse, _, cosine, mean = ops.margin_cross_entropy_forward(
-        x, w, class_ids, labels, scale, needs_input_grad, impl
+    lse, _, cosine, _, cosine_sum, mean, center_sum = ops.margin_cross_entropy_forward(
+        x, w, class_ids, labels, scale, limit, needs_input_grad, sums, impl
     )
     opcheck(
         ops.margin_cross_entropy_backward.default,
         (
-            x,
-            w,
-            class_ids,
-            labels,
-            lse,
-            mean,
-            torch.ones_like(lse),
-            cosine,
-            scale,
-            needs_input_grad,
-            True,
-            impl,
+            x, w, class_ids, labels, lse, mean, center_sum, torch.ones_like(lse), cosine,
+            cosine_sum, scale, limit, needs_input_grad, True, impl,
         ),
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("weighted", [False, True])

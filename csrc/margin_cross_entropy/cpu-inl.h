@@ -44,15 +44,54 @@ void scale_each(T* values, const T* high, const T* low, int64_t n) {
   for (int64_t i = 0; i < n; ++i) values[i] = madd(values[i], high[i], values[i] * low[i]);
 }
 
-// A row of products, one class against every embedding, to cosines; most = max(most, cosines)
+// A row of products, one centre against every embedding, to cosines
 template <class T>
-void cosines(T* values, Parts<T> inverse, T* most, int64_t n) {
+void cosines(T* values, Parts<T> inverse, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) values[i] = cosine(values[i], inverse);
+}
+
+// most = max(most, values)
+template <class T>
+void greatest(const T* values, T* most, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) most[i] = values[i] > most[i] ? values[i] : most[i];
+}
+
+// Of a class's sub-centres, rows of cosines `stride` apart, keeps the greatest, the first of
+// equals, and makes the others −∞. NaN stays.
+template <class T>
+void keep_greatest(T* values, int64_t stride, int64_t sub_centers, T* best, int64_t n) {
+  constexpr T infinity = std::numeric_limits<T>::infinity();
+  std::fill_n(best, n, -infinity);
+  for (int64_t s = 0; s < sub_centers; ++s) greatest(values + s * stride, best, n);
+  for (int64_t s = 0; s < sub_centers; ++s) {
+    T* row = values + s * stride;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const bool less = row[i] < best[i], is_best = row[i] == best[i];
+      row[i] = less ? -infinity : row[i];
+      best[i] = is_best ? infinity : best[i];  // what comes after is less
+    }
+  }
+}
+
+// What is above the limit becomes −∞, and is counted.
+template <class T>
+void filter(T* values, T limit, T* count, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const T value = cosine(values[i], inverse);
-    values[i] = value;
-    most[i] = value > most[i] ? value : most[i];
+    const bool above = values[i] > limit;
+    count[i] += above ? T(1) : T(0);
+    values[i] = above ? -std::numeric_limits<T>::infinity() : values[i];
   }
+}
+
+// sum += factor·row
+template <class T>
+void add_scaled(double* sum, double factor, const T* row, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) sum[i] += factor * double(row[i]);
 }
 
 // values = e·factor with e = exp(scale·(values − shift)); sum += e
@@ -66,21 +105,20 @@ void exponentials(T* values, T factor, T scale, const T* shift, T* sum, int64_t 
   }
 }
 
-// A row of products to coefficient·exp(scale·cosine − lse). The cosines are those that the
-// log-sum-exps were made of, to the last bit: so a probability near 1 keeps all its digits.
+// Cosines to coefficient·exp(scale·cosine − lse). They are those that the log-sum-exps were made
+// of, to the last bit: so a probability near 1 keeps all its digits.
 template <class T>
-void probabilities(T* values, Parts<T> inverse, T scale, const T* lse, const T* coefficient,
-                   int64_t n) {
+void probabilities(T* values, T scale, const T* lse, const T* coefficient, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const T difference = madd(scale, cosine(values[i], inverse), -lse[i]);
-    values[i] = coefficient[i] * exponential(difference);
+    values[i] = coefficient[i] * exponential(madd(scale, values[i], -lse[i]));
   }
 }
 
 template <class T>
 constexpr Loops<T> loops{dot<T>,        dot_double<T>, axpy_scale<T>,   add_tangent<T>,
-                         scale_each<T>, cosines<T>,    exponentials<T>, probabilities<T>,
+                         scale_each<T>, cosines<T>,    greatest<T>,     keep_greatest<T>,
+                         filter<T>,     add_scaled<T>, exponentials<T>, probabilities<T>,
                          load<T>,       store<T>};
 
 }  // namespace SYNFACE_ISA_NAMESPACE

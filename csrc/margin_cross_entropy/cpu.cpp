@@ -32,10 +32,13 @@ struct Loops {
   void (*axpy_scale)(T* y, T a, const T* x, T scale, int64_t n);
   void (*add_tangent)(T* y, double g, const T* a, double along, const T* b, int64_t n);
   void (*scale_each)(T* values, const T* high, const T* low, int64_t n);
-  void (*cosines)(T* values, Parts<T> inverse, T* most, int64_t n);
+  void (*cosines)(T* values, Parts<T> inverse, int64_t n);
+  void (*greatest)(const T* values, T* most, int64_t n);
+  void (*keep_greatest)(T* values, int64_t stride, int64_t sub_centers, T* best, int64_t n);
+  void (*filter)(T* values, T limit, T* count, int64_t n);
+  void (*add_scaled)(double* sum, double factor, const T* row, int64_t n);
   void (*exponentials)(T* values, T factor, T scale, const T* shift, T* sum, int64_t n);
-  void (*probabilities)(T* values, Parts<T> inverse, T scale, const T* lse, const T* coefficient,
-                        int64_t n);
+  void (*probabilities)(T* values, T scale, const T* lse, const T* coefficient, int64_t n);
   void (*load)(const void* from, Dtype dtype, T* to, int64_t n);
   void (*store)(const T* from, void* to, Dtype dtype, int64_t n);
 };
@@ -63,18 +66,25 @@ constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kTaskWork = int64_t(1) << 21;
 constexpr double kNormMin = 1e-12;  // as in reference.py
 
-const void* center_at(const Problem& p, int64_t j) {
-  return row_at(p.weight, p.class_ids ? p.class_ids[j] : j);
+// Centres are counted through the classes that take part: centre c is of class c / M.
+const void* center_at(const Problem& p, int64_t c) {
+  const int64_t m = p.sub_centers;
+  return row_at(p.weight, p.class_ids ? p.class_ids[c / m] * m + c % m : c);
+}
+
+// The width of a tile in classes.
+int64_t tile_classes(const Problem& p, Range classes) {
+  return std::min(std::max<int64_t>(1, kTile / p.sub_centers), classes.size());
 }
 
 // Before anything is read through them.
 void check(const Problem& p) {
+  const int64_t all = p.weight.rows / p.sub_centers;
   for (int64_t j = 0; p.class_ids && j < p.classes; ++j) {
     const int64_t id = p.class_ids[j];
-    if (id < 0 || id >= p.weight.rows || (j > 0 && id <= p.class_ids[j - 1])) {
-      throw std::out_of_range("class_ids must rise strictly in [0, " +
-                              std::to_string(p.weight.rows) + "), got " + std::to_string(id) +
-                              " at " + std::to_string(j));
+    if (id < 0 || id >= all || (j > 0 && id <= p.class_ids[j - 1])) {
+      throw std::out_of_range("class_ids must rise strictly in [0, " + std::to_string(all) +
+                              "), got " + std::to_string(id) + " at " + std::to_string(j));
     }
   }
   for (int64_t i = 0; i < p.input.rows * p.labels_per_row; ++i) {
@@ -191,28 +201,30 @@ std::vector<Packed<Operand>> pack_blocks(const Embeddings<T>& x, Range rows, boo
 template <class T>
 class Centers {
  public:
-  Centers(const Problem& p, const Loops<T>& loops)
+  Centers(const Problem& p, const Loops<T>& loops, int64_t most)
       : p_(p),
         loops_(loops),
         copies_(p.class_ids || p.weight.dtype != dtype_of<T>),
-        copy_(copies_ ? std::min(kTile, p.classes) * p.weight.cols : 0),
-        bits_copy_(p.class_ids && multiplies_bf16(p) ? std::min(kTile, p.classes) * p.weight.cols
-                                                     : 0),
-        inverse_(std::min(kTile, p.classes)) {}
+        copy_(copies_ ? most * p.weight.cols : 0),
+        bits_copy_(p.class_ids && multiplies_bf16(p) ? most * p.weight.cols : 0),
+        inverse_(most) {}
 
-  void read(int64_t begin, int64_t end) {
+  void read(Range centers) {
     const int64_t dim = p_.weight.cols;
-    for (int64_t j = begin; copies_ && j < end; ++j) {
-      loops_.load(center_at(p_, j), p_.weight.dtype, copy_.get() + (j - begin) * dim, dim);
+    size_ = centers.size();
+    for (int64_t j = 0; copies_ && j < size_; ++j) {
+      loops_.load(center_at(p_, centers.begin + j), p_.weight.dtype, copy_.get() + j * dim, dim);
     }
-    data_ = copies_ ? copy_.get() : static_cast<const T*>(center_at(p_, begin));
-    for (int64_t j = begin; bits_copy_.get() && j < end; ++j) {
-      std::memcpy(bits_copy_.get() + (j - begin) * dim, center_at(p_, j), dim * sizeof(uint16_t));
+    data_ = copies_ ? copy_.get() : static_cast<const T*>(center_at(p_, centers.begin));
+    for (int64_t j = 0; bits_copy_.get() && j < size_; ++j) {
+      std::memcpy(bits_copy_.get() + j * dim, center_at(p_, centers.begin + j),
+                  dim * sizeof(uint16_t));
     }
-    bits_ =
-        bits_copy_.get() ? bits_copy_.get() : static_cast<const uint16_t*>(center_at(p_, begin));
-    for (int64_t j = 0; j < end - begin; ++j) inverse_[j] = inverse_norm(loops_, row(j), dim);
+    bits_ = bits_copy_.get() ? bits_copy_.get()
+                             : static_cast<const uint16_t*>(center_at(p_, centers.begin));
+    for (int64_t j = 0; j < size_; ++j) inverse_[j] = inverse_norm(loops_, row(j), dim);
   }
+  int64_t size() const { return size_; }
   int64_t stride() const { return copies_ ? p_.weight.cols : p_.weight.stride; }
   const T* row(int64_t j) const { return data_ + j * stride(); }
   double inverse(int64_t j) const { return inverse_[j]; }
@@ -229,6 +241,7 @@ class Centers {
   Buffer<double> inverse_;
   const T* data_ = nullptr;
   const uint16_t* bits_ = nullptr;
+  int64_t size_ = 0;
 };
 
 // The products of a tile of n centres × a block of `count` embeddings, by operands of T or, rounded
@@ -245,7 +258,8 @@ class Products {
     }
   }
 
-  void fill(const Centers<T>& centers, int64_t n, Packed<Operand>& packed) const {
+  void fill(const Centers<T>& centers, Packed<Operand>& packed) const {
+    const int64_t n = centers.size();
     if constexpr (kRounds) {
       packed.fill(centers.bits(), n, x_.dim, centers.bits_stride(), 1);
     } else {
@@ -254,8 +268,9 @@ class Products {
   }
 
   // tile = centres × unit embeddings, from the r0-th on
-  void of_centers(const Centers<T>& centers, int64_t n, const Packed<Operand>& embeddings,
-                  int64_t r0, T* tile, int64_t stride) const {
+  void of_centers(const Centers<T>& centers, const Packed<Operand>& embeddings, int64_t r0, T* tile,
+                  int64_t stride) const {
+    const int64_t n = centers.size();
     if constexpr (kRounds) {
       multiply(n, centers.bits(), centers.bits_stride(), embeddings, tile, stride, false);
       for (int64_t j = 0; j < n; ++j) {
@@ -299,18 +314,72 @@ class Products {
 
 // The classes of a tile that are labels of a row: position in the tile and in the row's labels.
 template <class F>
-void for_labels_in(const int64_t* labels, int64_t k, int64_t begin, int64_t end, F&& visit) {
+void for_labels_in(const int64_t* labels, int64_t k, Range classes, F&& visit) {
   for (int64_t l = 0; l < k; ++l) {
-    if (labels[l] >= begin && labels[l] < end) visit(labels[l] - begin, l);
+    if (labels[l] >= classes.begin && labels[l] < classes.end) visit(labels[l] - classes.begin, l);
   }
 }
 
+// A tile of cosines, a row for each centre and a column for each embedding: −∞ where the centre is
+// no negative of the embedding. So is a label's, one that another of its class outdoes, and one
+// over the limit; whoever reads a tile knows nothing of these.
+template <class T, class Operand>
+class Negatives {
+ public:
+  Negatives(const Problem& p, const Loops<T>& loops, const Embeddings<T>& x,
+            const Products<T, Operand>& products, int64_t centers, int64_t rows)
+      : p_(p),
+        loops_(loops),
+        x_(x),
+        products_(products),
+        stride_(padded<T>(rows)),
+        tile_(centers * stride_),
+        best_(stride_),
+        filtered_(stride_) {}
+
+  void fill(const Centers<T>& centers, Range classes, const Packed<Operand>& block, Range rows) {
+    const int64_t count = rows.size(), m = p_.sub_centers, k = p_.labels_per_row;
+    products_.of_centers(centers, block, rows.begin, tile_.get(), stride_);
+    for (int64_t j = 0; j < centers.size(); ++j) {
+      loops_.cosines(row(j), Parts<T>(centers.inverse(j)), count);
+    }
+    for (int64_t j = 0; m > 1 && j < centers.size(); j += m) {
+      loops_.keep_greatest(row(j), stride_, m, best_.get(), count);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      for_labels_in(p_.labels + x_.source[rows.begin + i] * k, k, classes, [&](int64_t j, int64_t) {
+        for (int64_t s = 0; s < m; ++s) row(j * m + s)[i] = -std::numeric_limits<T>::infinity();
+      });
+    }
+    if (p_.limit == std::numeric_limits<double>::infinity()) return;
+    std::fill_n(filtered_.get(), count, T(0));
+    for (int64_t j = 0; j < centers.size(); ++j) {
+      loops_.filter(row(j), T(p_.limit), filtered_.get(), count);
+    }
+  }
+  int64_t stride() const { return stride_; }
+  T* row(int64_t j) const { return tile_.get() + j * stride_; }
+  const T* filtered() const { return filtered_.get(); }
+
+ private:
+  const Problem& p_;
+  const Loops<T>& loops_;
+  const Embeddings<T>& x_;
+  const Products<T, Operand>& products_;
+  int64_t stride_;
+  Buffer<T> tile_, best_, filtered_;
+};
+
 // What one thread knows of its rows after its classes: the greatest cosine, Σ e^{s·(cos − max)},
-// and Σ e^{…}·ŵ.
+// Σ e^{…}·ŵ, how many classes were filtered; and Σ ŵ.
 template <class T>
 struct Partial {
-  Partial(int64_t rows, int64_t dim, bool centers)
-      : most(rows, -std::numeric_limits<T>::infinity()), sum(rows, 0.0), mean(0) {
+  Partial(int64_t rows, int64_t dim, bool centers, bool filters, bool sums)
+      : most(rows, -std::numeric_limits<T>::infinity()),
+        sum(rows, 0.0),
+        mean(0),
+        filtered(filters ? rows : 0, 0.0),
+        center_sum(sums ? dim : 0, 0.0) {
     if (centers) {
       mean = Buffer<T>(rows * dim);
       std::fill_n(mean.get(), rows * dim, T(0));
@@ -319,41 +388,37 @@ struct Partial {
   std::vector<T> most;
   std::vector<double> sum;
   Buffer<T> mean;
+  std::vector<double> filtered, center_sum;
 };
 
 template <class T, class Operand>
 void scan_classes(const Problem& p, const Loops<T>& loops, const Embeddings<T>& x, Range rows,
                   const std::vector<Packed<Operand>>& blocks, Range classes, Partial<T>& partial) {
-  const int64_t dim = x.dim, k = p.labels_per_row;
+  const int64_t dim = x.dim, m = p.sub_centers;
   const T scale = T(p.scale), infinity = std::numeric_limits<T>::infinity();
-  const int64_t width = std::min(kTile, classes.end - classes.begin);
-  const int64_t stride = padded<T>(std::min(kBlock, rows.end - rows.begin));
-  Buffer<T> tile(width * stride), most(stride), shift(stride), sum(stride);
-  Centers<T> centers(p, loops);
-  const Products<T, Operand> products(x, loops, width, std::min(kBlock, rows.size()));
-  Packed<Operand> packed(partial.mean.get() ? width : 0, dim);
-  for (int64_t c0 = classes.begin; c0 < classes.end; c0 += kTile) {
-    const int64_t c1 = std::min(c0 + kTile, classes.end), n = c1 - c0;
-    centers.read(c0, c1);
-    if (partial.mean.get()) products.fill(centers, n, packed);
+  const int64_t width = tile_classes(p, classes);
+  const int64_t height = std::min(kBlock, rows.size());
+  const Products<T, Operand> products(x, loops, width * m, height);
+  Negatives<T, Operand> tile(p, loops, x, products, width * m, height);
+  const int64_t stride = tile.stride();
+  Buffer<T> most(stride), shift(stride), sum(stride);
+  Centers<T> centers(p, loops, width * m);
+  Packed<Operand> packed(partial.mean.get() ? width * m : 0, dim);
+  for (int64_t c0 = classes.begin; c0 < classes.end; c0 += width) {
+    const Range own{c0, std::min(c0 + width, classes.end)};
+    centers.read({own.begin * m, own.end * m});
+    const int64_t n = centers.size();
+    if (partial.mean.get()) products.fill(centers, packed);
+    for (int64_t j = 0; !partial.center_sum.empty() && j < n; ++j) {
+      loops.add_scaled(partial.center_sum.data(), centers.inverse(j), centers.row(j), dim);
+    }
     for (int64_t r0 = rows.begin, block = 0; r0 < rows.end; r0 += kBlock, ++block) {
       const int64_t count = std::min(kBlock, rows.end - r0), at = r0 - rows.begin;
-      products.of_centers(centers, n, blocks[block], r0, tile.get(), stride);
+      tile.fill(centers, own, blocks[block], {r0, r0 + count});
       std::fill_n(most.get(), count, -infinity);
-      for (int64_t j = 0; j < n; ++j) {
-        loops.cosines(tile.get() + j * stride, Parts<T>(centers.inverse(j)), most.get(), count);
-      }
+      for (int64_t j = 0; j < n; ++j) loops.greatest(tile.row(j), most.get(), count);
       for (int64_t i = 0; i < count; ++i) {
-        T* column = tile.get() + i;
-        bool labels_here = false;
-        for_labels_in(p.labels + x.source[r0 + i] * k, k, c0, c1, [&](int64_t j, int64_t) {
-          column[j * stride] = -infinity;
-          labels_here = true;
-        });
-        if (labels_here) {
-          most[i] = -infinity;
-          for (int64_t j = 0; j < n; ++j) most[i] = std::max(most[i], column[j * stride]);
-        }
+        if (!partial.filtered.empty()) partial.filtered[at + i] += tile.filtered()[i];
         T& greatest = partial.most[at + i];
         if (most[i] > greatest) {
           const T shrink = std::exp(scale * (greatest - most[i]));
@@ -362,67 +427,95 @@ void scan_classes(const Problem& p, const Loops<T>& loops, const Embeddings<T>& 
           for (int64_t d = 0; partial.mean.get() && d < dim; ++d) mean[d] *= shrink;
           greatest = most[i];
         }
-        // Where there is nothing but labels so far, and nothing but NaN, which stays.
+        // Where there are no negatives so far, or nothing but NaN, which stays.
         shift[i] = greatest == -infinity ? T(0) : greatest;
       }
       for (int64_t j0 = 0; j0 < n; j0 += kSummands) {
         std::fill_n(sum.get(), count, T(0));
         for (int64_t j = j0; j < std::min(j0 + kSummands, n); ++j) {
-          loops.exponentials(tile.get() + j * stride, T(centers.inverse(j)), scale, shift.get(),
-                             sum.get(), count);
+          loops.exponentials(tile.row(j), T(centers.inverse(j)), scale, shift.get(), sum.get(),
+                             count);
         }
         for (int64_t i = 0; i < count; ++i) partial.sum[at + i] += sum[i];
       }
       if (partial.mean.get()) {
-        products.add_transposed(tile.get(), stride, count, packed, partial.mean.get() + at * dim);
+        products.add_transposed(tile.row(0), stride, count, packed, partial.mean.get() + at * dim);
       }
     }
   }
 }
 
-// A row's own labels, one at a time, in double: its own embedding and centre, as they came.
-// visit(l, center, ⟨x, w⟩, ‖x‖², ‖w‖²); zero vectors are passed over.
+// A row's own labels, one at a time, in double: its own embedding and the label's centre, as they
+// came. visit(c, l, ⟨x, w⟩, ‖x‖, ‖w‖), c in the range; zero vectors are passed over.
 template <class T>
 class Targets {
  public:
   Targets(const Problem& p, const Loops<T>& loops)
-      : p_(p), loops_(loops), embedding_(p.input.cols), center_(p.input.cols) {}
+      : p_(p),
+        loops_(loops),
+        embedding_(p.input.cols),
+        center_(p.input.cols),
+        other_(p.sub_centers > 1 ? p.input.cols : 0) {}
 
   const T* embedding() const { return embedding_.get(); }
   const T* center() const { return center_.get(); }
 
   template <class F>
-  void visit(int64_t source, int64_t begin, int64_t end, F&& visit) {
-    const int64_t dim = p_.input.cols, k = p_.labels_per_row;
-    bool loaded = false;
-    for_labels_in(p_.labels + source * k, k, begin, end, [&](int64_t j, int64_t l) {
-      if (!loaded) loops_.load(row_at(p_.input, source), p_.input.dtype, embedding_.get(), dim);
-      loaded = true;
-      loops_.load(center_at(p_, begin + j), p_.weight.dtype, center_.get(), dim);
-      const double xw = loops_.dot_double(embedding(), center(), dim);
-      const double xx = loops_.dot_double(embedding(), embedding(), dim);
-      const double ww = loops_.dot_double(center(), center(), dim);
-      if (std::sqrt(xx) <= kNormMin || std::sqrt(ww) <= kNormMin) return;
-      visit(j, l, xw, std::sqrt(xx), std::sqrt(ww));
+  void visit(int64_t source, Range classes, F&& visit) {
+    const int64_t dim = p_.input.cols, k = p_.labels_per_row, m = p_.sub_centers;
+    double x = -1;  // not loaded yet
+    for_labels_in(p_.labels + source * k, k, classes, [&](int64_t j, int64_t l) {
+      if (x == -1) {
+        loops_.load(row_at(p_.input, source), p_.input.dtype, embedding_.get(), dim);
+        x = std::sqrt(loops_.dot_double(embedding(), embedding(), dim));
+      }
+      if (x <= kNormMin) return;
+      Product best = load(center_, (classes.begin + j) * m);
+      int64_t nearest = 0;
+      for (int64_t s = 1; s < m; ++s) {
+        const Product next = load(other_, (classes.begin + j) * m + s);
+        if (next.cosine() > best.cosine() || std::isnan(next.w)) {
+          std::swap(center_, other_);
+          best = next;
+          nearest = s;
+        }
+      }
+      if (best.w > kNormMin || std::isnan(best.w)) visit(j * m + nearest, l, best.xw, x, best.w);
     });
   }
 
  private:
+  struct Product {
+    double xw, w;                                                 // ⟨x, w⟩, ‖w‖
+    double cosine() const { return w <= kNormMin ? 0 : xw / w; }  // times ‖x‖
+  };
+  Product load(const Buffer<T>& to, int64_t c) {
+    const int64_t dim = p_.input.cols;
+    loops_.load(center_at(p_, c), p_.weight.dtype, to.get(), dim);
+    return {loops_.dot_double(embedding(), to.get(), dim),
+            std::sqrt(loops_.dot_double(to.get(), to.get(), dim))};
+  }
+
   const Problem& p_;
   const Loops<T>& loops_;
-  Buffer<T> embedding_, center_;
+  Buffer<T> embedding_, center_, other_;
 };
 
 template <class Operand, class T>
-void forward_by(const Problem& p, const Runtime& runtime, double* negative_lse, T* negative_max,
-                double* target_cosine, T* mean_center) {
+void forward_by(const Problem& p, const Runtime& runtime, const Statistics<T>& out) {
   check(p);
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
-  const int64_t k = p.labels_per_row, dim = p.input.cols;
-  std::fill_n(negative_lse, p.input.rows, 0.0);
-  std::fill_n(negative_max, p.input.rows, T(0));
-  std::fill_n(target_cosine, p.input.rows * k, 0.0);
-  if (mean_center) std::fill_n(mean_center, p.input.rows * dim, T(0));
+  const int64_t n = p.input.rows, k = p.labels_per_row, dim = p.input.cols;
+  const int64_t centers = p.classes * p.sub_centers;
+  std::fill_n(out.negative_lse, n, 0.0);
+  std::fill_n(out.negative_max, n, T(0));
+  std::fill_n(out.target_cosine, n * k, 0.0);
+  if (out.filtered) std::fill_n(out.filtered, n, 0.0);
+  if (out.mean_center) std::fill_n(out.mean_center, n * dim, T(0));
+  if (out.center_sum) {
+    std::fill_n(out.cosine_sum, n, 0.0);
+    std::fill_n(out.center_sum, dim, 0.0);
+  }
   const Embeddings<T> x(p, loops);
   if (x.count() == 0) return;
 
@@ -431,9 +524,9 @@ void forward_by(const Problem& p, const Runtime& runtime, double* negative_lse, 
   // rows; each row group reads all centres: so there are as many class groups as memory allows.
   const int64_t partial_bytes = x.count() * dim * int64_t(sizeof(T));
   const int64_t most_groups =
-      mean_center ? std::max<int64_t>(1, kPartialBytes / partial_bytes) : p.classes;
-  const int64_t class_groups = std::min({task_count(runtime, x.count() * p.classes * dim),
-                                         most_groups, ceil_div(p.classes, kTile / 8)});
+      out.mean_center ? std::max<int64_t>(1, kPartialBytes / partial_bytes) : p.classes;
+  const int64_t class_groups = std::min({task_count(runtime, x.count() * centers * dim),
+                                         most_groups, p.classes, ceil_div(centers, kTile / 8)});
   const int64_t row_groups =
       std::clamp<int64_t>(runtime.threads / class_groups, 1, ceil_div(x.count(), kBlock / 8));
   std::vector<std::vector<Packed<Operand>>> blocks(static_cast<size_t>(row_groups));
@@ -442,14 +535,19 @@ void forward_by(const Problem& p, const Runtime& runtime, double* negative_lse, 
   });
   std::vector<std::unique_ptr<Partial<T>>> partials(size_t(class_groups * row_groups));
   runtime.parallel(int(partials.size()), [&](int task) {
-    const Range rows = part_of(x.count(), row_groups, task / class_groups);
+    const int64_t group = task / class_groups;
+    const Range rows = part_of(x.count(), row_groups, group);
     const Range classes = part_of(p.classes, class_groups, task % class_groups);
     partials[task] =
-        std::make_unique<Partial<T>>(rows.end - rows.begin, dim, mean_center != nullptr);
-    scan_classes(p, loops, x, rows, blocks[task / class_groups], classes, *partials[task]);
+        std::make_unique<Partial<T>>(rows.size(), dim, out.mean_center != nullptr,
+                                     out.filtered != nullptr, out.center_sum && group == 0);
+    scan_classes(p, loops, x, rows, blocks[group], classes, *partials[task]);
   });
 
   // Merge in the order of the classes, so that the answer depends on the number of threads alone.
+  for (int64_t g = 0; out.center_sum && g < class_groups; ++g) {
+    for (int64_t d = 0; d < dim; ++d) out.center_sum[d] += partials[g]->center_sum[d];
+  }
   const int64_t tasks = std::min(task_count(runtime, x.count() * (k + 1) * dim * 16), x.count());
   runtime.parallel(int(tasks), [&](int task) {
     Targets<T> targets(p, loops);
@@ -457,7 +555,7 @@ void forward_by(const Problem& p, const Runtime& runtime, double* negative_lse, 
     for (int64_t group = 0; group < row_groups; ++group) {
       const Range rows = part_of(x.count(), row_groups, group);
       for (int64_t i = std::max(rows.begin, mine.begin); i < std::min(rows.end, mine.end); ++i) {
-        const int64_t at = i - rows.begin, out = x.source[i];
+        const int64_t at = i - rows.begin, to = x.source[i];
         T most = -std::numeric_limits<T>::infinity();
         double sum = 0;
         const auto* parts = &partials[group * class_groups];
@@ -468,14 +566,18 @@ void forward_by(const Problem& p, const Runtime& runtime, double* negative_lse, 
             factor[g] = std::exp(p.scale * (double(parts[g]->most[at]) - most));
           }
           sum += factor[g] * parts[g]->sum[at];
+          if (out.filtered) out.filtered[to] += parts[g]->filtered[at];
         }
-        negative_max[out] = most;
-        negative_lse[out] = sum == 0 ? double(most) : p.scale * most + std::log(sum);
-        targets.visit(out, 0, p.classes, [&](int64_t, int64_t l, double xw, double x, double w) {
-          target_cosine[out * k + l] = xw / (x * w);  // exactly ±1 for parallel vectors where D = 1
+        out.negative_max[to] = most;
+        out.negative_lse[to] = sum == 0 ? double(most) : p.scale * most + std::log(sum);
+        targets.visit(to, {0, p.classes}, [&](int64_t, int64_t l, double xw, double x, double w) {
+          out.target_cosine[to * k + l] = xw / (x * w);  // exactly ±1 for parallels where D = 1
         });
-        if (!mean_center || sum == 0) continue;
-        T* mean = mean_center + out * dim;
+        for (int64_t d = 0; out.center_sum && d < dim; ++d) {
+          out.cosine_sum[to] += x.row(i)[d] * out.center_sum[d];
+        }
+        if (!out.mean_center || sum == 0) continue;
+        T* mean = out.mean_center + to * dim;
         for (int64_t g = 0; g < class_groups; ++g) {
           const T* from = parts[g]->mean.get() + at * dim;
           const T share = T(factor[g] / sum);
@@ -487,81 +589,100 @@ void forward_by(const Problem& p, const Runtime& runtime, double* negative_lse, 
 }
 
 template <class T>
+double cosine_sum_gradient(const Upstream<T>& from, int64_t row) {
+  return from.grad_cosine_sum ? from.grad_cosine_sum[row] : 0;
+}
+
+template <class T>
 void input_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T>& x, int64_t i,
-                    const T* mean_center, const double* grad_negative_lse,
-                    const double* grad_target_cosine, T* gradient, Targets<T>& targets,
-                    void* grad_input) {
-  const int64_t dim = x.dim, out = x.source[i];
-  const T spread = T(p.scale * grad_negative_lse[out]);
-  for (int64_t d = 0; d < dim; ++d) gradient[d] = spread * mean_center[out * dim + d];
+                    const Upstream<T>& from, T* gradient, Targets<T>& targets, void* grad_input) {
+  const int64_t dim = x.dim, row = x.source[i], k = p.labels_per_row;
+  const T spread = T(p.scale * from.grad_negative_lse[row]),
+          all = T(cosine_sum_gradient(from, row));
+  const double* grad_cosine = from.grad_target_cosine + row * k;
+  if (spread == 0 && all == 0 &&
+      std::all_of(grad_cosine, grad_cosine + k, [](double g) { return g == 0; })) {
+    return;  // nothing is asked, and the row may hold NaN
+  }
+  for (int64_t d = 0; d < dim; ++d) gradient[d] = spread * from.mean_center[row * dim + d];
+  for (int64_t d = 0; from.grad_cosine_sum && d < dim; ++d) {
+    gradient[d] += all * T(from.center_sum[d]);
+  }
   loops.axpy_scale(gradient, -loops.dot(gradient, x.row(i), dim), x.row(i), x.inverse[i], dim);
-  targets.visit(out, 0, p.classes, [&](int64_t, int64_t l, double xw, double x, double w) {
-    const double g = grad_target_cosine[out * p.labels_per_row + l] / (x * w);
+  targets.visit(row, {0, p.classes}, [&](int64_t, int64_t l, double xw, double x, double w) {
+    const double g = grad_cosine[l] / (x * w);
     loops.add_tangent(gradient, g, targets.center(), xw / (x * x), targets.embedding(), dim);
   });
-  loops.store(gradient, static_cast<char*>(grad_input) + size_t(out * dim) * bytes(p.input.dtype),
+  loops.store(gradient, static_cast<char*>(grad_input) + size_t(row * dim) * bytes(p.input.dtype),
               p.input.dtype, dim);
 }
 
-// What the probabilities of a row need, one element per row that counts.
+// What the gradient of every centre needs of the rows that count, one element each; and the part
+// of it that is the same for all centres, from the sum of cosines, or nothing.
 template <class T>
 struct Softmax {
-  Softmax(const Problem& p, const Embeddings<T>& x, const double* negative_lse,
-          const double* grad_negative_lse)
-      : lse(x.count()), spread(x.count()) {
+  Softmax(const Problem& p, const Embeddings<T>& x, const Upstream<T>& from)
+      : lse(x.count()), spread(x.count()), common(from.grad_cosine_sum ? x.dim : 0, T(0)) {
     for (int64_t i = 0; i < x.count(); ++i) {
-      const double exact = negative_lse[x.source[i]], grad = grad_negative_lse[x.source[i]];
+      const double exact = from.negative_lse[x.source[i]];
+      const double grad = from.grad_negative_lse[x.source[i]];
       const bool counts = grad != 0;  // else the log-sum-exp may be −∞, of no negatives, or NaN
       lse[i] = counts ? T(exact) : T(0);
       // What rounding takes off the log-sum-exp goes into the factor.
       spread[i] = counts ? T(p.scale * grad * std::exp(double(lse[i]) - exact)) : T(0);
     }
+    std::vector<double> sum(common.size(), 0.0);
+    for (int64_t i = 0; i < x.count(); ++i) {
+      const double grad = cosine_sum_gradient(from, x.source[i]);
+      for (int64_t d = 0; grad != 0 && d < x.dim; ++d) sum[d] += grad * double(x.row(i)[d]);
+    }
+    std::copy(sum.begin(), sum.end(), common.begin());
   }
   Buffer<T> lse, spread;
+  std::vector<T> common;
 };
 
 template <class T, class Operand>
 void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T>& x,
                      const std::vector<Packed<Operand>>& blocks,
                      const std::vector<Packed<Operand>>& transposed, const Softmax<T>& softmax,
-                     Range classes, const double* grad_target_cosine, void* grad_weight) {
-  const int64_t dim = x.dim, k = p.labels_per_row;
-  const int64_t width = std::min(kTile, classes.end - classes.begin);
-  const int64_t stride = padded<T>(std::min(kBlock, x.count()));
+                     Range classes, const double* grad_target_cosine, void* grad_rows) {
+  const int64_t dim = x.dim, k = p.labels_per_row, m = p.sub_centers;
+  const int64_t width = tile_classes(p, classes);
   const bool direct = p.weight.dtype == dtype_of<T>;
-  Buffer<T> tile(width * stride), scratch(direct ? 0 : width * dim);
-  Centers<T> centers(p, loops);
+  const int64_t height = std::min(kBlock, x.count());
+  const Products<T, Operand> products(x, loops, width * m, height);
+  Negatives<T, Operand> tile(p, loops, x, products, width * m, height);
+  Buffer<T> scratch(direct ? 0 : width * m * dim);
+  Centers<T> centers(p, loops, width * m);
   Targets<T> targets(p, loops);
-  const Products<T, Operand> products(x, loops, width, std::min(kBlock, x.count()));
-  for (int64_t c0 = classes.begin; c0 < classes.end; c0 += kTile) {
-    const int64_t c1 = std::min(c0 + kTile, classes.end), n = c1 - c0;
-    char* out = static_cast<char*>(grad_weight) + size_t(c0 * dim) * bytes(p.weight.dtype);
+  for (int64_t c0 = classes.begin; c0 < classes.end; c0 += width) {
+    const Range own{c0, std::min(c0 + width, classes.end)};
+    char* out = static_cast<char*>(grad_rows) + size_t(c0 * m * dim) * bytes(p.weight.dtype);
     T* gradient = direct ? reinterpret_cast<T*>(out) : scratch.get();
-    centers.read(c0, c1);
+    centers.read({own.begin * m, own.end * m});
+    const int64_t n = centers.size();
     for (int64_t r0 = 0, block = 0; r0 < x.count(); r0 += kBlock, ++block) {
       const int64_t count = std::min(kBlock, x.count() - r0);
-      products.of_centers(centers, n, transposed[block], r0, tile.get(), stride);
+      tile.fill(centers, own, transposed[block], {r0, r0 + count});
       for (int64_t j = 0; j < n; ++j) {
-        loops.probabilities(tile.get() + j * stride, Parts<T>(centers.inverse(j)), T(p.scale),
-                            softmax.lse.get() + r0, softmax.spread.get() + r0, count);
+        loops.probabilities(tile.row(j), T(p.scale), softmax.lse.get() + r0,
+                            softmax.spread.get() + r0, count);
       }
-      for (int64_t i = 0; i < count; ++i) {
-        for_labels_in(p.labels + x.source[r0 + i] * k, k, c0, c1,
-                      [&](int64_t j, int64_t) { tile[j * stride + i] = 0; });
-      }
-      products.add(tile.get(), stride, n, blocks[block], gradient, r0 > 0);
+      products.add(tile.row(0), tile.stride(), n, blocks[block], gradient, r0 > 0);
     }
     for (int64_t j = 0; j < n; ++j) {
       T* g = gradient + j * dim;
       const T inverse = T(centers.inverse(j));
+      for (size_t d = 0; d < softmax.common.size(); ++d) g[d] += softmax.common[d];
       const T along = loops.dot(g, centers.row(j), dim) * inverse * inverse;
       loops.axpy_scale(g, -along, centers.row(j), inverse, dim);
     }
     for (const int64_t from : x.source) {
-      targets.visit(from, c0, c1, [&](int64_t j, int64_t l, double xw, double x, double w) {
+      targets.visit(from, own, [&](int64_t c, int64_t l, double xw, double x, double w) {
         if (grad_target_cosine[from * k + l] == 0) return;
         const double g = grad_target_cosine[from * k + l] / (x * w);
-        loops.add_tangent(gradient + j * dim, g, targets.embedding(), xw / (w * w),
+        loops.add_tangent(gradient + c * dim, g, targets.embedding(), xw / (w * w),
                           targets.center(), dim);
       });
     }
@@ -570,12 +691,11 @@ void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T
 }
 
 template <class Operand, class T>
-void backward_by(const Problem& p, const Runtime& runtime, const double* negative_lse,
-                 const T* mean_center, const double* grad_negative_lse,
-                 const double* grad_target_cosine, void* grad_input, void* grad_weight) {
+void backward_by(const Problem& p, const Runtime& runtime, const Upstream<T>& from,
+                 void* grad_input, void* grad_rows) {
   check(p);
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
-  const int64_t dim = p.input.cols;
+  const int64_t dim = p.input.cols, centers = p.classes * p.sub_centers;
   const Embeddings<T> x(p, loops);
   if (grad_input) {
     std::fill_n(static_cast<char*>(grad_input), size_t(p.input.rows * dim) * bytes(p.input.dtype),
@@ -587,20 +707,19 @@ void backward_by(const Problem& p, const Runtime& runtime, const double* negativ
       Targets<T> targets(p, loops);
       const Range rows = part_of(x.count(), tasks, task);
       for (int64_t i = rows.begin; i < rows.end; ++i) {
-        input_gradient(p, loops, x, i, mean_center, grad_negative_lse, grad_target_cosine,
-                       gradient.get(), targets, grad_input);
+        input_gradient(p, loops, x, i, from, gradient.get(), targets, grad_input);
       }
     });
   }
-  if (grad_weight) {
+  if (grad_rows) {
     if (x.count() == 0) {
-      std::fill_n(static_cast<char*>(grad_weight), size_t(p.classes * dim) * bytes(p.weight.dtype),
+      std::fill_n(static_cast<char*>(grad_rows), size_t(centers * dim) * bytes(p.weight.dtype),
                   char(0));
       return;
     }
-    const int64_t tasks =
-        std::min(task_count(runtime, x.count() * p.classes * dim), ceil_div(p.classes, kTile / 8));
-    const Softmax<T> softmax(p, x, negative_lse, grad_negative_lse);
+    const int64_t tasks = std::min(
+        {task_count(runtime, x.count() * centers * dim), p.classes, ceil_div(centers, kTile / 8)});
+    const Softmax<T> softmax(p, x, from);
     for (int64_t i = 0; i < x.count(); ++i) {  // a row without a gradient may hold NaN
       if (softmax.spread[i] == 0) x.clear(i);
       // What the gradient's product takes are not unit vectors.
@@ -611,7 +730,7 @@ void backward_by(const Problem& p, const Runtime& runtime, const double* negativ
                                        transposed = pack_blocks<Operand>(x, rows, true);
     runtime.parallel(int(tasks), [&](int task) {
       weight_gradient(p, loops, x, blocks, transposed, softmax, part_of(p.classes, tasks, task),
-                      grad_target_cosine, grad_weight);
+                      from.grad_target_cosine, grad_rows);
     });
   }
 }
@@ -619,35 +738,27 @@ void backward_by(const Problem& p, const Runtime& runtime, const double* negativ
 }  // namespace
 
 template <class T>
-void forward(const Problem& p, const Runtime& runtime, double* negative_lse, T* negative_max,
-             double* target_cosine, T* mean_center) {
+void forward(const Problem& p, const Runtime& runtime, const Statistics<T>& out) {
   if constexpr (std::is_same_v<T, float>) {
-    if (multiplies_bf16(p)) {
-      return forward_by<uint16_t>(p, runtime, negative_lse, negative_max, target_cosine,
-                                  mean_center);
-    }
+    if (multiplies_bf16(p)) return forward_by<uint16_t>(p, runtime, out);
   }
-  forward_by<T>(p, runtime, negative_lse, negative_max, target_cosine, mean_center);
+  forward_by<T>(p, runtime, out);
 }
 
 template <class T>
-void backward(const Problem& p, const Runtime& runtime, const double* negative_lse,
-              const T* mean_center, const double* grad_negative_lse,
-              const double* grad_target_cosine, void* grad_input, void* grad_weight) {
+void backward(const Problem& p, const Runtime& runtime, const Upstream<T>& from, void* grad_input,
+              void* grad_rows) {
   if constexpr (std::is_same_v<T, float>) {
     if (multiplies_bf16(p)) {
-      return backward_by<uint16_t>(p, runtime, negative_lse, mean_center, grad_negative_lse,
-                                   grad_target_cosine, grad_input, grad_weight);
+      return backward_by<uint16_t>(p, runtime, from, grad_input, grad_rows);
     }
   }
-  backward_by<T>(p, runtime, negative_lse, mean_center, grad_negative_lse, grad_target_cosine,
-                 grad_input, grad_weight);
+  backward_by<T>(p, runtime, from, grad_input, grad_rows);
 }
 
-#define SYNFACE_INSTANTIATE(T)                                                        \
-  template void forward<T>(const Problem&, const Runtime&, double*, T*, double*, T*); \
-  template void backward<T>(const Problem&, const Runtime&, const double*, const T*,  \
-                            const double*, const double*, void*, void*);
+#define SYNFACE_INSTANTIATE(T)                                                    \
+  template void forward<T>(const Problem&, const Runtime&, const Statistics<T>&); \
+  template void backward<T>(const Problem&, const Runtime&, const Upstream<T>&, void*, void*);
 SYNFACE_INSTANTIATE(float)
 SYNFACE_INSTANTIATE(double)
 

@@ -9,28 +9,51 @@
 namespace synface::margin_cross_entropy {
 
 struct Problem {
-  Rows input;                // (N, D)
-  Rows weight;               // (C, D)
-  const int64_t* class_ids;  // (S,) rising rows of weight that take part; null: all, S = C
+  Rows input;           // (N, D)
+  Rows weight;          // (C·M, D): the M sub-centres of a class one after the other
+  int64_t sub_centers;  // M; a class's cosine is its greatest sub-centre's, the first of equals
+  const int64_t* class_ids;  // (S,) rising classes that take part; null: all, S = C
   int64_t classes;           // S
   const int64_t* labels;     // (N, K) in [0, S); −1 where absent, −2 where the label's centre is
                              // elsewhere; a row of −1 is ignored
   int64_t labels_per_row;
   double scale;
+  double limit;  // negatives with a cosine above it are left out
 };
 
 // Outputs are contiguous. What there are few of is double: the log-sum-exps, whose rounding would
 // scale whole rows of gradients, and what concerns the labels, as a margin's slope is steep near
-// cos θ = ±1. mean_center may be null: then it is not computed.
+// cos θ = ±1. What is null is not computed.
 template <class T>
-void forward(const Problem& problem, const Runtime& runtime, double* negative_lse, T* negative_max,
-             double* target_cosine, T* mean_center);
+struct Statistics {
+  double* negative_lse;   // (N,) log Σ exp(scale·cosine) over the negatives
+  T* negative_max;        // (N,) their greatest cosine
+  double* target_cosine;  // (N, K)
+  double* filtered;       // (N,) how many classes the limit left out
+  double* cosine_sum;     // (N,) over all classes, with center_sum
+  T* mean_center;         // (N, D) the negatives' normalised centres, averaged by softmax
+  double* center_sum;     // (D,) of all normalised centres
+};
+template <class T>
+void forward(const Problem& problem, const Runtime& runtime, const Statistics<T>& statistics);
 
-// grad_input (N, D) and grad_weight (S, D) are contiguous, of their inputs' dtypes; either may be
-// null: then it is not computed. mean_center is read for grad_input alone.
+// What arrives from the loss. grad_cosine_sum may be null; then center_sum is not read.
+// mean_center and center_sum are read for the input's gradient alone.
 template <class T>
-void backward(const Problem& problem, const Runtime& runtime, const double* negative_lse,
-              const T* mean_center, const double* grad_negative_lse,
-              const double* grad_target_cosine, void* grad_input, void* grad_weight);
+struct Upstream {
+  const double* negative_lse;
+  const T* mean_center;
+  const double* center_sum;
+  const double* grad_negative_lse;   // (N,)
+  const double* grad_target_cosine;  // (N, K)
+  const double* grad_cosine_sum;     // (N,)
+};
+
+// grad_input (N, D) and grad_rows (S·M, D) are contiguous, of their inputs' dtypes; either may be
+// null: then it is not computed. A row of which nothing is asked gives no gradient, whatever it
+// holds.
+template <class T>
+void backward(const Problem& problem, const Runtime& runtime, const Upstream<T>& upstream,
+              void* grad_input, void* grad_rows);
 
 }  // namespace synface::margin_cross_entropy

@@ -60,11 +60,15 @@ def assert_matches_float64(case, dtype, margin=COMBINED, **options):
     # The absolute terms: float32's ε times the size of a logit, and of a gradient before the part
     # along the vector is taken out (which leaves nothing at all where D = 1).
     ulp = torch.finfo(torch.float32).eps * margin.scale
-    atol = [2 * ulp] + [4 * ulp / v.norm(dim=1).min().item() for v in case[:2]]
+    atol = [2 * ulp] + [4 * ulp / v.norm(dim=-1).min().item() for v in case[:2]]
     for name, *results, tol in zip(
         ("loss", "grad_input", "grad_weight"), actual, exact, plain, atol, strict=True
     ):
         assert_as_exact_as_torch(*results, atol=tol, name=name)
+
+
+# N, C, M, D, K: no room for two classes in a tile; odd; one; several tiles
+SUB_CENTERS = [(7, 3, 600, 8, 2), (33, 701, 3, 65, 3), (5, 9, 1, 4, 1), (64, 1030, 2, 16, 1)]
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -246,6 +250,180 @@ def test_gradcheck_with_margins_per_sample(impl):
     assert torch.autograd.gradcheck(f, inputs)
 
 
+# ---- sub-centres, the inter-class filter, label smoothing ----------------------------------------
+
+FILTERED = {
+    "drop": sk.ArcFace(interclass_filter=0.05),
+    "zero": sk.ArcFace(interclass_filter=0.05, interclass_filter_mode="zero"),
+    "all": sk.CosFace(interclass_filter=-1.0),
+    "none": sk.SphereFace(interclass_filter=1.0, interclass_filter_mode="zero"),
+}
+
+
+def problem_of(n: int, c: int, m: int, d: int, k: int, dtype: torch.dtype):
+    """A problem with m sub-centres for each class."""
+    x, w, target, t, upstream = problem(n, c * m, d, k, dtype)
+    return x, w.reshape(c, m, d), target % c, t, upstream
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("n", "c", "m", "d", "k"), SUB_CENTERS)
+def test_sub_centers_match_float64(isa, dtype, n, c, m, d, k):
+    with cpu(isa=isa):
+        for mix in ("joint", "separate"):
+            case = problem_of(n, c, m, d, k, dtype)
+            assert_matches_float64(case, dtype, mix=mix)
+            ids = sampled(c)
+            x, w, target, t, upstream = case
+            in_sample = (x, w, target % len(ids), t, upstream)
+            of_rows = run(x, w[ids], *in_sample[2:], dtype, mix=mix)
+            *others, grad = run(*in_sample, dtype, mix=mix, class_ids=ids)
+            assert grad.is_coalesced()
+            assert grad.shape == w.shape
+            for a, e in zip((*others, grad.values()), of_rows, strict=True):
+                assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_sub_centers_as_trainers_write_them(impl):
+    x, w, target, _, _ = problem_of(20, 30, 3, 16, 1, torch.float64)
+    x, w = x.requires_grad_(), w.requires_grad_()
+    cosine = torch.einsum("nd,cmd->ncm", F.normalize(x), F.normalize(w, dim=2)).amax(2)
+    own = F.one_hot(target, 30).bool()
+    expected = F.cross_entropy(64 * torch.where(own, cosine - 0.35, cosine), target)
+    loss = sk.margin_cross_entropy(x, w, target, sk.CosFace(), impl=impl)
+    torch.testing.assert_close(loss, expected)
+    grads = torch.autograd.grad(loss, (x, w))
+    for a, e in zip(grads, torch.autograd.grad(expected, (x, w)), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_the_first_of_equal_sub_centers_gets_the_gradient(impl):
+    x, w, target, _, _ = problem(9, 40, 8, 1, torch.float32)
+    w = w.float()[:, None].repeat(1, 3, 1)
+    w[:, 2] *= -1
+    w.requires_grad_()
+    sk.margin_cross_entropy(x.float(), w, target, impl=impl).backward()
+    assert w.grad[:, 0].any()
+    assert not w.grad[:, 1].any()
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_a_zero_sub_center_has_cosine_zero_and_no_gradient(impl):
+    x, w, _, _, _ = problem(1, 6, 8, 1, torch.float32)
+    w = torch.stack([-x.float().expand(6, 8) + 0.01 * w.float(), torch.zeros(6, 8)], 1)
+    w.requires_grad_()
+    loss, stats = sk.margin_cross_entropy(
+        x.float(), w, torch.tensor([2]), return_stats=True, impl=impl
+    )
+    loss.backward()
+    assert stats.target_cosine == 0
+    assert not w.grad.any()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", FILTERED)
+def test_filter_matches_float64(name, k, dtype, isa):
+    with cpu(isa=isa):
+        for mix in ("joint", "separate"):
+            for n, c, d in ((7, 1000, 129), (64, 5, 8), (1, 1, 4)):
+                case = problem(n, c, d, k, dtype)
+                assert_matches_float64(case, dtype, FILTERED[name], mix=mix)
+        case = problem_of(33, 700, 2, 64, k, dtype)
+        assert_matches_float64(case, dtype, FILTERED[name])
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("mode", ["drop", "zero"])
+def test_filter_by_its_definition(mode, impl):
+    """zero: insightface's CombinedMarginLoss, which multiplies what is dirty by 0."""
+    x, w, target, _, _ = problem(20, 300, 8, 1, torch.float64)
+    w[3] = x[0]  # the same person under another label
+    target[0] = 5
+    x, w = x.requires_grad_(), w.requires_grad_()
+    cosine = F.normalize(x) @ F.normalize(w).T
+    own = F.one_hot(target, 300).bool()
+    dirty = (cosine.detach() > 0.4) & ~own
+    assert 20 < dirty.sum() < 2000
+    clean = cosine.masked_fill(dirty, -torch.inf) if mode == "drop" else cosine * ~dirty
+    expected = F.cross_entropy(64 * torch.where(own, cosine - 0.35, clean), target)
+    margin = sk.CosFace(interclass_filter=0.4, interclass_filter_mode=mode)
+    loss, stats = sk.margin_cross_entropy(x, w, target, margin, return_stats=True, impl=impl)
+    torch.testing.assert_close(loss, expected)
+    grads = torch.autograd.grad(loss, (x, w))
+    for a, e in zip(grads, torch.autograd.grad(expected, (x, w)), strict=True):
+        torch.testing.assert_close(a, e)
+    kept = cosine.masked_fill(dirty, -torch.inf)
+    assert torch.equal(stats.top1, kept.argmax(1) == target)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("mix", ["joint", "separate"])
+def test_smoothing_matches_float64(mix, dtype, isa):
+    with cpu(isa=isa):
+        for n, c, d, k in ((7, 1000, 129, 1), (64, 5, 8, 3), (600, 700, 16, 2), (1, 1, 4, 1)):
+            case = problem(n, c, d, k, dtype)
+            for epsilon in (0.1, 0.9):
+                assert_matches_float64(case, dtype, mix=mix, label_smoothing=epsilon)
+            ids = sampled(c)
+            x, w, target, t, upstream = case
+            case = (x, w, target % len(ids), t, upstream)
+            options = {"mix": mix, "label_smoothing": 0.1}
+            of_rows = run(x, w[ids], *case[2:], dtype, **options)
+            *others, grad = run(*case, dtype, **options, class_ids=ids)
+            for a, e in zip((*others, grad.values()), of_rows, strict=True):
+                assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_smoothing_is_torchs(impl):
+    x, w, target, t, _ = problem(16, 40, 12, 3, torch.float64)
+    target[5] = -100
+    x, w = x.requires_grad_(), w.requires_grad_()
+    logits = naive_logits(x, w, target[:, 0].clamp_min(0), lambda a: a.cos() - 0.2)
+    expected = F.cross_entropy(logits, target[:, 0], label_smoothing=0.2)
+    margin = sk.CosFace(margin=0.2)
+    options = {"label_smoothing": 0.2, "impl": impl}
+    loss = sk.margin_cross_entropy(x, w, target[:, 0], margin, **options)
+    torch.testing.assert_close(loss, expected)
+    grads = torch.autograd.grad(loss, (x, w))
+    for a, e in zip(grads, torch.autograd.grad(expected, (x, w)), strict=True):
+        torch.testing.assert_close(a, e)
+    # several labels: probabilities as targets
+    present = (target >= 0).any(1)
+    share = torch.zeros(16, 40, dtype=t.dtype).scatter_add(1, target.clamp_min(0), t)[present]
+    logits = 64 * (F.normalize(x) @ F.normalize(w).T)[present] - 64 * 0.2 * share
+    expected = F.cross_entropy(logits, share, label_smoothing=0.2)
+    loss = sk.margin_cross_entropy(x, w, target, margin, target_weight=t, **options)
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("case", ["smoothing", "drop", "zero", "sub-centres"])
+def test_gradcheck_of_the_options(case, impl):
+    x, w, target, t, _ = problem_of(5, 7, 2 if case == "sub-centres" else 1, 4, 2, torch.float64)
+    w = w if case == "sub-centres" else w.flatten(0, 1)
+    limit = 0.3 if case in ("drop", "zero") else None
+    mode = case if limit else "drop"
+    margin = sk.CombinedMargin(
+        8.0, 1.0, 0.3, 0.1, interclass_filter=limit, interclass_filter_mode=mode
+    )
+
+    def f(x, w):
+        loss, stats = sk.margin_cross_entropy(
+            x, w, target, margin, target_weight=t, return_stats=True, impl=impl,
+            label_smoothing=0.2 if case == "smoothing" else 0.0,
+        )  # fmt: skip
+        return loss + 0.1 * stats.lse.square().sum() + stats.target_cosine.sum()
+
+    assert torch.autograd.gradcheck(f, (x.requires_grad_(), w.requires_grad_()))
+
+
 # ---- statistics, reductions, rows that do not count ---------------------------------------------
 
 
@@ -418,6 +596,45 @@ def test_a_non_finite_row_spoils_itself_alone(value):
     assert torch.equal(grad[others], clean_grad[others])
 
 
+OPTIONS = {
+    "plain": {},
+    "separate": {"mix": "separate"},
+    "smoothing": {"label_smoothing": 0.1},
+    "drop": {"margin": FILTERED["drop"]},
+    "zero": {"margin": FILTERED["zero"]},
+    "sub-centres": {},
+}
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_non_finite_row_that_nobody_asks_for_changes_nothing(value, name, impl):
+    """Not the other rows, nor the centres; nor does it where the margins of its row are NaN."""
+    m = 2 if name == "sub-centres" else 1
+    x, w, target, t, upstream = problem_of(6, 700, m, 8, 2, torch.float32)
+    w = w if m > 1 else w.flatten(0, 1)
+    upstream[2] = 0
+    others = torch.arange(6) != 2
+    options = {"margin": COMBINED, **OPTIONS[name]}
+    clean = run(x, w, target, t, upstream, torch.float32, impl=impl, **options)
+    x[2, 3] = value
+    dirty = run(x, w, target, t, upstream, torch.float32, impl=impl, **options)
+    assert not dirty[0][2].isfinite()
+    for a, e in zip(dirty[:2], clean[:2], strict=True):
+        torch.testing.assert_close(a[others], e[others])
+    torch.testing.assert_close(dirty[2], clean[2])
+    if impl == "cpu":
+        assert not dirty[1][2].any()
+    if name == "plain" and impl == "cpu":
+        m2 = torch.full((6,), 0.4)
+        m2[2] = math.nan
+        margin = sk.CombinedMargin(64.0, 0.9, m2, 0.15)
+        dirty = run(x, w, target, t, upstream, torch.float32, margin, impl=impl)
+        torch.testing.assert_close(dirty[0][others], clean[0][others])
+        torch.testing.assert_close(dirty[2], clean[2])
+
+
 def test_non_contiguous_inputs():
     x, w, target, _, upstream = problem(20, 60, 12, 1, torch.float32)
     expected = run(x, w, target, None, upstream, torch.float32)
@@ -438,11 +655,15 @@ def test_non_contiguous_inputs():
     sk.margin_cross_entropy(one_row, w.float(), target[:5]).backward()
 
 
-def test_two_runs_agree_bitwise():
-    case = problem(130, 3000, 64, 2, torch.float32)
-    first = run(*case, torch.float32)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_two_runs_agree_bitwise(name):
+    case = problem_of(130, 1500, 2, 64, 2, torch.float32)
+    if name != "sub-centres":
+        case = (case[0], case[1].flatten(0, 1), *case[2:])
+    options = {"margin": COMBINED, **OPTIONS[name]}
+    first = run(*case, torch.float32, **options)
     for _ in range(3):
-        for a, b in zip(run(*case, torch.float32), first, strict=True):
+        for a, b in zip(run(*case, torch.float32, **options), first, strict=True):
             assert torch.equal(a, b)
 
 
@@ -456,13 +677,25 @@ def test_only_what_is_asked_for_is_computed():
     x, w, target, _, _ = problem(4, 9, 8, 1, torch.float32)
     labels = target[:, None]
     op = torch.ops.synface_kernels
-    out = op.margin_cross_entropy_forward(x, w, None, labels, 64.0, False, "cpu")
-    assert out[3].shape == (0,)
+    out = op.margin_cross_entropy_forward(x, w, None, labels, 64.0, math.inf, False, False, "cpu")
+    assert [v.shape for v in out[3:]] == [(0,)] * 4
     g = torch.ones(4, dtype=torch.float64)
-    out = op.margin_cross_entropy_forward(x, w, None, labels, 64.0, True, "cpu")
+    out = op.margin_cross_entropy_forward(x, w, None, labels, 64.0, math.inf, True, False, "cpu")
     for needs in itertools.product((False, True), repeat=2):
         grads = op.margin_cross_entropy_backward(
-            x, w, None, labels, out[0], out[3], g, g[:, None], 64.0, *needs, "cpu"
+            x,
+            w,
+            None,
+            labels,
+            out[0],
+            *out[5:],
+            g,
+            g[:, None],
+            g[:0],
+            64.0,
+            math.inf,
+            *needs,
+            "cpu",
         )
         assert [tuple(v.shape) for v in grads] == [
             tuple(v.shape) if need else (0,) for v, need in zip((x, w), needs, strict=True)
@@ -621,6 +854,23 @@ def test_compile_fullgraph():
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["smoothing", "zero", "sub-centres"])
+def test_compile_fullgraph_with_options(name):
+    x, w, target, t, _ = problem_of(8, 40, 2, 16, 2, torch.float32)
+    w = w if name == "sub-centres" else w.flatten(0, 1)
+    x, w, t = x.float().requires_grad_(), w.float().requires_grad_(), t.float()
+
+    def step(x, w, target, t):
+        return sk.margin_cross_entropy(x, w, target, target_weight=t, **OPTIONS[name])
+
+    actual = torch.compile(step, fullgraph=True)(x, w, target, t)
+    expected = step(x, w, target, t)
+    torch.testing.assert_close(actual, expected)
+    grads = torch.autograd.grad(actual, (x, w))
+    for a, e in zip(grads, torch.autograd.grad(expected, (x, w)), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_compile_fullgraph_with_class_ids(impl):
     x, w, target, _, _ = problem(8, 40, 16, 1, torch.float32)
@@ -666,10 +916,20 @@ T2, TW = torch.tensor([[0, 1]] * 4), torch.tensor([[0.5, 0.5]] * 4)
         ((X, W, T2[:, :0]), {"target_weight": TW[:, :0]}, ValueError, "K ≥ 1"),
         ((X, W[:, :7], T), {}, ValueError, r"same D .*\(4, 8\).*\(5, 7\)"),
         ((X[0], W, T), {}, ValueError, r"input must be .* \(N, D\), got float32 \(8,\)"),
-        ((X, W[None], T), {}, ValueError, r"weight must be"),
+        ((X, W[None, None], T), {}, ValueError, r"weight must be"),
         ((X.int(), W, T), {}, ValueError, "input must be .* got int32"),
         ((X.double(), W, T), {}, ValueError, "both be float64"),
         ((X, W[:0], T), {}, ValueError, "at least one class"),
+        ((X, W[:, None][:, :0], T), {}, ValueError, r"each class a centre, got .*\(5, 0, 8\)"),
+        ((X, W, T), {"label_smoothing": 1.0}, ValueError, r"in \[0, 1\), got 1.0"),
+        ((X, W, T), {"label_smoothing": "0.1"}, TypeError, "label_smoothing must be a float"),
+        (
+            (X, W, T, sk.ArcFace(interclass_filter=0.3)),
+            {"label_smoothing": 0.1},
+            ValueError,
+            "what interclass_filter leaves out",
+        ),
+        ((X, W[:, None], T), {"label_smoothing": 0.1}, NotImplementedError, "for sub-centres"),
         ((X, W, torch.tensor([0, 1, 5, 2])), {}, ValueError, r"\[0, 5\).* got 5 at 2"),
         ((X, W, torch.tensor([0, -1, 0, 2])), {}, ValueError, "got -1 at 1"),
         ((X, W, T2), {}, ValueError, "target_weight .* is required"),
@@ -710,7 +970,6 @@ T2, TW = torch.tensor([[0, 1]] * 4), torch.tensor([[0.5, 0.5]] * 4)
         ),
         ((X, W, T), {"group": object()}, TypeError, "group must be a .* process group, got object"),
         ((X, W, T), {"class_start": 3}, ValueError, "class_start must be 0 without a group, got 3"),
-        ((X, W, T), {"label_smoothing": 0.1}, NotImplementedError, "label_smoothing is not built"),
         (
             (X, W, T, sk.ArcFace(margin=torch.zeros(3))),
             {},
@@ -737,6 +996,13 @@ def test_bad_input(arguments, options, error, message):
         (lambda: sk.ArcFace(margin=[0.5]), TypeError, "m2 must be a float or a tensor, got list"),
         (lambda: sk.ArcFace(margin=torch.zeros(2, 2)), ValueError, r"shape \(N,\), got"),
         (lambda: sk.ArcFace(beyond_pi="clip"), ValueError, "beyond_pi must be .* got 'clip'"),
+        (lambda: sk.ArcFace(interclass_filter=1.5), ValueError, r"in \[-1, 1\] or None, got 1.5"),
+        (lambda: sk.CosFace(interclass_filter="0"), TypeError, "must be a float or None, got str"),
+        (
+            lambda: sk.SphereFace(interclass_filter_mode="skip"),
+            ValueError,
+            "must be 'drop' or 'zero', got 'skip'",
+        ),
         (lambda: sk.ArcFace(target_grad="ste"), ValueError, "target_grad must be .* got 'ste'"),
     ],
 )
@@ -775,21 +1041,27 @@ def test_numpy_binding_agrees(isa, dtype, monkeypatch):
     target[4] = -1
     op = torch.ops.synface_kernels
     as_torch = [torch.from_numpy(v) for v in (x, w)]
-    expected = op.margin_cross_entropy_forward(*as_torch, None, target, 64.0, True, "cpu")
+    lse, most, cosine, _, _, mean, none = op.margin_cross_entropy_forward(
+        *as_torch, None, target, 64.0, math.inf, True, False, "cpu"
+    )
     actual = synface_kernels.numpy.margin_cross_entropy_forward(x, w, target.numpy(), 64.0, True)
     gc = np.stack([g, -g], 1)
-    expected += op.margin_cross_entropy_backward(
+    grads = op.margin_cross_entropy_backward(
         *as_torch,
         None,
         target,
-        expected[0],
-        expected[3],
+        lse,
+        mean,
+        none,
         *map(torch.from_numpy, (g, gc)),
+        none,
         64.0,
+        math.inf,
         True,
         True,
         "cpu",
     )
+    expected = (lse, most, cosine, mean, *grads)
     actual += synface_kernels.numpy.margin_cross_entropy_backward(
         x, w, target.numpy(), actual[0], actual[3], g, gc, 64.0
     )

@@ -25,6 +25,10 @@ MARGINS = {
     "sphereface": sk.SphereFace(),
     "combined": sk.CombinedMargin(64.0, 0.9, 0.4, 0.15),
     "straight": sk.ArcFace(target_grad="straight_through", beyond_pi="none"),
+    "drop": sk.ArcFace(interclass_filter=0.1),
+    "zero": sk.ArcFace(interclass_filter=0.1, interclass_filter_mode="zero"),
+    "smooth": sk.ArcFace(),
+    "sub-centres": sk.ArcFace(),
     PER_ROW: None,
 }
 KINDS = [(1, "joint"), (3, "joint"), (3, "separate")]  # labels per row, and how they mix
@@ -72,6 +76,10 @@ def step(case: tuple, rows: slice, classes: slice, **options) -> list[Tensor]:
     x, w, m = (v.clone().requires_grad_() for v in (x[rows], w[classes], m[rows]))
     margin = sk.CombinedMargin(64.0, m2=m, m3=0.1) if name == PER_ROW else MARGINS[name]
     plain = k == 1
+    if name == "sub-centres":
+        w = torch.stack([w, w.roll(1, 1)], 1).detach().requires_grad_()
+    if name == "smooth":
+        options["label_smoothing"] = 0.1
     loss, stats = sk.margin_cross_entropy(
         x,
         w,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from unittest import mock
 
 import torch
@@ -34,7 +35,19 @@ def launch(capability: int) -> None:
             labels = torch.empty((n, k), dtype=torch.int64, device="meta")
             for precision in ("ieee", "tf32") if weight_dtype == torch.float32 else ("ieee",):
                 with mock.patch.object(kernel_triton, "_float32_precision", return_value=precision):
-                    kernel_triton.forward(x, w, None, labels, 64.0, False)
-            for scale in (64.0, 128.0):
-                lse, _, cosine, mean = kernel_triton.forward(x, w, None, labels, scale, True)
-            kernel_triton.backward(x, w, None, labels, lse, mean, lse, cosine, 64.0, True, True)
+                    kernel_triton.forward(x, w, None, labels, 64.0, math.inf, False, False)
+            subs = w.view(-1, 3, D) if c % 3 == 0 else w.view(-1, 2, D) if c % 2 == 0 else w
+            for weight, scale, limit, sums in (
+                (w, 64.0, math.inf, False),
+                (w, 128.0, math.inf, False),
+                (w, 64.0, math.inf, True),
+                (w, 64.0, 0.4, False),
+                (subs, 64.0, math.inf, False),
+            ):
+                lse, _, cosine, _, cosine_sum, mean, center_sum = kernel_triton.forward(
+                    x, weight, None, labels, scale, limit, True, sums
+                )
+                kernel_triton.backward(
+                    x, weight, None, labels, lse, mean, center_sum, lse, cosine, cosine_sum, scale,
+                    limit, True, True,
+                )  # fmt: skip

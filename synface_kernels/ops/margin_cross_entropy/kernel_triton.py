@@ -2,8 +2,8 @@
 
 Two designs share the arithmetic on a block of logits:
 
-- *fused* (`_forward_fused`): no gradient of the input is asked for, and weight is taken
-  as it is. The product runs inside the kernel and logits never reach device memory.
+- *fused* (`_forward_fused`): no gradient of the input is asked for, and weight is taken as it is,
+  without filter or sums. The product runs inside the kernel and logits never reach device memory.
 - *tiled* (training): cuBLAS writes the float32 logits of one tile of classes into a reused
   workspace, one kernel turns them into the second product's factor, and cuBLAS takes that product.
 
@@ -14,6 +14,7 @@ written and 16-bit inputs are not rounded twice. All sums have a fixed order.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,13 +64,26 @@ def _only_negatives(cosine, labels, rows, in_rows, classes, C, K: tl.constexpr):
 
 
 @triton.jit
-def _tile_cosines(logits, stride, input_r, weight_r, rows, in_rows, columns, in_columns):
-    """Cosines from a block of a tile's products."""
+def _tile_cosines(
+    logits, stride, input_r, weight_r, rows, in_rows, columns, in_columns, M: tl.constexpr
+):
+    """Classes' cosines from a block of a tile's products, and each one's sub-centre: the greatest,
+    the first of equals."""
     mask = in_rows[:, None] & in_columns[None, :]
-    product = tl.load(logits + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
     r_i = tl.load(input_r + rows, mask=in_rows, other=0.0)
-    r_j = tl.load(weight_r + columns, mask=in_columns, other=0.0)
-    return product * r_i[:, None] * r_j[None, :]
+    for m in tl.static_range(M):
+        centers = columns * M + m
+        product = tl.load(logits + rows[:, None] * stride + centers[None, :], mask=mask, other=0.0)
+        r_j = tl.load(weight_r + centers, mask=in_columns, other=0.0)
+        cosine = product * r_i[:, None] * r_j[None, :]
+        if m == 0:
+            best = cosine
+            nearest = tl.zeros_like(cosine).to(tl.int32)
+        else:
+            better = (cosine > best) | (cosine != cosine)
+            best = tl.where(better, cosine, best)
+            nearest = tl.where(better, m, nearest)
+    return best, nearest
 
 
 @triton.jit
@@ -85,11 +99,12 @@ def _inverse_norms_kernel(
 
 @triton.jit
 def _target_cosines_kernel(
-    input, weight, labels, target_cosine, input_stride, weight_stride,
-    D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr,
+    input, weight, labels, target_cosine, target_rows, input_stride, weight_stride,
+    D: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row per program: its cosines with its own labels, in float64, for near cos θ = ±1 a
-    margin's slope is large."""
+    """One row per program: its cosines with its own labels (classes of weight), in float64, for
+    near cos θ = ±1 a margin's slope is large; and the rows of weight that they are with, or what
+    stands for no label."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     x = tl.load(input + row * input_stride + d, mask=d < D, other=0.0).to(tl.float64)
@@ -97,10 +112,21 @@ def _target_cosines_kernel(
     for k in tl.static_range(K):
         label = tl.load(labels + row * K + k)
         present = label >= 0
-        w = tl.load(weight + label * weight_stride + d, mask=present & (d < D), other=0.0)
-        w = w.to(tl.float64)
-        cosine = tl.sum(x * w, 0) * r_i * _inverse_norm(tl.sum(w * w, 0))
-        tl.store(target_cosine + row * K + k, tl.where(present, cosine, 0.0))
+        for m in tl.static_range(M):
+            center = label * M + m
+            w = tl.load(weight + center * weight_stride + d, mask=present & (d < D), other=0.0)
+            w = w.to(tl.float64)
+            cosine = tl.sum(x * w, 0) * r_i * _inverse_norm(tl.sum(w * w, 0))
+            if m == 0:
+                best, target = cosine, center
+            else:
+                better = (cosine > best) | (cosine != cosine)
+                best = tl.where(better, cosine, best)
+                target = tl.where(better, center, target)
+        best = tl.where(present, best, 0.0)
+        target = tl.where(present, target, label)
+        tl.store(target_cosine + row * K + k, best)
+        tl.store(target_rows + row * K + k, target)
 
 
 @triton.jit
@@ -155,13 +181,13 @@ def _fused_kernel(
 
 @triton.jit
 def _tile_statistics_kernel(
-    logits, probabilities, labels, input_r, weight_r, shift, maximum, total, N, columns, stride,
-    start, chunk, scale, K: tl.constexpr, MAXIMUM_ONLY: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    logits, probabilities, labels, input_r, weight_r, shift, maximum, total, filtered, N, columns,
+    stride, start, chunk, scale, limit, K: tl.constexpr, M: tl.constexpr, FILTER: tl.constexpr,
+    MAXIMUM_ONLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of a tile's columns: raises maximum and, unless MAXIMUM_ONLY, adds
-    exp(logit − shift) to total and writes it times r_j, the mean centre's factor (in place where
-    dtypes agree)."""
+    """One chunk of a tile's columns, which are classes of M centres: raises maximum and, unless
+    MAXIMUM_ONLY, adds exp(logit − shift) to total and writes it times r_j, the mean centre's factor
+    (in place where dtypes agree). With FILTER, what is above the limit is left out, and counted."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < N
     row_shift = tl.load(shift + rows, mask=in_rows, other=0.0)
@@ -169,48 +195,94 @@ def _tile_statistics_kernel(
     slot = tl.program_id(1) * N + rows
     row_maximum = tl.load(maximum + slot, mask=in_rows, other=float("-inf"))
     row_total = tl.load(total + slot, mask=in_rows, other=0.0)
+    if FILTER:
+        row_filtered = tl.load(filtered + slot, mask=in_rows, other=0)
     end = min(c + chunk, columns)
     while c < end:
         column = c + tl.arange(0, BLOCK_C)
         in_columns = column < columns
-        cosine = _tile_cosines(logits, stride, input_r, weight_r, rows, in_rows, column, in_columns)
+        cosine, nearest = _tile_cosines(
+            logits, stride, input_r, weight_r, rows, in_rows, column, in_columns, M
+        )
         cosine = _only_negatives(cosine, labels, rows, in_rows, start + column, start + columns, K)
+        if FILTER:
+            above = cosine > limit
+            cosine = tl.where(above, float("-inf"), cosine)
+            if not MAXIMUM_ONLY:
+                row_filtered += tl.sum(above.to(tl.int32), 1)
         row_maximum = tl.maximum(row_maximum, tl.max(cosine, 1))
         if not MAXIMUM_ONLY:
             p = tl.exp(scale * cosine - row_shift[:, None])
             row_total += tl.sum(p, 1)
-            r_j = tl.load(weight_r + column, mask=in_columns, other=0.0)
-            out = probabilities + rows[:, None] * stride + column[None, :]
-            tl.store(out, p * r_j[None, :], mask=in_rows[:, None] & in_columns[None, :])
+            for m in tl.static_range(M):
+                centers = column * M + m
+                r_j = tl.load(weight_r + centers, mask=in_columns, other=0.0)
+                share = p * r_j[None, :]
+                if M > 1:
+                    share = tl.where(nearest == m, share, 0.0)
+                out = probabilities + rows[:, None] * stride + centers[None, :]
+                tl.store(out, share, mask=in_rows[:, None] & in_columns[None, :])
         c += BLOCK_C
     tl.store(maximum + slot, row_maximum, mask=in_rows)
     tl.store(total + slot, row_total, mask=in_rows)
+    if FILTER:
+        tl.store(filtered + slot, row_filtered, mask=in_rows)
 
 
 @triton.jit
 def _tile_gradient_kernel(
-    logits, gradient, labels, input_r, weight_r, negative_lse, grad_negative_lse,
-    grad_target_cosine, N, columns, stride, start, scale, K: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    logits, gradient, labels, target_rows, input_r, weight_r, negative_lse, grad_negative_lse,
+    grad_target_cosine, N, columns, stride, start, scale, limit, K: tl.constexpr, M: tl.constexpr,
+    FILTER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A block of G_ij·r_i, where G is the loss's gradient by the cosines (in place where dtypes
-    agree)."""
+    agree); columns are classes of M centres."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < N
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_columns = column < columns
-    cosine = _tile_cosines(logits, stride, input_r, weight_r, rows, in_rows, column, in_columns)
+    cosine, nearest = _tile_cosines(
+        logits, stride, input_r, weight_r, rows, in_rows, column, in_columns, M
+    )
 
     lse = tl.load(negative_lse + rows, mask=in_rows, other=0.0)
     g = tl.load(grad_negative_lse + rows, mask=in_rows, other=0.0) * scale
     gradient_ij = tl.exp(scale * cosine - lse[:, None]) * g[:, None]
+    if FILTER:
+        gradient_ij = tl.where(cosine > limit, 0.0, gradient_ij)
     for k in tl.static_range(K):
         target = tl.load(grad_target_cosine + rows * K + k, mask=in_rows, other=0.0)
         match = _is_label(labels, rows, in_rows, start + column, k, K)
         gradient_ij = tl.where(match, target[:, None], gradient_ij)
+        if M > 1:  # found again in float64
+            center = tl.load(target_rows + rows * K + k, mask=in_rows, other=0) % M
+            nearest = tl.where(match, center.to(tl.int32)[:, None], nearest)
     r_i = tl.load(input_r + rows, mask=in_rows, other=0.0)
-    out = gradient + rows[:, None] * stride + column[None, :]
-    tl.store(out, gradient_ij * r_i[:, None], mask=in_rows[:, None] & in_columns[None, :])
+    scaled = gradient_ij * r_i[:, None]
+    for m in tl.static_range(M):
+        centers = column * M + m
+        own = scaled
+        if M > 1:
+            own = tl.where(nearest == m, scaled, 0.0)
+        out = gradient + rows[:, None] * stride + centers[None, :]
+        tl.store(out, own, mask=in_rows[:, None] & in_columns[None, :])
+
+
+@triton.jit
+def _center_sums_kernel(
+    own, weight_r, center_sums, count, stride, per_program, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Adds a program's share of Σ r_j·w_j over a tile's centres to its row, in float64."""
+    d = tl.arange(0, BLOCK_D)
+    slot = center_sums + tl.program_id(0) * D + d
+    total = tl.load(slot, mask=d < D, other=0.0)
+    row = tl.program_id(0).to(tl.int64) * per_program
+    end = tl.minimum(row + per_program, count)
+    while row < end:
+        w = tl.load(own + row * stride + d, mask=d < D, other=0.0).to(tl.float64)
+        total += w * tl.load(weight_r + row)
+        row += 1
+    tl.store(slot, total, mask=d < D)
 
 
 @triton.jit
@@ -233,29 +305,38 @@ def _grad_weight_kernel(
 
 @triton.jit
 def _grad_input_kernel(
-    input, weight, labels, mean_center, grad_negative_lse, grad_target_cosine, grad_input,
-    input_stride, weight_stride, scale, D: tl.constexpr, K: tl.constexpr, BLOCK_D: tl.constexpr,
+    input, weight, target_rows, mean_center, center_sum, grad_negative_lse, grad_target_cosine,
+    grad_cosine_sum, grad_input, input_stride, weight_stride, scale, D: tl.constexpr,
+    K: tl.constexpr, SUM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One row per program: r_i·(V_i − (x̂_i·V_i)·x̂_i), in float64, for near cos θ = ±1 a margin's
-    slope is large and what is left of its target small."""
+    slope is large and what is left of its target small. 0 where nothing is asked of the row."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
     v = tl.load(mean_center + row * D + d, mask=in_d, other=0.0).to(tl.float64)
-    v *= tl.load(grad_negative_lse + row) * scale
+    g = tl.load(grad_negative_lse + row)
+    v *= g * scale
+    asked = g != 0
+    if SUM:
+        g_sum = tl.load(grad_cosine_sum + row)
+        v += g_sum * tl.load(center_sum + d, mask=in_d, other=0.0)
+        asked |= g_sum != 0
     counted = False
     for k in tl.static_range(K):
-        label = tl.load(labels + row * K + k)
-        present = label >= 0
-        counted |= label != -1
-        w = tl.load(weight + label * weight_stride + d, mask=present & in_d, other=0.0)
+        target = tl.load(target_rows + row * K + k)
+        present = target >= 0
+        counted |= target != -1
+        w = tl.load(weight + target * weight_stride + d, mask=present & in_d, other=0.0)
         w = w.to(tl.float64)
-        v += tl.load(grad_target_cosine + row * K + k) * _inverse_norm(tl.sum(w * w, 0)) * w
+        g_k = tl.load(grad_target_cosine + row * K + k)
+        v += g_k * _inverse_norm(tl.sum(w * w, 0)) * w
+        asked |= g_k != 0
     x = tl.load(input + row * input_stride + d, mask=in_d, other=0.0).to(tl.float64)
     r_i = _inverse_norm(tl.sum(x * x, 0))
     unit = x * r_i
     grad = r_i * (v - tl.sum(unit * v, 0) * unit)
-    grad = tl.where(counted, grad, 0.0).to(tl.float32)
+    grad = tl.where(counted & asked, grad, 0.0).to(tl.float32)
     tl.store(grad_input + row * D + d, grad, mask=in_d)
 
 
@@ -312,72 +393,118 @@ def forward(
     class_ids: Tensor | None,
     labels: Tensor,
     scale: float,
+    limit: float,
     needs_input_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs_cosine_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Statistics of the classes that are not a row's labels.
 
     Args:
-        input: (N, D), weight: (C, D); float32, bfloat16 or float16, on one CUDA device (or on the
-            CPU in Triton's interpreter). Where their dtypes differ, both are taken as float32.
+        input: (N, D), weight: (C, D) or (C, M, D); float32, bfloat16 or float16, on one CUDA device
+            (or on the CPU in Triton's interpreter). Where their dtypes differ, both are taken as
+            float32.
         class_ids: (S,) int64 rows of weight that take part; None: all, S = C.
         labels: (N, K) int64 in [0, S), distinct within a row, −1 where absent, −2 where a label's
             centre is not in weight.
         scale: of the logits.
+        limit: other classes with a larger cosine are filtered, left out; ∞ for none.
         needs_input_grad: whether the mean centre is asked for.
+        needs_cosine_sum: whether the sum of all cosines is asked for; not with sub-centres.
 
     Returns:
-        float32 negative_lse (N,), negative_max (N,), target_cosine (N, K), and mean_center (N, D),
-        or (0,) if not asked for. All 0 for a row without labels; lse and max −∞ for a row whose
-        labels are all the classes.
+        float32 negative_lse (N,), negative_max (N,), target_cosine (N, K); float64 filtered (N,),
+        how many classes are, and cosine_sum (N,); mean_center (N, D); float64 center_sum (D,), of
+        all normalised centres. What is not asked for is (0,). All 0 for a row without labels; lse
+        and max −∞ for a row that has no other classes.
 
     Memory above inputs and outputs, in bytes:
-        without the mean centre 4·C + 8·N·(splits + 1), splits ≤ ⌈4·SMs/⌈N/128⌉⌉; with it, or with
-        class_ids, max(64 MiB, 128 classes) of tile at (4·N + 2·N [bfloat16] + 4·D [float16 or mixed
-        dtypes] + 4 + a row of weight [class_ids]) per class, and O(N·D). An input or weight whose
-        rows are not contiguous is copied.
+        of a plain weight without the mean centre 4·C + 8·N·(splits + 1),
+        splits ≤ ⌈4·SMs/⌈N/128⌉⌉; else max(64 MiB, 128 classes) of tile at (4·N + 2·N [bfloat16] +
+        4·D [float16 or mixed dtypes] + 4 + a row of weight [class_ids]) per centre, and O(N·D). An
+        input or weight whose rows are not contiguous is copied.
 
     Raises:
         ValueError: for float64, which has no kernel here.
     """
     input, weight, labels = _check(input, weight, labels)
-    n, d = input.shape
+    (n, d), filters = input.shape, limit < math.inf
     input_r = torch.empty(n, dtype=torch.float32, device=input.device)
     target_cosine = input_r.new_empty(labels.shape)
+    exact = input_r.new_zeros(n, dtype=torch.float64)
     if n == 0:
         mean_center = input_r.new_empty((0, d) if needs_input_grad else 0)
-        return torch.empty_like(input_r), torch.empty_like(input_r), target_cosine, mean_center
+        center_sum = exact.new_zeros(d if needs_cosine_sum else 0)
+        return (
+            input_r,
+            input_r.clone(),
+            target_cosine,
+            exact,
+            exact.clone(),
+            mean_center,
+            center_sum,
+        )
     with _on_device_of(input):
-        _launch(
-            _target_cosines_kernel, (n,), input, weight, _label_rows(labels, class_ids),
-            target_cosine, input.stride(0), weight.stride(0), D=d, K=labels.shape[1],
-            **_one_row_config(d),
-        )  # fmt: skip
+        _find_targets(input, weight, class_ids, labels, target_cosine)
         # As in backward: a last bit more or less in r_i, times the scale, is in every probability.
         _inverse_norms(input, input_r)
+        plain = class_ids is None and weight.dim() == 2 and not filters and not needs_cosine_sum
         cast = weight.dtype != _product_dtypes(input, weight)[0]
-        if needs_input_grad or cast or class_ids is not None:
-            statistics = _forward_tiled(
-                input, weight, class_ids, labels, input_r, scale, needs_input_grad
-            )
+        if plain and not cast and not needs_input_grad:
+            negative_lse, negative_max = _forward_fused(input, weight, labels, input_r, scale)
+            filtered, mean_center, center_sum = exact[:0], input_r[:0], exact[:0]
         else:
-            statistics = _forward_fused(input, weight, labels, input_r, scale)
-        negative_lse, negative_max, mean_center = statistics
+            negative_lse, negative_max, filtered, mean_center, center_sum = _forward_tiled(
+                input, weight, class_ids, labels, input_r, scale, limit, needs_input_grad,
+                needs_cosine_sum,
+            )  # fmt: skip
         # The hardware's maximum skips a NaN, the sum does not.
         negative_max = torch.where(negative_lse.isnan(), torch.nan, negative_max)
         present = (labels != -1).any(1)
         if needs_input_grad:
             mean_center = torch.where(present[:, None], mean_center, 0)
+        if filters:
+            filtered = torch.where(present, filtered, 0)
+        cosine_sum = exact[:0]
+        if needs_cosine_sum:
+            sums = (input.double() @ center_sum) * input_r
+            cosine_sum = torch.where(present, sums, 0)
         return (
             torch.where(present, negative_lse, 0),
             torch.where(present, negative_max, 0),
             target_cosine,
+            filtered,
+            cosine_sum,
             mean_center,
+            center_sum,
         )
+
+
+def _find_targets(
+    input: Tensor,
+    weight: Tensor,
+    class_ids: Tensor | None,
+    labels: Tensor,
+    target_cosine: Tensor,
+) -> Tensor:
+    """Fills target_cosine (N, K); returns the rows of weight, its centres (C·M, D), that they are
+    with, or what stands for no label."""
+    n, d = input.shape
+    centers = _centers(weight)
+    target_rows = torch.empty_like(labels)
+    classes = labels
+    if class_ids is not None:
+        classes = torch.where(labels >= 0, class_ids[labels.clamp_min(0)], labels)
+    _launch(
+        _target_cosines_kernel, (n,), input, centers, classes, target_cosine, target_rows,
+        input.stride(0), centers.stride(0), D=d, K=labels.shape[1], M=_sub_centers(weight),
+        **_one_row_config(d),
+    )  # fmt: skip
+    return target_rows
 
 
 def _forward_fused(
     input: Tensor, weight: Tensor, labels: Tensor, input_r: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """For a weight in the product's dtype: in the kernel, a cast before `tl.dot` must not be, for
     then Triton 3.6 and 3.7 take TF32 on compute capability 10, whatever the precision asked for."""
     (n, d), c = input.shape, weight.shape[0]
@@ -406,7 +533,7 @@ def _forward_fused(
     negative_max = maximum.amax(0)
     reference = torch.where(negative_max == -torch.inf, 0, negative_max)
     total = (total * torch.exp(scale * (maximum - reference))).sum(0)
-    return scale * reference + torch.log(total), negative_max, input_r.new_empty(0)
+    return scale * reference + torch.log(total), negative_max
 
 
 def _forward_tiled(
@@ -416,17 +543,17 @@ def _forward_tiled(
     labels: Tensor,
     input_r: Tensor,
     scale: float,
+    limit: float,
     needs_mean_center: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    needs_center_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, d = input.shape
     product, factor = _product_dtypes(input, weight)
-    tile = _tile_classes(
-        _count(weight, class_ids), _bytes_per_class(input, weight, class_ids is not None)
-    )
+    tiles = _Tiles(input, weight, class_ids, product, _bytes_per_center(input, weight, class_ids))
     config = _tile_config(n)
     row_blocks = triton.cdiv(n, config["BLOCK_N"])
-    chunks = min(triton.cdiv(tile, config["BLOCK_C"]), triton.cdiv(1024, row_blocks))
-    chunk = _round_up(triton.cdiv(tile, chunks), config["BLOCK_C"])
+    chunks = min(triton.cdiv(tiles.classes, config["BLOCK_C"]), triton.cdiv(1024, row_blocks))
+    chunk = _round_up(triton.cdiv(tiles.classes, chunks), config["BLOCK_C"])
 
     # One shift serves all cosines, unless exp() of what is left can leave float32's range: then
     # the shift follows each row's maximum, tile by tile, up from the least logit.
@@ -437,15 +564,23 @@ def _forward_tiled(
     total = torch.zeros_like(maximum)
     mean_center = input_r.new_zeros((n, d) if needs_mean_center else 0)
     part = torch.empty_like(mean_center)
-    tiles = _Tiles(input, weight, class_ids, product, tile)
+    filtered = input_r.new_zeros((chunks, n) if limit < math.inf else 0, dtype=torch.int32)
+    center_sums = input_r.new_zeros((64, d) if needs_center_sum else 0, dtype=torch.float64)
     probabilities = tiles.factor(factor)
-    for start, _, rows, weight_r in tiles:
-        columns = rows.shape[0]
+    for start, own, rows, weight_r in tiles:
+        columns = rows.shape[0] // tiles.sub_centers
+        if needs_center_sum:
+            programs = center_sums.shape[0]
+            _launch(
+                _center_sums_kernel, (programs,), own, weight_r, center_sums, own.shape[0],
+                own.stride(0), triton.cdiv(own.shape[0], programs), D=d, **_one_row_config(d),
+            )  # fmt: skip
         for maximum_only in (True, False) if follow else (False,):
             _launch(
                 _tile_statistics_kernel, (row_blocks, triton.cdiv(columns, chunk)), tiles.logits,
-                probabilities, labels, input_r, weight_r, shift, maximum, total, n, columns, tile,
-                start, chunk, scale, K=labels.shape[1], MAXIMUM_ONLY=maximum_only, **config,
+                probabilities, labels, input_r, weight_r, shift, maximum, total, filtered, n,
+                columns, tiles.stride, start, chunk, scale, limit, K=labels.shape[1],
+                M=tiles.sub_centers, FILTER=limit < math.inf, MAXIMUM_ONLY=maximum_only, **config,
             )  # fmt: skip
             if maximum_only:
                 raised = torch.maximum(shift, scale * maximum.amax(0))
@@ -455,11 +590,17 @@ def _forward_tiled(
                     mean_center *= decay[:, None]
                 shift = raised
         if needs_mean_center:
-            mean_center += _mm(probabilities[:, :columns], rows.to(factor), part)
+            mean_center += _mm(probabilities[:, : rows.shape[0]], rows.to(factor), part)
     total = total.sum(0)
     if needs_mean_center:
         mean_center /= torch.where(total == 0, 1, total)[:, None]
-    return shift + torch.log(total), maximum.amax(0), mean_center
+    return (
+        shift + torch.log(total),
+        maximum.amax(0),
+        filtered.sum(0).double() if limit < math.inf else filtered.double(),
+        mean_center,
+        center_sums.sum(0) if needs_center_sum else center_sums,
+    )
 
 
 def backward(
@@ -469,23 +610,28 @@ def backward(
     labels: Tensor,
     negative_lse: Tensor,
     mean_center: Tensor,
+    center_sum: Tensor,
     grad_negative_lse: Tensor,
     grad_target_cosine: Tensor,
+    grad_cosine_sum: Tensor,
     scale: float,
+    limit: float,
     needs_input_grad: bool,
     needs_weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients from those of negative_lse (N,) and target_cosine (N, K), both float32.
+    """Gradients from those of negative_lse (N,) and target_cosine (N, K), both float32, and of
+    cosine_sum, float64: (N,), or (0,) where it was not asked for.
 
     Args:
-        input, weight, class_ids, labels, scale: as in `forward`; negative_lse, mean_center: its
-            results.
+        input, weight, class_ids, labels, scale, limit: as in `forward`; negative_lse, mean_center,
+            center_sum: its results.
         needs_input_grad, needs_weight_grad: which gradients are asked for; the input's needs the
             mean centre.
 
     Returns:
-        grad_input (N, D) in input's dtype, grad_rows (S, D) in weight's dtype; (0,) for one not
-        asked for. Rows without labels give and get no gradient.
+        grad_input (N, D) in input's dtype, grad_rows (S, D) or (S, M, D) in weight's dtype; (0,)
+        for one not asked for. Rows without labels give and get no gradient; nor do those of which
+        all three gradients are 0, whatever they hold.
 
     Memory above the gradients: as forward's tile, and 4·D more per class for a 16-bit weight.
 
@@ -497,21 +643,27 @@ def backward(
     negative_lse, mean_center = negative_lse.contiguous(), mean_center.contiguous()
     grad_negative_lse = grad_negative_lse.contiguous()
     grad_target_cosine = grad_target_cosine.contiguous()
+    grad_cosine_sum = grad_cosine_sum.contiguous()
     grad_input = input.new_empty((n, d) if needs_input_grad else 0)
-    grad_rows = weight.new_empty((_count(weight, class_ids), d) if needs_weight_grad else 0)
+    shape = (_count(weight, class_ids), *weight.shape[1:])
+    grad_rows = weight.new_empty(shape if needs_weight_grad else 0)
     if n == 0:
         return grad_input, grad_rows.zero_()
     with _on_device_of(input):
+        cosine = torch.empty_like(grad_target_cosine)
+        target_rows = _find_targets(input, weight, class_ids, labels, cosine)
         if needs_input_grad:
+            centers = _centers(weight)
             _launch(
-                _grad_input_kernel, (n,), input, weight, _label_rows(labels, class_ids),
-                mean_center, grad_negative_lse, grad_target_cosine, grad_input, input.stride(0),
-                weight.stride(0), scale, D=d, K=labels.shape[1], **_one_row_config(d),
+                _grad_input_kernel, (n,), input, centers, target_rows, mean_center, center_sum,
+                grad_negative_lse, grad_target_cosine, grad_cosine_sum, grad_input,
+                input.stride(0), centers.stride(0), scale, D=d, K=labels.shape[1],
+                SUM=center_sum.numel() > 0, **_one_row_config(d),
             )  # fmt: skip
         if needs_weight_grad:
             _fill_grad_rows(
-                grad_rows, input, weight, class_ids, labels, negative_lse, grad_negative_lse,
-                grad_target_cosine, scale,
+                _centers(grad_rows), input, weight, class_ids, labels, target_rows, negative_lse,
+                grad_negative_lse, grad_target_cosine, grad_cosine_sum, scale, limit,
             )  # fmt: skip
     return grad_input, grad_rows
 
@@ -522,42 +674,61 @@ def _fill_grad_rows(
     weight: Tensor,
     class_ids: Tensor | None,
     labels: Tensor,
+    target_rows: Tensor,
     negative_lse: Tensor,
     grad_negative_lse: Tensor,
     grad_target_cosine: Tensor,
+    grad_cosine_sum: Tensor,
     scale: float,
+    limit: float,
 ) -> None:
     n, d = input.shape
-    # What stands in a row without labels must not reach the sums over rows.
-    input = torch.where((labels != -1).any(1)[:, None], input, 0)
+    # What stands in a row without labels, or one of which nothing is asked, must not reach the
+    # sums over rows.
+    asked = (grad_negative_lse != 0) | (grad_target_cosine != 0).any(1)
+    if grad_cosine_sum.numel() > 0:
+        asked |= grad_cosine_sum != 0
+    asked &= (labels != -1).any(1)
+    input = torch.where(asked[:, None], input, 0)
+    negative_lse = torch.where(asked & (grad_negative_lse != 0), negative_lse, 0)
     input_r = _inverse_norms(input, negative_lse.new_empty(n))
     product, factor = _product_dtypes(input, weight)
     x = input.to(factor)
     in_place = weight.dtype == torch.float32
-    per_class = _bytes_per_class(input, weight, class_ids is not None) + (0 if in_place else 4 * d)
-    tile = _tile_classes(grad_rows.shape[0], per_class)
-    sums = None if in_place else negative_lse.new_empty((tile, d))
+    per_center = _bytes_per_center(input, weight, class_ids) + (0 if in_place else 4 * d)
+    tiles = _Tiles(input, weight, class_ids, product, per_center)
+    sums = None if in_place else negative_lse.new_empty((tiles.stride, d))
     config, row_config = _tile_config(n), _row_config(d)
-    tiles = _Tiles(input, weight, class_ids, product, tile)
     gradient = tiles.factor(factor)
+    common = None  # to all centres, from the sum of all cosines
+    if grad_cosine_sum.numel() > 0:
+        common = ((grad_cosine_sum * input_r) @ input.double()).float()
     for start, own, _, weight_r in tiles:
-        columns = own.shape[0]
+        count = own.shape[0]
+        columns = count // tiles.sub_centers
         grid = (triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(columns, config["BLOCK_C"]))
         _launch(
-            _tile_gradient_kernel, grid, tiles.logits, gradient, labels, input_r, weight_r,
-            negative_lse, grad_negative_lse, grad_target_cosine, n, columns, tile, start, scale,
-            K=labels.shape[1], **config,
+            _tile_gradient_kernel, grid, tiles.logits, gradient, labels, target_rows, input_r,
+            weight_r, negative_lse, grad_negative_lse, grad_target_cosine, n, columns,
+            tiles.stride, start, scale, limit, K=labels.shape[1], M=tiles.sub_centers,
+            FILTER=limit < math.inf, **config,
         )  # fmt: skip
-        out = grad_rows[start : start + columns]
-        a = _mm(gradient[:, :columns].t(), x, out if sums is None else sums[:columns])
+        first = start * tiles.sub_centers
+        out = grad_rows[first : first + count]
+        a = _mm(gradient[:, :count].t(), x, out if sums is None else sums[:count])
+        if common is not None:
+            a += common
         _launch(
-            _grad_weight_kernel, (triton.cdiv(columns, row_config["BLOCK_R"]),), own, weight_r, a,
-            out, columns, own.stride(0), D=d, **row_config,
+            _grad_weight_kernel, (triton.cdiv(count, row_config["BLOCK_R"]),), own, weight_r, a,
+            out, count, own.stride(0), D=d, **row_config,
         )  # fmt: skip
 
 
 class _Tiles:
-    """Tiles of classes with their logits, in buffers that serve one tile after the other."""
+    """Tiles of classes with their logits, in buffers that serve one tile after the other.
+
+    A tile has ``classes`` of ``sub_centers`` each, ``stride`` columns of logits together.
+    """
 
     def __init__(
         self,
@@ -565,15 +736,16 @@ class _Tiles:
         weight: Tensor,
         class_ids: Tensor | None,
         product: torch.dtype,
-        tile: int,
+        bytes_per_center: int,
     ) -> None:
-        self.input, self.weight, self.class_ids, self.tile = (
-            input.to(product),
-            weight,
-            class_ids,
-            tile,
+        self.input, self.weight, self.class_ids = input.to(product), weight, class_ids
+        self.sub_centers = _sub_centers(weight)
+        self.count = _count(weight, class_ids)
+        self.classes = _tile_classes(self.count, self.sub_centers * bytes_per_center)
+        self.stride = self.classes * self.sub_centers
+        new = torch.empty(
+            (input.shape[0] + 1, self.stride), dtype=torch.float32, device=input.device
         )
-        new = torch.empty((input.shape[0] + 1, tile), dtype=torch.float32, device=input.device)
         self.logits, self.weight_r = new[:-1], new[-1]
 
     def factor(self, dtype: torch.dtype) -> Tensor:
@@ -581,29 +753,31 @@ class _Tiles:
         return self.logits if dtype == torch.float32 else torch.empty_like(self.logits, dtype=dtype)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """(first class, its rows of weight, the same in the product's dtype, inverse norms)."""
-        for start in range(0, _count(self.weight, self.class_ids), self.tile):
-            end = start + self.tile
+        """(first class, its centres, the same in the product's dtype, inverse norms)."""
+        for start in range(0, self.count, self.classes):
+            end = start + self.classes
             if self.class_ids is None:
-                own = self.weight[start:end]
+                own = _centers(self.weight[start:end])
             else:
-                own = self.weight.index_select(0, self.class_ids[start:end])
+                own = _centers(self.weight.index_select(0, self.class_ids[start:end]))
             _inverse_norms(own, self.weight_r)
             rows = own.to(self.input.dtype)
             _mm(self.input, rows.t(), self.logits[:, : rows.shape[0]])
             yield start, own, rows, self.weight_r
 
 
+def _sub_centers(weight: Tensor) -> int:
+    return weight.shape[1] if weight.dim() == 3 else 1
+
+
+def _centers(weight: Tensor) -> Tensor:
+    """All centres (C·M, D), one class's after the other."""
+    return weight.flatten(0, 1) if weight.dim() == 3 else weight
+
+
 def _count(weight: Tensor, class_ids: Tensor | None) -> int:
     """How many classes take part."""
     return (weight if class_ids is None else class_ids).shape[0]
-
-
-def _label_rows(labels: Tensor, class_ids: Tensor | None) -> Tensor:
-    """Labels' rows of weight; what is no label stays as it is."""
-    if class_ids is None:
-        return labels
-    return torch.where(labels >= 0, class_ids[labels.clamp_min(0)], labels)
 
 
 def _inverse_norms(matrix: Tensor, out: Tensor) -> Tensor:
@@ -636,7 +810,11 @@ def _check(input: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
                 f"{name} must be float32, bfloat16 or float16 for impl='triton', "
                 f"got {tensor.dtype}: take impl='cpu' or impl='reference'"
             )
-    input, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (input, weight))
+    input = input if input.stride(1) == 1 else input.contiguous()
+    if weight.stride(-1) != 1 or (
+        weight.dim() == 3 and weight.stride(0) != weight.shape[1] * weight.stride(1)
+    ):
+        weight = weight.contiguous()
     return input, weight, labels.contiguous()
 
 
@@ -649,12 +827,12 @@ def _product_dtypes(input: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.d
     return product, torch.float32 if product == torch.float16 else product
 
 
-def _bytes_per_class(input: Tensor, weight: Tensor, gathered: bool) -> int:
+def _bytes_per_center(input: Tensor, weight: Tensor, class_ids: Tensor | None) -> int:
     """Of a tile: logits and inverse norms, the second factor, and copies of weight's rows."""
     n, d = input.shape
     product, factor = _product_dtypes(input, weight)
     copies = (product != weight.dtype) * product.itemsize + (factor != product) * factor.itemsize
-    copies += gathered * weight.itemsize
+    copies += (class_ids is not None) * weight.itemsize
     return 4 * (n + 1) + (0 if factor == torch.float32 else factor.itemsize * n) + copies * d
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import torch
@@ -33,6 +33,11 @@ class CombinedMargin:
             ``"none"`` leaves the cosine as it is (insightface since 2022).
         target_grad: ``"exact"`` takes dψ/dcos θ = m1·sin(m1·θ + m2)/sin θ with sin θ ≥ 1e-3;
             ``"straight_through"`` takes 1, as insightface does since 2022.
+        interclass_filter: a cosine t in [−1, 1]: classes that are no target of a row and have a
+            larger plain cosine with it, presumably the same person under another label, are
+            filtered. They get no gradient from that row, and do not count in its top1.
+        interclass_filter_mode: ``"drop"`` leaves the filtered out of the softmax; ``"zero"`` makes
+            their logits 0, which stay in it (insightface's ``interclass_filtering_threshold``).
 
     Raises:
         ValueError: for a margin that makes no sense (for example an angle in degrees).
@@ -47,6 +52,8 @@ class CombinedMargin:
     m3: Margin = 0.0
     beyond_pi: Literal["linear", "none"] = "linear"
     target_grad: Literal["exact", "straight_through"] = "exact"
+    interclass_filter: float | None = field(default=None, kw_only=True)
+    interclass_filter_mode: Literal["drop", "zero"] = field(default="drop", kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.scale, (int, float)):
@@ -79,6 +86,26 @@ class CombinedMargin:
                 f"target_grad must be 'exact' or 'straight_through', got {self.target_grad!r}"
             )
 
+        limit = self.interclass_filter
+        if limit is not None and not isinstance(limit, (int, float)):
+            raise TypeError(
+                f"interclass_filter must be a float or None, got {type(limit).__name__}"
+            )
+        if limit is not None and not -1 <= limit <= 1:
+            raise ValueError(
+                f"interclass_filter is a cosine and must be in [-1, 1] or None, got {limit}"
+            )
+        if self.interclass_filter_mode not in ("drop", "zero"):
+            raise ValueError(
+                "interclass_filter_mode must be 'drop' or 'zero', "
+                f"got {self.interclass_filter_mode!r}"
+            )
+
+    @property
+    def limit(self) -> float:
+        """The cosine above which classes are filtered; ∞ for none."""
+        return math.inf if self.interclass_filter is None else float(self.interclass_filter)
+
     def target_cosine(self, cosine: Tensor) -> Tensor:
         """ψ of an (N, M) tensor of plain cosines, with the gradient that ``target_grad`` asks for.
 
@@ -96,6 +123,9 @@ class CombinedMargin:
             slope = m1 * angle.sin() / theta.sin().clamp_min(SIN_MIN)
         else:
             slope = torch.ones_like(fixed)
+        slope = torch.where(
+            angle.isnan(), 0, slope
+        )  # a row of NaN passes none on, not even NaN · 0
         if self.beyond_pi == "linear":
             beyond = angle > math.pi
             psi = torch.where(beyond, fixed - _drop(m1, m2), psi)
@@ -144,8 +174,20 @@ class ArcFace(CombinedMargin):
         margin: Margin = 0.5,
         beyond_pi: Literal["linear", "none"] = "linear",
         target_grad: Literal["exact", "straight_through"] = "exact",
+        *,
+        interclass_filter: float | None = None,
+        interclass_filter_mode: Literal["drop", "zero"] = "drop",
     ) -> None:
-        super().__init__(scale, 1.0, margin, 0.0, beyond_pi, target_grad)
+        super().__init__(
+            scale,
+            1.0,
+            margin,
+            0.0,
+            beyond_pi,
+            target_grad,
+            interclass_filter=interclass_filter,
+            interclass_filter_mode=interclass_filter_mode,
+        )
 
 
 class CosFace(CombinedMargin):
@@ -158,8 +200,22 @@ class CosFace(CombinedMargin):
     Source: Wang et al., "CosFace", CVPR 2018.
     """
 
-    def __init__(self, scale: float = 64.0, margin: Margin = 0.35) -> None:
-        super().__init__(scale, 1.0, 0.0, margin)
+    def __init__(
+        self,
+        scale: float = 64.0,
+        margin: Margin = 0.35,
+        *,
+        interclass_filter: float | None = None,
+        interclass_filter_mode: Literal["drop", "zero"] = "drop",
+    ) -> None:
+        super().__init__(
+            scale,
+            1.0,
+            0.0,
+            margin,
+            interclass_filter=interclass_filter,
+            interclass_filter_mode=interclass_filter_mode,
+        )
 
 
 class SphereFace(CombinedMargin):
@@ -179,5 +235,17 @@ class SphereFace(CombinedMargin):
         margin: Margin = 1.35,
         beyond_pi: Literal["linear", "none"] = "linear",
         target_grad: Literal["exact", "straight_through"] = "exact",
+        *,
+        interclass_filter: float | None = None,
+        interclass_filter_mode: Literal["drop", "zero"] = "drop",
     ) -> None:
-        super().__init__(scale, margin, 0.0, 0.0, beyond_pi, target_grad)
+        super().__init__(
+            scale,
+            margin,
+            0.0,
+            0.0,
+            beyond_pi,
+            target_grad,
+            interclass_filter=interclass_filter,
+            interclass_filter_mode=interclass_filter_mode,
+        )

@@ -8,6 +8,7 @@ nothing is subtracted from a log-sum-exp that they dominate.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -29,15 +30,16 @@ library.define(
     "int ignore_index) -> (Tensor labels, Tensor label_weight)"
 )
 _FORWARD = (
-    "(Tensor input, Tensor weight, Tensor? class_ids, Tensor labels, float scale, "
-    "bool needs_input_grad{impl})"
-    " -> (Tensor negative_lse, Tensor negative_max, Tensor target_cosine, Tensor mean_center)"
+    "(Tensor input, Tensor weight, Tensor? class_ids, Tensor labels, float scale, float limit, "
+    "bool needs_input_grad, bool needs_cosine_sum{impl}) -> (Tensor negative_lse, "
+    "Tensor negative_max, Tensor target_cosine, Tensor filtered, Tensor cosine_sum, "
+    "Tensor mean_center, Tensor center_sum)"
 )
 _BACKWARD = (
     "(Tensor input, Tensor weight, Tensor? class_ids, Tensor labels, Tensor negative_lse, "
-    "Tensor mean_center, Tensor grad_negative_lse, Tensor grad_target_cosine, float scale, "
-    "bool needs_input_grad, bool needs_weight_grad{impl}) "
-    "-> (Tensor grad_input, Tensor grad_rows)"
+    "Tensor mean_center, Tensor center_sum, Tensor grad_negative_lse, Tensor grad_target_cosine, "
+    "Tensor grad_cosine_sum, float scale, float limit, bool needs_input_grad, "
+    "bool needs_weight_grad{impl}) -> (Tensor grad_input, Tensor grad_rows)"
 )
 for _name, _schema in ((f"{OP}_forward", _FORWARD), (f"{OP}_backward", _BACKWARD)):
     library.define(_name + _schema.format(impl=", str impl"))
@@ -52,8 +54,9 @@ class MarginStats(NamedTuple):
             ``mix="separate"``, the mean over the labels by their weights.
         target_cosine: (N,), or (N, K) for (N, K) targets: plain cosine with the target's centre;
             differentiable; 0 where ignored.
-        top1: (N,) bool: no other class has a higher plain cosine than the (best) target. Its mean
-            is the training accuracy. False where ignored.
+        top1: (N,) bool: no other class has a higher plain cosine than the (best) target, but for
+            those that the margin's ``interclass_filter`` filters. Its mean is the training
+            accuracy. False where ignored.
     """
 
     lse: Tensor
@@ -87,12 +90,15 @@ def margin_cross_entropy(
       L_i = −Σ_j t_ij·log softmax(z_i)_j. SynFace's loss of mixed identities and domains.
     - ``mix="separate"``: L_i = Σ_k t_ik·CE_ik, where CE_ik has label k as its only target.
 
-    With one label per row both are ArcFace and its kin.
+    With one label per row both are ArcFace and its kin. With ``label_smoothing`` ε, the weights of
+    the logarithms (t, or 1 for label k of CE_ik) become (1 − ε)·t_ij + ε/C, as torch has it; the
+    logits keep their margins. The margin's ``interclass_filter`` takes classes out of the softmax.
 
     Args:
         input: (N, D) embeddings: float32, bfloat16 or float16 (computed in float32), or float64
             together with ``weight``. They need not be normalised nor contiguous.
-        weight: (C, D) class centres, likewise; C ≥ 1.
+        weight: (C, D) class centres, likewise; C ≥ 1. Or (C, M, D), M sub-centres for each class:
+            its cosine is the greatest of theirs (the first of equals), and its gradient goes there.
         target: (N,) int64 labels in [0, C), or (N, K) for K labels per row. A label that stands
             twice in a row counts once, with the sum of its weights. With ``class_ids``, labels are
             places in it, in [0, S).
@@ -111,7 +117,8 @@ def margin_cross_entropy(
             rows of this rank's weight, which must hold the labels of all ranks that are among its
             classes (see `sample_classes`); all ranks give class_ids, or none, and the target
             remains in [0, C).
-        label_smoothing: not built yet.
+        label_smoothing: ε in [0, 1), see above; C is the number of classes that take part. Neither
+            with sub-centres nor with an ``interclass_filter``.
         group: a `torch.distributed` process group whose ranks each hold some of the classes, and
             a batch of their own: ``weight`` is (C_r, D), ``input`` (N_r, D), ``target`` is in
             [0, C), C = Σ C_r, N = Σ N_r. N_r may differ, and be 0; so may C_r ≥ 1. The loss and
@@ -154,9 +161,18 @@ def margin_cross_entropy(
     """
 
     def prepare() -> tuple[str, Tensor, Tensor]:
-        _check(input, weight, target, margin, target_weight, mix, class_ids, reduction, class_start)
-        if label_smoothing != 0.0:
-            raise NotImplementedError("label_smoothing is not built yet: leave it at 0.0")
+        _check(
+            input,
+            weight,
+            target,
+            margin,
+            target_weight,
+            mix,
+            class_ids,
+            label_smoothing,
+            reduction,
+            class_start,
+        )
         if group is None:
             places, num_classes = class_ids, weight.shape[0]
         else:  # labels are numbers of classes, of all ranks'
@@ -184,6 +200,7 @@ def margin_cross_entropy(
             ignore_index,
             group,
             mix=mix,
+            label_smoothing=label_smoothing,
             reduction=reduction,
         )
     dtype = _statistics_dtype(input)
@@ -191,19 +208,54 @@ def margin_cross_entropy(
         if class_ids is not None:
             weight = _TakenRows.apply(weight, class_ids)
         loss, lse, cosine, top1 = reference.margin_cross_entropy(
-            input.to(dtype), weight.to(dtype), labels, label_weight.to(dtype), margin, mix
+            input.to(dtype),
+            weight.to(dtype),
+            labels,
+            label_weight.to(dtype),
+            margin,
+            mix,
+            label_smoothing,
         )
     else:
         needs_input_grad = torch.is_grad_enabled() and input.requires_grad
 
         def core(input: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-            return torch.ops.synface_kernels.margin_cross_entropy_forward(
-                input, weight, class_ids, labels, margin.scale, needs_input_grad, chosen
-            )[:3]
+            lse, most, cosine, filtered, cosine_sum, _, _ = (
+                torch.ops.synface_kernels.margin_cross_entropy_forward(
+                    input,
+                    weight,
+                    class_ids,
+                    labels,
+                    margin.scale,
+                    margin.limit,
+                    needs_input_grad,
+                    label_smoothing > 0,
+                    chosen,
+                )
+            )
+            sums = [cosine]  # what adds up over the shards of a group, side by side
+            if margin.limit < math.inf:
+                sums += [filtered[:, None]]
+            if label_smoothing > 0:
+                count = (weight if class_ids is None else class_ids).shape[0]
+                sums += [cosine_sum[:, None], torch.full_like(cosine_sum, count)[:, None]]
+            return lse, most, torch.cat(sums, 1)
 
         statistics = core if shards is None else partial(shards.statistics, core)
-        negative_lse, negative_max, cosine = statistics(input, labels)
-        loss, lse = _target_terms(cosine, negative_lse, labels, label_weight, margin, mix)
+        negative_lse, negative_max, sums = statistics(input, labels)
+        cosine, *others = sums.split([labels.shape[1]] + [1] * (sums.shape[1] - labels.shape[1]), 1)
+        if margin.limit < math.inf and margin.interclass_filter_mode == "zero":
+            negative_lse = _with_logits_of_zero(negative_lse, others[0].squeeze(1))
+        loss, lse = _target_terms(
+            cosine,
+            negative_lse,
+            labels,
+            label_weight,
+            margin,
+            mix,
+            label_smoothing,
+            *(each.squeeze(1) for each in others if label_smoothing > 0),
+        )
         best = torch.where(labels >= 0, cosine, -torch.inf).amax(1)
         top1 = (labels >= 0).any(1) & (best >= negative_max)
 
@@ -225,6 +277,12 @@ def margin_cross_entropy(
     return result, MarginStats(lse.to(dtype), cosine.to(dtype), top1)
 
 
+def _with_logits_of_zero(negative_lse: Tensor, count: Tensor) -> Tensor:
+    """The log-sum-exp (N,) with so many (N,) more logits, all 0."""
+    safe = torch.where(count > 0, negative_lse, 0)  # no NaN where it is not taken
+    return torch.where(count > 0, torch.logaddexp(safe, count.clamp_min(1).log()), negative_lse)
+
+
 def _target_terms(
     cosine: Tensor,
     negative_lse: Tensor,
@@ -232,12 +290,22 @@ def _target_terms(
     label_weight: Tensor,
     margin: CombinedMargin,
     mix: str,
+    label_smoothing: float = 0.0,
+    cosine_sum: Tensor | None = None,
+    num_classes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss (N,) and log-sum-exp (N,) from the targets' cosines (N, K) and the others' sum.
 
-    In float64: these are N·K numbers, and a margin's slope is steep near cos θ = ±1.
+    In float64: these are N·K numbers, and a margin's slope is steep near cos θ = ±1. With
+    label_smoothing: each row's sum of cosines (N,) over so many classes (N,).
     """
     present = labels >= 0
+    # A row of NaN stands apart: its NaN · 0 would reach the centres when nobody asks for it.
+    broken = negative_lse.isnan() | cosine.isnan().any(1)
+    nan = negative_lse + cosine.sum(1)
+    negative_lse = torch.where(broken, 0, negative_lse)
+    cosine = torch.where(broken[:, None], 0, cosine)
+
     psi = margin.target_cosine(cosine)
     own = cosine + label_weight * (psi - cosine) if mix == "joint" else psi
     own = torch.where(present, margin.scale * own, 0)
@@ -257,7 +325,14 @@ def _target_terms(
     )
     excess = terms.logsumexp(2)  # −log softmax at label k
     loss = (label_weight * excess).sum(1)
-    return loss, loss + (label_weight * own).sum(1)
+    lse = loss + (label_weight * own).sum(1)
+    if cosine_sum is not None and num_classes is not None:
+        # Each label k adds t_k·(ψ − cos) to the sum of logits, in both mixes.
+        added = torch.where(present, label_weight * (psi - cosine), 0).sum(1)
+        mean_logit = margin.scale / num_classes * (torch.where(broken, 0, cosine_sum) + added)
+        loss = (1 - label_smoothing) * loss + label_smoothing * (lse - mean_logit)
+        loss = torch.where(present.any(1), loss, 0)
+    return torch.where(broken, nan, loss), torch.where(broken, nan, lse)
 
 
 def _statistics_dtype(input: Tensor) -> torch.dtype:
@@ -278,6 +353,7 @@ def _check(
     target_weight: Tensor | None,
     mix: str,
     class_ids: Tensor | None,
+    label_smoothing: float,
     reduction: str,
     class_start: int,
 ) -> None:
@@ -290,8 +366,11 @@ def _check(
             f"got {type(margin).__name__}"
         )
     allowed = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    for name, tensor, shape in (("input", input, "(N, D)"), ("weight", weight, "(C, D)")):
-        if tensor.dtype not in allowed or tensor.dim() != 2:
+    for name, tensor, dims, shape in (
+        ("input", input, (2,), "(N, D)"),
+        ("weight", weight, (2, 3), "(C, D) or (C, M, D)"),
+    ):
+        if tensor.dtype not in allowed or tensor.dim() not in dims:
             raise ValueError(
                 f"{name} must be float32, bfloat16, float16 or float64 of shape {shape}, "
                 f"got {describe(tensor)}"
@@ -301,13 +380,16 @@ def _check(
             "input and weight must both be float64 or neither, "
             f"got input {describe(input)} and weight {describe(weight)}"
         )
-    if input.shape[1] != weight.shape[1] or input.shape[1] < 1:
+    if input.shape[1] != weight.shape[-1] or input.shape[1] < 1:
         raise ValueError(
-            "input (N, D) and weight (C, D) must have the same D ≥ 1, "
+            "input (N, D) and weight (C, D) or (C, M, D) must have the same D ≥ 1, "
             f"got {describe(input)} and {describe(weight)}"
         )
-    if weight.shape[0] < 1:
-        raise ValueError(f"weight (C, D) must have at least one class, got {describe(weight)}")
+    if weight.shape[0] < 1 or weight.shape[1] < 1:
+        raise ValueError(
+            "weight (C, D) or (C, M, D) must have at least one class, and each class a centre, "
+            f"got {describe(weight)}"
+        )
     n = input.shape[0]
     if target.dtype != torch.int64 or target.dim() not in (1, 2) or target.shape[0] != n:
         raise ValueError(
@@ -356,6 +438,19 @@ def _check(
         raise TypeError(f"class_start must be an int, got {describe(class_start)}")
     if class_start < 0:
         raise ValueError(f"class_start must not be negative, got {class_start}")
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing must be a float, got {describe(label_smoothing)}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if label_smoothing > 0 and margin.limit < math.inf:
+        raise ValueError(
+            "label_smoothing asks for every class what interclass_filter leaves out: give one of "
+            f"them, got {label_smoothing} and {margin.interclass_filter}"
+        )
+    if label_smoothing > 0 and weight.dim() == 3:
+        raise NotImplementedError(
+            f"label_smoothing is not built for sub-centres, weight (C, M, D): {describe(weight)}"
+        )
     if mix not in ("joint", "separate"):
         raise ValueError(f"mix must be 'joint' or 'separate', got {mix!r}")
     if reduction not in ("none", "mean", "sum"):
@@ -431,18 +526,20 @@ def _forward(
     class_ids: Tensor | None,
     labels: Tensor,
     scale: float,
+    limit: float,
     needs_input_grad: bool,
+    needs_cosine_sum: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     if impl == "triton":
         from . import kernel_triton
 
-        lse, most, cosine, mean = kernel_triton.forward(
-            input, weight, class_ids, labels, scale, needs_input_grad
+        lse, most, cosine, *rest = kernel_triton.forward(
+            input, weight, class_ids, labels, scale, limit, needs_input_grad, needs_cosine_sum
         )
-        return lse.double(), most, cosine.double(), mean
+        return lse.double(), most, cosine.double(), *rest
     return torch.ops.synface_kernels.margin_cross_entropy_forward_cpu(
-        input, weight, class_ids, labels, scale, needs_input_grad
+        input, weight, class_ids, labels, scale, limit, needs_input_grad, needs_cosine_sum
     )
 
 
@@ -453,14 +550,17 @@ def _backward(
     labels: Tensor,
     negative_lse: Tensor,
     mean_center: Tensor,
+    center_sum: Tensor,
     grad_negative_lse: Tensor,
     grad_target_cosine: Tensor,
+    grad_cosine_sum: Tensor,
     scale: float,
+    limit: float,
     needs_input_grad: bool,
     needs_weight_grad: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    rest = (scale, needs_input_grad, needs_weight_grad)
+    rest = (scale, limit, needs_input_grad, needs_weight_grad)
     if impl == "triton":
         from . import kernel_triton
 
@@ -471,8 +571,10 @@ def _backward(
             labels,
             negative_lse.float(),
             mean_center,
+            center_sum,
             grad_negative_lse.float(),
             grad_target_cosine.float(),
+            grad_cosine_sum,
             *rest,
         )
     return torch.ops.synface_kernels.margin_cross_entropy_backward_cpu(
@@ -482,8 +584,10 @@ def _backward(
         labels,
         negative_lse,
         mean_center,
+        center_sum,
         grad_negative_lse,
         grad_target_cosine,
+        grad_cosine_sum,
         *rest,
     )
 
@@ -500,9 +604,11 @@ def _forward_fake(
     class_ids: Tensor | None,
     labels: Tensor,
     scale: float,
+    limit: float,
     needs_input_grad: bool,
+    needs_cosine_sum: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     n, d = input.shape
     new = input.new_empty
     dtype = _statistics_dtype(input)
@@ -510,7 +616,10 @@ def _forward_fake(
         new((n,), dtype=torch.float64),
         new((n,), dtype=dtype),
         new(labels.shape, dtype=torch.float64),
+        new((n if limit < math.inf else 0,), dtype=torch.float64),
+        new((n if needs_cosine_sum else 0,), dtype=torch.float64),
         new((n, d) if needs_input_grad else (0,), dtype=dtype),
+        new((d if needs_cosine_sum else 0,), dtype=torch.float64),
     )
 
 
@@ -522,9 +631,12 @@ def _backward_fake(
     labels: Tensor,
     negative_lse: Tensor,
     mean_center: Tensor,
+    center_sum: Tensor,
     grad_negative_lse: Tensor,
     grad_target_cosine: Tensor,
+    grad_cosine_sum: Tensor,
     scale: float,
+    limit: float,
     needs_input_grad: bool,
     needs_weight_grad: bool,
     impl: str,
@@ -532,30 +644,32 @@ def _backward_fake(
     rows = weight if class_ids is None else class_ids
     return (
         input.new_empty(input.shape if needs_input_grad else (0,)),
-        weight.new_empty((rows.shape[0], weight.shape[1]) if needs_weight_grad else (0,)),
+        weight.new_empty((rows.shape[0], *weight.shape[1:]) if needs_weight_grad else (0,)),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, weight, class_ids, labels, ctx.scale, _, ctx.impl = inputs
-    negative_lse, negative_max, _, mean_center = output
-    ctx.mark_non_differentiable(negative_max, mean_center)
-    ctx.save_for_backward(input, weight, class_ids, labels, negative_lse, mean_center)
+    input, weight, class_ids, labels, ctx.scale, ctx.limit, _, _, ctx.impl = inputs
+    negative_lse, negative_max, _, filtered, _, mean_center, center_sum = output
+    ctx.mark_non_differentiable(negative_max, filtered, mean_center, center_sum)
+    ctx.save_for_backward(input, weight, class_ids, labels, negative_lse, mean_center, center_sum)
 
 
-def _autograd(ctx: Any, grad_lse: Tensor, _: Any, grad_cosine: Tensor, __: Any) -> tuple[Any, ...]:
-    input, weight, class_ids, labels, negative_lse, mean_center = ctx.saved_tensors
+def _autograd(
+    ctx: Any, grad_lse: Tensor, _: Any, grad_cosine: Tensor, __: Any, grad_sum: Tensor, *___: Any
+) -> tuple[Any, ...]:
+    input, weight, class_ids, *saved = ctx.saved_tensors
     needs_input_grad, needs_weight_grad = ctx.needs_input_grad[:2]
     grad_input, grad_rows = torch.ops.synface_kernels.margin_cross_entropy_backward(
         input,
         weight,
         class_ids,
-        labels,
-        negative_lse,
-        mean_center,
+        *saved,
         grad_lse,
         grad_cosine,
+        grad_sum,
         ctx.scale,
+        ctx.limit,
         needs_input_grad,
         needs_weight_grad,
         ctx.impl,
@@ -563,7 +677,7 @@ def _autograd(ctx: Any, grad_lse: Tensor, _: Any, grad_cosine: Tensor, __: Any) 
     grad_weight = grad_rows if needs_weight_grad else None
     if needs_weight_grad and class_ids is not None:
         grad_weight = _scattered(class_ids, grad_rows, weight.shape)
-    return (grad_input if needs_input_grad else None, grad_weight, *[None] * 5)
+    return (grad_input if needs_input_grad else None, grad_weight, *[None] * 7)
 
 
 def _scattered(class_ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:

@@ -27,13 +27,14 @@ def margin_cross_entropy(
     label_weight: Tensor,
     margin: CombinedMargin,
     mix: str,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss per row, log-sum-exp, target cosines and top-1, from dense logits.
 
     Args:
-        input: (N, D); weight: (C, D); floating point.
+        input: (N, D); weight: (C, D), or (C, M, D) with M sub-centres per class; floating point.
         labels: (N, K) int64, distinct within a row, −1 where absent; label_weight: (N, K), 0 there.
-        margin, mix: as in `synface_kernels.margin_cross_entropy`.
+        margin, mix, label_smoothing: as in `synface_kernels.margin_cross_entropy`.
 
     Returns:
         loss (N,), lse (N,), target_cosine (N, K), top1 (N,) bool. All 0 (False) for a row without
@@ -41,27 +42,41 @@ def margin_cross_entropy(
 
     Memory: O(N·C), by definition.
     """
-    present = labels >= 0
-    cosine = normalize(input) @ normalize(weight).T
+    present, label = labels >= 0, labels.clamp_min(0)
+    counted, finite = present.any(1), input.isfinite().all(1)
+    # Rows that are not finite stand apart: from them NaN · 0 would reach the centres.
+    embedding = normalize(torch.where((counted & finite)[:, None], input, 0))
+    broken = (torch.where((counted & ~finite)[:, None], input, 0) * torch.nan).sum(1)
+    cosine = embedding @ normalize(weight.flatten(0, -2)).T
+    if weight.dim() == 3:
+        cosine = cosine.unflatten(1, weight.shape[:2]).max(2).values  # the first of equals
     psi = margin.target_cosine(cosine)
-    share = torch.zeros_like(cosine).scatter_add(1, labels.clamp_min(0), label_weight)
+    share = torch.zeros_like(cosine).scatter_add(1, label, label_weight)
+    is_label = torch.zeros_like(cosine).scatter_add(1, label, present.to(cosine.dtype)) > 0
+    filtered = ~is_label & (cosine > margin.limit)
+    instead = -torch.inf if margin.interclass_filter_mode == "drop" else 0.0
+
+    def cross_entropy(own: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        logits = torch.where(filtered, instead, margin.scale * own)
+        lse = logits.logsumexp(1)
+        q = (1 - label_smoothing) * share + label_smoothing / cosine.shape[1]
+        return -torch.where(q > 0, q * (logits - lse[:, None]), 0).sum(1), lse
 
     if mix == "joint":
-        logits = margin.scale * (cosine + share * (psi - cosine))
-        lse = logits.logsumexp(1)
-        loss = -(share * (logits - lse[:, None])).sum(1)
+        loss, lse = cross_entropy(cosine + share * (psi - cosine), share)
     else:
         loss = lse = cosine.new_zeros(cosine.shape[0])
-        for label, t in zip(labels.clamp_min(0).T, label_weight.T, strict=True):
-            is_target = torch.zeros_like(cosine, dtype=torch.bool).scatter(1, label[:, None], True)
-            logits = margin.scale * torch.where(is_target, psi, cosine)
-            lse_k = logits.logsumexp(1)
-            loss = loss + t * (lse_k - logits.gather(1, label[:, None]).squeeze(1))
+        for k, t in zip(label.T, label_weight.T, strict=True):
+            is_target = torch.zeros_like(cosine).scatter(1, k[:, None], 1)
+            loss_k, lse_k = cross_entropy(torch.where(is_target > 0, psi, cosine), is_target)
+            loss = loss + torch.where(t > 0, t * loss_k, 0)  # an absent label's may be ∞
             lse = lse + t * lse_k
 
-    counted = present.any(1)
-    target_cosine = torch.where(present, cosine.gather(1, labels.clamp_min(0)), 0)
+    target_cosine = torch.where(present, cosine.gather(1, label), 0)
     best = torch.where(present, target_cosine, -torch.inf).amax(1)
-    top1 = counted & (best >= cosine.amax(1))
-    zero = torch.zeros_like(loss)
-    return torch.where(counted, loss, zero), torch.where(counted, lse, zero), target_cosine, top1
+    top1 = counted & finite & (best >= torch.where(filtered, -torch.inf, cosine).amax(1))
+    target_cosine = torch.where(present & ~finite[:, None], broken[:, None], target_cosine)
+    loss, lse = (
+        torch.where(counted, torch.where(finite, value, broken), 0) for value in (loss, lse)
+    )
+    return loss, lse, target_cosine, top1

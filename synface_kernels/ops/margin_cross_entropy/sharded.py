@@ -88,8 +88,10 @@ class Shards:
 
 def _logsumexp(parts: Tensor) -> Tensor:
     """Over the ranks, with a gradient of 0 where all are −∞."""
-    nothing = (parts == -torch.inf).all(0)
-    return torch.where(nothing, -torch.inf, parts.masked_fill(nothing, 0).logsumexp(0))
+    nothing, broken = (parts == -torch.inf).all(0), parts.isnan().any(0)
+    value = parts.masked_fill(nothing | broken, 0).logsumexp(0)
+    value = torch.where(nothing, -torch.inf, value)
+    return torch.where(broken, parts.sum(0), value)  # passes on no NaN · 0
 
 
 def agreed(
@@ -121,6 +123,7 @@ def agreed(
         facts = {
             "D": input.shape[1],
             "K": labels.shape[1],
+            "sub-centres (M,)": tuple(weight.shape[1:-1]),
             "dtype of input": input.dtype,
             "dtype of weight": weight.dtype,
             "requires_grad of input": recorded and input.requires_grad,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import synface_kernels as sk
-from synface_kernels.ops.margin_cross_entropy import kernel_triton
+from synface_kernels.ops.margin_cross_entropy import kernel_triton, op
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -94,13 +94,47 @@ def dense(case: Case, dtype: torch.dtype) -> Core:
 
 def run(case: Case, class_ids: Tensor | None = None) -> Core:
     input, weight, labels, grad_lse, grad_cosine, scale = case
-    lse, maximum, cosine, mean = kernel_triton.forward(
-        input, weight, class_ids, labels, scale, True
-    )
-    grads = kernel_triton.backward(
-        input, weight, class_ids, labels, lse, mean, grad_lse, grad_cosine, scale, True, True
+    lse, maximum, cosine, mean = forward(input, weight, labels, scale, True, class_ids)
+    grads = backward(
+        input, weight, labels, lse, mean, grad_lse, grad_cosine, scale, True, True, class_ids
     )
     return Core(lse, maximum, cosine, mean, *grads)
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float,
+    needs_input_grad: bool,
+    class_ids: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The launcher without filter and sums: lse, maximum, target cosines, mean centre."""
+    lse, maximum, cosine, filtered, cosine_sum, mean, center_sum = kernel_triton.forward(
+        input, weight, class_ids, labels, scale, math.inf, needs_input_grad, False
+    )
+    assert filtered.numel() == cosine_sum.numel() == center_sum.numel() == 0
+    return lse, maximum, cosine, mean
+
+
+def backward(
+    input: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    mean: Tensor,
+    grad_lse: Tensor,
+    grad_cosine: Tensor,
+    scale: float,
+    needs_input_grad: bool,
+    needs_weight_grad: bool,
+    class_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    none = torch.empty(0, dtype=torch.float64)
+    return kernel_triton.backward(
+        input, weight, class_ids, labels, lse, mean, none, grad_lse, grad_cosine, none, scale,
+        math.inf, needs_input_grad, needs_weight_grad,
+    )  # fmt: skip
 
 
 def assert_close(name: str, actual: Tensor, exact: Tensor, plain: Tensor) -> None:
@@ -128,7 +162,7 @@ def check(case: Case, actual: Core | None = None) -> Core:
     actual = run(case) if actual is None else actual
     for name in Core._fields:
         assert_close(name, getattr(actual, name), getattr(exact, name), getattr(plain, name))
-    fused = kernel_triton.forward(case.input, case.weight, None, case.labels, case.scale, False)
+    fused = forward(*case[:3], case.scale, False)
     assert fused[3].shape == (0,)
     for name, value in zip(Core._fields[:3], fused, strict=False):
         assert value.dtype == F32
@@ -272,7 +306,7 @@ def test_a_bad_row_spoils_its_own_statistics_only(bad: float) -> None:
     input[4, 2] = bad
     others = torch.arange(6) != 4
     for needs_input_grad in (False, True):
-        dirty = kernel_triton.forward(input, case.weight, None, case.labels, 64.0, needs_input_grad)
+        dirty = forward(input, case.weight, case.labels, 64.0, needs_input_grad)
         for name, a, b in zip(Core._fields, clean, dirty, strict=False):
             if b.numel():
                 torch.testing.assert_close(a[others], b[others], rtol=1e-5, atol=1e-5)
@@ -295,10 +329,90 @@ def test_class_ids(dtypes: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
         Core._fields, run(case._replace(weight=weight), ids), expected, strict=True
     ):
         assert torch.equal(a, b), name
-    fused = kernel_triton.forward(case.input, weight, ids, case.labels, case.scale, False)
+    fused = forward(case.input, weight, case.labels, case.scale, False, ids)
     assert fused[3].shape == (0,)
     for a, b in zip(fused[:3], expected[:3], strict=True):
         assert torch.equal(a, b)
+
+
+# ---- sub-centres, filter, smoothing, rows of NaN: through the public function --------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("mix", ["joint", "separate"])
+@pytest.mark.parametrize(
+    ("sub_centers", "options"),
+    [
+        (2, {}),
+        (3, {"ids": True}),
+        (3, {"margin": sk.ArcFace(interclass_filter=0.1)}),
+        (1, {"margin": sk.ArcFace(interclass_filter=0.1)}),
+        (1, {"margin": sk.CosFace(interclass_filter=0.0, interclass_filter_mode="zero")}),
+        (1, {"margin": sk.ArcFace(100.0, interclass_filter=0.2)}),  # the shift follows the maximum
+        (1, {"label_smoothing": 0.1}),
+        (1, {"label_smoothing": 0.3, "ids": True}),
+    ],
+)
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32)], ids=str)
+def test_public_options(
+    dtypes: tuple,
+    sub_centers: int,
+    options: dict,
+    mix: str,
+    weighted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernel_triton, "WORKSPACE_BYTES", 1)
+    k = 2 if weighted else 1
+    case = make_case(7, 300 * sub_centers, 16, k, dtypes=dtypes)
+    options = {"mix": mix, **options}
+    if options.pop("ids", False):
+        options["class_ids"] = torch.arange(1, 300, 2)
+    count = len(options.get("class_ids", range(300)))
+    weights = torch.where(case.labels >= 0, 1.0, 0.0)
+    weights = weights / weights.sum(1, keepdim=True).clamp_min(1)
+    case = case._replace(
+        weight=case.weight.reshape(300, sub_centers, 16) if sub_centers > 1 else case.weight,
+        labels=torch.where(case.labels >= 0, case.labels % count, -1),
+    )
+    k_hot = weights if weighted else None
+    actual = public(case, "triton", None, k_hot, **options)
+    exact = public(case, "reference", torch.float64, k_hot, **options)
+    product = kernel_triton._product_dtypes(case.input, case.weight)[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(op, "_statistics_dtype", lambda input: product)
+        plain = public(case, "reference", None, k_hot, **options)
+    for i, values in enumerate(zip(actual, exact, plain, strict=True)):
+        assert_close(f"output {i}", *(v.to_dense() if v.is_sparse else v for v in values))
+    again = public(case, "triton", None, k_hot, **options)
+    for a, b in zip(actual, again, strict=True):
+        assert torch.equal(*(v.to_dense() if v.is_sparse else v for v in (a, b)))
+
+
+def test_the_first_of_equal_sub_centers_gets_the_gradient() -> None:
+    case = make_case(5, 20, 8, 1)
+    weight = case.weight[:, None].repeat(1, 3, 1)
+    grad = public(case._replace(weight=weight), "triton", F32, None)[-1]
+    assert grad[:, 0].any()
+    assert not grad[:, 1:].any()
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_a_row_of_nan_that_nobody_asks_for(label_smoothing: float) -> None:
+    case = make_case(6, 20, 8, 2)
+    clean = case._replace(grad_lse=case.grad_lse.index_fill(0, torch.tensor(4), 0))
+    input = case.input.clone()
+    input[4, 2] = math.nan
+    weights = torch.where(case.labels >= 0, 1.0, 0.0)
+    weights = weights / weights.sum(1, keepdim=True).clamp_min(1)
+    options = {"label_smoothing": label_smoothing}
+    expected = public(clean, "triton", F32, weights, **options)
+    actual = public(clean._replace(input=input), "triton", F32, weights, **options)
+    assert actual[0][4].isnan()
+    others = torch.arange(6) != 4
+    for a, e in zip(actual[:4], expected[:4], strict=True):
+        torch.testing.assert_close(a[others], e[others], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual[4], expected[4], rtol=1e-5, atol=1e-6)
 
 
 # ---- layouts, sizes and what is asked for --------------------------------------------------------
@@ -307,11 +421,11 @@ def test_class_ids(dtypes: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_rows() -> None:
     weight, labels = torch.randn(5, 3), torch.empty(0, 2, dtype=torch.int64)
     input = torch.empty(0, 3)
-    lse, maximum, cosine, mean = kernel_triton.forward(input, weight, None, labels, 64.0, True)
+    lse, maximum, cosine, mean = forward(input, weight, labels, 64.0, True)
     assert [t.shape for t in (lse, maximum, cosine, mean)] == [(0,), (0,), (0, 2), (0, 3)]
-    assert kernel_triton.forward(input, weight, None, labels, 64.0, False)[3].shape == (0,)
-    grad_input, grad_weight = kernel_triton.backward(
-        input, weight, None, labels, lse, mean, lse, cosine, 64.0, True, True
+    assert forward(input, weight, labels, 64.0, False)[3].shape == (0,)
+    grad_input, grad_weight = backward(
+        input, weight, labels, lse, mean, lse, cosine, 64.0, True, True
     )
     assert grad_input.shape == (0, 3)
     assert torch.equal(grad_weight, torch.zeros(5, 3))
@@ -323,10 +437,9 @@ def test_only_what_is_asked_for() -> None:
     empty = torch.empty(0)
     for asked in ((True, False), (False, True), (False, False)):
         mean = full.mean_center if asked[0] else empty
-        grads = kernel_triton.backward(
+        grads = backward(
             input,
             weight,
-            None,
             labels,
             full.negative_lse,
             mean,
@@ -372,9 +485,7 @@ def test_same_answer_twice(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
     case = make_case(20, 400, 16, 3, dtypes=(dtype, dtype))
     for first, second in zip(check(case), run(case), strict=True):
         assert torch.equal(first, second)
-    fused = [
-        kernel_triton.forward(*case[:2], None, case.labels, case.scale, False) for _ in range(2)
-    ]
+    fused = [forward(*case[:3], case.scale, False) for _ in range(2)]
     for first, second in zip(*fused, strict=True):
         assert torch.equal(first, second)
 
@@ -404,7 +515,7 @@ def test_float64_is_an_error(name: str) -> None:
     case = make_case(2, 3, 4, 1)
     case = case._replace(**{name: getattr(case, name).double()})
     with pytest.raises(ValueError, match=rf"{name} must be float32.*got torch.float64.*impl='cpu'"):
-        kernel_triton.forward(*case[:2], None, case.labels, 64.0, True)
+        forward(*case[:3], 64.0, True)
 
 
 def test_the_workspace_is_bounded() -> None:
@@ -412,8 +523,8 @@ def test_the_workspace_is_bounded() -> None:
     for n, d, c in ((1, 1, 10**8), (512, 512, 10**6), (512, 512, 5), (8192, 512, 10**6)):
         for dtypes in ((F32, F32), (BF16, BF16), (F16, F16), (BF16, F32)):
             x = torch.empty(n, d, dtype=dtypes[0], device="meta")
-            per_class = kernel_triton._bytes_per_class(
-                x, torch.empty(1, d, dtype=dtypes[1], device="meta"), False
+            per_class = kernel_triton._bytes_per_center(
+                x, torch.empty(1, d, dtype=dtypes[1], device="meta"), None
             )
             tile = kernel_triton._tile_classes(c, per_class)
             assert tile % 128 == 0
@@ -432,9 +543,10 @@ MARGINS: list[Callable[[], sk.CombinedMargin]] = [
 
 
 def public(
-    case: Case, impl: str, dtype: torch.dtype, weights: Tensor | None, **options: object
+    case: Case, impl: str, dtype: torch.dtype | None, weights: Tensor | None, **options: object
 ) -> tuple[Tensor, ...]:
-    """Losses of all rows, statistics and the gradients of the losses' weighted sum."""
+    """Losses of all rows, statistics and the gradients of the losses' weighted sum; in a dtype, or
+    in the case's own."""
     input = case.input.detach().to(dtype, copy=True).requires_grad_()
     weight = case.weight.detach().to(dtype, copy=True).requires_grad_()
     target = torch.where(case.labels >= 0, case.labels, -100)
