@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from synface.heads import AdaFace, MagFace
+from synface.heads import AdaFace, MagFace, MarginHead
 from torch.nn.functional import cross_entropy, normalize
 
 import synface_kernels as sk
@@ -176,9 +176,29 @@ def test_bfloat16_embeddings_and_strides(kind):
     torch.testing.assert_close(head(spread, target), head(x.float(), target))
 
 
+@pytest.mark.parametrize("kind", [MarginHead, AdaFace, MagFace])
+def test_sub_centers(kind):
+    """A class's cosine is its best sub-centre's; the others get no gradient."""
+    head = kind(D, C, sub_centers=3, init_std=1.0).double().eval()
+    assert head.weight.shape == (C, 3, D)
+    assert "sub_centers=3" in repr(head)
+    x, target = batch()
+    row = x[:1].detach()
+    best = (normalize(row) @ normalize(head.weight.flatten(0, 1)).T).view(C, 3).argmax(1)
+    chosen = head.weight.detach()[torch.arange(C), best]
+    one = kind(D, C).double().eval()
+    one.load_state_dict(head.state_dict() | {"weight": chosen})
+    loss = head(row, target[:1])
+    torch.testing.assert_close(loss, one(row, target[:1]))
+    loss.backward()
+    touched = head.weight.grad.abs().sum(2) > 0
+    assert torch.equal(touched, torch.nn.functional.one_hot(best, 3).bool())
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
+        (MarginHead, {"sub_centers": 0}, "sub_centers must be at least 1, got 0"),
         (AdaFace, {"m": 1.0}, r"m must be in \[0, 1\), got 1.0"),
         (AdaFace, {"h": 0.0}, "h must be finite and positive, got 0.0"),
         (AdaFace, {"momentum": math.nan}, r"momentum must be in \(0, 1\], got nan"),

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
-from synface.heads import ArcFaceLoss, CosFaceLoss
+from synface.heads import ArcFaceLoss, CosFaceLoss, SubCenterArcFaceLoss
 from torch.nn.functional import normalize
 
 N, D, C = 20, 8, 11
@@ -14,6 +14,7 @@ N, D, C = 20, 8, 11
 PAIRS = [
     (ArcFaceLoss, losses.ArcFaceLoss),
     (CosFaceLoss, losses.CosFaceLoss),
+    (SubCenterArcFaceLoss, losses.SubCenterArcFaceLoss),
 ]
 
 
@@ -140,6 +141,27 @@ def test_training_with_theirs_and_ours_goes_the_same_way():
     torch.testing.assert_close(ours.W, theirs.W, rtol=1e-8, atol=1e-10)
 
 
+def test_outliers():
+    ours, theirs = both(PAIRS[2])
+    x, labels = batch()
+    labels = labels % (C - 1)  # the last class has none
+    rows, centers = ours.get_outliers(x, labels)
+    expected, dominant = theirs.get_outliers(x, labels)
+    assert 0 < len(rows) < N
+    assert torch.equal(rows, expected)
+    present = labels.unique()
+    torch.testing.assert_close(centers[:, present], dominant[:, present])
+    assert not centers[:, -1].any()
+    rows = ours.get_outliers(x, labels, threshold=110, return_dominant_centers=False)
+    assert torch.equal(rows, theirs.get_outliers(x, labels, threshold=110)[0])
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 11\)"):
+        ours.get_outliers(x, labels + C)
+    with pytest.raises(ValueError, match="same N"):
+        ours.get_outliers(x, labels[:3])
+    with pytest.raises(ValueError, match=r"threshold must be in \[0, 180\], got 200"):
+        ours.get_outliers(x, labels, 200)
+
+
 @pytest.mark.parametrize("pair", PAIRS)
 def test_where_theirs_is_not_finite_ours_is(pair):
     ours, theirs = both(pair)
@@ -213,3 +235,5 @@ def test_bad_input(error, message, call):
 def test_settings_that_make_no_sense(error, message, arguments):
     with pytest.raises(error, match=message):
         ArcFaceLoss(**({"num_classes": C, "embedding_size": D} | arguments))
+    with pytest.raises(ValueError, match="sub_centers must be at least 1, got 0"):
+        SubCenterArcFaceLoss(C, D, sub_centers=0)

@@ -90,6 +90,46 @@ def test_insightfaces_convention(numbers, rate):
     assert_equal(head, x, labels, lambda x, w: insightface(x, w[ids], places, margin))
 
 
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+@pytest.mark.parametrize("numbers", MARGINS[:2])
+def test_insightfaces_filter(numbers, rate):
+    """Its threshold sets negatives' cosines to 0; by our convention they are left out."""
+    margin = combined(*numbers, threshold=0.3)
+    x, labels = batch()
+    weight = torch.randn(C, D, dtype=torch.float64)
+    ids, places = torch.arange(C), labels
+    if rate < 1:
+        same = torch.Generator().manual_seed(1)
+        ids, places = sk.sample_classes(labels, C, int(rate * C), same)
+    cosine = normalize(x) @ normalize(weight[ids]).T
+
+    def head(convention):
+        generator = torch.Generator().manual_seed(1)
+        made = PartialFC(
+            margin, D, C, rate, convention=convention, generator=generator, dtype=torch.float64
+        )
+        made.load_state_dict({"weight": weight})
+        return made
+
+    zero, drop = head("insightface"), head("synface")
+    assert_equal(zero, x, labels, lambda x, w: insightface(x, w[ids], places, margin))
+    rows = drop(x, labels, reduction="none")
+    for i, place in enumerate(places.tolist()):
+        keep = cosine[i] <= 0.3
+        keep[place] = True
+        assert not keep.all()
+        left = weight[ids[keep]]
+        own = keep[:place].sum()[None]
+        alone = sk.margin_cross_entropy(x[i : i + 1], left, own, sk.CombinedMargin(*numbers))
+        torch.testing.assert_close(rows[i], alone)
+
+
+def test_thresholds_that_filter_nothing():
+    for threshold in (0, -1, 1, 2.5):
+        margin = PartialFC(combined(64, 1, 0.5, 0, threshold), D, C).margin
+        assert margin.interclass_filter is None
+
+
 @pytest.mark.parametrize(
     "numbers", [(16.0, 1.0, 0.2, 0.0), (16.0, 1.0, 0.2, 0.1), (16.0, 0.9, 0, 0)]
 )

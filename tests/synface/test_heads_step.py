@@ -12,6 +12,7 @@ from synface.heads import (
     MagFace,
     MarginHead,
     PartialFC,
+    SubCenterArcFaceLoss,
 )
 
 import synface_kernels as sk
@@ -24,6 +25,7 @@ HEADS = {
     "MagFace": lambda: MagFace(D, C, l_a=1.0),
     "ArcFaceLoss": lambda: ArcFaceLoss(C, D),
     "CosFaceLoss": lambda: CosFaceLoss(C, D),
+    "SubCenterArcFaceLoss": lambda: SubCenterArcFaceLoss(C, D),
     "PartialFC": lambda: PartialFC(sk.ArcFace(), D, C),
     "PartialFC, sampled": lambda: PartialFC(sk.ArcFace(), D, C, 0.7),
     "PartialFC, sampled, dense": lambda: PartialFC(sk.ArcFace(), D, C, 0.7, sparse=False),

@@ -1,7 +1,7 @@
 """Classification heads: modules that hold the class centres and return the loss."""
 
 from .margin import AdaFace, MagFace, MarginHead
-from .metric_learning import ArcFaceLoss, CosFaceLoss
+from .metric_learning import ArcFaceLoss, CosFaceLoss, SubCenterArcFaceLoss
 from .partial_fc import PartialFC
 from .sharded import ShardedMarginHead
 
@@ -13,4 +13,5 @@ __all__ = [
     "MarginHead",
     "PartialFC",
     "ShardedMarginHead",
+    "SubCenterArcFaceLoss",
 ]

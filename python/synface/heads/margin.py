@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import synface_kernels as sk
 
-from ..check import describe
+from ..check import check_integer, describe
 
 
 class MarginHead(nn.Module):
@@ -20,14 +20,17 @@ class MarginHead(nn.Module):
     Args:
         embedding_size: D. num_classes: C. Both at least 1.
         margin: an `ArcFace` (the default), `CosFace`, `SphereFace` or `CombinedMargin`.
+        sub_centers: M for each class, whose cosine is the greatest of theirs.
         init_std: standard deviation of the centres' initial values; only their directions matter
             to the loss, but their lengths scale the step that a given learning rate takes.
         impl: which implementation of the op to take.
         device, dtype: of the centres.
 
-    Memory: C·D values, and as much for their gradient.
+    State dict: ``weight``, (C, D), or (C, M, D) with M > 1 sub-centres.
 
-    Source: Deng et al., "ArcFace", CVPR 2019.
+    Memory: C·M·D values, and as much for their gradient.
+
+    Source: Deng et al., "ArcFace", CVPR 2019; "Sub-center ArcFace", ECCV 2020.
     """
 
     def __init__(
@@ -36,20 +39,24 @@ class MarginHead(nn.Module):
         num_classes: int,
         margin: sk.CombinedMargin | None = None,
         *,
+        sub_centers: int = 1,
         init_std: float = 0.01,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("embedding_size", embedding_size), ("num_classes", num_classes)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        for name, size in (
+            ("embedding_size", embedding_size),
+            ("num_classes", num_classes),
+            ("sub_centers", sub_centers),
+        ):
+            check_integer(name, size, 1)
         self.margin = sk.ArcFace() if margin is None else margin
         self.impl = impl
-        self.weight = nn.Parameter(
-            torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
-        )
+        several = (sub_centers,) if sub_centers > 1 else ()
+        shape = (num_classes, *several, embedding_size)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         nn.init.normal_(self.weight, std=init_std)
 
     def forward(
@@ -70,8 +77,9 @@ class MarginHead(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        classes, size = self.weight.shape
-        return f"embedding_size={size}, num_classes={classes}, margin={self.margin}"
+        classes, *sub_centers, size = self.weight.shape
+        more = f"sub_centers={sub_centers[0]}, " if sub_centers else ""
+        return f"embedding_size={size}, num_classes={classes}, {more}margin={self.margin}"
 
 
 class AdaFace(MarginHead):
@@ -95,7 +103,7 @@ class AdaFace(MarginHead):
         momentum: share of the batch's statistics in the running ones, in (0, 1].
         options: as `MarginHead`.
 
-    State: ``weight`` (C, D), and the float32 scalars ``norm_mean`` and ``norm_std``, which begin at
+    State dict: ``weight``, and the float32 scalars ``norm_mean`` and ``norm_std``, which begin at
     20 and 100 as the authors' do.
 
     The authors' code also keeps θ + g_angle within [1e-3, π − 1e-3] and lengths within [1e-3, 100];

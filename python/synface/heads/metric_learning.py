@@ -223,6 +223,78 @@ class CosFaceLoss(_Loss):
         super().__init__((num_classes, embedding_size), sk.CosFace(scale, margin), **options)
 
 
+class SubCenterArcFaceLoss(_Loss):
+    """pytorch-metric-learning's ``SubCenterArcFaceLoss``: a class's best sub-centre counts.
+
+    Args:
+        num_classes: C. embedding_size: D.
+        margin: in **degrees**. scale: s. sub_centers: S for each class.
+        options: see `ArcFaceLoss`; memory and errors too.
+
+    State dict: ``weight`` (C, S, D); theirs, ``W`` (D, C·S), loads too.
+
+    Source: Deng et al., "Sub-center ArcFace", ECCV 2020; pytorch-metric-learning's documentation.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_size: int,
+        margin: float = 28.6,
+        scale: float = 64,
+        sub_centers: int = 3,
+        **options: Any,
+    ) -> None:
+        _check_sizes(
+            num_classes=num_classes, embedding_size=embedding_size, sub_centers=sub_centers
+        )
+        shape = (num_classes, sub_centers, embedding_size)
+        super().__init__(shape, _arcface(scale, margin), **options)
+
+    @torch.no_grad()
+    def get_outliers(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        threshold: float = 75,
+        return_dominant_centers: bool = True,
+    ) -> Any:
+        """Embeddings far from their class's dominant sub-centre: the one nearest to most of them.
+
+        Args:
+            embeddings: (N, D). labels: (N,) int64 in [0, C).
+            threshold: an outlier is farther than this angle, in degrees.
+            return_dominant_centers: also return them.
+
+        Returns:
+            (O,) int64 rows of ``embeddings``, by label, and (D, C) dominant sub-centres, 0 for
+            classes without embeddings. (Theirs returns the pair whatever
+            ``return_dominant_centers`` says, and leaves those of absent classes undefined.)
+        """
+        check_number("threshold", threshold, 0, 180)
+        if embeddings.dim() != 2 or labels.shape != embeddings.shape[:1]:
+            raise ValueError(
+                "embeddings (N, D) and labels (N,) must have the same N, "
+                f"got {describe(embeddings)} and {describe(labels)}"
+            )
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise ValueError(f"labels must be in [0, {self.num_classes})")
+        order = labels.argsort(stable=True)
+        dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
+        own = normalize(self.weight[labels[order]].to(dtype), dim=2)
+        cosine = (own @ normalize(embeddings[order].to(dtype))[:, :, None]).squeeze(2)  # (N, S)
+        votes = torch.zeros(self.weight.shape[:2], device=labels.device)
+        nearest = nn.functional.one_hot(cosine.argmax(1), votes.shape[1]).to(votes.dtype)
+        votes.index_add_(0, labels[order], nearest)
+        dominant = votes.argmax(1)
+        best = cosine.gather(1, dominant[labels[order], None]).squeeze(1)
+        outliers = order[best < math.cos(math.radians(threshold))]
+        if not return_dominant_centers:
+            return outliers
+        centers = self.weight[torch.arange(len(dominant), device=dominant.device), dominant]
+        return outliers, torch.where(votes.any(1)[:, None], centers, 0).T
+
+
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         check_integer(name, size, 1)

@@ -36,9 +36,11 @@ class PartialFC(nn.Module):
         convention: what an object of insightface's means:
 
             - ``"synface"``: its numbers, as this library's margins have them: the true gradient,
-              cos θ continued monotonically past π, and all of m1, m2 and m3.
+              cos θ continued monotonically past π, all of m1, m2 and m3, and negatives above
+              ``interclass_filtering_threshold`` left out.
             - ``"insightface"``: what its code computes (since 2022): the margin's slope is taken as
-              1, cosines rise again past π, and m1 and m2 count for nothing where m3 > 0.
+              1, cosines rise again past π, m1 and m2 count for nothing where m3 > 0, and negatives
+              above the threshold have a cosine of 0, which still counts.
         sparse: whether the centres' gradient of a sampled step is a sparse tensor (COO, of S rows),
             for `synface.optim`'s optimisers, `torch.optim.SparseAdam`, or `torch.optim.SGD` without
             weight decay. False: a dense one, for any optimiser, which costs C·D at each step.
@@ -62,7 +64,6 @@ class PartialFC(nn.Module):
 
     Raises:
         ValueError, TypeError: for arguments that do not fit.
-        NotImplementedError: for an ``interclass_filtering_threshold``.
 
     Source: An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face
     Recognition CNNs by Partial FC", CVPR 2022; insightface's documentation.
@@ -167,17 +168,23 @@ def margin_of(
     if isinstance(margin_loss, sk.CombinedMargin):
         return margin_loss
     scale, m1, m2, m3, threshold = _numbers(margin_loss)
-    if threshold > 0:
-        raise NotImplementedError(f"interclass_filtering_threshold {threshold}: not built yet")
+    limit = threshold if 0 < threshold < 1 else None  # theirs: 0 is none, and no cosine exceeds 1
     if convention == "synface":
-        margin = sk.CombinedMargin(scale, m1, m2, m3)
-    elif m1 == 1 and m3 == 0:
-        margin = sk.ArcFace(scale, m2, beyond_pi="none", target_grad="straight_through")
-    elif m3 > 0:
-        margin = sk.CosFace(scale, m3)
-    else:
+        return sk.CombinedMargin(scale, m1, m2, m3, interclass_filter=limit)
+    if m3 > 0:
+        m1, m2 = 1.0, 0.0
+    elif m1 != 1 or m3 < 0:
         raise ValueError(f"insightface has no margin for m1 = {m1}, m2 = {m2}, m3 = {m3}")
-    return margin
+    return sk.CombinedMargin(
+        scale,
+        m1,
+        m2,
+        m3,
+        beyond_pi="none",
+        target_grad="straight_through",
+        interclass_filter=limit,
+        interclass_filter_mode="zero",
+    )
 
 
 def _numbers(margin_loss: Any) -> tuple[float, float, float, float, float]:
