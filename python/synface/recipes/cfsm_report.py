@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synface_kernels import _env
-
 from ..data import normalise
 from ..generate import EigenfaceGenerator
 from ..guided import identity_gap
 from ..randomness import generator as draws
 from ..report import ACCENT, INK, QUIET, _figure, _save
+from .cells import machine, table
 from .cfsm import EMBEDDED, Results, first_images
 from .config import to_toml
 from .degrade import degrade
@@ -32,8 +30,7 @@ def write(results: Results, folder: Path, command: str, seconds: float | None) -
     """
     folder.mkdir(parents=True, exist_ok=True)
     figures = measured(results) | {
-        "machine": f"{_env.processor()}, threads: {torch.get_num_threads()}, torch "
-        f"{torch.__version__}, Python {platform.python_version()}",
+        "machine": machine(),
         "seconds": seconds,
     }
     _log_plot(results, folder / "cfsm-style.png")
@@ -297,11 +294,6 @@ def _strength_picture(results: Results, face: Tensor, path: Path) -> None:
 # -- page ----------------------------------------------------------------------------------------
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    return "\n".join(lines)
-
-
 def _number(value: float | None, digits: int = 4) -> str:
     return "not measured" if value is None else f"{value:.{digits}f}"
 
@@ -311,7 +303,7 @@ def _page(results: Results, figures: dict[str, Any], command: str) -> str:
     source = people.source
     seconds = figures["seconds"]
     took = "not measured, since the run was resumed" if seconds is None else f"{seconds:.0f} s"
-    style = _table(
+    style = table(
         [
             "domain",
             "L_ort (l1): first, last step",
@@ -342,7 +334,7 @@ def _page(results: Results, figures: dict[str, Any], command: str) -> str:
         ],
     )
     loss = figures["loss"]
-    gain = _table(
+    gain = table(
         ["loss of the recogniser", "mean", "standard deviation over batches"],
         [
             [text, f"{loss[name]['mean']:.3f}", f"{loss[name]['std']:.3f}"]
@@ -356,7 +348,7 @@ def _page(results: Results, figures: dict[str, Any], command: str) -> str:
             )
         ],
     )
-    training = _table(
+    training = table(
         ["the rest of each batch", "loss, first tenth", "last tenth", "accuracy, last tenth"],
         [
             [
@@ -369,14 +361,14 @@ def _page(results: Results, figures: dict[str, Any], command: str) -> str:
         ],
     )
     sets = list(next(iter(figures["verification"].values())))
-    verification = _table(
+    verification = table(
         ["ROC-AUC", *sets],
         [
             [variant, *(f"{by[name]['auc']:.4f}" for name in sets)]
             for variant, by in figures["verification"].items()
         ],
     )
-    similar = _table(
+    similar = table(
         ["S(A, B)", *results.painters],
         [
             [a, *(f"{value:.3f}" for value in row.values())]

@@ -195,7 +195,8 @@ class Results:
 
     Attributes:
         cells: by cell, its figures. pixels: of raw pixels, on the same people.
-        cosines: by kind, for each seed: the (N,) cosine of each identity with its nearest one.
+        points: by kind, for each seed: the (N, D) identities.
+        cosines: the same way: the (N,) cosine of each identity with its nearest one.
         drawn: the same of their faces, in one style and with the mean face taken off.
     """
 
@@ -204,6 +205,7 @@ class Results:
     held: Faces
     cells: dict[str, dict[str, Any]]
     pixels: dict[str, Any]
+    points: dict[str, list[Tensor]]
     cosines: dict[str, list[Tensor]]
     drawn: dict[str, list[Tensor]]
 
@@ -229,20 +231,24 @@ def run(
         only=only,
         progress=bar,
     )
-    cosines: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
-    drawn: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
-    for seed in config.seeds if only is None else ():
-        for kind, points in (
-            ("packed", packed(config, output, seed, True, bar)),
-            ("random", identities(data.identities, data.embedding_size, seed)),
-        ):
-            cosines[kind].append(sk.nearest_neighbors(points)[0][:, 0])
-            style = torch.zeros(1, painter.style_size).expand(len(points), -1)
-            unit = F.normalize(points)
-            faces = painter.generate(unit, style, torch.zeros(len(points)).long())
-            pixel_rows = pixel_embeddings(faces, faces.double().mean(0))
-            drawn[kind].append(sk.nearest_neighbors(pixel_rows)[0][:, 0])
-    return Results(config, painter, held, found, pixels, cosines, drawn)
+    seeds = config.seeds if only is None else ()
+    points = {
+        "packed": [F.normalize(packed(config, output, seed, True, bar)) for seed in seeds],
+        "random": [identities(data.identities, data.embedding_size, seed) for seed in seeds],
+    }
+    drawn = {kind: [_in_one_style(painter, x) for x in points[kind]] for kind in KINDS}
+    return Results(config, painter, held, found, pixels, points, _nearest(points), _nearest(drawn))
+
+
+def _in_one_style(painter: FaceGenerator, points: Tensor) -> Tensor:
+    """(N, H·W·C) unit rows: the pixels of each identity's face, less the mean face."""
+    style = torch.zeros(len(points), painter.style_size)
+    faces = painter.generate(points, style, torch.zeros(len(points), dtype=torch.int64))
+    return pixel_embeddings(faces, faces.double().mean(0))
+
+
+def _nearest(rows: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    return {kind: [sk.nearest_neighbors(x)[0][:, 0] for x in rows[kind]] for kind in rows}
 
 
 # -- report --------------------------------------------------------------------------------------
@@ -318,13 +324,13 @@ def _plot(results: Results, figures: dict[str, Any], path: Path) -> None:
 def _faces_plot(results: Results, path: Path, people: int = 6, images: int = 8) -> None:
     config, painter = results.config, results.painter
     seed, rows = config.seeds[0], min(people, config.data.identities)
-    points = identities(config.data.identities, config.data.embedding_size, seed)[:rows]
+    points = results.points["packed"][0]
     who = torch.arange(rows).repeat_interleave(images)
     style, noise = styles(seed, who.numpy(), torch.arange(images).repeat(rows).numpy(),
                           painter.style_size)  # fmt: skip
     drawn = painter.generate(points[who], style, noise)
     names = [str(i) for i in range(rows)]
-    sample_faces(Faces(drawn, who, names, "generated, random identities"), path, rows, images)
+    sample_faces(Faces(drawn, who, names, "generated, packed identities"), path, rows, images)
 
 
 def _page(results: Results, figures: dict[str, Any], command: str, faces: bool) -> str:
