@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 
 def on_ranks(ranks: int, main: Callable[[int, int], Any], tmp_path: Path) -> list[Any]:
     """What main(rank, ranks) returns on each rank: tensors and plain values."""
+    tmp_path.mkdir(exist_ok=True)
     path = str(tmp_path / "group")
     mp.spawn(_rank, (ranks, path, main), nprocs=ranks)
     return [torch.load(f"{path}.{rank}", weights_only=True) for rank in range(ranks)]

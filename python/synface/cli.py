@@ -32,6 +32,7 @@ from .embeddings import read_embeddings
 from .evaluate import Verification, embed, pixel_embeddings, verify
 from .generate import open_generator
 from .mixing import Beta, Constant, Grid, Ratio
+from .ranks import joined
 from .recipes import cli as recipes
 from .settings import check_keys, read_toml
 from .sources import MixedSource, fingerprint
@@ -360,6 +361,7 @@ def train_command(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write the run's figures for TensorBoard.")
     ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     config_file: ConfigOption = None,
 ) -> None:
     """Train on an image folder (or the embedded faces) and verify on people kept out."""
@@ -380,7 +382,9 @@ def train_command(
     if resume is not None:
         run, config = _stored_run(context, resume)
         output = resume
-    folder = output or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    rank = context.with_resource(joined(device))
+    console.quiet = not rank.leads
+    folder = output or rank.agreed(Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
     faces: Faces | MixedSource
     if run["synthetic"] or run["real"]:
         faces, held = _mixed(run, workers)
@@ -413,6 +417,7 @@ def train_command(
                 else None,
                 verify_every=verify_every,
                 tensorboard=tensorboard,
+                device=rank.device,
             )
     except KeyboardInterrupt:
         console.print(
@@ -429,7 +434,7 @@ def train_command(
             "them".format(**result.timing),
             highlight=False,
         )
-    if pixels is not None:
+    if pixels is not None and rank.leads:
         _print_verification(_verify_network(result.backbone, held), pixels, held)
         console.print(
             f"synface eval {folder} verifies this run again", highlight=False, markup=False
@@ -1001,5 +1006,6 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, FloatingPointError, NotImplementedError, ImportError) as error:
+        console.quiet = False
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .heads.partial_fc import PartialFC
 from .heads.sharded import ShardedMarginHead
 
 FORMAT = "sharded-1"
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
 
 class Shard(Tensor):
@@ -76,7 +78,7 @@ def save(
     folder: Path,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
+    optimizers: Optimizers,
     state: dict[str, Any],
     group: Any = None,
 ) -> Path:
@@ -90,8 +92,9 @@ def save(
         model: not wrapped in DistributedDataParallel (its ``.module`` is meant). What a
             `ShardedMarginHead` or `PartialFC` in it holds is saved from each rank, everything else
             from one.
-        optimizer: whose states are saved, by the names of the model's parameters. Its settings
-            (learning rates and so on) are not: they are the caller's.
+        optimizers: one, or several that share no parameter. Their states are saved by the names of
+            the model's parameters; their settings (learning rates and so on) are not: they are the
+            caller's.
         state: goes into state.json.
         group: of all ranks that call this. Default: the one of all ranks.
 
@@ -119,7 +122,7 @@ def save(
     first = not dist.is_initialized() or dist.get_rank(group) == 0
     _together(begin if first else lambda: None, group, RuntimeError)
     writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
-    dcp.save(_tensors(model, optimizer), storage_writer=writer, process_group=group)
+    dcp.save(_tensors(model, _several(optimizers)), storage_writer=writer, process_group=group)
     _together(end if first else lambda: None, group, RuntimeError)
     return final
 
@@ -127,10 +130,10 @@ def save(
 def load(
     path: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizers: Optimizers = (),
     group: Any = None,
 ) -> dict[str, Any]:
-    """Puts a checkpoint, or the newest one of a folder of them, into a model and an optimiser.
+    """Puts a checkpoint, or the newest one of a folder of them, into a model and its optimisers.
 
     All ranks call it; they may be more or fewer than those that saved it, and split the classes in
     another way.
@@ -145,21 +148,49 @@ def load(
 
     def prepare() -> tuple[dict[str, Any], dict[str, Tensor], dcp.HuggingFaceStorageReader]:
         found = checkpoint.find(path)
-        state, reader = _state(found), dcp.HuggingFaceStorageReader(str(found))
+        state, reader = load_state(found), dcp.HuggingFaceStorageReader(str(found))
         try:
             stored = reader.read_metadata().state_dict_metadata
         except Exception as error:  # whatever a damaged file makes of torch's reader
             raise CheckpointError(f"{found} cannot be read: {error}") from error
-        return state, _targets(found, model, optimizer, stored), reader
+        return state, _targets(found, model, _several(optimizers), stored), reader
 
     state, targets, reader = _together(prepare, group, CheckpointError)
     try:
         dcp.load(targets, storage_reader=reader, process_group=group)
     except Exception as error:
         raise CheckpointError(f"{reader.path} cannot be read: {error}") from error
-    if optimizer is not None:
-        _restore(optimizer, model, targets)
+    _restore(_several(optimizers), model, targets)
     return state
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a checkpoint is one of several ranks, as far as its state can be read."""
+    try:
+        return json.loads((path / checkpoint.STATE).read_text())["format"] == FORMAT
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a checkpoint holds of the model, whole, and its state, in one process.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    state = load_state(path)
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    try:
+        stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        tensors = {
+            key: torch.empty(metadata.size, dtype=metadata.properties.dtype)
+            for key, metadata in stored.items()
+            if key.startswith("model.")
+        }
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except Exception as error:  # whatever a damaged file makes of torch's reader
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return tensors, state
 
 
 def _together(action: Callable[[], Any], group: Any, kind: type[Exception]) -> Any:
@@ -181,6 +212,10 @@ def _together(action: Callable[[], Any], group: Any, kind: type[Exception]) -> A
     return result
 
 
+def _several(optimizers: Optimizers) -> Sequence[torch.optim.Optimizer]:
+    return (optimizers,) if isinstance(optimizers, torch.optim.Optimizer) else optimizers or ()
+
+
 def _shards(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Which tensors of a model are spread: where this rank's rows begin, and how many all have."""
     return {
@@ -190,14 +225,14 @@ def _shards(model: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """By name: parameters and buffers, and the optimiser's states."""
     shards = _shards(model)
     tensors = {}
     for name, value in model.state_dict().items():
         tensors[f"model.{name}"] = Shard(value, *shards[name]) if name in shards else value
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    for parameter, values in optimizer.state.items() if optimizer else ():
+    for parameter, values in chain.from_iterable(o.state.items() for o in optimizers):
         name = names[parameter]
         for key, value in values.items():
             value = torch.as_tensor(value)
@@ -206,7 +241,12 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[
     return tensors
 
 
-def _state(path: Path) -> dict[str, Any]:
+def load_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors.
+
+    Raises:
+        CheckpointError: where there is none, or files of it are missing or cut short.
+    """
     try:
         state = json.loads((path / checkpoint.STATE).read_text())
     except (OSError, ValueError) as error:
@@ -230,14 +270,14 @@ def _state(path: Path) -> dict[str, Any]:
 def _targets(
     found: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
+    optimizers: Sequence[torch.optim.Optimizer],
     stored: dict[str, Any],
 ) -> dict[str, Tensor]:
     """What to read into: the model's own tensors, and new ones for the optimiser's states."""
-    targets, shards = _tensors(model, None), _shards(model)
-    if optimizer is not None:
+    targets, shards = _tensors(model, ()), _shards(model)
+    if optimizers:
         parameters = dict(model.named_parameters())
-        known = {p for group in optimizer.param_groups for p in group["params"]}
+        known = {p for o in optimizers for group in o.param_groups for p in group["params"]}
         for key, metadata in stored.items():
             if not key.startswith("optimizer."):
                 continue
@@ -271,18 +311,21 @@ def _targets(
 
 
 def _restore(
-    optimizer: torch.optim.Optimizer, model: nn.Module, targets: dict[str, Tensor]
+    optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, targets: dict[str, Tensor]
 ) -> None:
-    indices: dict[Tensor, int] = {}
-    for group, numbered in zip(
-        optimizer.param_groups, optimizer.state_dict()["param_groups"], strict=True
-    ):
-        indices |= dict(zip(group["params"], numbered["params"], strict=True))
-    parameters = dict(model.named_parameters())
-    states: dict[int, dict[str, Tensor]] = {}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found: dict[str, dict[str, Tensor]] = {}
     for key, value in targets.items():
         if key.startswith("optimizer."):
             name, _, state = key.removeprefix("optimizer.").rpartition(".")
-            rows = value.rows if isinstance(value, Shard) else value
-            states.setdefault(indices[parameters[name]], {})[state] = rows
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+            found.setdefault(name, {})[state] = value.rows if isinstance(value, Shard) else value
+    for optimizer in optimizers:
+        own = optimizer.state_dict()
+        parameters = chain.from_iterable(g["params"] for g in optimizer.param_groups)
+        indices = chain.from_iterable(g["params"] for g in own["param_groups"])
+        states = {
+            index: found[names[parameter]]
+            for parameter, index in zip(parameters, indices, strict=True)
+            if names[parameter] in found
+        }
+        optimizer.load_state_dict(own | {"state": states})

@@ -1,4 +1,7 @@
-"""Training on one process: a backbone, a margin head, checkpoints that resume bitwise the same.
+"""Training: a backbone, a margin head, checkpoints that resume bitwise the same.
+
+On one process, or on the ranks of a `torch.distributed` process group if one is initialised: then
+each rank has its part of every batch and its share of the classes.
 
 All randomness of a step is drawn from generators seeded by (seed, purpose, step). So a checkpoint
 holds no generator's state, and a resumed run draws what the uninterrupted one would have drawn.
@@ -9,21 +12,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import synface_kernels as sk
 
-from . import checkpoint
+from . import checkpoint, sharded
 from .backbone import IResNet
+from .check import check_device
 from .checkpoint import CheckpointError
 from .data import Augment, DataError, Faces
-from .heads import MarginHead
+from .data.order import WHOLE, Part
+from .heads import MarginHead, ShardedMarginHead
 from .interrupts import interrupts
 from .optim import RowAdamW, RowSGD
 from .randomness import generator, seeded, seeds
@@ -137,10 +144,13 @@ class Progress(Protocol):
 
 @dataclass
 class Trained:
-    """A trained model, with what was logged at every step, and the timing of the reading if any."""
+    """A trained model, with what was logged at every step, and the timing of the reading if any.
+
+    On several ranks the head is this rank's share of the classes.
+    """
 
     backbone: IResNet
-    head: MarginHead
+    head: MarginHead | ShardedMarginHead
     config: TrainConfig
     history: list[dict[str, float]]
     timing: dict[str, float] | None
@@ -161,10 +171,13 @@ def build_backbone(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet
 
 @dataclass
 class _Model:
-    """What trains, and all that a checkpoint holds of it."""
+    """What trains, and all that a checkpoint holds of it.
+
+    The loss scaler serves the backbone alone: its gradients are the ones that can leave float16.
+    """
 
     backbone: IResNet
-    head: MarginHead
+    head: MarginHead | ShardedMarginHead
     optimizers: dict[str, torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
 
@@ -172,23 +185,45 @@ class _Model:
     def modules(self) -> nn.ModuleDict:
         return nn.ModuleDict({"backbone": self.backbone, "head": self.head})
 
-    def tensors(self) -> dict[str, Tensor]:
+    def save(self, folder: Path, steps: int, description: dict[str, Any]) -> None:
+        state = description | {"scaler": self.scaler.state_dict()}
+        if isinstance(self.head, ShardedMarginHead):
+            optimizers = list(self.optimizers.values())
+            sharded.save(folder, steps, self.modules, optimizers, state)
+        else:
+            checkpoint.save(folder, steps, self._tensors(), state)
+
+    def load(self, found: Path, check: Callable[[dict[str, Any]], None]) -> int:
+        """Takes over a checkpoint whose state `check` accepts; the steps that were done.
+
+        Raises:
+            CheckpointError: for one that is damaged, or of another model or optimiser.
+        """
+        if isinstance(self.head, ShardedMarginHead):
+            state = sharded.load_state(found)
+            check(state)
+            sharded.load(found, self.modules, list(self.optimizers.values()))
+        else:
+            tensors, state = checkpoint.load(found)
+            check(state)
+            self._restore(found / checkpoint.TENSORS, tensors)
+        scaler = state.get("scaler")
+        if not isinstance(scaler, dict) or scaler.keys() != self.scaler.state_dict().keys():
+            raise CheckpointError(f"{found / checkpoint.STATE}: scaler is {scaler!r}")
+        if scaler:
+            self.scaler.load_state_dict(scaler)
+        return state["step"]
+
+    def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": value for name, value in self.modules.state_dict().items()}
         for prefix, optimizer in self.optimizers.items():
             for index, state in optimizer.state_dict()["state"].items():
                 for name, value in state.items():
                     tensors[f"{prefix}.{index}.{name}"] = torch.as_tensor(value)
-        for name, value in self.scaler.state_dict().items():
-            tensors[f"scaler.{name}"] = torch.tensor(value)
         return tensors
 
-    def restore(self, file: Path, tensors: dict[str, Tensor]) -> None:
-        """Takes over a checkpoint's tensors.
-
-        Raises:
-            CheckpointError: for tensors of another model or optimiser, naming the first.
-        """
-        kinds: dict[str, dict[str, Tensor]] = {"model": {}, "scaler": {}}
+    def _restore(self, file: Path, tensors: dict[str, Tensor]) -> None:
+        kinds: dict[str, dict[str, Tensor]] = {"model": {}}
         kinds |= {prefix: {} for prefix in self.optimizers}
         for key, value in tensors.items():
             kind, _, name = key.partition(".")
@@ -200,14 +235,9 @@ class _Model:
             prefix: _states(optimizer, file, prefix, kinds[prefix])
             for prefix, optimizer in self.optimizers.items()
         }
-        scaler = self.scaler.state_dict()
-        if kinds["scaler"].keys() != scaler.keys():
-            raise CheckpointError(f"{file} is of a run of another precision")
         self.modules.load_state_dict(kinds["model"])
         for prefix, optimizer in self.optimizers.items():
             optimizer.load_state_dict(optimizer.state_dict() | {"state": states[prefix]})
-        if scaler:
-            self.scaler.load_state_dict({k: v.item() for k, v in kinds["scaler"].items()})
 
 
 def _states(
@@ -228,28 +258,27 @@ def _states(
     return states
 
 
-def _model(config: TrainConfig, source: Source) -> _Model:
-    with seeded(seeds(config.seed, "parameters", 0)):
-        backbone = build_backbone(config, source.image_shape)
-        head = MarginHead(config.embedding_size, source.num_classes, config.margin())
+def _model(config: TrainConfig, source: Source, part: Part | None, device: torch.device) -> _Model:
+    seed = seeds(config.seed, "parameters", 0)
+    head: MarginHead | ShardedMarginHead
+    with seeded(seed):  # on the CPU: the same on every device
+        backbone = build_backbone(config, source.image_shape).to(device)
+        sizes = config.embedding_size, source.num_classes, config.margin()
+        if part is None:
+            head = MarginHead(*sizes).to(device)
+        else:
+            head = ShardedMarginHead(*sizes, seed=seed, device=device)
     sgd = {"momentum": 0.9, "nesterov": True} if config.optimizer == "sgd" else {}
     settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay} | sgd
     dense = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.AdamW
-    learned = [p for p in backbone.parameters() if p.requires_grad]
-    centers = list(head.parameters())
-    optimizers: dict[str, torch.optim.Optimizer]
-    if config.sample_rate == 1:
-        optimizers = {"optimizer": dense(learned + centers, **settings)}
-    else:
-        by_row = RowSGD if config.optimizer == "sgd" else RowAdamW
-        optimizers = {"optimizer": dense(learned, **settings)}
-        optimizers["centers"] = by_row(centers, **settings)
-    return _Model(
-        backbone,
-        head,
-        optimizers,
-        torch.amp.GradScaler("cpu", enabled=config.precision == "float16"),
-    )
+    by_row = RowSGD if config.optimizer == "sgd" else RowAdamW
+    of_centers: Any = dense if config.sample_rate == 1 else by_row
+    optimizers = {
+        "optimizer": dense([p for p in backbone.parameters() if p.requires_grad], **settings),
+        "centers": of_centers(head.parameters(), **settings),
+    }
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+    return _Model(backbone, head, optimizers, scaler)
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -280,8 +309,14 @@ def train(
     verify: Callable[[nn.Module], Mapping[str, float]] | None = None,
     verify_every: int = 0,
     tensorboard: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Trained:
-    """Trains a backbone and a margin head on a set of faces or another source, on the CPU.
+    """Trains a backbone and a margin head on a set of faces or another source.
+
+    Where a `torch.distributed` process group is initialised, all of its ranks call this with the
+    same arguments: each trains on its part of every batch, in a `DistributedDataParallel` backbone,
+    and holds its share of the classes. They see one ``output``, in which the first rank writes.
+    Checkpoints are then written by all ranks, and any number of ranks can resume them.
 
     Args:
         config: what to do. data: at least two identities.
@@ -298,6 +333,7 @@ def train(
             never); what it returns goes into verification.jsonl, a line each time.
         tensorboard: also write loss, accuracy, learning rate and verification to
             ``output``/tensorboard; needs the package of that name.
+        device: to train on, this rank's.
 
     Raises:
         CheckpointError: for a checkpoint that is damaged, or of another configuration or data.
@@ -313,29 +349,32 @@ def train(
     source: Source = FacesSource(data) if isinstance(data, Faces) else data
     if source.num_classes < 2:
         raise ValueError(f"training needs two identities or more, got {source.num_classes}")
-    run = _Run(config, source, output)
+    run = _Run(config, source, output, check_device(device))
     with ExitStack() as stack:
         interrupted = stack.enter_context(interrupts())
         first = run.resume() if resume else run.start(command or {})
-        writer = stack.enter_context(_tensorboard(output, first)) if tensorboard else None
+        writer = None
+        if tensorboard and run.leads:
+            writer = stack.enter_context(_tensorboard(output, first))
         if progress:
             progress.start(run.total_steps, first)
-        stack.enter_context(_timed(source, output / TIMING, first))
-        batches = stack.enter_context(closing(source.batches(config, first)))
-        for step, batch in _kept(batches, first, run.save):
-            row = run.step(step, batch)
+        if run.leads:
+            stack.enter_context(_timed(source, output / TIMING, first))
+        batches = stack.enter_context(closing(source.batches(config, first, run.part)))
+        for step, batch in _kept(batches, first, run.save if run.alone else None):
+            row, stop = run.step(step, batch, interrupted)
             done = step + 1
             if writer:
                 writer(step, row)
             if progress:
-                progress.step(row["loss"], row["accuracy"], len(batch.images))
+                progress.step(row["loss"], row["accuracy"], run.batch_size(step))
+            stop = stop or (run.alone and interrupted())
             epoch, rest = divmod(done, run.steps_per_epoch)
             if verify and verify_every and rest == 0 and epoch % verify_every == 0:
                 figures = run.verify(done, verify)
                 if writer:
                     writer(step, {f"verification/{k}": v for k, v in figures.items()})
             due = rest == 0 and epoch % config.checkpoint_every == 0
-            stop = interrupted()
             if due or done == run.total_steps or stop:
                 run.save(done)
             if stop:
@@ -350,17 +389,32 @@ def train(
 class _Run:
     """One run: its model, its folder, and what a step does."""
 
-    def __init__(self, config: TrainConfig, source: Source, output: Path) -> None:
-        self.config, self.output = config, output
+    def __init__(
+        self, config: TrainConfig, source: Source, output: Path, device: torch.device
+    ) -> None:
+        self.config, self.output, self.device = config, output, device
+        self.alone = not (dist.is_available() and dist.is_initialized())
+        self.part = WHOLE if self.alone else Part(dist.get_rank(), dist.get_world_size())
+        self.leads = self.part.rank == 0
         self.folder = output / "checkpoints"
         self.description = {
             "config": json.loads(json.dumps(asdict(config))),
             "data": source.description(),
         }
-        self.model = _model(config, source)
+        self.images, self.num_classes = len(source), source.num_classes
+        self.steps_per_epoch = -(-self.images // config.batch_size)
+        ranks, least = self.part.ranks, self.batch_size(self.steps_per_epoch - 1)
+        if least < ranks:
+            raise ValueError(
+                f"each of {ranks} ranks needs an image of every batch: an epoch's last one has "
+                f"{least} of {self.images} at batch_size {config.batch_size}; choose another"
+            )
+        self.model = _model(config, source, None if self.alone else self.part, device)
         self.backbone, self.head = self.model.backbone, self.model.head
-        self.num_classes = source.num_classes
-        self.steps_per_epoch = -(-len(source) // config.batch_size)
+        self.network: nn.Module = self.backbone
+        if not self.alone:
+            devices = [device] if device.type == "cuda" else None
+            self.network = DistributedDataParallel(self.backbone, device_ids=devices)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.history: list[dict[str, float]] = []
         self.lines = Lines(output / METRICS)
@@ -373,32 +427,20 @@ class _Run:
             raise FileExistsError(
                 f"{self.output} holds a run already: resume it, or choose another output folder"
             )
-        self.output.mkdir(parents=True, exist_ok=True)
-        started = {"command": command} | self.description
-        checkpoint.write(self.output / CONFIG, json.dumps(started, indent=1))
-        write_toml(self.output / "config.toml", command | self.description["config"])
-        self.lines.rewrite([])
+        self._wait()  # until all ranks have looked
+        if self.leads:
+            self.output.mkdir(parents=True, exist_ok=True)
+            started = {"command": command} | self.description
+            checkpoint.write(self.output / CONFIG, json.dumps(started, indent=1))
+            write_toml(self.output / "config.toml", command | self.description["config"])
+            self.lines.rewrite([])
         self.save(0)  # so that there always is one to resume from
         return 0
 
     def resume(self) -> int:
         """Takes up the newest checkpoint; the first step that is still to do."""
         found = checkpoint.find(self.output)
-        tensors, state = checkpoint.load(found)
-        # what a configuration does not name, because it is older, was as it is by default
-        state["config"] = asdict(TrainConfig.from_json(state["config"]))
-        state["config"] = json.loads(json.dumps(state["config"]))
-        for part in ("config", "data"):
-            came, wanted = state[part], self.description[part]
-            changed = [k for k in wanted if came.get(k) != wanted[k]]
-            if changed:
-                key = changed[0]
-                raise CheckpointError(
-                    f"{found} is of another run: its {part}'s {key} is {came.get(key)!r}, "
-                    f"expected {wanted[key]!r}"
-                )
-        self.model.restore(found / checkpoint.TENSORS, tensors)
-        first = state["step"]
+        first = self.model.load(found, lambda state: self._check(found, state))
         # the lines of steps after the checkpoint are written again
         self.history = self.lines.read()[:first]
         if [row["step"] for row in self.history] != list(range(first)):
@@ -406,59 +448,107 @@ class _Run:
                 f"{self.lines.file} does not fit the checkpoint: expected steps 0 to {first - 1}, "
                 f"got {len(self.history)} lines"
             )
-        self.lines.rewrite(self.history)
-        if self.verified.file.exists():
+        self._wait()  # until all ranks have read them
+        if self.leads:
+            self.lines.rewrite(self.history)
+        if self.leads and self.verified.file.exists():
             self.verified.rewrite([row for row in self.verified.read() if row["step"] <= first])
         return first
 
+    def _check(self, found: Path, state: dict[str, Any]) -> None:
+        """Raises CheckpointError for a checkpoint of another run."""
+        for part in ("config", "data"):
+            came, wanted = state.get(part), self.description[part]
+            if not isinstance(came, dict):
+                raise CheckpointError(f"{found / checkpoint.STATE}: {part} must be dict")
+            if part == "config":  # what it does not name, because it is older, was as by default
+                came = json.loads(json.dumps(asdict(TrainConfig.from_json(came))))
+            changed = [k for k in wanted if came.get(k) != wanted[k]]
+            if changed:
+                key = changed[0]
+                raise CheckpointError(
+                    f"{found} is of another run: its {part}'s {key} is {came.get(key)!r}, "
+                    f"expected {wanted[key]!r}"
+                )
+
     def save(self, steps: int) -> None:
         """Writes a checkpoint after so many steps, and sees the log on the disk."""
-        self.lines.flush()
-        for name, parameter in self.model.modules.named_parameters():
-            if not parameter.isfinite().all():
-                raise FloatingPointError(
-                    f"{name} is not finite after {steps} steps: lower lr (now "
-                    f"{self.config.lr:g}); earlier checkpoints are in {self.folder}"
-                )
-        checkpoint.save(self.folder, steps, self.model.tensors(), self.description)
+        if self.leads:
+            self.lines.flush()
+        parameters = list(self.model.modules.named_parameters())
+        finite = torch.stack([parameter.isfinite().all() for _, parameter in parameters]).cpu()
+        if any(self.total(~finite.all())):
+            wrong = [name for (name, _), fine in zip(parameters, finite, strict=True) if not fine]
+            raise FloatingPointError(
+                f"{wrong[0] if wrong else 'a parameter of another rank'} is not finite after "
+                f"{steps} steps: lower lr (now {self.config.lr:g}); earlier checkpoints are in "
+                f"{self.folder}"
+            )
+        self.model.save(self.folder, steps, self.description)
 
-    def step(self, step: int, batch: Batch) -> dict[str, float]:
-        """One step of training, and its line in the log."""
+    def batch_size(self, step: int) -> int:
+        """Images of a step, on all ranks together."""
+        done = step % self.steps_per_epoch * self.config.batch_size
+        return min(self.config.batch_size, self.images - done)
+
+    def total(self, *numbers: Tensor) -> list[float]:
+        """Sums over the ranks."""
+        own = torch.stack([number.detach().double().cpu() for number in numbers])
+        if not self.alone:
+            dist.all_reduce(own)
+        return own.tolist()
+
+    def _wait(self) -> None:
+        if not self.alone:
+            dist.barrier()
+
+    def step(
+        self, step: int, batch: Batch, interrupted: Callable[[], bool]
+    ) -> tuple[dict[str, float], bool]:
+        """One step of training, and its line in the log; whether any rank was interrupted."""
         config, optimizers, scaler = self.config, self.model.optimizers, self.model.scaler
         rate = learning_rate(config, step, self.steps_per_epoch)
         for optimizer in optimizers.values():
             optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        target, class_ids = batch.target, None
+        images, target, weight = (
+            None if value is None else value.to(self.device, non_blocking=True) for value in batch
+        )
+        assert images is not None
+        assert target is not None
+        class_ids = None
         if config.sample_rate < 1:
-            drawn = generator(config.seed, "classes", step)
-            sampled = math.ceil(config.sample_rate * self.num_classes)
-            class_ids, target = sk.sample_classes(target, self.num_classes, sampled, drawn)
-        count = len(batch.images)
-        loss, hits = torch.zeros(()), torch.zeros(())
-        with seeded(seeds(config.seed, "dropout", step)):
-            for part in torch.arange(count).tensor_split(min(config.accumulate, count)):
-                rows = slice(int(part[0]), int(part[-1]) + 1)
-                weight = batch.target_weight
-                embeddings = self._embed(batch.images[rows])
-                part_loss, stats = self.head(
-                    embeddings,
-                    target[rows],
-                    None if weight is None else weight[rows],
-                    class_ids=class_ids,
-                    return_stats=True,
-                )
-                part_loss = part_loss * (len(part) / count)
-                loss += part_loss.detach()
-                hits += stats.top1.sum()
-                if part_loss.isfinite():
-                    scaler.scale(part_loss).backward()
+            class_ids, target = self._sampled(step, target)
+        count = self.batch_size(step)
+        parts = min(config.accumulate, count // self.part.ranks)
+        loss = torch.zeros((), device=self.device)
+        hits = torch.zeros((), device=self.device)
+        seed = seeds(config.seed, self.part.purpose("dropout"), step)
+        with seeded(seed, self.device):
+            for i in range(parts):
+                rows = Part(i, parts).of(len(images))
+                last = i + 1 == parts  # before it no gradient travels between the ranks
+                with nullcontext() if self.alone or last else self.network.no_sync():  # type: ignore[operator]
+                    part_loss, stats = self.head(
+                        self._embed(images[rows]),
+                        target[rows],
+                        None if weight is None else weight[rows],
+                        class_ids=class_ids,
+                        reduction="sum",
+                        return_stats=True,
+                    )
+                    part_loss = part_loss / count
+                    loss += part_loss.detach()
+                    hits += stats.top1.sum()
+                    if part_loss.isfinite():
+                        part_loss.backward()
+        right, stop = self.total(hits, torch.tensor(float(interrupted())))
         row = {
             "step": step,
             "epoch": step / self.steps_per_epoch,
             "loss": loss.item(),
-            "accuracy": hits.item() / count,
+            "accuracy": right / count,
             "lr": rate,
         }
         if not math.isfinite(row["loss"]):
@@ -471,26 +561,47 @@ class _Run:
             norm = nn.utils.clip_grad_norm_(self.backbone.parameters(), config.clip_norm)
             if norm.isfinite():  # else the scaler leaves this step out
                 row["gradient_norm"] = norm.item()
-        for optimizer in optimizers.values():
-            scaler.step(optimizer)
+        scaler.step(optimizers["optimizer"])
         scaler.update()
+        optimizers["centers"].step()
         self.history.append(row)
-        self.lines.append(row)
-        return row
+        if self.leads:
+            self.lines.append(row)
+        return row, stop > 0
+
+    def _sampled(self, step: int, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The classes of a step, and the target as the head then takes it."""
+        seed, head = self.config.seed, self.head
+        drawn = generator(seed, self.part.purpose("classes"), step)
+        classes = head.weight.shape[0]
+        wanted = math.ceil(self.config.sample_rate * classes)
+        if isinstance(head, ShardedMarginHead):
+            return sk.sample_classes(
+                target, classes, wanted, drawn, group=head.group, class_start=head.class_start
+            )
+        return sk.sample_classes(target, classes, wanted, drawn)
 
     def verify(
         self, steps: int, verify: Callable[[nn.Module], Mapping[str, float]]
     ) -> dict[str, float]:
-        self.backbone.eval()
-        figures = dict(verify(self.backbone))
-        self._train_mode()
-        self.verified.append({"step": steps, "epoch": steps / self.steps_per_epoch} | figures)
+        """Figures of the backbone as it is; those of other ranks wait for the first."""
+        figures: dict[str, float] = {}
+        if self.leads:
+            self.backbone.eval()
+            figures = dict(verify(self.backbone))
+            self._train_mode()
+            epoch = steps / self.steps_per_epoch
+            self.verified.append({"step": steps, "epoch": epoch} | figures)
+        self._wait()
         return figures
 
     def _embed(self, images: Tensor) -> Tensor:
         dtype = PRECISIONS[self.config.precision]
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            return self.backbone(images).float()
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            embeddings = self.network(images).float()
+        if self.model.scaler.is_enabled():
+            embeddings.register_hook(self.model.scaler.scale)
+        return embeddings
 
     def _train_mode(self) -> None:
         self.model.modules.train()
@@ -543,16 +654,17 @@ def _tensorboard(output: Path, first: int) -> Iterator[Callable[[int, Mapping[st
 
 
 def _kept(
-    batches: Iterator[tuple[int, Batch]], first: int, keep: Callable[[int], None]
+    batches: Iterator[tuple[int, Batch]], first: int, keep: Callable[[int], None] | None
 ) -> Iterator[tuple[int, Batch]]:
-    """The batches; if they end in an error of the data, the steps that were done are kept."""
+    """The batches; if they end in an error of the data, the steps that were done are kept. (Not by
+    one rank of several: the others do not know.)"""
     done = first
     try:
         for step, batch in batches:
             yield step, batch
             done = step + 1
     except DataError:
-        if done > first:
+        if keep is not None and done > first:
             keep(done)
         raise
 
@@ -578,7 +690,7 @@ def load_backbone(path: Path) -> tuple[IResNet, dict[str, Any]]:
         CheckpointError: where there is none, or it is damaged.
     """
     found = checkpoint.find(path)
-    tensors, state = checkpoint.load(found)
+    tensors, state = (sharded.read if sharded.is_sharded(found) else checkpoint.load)(found)
     try:
         config = TrainConfig.from_json(state["config"])
         backbone = build_backbone(config, tuple(state["data"]["image_shape"]))

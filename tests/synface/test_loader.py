@@ -520,9 +520,8 @@ def children() -> list[int]:
 
 def test_a_truncated_file_keeps_the_steps_before_it(synthetic, real, tmp_path):
     source = mixed(synthetic, real)
-    file = source.synthetic.store.path(
-        CycledOrder(12, 6, SMALL.seed)(0, 11)[0]
-    )  # of the third step
+    third_step = CycledOrder(12, 6, SMALL.seed)(0, 11)[0]
+    file = source.synthetic.store.path(third_step)
     good = file.read_bytes()
     whole = train(SMALL, source, tmp_path / "whole")
     file.write_bytes(good[:60] + bytes(len(good) - 60))  # the size is what tells files apart

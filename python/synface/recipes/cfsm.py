@@ -542,6 +542,7 @@ def run(
             resume=resume and (folder / CONFIG).exists(),
             progress=shown,
         )
+    assert isinstance(trained.head, MarginHead)  # this is one process
     recogniser, head = trained.backbone.to(device).eval(), trained.head.to(device)
 
     painters: dict[str, Generator] = {}

@@ -1,0 +1,70 @@
+"""The processes that torchrun starts, as a process group."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among those that train together.
+
+    Attributes:
+        rank, ranks: its number, and how many there are. device: the one that it trains on.
+    """
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def agreed(self, value: Any) -> Any:
+        """The first rank's value, on all of them."""
+        values = [value]
+        if dist.is_initialized():
+            dist.broadcast_object_list(values)
+        return values[0]
+
+
+@contextmanager
+def joined(device: str = "auto") -> Iterator[Rank]:
+    """Joins the process group of a torchrun launch, and leaves it at the end; alone, does nothing.
+
+    Args:
+        device: "cpu", "cuda" (of several GPUs the one with the process's local number), or "auto":
+            CUDA where there is any.
+
+    Raises:
+        ValueError: for another device, or CUDA where there is none.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, and torch sees no CUDA device")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    on = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(on)
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        yield Rank(0, 1, on)
+        return
+    # sizes are exchanged through gloo, so that no GPU is waited for
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        yield Rank(dist.get_rank(), dist.get_world_size(), on)
+    finally:
+        dist.destroy_process_group()
+        # The group's threads are joined when its last reference goes, which may be part of a cycle;
+        # one that drops a tensor while the interpreter ends would abort the process.
+        gc.collect()

@@ -1,0 +1,208 @@
+"""Training on several ranks: what one process makes of the same run, checkpoints that any number of
+ranks can resume, nobody left waiting."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from synface.checkpoint import CheckpointError
+from synface.data import embedded_faces
+from synface.evaluate import embed
+from synface.heads import ShardedMarginHead
+from synface.train import TrainConfig, load_backbone, train
+
+from tests.ranks import on_ranks
+
+SMALL = TrainConfig(
+    epochs=5,
+    batch_size=32,
+    lr=0.05,
+    widths=(4, 8),
+    depths=(1, 1),
+    embedding_size=16,
+    dropout=0.0,
+    augment=0.0,
+    freeze_statistics=True,
+    checkpoint_every=1,
+)
+
+
+def faces():
+    return embedded_faces(images_per_identity=10, size=16, identities=13)  # 130 images: 5 steps
+
+
+def result_of(trained) -> dict[str, torch.Tensor]:
+    state = {f"backbone.{k}": v for k, v in trained.backbone.state_dict().items()}
+    return state | {
+        "centres": trained.head.weight.detach(),
+        "losses": torch.tensor([row["loss"] for row in trained.history]),
+    }
+
+
+class Job:
+    """Training calls, each with a configuration, a folder and options, as a rank makes them."""
+
+    def __init__(self, *calls):
+        self.calls = calls
+
+    def __call__(self, rank: int, ranks: int) -> list:
+        results = []
+        for config, folder, options in self.calls:
+            try:
+                results.append(result_of(train(config, faces(), Path(folder), **options)))
+            except (ValueError, OSError) as error:
+                results.append(f"{type(error).__name__}: {error}")
+        return results
+
+
+def whole(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """All ranks' results as one; the backbones are the same."""
+    for other in results[1:]:
+        for name in other.keys() - {"centres"}:
+            assert torch.equal(other[name], results[0][name]), name
+    return results[0] | {"centres": torch.cat([result["centres"] for result in results])}
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Of any tensor, relative to its greatest element where that is above 1."""
+    assert a.keys() == b.keys()
+    sizes = {k: max(1.0, float(a[k].abs().max())) for k in a}
+    return max(float((a[k].double() - b[k].double()).abs().max()) / sizes[k] for k in a)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 3}, {"clip_norm": 0.5}], ids=str)
+def test_two_ranks_are_one_rank(tmp_path, options):
+    """20 steps and more of batches of 2 × 16 and 32, in float32."""
+    config = replace(SMALL, **options)
+    assert 5 * SMALL.epochs >= 20
+    ((one,),) = on_ranks(1, Job((config, tmp_path / "one", {})), tmp_path / "1")
+    two = on_ranks(2, Job((config, tmp_path / "two", {})), tmp_path / "2")
+    assert largest_difference(one, whole([result for (result,) in two])) < 1e-4
+    logs = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logs] == list(range(25))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"optimizer": "adamw", "sample_rate": 0.5}, {"precision": "float16", "clip_norm": 1.0}],
+    ids=str,
+)
+def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path, options):
+    config = replace(SMALL, epochs=2, dropout=0.2, augment=1.0, **options)
+    job = Job(
+        (config, tmp_path / "whole", {}),
+        (config, tmp_path / "cut", {"stop_after": 6}),
+        (config, tmp_path / "cut", {"resume": True}),
+    )
+    results = list(zip(*on_ranks(2, job, tmp_path / "2"), strict=True))
+    assert same(whole(results[0]), whole(results[2]))
+    assert not same(whole(results[0]), whole(results[1]))
+
+
+def test_other_numbers_of_ranks_resume(tmp_path):
+    """3 ranks go on with what 2 wrote, and 1 with what 3 wrote; as if it had been 2 all along."""
+    first = replace(SMALL, epochs=3)
+    begun = on_ranks(2, Job((first, tmp_path / "run", {"stop_after": 4})), tmp_path / "2")
+    more = {"resume": True, "stop_after": 9}
+    on_ranks(3, Job((first, tmp_path / "run", more)), tmp_path / "3")
+    ((end,),) = on_ranks(1, Job((first, tmp_path / "run", {"resume": True})), tmp_path / "1")
+    always = on_ranks(2, Job((first, tmp_path / "always", {})), tmp_path / "2b")
+    assert len(end["losses"]) == 15
+    assert torch.equal(end["losses"][:5], begun[0][0]["losses"])
+    assert largest_difference(end, whole([result for (result,) in always])) < 1e-4
+
+
+def test_a_trained_network_is_read_back_in_one_process(tmp_path):
+    config = replace(SMALL, epochs=1)
+    results = on_ranks(2, Job((config, tmp_path / "run", {})), tmp_path / "2")
+    backbone, state = load_backbone(tmp_path / "run")
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, results[0][0][f"backbone.{name}"]), name
+    assert state["step"] == 5
+    assert embed(backbone, faces().images[:3]).isfinite().all()
+
+
+def test_what_cannot_be_done_is_said_by_all_ranks(tmp_path):
+    config = replace(SMALL, epochs=1)
+    job = Job(
+        (replace(config, batch_size=129), tmp_path / "short", {}),
+        (config, tmp_path / "run", {"stop_after": 1}),
+        (config, tmp_path / "run", {}),
+        (replace(config, lr=0.1), tmp_path / "run", {"resume": True}),
+        (config, tmp_path / "nothing", {"resume": True}),
+    )
+    a, b = on_ranks(2, job, tmp_path / "2")
+    for of_rank in (a, b):
+        assert "each of 2 ranks needs an image of every batch" in of_rank[0]
+        assert "holds a run already: resume it" in of_rank[2]
+        assert "config's lr is 0.05, expected 0.1" in of_rank[3]
+        assert of_rank[4].startswith("CheckpointError: no checkpoint in")
+    assert not (tmp_path / "short").exists()
+    train(config, faces(), tmp_path / "alone", stop_after=1)
+    with pytest.raises(CheckpointError, match="expected format"):
+        train(config, faces(), tmp_path / "run", resume=True)
+
+
+def torchrun(ranks: int, *arguments: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += [str(ranks), "-m", "synface", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+OPTIONS = ["--size", "16x16", "--widths", "4,8", "--depths", "1,1", "--embedding-size", 16]
+OPTIONS += ["--batch-size", 30, "--holdout", 80, "--checkpoint-every", 1, "--epochs", 4]
+
+
+def test_torchrun_after_kill_9_ends_in_the_same_run(tmp_path):
+    done = torchrun(2, "train", *OPTIONS, "--output", tmp_path / "whole")
+    output, _ = done.communicate(timeout=300)
+    assert done.returncode == 0, output
+    assert output.count("ROC-AUC: trained") == 1  # the first rank speaks
+
+    run = tmp_path / "cut"
+    killed = torchrun(2, "train", *OPTIONS, "--output", run)
+    log = run / "metrics.jsonl"
+    limit = time.monotonic() + 200
+    while not (log.exists() and len(log.read_text().splitlines()) > 9):
+        assert killed.poll() is None, killed.communicate()[0]
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+    for pid in children:
+        os.kill(int(pid), signal.SIGKILL)
+    killed.communicate(timeout=120)
+    assert killed.returncode != 0
+
+    resumed = torchrun(2, "train", "--resume", run)
+    output, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output
+    networks = [load_backbone(tmp_path / name)[0].state_dict() for name in ("whole", "cut")]
+    assert same(*networks)
+    assert log.read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert all(math.isfinite(json.loads(line)["loss"]) for line in log.read_text().splitlines())
+
+
+def test_centres_do_not_depend_on_the_number_of_ranks(tmp_path):
+    def begin(ranks: int) -> torch.Tensor:
+        return torch.cat(on_ranks(ranks, first_centres, tmp_path / str(ranks)))
+
+    assert torch.equal(begin(1), begin(3))
+
+
+def first_centres(rank: int, ranks: int) -> torch.Tensor:
+    return ShardedMarginHead(4, 5000, seed=3).weight.detach()
