@@ -134,7 +134,7 @@ def test_cells_apart_and_cut_off_give_the_same(tmp_path, file):
     with pytest.raises(ValueError, match="cell must be one of both-seed-4, real-seed-4, got 'x'"):
         synface.run(config, apart, only="x")
     other = replace(config, train=replace(config.train, lr=0.01))
-    with pytest.raises(CheckpointError, match="of another run: its config is"):
+    with pytest.raises(CheckpointError, match="of another run: its config's lr is"):
         synface.run(other, apart, resume=True)
     (apart / "both-seed-4" / cells.RESULT).write_text("{}")
     with pytest.raises(CheckpointError, match=r"result\.json is damaged"):

@@ -79,7 +79,7 @@ def test_from_cells_to_a_report(tmp_path, file):
     alone = study.run(config, tmp_path / "twice", only="4x2-mixup-seed-0")
     assert alone.cells["4x2-mixup-seed-0"] == found
     other = replace(config, train=replace(config.train, lr=0.5))
-    with pytest.raises(CheckpointError, match="of another run: its config is"):
+    with pytest.raises(CheckpointError, match="of another run: its config's lr is"):
         study.run(other, tmp_path / "run", resume=True)
 
 

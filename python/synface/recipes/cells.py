@@ -108,18 +108,24 @@ def _run(
 
 
 def _stored(file: Path, made_of: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cell found, if it was made of this."""
     try:
         stored = json.loads(file.read_text())
-        found, made_before = stored["found"], stored["made_of"]
-        changed = [key for key in made_of if made_before[key] != made_of[key]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-    if changed:
-        raise CheckpointError(
-            f"{file} is of another run: its {changed[0]} is {made_before[changed[0]]!r}, "
-            f"expected {made_of[changed[0]]!r}"
-        )
+        found, before = stored["found"], _flat(stored["made_of"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error!r}") from error
+    for key, wanted in _flat(made_of).items():
+        if before.get(key) != wanted:
+            raise CheckpointError(
+                f"{file} is of another run: its {key} is {before.get(key)!r}, expected {wanted!r}"
+            )
     return found
+
+
+def _flat(made_of: Mapping[str, Any]) -> dict[str, Any]:
+    parts = made_of.items()
+    nested = {f"{p}'s {k}": v for p, x in parts if isinstance(x, dict) for k, v in x.items()}
+    return nested | {part: x for part, x in parts if not isinstance(x, dict)}
 
 
 def for_steps(config: TrainConfig, images: int, steps: int) -> TrainConfig:
