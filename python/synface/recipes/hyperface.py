@@ -375,7 +375,7 @@ def _page(results: Results, figures: dict[str, Any], command: str, faces: bool) 
     )
     found = table(["trained on", "accuracy", "ROC-AUC", "training top-1, last epoch"], rows)
     picture = "\n![generated faces](hyperface-faces.png)\n" if faces else ""
-    return f"""# HyperFace on two cores: what came out
+    return f"""# HyperFace: what came out
 
 Written by `{command}`; none of the figures is typed in. Measured on {figures["machine"]}.
 

@@ -321,7 +321,7 @@ def _page(results: Results, figures: dict[str, Any], command: str) -> str:
 ## One attribute at a time
 
 {config.attribute_identities} identities with {config.attribute_images} images each; what is not
-varied is held still. The embedded generator turns no heads and moves no faces: these are the
+varied is held still. The embedded generator turns no heads and has no expressions: these are the
 attributes that it has.
 
 {table(head, rows)}
@@ -337,7 +337,7 @@ Written by `{command}`; none of the figures is typed in. Measured on {figures["m
 Networks trained on generated faces alone ({config.data.generator}), verified on {len(held)} real
 images of {len(held.identities)} people ({held.source}): {pixels["genuine"]:,} genuine and
 {pixels["impostor"]:,} impostor pairs. {over} {seeds}. Every cell trains for about as many steps as
-the largest does in {config.train.epochs} epochs, on batches of {config.train.batch_size}. Raw
+the largest (epochs: {config.train.epochs}), on batches of {config.train.batch_size}. Raw
 pixels have an accuracy of {pixels["accuracy"]:.4f} and a ROC-AUC of {pixels["auc"]:.4f}.
 
 ## Identities × images per identity

@@ -290,7 +290,7 @@ def _page(results: Results, figures: dict[str, Any], command: str, faces: bool) 
     )
     picture = "\n![generated faces, and two identities mixed](synface-faces.png)\n" if faces else ""
     best = max(figures["rows"], key=lambda row: figures["rows"][row]["auc"]["mean"])
-    return f"""# SynFace on two cores: what came out
+    return f"""# SynFace: what came out
 
 Written by `{command}`; none of the figures is typed in. Measured on {figures["machine"]}.
 
