@@ -1,0 +1,53 @@
+"""pytorch-metric-learning's trainer, with ArcFaceLoss imported from synface.heads."""
+
+import argparse
+
+import torch
+from pytorch_metric_learning.trainers import MetricLossOnly
+from synface.backbone import IResNet
+from synface.data import embedded_faces, normalise
+from synface.heads import ArcFaceLoss
+from torch.utils.data import TensorDataset
+
+SIZE, DIM = 32, 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--identities", type=int, default=50)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+
+    faces = embedded_faces(images_per_identity=8, size=SIZE, identities=args.identities)
+    trunk = IResNet((SIZE, SIZE), widths=(8, 16, 32), depths=(1, 1, 1), embedding_size=DIM)
+    loss = ArcFaceLoss(args.identities, DIM, margin=17.2, scale=16)  # degrees
+    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+    losses: list[float] = []
+
+    def end_of_iteration(trainer: MetricLossOnly) -> None:
+        losses.append(trainer.losses["metric_loss"].item())
+
+    def end_of_epoch(trainer: MetricLossOnly) -> None:
+        print(f"epoch {trainer.epoch}: loss {sum(losses) / len(losses):.3f}")
+        losses.clear()
+
+    trainer = MetricLossOnly(
+        models={"trunk": trunk},
+        optimizers={
+            "trunk_optimizer": torch.optim.SGD(trunk.parameters(), **options),
+            "metric_loss_optimizer": torch.optim.SGD(loss.parameters(), **options),
+        },
+        batch_size=32,
+        loss_funcs={"metric_loss": loss},
+        dataset=TensorDataset(normalise(faces.images), faces.labels),
+        data_device=torch.device("cpu"),
+        dataloader_num_workers=0,
+        end_of_iteration_hook=end_of_iteration,
+        end_of_epoch_hook=end_of_epoch,
+    )
+    trainer.train(num_epochs=args.epochs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Each example runs as a user runs it, and learns."""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from synface.heads import PartialFC
+
+import synface_kernels as sk
+from examples import arcface_torch_script
+from tests.ranks import on_ranks
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+RUNS = [
+    ("plain_torch", "torch", [], []),
+    ("lightning_module", "pytorch_lightning", [], ["--precision", "bf16-mixed"]),
+    ("lightning_module", "pytorch_lightning", [], ["--devices", "2"]),
+    ("accelerate_loop", "accelerate", TORCHRUN, ["--mixed-precision", "bf16"]),
+    ("metric_learning_trainer", "pytorch_metric_learning", [], []),
+    ("arcface_torch_script", "torch", [], ["--fp16", "--sample-rate", "0.5"]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "package", "launcher", "options"), RUNS)
+def test_the_loss_falls(name, package, launcher, options):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    small = ["--epochs", "3", "--identities", "20"]
+    command = [sys.executable, *launcher, str(EXAMPLES / f"{name}.py"), *small, *options]
+    run = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    losses = [float(x) for x in re.findall(r"^epoch \d+: loss ([\d.]+)", run.stdout, re.MULTILINE)]
+    assert len(losses) == 3, run.stdout + run.stderr
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_every_example_is_run():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {name for name, *_ in RUNS}
+
+
+def arcface_torch(folder, epochs, resume=False):
+    settings = argparse.Namespace(
+        epochs=epochs, identities=21, sample_rate=1.0, fp16=False, output=folder, resume=resume
+    )
+    return arcface_torch_script.train(settings)
+
+
+class Script:
+    """insightface's script, once without a break and once resumed after its first epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, rank: int, ranks: int) -> list[list[float]]:
+        for name in ("whole", "resumed"):
+            (self.folder / name).mkdir(exist_ok=True)
+        return [
+            arcface_torch(self.folder / "whole", 2),
+            arcface_torch(self.folder / "resumed", 1)
+            + arcface_torch(self.folder / "resumed", 2, resume=True),
+        ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_insightfaces_script_with_its_import_changed(ranks, tmp_path):
+    whole, resumed = on_ranks(ranks, Script(tmp_path), tmp_path)[0]
+    assert whole[0] > whole[1]
+    assert resumed == whole
+    saved = {
+        name: [
+            torch.load(tmp_path / name / f"checkpoint_gpu_{rank}.pt", weights_only=True)
+            for rank in range(ranks)
+        ]
+        for name in ("whole", "resumed")
+    }
+    torch.testing.assert_close(saved["resumed"], saved["whole"], rtol=0, atol=0)
+
+    shards = [state["state_dict_softmax_fc"] for state in saved["whole"]]
+    assert [set(shard) for shard in shards] == [{"weight"}] * ranks
+    assert [len(shard["weight"]) for shard in shards] == [[21], [11, 10]][ranks - 1]
+    first, *others = (state["state_dict_backbone"] for state in saved["whole"])
+    statistics = ("running_mean", "running_var")  # each rank's own: broadcast_buffers=False
+    for other in others:
+        for name in first:
+            if not name.endswith(statistics):
+                assert torch.equal(first[name], other[name]), name
+
+
+def test_sgd_with_weight_decay_refuses_the_sparse_gradient_of_sampled_classes():
+    head = PartialFC(sk.ArcFace(), 4, 10, sample_rate=0.5)
+    head(torch.randn(2, 4), torch.tensor([1, 7])).backward()
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    head.zero_grad()
+    head.sparse = False
+    head(torch.randn(2, 4), torch.tensor([1, 7])).backward()
+    optimizer.step()
