@@ -205,13 +205,14 @@ def _rows_plot(figures: dict[str, Any], path: Path) -> None:
     _figure(1, 1)  # chooses the backend
     plt.close()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    names = [row.replace(" ", "\n") for row in figures["rows"]]
     for ax, name, title in zip(axes, ("accuracy", "auc"), ("accuracy", "ROC-AUC"), strict=True):
         for i, found in enumerate(figures["rows"].values()):
             values = found[name]["values"]
             ax.scatter([i] * len(values), values, color=INK, s=14, zorder=3)
             ax.hlines(found[name]["mean"], i - 0.3, i + 0.3, color=ACCENT, linewidth=2)
         ax.axhline(figures["raw pixels"][name], color=QUIET, linestyle="--", linewidth=1)
-        ax.set_xticks(range(len(figures["rows"])), list(figures["rows"]), fontsize=8)
+        ax.set_xticks(range(len(names)), names, fontsize=8)
         ax.set_title(f"{title}: each seed, mean; dashed: raw pixels", color=INK, fontsize=10)
         ax.grid(alpha=0.25, axis="y")
     _save(figure, path)
