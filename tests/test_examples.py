@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from synface.heads import PartialFC
+from synface.optim import RowSGD
 
 import synface_kernels as sk
 from examples import arcface_torch_script
@@ -25,6 +26,28 @@ RUNS = [
     ("metric_learning_trainer", "pytorch_metric_learning", [], []),
     ("arcface_torch_script", "torch", [], ["--fp16", "--sample-rate", "0.5"]),
 ]
+
+LIGHTNING = """
+import pytorch_lightning as pl
+import torch
+import synface_kernels as sk
+from synface.heads import PartialFC
+from synface.optim import RowSGD
+from torch.utils.data import DataLoader, TensorDataset
+
+{block}
+
+pl.seed_everything(0)
+model = Sampled(torch.nn.Linear(8, 8), PartialFC(sk.ArcFace(16.0, 0.2), 8, 30, sample_rate=0.5))
+loader = DataLoader(TensorDataset(torch.randn(64, 8), torch.randint(30, (64,))), batch_size=32)
+quiet = dict.fromkeys(
+    ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False
+)
+for epochs in (1, 20):
+    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=epochs, **quiet)
+    trainer.fit(model, loader)
+    print("loss", float(trainer.callback_metrics["loss"]))
+"""
 
 
 @pytest.mark.slow
@@ -99,13 +122,51 @@ def test_insightfaces_script_with_its_import_changed(ranks, tmp_path):
                 assert torch.equal(first[name], other[name]), name
 
 
-def test_sgd_with_weight_decay_refuses_the_sparse_gradient_of_sampled_classes():
+def sampled_head_with_gradient():
     head = PartialFC(sk.ArcFace(), 4, 10, sample_rate=0.5)
-    head(torch.randn(2, 4), torch.tensor([1, 7])).backward()
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    loss = head(torch.randn(2, 4), torch.tensor([1, 7]))
+    return head, loss
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_optimisers_with_decay_refuse_the_sparse_gradient_of_sampled_classes(optimizer):
+    head, loss = sampled_head_with_gradient()
+    loss.backward()
     with pytest.raises(RuntimeError, match="sparse"):
-        optimizer.step()
+        optimizer(head.parameters(), lr=0.1, weight_decay=5e-4).step()
+    with pytest.raises(NotImplementedError):
+        torch.nn.utils.clip_grad_norm_(head.parameters(), 5)
     head.zero_grad()
     head.sparse = False
     head(torch.randn(2, 4), torch.tensor([1, 7])).backward()
-    optimizer.step()
+    torch.nn.utils.clip_grad_norm_(head.parameters(), 5)
+    optimizer(head.parameters(), lr=0.1, weight_decay=5e-4).step()
+
+
+def test_a_gradient_scaler_takes_sampled_classes():
+    head, loss = sampled_head_with_gradient()
+    before = head.weight.detach().clone()
+    (expected,) = torch.autograd.grad(loss, head.weight, retain_graph=True)
+    optimizer = RowSGD(head.parameters(), lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert scaler.get_scale() == 2.0**10
+    torch.testing.assert_close(head.weight.detach(), before - 0.5 * expected.to_dense())
+
+
+@pytest.mark.slow
+def test_sampled_classes_under_lightning_as_documented():
+    pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed")
+    page = (EXAMPLES.parent / "docs" / "migrate.md").read_text()
+    (block,) = re.findall(r"```python\n(class Sampled.*?)```", page, flags=re.DOTALL)
+    run = subprocess.run(
+        [sys.executable, "-c", LIGHTNING.format(block=block)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    first, last = (float(x) for x in re.findall(r"^loss ([\d.]+)", run.stdout, re.MULTILINE))
+    assert last < first
