@@ -302,10 +302,11 @@ def _plot(results: Results, figures: dict[str, Any], path: Path) -> None:
     _figure(1, 1)  # chooses the backend
     plt.close()
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    titles = ("nearest cosine of each identity", "… of each face (pixels)")
+    titles = ("share of identities by nearest cosine", "… of faces, by pixels")
     for ax, found, title in zip(axes, (results.cosines, results.drawn), titles, strict=False):
         for kind, color in zip(KINDS, (ACCENT, INK), strict=True):
-            ax.hist(torch.cat(found[kind]).numpy(), 40, color=color, alpha=0.6, label=kind)
+            values = torch.cat(found[kind]).sort().values
+            ax.plot(values.numpy(), torch.linspace(0, 1, len(values)), color=color, label=kind)
         ax.set_title(title, color=INK, fontsize=10)
     axes[0].axvline(figures["bound"]["cosine"], color=QUIET, linestyle="--", label="bound")
     axes[0].legend(frameon=False, fontsize=8)
