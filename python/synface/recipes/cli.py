@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,6 +101,29 @@ CellOption = Annotated[
 FacesOption = Annotated[bool, typer.Option(help="Show some generated faces in the report.")]
 
 
+def _run(
+    name: str,
+    called: str,
+    output: Path,
+    config: Path | None,
+    real: Path | None,
+    report: Path | None,
+    cell: str | None,
+    resume: bool,
+    **shown: bool,
+) -> None:
+    """A recipe of several training runs, and its report. called: the command's words."""
+    recipe = import_module(f".{name}", __package__)
+    settings = recipe.load_config(config)
+    data = replace(settings.data, real=str(real) if real else settings.data.real)
+    settings = replace(settings, data=data)
+    command = f"synface {called}{_given(config=config, real=real)}"
+    with _going_on(f"{command} --output {output}"):
+        results = recipe.run(settings, output, resume=resume, only=cell, progress=_bar())
+    if cell is None:
+        _say(recipe.write(results, report or output / "report", command, **shown))
+
+
 @app.command("synface")
 def synface_command(
     output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/synface"),
@@ -117,17 +141,8 @@ def synface_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
 ) -> None:
     """Train on generated faces, mixed by identity and with a few real people (SynFace)."""
-    from . import synface
-
-    settings = synface.load_config(config)
-    data = replace(settings.data, real=str(real) if real else settings.data.real)
-    settings = replace(settings, data=data)
-    options = _given(config=config, real=real)
-    with _going_on(f"synface recipe synface{options} --output {output}"):
-        results = synface.run(settings, output, resume=resume, only=cell, progress=_bar())
-    if cell is None:
-        command = f"synface recipe synface{options}"
-        _say(synface.write(results, report or output / "report", command, faces=faces))
+    called = "recipe synface"
+    _run("synface", called, output, config, real, report, cell, resume, faces=faces)
 
 
 @app.command("hyperface")
@@ -147,17 +162,8 @@ def hyperface_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
 ) -> None:
     """Pack identities, draw their faces, train and verify, beside random ones (HyperFace)."""
-    from . import hyperface
-
-    settings = hyperface.load_config(config)
-    data = replace(settings.data, real=str(real) if real else settings.data.real)
-    settings = replace(settings, data=data)
-    options = _given(config=config, real=real)
-    with _going_on(f"synface recipe hyperface{options} --output {output}"):
-        results = hyperface.run(settings, output, resume=resume, only=cell, progress=_bar())
-    if cell is None:
-        command = f"synface recipe hyperface{options}"
-        _say(hyperface.write(results, report or output / "report", command, faces=faces))
+    called = "recipe hyperface"
+    _run("hyperface", called, output, config, real, report, cell, resume, faces=faces)
 
 
 def study_command(
@@ -175,16 +181,7 @@ def study_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study.")] = False,
 ) -> None:
     """Accuracy over identities × images of each, and by attribute, with and without mixup."""
-    from . import study
-
-    settings = study.load_config(config)
-    data = replace(settings.data, real=str(real) if real else settings.data.real)
-    settings = replace(settings, data=data)
-    options = _given(config=config, real=real)
-    with _going_on(f"synface study{options} --output {output}"):
-        results = study.run(settings, output, resume=resume, only=cell, progress=_bar())
-    if cell is None:
-        _say(study.write(results, report or output / "report", f"synface study{options}"))
+    _run("study", "study", output, config, real, report, cell, resume)
 
 
 def _given(**options: object) -> str:
