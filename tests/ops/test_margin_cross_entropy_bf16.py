@@ -55,8 +55,8 @@ def gradient_bounds(x, w, target, upstream) -> tuple[Tensor, Tensor]:
     # the labels' own terms and the exponents of the others are float32's
     rounding = torch.where(hit, 64 * MARGIN.scale * FLOAT32, BF16 + 2 * MARGIN.scale * 8 * FLOAT32)
     share = slope.abs() * rounding + MARGIN.scale * math.exp(-87)  # what is less counts as 0
-    # A logit's own rounding in float64: where a probability is within it of 1, the reference's slope
-    # is the difference of two numbers that are.
+    # A logit's own rounding in float64: where a probability is within it of 1, the reference's
+    # slope is the difference of two numbers that are.
     share = share + MARGIN.scale * upstream[:, None] * 2 * MARGIN.scale * torch.finfo(x.dtype).eps
     bounds = []
     for part, own, other, norms in (
