@@ -32,6 +32,7 @@ from .data import Augment, DataError, Faces
 from .data.order import WHOLE, Part
 from .heads import MarginHead, ShardedMarginHead
 from .interrupts import interrupts
+from .lines import Lines
 from .optim import RowAdamW, RowSGD
 from .randomness import generator, seeded, seeds
 from .settings import write_toml
@@ -442,12 +443,7 @@ class _Run:
         found = checkpoint.find(self.output)
         first = self.model.load(found, lambda state: self._check(found, state))
         # the lines of steps after the checkpoint are written again
-        self.history = self.lines.read()[:first]
-        if [row["step"] for row in self.history] != list(range(first)):
-            raise CheckpointError(
-                f"{self.lines.file} does not fit the checkpoint: expected steps 0 to {first - 1}, "
-                f"got {len(self.history)} lines"
-            )
+        self.history = self.lines.steps(first)
         self._wait()  # until all ranks have read them
         if self.leads:
             self.lines.rewrite(self.history)
@@ -609,33 +605,6 @@ class _Run:
             for module in self.backbone.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
-
-
-class Lines:
-    """A log of JSON objects, a line each."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def append(self, row: Mapping[str, float]) -> None:
-        with self.file.open("a") as lines:
-            lines.write(json.dumps(row) + "\n")
-
-    def flush(self) -> None:
-        """Sees to it that all lines are on the disk."""
-        if self.file.exists():
-            checkpoint.sync(self.file)
-
-    def rewrite(self, rows: list[dict[str, float]]) -> None:
-        checkpoint.write(self.file, "".join(json.dumps(row) + "\n" for row in rows))
-
-    def read(self) -> list[dict[str, float]]:
-        """Raises CheckpointError for a file that is no such log."""
-        try:
-            rows = [json.loads(line) for line in self.file.read_text().splitlines()]
-            return [row | {"step": int(row["step"])} for row in rows]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{self.file} does not fit the checkpoint: {error}") from error
 
 
 @contextmanager

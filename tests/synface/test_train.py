@@ -299,3 +299,16 @@ def test_orl_people_never_trained_on(tmp_path):
     result = train(replace(TrainConfig(), epochs=12), faces, tmp_path / "run")
     trained = verify(embed(result.backbone, held.images), held.labels)
     assert trained.auc > verify(pixel_embeddings(held.images), held.labels).auc
+
+
+def test_a_line_that_a_crash_cut_short_is_written_again(faces, tmp_path):
+    options = {"verify": lambda backbone: {"auc": 0.5}, "verify_every": 1}
+    whole = train(SMALL, faces, tmp_path / "whole", **options)
+    train(SMALL, faces, tmp_path / "cut", stop_after=4, **options)
+    for name in ("metrics.jsonl", "verification.jsonl"):
+        with (tmp_path / "cut" / name).open("a") as log:
+            log.write('{"step": 5, "lo')
+    assert_same(whole, train(SMALL, faces, tmp_path / "cut", resume=True, **options))
+    for name in ("metrics.jsonl", "verification.jsonl"):
+        logs = [(tmp_path / run / name).read_text() for run in ("whole", "cut")]
+        assert logs[0] == logs[1]

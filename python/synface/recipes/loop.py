@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..checkpoint import CheckpointError
 from ..interrupts import interrupts
+from ..lines import Lines
 
 METRICS = "metrics.jsonl"
 
@@ -62,19 +63,19 @@ def run_steps(
         KeyboardInterrupt: on Ctrl-C, once the step is done and a checkpoint of it is written.
     """
     description = json.loads(json.dumps(description))
-    checkpoints, log = folder / "checkpoints", folder / METRICS
+    checkpoints, log = folder / "checkpoints", Lines(folder / METRICS)
     history: list[dict[str, float]] = []
     if checkpoint.checkpoints(checkpoints):
         if not resume:
             raise FileExistsError(
                 f"{folder} holds a run already: resume it, or choose another output folder"
             )
-        history = _restore(folder, description, modules, optimizers)
+        history = log.steps(_restore(folder, description, modules, optimizers))
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(done: int) -> None:
         # The log first: a checkpoint without its rows could not be resumed from.
-        checkpoint.write(log, "".join(json.dumps(row) + "\n" for row in history))
+        log.rewrite(history)
         checkpoint.save(checkpoints, done, _tensors(modules, optimizers), description)
 
     if progress:
@@ -121,8 +122,8 @@ def _restore(
     description: dict[str, Any],
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, torch.optim.Optimizer],
-) -> list[dict[str, float]]:
-    """Loads the newest checkpoint; the rows of the steps that it has done."""
+) -> int:
+    """Loads the newest checkpoint; the steps that it has done."""
     found = checkpoint.find(folder)
     tensors, state = checkpoint.load(found)
     for part in ("config", "data"):
@@ -148,14 +149,7 @@ def _restore(
                     )
                 states.setdefault(int(index), {})[key] = value
         optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
-    log = folder / METRICS
-    try:
-        rows = [json.loads(line) for line in log.read_text().splitlines()[: state["step"]]]
-        if [row["step"] for row in rows] != list(range(state["step"])):
-            raise ValueError(f"expected steps 0 to {state['step'] - 1}, got {len(rows)} lines")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{log} does not fit the checkpoint: {error}") from error
-    return rows
+    return state["step"]
 
 
 def load_modules(found: Path, tensors: dict[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
