@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 FORMAT = 1
@@ -177,3 +179,54 @@ def check_shapes(file: Path, tensors: dict[str, Tensor], expected: dict[str, Ten
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         shown = "; ".join(sorted(problems)[:3])
         raise CheckpointError(f"{file} is of another model: {shown}{more}")
+
+
+def check_same(
+    found: Path, came: Mapping[str, Any], wanted: Mapping[str, Any], part: str | None = None
+) -> None:
+    """Compares what a checkpoint was made of, or a part of that, with what it should be.
+
+    Raises:
+        CheckpointError: naming the first key that differs.
+    """
+    for key, value in wanted.items():
+        if came.get(key) != value:
+            name = key if part is None else f"{part}'s {key}"
+            raise CheckpointError(
+                f"{found} is of another run: its {name} is {came.get(key)!r}, expected {value!r}"
+            )
+
+
+def optimizer_tensors(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimiser's states, named ``prefix.parameter.state``."""
+    return {
+        f"{prefix}.{index}.{name}": torch.as_tensor(value)
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def restore_optimizer(
+    file: Path, prefix: str, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Puts states that `optimizer_tensors` named into an optimiser.
+
+    Raises:
+        CheckpointError: for states of other parameters; nothing is loaded then.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if not key.startswith(f"{prefix}."):
+            continue
+        index, _, name = key.removeprefix(f"{prefix}.").partition(".")
+        if not index.isdecimal() or int(index) >= len(parameters):
+            raise CheckpointError(f"{file} is of another optimiser: {key}")
+        shape = tuple(parameters[int(index)].shape)
+        shape = shape[:1] if name == "last_step" else shape  # of each row
+        if value.dim() and tuple(value.shape) != shape:
+            raise CheckpointError(
+                f"{file}: {key} must be of shape {shape}, got {tuple(value.shape)}"
+            )
+        states.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": states})

@@ -218,54 +218,27 @@ class _Model:
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": value for name, value in self.modules.state_dict().items()}
         for prefix, optimizer in self.optimizers.items():
-            for index, state in optimizer.state_dict()["state"].items():
-                for name, value in state.items():
-                    tensors[f"{prefix}.{index}.{name}"] = torch.as_tensor(value)
+            tensors |= checkpoint.optimizer_tensors(prefix, optimizer)
         return tensors
 
     def _restore(self, file: Path, tensors: dict[str, Tensor]) -> None:
-        kinds: dict[str, dict[str, Tensor]] = {"model": {}}
-        kinds |= {prefix: {} for prefix in self.optimizers}
-        for key, value in tensors.items():
-            kind, _, name = key.partition(".")
-            if kind not in kinds:
+        model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        checkpoint.check_shapes(file, model, self.modules.state_dict())
+        for key in tensors:
+            if key.partition(".")[0] not in ("model", *self.optimizers):
                 raise CheckpointError(f"{file} is of another model: {key} is unknown")
-            kinds[kind][name] = value
-        checkpoint.check_shapes(file, kinds["model"], self.modules.state_dict())
-        states = {
-            prefix: _states(optimizer, file, prefix, kinds[prefix])
-            for prefix, optimizer in self.optimizers.items()
-        }
-        self.modules.load_state_dict(kinds["model"])
         for prefix, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": states[prefix]})
+            checkpoint.restore_optimizer(file, prefix, optimizer, tensors)
+        self.modules.load_state_dict(model)
 
 
-def _states(
-    optimizer: torch.optim.Optimizer, file: Path, prefix: str, values: dict[str, Tensor]
-) -> dict[int, dict[str, Tensor]]:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    states: dict[int, dict[str, Tensor]] = {}
-    for key, value in values.items():
-        index, _, name = key.partition(".")
-        if not index.isdecimal() or int(index) >= len(parameters):
-            raise CheckpointError(f"{file} is of another optimiser: {prefix}.{key}")
-        shape = tuple(parameters[int(index)].shape)
-        if value.dim() and tuple(value.shape) not in (shape, shape[:1]):  # one value a row, or all
-            raise CheckpointError(
-                f"{file}: {prefix}.{key} must be of shape {shape}, got {tuple(value.shape)}"
-            )
-        states.setdefault(int(index), {})[name] = value
-    return states
-
-
-def _model(config: TrainConfig, source: Source, part: Part | None, device: torch.device) -> _Model:
+def _model(config: TrainConfig, source: Source, alone: bool, device: torch.device) -> _Model:
     seed = seeds(config.seed, "parameters", 0)
     head: MarginHead | ShardedMarginHead
     with seeded(seed):  # on the CPU: the same on every device
         backbone = build_backbone(config, source.image_shape).to(device)
         sizes = config.embedding_size, source.num_classes, config.margin()
-        if part is None:
+        if alone:
             head = MarginHead(*sizes).to(device)
         else:
             head = ShardedMarginHead(*sizes, seed=seed, device=device)
@@ -410,7 +383,7 @@ class _Run:
                 f"each of {ranks} ranks needs an image of every batch: an epoch's last one has "
                 f"{least} of {self.images} at batch_size {config.batch_size}; choose another"
             )
-        self.model = _model(config, source, None if self.alone else self.part, device)
+        self.model = _model(config, source, self.alone, device)
         self.backbone, self.head = self.model.backbone, self.model.head
         self.network: nn.Module = self.backbone
         if not self.alone:
@@ -459,13 +432,7 @@ class _Run:
                 raise CheckpointError(f"{found / checkpoint.STATE}: {part} must be dict")
             if part == "config":  # what it does not name, because it is older, was as by default
                 came = json.loads(json.dumps(asdict(TrainConfig.from_json(came))))
-            changed = [k for k in wanted if came.get(k) != wanted[k]]
-            if changed:
-                key = changed[0]
-                raise CheckpointError(
-                    f"{found} is of another run: its {part}'s {key} is {came.get(key)!r}, "
-                    f"expected {wanted[key]!r}"
-                )
+            checkpoint.check_same(found, came, wanted, part)
 
     def save(self, steps: int) -> None:
         """Writes a checkpoint after so many steps, and sees the log on the disk."""

@@ -416,12 +416,7 @@ class _Run:
         found = checkpoint.find(self.folder)
         tensors, state = checkpoint.load(found)
         for part, wanted in self._description().items():
-            for key in wanted:
-                if state[part].get(key) != wanted[key]:
-                    raise CheckpointError(
-                        f"{found} is of another run: its {key} is {state[part].get(key)!r}, "
-                        f"expected {wanted[key]!r}"
-                    )
+            checkpoint.check_same(found, state[part], wanted)
         own = {"points": self.points, "best": self.best_points}
         own |= {f"optimizer.{k}": v for k, v in self.objective.tensors().items()}
         checkpoint.check_shapes(found / checkpoint.TENSORS, tensors, own)

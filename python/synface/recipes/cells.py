@@ -114,11 +114,7 @@ def _stored(file: Path, made_of: Mapping[str, Any]) -> dict[str, Any]:
         found, before = stored["found"], _flat(stored["made_of"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged: {error!r}") from error
-    for key, wanted in _flat(made_of).items():
-        if before.get(key) != wanted:
-            raise CheckpointError(
-                f"{file} is of another run: its {key} is {before.get(key)!r}, expected {wanted!r}"
-            )
+    checkpoint.check_same(file, before, _flat(made_of))
     return found
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..checkpoint import CheckpointError
 from ..interrupts import interrupts
 from ..lines import Lines
 
@@ -111,9 +110,7 @@ def _tensors(
         for key, value in module.state_dict().items():
             tensors[f"{name}.{key}"] = value
     for name, optimizer in optimizers.items():
-        for index, state in optimizer.state_dict()["state"].items():
-            for key, value in state.items():
-                tensors[f"optimizer.{name}.{index}.{key}"] = torch.as_tensor(value)
+        tensors |= checkpoint.optimizer_tensors(f"optimizer.{name}", optimizer)
     return tensors
 
 
@@ -127,28 +124,10 @@ def _restore(
     found = checkpoint.find(folder)
     tensors, state = checkpoint.load(found)
     for part in ("config", "data"):
-        for key, wanted in description[part].items():
-            if state[part].get(key) != wanted:
-                raise CheckpointError(
-                    f"{found} is of another run: its {part}'s {key} is "
-                    f"{state[part].get(key)!r}, expected {wanted!r}"
-                )
+        checkpoint.check_same(found, state[part], description[part], part)
     load_modules(found, tensors, modules)
     for name, optimizer in optimizers.items():
-        states: dict[int, dict[str, Tensor]] = {}
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for full, value in tensors.items():
-            if full.startswith(f"optimizer.{name}."):
-                index, key = full.split(".")[2:]
-                if not index.isdecimal() or int(index) >= len(parameters):
-                    raise CheckpointError(f"{found} is of another optimiser: {full}")
-                if value.dim() and value.shape != parameters[int(index)].shape:
-                    raise CheckpointError(
-                        f"{found}: {full} must be of shape "
-                        f"{tuple(parameters[int(index)].shape)}, got {tuple(value.shape)}"
-                    )
-                states.setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+        checkpoint.restore_optimizer(found, f"optimizer.{name}", optimizer, tensors)
     return state["step"]
 
 
