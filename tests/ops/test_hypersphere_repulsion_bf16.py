@@ -52,8 +52,10 @@ def beside_midpoints(n: int, d: int, seed: int) -> Tensor:
 
 def of_all_sizes(n: int, d: int, seed: int) -> Tensor:
     """Norms from 1e-11 to 1e19, coordinates that are 0 in bfloat16's normal numbers."""
+    generator = torch.Generator().manual_seed(seed + 3)
     rows = noise(n, d, seed) * 10 ** (10 * noise(n, d, seed + 2).clamp(-2, 0))
-    return F.normalize(rows) * 10 ** (30 * torch.rand(n, 1) - 11)
+    norms = 10 ** (30 * torch.rand(n, 1, generator=generator) - 11)
+    return F.normalize(rows, eps=1e-30) * norms
 
 
 KINDS = [noise, lattice, clustered, duplicated, in_a_cone, beside_midpoints, of_all_sizes]
