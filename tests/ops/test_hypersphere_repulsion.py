@@ -309,7 +309,7 @@ def test_no_second_derivative():
 
 PEAK = """
 import resource, torch, synface_kernels as sk
-x = torch.randn(20_000, 16, requires_grad=True)
+x = torch.randn({n}, {d}, requires_grad=True)
 sk.hypersphere_repulsion(x[:300]).backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 sk.hypersphere_repulsion(x, energy=sk.{energy}).backward()
@@ -317,15 +317,26 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+def peak(n: int, d: int, energy: str) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK.format(n=n, d=d, energy=energy)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout) * 1024
+
+
 @pytest.mark.parametrize("energy", ["MaxCosine(2)", "LogSumExp()"])
 def test_memory(energy):
     """N×N would be 1.6 GB."""
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK.format(energy=energy)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
     neighbors = 20_000 * (10 * 12 + 3 * 16)  # candidates of k = 2, and what is returned
-    assert int(done.stdout) * 1024 <= (64 << 20) + 4 * 20_000 * 16 * 4 + neighbors
+    assert peak(20_000, 16, energy) <= (64 << 20) + 2 * 20_000 * 16 * 4 + neighbors
+
+
+@pytest.mark.parametrize(("energy", "gradients"), [("MaxCosine()", 1), ("LogSumExp()", 2)])
+def test_memory_of_gradients(energy, gradients):
+    """Of all pairs: the one that waits for the backward pass, and the one that it returns."""
+    n, d = 5000, 6000
+    assert peak(n, d, energy) <= (64 << 20) + gradients * n * d * 4
 
 
 # ---- sharp exponentials, and points that (nearly) coincide ---------------------------------------

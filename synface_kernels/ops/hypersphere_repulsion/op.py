@@ -438,10 +438,13 @@ def _pairs_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x, y = inputs[:2]
     ctx.dtypes = (x.dtype, None if y is None else y.dtype)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # else zeros of the gradients' size
     ctx.save_for_backward(*output[1:])
 
 
-def _pairs_backward(ctx: Any, grad_value: Tensor, *_: Any) -> tuple[Any, ...]:
+def _pairs_backward(ctx: Any, grad_value: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad_value is None:
+        return (None,) * 9
     grads = [
         (grad * grad_value.to(grad.dtype)).to(dtype) if needed else None
         for grad, dtype, needed in zip(
