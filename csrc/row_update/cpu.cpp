@@ -8,6 +8,7 @@
 
 #include "memory.h"
 #include "simd/scalar.h"
+#include "splitmix.h"
 
 namespace synface::row_update {
 namespace {
@@ -61,12 +62,7 @@ namespace {
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kTaskElements = 1 << 14;  // that are worth a task
 
-uint64_t mix(uint64_t z) {  // SplitMix64
-  z += 0x9e3779b97f4a7c15u;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  return z ^ (z >> 31);
-}
+uint64_t mix(uint64_t z) { return splitmix::mixed(z + splitmix::kGolden); }
 
 // One row at a time of a state, as T: in place where it is T already.
 template <class T>

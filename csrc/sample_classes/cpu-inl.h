@@ -9,10 +9,7 @@ namespace SYNFACE_ISA_NAMESPACE {
 void draws(uint64_t seed, uint64_t first, uint64_t classes, uint32_t* to, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    uint64_t z = seed + (first + uint64_t(i) + 1) * 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    z ^= z >> 31;
+    const uint64_t z = splitmix::mixed(seed + (first + uint64_t(i) + 1) * splitmix::kGolden);
     // The product's upper 64 bits.
     to[i] = uint32_t(((z >> 32) * classes + ((z & 0xffffffff) * classes >> 32)) >> 32);
   }

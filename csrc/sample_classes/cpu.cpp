@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "memory.h"
+#include "splitmix.h"
 
 #define SYNFACE_ISA_SOURCE "sample_classes/cpu-inl.h"
 #include "simd/foreach_isa.h"

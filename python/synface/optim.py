@@ -134,13 +134,6 @@ class _RowOptimizer(torch.optim.Optimizer):
         for index, (group, parameter) in enumerate(pairs):
             yield index, group, parameter
 
-    @staticmethod
-    def _seed(group: dict[str, Any], index: int) -> int | None:
-        return None if group["seed"] is None else (group["seed"] + index * _ODD) % 2**63
-
-    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        raise NotImplementedError
-
     def _update(
         self,
         index: int,
@@ -151,6 +144,25 @@ class _RowOptimizer(torch.optim.Optimizer):
         class_ids: Tensor,
         row_grad: Tensor | None,
     ) -> None:
+        self._kernel(
+            _matrix(parameter),
+            row_grad,
+            class_ids,
+            lr=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            step=step,
+            last_step=state.get("last_step"),
+            seed=None if group["seed"] is None else (group["seed"] + index * _ODD) % 2**63,
+            impl=group["impl"],
+            **{name: _matrix(state[name]) for name in self._moments(group)},
+            **{name: group[name] for name in self._own},
+        )
+
+    # A subclass's op, the names of its own settings, and those of its states like the parameter.
+    _kernel: Callable[..., Tensor]
+    _own: tuple[str, ...]
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         raise NotImplementedError
 
 
@@ -187,6 +199,9 @@ class RowSGD(_RowOptimizer):
     Source: Sutskever et al., ICML 2013; An et al., "Partial FC", CVPR 2022.
     """
 
+    _kernel = staticmethod(sk.row_sgd_)
+    _own = ("momentum", "dampening", "nesterov")
+
     def __init__(
         self,
         params: Any,
@@ -211,33 +226,6 @@ class RowSGD(_RowOptimizer):
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] > 0 else ()
 
-    def _update(
-        self,
-        index: int,
-        group: dict[str, Any],
-        parameter: Tensor,
-        state: dict[str, Tensor],
-        step: int,
-        class_ids: Tensor,
-        row_grad: Tensor | None,
-    ) -> None:
-        momentum = state.get("momentum_buffer")
-        sk.row_sgd_(
-            _matrix(parameter),
-            row_grad,
-            class_ids,
-            lr=float(group["lr"]),
-            momentum_buffer=None if momentum is None else _matrix(momentum),
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
-            dampening=group["dampening"],
-            nesterov=group["nesterov"],
-            step=step,
-            last_step=state.get("last_step"),
-            seed=self._seed(group, index),
-            impl=group["impl"],
-        )
-
 
 class RowAdamW(_RowOptimizer):
     """AdamW on the rows that have a gradient, by `synface_kernels.row_adamw_`.
@@ -255,6 +243,9 @@ class RowAdamW(_RowOptimizer):
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
     """
+
+    _kernel = staticmethod(sk.row_adamw_)
+    _own = ("betas", "eps")
 
     def __init__(
         self,
@@ -279,32 +270,6 @@ class RowAdamW(_RowOptimizer):
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
-
-    def _update(
-        self,
-        index: int,
-        group: dict[str, Any],
-        parameter: Tensor,
-        state: dict[str, Tensor],
-        step: int,
-        class_ids: Tensor,
-        row_grad: Tensor | None,
-    ) -> None:
-        sk.row_adamw_(
-            _matrix(parameter),
-            row_grad,
-            class_ids,
-            _matrix(state["exp_avg"]),
-            _matrix(state["exp_avg_sq"]),
-            step,
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            last_step=state.get("last_step"),
-            seed=self._seed(group, index),
-            impl=group["impl"],
-        )
 
 
 def _matrix(tensor: Tensor) -> Tensor:

@@ -412,10 +412,11 @@ def forward(
         needs_cosine_sum: whether the sum of all cosines is asked for; not with sub-centres.
 
     Returns:
-        float32 negative_lse (N,), negative_max (N,), target_cosine (N, K); float64 filtered (N,),
-        how many classes are, and cosine_sum (N,); mean_center (N, D); float64 center_sum (D,), of
-        all normalised centres. What is not asked for is (0,). All 0 for a row without labels; lse
-        and max −∞ for a row that has no other classes.
+        negative_lse (N,), negative_max (N,), target_cosine (N, K); filtered (N,), how many classes
+        are, and cosine_sum (N,); mean_center (N, D); center_sum (D,), of all normalised centres.
+        In float32 are negative_max and mean_center, in float64 the others, though lse and target
+        cosines are computed in float32. What is not asked for is (0,). All 0 for a row without
+        labels; lse and max −∞ for a row that has no other classes.
 
     Memory above inputs and outputs, in bytes:
         of a plain weight without the mean centre 4·C + 8·N·(splits + 1),
@@ -435,10 +436,10 @@ def forward(
         mean_center = input_r.new_empty((0, d) if needs_input_grad else 0)
         center_sum = exact.new_zeros(d if needs_cosine_sum else 0)
         return (
-            input_r,
-            input_r.clone(),
-            target_cosine,
             exact,
+            input_r,
+            target_cosine.double(),
+            exact.clone(),
             exact.clone(),
             mean_center,
             center_sum,
@@ -469,9 +470,9 @@ def forward(
             sums = (input.double() @ center_sum) * input_r
             cosine_sum = torch.where(present, sums, 0)
         return (
-            torch.where(present, negative_lse, 0),
+            torch.where(present, negative_lse, 0).double(),
             torch.where(present, negative_max, 0),
-            target_cosine,
+            target_cosine.double(),
             filtered,
             cosine_sum,
             mean_center,
@@ -619,8 +620,8 @@ def backward(
     needs_input_grad: bool,
     needs_weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients from those of negative_lse (N,) and target_cosine (N, K), both float32, and of
-    cosine_sum, float64: (N,), or (0,) where it was not asked for.
+    """Gradients from those of negative_lse (N,), target_cosine (N, K) and cosine_sum: (N,), or (0,)
+    where it was not asked for. They come in float64; but for the last, float32 is computed with.
 
     Args:
         input, weight, class_ids, labels, scale, limit: as in `forward`; negative_lse, mean_center,
@@ -640,9 +641,9 @@ def backward(
     """
     input, weight, labels = _check(input, weight, labels)
     n, d = input.shape
-    negative_lse, mean_center = negative_lse.contiguous(), mean_center.contiguous()
-    grad_negative_lse = grad_negative_lse.contiguous()
-    grad_target_cosine = grad_target_cosine.contiguous()
+    negative_lse, mean_center = negative_lse.float().contiguous(), mean_center.contiguous()
+    grad_negative_lse = grad_negative_lse.float().contiguous()
+    grad_target_cosine = grad_target_cosine.float().contiguous()
     grad_cosine_sum = grad_cosine_sum.contiguous()
     grad_input = input.new_empty((n, d) if needs_input_grad else 0)
     shape = (_count(weight, class_ids), *weight.shape[1:])

@@ -520,95 +520,26 @@ def _targets_fake(
 # ---- the core: one implementation per device, fake, autograd -----------------------------------
 
 
-def _forward(
-    input: Tensor,
-    weight: Tensor,
-    class_ids: Tensor | None,
-    labels: Tensor,
-    scale: float,
-    limit: float,
-    needs_input_grad: bool,
-    needs_cosine_sum: bool,
-    impl: str,
-) -> tuple[Tensor, ...]:
+def _run(name: str, *arguments: Any) -> tuple[Tensor, ...]:
+    """An op of the core: hands what its schema says to the implementation."""
+    *inputs, impl = arguments
     if impl == "triton":
         from . import kernel_triton
 
-        lse, most, cosine, *rest = kernel_triton.forward(
-            input, weight, class_ids, labels, scale, limit, needs_input_grad, needs_cosine_sum
-        )
-        return lse.double(), most, cosine.double(), *rest
-    return torch.ops.synface_kernels.margin_cross_entropy_forward_cpu(
-        input, weight, class_ids, labels, scale, limit, needs_input_grad, needs_cosine_sum
-    )
-
-
-def _backward(
-    input: Tensor,
-    weight: Tensor,
-    class_ids: Tensor | None,
-    labels: Tensor,
-    negative_lse: Tensor,
-    mean_center: Tensor,
-    center_sum: Tensor,
-    grad_negative_lse: Tensor,
-    grad_target_cosine: Tensor,
-    grad_cosine_sum: Tensor,
-    scale: float,
-    limit: float,
-    needs_input_grad: bool,
-    needs_weight_grad: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    rest = (scale, limit, needs_input_grad, needs_weight_grad)
-    if impl == "triton":
-        from . import kernel_triton
-
-        return kernel_triton.backward(
-            input,
-            weight,
-            class_ids,
-            labels,
-            negative_lse.float(),
-            mean_center,
-            center_sum,
-            grad_negative_lse.float(),
-            grad_target_cosine.float(),
-            grad_cosine_sum,
-            *rest,
-        )
-    return torch.ops.synface_kernels.margin_cross_entropy_backward_cpu(
-        input,
-        weight,
-        class_ids,
-        labels,
-        negative_lse,
-        mean_center,
-        center_sum,
-        grad_negative_lse,
-        grad_target_cosine,
-        grad_cosine_sum,
-        *rest,
-    )
+        return getattr(kernel_triton, name)(*inputs)
+    return getattr(torch.ops.synface_kernels, f"{OP}_{name}_cpu")(*inputs)
 
 
 for _key in ("CPU", "CUDA"):
-    library.impl(f"{OP}_forward", _forward, _key)
-    library.impl(f"{OP}_backward", _backward, _key)
+    for _name in ("forward", "backward"):
+        library.impl(f"{OP}_{_name}", partial(_run, _name), _key)
 
 
 @torch.library.register_fake(f"synface_kernels::{OP}_forward")
 def _forward_fake(
-    input: Tensor,
-    weight: Tensor,
-    class_ids: Tensor | None,
-    labels: Tensor,
-    scale: float,
-    limit: float,
-    needs_input_grad: bool,
-    needs_cosine_sum: bool,
-    impl: str,
+    input: Tensor, weight: Tensor, class_ids: Tensor | None, labels: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
+    _, limit, needs_input_grad, needs_cosine_sum, _ = options
     n, d = input.shape
     new = input.new_empty
     dtype = _statistics_dtype(input)
@@ -625,22 +556,9 @@ def _forward_fake(
 
 @torch.library.register_fake(f"synface_kernels::{OP}_backward")
 def _backward_fake(
-    input: Tensor,
-    weight: Tensor,
-    class_ids: Tensor | None,
-    labels: Tensor,
-    negative_lse: Tensor,
-    mean_center: Tensor,
-    center_sum: Tensor,
-    grad_negative_lse: Tensor,
-    grad_target_cosine: Tensor,
-    grad_cosine_sum: Tensor,
-    scale: float,
-    limit: float,
-    needs_input_grad: bool,
-    needs_weight_grad: bool,
-    impl: str,
+    input: Tensor, weight: Tensor, class_ids: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
+    *_, needs_input_grad, needs_weight_grad, _ = arguments
     rows = weight if class_ids is None else class_ids
     return (
         input.new_empty(input.shape if needs_input_grad else (0,)),
