@@ -11,7 +11,7 @@ export PATH := $(BIN):$(PATH)
 CSRC := $(shell git ls-files 'csrc/*' 2>/dev/null || find csrc -type f)
 BUILT := $(VENV)/.built
 
-.PHONY: build demo test lint format bench gpu-evidence cuda-check clean
+.PHONY: build demo test fuzz lint format bench gpu-evidence cuda-check clean
 
 build: $(BUILT)
 
@@ -30,6 +30,10 @@ demo: build
 
 test: build lint
 	$(PY) -m pytest
+
+# The property tests alone, on many more examples than make test's, and others each time.
+fuzz: build
+	$(PY) -m pytest -m hypothesis --hypothesis-profile=fuzz
 
 lint: build
 	$(BIN)/ruff check .

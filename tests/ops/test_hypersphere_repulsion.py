@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -208,7 +208,6 @@ def test_16_bit_points(dtype, energy, gallery):
         assert_matches_float64(*points(n, m if gallery else None, d, dtype), energy, dtype)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(4, 300),
     m=st.none() | st.integers(3, 300),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -121,7 +121,6 @@ def test_margins_and_mixes(name, mix):
 
 @example(n=16, c=1199, d=16, k=3, seed=24)  # once lost to norms rounded to float32
 @example(n=20, c=5, d=4, k=2, seed=3)  # once lost to cosines rounded otherwise than the loss's
-@settings(max_examples=25, deadline=None)
 @given(
     n=st.integers(1, 40),
     c=st.integers(1, 1200),
@@ -921,7 +920,7 @@ def test_export():
 
 # ---- bad input -----------------------------------------------------------------------------------
 
-X, W, T = torch.randn(4, 8), torch.randn(5, 8), torch.tensor([0, 1, 2, 3])
+X, W, T = torch.ones(4, 8), torch.ones(5, 8), torch.tensor([0, 1, 2, 3])
 T2, TW = torch.tensor([[0, 1]] * 4), torch.tensor([[0.5, 0.5]] * 4)
 
 

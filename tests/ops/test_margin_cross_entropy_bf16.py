@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -95,7 +95,6 @@ def test_matches_float64(isa, n, c, d):
     assert_close(problem(n, c, d), isa)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     n=st.integers(1, 40),
     c=st.integers(2, 1200),

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from synface.data import (
@@ -214,7 +214,6 @@ def test_a_flipped_byte_in_a_png_is_found(people):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on damaged metadata
-@settings(max_examples=40, deadline=None)
 @given(st.binary(max_size=200), st.sampled_from(["jpeg", "png", "ppm", "bmp", "webp", "tiff"]))
 def test_hostile_bytes_raise_nothing_but_a_data_error(tmp_path_factory, tail, kind):
     root = tmp_path_factory.mktemp("hostile")
@@ -333,7 +332,6 @@ def test_orl():
 
 
 @given(count=st.integers(2, 9), data=st.data())
-@settings(max_examples=30, deadline=None)
 def test_a_split_loses_nothing_and_shares_nobody(count, data):
     labels = torch.tensor(data.draw(st.lists(st.integers(0, count - 1), max_size=30)), dtype=int)
     images = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 from synface.data import normalise, read_folder
@@ -63,7 +63,6 @@ def test_the_curve_and_its_area_are_scikit_learns(spread):
         assert tar == tpr[fpr <= far].max()
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=30),
     st.lists(st.integers(0, 5), min_size=1, max_size=30),
@@ -79,7 +78,6 @@ def test_counts_with_many_ties(genuine, impostor):
     )
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_no_threshold_errs_less_than_the_best(data):
     score = st.floats(-1, 1) | st.sampled_from([0.0, 0.5, np.nextafter(0.5, 1), 1.0])

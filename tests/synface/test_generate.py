@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
@@ -463,7 +463,6 @@ def test_embeddings_that_cannot_be_read(tmp_path, name, make, message):
         read_embeddings(tmp_path / name)
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.data(), st.sampled_from([".npy", ".safetensors"]))
 def test_damaged_embeddings_raise_nothing_but_a_value_error(tmp_path_factory, data, suffix):
     path = tmp_path_factory.getbasetemp() / f"fuzzed{suffix}"
