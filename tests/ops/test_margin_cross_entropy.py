@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import synface_kernels as sk
 import synface_kernels.numpy
@@ -66,11 +67,52 @@ def assert_matches_float64(case, dtype, margin=COMBINED, products=None, **option
     # The absolute terms: float32's ε times the size of a logit, and of a gradient before the part
     # along the vector is taken out (which leaves nothing at all where D = 1).
     ulp = torch.finfo(torch.float32).eps * margin.scale
-    atol = [2 * ulp] + [4 * ulp / v.norm(dim=-1).min().item() for v in case[:2]]
+    sizes = [1 / v.norm(dim=-1).min().item() for v in case[:2]]
+    shifts = gradient_shifts(*case, margin, **options)
+    atol = [2 * ulp, *(4 * ulp * size + shift for size, shift in zip(sizes, shifts, strict=True))]
     for name, *results, tol in zip(
         ("loss", "grad_input", "grad_weight"), actual, exact, plain, atol, strict=True
     ):
         assert_as_exact_as_torch(*results, atol=tol, name=name)
+
+
+class Products(TorchFunctionMode):
+    """Keeps the factors and the result of the last product: the definition's cosines."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.Tensor.matmul:
+            self.last = *args, result
+        return result
+
+
+def gradient_shifts(x, w, target, target_weight, upstream, margin, **options) -> list[Tensor]:
+    """How far float32's cosines may shift the gradients by input and weight, element by element.
+
+    A cosine, a sum of products, is off by about ε/2, so a probability, relatively, by scale·ε/2
+    through its own logit and no more than that through the log-sum-exp: six times as much is beyond
+    chance. The log-sum-exp's slope by a cosine is the probabilities' part of the loss's. It moves a
+    row along the other side's unit vector, whose part along the row itself is taken out again: what
+    is left is no longer than the sine between the two.
+    """
+    with Products() as products:
+        _, stats = sk.margin_cross_entropy(
+            x.requires_grad_(), w, target, margin, target_weight=target_weight,
+            reduction="none", return_stats=True, impl="reference", **options,
+        )  # fmt: skip
+    unit_x, unit_w, cosine = products.last
+    (slope,) = torch.autograd.grad(stats.lse, cosine, upstream)
+    off = 6 * torch.finfo(torch.float32).eps * margin.scale * slope.abs()
+    sine = (1 - cosine.square()).clamp_min(0).sqrt()
+    shifts = []
+    for part, sin, other, own, rows in (
+        (off, sine, unit_w.T, unit_x, x), (off.T, sine.T, unit_x, unit_w.T, w)
+    ):  # fmt: skip
+        shift, own = part @ other.abs(), own.abs()
+        shift = shift + own * (own * shift).sum(1, keepdim=True)
+        shift = torch.minimum(shift, (part * sin).sum(1, keepdim=True))
+        shifts.append((shift.view_as(rows) / rows.norm(dim=-1, keepdim=True)).detach())
+    return shifts
 
 
 # N, C, M, D, K: no room for two classes in a tile; odd; one; several tiles
