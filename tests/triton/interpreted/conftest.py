@@ -1,5 +1,7 @@
-"""Makes the interpreter round as the hardware does."""
+"""Makes the interpreter round as the hardware does, and spares it most of its time."""
 
+import inspect
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,3 +23,20 @@ def _round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
         return rounded.view(torch.int16).numpy().view(np.uint16)
 
     monkeypatch.setattr(interpreter, "_convert_float", rounding)
+
+
+@cache
+def _builtins(pkg: Any) -> list[str]:
+    return [name for name, member in inspect.getmembers(pkg) if tl.core.is_builtin(member)]
+
+
+@pytest.fixture(autouse=True)
+def _look_for_builtins_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter goes through all of triton.language at each call of a jit function."""
+
+    def patch(pkg: Any, *how: Any) -> None:
+        for name in _builtins(pkg):
+            if tl.core.is_builtin(member := getattr(pkg, name)):
+                interpreter._patch_attr(pkg, name, member, *how)
+
+    monkeypatch.setattr(interpreter, "_patch_builtin", patch)
