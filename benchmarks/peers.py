@@ -133,6 +133,16 @@ def _ours(work: MarginWorkload) -> Step:
     return lambda: _backward(sk.margin_cross_entropy(work.input, work.weight, work.target, margin))
 
 
+def _ours_with_workspace(work: MarginWorkload) -> Step:
+    if work.input.device.type != "cpu":
+        raise NotImplementedError("a workspace has no effect on a GPU")
+    margin = sk.ArcFace(SCALE, MARGIN)
+    workspace = 4 * work.input.shape[0] * work.weight.shape[0]  # all cosines, in float32
+    return lambda: _backward(
+        sk.margin_cross_entropy(work.input, work.weight, work.target, margin, workspace=workspace)
+    )
+
+
 def _three_products(work: MarginWorkload) -> Step:
     x, w = work.input.detach(), work.weight.detach()
     (n, d), c = x.shape, w.shape[0]
@@ -352,6 +362,12 @@ WORKLOADS: dict[str, Callable[[Case, torch.device], Workload]] = {
 PEERS: dict[str, list[Peer]] = {
     "margin_cross_entropy": [
         Peer("ours", "synface_kernels.margin_cross_entropy", _ours, lambda c: _matrices(c, 0, 1.2)),
+        Peer(
+            "ours, workspace",
+            "the same with workspace=4·N·C, which keeps all cosines for the backward pass",
+            _ours_with_workspace,
+            lambda c: _matrices(c, 4 / c.torch_dtype.itemsize, 1.2),
+        ),
         Peer(
             "three products",
             "torch.mm three times into reused outputs: logits, dX, dW; the floor, no loss",

@@ -120,10 +120,10 @@ struct MarginInputs {
   double scale, limit;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> margin_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> margin_forward(
     const Tensor& input, const Tensor& weight, const std::optional<Tensor>& class_ids,
-    const Tensor& labels, double scale, double limit, bool needs_input_grad,
-    bool needs_cosine_sum) {
+    const Tensor& labels, double scale, double limit, bool needs_input_grad, bool needs_cosine_sum,
+    int64_t workspace) {
   const MarginInputs in(input, weight, class_ids, labels, scale, limit);
   const int64_t n = input.size(0), d = input.size(1);
   const at::TensorOptions statistics = in.statistics, exact = statistics.dtype(at::kDouble);
@@ -133,26 +133,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> margin_forwar
          sum = at::empty({needs_cosine_sum ? n : 0}, exact),
          mean = needs_input_grad ? at::empty({n, d}, statistics) : at::empty({0}, statistics),
          center_sum = at::empty({needs_cosine_sum ? d : 0}, exact);
+  const auto class_bytes = int64_t(in.sub_centers * n * statistics.dtype().itemsize());
+  const int64_t kept = std::min(in.classes(), workspace / std::max<int64_t>(1, class_bytes));
+  Tensor cosines = at::empty({kept * in.sub_centers, n}, statistics);
+  advise_huge_pages(cosines);
   with_statistics_type(input, [&](auto zero) {
     using T = decltype(zero);
     const auto if_asked = [](bool asked, auto* data) { return asked ? data : nullptr; };
-    margin_cross_entropy::forward<T>(
-        in.problem(), torch_runtime(),
-        {lse.data_ptr<double>(), most.data_ptr<T>(), cosine.data_ptr<double>(),
-         if_asked(filters, filtered.data_ptr<double>()),
-         if_asked(needs_cosine_sum, sum.data_ptr<double>()),
-         if_asked(needs_input_grad, mean.data_ptr<T>()),
-         if_asked(needs_cosine_sum, center_sum.data_ptr<double>())});
+    margin_cross_entropy::forward<T>(in.problem(), torch_runtime(),
+                                     {lse.data_ptr<double>(),
+                                      most.data_ptr<T>(),
+                                      cosine.data_ptr<double>(),
+                                      if_asked(filters, filtered.data_ptr<double>()),
+                                      if_asked(needs_cosine_sum, sum.data_ptr<double>()),
+                                      if_asked(needs_input_grad, mean.data_ptr<T>()),
+                                      if_asked(needs_cosine_sum, center_sum.data_ptr<double>()),
+                                      {cosines.data_ptr<T>(), kept}});
   });
-  return {lse, most, cosine, filtered, sum, mean, center_sum};
+  return {lse, most, cosine, filtered, sum, mean, center_sum, cosines};
 }
 
 std::tuple<Tensor, Tensor> margin_backward(
     const Tensor& input, const Tensor& weight, const std::optional<Tensor>& class_ids,
     const Tensor& labels, const Tensor& negative_lse, const Tensor& mean_center,
-    const Tensor& center_sum, const Tensor& grad_negative_lse, const Tensor& grad_target_cosine,
-    const Tensor& grad_cosine_sum, double scale, double limit, bool needs_input_grad,
-    bool needs_weight_grad) {
+    const Tensor& center_sum, const Tensor& kept, const Tensor& grad_negative_lse,
+    const Tensor& grad_target_cosine, const Tensor& grad_cosine_sum, double scale, double limit,
+    bool needs_input_grad, bool needs_weight_grad) {
   const MarginInputs in(input, weight, class_ids, labels, scale, limit);
   TORCH_CHECK_VALUE(!needs_input_grad || mean_center.sizes() == input.sizes(),
                     "mean_center must be of input's shape, got ", mean_center.sizes());
@@ -161,6 +167,9 @@ std::tuple<Tensor, Tensor> margin_backward(
       !sums || (center_sum.numel() == input.size(1) && grad_cosine_sum.numel() == input.size(0)),
       "center_sum must be (D,) and grad_cosine_sum (N,), got ", center_sum.sizes(), " and ",
       grad_cosine_sum.sizes());
+  TORCH_CHECK_VALUE(kept.dim() == 2 && kept.size(1) == input.size(0) &&
+                        kept.size(0) <= in.classes() * in.sub_centers,
+                    "kept must be of cosines with N embeddings, got ", kept.sizes());
   std::vector<int64_t> rows = weight.sizes().vec();
   rows[0] = in.classes();
   const auto empty = [](bool wanted, at::IntArrayRef shape, const Tensor& like) {
@@ -170,16 +179,21 @@ std::tuple<Tensor, Tensor> margin_backward(
          grad_rows = empty(needs_weight_grad, rows, weight);
   advise_huge_pages(grad_rows);
   const Tensor lse = negative_lse.contiguous(), mean = mean_center.contiguous(),
-               all = center_sum.contiguous(), grad_lse = grad_negative_lse.contiguous(),
+               all = center_sum.contiguous(), cosines = kept.contiguous(),
+               grad_lse = grad_negative_lse.contiguous(),
                grad_cosine = grad_target_cosine.contiguous(),
                grad_sum = grad_cosine_sum.contiguous();
   with_statistics_type(input, [&](auto zero) {
     using T = decltype(zero);
     margin_cross_entropy::backward<T>(
         in.problem(), torch_runtime(),
-        {lse.const_data_ptr<double>(), mean.const_data_ptr<T>(), all.const_data_ptr<double>(),
-         grad_lse.const_data_ptr<double>(), grad_cosine.const_data_ptr<double>(),
-         sums ? grad_sum.const_data_ptr<double>() : nullptr},
+        {lse.const_data_ptr<double>(),
+         mean.const_data_ptr<T>(),
+         all.const_data_ptr<double>(),
+         grad_lse.const_data_ptr<double>(),
+         grad_cosine.const_data_ptr<double>(),
+         sums ? grad_sum.const_data_ptr<double>() : nullptr,
+         {cosines.const_data_ptr<T>(), cosines.size(0) / in.sub_centers}},
         needs_input_grad ? grad_input.data_ptr() : nullptr,
         needs_weight_grad ? grad_rows.data_ptr() : nullptr);
   });

@@ -12,33 +12,31 @@ ops = torch.ops.synface_kernels
 
 
 def margin_samples():
-    """Arguments of the core's forward pass: class ids, sub-centres, limit and sums come up once."""
+    """Arguments of the core's forward pass: class ids, sub-centres, limit, sums come up once;
+    no workspace, one that is too small for all, and enough."""
     labels = torch.tensor([[0, 1], [8, -1], [-1, -1], [3, 4], [5, 0], [7, 2]])
     some = torch.tensor([0, 2, 3, 4, 5, 6, 7, 8])
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x = torch.randn(6, 8, dtype=dtype, requires_grad=True)
         w = torch.randn(9, 8, dtype=dtype, requires_grad=True)
         m = torch.randn(9, 2, 8, dtype=dtype, requires_grad=True)
-        yield (x, w, None, labels, 64.0, math.inf, True, False, "cpu")
-        yield (x.detach(), w, some, labels[:, :1] % 8, 32.0, 0.3, False, False, "cpu")
-        yield (x, w, None, labels, 64.0, math.inf, True, True, "cpu")
-        yield (x, m, some, labels % 8, 64.0, 0.3, True, False, "cpu")
+        yield (x, w, None, labels, 64.0, math.inf, True, False, 0, "cpu")
+        yield (x.detach(), w, some, labels[:, :1] % 8, 32.0, 0.3, False, False, 300, "cpu")
+        yield (x, w, None, labels, 64.0, math.inf, True, True, 10**6, "cpu")
+        yield (x, m, some, labels % 8, 64.0, 0.3, True, False, 300, "cpu")
 
 
 @pytest.mark.parametrize("sample", list(margin_samples()))
 def test_margin_cross_entropy(sample):
     opcheck(ops.margin_cross_entropy_forward.default, sample)
-    x, w, class_ids, labels, scale, limit, needs_input_grad, sums, impl = (
-        v.detach() if isinstance(v, torch.Tensor) else v for v in sample
-    )
-    lse, _, cosine, _, cosine_sum, mean, center_sum = ops.margin_cross_entropy_forward(
-        x, w, class_ids, labels, scale, limit, needs_input_grad, sums, impl
-    )
+    sample = tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in sample)
+    x, w, class_ids, labels, scale, limit, needs_input_grad, *_, impl = sample
+    lse, _, cosine, _, cosine_sum, *kept = ops.margin_cross_entropy_forward(*sample)
     opcheck(
         ops.margin_cross_entropy_backward.default,
         (
-            x, w, class_ids, labels, lse, mean, center_sum, torch.ones_like(lse), cosine,
-            cosine_sum, scale, limit, needs_input_grad, True, impl,
+            x, w, class_ids, labels, lse, *kept, torch.ones_like(lse), cosine, cosine_sum,
+            scale, limit, needs_input_grad, True, impl,
         ),
     )  # fmt: skip
 

@@ -105,13 +105,16 @@ void exponentials(T* values, T factor, T scale, const T* shift, T* sum, int64_t 
   }
 }
 
-// Cosines to coefficient·exp(scale·cosine − lse). They are those that the log-sum-exps were made
-// of, to the last bit: so a probability near 1 keeps all its digits.
+// values = coefficient·exp(scale·cosine − lse), and 0 where the coefficient is 0, whatever the
+// cosine. Cosines are those that the log-sum-exps were made of, to the last bit: so a probability
+// near 1 keeps all its digits.
 template <class T>
-void probabilities(T* values, T scale, const T* lse, const T* coefficient, int64_t n) {
+void probabilities(const T* cosines, T scale, const T* lse, const T* coefficient, T* values,
+                   int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    values[i] = coefficient[i] * exponential(madd(scale, values[i], -lse[i]));
+    const T value = coefficient[i] * exponential(madd(scale, cosines[i], -lse[i]));
+    values[i] = coefficient[i] == 0 ? T(0) : value;
   }
 }
 

@@ -38,7 +38,8 @@ struct Loops {
   void (*filter)(T* values, T limit, T* count, int64_t n);
   void (*add_scaled)(double* sum, double factor, const T* row, int64_t n);
   void (*exponentials)(T* values, T factor, T scale, const T* shift, T* sum, int64_t n);
-  void (*probabilities)(T* values, T scale, const T* lse, const T* coefficient, int64_t n);
+  void (*probabilities)(const T* cosines, T scale, const T* lse, const T* coefficient, T* values,
+                        int64_t n);
   void (*load)(const void* from, Dtype dtype, T* to, int64_t n);
   void (*store)(const T* from, void* to, Dtype dtype, int64_t n);
 };
@@ -393,7 +394,8 @@ struct Partial {
 
 template <class T, class Operand>
 void scan_classes(const Problem& p, const Loops<T>& loops, const Embeddings<T>& x, Range rows,
-                  const std::vector<Packed<Operand>>& blocks, Range classes, Partial<T>& partial) {
+                  const std::vector<Packed<Operand>>& blocks, Range classes, const Kept<T>& kept,
+                  Partial<T>& partial) {
   const int64_t dim = x.dim, m = p.sub_centers;
   const T scale = T(p.scale), infinity = std::numeric_limits<T>::infinity();
   const int64_t width = tile_classes(p, classes);
@@ -415,6 +417,9 @@ void scan_classes(const Problem& p, const Loops<T>& loops, const Embeddings<T>& 
     for (int64_t r0 = rows.begin, block = 0; r0 < rows.end; r0 += kBlock, ++block) {
       const int64_t count = std::min(kBlock, rows.end - r0), at = r0 - rows.begin;
       tile.fill(centers, own, blocks[block], {r0, r0 + count});
+      for (int64_t j = 0; j < std::min(n, (kept.classes - c0) * m); ++j) {
+        std::copy_n(tile.row(j), count, kept.cosines + (c0 * m + j) * p.input.rows + r0);
+      }
       std::fill_n(most.get(), count, -infinity);
       for (int64_t j = 0; j < n; ++j) loops.greatest(tile.row(j), most.get(), count);
       for (int64_t i = 0; i < count; ++i) {
@@ -517,6 +522,9 @@ void forward_by(const Problem& p, const Runtime& runtime, const Statistics<T>& o
     std::fill_n(out.center_sum, dim, 0.0);
   }
   const Embeddings<T> x(p, loops);
+  for (int64_t c = 0; x.count() < n && c < out.kept.classes * p.sub_centers; ++c) {
+    std::fill_n(out.kept.cosines + c * n + x.count(), n - x.count(), T(0));
+  }
   if (x.count() == 0) return;
 
   // A grid of row groups × class groups. Several tasks a thread, so that a core shared with other
@@ -541,7 +549,7 @@ void forward_by(const Problem& p, const Runtime& runtime, const Statistics<T>& o
     partials[task] =
         std::make_unique<Partial<T>>(rows.size(), dim, out.mean_center != nullptr,
                                      out.filtered != nullptr, out.center_sum && group == 0);
-    scan_classes(p, loops, x, rows, blocks[group], classes, *partials[task]);
+    scan_classes(p, loops, x, rows, blocks[group], classes, out.kept, *partials[task]);
   });
 
   // Merge in the order of the classes, so that the answer depends on the number of threads alone.
@@ -646,7 +654,7 @@ template <class T, class Operand>
 void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T>& x,
                      const std::vector<Packed<Operand>>& blocks,
                      const std::vector<Packed<Operand>>& transposed, const Softmax<T>& softmax,
-                     Range classes, const double* grad_target_cosine, void* grad_rows) {
+                     Range classes, const Upstream<T>& from, void* grad_rows) {
   const int64_t dim = x.dim, k = p.labels_per_row, m = p.sub_centers;
   const int64_t width = tile_classes(p, classes);
   const bool direct = p.weight.dtype == dtype_of<T>;
@@ -662,12 +670,15 @@ void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T
     T* gradient = direct ? reinterpret_cast<T*>(out) : scratch.get();
     centers.read({own.begin * m, own.end * m});
     const int64_t n = centers.size();
+    const bool kept = own.end <= from.kept.classes;
     for (int64_t r0 = 0, block = 0; r0 < x.count(); r0 += kBlock, ++block) {
       const int64_t count = std::min(kBlock, x.count() - r0);
-      tile.fill(centers, own, transposed[block], {r0, r0 + count});
+      if (!kept) tile.fill(centers, own, transposed[block], {r0, r0 + count});
       for (int64_t j = 0; j < n; ++j) {
-        loops.probabilities(tile.row(j), T(p.scale), softmax.lse.get() + r0,
-                            softmax.spread.get() + r0, count);
+        const T* cosines =
+            kept ? from.kept.cosines + (c0 * m + j) * p.input.rows + r0 : tile.row(j);
+        loops.probabilities(cosines, T(p.scale), softmax.lse.get() + r0, softmax.spread.get() + r0,
+                            tile.row(j), count);
       }
       products.add(tile.row(0), tile.stride(), n, blocks[block], gradient, r0 > 0);
     }
@@ -678,10 +689,10 @@ void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T
       const T along = loops.dot(g, centers.row(j), dim) * inverse * inverse;
       loops.axpy_scale(g, -along, centers.row(j), inverse, dim);
     }
-    for (const int64_t from : x.source) {
-      targets.visit(from, own, [&](int64_t c, int64_t l, double xw, double x, double w) {
-        if (grad_target_cosine[from * k + l] == 0) return;
-        const double g = grad_target_cosine[from * k + l] / (x * w);
+    for (const int64_t row : x.source) {
+      targets.visit(row, own, [&](int64_t c, int64_t l, double xw, double x, double w) {
+        if (from.grad_target_cosine[row * k + l] == 0) return;
+        const double g = from.grad_target_cosine[row * k + l] / (x * w);
         loops.add_tangent(gradient + c * dim, g, targets.embedding(), xw / (w * w),
                           targets.center(), dim);
       });
@@ -730,7 +741,7 @@ void backward_by(const Problem& p, const Runtime& runtime, const Upstream<T>& fr
                                        transposed = pack_blocks<Operand>(x, rows, true);
     runtime.parallel(int(tasks), [&](int task) {
       weight_gradient(p, loops, x, blocks, transposed, softmax, part_of(p.classes, tasks, task),
-                      from.grad_target_cosine, grad_rows);
+                      from, grad_rows);
     });
   }
 }

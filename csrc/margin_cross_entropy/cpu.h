@@ -21,6 +21,14 @@ struct Problem {
   double limit;  // negatives with a cosine above it are left out
 };
 
+// The cosines of the first classes with all embeddings, as forward finds them, for backward to
+// read instead of multiplying again: −∞ where a centre is no negative of an embedding.
+template <class T>
+struct Kept {
+  T* cosines = nullptr;  // (classes·M, N), a column for each row that counts; then zeros
+  int64_t classes = 0;
+};
+
 // Outputs are contiguous. What there are few of is double: the log-sum-exps, whose rounding would
 // scale whole rows of gradients, and what concerns the labels, as a margin's slope is steep near
 // cos θ = ±1. What is null is not computed.
@@ -33,6 +41,7 @@ struct Statistics {
   double* cosine_sum;     // (N,) over all classes, with center_sum
   T* mean_center;         // (N, D) the negatives' normalised centres, averaged by softmax
   double* center_sum;     // (D,) of all normalised centres
+  Kept<T> kept = {};
 };
 template <class T>
 void forward(const Problem& problem, const Runtime& runtime, const Statistics<T>& statistics);
@@ -47,6 +56,7 @@ struct Upstream {
   const double* grad_negative_lse;   // (N,)
   const double* grad_target_cosine;  // (N, K)
   const double* grad_cosine_sum;     // (N,)
+  Kept<const T> kept = {};
 };
 
 // grad_input (N, D) and grad_rows (S·M, D) are contiguous, of their inputs' dtypes; either may be

@@ -6,6 +6,7 @@ import itertools
 import math
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -737,10 +738,11 @@ def test_only_what_is_asked_for_is_computed():
     x, w, target, _, _ = problem(4, 9, 8, 1, torch.float32)
     labels = target[:, None]
     op = torch.ops.synface_kernels
-    out = op.margin_cross_entropy_forward(x, w, None, labels, 64.0, math.inf, False, False, "cpu")
-    assert [v.shape for v in out[3:]] == [(0,)] * 4
+    forward = partial(op.margin_cross_entropy_forward, x, w, None, labels, 64.0, math.inf)
+    out = forward(False, False, 0, "cpu")
+    assert [v.numel() for v in out[3:]] == [0] * 5
     g = torch.ones(4, dtype=torch.float64)
-    out = op.margin_cross_entropy_forward(x, w, None, labels, 64.0, math.inf, True, False, "cpu")
+    out = forward(True, False, 0, "cpu")
     for needs in itertools.product((False, True), repeat=2):
         grads = op.margin_cross_entropy_backward(
             x,
@@ -764,6 +766,62 @@ def test_only_what_is_asked_for_is_computed():
     sk.margin_cross_entropy(x, w, target).backward()
     assert x.grad is not None
     assert w.grad is None
+
+
+WORKSPACE = {
+    **{name: (name, {}, torch.float32) for name in OPTIONS},
+    "class ids": ("plain", {"class_ids": torch.arange(1, 1500, 2)}, torch.float32),
+    "float64": ("drop", {}, torch.float64),
+    "bfloat16": ("plain", {}, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", WORKSPACE)
+def test_no_bit_depends_on_the_workspace(name, isa, monkeypatch):
+    """Ignored rows, and rows that hold NaN and that nobody asks for, included."""
+    monkeypatch.setenv("SYNFACE_CPU_ISA", isa)
+    option, more, dtype = WORKSPACE[name]
+    options = {"margin": COMBINED, **OPTIONS[option], **more}
+    n, m = 530, 2 if option == "sub-centres" else 1  # two blocks of rows, several tiles
+    x, w, target, t, upstream = problem_of(n, 1500, m, 24, 2, dtype)
+    w = w if m > 1 else w.flatten(0, 1)
+    target = target % 750  # places in class_ids
+    target[7] = -100
+    x[3, 5], upstream[3] = math.nan, 0
+    each = m * n * (8 if dtype == torch.float64 else 4)  # bytes of a class
+    results = [
+        run(x, w, target, t, upstream, dtype, workspace=workspace, **options)
+        for workspace in (0, each - 1, 700 * each, 10**9)
+    ]
+    assert results[0][0].isnan().nonzero().tolist() == [[3]]
+    for gradient in results[0][1:]:
+        dense = gradient.to_dense()
+        assert dense.isfinite().all()
+        assert dense.any()
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            assert torch.equal(a.to_dense().nan_to_num(9), b.to_dense().nan_to_num(9))
+
+
+def test_what_the_workspace_keeps():
+    x, w, target, _, _ = problem(4, 90, 8, 1, torch.float32)
+    target[2] = -1
+    op = torch.ops.synface_kernels
+    forward = partial(op.margin_cross_entropy_forward, x.float(), w.float(), None, target[:, None])
+    counted = [0, 1, 3]
+    for workspace, classes in ((0, 0), (4 * 4 - 1, 0), (50 * 4 * 4, 50), (10**6, 90)):
+        kept = forward(64.0, math.inf, False, False, workspace, "cpu")[-1]
+        assert kept.shape == (classes, 4)
+        cosine = F.linear(F.normalize(w), F.normalize(x))[:classes, counted]
+        cosine[torch.arange(classes)[:, None] == target[counted]] = -torch.inf
+        torch.testing.assert_close(kept[:, :3], cosine.float(), rtol=1e-5, atol=1e-6)
+        assert not kept[:, 3].any()
+    x, w = x.float().requires_grad_(), w.float().requires_grad_()
+    loss = sk.margin_cross_entropy(x, w, target, ignore_index=-1, workspace=10**6)
+    first = torch.autograd.grad(loss, (x, w), retain_graph=True)
+    for a, b in zip(torch.autograd.grad(loss, (x, w)), first, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_no_second_derivative():
@@ -875,17 +933,20 @@ x.grad = w.grad = None
 with open("/proc/self/clear_refs", "w") as f:
     f.write("5")
 before = status("VmRSS")
-sk.margin_cross_entropy(x, w, t).backward()
+sk.margin_cross_entropy(x, w, t, workspace=WORKSPACE << 20).backward()
 print(status("VmHWM") - before, (n + c) * d * 4 / 2**20)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_peak_memory_is_the_gradients_and_64_mib():
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+@pytest.mark.parametrize("workspace", [0, 100])
+def test_peak_memory_is_the_gradients_the_workspace_and_64_mib(workspace):
+    code = MEMORY.replace("WORKSPACE", str(workspace))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     peak, gradients = map(float, done.stdout.split())
-    assert gradients / 2 < peak <= gradients + 64  # N×C would be 195 MiB more
+    kept = 0.9 * workspace  # it was used
+    assert gradients / 2 + kept < peak <= gradients + workspace + 64  # N×C would be 195 MiB
 
 
 # ---- torch's machinery ---------------------------------------------------------------------------
@@ -897,7 +958,7 @@ def test_compile_fullgraph():
 
     def step(x, w, target, t):
         loss, stats = sk.margin_cross_entropy(
-            x, w, target, sk.ArcFace(), target_weight=t, return_stats=True
+            x, w, target, sk.ArcFace(), target_weight=t, return_stats=True, workspace=1000
         )
         return loss + 1e-4 * stats.lse.square().mean(), stats.top1
 
@@ -1029,6 +1090,9 @@ T2, TW = torch.tensor([[0, 1]] * 4), torch.tensor([[0.5, 0.5]] * 4)
             "got 3 at 3",
         ),
         ((X, W, T), {"group": object()}, TypeError, "group must be a .* process group, got object"),
+        ((X, W, T), {"workspace": -1}, ValueError, "workspace must not be negative, got -1"),
+        ((X, W, T), {"workspace": 1e9}, TypeError, "workspace must be an int, got float"),
+        ((X, W, T), {"workspace": True}, TypeError, "workspace must be an int, got bool"),
         ((X, W, T), {"class_start": 3}, ValueError, "class_start must be 0 without a group, got 3"),
         (
             (X, W, T, sk.ArcFace(margin=torch.zeros(3))),
@@ -1101,9 +1165,10 @@ def test_numpy_binding_agrees(isa, dtype, monkeypatch):
     target[4] = -1
     op = torch.ops.synface_kernels
     as_torch = [torch.from_numpy(v) for v in (x, w)]
-    lse, most, cosine, _, _, mean, none = op.margin_cross_entropy_forward(
-        *as_torch, None, target, 64.0, math.inf, True, False, "cpu"
+    lse, most, cosine, _, _, *kept = op.margin_cross_entropy_forward(
+        *as_torch, None, target, 64.0, math.inf, True, False, 0, "cpu"
     )
+    mean = kept[0]
     actual = synface_kernels.numpy.margin_cross_entropy_forward(x, w, target.numpy(), 64.0, True)
     gc = np.stack([g, -g], 1)
     grads = op.margin_cross_entropy_backward(
@@ -1111,10 +1176,9 @@ def test_numpy_binding_agrees(isa, dtype, monkeypatch):
         None,
         target,
         lse,
-        mean,
-        none,
+        *kept,
         *map(torch.from_numpy, (g, gc)),
-        none,
+        lse[:0],
         64.0,
         math.inf,
         True,

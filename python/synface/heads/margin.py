@@ -23,12 +23,13 @@ class MarginHead(nn.Module):
         sub_centers: M for each class, whose cosine is the greatest of theirs.
         init_std: standard deviation of the centres' initial values; only their directions matter
             to the loss, but their lengths scale the step that a given learning rate takes.
+        workspace: bytes that a CPU's forward pass may keep, so that the backward pass is shorter.
         impl: which implementation of the op to take.
         device, dtype: of the centres.
 
     State dict: ``weight``, (C, D), or (C, M, D) with M > 1 sub-centres.
 
-    Memory: C·M·D values, and as much for their gradient.
+    Memory: C·M·D values, as much for their gradient, and ``workspace``.
 
     Source: Deng et al., "ArcFace", CVPR 2019; "Sub-center ArcFace", ECCV 2020.
     """
@@ -41,6 +42,7 @@ class MarginHead(nn.Module):
         *,
         sub_centers: int = 1,
         init_std: float = 0.01,
+        workspace: int = 0,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -52,8 +54,9 @@ class MarginHead(nn.Module):
             ("sub_centers", sub_centers),
         ):
             check_integer(name, size, 1)
+        check_integer("workspace", workspace, 0)
         self.margin = sk.ArcFace() if margin is None else margin
-        self.impl = impl
+        self.workspace, self.impl = workspace, impl
         several = (sub_centers,) if sub_centers > 1 else ()
         shape = (num_classes, *several, embedding_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -71,7 +74,12 @@ class MarginHead(nn.Module):
         Args and errors: as `synface_kernels.margin_cross_entropy`, whose options (``mix``,
         ``reduction``, ``return_stats``, a per-batch ``margin``, …) may follow.
         """
-        settings: dict[str, Any] = {"margin": self.margin, "impl": self.impl} | options
+        settings: dict[str, Any] = {
+            "margin": self.margin,
+            "workspace": self.workspace,
+            "impl": self.impl,
+        }
+        settings |= options
         return sk.margin_cross_entropy(
             embeddings, self.weight, target, target_weight=target_weight, **settings
         )

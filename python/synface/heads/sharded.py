@@ -38,12 +38,13 @@ class ShardedMarginHead(nn.Module):
             not be wrapped, its gradients are whole.
         seed: of the centres' initial values, which do not depend on the number of ranks.
         init_std: their standard deviation.
+        workspace: bytes that a CPU's forward pass may keep, so that the backward pass is shorter.
         impl: which implementation of the op to take. device, dtype: of the centres.
 
     State dict: ``weight`` (C_r, D), this rank's. For checkpoints that any number of ranks can go on
     from see `synface.sharded`.
 
-    Memory: C_r·D values, and as much for their gradient. See docs/sharding.md.
+    Memory: C_r·D values, as much for their gradient, and ``workspace``. See docs/sharding.md.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit.
@@ -60,6 +61,7 @@ class ShardedMarginHead(nn.Module):
         averaged: bool = True,
         seed: int = 0,
         init_std: float = 0.01,
+        workspace: int = 0,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -68,6 +70,7 @@ class ShardedMarginHead(nn.Module):
         check_integer("embedding_size", embedding_size, 1)
         check_integer("num_classes", num_classes, 1)
         check_integer("seed", seed, 0)
+        check_integer("workspace", workspace, 0)
         self.group = dist.group.WORLD if group is None else group
         if not isinstance(self.group, dist.ProcessGroup):
             raise TypeError(
@@ -83,7 +86,7 @@ class ShardedMarginHead(nn.Module):
             )
         self.margin = sk.ArcFace() if margin is None else margin
         self.num_classes, self.class_start = num_classes, sum(classes[:rank])
-        self.averaged, self.impl = averaged, impl
+        self.averaged, self.workspace, self.impl = averaged, workspace, impl
         self.weight = nn.Parameter(
             torch.empty(classes[rank], embedding_size, device=device, dtype=dtype)
         )
@@ -113,7 +116,12 @@ class ShardedMarginHead(nn.Module):
         """
         if self.averaged:
             embeddings = _times(embeddings, self.ranks)
-        settings: dict[str, Any] = {"margin": self.margin, "impl": self.impl} | options
+        settings: dict[str, Any] = {
+            "margin": self.margin,
+            "workspace": self.workspace,
+            "impl": self.impl,
+        }
+        settings |= options
         return sk.margin_cross_entropy(
             embeddings,
             self.weight,

@@ -31,15 +31,15 @@ library.define(
 )
 _FORWARD = (
     "(Tensor input, Tensor weight, Tensor? class_ids, Tensor labels, float scale, float limit, "
-    "bool needs_input_grad, bool needs_cosine_sum{impl}) -> (Tensor negative_lse, "
-    "Tensor negative_max, Tensor target_cosine, Tensor filtered, Tensor cosine_sum, "
-    "Tensor mean_center, Tensor center_sum)"
+    "bool needs_input_grad, bool needs_cosine_sum, SymInt workspace{impl}) -> ("
+    "Tensor negative_lse, Tensor negative_max, Tensor target_cosine, Tensor filtered, "
+    "Tensor cosine_sum, Tensor mean_center, Tensor center_sum, Tensor kept)"
 )
 _BACKWARD = (
     "(Tensor input, Tensor weight, Tensor? class_ids, Tensor labels, Tensor negative_lse, "
-    "Tensor mean_center, Tensor center_sum, Tensor grad_negative_lse, Tensor grad_target_cosine, "
-    "Tensor grad_cosine_sum, float scale, float limit, bool needs_input_grad, "
-    "bool needs_weight_grad{impl}) -> (Tensor grad_input, Tensor grad_rows)"
+    "Tensor mean_center, Tensor center_sum, Tensor kept, Tensor grad_negative_lse, "
+    "Tensor grad_target_cosine, Tensor grad_cosine_sum, float scale, float limit, "
+    "bool needs_input_grad, bool needs_weight_grad{impl}) -> (Tensor grad_input, Tensor grad_rows)"
 )
 for _name, _schema in ((f"{OP}_forward", _FORWARD), (f"{OP}_backward", _BACKWARD)):
     library.define(_name + _schema.format(impl=", str impl"))
@@ -79,6 +79,7 @@ def margin_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: Literal["none", "mean", "sum"] = "mean",
     return_stats: bool = False,
+    workspace: int = 0,
     impl: str = "auto",
 ) -> Any:
     """Cross entropy of a margin softmax over the cosines of embeddings and class centres.
@@ -134,6 +135,11 @@ def margin_cross_entropy(
             gradient 0, and is not counted by the mean; beside other labels it must have weight 0.
         reduction: ``"mean"`` over the rows that count (0 if there is none), ``"sum"``, ``"none"``.
         return_stats: also return `MarginStats`.
+        workspace: bytes that the forward pass may keep for the backward pass, ≥ 0: the cosines of
+            as many classes as fit, 4·N (8·N for float64) a centre, which then need not be computed
+            again: with all of them a step is three products, not four. No bit of the result depends
+            on it. Without effect where weight needs no gradient, and for ``"triton"`` and
+            ``"reference"``. With a group: each rank's own, where N is that of all ranks.
         impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``; see `explain`.
 
     Returns:
@@ -145,9 +151,10 @@ def margin_cross_entropy(
     element has a non-finite loss of its own. Gradients have their input's dtype. There is no second
     derivative.
 
-    Memory above the inputs: forward O(N·(D + K)) and a workspace of at most 64 MiB; backward the
-    gradients and that workspace. Never N×C, except in ``impl="reference"``. With a group N is that
-    of all ranks, and the embeddings of all of them, N·D, are held from forward to backward.
+    Memory above the inputs: forward O(N·(D + K)), buffers of at most 64 MiB, and ``workspace``,
+    which is held until the backward pass; backward the gradients and such buffers. Never N×C unless
+    ``workspace`` allows it, except in ``impl="reference"``. With a group N is that of all ranks,
+    and the embeddings of all of them, N·D, are held from forward to backward.
 
     Raises:
         ValueError: for a wrong dtype, shape, device, label or weight. On a GPU labels and weights
@@ -172,6 +179,7 @@ def margin_cross_entropy(
             label_smoothing,
             reduction,
             class_start,
+            workspace,
         )
         if group is None:
             places, num_classes = class_ids, weight.shape[0]
@@ -218,9 +226,10 @@ def margin_cross_entropy(
         )
     else:
         needs_input_grad = torch.is_grad_enabled() and input.requires_grad
+        needs_weight_grad = torch.is_grad_enabled() and weight.requires_grad
 
         def core(input: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-            lse, most, cosine, filtered, cosine_sum, _, _ = (
+            lse, most, cosine, filtered, cosine_sum, *_ = (
                 torch.ops.synface_kernels.margin_cross_entropy_forward(
                     input,
                     weight,
@@ -230,6 +239,7 @@ def margin_cross_entropy(
                     margin.limit,
                     needs_input_grad,
                     label_smoothing > 0,
+                    workspace if needs_weight_grad else 0,
                     chosen,
                 )
             )
@@ -356,6 +366,7 @@ def _check(
     label_smoothing: float,
     reduction: str,
     class_start: int,
+    workspace: int,
 ) -> None:
     for name, tensor in (("input", input), ("weight", weight), ("target", target)):
         if not isinstance(tensor, Tensor):
@@ -434,10 +445,11 @@ def _check(
             raise ValueError(
                 f"{name} must be on input's device {input.device}, got {describe(other)}"
             )
-    if not isinstance(class_start, int):
-        raise TypeError(f"class_start must be an int, got {describe(class_start)}")
-    if class_start < 0:
-        raise ValueError(f"class_start must not be negative, got {class_start}")
+    for name, number in (("class_start", class_start), ("workspace", workspace)):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name} must be an int, got {describe(number)}")
+        if number < 0:
+            raise ValueError(f"{name} must not be negative, got {number}")
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
         raise TypeError(f"label_smoothing must be a float, got {describe(label_smoothing)}")
     if not 0 <= label_smoothing < 1:
@@ -523,10 +535,13 @@ def _targets_fake(
 def _run(name: str, *arguments: Any) -> tuple[Tensor, ...]:
     """An op of the core: hands what its schema says to the implementation."""
     *inputs, impl = arguments
-    if impl == "triton":
+    if impl == "triton":  # keeps no cosines
         from . import kernel_triton
 
-        return getattr(kernel_triton, name)(*inputs)
+        if name == "forward":
+            outputs = kernel_triton.forward(*inputs[:-1])
+            return *outputs, outputs[1].new_empty((0, outputs[1].shape[0]))
+        return kernel_triton.backward(*inputs[:7], *inputs[8:])
     return getattr(torch.ops.synface_kernels, f"{OP}_{name}_cpu")(*inputs)
 
 
@@ -539,10 +554,17 @@ for _key in ("CPU", "CUDA"):
 def _forward_fake(
     input: Tensor, weight: Tensor, class_ids: Tensor | None, labels: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
-    _, limit, needs_input_grad, needs_cosine_sum, _ = options
+    _, limit, needs_input_grad, needs_cosine_sum, workspace, impl = options
     n, d = input.shape
     new = input.new_empty
     dtype = _statistics_dtype(input)
+    kept = 0
+    if impl == "cpu":
+        classes = (weight if class_ids is None else class_ids).shape[0]
+        centers = math.prod(weight.shape[1:-1])  # of a class
+        kept = centers * torch.sym_min(
+            classes, workspace // torch.sym_max(1, centers * n * dtype.itemsize)
+        )
     return (
         new((n,), dtype=torch.float64),
         new((n,), dtype=dtype),
@@ -551,6 +573,7 @@ def _forward_fake(
         new((n if needs_cosine_sum else 0,), dtype=torch.float64),
         new((n, d) if needs_input_grad else (0,), dtype=dtype),
         new((d if needs_cosine_sum else 0,), dtype=torch.float64),
+        new((kept, n), dtype=dtype),
     )
 
 
@@ -567,25 +590,34 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, weight, class_ids, labels, ctx.scale, ctx.limit, _, _, ctx.impl = inputs
-    negative_lse, negative_max, _, filtered, _, mean_center, center_sum = output
-    ctx.mark_non_differentiable(negative_max, filtered, mean_center, center_sum)
-    ctx.save_for_backward(input, weight, class_ids, labels, negative_lse, mean_center, center_sum)
+    input, weight, class_ids, labels, ctx.scale, ctx.limit, _, _, _, ctx.impl = inputs
+    negative_lse, negative_max, _, filtered, _, *kept = output
+    ctx.mark_non_differentiable(negative_max, filtered, *kept)
+    ctx.set_materialize_grads(False)  # zeros as large as the workspace, which nobody reads
+    ctx.save_for_backward(input, weight, class_ids, labels, negative_lse, *kept)
 
 
 def _autograd(
-    ctx: Any, grad_lse: Tensor, _: Any, grad_cosine: Tensor, __: Any, grad_sum: Tensor, *___: Any
+    ctx: Any,
+    grad_lse: Tensor | None,
+    _: Any,
+    grad_cosine: Tensor | None,
+    __: Any,
+    grad_sum: Tensor | None,
+    *___: Any,
 ) -> tuple[Any, ...]:
     input, weight, class_ids, *saved = ctx.saved_tensors
+    labels, negative_lse, _, center_sum, _ = saved
+    zeros = negative_lse.new_zeros
     needs_input_grad, needs_weight_grad = ctx.needs_input_grad[:2]
     grad_input, grad_rows = torch.ops.synface_kernels.margin_cross_entropy_backward(
         input,
         weight,
         class_ids,
         *saved,
-        grad_lse,
-        grad_cosine,
-        grad_sum,
+        zeros(negative_lse.shape) if grad_lse is None else grad_lse,
+        zeros(labels.shape) if grad_cosine is None else grad_cosine,
+        zeros(len(labels) if len(center_sum) else 0) if grad_sum is None else grad_sum,
         ctx.scale,
         ctx.limit,
         needs_input_grad,
@@ -595,7 +627,7 @@ def _autograd(
     grad_weight = grad_rows if needs_weight_grad else None
     if needs_weight_grad and class_ids is not None:
         grad_weight = _scattered(class_ids, grad_rows, weight.shape)
-    return (grad_input if needs_input_grad else None, grad_weight, *[None] * 7)
+    return (grad_input if needs_input_grad else None, grad_weight, *[None] * 8)
 
 
 def _scattered(class_ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
