@@ -69,7 +69,7 @@ def test_margin_peers_compute_what_ours_does():
         return loss, work.input.grad, weight_grad
 
     ours = run("ours")
-    for name in ("eager torch", "eager torch, lean", "pytorch-metric-learning"):
+    for name in ("ours, workspace", "eager torch", "eager torch, lean", "pytorch-metric-learning"):
         if name == "pytorch-metric-learning":
             pytest.importorskip("pytorch_metric_learning")
         for mine, theirs in zip(ours, run(name), strict=True):
