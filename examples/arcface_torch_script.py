@@ -17,6 +17,7 @@ import torch.distributed as dist
 from synface.backbone import IResNet
 from synface.data import embedded_faces, normalise
 from synface.heads import PartialFC as PartialFC_V2
+from synface.ranks import leave
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -117,7 +118,7 @@ def main() -> None:
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     train(args)
-    dist.destroy_process_group()
+    leave()  # dist.destroy_process_group(), once nothing is left that could hold the group
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from synface.ranks import leave
 
 
 def on_ranks(ranks: int, main: Callable[[int, int], Any], tmp_path: Path) -> list[Any]:
@@ -24,7 +24,4 @@ def _rank(rank: int, ranks: int, path: str, main: Callable[[int, int], Any]) -> 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
     torch.save(main(rank, ranks), f"{path}.{rank}")
-    dist.destroy_process_group()
-    # The group's threads are joined when the last reference to it goes, which may be part of a
-    # cycle. A thread that drops a tensor while the interpreter ends would abort the process.
-    gc.collect()
+    leave()

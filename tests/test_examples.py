@@ -15,15 +15,20 @@ from synface.optim import RowSGD
 import synface_kernels as sk
 from examples import arcface_torch_script
 from tests.ranks import on_ranks
+from tests.watched import LATE_GLOO
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+WATCHED = str(EXAMPLES.parent / "tests" / "watched.py")
 RUNS = [
-    ("plain_torch", "torch", []),
-    ("lightning_module", "pytorch_lightning", ["--precision", "bf16-mixed"]),
-    ("lightning_module", "pytorch_lightning", ["--devices", "2"]),
-    ("accelerate_loop", "accelerate", ["--mixed-precision", "bf16"]),
-    ("metric_learning_trainer", "pytorch_metric_learning", []),
-    ("arcface_torch_script", "torch", ["--fp16", "--sample-rate", "0.5"]),
+    (1, "plain_torch", "torch", []),
+    (1, "lightning_module", "pytorch_lightning", ["--precision", "bf16-mixed"]),
+    (1, "lightning_module", "pytorch_lightning", ["--devices", "2"]),  # starts the other itself
+    (1, "accelerate_loop", "accelerate", ["--mixed-precision", "bf16"]),
+    (2, "accelerate_loop", "accelerate", []),
+    (2, "accelerate_loop", "accelerate", ["--shard"]),
+    (1, "metric_learning_trainer", "pytorch_metric_learning", []),
+    (2, "metric_learning_trainer", "pytorch_metric_learning", []),
+    (1, "arcface_torch_script", "torch", ["--fp16", "--sample-rate", "0.5"]),
 ]
 
 LIGHTNING = """
@@ -50,25 +55,66 @@ for epochs in (1, 20):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "package", "options"), RUNS)
-def test_the_loss_falls(name, package, options):
+@pytest.mark.parametrize(("ranks", "name", "package", "options"), RUNS)
+def test_the_loss_falls(ranks, name, package, options):
     pytest.importorskip(package, reason=f"{package} is not installed")
-    small = ["--epochs", "3", "--identities", "21"]  # 11 and 10 on two ranks
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *small, *options]
-    losses = losses_printed_by(command)
+    script = [str(EXAMPLES / f"{name}.py"), "--epochs", "3", "--identities", "21"]
+    late = ranks > 1 and not options  # the others exchange at every step, each time as late
+    losses = losses_printed_by(watched(ranks, [LATE_GLOO] * late + script + options))
     assert len(losses) == 3
     assert losses[0] > losses[1] > losses[2]
 
 
+def watched(ranks, arguments):
+    """The command that runs a script, on so many ranks (21 identities are 11 and 10 on two)."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [sys.executable, *launcher * (ranks > 1), WATCHED, *arguments]
+
+
 def losses_printed_by(command):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = run_to_its_end(command)
     assert run.returncode == 0, run.stdout + run.stderr
     return [float(x) for x in re.findall(r"^epoch \d+: loss ([\d.]+)", run.stdout, re.MULTILINE)]
 
 
+def run_to_its_end(command, environment=()):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment)
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(command, **options)
+
+
+STALL = """
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional  # imported later, it would keep the group
+from synface.ranks import joined
+from torch.nn.parallel import DistributedDataParallel
+
+def train():
+    module = DistributedDataParallel(torch.nn.Linear(2, 2))
+    module.itself = module
+    module(torch.zeros(1, 2)).sum().backward()
+    dist.all_reduce(torch.ones(1))
+    raise RuntimeError("as expected")
+
+with joined("cpu"):
+    train()
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_leaves_its_group_while_gloo_still_holds_tensors(tmp_path):
+    script = tmp_path / "stall.py"
+    script.write_text(STALL)
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    torchrun = {"TORCHELASTIC_RUN_ID": "none"}
+    run = run_to_its_end(watched(1, [LATE_GLOO, str(script)]), alone | torchrun)
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "RuntimeError: as expected" in run.stderr
+
+
 def test_every_example_is_run():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {name for name, *_ in RUNS}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {name for _, name, *_ in RUNS}
 
 
 def arcface_torch(folder, epochs, resume=False):

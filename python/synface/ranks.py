@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+if dist.is_available():
+    # Its functions' defaults are the process group that there is when it is first imported, which
+    # torch does on its way, and would keep: so before there is one.
+    import torch.distributed.nn.functional
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,23 @@ def joined(device: str = "auto") -> Iterator[Rank]:
     try:
         yield Rank(dist.get_rank(), dist.get_world_size(), on)
     finally:
-        dist.destroy_process_group()
-        # The group's threads are joined when its last reference goes, which may be part of a cycle;
-        # one that drops a tensor while the interpreter ends would abort the process.
-        gc.collect()
+        leave()
+
+
+def leave() -> None:
+    """Ends the default process group, if there is one, and gloo's threads with it.
+
+    These may still hold tensors of the last exchange, and need the interpreter's lock to drop them.
+    Where a `DistributedDataParallel` is the last to let go of the group, it waits for the threads
+    with the lock held: forever (pytorch issue 56297). Where nobody lets go before the interpreter
+    ends, such a thread aborts the process. So the modules go first: those in cycles, and those in
+    the frames of an error that is on its way. What the callers hold is theirs to let go of.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    error = sys.exc_info()[1]
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    gc.collect()
+    dist.destroy_process_group()
