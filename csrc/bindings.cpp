@@ -1,5 +1,6 @@
 // The CPU implementations of the ops. Their schemas live in Python, beside what they mean.
 #include <limits>
+#include <numeric>
 #include <string_view>
 #include <unordered_map>
 
@@ -153,51 +154,70 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> margi
   return {lse, most, cosine, filtered, sum, mean, center_sum, cosines};
 }
 
+// What the backward passes share.
+struct MarginBackward {
+  MarginBackward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& class_ids,
+                 const Tensor& labels, const Tensor& negative_lse, const Tensor& mean_center,
+                 const Tensor& center_sum, const Tensor& kept, const Tensor& grad_negative_lse,
+                 const Tensor& grad_target_cosine, const Tensor& grad_cosine_sum, double scale,
+                 double limit, bool needs_input_grad)
+      : in(input, weight, class_ids, labels, scale, limit),
+        lse(negative_lse.contiguous()),
+        mean(mean_center.contiguous()),
+        all(center_sum.contiguous()),
+        cosines(kept.contiguous()),
+        grad_lse(grad_negative_lse.contiguous()),
+        grad_cosine(grad_target_cosine.contiguous()),
+        grad_sum(grad_cosine_sum.contiguous()),
+        grad_input(
+            at::empty(needs_input_grad ? input.sizes() : at::IntArrayRef{0}, input.options())) {
+    TORCH_CHECK_VALUE(!needs_input_grad || mean.sizes() == input.sizes(),
+                      "mean_center must be of input's shape, got ", mean.sizes());
+    TORCH_CHECK_VALUE(
+        all.numel() == 0 || (all.numel() == input.size(1) && grad_sum.numel() == input.size(0)),
+        "center_sum must be (D,) and grad_cosine_sum (N,), got ", all.sizes(), " and ",
+        grad_sum.sizes());
+    TORCH_CHECK_VALUE(kept.dim() == 2 && kept.size(1) == input.size(0) &&
+                          kept.size(0) <= in.classes() * in.sub_centers,
+                      "kept must be of cosines with N embeddings, got ", kept.sizes());
+  }
+  // Of the centres, into grad_rows if that is not empty, or to `take`.
+  void run(const Tensor& grad_rows, const margin_cross_entropy::TakeRows& take = {}) const {
+    with_statistics_type(in.input, [&](auto zero) {
+      using T = decltype(zero);
+      const auto if_any = [](const Tensor& to) { return to.numel() ? to.data_ptr() : nullptr; };
+      margin_cross_entropy::backward<T>(
+          in.problem(), torch_runtime(),
+          {lse.const_data_ptr<double>(),
+           mean.const_data_ptr<T>(),
+           all.const_data_ptr<double>(),
+           grad_lse.const_data_ptr<double>(),
+           grad_cosine.const_data_ptr<double>(),
+           all.numel() ? grad_sum.const_data_ptr<double>() : nullptr,
+           {cosines.const_data_ptr<T>(), cosines.size(0) / in.sub_centers}},
+          if_any(grad_input), if_any(grad_rows), take);
+    });
+  }
+  MarginInputs in;
+  Tensor lse, mean, all, cosines, grad_lse, grad_cosine, grad_sum, grad_input;
+};
+
 std::tuple<Tensor, Tensor> margin_backward(
     const Tensor& input, const Tensor& weight, const std::optional<Tensor>& class_ids,
     const Tensor& labels, const Tensor& negative_lse, const Tensor& mean_center,
     const Tensor& center_sum, const Tensor& kept, const Tensor& grad_negative_lse,
     const Tensor& grad_target_cosine, const Tensor& grad_cosine_sum, double scale, double limit,
     bool needs_input_grad, bool needs_weight_grad) {
-  const MarginInputs in(input, weight, class_ids, labels, scale, limit);
-  TORCH_CHECK_VALUE(!needs_input_grad || mean_center.sizes() == input.sizes(),
-                    "mean_center must be of input's shape, got ", mean_center.sizes());
-  const bool sums = center_sum.numel() > 0;
-  TORCH_CHECK_VALUE(
-      !sums || (center_sum.numel() == input.size(1) && grad_cosine_sum.numel() == input.size(0)),
-      "center_sum must be (D,) and grad_cosine_sum (N,), got ", center_sum.sizes(), " and ",
-      grad_cosine_sum.sizes());
-  TORCH_CHECK_VALUE(kept.dim() == 2 && kept.size(1) == input.size(0) &&
-                        kept.size(0) <= in.classes() * in.sub_centers,
-                    "kept must be of cosines with N embeddings, got ", kept.sizes());
+  const MarginBackward backward(input, weight, class_ids, labels, negative_lse, mean_center,
+                                center_sum, kept, grad_negative_lse, grad_target_cosine,
+                                grad_cosine_sum, scale, limit, needs_input_grad);
   std::vector<int64_t> rows = weight.sizes().vec();
-  rows[0] = in.classes();
-  const auto empty = [](bool wanted, at::IntArrayRef shape, const Tensor& like) {
-    return at::empty(wanted ? shape : at::IntArrayRef{0}, like.options());
-  };
-  Tensor grad_input = empty(needs_input_grad, input.sizes(), input),
-         grad_rows = empty(needs_weight_grad, rows, weight);
+  rows[0] = backward.in.classes();
+  const Tensor grad_rows =
+      at::empty(needs_weight_grad ? at::IntArrayRef(rows) : at::IntArrayRef{0}, weight.options());
   advise_huge_pages(grad_rows);
-  const Tensor lse = negative_lse.contiguous(), mean = mean_center.contiguous(),
-               all = center_sum.contiguous(), cosines = kept.contiguous(),
-               grad_lse = grad_negative_lse.contiguous(),
-               grad_cosine = grad_target_cosine.contiguous(),
-               grad_sum = grad_cosine_sum.contiguous();
-  with_statistics_type(input, [&](auto zero) {
-    using T = decltype(zero);
-    margin_cross_entropy::backward<T>(
-        in.problem(), torch_runtime(),
-        {lse.const_data_ptr<double>(),
-         mean.const_data_ptr<T>(),
-         all.const_data_ptr<double>(),
-         grad_lse.const_data_ptr<double>(),
-         grad_cosine.const_data_ptr<double>(),
-         sums ? grad_sum.const_data_ptr<double>() : nullptr,
-         {cosines.const_data_ptr<T>(), cosines.size(0) / in.sub_centers}},
-        needs_input_grad ? grad_input.data_ptr() : nullptr,
-        needs_weight_grad ? grad_rows.data_ptr() : nullptr);
-  });
-  return {grad_input, grad_rows};
+  backward.run(grad_rows);
+  return {backward.grad_input, grad_rows};
 }
 
 using hypersphere_repulsion::Points;
@@ -437,14 +457,15 @@ row_update::State state_of(const std::optional<Tensor>& rows, const Tensor& like
 }
 
 struct RowInputs {
-  RowInputs(const Tensor& weight, const std::optional<Tensor>& row_grad, const Tensor& class_ids,
-            const std::optional<Tensor>& last_step, int64_t step, std::optional<int64_t> seed)
+  RowInputs(const Tensor& weight, const std::optional<Tensor>& row_grad,
+            const std::optional<Tensor>& class_ids, const std::optional<Tensor>& last_step,
+            int64_t step, std::optional<int64_t> seed)
       : gradient(row_grad ? with_contiguous_rows(*row_grad) : Tensor()),
-        class_ids(class_ids.contiguous()),
+        class_ids(class_ids ? class_ids->contiguous() : Tensor()),
         problem{state_of(weight, weight),
                 row_grad ? rows_of(gradient) : Rows{nullptr, Dtype::f32, 0, 0, 0},
-                this->class_ids.const_data_ptr<int64_t>(),
-                class_ids.numel(),
+                class_ids ? this->class_ids.const_data_ptr<int64_t>() : nullptr,
+                class_ids ? class_ids->numel() : 0,
                 weight.size(1),
                 step,
                 last_step ? last_step->data_ptr() : nullptr,
@@ -479,6 +500,60 @@ void row_adamw(const Tensor& weight, const std::optional<Tensor>& row_grad, cons
   });
 }
 
+Tensor margin_update(const Tensor& input, const Tensor& weight,
+                     const std::optional<Tensor>& class_ids, const Tensor& labels,
+                     const Tensor& negative_lse, const Tensor& mean_center,
+                     const Tensor& center_sum, const Tensor& kept, const Tensor& grad_negative_lse,
+                     const Tensor& grad_target_cosine, const Tensor& grad_cosine_sum, double scale,
+                     double limit, bool needs_input_grad, std::string_view rule,
+                     at::TensorList states, const std::optional<Tensor>& last_step,
+                     at::ArrayRef<double> numbers, int64_t step, std::optional<int64_t> seed) {
+  const MarginBackward backward(input, weight, class_ids, labels, negative_lse, mean_center,
+                                center_sum, kept, grad_negative_lse, grad_target_cosine,
+                                grad_cosine_sum, scale, limit, needs_input_grad);
+  const Tensor matrix = weight.flatten(1);
+  for (const Tensor& view : {matrix, backward.in.weight}) {
+    TORCH_CHECK_VALUE(view.const_data_ptr() == weight.const_data_ptr(),
+                      "weight must have contiguous rows, got strides ", weight.strides());
+  }
+  const RowInputs rows(matrix, std::nullopt, class_ids, last_step, step, seed);
+  // step(problem) with a tile's rows
+  const auto run = [&](const auto& take_step) {
+    backward.run({}, [&](Range classes, const void* gradient) {
+      row_update::Problem tile = rows.problem;
+      std::vector<int64_t> ids(class_ids ? 0 : size_t(classes.size()));
+      std::iota(ids.begin(), ids.end(), classes.begin);
+      tile.class_ids = class_ids ? tile.class_ids + classes.begin : ids.data();
+      tile.count = classes.size();
+      tile.gradient = {gradient, tile.weight.dtype, tile.count, tile.cols, tile.cols};
+      take_step(tile);
+    });
+  };
+  with_statistics_type(weight, [&](auto zero) {
+    using T = decltype(zero);
+    const Runtime runtime = one_thread();
+    const auto state = [&](size_t i) {
+      return state_of(i < states.size() ? std::optional(states[i]) : std::nullopt, matrix);
+    };
+    TORCH_CHECK_VALUE(numbers.size() == 5, "numbers must be 5, got ", numbers.size());
+    if (rule == "sgd") {
+      const row_update::Sgd options{numbers[0], numbers[1], numbers[2], numbers[3],
+                                    numbers[4] != 0};
+      run([&](const row_update::Problem& tile) {
+        row_update::sgd<T>(tile, state(0), options, runtime);
+      });
+    } else {
+      TORCH_CHECK_VALUE(rule == "adamw" && states.size() == 2,
+                        "rule must be sgd or adamw, with its states, got ", rule);
+      const row_update::AdamW options{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]};
+      run([&](const row_update::Problem& tile) {
+        row_update::adamw<T>(tile, state(0), state(1), options, runtime);
+      });
+    }
+  });
+  return backward.grad_input;
+}
+
 std::tuple<Tensor, Tensor> draw_classes(const Tensor& target, int64_t classes, int64_t wanted,
                                         int64_t seed, int64_t ignore) {
   const Tensor labels = target.contiguous();
@@ -502,6 +577,7 @@ TORCH_LIBRARY_IMPL(synface_kernels, CPU, library) {
   library.impl("hypersphere_repulsion_pairs_cpu", repulsion_pairs);
   library.impl("margin_cross_entropy_forward_cpu", margin_forward);
   library.impl("margin_cross_entropy_backward_cpu", margin_backward);
+  library.impl("margin_cross_entropy_update_cpu", margin_update);
   library.impl("row_update_adamw_cpu", row_adamw);
   library.impl("row_update_sgd_cpu", row_sgd);
   library.impl("sample_classes_cpu", draw_classes);

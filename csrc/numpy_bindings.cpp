@@ -20,12 +20,6 @@ namespace {
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
-Runtime one_thread() {
-  return {1, [](int tasks, const std::function<void(int)>& run) {
-            for (int task = 0; task < tasks; ++task) run(task);
-          }};
-}
-
 template <class T>
 Rows rows_of(const Array<T>& matrix) {
   return {matrix.data(), std::is_same_v<T, double> ? Dtype::f64 : Dtype::f32, matrix.shape(0),

@@ -12,6 +12,12 @@ struct Runtime {
   std::function<void(int tasks, const std::function<void(int task)>&)> parallel;
 };
 
+inline Runtime one_thread() {
+  return {1, [](int tasks, const std::function<void(int)>& run) {
+            for (int task = 0; task < tasks; ++task) run(task);
+          }};
+}
+
 // Element types that arrive from outside.
 enum class Dtype { f32, f64, bf16, f16, u8 };
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .ops.margin_cross_entropy.margins import ArcFace, CombinedMargin, CosFace, SphereFace
     from .ops.margin_cross_entropy.op import MarginStats, margin_cross_entropy
     from .ops.row_update.op import row_adamw_, row_sgd_
+    from .ops.row_update.updates import AdamWUpdate, SGDUpdate
     from .ops.sample_classes.op import sample_classes
 
 try:
@@ -34,6 +35,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 # Where the public names live. Where torch is not imported yet, they are when first asked for, so
 # that `synface_kernels.numpy` can be imported without torch.
 _HOMES = {
+    "AdamWUpdate": "ops.row_update.updates",
     "ArcFace": "ops.margin_cross_entropy.margins",
     "ClosestPair": "ops.hypersphere_repulsion.energies",
     "CombinedMargin": "ops.margin_cross_entropy.margins",
@@ -46,6 +48,7 @@ _HOMES = {
     "MarginStats": "ops.margin_cross_entropy.op",
     "MaxCosine": "ops.hypersphere_repulsion.energies",
     "Riesz": "ops.hypersphere_repulsion.energies",
+    "SGDUpdate": "ops.row_update.updates",
     "SphereFace": "ops.margin_cross_entropy.margins",
     "domain_mixup": "ops.domain_mixup.op",
     "explain": "_select",
@@ -59,6 +62,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdamWUpdate",
     "ArcFace",
     "ClosestPair",
     "CombinedMargin",
@@ -71,6 +75,7 @@ __all__ = [
     "MarginStats",
     "MaxCosine",
     "Riesz",
+    "SGDUpdate",
     "SphereFace",
     "domain_mixup",
     "explain",

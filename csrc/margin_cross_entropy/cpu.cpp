@@ -654,19 +654,22 @@ template <class T, class Operand>
 void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T>& x,
                      const std::vector<Packed<Operand>>& blocks,
                      const std::vector<Packed<Operand>>& transposed, const Softmax<T>& softmax,
-                     Range classes, const Upstream<T>& from, void* grad_rows) {
+                     Range classes, const Upstream<T>& from, void* grad_rows,
+                     const TakeRows& take) {
   const int64_t dim = x.dim, k = p.labels_per_row, m = p.sub_centers;
   const int64_t width = tile_classes(p, classes);
   const bool direct = p.weight.dtype == dtype_of<T>;
   const int64_t height = std::min(kBlock, x.count());
   const Products<T, Operand> products(x, loops, width * m, height);
   Negatives<T, Operand> tile(p, loops, x, products, width * m, height);
+  const int64_t row_bytes = dim * int64_t(bytes(p.weight.dtype));
   Buffer<T> scratch(direct ? 0 : width * m * dim);
+  Buffer<char> taken(take ? width * m * row_bytes : 0);
   Centers<T> centers(p, loops, width * m);
   Targets<T> targets(p, loops);
   for (int64_t c0 = classes.begin; c0 < classes.end; c0 += width) {
     const Range own{c0, std::min(c0 + width, classes.end)};
-    char* out = static_cast<char*>(grad_rows) + size_t(c0 * m * dim) * bytes(p.weight.dtype);
+    char* out = take ? taken.get() : static_cast<char*>(grad_rows) + c0 * m * row_bytes;
     T* gradient = direct ? reinterpret_cast<T*>(out) : scratch.get();
     centers.read({own.begin * m, own.end * m});
     const int64_t n = centers.size();
@@ -698,12 +701,27 @@ void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T
       });
     }
     if (!direct) loops.store(gradient, out, p.weight.dtype, n * dim);
+    if (take) take(own, out);
+  }
+}
+
+// Of no rows.
+void zero_weight_gradient(const Problem& p, void* grad_rows, const TakeRows& take) {
+  const int64_t row_bytes = p.sub_centers * p.input.cols * int64_t(bytes(p.weight.dtype));
+  if (!take) {
+    std::fill_n(static_cast<char*>(grad_rows), p.classes * row_bytes, char(0));
+    return;
+  }
+  const int64_t width = tile_classes(p, {0, p.classes});
+  const std::vector<char> zeros(width * row_bytes);
+  for (int64_t c0 = 0; c0 < p.classes; c0 += width) {
+    take({c0, std::min(c0 + width, p.classes)}, zeros.data());
   }
 }
 
 template <class Operand, class T>
 void backward_by(const Problem& p, const Runtime& runtime, const Upstream<T>& from,
-                 void* grad_input, void* grad_rows) {
+                 void* grad_input, void* grad_rows, const TakeRows& take) {
   check(p);
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
   const int64_t dim = p.input.cols, centers = p.classes * p.sub_centers;
@@ -722,12 +740,8 @@ void backward_by(const Problem& p, const Runtime& runtime, const Upstream<T>& fr
       }
     });
   }
-  if (grad_rows) {
-    if (x.count() == 0) {
-      std::fill_n(static_cast<char*>(grad_rows), size_t(centers * dim) * bytes(p.weight.dtype),
-                  char(0));
-      return;
-    }
+  if (grad_rows || take) {
+    if (x.count() == 0) return zero_weight_gradient(p, grad_rows, take);
     const int64_t tasks = std::min(
         {task_count(runtime, x.count() * centers * dim), p.classes, ceil_div(centers, kTile / 8)});
     const Softmax<T> softmax(p, x, from);
@@ -741,7 +755,7 @@ void backward_by(const Problem& p, const Runtime& runtime, const Upstream<T>& fr
                                        transposed = pack_blocks<Operand>(x, rows, true);
     runtime.parallel(int(tasks), [&](int task) {
       weight_gradient(p, loops, x, blocks, transposed, softmax, part_of(p.classes, tasks, task),
-                      from, grad_rows);
+                      from, grad_rows, take);
     });
   }
 }
@@ -758,18 +772,19 @@ void forward(const Problem& p, const Runtime& runtime, const Statistics<T>& out)
 
 template <class T>
 void backward(const Problem& p, const Runtime& runtime, const Upstream<T>& from, void* grad_input,
-              void* grad_rows) {
+              void* grad_rows, const TakeRows& take) {
   if constexpr (std::is_same_v<T, float>) {
     if (multiplies_bf16(p)) {
-      return backward_by<uint16_t>(p, runtime, from, grad_input, grad_rows);
+      return backward_by<uint16_t>(p, runtime, from, grad_input, grad_rows, take);
     }
   }
-  backward_by<T>(p, runtime, from, grad_input, grad_rows);
+  backward_by<T>(p, runtime, from, grad_input, grad_rows, take);
 }
 
-#define SYNFACE_INSTANTIATE(T)                                                    \
-  template void forward<T>(const Problem&, const Runtime&, const Statistics<T>&); \
-  template void backward<T>(const Problem&, const Runtime&, const Upstream<T>&, void*, void*);
+#define SYNFACE_INSTANTIATE(T)                                                                \
+  template void forward<T>(const Problem&, const Runtime&, const Statistics<T>&);             \
+  template void backward<T>(const Problem&, const Runtime&, const Upstream<T>&, void*, void*, \
+                            const TakeRows&);
 SYNFACE_INSTANTIATE(float)
 SYNFACE_INSTANTIATE(double)
 

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
+#include "memory.h"
 #include "runtime.h"
 
 namespace synface::margin_cross_entropy {
@@ -59,11 +61,15 @@ struct Upstream {
   Kept<const T> kept = {};
 };
 
+// Takes the gradient of the centres of some of the S classes, contiguous and of the weight's dtype.
+// Nothing reads these centres any more. Several threads call it, for a tile of classes at a time.
+using TakeRows = std::function<void(Range classes, const void* rows)>;
+
 // grad_input (N, D) and grad_rows (S·M, D) are contiguous, of their inputs' dtypes; either may be
-// null: then it is not computed. A row of which nothing is asked gives no gradient, whatever it
-// holds.
+// null: then it is not computed, except that grad_rows goes to `take` if there is one. A row of
+// which nothing is asked gives no gradient, whatever it holds.
 template <class T>
 void backward(const Problem& problem, const Runtime& runtime, const Upstream<T>& upstream,
-              void* grad_input, void* grad_rows);
+              void* grad_input, void* grad_rows, const TakeRows& take = {});
 
 }  // namespace synface::margin_cross_entropy

@@ -15,13 +15,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..row_update import kernel_triton as row_update
+
+# Takes the gradient of the centres of classes from one on, rows (·, D) that are then written over.
+TakeRows = Callable[[int, Tensor], None]
 
 # What the tiled design may hold at a time.
 WORKSPACE_BYTES = 64 << 20
@@ -639,6 +644,91 @@ def backward(
     Raises:
         ValueError: for float64, which has no kernel here.
     """
+    shape = (_count(weight, class_ids), *weight.shape[1:])
+    grad_rows = weight.new_empty(shape if needs_weight_grad else 0)
+    if input.shape[0] == 0:
+        grad_rows.zero_()
+    grad_input = _backward(
+        input, weight, class_ids, labels, negative_lse, mean_center, center_sum, grad_negative_lse,
+        grad_target_cosine, grad_cosine_sum, scale, limit, needs_input_grad,
+        _centers(grad_rows) if needs_weight_grad else None, None,
+    )  # fmt: skip
+    return grad_input, grad_rows
+
+
+def update(
+    input: Tensor,
+    weight: Tensor,
+    class_ids: Tensor | None,
+    labels: Tensor,
+    negative_lse: Tensor,
+    mean_center: Tensor,
+    center_sum: Tensor,
+    grad_negative_lse: Tensor,
+    grad_target_cosine: Tensor,
+    grad_cosine_sum: Tensor,
+    scale: float,
+    limit: float,
+    needs_input_grad: bool,
+    rule: str,
+    states: list[Tensor],
+    last_step: Tensor | None,
+    numbers: list[float],
+    step: int,
+    seed: int | None,
+) -> Tensor:
+    """`backward`, in which each tile's gradient goes into an optimiser's step on its centres.
+
+    Args:
+        input … needs_input_grad: as in `backward`; the weight's rows are contiguous, and written.
+        rule … seed: as `row_update.updates` has them; states are (C, M·D).
+
+    Returns:
+        grad_input, as `backward`.
+
+    Memory above the gradient: as backward's tile, and M·D more of the weight per class.
+    """
+    matrix = weight.flatten(1)
+
+    def take(start: int, rows: Tensor) -> None:
+        rows = rows.view(-1, matrix.shape[1])
+        end = start + rows.shape[0]
+        if class_ids is None:
+            ids = torch.arange(start, end, device=weight.device)
+        else:
+            ids = class_ids[start:end]
+        tile = row_update.Update(matrix, rows, ids, last_step, step, seed)
+        own: list[Any] = [*states, *numbers]
+        if rule == "sgd":
+            own = [states[0] if states else None, *numbers[:-1], bool(numbers[-1])]
+        getattr(row_update, rule)(tile, *own)
+
+    if input.shape[0] == 0:
+        take(0, weight.new_zeros(matrix.shape[1]).expand(_count(weight, class_ids), -1))
+    return _backward(
+        input, weight, class_ids, labels, negative_lse, mean_center, center_sum, grad_negative_lse,
+        grad_target_cosine, grad_cosine_sum, scale, limit, needs_input_grad, None, take,
+    )  # fmt: skip
+
+
+def _backward(
+    input: Tensor,
+    weight: Tensor,
+    class_ids: Tensor | None,
+    labels: Tensor,
+    negative_lse: Tensor,
+    mean_center: Tensor,
+    center_sum: Tensor,
+    grad_negative_lse: Tensor,
+    grad_target_cosine: Tensor,
+    grad_cosine_sum: Tensor,
+    scale: float,
+    limit: float,
+    needs_input_grad: bool,
+    grad_rows: Tensor | None,
+    take: TakeRows | None,
+) -> Tensor:
+    """The input's gradient; the centres' goes into grad_rows (S·M, D), or to `take`."""
     input, weight, labels = _check(input, weight, labels)
     n, d = input.shape
     negative_lse, mean_center = negative_lse.float().contiguous(), mean_center.contiguous()
@@ -646,10 +736,8 @@ def backward(
     grad_target_cosine = grad_target_cosine.float().contiguous()
     grad_cosine_sum = grad_cosine_sum.contiguous()
     grad_input = input.new_empty((n, d) if needs_input_grad else 0)
-    shape = (_count(weight, class_ids), *weight.shape[1:])
-    grad_rows = weight.new_empty(shape if needs_weight_grad else 0)
     if n == 0:
-        return grad_input, grad_rows.zero_()
+        return grad_input
     with _on_device_of(input):
         cosine = torch.empty_like(grad_target_cosine)
         target_rows = _find_targets(input, weight, class_ids, labels, cosine)
@@ -661,16 +749,17 @@ def backward(
                 input.stride(0), centers.stride(0), scale, D=d, K=labels.shape[1],
                 SUM=center_sum.numel() > 0, **_one_row_config(d),
             )  # fmt: skip
-        if needs_weight_grad:
+        if grad_rows is not None or take is not None:
             _fill_grad_rows(
-                _centers(grad_rows), input, weight, class_ids, labels, target_rows, negative_lse,
+                grad_rows, take, input, weight, class_ids, labels, target_rows, negative_lse,
                 grad_negative_lse, grad_target_cosine, grad_cosine_sum, scale, limit,
             )  # fmt: skip
-    return grad_input, grad_rows
+    return grad_input
 
 
 def _fill_grad_rows(
-    grad_rows: Tensor,
+    grad_rows: Tensor | None,
+    take: TakeRows | None,
     input: Tensor,
     weight: Tensor,
     class_ids: Tensor | None,
@@ -697,8 +786,10 @@ def _fill_grad_rows(
     x = input.to(factor)
     in_place = weight.dtype == torch.float32
     per_center = _bytes_per_center(input, weight, class_ids) + (0 if in_place else 4 * d)
+    per_center += 0 if take is None else weight.itemsize * d
     tiles = _Tiles(input, weight, class_ids, product, per_center)
     sums = None if in_place else negative_lse.new_empty((tiles.stride, d))
+    tile_rows = weight.new_empty((tiles.stride, d)) if grad_rows is None else None
     config, row_config = _tile_config(n), _row_config(d)
     gradient = tiles.factor(factor)
     common = None  # to all centres, from the sum of all cosines
@@ -715,7 +806,10 @@ def _fill_grad_rows(
             FILTER=limit < math.inf, **config,
         )  # fmt: skip
         first = start * tiles.sub_centers
-        out = grad_rows[first : first + count]
+        if tile_rows is not None:
+            out = tile_rows[:count]
+        elif grad_rows is not None:
+            out = grad_rows[first : first + count]
         a = _mm(gradient[:, :count].t(), x, out if sums is None else sums[:count])
         if common is not None:
             a += common
@@ -723,6 +817,8 @@ def _fill_grad_rows(
             _grad_weight_kernel, (triton.cdiv(count, row_config["BLOCK_R"]),), own, weight_r, a,
             out, count, own.stride(0), D=d, **row_config,
         )  # fmt: skip
+        if take is not None:
+            take(start, out)
 
 
 class _Tiles:

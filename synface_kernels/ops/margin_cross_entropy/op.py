@@ -9,16 +9,20 @@ nothing is subtracted from a log-sum-exp that they dominate.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..._check import describe, require
 from ..._load import library
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
+from ..row_update.updates import AdamWUpdate, SGDUpdate
 from . import reference, sharded
+from . import update as fused
 from .margins import ArcFace, CombinedMargin
 
 OP = "margin_cross_entropy"
@@ -75,6 +79,7 @@ def margin_cross_entropy(
     class_ids: Tensor | None = None,
     group: Any = None,
     class_start: int = 0,
+    update: SGDUpdate | AdamWUpdate | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: Literal["none", "mean", "sum"] = "mean",
@@ -131,6 +136,16 @@ def margin_cross_entropy(
             travels, and for the factor that a backbone in `DistributedDataParallel` needs.
         class_start: the first of this rank's classes. The ranks' classes must cover [0, C) without
             a hole or an overlap.
+        update: an `SGDUpdate` or `AdamWUpdate`: the backward pass takes this step on ``weight``,
+            in place, and the weight's gradient is never held, only a tile of it. Centres and states
+            become bit for bit what `row_sgd_` or `row_adamw_` would make of them with the gradient
+            (and with ``class_ids``, if given). Weight must not require grad, and be float32,
+            bfloat16 or float64. Each forward pass has one backward pass, before the next: so
+            gradients cannot be accumulated, nor clipped by a norm, nor looked at before the step.
+            Whatever multiplies the loss, as `torch.amp.GradScaler` does, multiplies the centres'
+            gradient; a step cannot be left out afterwards. Under no_grad there is no step. With
+            a group each rank gives the same rule, numbers and step, with its own rows' states.
+            Not inside `torch.compile`.
         ignore_index: a label to leave out. A row of nothing else costs nothing, has loss 0 and
             gradient 0, and is not counted by the mean; beside other labels it must have weight 0.
         reduction: ``"mean"`` over the rows that count (0 if there is none), ``"sum"``, ``"none"``.
@@ -152,9 +167,10 @@ def margin_cross_entropy(
     derivative.
 
     Memory above the inputs: forward O(N·(D + K)), buffers of at most 64 MiB, and ``workspace``,
-    which is held until the backward pass; backward the gradients and such buffers. Never N×C unless
-    ``workspace`` allows it, except in ``impl="reference"``. With a group N is that of all ranks,
-    and the embeddings of all of them, N·D, are held from forward to backward.
+    which is held until the backward pass; backward the gradients, with ``update`` the input's
+    alone, and such buffers. Never N×C unless ``workspace`` allows it, except in
+    ``impl="reference"``, which also holds the weight's gradient. With a group N is that of all
+    ranks, and the embeddings of all of them, N·D, are held from forward to backward.
 
     Raises:
         ValueError: for a wrong dtype, shape, device, label or weight. On a GPU labels and weights
@@ -168,6 +184,7 @@ def margin_cross_entropy(
     """
 
     def prepare() -> tuple[str, Tensor, Tensor]:
+        nonlocal update
         _check(
             input,
             weight,
@@ -190,8 +207,15 @@ def margin_cross_entropy(
         labels, label_weight = torch.ops.synface_kernels.margin_cross_entropy_targets(
             target, target_weight, places, num_classes, ignore_index
         )
+        if update is not None:
+            update = fused.checked(update, weight, class_ids)
         return resolve(OP, impl, (input, weight)), labels, label_weight
 
+    if update is not None and torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "update cannot be compiled, for it writes in the backward pass: call the head outside "
+            "of torch.compile, or in a function under torch.compiler.disable"
+        )
     shards = None
     if group is None:
         chosen, labels, label_weight = prepare()
@@ -210,9 +234,14 @@ def margin_cross_entropy(
             mix=mix,
             label_smoothing=label_smoothing,
             reduction=reduction,
+            update=fused.facts(update),
         )
+    if not torch.is_grad_enabled():
+        update = None
     dtype = _statistics_dtype(input)
     if chosen == "reference":
+        if update is not None:
+            input, weight = fused.Reference.apply(fused.anchor(), input, weight, update)
         if class_ids is not None:
             weight = _TakenRows.apply(weight, class_ids)
         loss, lse, cosine, top1 = reference.margin_cross_entropy(
@@ -226,23 +255,26 @@ def margin_cross_entropy(
         )
     else:
         needs_input_grad = torch.is_grad_enabled() and input.requires_grad
-        needs_weight_grad = torch.is_grad_enabled() and weight.requires_grad
+        needs_weight_grad = update is not None or (torch.is_grad_enabled() and weight.requires_grad)
 
         def core(input: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-            lse, most, cosine, filtered, cosine_sum, *_ = (
-                torch.ops.synface_kernels.margin_cross_entropy_forward(
-                    input,
-                    weight,
-                    class_ids,
-                    labels,
-                    margin.scale,
-                    margin.limit,
-                    needs_input_grad,
-                    label_smoothing > 0,
-                    workspace if needs_weight_grad else 0,
-                    chosen,
-                )
+            arguments = (
+                input,
+                weight,
+                class_ids,
+                labels,
+                margin.scale,
+                margin.limit,
+                needs_input_grad,
+                label_smoothing > 0,
+                workspace if needs_weight_grad else 0,
+                chosen,
             )
+            if update is None:
+                found = torch.ops.synface_kernels.margin_cross_entropy_forward(*arguments)
+            else:
+                found = _Updating.apply(fused.anchor(), *arguments, update)
+            lse, most, cosine, filtered, cosine_sum, *_ = found
             sums = [cosine]  # what adds up over the shards of a group, side by side
             if margin.limit < math.inf:
                 sums += [filtered[:, None]]
@@ -597,27 +629,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(input, weight, class_ids, labels, negative_lse, *kept)
 
 
-def _autograd(
-    ctx: Any,
-    grad_lse: Tensor | None,
-    _: Any,
-    grad_cosine: Tensor | None,
-    __: Any,
-    grad_sum: Tensor | None,
-    *___: Any,
-) -> tuple[Any, ...]:
-    input, weight, class_ids, *saved = ctx.saved_tensors
+def _upstream(saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The gradients that the backward ops take, of those of the forward op's outputs."""
     labels, negative_lse, _, center_sum, _ = saved
     zeros = negative_lse.new_zeros
+    grad_lse, _, grad_cosine, _, grad_sum, *_ = grads
+    return (
+        zeros(negative_lse.shape) if grad_lse is None else grad_lse,
+        zeros(labels.shape) if grad_cosine is None else grad_cosine,
+        zeros(len(labels) if len(center_sum) else 0) if grad_sum is None else grad_sum,
+    )
+
+
+def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    input, weight, class_ids, *saved = ctx.saved_tensors
     needs_input_grad, needs_weight_grad = ctx.needs_input_grad[:2]
     grad_input, grad_rows = torch.ops.synface_kernels.margin_cross_entropy_backward(
         input,
         weight,
         class_ids,
         *saved,
-        zeros(negative_lse.shape) if grad_lse is None else grad_lse,
-        zeros(labels.shape) if grad_cosine is None else grad_cosine,
-        zeros(len(labels) if len(center_sum) else 0) if grad_sum is None else grad_sum,
+        *_upstream(saved, grads),
         ctx.scale,
         ctx.limit,
         needs_input_grad,
@@ -628,6 +660,42 @@ def _autograd(
     if needs_weight_grad and class_ids is not None:
         grad_weight = _scattered(class_ids, grad_rows, weight.shape)
     return (grad_input if needs_input_grad else None, grad_weight, *[None] * 8)
+
+
+class _Updating(torch.autograd.Function):
+    """The op margin_cross_entropy_forward, whose backward pass takes an update's step.
+
+    apply(anchor, *arguments of the op, update)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        *inputs, ctx.update = arguments
+        output = torch.ops.synface_kernels.margin_cross_entropy_forward(*inputs)
+        _setup_context(ctx, tuple(inputs), output)
+        # What is saved might be moved elsewhere; it is this very tensor that is to be written.
+        ctx.weight, ctx.version = inputs[1], inputs[1]._version
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        fused.check_unmoved(ctx.weight, ctx.version)
+        input, _, class_ids, *saved = ctx.saved_tensors
+        needs_input_grad = ctx.needs_input_grad[1]
+        grad_input = torch.ops.synface_kernels.margin_cross_entropy_update(
+            input,
+            ctx.weight,
+            class_ids,
+            *saved,
+            *_upstream(saved, grads),
+            ctx.scale,
+            ctx.limit,
+            needs_input_grad,
+            *fused.arguments(ctx.update),
+            ctx.impl,
+        )
+        return None, grad_input if needs_input_grad else None, *[None] * 10
 
 
 def _scattered(class_ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:

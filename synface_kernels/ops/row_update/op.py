@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..._load import library
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
 from . import reference
 from .reference import Update
+from .updates import AdamWUpdate, RowUpdate, SGDUpdate
 
 OP = "row_update"
 register(OP, {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always})
@@ -97,25 +97,18 @@ def row_sgd_(
 
     Source: Sutskever et al., ICML 2013; the missed steps: docs/kernels/row_update.md.
     """
-    _check_numbers(lr=lr, momentum=momentum, weight_decay=weight_decay, dampening=dampening)
-    if (momentum_buffer is not None) != (momentum > 0):
-        raise ValueError(
-            "momentum_buffer is required just where momentum > 0, "
-            f"got {describe(momentum_buffer)} with momentum {momentum}"
-        )
-    if nesterov and (momentum <= 0 or dampening != 0):
-        raise ValueError(
-            "nesterov needs momentum > 0 and dampening = 0, "
-            f"got momentum {momentum} and dampening {dampening}"
-        )
-    _check(weight, row_grad, class_ids, {"momentum_buffer": momentum_buffer}, step, last_step, seed)
-    chosen = resolve(OP, impl, (weight,))
-    with torch.no_grad():
-        torch.ops.synface_kernels.row_update_sgd(
-            weight, row_grad, class_ids, momentum_buffer, last_step, lr, momentum, weight_decay,
-            dampening, nesterov, step or 0, seed, chosen,
-        )  # fmt: skip
-    return weight
+    update = SGDUpdate(
+        lr=lr,
+        momentum_buffer=momentum_buffer,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        dampening=dampening,
+        nesterov=nesterov,
+        step=step,
+        last_step=last_step,
+        seed=seed,
+    )
+    return take_step(update, weight, row_grad, class_ids, impl)
 
 
 def row_adamw_(
@@ -170,67 +163,63 @@ def row_adamw_(
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019; the missed
     steps: docs/kernels/row_update.md.
     """
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
-    _check_numbers(lr=lr, eps=eps, weight_decay=weight_decay, beta1=betas[0], beta2=betas[1])
-    if max(betas) >= 1:
-        raise ValueError(f"betas must be in [0, 1), got {tuple(betas)}")
-    if step is None:
-        raise TypeError("step must be an int, got NoneType")
-    states = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    for name, state in states.items():
-        if state is None:
-            raise TypeError(f"{name} must be a tensor, got NoneType")
-    _check(weight, row_grad, class_ids, states, step, last_step, seed)
-    chosen = resolve(OP, impl, (weight,))
+    update = AdamWUpdate(
+        exp_avg=exp_avg,
+        exp_avg_sq=exp_avg_sq,
+        step=step,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        last_step=last_step,
+        seed=seed,
+    )
+    return take_step(update, weight, row_grad, class_ids, impl)
+
+
+def take_step(
+    update: RowUpdate, weight: Tensor, row_grad: Tensor | None, class_ids: Tensor, impl: str
+) -> Tensor:
+    """`row_sgd_` or `row_adamw_`, as the update says."""
+    _check(update, weight, row_grad, class_ids)
+    op = getattr(torch.ops.synface_kernels, f"{OP}_{update.rule}")
     with torch.no_grad():
-        torch.ops.synface_kernels.row_update_adamw(
-            weight, row_grad, class_ids, exp_avg, exp_avg_sq, last_step, lr, *betas, eps,
-            weight_decay, step, seed, chosen,
-        )  # fmt: skip
+        op(
+            weight,
+            row_grad,
+            class_ids,
+            *update.states.values(),
+            update.last_step,
+            *update.numbers,
+            update.step or 0,
+            update.seed,
+            resolve(OP, impl, (weight,)),
+        )
     return weight
 
 
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _check_numbers(**numbers: float) -> None:
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {describe(value)}")
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be finite and ≥ 0, got {value}")
-
-
-def _check(
-    weight: Tensor,
-    row_grad: Tensor | None,
-    class_ids: Tensor,
-    states: Mapping[str, Tensor | None],
-    step: int | None,
-    last_step: Tensor | None,
-    seed: int | None,
-) -> None:
-    tensors = {"weight": weight, "class_ids": class_ids}
-    optional = {"row_grad": row_grad, "last_step": last_step, **states}
-    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+def check_states(update: RowUpdate, weight: Tensor) -> None:
+    """That an update and a weight (C, D) fit together."""
+    states = {"weight": weight, **update.states}
+    tensors = {**states, "last_step": update.last_step}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
+        if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
     for name, tensor in tensors.items():
-        if tensor.device != weight.device:
+        if tensor is not None and tensor.device != weight.device:
             raise ValueError(
                 f"{name} must be on weight's device {weight.device}, got {describe(tensor)}"
             )
-    double = weight.dtype == torch.float64
-    kept = (torch.float64,) if double else (torch.float32, torch.bfloat16)
-    for name in ("weight", *states):
-        state = tensors.get(name)
+    kept = _kept_dtypes(weight)
+    for name, state in states.items():
         if state is None:
             continue
         if state.dim() != 2 or state.shape != weight.shape or state.dtype not in kept:
             expected = (
-                "float64 like a float64 weight" if double and name != "weight"
+                "float64 like a float64 weight" if len(kept) == 1 and name != "weight"
                 else "float32, bfloat16 or float64" if name == "weight"
                 else "float32 or bfloat16"
             )  # fmt: skip
@@ -240,19 +229,7 @@ def _check(
             raise ValueError(
                 f"{name} must have contiguous rows, got strides {tuple(state.stride())}"
             )
-    if class_ids.dtype != torch.int64 or class_ids.dim() != 1:
-        raise ValueError(f"class_ids must be int64 of shape (S,), got {describe(class_ids)}")
-    if row_grad is not None:
-        allowed = kept if double else (*kept, torch.float16)
-        needed = (class_ids.shape[0], weight.shape[1])
-        if row_grad.shape != needed or row_grad.dtype not in allowed:
-            kinds = "float64" if double else "float32, bfloat16 or float16"
-            raise ValueError(
-                f"row_grad must be {kinds} of shape (S, D) = {needed} as class_ids and "
-                f"weight say, got {describe(row_grad)}"
-            )
-    elif last_step is None:
-        raise ValueError("row_grad may be None only with last_step")
+    last_step = update.last_step
     if last_step is not None and (
         last_step.dtype not in (torch.int64, torch.int32)
         or last_step.shape != weight.shape[:1]
@@ -262,16 +239,42 @@ def _check(
             "last_step must be int64 or int32, contiguous, of shape (C,) with "
             f"C = {weight.shape[0]}, got {describe(last_step)}"
         )
-    for name, value, least in (("step", step, 1), ("seed", seed, 0)):
-        if value is None:
+
+
+def _kept_dtypes(weight: Tensor) -> tuple[torch.dtype, ...]:
+    """Of weights and states."""
+    if weight.dtype == torch.float64:
+        return (torch.float64,)
+    return (torch.float32, torch.bfloat16)
+
+
+def _check(update: RowUpdate, weight: Tensor, row_grad: Tensor | None, class_ids: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor, got {describe(weight)}")
+    check_states(update, weight)
+    for name, tensor in (("class_ids", class_ids), ("row_grad", row_grad)):
+        if tensor is None and name == "row_grad":
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{name} must be an int, got {describe(value)}")
-        most = 2**31 if last_step is not None and last_step.dtype == torch.int32 else 2**63
-        if not least <= value < (most if name == "step" else 2**63):
-            raise ValueError(f"{name} must be in [{least}, {most}), got {value}")
-    if step is None and (last_step is not None or seed is not None):
-        raise ValueError("step is required with last_step or seed")
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
+        if tensor.device != weight.device:
+            raise ValueError(
+                f"{name} must be on weight's device {weight.device}, got {describe(tensor)}"
+            )
+    if class_ids.dtype != torch.int64 or class_ids.dim() != 1:
+        raise ValueError(f"class_ids must be int64 of shape (S,), got {describe(class_ids)}")
+    if row_grad is not None:
+        double = weight.dtype == torch.float64
+        allowed = _kept_dtypes(weight) + (() if double else (torch.float16,))
+        needed = (class_ids.shape[0], weight.shape[1])
+        if row_grad.shape != needed or row_grad.dtype not in allowed:
+            kinds = "float64" if double else "float32, bfloat16 or float16"
+            raise ValueError(
+                f"row_grad must be {kinds} of shape (S, D) = {needed} as class_ids and "
+                f"weight say, got {describe(row_grad)}"
+            )
+    elif update.last_step is None:
+        raise ValueError("row_grad may be None only with last_step")
 
 
 def _check_rows(update: Update) -> None:
@@ -287,10 +290,13 @@ def _check_rows(update: Update) -> None:
     inside = (ends >= 0) & (ends < weight.shape[0])
     require(inside, f"class_ids must be in [0, {weight.shape[0]})", ends)
     if last_step is not None:
-        last = last_step.index_select(0, class_ids)
-        due = update.until
-        message = f"last_step of the rows in class_ids must be in [0, {due}] at step {step}"
-        require((last >= 0) & (last <= due), message, last)
+        check_last_step(last_step.index_select(0, class_ids), update.until, step)
+
+
+def check_last_step(last: Tensor, due: int, step: int) -> None:
+    """That rows, of which these are the last steps, have not come further than is due."""
+    message = f"last_step of the rows in class_ids must be in [0, {due}] at step {step}"
+    require((last >= 0) & (last <= due), message, last)
 
 
 # ---- the ops -------------------------------------------------------------------------------------
@@ -312,14 +318,19 @@ def _run(name: str, states: int, *args: Any) -> None:
         getattr(reference, name)(update, *rest)
 
 
-def _mark_written(name: str, written: tuple[int, ...], keys: Any, *args: Any) -> None:
-    """Tells autograd: a graph that saved one of these raises in its backward pass."""
-    for i in written:
-        if args[i] is not None:
-            torch.autograd.graph.increment_version(args[i])
+def mark_written(name: str, written: Iterable[Tensor | None], keys: Any, *args: Any) -> Any:
+    """Runs an op, and tells autograd what it writes: a graph that saved one of these raises in its
+    backward pass."""
+    for tensor in written:
+        if tensor is not None:
+            torch.autograd.graph.increment_version(tensor)
     op = getattr(torch.ops.synface_kernels, name).default
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
+        return op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
+
+
+def _mark_written(name: str, states: int, keys: Any, *args: Any) -> None:
+    mark_written(name, [args[0], *args[3 : 4 + states]], keys, *args)
 
 
 # How many states an optimiser has besides the weight: schemas say weight, row_grad, class_ids, the
@@ -328,8 +339,5 @@ for _optimizer, _states in (("sgd", 1), ("adamw", 2)):
     _name = f"{OP}_{_optimizer}"
     for _key in ("CPU", "CUDA"):
         library.impl(_name, partial(_run, _optimizer, _states), _key)
-    _written = (0, *range(3, 4 + _states))
-    library.impl(
-        _name, partial(_mark_written, _name, _written), "ADInplaceOrView", with_keyset=True
-    )
+    library.impl(_name, partial(_mark_written, _name, _states), "ADInplaceOrView", with_keyset=True)
     torch.library.register_fake(f"synface_kernels::{_name}", lambda *args: None)

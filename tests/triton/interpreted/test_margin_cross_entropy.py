@@ -13,6 +13,7 @@ from torch import Tensor
 
 import synface_kernels as sk
 from synface_kernels.ops.margin_cross_entropy import kernel_triton, op
+from tests.centers import assert_bits
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -621,3 +622,22 @@ def test_public_function_without_gradients_is_fused(monkeypatch: pytest.MonkeyPa
         case.input.double(), case.weight.double(), target, impl="reference"
     )
     assert actual.item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+# ---- a backward pass that steps the centres ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype", "options"),
+    [
+        ("plain", F32, {}),
+        ("nesterov", F32, {"ids": True, "k": 2}),
+        ("adamw", F32, {"m": 2}),
+        ("nesterov", BF16, {"seed": 3, "input_dtype": BF16}),
+        ("adamw", BF16, {"seed": 3, "ids": True}),
+        ("nesterov", F32, {"n": 0}),
+    ],
+    ids=str,
+)
+def test_the_bits_of_backward_and_update(rule: str, dtype: torch.dtype, options: dict) -> None:
+    assert_bits(rule, dtype, **({"c": 21, "d": 8, "n": 5} | options), impl="triton")
