@@ -11,12 +11,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from synface.ranks import leave
 
+# What every rank would else take seconds to import; the server that has it forks the ranks.
+IMPORTED = ["pytest", "torch._dynamo", "torch.distributed.checkpoint", "synface.train"]
+
 
 def on_ranks(ranks: int, main: Callable[[int, int], Any], tmp_path: Path) -> list[Any]:
     """What main(rank, ranks) returns on each rank: tensors and plain values."""
     tmp_path.mkdir(exist_ok=True)
     path = str(tmp_path / "group")
-    mp.spawn(_rank, (ranks, path, main), nprocs=ranks)
+    mp.set_forkserver_preload(IMPORTED)
+    mp.start_processes(_rank, (ranks, path, main), nprocs=ranks, start_method="forkserver")
     return [torch.load(f"{path}.{rank}", weights_only=True) for rank in range(ranks)]
 
 

@@ -509,12 +509,12 @@ def test_a_killed_worker_costs_nothing(synthetic, real, tmp_path, mix_in_workers
 
 
 def children() -> list[int]:
-    """All but the helper that multiprocessing, once used, keeps."""
+    """All but the helpers that multiprocessing, once used, keeps."""
     text = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
     return [
         int(pid)
         for pid in text.split()
-        if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()
+        if not re.search("resource_tracker|forkserver", Path(f"/proc/{pid}/cmdline").read_text())
     ]
 
 
