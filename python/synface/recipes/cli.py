@@ -124,46 +124,35 @@ def _run(
         _say(recipe.write(results, report or output / "report", command, **shown))
 
 
-@app.command("synface")
-def synface_command(
-    output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/synface"),
-    config: Annotated[
-        Path | None, typer.Option(help="TOML. Default: small enough for two cores.")
-    ] = None,
-    real: Annotated[
-        Path | None, typer.Option(help="Image folder of real people, not the embedded faces.")
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Folder of the report. Default: report, in the run's.")
-    ] = None,
-    faces: FacesOption = True,
-    cell: CellOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
-) -> None:
-    """Train on generated faces, mixed by identity and with a few real people (SynFace)."""
-    called = "recipe synface"
-    _run("synface", called, output, config, real, report, cell, resume, faces=faces)
+def _register(name: str, summary: str) -> None:
+    """The command of a recipe of several training runs whose report may show faces."""
+
+    @app.command(name, help=summary)
+    def command(
+        output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs") / name,
+        config: Annotated[
+            Path | None, typer.Option(help="TOML. Default: small enough for two cores.")
+        ] = None,
+        real: Annotated[
+            Path | None, typer.Option(help="Image folder of real people, not the embedded faces.")
+        ] = None,
+        report: Annotated[
+            Path | None, typer.Option(help="Folder of the report. Default: report, in the run's.")
+        ] = None,
+        faces: FacesOption = True,
+        cell: CellOption = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
+    ) -> None:
+        _run(name, f"recipe {name}", output, config, real, report, cell, resume, faces=faces)
 
 
-@app.command("hyperface")
-def hyperface_command(
-    output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/hyperface"),
-    config: Annotated[
-        Path | None, typer.Option(help="TOML. Default: small enough for two cores.")
-    ] = None,
-    real: Annotated[
-        Path | None, typer.Option(help="Image folder of real people, not the embedded faces.")
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Folder of the report. Default: report, in the run's.")
-    ] = None,
-    faces: FacesOption = True,
-    cell: CellOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
-) -> None:
-    """Pack identities, draw their faces, train and verify, beside random ones (HyperFace)."""
-    called = "recipe hyperface"
-    _run("hyperface", called, output, config, real, report, cell, resume, faces=faces)
+_register(
+    "synface", "Train on generated faces, mixed by identity and with a few real people (SynFace)."
+)
+_register(
+    "hyperface",
+    "Pack identities, draw their faces, train and verify, beside random ones (HyperFace).",
+)
 
 
 def study_command(
