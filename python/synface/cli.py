@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -28,6 +29,7 @@ from . import bench, checkpoint, packing
 from .check import check_device
 from .data import Faces, convert, embedded_faces, open_images, read_folder
 from .data.images import FORMATS
+from .data.loader import Domain, common_shape, opened
 from .embeddings import read_embeddings
 from .evaluate import Verification, embed, pixel_embeddings, verify
 from .generate import open_generator
@@ -35,7 +37,7 @@ from .mixing import Beta, Constant, Grid, Ratio
 from .ranks import joined
 from .recipes import cli as recipes
 from .settings import check_keys, read_toml
-from .sources import MixedSource, fingerprint
+from .sources import FacesSource, MixedSource, fingerprint
 from .synthesize import synthesize
 from .train import CONFIG, TrainConfig, load_backbone, train
 from .verification_sets import PairSet, TemplateSet, open_set
@@ -66,6 +68,7 @@ COMMAND: dict[str, tuple[type, ...]] = {
     "holdout": (int,),
     "size": TEXT,
     "relabel": (bool,),
+    "memory": (int,),
 }
 EARLIER = {
     "synthetic": None,
@@ -73,7 +76,9 @@ EARLIER = {
     "mix_ratio": "grid",
     "per_sample": False,
     "relabel": False,
+    "memory": 3 << 13,  # all that was trained on, were it grey
 }
+MEMORY = 1024  # MiB
 FOLDER_SIZE = (56, 48)  # height, width: what two cores train in a minute or two
 
 DataOption = Annotated[
@@ -211,6 +216,28 @@ def _faces(
         return read_folder(images, size or FOLDER_SIZE, grey, progress=bar.files)
 
 
+def _split(
+    data: Path | None,
+    size: tuple[int, int] | None,
+    grey: bool | None,
+    relabel: bool,
+    holdout: int,
+    memory: int,
+) -> tuple[Domain, Faces]:
+    """The faces to train on, and the last ones, held out.
+
+    The former are in memory too if all, as RGB, take at most so many MiB.
+    """
+    images = open_images(data, relabel) if data else None
+    size = size or (FOLDER_SIZE if images else None)
+    if images is None or size is None or 3 * math.prod(size) * len(images) <= memory << 20:
+        return _faces(data, size, grey, relabel).split(holdout)
+    height, width, channels = common_shape(opened(data=images), size, grey)
+    rest, held = images.split(holdout)
+    with Bar(f"reading {data}") as bar:
+        return rest, read_folder(held, (height, width), channels == 1, progress=bar.files)
+
+
 def _joined(numbers: Sequence[int]) -> str:
     return ",".join(map(str, numbers))
 
@@ -310,7 +337,17 @@ def train_command(
     per_sample: Annotated[
         bool, typer.Option("--per-sample", help="A share for each image, not for each batch.")
     ] = False,
-    workers: Annotated[int, typer.Option(help="Processes that decode --real.", min=1)] = 2,
+    memory: Annotated[
+        int,
+        typer.Option(
+            help="MiB that the images of --data may take, decoded to RGB, to be held in memory; "
+            "those of a larger set are decoded while it trains.",
+            min=0,
+        ),
+    ] = MEMORY,
+    workers: Annotated[
+        int, typer.Option(help="Processes that decode images while it trains.", min=1)
+    ] = 2,
     holdout: HoldoutOption = 10,
     output: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
     resume: Annotated[
@@ -376,6 +413,7 @@ def train_command(
         "holdout": holdout,
         "size": size,
         "relabel": relabel,
+        "memory": memory,
     }
     names = {f.name for f in fields(TrainConfig)} & given.keys()
     config = TrainConfig(**{name: given[name] for name in names})
@@ -385,15 +423,21 @@ def train_command(
     rank = context.with_resource(joined(device))
     console.quiet = not rank.leads
     folder = output or rank.agreed(Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
-    faces: Faces | MixedSource
+    source: FacesSource | MixedSource
     if run["synthetic"] or run["real"]:
-        faces, held = _mixed(run, workers)
-        domains = [faces.synthetic, faces.real]
+        source, held = _mixed(run, workers)
+        domains = [source.synthetic, source.real]
     else:
-        source = Path(run["data"]) if run["data"] else None
-        faces, held = _faces(source, _size(run["size"]), relabel=run["relabel"]).split(
-            run["holdout"]
+        faces, held = _split(
+            Path(run["data"]) if run["data"] else None,
+            _size(run["size"]),
+            None,
+            run["relabel"],
+            run["holdout"],
+            run["memory"],
         )
+        height, width, channels = held.images.shape[1:]
+        source = FacesSource(faces, size=(height, width), grey=channels == 1, workers=workers)
         domains = [faces]
     sets = (f"{len(d)} images of {len(d.identities)} people from {d.source}" for d in domains)
     console.print(
@@ -407,7 +451,7 @@ def train_command(
         with Bar("training") as bar:
             result = train(
                 config,
-                faces,
+                source,
                 folder,
                 resume=resume is not None,
                 progress=bar,
@@ -429,9 +473,12 @@ def train_command(
         raise typer.Exit(130) from None
     if result.timing is not None:
         console.print(
-            "{pairs_per_s:.0f} pairs of images/s; {workers} workers, {decode_share:.1%} of their "
+            "{samples_per_s:.0f} {what}/s; {workers} workers, {decode_share:.1%} of their "
             "time spent on decoding; {wait_share:.1%} of the time spent on waiting for "
-            "them".format(**result.timing),
+            "them".format(
+                **result.timing,
+                what="images" if isinstance(source, FacesSource) else "pairs of images",
+            ),
             highlight=False,
         )
     if pixels is not None and rank.leads:
@@ -542,22 +589,26 @@ def eval_command(
             resize=resize,
         )
         return
+    memory = MEMORY
     if data is None:
         command = _command(checkpoint.find(run).parent.parent / CONFIG)[0]
         trained_on = command["real"] or command["data"]
         data = Path(trained_on) if trained_on else None
         holdout = command["holdout"] if holdout is None else holdout
-        relabel = command["relabel"]
-    faces = _faces(data, (height, width), grey=channels == 1, relabel=relabel)
-    if faces.images.shape[3] != channels:
+        relabel, memory = command["relabel"], command["memory"]
+    rest: Domain | None = None
+    if holdout:
+        rest, held = _split(data, (height, width), channels == 1, relabel, holdout, memory)
+    else:
+        held = _faces(data, (height, width), channels == 1, relabel)
+    if held.images.shape[3] != channels:
         raise ValueError(
-            f"{run} was trained on images of {channels} channels, {faces.source} has "
-            f"{faces.images.shape[3]}"
+            f"{run} was trained on images of {channels} channels, {held.source} has "
+            f"{held.images.shape[3]}"
         )
-    rest, held = faces.split(holdout) if holdout else (None, faces)
     # Only the split of the training run itself proves that these people are new to the network.
     prints = [fingerprint(rest)] if rest is not None else []
-    if rest is not None and data is not None:  # as a mixed run knows it
+    if isinstance(rest, Faces) and data is not None:  # as a mixed run knows it
         prints.append(fingerprint(open_images(data, relabel).split(holdout or 0)[0]))
     unseen = state["data"]["fingerprint"].split()[-1] in prints
     pixels = _verify_pixels(held)

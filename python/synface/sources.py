@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,8 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Augment, Faces
-from .data.loader import Domain, Pairs, Timing, TwoDomainLoader, common_shape
-from .data.order import WHOLE, CycledOrder, Part
+from .data.loader import (
+    Domain,
+    ImageLoader,
+    Pairs,
+    Timing,
+    TwoDomainLoader,
+    common_shape,
+    opened,
+)
+from .data.order import WHOLE, CycledOrder, Part, ShuffledOrder
 from .generate import FaceGenerator
 from .mixing import DomainMixup, Grid, IdentityMixup, Mixed, Ratio
 from .randomness import generator
@@ -57,12 +66,17 @@ class Source(Protocol):
         ...
 
     def batches(
-        self, config: TrainConfig, first: int, part: Part = WHOLE
+        self,
+        config: TrainConfig,
+        first: int,
+        part: Part = WHOLE,
+        device: torch.device | str = "cpu",
     ) -> Generator[tuple[int, Batch]]:
         """(step, batch) of every step of a run from the step ``first`` on; of each batch a part.
 
         A step's batch depends on the configuration and the step alone: a resumed run sees what an
-        uninterrupted one does. Closing the generator frees what it holds.
+        uninterrupted one does. Closing the generator frees what it holds. The images may be on the
+        device already, which is where the network is.
         """
         ...
 
@@ -82,15 +96,30 @@ def fingerprint(domain: Domain) -> str:
 
 
 class FacesSource:
-    """A set of faces in memory, augmented; each epoch has an order of its own."""
+    """A set of faces, augmented; each epoch has an order of its own.
 
-    timing: Timing | None = None
+    Args:
+        faces: in memory, or an `ImageSet`, which worker processes decode batch by batch: the same
+            batches from either.
+        size, grey, workers: of an `ImageSet`; see `ImageLoader`.
 
-    def __init__(self, faces: Faces) -> None:
-        self.faces = faces
-        height, width, channels = faces.images.shape[1:]
-        self.image_shape = (height, width, channels)
+    Raises:
+        DataError: for an `ImageSet` that can be read in order only, and whose shape no file tells.
+    """
+
+    def __init__(
+        self,
+        faces: Domain,
+        *,
+        size: tuple[int, int] | None = None,
+        grey: bool | None = None,
+        workers: int = 2,
+    ) -> None:
+        (self.faces,) = opened(faces=faces)
+        self.image_shape = common_shape([faces], size, grey)
         self.num_classes = len(faces.identities)
+        self.workers = workers
+        self.timing: Timing | None = None
 
     def __len__(self) -> int:
         return len(self.faces)
@@ -104,19 +133,43 @@ class FacesSource:
         }
 
     def batches(
-        self, config: TrainConfig, first: int, part: Part = WHOLE
+        self,
+        config: TrainConfig,
+        first: int,
+        part: Part = WHOLE,
+        device: torch.device | str = "cpu",
     ) -> Generator[tuple[int, Batch]]:
-        augment, faces = Augment(config.augment), self.faces
-        per_epoch = -(-len(faces) // config.batch_size)
-        for epoch in range(first // per_epoch, config.epochs):
-            order = torch.randperm(len(faces), generator=generator(config.seed, "order", epoch))
-            for i, indices in enumerate(order.split(config.batch_size)):
-                step = epoch * per_epoch + i
-                if step >= first:
-                    indices = indices[part.of(len(indices))]
-                    varied = generator(config.seed, part.purpose("augment"), step)
-                    images = augment(faces.images[indices], varied)
-                    yield step, Batch(images, faces.labels[indices], None)
+        augment = Augment(config.augment)
+        with self._reader(config, first, part, torch.device(device)) as reader:
+            for step, (images, labels) in reader:
+                varied = generator(config.seed, part.purpose("augment"), step)
+                yield step, Batch(augment(images.to(device), varied), labels, None)
+
+    def _reader(
+        self, config: TrainConfig, first: int, part: Part, device: torch.device
+    ) -> AbstractContextManager[Iterable[tuple[int, tuple[Tensor, Tensor]]]]:
+        """(step, (images, labels)) from the step ``first`` on."""
+        faces, size = self.faces, config.batch_size
+        order = ShuffledOrder(len(self), config.seed)
+        last = config.epochs * order.batches(size)
+        if isinstance(faces, Faces):
+            rows = ((step, order.batch(step, size, part)[0]) for step in range(first, last))
+            return nullcontext((step, (faces.images[i], faces.labels[i])) for step, i in rows)
+        height, width, channels = self.image_shape
+        loader = ImageLoader(
+            faces,
+            size,
+            size=(height, width),
+            grey=channels == 1,
+            seed=config.seed,
+            first_step=first,
+            last_step=last,
+            workers=self.workers,
+            pin=device.type == "cuda",
+            part=part,
+        )
+        self.timing = loader.timing
+        return loader
 
 
 class MixedSource:
@@ -167,7 +220,11 @@ class MixedSource:
         }
 
     def batches(
-        self, config: TrainConfig, first: int, part: Part = WHOLE
+        self,
+        config: TrainConfig,
+        first: int,
+        part: Part = WHOLE,
+        device: torch.device | str = "cpu",
     ) -> Generator[tuple[int, Batch]]:
         mixup = DomainMixup(
             len(self.synthetic.identities),
@@ -177,7 +234,7 @@ class MixedSource:
             flip=0.5 * min(config.augment, 1.0),
         )
         height, width, channels = self.image_shape
-        mixed = torch.empty(config.batch_size, channels, height, width)
+        mixed = torch.empty(config.batch_size, channels, height, width, device=device)
         with TwoDomainLoader(
             self.synthetic,
             self.real,
@@ -189,12 +246,13 @@ class MixedSource:
             last_step=config.epochs * -(-len(self) // config.batch_size),
             workers=self.workers,
             mix_in_workers=mixup if self.mix_in_workers else None,
-            pin=False,  # the network is on the CPU
+            pin=mixed.is_cuda,
             part=part,
         ) as loader:
             self.timing = loader.timing
             for step, batch in loader:
                 if isinstance(batch, Pairs):
+                    batch = Pairs(*(each.to(device) for each in batch))
                     draws = generator(config.seed, part.purpose("mixup"), step)
                     out = mixed[: len(batch.real)]
                     batch = Mixed(*mixup(*batch, generator=draws, out=out))
@@ -287,16 +345,17 @@ class GeneratedSource:
         }
 
     def batches(
-        self, config: TrainConfig, first: int, part: Part = WHOLE
+        self,
+        config: TrainConfig,
+        first: int,
+        part: Part = WHOLE,
+        device: torch.device | str = "cpu",
     ) -> Generator[tuple[int, Batch]]:
+        del device  # drawn and mixed on the CPU
         order = CycledOrder(len(self), len(self.real) if self.real else 1, config.seed)
         augment = Augment(config.augment)
-        per_epoch = -(-len(self) // config.batch_size)
-        for step in range(first, config.epochs * per_epoch):
-            epoch, place = divmod(step, per_epoch)
-            begin = place * config.batch_size
-            positions = np.arange(begin, min(begin + config.batch_size, len(self)))
-            rows, real = order(epoch, positions[part.of(len(positions))])
+        for step in range(first, config.epochs * order.batches(config.batch_size)):
+            rows, real = order.batch(step, config.batch_size, part)
 
             def draws(purpose: str, step: int = step) -> torch.Generator:
                 return generator(config.seed, part.purpose(purpose), step)

@@ -28,7 +28,7 @@ from . import checkpoint, sharded
 from .backbone import IResNet
 from .check import check_device
 from .checkpoint import CheckpointError
-from .data import Augment, DataError, Faces
+from .data import Augment, DataError, Faces, ImageSet
 from .data.order import WHOLE, Part
 from .heads import MarginHead, ShardedMarginHead
 from .interrupts import interrupts
@@ -273,7 +273,7 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
 
 def train(
     config: TrainConfig,
-    data: Faces | Source,
+    data: Faces | ImageSet | Source,
     output: Path,
     *,
     resume: bool = False,
@@ -293,7 +293,8 @@ def train(
     Checkpoints are then written by all ranks, and any number of ranks can resume them.
 
     Args:
-        config: what to do. data: at least two identities.
+        config: what to do.
+        data: at least two identities; those of an `ImageSet` are decoded when their batch is due.
         output: the run's folder: config.json, config.toml (the same, for ``synface train
             --config``), metrics.jsonl (one line a step), checkpoints/, and
             for a source that reads files timing.jsonl (one line each time that it was run).
@@ -320,7 +321,7 @@ def train(
 
     The global random state of torch is left as it was.
     """
-    source: Source = FacesSource(data) if isinstance(data, Faces) else data
+    source: Source = FacesSource(data) if isinstance(data, Faces | ImageSet) else data
     if source.num_classes < 2:
         raise ValueError(f"training needs two identities or more, got {source.num_classes}")
     run = _Run(config, source, output, check_device(device))
@@ -334,7 +335,7 @@ def train(
             progress.start(run.total_steps, first)
         if run.leads:
             stack.enter_context(_timed(source, output / TIMING, first))
-        batches = stack.enter_context(closing(source.batches(config, first, run.part)))
+        batches = stack.enter_context(closing(source.batches(config, first, run.part, run.device)))
         for step, batch in _kept(batches, first, run.save if run.alone else None):
             row, stop = run.step(step, batch, interrupted)
             done = step + 1

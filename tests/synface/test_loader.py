@@ -153,8 +153,8 @@ def test_timing_adds_up(synthetic, real):
     with TwoDomainLoader(synthetic, real, 5, size=(200, 200), last_step=9) as loader:
         assert sum(len(pairs.real) for _, pairs in loader) == 36
         report = loader.timing.report()
-    assert report["pairs"] == 36
-    assert report["pairs_per_s"] == pytest.approx(36 / report["seconds"])
+    assert report["samples"] == 36
+    assert report["samples_per_s"] == pytest.approx(36 / report["seconds"])
     assert 0 < report["decode_share"] < 1
     assert report["decode_share"] * 2 * report["seconds"] == pytest.approx(report["decoding"])
     assert 0 < report["wait_share"] <= 1
@@ -505,7 +505,7 @@ def test_a_killed_worker_costs_nothing(synthetic, real, tmp_path, mix_in_workers
     assert logs[0] == logs[1]
     assert len((tmp_path / "run" / TIMING).read_text().splitlines()) == 2
     assert resumed.timing is not None
-    assert resumed.timing["pairs"] == 36 - 22
+    assert resumed.timing["samples"] == 36 - 22
 
 
 def children() -> list[int]:
@@ -640,4 +640,4 @@ def test_orl_mixed_with_the_embedded_faces(tmp_path):
     assert (len(source), source.num_classes, source.image_shape) == (2000, 130, (48, 48, 1))
     result = train(TrainConfig(), source, tmp_path / "run", stop_after=3)
     assert result.timing is not None
-    assert result.timing["pairs"] == 4 * 32
+    assert result.timing["samples"] == 4 * 32

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .folder import Faces, read_folder
     from .imagefolder import list_folder
     from .images import ImageSet, open_images
-    from .loader import TwoDomainLoader
+    from .loader import ImageLoader, TwoDomainLoader
     from .order import CycledOrder
 
 # Imported when first asked for: worker processes read files without torch.
@@ -20,6 +20,7 @@ _HOMES = {
     "CycledOrder": "order",
     "DataError": "decode",
     "Faces": "folder",
+    "ImageLoader": "loader",
     "ImageSet": "images",
     "convert": "conversion",
     "TwoDomainLoader": "loader",
@@ -35,6 +36,7 @@ __all__ = [
     "CycledOrder",
     "DataError",
     "Faces",
+    "ImageLoader",
     "ImageSet",
     "TwoDomainLoader",
     "convert",

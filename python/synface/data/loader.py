@@ -1,4 +1,4 @@
-"""Batches of two domains, decoded by worker processes into memory that is used again and again.
+"""Batches of images, decoded by worker processes into memory that is used again and again.
 
 The workers are started as programs of their own, not by `multiprocessing`: that would have each of
 them import the trainer's main module, and torch with it.
@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -32,14 +32,28 @@ from . import decode
 from .decode import DataError
 from .folder import Faces
 from .images import ImageSet, open_images
-from .order import WHOLE, CycledOrder, Part
+from .order import WHOLE, CycledOrder, Order, Part, ShuffledOrder
 from .worker import IDLE, MIXING, STARTING, Done, Pixels, Setup, SharedArray, Stored, Task
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Domain = Faces | ImageSet
 
 
 class WorkerDied(DataError):
     """A worker process that ended by itself; the message says how, and what it was on."""
+
+
+class Images(NamedTuple):
+    """A batch of n images.
+
+    Attributes:
+        images: (n, H, W, C) uint8. labels: (n,) int64.
+    """
+
+    images: Tensor
+    labels: Tensor
 
 
 class Pairs(NamedTuple):
@@ -61,23 +75,24 @@ class Timing:
     """What a loader did so far.
 
     Attributes:
-        pairs: of images handed out. seconds: since the loader was made, to the last batch.
+        samples: handed out: images, or pairs of them.
+        seconds: since the loader was made, to the last batch.
         decoding: seconds that the workers spent on reading files, all together.
         waiting: seconds that whoever takes the batches waited for them.
         workers: how many.
     """
 
     workers: int
-    pairs: int = 0
+    samples: int = 0
     seconds: float = 0.0
     decoding: float = 0.0
     waiting: float = 0.0
 
     def report(self) -> dict[str, float]:
-        """The attributes; pairs_per_s; decode_share, of the workers' time; wait_share, of all."""
+        """The attributes; samples_per_s; decode_share, of the workers' time; wait_share, of all."""
         seconds = max(self.seconds, 1e-9)
         return asdict(self) | {
-            "pairs_per_s": self.pairs / seconds,
+            "samples_per_s": self.samples / seconds,
             "decode_share": self.decoding / (self.workers * seconds),
             "wait_share": self.waiting / seconds,
         }
@@ -114,66 +129,27 @@ class _Resources:
             shared.close()
 
 
-class TwoDomainLoader:
-    """Iterates over batches of synthetic and real images, from any step on.
+BatchT = TypeVar("BatchT")
 
-    Yields (step, `Pairs`), or with ``mix_in_workers`` (step, `Mixed`); steps are counted through
-    all epochs. The images are a view of a slot: they hold until the next batch is asked for (wait
-    for copies to a GPU before).
 
-    The order is a `CycledOrder`: a function of (seed, epoch, position). So a loader that starts at
-    a step yields bit for bit what one that started at 0 yields from there, with any number of
-    workers. The last batch of an epoch is shorter where the batch size does not divide it.
-
-    Args:
-        synthetic, real: a `Faces` in memory, an `ImageSet`, or a path for `open_images`. An epoch
-            is one pass over the synthetic set.
-        batch_size: pairs of images in a batch.
-        size: (H, W) in pixels, to which files are resized; None is the size of the domain in
-            memory, else that of the first synthetic file.
-        grey: True for one channel, False for RGB; None is what the domain in memory has, else grey
-            when every file of both domains is.
-        seed: of the order, and of what is drawn in ``mix_in_workers``.
-        first_step, last_step: the steps to yield, last excluded; None is without end.
-        workers: processes, at least 1. prefetch: batches that each has in hand at most.
-        mix_in_workers: the workers mix by this, each on one thread. A step draws from
-            ``generator(seed, "mixup", step)``: what the same mixup makes of the `Pairs` with that
-            generator are the same bits.
-        pin: page-locks the slots for copies to a GPU; None does where CUDA is at hand.
-        part: of every batch, for one rank of several.
-
-    Use it in a ``with`` statement, or call `close`: it ends the workers and frees the memory. Needs
-    a POSIX system.
-
-    Raises (also while iterating):
-        DataError: for paths that `open_images` refuses, and compressed shards, which can be read in
-            order only; for an image that is unreadable or truncated, named when its batch is due.
-        WorkerDied: a `DataError`: within a second of the death of any worker if a batch is waited
-            for, else when the next batch is asked for.
-        ValueError: for domains of different size or channels, a number out of range, a mixup for
-            fewer identities than there are, or whose result is not contiguous float32, and for a
-            loader that is closed.
-
-    Memory: (workers·prefetch + 1) slots of 2·B·H·W·C bytes (4·B·C·H·W if the workers mix, which
-    then hold 2·B·H·W·C each), a copy of the domains that are in memory, and the names of the files.
-    """
+class _Loader(Generic[BatchT]):
+    """What loaders of one domain and of two share."""
 
     def __init__(
         self,
-        synthetic: Domain | str | Path,
-        real: Domain | str | Path,
+        domains: tuple[Domain, ...],
+        order: Order,
         batch_size: int,
+        image_shape: tuple[int, int, int],
         *,
-        size: tuple[int, int] | None = None,
-        grey: bool | None = None,
-        seed: int = 0,
-        first_step: int = 0,
-        last_step: int | None = None,
-        workers: int = 2,
-        prefetch: int = 2,
-        mix_in_workers: DomainMixup | None = None,
-        pin: bool | None = None,
-        part: Part = WHOLE,
+        seed: int,
+        first_step: int,
+        last_step: int | None,
+        workers: int,
+        prefetch: int,
+        mixup: DomainMixup | None,
+        pin: bool | None,
+        part: Part,
     ) -> None:
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -183,27 +159,12 @@ class TwoDomainLoader:
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        self.domains = tuple(
-            domain if isinstance(domain, Faces | ImageSet) else open_images(domain)
-            for domain in (synthetic, real)
-        )
-        for name, domain in zip(("synthetic", "real"), self.domains, strict=True):
-            if not len(domain):
-                raise ValueError(f"{name} holds no images ({domain.source})")
-            if isinstance(domain, ImageSet) and domain.store.streams:
-                raise DataError(
-                    f"{domain.source} can be read in order only, and training shuffles; "
-                    "convert it first (synface convert)"
-                )
-        if mix_in_workers is not None:
-            _check_mixup(mix_in_workers, self.domains)
-        self.image_shape = common_shape(self.domains, size, grey)
-        self.order = CycledOrder(len(self.domains[0]), len(self.domains[1]), seed)
-        self.batch_size = batch_size
-        self.steps_per_epoch = -(-len(self.order) // batch_size)
+        self.domains, self.order, self.batch_size = domains, order, batch_size
+        self.image_shape = image_shape
+        self.steps_per_epoch = order.batches(batch_size)
         self.timing = Timing(workers)
-        self._mixup, self._seed, self._part = mix_in_workers, seed, part
-        self._labels = [torch.as_tensor(domain.labels) for domain in self.domains]
+        self._mixup, self._seed, self._part = mixup, seed, part
+        self._labels = [torch.as_tensor(domain.labels) for domain in domains]
         self._next = self._ahead = first_step  # to hand out; to give to a worker
         self._last = last_step
         self._done: dict[int, Done] = {}
@@ -216,27 +177,28 @@ class TwoDomainLoader:
         self.close = weakref.finalize(self, resources.release)
         height, width, channels = self.image_shape
         try:
-            if mix_in_workers is None:
-                self._slots = self._share((slots, 2, batch_size, *self.image_shape), np.uint8)
+            if mixup is None:
+                shape = (slots, len(domains), batch_size, *image_shape)
+                self._slots = self._share(shape, np.uint8)
             else:
                 self._slots = self._share((slots, batch_size, channels, height, width), np.float32)
             if torch.cuda.is_available() if pin is None else pin:
                 self._pin()
             self._tickets = self._share((workers,), np.int64)
             self._tickets.array[:] = STARTING
-            stored = tuple(self._stored(domain) for domain in self.domains)
+            stored = tuple(self._stored(domain) for domain in domains)
             for index in range(workers):
                 worker = _start(index, [shared.fd for shared in resources.shared])
                 resources.workers.append(worker)
                 setup = Setup(
                     index,
-                    (stored[0], stored[1]),
+                    stored,
                     self._slots,
                     self._tickets,
                     self.image_shape,
                     batch_size,
-                    mix_in_workers.mean if mix_in_workers else 0.5,
-                    mix_in_workers.std if mix_in_workers else 0.5,
+                    mixup.mean if mixup else 0.5,
+                    mixup.std if mixup else 0.5,
                 )
                 self._send(worker, setup)
             self._began = time.perf_counter()
@@ -245,16 +207,20 @@ class TwoDomainLoader:
             self.close()
             raise
 
-    def __enter__(self) -> TwoDomainLoader:
+    def _named(self, slot: Tensor, labels: list[Tensor], step: int) -> BatchT:
+        """A step's batch, of what its slot holds and the labels of each domain."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __iter__(self) -> TwoDomainLoader:
+    def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> tuple[int, Pairs | Mixed]:
+    def __next__(self) -> tuple[int, BatchT]:
         if not self.close.alive:
             raise ValueError("the loader is closed")
         if self._last is not None and self._next >= self._last:
@@ -265,7 +231,7 @@ class TwoDomainLoader:
             self.close()
             raise
 
-    def _batch(self) -> tuple[int, Pairs | Mixed]:
+    def _batch(self) -> tuple[int, BatchT]:
         """The next batch."""
         asked = time.perf_counter()
         step = self._next
@@ -284,16 +250,12 @@ class TwoDomainLoader:
                 f"{problem}"
             )
         self._next += 1
-        synthetic, real = torch.from_numpy(self._rows(step))
-        count, slot = len(real), torch.from_numpy(self._slots.array[self._slot_of[step]])
-        labels = self._labels[0][synthetic], self._labels[1][real]
-        if self._mixup is None:
-            batch: Pairs | Mixed = Pairs(slot[0, :count], labels[0], slot[1, :count], labels[1])
-        else:
-            psi = self._drawn(step, count)[0]
-            batch = Mixed(slot[:count], *self._mixup.label(*labels, psi))
+        rows = torch.from_numpy(self._rows(step))
+        count, slot = rows.shape[1], torch.from_numpy(self._slots.array[self._slot_of[step]])
+        labels = [of[index] for of, index in zip(self._labels, rows, strict=True)]
+        batch = self._named(slot[..., :count, :, :, :], labels, step)
         now = time.perf_counter()
-        self.timing.pairs += count
+        self.timing.samples += count
         self.timing.waiting += now - asked
         self.timing.seconds = now - self._began
         return step, batch
@@ -329,11 +291,8 @@ class TwoDomainLoader:
             self._resources.pinned.append(address)
 
     def _rows(self, step: int) -> np.ndarray:
-        """(2, n): the synthetic and the real images of a step."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        begin = place * self.batch_size
-        end = min(begin + self.batch_size, len(self.order))
-        return np.stack(self.order(epoch, np.arange(begin, end)[self._part.of(end - begin)]))
+        """(domains, n): the images of a step."""
+        return np.stack(self.order.batch(step, self.batch_size, self._part))
 
     def _drawn(self, step: int, count: int) -> tuple[Tensor, Tensor | None]:
         """ψ and flips of a step."""
@@ -404,12 +363,172 @@ class TwoDomainLoader:
 
     def _image(self, ticket: int) -> str:
         """The file that a ticket stands for, or the number of the image in memory."""
-        step, place = divmod(ticket, 2 * self.batch_size)
+        step, place = divmod(ticket, len(self.domains) * self.batch_size)
         side, i = divmod(place, self.batch_size)
         row, domain = int(self._rows(step)[side, i]), self.domains[side]
         if isinstance(domain, ImageSet):
             return domain.name(row)
         return f"image {row} of {domain.source}"
+
+
+class TwoDomainLoader(_Loader[Pairs | Mixed]):
+    """Iterates over batches of synthetic and real images, from any step on.
+
+    Yields (step, `Pairs`), or with ``mix_in_workers`` (step, `Mixed`); steps are counted through
+    all epochs. The images are a view of a slot: they hold until the next batch is asked for (wait
+    for copies to a GPU before).
+
+    The order is a `CycledOrder`: a function of (seed, epoch, position). So a loader that starts at
+    a step yields bit for bit what one that started at 0 yields from there, with any number of
+    workers. The last batch of an epoch is shorter where the batch size does not divide it.
+
+    Args:
+        synthetic, real: a `Faces` in memory, an `ImageSet`, or a path for `open_images`. An epoch
+            is one pass over the synthetic set.
+        batch_size: pairs of images in a batch.
+        size: (H, W) in pixels, to which files are resized; None is the size of the domain in
+            memory, else that of the first synthetic file.
+        grey: True for one channel, False for RGB; None is what the domain in memory has, else grey
+            when every file of both domains is.
+        seed: of the order, and of what is drawn in ``mix_in_workers``.
+        first_step, last_step: the steps to yield, last excluded; None is without end.
+        workers: processes, at least 1. prefetch: batches that each has in hand at most.
+        mix_in_workers: the workers mix by this, each on one thread. A step draws from
+            ``generator(seed, "mixup", step)``: what the same mixup makes of the `Pairs` with that
+            generator are the same bits.
+        pin: page-locks the slots for copies to a GPU; None does where CUDA is at hand.
+        part: of every batch, for one rank of several.
+
+    Use it in a ``with`` statement, or call `close`: it ends the workers and frees the memory. Needs
+    a POSIX system.
+
+    Raises (also while iterating):
+        DataError: for paths that `open_images` refuses, and compressed shards, which can be read in
+            order only; for an image that is unreadable or truncated, named when its batch is due.
+        WorkerDied: a `DataError`: within a second of the death of any worker if a batch is waited
+            for, else when the next batch is asked for.
+        ValueError: for domains of different size or channels, a number out of range, a mixup for
+            fewer identities than there are, or whose result is not contiguous float32, and for a
+            loader that is closed.
+
+    Memory: (workers·prefetch + 1) slots of 2·B·H·W·C bytes (4·B·C·H·W if the workers mix, which
+    then hold 2·B·H·W·C each), a copy of the domains that are in memory, and the names of the files.
+    """
+
+    def __init__(
+        self,
+        synthetic: Domain | str | Path,
+        real: Domain | str | Path,
+        batch_size: int,
+        *,
+        size: tuple[int, int] | None = None,
+        grey: bool | None = None,
+        seed: int = 0,
+        first_step: int = 0,
+        last_step: int | None = None,
+        workers: int = 2,
+        prefetch: int = 2,
+        mix_in_workers: DomainMixup | None = None,
+        pin: bool | None = None,
+        part: Part = WHOLE,
+    ) -> None:
+        domains = opened(synthetic=synthetic, real=real)
+        if mix_in_workers is not None:
+            _check_mixup(mix_in_workers, domains)
+        super().__init__(
+            domains,
+            CycledOrder(len(domains[0]), len(domains[1]), seed),
+            batch_size,
+            common_shape(domains, size, grey),
+            seed=seed,
+            first_step=first_step,
+            last_step=last_step,
+            workers=workers,
+            prefetch=prefetch,
+            mixup=mix_in_workers,
+            pin=pin,
+            part=part,
+        )
+
+    def _named(self, slot: Tensor, labels: list[Tensor], step: int) -> Pairs | Mixed:
+        if self._mixup is None:
+            return Pairs(slot[0], labels[0], slot[1], labels[1])
+        psi = self._drawn(step, len(slot))[0]
+        return Mixed(slot, *self._mixup.label(labels[0], labels[1], psi))
+
+
+class ImageLoader(_Loader[Images]):
+    """Iterates over batches of one set of images, from any step on; see `TwoDomainLoader`.
+
+    Yields (step, `Images`). An epoch is one pass over the set, in the `ShuffledOrder` of the seed.
+
+    Args:
+        images: a `Faces` in memory, an `ImageSet`, or a path for `open_images`.
+        size: (H, W) in pixels, to which files are resized; None is the first file's.
+        grey: True for one channel, False for RGB; None is grey when every file is.
+        batch_size, seed, first_step, last_step, workers, prefetch, pin, part: see there.
+
+    Raises: as `TwoDomainLoader` does.
+
+    Memory: (workers·prefetch + 1) slots of B·H·W·C bytes, 16 bytes per image for the order, and
+    twice what `open_images` says.
+    """
+
+    def __init__(
+        self,
+        images: Domain | str | Path,
+        batch_size: int,
+        *,
+        size: tuple[int, int] | None = None,
+        grey: bool | None = None,
+        seed: int = 0,
+        first_step: int = 0,
+        last_step: int | None = None,
+        workers: int = 2,
+        prefetch: int = 2,
+        pin: bool | None = None,
+        part: Part = WHOLE,
+    ) -> None:
+        domains = opened(images=images)
+        super().__init__(
+            domains,
+            ShuffledOrder(len(domains[0]), seed),
+            batch_size,
+            common_shape(domains, size, grey),
+            seed=seed,
+            first_step=first_step,
+            last_step=last_step,
+            workers=workers,
+            prefetch=prefetch,
+            mixup=None,
+            pin=pin,
+            part=part,
+        )
+
+    def _named(self, slot: Tensor, labels: list[Tensor], step: int) -> Images:
+        return Images(slot[0], labels[0])
+
+
+def opened(**sources: Domain | str | Path) -> tuple[Domain, ...]:
+    """Named sets of images, listed where they are paths.
+
+    Raises:
+        DataError: for what `open_images` refuses, and for what can be read in order only.
+        ValueError: for a set without images.
+    """
+    domains = tuple(
+        source if isinstance(source, Faces | ImageSet) else open_images(source)
+        for source in sources.values()
+    )
+    for name, domain in zip(sources, domains, strict=True):
+        if not len(domain):
+            raise ValueError(f"{name} holds no images ({domain.source})")
+        if isinstance(domain, ImageSet) and domain.store.streams:
+            raise DataError(
+                f"{domain.source} can be read in order only, and training shuffles; "
+                "convert it first (synface convert)"
+            )
+    return domains
 
 
 def _check_mixup(mixup: DomainMixup, domains: Sequence[Domain]) -> None:

@@ -1,16 +1,18 @@
-"""The order in which two domains are read: a function of (seed, epoch, position), without state.
-
-NumPy is all that this module needs.
-"""
+"""The order in which images are read: a function of (seed, epoch, position), without state."""
 
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+
+from synface.randomness import generator
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,60 @@ class Part:
 WHOLE = Part()
 
 
+class Order(ABC):
+    """Which images are read when; nothing is remembered but the last shuffles."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Positions in an epoch."""
+
+    @abstractmethod
+    def __call__(self, epoch: int, positions: Any) -> tuple[NDArray[np.int64], ...]:
+        """For each set, the indices of its images at some positions of an epoch."""
+
+    def batches(self, batch_size: int) -> int:
+        """Of an epoch; the last may be shorter."""
+        return -(-len(self) // batch_size)
+
+    def batch(
+        self, step: int, batch_size: int, part: Part = WHOLE
+    ) -> tuple[NDArray[np.int64], ...]:
+        """For each set, the indices of a part of a batch; steps count through all epochs."""
+        epoch, place = divmod(step, self.batches(batch_size))
+        begin = place * batch_size
+        end = min(begin + batch_size, len(self))
+        return self(epoch, np.arange(begin, end)[part.of(end - begin)])
+
+
 @dataclass(frozen=True)
-class CycledOrder:
+class ShuffledOrder(Order):
+    """Reads a set once in each epoch, in a shuffle of its own.
+
+    Attributes:
+        num_images: in the set. seed: ≥ 0.
+
+    Memory: 8 bytes per image of a shuffle, of which at most two are kept.
+    """
+
+    num_images: int
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __call__(self, epoch: int, positions: Any) -> tuple[NDArray[np.int64]]:
+        return (_epoch_order(self.seed, epoch, self.num_images)[positions],)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    order = torch.randperm(count, generator=generator(seed, "order", epoch)).numpy()
+    order.flags.writeable = False
+    return order
+
+
+@dataclass(frozen=True)
+class CycledOrder(Order):
     """Pairs each synthetic image with a real one; an epoch is one pass over the synthetic set.
 
     The synthetic set has a shuffle of its own in each epoch. The real set is read in passes too,

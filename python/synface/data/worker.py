@@ -102,15 +102,15 @@ class Setup:
 
     Attributes:
         index: of the worker.
-        domains: the synthetic and the real one.
-        slots: (S, 2, B, H, W, C) uint8, or (S, B, C, H, W) float32 if the worker is to mix.
+        domains: one, or the synthetic and the real one.
+        slots: (S, domains, B, H, W, C) uint8, or (S, B, C, H, W) float32 if the worker is to mix.
         tickets: (workers,) int64, what each worker is on: an image, counted through all steps as
-            step·2B, + B if it is real, + its place in the batch; or STARTING, IDLE or MIXING.
+            (step·domains + its domain)·B + its place in the batch; or STARTING, IDLE or MIXING.
         image_shape: (H, W, C). batch_size: B. mean, std: of the mixed images.
     """
 
     index: int
-    domains: tuple[Pixels | Stored, Pixels | Stored]
+    domains: tuple[Pixels | Stored, ...]
     slots: SharedArray
     tickets: SharedArray
     image_shape: tuple[int, int, int]
@@ -123,7 +123,7 @@ class Task(NamedTuple):
     """A batch to read into a slot.
 
     Attributes:
-        rows: (2, n) int64, the images of each domain.
+        rows: (domains, n) int64, the images of each.
         psi: (n,) float64 if the worker is to mix; flip: (2, n) bool if any are to be mirrored.
     """
 
@@ -149,7 +149,7 @@ def main(fd: int) -> None:
         try:
             setup: Setup = loader.recv()
             domains = [d.store() if isinstance(d, Stored) else d for d in setup.domains]
-            scratch = np.empty((2, setup.batch_size, *setup.image_shape), np.uint8)
+            scratch = np.empty((len(domains), setup.batch_size, *setup.image_shape), np.uint8)
             tickets = setup.tickets.array
             while True:
                 tickets[setup.index] = IDLE
@@ -171,7 +171,7 @@ def _serve(
     for side, domain in enumerate(domains):
         read = decode.attempt(domain.read_into)
         for i, row in enumerate(task.rows[side]):
-            ticket = (2 * task.step + side) * batch + i
+            ticket = (len(domains) * task.step + side) * batch + i
             tickets[setup.index] = ticket
             _, problem = read(images[side, i], int(row))
             if problem:
