@@ -62,15 +62,13 @@ def test_identities_and_files_come_in_natural_order(people):
 
 @given(st.lists(st.text("aB10²٣.-", min_size=1, max_size=6), unique=True))
 def test_natural_order_is_total(names):
-    paths = [Path("x") / name for name in names]
-    backwards = paths[::-1]
-    assert sorted(paths, key=decode.natural) == sorted(backwards, key=decode.natural)
+    backwards = names[::-1]
+    assert sorted(names, key=decode.natural) == sorted(backwards, key=decode.natural)
 
 
 def test_natural_order_reads_numbers():
     names = ["s10", "s2", "S1", "s1b", "a"]
-    got = [p.name for p in sorted(map(Path, names), key=decode.natural)]
-    assert got == ["a", "S1", "s1b", "s2", "s10"]
+    assert sorted(names, key=decode.natural) == ["a", "S1", "s1b", "s2", "s10"]
 
 
 def test_hidden_and_other_files_are_ignored(people):

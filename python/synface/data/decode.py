@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -44,18 +45,20 @@ def keep(count: int, holdout: int) -> int:
 
 def entries(folder: Path) -> list[Path]:
     """What a folder holds, in natural order, without hidden entries."""
+    return [Path(entry.path) for entry in scan(folder)]
+
+
+def scan(folder: Path) -> list[os.DirEntry[str]]:
+    """What `entries` gives, with what the folder itself says of each."""
     try:
-        return sorted((e for e in folder.iterdir() if e.name[0] != "."), key=natural)
+        with os.scandir(folder) as found:
+            shown = [entry for entry in found if entry.name[0] != "."]
     except OSError as error:
         raise DataError(f"{folder} cannot be listed: {error.strerror}") from error
+    return sorted(shown, key=lambda entry: natural(entry.name))
 
 
-def natural(path: Path) -> tuple[list[str | int], str]:
-    """A key that sorts s2 before s10."""
-    return natural_text(path.name)
-
-
-def natural_text(text: str) -> tuple[list[str | int], str]:
+def natural(text: str) -> tuple[list[str | int], str]:
     """A key that sorts s2 before s10."""
     # Digits stand at the odd places of the split, so numbers only ever meet numbers.
     parts = re.split(r"([0-9]{1,4000})", text)  # Python converts no more to an integer

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,26 +42,33 @@ def list_images(root: Path) -> Listed:
             f"{root} holds {len(folders)} identity folders and {loose} images of its own; "
             "expected at least 2 sub-folders, one per person, with that person's images"
         )
-    files: list[Path] = []
-    labels: list[int] = []
+    labels = array("q")
     wrong: dict[str, str] = {}
-    for number, folder in enumerate(folders):
-        inside = decode.entries(folder)
-        nested = [entry for entry in inside if os.path.isdir(entry)]
-        images = [e for e in inside if e.suffix.lower() in EXTENSIONS and e not in nested]
-        if nested:
-            wrong[str(folder)] = f"has the folder {nested[0].name!r} inside"
-        elif not images:
-            wrong[str(folder)] = f"has no image ({len(inside)} other files)"
-        files += images
-        labels += [number] * len(images)
+
+    def files() -> Iterator[str]:
+        for number, folder in enumerate(folders):
+            inside = decode.scan(folder)
+            images = [e.path for e in inside if os.path.splitext(e.name)[1].lower() in EXTENSIONS]
+            if nested := next((entry.name for entry in inside if _is_folder(entry)), None):
+                wrong[str(folder)] = f"has the folder {nested!r} inside"
+            elif not images:
+                wrong[str(folder)] = f"has no image ({len(inside)} other files)"
+            labels.extend([number] * len(images))
+            yield from images
+
+    paths = Names.of(files())
     decode.raise_if(
         wrong,
         f"of {len(folders)} identity folders in {root}",
         f"each to hold images ({' '.join(sorted(EXTENSIONS))}) and no folders",
     )
     names = [folder.name for folder in folders]
-    return Listed(Files(Names.of(files)), np.array(labels, np.int64), names)
+    return Listed(Files(paths), np.frombuffer(labels, np.int64), names)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Without asking the file itself, if it is no link."""
+    return os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
 
 
 def write(folder: Path, samples: Iterable[Sample], identities: list[str], shard_bytes: int) -> None:

@@ -10,7 +10,8 @@ import io
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib import import_module
@@ -38,10 +39,12 @@ class Names:
         self.text, self.ends = text, ends
 
     @classmethod
-    def of(cls, paths: Sequence[Path]) -> Names:
-        names = [os.fsencode(path) for path in paths]
-        ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(names), np.uint8), ends)
+    def of(cls, paths: Iterable[str | Path]) -> Names:
+        text, ends = bytearray(), array("q")
+        for path in paths:
+            text += os.fsencode(path)
+            ends.append(len(text))
+        return cls(np.frombuffer(text, np.uint8), np.frombuffer(ends, np.int64))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -128,12 +131,14 @@ class Files(Store):
 
     def fingerprint(self) -> bytes:
         digest = sha256()
-        for path in map(self.path, range(len(self))):
+        for row in range(len(self)):
+            path = self.name(row)
             try:
                 size = os.path.getsize(path)
             except OSError:  # for the loader to name, when it is read
                 size = -1
-            digest.update(f"{path.parent.name}/{path.name}\0{size}\0".encode(errors="replace"))
+            name = os.sep.join(path.rsplit(os.sep, 2)[-2:])
+            digest.update(f"{name}\0{size}\0".encode(errors="replace"))
         return digest.digest()
 
 
@@ -170,8 +175,8 @@ class Spans(Store):
 
     def fingerprint(self) -> bytes:
         digest = sha256(repr([self.files[i].name for i in range(len(self.files))]).encode())
-        for array in (self.file, self.begin, self.size):
-            digest.update(array.tobytes())
+        for part in (self.file, self.begin, self.size):
+            digest.update(part.tobytes())
         return digest.digest()
 
 

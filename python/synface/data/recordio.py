@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -43,7 +44,7 @@ WHOLE, FIRST, MIDDLE, LAST = range(4)  # kinds of parts
 FRAME, HEADER = struct.Struct("<II"), struct.Struct("<IfQQ")
 MAX_PART = (1 << 29) - 1
 EXACT = 1 << 24  # integers up to here are float32's
-AT_ONCE = 1 << 16  # headers looked at together
+AT_ONCE = 1 << 12  # headers looked at together
 
 
 class Records(Spans):
@@ -136,7 +137,7 @@ def list_images(path: Path) -> Listed:
     Raises:
         DataError: for files that are missing, damaged or cut short, naming the file and offset.
 
-    Memory: 36 bytes per image, and about 150 per line of the .idx file while it is read.
+    Memory: 28 bytes per image, and three times that while it is read.
     """
     rec = path.with_suffix(".rec") if path.is_file() else None
     if rec is None:
@@ -149,7 +150,7 @@ def list_images(path: Path) -> Listed:
     keys, offsets = _read_index(rec.with_suffix(".idx"))
     try:
         size = rec.stat().st_size
-        raw = np.memmap(rec, np.uint8, "r") if size else np.zeros(0, np.uint8)
+        rec.open("rb").close()
     except OSError as error:
         raise DataError(f"{rec} cannot be read: {error.strerror or error}") from error
     if len(offsets) and not (offsets.min() >= 0 and offsets.max() <= size - 32):
@@ -159,7 +160,7 @@ def list_images(path: Path) -> Listed:
             f"{rec.with_suffix('.idx').name} has at offset {offsets[wrong]}"
         )
     keys, offsets = _without_ranges(rec, keys, offsets)
-    labels, begin, sizes = _headers(rec, raw, offsets)
+    labels, begin, sizes = _headers(rec, size, offsets)
     classes, image_size = _read_property(rec.with_name("property"))
     store = Records(Names.of([rec]), np.zeros(len(begin), np.int32), begin, sizes)
     store.image_size = image_size
@@ -168,24 +169,23 @@ def list_images(path: Path) -> Listed:
 
 def _read_index(idx: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Keys and offsets, in the order of the keys."""
+    numbers = array("q")
     try:
         with idx.open("rb") as file:
-            lines = file.read().split(b"\n")
+            for line in file:
+                key, offset = line.split(b"\t")
+                numbers.extend((int(key), int(offset)))
     except OSError as error:
         raise DataError(f"{idx} cannot be read: {error.strerror}") from error
-    if lines[-1] == b"":
-        lines.pop()
-    rows = np.empty((len(lines), 2), np.int64)
-    for i, line in enumerate(lines):
-        try:
-            key, offset = line.split(b"\t")
-            rows[i] = int(key), int(offset)
-        except (ValueError, OverflowError):
-            raise DataError(
-                f"{idx}, line {i + 1}: expected a key, a tab and an offset, got {line[:80]!r}"
-            ) from None
-    order = np.argsort(rows[:, 0], kind="stable")
-    keys, offsets = rows[order].T
+    except (ValueError, OverflowError):
+        raise DataError(
+            f"{idx}, line {len(numbers) // 2 + 1}: expected a key, a tab and an offset, "
+            f"got {line[:80]!r}"
+        ) from None
+    keys, offsets = np.frombuffer(numbers, np.int64).reshape(-1, 2).T.copy()
+    if (keys[1:] < keys[:-1]).any():
+        order = np.argsort(keys, kind="stable")
+        keys, offsets = keys[order], offsets[order]
     if len(twice := np.flatnonzero(keys[1:] == keys[:-1])):
         raise DataError(f"{idx} has the key {keys[twice[0]]} twice")
     return keys, offsets
@@ -216,7 +216,7 @@ def _without_ranges(
 
 
 def _headers(
-    rec: Path, raw: NDArray[np.uint8], offsets: NDArray[np.int64]
+    rec: Path, total: int, offsets: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Each record's label, and where its image begins and how many bytes it has, or -1."""
     labels = np.empty(len(offsets), np.float32)
@@ -224,6 +224,7 @@ def _headers(
     for i in range(0, len(offsets), AT_ONCE):
         at = offsets[i : i + AT_ONCE]
         rows = slice(i, i + len(at))
+        raw = np.memmap(rec, np.uint8, "r")  # anew, so that no more of the file stays in memory
         words = raw[at[:, None] + np.arange(20)].view("<u4").astype(np.int64)
         magic, word, flag = words[:, 0], words[:, 1], words[:, 2]
         skipped = HEADER.size + 4 * flag
@@ -232,7 +233,7 @@ def _headers(
         begin[rows], sizes[rows] = at + FRAME.size + skipped, length - skipped
         whole = (word >> 29) == WHOLE
         sound = (magic == 0xCED7230A) & whole & (length >= skipped)
-        sound &= at + FRAME.size + length <= len(raw)
+        sound &= at + FRAME.size + length <= total
         for j in np.flatnonzero(~sound | (flag > 0)):
             # In several parts, with several labels, or damaged: rare, so each by itself.
             with rec.open("rb") as file:

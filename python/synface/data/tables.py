@@ -237,7 +237,7 @@ def list_images(path: Path) -> Listed:
         labels_of = np.concatenate([np.empty(0, np.int64), *numbered])
     else:
         strings = [text for part in parts for text in part]
-        names = sorted(set(strings), key=decode.natural_text)
+        names = sorted(set(strings), key=decode.natural)
         place = {text: i for i, text in enumerate(names)}
         labels_of = np.array([place[text] for text in strings], np.int64)
     file_of, group_of, counts = np.array(groups, np.int64).reshape(-1, 3).T

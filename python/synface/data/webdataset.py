@@ -14,6 +14,7 @@ import io
 import json
 import lzma
 import tarfile
+from array import array
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -101,20 +102,21 @@ def list_images(path: Path) -> Listed:
         DataError: for shards that are damaged or cut short, samples without an image or a label,
             and members that are no files, naming the shard and offset.
 
-    Memory: 28 bytes per image.
+    Memory: 28 bytes per image, and twice that while they are listed.
     """
     folder = path.parent if path.is_file() else path
     shards = [path] if path.is_file() else natural_files(path, SUFFIXES["webdataset"])
-    rows: list[tuple[int, int, int, int]] = []
+    rows = array("q")
     for number, shard in enumerate(shards):
         try:
             with _opened(shard) as file:
-                rows += [(number, *sample) for sample in _samples(shard, file)]
+                for sample in _samples(shard, file):
+                    rows.extend((number, *sample))
         except DataError:
             raise
         except Exception as error:  # decompressors and `tarfile` raise whatever bytes lead to
             raise DataError(f"{shard} is no whole tar file: {error or type(error)}") from error
-    file, begin, size, labels = np.array(rows, np.int64).reshape(-1, 4).T.copy()
+    file, begin, size, labels = np.frombuffer(rows, np.int64).reshape(-1, 4).T.copy()
     kind = Spans if all(shard.suffix == ".tar" for shard in shards) else CompressedSpans
     store = kind(Names.of(shards), file.astype(np.int32), begin, size)
     return Listed(store, labels, read_names(folder))
