@@ -134,7 +134,7 @@ def synface(*arguments: object) -> str:
 
 def test_the_command_line_streams_what_memory_does_not_hold(tmp_path):
     people = folder(tmp_path / "people", 6)
-    tiny = ["--size", "16x14", "--embedding-size", "8", "--batch-size", "4", "--epochs", "1"]
+    tiny = ["--size", "16x18", "--embedding-size", "8", "--batch-size", "4", "--epochs", "1"]
     options = ["--data", people, "--holdout", "2", "--workers", "1", *tiny]
     memory = synface("train", *options, "--output", tmp_path / "memory")
     assert "workers" not in memory

@@ -71,7 +71,7 @@ class Tables(Store):
         self.files, self.column = files, column
         self.file, self.group, self.ends, self.rows = file, group, ends, rows
         self._lock = Lock()
-        self._groups: OrderedDict[int, list[Any]] = OrderedDict()
+        self._groups: OrderedDict[int, pyarrow.ChunkedArray] = OrderedDict()
         self._open: OrderedDict[int, Any] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -108,33 +108,31 @@ class Tables(Store):
                 while len(self._groups) > KEPT:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(group)
-            image = self._groups[group][within]
+            image = self._groups[group][within].as_buffer()
         if image is None:
             raise OSError("the row has no bytes of an image")
         if len(image) > MAX_BYTES:
             raise OSError(f"an image of {len(image):,} bytes, over the limit of {MAX_BYTES:,}")
         return image.to_pybytes()
 
-    def _read_group(self, group: int) -> list[Any]:
-        """Each image of a group as a buffer, or None."""
+    def _read_group(self, group: int) -> pyarrow.ChunkedArray:
+        """The images of a group."""
         number = int(self.file[group])
         if number not in self._open:
             self._open[number] = _open_table(self.files[number])
             while len(self._open) > KEPT:
                 self._open.popitem(last=False)
-        images: list[Any] = []
+        images: list[pyarrow.Array] = []
         total = 0
         for column in self._open[number].column(int(self.group[group]), self.column, ROWS):
-            for scalar in _binary(column):
-                buffer = scalar.as_buffer()
-                total += buffer.size if buffer is not None else 0
-                images.append(buffer)
+            images.append(_binary(column))
+            total += images[-1].nbytes
             if total > GROUP_BYTES:
                 raise OSError(f"a group of rows over the limit of {GROUP_BYTES:,} bytes")
         expected = int(self.ends[group] - (self.ends[group - 1] if group else 0))
-        if len(images) != expected:
-            raise OSError(f"a group of {len(images)} rows, expected {expected}")
-        return images
+        if (rows := sum(map(len, images))) != expected:
+            raise OSError(f"a group of {rows} rows, expected {expected}")
+        return _arrow().chunked_array(images)
 
 
 def _binary(column: pyarrow.Array) -> pyarrow.Array:
