@@ -390,9 +390,11 @@ def train_command(
     embedding_size: int = DEFAULT.embedding_size,
     dropout: float = DEFAULT.dropout,
     augment: Annotated[float, typer.Option(help="Strength; 0 for none.")] = DEFAULT.augment,
-    checkpoint_every: Annotated[int, typer.Option(help="Epochs.")] = DEFAULT.checkpoint_every,
+    checkpoint_every: Annotated[
+        float, typer.Option(help="Epochs; 0.1 is a tenth of one.")
+    ] = DEFAULT.checkpoint_every,
     verify_every: Annotated[
-        int,
+        float,
         typer.Option(help="Epochs between verifications on the way; 0: only at the end.", min=0),
     ] = 0,
     tensorboard: Annotated[

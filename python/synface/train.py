@@ -65,7 +65,7 @@ class TrainConfig:
         scale, m1, m2, m3: of the margin, m2 in radians.
         widths, depths, embedding_size, dropout: of the backbone.
         augment: strength of the augmentation, 0 for none.
-        checkpoint_every: epochs between checkpoints.
+        checkpoint_every: epochs between checkpoints, such as 0.1 where an epoch takes hours.
         seed: of everything random.
     """
 
@@ -91,7 +91,7 @@ class TrainConfig:
     embedding_size: int = 128
     dropout: float = 0.2
     augment: float = 1.0
-    checkpoint_every: int = 5
+    checkpoint_every: float = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -281,7 +281,7 @@ def train(
     stop_after: int | None = None,
     command: dict[str, Any] | None = None,
     verify: Callable[[nn.Module], Mapping[str, float]] | None = None,
-    verify_every: int = 0,
+    verify_every: float = 0,
     tensorboard: bool = False,
     device: torch.device | str = "cpu",
 ) -> Trained:
@@ -344,13 +344,11 @@ def train(
             if progress:
                 progress.step(row["loss"], row["accuracy"], run.batch_size(step))
             stop = stop or (run.alone and interrupted())
-            epoch, rest = divmod(done, run.steps_per_epoch)
-            if verify and verify_every and rest == 0 and epoch % verify_every == 0:
+            if verify and verify_every and run.ended(verify_every, done):
                 figures = run.verify(done, verify)
                 if writer:
                     writer(step, {f"verification/{k}": v for k, v in figures.items()})
-            due = rest == 0 and epoch % config.checkpoint_every == 0
-            if due or done == run.total_steps or stop:
+            if run.ended(config.checkpoint_every, done) or done == run.total_steps or stop:
                 run.save(done)
             if stop:
                 raise KeyboardInterrupt
@@ -454,6 +452,10 @@ class _Run:
         """Images of a step, on all ranks together."""
         done = step % self.steps_per_epoch * self.config.batch_size
         return min(self.config.batch_size, self.images - done)
+
+    def ended(self, epochs: float, steps: int) -> bool:
+        """Whether another so many epochs, or parts of one, end with these steps."""
+        return steps % max(1, round(epochs * self.steps_per_epoch)) == 0
 
     def total(self, *numbers: Tensor) -> list[float]:
         """Sums over the ranks."""

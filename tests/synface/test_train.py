@@ -312,3 +312,14 @@ def test_a_line_that_a_crash_cut_short_is_written_again(faces, tmp_path):
     for name in ("metrics.jsonl", "verification.jsonl"):
         logs = [(tmp_path / run / name).read_text() for run in ("whole", "cut")]
         assert logs[0] == logs[1]
+
+
+def test_checkpoints_and_verification_may_come_within_an_epoch(faces, tmp_path):
+    """Of 4 steps an epoch: a checkpoint after each 3 steps, of which the newest 2 are kept."""
+    config = replace(SMALL, epochs=2, checkpoint_every=0.75, batch_size=-(-len(faces) // 4))
+    options = {"verify": lambda backbone: {"auc": 0.5}, "verify_every": 0.5}
+    train(config, faces, tmp_path / "run", stop_after=6, **options)
+    found = synface.checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
+    assert sorted(synface.checkpoint.load_state(path)["step"] for path in found) == [3, 6]
+    lines = (tmp_path / "run" / "verification.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]
