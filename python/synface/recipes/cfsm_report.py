@@ -200,15 +200,15 @@ def _sweep_plot(results: Results, path: Path) -> None:
 def _similarity_plot(results: Results, path: Path) -> None:
     figure, axes = _figure(5.2, 4.6)
     names, values = list(results.painters), results.similarity.numpy()
-    picture = axes.imshow(values, cmap="viridis", vmin=values.min(), vmax=1)
+    axes.imshow(values, cmap="viridis", vmin=values.min(), vmax=1)
     for i in range(len(names)):
         for j in range(len(names)):
-            color = "white" if values[i, j] < (1 + values.min()) / 2 else INK
+            dark = values[i, j] < values.min() + 0.7 * (1 - values.min())
+            color = "white" if dark else INK
             axes.text(j, i, f"{values[i, j]:.3f}", ha="center", va="center", color=color)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set_title("Similarity of the subspaces, S(A, B)", color=INK, fontsize=10)
-    figure.colorbar(picture, shrink=0.8)
     _save(figure, path)
 
 
@@ -247,15 +247,18 @@ def _guided_plot(results: Results, path: Path) -> None:
     _save(figure, path)
 
 
-def _grid(rows: Sequence[Tensor], names: Sequence[str], title: str, path: Path) -> None:
-    """Rows of (N, C, H, W) images in [−1, 1], each with a name."""
+def _grid(
+    rows: Sequence[Tensor], names: Sequence[str], title: str, path: Path, over: Sequence[str] = ()
+) -> None:
+    """Rows of (N, C, H, W) images in [−1, 1], each with a name; what stands over the columns."""
     height, width = rows[0].shape[2:]
     pixels = torch.cat([row.permute(2, 0, 3, 1).flatten(1, 2) for row in rows])
     pixels = pixels.expand(-1, -1, 3).cpu().add(1).div(2).clamp(0, 1)
     figure, axes = _figure(1.6 + 0.75 * len(rows[0]), 0.5 + 0.75 * len(rows))
     axes.imshow(pixels.numpy())
     axes.set_yticks([height * (i + 0.5) for i in range(len(rows))], names)
-    axes.set_xticks([])
+    axes.xaxis.tick_top()
+    axes.set_xticks([width * (i + 0.5) for i in range(len(over))], over)
     axes.tick_params(length=0, labelsize=8)
     axes.set_title(title, color=INK, fontsize=10)
     for spine in axes.spines.values():
@@ -285,10 +288,9 @@ def _strength_picture(results: Results, face: Tensor, path: Path) -> None:
         painter(images, strengths[:, None] * axis)
         for axis in torch.eye(painter.config.styles, device=strengths.device)
     ]
-    shown = ", ".join(f"{a:g}" for a in strengths.tolist())
     names = [f"u{i + 1}" for i in range(len(rows))]
-    title = f"{results.config.guided.domain}: ‖o‖ = {shown}"
-    _grid(rows, names, title, path)
+    title = f"{results.config.guided.domain}: one face, ‖o‖ growing along each axis"
+    _grid(rows, names, title, path, [f"{a:g}" for a in strengths.tolist()])
 
 
 # -- page ----------------------------------------------------------------------------------------

@@ -302,12 +302,14 @@ def _plot(results: Results, figures: dict[str, Any], path: Path) -> None:
     _figure(1, 1)  # chooses the backend
     plt.close()
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    titles = ("share of identities by nearest cosine", "… of faces, by pixels")
+    titles = ("identities", "their faces, by pixels")
     for ax, found, title in zip(axes, (results.cosines, results.drawn), titles, strict=False):
         for kind, color in zip(KINDS, (ACCENT, INK), strict=True):
             values = torch.cat(found[kind]).sort().values
             ax.plot(values.numpy(), torch.linspace(0, 1, len(values)), color=color, label=kind)
         ax.set_title(title, color=INK, fontsize=10)
+        ax.set_xlabel("cosine to the nearest other person")
+    axes[0].set_ylabel("share that is no nearer")
     axes[0].axvline(figures["bound"]["cosine"], color=QUIET, linestyle="--", label="bound")
     axes[0].legend(frameon=False, fontsize=8)
     for i, kind in enumerate(KINDS):
@@ -316,7 +318,8 @@ def _plot(results: Results, figures: dict[str, Any], path: Path) -> None:
         axes[2].hlines(figures[kind]["auc"]["mean"], i - 0.3, i + 0.3, color=ACCENT, linewidth=2)
     axes[2].axhline(results.pixels["auc"], color=QUIET, linestyle="--", linewidth=1)
     axes[2].set_xticks(range(len(KINDS)), KINDS)
-    axes[2].set_title("ROC-AUC by seed; dashed: raw pixels", color=INK, fontsize=10)
+    axes[2].set_ylabel("ROC-AUC on real people")
+    axes[2].set_title("each seed, mean; dashed: raw pixels", color=INK, fontsize=10)
     for ax in axes:
         ax.grid(alpha=0.25)
     _save(figure, path)

@@ -213,7 +213,8 @@ def _rows_plot(figures: dict[str, Any], path: Path) -> None:
             ax.hlines(found[name]["mean"], i - 0.3, i + 0.3, color=ACCENT, linewidth=2)
         ax.axhline(figures["raw pixels"][name], color=QUIET, linestyle="--", linewidth=1)
         ax.set_xticks(range(len(names)), names, fontsize=8)
-        ax.set_title(f"{title}: each seed, mean; dashed: raw pixels", color=INK, fontsize=10)
+        ax.set_ylabel(f"{title} on real people")
+        ax.set_title("each seed, mean; dashed: raw pixels", color=INK, fontsize=10)
         ax.grid(alpha=0.25, axis="y")
     _save(figure, path)
 
