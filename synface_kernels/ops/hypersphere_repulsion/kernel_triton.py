@@ -422,8 +422,8 @@ def pairs(
                 tile = workspace[: n * m].view(n, m)
                 torch.mm(units, others.t(), out=tile)
                 if exponential:
-                    _launch(
-                        _row_maximum_kernel, (n,), tile, row_maximum, m, m, DIAGONAL=diagonal,
+                    _row_maximum_kernel[(n,)](
+                        tile, row_maximum, m, m, DIAGONAL=diagonal,
                         BLOCK_C=1024, num_warps=4,
                     )  # fmt: skip
                     most = torch.maximum(row_maximum[:n].max().double(), shift_x[i])
@@ -438,15 +438,15 @@ def pairs(
                     tile, x.rows, y.rows, x.inverse, y.inverse, x.rows.stride(0), y.rows.stride(0),
                     shift_x[i],
                 )  # fmt: skip
-                _launch(
-                    _derivatives_kernel, (n,), *args, grad_x, row_sum, row_close, rows.start,
+                _derivatives_kernel[(n,)](
+                    *args, grad_x, row_sum, row_close, rows.start,
                     columns.start, m, m, a, r_min, DIAGONAL=diagonal, GRADIENT=needs_x_grad,
                     **potential, **config, BLOCK_C=1024, num_warps=4,
                 )  # fmt: skip
                 sums[i] += row_sum[:n].sum()
                 if column_grad.numel():
-                    _launch(
-                        _close_columns_kernel, (m,), *args, column_grad, row_close, rows.start,
+                    _close_columns_kernel[(m,)](
+                        *args, column_grad, row_close, rows.start,
                         columns.start, n, m, a, r_min, **potential, **config, BLOCK_R=1024,
                         num_warps=4,
                     )  # fmt: skip
@@ -465,8 +465,8 @@ def pairs(
             for rows, own in zip(blocks if gradient.numel() else (), shifts, strict=False):
                 factor = a / total * scaling(own, shift) if exponential else torch.ones_like(total)
                 count = rows.stop - rows.start
-                _launch(
-                    _project_kernel, (count,), gradient[rows], points.rows[rows],
+                _project_kernel[(count,)](
+                    gradient[rows], points.rows[rows],
                     points.inverse[rows], factor, points.rows.stride(0), **config, num_warps=4,
                 )  # fmt: skip
     return a * shift + total.log() if exponential else total, grad_x, grad_y
@@ -500,17 +500,17 @@ def nearest(x: Points, y: Points | None, k: int) -> tuple[Tensor, Tensor]:
                 n, m = rows.stop - rows.start, columns.stop - columns.start
                 tile = workspace[: n * m].view(n, m)
                 _mm(x.rows[rows].to(dtype), y.rows[columns].to(dtype).t(), tile)
-                _launch(
-                    _collect_kernel, (triton.cdiv(n, 16),), tile, keys, x.inverse, y.inverse,
+                _collect_kernel[(triton.cdiv(n, 16),)](
+                    tile, keys, x.inverse, y.inverse,
                     rows.start, columns.start, n, m, m, 1, EXCLUDE_SELF=diagonal, **config,
                 )  # fmt: skip
                 if symmetric and not diagonal:
-                    _launch(
-                        _collect_kernel, (triton.cdiv(m, 16),), tile, keys, y.inverse, x.inverse,
+                    _collect_kernel[(triton.cdiv(m, 16),)](
+                        tile, keys, y.inverse, x.inverse,
                         columns.start, rows.start, m, n, 1, m, EXCLUDE_SELF=False, **config,
                     )  # fmt: skip
-        _launch(
-            _select_kernel, (len(x),), x.rows, y.rows, x.inverse, y.inverse, x.rows.stride(0),
+        _select_kernel[(len(x),)](
+            x.rows, y.rows, x.inverse, y.inverse, x.rows.stride(0),
             y.rows.stride(0), keys, square, index, len(y), 2 * _cosine_error(d, dtype), D=d, K=k,
             ROOM=room, SYMMETRIC=symmetric, BLOCK_D=triton.next_power_of_2(d), num_warps=4,
         )  # fmt: skip
@@ -539,8 +539,8 @@ def nearest_backward(
         for gradient, as_x, as_y in ((grad_x, True, symmetric), (grad_y, False, True)):
             if gradient.numel():
                 out = torch.empty_like(gradient, dtype=torch.float32)
-                _launch(
-                    _nearest_backward_kernel, (len(gradient),), x.rows, y.rows, x.inverse,
+                _nearest_backward_kernel[(len(gradient),)](
+                    x.rows, y.rows, x.inverse,
                     y.inverse, x.rows.stride(0), y.rows.stride(0), index, grad_square, chosen_by,
                     begin, out, r_min, D=d, K=index.shape[1], SYMMETRIC=symmetric, AS_X=as_x,
                     AS_Y=as_y, BLOCK_D=triton.next_power_of_2(d), num_warps=4,
@@ -580,10 +580,6 @@ def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     if a.device.type == "cpu":  # under the interpreter; no such overload
         return torch.mm(a.float(), b.float(), out=out)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> None:
-    kernel[grid](*args, **config)
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

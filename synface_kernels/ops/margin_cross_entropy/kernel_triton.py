@@ -500,8 +500,8 @@ def _find_targets(
     classes = labels
     if class_ids is not None:
         classes = torch.where(labels >= 0, class_ids[labels.clamp_min(0)], labels)
-    _launch(
-        _target_cosines_kernel, (n,), input, centers, classes, target_cosine, target_rows,
+    _target_cosines_kernel[(n,)](
+        input, centers, classes, target_cosine, target_rows,
         input.stride(0), centers.stride(0), D=d, K=labels.shape[1], M=_sub_centers(weight),
         **_one_row_config(d),
     )  # fmt: skip
@@ -531,8 +531,8 @@ def _forward_fused(
     weight_r = _inverse_norms(weight, input_r.new_empty(c))
     maximum = input_r.new_empty((splits, n))
     total = torch.empty_like(maximum)
-    _launch(
-        _fused_kernel, (row_blocks, splits), input, weight, labels, input_r, weight_r, maximum,
+    _fused_kernel[(row_blocks, splits)](
+        input, weight, labels, input_r, weight_r, maximum,
         total, n, c, classes_per_split, input.stride(0), weight.stride(0), scale,
         D=d, K=labels.shape[1], PRECISION=precision, **config,
     )  # fmt: skip
@@ -577,13 +577,13 @@ def _forward_tiled(
         columns = rows.shape[0] // tiles.sub_centers
         if needs_center_sum:
             programs = center_sums.shape[0]
-            _launch(
-                _center_sums_kernel, (programs,), own, weight_r, center_sums, own.shape[0],
+            _center_sums_kernel[(programs,)](
+                own, weight_r, center_sums, own.shape[0],
                 own.stride(0), triton.cdiv(own.shape[0], programs), D=d, **_one_row_config(d),
             )  # fmt: skip
         for maximum_only in (True, False) if follow else (False,):
-            _launch(
-                _tile_statistics_kernel, (row_blocks, triton.cdiv(columns, chunk)), tiles.logits,
+            _tile_statistics_kernel[(row_blocks, triton.cdiv(columns, chunk))](
+                tiles.logits,
                 probabilities, labels, input_r, weight_r, shift, maximum, total, filtered, n,
                 columns, tiles.stride, start, chunk, scale, limit, K=labels.shape[1],
                 M=tiles.sub_centers, FILTER=limit < math.inf, MAXIMUM_ONLY=maximum_only, **config,
@@ -743,8 +743,8 @@ def _backward(
         target_rows = _find_targets(input, weight, class_ids, labels, cosine)
         if needs_input_grad:
             centers = _centers(weight)
-            _launch(
-                _grad_input_kernel, (n,), input, centers, target_rows, mean_center, center_sum,
+            _grad_input_kernel[(n,)](
+                input, centers, target_rows, mean_center, center_sum,
                 grad_negative_lse, grad_target_cosine, grad_cosine_sum, grad_input,
                 input.stride(0), centers.stride(0), scale, D=d, K=labels.shape[1],
                 SUM=center_sum.numel() > 0, **_one_row_config(d),
@@ -799,8 +799,8 @@ def _fill_grad_rows(
         count = own.shape[0]
         columns = count // tiles.sub_centers
         grid = (triton.cdiv(n, config["BLOCK_N"]), triton.cdiv(columns, config["BLOCK_C"]))
-        _launch(
-            _tile_gradient_kernel, grid, tiles.logits, gradient, labels, target_rows, input_r,
+        _tile_gradient_kernel[grid](
+            tiles.logits, gradient, labels, target_rows, input_r,
             weight_r, negative_lse, grad_negative_lse, grad_target_cosine, n, columns,
             tiles.stride, start, scale, limit, K=labels.shape[1], M=tiles.sub_centers,
             FILTER=limit < math.inf, **config,
@@ -813,8 +813,8 @@ def _fill_grad_rows(
         a = _mm(gradient[:, :count].t(), x, out if sums is None else sums[:count])
         if common is not None:
             a += common
-        _launch(
-            _grad_weight_kernel, (triton.cdiv(count, row_config["BLOCK_R"]),), own, weight_r, a,
+        _grad_weight_kernel[(triton.cdiv(count, row_config["BLOCK_R"]),)](
+            own, weight_r, a,
             out, count, own.stride(0), D=d, **row_config,
         )  # fmt: skip
         if take is not None:
@@ -880,8 +880,8 @@ def _count(weight: Tensor, class_ids: Tensor | None) -> int:
 def _inverse_norms(matrix: Tensor, out: Tensor) -> Tensor:
     count, d = matrix.shape
     config = _row_config(d)
-    _launch(
-        _inverse_norms_kernel, (triton.cdiv(count, config["BLOCK_R"]),), matrix, out, count,
+    _inverse_norms_kernel[(triton.cdiv(count, config["BLOCK_R"]),)](
+        matrix, out, count,
         matrix.stride(0), D=d, **config,
     )  # fmt: skip
     return out
@@ -894,10 +894,6 @@ def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     if a.device.type == "cpu":  # under the interpreter; no such overload
         return torch.mm(a.float(), b.float(), out=out)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> None:
-    kernel[grid](*args, **config)
 
 
 def _check(input: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
