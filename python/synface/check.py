@@ -33,6 +33,22 @@ def check_integer(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_rows(name: str, rows: Tensor) -> Tensor:
+    """The norms (N, 1) of rows (N, D), float64; raises ValueError unless all are finite and not 0.
+
+    Squares in float32 would overflow from 1e19 on, and vanish from 1e-23 on.
+    """
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+    for wrong, what in ((~norms.isfinite(), "not finite"), (norms == 0, "zero")):
+        if wrong.any():
+            kind = str(rows.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name}: {int(wrong.sum())} of {len(rows)} rows are {what} in {kind}, "
+                f"the first is row {int(wrong.nonzero()[0, 0])}"
+            )
+    return norms
+
+
 def check_device(device: object) -> torch.device:
     """The device, if torch can compute on it here; raises TypeError or ValueError if not."""
     if not isinstance(device, (str, torch.device)):

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .check import check_rows
+
 NAME = "embeddings"  # of the tensor, where a safetensors file holds several
 
 
@@ -40,13 +42,7 @@ def read_embeddings(path: str | Path) -> Tensor:
             f"got {str(rows.dtype).removeprefix('torch.')} {shape}"
         )
     rows = rows.float()
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    for wrong, what in ((~norms.isfinite(), "not finite"), (norms == 0, "zero")):
-        if wrong.any():
-            raise ValueError(
-                f"{path}: {int(wrong.sum())} of {len(rows)} rows are {what} in float32, "
-                f"the first is row {int(wrong.nonzero()[0, 0])}"
-            )
+    check_rows(str(path), rows)
     return rows
 
 

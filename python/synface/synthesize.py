@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .check import describe
+from .check import check_rows, describe
 from .generate import FaceGenerator
 
 MANIFEST = "synthesis.json"
@@ -163,13 +163,7 @@ def checked(embeddings: Tensor, size: int) -> tuple[Tensor, Tensor]:
             f"got {str(embeddings.dtype).removeprefix('torch.')} {tuple(embeddings.shape)}"
         )
     embeddings = embeddings.detach().cpu().float().contiguous()
-    # Squares in float32 overflow from 1e19 on, and vanish from 1e-23 on.
-    norms = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True, dtype=torch.float64)
-    if bad := int((~(norms.isfinite() & (norms > 0))).sum()):
-        raise ValueError(
-            f"embeddings must be finite and not zero, {bad} of {len(norms)} rows are not so"
-        )
-    return embeddings, (embeddings / norms).float()
+    return embeddings, (embeddings / check_rows("embeddings", embeddings)).float()
 
 
 def _begin(root: Path, manifest: dict[str, Any], resume: bool, overwrite: bool) -> None:
@@ -184,13 +178,7 @@ def _begin(root: Path, manifest: dict[str, Any], resume: bool, overwrite: bool) 
                 f"{root} holds something that was not synthesized: choose another output folder"
             )
     elif resume:
-        changed = [k for k in manifest | stored if manifest.get(k) != stored.get(k)]
-        if changed:
-            key = changed[0]
-            raise ValueError(
-                f"{root} was made by another run: its {key} is {stored.get(key)}, "
-                f"expected {manifest.get(key)}"
-            )
+        checkpoint.check_same(root, stored, manifest)
         return
     elif overwrite:
         for entry in root.iterdir():

@@ -659,7 +659,7 @@ def test_what_is_there_is_not_lost_by_mistake(tmp_path):
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"embeddings": unit(4, 15)}, r"of shape \(N, 16\), as the generator .* \(4, 15\)"),
-        ({"embeddings": torch.zeros(4, 16)}, "4 of 4 rows are not so"),
+        ({"embeddings": torch.zeros(4, 16)}, "embeddings: 4 of 4 rows are zero"),
     ):
         given = {"embeddings": unit(4, 16), "generator": generator, "images_per_identity": 2}
         with pytest.raises((ValueError, FileExistsError), match=message):

@@ -90,7 +90,7 @@ def test_the_same_again_and_not_for_another_configuration(tmp_path, file):
     with pytest.raises(FileExistsError):
         hyperface.run(config, tmp_path / "first")
     other = replace(config, pack=replace(config.pack, steps=3))
-    with pytest.raises(ValueError, match="of another run: its steps is 40, expected 3"):
+    with pytest.raises(ValueError, match="of another run: its steps is '40', expected '3'"):
         hyperface.run(other, tmp_path / "first", resume=True)
     (tmp_path / "second" / "packed-seed-0.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is not a safetensors file"):

@@ -16,7 +16,7 @@ from torch import Tensor
 import synface_kernels as sk
 
 from .. import checkpoint
-from ..check import check_device, check_integer, check_number, describe
+from ..check import check_device, check_integer, check_number, check_rows, describe
 from ..checkpoint import CheckpointError
 from ..embeddings import NAME
 from ..interrupts import interrupts
@@ -264,14 +264,7 @@ class Packer:
                 f"{name} must be floating point of shape {wanted}, got {describe(rows)}"
             )
         rows = rows.to(self.device, torch.float64)
-        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        wrong = ~(norms.isfinite() & (norms > 0))
-        if wrong.any():
-            row = int(wrong.nonzero()[0, 0])
-            raise ValueError(
-                f"{name} must have finite, non-zero rows, row {row} has norm {norms[row].item()}"
-            )
-        return (rows / norms).to(self.dtype)
+        return (rows / check_rows(name, rows)).to(self.dtype)
 
 
 class _Run:

@@ -121,12 +121,7 @@ def packed(config: HyperfaceConfig, output: Path, seed: int, resume: bool, bar: 
             metadata = stored.metadata() or {}
         wanted = {name: json.dumps(value) for name, value in asdict(made_of).items()}
         wanted["objective"] = made_of.objective
-        for name, value in wanted.items():
-            if metadata.get(name) != value:
-                raise ValueError(
-                    f"{file} is of another run: its {name} is {metadata.get(name)}, "
-                    f"expected {value}"
-                )
+        checkpoint.check_same(file, metadata, wanted)
         return points
     begun = file.with_name(f"{file.stem}-{made_of.objective}.checkpoints")
 
