@@ -10,7 +10,8 @@ import triton
 
 from synface_kernels.ops.margin_cross_entropy import kernel_triton
 
-REGISTERS = 255
+# Of all but the products, whose share of a multiprocessor is checked instead.
+REGISTERS = 128
 # Bytes that a thread may spill, outside of the innermost loops.
 STACK = 16 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 72
 NOT_FUSED = None
