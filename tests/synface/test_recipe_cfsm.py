@@ -64,9 +64,7 @@ checkpoint_every = 3
 
 
 @pytest.fixture
-def config(tmp_path) -> CfsmConfig:
-    file = tmp_path / "tiny.toml"
-    file.write_text(TINY)
+def config(file) -> CfsmConfig:
     return load_config(file)
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -33,13 +32,6 @@ depths = [1, 1]
 embedding_size = 8
 checkpoint_every = 1
 """
-
-
-@pytest.fixture
-def file(tmp_path) -> Path:
-    file = tmp_path / "tiny.toml"
-    file.write_text(TINY)
-    return file
 
 
 def test_from_packing_to_a_report(tmp_path, file):

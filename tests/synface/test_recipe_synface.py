@@ -49,13 +49,6 @@ checkpoint_every = 1
 CONFIG = TrainConfig(epochs=2, batch_size=5, augment=0.0, seed=3)
 
 
-@pytest.fixture
-def file(tmp_path) -> Path:
-    file = tmp_path / "tiny.toml"
-    file.write_text(TINY)
-    return file
-
-
 def people(count: int, images: int, size: int = 16) -> Faces:
     pixels = torch.randint(256, (count * images, size, size, 1), dtype=torch.uint8)
     labels = torch.arange(count).repeat_interleave(images)
