@@ -381,6 +381,12 @@ def train_command(
     sample_rate: Annotated[
         float, typer.Option(help="Share of the classes that take part in a step (Partial FC).")
     ] = DEFAULT.sample_rate,
+    fused_update: Annotated[
+        bool,
+        typer.Option(
+            "--fused-update", help="The backward pass steps the centres: no gradient of theirs."
+        ),
+    ] = DEFAULT.fused_update,
     scale: Annotated[float, typer.Option(help="Of the logits.")] = DEFAULT.scale,
     m1: Annotated[float, typer.Option(help="Margin: factor of the angle.")] = DEFAULT.m1,
     m2: Annotated[float, typer.Option(help="Margin: radians added to the angle.")] = DEFAULT.m2,
@@ -895,6 +901,9 @@ def plan_command(
     sample_rate: Annotated[
         float, typer.Option(help="Share of the classes that take part in a step.", max=1.0)
     ] = 1.0,
+    fused_update: Annotated[
+        bool, typer.Option("--fused-update", help="The backward pass steps the centres.")
+    ] = False,
     centers: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     optimizer: Annotated[str, typer.Option(help="Of the centres: sgd, adamw or none.")] = "sgd",
     backbone: Annotated[
@@ -926,6 +935,7 @@ def plan_command(
         batch=batch,
         labels=labels,
         sample_rate=sample_rate,
+        fused_update=fused_update,
         centers=centers,
         optimizer=optimizer,
         backbone=None if backbone == "none" else backbone,

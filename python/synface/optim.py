@@ -72,6 +72,21 @@ class _RowOptimizer(torch.optim.Optimizer):
                 all_rows = torch.arange(parameter.shape[0], device=parameter.device)
                 self._update(index, group, parameter, state, int(state["step"]), all_rows, None)
 
+    @torch.no_grad()
+    def next_update(self, parameter: Tensor) -> sk.SGDUpdate | sk.AdamWUpdate:
+        """The next step on a parameter, for `synface_kernels.margin_cross_entropy` to take in its
+        backward pass. It counts as taken from now on.
+
+        Raises:
+            ValueError: for a parameter that is not this optimiser's.
+        """
+        for index, group, own in self._parameters():
+            if own is parameter:
+                state = self._state(group, parameter)
+                state["step"] += 1
+                return self._next(**self._arguments(index, group, state, int(state["step"])))
+        raise ValueError(f"parameter must be one of this optimiser's, got {describe(parameter)}")
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a `state_dict`, bitwise, each state in its own dtype.
 
@@ -144,22 +159,27 @@ class _RowOptimizer(torch.optim.Optimizer):
         class_ids: Tensor,
         row_grad: Tensor | None,
     ) -> None:
-        self._kernel(
-            _matrix(parameter),
-            row_grad,
-            class_ids,
-            lr=float(group["lr"]),
-            weight_decay=group["weight_decay"],
-            step=step,
-            last_step=state.get("last_step"),
-            seed=None if group["seed"] is None else (group["seed"] + index * _ODD) % 2**63,
-            impl=group["impl"],
+        arguments = self._arguments(index, group, state, step)
+        self._kernel(_matrix(parameter), row_grad, class_ids, impl=group["impl"], **arguments)
+
+    def _arguments(
+        self, index: int, group: dict[str, Any], state: dict[str, Tensor], step: int
+    ) -> dict[str, Any]:
+        """Of the kernel and of the update alike."""
+        return {
+            "lr": float(group["lr"]),
+            "weight_decay": group["weight_decay"],
+            "step": step,
+            "last_step": state.get("last_step"),
+            "seed": None if group["seed"] is None else (group["seed"] + index * _ODD) % 2**63,
             **{name: _matrix(state[name]) for name in self._moments(group)},
             **{name: group[name] for name in self._own},
-        )
+        }
 
-    # A subclass's op, the names of its own settings, and those of its states like the parameter.
+    # A subclass's op, its update, the names of its own settings, and of its states like the
+    # parameter.
     _kernel: Callable[..., Tensor]
+    _next: Callable[..., Any]
     _own: tuple[str, ...]
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -200,6 +220,7 @@ class RowSGD(_RowOptimizer):
     """
 
     _kernel = staticmethod(sk.row_sgd_)
+    _next = sk.SGDUpdate
     _own = ("momentum", "dampening", "nesterov")
 
     def __init__(
@@ -245,6 +266,7 @@ class RowAdamW(_RowOptimizer):
     """
 
     _kernel = staticmethod(sk.row_adamw_)
+    _next = sk.AdamWUpdate
     _own = ("betas", "eps")
 
     def __init__(

@@ -73,6 +73,7 @@ class Settings:
         batch: images of one step, on all ranks together.
         labels: per image (3 for mixed identities and domains).
         sample_rate: share of the classes that take part in a step (Partial FC).
+        fused_update: whether the backward pass steps the centres itself: they have no gradient.
         centers: dtype of the class centres, their gradient and their optimiser's state.
         optimizer: of the centres: ``"sgd"`` (momentum), ``"adamw"`` or ``"none"``.
         backbone: a name of `DEPTHS`, at 112×112, or None to leave it out.
@@ -86,6 +87,7 @@ class Settings:
     batch: int = 1024
     labels: int = 1
     sample_rate: float = 1.0
+    fused_update: bool = False
     centers: str = "float32"
     optimizer: str = "sgd"
     backbone: str | None = "r50"
@@ -222,7 +224,8 @@ def memory(settings: Settings) -> dict[str, float]:
     parts: dict[str, float] = {"centres": s.classes * s.dim * size}
     if STATES[s.optimizer]:
         parts[f"centres' {s.optimizer} state"] = STATES[s.optimizer] * s.classes * s.dim * size
-    parts["centres' gradient"] = s.sampled * s.dim * size
+    if not s.fused_update:
+        parts["centres' gradient"] = s.sampled * s.dim * size
     if s.sample_rate < 1:
         # the step after which each row is up to date; a bit per class; the sampled classes
         parts["sampling"] = 4 * s.classes + s.classes / 8 + 8 * s.sampled
@@ -287,10 +290,12 @@ def time(
 
     rows = s.sampled * s.dim
     # four products, of which one computes the logits again; centres read twice, gradient written
-    parts = {"margin softmax": part(8.0 * s.batch * rows, 3 * rows * size, both)}
+    passes = 2 if s.fused_update else 3
+    parts = {"margin softmax": part(8.0 * s.batch * rows, passes * rows * size, both)}
     states = STATES[s.optimizer]
-    if states:
-        parts["centres' update"] = part(0, rows * size * (3 + 2 * states))
+    if states:  # centres and states read and written, gradient read
+        passes = 2 * (1 + states) + (0 if s.fused_update else 1)
+        parts["centres' update"] = part(0, rows * size * passes)
     if s.backbone:
         parameters, kept, flops = _backbone(s.backbone, s.dim)
         moved = 3 * kept * s.images * BYTES[s.precision] / 4  # written, read, and its gradient
@@ -322,6 +327,8 @@ def _remedies(settings: Settings) -> Iterator[Remedy]:
             low, high = (low, middle) if fits(middle) else (middle, high)
         return high
 
+    if not settings.fused_update:
+        yield remedy("no gradient of the centres: --fused-update", fused_update=True)
     if settings.centers == "float32":
         yield remedy(
             "centres in bfloat16, rounded at random: --centers bfloat16", centers="bfloat16"

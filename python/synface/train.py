@@ -41,7 +41,15 @@ from .sources import Batch, FacesSource, Source
 CONFIG, METRICS, TIMING = "config.json", "metrics.jsonl", "timing.jsonl"
 VERIFICATION = "verification.jsonl"
 # What configurations had no name for at first; it then was as it now is by default.
-LATER = {"accumulate", "precision", "power", "clip_norm", "freeze_statistics", "sample_rate"}
+LATER = {
+    "accumulate",
+    "precision",
+    "power",
+    "clip_norm",
+    "freeze_statistics",
+    "sample_rate",
+    "fused_update",
+}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -62,6 +70,8 @@ class TrainConfig:
         freeze_statistics: normalise by the running statistics, not by a batch's.
         sample_rate: share of the classes that take part in a step (Partial FC). Below 1 the
             centres take their optimiser's steps row by row: `synface.optim`.
+        fused_update: the backward pass takes these steps on the centres itself, whose gradient
+            never exists; with accumulate 1.
         scale, m1, m2, m3: of the margin, m2 in radians.
         widths, depths, embedding_size, dropout: of the backbone.
         augment: strength of the augmentation, 0 for none.
@@ -82,6 +92,7 @@ class TrainConfig:
     clip_norm: float = 0.0
     freeze_statistics: bool = False
     sample_rate: float = 1.0
+    fused_update: bool = False
     scale: float = 32.0
     m1: float = 1.0
     m2: float = 0.3
@@ -105,6 +116,11 @@ class TrainConfig:
         if not 1 <= self.accumulate <= self.batch_size:
             raise ValueError(
                 f"accumulate must be in [1, batch_size = {self.batch_size}], got {self.accumulate}"
+            )
+        if self.fused_update and self.accumulate > 1:
+            raise ValueError(
+                "fused_update steps the centres after each part of a batch: accumulate must be 1, "
+                f"got {self.accumulate}"
             )
         if not 0 < self.sample_rate <= 1:
             raise ValueError(f"sample_rate must be in (0, 1], got {self.sample_rate}")
@@ -246,11 +262,13 @@ def _model(config: TrainConfig, source: Source, alone: bool, device: torch.devic
     settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay} | sgd
     dense = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.AdamW
     by_row = RowSGD if config.optimizer == "sgd" else RowAdamW
-    of_centers: Any = dense if config.sample_rate == 1 else by_row
+    centers: Any = by_row if config.sample_rate < 1 or config.fused_update else dense
     optimizers = {
         "optimizer": dense([p for p in backbone.parameters() if p.requires_grad], **settings),
-        "centers": of_centers(head.parameters(), **settings),
+        "centers": centers(head.parameters(), **settings),
     }
+    if config.fused_update:
+        head.fuse(optimizers["centers"])
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     return _Model(backbone, head, optimizers, scaler)
 

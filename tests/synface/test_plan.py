@@ -26,12 +26,13 @@ import sys, torch
 from synface.measure import peak_bytes
 import synface_kernels as sk
 
-classes, dim, batch, dtype, optimizer, rate = sys.argv[1:]
+classes, dim, batch, dtype, optimizer, rate, fused = sys.argv[1:]
 classes, dim, batch, rate = int(classes), int(dim), int(batch), float(rate)
+fused = fused == "True"
 dtype = getattr(torch, dtype)
 
 def train(classes, steps):
-    weight = torch.randn(classes, dim, dtype=dtype).requires_grad_()
+    weight = torch.randn(classes, dim, dtype=dtype).requires_grad_(not fused)
     state = {"sgd": 1, "adamw": 2, "none": 0}[optimizer]
     states = [torch.zeros_like(weight) for _ in range(state)]
     last = torch.zeros(classes, dtype=torch.int32) if rate < 1 else None
@@ -40,6 +41,12 @@ def train(classes, steps):
         target, ids = torch.randint(0, classes, (batch,)), None
         if rate < 1:
             ids, target = sk.sample_classes(target, classes, int(rate * classes))
+        if fused:
+            update = sk.SGDUpdate(
+                lr=0.1, momentum=0.9, momentum_buffer=states[0], step=step, last_step=last
+            )
+            sk.margin_cross_entropy(x, weight, target, class_ids=ids, update=update).backward()
+            continue
         sk.margin_cross_entropy(x, weight, target, class_ids=ids).backward()
         gradient, weight.grad = weight.grad, None
         if rate < 1:
@@ -64,27 +71,30 @@ print(peak_bytes(lambda: train(classes, 2)))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
-    ("centers", "optimizer", "sample_rate"),
+    ("centers", "optimizer", "sample_rate", "fused"),
     [
-        ("float32", "sgd", 1.0),
-        ("bfloat16", "sgd", 1.0),
-        ("float32", "none", 1.0),
-        ("float32", "adamw", 1.0),
-        ("float32", "sgd", 0.1),
-        ("bfloat16", "adamw", 0.05),
+        ("float32", "sgd", 1.0, False),
+        ("float32", "sgd", 1.0, True),
+        ("bfloat16", "sgd", 1.0, False),
+        ("float32", "none", 1.0, False),
+        ("float32", "adamw", 1.0, False),
+        ("float32", "sgd", 0.1, False),
+        ("bfloat16", "adamw", 0.05, False),
     ],
 )
-def test_the_memory_model_is_what_is_measured(centers, optimizer, sample_rate):
+def test_the_memory_model_is_what_is_measured(centers, optimizer, sample_rate, fused):
     settings = Settings(
         1_000_000,
         128,
         batch=256,
         sample_rate=sample_rate,
+        fused_update=fused,
         centers=centers,
         optimizer=optimizer,
         backbone=None,
     )
-    arguments = [settings.identities, settings.dim, settings.batch, centers, optimizer, sample_rate]
+    s = settings
+    arguments = [s.identities, s.dim, s.batch, centers, optimizer, sample_rate, fused]
     child = subprocess.run(
         [sys.executable, "-c", STEP, *map(str, arguments)], capture_output=True, text=True
     )
@@ -107,6 +117,18 @@ def test_parts_add_up():
     assert found.fits
     assert not found.remedies
     assert found.seconds == pytest.approx(sum(part.seconds for part in found.time.values()))
+
+
+def test_a_fused_update_has_no_gradient():
+    settings = Settings(1_000_000, gpus=2, optimizer="adamw")
+    apart, fused = plan(settings), plan(replace(settings, fused_update=True))
+    gradient = apart.memory["centres' gradient"]
+    assert "centres' gradient" not in fused.memory
+    assert fused.total == apart.total - gradient
+    rate = DEVICES[settings.device].bandwidth  # it is neither written nor read
+    assert apart.time["centres' update"].seconds - fused.time["centres' update"].seconds == (
+        pytest.approx(gradient / rate)
+    )
 
 
 def test_alone_nothing_is_exchanged():
@@ -164,10 +186,10 @@ def test_remedies_do_what_they_say(settings):
     for remedy in found.remedies:
         assert remedy.bytes < found.total
         assert remedy.fits == (remedy.bytes <= found.available)
-        option, value = remedy.change.split("--")[1].split()
+        option, *values = remedy.change.split("--")[1].split()
         name = option.replace("-", "_")
         kind = type(getattr(settings, name))
-        changed = plan(replace(settings, **{name: kind(value)}))
+        changed = plan(replace(settings, **{name: kind(*values) if values else True}))
         assert changed.fits == remedy.fits, remedy
         assert changed.total == pytest.approx(remedy.bytes, rel=0.01)
 

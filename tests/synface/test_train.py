@@ -212,7 +212,7 @@ from synface.data import embedded_faces
 from synface.train import TrainConfig, train
 faces = embedded_faces(images_per_identity=4, size=16, identities=6)
 config = TrainConfig(epochs=400, batch_size=11, widths=(4, 8), depths=(1, 1), embedding_size=16,
-                     checkpoint_every=1)
+                     checkpoint_every=1, fused_update=sys.argv[-1] == "fused")
 """
 # In processes of their own: what tests did to torch's threads may change a result's last bits.
 KILLED = RUN + "train(config, faces, Path(sys.argv[1]))"
@@ -232,8 +232,9 @@ assert resumed.history == whole.history
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_kill_9_leaves_a_whole_checkpoint(faces, tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "run")])
+@pytest.mark.parametrize("update", ["apart", "fused"])
+def test_kill_9_leaves_a_whole_checkpoint(faces, tmp_path, update):
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "run"), update])
     folder = tmp_path / "run" / "checkpoints"
     deadline = time.monotonic() + 120
     while len(synface.checkpoint.checkpoints(folder)) < 2:
@@ -245,7 +246,7 @@ def test_kill_9_leaves_a_whole_checkpoint(faces, tmp_path):
     found = synface.checkpoint.find(tmp_path / "run")
     _, state = synface.checkpoint.load(found)
     arguments = [str(tmp_path / "run"), str(tmp_path / "whole"), str(state["step"] + 3)]
-    subprocess.run([sys.executable, "-c", RESUMED, *arguments], check=True)
+    subprocess.run([sys.executable, "-c", RESUMED, *arguments, update], check=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(faces, tmp_path):

@@ -51,6 +51,8 @@ def largest_difference(a, b) -> float:
         SAMPLED,
         SAMPLED | {"optimizer": "adamw"},
         SAMPLED | {"precision": "float16", "accumulate": 2, "clip_norm": 1.0},
+        {"fused_update": True, "precision": "float16", "clip_norm": 1.0},
+        SAMPLED | {"fused_update": True, "optimizer": "adamw"},
     ],
     ids=str,
 )
@@ -98,6 +100,17 @@ def test_all_classes_sampled_are_all_classes(faces, tmp_path):
     assert largest_difference(sampled, whole) < 1e-4
 
 
+@pytest.mark.parametrize("options", [SAMPLED | {"optimizer": "adamw"}, {}], ids=str)
+def test_centers_stepped_in_the_backward_pass_are_those_stepped_after_it(faces, tmp_path, options):
+    """Where both step row by row, to the last bit."""
+    config = replace(SMALL, **options, epochs=1, lr=0.02, warmup_epochs=0, freeze_statistics=True)
+    apart = train(config, faces, tmp_path / "apart")
+    fused = train(replace(config, fused_update=True), faces, tmp_path / "fused")
+    assert largest_difference(apart, fused) <= (0 if options else 1e-4)
+    assert apart.head.weight.grad is not None
+    assert fused.head.weight.grad is None
+
+
 def test_clipping_bounds_the_gradient(faces, tmp_path):
     free = train(replace(SMALL, clip_norm=1e9), faces, tmp_path / "free")
     norms = [row["gradient_norm"] for row in free.history]
@@ -130,6 +143,7 @@ def test_polynomial_schedule():
         ({"sample_rate": 1.5}, "sample_rate"),
         ({"precision": "int8"}, "precision must be one of .*, got 'int8'"),
         ({"clip_norm": -1.0}, "clip_norm must not be negative"),
+        ({"fused_update": True, "accumulate": 2}, "accumulate must be 1, got 2"),
         ({"power": 0.0}, "power must be positive"),
     ],
 )

@@ -96,7 +96,12 @@ def test_two_ranks_are_one_rank(tmp_path, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"optimizer": "adamw", "sample_rate": 0.5}, {"precision": "float16", "clip_norm": 1.0}],
+    [
+        {},
+        {"optimizer": "adamw", "sample_rate": 0.5},
+        {"precision": "float16", "clip_norm": 1.0},
+        {"fused_update": True, "sample_rate": 0.5},
+    ],
     ids=str,
 )
 def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path, options):

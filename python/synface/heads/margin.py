@@ -12,9 +12,10 @@ from torch import Tensor, nn
 import synface_kernels as sk
 
 from ..check import check_integer, describe
+from .fused import FusedHead
 
 
-class MarginHead(nn.Module):
+class MarginHead(FusedHead):
     """The class centres, and `synface_kernels.margin_cross_entropy` over them.
 
     Args:
@@ -79,7 +80,7 @@ class MarginHead(nn.Module):
             "workspace": self.workspace,
             "impl": self.impl,
         }
-        settings |= options
+        settings = self._with_update(settings | options)
         return sk.margin_cross_entropy(
             embeddings, self.weight, target, target_weight=target_weight, **settings
         )

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 import synface_kernels as sk
 
 from ..check import check_integer, check_number, describe
+from .fused import FusedHead
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-class PartialFC(nn.Module):
+class PartialFC(FusedHead):
     """The class centres, of which each step takes a random part: insightface's ``PartialFC_V2``.
 
     Works with no process group too, on a CPU, with batches of any size, and with any optimiser.
@@ -60,7 +61,8 @@ class PartialFC(nn.Module):
     label -100 are left out.
 
     Memory: C·D values; a sampled step reads its S rows where they lie, and returns S rows of
-    gradient. See `synface_kernels.margin_cross_entropy` and `synface_kernels.sample_classes`.
+    gradient, unless `fuse` is called. See `synface_kernels.margin_cross_entropy` and
+    `synface_kernels.sample_classes`.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit.
@@ -142,6 +144,7 @@ class PartialFC(nn.Module):
                 ignore_index=options.get("ignore_index", -100),
                 **shard,
             )
+        settings = self._with_update(settings)
         return sk.margin_cross_entropy(local_embeddings, weight, labels, **settings, **shard)
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ import synface_kernels as sk
 
 from ..check import check_integer, describe
 from ..randomness import generator
+from .fused import FusedHead
 from .partial_fc import _times
 
 INIT_ROWS = 4096  # centres that are drawn together
@@ -22,7 +23,7 @@ def split(num_classes: int, ranks: int) -> list[int]:
     return [num_classes // ranks + (rank < num_classes % ranks) for rank in range(ranks)]
 
 
-class ShardedMarginHead(nn.Module):
+class ShardedMarginHead(FusedHead):
     """Some of the class centres, those of this rank, and `synface_kernels.margin_cross_entropy`
     over those of all ranks.
 
@@ -121,7 +122,7 @@ class ShardedMarginHead(nn.Module):
             "workspace": self.workspace,
             "impl": self.impl,
         }
-        settings |= options
+        settings = self._with_update(settings | options)
         return sk.margin_cross_entropy(
             embeddings,
             self.weight,
