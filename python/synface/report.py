@@ -39,6 +39,7 @@ def _save(figure: Figure, path: Path) -> None:
 def sample_faces(faces: Faces, path: Path, identities: int = 8, images: int = 10) -> None:
     """A grid: one identity a row, its images side by side."""
     identities = min(identities, len(faces.identities))
+    images = min(images, int(faces.labels.bincount()[:identities].max()))
     rows = []
     for label in range(identities):
         own = faces.images[faces.labels == label][:images]
