@@ -1,4 +1,4 @@
-"""Row updates beside torch's indexed reads and writes, and beside a dense optimizer's step.
+"""Row updates beside torch's indexed reads and writes, and in the margin softmax's backward pass.
 
 `python -m benchmarks.bench_row_update` interleaves them and prints medians and ratios.
 """
@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from synface.measure import peak_bytes
 from torch import Tensor
 
 import synface_kernels as sk
@@ -99,6 +100,42 @@ def catching_up(touched: int, dim: int, rounds: int) -> str:
     return table.markdown(lines)
 
 
+def after_backward(x: Tensor, weight: Tensor, target: Tensor, **rule: Any) -> None:
+    leaf = weight.detach().requires_grad_()
+    sk.margin_cross_entropy(x, leaf, target).backward()
+    assert leaf.grad is not None
+    sk.row_sgd_(weight, leaf.grad, torch.arange(len(weight)), **rule)
+    x.grad = None
+
+
+def in_backward(x: Tensor, weight: Tensor, target: Tensor, **rule: Any) -> None:
+    sk.margin_cross_entropy(x, weight, target, update=sk.SGDUpdate(**rule)).backward()
+    x.grad = None
+
+
+def steps_of_training(classes: int, batch: int, dim: int, rounds: int) -> str:
+    """The margin softmax, forward and backward, and SGD with momentum on all of its centres."""
+    rng = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(batch, dim, generator=rng)
+    target = torch.randint(0, classes, (batch,), generator=rng)
+    lines = [["step", "dtype", "time", "peak extra memory"]]
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.randn(classes, dim, generator=rng, dtype=dtype)
+        tensors = (embeddings.to(dtype).requires_grad_(), weight, target)
+        rule: dict[str, Any] = {
+            "lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY,
+            "momentum_buffer": torch.zeros_like(weight), "step": 1, "seed": 0,
+        }  # fmt: skip
+        steps = {
+            "update=": partial(in_backward, *tensors, **rule),
+            "backward, row_sgd_": partial(after_backward, *tensors, **rule),
+        }
+        for (name, step), cell in zip(steps.items(), medians(steps, rounds).values(), strict=True):
+            memory = f"{peak_bytes(step) / 2**20:,.0f} MiB"
+            lines.append([name, str(dtype).removeprefix("torch."), cell, memory])
+    return table.markdown(lines)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--classes", type=int, default=400_000)
@@ -109,3 +146,4 @@ if __name__ == "__main__":
     verify.require(OP)
     print(rows(args.classes, args.touched, args.dim, args.rounds))
     print(catching_up(args.touched // 10, args.dim, args.rounds))
+    print(steps_of_training(args.classes // 2, 512, args.dim, args.rounds))
