@@ -47,8 +47,8 @@ struct Chunk {
 //
 // - ψ and shift are split into multiples of 2^-16 and a rest of at most 2^-17. As 0 <= ψ <= 1 and
 //   0 <= shift <= 255, all that is computed of the former are multiples of 2^-16 up to 255: float32
-//   holds them exactly. The rests give at most 255·2^-17 + 2^-17, with three roundings: an error
-//   below u·2^-7.
+//   holds them exactly. The rests give at most 255·2^-17 + 2^-17, with three roundings (or two,
+//   where a multiply-add is fused): an error below u·2^-7.
 // - Adding the two, rounding scale and multiplying by it are off by 3·u relatively, to first order.
 // - The result in float64 is itself off by less than u·2^-18 before the multiplication, and then by
 //   less than u·2^-28 relatively.
@@ -70,14 +70,13 @@ struct Split {
 // What elements are normalised with: exactly, and for estimates.
 struct Constants {
   const double *shift, *scale;
-  const Split* split_shift;
-  const float* near_scale;
+  const float *shift_high, *shift_low, *near_scale;
   const int32_t* least;  // the bits of the least |x| that an estimate is good for
   bool estimable;        // whether estimates are allowed
   bool exact_shift;      // whether no shift has a rest
   Constants from(int64_t i) const {
-    return {shift + i, scale + i, split_shift + i, near_scale + i,
-            least + i, estimable, exact_shift};
+    return {shift + i,      scale + i, shift_high + i, shift_low + i,
+            near_scale + i, least + i, estimable,      exact_shift};
   }
 };
 
@@ -102,8 +101,10 @@ struct Geometry {
       const auto [shift, scale] = p.affine[i % channels];
       shifts.push_back(shift);
       scales.push_back(scale);
-      split_shifts.emplace_back(shift);
-      exact_shift = exact_shift && split_shifts.back().low == 0;
+      const Split split(shift);
+      shift_highs.push_back(split.high);
+      shift_lows.push_back(split.low);
+      exact_shift = exact_shift && split.low == 0;
       near_scales.push_back(float(scale));
       least.push_back(std::bit_cast<int32_t>(float(0x1p-6 * scale)) + int32_t(kOff));
       estimable = estimable && shift >= 0 && shift <= 255 && scale > 0x1p-60 && scale < 0x1p60;
@@ -111,8 +112,8 @@ struct Geometry {
     for (int64_t b = 0; b < p.batch; ++b) estimable = estimable && p.psi[b] >= 0 && p.psi[b] <= 1;
   }
   Constants constants() const {
-    return {shifts.data(), scales.data(), split_shifts.data(), near_scales.data(),
-            least.data(),  estimable,     exact_shift};
+    return {shifts.data(),      scales.data(), shift_highs.data(), shift_lows.data(),
+            near_scales.data(), least.data(),  estimable,          exact_shift};
   }
   int64_t pixels() const { return height * width; }
   Chunk chunk(int64_t index) const {
@@ -126,8 +127,7 @@ struct Geometry {
   bool interleaved;
   int64_t chunks, chunk_pixels, period;  // chunks of a sample, each of at most chunk_pixels
   std::vector<double> shifts, scales;
-  std::vector<Split> split_shifts;
-  std::vector<float> near_scales;
+  std::vector<float> shift_highs, shift_lows, near_scales;
   std::vector<int32_t> least;
   bool estimable = true, exact_shift = true;
 };
@@ -161,6 +161,15 @@ struct ThreeMasks {
   alignas(16) uint8_t order[2][3][16];  // [1]: backwards
 };
 [[maybe_unused]] constexpr ThreeMasks kThreeMasks;
+
+// Picks the upper halves of 32 words.
+struct UpperHalves {
+  constexpr UpperHalves() : index() {
+    for (int i = 0; i < 32; ++i) index[i] = uint16_t(2 * i + 1);
+  }
+  alignas(64) uint16_t index[32];
+};
+[[maybe_unused]] constexpr UpperHalves kUpperHalves;
 
 }  // namespace
 }  // namespace synface::domain_mixup
