@@ -42,6 +42,7 @@ CXX = ["-O3", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-fno-trapping
 CXX += ["-fno-math-errno", "-fvisibility=hidden", "-Wall"]
 NVCC = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
 INCLUDE = [os.path.abspath("csrc")]
+NUMPY = "csrc/numpy_bindings.cpp"
 CPU_KERNELS = [*sorted(glob("csrc/*/cpu.cpp")), "csrc/simd/isa.cpp"]
 
 # at::parallel_for is serial unless it is compiled with OpenMP. It must be the OpenMP library that
@@ -68,7 +69,7 @@ setup(
     ext_modules=[
         TorchExtension(
             "synface_kernels._C",
-            ["csrc/bindings.cpp", "csrc/torch_runtime.cpp", *CPU_KERNELS, *cuda_sources],
+            [*sorted(set(glob("csrc/*.cpp")) - {NUMPY}), *CPU_KERNELS, *cuda_sources],
             include_dirs=INCLUDE,
             define_macros=[("SYNFACE_CUDA", None)] if cuda_sources else [],
             extra_compile_args={"cxx": [*CXX, "-fopenmp"], "nvcc": NVCC},
@@ -76,7 +77,7 @@ setup(
         ),
         Extension(
             "synface_kernels._numpy",
-            ["csrc/numpy_bindings.cpp", *CPU_KERNELS],
+            [NUMPY, *CPU_KERNELS],
             include_dirs=[*INCLUDE, *include_paths()],  # torch brings pybind11's headers
             extra_compile_args={"cxx": CXX},
             language="c++",

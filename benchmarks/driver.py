@@ -206,7 +206,8 @@ def measure_memory(case: Case, peer: Peer) -> dict[str, Any]:
         step = prepare(peer, case, work, device)
         work.release()
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
+        sk.empty_cache()  # what was freed goes back to the system
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
         step()

@@ -13,6 +13,7 @@
 #include "torch_runtime.h"
 #include "hypersphere_repulsion/cpu.h"
 #include "margin_cross_entropy/cpu.h"
+#include "result_memory.h"
 #include "row_update/cpu.h"
 #include "sample_classes/cpu.h"
 #include "simd/isa.h"
@@ -22,10 +23,6 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "domain_mixup/cuda.h"
-#endif
-
-#ifdef __linux__
-#include <sys/mman.h>
 #endif
 
 namespace synface {
@@ -39,18 +36,6 @@ std::vector<std::string> cpu_isas() {
   std::vector<std::string> names;
   for (Isa each : isas()) names.emplace_back(name(each));
   return names;
-}
-
-// Large fresh memory, about to be written: asks for huge pages, as a fault per 4 KiB costs more
-// than the writing. No more than a hint.
-void advise_huge_pages(const Tensor& memory) {
-#ifdef __linux__
-  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
-  const auto begin = (reinterpret_cast<uintptr_t>(memory.const_data_ptr()) + kHuge - 1) / kHuge;
-  const auto end = (reinterpret_cast<uintptr_t>(memory.const_data_ptr()) + memory.nbytes()) / kHuge;
-  if (end > begin)
-    madvise(reinterpret_cast<void*>(begin * kHuge), (end - begin) * kHuge, MADV_HUGEPAGE);
-#endif
 }
 
 Dtype dtype_of(const Tensor& tensor) {
@@ -569,7 +554,6 @@ std::tuple<Tensor, Tensor> draw_classes(const Tensor& target, int64_t classes, i
 }  // namespace
 
 TORCH_LIBRARY_IMPL(synface_kernels, CPU, library) {
-  library.impl("_advise_huge_pages", advise_huge_pages);
   library.impl("domain_mixup_cpu", mixup<OnCpu>);
   library.impl("domain_mixup_backward_cpu", mixup_backward<OnCpu>);
   library.impl("hypersphere_repulsion_nearest_cpu", repulsion_nearest);
@@ -593,6 +577,9 @@ TORCH_LIBRARY_IMPL(synface_kernels, CUDA, library) {
 TORCH_LIBRARY_IMPL(synface_kernels, CompositeExplicitAutograd, library) {
   library.impl("_cpu_isa", cpu_isa);
   library.impl("_cpu_isas", cpu_isas);
+  library.impl("_cached_bytes", cached_bytes);
+  library.impl("_empty_cache", empty_cache);
+  library.impl("_empty_result", empty_result);
 }
 
 }  // namespace synface

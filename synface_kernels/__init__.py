@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ._memory import empty_cache
     from ._select import explain
     from .ops.domain_mixup.op import domain_mixup, identity_mixup
     from .ops.hypersphere_repulsion.energies import (
@@ -51,6 +52,7 @@ _HOMES = {
     "SGDUpdate": "ops.row_update.updates",
     "SphereFace": "ops.margin_cross_entropy.margins",
     "domain_mixup": "ops.domain_mixup.op",
+    "empty_cache": "_memory",
     "explain": "_select",
     "hypersphere_repulsion": "ops.hypersphere_repulsion.op",
     "identity_mixup": "ops.domain_mixup.op",
@@ -78,6 +80,7 @@ __all__ = [
     "SGDUpdate",
     "SphereFace",
     "domain_mixup",
+    "empty_cache",
     "explain",
     "hypersphere_repulsion",
     "identity_mixup",

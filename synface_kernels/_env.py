@@ -13,6 +13,8 @@ from . import _load, _select
 # Every variable that the library reads, and what it does. docs/environment.md says more.
 VARIABLES = {
     "NVCC": "the nvcc that make cuda-check runs (default: the one on PATH)",
+    "SYNFACE_CACHE_MIB": "how many MiB of freed results on a CPU are kept for the next ones "
+    "(default: 512; 0: none)",
     "SYNFACE_CPU_ISA": "base, avx2, avx512, avx512_bf16 or onednn_bf16: the CPU kernels' "
     "instruction set (default: the best)",
     "SYNFACE_CUDA": "0, 1 or auto: whether a build compiles the CUDA sources (default: auto)",

@@ -10,7 +10,9 @@ NAMESPACE = "synface_kernels"
 library = torch.library.Library(NAMESPACE, "DEF")
 library.define("_cpu_isas() -> str[]")
 library.define("_cpu_isa() -> str")
-library.define("_advise_huge_pages(Tensor memory) -> ()")
+library.define("_cached_bytes() -> int")
+library.define("_empty_cache() -> ()")
+library.define("_empty_result(int[] size, ScalarType dtype, bool channels_last) -> Tensor")
 
 
 def _load() -> str | None:

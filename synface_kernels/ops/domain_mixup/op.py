@@ -118,6 +118,7 @@ def domain_mixup(
     Memory above the inputs: the result, and with ``out`` nothing that grows with the images. An
     image whose samples are not dense in memory, as (C, H, W) or as (H, W, C), is copied by the CPU
     and CUDA implementations (``layout`` says nothing about memory: a permuted view is not copied).
+    On a CPU, memory of freed results is kept for the next, 512 MiB at most: see `empty_cache`.
     Between forward and backward the images are kept.
 
     Raises:
@@ -375,7 +376,9 @@ def _is_channels_last(images: Tensor) -> bool:
     return channels > 1 and images.stride()[1:] == (1, width * channels, channels)
 
 
-def _empty(images: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+def _empty(images: Tensor, dtype: torch.dtype, channels_last: bool, impl: str = "") -> Tensor:
+    if impl == "cpu":  # memory that earlier results gave back
+        return torch.ops.synface_kernels._empty_result(images.shape, dtype, channels_last)
     return torch.empty(
         images.shape,
         dtype=dtype,
@@ -401,16 +404,14 @@ def _out(*args: Any) -> None:
 
 def _forward(*args: Any) -> Tensor:
     inputs, (dtype, channels_last, impl) = _split(args)
-    out = _empty(inputs.synthetic, dtype, channels_last)
-    if impl == "cpu":
-        torch.ops.synface_kernels._advise_huge_pages(out)
+    out = _empty(inputs.synthetic, dtype, channels_last, impl)
     _out(*inputs, out, impl)
     return out
 
 
 def _backward(gradient: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, (*wanted, impl) = _split(args)
-    results = _backward_empty(inputs, *wanted)
+    results = _backward_empty(inputs, *wanted, impl)
     prepared = (gradient, *inputs.prepared())
     if impl == "reference":
         exact = reference.backward(*prepared)
@@ -418,9 +419,6 @@ def _backward(gradient: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
             if want:
                 result.copy_(reference.round_once(value, result.dtype))
         return results
-    if impl == "cpu":
-        for result in results:
-            torch.ops.synface_kernels._advise_huge_pages(result)
     targets = tuple(r if want else None for r, want in zip(results, wanted, strict=True))
     if impl == "triton":
         from . import kernel_triton
@@ -432,10 +430,16 @@ def _backward(gradient: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward_empty(
-    inputs: Inputs, needs_synthetic_grad: bool, needs_real_grad: bool, needs_psi_grad: bool
+    inputs: Inputs,
+    needs_synthetic_grad: bool,
+    needs_real_grad: bool,
+    needs_psi_grad: bool,
+    impl: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     def images(side: Tensor, needed: bool) -> Tensor:
-        return _empty(side, side.dtype, _is_channels_last(side)) if needed else side.new_empty(0)
+        if not needed:
+            return side.new_empty(0)
+        return _empty(side, side.dtype, _is_channels_last(side), impl)
 
     return (
         images(inputs.synthetic, needs_synthetic_grad),
