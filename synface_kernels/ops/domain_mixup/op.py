@@ -411,7 +411,7 @@ def _forward(*args: Any) -> Tensor:
 
 def _backward(gradient: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, (*wanted, impl) = _split(args)
-    results = _backward_empty(inputs, *wanted, impl)
+    results = _backward_empty(inputs, wanted, impl)
     prepared = (gradient, *inputs.prepared())
     if impl == "reference":
         exact = reference.backward(*prepared)
@@ -430,12 +430,10 @@ def _backward(gradient: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward_empty(
-    inputs: Inputs,
-    needs_synthetic_grad: bool,
-    needs_real_grad: bool,
-    needs_psi_grad: bool,
-    impl: str = "",
+    inputs: Inputs, wanted: Sequence[bool], impl: str = ""
 ) -> tuple[Tensor, Tensor, Tensor]:
+    needs_synthetic_grad, needs_real_grad, needs_psi_grad = wanted
+
     def images(side: Tensor, needed: bool) -> Tensor:
         if not needed:
             return side.new_empty(0)
@@ -468,7 +466,7 @@ def _out_fake(*args: Any) -> None:
 @torch.library.register_fake(f"synface_kernels::{OP}_backward")
 def _backward_fake(gradient: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, (*wanted, _) = _split(args)
-    return _backward_empty(inputs, *wanted)
+    return _backward_empty(inputs, wanted)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
