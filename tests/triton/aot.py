@@ -1,9 +1,9 @@
-"""Compiles, without a GPU, the kernels that an op's launchers would launch.
+"""Compiles, without a GPU, the kernels that the launchers of ops would launch.
 
 Runs the launchers on meta tensors (`launch` of aot_<op>.py) and compiles each launch for the given
 architectures, with the signature, divisibility and configuration that it would have there. One JSON
-object per line: the kernel, its configuration, and what the compiler says of it; or all in one
-Markdown table.
+object per line: the op, the kernel, its configuration, and what the compiler says of it; or all in
+one Markdown table.
 
     python tests/triton/aot.py margin_cross_entropy 80 90 100
     python tests/triton/aot.py --table margin_cross_entropy 80 90 100
@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -143,11 +144,12 @@ def table(reports: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    op, *capabilities = (word for word in sys.argv[1:] if word != "--table")
+    words = [word for word in sys.argv[1:] if word != "--table"]
+    ops = [word for word in words if not word.isdecimal()]
     reports = []
-    for capability in map(int, capabilities):
+    for op, capability in product(ops, (int(word) for word in words if word.isdecimal())):
         for launch in launches(op, capability):
-            reports.append(launch.compile(capability))
+            reports.append({"op": op, **launch.compile(capability)})
             if "--table" not in sys.argv:
                 print(json.dumps(reports[-1]), flush=True)
     if "--table" in sys.argv:
