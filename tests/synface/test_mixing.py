@@ -135,7 +135,6 @@ def test_distribution_errors(make, error, message):
 )
 def test_two_calls_equal_three_classifiers(margin):
     """z = Σ_k t_k·(logits with the margin at label k), L = Σ_k t_k·CE(z, label k), in float64."""
-    torch.manual_seed(0)
     batch, num_synthetic, num_real, size = 12, 7, 5, (4, 5, 3)
     count = num_synthetic + num_real
     alpha = torch.randn(batch, 6, dtype=torch.float64, requires_grad=True)

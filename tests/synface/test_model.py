@@ -9,7 +9,6 @@ import synface_kernels as sk
 
 
 def test_head_is_the_op():
-    torch.manual_seed(0)
     head = MarginHead(8, 20, sk.CosFace())
     x, target = torch.randn(4, 8), torch.tensor([0, 5, 19, 3])
     expected = sk.margin_cross_entropy(x, head.weight, target, sk.CosFace(), reduction="none")
@@ -39,7 +38,6 @@ def test_backbone_shapes(size, channels):
 
 @pytest.mark.parametrize("widths", [(4, 8), (4, 4, 8, 8)])  # ends in 4×4 pixels, and in one
 def test_a_last_batch_of_one(widths):
-    torch.manual_seed(0)
     model = IResNet((16, 16), 1, widths, depths=(1,) * len(widths), embedding_size=16)
     model(torch.randn(8, 1, 16, 16))  # the running statistics are not the initial ones
     running = model.norm.running_mean.clone()
