@@ -9,10 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-
-from synface.randomness import generator
 
 
 @dataclass(frozen=True)
@@ -85,6 +82,10 @@ class ShuffledOrder(Order):
 
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    import torch  # the pairs' orders need none
+
+    from ..randomness import generator
+
     order = torch.randperm(count, generator=generator(seed, "order", epoch)).numpy()
     order.flags.writeable = False
     return order
