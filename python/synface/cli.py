@@ -481,11 +481,12 @@ def train_command(
         raise typer.Exit(130) from None
     if result.timing is not None:
         console.print(
-            "{samples_per_s:.0f} {what}/s; {workers} workers, {decode_share:.1%} of their "
+            "{samples_per_s:.0f} {what}/s{where}; {workers} workers, {decode_share:.1%} of their "
             "time spent on decoding; {wait_share:.1%} of the time spent on waiting for "
             "them".format(
                 **result.timing,
                 what="images" if isinstance(source, FacesSource) else "pairs of images",
+                where=f" on the first of {rank.ranks} ranks" if rank.ranks > 1 else "",
             ),
             highlight=False,
         )

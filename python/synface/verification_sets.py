@@ -249,7 +249,9 @@ def _stems(root: Path, name: str) -> dict[str, Path]:
         raise DataError(f"{name!r:.80} cannot be the name of a person's folder in {root}")
     folder = root / name
     if not os.path.isdir(folder):
-        raise DataError(f"{folder} is no folder of a person's images")
+        raise DataError(
+            f"{folder} is no folder of a person's images; is it under another (--images)?"
+        )
     files = [f for f in decode.entries(folder) if f.suffix.lower() in decode.EXTENSIONS]
     stems = {file.stem.lstrip("0") or "0": file for file in files}
     return stems | {file.stem: file for file in files}

@@ -153,11 +153,16 @@ class _ParquetFile:
         self.file = pa.parquet.ParquetFile(path, page_checksum_verification=True)
         self.schema = self.file.schema_arrow
         meta = self.file.metadata
+        # Checksums take most of the time of a read, so a group's are looked at once.
+        self.unchecked = pa.parquet.ParquetFile(path, metadata=meta)
+        self.checked: set[tuple[int, str]] = set()
         self.rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
 
     def column(self, group: int, name: str, rows: int) -> Iterator[pyarrow.Array]:
-        for batch in self.file.iter_batches(rows, [group], columns=[name], use_threads=False):
+        file = self.unchecked if (group, name) in self.checked else self.file
+        for batch in file.iter_batches(rows, [group], columns=[name], use_threads=False):
             yield batch.column(0)
+        self.checked.add((group, name))
 
 
 class _ArrowFile:
