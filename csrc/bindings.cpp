@@ -73,7 +73,7 @@ auto with_statistics_type(const Tensor& input, F&& run) {
 
 struct MarginInputs {
   MarginInputs(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& class_ids,
-               const Tensor& labels, double scale, double limit)
+               const Tensor& labels, double scale, double limit, bool halves)
       : sub_centers(weight.dim() == 3 ? weight.size(1) : 1),
         input(with_contiguous_rows(input)),
         weight(with_contiguous_rows(weight.dim() == 3 ? weight.flatten(0, 1) : weight)),
@@ -82,7 +82,8 @@ struct MarginInputs {
         statistics(
             input.options().dtype(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)),
         scale(scale),
-        limit(limit) {
+        limit(limit),
+        halves(halves) {
     TORCH_CHECK_VALUE(
         labels.dim() == 2 && labels.scalar_type() == at::kLong && labels.size(0) == input.size(0),
         "labels must be int64 (N, K), got ", labels.scalar_type(), " ", labels.sizes());
@@ -98,19 +99,20 @@ struct MarginInputs {
             sub_centers,    class_ids.defined() ? class_ids.const_data_ptr<int64_t>() : nullptr,
             classes(),      labels.const_data_ptr<int64_t>(),
             labels.size(1), scale,
-            limit};
+            limit,          halves};
   }
   int64_t sub_centers;
   Tensor input, weight, class_ids, labels;
   at::TensorOptions statistics;
   double scale, limit;
+  bool halves;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> margin_forward(
     const Tensor& input, const Tensor& weight, const std::optional<Tensor>& class_ids,
     const Tensor& labels, double scale, double limit, bool needs_input_grad, bool needs_cosine_sum,
-    int64_t workspace) {
-  const MarginInputs in(input, weight, class_ids, labels, scale, limit);
+    int64_t workspace, bool halves) {
+  const MarginInputs in(input, weight, class_ids, labels, scale, limit, halves);
   const int64_t n = input.size(0), d = input.size(1);
   const at::TensorOptions statistics = in.statistics, exact = statistics.dtype(at::kDouble);
   const bool filters = limit < std::numeric_limits<double>::infinity();
@@ -145,8 +147,8 @@ struct MarginBackward {
                  const Tensor& labels, const Tensor& negative_lse, const Tensor& mean_center,
                  const Tensor& center_sum, const Tensor& kept, const Tensor& grad_negative_lse,
                  const Tensor& grad_target_cosine, const Tensor& grad_cosine_sum, double scale,
-                 double limit, bool needs_input_grad)
-      : in(input, weight, class_ids, labels, scale, limit),
+                 double limit, bool needs_input_grad, bool halves)
+      : in(input, weight, class_ids, labels, scale, limit, halves),
         lse(negative_lse.contiguous()),
         mean(mean_center.contiguous()),
         all(center_sum.contiguous()),
@@ -192,10 +194,10 @@ std::tuple<Tensor, Tensor> margin_backward(
     const Tensor& labels, const Tensor& negative_lse, const Tensor& mean_center,
     const Tensor& center_sum, const Tensor& kept, const Tensor& grad_negative_lse,
     const Tensor& grad_target_cosine, const Tensor& grad_cosine_sum, double scale, double limit,
-    bool needs_input_grad, bool needs_weight_grad) {
+    bool needs_input_grad, bool needs_weight_grad, bool halves) {
   const MarginBackward backward(input, weight, class_ids, labels, negative_lse, mean_center,
                                 center_sum, kept, grad_negative_lse, grad_target_cosine,
-                                grad_cosine_sum, scale, limit, needs_input_grad);
+                                grad_cosine_sum, scale, limit, needs_input_grad, halves);
   std::vector<int64_t> rows = weight.sizes().vec();
   rows[0] = backward.in.classes();
   const Tensor grad_rows =
@@ -490,12 +492,12 @@ Tensor margin_update(const Tensor& input, const Tensor& weight,
                      const Tensor& negative_lse, const Tensor& mean_center,
                      const Tensor& center_sum, const Tensor& kept, const Tensor& grad_negative_lse,
                      const Tensor& grad_target_cosine, const Tensor& grad_cosine_sum, double scale,
-                     double limit, bool needs_input_grad, std::string_view rule,
+                     double limit, bool needs_input_grad, bool halves, std::string_view rule,
                      at::TensorList states, const std::optional<Tensor>& last_step,
                      at::ArrayRef<double> numbers, int64_t step, std::optional<int64_t> seed) {
   const MarginBackward backward(input, weight, class_ids, labels, negative_lse, mean_center,
                                 center_sum, kept, grad_negative_lse, grad_target_cosine,
-                                grad_cosine_sum, scale, limit, needs_input_grad);
+                                grad_cosine_sum, scale, limit, needs_input_grad, halves);
   const Tensor matrix = weight.flatten(1);
   for (const Tensor& view : {matrix, backward.in.weight}) {
     TORCH_CHECK_VALUE(view.const_data_ptr() == weight.const_data_ptr(),

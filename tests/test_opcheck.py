@@ -20,10 +20,10 @@ def margin_samples():
         x = torch.randn(6, 8, dtype=dtype, requires_grad=True)
         w = torch.randn(9, 8, dtype=dtype, requires_grad=True)
         m = torch.randn(9, 2, 8, dtype=dtype, requires_grad=True)
-        yield (x, w, None, labels, 64.0, math.inf, True, False, 0, "cpu")
-        yield (x.detach(), w, some, labels[:, :1] % 8, 32.0, 0.3, False, False, 300, "cpu")
-        yield (x, w, None, labels, 64.0, math.inf, True, True, 10**6, "cpu")
-        yield (x, m, some, labels % 8, 64.0, 0.3, True, False, 300, "cpu")
+        yield (x, w, None, labels, 64.0, math.inf, True, False, 0, False, "cpu")
+        yield (x.detach(), w, some, labels[:, :1] % 8, 32.0, 0.3, False, False, 300, True, "cpu")
+        yield (x, w, None, labels, 64.0, math.inf, True, True, 10**6, True, "cpu")
+        yield (x, m, some, labels % 8, 64.0, 0.3, True, False, 300, True, "cpu")
 
 
 @pytest.mark.parametrize("sample", list(margin_samples()))
@@ -36,7 +36,7 @@ def test_margin_cross_entropy(sample):
         ops.margin_cross_entropy_backward.default,
         (
             x, w, class_ids, labels, lse, *kept, torch.ones_like(lse), cosine, cosine_sum,
-            scale, limit, needs_input_grad, True, impl,
+            scale, limit, needs_input_grad, True, False, impl,
         ),
     )  # fmt: skip
 

@@ -108,30 +108,37 @@ inline void transpose(__m512i (&rows)[16]) {
   }
 }
 
-inline __m512i rounded(__m512 values) {  // in the lower halves of 32 bits
-  return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
+// To bfloat16 in the lower halves of 32 bits; or what that takes off, likewise.
+template <bool Rest>
+inline __m512i rounded(__m512 values) {
+  const __m512i bits = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
+  if constexpr (!Rest) return bits;
+  return rounded<false>(_mm512_sub_ps(values, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))));
 }
 
+template <bool Rest>
 void narrow(const float* from, int64_t m, int64_t n, int64_t from_row, uint16_t* to,
             int64_t to_row) {
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; j += 16) {
       const auto exist = __mmask16((1u << std::min<int64_t>(16, n - j)) - 1);
       const __m512 values = _mm512_maskz_loadu_ps(exist, from + i * from_row + j);
-      _mm512_mask_cvtepi32_storeu_epi16(to + i * to_row + j, exist, rounded(values));
+      _mm512_mask_cvtepi32_storeu_epi16(to + i * to_row + j, exist, rounded<Rest>(values));
     }
   }
 }
 
 // Two rows of `from` are a row of pairs.
+template <bool Rest>
 void narrow_transposed(const float* from, int64_t m, int64_t n, int64_t from_row, uint16_t* to,
                        int64_t to_row) {
   for (int64_t j = 0; j < n; j += 16) {
     const auto columns = __mmask16((1u << std::min<int64_t>(16, n - j)) - 1);
     for (int64_t i = 0; i < m; i += 32) {
       const auto row = [&](int64_t which) __attribute__((always_inline)) {
-        return which < m ? rounded(_mm512_maskz_loadu_ps(columns, from + which * from_row + j))
-                         : _mm512_setzero_si512();
+        return which < m
+                   ? rounded<Rest>(_mm512_maskz_loadu_ps(columns, from + which * from_row + j))
+                   : _mm512_setzero_si512();
       };
       __m512i pairs[16];
 #pragma GCC unroll 16

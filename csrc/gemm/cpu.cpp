@@ -25,10 +25,9 @@ struct Kernel<uint16_t> {
                uint16_t* to);
   void (*multiply)(int64_t m, const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t k,
                    int64_t n, float* c, int64_t c_row, bool accumulate);
-  void (*narrow)(const float* from, int64_t m, int64_t n, int64_t from_row, uint16_t* to,
-                 int64_t to_row);
-  void (*narrow_transposed)(const float* from, int64_t m, int64_t n, int64_t from_row, uint16_t* to,
-                            int64_t to_row);
+  using Narrow = void (*)(const float* from, int64_t m, int64_t n, int64_t from_row, uint16_t* to,
+                          int64_t to_row);
+  Narrow narrow[2][2];  // [of what rounding takes off][transposed]
 };
 
 namespace {
@@ -89,9 +88,16 @@ template <>
 const Kernel<uint16_t>* pick() {
 #if SYNFACE_X86
   using namespace isa_avx512_bf16;
-  static constexpr Kernel<uint16_t> ours{kColumns, fill, multiply, narrow, narrow_transposed};
-  static constexpr Kernel<uint16_t> onednn{kColumns, fill, multiply_by_onednn, narrow,
-                                           narrow_transposed};
+  static constexpr Kernel<uint16_t> ours{
+      kColumns,
+      fill,
+      multiply,
+      {{narrow<false>, narrow_transposed<false>}, {narrow<true>, narrow_transposed<true>}}};
+  static constexpr Kernel<uint16_t> onednn = [] {
+    Kernel<uint16_t> kernel = ours;
+    kernel.multiply = multiply_by_onednn;
+    return kernel;
+  }();
   if (isa() == Isa::avx512_bf16) return &ours;
   if (isa() == Isa::onednn_bf16 && brgemm) return &onednn;
 #endif
@@ -132,10 +138,16 @@ void multiply(int64_t m, const uint16_t* a, int64_t a_row, const Packed<uint16_t
   b.kernel().multiply(m, a, a_row, b.data(), b.k(), b.n(), c, c_row, accumulate);
 }
 
+void multiply(int64_t m, Halves a, int64_t a_row, const Packed<Halves>& b, float* c, int64_t c_row,
+              bool accumulate) {
+  multiply(m, a.high, a_row, b.high(), c, c_row, accumulate);
+  multiply(m, a.high, a_row, b.low(), c, c_row, true);
+  multiply(m, a.low, a_row, b.high(), c, c_row, true);
+}
+
 void narrow(const float* from, int64_t m, int64_t n, int64_t from_row, bool transposed,
-            uint16_t* to, int64_t to_row) {
-  const Kernel<uint16_t>& kernel = *pick<uint16_t>();
-  (transposed ? kernel.narrow_transposed : kernel.narrow)(from, m, n, from_row, to, to_row);
+            uint16_t* to, int64_t to_row, bool rest) {
+  pick<uint16_t>()->narrow[rest][transposed](from, m, n, from_row, to, to_row);
 }
 
 #define SYNFACE_INSTANTIATE(T) \

@@ -50,6 +50,31 @@ bool has_bf16_products();
 void multiply(int64_t m, const uint16_t* a, int64_t a_row, const Packed<uint16_t>& b, float* c,
               int64_t c_row, bool accumulate);
 
+// Matrices of float32, each element as the sum of two bfloat16: its own rounding, and that of what
+// it takes off. Their products leave out low·low, which is no more than 2^-18 of high·high, as
+// rounding twice takes 2^-18 off each factor.
+struct Halves {
+  const uint16_t *high, *low;
+};
+template <>
+class Packed<Halves> {
+ public:
+  Packed(int64_t k, int64_t n) : high_(k, n), low_(k, n) {}
+  void fill(Halves from, int64_t k, int64_t n, int64_t row, int64_t column) {
+    high_.fill(from.high, k, n, row, column);
+    low_.fill(from.low, k, n, row, column);
+  }
+  const Packed<uint16_t>& high() const { return high_; }
+  const Packed<uint16_t>& low() const { return low_; }
+  int64_t k() const { return high_.k(); }
+  int64_t n() const { return high_.n(); }
+
+ private:
+  Packed<uint16_t> high_, low_;
+};
+void multiply(int64_t m, Halves a, int64_t a_row, const Packed<Halves>& b, float* c, int64_t c_row,
+              bool accumulate);
+
 // oneDNN's product of bfloat16, which torch brings, for Isa::onednn_bf16. B's rows stand in pairs,
 // an element of one beside that of the next: b_row pairs from one pair of rows to the next. k is
 // even.
@@ -58,9 +83,10 @@ using Brgemm = void (*)(int64_t m, int64_t n, int64_t k, int64_t a_row, int64_t 
                         float* c);
 void set_brgemm(Brgemm brgemm);
 
-// float32 (m × n) to bfloat16, as it lies or transposed, for such products.
+// float32 (m × n) to bfloat16, as it lies or transposed, for such products; or what that rounding
+// takes off, to bfloat16.
 void narrow(const float* from, int64_t m, int64_t n, int64_t from_row, bool transposed,
-            uint16_t* to, int64_t to_row);
+            uint16_t* to, int64_t to_row, bool rest = false);
 
 // A row stride of at least n for a tile that is read by columns: no power of two, which would put a
 // column's elements into the same few sets of the cache.

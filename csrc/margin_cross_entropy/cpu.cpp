@@ -9,6 +9,8 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "gemm/gemm.h"
@@ -117,12 +119,20 @@ bool multiplies_bf16(const Problem& p) {
   return p.input.dtype == Dtype::bf16 && p.weight.dtype == Dtype::bf16 && has_bf16_products();
 }
 
+// What products take: T, bfloat16 (uint16_t) with what a factor of T makes of it, or Halves.
+template <class Operand>
+constexpr bool is_bf16 = std::is_same_v<Operand, uint16_t>;
+template <class Operand>
+constexpr bool is_halves = std::is_same_v<Operand, Halves>;
+
 // The rows that count, normalised, and where they came from. For products of bfloat16 also as
-// `bits`, of which a unit vector is high + low times as much.
+// `bits`, of which a unit vector is high + low times as much; for those of halves, as bits and
+// rest.
 template <class T>
 struct Embeddings {
-  Embeddings(const Problem& p, const Loops<T>& loops)
-      : dim(p.input.cols), unit(0), inverse(0), bits(0), high(0), low(0) {
+  template <class Operand>
+  Embeddings(const Problem& p, const Loops<T>& loops, std::type_identity<Operand>)
+      : dim(p.input.cols), unit(0), inverse(0), bits(0), rest(0), high(0), low(0) {
     const int64_t k = p.labels_per_row;
     for (int64_t i = 0; i < p.input.rows; ++i) {
       const int64_t* labels = p.labels + i * k;
@@ -130,9 +140,10 @@ struct Embeddings {
     }
     unit = Buffer<T>(count() * dim);
     inverse = Buffer<T>(count());
-    const bool bf16 = multiplies_bf16(p);
+    constexpr bool bf16 = is_bf16<Operand>;
+    if (bf16 || is_halves<Operand>) bits = Buffer<uint16_t>(count() * dim);
+    if (is_halves<Operand>) rest = Buffer<uint16_t>(count() * dim);
     if (bf16) {
-      bits = Buffer<uint16_t>(count() * dim);
       high = Buffer<T>(count());
       low = Buffer<T>(count());
     }
@@ -143,23 +154,40 @@ struct Embeddings {
       if (bf16) set_bits(i, to, scale);
       for (int64_t d = 0; d < dim; ++d) to[d] = T(to[d] * scale);
       inverse[i] = T(scale);
+      if constexpr (is_halves<Operand>) set_halves(i);
     }
   }
   int64_t count() const { return int64_t(source.size()); }
   const T* row(int64_t i) const { return unit.get() + i * dim; }
-  const uint16_t* bits_of(int64_t i) const { return bits.get() + i * dim; }
+  template <class Operand>
+  auto operand(int64_t i) const {
+    if constexpr (is_halves<Operand>)
+      return Halves{bits.get() + i * dim, rest.get() + i * dim};
+    else if constexpr (is_bf16<Operand>)
+      return static_cast<const uint16_t*>(bits.get() + i * dim);
+    else
+      return row(i);
+  }
   void clear(int64_t i) const {
     std::fill_n(unit.get() + i * dim, dim, T(0));
-    if (bits.get()) set_bits(i, row(i), 0);
+    if (bits.get()) std::fill_n(bits.get() + i * dim, dim, uint16_t(0));
+    if (rest.get()) std::fill_n(rest.get() + i * dim, dim, uint16_t(0));
+    if (high.get()) high[i] = low[i] = T(0);
   }
 
   int64_t dim;
   std::vector<int64_t> source;
   Buffer<T> unit, inverse;
-  Buffer<uint16_t> bits;
+  Buffer<uint16_t> bits, rest;
   Buffer<T> high, low;
 
  private:
+  void set_halves(int64_t i) const {
+    for (const auto& [to, off] : {std::pair(bits.get(), false), std::pair(rest.get(), true)}) {
+      narrow(row(i), 1, dim, dim, false, to + i * dim, dim, off);
+    }
+  }
+
   // With a norm in [½, 1). Zeros where the inverse norm is 0 or NaN, which `high` passes on.
   void set_bits(int64_t i, const T* values, double inverse) const {
     int exponent = 0;
@@ -181,12 +209,7 @@ std::vector<Packed<Operand>> pack_blocks(const Embeddings<T>& x, Range rows, boo
   std::vector<Packed<Operand>> blocks;
   for (int64_t r = rows.begin; r < rows.end; r += kBlock) {
     const int64_t n = std::min(kBlock, rows.end - r);
-    const Operand* from;
-    if constexpr (std::is_same_v<Operand, T>) {
-      from = x.row(r);
-    } else {
-      from = x.bits_of(r);
-    }
+    const auto from = x.template operand<Operand>(r);
     blocks.push_back(transposed ? Packed<Operand>(x.dim, n) : Packed<Operand>(n, x.dim));
     if (transposed) {
       blocks.back().fill(from, x.dim, n, 1, x.dim);
@@ -197,9 +220,9 @@ std::vector<Packed<Operand>> pack_blocks(const Embeddings<T>& x, Range rows, boo
   return blocks;
 }
 
-// A tile of centres as T, with their inverse norms. Centres that are T already, one after the
-// other, are not copied.
-template <class T>
+// A tile of centres as T, with their inverse norms, and as operands: as they came, or normalised
+// where these are halves. Centres that are T already, one after the other, are not copied.
+template <class T, class Operand>
 class Centers {
  public:
   Centers(const Problem& p, const Loops<T>& loops, int64_t most)
@@ -207,7 +230,10 @@ class Centers {
         loops_(loops),
         copies_(p.class_ids || p.weight.dtype != dtype_of<T>),
         copy_(copies_ ? most * p.weight.cols : 0),
-        bits_copy_(p.class_ids && multiplies_bf16(p) ? most * p.weight.cols : 0),
+        bits_copy_(is_halves<Operand> || (p.class_ids && is_bf16<Operand>) ? most * p.weight.cols
+                                                                           : 0),
+        rest_copy_(is_halves<Operand> ? most * p.weight.cols : 0),
+        unit_(is_halves<Operand> ? p.weight.cols : 0),
         inverse_(most) {}
 
   void read(Range centers) {
@@ -217,64 +243,84 @@ class Centers {
       loops_.load(center_at(p_, centers.begin + j), p_.weight.dtype, copy_.get() + j * dim, dim);
     }
     data_ = copies_ ? copy_.get() : static_cast<const T*>(center_at(p_, centers.begin));
-    for (int64_t j = 0; bits_copy_.get() && j < size_; ++j) {
-      std::memcpy(bits_copy_.get() + j * dim, center_at(p_, centers.begin + j),
-                  dim * sizeof(uint16_t));
-    }
-    bits_ = bits_copy_.get() ? bits_copy_.get()
-                             : static_cast<const uint16_t*>(center_at(p_, centers.begin));
     for (int64_t j = 0; j < size_; ++j) inverse_[j] = inverse_norm(loops_, row(j), dim);
+    if constexpr (is_bf16<Operand>) {
+      for (int64_t j = 0; bits_copy_.get() && j < size_; ++j) {
+        std::memcpy(bits_copy_.get() + j * dim, center_at(p_, centers.begin + j),
+                    dim * sizeof(uint16_t));
+      }
+      bits_ = bits_copy_.get() ? bits_copy_.get()
+                               : static_cast<const uint16_t*>(center_at(p_, centers.begin));
+    }
+    if constexpr (is_halves<Operand>) {
+      for (int64_t j = 0; j < size_; ++j) {
+        for (int64_t d = 0; d < dim; ++d) unit_[d] = T(row(j)[d] * inverse_[j]);
+        narrow(unit_.get(), 1, dim, dim, false, bits_copy_.get() + j * dim, dim);
+        narrow(unit_.get(), 1, dim, dim, false, rest_copy_.get() + j * dim, dim, true);
+      }
+    }
   }
   int64_t size() const { return size_; }
   int64_t stride() const { return copies_ ? p_.weight.cols : p_.weight.stride; }
   const T* row(int64_t j) const { return data_ + j * stride(); }
   double inverse(int64_t j) const { return inverse_[j]; }
-  // As they came, if that is bfloat16.
-  const uint16_t* bits() const { return bits_; }
-  int64_t bits_stride() const { return p_.class_ids ? p_.weight.cols : p_.weight.stride; }
+  auto operands() const {
+    if constexpr (is_halves<Operand>)
+      return Halves{bits_copy_.get(), rest_copy_.get()};
+    else if constexpr (is_bf16<Operand>)
+      return bits_;
+    else
+      return data_;
+  }
+  int64_t operand_stride() const {
+    if constexpr (is_halves<Operand>)
+      return p_.weight.cols;
+    else if constexpr (is_bf16<Operand>)
+      return p_.class_ids ? p_.weight.cols : p_.weight.stride;
+    else
+      return stride();
+  }
+  // What normalises an operand.
+  double factor(int64_t j) const { return is_halves<Operand> ? 1 : inverse_[j]; }
 
  private:
   const Problem& p_;
   const Loops<T>& loops_;
   bool copies_;
   Buffer<T> copy_;
-  Buffer<uint16_t> bits_copy_;
+  Buffer<uint16_t> bits_copy_, rest_copy_;
+  Buffer<T> unit_;
   Buffer<double> inverse_;
   const T* data_ = nullptr;
   const uint16_t* bits_ = nullptr;
   int64_t size_ = 0;
 };
 
-// The products of a tile of n centres × a block of `count` embeddings, by operands of T or, rounded
-// to it where they are probabilities, of bfloat16.
+// The products of a tile of n centres × a block of `count` embeddings, by operands of T, of
+// bfloat16, to which probabilities are rounded, or of halves.
 template <class T, class Operand>
 class Products {
  public:
   // The most centres and embeddings that there are in a tile.
   Products(const Embeddings<T>& x, const Loops<T>& loops, int64_t centers, int64_t embeddings)
-      : x_(x), loops_(loops), bits_(0) {
-    if constexpr (kRounds) {
-      bits_ = Buffer<uint16_t>(
-          std::max(centers * padded<uint16_t>(embeddings), embeddings * padded<uint16_t>(centers)));
-    }
+      : x_(x), loops_(loops), bits_(0), rest_(0) {
+    const int64_t room =
+        std::max(centers * padded<uint16_t>(embeddings), embeddings * padded<uint16_t>(centers));
+    if (kRounds) bits_ = Buffer<uint16_t>(room);
+    if (is_halves<Operand>) rest_ = Buffer<uint16_t>(room);
   }
 
-  void fill(const Centers<T>& centers, Packed<Operand>& packed) const {
-    const int64_t n = centers.size();
-    if constexpr (kRounds) {
-      packed.fill(centers.bits(), n, x_.dim, centers.bits_stride(), 1);
-    } else {
-      packed.fill(centers.row(0), n, x_.dim, centers.stride(), 1);
-    }
+  void fill(const Centers<T, Operand>& centers, Packed<Operand>& packed) const {
+    packed.fill(centers.operands(), centers.size(), x_.dim, centers.operand_stride(), 1);
   }
 
   // tile = centres × unit embeddings, from the r0-th on
-  void of_centers(const Centers<T>& centers, const Packed<Operand>& embeddings, int64_t r0, T* tile,
-                  int64_t stride) const {
+  void of_centers(const Centers<T, Operand>& centers, const Packed<Operand>& embeddings, int64_t r0,
+                  T* tile, int64_t stride) const {
     const int64_t n = centers.size();
     if constexpr (kRounds) {
-      multiply(n, centers.bits(), centers.bits_stride(), embeddings, tile, stride, false);
-      for (int64_t j = 0; j < n; ++j) {
+      multiply(n, centers.operands(), centers.operand_stride(), embeddings, tile, stride, false);
+      for (int64_t j = 0; is_bf16<Operand> && j < n; ++j) {
         loops_.scale_each(tile + j * stride, x_.high.get() + r0, x_.low.get() + r0, embeddings.n());
       }
     } else {
@@ -287,8 +333,8 @@ class Products {
                       T* sums) const {
     if constexpr (kRounds) {
       const int64_t row = padded<uint16_t>(packed.k());
-      narrow(tile, packed.k(), count, stride, true, bits_.get(), row);
-      multiply(count, bits_.get(), row, packed, sums, x_.dim, true);
+      multiply(count, rounded(tile, packed.k(), count, stride, true, row), row, packed, sums,
+               x_.dim, true);
     } else {
       multiply(count, Left<T>{tile, 1, stride}, packed, sums, x_.dim, true);
     }
@@ -299,8 +345,8 @@ class Products {
            bool accumulate) const {
     if constexpr (kRounds) {
       const int64_t row = padded<uint16_t>(packed.k());
-      narrow(tile, n, packed.k(), stride, false, bits_.get(), row);
-      multiply(n, bits_.get(), row, packed, sums, x_.dim, accumulate);
+      multiply(n, rounded(tile, n, packed.k(), stride, false, row), row, packed, sums, x_.dim,
+               accumulate);
     } else {
       multiply(n, Left<T>{tile, stride, 1}, packed, sums, x_.dim, accumulate);
     }
@@ -308,9 +354,21 @@ class Products {
 
  private:
   static constexpr bool kRounds = !std::is_same_v<T, Operand>;
+
+  auto rounded(const T* tile, int64_t m, int64_t n, int64_t stride, bool transposed,
+               int64_t row) const {
+    narrow(tile, m, n, stride, transposed, bits_.get(), row);
+    if constexpr (is_halves<Operand>) {
+      narrow(tile, m, n, stride, transposed, rest_.get(), row, true);
+      return Halves{bits_.get(), rest_.get()};
+    } else {
+      return static_cast<const uint16_t*>(bits_.get());
+    }
+  }
+
   const Embeddings<T>& x_;
   const Loops<T>& loops_;
-  Buffer<uint16_t> bits_;
+  Buffer<uint16_t> bits_, rest_;
 };
 
 // The classes of a tile that are labels of a row: position in the tile and in the row's labels.
@@ -338,11 +396,12 @@ class Negatives {
         best_(stride_),
         filtered_(stride_) {}
 
-  void fill(const Centers<T>& centers, Range classes, const Packed<Operand>& block, Range rows) {
+  void fill(const Centers<T, Operand>& centers, Range classes, const Packed<Operand>& block,
+            Range rows) {
     const int64_t count = rows.size(), m = p_.sub_centers, k = p_.labels_per_row;
     products_.of_centers(centers, block, rows.begin, tile_.get(), stride_);
     for (int64_t j = 0; j < centers.size(); ++j) {
-      loops_.cosines(row(j), Parts<T>(centers.inverse(j)), count);
+      loops_.cosines(row(j), Parts<T>(centers.factor(j)), count);
     }
     for (int64_t j = 0; m > 1 && j < centers.size(); j += m) {
       loops_.keep_greatest(row(j), stride_, m, best_.get(), count);
@@ -404,7 +463,7 @@ void scan_classes(const Problem& p, const Loops<T>& loops, const Embeddings<T>& 
   Negatives<T, Operand> tile(p, loops, x, products, width * m, height);
   const int64_t stride = tile.stride();
   Buffer<T> most(stride), shift(stride), sum(stride);
-  Centers<T> centers(p, loops, width * m);
+  Centers<T, Operand> centers(p, loops, width * m);
   Packed<Operand> packed(partial.mean.get() ? width * m : 0, dim);
   for (int64_t c0 = classes.begin; c0 < classes.end; c0 += width) {
     const Range own{c0, std::min(c0 + width, classes.end)};
@@ -438,7 +497,7 @@ void scan_classes(const Problem& p, const Loops<T>& loops, const Embeddings<T>& 
       for (int64_t j0 = 0; j0 < n; j0 += kSummands) {
         std::fill_n(sum.get(), count, T(0));
         for (int64_t j = j0; j < std::min(j0 + kSummands, n); ++j) {
-          loops.exponentials(tile.row(j), T(centers.inverse(j)), scale, shift.get(), sum.get(),
+          loops.exponentials(tile.row(j), T(centers.factor(j)), scale, shift.get(), sum.get(),
                              count);
         }
         for (int64_t i = 0; i < count; ++i) partial.sum[at + i] += sum[i];
@@ -521,7 +580,7 @@ void forward_by(const Problem& p, const Runtime& runtime, const Statistics<T>& o
     std::fill_n(out.cosine_sum, n, 0.0);
     std::fill_n(out.center_sum, dim, 0.0);
   }
-  const Embeddings<T> x(p, loops);
+  const Embeddings<T> x(p, loops, std::type_identity<Operand>());
   for (int64_t c = 0; x.count() < n && c < out.kept.classes * p.sub_centers; ++c) {
     std::fill_n(out.kept.cosines + c * n + x.count(), n - x.count(), T(0));
   }
@@ -665,7 +724,7 @@ void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T
   const int64_t row_bytes = dim * int64_t(bytes(p.weight.dtype));
   Buffer<T> scratch(direct ? 0 : width * m * dim);
   Buffer<char> taken(take ? width * m * row_bytes : 0);
-  Centers<T> centers(p, loops, width * m);
+  Centers<T, Operand> centers(p, loops, width * m);
   Targets<T> targets(p, loops);
   for (int64_t c0 = classes.begin; c0 < classes.end; c0 += width) {
     const Range own{c0, std::min(c0 + width, classes.end)};
@@ -725,7 +784,7 @@ void backward_by(const Problem& p, const Runtime& runtime, const Upstream<T>& fr
   check(p);
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
   const int64_t dim = p.input.cols, centers = p.classes * p.sub_centers;
-  const Embeddings<T> x(p, loops);
+  const Embeddings<T> x(p, loops, std::type_identity<Operand>());
   if (grad_input) {
     std::fill_n(static_cast<char*>(grad_input), size_t(p.input.rows * dim) * bytes(p.input.dtype),
                 char(0));
@@ -748,7 +807,7 @@ void backward_by(const Problem& p, const Runtime& runtime, const Upstream<T>& fr
     for (int64_t i = 0; i < x.count(); ++i) {  // a row without a gradient may hold NaN
       if (softmax.spread[i] == 0) x.clear(i);
       // What the gradient's product takes are not unit vectors.
-      if (x.bits.get()) softmax.spread[i] *= x.high[i];
+      if (is_bf16<Operand>) softmax.spread[i] *= x.high[i];
     }
     const Range rows{0, x.count()};
     const std::vector<Packed<Operand>> blocks = pack_blocks<Operand>(x, rows, false),
@@ -760,25 +819,30 @@ void backward_by(const Problem& p, const Runtime& runtime, const Upstream<T>& fr
   }
 }
 
+// run(std::type_identity<Operand>())
+template <class T, class F>
+void with_operand(const Problem& p, F&& run) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (multiplies_bf16(p)) return run(std::type_identity<uint16_t>());
+    if (p.halves && prefers_bf16()) return run(std::type_identity<Halves>());
+  }
+  run(std::type_identity<T>());
+}
+
 }  // namespace
 
 template <class T>
 void forward(const Problem& p, const Runtime& runtime, const Statistics<T>& out) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (multiplies_bf16(p)) return forward_by<uint16_t>(p, runtime, out);
-  }
-  forward_by<T>(p, runtime, out);
+  with_operand<T>(
+      p, [&](auto operand) { forward_by<typename decltype(operand)::type>(p, runtime, out); });
 }
 
 template <class T>
 void backward(const Problem& p, const Runtime& runtime, const Upstream<T>& from, void* grad_input,
               void* grad_rows, const TakeRows& take) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (multiplies_bf16(p)) {
-      return backward_by<uint16_t>(p, runtime, from, grad_input, grad_rows, take);
-    }
-  }
-  backward_by<T>(p, runtime, from, grad_input, grad_rows, take);
+  with_operand<T>(p, [&](auto operand) {
+    backward_by<typename decltype(operand)::type>(p, runtime, from, grad_input, grad_rows, take);
+  });
 }
 
 #define SYNFACE_INSTANTIATE(T)                                                                \

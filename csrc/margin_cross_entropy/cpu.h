@@ -21,6 +21,9 @@ struct Problem {
   int64_t labels_per_row;
   double scale;
   double limit;  // negatives with a cosine above it are left out
+  // Whether products of float32 may be those of halves, see gemm.h: cosines are off by 2^-16 at
+  // most.
+  bool halves = false;
 };
 
 // The cosines of the first classes with all embeddings, as forward finds them, for backward to

@@ -46,6 +46,12 @@ const char* name(Isa isa) {
   }
 }
 
+bool prefers_bf16() {
+  const char* set = std::getenv("SYNFACE_CPU_ISA");
+  const bool named = set != nullptr && *set != '\0';
+  return isa() >= Isa::avx512_bf16 && (named || onednn == OneDnn::faster);
+}
+
 Isa isa() {
   static const std::vector<Isa> available = isas();
   const char* set = std::getenv("SYNFACE_CPU_ISA");

@@ -24,6 +24,10 @@ void offer_onednn(bool faster);
 // them.
 Isa isa();
 
+// Whether products of float32 are faster as several of bfloat16, or SYNFACE_CPU_ISA names a set
+// that has those, so that they can be tested.
+bool prefers_bf16();
+
 // All that this processor offers, slowest first.
 std::vector<Isa> isas();
 

@@ -739,10 +739,10 @@ def test_only_what_is_asked_for_is_computed():
     labels = target[:, None]
     op = torch.ops.synface_kernels
     forward = partial(op.margin_cross_entropy_forward, x, w, None, labels, 64.0, math.inf)
-    out = forward(False, False, 0, "cpu")
+    out = forward(False, False, 0, False, "cpu")
     assert [v.numel() for v in out[3:]] == [0] * 5
     g = torch.ones(4, dtype=torch.float64)
-    out = forward(True, False, 0, "cpu")
+    out = forward(True, False, 0, False, "cpu")
     for needs in itertools.product((False, True), repeat=2):
         grads = op.margin_cross_entropy_backward(
             x,
@@ -757,6 +757,7 @@ def test_only_what_is_asked_for_is_computed():
             64.0,
             math.inf,
             *needs,
+            False,
             "cpu",
         )
         assert [tuple(v.shape) for v in grads] == [
@@ -811,7 +812,7 @@ def test_what_the_workspace_keeps():
     forward = partial(op.margin_cross_entropy_forward, x.float(), w.float(), None, target[:, None])
     counted = [0, 1, 3]
     for workspace, classes in ((0, 0), (4 * 4 - 1, 0), (50 * 4 * 4, 50), (10**6, 90)):
-        kept = forward(64.0, math.inf, False, False, workspace, "cpu")[-1]
+        kept = forward(64.0, math.inf, False, False, workspace, False, "cpu")[-1]
         assert kept.shape == (classes, 4)
         cosine = F.linear(F.normalize(w), F.normalize(x))[:classes, counted]
         cosine[torch.arange(classes)[:, None] == target[counted]] = -torch.inf
@@ -1166,7 +1167,7 @@ def test_numpy_binding_agrees(isa, dtype, monkeypatch):
     op = torch.ops.synface_kernels
     as_torch = [torch.from_numpy(v) for v in (x, w)]
     lse, most, cosine, _, _, *kept = op.margin_cross_entropy_forward(
-        *as_torch, None, target, 64.0, math.inf, True, False, 0, "cpu"
+        *as_torch, None, target, 64.0, math.inf, True, False, 0, False, "cpu"
     )
     mean = kept[0]
     actual = synface_kernels.numpy.margin_cross_entropy_forward(x, w, target.numpy(), 64.0, True)
@@ -1183,6 +1184,7 @@ def test_numpy_binding_agrees(isa, dtype, monkeypatch):
         math.inf,
         True,
         True,
+        False,
         "cpu",
     )
     expected = (lse, most, cosine, mean, *grads)

@@ -39,9 +39,11 @@ def run(x, w, target, upstream, dtype, impl, isa) -> tuple[Tensor, Tensor, Tenso
     return loss.detach(), *grads
 
 
-def gradient_bounds(x, w, target, upstream) -> tuple[Tensor, Tensor]:
-    """How far the gradients may be off if each probability, an operand of their products, and each
-    result is rounded to bfloat16, and everything else to float32: with G the loss's derivatives by
+def gradient_bounds(
+    x, w, target, upstream, operand: float = BF16, cosine_error: float = 8 * FLOAT32
+) -> tuple[Tensor, Tensor]:
+    """How far the gradients may be off if each probability, an operand of their products, is off by
+    `operand`, relatively, and cosines by `cosine_error`: with G the loss's derivatives by
     cosines, G·ŵ is off by |G|·|ŵ| of that, and so is what is left when the part along x̂ is taken
     out of it, twice at most."""
     x, w, upstream = x.double(), w.double(), upstream.double()
@@ -53,7 +55,9 @@ def gradient_bounds(x, w, target, upstream) -> tuple[Tensor, Tensor]:
     loss = F.cross_entropy(logits, target, reduction="none")
     (slope,) = torch.autograd.grad(loss, cosine, upstream)
     # the labels' own terms and the exponents of the others are float32's
-    rounding = torch.where(hit, 64 * MARGIN.scale * FLOAT32, BF16 + 2 * MARGIN.scale * 8 * FLOAT32)
+    rounding = torch.where(
+        hit, 64 * MARGIN.scale * FLOAT32, operand + 2 * MARGIN.scale * cosine_error
+    )
     share = slope.abs() * rounding + MARGIN.scale * math.exp(-87)  # what is less counts as 0
     # A logit's own rounding in float64: where a probability is within it of 1, the reference's
     # slope is the difference of two numbers that are.

@@ -277,13 +277,13 @@ def test_opcheck(rule: str) -> None:
         centers, none = Centers((9, 4), dtype, rule, seed=1), torch.empty(0, dtype=F64)
         inputs = (x.to(dtype), centers.weight, ids, labels)
         lse, _, cosine, _, _, *kept = OPS.margin_cross_entropy_forward(
-            *inputs, 16.0, math.inf, True, False, 200, "cpu"
+            *inputs, 16.0, math.inf, True, False, 200, False, "cpu"
         )
         torch.library.opcheck(
             OPS.margin_cross_entropy_update.default,
             (
                 *inputs, lse, *kept, torch.ones_like(lse), cosine, none, 16.0, math.inf, True,
-                *arguments(centers.update(3)), "cpu",
+                False, *arguments(centers.update(3)), "cpu",
             ),
         )  # fmt: skip
 

@@ -35,7 +35,8 @@ library.define(
 )
 _FORWARD = (
     "(Tensor input, Tensor weight, Tensor? class_ids, Tensor labels, float scale, float limit, "
-    "bool needs_input_grad, bool needs_cosine_sum, SymInt workspace{impl}) -> ("
+    "bool needs_input_grad, bool needs_cosine_sum, SymInt workspace, "
+    "bool halves{impl}) -> ("
     "Tensor negative_lse, Tensor negative_max, Tensor target_cosine, Tensor filtered, "
     "Tensor cosine_sum, Tensor mean_center, Tensor center_sum, Tensor kept)"
 )
@@ -43,7 +44,8 @@ _BACKWARD = (
     "(Tensor input, Tensor weight, Tensor? class_ids, Tensor labels, Tensor negative_lse, "
     "Tensor mean_center, Tensor center_sum, Tensor kept, Tensor grad_negative_lse, "
     "Tensor grad_target_cosine, Tensor grad_cosine_sum, float scale, float limit, "
-    "bool needs_input_grad, bool needs_weight_grad{impl}) -> (Tensor grad_input, Tensor grad_rows)"
+    "bool needs_input_grad, bool needs_weight_grad, bool halves{impl}) -> ("
+    "Tensor grad_input, Tensor grad_rows)"
 )
 for _name, _schema in ((f"{OP}_forward", _FORWARD), (f"{OP}_backward", _BACKWARD)):
     library.define(_name + _schema.format(impl=", str impl"))
@@ -161,6 +163,12 @@ def margin_cross_entropy(
         The loss, float32 (float64 for float64 inputs): a scalar, or (N,) for ``"none"``. With
         ``return_stats``, the pair (loss, `MarginStats`).
 
+    Under ``torch.set_float32_matmul_precision("high")`` or ``"medium"`` a CPU with AMX multiplies
+    float32 by three products of bfloat16, with sums in float32: cosines are then off by 2^-16 at
+    most, and what gradients are sums of by as much of it. Under ``"highest"``, torch's default,
+    products are of float32. The backward pass goes by the forward pass's setting. ``"triton"`` goes
+    by torch's settings for TF32.
+
     A vector no longer than 1e-12 counts as zero: its cosines are 0 and its gradient is 0. At
     cos θ = ±1 the slope of the margin is finite, see `CombinedMargin`. A row with a non-finite
     element has a non-finite loss of its own. Gradients have their input's dtype. There is no second
@@ -256,6 +264,7 @@ def margin_cross_entropy(
     else:
         needs_input_grad = torch.is_grad_enabled() and input.requires_grad
         needs_weight_grad = update is not None or (torch.is_grad_enabled() and weight.requires_grad)
+        halves = _halves_allowed()
 
         def core(input: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
             arguments = (
@@ -268,6 +277,7 @@ def margin_cross_entropy(
                 needs_input_grad,
                 label_smoothing > 0,
                 workspace if needs_weight_grad else 0,
+                halves,
                 chosen,
             )
             if update is None:
@@ -375,6 +385,14 @@ def _target_terms(
         loss = (1 - label_smoothing) * loss + label_smoothing * (lse - mean_logit)
         loss = torch.where(present.any(1), loss, 0)
     return torch.where(broken, nan, loss), torch.where(broken, nan, lse)
+
+
+@torch.compiler.assume_constant_result  # compiled anew where the setting changes
+def _halves_allowed() -> bool:
+    """Whether float32 on a CPU may be multiplied as sums of two bfloat16: torch's setting, which
+    `torch.set_float32_matmul_precision` sets to "tf32" for "high" and "bf16" for "medium"."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    return matmul.fp32_precision in ("tf32", "bf16")
 
 
 def _statistics_dtype(input: Tensor) -> torch.dtype:
@@ -567,13 +585,13 @@ def _targets_fake(
 def _run(name: str, *arguments: Any) -> tuple[Tensor, ...]:
     """An op of the core: hands what its schema says to the implementation."""
     *inputs, impl = arguments
-    if impl == "triton":  # keeps no cosines
+    if impl == "triton":  # keeps no cosines, and makes no halves
         from . import kernel_triton
 
         if name == "forward":
-            outputs = kernel_triton.forward(*inputs[:-1])
+            outputs = kernel_triton.forward(*inputs[:-2])
             return *outputs, outputs[1].new_empty((0, outputs[1].shape[0]))
-        return kernel_triton.backward(*inputs[:7], *inputs[8:])
+        return kernel_triton.backward(*inputs[:7], *inputs[8:-1])
     return getattr(torch.ops.synface_kernels, f"{OP}_{name}_cpu")(*inputs)
 
 
@@ -586,7 +604,7 @@ for _key in ("CPU", "CUDA"):
 def _forward_fake(
     input: Tensor, weight: Tensor, class_ids: Tensor | None, labels: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
-    _, limit, needs_input_grad, needs_cosine_sum, workspace, impl = options
+    _, limit, needs_input_grad, needs_cosine_sum, workspace, _, impl = options
     n, d = input.shape
     new = input.new_empty
     dtype = _statistics_dtype(input)
@@ -613,7 +631,7 @@ def _forward_fake(
 def _backward_fake(
     input: Tensor, weight: Tensor, class_ids: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    *_, needs_input_grad, needs_weight_grad, _ = arguments
+    *_, needs_input_grad, needs_weight_grad, _, _ = arguments
     rows = weight if class_ids is None else class_ids
     return (
         input.new_empty(input.shape if needs_input_grad else (0,)),
@@ -622,7 +640,7 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, weight, class_ids, labels, ctx.scale, ctx.limit, _, _, _, ctx.impl = inputs
+    input, weight, class_ids, labels, ctx.scale, ctx.limit, _, _, _, ctx.halves, ctx.impl = inputs
     negative_lse, negative_max, _, filtered, _, *kept = output
     ctx.mark_non_differentiable(negative_max, filtered, *kept)
     ctx.set_materialize_grads(False)  # zeros as large as the workspace, which nobody reads
@@ -654,12 +672,13 @@ def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         ctx.limit,
         needs_input_grad,
         needs_weight_grad,
+        ctx.halves,
         ctx.impl,
     )
     grad_weight = grad_rows if needs_weight_grad else None
     if needs_weight_grad and class_ids is not None:
         grad_weight = _scattered(class_ids, grad_rows, weight.shape)
-    return (grad_input if needs_input_grad else None, grad_weight, *[None] * 8)
+    return (grad_input if needs_input_grad else None, grad_weight, *[None] * 9)
 
 
 class _Updating(torch.autograd.Function):
@@ -692,10 +711,11 @@ class _Updating(torch.autograd.Function):
             ctx.scale,
             ctx.limit,
             needs_input_grad,
+            ctx.halves,
             *fused.arguments(ctx.update),
             ctx.impl,
         )
-        return None, grad_input if needs_input_grad else None, *[None] * 10
+        return None, grad_input if needs_input_grad else None, *[None] * 11
 
 
 def _scattered(class_ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:

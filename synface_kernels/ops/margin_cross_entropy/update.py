@@ -23,20 +23,20 @@ _SCHEMA = (
     "(Tensor input, Tensor(a!) weight, Tensor? class_ids, Tensor labels, Tensor negative_lse, "
     "Tensor mean_center, Tensor center_sum, Tensor kept, Tensor grad_negative_lse, "
     "Tensor grad_target_cosine, Tensor grad_cosine_sum, float scale, float limit, "
-    "bool needs_input_grad, str rule, Tensor(b!)[] states, Tensor(c!)? last_step, "
+    "bool needs_input_grad, bool halves, str rule, Tensor(b!)[] states, Tensor(c!)? last_step, "
     "float[] numbers, int step, int? seed{impl}) -> Tensor grad_input"
 )
 library.define(OP + _SCHEMA.format(impl=", str impl"))
 library.define(f"{OP}_cpu" + _SCHEMA.format(impl=""))  # implemented in csrc/bindings.cpp
-_WRITTEN = {"weight": 1, "states": 15, "last_step": 16}  # places in the schema
+_WRITTEN = {"weight": 1, "states": 16, "last_step": 17}  # places in the schema
 
 
 def _run(*arguments: Any) -> Tensor:
     *inputs, impl = arguments
-    if impl == "triton":  # keeps no cosines
+    if impl == "triton":  # keeps no cosines, and makes no halves
         from . import kernel_triton
 
-        return kernel_triton.update(*inputs[:7], *inputs[8:])
+        return kernel_triton.update(*inputs[:7], *inputs[8:14], *inputs[15:])
     return torch.ops.synface_kernels.margin_cross_entropy_update_cpu(*inputs)
 
 
