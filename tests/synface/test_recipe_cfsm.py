@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from synface.checkpoint import CheckpointError
+from synface.cli.recipes import app
 from synface.data import embedded_faces
 from synface.guided import Generator, GeneratorConfig
 from synface.recipes import cfsm, cfsm_report
 from synface.recipes.cfsm import CfsmConfig, load_config
-from synface.recipes.cli import app
 from synface.recipes.config import to_toml
 from synface.recipes.degrade import DOMAINS, degrade
 from torch import nn

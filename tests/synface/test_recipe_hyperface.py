@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from synface.cli.recipes import app
 from synface.data import DataError
 from synface.packing import closest_pair
 from synface.recipes import hyperface
-from synface.recipes.cli import app
 from synface.recipes.config import to_toml
 from synface.recipes.generated import identities
 from synface.recipes.hyperface import load_config

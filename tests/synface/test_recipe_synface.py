@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from synface.checkpoint import CheckpointError
+from synface.cli.recipes import app
 from synface.data import Augment, DataError, Faces
 from synface.data.order import Part
 from synface.generate import EigenfaceGenerator
 from synface.mixing import Constant, IdentityMixup
 from synface.recipes import cells, synface
-from synface.recipes.cli import app
 from synface.recipes.config import to_toml
 from synface.recipes.generated import identities
 from synface.recipes.synface import load_config

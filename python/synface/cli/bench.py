@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .terminal import Bar, say
+
 app = typer.Typer(help="Measure what the library does here.", no_args_is_help=True)
 
 
@@ -51,10 +53,9 @@ def scale_command(
     output: Annotated[Path, typer.Option(help="The report's folder.")] = Path("scale-report"),
 ) -> None:
     """Train class centres by the million on clustered embeddings: time, memory, and the loss."""
-    from . import scale
-    from .centers import Centers, CentersConfig
-    from .cli import Bar, console
-    from .plan import parse_count
+    from .. import scale
+    from ..centers import Centers, CentersConfig
+    from ..plan import parse_count
 
     classes = parse_count("--identities", identities)
     config = scale.ScaleConfig(
@@ -115,10 +116,5 @@ def scale_command(
             centers.close()
         else:
             centers.remove()
-    console.print(scale.summary(result), highlight=False, markup=False, soft_wrap=True)
-    console.print(
-        f"written: {output / 'scale.json'}, {output / 'scale.png'}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    say(scale.summary(result))
+    say(f"written: {output / 'scale.json'}, {output / 'scale.png'}")

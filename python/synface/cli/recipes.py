@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from .terminal import Bar, console, interrupts, say
 
 app = typer.Typer(help="The papers' recipes, from data to a report.", no_args_is_help=True)
 
@@ -40,8 +40,7 @@ def cfsm_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
 ) -> None:
     """Learn style subspaces of degraded faces, and train a recogniser on guided ones (CFSM)."""
-    from ..cli import Bar, console
-    from . import cfsm, cfsm_report
+    from ..recipes import cfsm, cfsm_report
 
     settings = cfsm.load_config(config)
     data = settings.data
@@ -51,20 +50,12 @@ def cfsm_command(
     if seed is not None:
         recogniser = replace(settings.recogniser, seed=seed)
         settings = replace(settings, seed=seed, recogniser=recogniser)
-    given = [("config", config), ("faces", faces), ("target", target), ("seed", seed)]
-    options = "".join(f" --{name} {value}" for name, value in given if value is not None)
+    command = "synface recipe cfsm"
+    command += _given(config=config, faces=faces, target=target, seed=seed)
 
     began = time.perf_counter()
-    try:
+    with interrupts(f"{command} --output {output} --resume goes on"):
         results = cfsm.run(settings, output, resume=resume, progress=Bar)
-    except KeyboardInterrupt:
-        console.print(
-            f"interrupted: synface recipe cfsm{options} --output {output} --resume goes on",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-        raise typer.Exit(130) from None
     figures = cfsm_report.measured(results)
     for domain, found in figures["style"].items():
         cosines = found["cosine along the axes"]
@@ -85,10 +76,10 @@ def cfsm_command(
     page = cfsm_report.write(
         results,
         report or output / "report",
-        f"synface recipe cfsm{options}",
+        command,
         None if resume else time.perf_counter() - began,
     )
-    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+    say(f"report: {page}")
 
 
 CellOption = Annotated[
@@ -113,15 +104,16 @@ def _run(
     **shown: bool,
 ) -> None:
     """A recipe of several training runs, and its report. called: the command's words."""
-    recipe = import_module(f".{name}", __package__)
+    recipe = import_module(f"synface.recipes.{name}")
     settings = recipe.load_config(config)
     data = replace(settings.data, real=str(real) if real else settings.data.real)
     settings = replace(settings, data=data)
     command = f"synface {called}{_given(config=config, real=real)}"
-    with _going_on(f"{command} --output {output}"):
-        results = recipe.run(settings, output, resume=resume, only=cell, progress=_bar())
+    with interrupts(f"{command} --output {output} --resume goes on"):
+        results = recipe.run(settings, output, resume=resume, only=cell, progress=Bar)
     if cell is None:
-        _say(recipe.write(results, report or output / "report", command, **shown))
+        page = recipe.write(results, report or output / "report", command, **shown)
+        say(f"report: {page}")
 
 
 def _register(name: str, summary: str) -> None:
@@ -175,32 +167,3 @@ def study_command(
 
 def _given(**options: object) -> str:
     return "".join(f" --{name} {value}" for name, value in options.items() if value is not None)
-
-
-def _bar() -> Callable[[str], AbstractContextManager[Any]]:
-    from ..cli import Bar
-
-    return Bar
-
-
-@contextmanager
-def _going_on(command: str) -> Iterator[None]:
-    """On Ctrl-C, says which command goes on."""
-    from ..cli import console
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.print(
-            f"interrupted: {command} --resume goes on",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-        raise typer.Exit(130) from None
-
-
-def _say(page: Path) -> None:
-    from ..cli import console
-
-    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)

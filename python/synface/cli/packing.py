@@ -1,0 +1,198 @@
+"""synface pack, synthesize: from points on a sphere to a folder of faces."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import packing
+from ..embeddings import read_embeddings
+from ..generate import open_generator
+from ..synthesize import synthesize
+from .options import SeedOption, parse_size
+from .terminal import Bar, PackingBar, console, interrupts, say
+
+
+def pack_command(
+    count: Annotated[int | None, typer.Option(help="Points N.")] = None,
+    dim: Annotated[int | None, typer.Option(help="Dimensions d.")] = None,
+    objective: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="lse, hyperface or langevin; give several to run one after the other. "
+            "The first one's points go to --output. Default: lse."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Of each objective and restart. Default: 500.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Of each objective, in place of --steps.")
+    ] = None,
+    restarts: Annotated[
+        int, typer.Option(help="Runs from other random points; the best wins.")
+    ] = 1,
+    batch: Annotated[
+        int | None,
+        typer.Option(help="Points per step, drawn at random; for N too large for all at once."),
+    ] = None,
+    gallery: Annotated[
+        Path | None, typer.Option(help="Embeddings to stay close to: .safetensors or .npy.")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Weight of the gallery.")] = 0.5,
+    start: Annotated[
+        Path | None, typer.Option(help="Embeddings to start from: .safetensors or .npy.")
+    ] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate of hyperface.")] = 0.001,
+    seed: SeedOption = 0,
+    output: Annotated[
+        Path, typer.Option(help="The points, a .safetensors file; beside it a .png.")
+    ] = Path("packed.safetensors"),
+    device: str = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")] = False,
+    check: Annotated[
+        Path | None,
+        typer.Option(help="Pack nothing: find the worst pair of these embeddings, exactly."),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="With --check: pairs of one embedding from each file.")
+    ] = None,
+) -> None:
+    """Spread N unit vectors in d dimensions as far apart as they go, or check embeddings."""
+    if check is not None:
+        _check_embeddings(check, against)
+        return
+    if against is not None:
+        raise ValueError("--against needs --check")
+    begin = None if start is None else read_embeddings(start)
+    keep = None if gallery is None else read_embeddings(gallery)
+    if begin is not None:
+        count = begin.shape[0] if count is None else count
+        dim = begin.shape[1] if dim is None else dim
+    if count is None or dim is None:
+        raise ValueError("pack needs --count and --dim (or --start), or --check")
+    packers = [
+        packing.Packer(
+            packing.PackConfig(count, dim, each, steps, minutes, restarts, batch, alpha, lr, seed),
+            gallery=keep,
+            start=begin,
+            device=device,
+        )
+        for each in objective or ["lse"]
+    ]
+    bound = packers[0].bound
+    console.print(
+        f"{count:,} points in {dim} dimensions: random ones have a worst cosine of about "
+        f"{packing.bounds.random_worst(count, dim):.4f}, none can have less than "
+        f"{bound.cosine:.4f} ({bound.name})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    with interrupts("the same command with --resume goes on"):
+        packings = packing.pack(
+            packers,
+            output,
+            resume=resume,
+            overwrite=overwrite,
+            progress=lambda each: PackingBar(each, bound.cosine),
+        )
+    for each in packings:
+        seconds, number, _ = each.history[-1]
+        console.print(
+            f"{each.config.objective}: worst cosine {each.worst:.6f} (points {each.pair[0]} and "
+            f"{each.pair[1]}), {each.gap:.6f} above the bound; {number:,} steps, {seconds:.0f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+    say(f"written: {output}, {output.with_suffix('.png')}")
+
+
+def _check_embeddings(file: Path, against: Path | None) -> None:
+    rows = read_embeddings(file)
+    other = None if against is None else read_embeddings(against)
+    if other is not None and rows.shape[1] != other.shape[1]:
+        raise ValueError(
+            f"{file} and {against} must have the same dimension, got {rows.shape[1]} and "
+            f"{other.shape[1]}"
+        )
+    if other is None and len(rows) < 2:
+        raise ValueError(f"{file} must have two rows or more, got {len(rows)}")
+    cosine, (i, j) = packing.closest_pair(rows, other)
+    say(f"worst cosine {cosine:.6f}: row {i} of {file} and row {j} of {against or file}")
+    if other is None and rows.shape[1] > 1:
+        count, dim = rows.shape
+        bound = packing.bounds.best(count, dim)
+        console.print(
+            f"{count:,} points in {dim} dimensions: bound {bound.cosine:.6f} ({bound.name}), "
+            f"random points about {packing.bounds.random_worst(count, dim):.6f}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def synthesize_command(
+    packed: Annotated[
+        Path, typer.Option(help="Embeddings (N, D), one identity per row: .safetensors or .npy.")
+    ],
+    output: Annotated[Path, typer.Option(help="The image folder to write.")],
+    images_per_identity: Annotated[int, typer.Option(min=1)] = 20,
+    generator: Annotated[
+        Path | None,
+        typer.Option(
+            help="ONNX (.onnx) or TorchScript file; the latter is a program that is run: trust "
+            "who wrote it. Default: eigenfaces of the faces that scikit-image ships."
+        ),
+    ] = None,
+    style_size: Annotated[
+        int | None, typer.Option(help="Of the generator's style, where its file does not say it.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Of the eigenfaces' images, such as 112x112. Default: 48x48."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the styles.", min=0)] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images per call of the generator.")] = 64,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that encode. Default: one per core.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where a generator's file runs.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Make what is missing.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what was synthesized before.")
+    ] = False,
+) -> None:
+    """Write a folder of face images, some of each packed identity, that `train` takes."""
+    embeddings = read_embeddings(packed)
+    asked = parse_size(size)
+    if asked is not None and asked[0] != asked[1]:
+        raise ValueError(f"the eigenfaces are square, got --size {size}")
+    faces = open_generator(
+        generator,
+        embeddings.shape[1],
+        style_size=style_size,
+        size=asked[0] if asked else None,
+        device=device,
+    )
+    began = time.perf_counter()
+    with interrupts("the same command with --resume makes the rest"), Bar("synthesizing") as bar:
+        made = synthesize(
+            embeddings,
+            faces,
+            output,
+            images_per_identity,
+            seed=seed,
+            batch_size=batch_size,
+            workers=workers,
+            resume=resume,
+            overwrite=overwrite,
+            progress=bar.files,
+        )
+    seconds = time.perf_counter() - began
+    say(
+        f"{len(embeddings)} identities, {images_per_identity} images of each in {output}: "
+        f"{made} made, {made / seconds:.0f} images/s"
+    )

@@ -1,0 +1,95 @@
+"""What commands write to a terminal, and their progress bars."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+console = Console()
+
+
+def say(text: str) -> None:
+    """Prints a line as it is: no colours, markup or breaks, so that paths can be copied."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def interrupts(text: str) -> Iterator[None]:
+    """On Ctrl-C says how to go on, and ends with 130, as shells have it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"interrupted: {text}")
+        raise typer.Exit(130) from None
+
+
+class Bar:
+    """A rich progress bar with images/s and loss."""
+
+    def __init__(self, description: str, done: ProgressColumn | None = None) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=14),
+            done or MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),  # 80 columns hold no more
+            console=console,
+        )
+        self.task = self.progress.add_task(escape(description), total=None, note="")
+        self.images, self.began = 0, time.perf_counter()
+        self.before: int | None = None  # files that were there at the first call
+
+    def __enter__(self) -> Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def start(self, total_steps: int, step: int) -> None:
+        self.progress.update(self.task, total=total_steps, completed=step)
+
+    def step(self, loss: float, accuracy: float, images: int) -> None:
+        self.images += images
+        rate = self.images / (time.perf_counter() - self.began)
+        note = f"loss {loss:.2f}, top-1 {accuracy:.0%}, {rate:.0f} images/s"
+        self.progress.update(self.task, advance=1, note=note)
+
+    def files(self, done: int, total: int) -> None:
+        if self.before is None:
+            self.before, self.began = done, time.perf_counter()
+        rate = (done - self.before) / max(1e-9, time.perf_counter() - self.began)
+        self.progress.update(self.task, total=total, completed=done, note=f"{rate:.0f} images/s")
+
+    def advance(self, note: str) -> None:
+        self.progress.update(self.task, advance=1, note=note)
+
+
+class PackingBar(Bar):
+    """A share done, the worst cosine, how far it is above the bound, and the time left."""
+
+    def __init__(self, objective: str, bound: float) -> None:
+        super().__init__(f"packing, {objective}", TaskProgressColumn())
+        self.bound = bound
+
+    def __enter__(self) -> PackingBar:
+        super().__enter__()
+        return self
+
+    def update(self, done: float, seconds: float, worst: float | None) -> None:
+        note = "" if worst is None else f"worst {worst:.4f}, bound + {worst - self.bound:.4f}"
+        self.progress.update(self.task, total=1.0, completed=done, note=note)

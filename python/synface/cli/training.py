@@ -1,0 +1,463 @@
+"""synface train, eval."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .. import checkpoint
+from ..check import check_device
+from ..data import Faces, embedded_faces, open_images, read_folder
+from ..data.loader import Domain, common_shape, opened
+from ..mixing import Beta, Constant, Grid, Ratio
+from ..ranks import joined
+from ..sources import FacesSource, MixedSource, fingerprint
+from ..train import CONFIG, TrainConfig, load_backbone, train
+from ..verification_sets import PairSet, TemplateSet, open_set
+from .options import (
+    ConfigOption,
+    DataOption,
+    HoldoutOption,
+    RelabelOption,
+    SeedOption,
+    SizeOption,
+    parse_size,
+)
+from .terminal import Bar, console, interrupts, say
+from .verification import figures, print_verification, verify_network, verify_pixels
+
+DEFAULT = TrainConfig()
+EMBEDDED = "default"  # as a folder: the embedded faces
+# What config.json holds of how a run was started, and what one means that was written earlier.
+TEXT: tuple[type, ...] = (str, type(None))
+COMMAND: dict[str, tuple[type, ...]] = {
+    "data": TEXT,
+    "synthetic": TEXT,
+    "real": TEXT,
+    "mix_ratio": (str,),
+    "per_sample": (bool,),
+    "holdout": (int,),
+    "size": TEXT,
+    "relabel": (bool,),
+    "memory": (int,),
+}
+EARLIER = {
+    "synthetic": None,
+    "real": None,
+    "mix_ratio": "grid",
+    "per_sample": False,
+    "relabel": False,
+    "memory": 3 << 13,  # all that was trained on, were it grey
+}
+MEMORY = 1024  # MiB
+FOLDER_SIZE = (56, 48)  # height, width: what two cores train in a minute or two
+
+
+def _faces(
+    data: Path | None,
+    size: tuple[int, int] | None,
+    grey: bool | None = None,
+    relabel: bool = False,
+) -> Faces:
+    if data is None:
+        if size is not None and size[0] != size[1]:
+            raise ValueError(f"the embedded faces are square, got --size {size[0]}x{size[1]}")
+        return embedded_faces(size=size[0]) if size else embedded_faces()
+    with Bar(f"reading {data}") as bar:
+        images = open_images(data, relabel)
+        return read_folder(images, size or FOLDER_SIZE, grey, progress=bar.files)
+
+
+def _split(
+    data: Path | None,
+    size: tuple[int, int] | None,
+    grey: bool | None,
+    relabel: bool,
+    holdout: int,
+    memory: int,
+) -> tuple[Domain, Faces]:
+    """The faces to train on, and the last ones, held out.
+
+    The former are in memory too if all, as RGB, take at most so many MiB.
+    """
+    images = open_images(data, relabel) if data else None
+    size = size or (FOLDER_SIZE if images else None)
+    if images is None or size is None or 3 * math.prod(size) * len(images) <= memory << 20:
+        return _faces(data, size, grey, relabel).split(holdout)
+    height, width, channels = common_shape(opened(data=images), size, grey)
+    rest, held = images.split(holdout)
+    with Bar(f"reading {data}") as bar:
+        return rest, read_folder(held, (height, width), channels == 1, progress=bar.files)
+
+
+def _joined(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{name} must be integers such as 16,32,64, got {text!r}") from None
+
+
+def _ratio(text: str) -> Ratio:
+    name, _, value = text.partition(":")
+    try:
+        if name == "grid" and not value:
+            return Grid()
+        return {"beta": Beta, "constant": Constant}[name](float(value))
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"--mix-ratio must be grid, beta:A with A > 0 or constant:V with V in [0, 1], "
+            f"got {text!r}"
+        ) from error
+
+
+def _mixed(run: dict[str, Any], workers: int) -> tuple[MixedSource, Faces]:
+    """The two domains that a run mixes, and the real people held out."""
+    if not (run["synthetic"] and run["real"]) or run["data"]:
+        raise ValueError("--synthetic and --real go together, without --data")
+    embedded, size = run["synthetic"] == EMBEDDED, parse_size(run["size"])
+    if not embedded and Path(run["synthetic"]).resolve() == Path(run["real"]).resolve():
+        raise ValueError(f"--synthetic and --real are the same folder, {run['real']}")
+    real, held = open_images(run["real"], run["relabel"]).split(run["holdout"])
+    source = MixedSource(
+        _faces(None, size) if embedded else open_images(run["synthetic"], run["relabel"]),
+        real,
+        ratio=_ratio(run["mix_ratio"]),
+        per_sample=run["per_sample"],
+        size=size or (None if embedded else FOLDER_SIZE),
+        workers=workers,
+    )
+    height, width, channels = source.image_shape
+    with Bar(f"reading {held.source}") as bar:
+        return source, read_folder(held, (height, width), channels == 1, progress=bar.files)
+
+
+def train_command(
+    context: typer.Context,
+    data: DataOption = None,
+    synthetic: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Train on these images mixed with --real: an image folder, or {EMBEDDED!r} for "
+            "the embedded faces."
+        ),
+    ] = None,
+    real: Annotated[Path | None, typer.Option(help="The real images; see --synthetic.")] = None,
+    mix_ratio: Annotated[
+        str, typer.Option(help="Of the synthetic share: grid (0, 0.05, … 1), beta:A, constant:V.")
+    ] = "grid",
+    per_sample: Annotated[
+        bool, typer.Option("--per-sample", help="A share for each image, not for each batch.")
+    ] = False,
+    memory: Annotated[
+        int,
+        typer.Option(
+            help="MiB that the images of --data may take, decoded to RGB, to be held in memory; "
+            "those of a larger set are decoded while it trains.",
+            min=0,
+        ),
+    ] = MEMORY,
+    workers: Annotated[
+        int, typer.Option(help="Processes that decode images while it trains.", min=1)
+    ] = 2,
+    holdout: HoldoutOption = 10,
+    output: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder, as it was configured.")
+    ] = None,
+    size: SizeOption = None,
+    relabel: RelabelOption = False,
+    seed: SeedOption = DEFAULT.seed,
+    epochs: int = DEFAULT.epochs,
+    batch_size: int = DEFAULT.batch_size,
+    accumulate: Annotated[
+        int, typer.Option(help="Parts in which a batch goes through the network.")
+    ] = DEFAULT.accumulate,
+    precision: Annotated[
+        str, typer.Option(help="Of the network: float32, bfloat16 or float16.")
+    ] = DEFAULT.precision,
+    optimizer: Annotated[str, typer.Option(help="sgd or adamw")] = DEFAULT.optimizer,
+    lr: float = DEFAULT.lr,
+    weight_decay: float = DEFAULT.weight_decay,
+    schedule: Annotated[
+        str, typer.Option(help="cosine, polynomial, step or constant")
+    ] = DEFAULT.schedule,
+    power: Annotated[float, typer.Option(help="Of the polynomial schedule.")] = DEFAULT.power,
+    warmup_epochs: float = DEFAULT.warmup_epochs,
+    clip_norm: Annotated[
+        float, typer.Option(help="Of the network's gradient; 0 leaves it.")
+    ] = DEFAULT.clip_norm,
+    freeze_statistics: Annotated[
+        bool, typer.Option("--freeze-statistics", help="Normalise by the running statistics.")
+    ] = DEFAULT.freeze_statistics,
+    sample_rate: Annotated[
+        float, typer.Option(help="Share of the classes that take part in a step (Partial FC).")
+    ] = DEFAULT.sample_rate,
+    fused_update: Annotated[
+        bool,
+        typer.Option(
+            "--fused-update", help="The backward pass steps the centres: no gradient of theirs."
+        ),
+    ] = DEFAULT.fused_update,
+    scale: Annotated[float, typer.Option(help="Of the logits.")] = DEFAULT.scale,
+    m1: Annotated[float, typer.Option(help="Margin: factor of the angle.")] = DEFAULT.m1,
+    m2: Annotated[float, typer.Option(help="Margin: radians added to the angle.")] = DEFAULT.m2,
+    m3: Annotated[float, typer.Option(help="Margin: taken off the cosine.")] = DEFAULT.m3,
+    widths: Annotated[str, typer.Option(help="Channels of each stage.")] = _joined(DEFAULT.widths),
+    depths: Annotated[str, typer.Option(help="Blocks of each stage.")] = _joined(DEFAULT.depths),
+    embedding_size: int = DEFAULT.embedding_size,
+    dropout: float = DEFAULT.dropout,
+    augment: Annotated[float, typer.Option(help="Strength; 0 for none.")] = DEFAULT.augment,
+    checkpoint_every: Annotated[
+        float, typer.Option(help="Epochs; 0.1 is a tenth of one.")
+    ] = DEFAULT.checkpoint_every,
+    verify_every: Annotated[
+        float,
+        typer.Option(help="Epochs between verifications on the way; 0: only at the end.", min=0),
+    ] = 0,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write the run's figures for TensorBoard.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    config_file: ConfigOption = None,
+) -> None:
+    """Train on an image folder (or the embedded faces) and verify on people kept out."""
+    given = context.params | {"widths": _numbers("--widths", widths)}
+    given["depths"] = _numbers("--depths", depths)
+    run: dict[str, Any] = {
+        "data": str(data) if data else None,
+        "synthetic": synthetic,
+        "real": str(real) if real else None,
+        "mix_ratio": mix_ratio,
+        "per_sample": per_sample,
+        "holdout": holdout,
+        "size": size,
+        "relabel": relabel,
+        "memory": memory,
+    }
+    names = {f.name for f in fields(TrainConfig)} & given.keys()
+    config = TrainConfig(**{name: given[name] for name in names})
+    if resume is not None:
+        run, config = _stored_run(context, resume)
+        output = resume
+    rank = context.with_resource(joined(device))
+    console.quiet = not rank.leads
+    folder = output or rank.agreed(Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
+    source: FacesSource | MixedSource
+    if run["synthetic"] or run["real"]:
+        source, held = _mixed(run, workers)
+        domains = [source.synthetic, source.real]
+    else:
+        faces, held = _split(
+            Path(run["data"]) if run["data"] else None,
+            parse_size(run["size"]),
+            None,
+            run["relabel"],
+            run["holdout"],
+            run["memory"],
+        )
+        height, width, channels = held.images.shape[1:]
+        source = FacesSource(faces, size=(height, width), grey=channels == 1, workers=workers)
+        domains = [faces]
+    sets = (f"{len(d)} images of {len(d.identities)} people from {d.source}" for d in domains)
+    console.print(
+        f"{', mixed with '.join(sets)}; "
+        f"{len(held.identities)} people held out; run folder {folder}",
+        highlight=False,
+        markup=False,
+    )
+    pixels = verify_pixels(held) if held.identities else None  # an error, if any, before training
+    with interrupts(f"synface train --resume {folder} goes on"), Bar("training") as bar:
+        result = train(
+            config,
+            source,
+            folder,
+            resume=resume is not None,
+            progress=bar,
+            command=run,
+            verify=(lambda network: figures(verify_network(network, held))) if pixels else None,
+            verify_every=verify_every,
+            tensorboard=tensorboard,
+            device=rank.device,
+        )
+    if result.timing is not None:
+        console.print(
+            "{samples_per_s:.0f} {what}/s{where}; {workers} workers, {decode_share:.1%} of their "
+            "time spent on decoding; {wait_share:.1%} of the time spent on waiting for "
+            "them".format(
+                **result.timing,
+                what="images" if isinstance(source, FacesSource) else "pairs of images",
+                where=f" on the first of {rank.ranks} ranks" if rank.ranks > 1 else "",
+            ),
+            highlight=False,
+        )
+    if pixels is not None and rank.leads:
+        print_verification(verify_network(result.backbone, held), pixels, held)
+        console.print(
+            f"synface eval {folder} verifies this run again", highlight=False, markup=False
+        )
+
+
+def _stored_run(context: typer.Context, folder: Path) -> tuple[dict[str, Any], TrainConfig]:
+    """How the run was started; options given now must agree with it."""
+    run, config = _command(folder / CONFIG)
+    stored = run | asdict(config)
+    stored |= {name: _joined(stored[name]) for name in ("widths", "depths")}
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)  # click's enum, which typer may vendor
+        value = str(value) if isinstance(value, Path) else value
+        explicit = source is not None and source.name == "COMMANDLINE"
+        if explicit and name in stored and stored[name] != value:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value} differs from the run's {stored[name]}: "
+                "a resumed run keeps its configuration"
+            )
+    return run, config
+
+
+def _command(file: Path) -> tuple[dict[str, Any], TrainConfig]:
+    """How a run was started, as `train_command` has it, and its configuration."""
+    try:
+        started = json.loads(file.read_text())
+        config = TrainConfig.from_json(started["config"])
+        run = EARLIER | started["command"]
+        if run.keys() != COMMAND.keys() or not all(isinstance(run[k], COMMAND[k]) for k in run):
+            raise TypeError(f"its command is {run}")
+    except OSError as error:
+        raise ValueError(
+            f"{file.parent} holds no run to resume: {file}: {error.strerror}"
+        ) from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    return run, config
+
+
+def eval_command(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run's folder, or one checkpoint's.", show_default=False)
+    ] = None,
+    checkpoint_: Annotated[
+        Path | None, typer.Option("--checkpoint", help="The same, as an option.")
+    ] = None,
+    sets: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--set",
+            help="A verification set: insightface's .bin, LFW's pairs.txt, or a folder of IJB's "
+            "lists; several may be given, and nobody else is verified then.",
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="With --set: the folder of the images that it lists. Default: its own."),
+    ] = None,
+    resize: Annotated[
+        bool,
+        typer.Option("--resize", help="With --set: resize images; else another size is an error."),
+    ] = False,
+    flip: Annotated[
+        bool, typer.Option(help="With --set: add the embedding of the mirror image.")
+    ] = True,
+    device: Annotated[str, typer.Option(help="With --set: where the network runs.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(help="With --set: images at once.", min=1)] = 256,
+    output: Annotated[
+        Path | None, typer.Option(help="With --set: folder of the report (table, curves, JSON).")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Image folder. Default: the one that the run trained on.")
+    ] = None,
+    holdout: Annotated[
+        int | None,
+        typer.Option(
+            help="Verify on this many last identities; 0: on all. Default: as in training, or "
+            "all where --data is given.",
+            min=0,
+        ),
+    ] = None,
+    relabel: RelabelOption = False,
+) -> None:
+    """Verify a trained network on pairs of images, beside raw pixels, or on verification sets."""
+    if (run is None) == (checkpoint_ is None):
+        raise ValueError("eval needs one run: its folder, or --checkpoint")
+    run = run or checkpoint_
+    assert run is not None
+    backbone, state = load_backbone(run)
+    height, width, channels = state["data"]["image_shape"]
+    if sets:
+        if data is not None or holdout is not None:
+            raise ValueError("--set goes without --data and --holdout")
+        backbone.to(check_device(device))
+        _evaluate_sets(
+            backbone,
+            [open_set(path, images) for path in sets],
+            (height, width, channels),
+            {"run": str(run), "step": state["step"], "flip": flip, "device": device},
+            output,
+            batch_size=batch_size,
+            flip=flip,
+            resize=resize,
+        )
+        return
+    memory = MEMORY
+    if data is None:
+        command = _command(checkpoint.find(run).parent.parent / CONFIG)[0]
+        trained_on = command["real"] or command["data"]
+        data = Path(trained_on) if trained_on else None
+        holdout = command["holdout"] if holdout is None else holdout
+        relabel, memory = command["relabel"], command["memory"]
+    rest: Domain | None = None
+    if holdout:
+        rest, held = _split(data, (height, width), channels == 1, relabel, holdout, memory)
+    else:
+        held = _faces(data, (height, width), channels == 1, relabel)
+    if held.images.shape[3] != channels:
+        raise ValueError(
+            f"{run} was trained on images of {channels} channels, {held.source} has "
+            f"{held.images.shape[3]}"
+        )
+    # Only the split of the training run itself proves that these people are new to the network.
+    prints = [fingerprint(rest)] if rest is not None else []
+    if isinstance(rest, Faces) and data is not None:  # as a mixed run knows it
+        prints.append(fingerprint(open_images(data, relabel).split(holdout or 0)[0]))
+    unseen = state["data"]["fingerprint"].split()[-1] in prints
+    pixels = verify_pixels(held)
+    print_verification(verify_network(backbone, held), pixels, held, unseen)
+
+
+def _evaluate_sets(
+    backbone: torch.nn.Module,
+    sets: list[PairSet | TemplateSet],
+    image_shape: tuple[int, int, int],
+    about: dict[str, Any],
+    output: Path | None,
+    **options: Any,
+) -> None:
+    from .. import set_report
+
+    results = []
+    for each in sets:
+        with Bar(f"embedding {each.name}") as bar:
+            results.append(
+                set_report.evaluate_set(backbone, each, image_shape, progress=bar.files, **options)
+            )
+    header, *rows = set_report.table(results)
+    shown = Table(*header)
+    for row in rows:
+        shown.add_row(*map(escape, row))
+    console.print(shown)
+    if output is not None:
+        page = set_report.write(output, results, about)
+        say(f"report: {page}")
