@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,9 +27,7 @@ from .generate import FaceGenerator
 from .mixing import DomainMixup, Grid, IdentityMixup, Mixed, Ratio
 from .randomness import generator
 from .synthesize import checked, styles
-
-if TYPE_CHECKING:
-    from .train import TrainConfig
+from .train_config import TrainConfig
 
 
 class Batch(NamedTuple):

@@ -11,7 +11,8 @@ import typer
 from rich.table import Table
 
 from ..data import embedded_faces
-from ..train import TrainConfig, train
+from ..train import train
+from ..train_config import TrainConfig
 from .options import SeedOption
 from .terminal import Bar, console, say
 from .verification import print_verification, verify_network, verify_pixels

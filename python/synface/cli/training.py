@@ -22,7 +22,8 @@ from ..data.loader import Domain, common_shape, opened
 from ..mixing import Beta, Constant, Grid, Ratio
 from ..ranks import joined
 from ..sources import FacesSource, MixedSource, fingerprint
-from ..train import CONFIG, TrainConfig, load_backbone, train
+from ..train import CONFIG, load_backbone, train
+from ..train_config import TrainConfig
 from ..verification_sets import PairSet, TemplateSet, open_set
 from .options import (
     ConfigOption,

@@ -19,7 +19,8 @@ from ..checkpoint import CheckpointError
 from ..data import Faces
 from ..evaluate import embed, verify
 from ..sources import Source, fingerprint
-from ..train import CONFIG, TrainConfig, train
+from ..train import CONFIG, train
+from ..train_config import TrainConfig
 
 RESULT = "result.json"
 

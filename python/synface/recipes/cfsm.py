@@ -43,7 +43,8 @@ from ..heads import MarginHead
 from ..randomness import generator as draws
 from ..randomness import seeded, seeds
 from ..sources import fingerprint
-from ..train import CONFIG, TrainConfig, train
+from ..train import CONFIG, train
+from ..train_config import TrainConfig
 from .config import load
 from .degrade import DOMAINS, degrade
 from .loop import run_steps

@@ -34,7 +34,7 @@ from ..packing import PackConfig, Packer
 from ..report import ACCENT, INK, QUIET, _figure, _save, sample_faces
 from ..sources import FacesSource, Source
 from ..synthesize import styles, synthesize
-from ..train import TrainConfig
+from ..train_config import TrainConfig
 from .cells import Cell, machine, run_cells, shown, spread, table
 from .config import load, to_toml
 from .generated import PainterConfig, check_seeds, identities

@@ -27,7 +27,7 @@ from ..generate import FaceGenerator
 from ..mixing import IdentityMixup
 from ..report import ACCENT, INK, QUIET, _figure, _save
 from ..sources import GeneratedSource
-from ..train import TrainConfig
+from ..train_config import TrainConfig
 from .cells import Cell, for_steps, machine, run_cells, shown, spread, table
 from .config import load, to_toml
 from .generated import EIGENFACES, PainterConfig, check_seeds, identities

@@ -26,7 +26,7 @@ from ..mixing import IdentityMixup
 from ..report import ACCENT, INK, QUIET, _figure, _save
 from ..sources import FacesSource, GeneratedSource, Source
 from ..synthesize import styles
-from ..train import TrainConfig
+from ..train_config import TrainConfig
 from .cells import Cell, for_steps, machine, run_cells, shown, spread, table
 from .config import load, to_toml
 from .generated import PainterConfig, check_seeds, identities
