@@ -123,8 +123,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> margi
          center_sum = at::empty({needs_cosine_sum ? d : 0}, exact);
   const auto class_bytes = int64_t(in.sub_centers * n * statistics.dtype().itemsize());
   const int64_t kept = std::min(in.classes(), workspace / std::max<int64_t>(1, class_bytes));
-  Tensor cosines = at::empty({kept * in.sub_centers, n}, statistics);
-  advise_huge_pages(cosines);
+  Tensor cosines =
+      empty_result({kept * in.sub_centers, n}, statistics.dtype().toScalarType(), false);
   with_statistics_type(input, [&](auto zero) {
     using T = decltype(zero);
     const auto if_asked = [](bool asked, auto* data) { return asked ? data : nullptr; };
@@ -200,9 +200,8 @@ std::tuple<Tensor, Tensor> margin_backward(
                                 grad_cosine_sum, scale, limit, needs_input_grad, halves);
   std::vector<int64_t> rows = weight.sizes().vec();
   rows[0] = backward.in.classes();
-  const Tensor grad_rows =
-      at::empty(needs_weight_grad ? at::IntArrayRef(rows) : at::IntArrayRef{0}, weight.options());
-  advise_huge_pages(grad_rows);
+  const Tensor grad_rows = empty_result(
+      needs_weight_grad ? at::IntArrayRef(rows) : at::IntArrayRef{0}, weight.scalar_type(), false);
   backward.run(grad_rows);
   return {backward.grad_input, grad_rows};
 }
@@ -241,11 +240,7 @@ auto with_points(const Tensor& x, const std::optional<Tensor>& y, F&& run) {
 
 // The gradient's memory, or an empty tensor.
 Tensor gradient_of(const Tensor& like, bool wanted, at::ScalarType dtype) {
-  Tensor gradient =
-      at::empty(wanted ? like.sizes() : at::IntArrayRef{0},
-                like.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous));
-  advise_huge_pages(gradient);
-  return gradient;
+  return empty_result(wanted ? like.sizes() : at::IntArrayRef{0}, dtype, false);
 }
 
 std::tuple<Tensor, Tensor, Tensor> repulsion_pairs(const Tensor& x, const std::optional<Tensor>& y,
