@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import sysconfig
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,10 +108,14 @@ def main() -> None:
 
 
 def _is_built() -> bool:
-    """Whether the extensions are there, newer than all that they are made of."""
+    """Whether this interpreter's extensions are there, newer than all that they are made of."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    built = [ROOT / "synface_kernels" / f"{name}{suffix}" for name in ("_C", "_numpy")]
+    if not all(file.exists() for file in built):
+        return False
     sources = [ROOT / "setup.py", *ROOT.glob("csrc/**/*")]
-    built = [file.stat().st_mtime for file in ROOT.glob("synface_kernels/*.so")]
-    return min(built, default=0.0) > max(file.stat().st_mtime for file in sources)
+    newest = max(file.stat().st_mtime for file in sources)
+    return min(file.stat().st_mtime for file in built) > newest
 
 
 def _add_shares(measured: dict[str, Any], ceilings: dict[str, Any]) -> None:

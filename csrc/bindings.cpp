@@ -58,7 +58,8 @@ Dtype dtype_of(const Tensor& tensor) {
 // Rows must be contiguous; columns of a larger matrix are copied.
 Tensor with_contiguous_rows(const Tensor& matrix) {
   TORCH_CHECK_VALUE(matrix.dim() == 2, "expected a matrix, got shape ", matrix.sizes());
-  return matrix.stride(1) == 1 && matrix.stride(0) >= matrix.size(1) ? matrix : matrix.contiguous();
+  const bool dense = matrix.stride(1) == 1 || matrix.size(1) < 2;
+  return dense && matrix.stride(0) >= matrix.size(1) ? matrix : matrix.contiguous();
 }
 
 Rows rows_of(const Tensor& matrix) {
@@ -156,8 +157,8 @@ struct MarginBackward {
         grad_lse(grad_negative_lse.contiguous()),
         grad_cosine(grad_target_cosine.contiguous()),
         grad_sum(grad_cosine_sum.contiguous()),
-        grad_input(
-            at::empty(needs_input_grad ? input.sizes() : at::IntArrayRef{0}, input.options())) {
+        grad_input(empty_result(needs_input_grad ? input.sizes() : at::IntArrayRef{0},
+                                input.scalar_type(), false)) {
     TORCH_CHECK_VALUE(!needs_input_grad || mean.sizes() == input.sizes(),
                       "mean_center must be of input's shape, got ", mean.sizes());
     TORCH_CHECK_VALUE(

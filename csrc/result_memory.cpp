@@ -46,9 +46,12 @@ void unmap(Block* block) {
   delete block;
 }
 
-// The blocks that are kept. Whoever exchanges a slot for null owns its block alone: there is no
-// lock that a fork could leave locked. Nothing is destroyed at exit, as tensors may be freed later.
-std::atomic<Block*> slots[16];
+// The blocks that are kept, a ring: what comes displaces what came first. Whoever exchanges a slot
+// for null owns its block alone: there is no lock that a fork could leave locked. Nothing is
+// destroyed at exit, as tensors may be freed later.
+constexpr unsigned kSlots = 16;
+std::atomic<Block*> slots[kSlots];
+std::atomic<unsigned> next{0};
 std::atomic<int64_t> kept{0}, limit{kDefaultMiB << 20};
 
 Block* take(std::atomic<Block*>& slot) {
@@ -57,11 +60,11 @@ Block* take(std::atomic<Block*>& slot) {
   return block;
 }
 
-// Lets blocks go until at most so many bytes are kept.
+// Lets blocks go, older ones first, until at most so many bytes are kept.
 void shrink(int64_t most) {
-  for (auto& slot : slots) {
-    if (kept <= most) return;
-    if (Block* block = take(slot)) unmap(block);
+  const unsigned first = next;
+  for (unsigned i = 0; i < kSlots && kept > most; ++i) {
+    if (Block* block = take(slots[(first + i) % kSlots])) unmap(block);
   }
 }
 
@@ -74,25 +77,38 @@ void keep(Block* block) {
     kept -= size;
     return unmap(block);
   }
-  for (auto& slot : slots) {
-    Block* none = nullptr;
-    if (slot.compare_exchange_strong(none, block)) return;
-  }
-  if (Block* older = slots[0].exchange(block)) {
+  if (Block* older = slots[next++ % kSlots].exchange(block)) {
     kept -= int64_t(older->size);
     unmap(older);
   }
 }
 
-// A kept block of at least `size`, and at most twice that; else null.
+// Puts a block that was taken from the slot there again, unless another thread has filled it.
+void put_back(std::atomic<Block*>& slot, Block* block) {
+  kept += int64_t(block->size);
+  Block* none = nullptr;
+  if (slot.compare_exchange_strong(none, block)) return;
+  kept -= int64_t(block->size);
+  unmap(block);
+}
+
+// The smallest kept block of at least `size`, and at most twice that; else null.
 Block* find(size_t size) {
+  Block* best = nullptr;
+  std::atomic<Block*>* home = nullptr;
   for (auto& slot : slots) {
     Block* block = take(slot);
     if (!block) continue;
-    if (block->size >= size && block->size <= 2 * size) return block;
-    keep(block);
+    const bool fits = block->size >= size && block->size <= 2 * size;
+    if (!fits || (best && best->size <= block->size)) {
+      put_back(slot, block);
+      continue;
+    }
+    if (best) put_back(*home, best);
+    best = block;
+    home = &slot;
   }
-  return nullptr;
+  return best;
 }
 
 int64_t limit_from_environment() {
@@ -116,6 +132,10 @@ struct ResultAllocator final : at::Allocator {
     const size_t size = (bytes + kHuge - 1) / kHuge * kHuge;
     Block* block = find(size);
     if (!block) block = map(size);
+    if (!block) {
+      shrink(0);
+      block = map(size);
+    }
     TORCH_CHECK_WITH(OutOfMemoryError, block, "no memory for a result of ", bytes, " bytes");
     return {block->data, block, give_back, at::Device(at::kCPU)};
   }

@@ -144,7 +144,6 @@ bool round_on(const float* __restrict from, uint16_t* __restrict to, int64_t n) 
   return ties != 0;
 }
 
-// kGroup bytes to bfloat16 by float32 arithmetic; false where that does not tell how one rounds.
 #if SYNFACE_VECTOR_BYTES == 64
 inline __m512i load_bytes(const uint8_t* from) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
@@ -158,7 +157,9 @@ __m512i load(const int32_t* from) {
   return kUniform ? _mm512_set1_epi32(*from) : _mm512_loadu_si512(from);
 }
 
+// kGroup bytes to bfloat16 by float32 arithmetic; false where that does not tell how one rounds.
 // By hand: GCC's vectors of the loop below take half as long again.
+static_assert((kOff & (kOff - 1)) == 0 && kGroup % 32 == 0, "one mask tells; 32 at a time");
 template <bool kUniform>
 bool estimate(const uint8_t* synthetic, const uint8_t* real, Split psi, const Constants& constants,
               bool exact, uint16_t* to) {

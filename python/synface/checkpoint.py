@@ -212,7 +212,8 @@ def restore_optimizer(
     """Puts states that `optimizer_tensors` named into an optimiser.
 
     Raises:
-        CheckpointError: for states of other parameters; nothing is loaded then.
+        CheckpointError: for states of other parameters, or of another optimiser; nothing is loaded
+            then.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     states: dict[int, dict[str, Tensor]] = {}
@@ -229,4 +230,7 @@ def restore_optimizer(
                 f"{file}: {key} must be of shape {shape}, got {tuple(value.shape)}"
             )
         states.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+    try:
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error

@@ -112,16 +112,18 @@ def peak_memory(method: str, workload: Workload) -> int | str:
     return int(json.loads(child.stdout))
 
 
+def status(field: str) -> int:
+    """Bytes that Linux counts of this process: VmRSS, resident now; VmHWM, the peak of that."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
 def peak_bytes(run: Callable[[], Any]) -> int:
     """Peak resident bytes of this process while run() runs, above those before it (Linux)."""
-
-    def status(field: str) -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field):
-                return int(line.split()[1]) * 1024
-        raise OSError(f"/proc/self/status has no {field}")
-
     gc.collect()
+    sk.empty_cache()  # what was freed goes back to the system
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status("VmRSS")

@@ -178,7 +178,7 @@ def _begin(root: Path, manifest: dict[str, Any], resume: bool, overwrite: bool) 
                 f"{root} holds something that was not synthesized: choose another output folder"
             )
     elif resume:
-        checkpoint.check_same(root, stored, manifest)
+        checkpoint.check_same(root, stored, dict.fromkeys(stored) | manifest)
         return
     elif overwrite:
         for entry in root.iterdir():

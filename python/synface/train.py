@@ -224,13 +224,15 @@ def train(
         CheckpointError: for a checkpoint that is damaged, or of another configuration or data.
         ValueError: for data that cannot be trained on.
         FileExistsError: where ``output`` holds a run already and ``resume`` is not set.
-        DataError: where the source cannot go on (a damaged file, a worker that died), once a
-            checkpoint of the last step is written.
+        DataError: where the source cannot go on (a damaged file, a worker that died); on one
+            process once a checkpoint of the last step is written, on several the last one stays.
         FloatingPointError: once a loss or a parameter is not finite; the last checkpoint stays.
         KeyboardInterrupt: on Ctrl-C, once the step is done and a checkpoint of it is written.
 
     The global random state of torch is left as it was.
     """
+    if not 0 <= verify_every < math.inf:
+        raise ValueError(f"verify_every must be 0 or more epochs, got {verify_every}")
     source: Source = FacesSource(data) if isinstance(data, Faces | ImageSet) else data
     if source.num_classes < 2:
         raise ValueError(f"training needs two identities or more, got {source.num_classes}")
@@ -340,7 +342,10 @@ class _Run:
             if not isinstance(came, dict):
                 raise CheckpointError(f"{found / checkpoint.STATE}: {part} must be dict")
             if part == "config":  # what it does not name, because it is older, was as by default
-                came = json.loads(json.dumps(asdict(TrainConfig.from_json(came))))
+                try:
+                    came = json.loads(json.dumps(asdict(TrainConfig.from_json(came))))
+                except (TypeError, ValueError) as error:
+                    raise CheckpointError(f"{found / checkpoint.STATE}: {error}") from error
             checkpoint.check_same(found, came, wanted, part)
 
     def save(self, steps: int) -> None:

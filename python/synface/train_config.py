@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -78,6 +79,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.checkpoint_every):
+            raise ValueError(f"checkpoint_every must be finite, got {self.checkpoint_every}")
         positive = ("epochs", "batch_size", "lr", "power", "embedding_size", "checkpoint_every")
         for name in positive:
             if not getattr(self, name) > 0:

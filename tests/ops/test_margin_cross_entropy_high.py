@@ -65,18 +65,16 @@ def test_matches_float64(isa, n, c, d):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_what_is_multiplied_how(isa, monkeypatch):
+def test_what_is_multiplied_how(isa):
     """By bfloat16 where that is named and allowed; otherwise to the bits of "highest"."""
     case = inputs(40, 900, 64)
     exact = run("highest", isa, *case)
     for precision in ("high", "medium"):
         same = [torch.equal(a, b) for a, b in zip(run(precision, isa, *case), exact, strict=True)]
         assert same == [isa not in BF16_ISAS] * 3
-    torch.set_float32_matmul_precision("highest")
-    for a, b in zip(
-        run("highest", "avx512" if isa in BF16_ISAS else isa, *case), exact, strict=True
-    ):
-        assert torch.equal(a, b)
+    if isa in BF16_ISAS:
+        for a, b in zip(run("highest", "avx512", *case), exact, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("isa", BF16_ISAS)
@@ -133,18 +131,15 @@ def test_norms_zero_rows_and_rows_that_are_not_finite(isa):
 @pytest.mark.parametrize("isa", BF16_ISAS[:1])
 def test_a_compiled_step_follows_the_setting(isa, monkeypatch):
     monkeypatch.setenv("SYNFACE_CPU_ISA", isa)
-    x, w, target, _ = inputs(8, 90, 64)
+    x, w, target, _ = inputs(40, 900, 64)
 
     def step(x, w):
         return sk.margin_cross_entropy(x, w, target, MARGIN, reduction="none")
 
-    compiled = torch.compile(step, fullgraph=True)
+    compiled = torch.compile(step, fullgraph=True, backend="eager")  # the same bits, so
+    losses = []
     for precision in ("highest", "high"):
         torch.set_float32_matmul_precision(precision)
-        core = torch.ops.synface_kernels.margin_cross_entropy_forward
-        lse = [
-            core(x, w, None, target[:, None], 64.0, math.inf, False, False, 0, halves, "cpu")[0]
-            for halves in (False, True)
-        ]
-        assert not torch.equal(*lse)
-        torch.testing.assert_close(compiled(x, w), step(x, w), rtol=1e-7, atol=0)
+        losses.append(compiled(x, w))
+        assert torch.equal(losses[-1], step(x, w))
+    assert not torch.equal(*losses)

@@ -1,4 +1,4 @@
-"""The command line: synface convert, pack, synthesize, train, eval, plan, bench, demo, info."""
+"""The command line: synface train, eval, pack, synthesize, convert, plan, study, recipe …"""
 
 from __future__ import annotations
 

@@ -69,6 +69,7 @@ def _faces(
     size: tuple[int, int] | None,
     grey: bool | None = None,
     relabel: bool = False,
+    memory: int = 8 << 10,  # MiB
 ) -> Faces:
     if data is None:
         if size is not None and size[0] != size[1]:
@@ -76,7 +77,8 @@ def _faces(
         return embedded_faces(size=size[0]) if size else embedded_faces()
     with Bar(f"reading {data}") as bar:
         images = open_images(data, relabel)
-        return read_folder(images, size or FOLDER_SIZE, grey, progress=bar.files)
+        size = size or FOLDER_SIZE
+        return read_folder(images, size, grey, memory_limit=memory << 20, progress=bar.files)
 
 
 def _split(
@@ -94,7 +96,7 @@ def _split(
     images = open_images(data, relabel) if data else None
     size = size or (FOLDER_SIZE if images else None)
     if images is None or size is None or 3 * math.prod(size) * len(images) <= memory << 20:
-        return _faces(data, size, grey, relabel).split(holdout)
+        return _faces(data, size, grey, relabel, max(memory, 1)).split(holdout)
     height, width, channels = common_shape(opened(data=images), size, grey)
     rest, held = images.split(holdout)
     with Bar(f"reading {data}") as bar:
@@ -412,13 +414,15 @@ def eval_command(
             resize=resize,
         )
         return
-    memory = MEMORY
+    config, memory = checkpoint.find(run).parent.parent / CONFIG, MEMORY
+    if data is None or config.exists():  # held in memory, or not, as in training
+        command = _command(config)[0]
+        memory = command["memory"]
     if data is None:
-        command = _command(checkpoint.find(run).parent.parent / CONFIG)[0]
         trained_on = command["real"] or command["data"]
         data = Path(trained_on) if trained_on else None
         holdout = command["holdout"] if holdout is None else holdout
-        relabel, memory = command["relabel"], command["memory"]
+        relabel = command["relabel"]
     rest: Domain | None = None
     if holdout:
         rest, held = _split(data, (height, width), channels == 1, relabel, holdout, memory)

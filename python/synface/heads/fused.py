@@ -23,7 +23,8 @@ class FusedHead(nn.Module):
 
         Each forward pass in training mode takes up the optimiser's next step, with the settings
         that it then has, and its own backward pass, before the next forward pass, takes it. So
-        gradients are neither accumulated nor clipped, and no step is left out. ``step()`` and
+        gradients are neither accumulated nor clipped. A forward pass without its backward pass
+        counts as a step without a gradient. ``step()`` and
         ``zero_grad()`` have nothing to do then; ``state_dict`` and ``catch_up`` are as ever. The
         centres no longer require grad. A forward pass with ``update=None``, in evaluation mode or
         under no_grad takes no step.

@@ -15,6 +15,15 @@ from ..check import check_integer, describe
 from .fused import FusedHead
 
 
+def _several_ranks() -> bool:
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
+
+
 class MarginHead(FusedHead):
     """The class centres, and `synface_kernels.margin_cross_entropy` over them.
 
@@ -81,6 +90,11 @@ class MarginHead(FusedHead):
             "impl": self.impl,
         }
         settings = self._with_update(settings | options)
+        if settings.get("update") and settings.get("group") is None and _several_ranks():
+            raise ValueError(
+                "a fused MarginHead on several ranks would step centres of its own on each: shard "
+                "them (ShardedMarginHead, PartialFC)"
+            )
         return sk.margin_cross_entropy(
             embeddings, self.weight, target, target_weight=target_weight, **settings
         )

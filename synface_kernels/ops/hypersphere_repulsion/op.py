@@ -94,7 +94,8 @@ def hypersphere_repulsion(
 
     Memory above inputs and gradients: O(N·k) and a workspace of at most 64 MiB; energies of all
     pairs hold their gradient, float32 (N, D), from forward to backward; with a group, another
-    rank's points and their gradient as well. Never N×N, except in ``impl="reference"``.
+    rank's points and their gradient as well. Never N×N, except in ``impl="reference"``. On a CPU,
+    memory of freed gradients is kept for the next, 512 MiB at most: see `empty_cache`.
 
     Raises:
         ValueError: for a wrong dtype, shape, device or value; for a zero or non-finite row (on a

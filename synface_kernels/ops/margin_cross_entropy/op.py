@@ -146,7 +146,8 @@ def margin_cross_entropy(
             gradients cannot be accumulated, nor clipped by a norm, nor looked at before the step.
             Whatever multiplies the loss, as `torch.amp.GradScaler` does, multiplies the centres'
             gradient; a step cannot be left out afterwards. Under no_grad there is no step. With
-            a group each rank gives the same rule, numbers and step, with its own rows' states.
+            a group each rank gives the same rule, numbers and step, with its own rows' states
+            and, where they round at random, a seed of its own or none.
             Not inside `torch.compile`.
         ignore_index: a label to leave out. A row of nothing else costs nothing, has loss 0 and
             gradient 0, and is not counted by the mean; beside other labels it must have weight 0.
@@ -178,7 +179,8 @@ def margin_cross_entropy(
     which is held until the backward pass; backward the gradients, with ``update`` the input's
     alone, and such buffers. Never N×C unless ``workspace`` allows it, except in
     ``impl="reference"``, which also holds the weight's gradient. With a group N is that of all
-    ranks, and the embeddings of all of them, N·D, are held from forward to backward.
+    ranks, and the embeddings of all of them, N·D, are held from forward to backward. On a CPU,
+    memory of freed gradients is kept for the next, 512 MiB at most: see `empty_cache`.
 
     Raises:
         ValueError: for a wrong dtype, shape, device, label or weight. On a GPU labels and weights
@@ -387,7 +389,7 @@ def _target_terms(
     return torch.where(broken, nan, loss), torch.where(broken, nan, lse)
 
 
-@torch.compiler.assume_constant_result  # compiled anew where the setting changes
+@torch.compiler.assume_constant_result  # compiled anew where torch.set_float32_… changes it
 def _halves_allowed() -> bool:
     """Whether float32 on a CPU may be multiplied as sums of two bfloat16: torch's setting, which
     `torch.set_float32_matmul_precision` sets to "tf32" for "high" and "bf16" for "medium"."""
