@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import signal
 import statistics
 import sys
@@ -198,6 +196,8 @@ def measure_memory(case: Case, peer: Peer) -> dict[str, Any]:
 
     Linux keeps a process's peak and lets it be reset; a first step, before that, loads what stays.
     """
+    from synface.measure import peak_bytes
+
     device = torch.device("cpu")
     work, reason = _workload(case, device)
     if work is None:
@@ -205,22 +205,9 @@ def measure_memory(case: Case, peer: Peer) -> dict[str, Any]:
     try:
         step = prepare(peer, case, work, device)
         work.release()
-        gc.collect()
-        sk.empty_cache()  # what was freed goes back to the system
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        step()
-        return {"peak_bytes": _status("VmHWM") - before}
+        return {"peak_bytes": peak_bytes(step)}
     except Exception as error:
         return {"not_measured": _brief(error)}
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no line {field}")
 
 
 @contextmanager

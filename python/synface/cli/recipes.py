@@ -14,6 +14,25 @@ from .terminal import Bar, console, interrupts, say
 
 app = typer.Typer(help="The papers' recipes, from data to a report.", no_args_is_help=True)
 
+ConfigOption = Annotated[
+    Path | None, typer.Option(help="TOML. Default: small enough for two cores.")
+]
+RealOption = Annotated[
+    Path | None, typer.Option(help="Image folder of real people, not the embedded faces.")
+]
+ReportOption = Annotated[
+    Path | None, typer.Option(help="Folder of the report. Default: report, in the run's.")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run.")]
+CellOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Run this one training run alone, without the report: others may run beside it; "
+        "--resume puts them together."
+    ),
+]
+FacesOption = Annotated[bool, typer.Option(help="Show some generated faces in the report.")]
+
 
 @app.callback()
 def recipe() -> None:
@@ -23,9 +42,7 @@ def recipe() -> None:
 @app.command("cfsm")
 def cfsm_command(
     output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/cfsm"),
-    config: Annotated[
-        Path | None, typer.Option(help="TOML. Default: small enough for two cores.")
-    ] = None,
+    config: ConfigOption = None,
     faces: Annotated[
         Path | None, typer.Option(help="Image folder, in place of the embedded faces.")
     ] = None,
@@ -33,11 +50,9 @@ def cfsm_command(
         Path | None,
         typer.Option(help="Image folder of unlabelled faces of the target domain (degraded too)."),
     ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Folder of the report. Default: report, in the run's.")
-    ] = None,
+    report: ReportOption = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.", min=0)] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
+    resume: ResumeOption = False,
 ) -> None:
     """Learn style subspaces of degraded faces, and train a recogniser on guided ones (CFSM)."""
     from ..recipes import cfsm, cfsm_report
@@ -82,16 +97,6 @@ def cfsm_command(
     say(f"report: {page}")
 
 
-CellOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Run this one training run alone, without the report: others may run beside it; "
-        "--resume puts them together."
-    ),
-]
-FacesOption = Annotated[bool, typer.Option(help="Show some generated faces in the report.")]
-
-
 def _run(
     name: str,
     called: str,
@@ -122,18 +127,12 @@ def _register(name: str, summary: str) -> None:
     @app.command(name, help=summary)
     def command(
         output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs") / name,
-        config: Annotated[
-            Path | None, typer.Option(help="TOML. Default: small enough for two cores.")
-        ] = None,
-        real: Annotated[
-            Path | None, typer.Option(help="Image folder of real people, not the embedded faces.")
-        ] = None,
-        report: Annotated[
-            Path | None, typer.Option(help="Folder of the report. Default: report, in the run's.")
-        ] = None,
+        config: ConfigOption = None,
+        real: RealOption = None,
+        report: ReportOption = None,
         faces: FacesOption = True,
         cell: CellOption = None,
-        resume: Annotated[bool, typer.Option("--resume", help="Go on with the run.")] = False,
+        resume: ResumeOption = False,
     ) -> None:
         _run(name, f"recipe {name}", output, config, real, report, cell, resume, faces=faces)
 
@@ -149,12 +148,8 @@ _register(
 
 def study_command(
     output: Annotated[Path, typer.Option(help="The study's folder.")] = Path("runs/study"),
-    config: Annotated[
-        Path | None, typer.Option(help="TOML. Default: small enough for two cores.")
-    ] = None,
-    real: Annotated[
-        Path | None, typer.Option(help="Image folder of real people, not the embedded faces.")
-    ] = None,
+    config: ConfigOption = None,
+    real: RealOption = None,
     report: Annotated[
         Path | None, typer.Option(help="Folder of the report. Default: report, in the study's.")
     ] = None,
