@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -624,6 +625,8 @@ def backward(
     limit: float,
     needs_input_grad: bool,
     needs_weight_grad: bool,
+    *,
+    take: TakeRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients from those of negative_lse (N,), target_cosine (N, K) and cosine_sum: (N,), or (0,)
     where it was not asked for. They come in float64; but for the last, float32 is computed with.
@@ -633,6 +636,7 @@ def backward(
             center_sum: its results.
         needs_input_grad, needs_weight_grad: which gradients are asked for; the input's needs the
             mean centre.
+        take: is given the weight's gradient, a tile at a time, in the place of grad_rows.
 
     Returns:
         grad_input (N, D) in input's dtype, grad_rows (S, D) or (S, M, D) in weight's dtype; (0,)
@@ -644,50 +648,52 @@ def backward(
     Raises:
         ValueError: for float64, which has no kernel here.
     """
+    input, weight, labels = _check(input, weight, labels)
+    n, d = input.shape
+    negative_lse, mean_center = negative_lse.float().contiguous(), mean_center.contiguous()
+    grad_negative_lse = grad_negative_lse.float().contiguous()
+    grad_target_cosine = grad_target_cosine.float().contiguous()
+    grad_cosine_sum = grad_cosine_sum.contiguous()
+    grad_input = input.new_empty((n, d) if needs_input_grad else 0)
     shape = (_count(weight, class_ids), *weight.shape[1:])
     grad_rows = weight.new_empty(shape if needs_weight_grad else 0)
-    if input.shape[0] == 0:
-        grad_rows.zero_()
-    grad_input = _backward(
-        input, weight, class_ids, labels, negative_lse, mean_center, center_sum, grad_negative_lse,
-        grad_target_cosine, grad_cosine_sum, scale, limit, needs_input_grad,
-        _centers(grad_rows) if needs_weight_grad else None, None,
-    )  # fmt: skip
+    if n == 0:
+        return grad_input, grad_rows.zero_()
+    with _on_device_of(input):
+        cosine = torch.empty_like(grad_target_cosine)
+        target_rows = _find_targets(input, weight, class_ids, labels, cosine)
+        if needs_input_grad:
+            centers = _centers(weight)
+            _grad_input_kernel[(n,)](
+                input, centers, target_rows, mean_center, center_sum,
+                grad_negative_lse, grad_target_cosine, grad_cosine_sum, grad_input,
+                input.stride(0), centers.stride(0), scale, D=d, K=labels.shape[1],
+                SUM=center_sum.numel() > 0, **_one_row_config(d),
+            )  # fmt: skip
+        if needs_weight_grad or take is not None:
+            _fill_grad_rows(
+                _centers(grad_rows) if take is None else None, take, input, weight, class_ids,
+                labels, target_rows, negative_lse, grad_negative_lse, grad_target_cosine,
+                grad_cosine_sum, scale, limit,
+            )  # fmt: skip
     return grad_input, grad_rows
 
 
-def update(
-    input: Tensor,
-    weight: Tensor,
-    class_ids: Tensor | None,
-    labels: Tensor,
-    negative_lse: Tensor,
-    mean_center: Tensor,
-    center_sum: Tensor,
-    grad_negative_lse: Tensor,
-    grad_target_cosine: Tensor,
-    grad_cosine_sum: Tensor,
-    scale: float,
-    limit: float,
-    needs_input_grad: bool,
-    rule: str,
-    states: list[Tensor],
-    last_step: Tensor | None,
-    numbers: list[float],
-    step: int,
-    seed: int | None,
-) -> Tensor:
+def update(*arguments: Any) -> Tensor:
     """`backward`, in which each tile's gradient goes into an optimiser's step on its centres.
 
     Args:
-        input … needs_input_grad: as in `backward`; the weight's rows are contiguous, and written.
-        rule … seed: as `row_update.updates` has them; states are (C, M·D).
+        arguments: `backward`'s up to needs_input_grad, of which the weight's rows are contiguous,
+            and written; then rule, states, last_step, numbers, step and seed, as
+            `row_update.updates` has them, the states (C, M·D).
 
     Returns:
         grad_input, as `backward`.
 
     Memory above the gradient: as backward's tile, and M·D more of the weight per class.
     """
+    *of_loss, rule, states, last_step, numbers, step, seed = arguments
+    input, weight, class_ids = of_loss[:3]
     matrix = weight.flatten(1)
 
     def take(start: int, rows: Tensor) -> None:
@@ -705,56 +711,8 @@ def update(
 
     if input.shape[0] == 0:
         take(0, weight.new_zeros(matrix.shape[1]).expand(_count(weight, class_ids), -1))
-    return _backward(
-        input, weight, class_ids, labels, negative_lse, mean_center, center_sum, grad_negative_lse,
-        grad_target_cosine, grad_cosine_sum, scale, limit, needs_input_grad, None, take,
-    )  # fmt: skip
-
-
-def _backward(
-    input: Tensor,
-    weight: Tensor,
-    class_ids: Tensor | None,
-    labels: Tensor,
-    negative_lse: Tensor,
-    mean_center: Tensor,
-    center_sum: Tensor,
-    grad_negative_lse: Tensor,
-    grad_target_cosine: Tensor,
-    grad_cosine_sum: Tensor,
-    scale: float,
-    limit: float,
-    needs_input_grad: bool,
-    grad_rows: Tensor | None,
-    take: TakeRows | None,
-) -> Tensor:
-    """The input's gradient; the centres' goes into grad_rows (S·M, D), or to `take`."""
-    input, weight, labels = _check(input, weight, labels)
-    n, d = input.shape
-    negative_lse, mean_center = negative_lse.float().contiguous(), mean_center.contiguous()
-    grad_negative_lse = grad_negative_lse.float().contiguous()
-    grad_target_cosine = grad_target_cosine.float().contiguous()
-    grad_cosine_sum = grad_cosine_sum.contiguous()
-    grad_input = input.new_empty((n, d) if needs_input_grad else 0)
-    if n == 0:
-        return grad_input
-    with _on_device_of(input):
-        cosine = torch.empty_like(grad_target_cosine)
-        target_rows = _find_targets(input, weight, class_ids, labels, cosine)
-        if needs_input_grad:
-            centers = _centers(weight)
-            _grad_input_kernel[(n,)](
-                input, centers, target_rows, mean_center, center_sum,
-                grad_negative_lse, grad_target_cosine, grad_cosine_sum, grad_input,
-                input.stride(0), centers.stride(0), scale, D=d, K=labels.shape[1],
-                SUM=center_sum.numel() > 0, **_one_row_config(d),
-            )  # fmt: skip
-        if grad_rows is not None or take is not None:
-            _fill_grad_rows(
-                grad_rows, take, input, weight, class_ids, labels, target_rows, negative_lse,
-                grad_negative_lse, grad_target_cosine, grad_cosine_sum, scale, limit,
-            )  # fmt: skip
-    return grad_input
+    gradients: Any = partial(backward, *of_loss)
+    return gradients(False, take=take)[0]
 
 
 def _fill_grad_rows(
