@@ -409,8 +409,8 @@ PEERS: dict[str, list[Peer]] = {
         ),
         Peer(
             "copy_ that moves as many bytes",
-            "torch copy_ of a uint8 tensor of half the bytes that the op moves: it reads one half and writes "
-            "the other",
+            "torch copy_ of a uint8 tensor of half the bytes that the op moves: it reads one half "
+            "and writes the other",
             lambda work: _copy(work, work.bytes // 2),
             lambda c: c.bytes,
         ),
