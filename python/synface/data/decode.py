@@ -46,7 +46,7 @@ def keep(count: int, holdout: int) -> int:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What a folder holds, in natural order, without hidden entries."""
+    """What a folder holds, in natural order, without hidden entries and macOS's own."""
     return [Path(entry.path) for entry in scan(folder)]
 
 
@@ -54,7 +54,7 @@ def scan(folder: Path) -> list[os.DirEntry[str]]:
     """What `entries` gives, with what the folder itself says of each."""
     try:
         with os.scandir(folder) as found:
-            shown = [entry for entry in found if entry.name[0] != "."]
+            shown = [e for e in found if e.name[0] != "." and e.name != "__MACOSX"]
     except OSError as error:
         raise DataError(f"{folder} cannot be listed: {error.strerror}") from error
     return sorted(shown, key=lambda entry: natural(entry.name))
