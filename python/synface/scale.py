@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import statistics
 import threading
 import time
@@ -186,7 +187,7 @@ def run(
 ) -> dict[str, Any]:
     """Trains ``centers`` on `Clusters`, and returns what was measured, ready for JSON.
 
-    Ctrl-C ends it after the step that it is in.
+    Ctrl-C and SIGTERM end it after the step that it is in; "ended by" names the signal, else None.
 
     Args:
         centers: made by ``config.centers``.
@@ -208,7 +209,7 @@ def run(
     disk = _disk()
     began = time.perf_counter()
     with MemoryWatch() as memory, interrupts() as interrupted:
-        while not interrupted():
+        while not (signum := interrupted()):
             row = _step(config, centers, clusters)
             history.append(row)
             progress(row)
@@ -232,6 +233,7 @@ def run(
         "machine": f"{_env.processor()}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}",
         "config": asdict(config),
+        "ended by": signal.Signals(signum).name if signum else None,
         "steps": len(history),
         "seconds": seconds,
         "steps_per_second": len(history) / seconds,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from .checkpoint import CheckpointError
 from .data import DataError, Faces, ImageSet
 from .data.order import WHOLE, Part
 from .heads import MarginHead, ShardedMarginHead
-from .interrupts import interrupts
+from .interrupts import interruption, interrupts
 from .lines import Lines
 from .optim import RowAdamW, RowSGD
 from .randomness import generator, seeded, seeds
@@ -41,6 +42,7 @@ from .train_config import PRECISIONS, TrainConfig
 
 CONFIG, METRICS, TIMING = "config.json", "metrics.jsonl", "timing.jsonl"
 VERIFICATION = "verification.jsonl"
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the first one counts where ranks got different ones
 
 
 class Progress(Protocol):
@@ -227,7 +229,8 @@ def train(
         DataError: where the source cannot go on (a damaged file, a worker that died); on one
             process once a checkpoint of the last step is written, on several the last one stays.
         FloatingPointError: once a loss or a parameter is not finite; the last checkpoint stays.
-        KeyboardInterrupt: on Ctrl-C, once the step is done and a checkpoint of it is written.
+        KeyboardInterrupt, Terminated: on Ctrl-C and on SIGTERM, once the step is done and a
+            checkpoint of it is written; on any rank, all ranks end after the same step.
 
     The global random state of torch is left as it was.
     """
@@ -255,7 +258,7 @@ def train(
                 writer(step, row)
             if progress:
                 progress.step(row["loss"], row["accuracy"], run.batch_size(step))
-            stop = stop or (run.alone and interrupted())
+            stop = stop or (interrupted() if run.alone else 0)
             if verify and verify_every and run.ended(verify_every, done):
                 figures = run.verify(done, verify)
                 if writer:
@@ -263,7 +266,7 @@ def train(
             if run.ended(config.checkpoint_every, done) or done == run.total_steps or stop:
                 run.save(done)
             if stop:
-                raise KeyboardInterrupt
+                raise interruption(stop)
             if stop_after is not None and step >= stop_after:
                 break
     run.backbone.eval()
@@ -384,9 +387,9 @@ class _Run:
             dist.barrier()
 
     def step(
-        self, step: int, batch: Batch, interrupted: Callable[[], bool]
-    ) -> tuple[dict[str, float], bool]:
-        """One step of training, and its line in the log; whether any rank was interrupted."""
+        self, step: int, batch: Batch, interrupted: Callable[[], int]
+    ) -> tuple[dict[str, float], int]:
+        """One step of training, and its line in the log; the signal that came to any rank, or 0."""
         config, optimizers, scaler = self.config, self.model.optimizers, self.model.scaler
         rate = learning_rate(config, step, self.steps_per_epoch)
         for optimizer in optimizers.values():
@@ -424,7 +427,9 @@ class _Run:
                     hits += stats.top1.sum()
                     if part_loss.isfinite():
                         part_loss.backward()
-        right, stop = self.total(hits, torch.tensor(float(interrupted())))
+        came = interrupted()
+        right, *ranks = self.total(hits, *(torch.tensor(came == each) for each in SIGNALS))
+        stop = next((each for each, count in zip(SIGNALS, ranks, strict=True) if count), 0)
         row = {
             "step": step,
             "epoch": step / self.steps_per_epoch,
@@ -448,7 +453,7 @@ class _Run:
         self.history.append(row)
         if self.leads:
             self.lines.append(row)
-        return row, stop > 0
+        return row, stop
 
     def _sampled(self, step: int, target: Tensor) -> tuple[Tensor, Tensor]:
         """The classes of a step, and the target as the head then takes it."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..interrupts import Terminated
 from .terminal import Bar, say
 
 app = typer.Typer(help="Measure what the library does here.", no_args_is_help=True)
@@ -118,3 +119,5 @@ def scale_command(
             centers.remove()
     say(scale.summary(result))
     say(f"written: {output / 'scale.json'}, {output / 'scale.png'}")
+    if result["ended by"] == "SIGTERM":
+        raise Terminated

@@ -529,7 +529,8 @@ def run(
         progress: a bar for each part, from its description.
 
     Raises:
-        FileExistsError, CheckpointError, FloatingPointError, KeyboardInterrupt: see `run_steps`.
+        FileExistsError, CheckpointError, FloatingPointError, KeyboardInterrupt,
+            Terminated: see `run_steps`.
     """
     bar = progress or (lambda description: nullcontext())
     device = check_device(config.device)
