@@ -25,6 +25,7 @@ from synface_kernels import _env
 
 from . import checkpoint
 from .centers import Centers, CentersConfig
+from .check import available_memory as available_memory  # public here
 from .check import check_integer, check_number
 from .interrupts import interrupts
 from .randomness import generator, seeds
@@ -146,15 +147,6 @@ class MemoryWatch:
                     self.peak[kind] = max(self.peak.get(kind, 0), int(value.split()[0]) * 1024)
             if self._end.wait(0.05):
                 break
-
-
-def available_memory() -> int | None:
-    """Bytes that the system could give to a process, where it says so."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 def _disk() -> dict[str, int]:

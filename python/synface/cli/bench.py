@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..check import check_folder
 from ..interrupts import Terminated
 from .terminal import Bar, say
 
@@ -82,6 +83,9 @@ def scale_command(
             "memory are free: give a --directory for memory-mapped files"
         )
 
+    check_folder("--output", output)
+    if directory is not None:
+        check_folder("--directory", directory)
     with Bar("undoing" if resume else "creating") as bar:
 
         def part(done: int, total: int) -> None:
