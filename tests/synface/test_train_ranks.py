@@ -4,6 +4,7 @@ ranks can resume, nobody left waiting."""
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -219,7 +220,10 @@ def test_sigterm_ends_all_ranks_after_one_step(tmp_path):
     output, _ = running.communicate(timeout=120)
     assert running.returncode != 0
     assert "terminated: synface train --resume" in output
-    assert output.count("exitcode  : 143") == 2, output  # in torchrun's table of what failed
+    codes = re.findall(r"exitcode +: (-?\d+)", output)  # torchrun's table; it ends who lags behind
+    assert len(codes) == 2, output
+    assert "143" in codes, output
+    assert set(codes) <= {"143", "-15"}, output
     found = checkpoint.find(run)
     assert sharded.load_state(found)["step"] == len(log.read_text().splitlines()) > 3
 
