@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import tempfile
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -47,6 +51,31 @@ def check_rows(name: str, rows: Tensor) -> Tensor:
                 f"the first is row {int(wrong.nonzero()[0, 0])}"
             )
     return norms
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raise OSError unless files can be written to a folder, or to one that is made there.
+
+    Tried in the nearest folder that exists; nothing is left of it.
+    """
+    there = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), Path())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".synface-", dir=there):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"{name} must be a folder that can be written to, got {folder}: "
+            f"{there}: {error.strerror}; choose another"
+        ) from error
+
+
+def available_memory() -> int | None:
+    """Bytes that the system could give to a process, where it says so."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def check_device(device: object) -> torch.device:

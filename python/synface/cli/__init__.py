@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 from rich.markup import escape
 
+from ..interrupts import Terminated, raise_on_sigterm
 from . import bench, conversion, demonstration, packing, planning, recipes, training
 from .terminal import console
 
@@ -29,8 +30,12 @@ app.add_typer(bench.app, name="bench")
 
 def main() -> None:
     """Runs the command line; an error that the user can act on is one line, without a traceback."""
+    raise_on_sigterm()
     try:
         app()
+    except Terminated:
+        console.print("terminated")
+        raise
     except (ValueError, OSError, FloatingPointError, NotImplementedError, ImportError) as error:
         console.quiet = False
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)

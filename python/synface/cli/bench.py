@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..check import check_folder
+from ..interrupts import Terminated
 from .terminal import Bar, say
 
 app = typer.Typer(help="Measure what the library does here.", no_args_is_help=True)
@@ -81,6 +83,9 @@ def scale_command(
             "memory are free: give a --directory for memory-mapped files"
         )
 
+    check_folder("--output", output)
+    if directory is not None:
+        check_folder("--directory", directory)
     with Bar("undoing" if resume else "creating") as bar:
 
         def part(done: int, total: int) -> None:
@@ -118,3 +123,5 @@ def scale_command(
             centers.remove()
     say(scale.summary(result))
     say(f"written: {output / 'scale.json'}, {output / 'scale.png'}")
+    if result["ended by"] == "SIGTERM":
+        raise Terminated

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..check import check_folder
 from ..data import convert
 from ..data.images import FORMATS
 from .options import RelabelOption
@@ -29,6 +30,7 @@ def convert_command(
     ] = 512,
 ) -> None:
     """Write images in another format, their bytes as they are."""
+    check_folder("the destination's folder", destination.absolute().parent)
     with Bar(f"converting {source}") as bar:
         written = convert(
             source,

@@ -10,6 +10,7 @@ import torch
 import typer
 from rich.table import Table
 
+from ..check import check_folder
 from ..data import embedded_faces
 from ..train import train
 from ..train_config import TrainConfig
@@ -41,6 +42,7 @@ def demo_command(
 
     from .. import measure, report
 
+    check_folder("--output", output)
     began = time.perf_counter()
     faces = embedded_faces(images_per_identity=images, identities=identities, seed=seed)
     held_out = max(2, identities // 5)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import packing
+from ..check import check_folder
 from ..embeddings import read_embeddings
 from ..generate import open_generator
 from ..synthesize import synthesize
@@ -166,6 +167,7 @@ def synthesize_command(
     ] = False,
 ) -> None:
     """Write a folder of face images, some of each packed identity, that `train` takes."""
+    check_folder("--output", output)
     embeddings = read_embeddings(packed)
     asked = parse_size(size)
     if asked is not None and asked[0] != asked[1]:

@@ -32,6 +32,7 @@ from ..evaluate import pixel_embeddings, verify
 from ..generate import FaceGenerator
 from ..packing import PackConfig, Packer
 from ..report import ACCENT, INK, QUIET, _figure, _save, sample_faces
+from ..runs import check_network
 from ..sources import FacesSource, Source
 from ..synthesize import styles, synthesize
 from ..train_config import TrainConfig
@@ -216,6 +217,7 @@ def run(
     """Packs, synthesizes, trains and verifies below ``output``; see `run_cells`."""
     bar = progress or (lambda description: nullcontext())
     painter, data = config.data.painter(), config.data
+    check_network(config.train, painter.image_shape)
     held = data.real_people(painter.image_shape, 2)
     pixels = verify(pixel_embeddings(held.images), held.labels).to_json()
     found = run_cells(
