@@ -183,7 +183,8 @@ def sgd(
         coast = lr * momentum * (momentum if nesterov else 1)
         if momentum_buffer is None:
             fast, into, coast = lr * weight_decay, 0.0, 0.0
-        idle = torch.tensor([[1 - fast, -coast], [into, momentum]], dtype=torch.float64)
+        steps = [[1 - fast, -coast], [into, momentum]]
+        idle = torch.tensor(steps, dtype=torch.float64, device="cpu")
         missed = update.until - last_step.index_select(0, ids).long()
         maps = _powers(idle, missed, step).float().contiguous()
     _launch(
