@@ -65,7 +65,7 @@ def _check(optimizer: Optimizer) -> None:
                     decay = " with weight_decay" if kind in ("SGD", "Adagrad") else ""
                     name = type(head).__name__
                     raise RuntimeError(
-                        f"torch.optim.{kind}{decay} takes no sparse gradient, such as that of "
+                        f"{kind}{decay} takes no sparse gradient, such as that of "
                         f"{name}'s sampled classes: make the head with sparse=False (or set "
                         "head.sparse = False) for a dense gradient, as insightface's, or step its "
                         "weight by synface.optim.RowSGD or RowAdamW"
