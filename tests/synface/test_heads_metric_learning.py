@@ -305,6 +305,7 @@ def test_outliers():
     assert not centers[:, -1].any()
     rows = ours.get_outliers(x, labels, threshold=110, return_dominant_centers=False)
     assert torch.equal(rows, theirs.get_outliers(x, labels, threshold=110)[0])
+    assert torch.equal(ours.get_outliers(x, labels.to(torch.uint8))[0], expected)
     with pytest.raises(ValueError, match=r"labels must be in \[0, 11\)"):
         ours.get_outliers(x, labels + C)
     with pytest.raises(ValueError, match="same N"):

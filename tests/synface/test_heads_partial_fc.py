@@ -242,6 +242,25 @@ def test_any_optimiser(name):
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_a_rows_loss_is_not_clamped_as_theirs():
+    """Theirs reports −log max(p, 1e-30) ≤ 69.0776, and passes on the gradient of −log p."""
+    head = PartialFC(combined(64, 1, 0.5, 0), D, C, convention="insightface").double()
+    labels = torch.arange(4)
+    x = -head.weight.detach()[labels]
+    with torch.no_grad():
+        x[:, 0] += 1e-3
+    x.requires_grad_()
+    expected = insightface(x, head.weight, labels, combined(64, 1, 0.5, 0))
+    loss = head(x, labels)
+    torch.testing.assert_close(loss, expected)
+    theirs = -(-loss.detach()).exp().clamp_min(1e-30).log()
+    assert theirs == pytest.approx(69.0776, abs=1e-4)
+    assert loss > 90
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, x), torch.autograd.grad(expected, x), rtol=1e-7, atol=1e-9
+    )
+
+
 REFUSING = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=5e-4),  # insightface's
     "Adagrad": lambda p: torch.optim.Adagrad(p, weight_decay=5e-4),

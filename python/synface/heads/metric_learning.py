@@ -356,7 +356,7 @@ class SubCenterArcFaceLoss(_Loss):
         """Embeddings far from their class's dominant sub-centre: the one nearest to most of them.
 
         Args:
-            embeddings: (N, D). labels: (N,) int64 in [0, C).
+            embeddings: (N, D). labels: (N,) integers in [0, C).
             threshold: an outlier is farther than this angle, in degrees.
             return_dominant_centers: also return them.
 
@@ -366,6 +366,7 @@ class SubCenterArcFaceLoss(_Loss):
             ``return_dominant_centers`` says, and leaves those of absent classes undefined.)
         """
         check_number("threshold", threshold, 0, 180)
+        labels = labels_of(labels)
         if embeddings.dim() != 2 or labels.shape != embeddings.shape[:1]:
             raise ValueError(
                 "embeddings (N, D) and labels (N,) must have the same N, "
