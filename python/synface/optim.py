@@ -120,7 +120,9 @@ class _RowOptimizer(torch.optim.Optimizer):
             )
         state = {}
         for name, like in expected.items():
-            value = torch.as_tensor(values[name])
+            value = values[name]
+            if not isinstance(value, Tensor):
+                value = torch.as_tensor(value, device="cpu")
             if value.shape != like.shape or value.is_floating_point() != like.is_floating_point():
                 raise ValueError(
                     f"state_dict's {name} must be {describe(like)}, got {describe(value)}"
@@ -137,7 +139,7 @@ class _RowOptimizer(torch.optim.Optimizer):
     def _new_state(self, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
         kept = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         dtype = group["state_dtype"] or kept
-        state = {"step": torch.zeros((), dtype=torch.int64)}
+        state = {"step": torch.zeros((), dtype=torch.int64, device="cpu")}
         if group["catch_up"]:
             state["last_step"] = parameter.new_zeros(parameter.shape[0], dtype=torch.int64)
         for name in self._moments(group):

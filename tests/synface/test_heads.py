@@ -140,6 +140,51 @@ def test_magface_gradient_by_differences():
     torch.autograd.gradcheck(loss, (x, head.weight))
 
 
+CASTS = {
+    "bfloat16": lambda head: head.bfloat16(),
+    "half": lambda head: head.half(),
+    "to": lambda head: head.to(torch.bfloat16),
+    "within a model": lambda head: torch.nn.Sequential(head).to("cpu", torch.bfloat16)[0],
+    "assigned": lambda head: assigned(head, torch.bfloat16),
+    "back from float64": lambda head: head.double().bfloat16(),
+}
+
+
+def assigned(head, dtype):
+    state = {name: value.to(dtype) for name, value in head.state_dict().items()}
+    head.load_state_dict(state, assign=True)
+    return head
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_adafaces_statistics_are_not_cast(cast):
+    """Lengths of 24 ± 4 are found by statistics that begin at 20 and 100, in hundredths."""
+    plain, low = AdaFace(D, C, dtype=torch.float32), CASTS[cast](AdaFace(D, C))
+    assert low.weight.dtype in (torch.bfloat16, torch.float16)
+    for _ in range(600):
+        x = normalize(torch.randn(N, D)) * (24 + 4 * torch.randn(N, 1))
+        for head in (plain, low):
+            head(x.to(head.weight.dtype).float(), torch.zeros(N, dtype=torch.long))
+    assert low.norm_mean.dtype == low.norm_std.dtype == torch.float32
+    torch.testing.assert_close(low.norm_mean, plain.norm_mean, rtol=1e-3, atol=0)
+    torch.testing.assert_close(low.norm_std, plain.norm_std, rtol=1e-2, atol=0)
+    assert abs(low.norm_mean - 24) < 0.3
+
+
+def test_adaface_made_under_another_default_dtype():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        head = AdaFace(D, C)
+    finally:
+        torch.set_default_dtype(before)
+    assert head.weight.dtype == torch.bfloat16
+    assert head.norm_mean.dtype == head.norm_std.dtype == torch.float32
+    head.norm_mean.data = head.norm_mean.data.bfloat16()  # as FSDP's buffer_dtype does
+    with pytest.raises(ValueError, match=r"must be float32.*got bfloat16.*buffer_dtype=None"):
+        head(torch.randn(4, D), torch.arange(4))
+
+
 def test_magface_rewards_length_and_ignores_rows():
     head = MagFace(D, C, lambda_g=1e6)
     x, target = batch(torch.float32, length=50.0)

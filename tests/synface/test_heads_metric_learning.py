@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -129,6 +130,156 @@ def test_their_state_dict_loads(pair):
         small.load_state_dict(theirs.state_dict())
 
 
+@pytest.mark.parametrize("pair", PAIRS)
+def test_our_state_dict_as_theirs(pair):
+    ours, theirs = both(pair)
+    with torch.no_grad():
+        ours.weight.normal_()
+    theirs.load_state_dict({"W": ours.W})
+    x, labels = batch()
+    assert_equal(ours, theirs, x, labels)
+    assert torch.equal(theirs.W, ours.W)
+    assert theirs.W.data_ptr() != ours.W.data_ptr()
+
+
+STEPPED = {  # as their users write it, for either loss
+    "SGD": lambda loss: torch.optim.SGD([loss.W], 0.5, momentum=0.9, weight_decay=1e-2),
+    "AdamW": lambda loss: torch.optim.AdamW([{"params": [loss.W]}], 0.1),
+    "foreach": lambda loss: torch.optim.SGD([loss.W], 0.5, momentum=0.9, foreach=True),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("optimizer", STEPPED)
+def test_an_optimizer_of_W_and_clipping_by_W(pair, optimizer):
+    x, labels = batch()
+    results = []
+    for loss in both(pair, scale=16):
+        steps = STEPPED[optimizer](loss)
+        for set_to_none in (True, False, True):
+            steps.zero_grad(set_to_none)
+            loss(x.detach(), labels).backward()
+            before = loss.W.grad.norm()
+            norm = torch.nn.utils.clip_grad_norm_([loss.W], 0.05)
+            torch.testing.assert_close(norm, before)
+            torch.testing.assert_close(loss.W.grad.norm().item(), 0.05, rtol=1e-4, atol=0)
+            steps.step()
+        results.append((loss.W.detach(), steps.state_dict()["state"][0]))
+    torch.testing.assert_close(*results, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_W_is_written_by_its_data_in_place_and_frozen(pair):
+    ours, theirs = both(pair)
+    x, labels = batch()
+    values = torch.randn_like(theirs.W)
+    for loss in (ours, theirs):
+        loss.W.data = values.clone()
+        with torch.no_grad():
+            loss.W.mul_(2)[:, 0] = 1
+        torch.nn.init.constant_(loss.W[:2, 1], 3)
+    assert_equal(ours, theirs, x, labels)
+    assert isinstance(ours.W, torch.nn.Parameter)
+    assert torch.equal(copy.deepcopy(ours.W), theirs.W)
+    for loss in (ours, theirs):
+        loss.W.requires_grad_(False)
+        loss(x, labels).backward()
+        assert loss.W.grad is None
+        loss.W.requires_grad = True
+        loss(x, labels).backward()
+    torch.testing.assert_close(ours.W.grad, theirs.W.grad)
+    penalty = ours.W.square().sum()  # reading it is differentiable
+    assert type(penalty) is torch.Tensor
+    (grad,) = torch.autograd.grad(penalty, ours.weight)
+    torch.testing.assert_close(grad, 2 * ours.weight)
+
+
+def test_W_is_saved_as_a_parameter(tmp_path):
+    ours, _ = both(PAIRS[0])
+    torch.save({"W": ours.W}, tmp_path / "centers.pt")
+    loaded = torch.load(tmp_path / "centers.pt", weights_only=True)["W"]
+    assert type(loaded) is torch.nn.Parameter
+    assert torch.equal(loaded, ours.W)
+
+
+def test_what_W_cannot_be_names_the_weight():
+    loss = ArcFaceLoss(C, D)
+    with pytest.raises(AttributeError, match=r"W is a view of loss.weight, \(11, 8\)"):
+        loss.W = torch.nn.Parameter(torch.zeros(D, C))
+    with pytest.raises(ValueError, match=r"W.data must be a tensor of shape \(8, 11\)"):
+        loss.W.data = torch.zeros(C, D)
+    with pytest.raises(ValueError, match=r"as loss.weight is, got torch.float64.*loss.to"):
+        loss.W.data = torch.zeros(D, C, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"register the hook on loss.weight"):
+        loss.W.register_hook(print)
+    steps = torch.optim.SGD([loss.W], 0.1)
+    loss.double()(*batch()).backward()
+    with pytest.raises(RuntimeError, match=r"taken before its loss moved.*loss.weight"):
+        steps.step()
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_scale_and_margin_are_theirs_and_may_be_set(pair):
+    ours, theirs = both(pair)
+    x, labels = batch()
+    assert (ours.scale, ours.num_classes) == (theirs.scale, theirs.num_classes) == (64, C)
+    assert ours.margin == pytest.approx(theirs.margin, rel=1e-15)
+    for loss in (ours, theirs):
+        loss.margin, loss.scale = 0.2, 20
+    assert_equal(ours, theirs, x, labels)
+    torch.testing.assert_close(ours.get_logits(x), theirs.get_logits(x), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"m[23] is .* and must be between"):
+        ours.margin = 28.6
+    with pytest.raises(ValueError, match="scale must be finite and positive"):
+        ours.scale = 0
+    assert (ours.margin, ours.scale) == (0.2, 20)
+
+
+def test_distance_and_reducer_are_theirs_and_may_be_set():
+    ours, theirs = both(PAIRS[0])
+    x, labels = batch()
+    assert type(ours.distance) is type(theirs.distance)
+    torch.testing.assert_close(ours.distance(x, x), theirs.distance(x, x))
+    plain = ours(x, labels)
+    assert type(ours.reducer) is type(theirs.reducer)
+    torch.testing.assert_close(ours(x, labels), plain)
+    for loss in (ours, theirs):
+        loss.reducer = reducers.ThresholdReducer(low=20)
+    assert_equal(ours, theirs, x, labels)
+    ours.reducer = lambda losses, *_: losses["loss"]["losses"].sum()
+    torch.testing.assert_close(ours(x, labels), N * plain)
+    ours.reducer = None
+    torch.testing.assert_close(ours(x, labels), plain, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="distance must be CosineSimilarity"):
+        ours.distance = distances.LpDistance()
+
+
+def test_without_their_package_their_defaults_are_named(monkeypatch):
+    for module in ("distances", "reducers"):
+        monkeypatch.setitem(sys.modules, f"pytorch_metric_learning.{module}", None)
+    ours = ArcFaceLoss(C, D)
+    with pytest.raises(ImportError, match=r"MeanReducer.*install pytorch-metric-learning"):
+        ours.reducer  # noqa: B018
+    assert ours(torch.randn(N, D), torch.randint(C, (N,))).isfinite()
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_float64_embeddings_meet_a_default_loss_in_float64(pair):
+    made = []
+    for kind in pair:
+        torch.manual_seed(5)
+        made.append(kind(num_classes=C, embedding_size=D))
+    ours, theirs = made
+    x, labels = batch()
+    assert ours(x, labels).dtype == torch.float64
+    torch.testing.assert_close(ours(x, labels), theirs(x, labels), rtol=1e-9, atol=1e-11)
+    loss = ours(x, labels)
+    loss.backward()
+    theirs(x.detach(), labels).backward()
+    assert ours.weight.dtype == ours.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(ours.W.grad.double(), theirs.W.grad, rtol=1e-5, atol=1e-7)
+
+
 def test_training_with_theirs_and_ours_goes_the_same_way():
     ours, theirs = both(PAIRS[0], scale=16)
     x, labels = batch()
@@ -154,6 +305,7 @@ def test_outliers():
     assert not centers[:, -1].any()
     rows = ours.get_outliers(x, labels, threshold=110, return_dominant_centers=False)
     assert torch.equal(rows, theirs.get_outliers(x, labels, threshold=110)[0])
+    assert torch.equal(ours.get_outliers(x, labels.to(torch.uint8))[0], expected)
     with pytest.raises(ValueError, match=r"labels must be in \[0, 11\)"):
         ours.get_outliers(x, labels + C)
     with pytest.raises(ValueError, match="same N"):
@@ -205,7 +357,7 @@ def test_centres_keep_their_dtype():
     [
         (ValueError, "labels are required", lambda loss, x, y: loss(x)),
         (ValueError, "ref_emb and ref_labels are not", lambda loss, x, y: loss(x, y, None, x * 2)),
-        (ValueError, r"int64 of shape \(N,\), got", lambda loss, x, y: loss(x, y[:, None])),
+        (ValueError, r"int64 of shape \(N,\), got", lambda loss, x, y: loss(x, y.view(-1, 2))),
         (ValueError, r"with N = 20", lambda loss, x, y: loss(x, y[:3])),
         (ValueError, "target must be int64", lambda loss, x, y: loss(x, y.float())),
         (TypeError, "labels must be a tensor, got list", lambda loss, x, y: loss(x, y.tolist())),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import synface.checkpoint
 import torch
-from synface.heads import PartialFC
+from synface.heads import AdaFace, MarginHead, PartialFC
 from synface.optim import RowAdamW, RowSGD
 from torch.nn.functional import cross_entropy, normalize
 
@@ -242,6 +242,87 @@ def test_any_optimiser(name):
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_a_rows_loss_is_not_clamped_as_theirs():
+    """Theirs reports −log max(p, 1e-30) ≤ 69.0776, and passes on the gradient of −log p."""
+    head = PartialFC(combined(64, 1, 0.5, 0), D, C, convention="insightface").double()
+    labels = torch.arange(4)
+    x = -head.weight.detach()[labels]
+    with torch.no_grad():
+        x[:, 0] += 1e-3
+    x.requires_grad_()
+    expected = insightface(x, head.weight, labels, combined(64, 1, 0.5, 0))
+    loss = head(x, labels)
+    torch.testing.assert_close(loss, expected)
+    theirs = -(-loss.detach()).exp().clamp_min(1e-30).log()
+    assert theirs == pytest.approx(69.0776, abs=1e-4)
+    assert loss > 90
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, x), torch.autograd.grad(expected, x), rtol=1e-7, atol=1e-9
+    )
+
+
+REFUSING = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=5e-4),  # insightface's
+    "Adagrad": lambda p: torch.optim.Adagrad(p, weight_decay=5e-4),
+    **{
+        name: getattr(torch.optim, name)
+        for name in ("Adadelta", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")
+    },
+}
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+@pytest.mark.parametrize("name", REFUSING)
+def test_optimisers_that_refuse_sparse_gradients_say_what_to_do(name, with_closure):
+    head = PartialFC(combined(64, 1, 0.5, 0), D, C, 0.3)
+    optimizer = REFUSING[name](head.parameters())
+    before = head.weight.detach().clone()
+    x, labels = (t.detach() for t in batch(torch.float32))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = head(x, labels)
+        loss.backward()
+        return loss
+
+    def step():
+        if not with_closure:
+            closure()
+        optimizer.step(*[closure] * with_closure)
+
+    message = rf"{name}.* of PartialFC.*sparse=False .*synface.optim.RowSGD or RowAdamW"
+    with pytest.raises(RuntimeError, match=message):
+        step()
+    assert torch.equal(head.weight, before)
+    head.sparse = False
+    step()
+    assert not torch.equal(head.weight, before)
+
+
+def test_optimisers_of_others_sparse_gradients_are_left_alone():
+    head = PartialFC(sk.ArcFace(), D, C, 0.3)
+    head(*batch(torch.float32)).backward()
+    embedding = torch.nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="Adam does not support sparse gradients"):
+        torch.optim.AdamW(embedding.parameters()).step()
+
+
+@pytest.mark.parametrize("kind", [MarginHead, AdaFace])
+def test_other_heads_sampled_classes_have_dense_gradients_too(kind):
+    x, target = torch.randn(4, D), torch.tensor([0, 1, 2, 1])
+    ids = torch.tensor([3, 5, 20])
+    grads = []
+    for sparse in (True, False):
+        torch.manual_seed(1)
+        head = kind(D, C, sparse=sparse)
+        head(x, target, class_ids=ids).backward()
+        assert head.weight.grad.is_sparse == sparse
+        grads.append(head.weight.grad.to_dense() if sparse else head.weight.grad)
+    assert torch.equal(*grads)
+    assert grads[0][ids].any(1).all()
+
+
 def test_their_state_dict_loads():
     head = PartialFC(sk.ArcFace(), D, C)
     assert set(head.state_dict()) == {"weight"}
@@ -314,7 +395,7 @@ def test_bad_input(rate):
 TRAINING = """
 import torch
 import synface_kernels as sk
-from synface.heads import PartialFC
+from synface.heads import AdaFace, MarginHead, PartialFC
 from synface.optim import RowSGD
 
 class Run:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from synface.heads import ArcFaceLoss, PartialFC
+from synface.heads import ArcFaceLoss, PartialFC, ShardedMarginHead
 from synface.optim import RowSGD
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import synface_kernels as sk
 from tests.ranks import on_ranks
@@ -197,3 +198,38 @@ def test_how_ranks_start_and_a_head_under_ddp(tmp_path):
     assert len(rows.unique(dim=0)) == 10  # ranks of one seed do not start alike
     for rank in results:
         torch.testing.assert_close(rank[4], rank[5])
+
+
+def checkpointed(rank, ranks):
+    """Three fused steps of a sampled head and of a sharded one, recomputed or not, then a restart:
+    weights, momenta, step counts and the embeddings' gradients."""
+    images, labels = data(ranks)[rank]
+    found = []
+    for recompute in (None, False, True):
+        heads = [make(rank, 0.5), ShardedMarginHead(D, C, MARGIN, dtype=torch.float64)]
+        steps = [RowSGD(head.parameters(), 0.1, momentum=0.9) for head in heads]
+        results = []
+        for head, optimizer in zip(heads, steps, strict=True):
+            head.fuse(optimizer)
+            x = backbone()(images).detach().requires_grad_()
+            for _ in range(3):
+                if recompute is None:
+                    loss = head(x, labels)
+                else:
+                    loss = checkpoint(head, x, labels, use_reentrant=recompute)
+                loss.backward()
+            state = optimizer.state_dict()["state"][0]
+            results += [head.weight.detach().clone(), x.grad, *state.values()]
+        found.append(results)
+    start = heads[1].weight.detach().clone()
+    heads[1].reset_parameters()
+    fresh = ShardedMarginHead(D, C, MARGIN, dtype=torch.float64).weight.detach()
+    return [*found, torch.equal(heads[1].weight, fresh), torch.equal(start, fresh)]
+
+
+def test_ranks_recompute_what_they_drew_and_stepped(tmp_path):
+    for plain, unsaved, reentrant, restarted, unmoved in on_ranks(2, checkpointed, tmp_path):
+        assert all(map(torch.equal, plain, unsaved))
+        assert all(map(torch.equal, plain, reentrant))
+        assert restarted
+        assert not unmoved

@@ -1,21 +1,33 @@
-"""What the heads share whose centres can be stepped in the backward pass."""
+"""What the heads share: labels, sparse gradients, steps in the backward pass, recomputed passes."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.module_tracker import ModuleTracker
 
 from ..check import describe
 from ..optim import RowAdamW, RowSGD
+from .sparse_gradient import DenseGradient, watch
+
+_TRACKER = ModuleTracker()  # tells whether a backward pass is running
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+Settled = TypeVar("Settled")
 
 
 class FusedHead(nn.Module):
     """A head whose ``weight`` holds the centres."""
 
     weight: nn.Parameter
+    sparse: bool = True
     _optimizer: RowSGD | RowAdamW | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = _Last()
 
     def fuse(self, optimizer: RowSGD | RowAdamW) -> None:
         """From now on the backward pass takes this optimiser's steps on the centres that take part,
@@ -27,7 +39,8 @@ class FusedHead(nn.Module):
         counts as a step without a gradient. ``step()`` and
         ``zero_grad()`` have nothing to do then; ``state_dict`` and ``catch_up`` are as ever. The
         centres no longer require grad. A forward pass with ``update=None``, in evaluation mode or
-        under no_grad takes no step.
+        under no_grad takes no step. One that `torch.utils.checkpoint` recomputes takes up the step
+        of the pass that it repeats.
 
         Args:
             optimizer: a `synface.optim.RowSGD` or `RowAdamW` of this head's ``weight``.
@@ -45,10 +58,113 @@ class FusedHead(nn.Module):
         self.weight.grad = None
         self._optimizer = optimizer
 
-    def _with_update(self, options: dict[str, Any]) -> dict[str, Any]:
+    def _with_update(
+        self, options: dict[str, Any], embeddings: Tensor, target: Tensor
+    ) -> dict[str, Any]:
         """The options, and the optimiser's next step where one is to be taken."""
-        if self._optimizer is None or not (self.training and torch.is_grad_enabled()):
+        optimizer = self._optimizer
+        if optimizer is None or not self.training or "update" in options:
             return options
-        if "update" in options:
-            return options
-        return options | {"update": self._optimizer.next_update(self.weight)}
+
+        def settle() -> Any:  # reentrant checkpointing begins with a pass under no_grad
+            return optimizer.next_update(self.weight) if torch.is_grad_enabled() else None
+
+        update = self._settled("update", embeddings, target, settle)
+        return options if update is None else options | {"update": update}
+
+    def _centers(self) -> Tensor:
+        """``weight``, with the kind of gradient that ``sparse`` asks for."""
+        if not self.weight.requires_grad:
+            return self.weight
+        if not self.sparse:
+            return DenseGradient.apply(self.weight)
+        if not torch.compiler.is_compiling():
+            watch(self)
+        return self.weight
+
+    def _settled(
+        self, name: str, embeddings: Tensor, target: Tensor, settle: Callable[[], Settled]
+    ) -> Settled:
+        """Return settle(), or what it returned in the forward pass that this one recomputes.
+
+        A forward pass inside a backward pass is activation checkpointing's (`torch.utils
+        .checkpoint`): what a pass draws, counts or takes up must then be what it was.
+
+        Raises:
+            RuntimeError: if the head has seen another batch since the pass that is recomputed.
+        """
+        if torch.compiler.is_compiling():
+            return settle()
+        batch = _fingerprint(embeddings, target)
+        if not _TRACKER.is_bw:
+            value = settle()
+        else:
+            last, value = self._last.get(name, ((), None))
+            if len(last) != len(batch) or not all(map(torch.equal, last, batch)):
+                raise RuntimeError(
+                    f"{type(self).__name__} is recomputed in a backward pass for another batch "
+                    "than that of its last forward pass, so its "
+                    f"{name} cannot be what they were: call the head outside of "
+                    "torch.utils.checkpoint (it holds no logits that would be saved), or run each "
+                    "backward pass before the next forward pass"
+                )
+            if value is None:
+                value = settle()
+        self._last[name] = batch, value
+        return value
+
+
+@torch.library.custom_op("synface::once", mutates_args=())
+def once(value: Tensor) -> Tensor:
+    """Return a copy of what a compiled head is to keep, but raise in a recomputed forward pass.
+
+    Compiled code cannot tell by itself whether it runs inside a backward pass.
+    """
+    if _TRACKER.is_bw:
+        raise RuntimeError(
+            "a compiled head would count this batch a second time when torch.utils.checkpoint "
+            "recomputes it: call the head outside of the checkpointed function, or compile the "
+            "function that calls checkpoint, or leave the head uncompiled"
+        )
+    return value.clone()
+
+
+@once.register_fake
+def _(value: Tensor) -> Tensor:
+    return torch.empty_like(value)
+
+
+class _Last(dict[str, Any]):
+    """What a head's last forward pass settled, by name; neither copied nor pickled."""
+
+    def __reduce__(self) -> Any:
+        return _Last, ()
+
+
+def labels_of(target: Any, target_weight: Any = None) -> Any:
+    """Return integer labels as int64, and (N, 1) as (N,) where they have no weights.
+
+    What is wrong stays as it came, for the op to say so: on all ranks, where a rank that raised by
+    itself would leave the others waiting.
+    """
+    if not isinstance(target, Tensor) or target.dtype == torch.bool:
+        return target
+    if target.is_floating_point() or target.is_complex():
+        return target
+    if target.dim() == 2 and target.shape[1] == 1 and target_weight is None:
+        target = target.squeeze(1)
+    return target.to(torch.int64)
+
+
+@torch.no_grad()
+def _fingerprint(*batch: Any) -> tuple[Tensor, ...]:
+    """Return an int64 of each tensor's bits and their order, without waiting for a GPU."""
+    sums = []
+    for tensor in batch:
+        if not isinstance(tensor, Tensor) or tensor.dim() not in (1, 2) or tensor.is_complex():
+            continue  # the op will raise
+        bits = tensor.detach().contiguous().view(_BITS[tensor.element_size()])
+        rows = bits if bits.dim() == 1 else bits.sum(1)
+        odd = torch.arange(len(rows), device=rows.device).mul_(2).add_(1)
+        sums.append((rows * odd).sum())
+    return tuple(sums)

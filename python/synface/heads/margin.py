@@ -12,7 +12,9 @@ from torch import Tensor, nn
 import synface_kernels as sk
 
 from ..check import check_integer, describe
-from .fused import FusedHead
+from .fused import FusedHead, labels_of, once
+
+_STATISTICS = ("norm_mean", "norm_std")  # AdaFace's buffers
 
 
 def _several_ranks() -> bool:
@@ -34,6 +36,8 @@ class MarginHead(FusedHead):
         init_std: standard deviation of the centres' initial values; only their directions matter
             to the loss, but their lengths scale the step that a given learning rate takes.
         workspace: bytes that a CPU's forward pass may keep, so that the backward pass is shorter.
+        sparse: whether the centres' gradient of a pass with ``class_ids`` is a sparse tensor.
+            False: a dense one, for any optimiser, which costs C·M·D at each step.
         impl: which implementation of the op to take.
         device, dtype: of the centres.
 
@@ -53,6 +57,7 @@ class MarginHead(FusedHead):
         sub_centers: int = 1,
         init_std: float = 0.01,
         workspace: int = 0,
+        sparse: bool = True,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -66,11 +71,15 @@ class MarginHead(FusedHead):
             check_integer(name, size, 1)
         check_integer("workspace", workspace, 0)
         self.margin = sk.ArcFace() if margin is None else margin
-        self.workspace, self.impl = workspace, impl
+        self.init_std, self.workspace, self.sparse, self.impl = init_std, workspace, sparse, impl
         several = (sub_centers,) if sub_centers > 1 else ()
         shape = (num_classes, *several, embedding_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        nn.init.normal_(self.weight, std=init_std)
+        MarginHead.reset_parameters(self)  # a subclass's own needs what it does not have yet
+
+    def reset_parameters(self) -> None:
+        """Draw the centres anew, and begin with what else the state dict has, as when made."""
+        nn.init.normal_(self.weight, std=self.init_std)
 
     def forward(
         self,
@@ -81,22 +90,25 @@ class MarginHead(FusedHead):
     ) -> Any:
         """The loss of (N, D) embeddings and (N,) or (N, K) labels.
 
+        Labels may be of any integer dtype, and (N, 1) where they have no ``target_weight``.
+
         Args and errors: as `synface_kernels.margin_cross_entropy`, whose options (``mix``,
         ``reduction``, ``return_stats``, a per-batch ``margin``, …) may follow.
         """
+        target = labels_of(target, target_weight)
         settings: dict[str, Any] = {
             "margin": self.margin,
             "workspace": self.workspace,
             "impl": self.impl,
         }
-        settings = self._with_update(settings | options)
+        settings = self._with_update(settings | options, embeddings, target)
         if settings.get("update") and settings.get("group") is None and _several_ranks():
             raise ValueError(
                 "a fused MarginHead on several ranks would step centres of its own on each: shard "
                 "them (ShardedMarginHead, PartialFC)"
             )
         return sk.margin_cross_entropy(
-            embeddings, self.weight, target, target_weight=target_weight, **settings
+            embeddings, self._centers(), target, target_weight=target_weight, **settings
         )
 
     def extra_repr(self) -> str:
@@ -126,8 +138,9 @@ class AdaFace(MarginHead):
         momentum: share of the batch's statistics in the running ones, in (0, 1].
         options: as `MarginHead`.
 
-    State dict: ``weight``, and the float32 scalars ``norm_mean`` and ``norm_std``, which begin at
-    20 and 100 as the authors' do.
+    State dict: ``weight``, and the scalars ``norm_mean`` and ``norm_std``, which begin at 20 and
+    100 as the authors' do. These are float32 whatever the module is cast to (float64 after
+    ``.double()``): in 16 bits a hundredth of a batch would be rounded away.
 
     The authors' code also keeps θ + g_angle within [1e-3, π − 1e-3] and lengths within [1e-3, 100];
     the paper does not, nor does this.
@@ -157,9 +170,28 @@ class AdaFace(MarginHead):
             raise ValueError(f"momentum must be in (0, 1], got {momentum}")
         super().__init__(embedding_size, num_classes, sk.CombinedMargin(scale), **options)
         self.m, self.h, self.momentum = m, h, momentum
-        device = self.weight.device
-        self.register_buffer("norm_mean", torch.tensor(20.0, device=device))
-        self.register_buffer("norm_std", torch.tensor(100.0, device=device))
+        for name in _STATISTICS:
+            empty = torch.empty((), device=self.weight.device, dtype=torch.float32)
+            self.register_buffer(name, empty)
+        self._reset_statistics()
+        self.register_load_state_dict_pre_hook(_wide_statistics)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_statistics()
+
+    def _reset_statistics(self) -> None:
+        self.norm_mean.fill_(20)
+        self.norm_std.fill_(100)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = {name: self._buffers[name] for name in _STATISTICS}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if isinstance(old, Tensor) and isinstance(new, Tensor) and _narrow(new.dtype):
+                self._buffers[name] = old.to(new.device, torch.float32)
+        return self
 
     def forward(
         self,
@@ -170,14 +202,20 @@ class AdaFace(MarginHead):
     ) -> Any:
         """As `MarginHead.forward`; its ``margin`` is this head's own."""
         _own_margin(options)
+        target = labels_of(target, target_weight)
         length = _lengths(embeddings).detach()
         mean, std = self.norm_mean, self.norm_std
         if self.training:
-            mean, std = self._statistics(length, _counted(length, target, options))
+            counted = _counted(length, target, options)
+            mean, std = self._settled(
+                "running statistics", embeddings, target, lambda: self._statistics(length, counted)
+            )
         quality = ((length - mean) * self.h / std.clamp_min(1e-3)).clamp(-1, 1)
         margin = replace(self.margin, m2=-self.m * quality, m3=self.m * quality + self.m)
         result = super().forward(embeddings, target, target_weight, margin=margin, **options)
         if self.training:  # only now: an error leaves the state as it was
+            if torch.compiler.is_compiling():
+                mean, std = once(mean), once(std)
             self.norm_mean.copy_(mean)
             self.norm_std.copy_(std)
         return result
@@ -185,6 +223,12 @@ class AdaFace(MarginHead):
     @torch.no_grad()
     def _statistics(self, length: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         """The running mean and deviation after this batch, without waiting for a GPU to count."""
+        if _narrow(self.norm_mean.dtype) or _narrow(self.norm_std.dtype):  # cast one by one
+            raise ValueError(
+                "norm_mean and norm_std must be float32 or float64, or they would stop moving, got "
+                f"{describe(self.norm_mean)} and {describe(self.norm_std)}: leave buffers out of "
+                "the cast (FSDP: buffer_dtype=None)"
+            )
         counted = counted & length.isfinite()
         number = counted.sum()
         mean = torch.where(counted, length, 0).sum() / number
@@ -263,6 +307,7 @@ class MagFace(MarginHead):
     ) -> Any:
         """As `MarginHead.forward`; its ``margin`` is this head's own."""
         _own_margin(options)
+        target = labels_of(target, target_weight)
         length = _lengths(embeddings).clamp(self.l_a, self.u_a)
         counted = _counted(length, target, options)
         slope = (self.u_m - self.l_m) / (self.u_a - self.l_a)
@@ -284,6 +329,18 @@ class MagFace(MarginHead):
             f"{super().extra_repr()}, l_a={self.l_a}, u_a={self.u_a}, l_m={self.l_m}, "
             f"u_m={self.u_m}, lambda_g={self.lambda_g}"
         )
+
+
+def _narrow(dtype: torch.dtype) -> bool:
+    return dtype not in (torch.float32, torch.float64)
+
+
+def _wide_statistics(module: AdaFace, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """``load_state_dict(…, assign=True)`` would take over a checkpoint's 16 bits."""
+    for name in _STATISTICS:
+        value = state_dict.get(prefix + name)
+        if isinstance(value, Tensor) and _narrow(value.dtype):
+            state_dict[prefix + name] = value.to(torch.float32)
 
 
 def _own_margin(options: dict[str, Any]) -> None:

@@ -5,14 +5,17 @@ Where they differ from pytorch-metric-learning's on purpose:
 - a label outside [0, num_classes) is an error; a label of -100 leaves its row out;
 - past θ + margin > π they continue alike for margins up to 133° (beyond, theirs would rise again);
 - at cos θ = ±1 the gradient is finite (theirs is NaN);
-- the centres are never cast to the embeddings' dtype; float64 embeddings need ``.double()`` heads;
+- the centres keep their dtype: float64 embeddings meet them in float64 for this call alone, and
+  half-precision ones are taken in float32;
 - N×C logits are never held, but by ``get_logits``, whose result they are.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,10 +25,15 @@ from torch.nn.functional import normalize
 import synface_kernels as sk
 
 from ..check import check_integer, check_number, describe
+from .fused import labels_of
+from .their_centers import TheirCenters, turned, turned_back
 
 
 class _Loss(nn.Module):
     """What the losses share. ``weight`` is (C, D), or (C, S, D) with S sub-centres a class."""
+
+    weight: nn.Parameter
+    _margin_name = "m2"  # which of the margin's numbers theirs calls its margin
 
     def __init__(
         self,
@@ -45,28 +53,97 @@ class _Loss(nn.Module):
         super().__init__()
         if collect_stats:
             raise NotImplementedError("collect_stats is not supported: leave it at None")
-        if distance is not None and (
-            type(distance).__name__ != "CosineSimilarity" or getattr(distance, "power", 1) != 1
-        ):
-            raise ValueError(
-                f"distance must be CosineSimilarity with power 1 or None, got {distance!r}"
-            )
-        self.margin = margin
+        self._margin = margin
         self.num_classes = shape[0]
         self.weight_regularizer, self.weight_reg_weight = weight_regularizer, weight_reg_weight
         self.embedding_regularizer = embedding_regularizer
         self.embedding_reg_weight = embedding_reg_weight
-        self.reducer = reducer
+        for name, value in (("reducer", reducer), ("distance", distance)):
+            setattr(self, name, value)
         self.impl = impl
-        centers = torch.empty(shape[-1], math.prod(shape[:-1]))  # so that a seed gives their values
-        (weight_init_func or nn.init.normal_)(centers)
-        self.weight = nn.Parameter(centers.T.contiguous().view(shape))
+        self.weight_init_func = weight_init_func or nn.init.normal_
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.reset_parameters()
         self.register_load_state_dict_pre_hook(_from_theirs)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the centres anew by ``weight_init_func``, as when made."""
+        centers = torch.empty_like(turned(self.weight), memory_format=torch.contiguous_format)
+        self.weight_init_func(centers)  # as (D, C), so that a seed gives their values
+        self.weight.copy_(turned_back(centers, self.weight))
 
     @property
     def W(self) -> Tensor:
-        """The centres as pytorch-metric-learning has them, (D, C) or (D, C·S): a view."""
-        return self.weight.view(-1, self.weight.shape[-1]).T
+        """The centres as pytorch-metric-learning has them, (D, C) or (D, C·S): a view.
+
+        It may be read, written in place or by ``W.data = …``, clipped, frozen, and given to an
+        optimizer; ``loss.W = …`` is refused. ``{"W": loss.W}`` is a state dict of theirs.
+        """
+        return TheirCenters.of(self.weight)
+
+    @property
+    def scale(self) -> float:
+        """The factor s of the logits; may be set."""
+        return self._margin.scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._margin = replace(self._margin, scale=value)
+
+    @property
+    def margin(self) -> float:
+        """The margin in **radians** (in cosines for CosFace), as theirs has it; may be set."""
+        return float(getattr(self._margin, self._margin_name))
+
+    @margin.setter
+    def margin(self, value: float) -> None:
+        changed: dict[str, Any] = {self._margin_name: float(value)}
+        self._margin = replace(self._margin, **changed)
+
+    @property
+    def distance(self) -> Any:
+        """The distance that was given, or theirs: ``CosineSimilarity()``."""
+        given = self._given("distance")
+        return self._theirs("distance", "CosineSimilarity") if given is None else given
+
+    @property
+    def reducer(self) -> Any:
+        """The reducer that was given, or theirs: ``MeanReducer()``."""
+        given = self._given("reducer")
+        return self._theirs("reducer", "MeanReducer") if given is None else given
+
+    def _given(self, name: str) -> Any:
+        return self._modules.get(name, self.__dict__.get(name))
+
+    def _theirs(self, name: str, kind: str) -> Any:
+        """Take theirs from now on, so that what is done to it has an effect."""
+        try:
+            found = importlib.import_module(f"pytorch_metric_learning.{name}s")
+        except ImportError as error:
+            raise ImportError(
+                f"{type(self).__name__}.{name} was not given, and its default is "
+                f"pytorch_metric_learning's {kind}, which cannot be imported ({error}): install "
+                "pytorch-metric-learning, or do without"
+            ) from error
+        self._modules[name] = getattr(found, kind)()
+        return self._modules[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "W":
+            raise AttributeError(
+                f"W is a view of loss.weight, {tuple(self.weight.shape)}, and cannot be replaced: "
+                "copy values by loss.W.data = values, or assign loss.weight = nn.Parameter(…) "
+                "of that shape before the optimizer is made"
+            )
+        if name not in ("distance", "reducer"):
+            super().__setattr__(name, value)
+            return
+        if name == "distance":
+            _check_distance(value)
+        for kept in (self._modules, self.__dict__):
+            kept.pop(name, None)
+        (self._modules if isinstance(value, nn.Module) else self.__dict__)[name] = value
 
     def forward(
         self,
@@ -79,8 +156,8 @@ class _Loss(nn.Module):
         """The loss: a scalar, or what ``reducer`` makes of the rows' losses.
 
         Args:
-            embeddings: (N, D). labels: (N,) int64 in [0, num_classes), or -100 to leave a row out;
-                they are moved to the embeddings' device.
+            embeddings: (N, D). labels: (N,) or (N, 1) integers in [0, num_classes), or -100 to
+                leave a row out; they are moved to the embeddings' device.
             indices_tuple: a miner's pairs or triplets. A row's loss is weighted by how often it
                 occurs in them, over the most frequent one's count; then the mean is over all rows.
             ref_emb, ref_labels: not supported, as in theirs.
@@ -97,29 +174,34 @@ class _Loss(nn.Module):
         for name, value in (("embeddings", embeddings), ("labels", labels)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {describe(value)}")
+        labels = labels_of(labels)
         if labels.dim() != 1:
             raise ValueError(f"labels must be int64 of shape (N,), got {describe(labels)}")
         labels = labels.to(embeddings.device)
-        plain = self.reducer is None and indices_tuple is None
+        weight: Tensor = self.weight
+        if embeddings.dtype == torch.float64:
+            weight = weight.double()  # theirs casts its centres for good
+        reducer = self._given("reducer")
+        plain = reducer is None and indices_tuple is None
         losses = sk.margin_cross_entropy(
             embeddings,
-            self.weight,
+            weight,
             labels,
-            self.margin,
+            self._margin,
             reduction="mean" if plain else "none",
             impl=self.impl,
         )
         if indices_tuple is not None:
             losses = losses * _miner_weights(indices_tuple, losses)
         loss: Any
-        if self.reducer is not None:
+        if reducer is not None:
             rows = torch.arange(len(losses), device=losses.device)
             entry = {"losses": losses, "indices": rows, "reduction_type": "element"}
-            loss = self.reducer({"loss": entry}, embeddings, labels)
+            loss = reducer({"loss": entry}, embeddings, labels)
         else:
             loss = losses if plain else losses.mean()
         if self.weight_regularizer is not None:
-            loss = loss + self.weight_reg_weight * self.weight_regularizer(self.W.T)
+            loss = loss + self.weight_reg_weight * self.weight_regularizer(turned(self.weight).T)
         if self.embedding_regularizer is not None:
             loss = loss + self.embedding_reg_weight * self.embedding_regularizer(embeddings)
         return loss
@@ -127,15 +209,15 @@ class _Loss(nn.Module):
     def get_cosine(self, embeddings: Tensor) -> Tensor:
         """(N, C) cosines; with sub-centres, each class's highest. Memory: N·C (N·C·S)."""
         dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
-        cosine = normalize(embeddings.to(dtype)) @ normalize(self.W.T.to(dtype)).T
+        cosine = normalize(embeddings.to(dtype)) @ normalize(turned(self.weight).T.to(dtype)).T
         return cosine.unflatten(1, (self.num_classes, -1)).amax(2)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
         """(N, C) scale·cosine, without margins."""
-        return self.get_cosine(embeddings) * self.margin.scale
+        return self.get_cosine(embeddings) * self.scale
 
     def extra_repr(self) -> str:
-        return f"weight={tuple(self.weight.shape)}, margin={self.margin}"
+        return f"weight={tuple(self.weight.shape)}, margin={self._margin}"
 
 
 def _from_theirs(module: _Loss, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -143,11 +225,19 @@ def _from_theirs(module: _Loss, state_dict: dict[str, Any], prefix: str, *_: Any
     theirs = state_dict.pop(prefix + "W", None)
     if theirs is None:
         return
-    if theirs.shape != module.W.shape:
+    shape = turned(module.weight).shape
+    if theirs.shape != shape:
+        raise ValueError(f"{prefix}W must be of shape {tuple(shape)}, got {tuple(theirs.shape)}")
+    state_dict[prefix + "weight"] = turned_back(theirs, module.weight)
+
+
+def _check_distance(distance: Any) -> None:
+    if distance is not None and (
+        type(distance).__name__ != "CosineSimilarity" or getattr(distance, "power", 1) != 1
+    ):
         raise ValueError(
-            f"{prefix}W must be of shape {tuple(module.W.shape)}, got {tuple(theirs.shape)}"
+            f"distance must be CosineSimilarity with power 1 or None, got {distance!r}"
         )
-    state_dict[prefix + "weight"] = theirs.T.reshape(module.weight.shape)
 
 
 def _miner_weights(indices_tuple: Sequence[Tensor], losses: Tensor) -> Tensor:
@@ -211,6 +301,8 @@ class CosFaceLoss(_Loss):
     Source: Wang et al., "CosFace", CVPR 2018; pytorch-metric-learning's documentation.
     """
 
+    _margin_name = "m3"
+
     def __init__(
         self,
         num_classes: int,
@@ -220,7 +312,9 @@ class CosFaceLoss(_Loss):
         **options: Any,
     ) -> None:
         _check_sizes(num_classes=num_classes, embedding_size=embedding_size)
-        super().__init__((num_classes, embedding_size), sk.CosFace(scale, margin), **options)
+        super().__init__(
+            (num_classes, embedding_size), sk.CombinedMargin(scale, m3=margin), **options
+        )
 
 
 class SubCenterArcFaceLoss(_Loss):
@@ -262,7 +356,7 @@ class SubCenterArcFaceLoss(_Loss):
         """Embeddings far from their class's dominant sub-centre: the one nearest to most of them.
 
         Args:
-            embeddings: (N, D). labels: (N,) int64 in [0, C).
+            embeddings: (N, D). labels: (N,) integers in [0, C).
             threshold: an outlier is farther than this angle, in degrees.
             return_dominant_centers: also return them.
 
@@ -272,6 +366,7 @@ class SubCenterArcFaceLoss(_Loss):
             ``return_dominant_centers`` says, and leaves those of absent classes undefined.)
         """
         check_number("threshold", threshold, 0, 180)
+        labels = labels_of(labels)
         if embeddings.dim() != 2 or labels.shape != embeddings.shape[:1]:
             raise ValueError(
                 "embeddings (N, D) and labels (N,) must have the same N, "
@@ -283,8 +378,8 @@ class SubCenterArcFaceLoss(_Loss):
         dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
         own = normalize(self.weight[labels[order]].to(dtype), dim=2)
         cosine = (own @ normalize(embeddings[order].to(dtype))[:, :, None]).squeeze(2)  # (N, S)
-        votes = torch.zeros(self.weight.shape[:2], device=labels.device)
-        nearest = nn.functional.one_hot(cosine.argmax(1), votes.shape[1]).to(votes.dtype)
+        nearest = nn.functional.one_hot(cosine.argmax(1), cosine.shape[1])
+        votes = nearest.new_zeros(self.weight.shape[:2])
         votes.index_add_(0, labels[order], nearest)
         dominant = votes.argmax(1)
         best = cosine.gather(1, dominant[labels[order], None]).squeeze(1)
@@ -302,4 +397,4 @@ def _check_sizes(**sizes: int) -> None:
 
 def _arcface(scale: float, degrees: float) -> sk.CombinedMargin:
     check_number("margin (in degrees)", degrees, -180, 180)
-    return sk.ArcFace(scale, math.radians(degrees))
+    return sk.CombinedMargin(scale, m2=math.radians(degrees))

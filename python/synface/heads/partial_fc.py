@@ -12,9 +12,7 @@ from torch import Tensor, nn
 import synface_kernels as sk
 
 from ..check import check_integer, check_number, describe
-from .fused import FusedHead
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+from .fused import FusedHead, labels_of
 
 
 class PartialFC(FusedHead):
@@ -114,9 +112,13 @@ class PartialFC(FusedHead):
         self.weight = nn.Parameter(
             torch.empty(self.num_local, embedding_size, device=device, dtype=dtype)
         )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the centres anew, as when made."""
         start = None
-        if self.group is not None:
-            seed = int(torch.randint(2**62, ())) + self.rank
+        if self.group is not None and not self.weight.is_meta:
+            seed = int(torch.randint(2**62, (), device="cpu")) + self.rank
             start = torch.Generator(self.weight.device).manual_seed(seed)
         nn.init.normal_(self.weight, std=0.01, generator=start)
 
@@ -124,19 +126,33 @@ class PartialFC(FusedHead):
         """The loss.
 
         Args:
-            local_embeddings: (N, D). local_labels: (N,) or (N, 1) integers in [0, C), or -100.
+            local_embeddings: (N, D). local_labels: (N,) or (N, 1) integers in [0, C), or -100, of
+                any integer dtype.
             options: of `synface_kernels.margin_cross_entropy`, such as ``reduction``,
                 ``return_stats``, or ``target_weight`` for (N, K) labels.
         """
-        labels = _labels(local_labels, self.weight.device)
-        weight = self.weight if self.sparse else _DenseGradient.apply(self.weight)
+        labels = labels_of(local_labels, options.get("target_weight"))
+        if isinstance(labels, Tensor):
+            labels = labels.to(self.weight.device)
         settings: dict[str, Any] = {"margin": self.margin, "impl": self.impl} | options
         shard: dict[str, Any] = {}
         if self.group is not None:
             shard = {"group": self.group, "class_start": self.class_start}
             local_embeddings = _times(local_embeddings, self.world_size)
+        places = labels
         if self.sample_rate < 1:
-            settings["class_ids"], labels = sk.sample_classes(
+            settings["class_ids"], places = self._sampled(local_embeddings, labels, options, shard)
+        settings = self._with_update(settings, local_embeddings, labels)
+        weight = self._centers()
+        return sk.margin_cross_entropy(local_embeddings, weight, places, **settings, **shard)
+
+    def _sampled(
+        self, embeddings: Tensor, labels: Tensor, options: dict[str, Any], shard: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The classes of this step, and the labels as places in them."""
+
+        def draw() -> tuple[Tensor, Tensor]:
+            return sk.sample_classes(
                 labels,
                 self.num_local,
                 max(1, int(self.sample_rate * self.num_local)),
@@ -144,8 +160,13 @@ class PartialFC(FusedHead):
                 ignore_index=options.get("ignore_index", -100),
                 **shard,
             )
-        settings = self._with_update(settings)
-        return sk.margin_cross_entropy(local_embeddings, weight, labels, **settings, **shard)
+
+        if self.generator is not None:
+            return self._settled_eagerly("sampled classes", embeddings, labels, draw)
+        drawn = draw()  # torch's generator goes on as it did when a pass is recomputed
+        return self._settled("sampled classes", embeddings, labels, lambda: drawn)
+
+    _settled_eagerly = torch.compiler.disable(FusedHead._settled)  # no graph holds a generator
 
     def extra_repr(self) -> str:
         return (
@@ -212,16 +233,6 @@ def _numbers(margin_loss: Any) -> tuple[float, float, float, float, float]:
     return scale, m1, m2, m3, threshold
 
 
-def _labels(labels: Any, device: torch.device) -> Any:
-    """Integers as int64, (N, 1) as (N,); what is wrong as it came, for the op to say so: on all
-    ranks, where a rank that raised by itself would leave the others waiting."""
-    if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
-        return labels
-    if labels.dim() == 2 and labels.shape[1] == 1:
-        labels = labels.squeeze(1)
-    return labels.to(device, torch.int64)
-
-
 def _times(embeddings: Any, factor: int) -> Any:
     """The same embeddings, whose gradient is multiplied on its way back."""
     if not (isinstance(embeddings, Tensor) and embeddings.requires_grad):
@@ -230,15 +241,3 @@ def _times(embeddings: Any, factor: int) -> Any:
     if whole.requires_grad:  # not under no_grad
         whole.register_hook(lambda grad: grad * factor)
     return whole
-
-
-class _DenseGradient(torch.autograd.Function):
-    """The same tensor, whose gradient is dense even where it comes as a sparse one."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.to_dense() if grad.is_sparse else grad

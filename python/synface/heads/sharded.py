@@ -12,7 +12,7 @@ import synface_kernels as sk
 
 from ..check import check_integer, describe
 from ..randomness import generator
-from .fused import FusedHead
+from .fused import FusedHead, labels_of
 from .partial_fc import _times
 
 INIT_ROWS = 4096  # centres that are drawn together
@@ -40,6 +40,7 @@ class ShardedMarginHead(FusedHead):
         seed: of the centres' initial values, which do not depend on the number of ranks.
         init_std: their standard deviation.
         workspace: bytes that a CPU's forward pass may keep, so that the backward pass is shorter.
+        sparse: see `MarginHead`.
         impl: which implementation of the op to take. device, dtype: of the centres.
 
     State dict: ``weight`` (C_r, D), this rank's. For checkpoints that any number of ranks can go on
@@ -63,6 +64,7 @@ class ShardedMarginHead(FusedHead):
         seed: int = 0,
         init_std: float = 0.01,
         workspace: int = 0,
+        sparse: bool = True,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -87,19 +89,24 @@ class ShardedMarginHead(FusedHead):
             )
         self.margin = sk.ArcFace() if margin is None else margin
         self.num_classes, self.class_start = num_classes, sum(classes[:rank])
-        self.averaged, self.workspace, self.impl = averaged, workspace, impl
+        self.averaged, self.workspace, self.sparse, self.impl = averaged, workspace, sparse, impl
+        self.seed, self.init_std = seed, init_std
         self.weight = nn.Parameter(
             torch.empty(classes[rank], embedding_size, device=device, dtype=dtype)
         )
-        self._initialize(seed, init_std)
+        self.reset_parameters()
 
     @torch.no_grad()
-    def _initialize(self, seed: int, std: float) -> None:
+    def reset_parameters(self) -> None:
+        """Give the centres the initial values of their seed again."""
+        if self.weight.is_meta:
+            return
         end, size = self.class_start + self.weight.shape[0], self.weight.shape[1]
         for block in range(self.class_start // INIT_ROWS, (end - 1) // INIT_ROWS + 1):
             first = block * INIT_ROWS
             low, high = max(first, self.class_start), min(first + INIT_ROWS, end)
-            drawn = torch.randn(INIT_ROWS, size, generator=generator(seed, "centres", block)) * std
+            draws = generator(self.seed, "centres", block)
+            drawn = torch.randn(INIT_ROWS, size, generator=draws, device="cpu") * self.init_std
             rows = slice(low - self.class_start, high - self.class_start)
             self.weight[rows] = drawn[low - first : high - first].to(self.weight)
 
@@ -112,9 +119,12 @@ class ShardedMarginHead(FusedHead):
     ) -> Any:
         """The loss of (N_r, D) embeddings and (N_r,) or (N_r, K) labels in [0, C), this rank's.
 
+        Labels may be of any integer dtype, and (N_r, 1) where they have no ``target_weight``.
+
         Args and errors: as `synface_kernels.margin_cross_entropy`, whose options (``mix``,
         ``reduction``, ``return_stats``, ``class_ids``, a per-batch ``margin``, …) may follow.
         """
+        target = labels_of(target, target_weight)
         if self.averaged:
             embeddings = _times(embeddings, self.ranks)
         settings: dict[str, Any] = {
@@ -122,10 +132,10 @@ class ShardedMarginHead(FusedHead):
             "workspace": self.workspace,
             "impl": self.impl,
         }
-        settings = self._with_update(settings | options)
+        settings = self._with_update(settings | options, embeddings, target)
         return sk.margin_cross_entropy(
             embeddings,
-            self.weight,
+            self._centers(),
             target,
             target_weight=target_weight,
             group=self.group,

@@ -1,0 +1,82 @@
+"""Sparse gradients of sampled centres: dense where asked for, and a clear error where refused."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+_HEADS: WeakSet[nn.Module] = WeakSet()
+
+
+class DenseGradient(torch.autograd.Function):
+    """The same tensor, whose gradient is dense even where it comes as a sparse one."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.to_dense() if grad.is_sparse else grad
+
+
+def watch(head: nn.Module) -> None:
+    """Say what to do when an optimizer of torch's that refuses sparse gradients meets the head's.
+
+    torch's own words ("add(sparse, dense) is not supported") name neither head nor remedy.
+    """
+    _HEADS.add(head)
+    _watch_optimizers()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if not callable(closure):
+        return _check(optimizer)
+
+    def checked() -> Any:  # the gradients come with the closure
+        loss = closure()
+        _check(optimizer)
+        return loss
+
+    if len(args) > 1:
+        return (args[0], checked, *args[2:]), kwargs
+    return args, kwargs | {"closure": checked}
+
+
+def _check(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None or not parameter.grad.is_sparse or _takes(optimizer, group):
+                continue
+            for head in _HEADS:
+                if head.weight is parameter:
+                    kind = type(optimizer).__name__
+                    decay = " with weight_decay" if kind in ("SGD", "Adagrad") else ""
+                    name = type(head).__name__
+                    raise RuntimeError(
+                        f"{kind}{decay} takes no sparse gradient, such as that of "
+                        f"{name}'s sampled classes: make the head with sparse=False (or set "
+                        "head.sparse = False) for a dense gradient, as insightface's, or step its "
+                        "weight by synface.optim.RowSGD or RowAdamW"
+                    )
+
+
+def _takes(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether an optimizer takes sparse gradients; those that are not torch's are believed to."""
+    optim = torch.optim
+    if isinstance(optimizer, (optim.SparseAdam, optim.LBFGS)):
+        return True
+    if isinstance(optimizer, (optim.SGD, optim.Adagrad)):
+        return not group["weight_decay"]
+    return not type(optimizer).__module__.startswith("torch.optim")
