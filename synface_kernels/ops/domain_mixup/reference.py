@@ -65,6 +65,59 @@ def backward(
     )
 
 
+def derivative(
+    synthetic: Tensor,
+    real: Tensor,
+    psi: Tensor,
+    along_synthetic: Tensor,
+    along_real: Tensor,
+    along_psi: Tensor,
+    affine: Tensor,
+    flip_synthetic: Tensor | None,
+    flip_real: Tensor | None,
+) -> Tensor:
+    """Derivative of `forward` along a direction in both images and psi, in float64."""
+    share, change = psi.view(-1, 1, 1, 1), along_psi.view(-1, 1, 1, 1)
+    difference = flipped(synthetic, flip_synthetic).double() - flipped(real, flip_real).double()
+    along = share * flipped(along_synthetic, flip_synthetic).double()
+    along = along + (1 - share) * flipped(along_real, flip_real).double()
+    return (along + change * difference) * affine[:, 1].view(1, -1, 1, 1)
+
+
+def second_backward(
+    along_synthetic: Tensor,
+    along_real: Tensor,
+    along_psi: Tensor,
+    gradient: Tensor,
+    synthetic: Tensor,
+    real: Tensor,
+    psi: Tensor,
+    affine: Tensor,
+    flip_synthetic: Tensor | None,
+    flip_real: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `backward`, in gradient, both images and psi, given those of its results.
+
+    All of it is differentiable torch, so that derivatives of any order follow.
+    """
+    flips = (flip_synthetic, flip_real)
+    along = (along_synthetic, along_real, along_psi)
+    # `backward` is bilinear in psi and the images: psi's part moves a pair in opposite ways.
+    moved = along_psi.view(-1, 1, 1, 1) * gradient.double() * affine[:, 1].view(1, -1, 1, 1)
+    by_psi = backward(gradient, along_synthetic, along_real, psi, affine, *flips)[2]
+    by_gradient = derivative(synthetic, real, psi, *along, affine, *flips)
+    return by_gradient, flipped(moved, flip_synthetic), flipped(-moved, flip_real), by_psi
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`round_once` with the derivative of a cast, which `torch.func` knows too."""
+    cast = x.to(dtype)
+    if dtype in (torch.float64, torch.float32):
+        return cast
+    once, twice = round_once(x.detach(), dtype), cast.detach()
+    return torch.where(once == twice, cast, cast + (once - twice))  # neighbors: exact
+
+
 def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
     """float64 to a narrower type, to nearest even.
 
