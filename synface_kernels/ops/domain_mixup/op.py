@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..._autograd import innermost, transformed
-from ..._check import describe
+from ..._check import describe, require_apart
 from ..._layout import check_layout
 from ..._load import library
 from ..._select import always, needs_cpu_extension, register, resolve
@@ -338,23 +338,6 @@ def _require_shares(psi: Tensor, name: str) -> None:
             raise ValueError(f"{message}, got {psi[tuple(at)].item():g} in row {row}")
 
 
-def _require_apart(out: Tensor, inputs: Inputs) -> None:
-    def extent(tensor: Tensor) -> tuple[int, int]:
-        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        start = tensor.data_ptr()
-        return start, start + (last + 1) * tensor.element_size()
-
-    if out.numel() == 0:
-        return
-    begin, end = extent(out)
-    for name, tensor in inputs._asdict().items():
-        if not isinstance(tensor, Tensor):
-            continue
-        first, last = extent(tensor)
-        if first < end and begin < last:
-            raise ValueError(f"out must not share memory with {name}")
-
-
 # ---- the op: implementations, fakes, autograd ----------------------------------------------------
 
 
@@ -416,8 +399,12 @@ def _empty(images: Tensor, dtype: torch.dtype, channels_last: bool, impl: str = 
 
 def _out(*args: Any) -> None:
     inputs, (out, impl) = _split(args)
+    require_apart({"out": out}, inputs._asdict())
+    _write(inputs, out, impl)
+
+
+def _write(inputs: Inputs, out: Tensor, impl: str) -> None:
     _require_shares(inputs.psi, "psi")
-    _require_apart(out, inputs)
     prepared = inputs.prepared()
     if impl == "reference":
         out.copy_(reference.round_once(reference.forward(*prepared), out.dtype))
@@ -439,7 +426,7 @@ def _definition(inputs: Inputs, dtype: torch.dtype, memory_format: torch.memory_
 def _forward(*args: Any) -> Tensor:
     inputs, (dtype, channels_last, impl) = _split(args)
     out = _empty(inputs.synthetic, dtype, channels_last, impl)
-    _out(*inputs, out, impl)
+    _write(inputs, out, impl)
     return out
 
 
