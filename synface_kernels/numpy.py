@@ -37,7 +37,8 @@ def domain_mixup(
     Args:
         synthetic: (B, H, W, C) images, or (B, C, H, W) with ``layout="NCHW"``; uint8 (standing for
             value/255) or float32. real: likewise, of the same shape and dtype. An array that is
-            not C-contiguous is copied.
+            not C-contiguous is copied. Images evidently of the other layout are refused, as by
+            `synface_kernels.domain_mixup`.
         psi: the synthetic share, in [0, 1]: one number, or (B,).
         mean, std: one number, or C of them; std > 0.
         flip: (flip_synthetic, flip_real), each None or (B,) bool: samples to mirror left to right.
@@ -50,6 +51,7 @@ def domain_mixup(
 
     Raises:
         ValueError: for a wrong dtype, shape or value.
+        TypeError: for an argument of a wrong Python type.
 
     Memory above the inputs: the result.
     """

@@ -58,6 +58,13 @@ def test_gradgradcheck(impl: str) -> None:
         run = mixer(layout, memory_format=memory_format, impl=impl)
         inputs = [t.clone().requires_grad_() for t in (*pair(), psi)]
         assert torch.autograd.gradgradcheck(run, inputs)
+    (synthetic, real, share), run = inputs, mixer(impl=impl)
+    assert torch.autograd.gradgradcheck(lambda p: run(synthetic.detach(), real.detach(), p), share)
+    square = run(synthetic, real.detach(), 0.3).square().sum()  # ψ asks for no gradient
+    (first,) = torch.autograd.grad(square, synthetic, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), synthetic)
+    expected = (2 * 0.3**2 / torch.tensor(STD, dtype=F64).square()).expand(second.shape)
+    torch.testing.assert_close(second, expected)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])

@@ -516,11 +516,11 @@ def _second(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
     gradient, synthetic, real, psi, *flips = ctx.saved_tensors
     inputs = Inputs(synthetic, real, psi, ctx.mean, ctx.std, *flips)
     like = (synthetic, real, psi)
-    along = (
+    along = [
         g if want else torch.zeros_like(t)  # of a result that was not asked for
         for g, want, t in zip(gradients, ctx.wanted, like, strict=True)
-    )
-    seconds = reference.second_backward(*along, gradient, *inputs.prepared(traced=True))
+    ]
+    seconds = reference.second_backward(along, gradient, *inputs.prepared(traced=True))
     given = (
         second.to(t.dtype) if need else None
         for second, t, need in zip(seconds, (gradient, *like), ctx.needs_input_grad, strict=False)

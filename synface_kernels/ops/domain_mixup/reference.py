@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -85,9 +87,7 @@ def derivative(
 
 
 def second_backward(
-    along_synthetic: Tensor,
-    along_real: Tensor,
-    along_psi: Tensor,
+    along: Sequence[Tensor],
     gradient: Tensor,
     synthetic: Tensor,
     real: Tensor,
@@ -96,16 +96,18 @@ def second_backward(
     flip_synthetic: Tensor | None,
     flip_real: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `backward`, in gradient, both images and psi, given those of its results.
+    """Gradients of `backward`, in gradient, both images and psi, given ``along`` for its results.
 
     All of it is differentiable torch, so that derivatives of any order follow.
     """
     flips = (flip_synthetic, flip_real)
-    along = (along_synthetic, along_real, along_psi)
+    along_synthetic, along_real, along_psi = along
     # `backward` is bilinear in psi and the images: psi's part moves a pair in opposite ways.
     moved = along_psi.view(-1, 1, 1, 1) * gradient.double() * affine[:, 1].view(1, -1, 1, 1)
     by_psi = backward(gradient, along_synthetic, along_real, psi, affine, *flips)[2]
-    by_gradient = derivative(synthetic, real, psi, *along, affine, *flips)
+    by_gradient = derivative(
+        synthetic, real, psi, along_synthetic, along_real, along_psi, affine, *flips
+    )
     return by_gradient, flipped(moved, flip_synthetic), flipped(-moved, flip_real), by_psi
 
 
