@@ -440,6 +440,16 @@ def test_compiles_to_one_graph() -> None:
     assert torch.equal(got, out + 1)
 
 
+def test_compiles_with_dynamic_shapes_and_numbers() -> None:
+    def run(x: Tensor, mean: float) -> Tensor:
+        return sk.domain_mixup(x, x.flip(0), 0.3, mean=mean, layout="NCHW")
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (5, 7, 9):
+        x = torch.rand(size, 3, size, size + 1)
+        torch.testing.assert_close(compiled(x, size / 10), run(x, size / 10))
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 X = torch.zeros(2, 4, 5, 3, dtype=U8)

@@ -246,7 +246,7 @@ def _constants(name: str, value: float | Sequence[float], channels: int) -> list
         raise TypeError(f"{name} must be a number or a sequence of numbers, got {value!r}")
     if len(values) != channels:
         raise ValueError(f"{name} must be one number or C = {channels}, got {len(values)}")
-    if not all(math.isfinite(v) for v in values):
+    if not all(abs(v) < math.inf for v in values):  # which torch.compile can trace
         raise ValueError(f"{name} must be finite, got {value}")
     return values
 
