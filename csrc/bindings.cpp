@@ -313,6 +313,7 @@ using domain_mixup::Images;
 using domain_mixup::MutableImages;
 
 bool has_strides(const Tensor& sample, std::array<int64_t, 3> strides) {
+  if (sample.numel() == 0) return true;  // no two elements that strides could be between
   for (int dim = 0; dim < 3; ++dim) {
     if (sample.size(dim + 1) > 1 && sample.stride(dim + 1) != strides[dim]) return false;
   }

@@ -46,10 +46,18 @@ py::tuple margin_forward(const Array<T>& input, const Array<T>& weight,
   const py::ssize_t n = input.shape(0);
   py::array_t<T> most(n), mean({needs_input_grad ? n : 0, input.shape(1)});
   py::array_t<double> lse(n), cosine({n, labels.shape(1)});
-  margin_cross_entropy::forward<T>(
-      problem, one_thread(),
-      {lse.mutable_data(), most.mutable_data(), cosine.mutable_data(), nullptr, nullptr,
-       needs_input_grad ? mean.mutable_data() : nullptr, nullptr});
+  const margin_cross_entropy::Statistics<T> results{
+      lse.mutable_data(),
+      most.mutable_data(),
+      cosine.mutable_data(),
+      nullptr,
+      nullptr,
+      needs_input_grad ? mean.mutable_data() : nullptr,
+      nullptr};
+  {
+    const py::gil_scoped_release release;
+    margin_cross_entropy::forward<T>(problem, one_thread(), results);
+  }
   return py::make_tuple(lse, most, cosine, mean);
 }
 
@@ -67,10 +75,14 @@ py::tuple margin_backward(const Array<T>& input, const Array<T>& weight,
         "grad_target_cosine (N, K)");
   }
   py::array_t<T> grad_input({n, d}), grad_weight({weight.shape(0), d});
-  margin_cross_entropy::backward<T>(problem, one_thread(),
-                                    {negative_lse.data(), mean_center.data(), nullptr,
-                                     grad_negative_lse.data(), grad_target_cosine.data(), nullptr},
-                                    grad_input.mutable_data(), grad_weight.mutable_data());
+  const margin_cross_entropy::Upstream<T> upstream{
+      negative_lse.data(),      mean_center.data(),        nullptr,
+      grad_negative_lse.data(), grad_target_cosine.data(), nullptr};
+  void *to_input = grad_input.mutable_data(), *to_weight = grad_weight.mutable_data();
+  {
+    const py::gil_scoped_release release;
+    margin_cross_entropy::backward<T>(problem, one_thread(), upstream, to_input, to_weight);
+  }
   return py::make_tuple(grad_input, grad_weight);
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -23,3 +25,63 @@ def require(condition: Tensor, message: str, values: Tensor) -> None:
         where = tuple((~condition).nonzero()[0].tolist())
         at = where[0] if len(where) == 1 else where
         raise ValueError(f"{message}, got {values[where].item()} at {at}")
+
+
+def require_apart(written: Mapping[str, object], read: Mapping[str, object]) -> None:
+    """Raise ValueError where memory to be written overlaps itself or another argument's.
+
+    Columns of one larger matrix may lie side by side. What is no tensor is passed over.
+    """
+    tensors = {n: t for n, t in (*written.items(), *read.items()) if isinstance(t, Tensor)}
+    spans = {name: _span(tensor) for name, tensor in tensors.items()}
+    reached, clear = 0, True
+    for begin, end in sorted(spans.values()):
+        clear, reached = clear and begin >= reached, max(reached, end)
+    for name in written:
+        if name not in spans:
+            continue
+        tensor, (begin, end) = tensors[name], spans.pop(name)
+        if not tensor.is_contiguous() and _overlaps_itself(tensor):
+            raise ValueError(
+                f"{name} must not overlap itself: more than one element of the written-to tensor "
+                "refers to a single memory location; clone() it"
+            )
+        if clear:
+            continue
+        for other, (first, last) in spans.items():
+            if begin < last and first < end and not _side_by_side(tensor, tensors[other]):
+                raise ValueError(
+                    f"{name} must not share memory with {other}: elements of the input tensor and "
+                    "the written-to tensor refer to a single memory location; clone() one of them"
+                )
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and of that after the last; (0, 0) of no elements."""
+    size = tensor.nbytes
+    if size and not tensor.is_contiguous():
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        size = (sum((count - 1) * step for count, step in steps) + 1) * tensor.element_size()
+    begin = tensor.data_ptr()
+    return (begin, begin + size) if size and begin else (0, 0)
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    reach = 0  # of the dimensions with shorter steps
+    for step, count in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if count > 1 and step <= reach:
+            return True
+        reach += (count - 1) * step
+    return False
+
+
+def _side_by_side(first: Tensor, second: Tensor) -> bool:
+    """Whether two matrices are different columns of a larger one, by rows equally far apart."""
+    if not first.dim() == second.dim() == 2:
+        return False
+    rows = [[step * t.element_size() for step in t.stride()] for t in (first, second)]
+    (pitch, step), (other_pitch, other_step) = rows
+    if not pitch or pitch != other_pitch:
+        return False
+    gap = (second.data_ptr() - first.data_ptr()) % pitch  # from a row to one of the other's
+    return first.shape[1] * step <= gap <= pitch - second.shape[1] * other_step

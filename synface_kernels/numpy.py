@@ -1,16 +1,19 @@
 """The CPU kernels on NumPy arrays, for data-loader workers: one thread, and torch plays no part.
 
-Importing this module does not import torch.
+Importing this module does not import torch. Kernels run without Python's global lock.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ._layout import check_layout
 
 _numpy: Any = import_module("._numpy", __package__)
 cpu_isa = _numpy.cpu_isa
@@ -34,7 +37,8 @@ def domain_mixup(
     Args:
         synthetic: (B, H, W, C) images, or (B, C, H, W) with ``layout="NCHW"``; uint8 (standing for
             value/255) or float32. real: likewise, of the same shape and dtype. An array that is
-            not C-contiguous is copied.
+            not C-contiguous is copied. Images evidently of the other layout are refused, as by
+            `synface_kernels.domain_mixup`.
         psi: the synthetic share, in [0, 1]: one number, or (B,).
         mean, std: one number, or C of them; std > 0.
         flip: (flip_synthetic, flip_real), each None or (B,) bool: samples to mirror left to right.
@@ -47,6 +51,7 @@ def domain_mixup(
 
     Raises:
         ValueError: for a wrong dtype, shape or value.
+        TypeError: for an argument of a wrong Python type.
 
     Memory above the inputs: the result.
     """
@@ -66,9 +71,10 @@ def domain_mixup(
             f"real must be like synthetic, got {real.dtype} {real.shape} and synthetic "
             f"{synthetic.dtype} {synthetic.shape}"
         )
+    check_layout(synthetic.shape, layout)
     batch, *size = synthetic.shape
     channels, height, width = size if layout == "NCHW" else (size[2], *size[:2])
-    shares = np.asarray(psi, dtype=np.float64)
+    shares = _numbers("psi", psi)
     if shares.shape not in ((), (batch,)):
         raise ValueError(f"psi must be one number or (B,) with B = {batch}, got {shares.shape}")
     if not np.all((shares >= 0) & (shares <= 1)):
@@ -80,18 +86,26 @@ def domain_mixup(
         raise ValueError(f"std must be > 0, got {std}")
     affine = np.stack([unit * means, 1.0 / (unit * stds)], axis=1)
     flips: list[NDArray | None] = [None, None]
+    if flip is not None and len(flip) != 2:
+        raise ValueError(
+            f"flip must be a pair (flip_synthetic, flip_real), got {len(flip)} elements"
+        )
     for i, side in enumerate(flip if flip is not None else ()):
         if side is None:
             continue
         flags = flips[i] = np.asarray(side)
         if flags.dtype != np.bool_ or flags.shape != (batch,):
-            raise ValueError(f"flip[{i}] must be bool (B,) with B = {batch}, got {side!r}")
+            raise ValueError(
+                f"flip[{i}] must be bool (B,) with B = {batch}, got {_described(flags)}"
+            )
     shape = (batch, channels, height, width) if out_layout == "NCHW" else (
         batch, height, width, channels,
     )  # fmt: skip
     stored = np.dtype({"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[dtype])
     if out is None:
         out = np.empty(shape, stored)
+    elif not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be an array, got {type(out).__name__}")
     elif (out.shape, out.dtype) != (shape, stored) or not out.flags.c_contiguous:
         raise ValueError(
             f"out must be {stored} {shape}, C-contiguous, got {out.dtype} {out.shape} "
@@ -99,8 +113,11 @@ def domain_mixup(
         )
     elif not out.flags.writeable:
         raise ValueError("out must be writeable")
-    elif np.may_share_memory(out, synthetic) or np.may_share_memory(out, real):
-        raise ValueError("out must not share memory with synthetic or real")
+    read = {"synthetic": synthetic, "real": real, "psi": shares}
+    read |= {f"flip[{i}]": flags for i, flags in enumerate(flips) if flags is not None}
+    for name, array in read.items():
+        if np.may_share_memory(out, array):
+            raise ValueError(f"out must not share memory with {name}")
     _numpy.domain_mixup(
         np.ascontiguousarray(synthetic), np.ascontiguousarray(real), shares, affine, *flips,
         layout == "NHWC", out if dtype == "float32" else out.view(np.uint16),
@@ -109,8 +126,20 @@ def domain_mixup(
     return out
 
 
+def _described(array: NDArray) -> str:
+    return f"{array.dtype} {array.shape}"
+
+
+def _numbers(name: str, value: object) -> NDArray[np.float64]:
+    """As float64, unless they are something else that NumPy would turn into numbers."""
+    values = np.asarray(value)
+    if values.dtype.kind not in "biuf":
+        raise TypeError(f"{name} must be a number or an array of them, got {value!r}")
+    return values.astype(np.float64, copy=False)
+
+
 def _constants(name: str, value: float | Sequence[float], channels: int) -> NDArray[np.float64]:
-    values = np.asarray(value, dtype=np.float64)
+    values = _numbers(name, value)
     if values.shape not in ((), (channels,)) or not np.all(np.isfinite(values)):
         raise ValueError(f"{name} must be one finite number or C = {channels}, got {value}")
     return np.broadcast_to(values, (channels,))
@@ -127,9 +156,9 @@ def margin_cross_entropy_forward(
 
     Args:
         input: (N, D) embeddings, float32 or float64; weight: (C, D) centres of the same dtype.
-        labels: (N, K) int64 in [0, C), −1 where absent, distinct within a row. A row of −1 is
-            left out: its results are 0.
-        scale: s, the inverse temperature.
+        labels: (N, K) of an integer dtype that int64 holds, in [0, C), −1 where absent, distinct
+            within a row. A row of −1 is left out: its results are 0.
+        scale: s > 0, finite, the inverse temperature.
         needs_input_grad: whether to compute mean_center.
 
     Returns:
@@ -140,11 +169,12 @@ def margin_cross_entropy_forward(
     Memory: O(N·D) and a workspace of a few MiB; never N×C.
 
     Raises:
-        ValueError: for a wrong dtype or shape.
+        ValueError: for a wrong dtype, shape or value.
+        TypeError: for an argument of a wrong Python type.
         IndexError: for a label out of range.
     """
     return _numpy.margin_cross_entropy_forward(
-        *_same_dtype(input, weight), labels, scale, needs_input_grad
+        *_checked(input, weight, labels, scale), bool(needs_input_grad)
     )
 
 
@@ -166,23 +196,56 @@ def margin_cross_entropy_backward(
         The others: as they went into the forward pass.
 
     Raises:
-        ValueError: for a wrong dtype or shape.
+        ValueError, TypeError, IndexError: as `margin_cross_entropy_forward`.
     """
-    return _numpy.margin_cross_entropy_backward(
-        *_same_dtype(input, weight),
-        labels,
-        negative_lse,
-        mean_center,
-        grad_negative_lse,
-        grad_target_cosine,
-        scale,
-    )
+    *given, number = _checked(input, weight, labels, scale)
+    (n, d), k = given[0].shape, given[2].shape[1]
+    upstream = [
+        _floating("negative_lse", negative_lse, (n,)),
+        _floating("mean_center", mean_center, (n, d)),
+        _floating("grad_negative_lse", grad_negative_lse, (n,)),
+        _floating("grad_target_cosine", grad_target_cosine, (n, k)),
+    ]
+    return _numpy.margin_cross_entropy_backward(*given, *upstream, number)
 
 
-def _same_dtype(input: NDArray, weight: NDArray) -> tuple[NDArray, NDArray]:
+def _checked(
+    input: NDArray, weight: NDArray, labels: NDArray, scale: float
+) -> tuple[NDArray, NDArray, NDArray[np.int64], float]:
+    """The arguments that both passes take, as the kernels take them."""
+    input, weight, labels = np.asarray(input), np.asarray(weight), np.asarray(labels)
     if input.dtype != weight.dtype or input.dtype not in (np.float32, np.float64):
         raise ValueError(
             "input and weight must both be float32 or both float64, "
             f"got {input.dtype} and {weight.dtype}"
         )
-    return np.ascontiguousarray(input), np.ascontiguousarray(weight)
+    if labels.dtype.kind not in "iu" or not np.can_cast(labels.dtype, np.int64):
+        raise ValueError(
+            f"labels must be of an integer dtype that int64 holds, got {_described(labels)}"
+        )
+    if (
+        not input.ndim == weight.ndim == labels.ndim == 2
+        or input.shape != (len(labels), weight.shape[1])
+        or not len(weight)
+    ):
+        raise ValueError(
+            "input (N, D), weight (C, D) and labels (N, K) do not fit together: got "
+            f"{input.shape}, {weight.shape} and {labels.shape}"
+        )
+    if not isinstance(scale, (int, float, np.integer, np.floating)):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be finite and positive, got {scale}")
+    return (
+        np.ascontiguousarray(input),
+        np.ascontiguousarray(weight),
+        np.ascontiguousarray(labels, dtype=np.int64),
+        float(scale),
+    )
+
+
+def _floating(name: str, value: NDArray, shape: tuple[int, ...]) -> NDArray:
+    array = np.asarray(value)
+    if array.dtype.kind != "f" or array.shape != shape:
+        raise ValueError(f"{name} must be floating point {shape}, got {_described(array)}")
+    return array

@@ -205,6 +205,7 @@ struct AdamWMissed {
       moment *= o.beta1, square *= o.beta2, power1 *= o.beta1, power2 *= o.beta2, bound *= ratio;
       terms.push_back({o.lr * moment / (1 - power1), std::sqrt(square / (1 - power2))});
       if (k == 1) enough = negligible * bound * std::sqrt(1 - power2) / (1 - power1);
+      if (moment == 0) break;
       if (falls && bound * ratio / (1 - ratio) / (1 - power1) < enough) break;
     }
     double later = std::pow(decay, double(missed - int64_t(terms.size())));

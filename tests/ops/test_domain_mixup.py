@@ -1,5 +1,6 @@
 """Domain mixup against its definition: the very bits, whatever runs it."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def test_round_once(dtype: torch.dtype, bits: int) -> None:
 @pytest.mark.parametrize("source", [U8, F32, BF16, F16, F64])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
 def test_cpu_gives_the_definitions_bits(name: str, source: Any, dtype: Any) -> None:
-    shapes = ((3, 112, 112, 3), (2, 7, 5, 3), (2, 9, 33, 1), (1, 3, 65, 5), (2, 1, 1, 3),
+    shapes = ((3, 112, 112, 3), (2, 7, 5, 3), (2, 9, 33, 1), (1, 5, 65, 5), (2, 1, 1, 3),
               (1, 2, 2, 300), (1, 1, 3000, 3))  # fmt: skip
     for index, shape in enumerate(shapes):
         for layout in ("NHWC", "NCHW"):
@@ -198,7 +199,8 @@ def test_writes_into_views_at_any_address(name: str) -> None:
 @hypothesis.given(st.data())
 def test_any_shape_and_strides(data: st.DataObject) -> None:
     b, h, w, c = (data.draw(st.integers(low, high)) for low, high in
-                  ((0, 3), (1, 40), (1, 70), (1, 6)))  # fmt: skip
+                  ((0, 3), (0, 40), (0, 70), (1, 6)))  # fmt: skip
+    hypothesis.assume(c in (1, 3, 4) or h not in (1, 3, 4))  # else taken for the other layout
     source = data.draw(st.sampled_from([U8, F32, BF16]))
     dtype = data.draw(st.sampled_from([F32, BF16, F16, F64]))
     order = data.draw(st.permutations(range(4)))
@@ -228,15 +230,49 @@ def test_any_shape_and_strides(data: st.DataObject) -> None:
     assert torch.equal(sk.domain_mixup(strided(s), other, psi, impl="cpu", **options), expected)
 
 
-def test_empty() -> None:
-    s = torch.zeros(0, 4, 4, 3, dtype=U8)
-    for impl in ("cpu", "reference"):
-        psi = torch.zeros(0, requires_grad=True)
-        out = sk.domain_mixup(s, s, psi, impl=impl)
-        assert out.shape == (0, 3, 4, 4)
-        out.sum().backward()
-        assert psi.grad is not None
-        assert psi.grad.shape == (0,)
+@pytest.mark.parametrize(
+    "shape", [(0, 4, 4, 3), (2, 0, 5, 3), (2, 5, 0, 3), (2, 0, 0, 1), (0,) * 4]
+)
+def test_empty(shape: tuple[int, ...]) -> None:
+    b, h, w, c = shape
+    for impl, source, memory_format in itertools.product(("cpu", "reference"), (U8, F32), FORMATS):
+        s = torch.zeros(shape, dtype=source, requires_grad=source == F32)
+        psi = torch.full((b,), 0.5, requires_grad=True)
+        flip = torch.ones(2, b, dtype=torch.bool)
+        mixed = sk.domain_mixup(s, s, psi, flip=flip, memory_format=memory_format, impl=impl)
+        assert mixed.shape == (b, c, h, w)
+        mixed.sum().backward()
+        assert torch.equal(psi.grad, torch.zeros(b))
+        assert s.grad is None if source == U8 else s.grad.shape == shape
+        if h or w:
+            swapped = s.permute(0, 3, 1, 2).contiguous()
+            assert sk.domain_mixup(swapped, swapped, 0.5, layout="NCHW").shape == (b, c, h, w)
+        with torch.no_grad():
+            out = torch.empty(b, c, h, w)
+            assert sk.domain_mixup(s, s, psi, out=out, impl=impl) is out
+    assert skn.domain_mixup(np.zeros(shape, np.uint8), np.zeros(shape, np.uint8), 0.5).shape == (
+        b, c, h, w,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 112, 112), (2, 1, 8, 6), (1, 4, 6, 5)])
+def test_images_of_the_other_layout(shape: tuple[int, ...]) -> None:
+    """Where the channels would be neither 1, 3 nor 4, but are in the other layout."""
+    planar = torch.rand(shape)
+    images = planar.permute(0, 2, 3, 1).contiguous()
+    expected = sk.domain_mixup(images, images, 0.5)
+    assert torch.equal(sk.domain_mixup(planar, planar, 0.5, layout="NCHW"), expected)
+    for mix, x, y in (
+        (sk.domain_mixup, planar, images),
+        (skn.domain_mixup, planar.numpy(), images.numpy()),
+    ):
+        with pytest.raises(ValueError, match=f'{shape[3]} channels.*give layout="NCHW"'):
+            mix(x, x, 0.5)
+        with pytest.raises(ValueError, match=f'{shape[2]} channels.*give layout="NHWC"'):
+            mix(y, y, 0.5, layout="NCHW")
+    many = torch.rand(2, 16, 8, 6)  # neither layout has 1, 3 or 4 channels
+    assert sk.domain_mixup(many, many, 0.5).shape == (2, 6, 16, 8)
+    assert sk.domain_mixup(many, many, 0.5, layout="NCHW").shape == (2, 16, 8, 6)
 
 
 def test_out() -> None:
@@ -291,10 +327,19 @@ def test_numpy_bad_input() -> None:
         ({"dtype": "float64"}, "dtype must be"),
         ({"out": np.zeros((2, 3, 4, 4))}, "out must be float32"),
         ({"flip": (np.zeros(2), None)}, r"flip\[0\] must be bool"),
+        ({"flip": (None,)}, "flip must be a pair"),
     ):
         arguments: dict[str, Any] = {"synthetic": x, "real": x, "psi": 0.5} | options
         with pytest.raises(ValueError, match=message):
             skn.domain_mixup(**arguments)
+    for name in ("psi", "mean", "std"):
+        with pytest.raises(TypeError, match=f"{name} must be a number"):
+            skn.domain_mixup(**({"synthetic": x, "real": x, "psi": 0.5} | {name: "0.5"}))
+    memory = np.zeros(3 * 96, np.float32)
+    out, psi = memory[:96].reshape(1, 3, 4, 8), memory.view(np.float64)[:1]
+    images = np.zeros((1, 4, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match="out must not share memory with psi"):
+        skn.domain_mixup(images, images, psi, out=out)
 
 
 # ---- gradients and registrations -----------------------------------------------------------------
@@ -393,6 +438,16 @@ def test_compiles_to_one_graph() -> None:
     got = torch.compile(into, fullgraph=True, backend="aot_eager")(s, r, out)
     assert torch.equal(out, sk.domain_mixup(s, r, 0.3))
     assert torch.equal(got, out + 1)
+
+
+def test_compiles_with_dynamic_shapes_and_numbers() -> None:
+    def run(x: Tensor, mean: float) -> Tensor:
+        return sk.domain_mixup(x, x.flip(0), 0.3, mean=mean, layout="NCHW")
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (5, 7, 9):
+        x = torch.rand(size, 3, size, size + 1)
+        torch.testing.assert_close(compiled(x, size / 10), run(x, size / 10))
 
 
 # ---- bad input -----------------------------------------------------------------------------------

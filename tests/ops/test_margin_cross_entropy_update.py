@@ -365,6 +365,30 @@ LAST = torch.zeros(5, dtype=torch.int64)
             ValueError,
             r"last_step of the rows in class_ids must be in \[0, 1\] at step 2, got 2",
         ),
+        (
+            W,
+            sk.AdamWUpdate(
+                exp_avg=W.clone(),
+                exp_avg_sq=W.clone(),
+                betas=(0.9999999, 0.5),
+                step=2**31,
+                last_step=LAST,
+            ),
+            ValueError,
+            f"must have missed at most {2**17} steps.*got {2**31 - 1}",
+        ),
+        (
+            torch.ones(1, 3).expand(5, 3),
+            sk.SGDUpdate(lr=0.1),
+            ValueError,
+            "weight must not overlap itself",
+        ),
+        (
+            W,
+            sk.SGDUpdate(lr=0.1, momentum=0.9, momentum_buffer=W),
+            ValueError,
+            "weight must not share memory with momentum_buffer",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -373,6 +397,13 @@ def test_bad_input(weight: Tensor, update: Any, error: type[Exception], message:
     with pytest.raises(error, match=message):
         sk.margin_cross_entropy(X.to(weight.dtype), weight, T, update=update)
     assert torch.equal(weight, before)
+
+
+def test_embeddings_must_not_be_the_centres_memory() -> None:
+    """The backward pass would read embeddings that it has moved already."""
+    weight = torch.randn(5, 3)
+    with pytest.raises(ValueError, match="weight must not share memory with input"):
+        sk.margin_cross_entropy(weight[:2], weight, torch.tensor([1, 0]), update=sk.SGDUpdate(lr=1))
 
 
 @pytest.mark.parametrize(

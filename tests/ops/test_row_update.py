@@ -266,6 +266,33 @@ def test_rows_never_touched_decay_alone_even_without_eps() -> None:
     torch.testing.assert_close(got, weight * 0.95**10)
 
 
+def test_a_bound_where_the_series_of_missed_steps_does_not_fall() -> None:
+    """2^31 missed steps are in closed form, or too many: never one by one."""
+
+    def catch_up(missed: int, dtype: torch.dtype = F32, **options: Any) -> Tensor:
+        weight, m = normal(2, 8, seed=0, dtype=dtype), normal(2, 8, seed=1, dtype=dtype)
+        last = torch.zeros(2, dtype=torch.int64)
+        return sk.row_adamw_(
+            weight, None, torch.arange(2), m, m.square(), missed, last_step=last, weight_decay=0.0,
+            **options,
+        )  # fmt: skip
+
+    for dtype in (F32, F64):
+        for betas in ((0.9, 0.999), (0.0, 0.0), (0.0, 0.9)):
+            torch.testing.assert_close(
+                catch_up(2**31, dtype, betas=betas), catch_up(2**16, dtype, betas=betas),
+            )  # fmt: skip
+        # With β₂ = 0 the denominator is eps alone: Σ lr·β₁ᵏ/(1 − β₁ᵏ)/eps.
+        beta, many = 0.9999999, 2**17
+        power = beta ** torch.arange(1, many + 1, dtype=F64)
+        got = catch_up(many, dtype, betas=(beta, 0.0), eps=1e3)
+        expected = normal(2, 8, seed=0) - normal(2, 8, seed=1) * 1e-6 * (power / (1 - power)).sum()
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+        for betas in ((beta, 0.5), (0.99999, 0.99999)):
+            with pytest.raises(ValueError, match=f"missed at most {many} steps.*got {2**31} at 0"):
+                catch_up(2**31, dtype, betas=betas)
+
+
 # ---- random rounding -----------------------------------------------------------------------------
 
 
@@ -452,6 +479,46 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
     with pytest.raises(error, match=message):
         sk.row_sgd_(**arguments | change)
     assert torch.equal(weight, W)
+
+
+def test_memory_that_overlaps() -> None:
+    """Refused before anything is written, naming the argument; columns of one matrix are not."""
+    memory = torch.arange(1.0, 41.0)
+    before = memory.clone()
+    w = memory[:15].view(5, 3)
+    others = {"momentum_buffer": torch.ones(5, 3), "momentum": 0.9, "step": 1, "last_step": LAST}
+    place = memory.view(torch.int64)
+    for change, message in (
+        ({"weight": memory[:3].expand(5, 3)}, "weight must not overlap itself: more than one"),
+        ({"weight": memory.as_strided((5, 3), (2, 1))}, "weight must not overlap itself"),
+        ({"momentum_buffer": torch.ones(1, 3).expand(5, 3)},
+         "momentum_buffer must not overlap itself"),
+        ({"momentum_buffer": w}, "weight must not share memory with momentum_buffer"),
+        ({"momentum_buffer": memory[14:29].view(5, 3)}, "weight must not share .* momentum_buffer"),
+        ({"weight": memory[:20].view(5, 4)[:, :3],
+          "momentum_buffer": memory[2:22].view(5, 4)[:, :3]}, "single memory location"),
+        ({"last_step": place[:5]}, "weight must not share memory with last_step"),
+        ({"row_grad": w[1:3]}, "weight must not share memory with row_grad"),
+        ({"class_ids": place[7:8]}, "weight must not share memory with class_ids"),
+    ):  # fmt: skip
+        arguments: dict[str, Any] = {"weight": w, "row_grad": G, "class_ids": IDS, "lr": 0.1}
+        arguments |= others | change
+        if "class_ids" in change:
+            arguments["row_grad"] = G[:1]
+        for impl in ("cpu", "reference"):
+            with pytest.raises(ValueError, match=message):
+                sk.row_sgd_(**arguments, impl=impl)
+            assert torch.equal(memory, before)
+    adamw = {"exp_avg": w, "exp_avg_sq": torch.ones(5, 3), "step": 1}
+    with pytest.raises(ValueError, match="exp_avg must not share memory with exp_avg_sq"):
+        sk.row_adamw_(torch.ones(5, 3), G, IDS, **adamw | {"exp_avg_sq": w})
+    # Weight and momentum side by side in one matrix, and gradients that repeat a row, are fine.
+    both = torch.ones(5, 6)
+    got = sk.row_sgd_(both[:, :3], G[:1].expand(2, 3), IDS, lr=0.1, momentum=0.9,
+                      momentum_buffer=both[:, 3:])  # fmt: skip
+    apart = torch.ones(5, 3)
+    expected = sk.row_sgd_(apart, G, IDS, lr=0.1, momentum=0.9, momentum_buffer=torch.ones(5, 3))
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize(

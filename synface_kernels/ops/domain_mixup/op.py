@@ -15,7 +15,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._check import describe
+from ..._autograd import innermost, transformed
+from ..._check import describe, require_apart
+from ..._layout import check_layout
 from ..._load import library
 from ..._select import always, needs_cpu_extension, register, resolve
 from . import reference
@@ -91,7 +93,8 @@ def domain_mixup(
 
     Args:
         synthetic: (B, H, W, C) images, or (B, C, H, W) with ``layout="NCHW"``: uint8, float32,
-            float16, bfloat16 or float64. Any B (0 too), C, H and W.
+            float16, bfloat16 or float64. Any B, H and W, 0 too. Images whose channels are none of
+            1, 3 and 4, where they would be in the other layout, are refused as mistaken for it.
         real: likewise, of the same shape, dtype and device.
         psi: the synthetic share, in [0, 1]: one number (float or 0-dimensional tensor) for the
             batch, or a floating-point (B,) tensor, one per sample.
@@ -112,8 +115,10 @@ def domain_mixup(
     sets and thread counts of the CPU's, give the same bits.
 
     Differentiable in floating images and in ``psi``: ∂X_S = ψ·G/σ, ∂X_R = (1 − ψ)·G/σ,
-    ∂ψ_b = Σ G·(X_S − X_R)/σ over sample b, summed in float64 in a fixed order. There is no second
-    derivative.
+    ∂ψ_b = Σ G·(X_S − X_R)/σ over sample b, summed in float64 in a fixed order. Derivatives of
+    higher order are computed in plain torch, with a few copies of the images in float64; so is
+    everything in forward-mode differentiation and under `torch.func`'s derivatives (``grad``,
+    ``jvp``, …), which need an ``impl`` of ``"auto"`` or ``"reference"``.
 
     Memory above the inputs: the result, and with ``out`` nothing that grows with the images. An
     image whose samples are not dense in memory, as (C, H, W) or as (H, W, C), is copied by the CPU
@@ -140,6 +145,19 @@ def domain_mixup(
     _check_result(dtype, memory_format)
     chosen = resolve(OP, impl, (synthetic,))
     shares = _shares(psi, batch, synthetic.device)
+    if transformed(synthetic, real, shares):
+        if out is not None:
+            raise ValueError(
+                "out takes no part in autograd: call without it where torch.func or "
+                "forward-mode differentiation is at work"
+            )
+        if impl not in ("auto", "reference"):
+            raise RuntimeError(
+                f"impl={impl!r} of {OP} cannot run here: torch.func's derivatives and forward-mode "
+                "differentiation go through the reference; give impl='auto'"
+            )
+        inputs = Inputs(synthetic, real, shares, means, stds, flip_synthetic, flip_real)
+        return _definition(inputs, dtype, memory_format)
     ops = torch.ops.synface_kernels
     if out is None:
         channels_last = memory_format == torch.channels_last
@@ -216,6 +234,7 @@ def _check_images(synthetic: Tensor, real: Tensor, layout: str) -> None:
             "real must be of the shape, dtype and device of synthetic, "
             f"got real {describe(real)} and synthetic {describe(synthetic)}"
         )
+    check_layout(synthetic.shape, layout)
 
 
 def _constants(name: str, value: float | Sequence[float], channels: int) -> list[float]:
@@ -227,7 +246,7 @@ def _constants(name: str, value: float | Sequence[float], channels: int) -> list
         raise TypeError(f"{name} must be a number or a sequence of numbers, got {value!r}")
     if len(values) != channels:
         raise ValueError(f"{name} must be one number or C = {channels}, got {len(values)}")
-    if not all(math.isfinite(v) for v in values):
+    if not all(abs(v) < math.inf for v in values):  # which torch.compile can trace
         raise ValueError(f"{name} must be finite, got {value}")
     return values
 
@@ -308,30 +327,15 @@ def _shares(psi: float | Tensor, batch: int, device: torch.device, name: str = "
 def _require_shares(psi: Tensor, name: str) -> None:
     """In [0, 1]: at once, naming what came, on a CPU; without waiting, on a GPU."""
     message = f"{name} must be in [0, 1]"
-    if psi.device.type != "cpu" or torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    psi = psi if compiling else innermost(psi)
+    if psi.device.type != "cpu" or compiling:
         torch._assert_async(((psi >= 0) & (psi <= 1)).all(), message)
     elif psi.numel():
         least, most = (bound.item() for bound in psi.aminmax())  # NaN if any is
         if not (least >= 0 and most <= 1):
-            row = int((~((psi >= 0) & (psi <= 1))).nonzero()[0])
-            raise ValueError(f"{message}, got {psi[row].item():g} in row {row}")
-
-
-def _require_apart(out: Tensor, inputs: Inputs) -> None:
-    def extent(tensor: Tensor) -> tuple[int, int]:
-        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        start = tensor.data_ptr()
-        return start, start + (last + 1) * tensor.element_size()
-
-    if out.numel() == 0:
-        return
-    begin, end = extent(out)
-    for name, tensor in inputs._asdict().items():
-        if not isinstance(tensor, Tensor):
-            continue
-        first, last = extent(tensor)
-        if first < end and begin < last:
-            raise ValueError(f"out must not share memory with {name}")
+            *_, row = at = (~((psi >= 0) & (psi <= 1))).nonzero()[0].tolist()
+            raise ValueError(f"{message}, got {psi[tuple(at)].item():g} in row {row}")
 
 
 # ---- the op: implementations, fakes, autograd ----------------------------------------------------
@@ -349,11 +353,15 @@ class Inputs(NamedTuple):
     flip_real: Tensor | None
 
     def prepared(
-        self,
+        self, traced: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """As implementations take them: affine (C, 2) in place of mean and std."""
+        """As implementations take them: affine (C, 2) in place of mean and std.
+
+        Where operations may be ``traced``, affine belongs to the trace and is not cached.
+        """
         synthetic, real, psi, mean, std, flip_synthetic, flip_real = self
-        affine = _affine(tuple(mean), tuple(std), synthetic.dtype, synthetic.device)
+        make = _affine if traced else _cached_affine
+        affine = make(tuple(mean), tuple(std), synthetic.dtype, synthetic.device)
         return synthetic, real, psi, affine, flip_synthetic, flip_real
 
 
@@ -362,13 +370,15 @@ def _split(args: tuple[Any, ...]) -> tuple[Inputs, tuple[Any, ...]]:
     return Inputs(*args[:count]), args[count:]
 
 
-@lru_cache(maxsize=64)
 def _affine(
     mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """(C, 2) float64; cached, so that a GPU is not waited for at each step."""
+    """(C, 2) float64."""
     pairs = reference.affine(mean, std, dtype)
     return torch.tensor(pairs, dtype=torch.float64, device=device).view(-1, 2)
+
+
+_cached_affine = lru_cache(maxsize=64)(_affine)  # so that a GPU is not waited for at each step
 
 
 def _is_channels_last(images: Tensor) -> bool:
@@ -389,8 +399,12 @@ def _empty(images: Tensor, dtype: torch.dtype, channels_last: bool, impl: str = 
 
 def _out(*args: Any) -> None:
     inputs, (out, impl) = _split(args)
+    require_apart({"out": out}, inputs._asdict())
+    _write(inputs, out, impl)
+
+
+def _write(inputs: Inputs, out: Tensor, impl: str) -> None:
     _require_shares(inputs.psi, "psi")
-    _require_apart(out, inputs)
     prepared = inputs.prepared()
     if impl == "reference":
         out.copy_(reference.round_once(reference.forward(*prepared), out.dtype))
@@ -402,10 +416,17 @@ def _out(*args: Any) -> None:
         getattr(torch.ops.synface_kernels, f"{OP}_{impl}")(*prepared, out)
 
 
+def _definition(inputs: Inputs, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+    """The definition as operations that all of torch's derivatives know; the same bits."""
+    _require_shares(inputs.psi, "psi")
+    mixed = reference.rounded(reference.forward(*inputs.prepared(traced=True)), dtype)
+    return mixed.contiguous(memory_format=memory_format)
+
+
 def _forward(*args: Any) -> Tensor:
     inputs, (dtype, channels_last, impl) = _split(args)
     out = _empty(inputs.synthetic, dtype, channels_last, impl)
-    _out(*inputs, out, impl)
+    _write(inputs, out, impl)
     return out
 
 
@@ -485,6 +506,30 @@ def _autograd(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     return (*wanted, None, None, None, None, None, None, None)
 
 
-torch.library.register_autograd(
-    f"synface_kernels::{OP}_forward", _autograd, setup_context=_setup_context
-)
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    gradient, synthetic, real, psi, ctx.mean, ctx.std, *flips = inputs[:8]
+    ctx.wanted = inputs[8:11]
+    ctx.save_for_backward(gradient, synthetic, real, psi, *flips)
+
+
+def _second(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    gradient, synthetic, real, psi, *flips = ctx.saved_tensors
+    inputs = Inputs(synthetic, real, psi, ctx.mean, ctx.std, *flips)
+    like = (synthetic, real, psi)
+    along = [
+        g if want else torch.zeros_like(t)  # of a result that was not asked for
+        for g, want, t in zip(gradients, ctx.wanted, like, strict=True)
+    ]
+    seconds = reference.second_backward(along, gradient, *inputs.prepared(traced=True))
+    given = (
+        second.to(t.dtype) if need else None
+        for second, t, need in zip(seconds, (gradient, *like), ctx.needs_input_grad, strict=False)
+    )
+    return (*given, *[None] * 8)
+
+
+for _name, _formula, _setup in (
+    (f"{OP}_forward", _autograd, _setup_context),
+    (f"{OP}_backward", _second, _setup_second),
+):
+    torch.library.register_autograd(f"synface_kernels::{_name}", _formula, setup_context=_setup)

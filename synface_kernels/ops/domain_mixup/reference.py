@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,59 @@ def backward(
         flipped((1 - share) * by_mixed, flip_real),
         (by_mixed * difference).sum((1, 2, 3)),
     )
+
+
+def derivative(
+    synthetic: Tensor,
+    real: Tensor,
+    psi: Tensor,
+    along_synthetic: Tensor,
+    along_real: Tensor,
+    along_psi: Tensor,
+    affine: Tensor,
+    flip_synthetic: Tensor | None,
+    flip_real: Tensor | None,
+) -> Tensor:
+    """Derivative of `forward` along a direction in both images and psi, in float64."""
+    share, change = psi.view(-1, 1, 1, 1), along_psi.view(-1, 1, 1, 1)
+    difference = flipped(synthetic, flip_synthetic).double() - flipped(real, flip_real).double()
+    along = share * flipped(along_synthetic, flip_synthetic).double()
+    along = along + (1 - share) * flipped(along_real, flip_real).double()
+    return (along + change * difference) * affine[:, 1].view(1, -1, 1, 1)
+
+
+def second_backward(
+    along: Sequence[Tensor],
+    gradient: Tensor,
+    synthetic: Tensor,
+    real: Tensor,
+    psi: Tensor,
+    affine: Tensor,
+    flip_synthetic: Tensor | None,
+    flip_real: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `backward`, in gradient, both images and psi, given ``along`` for its results.
+
+    All of it is differentiable torch, so that derivatives of any order follow.
+    """
+    flips = (flip_synthetic, flip_real)
+    along_synthetic, along_real, along_psi = along
+    # `backward` is bilinear in psi and the images: psi's part moves a pair in opposite ways.
+    moved = along_psi.view(-1, 1, 1, 1) * gradient.double() * affine[:, 1].view(1, -1, 1, 1)
+    by_psi = backward(gradient, along_synthetic, along_real, psi, affine, *flips)[2]
+    by_gradient = derivative(
+        synthetic, real, psi, along_synthetic, along_real, along_psi, affine, *flips
+    )
+    return by_gradient, flipped(moved, flip_synthetic), flipped(-moved, flip_real), by_psi
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`round_once` with the derivative of a cast, which `torch.func` knows too."""
+    cast = x.to(dtype)
+    if dtype in (torch.float64, torch.float32):
+        return cast
+    once, twice = round_once(x.detach(), dtype), cast.detach()
+    return torch.where(once == twice, cast, cast + (once - twice))  # neighbors: exact
 
 
 def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -218,7 +218,7 @@ def margin_cross_entropy(
             target, target_weight, places, num_classes, ignore_index
         )
         if update is not None:
-            update = fused.checked(update, weight, class_ids)
+            update = fused.checked(update, input, weight, class_ids)
         return resolve(OP, impl, (input, weight)), labels, label_weight
 
     if update is not None and torch.compiler.is_compiling():

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..._check import describe
+from ..._check import describe, require_apart
 from ..._load import library
 from ..row_update.op import check_last_step, check_states, mark_written, take_step
-from ..row_update.updates import AdamWUpdate, RowUpdate, SGDUpdate
+from ..row_update.updates import AdamWUpdate, RowUpdate, SGDUpdate, most_missed
 
 OP = "margin_cross_entropy_update"
 _SCHEMA = (
@@ -59,7 +59,9 @@ def _fake(input: Tensor, *arguments: Any) -> Tensor:
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def checked(update: RowUpdate, weight: Tensor, class_ids: Tensor | None) -> RowUpdate:
+def checked(
+    update: RowUpdate, input: Tensor, weight: Tensor, class_ids: Tensor | None
+) -> RowUpdate:
     """The update with states that are matrices, of a row for each class.
 
     Raises:
@@ -74,12 +76,18 @@ def checked(update: RowUpdate, weight: Tensor, class_ids: Tensor | None) -> RowU
         )
     states = {name: _matrix(name, state) for name, state in update.states.items()}
     update = replace(update, **states)
-    check_states(update, _matrix("weight", weight))
+    rows = _matrix("weight", weight)
+    check_states(update, rows)
+    require_apart(
+        {"weight": rows, **update.states, "last_step": update.last_step},
+        {"input": input, "class_ids": class_ids},
+    )
     if update.last_step is not None and update.step is not None:
         last = update.last_step
         if class_ids is not None:
             last = last.index_select(0, class_ids)
-        check_last_step(last, update.step - 1, update.step)
+        most = most_missed(update.rule, update.numbers, weight.dtype)
+        check_last_step(last, update.step - 1, update.step, most)
     return update
 
 

@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .reference import Update, row_keys
+from .updates import NEGLIGIBLE
+from .updates import terms as series_terms
 
 BLOCK = 512
-NEGLIGIBLE = 2.0**-26
 
 
 @triton.jit
@@ -200,18 +201,6 @@ def sgd(
         last_step.index_fill_(0, ids, step)
 
 
-def _terms(lr: float, beta1: float, beta2: float, weight_decay: float) -> int:
-    """How many missed steps move a weight by what is not below rounding, whatever their bias
-    corrections."""
-    if beta1 == 0:
-        return 1
-    ratio = beta1 / (math.sqrt(beta2) * (1 - lr * weight_decay)) if beta2 > 0 else math.inf
-    if ratio >= 1:
-        return 2**31 - 1
-    enough = NEGLIGIBLE * (1 - ratio) * (1 - beta1) * math.sqrt(1 - beta2)
-    return math.ceil(math.log(enough) / math.log(ratio)) + 1
-
-
 def adamw(
     update: Update,
     exp_avg: Tensor,
@@ -242,7 +231,7 @@ def adamw(
             dim=1,
         )
         kept = ids.new_tensor([lr, beta1, beta2, 1 / keep], dtype=torch.float64)
-        terms = _terms(lr, beta1, beta2, weight_decay)
+        terms = series_terms(lr, beta1, beta2, weight_decay, NEGLIGIBLE[0])
     size, root = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
     _launch(
         _adamw_kernel, ids, weight.shape[1],

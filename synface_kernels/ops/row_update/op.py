@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._check import describe, require
+from ..._check import describe, require, require_apart
 from ..._load import library
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
 from . import reference
 from .reference import Update
-from .updates import AdamWUpdate, RowUpdate, SGDUpdate
+from .updates import AdamWUpdate, RowUpdate, SGDUpdate, most_missed
 
 OP = "row_update"
 register(OP, {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always})
@@ -91,7 +91,8 @@ def row_sgd_(
 
     Raises:
         ValueError: for a wrong dtype, shape, device or value, before anything is written. On a GPU
-            ``class_ids`` and ``last_step`` are checked there, by an asynchronous assertion.
+            ``class_ids`` and ``last_step`` are checked there, by an asynchronous assertion. Also
+            where what is written overlaps itself or another argument in memory.
         TypeError: for an argument of a wrong Python type.
         RuntimeError: for an ``impl`` that cannot run here, naming the reason.
 
@@ -140,8 +141,9 @@ def row_adamw_(
     form. What the decaying moments still move the weight by is not (eps stands in the
     denominator): these terms are added one by one, until what is left of their geometric series is
     below 2^-26 (float64: 2^-55) of the first, some 200 at the default betas; all of them where the
-    series does not fall, β₁ ≥ √β₂·(1 − lr·weight_decay). The missed steps are taken with the
-    arguments given now, see `row_sgd_`.
+    series does not fall, β₁ ≥ √β₂·(1 − lr·weight_decay). Where more than 2^17 terms may be needed,
+    a row may miss 2^17 steps at most. The missed steps are taken with the arguments given now, see
+    `row_sgd_`.
 
     Args:
         weight, row_grad, class_ids: see `row_sgd_`.
@@ -277,7 +279,7 @@ def _check(update: RowUpdate, weight: Tensor, row_grad: Tensor | None, class_ids
         raise ValueError("row_grad may be None only with last_step")
 
 
-def _check_rows(update: Update) -> None:
+def _check_rows(update: Update, most: int | None) -> None:
     """What the tensors hold: these checks cost a pass over S elements."""
     weight, _, class_ids, last_step, step, _ = update
     if class_ids.numel() == 0:
@@ -290,24 +292,41 @@ def _check_rows(update: Update) -> None:
     inside = (ends >= 0) & (ends < weight.shape[0])
     require(inside, f"class_ids must be in [0, {weight.shape[0]})", ends)
     if last_step is not None:
-        check_last_step(last_step.index_select(0, class_ids), update.until, step)
+        check_last_step(last_step.index_select(0, class_ids), update.until, step, most)
 
 
-def check_last_step(last: Tensor, due: int, step: int) -> None:
-    """That rows, of which these are the last steps, have not come further than is due."""
+def check_last_step(last: Tensor, due: int, step: int, most: int | None) -> None:
+    """Raise unless rows with these last steps are not ahead, and missed at most ``most`` steps."""
     message = f"last_step of the rows in class_ids must be in [0, {due}] at step {step}"
     require((last >= 0) & (last <= due), message, last)
+    if most is not None:
+        missed = due - last.long()
+        message = (
+            f"rows in class_ids must have missed at most {most} steps with betas whose series of "
+            "missed steps falls slowly or not at all (β₁ near or above √β₂·(1 − lr·weight_decay)); "
+            "catch up earlier, by row_grad=None with an earlier step"
+        )
+        require(missed <= most, message, missed)
 
 
 # ---- the ops -------------------------------------------------------------------------------------
 
 
-def _run(name: str, states: int, *args: Any) -> None:
+# What a rule writes besides the weight, in its schema's order after class_ids.
+STATES = {
+    "sgd": ("momentum_buffer", "last_step"),
+    "adamw": ("exp_avg", "exp_avg_sq", "last_step"),
+}
+
+
+def _run(name: str, *args: Any) -> None:
     """An optimiser's op: checks the rows, and hands its arguments to the implementation."""
     *args, impl = args  # type: ignore[assignment]
     weight, row_grad, class_ids, *rest, step, seed = args
-    update = Update(weight, row_grad, class_ids, rest.pop(states), step, seed)
-    _check_rows(update)
+    names = dict(zip(STATES[name], rest, strict=False))
+    require_apart({"weight": weight, **names}, {"row_grad": row_grad, "class_ids": class_ids})
+    update = Update(weight, row_grad, class_ids, rest.pop(len(names) - 1), step, seed)
+    _check_rows(update, most_missed(name, rest[len(names) - 1 :], weight.dtype))
     if impl == "cpu":
         getattr(torch.ops.synface_kernels, f"{OP}_{name}_cpu")(*args)
     elif impl == "triton":
@@ -330,14 +349,14 @@ def mark_written(name: str, written: Iterable[Tensor | None], keys: Any, *args: 
 
 
 def _mark_written(name: str, states: int, keys: Any, *args: Any) -> None:
-    mark_written(name, [args[0], *args[3 : 4 + states]], keys, *args)
+    mark_written(name, [args[0], *args[3 : 3 + states]], keys, *args)
 
 
-# How many states an optimiser has besides the weight: schemas say weight, row_grad, class_ids, the
-# states, last_step, ..., step, seed, impl.
-for _optimizer, _states in (("sgd", 1), ("adamw", 2)):
-    _name = f"{OP}_{_optimizer}"
+for _optimizer, _states in STATES.items():
+    _name, _written = f"{OP}_{_optimizer}", len(_states)
     for _key in ("CPU", "CUDA"):
-        library.impl(_name, partial(_run, _optimizer, _states), _key)
-    library.impl(_name, partial(_mark_written, _name, _states), "ADInplaceOrView", with_keyset=True)
+        library.impl(_name, partial(_run, _optimizer), _key)
+    library.impl(
+        _name, partial(_mark_written, _name, _written), "ADInplaceOrView", with_keyset=True
+    )
     torch.library.register_fake(f"synface_kernels::{_name}", lambda *args: None)

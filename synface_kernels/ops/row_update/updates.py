@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..._check import describe
+
+NEGLIGIBLE = (2.0**-26, 2.0**-55)  # what is left of a series, to its first term; float32, float64
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -113,6 +116,33 @@ class AdamWUpdate:
 
 
 RowUpdate = SGDUpdate | AdamWUpdate
+
+MOST_TERMS = 2**17  # of missed steps that are added one by one: milliseconds for a row
+
+
+def terms(lr: float, beta1: float, beta2: float, weight_decay: float, negligible: float) -> int:
+    """Return how many missed steps of AdamW move a weight by what is not below rounding.
+
+    Whatever their bias corrections are; 2³¹ − 1 where the series does not fall.
+    """
+    if beta1 == 0:
+        return 1
+    keep = 1 - lr * weight_decay
+    ratio = beta1 / (math.sqrt(beta2) * keep) if beta2 > 0 and keep > 0 else math.inf
+    if ratio >= 1:
+        return 2**31 - 1
+    enough = negligible * (1 - ratio) * (1 - beta1) * math.sqrt(1 - beta2)
+    return math.ceil(math.log(enough) / math.log(ratio)) + 1
+
+
+def most_missed(rule: str, numbers: Sequence[float], dtype: torch.dtype) -> int | None:
+    """Return how many steps a row may miss, None for any number; ``dtype`` is the weight's."""
+    if rule == "sgd":
+        return None
+    lr, beta1, beta2, _, weight_decay = numbers
+    negligible = NEGLIGIBLE[dtype == torch.float64]
+    needed = terms(lr, beta1, beta2, weight_decay, negligible)
+    return MOST_TERMS if needed > MOST_TERMS else None
 
 
 def _check_numbers(**numbers: float) -> None:

@@ -80,5 +80,21 @@ def test_ties_round_once() -> None:
 
 
 def test_empty() -> None:
-    s = torch.zeros(0, 4, 4, 3, dtype=torch.uint8)
-    assert sk.domain_mixup(s, s, 0.5, impl="triton").shape == (0, 3, 4, 4)
+    for b, h, w in ((0, 4, 4), (2, 0, 4), (2, 4, 0)):
+        s = torch.zeros(b, h, w, 3, requires_grad=True)
+        psi = torch.full((b,), 0.5, requires_grad=True)
+        mixed = sk.domain_mixup(s, s, psi, impl="triton")
+        assert mixed.shape == (b, 3, h, w)
+        mixed.sum().backward()
+        assert torch.equal(psi.grad, torch.zeros(b))
+
+
+def test_second_derivatives() -> None:
+    inputs = [torch.rand(2, 2, 3, 3, dtype=F64, requires_grad=True) for _ in range(2)]
+    psi = torch.tensor([0.3, 0.6], dtype=F64, requires_grad=True)
+    flip = torch.tensor([[True, False], [True, True]])
+
+    def run(*given: Tensor) -> Tensor:
+        return sk.domain_mixup(*given, flip=flip, dtype=F64, impl="triton")
+
+    assert torch.autograd.gradgradcheck(run, (*inputs, psi), fast_mode=True)
