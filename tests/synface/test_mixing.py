@@ -371,6 +371,30 @@ def test_domain_mixup_names_what_is_wrong(changed, error, message):
         DomainMixup(3, 2)(**arguments | changed)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_other_integers_and_columns_are_labels_too(dtype):
+    labels = torch.tensor([1, 0, 2])
+    other = torch.tensor([0, 1])
+    column = labels[:, None].to(dtype)
+    for mixer in (Mixup(), CutMix(), TimmMixup(1.0, 1.0, num_classes=3, layout="NHWC")):
+        pictures = pixels(3)
+        wanted = mixer(pictures, labels, seeded())
+        torch.testing.assert_close(mixer(pictures, column, seeded()), wanted, rtol=0, atol=0)
+    rows = torch.rand(3, 4)
+    wanted = IdentityMixup()(rows, labels, seeded())
+    torch.testing.assert_close(IdentityMixup()(rows, column, seeded()), wanted, rtol=0, atol=0)
+    mix = DomainMixup(3, 2)
+    wanted = mix(pixels(3), labels, pixels(2), other, generator=seeded())
+    column_of_two = other[:, None].to(dtype)
+    mixed = mix(pixels(3), column, pixels(2), column_of_two, generator=seeded())
+    torch.testing.assert_close(mixed, wanted, rtol=0, atol=0)
+    psi = torch.tensor([0.25, 1.0, 0.5], dtype=torch.float64)
+    targets, weights = mix.label(column, other[[0, 1, 0], None].to(dtype), psi)
+    assert targets.tolist() == [[1, 3], [0, 4], [2, 3]]
+    assert targets.dtype == torch.int64
+    assert weights.tolist() == [[0.25, 0.75], [1, 0], [0.5, 0.5]]
+
+
 def test_one_batch_mixers_name_what_is_wrong():
     for call in (
         lambda y: Mixup()(pixels(2), y),
@@ -380,7 +404,7 @@ def test_one_batch_mixers_name_what_is_wrong():
         with pytest.raises(ValueError, match="labels must be ≥ 0, got -5 in row 1"):
             call(torch.tensor([0, -5]))
         with pytest.raises(ValueError, match="labels must be int64 of shape"):
-            call(torch.tensor([[0], [1]]))
+            call(torch.tensor([[0, 1], [1, 0]]))
     with pytest.raises(ValueError, match=r"alpha must be floating point \(N, D\), got int64"):
         IdentityMixup()(torch.ones(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"target must be in \[0, 2\), got 2 in row 0"):
