@@ -369,8 +369,8 @@ class CutMix(_OneBatch):
             reverse order.
         mean, std, dtype, memory_format, layout, impl: as `synface_kernels.domain_mixup` takes them.
 
-    Memory above the inputs: the result, two copies of the images in their own dtype, and a byte
-    for each of their elements.
+    Memory above the inputs: the result, and a copy of the images in their own dtype; on a GPU, or
+    with gradients, two copies and a byte for each of their elements.
 
     Source: Yun et al., "CutMix", ICCV 2019.
     """
@@ -382,7 +382,7 @@ class CutMix(_OneBatch):
         boxes = cutmix_boxes(height, width, self._shares(len(images), generator), generator)
         share = send(kept_share(boxes, height, width), images.device).expand(len(images))
         boxes = send(boxes, images.device)
-        pasted = paste(images, images.index_select(0, order), boxes, self.layout)
+        pasted = paste(images, images, order, boxes, self.layout)
         return self._mix(pasted, pasted.detach(), torch.ones_like(share), out), share
 
 

@@ -55,8 +55,19 @@ def kept_share(boxes: Tensor, height: int, width: int) -> Tensor:
     return (pixels - (bottom - top) * (right - left)).double() / pixels
 
 
-def paste(images: Tensor, partner: Tensor, boxes: Tensor, layout: str) -> Tensor:
-    """The images with their partners' pixels inside the boxes (4, N), or (4, 1) for one box."""
+def paste(images: Tensor, others: Tensor, order: Tensor, boxes: Tensor, layout: str) -> Tensor:
+    """The images with the pixels of others[order] inside the boxes (4, N), or (4, 1) for all."""
+    if images.device.type == "cpu" and not images.requires_grad:  # read the boxes' pixels alone
+        pasted = images.clone()
+        spans = boxes.expand(4, len(images)).T.tolist()
+        for i, (other, (top, bottom, left, right)) in enumerate(
+            zip(order.tolist(), spans, strict=True)
+        ):
+            rows, columns = slice(top, bottom), slice(left, right)
+            box = (rows, columns) if layout == "NHWC" else (slice(None), rows, columns)
+            pasted[i][box] = others[other][box]
+        return pasted
+    partner = others[order]
     height, width = image_size(images, layout)
     top, bottom, left, right = boxes[:, :, None, None]
     y = torch.arange(height, device=images.device)[:, None]

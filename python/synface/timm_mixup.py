@@ -140,6 +140,13 @@ class _TimmCall:
             boxes = None if boxes is None else boxes[:, pair]
         return pixel, label, boxes
 
+    def _paste(self, images: Tensor, x: Tensor, boxes: Tensor | None, layout: str) -> Tensor:
+        """The first images of x, with the boxes of their partners in the order of x reversed."""
+        if boxes is None:
+            return images
+        order = torch.arange(len(x), device=x.device).flip(0)[: len(images)]
+        return paste(images, x, order, send(boxes, x.device), layout)
+
     def _label(self, target: Tensor, share: Tensor) -> Targets:
         """Targets from checked labels, hard or soft, and the share (rows,) of each image's own."""
         rows, classes, smoothing = len(share), self.num_classes, self.label_smoothing
@@ -242,8 +249,8 @@ class Mixup(_TimmCall):
             + ε/2 with ``multi_label``. With ``sparse``, in the place of these
             (targets (B, 2) int64, weights (B, 2) float32).
 
-        Memory above the inputs: the result, a copy of x in its own dtype, and as much again plus a
-        byte for each of its elements where CutMix is on.
+        Memory above the inputs: the result, a copy of x in its own dtype, and one more where CutMix
+        is on; on a GPU, or with gradients, CutMix takes a third copy and a byte for each element.
 
         Raises:
             TypeError, ValueError: for a wrong argument, naming it.
@@ -251,16 +258,24 @@ class Mixup(_TimmCall):
         check_images("x", x, self.layout)
         target = self._check_target(target, x)
         batch = len(x)
-        psi, share, boxes = self._draw(batch, *image_size(x, self.layout), generator)
-        psi, share = (send(s, x.device).expand(batch) for s in (psi, share))
-        partner = x.flip(0)
-        pasted = x if boxes is None else paste(x, partner, send(boxes, x.device), self.layout)
+        pixel, share, boxes = self._draw(batch, *image_size(x, self.layout), generator)
+        mixed = self._paste(x, x, boxes, self.layout)
+        labels = self._label(target, send(share, x.device).expand(batch))
+        dtype = self.dtype or (x.dtype if x.is_floating_point() else torch.float32)
+        memory_format = self.memory_format or memory_format_of(x, self.layout)
+        if (
+            not _blends(pixel)
+            and (self.mean, self.std, self.layout, self.impl) == (0.0, 1.0, "NCHW", "auto")
+            and mixed.dtype == dtype
+            and mixed.is_contiguous(memory_format=memory_format)
+        ):
+            return (x.clone() if mixed is x else mixed), labels
         images = sk.domain_mixup(
-            pasted, partner, psi, mean=self.mean, std=self.std, layout=self.layout,
-            dtype=self.dtype or (x.dtype if x.is_floating_point() else torch.float32),
-            memory_format=self.memory_format or memory_format_of(x, self.layout), impl=self.impl,
+            mixed, x.flip(0) if _blends(pixel) else mixed.detach(),
+            send(pixel, x.device).expand(batch), mean=self.mean, std=self.std,
+            layout=self.layout, dtype=dtype, memory_format=memory_format, impl=self.impl,
         )  # fmt: skip
-        return images, self._label(target, share)
+        return images, labels
 
 
 @dataclass(eq=False)
@@ -313,12 +328,10 @@ class FastCollateMixup(_TimmCall):
         pixel, share, boxes = self._draw(len(x), *image_size(x, "NCHW"), generator)
         rows = (len(x) + 1) // 2 if self.mode == "half" else len(x)
         pixel, share = (send(s, x.device).expand(rows) for s in (pixel, share))
-        images, partner = x[:rows], x.flip(0)[:rows]
-        if boxes is not None:
-            images = paste(images, partner, send(boxes, x.device), "NCHW")
-        if self.mixup_alpha and bool((pixel < 1).any()):
+        images = self._paste(x[:rows], x, boxes, "NCHW")
+        if _blends(pixel):
             images = sk.domain_mixup(
-                images, partner, pixel, mean=0.0, std=1 / 255, layout="NCHW"
+                images, x[len(x) - rows :].flip(0), pixel, mean=0.0, std=1 / 255, layout="NCHW"
             ).round_().to(torch.uint8)  # fmt: skip
         return images, self._label(target, share)
 
@@ -356,6 +369,11 @@ class TimmMixup(Mixup):
                 "a weight; with sparse targets, give it to the loss. synface.timm_mixup.Mixup has "
                 "timm's defaults"
             )
+
+
+def _blends(pixel: Tensor) -> bool:
+    """Whether an image is blended with its partner; True where knowing would wait for a GPU."""
+    return pixel.device.type != "cpu" or not bool((pixel == 1).all())
 
 
 def _stacked(images: Sequence[Any]) -> Tensor:

@@ -496,6 +496,17 @@ def test_boxes_are_where_the_definition_puts_them():
     assert stats.chisquare(list(seen.values()), theory).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_boxes_are_pasted_alike_with_and_without_gradients(layout, per_sample):
+    images = torch.rand(5, *SIZE, 3, generator=seeded())
+    images = images if layout == "NHWC" else images.permute(0, 3, 1, 2)
+    mix = CutMix(per_sample=per_sample, layout=layout)
+    plain = mix(images, torch.arange(5), seeded(1)).images
+    tracked = mix(images.clone().requires_grad_(), torch.arange(5), seeded(1)).images
+    assert torch.equal(plain, tracked)
+
+
 def test_cutmix_keeps_what_is_not_finite_where_it_is():
     images = flat(20).double().clone()
     images[3] = torch.nan

@@ -105,6 +105,17 @@ def test_soft_labels(mode, multi_label):
     torch.testing.assert_close(mixed.double(), wanted, rtol=0, atol=2**-22)
 
 
+@pytest.mark.parametrize("alphas", [(1.0, 0.0), (0.0, 1.0)])
+def test_an_image_that_is_not_mixed_keeps_clear_of_its_partner(alphas):
+    x = torch.ones(2, 1, *SIZE)
+    x[1] = torch.nan
+    mix = Mixup(*alphas, prob=0.0, num_classes=2)
+    for mixed in (mix(x, torch.arange(2))[0], Mixup(prob=0.0, std=1.5)(x, torch.arange(2))[0]):
+        assert mixed[0].isfinite().all()
+        assert mixed[1].isnan().all()
+    assert mix(x, torch.arange(2))[0].data_ptr() != x.data_ptr()
+
+
 def test_one_hot_labels_are_hard_ones():
     x, labels = torch.rand(6, 3, *SIZE), torch.tensor([0, 3, 3, 1, 2, 0])
     mix = Mixup(1.0, 1.0, mode="elem", num_classes=4)
