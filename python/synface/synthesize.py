@@ -21,6 +21,7 @@ from torch import Tensor
 from . import checkpoint
 from .check import check_rows, describe
 from .generate import FaceGenerator
+from .randomness import normals
 
 MANIFEST = "synthesis.json"
 FORMAT = 1
@@ -228,9 +229,9 @@ def styles(
     for words in zip(identity.tolist(), image.tolist(), strict=True):
         pair = np.random.SeedSequence([seed, *words]).generate_state(2, np.uint64) >> np.uint64(1)
         stream = torch.Generator().manual_seed(int(pair[0]))
-        styles.append(torch.randn(style_size, generator=stream))
+        styles.append(normals((style_size,), stream))
         seeds.append(int(pair[1]))
-    return torch.stack(styles), torch.tensor(seeds)
+    return torch.stack(styles), torch.tensor(seeds, device="cpu")
 
 
 def _generate(

@@ -34,7 +34,7 @@ from .heads import MarginHead, ShardedMarginHead
 from .interrupts import interrupts
 from .lines import Lines
 from .optim import RowAdamW, RowSGD
-from .randomness import generator, seeded, seeds
+from .randomness import generator, seeded, seeds, standard_defaults
 from .settings import write_toml
 from .sources import Batch, FacesSource, Source
 from .train_config import PRECISIONS, TrainConfig
@@ -143,7 +143,7 @@ class _Model:
 def _model(config: TrainConfig, source: Source, alone: bool, device: torch.device) -> _Model:
     seed = seeds(config.seed, "parameters", 0)
     head: MarginHead | ShardedMarginHead
-    with seeded(seed):  # on the CPU: the same on every device
+    with seeded(seed), standard_defaults():  # on the CPU: the same on every device
         backbone = build_backbone(config, source.image_shape).to(device)
         sizes = config.embedding_size, source.num_classes, config.margin()
         if alone:
@@ -403,8 +403,8 @@ class _Run:
             class_ids, target = self._sampled(step, target)
         count = self.batch_size(step)
         parts = min(config.accumulate, count // self.part.ranks)
-        loss = torch.zeros((), device=self.device)
-        hits = torch.zeros((), device=self.device)
+        loss = torch.zeros((), dtype=torch.float32, device=self.device)
+        hits = torch.zeros((), dtype=torch.float32, device=self.device)
         seed = seeds(config.seed, self.part.purpose("dropout"), step)
         with seeded(seed, self.device):
             for i in range(parts):
@@ -424,7 +424,9 @@ class _Run:
                     hits += stats.top1.sum()
                     if part_loss.isfinite():
                         part_loss.backward()
-        right, stop = self.total(hits, torch.tensor(float(interrupted())))
+        right, stop = self.total(
+            hits, torch.tensor(float(interrupted()), dtype=torch.float64, device="cpu")
+        )
         row = {
             "step": step,
             "epoch": step / self.steps_per_epoch,
@@ -442,9 +444,10 @@ class _Run:
             norm = nn.utils.clip_grad_norm_(self.backbone.parameters(), config.clip_norm)
             if norm.isfinite():  # else the scaler leaves this step out
                 row["gradient_norm"] = norm.item()
-        scaler.step(optimizers["optimizer"])
-        scaler.update()
-        optimizers["centers"].step()
+        with standard_defaults():  # where optimizers make their counters
+            scaler.step(optimizers["optimizer"])
+            scaler.update()
+            optimizers["centers"].step()
         self.history.append(row)
         if self.leads:
             self.lines.append(row)
@@ -547,7 +550,8 @@ def load_backbone(path: Path) -> tuple[IResNet, dict[str, Any]]:
     tensors, state = (sharded.read if sharded.is_sharded(found) else checkpoint.load)(found)
     try:
         config = TrainConfig.from_json(state["config"])
-        backbone = build_backbone(config, tuple(state["data"]["image_shape"]))
+        with standard_defaults():
+            backbone = build_backbone(config, tuple(state["data"]["image_shape"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{found / checkpoint.STATE}: {error}") from error
     prefix = "model.backbone."

@@ -355,9 +355,9 @@ class _Run:
             self.points = self.packer.start.clone()
         else:
             random = generator(self.config.seed, "points", restart)
-            points = torch.randn(self.points.shape, dtype=self.points.dtype, generator=random).to(
-                self.points.device
-            )
+            points = torch.randn(
+                self.points.shape, dtype=self.points.dtype, generator=random, device="cpu"
+            ).to(self.points.device)
             self.points = points / torch.linalg.vector_norm(points, dim=1, keepdim=True)
         self.objective = _OBJECTIVES[self.config.objective](self.packer)
 
@@ -470,7 +470,9 @@ class _Annealed:
         epoch, part = divmod(step, parts)
         if epoch != self.batches[0]:
             random = generator(self.config.seed, "batches", epoch)
-            order = torch.randperm(self.config.count, generator=random).to(self.packer.device)
+            order = torch.randperm(self.config.count, generator=random, device="cpu").to(
+                self.packer.device
+            )
             self.batches = (epoch, order.tensor_split(parts))
         return self.batches[1][part]
 
@@ -512,7 +514,9 @@ class _Langevin(_Annealed):
     def step(self, points: Tensor, step: int, done: float) -> None:
         super().step(points, step, done)
         random = generator(self.config.seed, "noise", step)
-        noise = torch.randn(points.shape, dtype=points.dtype, generator=random).to(points.device)
+        noise = torch.randn(points.shape, dtype=points.dtype, generator=random, device="cpu").to(
+            points.device
+        )
         length = self.NOISE * self.length(done) * (1 - done)
         points.add_(noise, alpha=length / self.config.dim**0.5)
         points.div_(torch.linalg.vector_norm(points, dim=1, keepdim=True))

@@ -41,7 +41,7 @@ from ..guided import (
 )
 from ..heads import MarginHead
 from ..randomness import generator as draws
-from ..randomness import seeded, seeds
+from ..randomness import normals, seeded, seeds, standard_defaults
 from ..sources import fingerprint
 from ..train import CONFIG, train
 from ..train_config import TrainConfig
@@ -242,7 +242,7 @@ def learn_style(
         options: of `run_steps`.
     """
     stage, device = config.style, check_device(config.device)
-    with seeded(seeds(config.seed, "style parameters", 0)):
+    with seeded(seeds(config.seed, "style parameters", 0)), standard_defaults():
         painter = Generator(config.generator, people.channels).to(device)
         critic = Discriminator(config.discriminator, people.channels).to(device)
     optimizers = {
@@ -258,7 +258,7 @@ def learn_style(
         wanted = normalise(_some(people.target.images, stage.batch_size, random))
         wanted = degrade(wanted, domain, random).to(device)
         x = x.to(device)
-        o = torch.randn(len(x), config.generator.styles, generator=random).to(device)
+        o = normals((len(x), config.generator.styles), random).to(device)
         anchor = number % 2 == 1
         drawn = painter(x, torch.zeros_like(o) if anchor else o)
         basis = painter.space.basis
@@ -321,7 +321,7 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 def _some(images: Tensor, count: int, random: torch.Generator) -> Tensor:
-    return images[torch.randint(len(images), (count,), generator=random)]
+    return images[torch.randint(len(images), (count,), generator=random, device="cpu")]
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> None:
@@ -356,7 +356,7 @@ def strength_sweep(
         image, the same at every strength.
     """
     size = painter.config.styles
-    directions = torch.randn(len(images), size, generator=draws(seed, "sweep", 0))
+    directions = normals((len(images), size), draws(seed, "sweep", 0))
     directions = F.normalize(directions).to(images.device)
     with evaluating(recogniser):
         own = recogniser(images)
@@ -366,7 +366,7 @@ def strength_sweep(
 
         axes = [
             torch.stack([cosine((a * axis).expand(len(images), -1)) for a in strengths.tolist()])
-            for axis in torch.eye(size, device=images.device)
+            for axis in torch.eye(size, dtype=torch.float32, device=images.device)
         ]
         random = torch.stack([cosine(a * directions) for a in strengths.tolist()])
     return {"axes": torch.stack(axes), "random": random}
@@ -386,10 +386,12 @@ def guided_gain(
     losses: dict[str, list[Tensor]] = {"style": [], "random": [], "guided": []}
     for number in range(batches):
         random = draws(config.seed, "gain", number)
-        chosen = torch.randint(len(source), (config.guided.batch_size,), generator=random)
+        chosen = torch.randint(
+            len(source), (config.guided.batch_size,), generator=random, device="cpu"
+        )
         x, y = normalise(source.images[chosen]).to(device), source.labels[chosen].to(device)
-        o = torch.randn(len(x), config.generator.styles, generator=random)
-        signs = torch.randint(2, o.shape, generator=random) * 2.0 - 1.0
+        o = normals((len(x), config.generator.styles), random)
+        signs = torch.randint(2, o.shape, generator=random, device="cpu").float() * 2.0 - 1.0
         o, signs = o.to(device), signs.to(device)
         epsilon = config.guided.epsilon
         styles = {
@@ -409,7 +411,7 @@ def similarities(painters: dict[str, Generator]) -> Tensor:
     """(n, n) float64: S(A, B) of every two subspaces."""
     spaces = [painter.space for painter in painters.values()]
     rows = [[subspace_similarity(a, b) for b in spaces] for a in spaces]
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 # -- stage 2 -------------------------------------------------------------------------------------
@@ -446,10 +448,12 @@ def train_guided(
     def step(number: int) -> dict[str, float]:
         _set_lr(optimizer, stage.lr, number, stage.steps)
         random = draws(config.seed, "guided", number)
-        chosen = torch.randint(len(people.source), (stage.batch_size,), generator=random)
+        chosen = torch.randint(
+            len(people.source), (stage.batch_size,), generator=random, device="cpu"
+        )
         x = augment(people.source.images[chosen], random).to(device)
         y = people.source.labels[chosen].to(device)
-        o = torch.randn(len(x) - kept, config.generator.styles, generator=random).to(device)
+        o = normals((len(x) - kept, config.generator.styles), random).to(device)
         if variant != "originals" and len(o):
             if variant == "guided":
                 o = guided_styles(
@@ -560,7 +564,7 @@ def run(
                 progress=shown,
             )
     faces = first_images(people.held, 64).to(device)
-    strengths = torch.linspace(0.0, 6.0, 13)
+    strengths = torch.linspace(0.0, 6.0, 13, dtype=torch.float32, device="cpu")
     sweep = {}
     with bar("strength sweep") as shown:
         if shown:

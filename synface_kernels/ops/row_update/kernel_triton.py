@@ -183,7 +183,9 @@ def sgd(
         coast = lr * momentum * (momentum if nesterov else 1)
         if momentum_buffer is None:
             fast, into, coast = lr * weight_decay, 0.0, 0.0
-        idle = torch.tensor([[1 - fast, -coast], [into, momentum]], dtype=torch.float64)
+        idle = torch.tensor(
+            [[1 - fast, -coast], [into, momentum]], dtype=torch.float64, device="cpu"
+        )
         missed = update.until - last_step.index_select(0, ids).long()
         maps = _powers(idle, missed, step).float().contiguous()
     _launch(
@@ -239,7 +241,9 @@ def adamw(
             ],
             dim=1,
         )
-        kept = torch.tensor([lr, beta1, beta2, 1 / keep], dtype=torch.float64).to(ids.device)
+        kept = torch.tensor([lr, beta1, beta2, 1 / keep], dtype=torch.float64, device="cpu").to(
+            ids.device
+        )
         terms = _terms(lr, beta1, beta2, weight_decay)
     size, root = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
     _launch(

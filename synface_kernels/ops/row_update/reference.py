@@ -24,7 +24,7 @@ def _mix(z: Tensor) -> Tensor:
 
 def row_keys(seed: int, step: int, stream: int, class_ids: Tensor) -> Tensor:
     """(S,) int64 keys of the rows' random bits; ``stream`` tells an optimiser's states apart."""
-    base = _mix(torch.tensor(seed)) ^ (4 * step + stream)
+    base = _mix(torch.tensor(seed, device="cpu")) ^ (4 * step + stream)
     return _mix(_mix(base).to(class_ids.device) ^ class_ids)
 
 
