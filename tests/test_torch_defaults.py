@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from synface import packing
-from synface.data import Augment, Faces, TwoDomainLoader, embedded_faces
+from synface import packing, plan
+from synface.centers import Centers, CentersConfig
+from synface.data import Augment, Faces, TwoDomainLoader, embedded_faces, list_folder
 from synface.evaluate import embed, identify, pixel_embeddings, verify, verify_pairs
 from synface.generate import EigenfaceGenerator, open_generator
 from synface.mixing import (
@@ -27,9 +28,8 @@ from synface.mixing import (
     Mixup,
     TimmMixup,
 )
-from synface.plan import Settings, memory
 from synface.set_report import pair_cosines, pool
-from synface.sources import GeneratedSource, MixedSource
+from synface.sources import FacesSource, GeneratedSource, MixedSource
 from synface.synthesize import styles, synthesize
 from synface.timm_mixup import FastCollateMixup
 from synface.train import TrainConfig, load_backbone, train
@@ -323,12 +323,19 @@ def test_training(changed, faces, tmp_path, optimizer):
     check(changed, run)
 
 
-def test_sources(changed, faces):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_centers(changed, dtype):
+    config = CentersConfig(20, 8, dtype=dtype, seed=3)
+    check(changed, lambda: [(c := Centers.create(config)).weight, c.last_step])
+
+
+def test_sources(changed, faces, folders):
     painter = EigenfaceGenerator(8, 16)
     config = TrainConfig(epochs=1, batch_size=5, embedding_size=16)
     sources = [
         MixedSource(faces, faces, mix_in_workers=True, workers=1),
         MixedSource(faces, faces, workers=1),
+        FacesSource(list_folder(folders[0]), size=(8, 8), workers=1),
         GeneratedSource(normal(4, 8), painter, 2, identity_mixup=IdentityMixup(), real=faces),
     ]
     check(
@@ -360,5 +367,6 @@ def test_evaluation(changed, faces):
     check(changed, run)
 
 
-def test_plan(changed):
-    check(changed, lambda: memory(Settings(1000, backbone="r50")))
+def test_plan(changed, monkeypatch):
+    monkeypatch.setattr(plan, "_backbone", plan._backbone.__wrapped__)  # not what it remembers
+    check(changed, lambda: plan.memory(plan.Settings(1000, backbone="r18")))
