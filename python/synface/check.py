@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -62,3 +64,19 @@ def check_device(device: object) -> torch.device:
             f"device must be one that torch has here, such as 'cpu', got {str(device)!r}: {reason}"
         ) from error
     return found
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Make a folder where it is missing; raise OSError unless files can be written into it.
+
+    Called before any work whose result goes there, ``what`` saying in a few words what that is.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = "it is a file" if folder.is_file() else error.strerror or str(error)
+        raise OSError(
+            error.errno, f"{what} cannot be written into {folder}: {reason}; choose another output"
+        ) from error

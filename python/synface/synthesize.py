@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .check import check_rows, describe
+from .check import check_rows, check_writable, describe
 from .generate import FaceGenerator
 from .randomness import normals
 
@@ -171,7 +171,7 @@ def _begin(root: Path, manifest: dict[str, Any], resume: bool, overwrite: bool) 
     """Leaves a folder with this manifest, and with no image that it does not describe."""
     manifest = json.loads(json.dumps(manifest))
     file = root / MANIFEST
-    root.mkdir(parents=True, exist_ok=True)
+    check_writable(root, "the images")
     stored = _stored(file)
     if stored is None:
         if any(entry.name != MANIFEST + ".part" for entry in root.iterdir()):

@@ -16,7 +16,14 @@ from torch import Tensor
 import synface_kernels as sk
 
 from .. import checkpoint
-from ..check import check_device, check_integer, check_number, check_rows, describe
+from ..check import (
+    check_device,
+    check_integer,
+    check_number,
+    check_rows,
+    check_writable,
+    describe,
+)
 from ..checkpoint import CheckpointError
 from ..embeddings import NAME
 from ..interrupts import interrupts
@@ -152,7 +159,9 @@ class Packed:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raises FileExistsError where a file would be lost."""
+    """Raise FileExistsError where a file would be lost, IsADirectoryError for a folder."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: choose another output")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: choose another output, or --overwrite")
 
@@ -291,6 +300,8 @@ class _Run:
             raise FileExistsError(
                 f"{self.folder} holds a run already: resume it, or choose another folder"
             )
+        if self.folder is not None:
+            check_writable(self.folder, "checkpoints")
         began = time.perf_counter() - self.seconds
         saved = time.perf_counter()
         while True:
