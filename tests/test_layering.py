@@ -84,6 +84,37 @@ def test_what_computes_names_its_source(name):
     assert "Source:" in (inspect.getdoc(getattr(sk, name)) or "")
 
 
+FLOATING = {"empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros"}
+MAKERS = FLOATING | {
+    "arange", "as_tensor", "asarray", "randint", "randperm", "scalar_tensor", "sparse_coo_tensor",
+    "tensor", "tril_indices", "triu_indices",
+}  # fmt: skip
+
+
+def left_to_defaults(tree):
+    """Calls such as torch.zeros whose device or dtype torch's defaults decide.
+
+    Those within nn.Parameter(…) may: a module's parameters are made where its user has them made.
+    """
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name == "nn.Parameter":
+                continue
+            kind = name.removeprefix("torch.")
+            needed = {"device", "dtype"} if kind in FLOATING else {"device"}
+            given = {keyword.arg for keyword in node.keywords}
+            if name.startswith("torch.") and kind in MAKERS and not needed <= given:
+                yield node.lineno
+        yield from left_to_defaults(node)
+
+
+def test_nothing_is_made_where_torchs_defaults_say():
+    for package in ("python/synface", "synface_kernels"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert not list(left_to_defaults(ast.parse(path.read_text()))), path
+
+
 def test_kernels_are_free_of_torch():
     """Tensors of torch's C++ interface appear in the bindings and torch_runtime alone."""
     for path in (ROOT / "csrc").rglob("*"):

@@ -84,7 +84,7 @@ def check_device(device: object) -> torch.device:
         raise TypeError(f"device must be a str or torch.device, got {describe(device)}")
     try:
         found = torch.device(device)
-        torch.zeros(1, device=found).item()
+        torch.zeros(1, dtype=torch.float32, device=found).item()
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(

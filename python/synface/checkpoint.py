@@ -200,10 +200,18 @@ def check_same(
 def optimizer_tensors(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimiser's states, named ``prefix.parameter.state``."""
     return {
-        f"{prefix}.{index}.{name}": torch.as_tensor(value)
+        f"{prefix}.{index}.{name}": state_tensor(value)
         for index, state in optimizer.state_dict()["state"].items()
         for name, value in state.items()
     }
+
+
+def state_tensor(value: Any) -> Tensor:
+    """Return an optimizer's state as it is if it is a tensor, a number as one of the CPU."""
+    if isinstance(value, Tensor):
+        return value
+    dtype = torch.float32 if isinstance(value, float) else None
+    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def restore_optimizer(

@@ -246,7 +246,7 @@ def verify(
 
     unit = F.normalize(embeddings)
     cosines = unit @ unit.T
-    upper = torch.ones(n, n, dtype=torch.bool).triu_(1)
+    upper = torch.ones(n, n, dtype=torch.bool, device="cpu").triu_(1)
     same = labels[:, None] == labels
     genuine = cosines[upper & same].numpy()
     impostor = cosines[upper & ~same].numpy()

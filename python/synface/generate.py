@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .check import check_device
 from .data.embedded import FACES, STYLES, enlarge, lfw_crops, restyle, to_bytes
-from .randomness import seeded
+from .randomness import normals, seeded
 
 
 class FaceGenerator(Protocol):
@@ -104,10 +104,7 @@ class EigenfaceGenerator:
     def generate(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
         _check_arguments(self, embedding, style, seed)
         faces = enlarge(self.faces(embedding), self.image_shape[0])
-        noise = [
-            torch.randn(faces.shape[1:], generator=torch.Generator().manual_seed(s))
-            for s in seed.tolist()
-        ]
+        noise = [normals(faces.shape[1:], torch.Generator().manual_seed(s)) for s in seed.tolist()]
         images = restyle(faces, torch.special.ndtr(style), torch.stack(noise))
         return to_bytes(images).permute(0, 2, 3, 1)
 
@@ -132,7 +129,11 @@ class _InFile:
             "embedding_size": self.embedding_size,
             "style_size": self.style_size,
         }
-        two = (torch.eye(2, self.embedding_size), torch.zeros(2, self.style_size), torch.arange(2))
+        two = (
+            torch.eye(2, self.embedding_size, dtype=torch.float32, device="cpu"),
+            torch.zeros(2, self.style_size, dtype=torch.float32, device="cpu"),
+            torch.arange(2, device="cpu"),
+        )
         height, width, channels = _images(path, self._run(*two), 2).shape[1:]
         self.image_shape = (height, width, channels)
 
@@ -267,7 +268,7 @@ class OnnxGenerator(_InFile):
     def _run(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
         count = len(seed)
         batch = self._batch or count
-        filled = torch.arange(-(-count // batch) * batch).clamp_(max=count - 1)
+        filled = torch.arange(-(-count // batch) * batch, device="cpu").clamp_(max=count - 1)
         outputs = []
         for rows in filled.split(batch):
             inputs = (x[rows].cpu().numpy() for x in (embedding, style, seed))

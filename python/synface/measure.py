@@ -23,6 +23,8 @@ from torch import Tensor
 
 import synface_kernels as sk
 
+from .randomness import normals
+
 METHODS = ("fused", "eager", "torch.compile")
 
 
@@ -36,9 +38,9 @@ class Workload:
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         g = torch.Generator().manual_seed(0)
-        x = torch.randn(self.n, self.d, generator=g).requires_grad_()
-        w = torch.randn(self.c, self.d, generator=g).requires_grad_()
-        return x, w, torch.randint(0, self.c, (self.n,), generator=g)
+        x = normals((self.n, self.d), g).requires_grad_()
+        w = normals((self.c, self.d), g).requires_grad_()
+        return x, w, torch.randint(0, self.c, (self.n,), generator=g, device="cpu")
 
 
 def arcface(x: Tensor, w: Tensor, target: Tensor) -> Tensor:

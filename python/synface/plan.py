@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .backbone import IResNet
 from .check import check_integer, check_number
+from .randomness import standard_defaults
 
 MIB, GIB = 2**20, 2**30
 WORKSPACE = 64 * MIB  # what margin_cross_entropy takes at most, beside its results
@@ -193,7 +194,7 @@ def _backbone(name: str, dim: int) -> tuple[int, float, float]:
 
     Counted by running the network on the meta device, which computes and allocates nothing.
     """
-    with torch.device("meta"):
+    with standard_defaults(), torch.device("meta"):
         network = IResNet(IMAGE, 3, (64, 128, 256, 512), DEPTHS[name], dim)
     own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
 
@@ -208,7 +209,7 @@ def _backbone(name: str, dim: int) -> tuple[int, float, float]:
 
         counter = FlopCounterMode(display=False)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), counter:
-            batch = torch.empty(images, 3, *IMAGE, device="meta")
+            batch = torch.empty(images, 3, *IMAGE, dtype=torch.float32, device="meta")
             network(batch).sum().backward()
         return sum(kept.values()), counter.get_total_flops()
 

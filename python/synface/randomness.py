@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def seeds(seed: int, purpose: str, step: int) -> int:
@@ -18,6 +19,28 @@ def seeds(seed: int, purpose: str, step: int) -> int:
 def generator(seed: int, purpose: str, step: int) -> torch.Generator:
     """On the CPU, at that seed."""
     return torch.Generator().manual_seed(seeds(seed, purpose, step))
+
+
+def normals(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Float32 standard normal draws of a shape, whatever torch's default device and dtype are."""
+    return torch.randn(
+        tuple(shape), generator=generator, dtype=torch.float32, device=generator.device
+    )
+
+
+@contextmanager
+def standard_defaults() -> Iterator[None]:
+    """What is made without a device or dtype is float32 on the CPU, whatever torch's defaults are.
+
+    For building modules: their parameters are then the same in every program.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

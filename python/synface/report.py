@@ -43,7 +43,9 @@ def sample_faces(faces: Faces, path: Path, identities: int = 8, images: int = 10
     rows = []
     for label in range(identities):
         own = faces.images[faces.labels == label][:images]
-        blank = torch.full((images - len(own), *own.shape[1:]), 255, dtype=torch.uint8)
+        blank = torch.full(
+            (images - len(own), *own.shape[1:]), 255, dtype=torch.uint8, device="cpu"
+        )
         rows.append(torch.cat([own, blank]).permute(1, 0, 2, 3).flatten(1, 2))
     grid = torch.cat(rows)
     figure, axes = _figure(images * 0.9, identities * 0.95 + 0.4)

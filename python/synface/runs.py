@@ -17,6 +17,7 @@ from . import checkpoint, sharded
 from .backbone import IResNet
 from .check import available_memory, check_folder
 from .checkpoint import CheckpointError
+from .randomness import standard_defaults
 from .train_config import TrainConfig
 
 CONFIG, METRICS, TIMING = "config.json", "metrics.jsonl", "timing.jsonl"
@@ -57,7 +58,7 @@ def check_network(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet:
             f"embedding_size {config.embedding_size} or the images' size, "
             f"{image_shape[0]}×{image_shape[1]}"
         )
-    with torch.device("meta"):
+    with standard_defaults(), torch.device("meta"):
         return build_backbone(config, image_shape)
 
 

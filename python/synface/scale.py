@@ -28,7 +28,7 @@ from .centers import Centers, CentersConfig
 from .check import available_memory as available_memory  # public here
 from .check import check_integer, check_number
 from .interrupts import interrupts
-from .randomness import generator, seeds
+from .randomness import generator, normals, seeds
 
 MEMORY = {"RssAnon": "anonymous", "RssFile": "file-backed", "VmRSS": "in all"}
 PHASES = ("sample", "log", "read", "loss and gradient", "update")
@@ -97,13 +97,15 @@ class Clusters:
 
     def embeddings(self, identities: Tensor, draw: torch.Generator) -> Tensor:
         directions = self.directions(identities)
-        noise = torch.randn(directions.shape, generator=draw)
+        noise = normals(directions.shape, draw)
         return directions + noise * (self.config.noise / directions.shape[1] ** 0.5)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Embeddings (N, D) float32 and labels (N,) int64 of a step."""
         draw = generator(self._seed, "batch", step)
-        chosen = torch.randint(len(self.identities), (self.config.batch,), generator=draw)
+        chosen = torch.randint(
+            len(self.identities), (self.config.batch,), generator=draw, device="cpu"
+        )
         labels = self.identities[chosen]
         return self.embeddings(labels, draw), labels
 
@@ -111,7 +113,7 @@ class Clusters:
         """A batch of identities outside the working set, where there are any."""
         draw = generator(self._seed, "strangers", 0)
         labels = torch.randint(
-            self.config.centers.num_classes, (self.config.batch,), generator=draw
+            self.config.centers.num_classes, (self.config.batch,), generator=draw, device="cpu"
         )
         labels = labels[~torch.isin(labels, self.identities)]
         return self.embeddings(labels, draw), labels

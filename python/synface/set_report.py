@@ -82,7 +82,7 @@ def evaluate_set(
         fold = torch.from_numpy(data.fold)
         if data.people is not None:
             people = torch.from_numpy(data.people)
-            first = torch.zeros(len(people), dtype=torch.bool)
+            first = torch.zeros(len(people), dtype=torch.bool, device="cpu")
             first[torch.from_numpy(np.unique(data.people, return_index=True)[1])] = True
             if not first.all():
                 found = identify(rows[~first], people[~first], rows[first], people[first])
@@ -107,10 +107,14 @@ def pool(rows: Tensor, template: Tensor, media: Tensor) -> Tensor:
         does.
     """
     both, place = torch.unique(torch.stack([template, media], 1), dim=0, return_inverse=True)
-    means = torch.zeros(len(both), rows.shape[1], dtype=rows.dtype).index_add_(0, place, rows)
+    means = torch.zeros(len(both), rows.shape[1], dtype=rows.dtype, device=rows.device).index_add_(
+        0, place, rows
+    )
     means /= torch.bincount(place, minlength=len(both))[:, None]
     count = int(template.max()) + 1
-    sums = torch.zeros(count, rows.shape[1], dtype=rows.dtype).index_add_(0, both[:, 0], means)
+    sums = torch.zeros(count, rows.shape[1], dtype=rows.dtype, device=rows.device).index_add_(
+        0, both[:, 0], means
+    )
     return F.normalize(sums)
 
 

@@ -183,7 +183,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
         tensors = {
-            key: torch.empty(metadata.size, dtype=metadata.properties.dtype)
+            key: torch.empty(metadata.size, dtype=metadata.properties.dtype, device="cpu")
             for key, metadata in stored.items()
             if key.startswith("model.")
         }
@@ -235,7 +235,7 @@ def _tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> d
     for parameter, values in chain.from_iterable(o.state.items() for o in optimizers):
         name = names[parameter]
         for key, value in values.items():
-            value = torch.as_tensor(value)
+            value = checkpoint.state_tensor(value)
             by_row = name in shards and value.dim() and len(value) == len(parameter)
             tensors[f"optimizer.{name}.{key}"] = Shard(value, *shards[name]) if by_row else value
     return tensors

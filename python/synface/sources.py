@@ -232,7 +232,9 @@ class MixedSource:
             flip=0.5 * min(config.augment, 1.0),
         )
         height, width, channels = self.image_shape
-        mixed = torch.empty(config.batch_size, channels, height, width, device=device)
+        mixed = torch.empty(
+            config.batch_size, channels, height, width, dtype=torch.float32, device=device
+        )
         with TwoDomainLoader(
             self.synthetic,
             self.real,

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .check import check_rows, describe
+from .check import check_folder, check_rows, describe
 from .generate import FaceGenerator
+from .randomness import normals
 
 MANIFEST = "synthesis.json"
 FORMAT = 1
@@ -170,6 +171,7 @@ def _begin(root: Path, manifest: dict[str, Any], resume: bool, overwrite: bool) 
     """Leaves a folder with this manifest, and with no image that it does not describe."""
     manifest = json.loads(json.dumps(manifest))
     file = root / MANIFEST
+    check_folder("output", root)
     root.mkdir(parents=True, exist_ok=True)
     stored = _stored(file)
     if stored is None:
@@ -228,9 +230,9 @@ def styles(
     for words in zip(identity.tolist(), image.tolist(), strict=True):
         pair = np.random.SeedSequence([seed, *words]).generate_state(2, np.uint64) >> np.uint64(1)
         stream = torch.Generator().manual_seed(int(pair[0]))
-        styles.append(torch.randn(style_size, generator=stream))
+        styles.append(normals((style_size,), stream))
         seeds.append(int(pair[1]))
-    return torch.stack(styles), torch.tensor(seeds)
+    return torch.stack(styles), torch.tensor(seeds, device="cpu")
 
 
 def _generate(

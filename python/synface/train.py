@@ -35,7 +35,7 @@ from .heads import MarginHead, ShardedMarginHead
 from .interrupts import interruption, interrupts
 from .lines import Lines
 from .optim import RowAdamW, RowSGD
-from .randomness import generator, seeded, seeds
+from .randomness import generator, seeded, seeds, standard_defaults
 from .runs import (
     CENTERS,
     CHECKPOINTS,
@@ -169,7 +169,7 @@ class _Model:
 def _model(config: TrainConfig, source: Source, alone: bool, device: torch.device) -> _Model:
     seed = seeds(config.seed, "parameters", 0)
     head: MarginHead | ShardedMarginHead
-    with seeded(seed):  # on the CPU: the same on every device
+    with seeded(seed), standard_defaults():  # on the CPU: the same on every device
         backbone = build_backbone(config, source.image_shape).to(device)
         sizes = config.embedding_size, source.num_classes, config.margin()
         if alone:
@@ -470,8 +470,8 @@ class _Run:
             class_ids, target = self._sampled(step, target)
         count = self.batch_size(step)
         parts = min(config.accumulate, count // self.part.ranks)
-        loss = torch.zeros((), device=self.device)
-        hits = torch.zeros((), device=self.device)
+        loss = torch.zeros((), dtype=torch.float32, device=self.device)
+        hits = torch.zeros((), dtype=torch.float32, device=self.device)
         seed = seeds(config.seed, self.part.purpose("dropout"), step)
         with seeded(seed, self.device):
             for i in range(parts):
@@ -492,7 +492,8 @@ class _Run:
                     if part_loss.isfinite():
                         part_loss.backward()
         came = interrupted()
-        right, *ranks = self.total(hits, *(torch.tensor(came == each) for each in SIGNALS))
+        ended = (torch.tensor(came == each, device="cpu") for each in SIGNALS)
+        right, *ranks = self.total(hits, *ended)
         stop = next((each for each, count in zip(SIGNALS, ranks, strict=True) if count), 0)
         row = {
             "step": step,
@@ -511,9 +512,10 @@ class _Run:
             norm = nn.utils.clip_grad_norm_(self.backbone.parameters(), config.clip_norm)
             if norm.isfinite():  # else the scaler leaves this step out
                 row["gradient_norm"] = norm.item()
-        scaler.step(optimizers["optimizer"])
-        scaler.update()
-        optimizers["centers"].step()
+        with standard_defaults():  # where optimizers make their counters
+            scaler.step(optimizers["optimizer"])
+            scaler.update()
+            optimizers["centers"].step()
         self.history.append(row)
         if self.leads:
             self.lines.append(row)

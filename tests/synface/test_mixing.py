@@ -371,6 +371,30 @@ def test_domain_mixup_names_what_is_wrong(changed, error, message):
         DomainMixup(3, 2)(**arguments | changed)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_other_integers_and_columns_are_labels_too(dtype):
+    labels = torch.tensor([1, 0, 2])
+    other = torch.tensor([0, 1])
+    column = labels[:, None].to(dtype)
+    for mixer in (Mixup(), CutMix(), TimmMixup(1.0, 1.0, num_classes=3, layout="NHWC")):
+        pictures = pixels(3)
+        wanted = mixer(pictures, labels, seeded())
+        torch.testing.assert_close(mixer(pictures, column, seeded()), wanted, rtol=0, atol=0)
+    rows = torch.rand(3, 4)
+    wanted = IdentityMixup()(rows, labels, seeded())
+    torch.testing.assert_close(IdentityMixup()(rows, column, seeded()), wanted, rtol=0, atol=0)
+    mix = DomainMixup(3, 2)
+    wanted = mix(pixels(3), labels, pixels(2), other, generator=seeded())
+    column_of_two = other[:, None].to(dtype)
+    mixed = mix(pixels(3), column, pixels(2), column_of_two, generator=seeded())
+    torch.testing.assert_close(mixed, wanted, rtol=0, atol=0)
+    psi = torch.tensor([0.25, 1.0, 0.5], dtype=torch.float64)
+    targets, weights = mix.label(column, other[[0, 1, 0], None].to(dtype), psi)
+    assert targets.tolist() == [[1, 3], [0, 4], [2, 3]]
+    assert targets.dtype == torch.int64
+    assert weights.tolist() == [[0.25, 0.75], [1, 0], [0.5, 0.5]]
+
+
 def test_one_batch_mixers_name_what_is_wrong():
     for call in (
         lambda y: Mixup()(pixels(2), y),
@@ -380,7 +404,7 @@ def test_one_batch_mixers_name_what_is_wrong():
         with pytest.raises(ValueError, match="labels must be ≥ 0, got -5 in row 1"):
             call(torch.tensor([0, -5]))
         with pytest.raises(ValueError, match="labels must be int64 of shape"):
-            call(torch.tensor([[0], [1]]))
+            call(torch.tensor([[0, 1], [1, 0]]))
     with pytest.raises(ValueError, match=r"alpha must be floating point \(N, D\), got int64"):
         IdentityMixup()(torch.ones(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"target must be in \[0, 2\), got 2 in row 0"):
@@ -470,6 +494,17 @@ def test_boxes_are_where_the_definition_puts_them():
     assert set(seen) == set(definition)
     theory = [definition[box] * batch / (height * width) for box in seen]
     assert stats.chisquare(list(seen.values()), theory).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_boxes_are_pasted_alike_with_and_without_gradients(layout, per_sample):
+    images = torch.rand(5, *SIZE, 3, generator=seeded())
+    images = images if layout == "NHWC" else images.permute(0, 3, 1, 2)
+    mix = CutMix(per_sample=per_sample, layout=layout)
+    plain = mix(images, torch.arange(5), seeded(1)).images
+    tracked = mix(images.clone().requires_grad_(), torch.arange(5), seeded(1)).images
+    assert torch.equal(plain, tracked)
 
 
 def test_cutmix_keeps_what_is_not_finite_where_it_is():

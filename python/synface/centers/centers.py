@@ -87,8 +87,12 @@ class Centers:
             OSError: where the disk has not enough room, before anything is written or replaced.
         """
         if directory is None:
-            records = torch.zeros(config.num_classes, config.width, dtype=DTYPES[config.dtype])
-            centers = cls(config, records, torch.zeros(config.num_classes, dtype=torch.int32))
+            records = torch.zeros(
+                config.num_classes, config.width, dtype=DTYPES[config.dtype], device="cpu"
+            )
+            centers = cls(
+                config, records, torch.zeros(config.num_classes, dtype=torch.int32, device="cpu")
+            )
             _initialise(centers, progress)
             return centers
         files = Files.create(Path(directory), config, overwrite, sync)
@@ -239,7 +243,9 @@ class Centers:
         if self._files is not None:
             self._files.close()
         self.step = -1
-        self._records = self.weight = self.last_step = torch.empty(0)
+        self._records = self.weight = self.last_step = torch.empty(
+            0, dtype=torch.float32, device="cpu"
+        )
         self.states = {}
 
     def remove(self) -> None:

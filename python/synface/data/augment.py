@@ -81,7 +81,9 @@ class Augment:
         if self.strength == 0.0:
             return x
         s = self.strength
-        random = torch.rand(len(x), 12, generator=generator, device=generator.device).to(x.device)
+        random = torch.rand(
+            len(x), 12, generator=generator, dtype=torch.float32, device=generator.device
+        ).to(x.device)
         signed = (2.0 * random - 1.0) * s
         x = warp(
             x,
@@ -100,7 +102,7 @@ class Augment:
         for axis, length in ((0, x.shape[2]), (1, x.shape[3])):
             side = random[:, 1 + axis] * 0.4 * min(self.strength, 1.0)
             start = random[:, 3 + axis] * (1.0 - side)
-            at = (torch.arange(length, device=x.device) + 0.5) / length
+            at = (torch.arange(length, dtype=x.dtype, device=x.device) + 0.5) / length
             inside.append((at >= start[:, None]) & (at < (start + side)[:, None]))
         erased = inside[0][:, :, None] & inside[1][:, None, :]
         erased &= (random[:, 0] < 0.25 * self.strength)[:, None, None]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from synface.data.augment import warp
 from synface.data.folder import DataError, Faces
+from synface.randomness import normals
 
 FACES = 100  # of the file's 200 crops, the first 100 show faces
 STYLES = 10  # numbers that `restyle` takes for each image
@@ -53,13 +54,15 @@ def embedded_faces(
     generator = torch.Generator().manual_seed(seed)
     varied = [originals]
     for _ in range(images_per_identity - 1):
-        random = torch.rand(identities, STYLES, generator=generator)
-        noise = torch.randn(originals.shape, generator=generator)
+        random = torch.rand(
+            identities, STYLES, generator=generator, dtype=torch.float32, device="cpu"
+        )
+        noise = normals(originals.shape, generator)
         varied.append(restyle(originals, random, noise))
     images = torch.stack([to_bytes(x) for x in varied], 1)
     return Faces(
         images.view(-1, size, size, 1),
-        torch.arange(identities).repeat_interleave(images_per_identity),
+        torch.arange(identities, device="cpu").repeat_interleave(images_per_identity),
         [f"lfw{i:03d}" for i in range(identities)],
         f"scikit-image's LFW crops ({identities} people, varied)",
     )
@@ -126,11 +129,11 @@ def restyle(x: Tensor, random: Tensor, noise: Tensor) -> Tensor:
         angle=signed[:, 0] * math.radians(12.0),
         zoom=torch.exp(signed[:, 1] * math.log(1.12)),
         shift=signed[:, 2:4] * 0.08,
-        flip=torch.zeros(len(x), dtype=torch.bool),
+        flip=torch.zeros(len(x), dtype=torch.bool, device=x.device),
     )
     x = _blur(x, random[:, 4] * BLUR * side, radius=max(1, math.ceil(2.0 * BLUR * side)))
     # Light falls from a random direction.
-    at = torch.linspace(-1.0, 1.0, side)
+    at = torch.linspace(-1.0, 1.0, side, dtype=x.dtype, device=x.device)
     slope = signed[:, 5:7, None, None] * 0.2
     gradient = slope[:, 0:1] * at[:, None] + slope[:, 1:2] * at
     gain = torch.exp(signed[:, 7] * math.log(1.35)).view(-1, 1, 1, 1)
@@ -144,7 +147,7 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
 
     Sums of shifted images, not a convolution: its rounding would depend on the batch.
     """
-    at = torch.arange(-radius, radius + 1, dtype=x.dtype)
+    at = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
     taps = torch.softmax(-0.5 * (at / sigma.clamp_min(1e-3)[:, None]) ** 2, 1)
     padded = F.pad(x, (radius,) * 4, mode="replicate")
     for dim in (2, 3):

@@ -164,7 +164,10 @@ class _Loader(Generic[BatchT]):
         self.steps_per_epoch = order.batches(batch_size)
         self.timing = Timing(workers)
         self._mixup, self._seed, self._part = mixup, seed, part
-        self._labels = [torch.as_tensor(domain.labels) for domain in domains]
+        self._labels = [
+            labels if isinstance(labels, Tensor) else torch.from_numpy(labels)
+            for labels in (domain.labels for domain in domains)
+        ]
         self._next = self._ahead = first_step  # to hand out; to give to a worker
         self._last = last_step
         self._done: dict[int, Done] = {}

@@ -86,7 +86,7 @@ def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 
     from ..randomness import generator
 
-    order = torch.randperm(count, generator=generator(seed, "order", epoch)).numpy()
+    order = torch.randperm(count, generator=generator(seed, "order", epoch), device="cpu").numpy()
     order.flags.writeable = False
     return order
 

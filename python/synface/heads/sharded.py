@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import synface_kernels as sk
 
 from ..check import check_integer, describe
-from ..randomness import generator
+from ..randomness import generator, normals
 from .fused import FusedHead, labels_of
 from .partial_fc import _times
 
@@ -106,7 +106,7 @@ class ShardedMarginHead(FusedHead):
             first = block * INIT_ROWS
             low, high = max(first, self.class_start), min(first + INIT_ROWS, end)
             draws = generator(self.seed, "centres", block)
-            drawn = torch.randn(INIT_ROWS, size, generator=draws, device="cpu") * self.init_std
+            drawn = normals((INIT_ROWS, size), draws) * self.init_std
             rows = slice(low - self.class_start, high - self.class_start)
             self.weight[rows] = drawn[low - first : high - first].to(self.weight)
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from .. import checkpoint
+from ..check import check_folder
 from ..checkpoint import CheckpointError
 from .packer import Packed, Packer, Progress, check_output
 from .plot import plot
@@ -42,7 +43,8 @@ def pack(
         ValueError: for an output of another suffix, or an objective twice.
         FileExistsError: where something would be lost.
         CheckpointError: where there is nothing to resume, or it is of another run.
-        OSError: where something cannot be written; checkpoints stay.
+        OSError: where something cannot be written: before anything is packed if the folder shows
+            it, otherwise (a full disk, say) checkpoints stay.
         KeyboardInterrupt, Terminated: on Ctrl-C and on SIGTERM, with a checkpoint written.
     """
     names = [packer.config.objective for packer in packers]
@@ -57,6 +59,10 @@ def pack(
         raise CheckpointError(f"nothing to resume: no checkpoints in {folders[names[0]]}")
     for file in (*files.values(), picture):
         check_output(file, overwrite)
+    check_folder(f"the folder of {output.name}", output.parent)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    import matplotlib.figure  # noqa: F401 - raises before the packing, not after it
+
     if not resume:
         for folder in folders.values():
             if overwrite:
@@ -66,7 +72,6 @@ def pack(
                     f"{folder} holds an interrupted run: --resume goes on with it, "
                     "--overwrite discards it"
                 )
-    output.parent.mkdir(parents=True, exist_ok=True)
     packings = []
     for name, packer in zip(names, packers, strict=True):
         begun = bool(checkpoint.checkpoints(folders[name]))

@@ -16,7 +16,14 @@ from torch import Tensor
 import synface_kernels as sk
 
 from .. import checkpoint
-from ..check import check_device, check_integer, check_number, check_rows, describe
+from ..check import (
+    check_device,
+    check_folder,
+    check_integer,
+    check_number,
+    check_rows,
+    describe,
+)
 from ..checkpoint import CheckpointError
 from ..embeddings import NAME
 from ..interrupts import interruption, interrupts
@@ -152,7 +159,9 @@ class Packed:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raises FileExistsError where a file would be lost."""
+    """Raise FileExistsError where a file would be lost, IsADirectoryError for a folder."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: choose another output")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: choose another output, or --overwrite")
 
@@ -292,6 +301,8 @@ class _Run:
             raise FileExistsError(
                 f"{self.folder} holds a run already: resume it, or choose another folder"
             )
+        if self.folder is not None:
+            check_folder("folder", self.folder)
         began = time.perf_counter() - self.seconds
         saved = time.perf_counter()
         while True:
@@ -356,9 +367,9 @@ class _Run:
             self.points = self.packer.start.clone()
         else:
             random = generator(self.config.seed, "points", restart)
-            points = torch.randn(self.points.shape, dtype=self.points.dtype, generator=random).to(
-                self.points.device
-            )
+            points = torch.randn(
+                self.points.shape, dtype=self.points.dtype, generator=random, device="cpu"
+            ).to(self.points.device)
             self.points = points / torch.linalg.vector_norm(points, dim=1, keepdim=True)
         self.objective = _OBJECTIVES[self.config.objective](self.packer)
 
@@ -471,7 +482,9 @@ class _Annealed:
         epoch, part = divmod(step, parts)
         if epoch != self.batches[0]:
             random = generator(self.config.seed, "batches", epoch)
-            order = torch.randperm(self.config.count, generator=random).to(self.packer.device)
+            order = torch.randperm(self.config.count, generator=random, device="cpu").to(
+                self.packer.device
+            )
             self.batches = (epoch, order.tensor_split(parts))
         return self.batches[1][part]
 
@@ -513,7 +526,9 @@ class _Langevin(_Annealed):
     def step(self, points: Tensor, step: int, done: float) -> None:
         super().step(points, step, done)
         random = generator(self.config.seed, "noise", step)
-        noise = torch.randn(points.shape, dtype=points.dtype, generator=random).to(points.device)
+        noise = torch.randn(points.shape, dtype=points.dtype, generator=random, device="cpu").to(
+            points.device
+        )
         length = self.NOISE * self.length(done) * (1 - done)
         points.add_(noise, alpha=length / self.config.dim**0.5)
         points.div_(torch.linalg.vector_norm(points, dim=1, keepdim=True))

@@ -150,7 +150,7 @@ def machine() -> str:
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Mean and (over two values or more) standard deviation, with the values."""
-    tensor = torch.tensor(values, dtype=torch.float64)
+    tensor = torch.tensor(values, dtype=torch.float64, device="cpu")
     std = tensor.std().item() if len(values) > 1 else None
     return {"mean": tensor.mean().item(), "std": std, "values": list(values)}
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from ..guided import (
 )
 from ..heads import MarginHead
 from ..randomness import generator as draws
-from ..randomness import seeded, seeds
+from ..randomness import normals, seeded, seeds, standard_defaults
 from ..runs import check_network
 from ..sources import fingerprint
 from ..train import CONFIG, train
@@ -243,7 +244,7 @@ def learn_style(
         options: of `run_steps`.
     """
     stage, device = config.style, check_device(config.device)
-    with seeded(seeds(config.seed, "style parameters", 0)):
+    with seeded(seeds(config.seed, "style parameters", 0)), standard_defaults():
         painter = Generator(config.generator, people.channels).to(device)
         critic = Discriminator(config.discriminator, people.channels).to(device)
     optimizers = {
@@ -259,7 +260,7 @@ def learn_style(
         wanted = normalise(_some(people.target.images, stage.batch_size, random))
         wanted = degrade(wanted, domain, random).to(device)
         x = x.to(device)
-        o = torch.randn(len(x), config.generator.styles, generator=random).to(device)
+        o = normals((len(x), config.generator.styles), random).to(device)
         anchor = number % 2 == 1
         drawn = painter(x, torch.zeros_like(o) if anchor else o)
         basis = painter.space.basis
@@ -322,7 +323,7 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 def _some(images: Tensor, count: int, random: torch.Generator) -> Tensor:
-    return images[torch.randint(len(images), (count,), generator=random)]
+    return images[torch.randint(len(images), (count,), generator=random, device="cpu")]
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> None:
@@ -357,7 +358,7 @@ def strength_sweep(
         image, the same at every strength.
     """
     size = painter.config.styles
-    directions = torch.randn(len(images), size, generator=draws(seed, "sweep", 0))
+    directions = normals((len(images), size), draws(seed, "sweep", 0))
     directions = F.normalize(directions).to(images.device)
     with evaluating(recogniser):
         own = recogniser(images)
@@ -367,7 +368,7 @@ def strength_sweep(
 
         axes = [
             torch.stack([cosine((a * axis).expand(len(images), -1)) for a in strengths.tolist()])
-            for axis in torch.eye(size, device=images.device)
+            for axis in torch.eye(size, dtype=torch.float32, device=images.device)
         ]
         random = torch.stack([cosine(a * directions) for a in strengths.tolist()])
     return {"axes": torch.stack(axes), "random": random}
@@ -387,10 +388,12 @@ def guided_gain(
     losses: dict[str, list[Tensor]] = {"style": [], "random": [], "guided": []}
     for number in range(batches):
         random = draws(config.seed, "gain", number)
-        chosen = torch.randint(len(source), (config.guided.batch_size,), generator=random)
+        chosen = torch.randint(
+            len(source), (config.guided.batch_size,), generator=random, device="cpu"
+        )
         x, y = normalise(source.images[chosen]).to(device), source.labels[chosen].to(device)
-        o = torch.randn(len(x), config.generator.styles, generator=random)
-        signs = torch.randint(2, o.shape, generator=random) * 2.0 - 1.0
+        o = normals((len(x), config.generator.styles), random)
+        signs = torch.randint(2, o.shape, generator=random, device="cpu").float() * 2.0 - 1.0
         o, signs = o.to(device), signs.to(device)
         epsilon = config.guided.epsilon
         styles = {
@@ -410,7 +413,7 @@ def similarities(painters: dict[str, Generator]) -> Tensor:
     """(n, n) float64: S(A, B) of every two subspaces."""
     spaces = [painter.space for painter in painters.values()]
     rows = [[subspace_similarity(a, b) for b in spaces] for a in spaces]
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 # -- stage 2 -------------------------------------------------------------------------------------
@@ -447,10 +450,12 @@ def train_guided(
     def step(number: int) -> dict[str, float]:
         _set_lr(optimizer, stage.lr, number, stage.steps)
         random = draws(config.seed, "guided", number)
-        chosen = torch.randint(len(people.source), (stage.batch_size,), generator=random)
+        chosen = torch.randint(
+            len(people.source), (stage.batch_size,), generator=random, device="cpu"
+        )
         x = augment(people.source.images[chosen], random).to(device)
         y = people.source.labels[chosen].to(device)
-        o = torch.randn(len(x) - kept, config.generator.styles, generator=random).to(device)
+        o = normals((len(x) - kept, config.generator.styles), random).to(device)
         if variant != "originals" and len(o):
             if variant == "guided":
                 o = guided_styles(
@@ -563,7 +568,7 @@ def run(
                 progress=shown,
             )
     faces = first_images(people.held, 64).to(device)
-    strengths = torch.linspace(0.0, 6.0, 13)
+    strengths = torch.linspace(0.0, 6.0, 13, dtype=torch.float32, device="cpu")
     sweep = {}
     with bar("strength sweep") as shown:
         if shown:
@@ -608,8 +613,9 @@ def _check_networks(config: CfsmConfig) -> None:
     """Raises ValueError unless all networks take the images; without memory for any of it."""
     size = config.data.size
     check_network(config.recogniser, (size, size, 1))
-    with torch.device("meta"):
-        image, style = torch.empty(1, 1, size, size), torch.empty(1, config.generator.styles)
+    with standard_defaults(), torch.device("meta"):
+        make = partial(torch.empty, dtype=torch.float32, device="meta")
+        image, style = make(1, 1, size, size), make(1, config.generator.styles)
         Generator(config.generator)(image, style)
         Discriminator(config.discriminator)(image)
 

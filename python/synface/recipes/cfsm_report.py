@@ -15,6 +15,7 @@ from ..data import normalise
 from ..generate import EigenfaceGenerator
 from ..guided import identity_gap
 from ..randomness import generator as draws
+from ..randomness import normals
 from ..report import ACCENT, INK, QUIET, _figure, _save
 from .cells import machine, table
 from .cfsm import EMBEDDED, Results, first_images
@@ -134,9 +135,9 @@ def portraits(results: Results, count: int = 6) -> Tensor:
         return first_images(results.people.held, count)
     painter = EigenfaceGenerator(64, data.size)
     random = draws(results.config.seed, "portraits", 0)
-    who = F.normalize(torch.randn(count, painter.embedding_size, generator=random))
-    still = torch.zeros(count, painter.style_size)
-    return normalise(painter.generate(who, still, torch.arange(count)))
+    who = F.normalize(normals((count, painter.embedding_size), random))
+    still = torch.zeros(count, painter.style_size, dtype=torch.float32, device="cpu")
+    return normalise(painter.generate(who, still, torch.arange(count, device="cpu")))
 
 
 # -- plots ---------------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ def _guided_plot(results: Results, path: Path) -> None:
     ):
         steps, loss = _column(rows, "loss")
         window = max(1, len(loss) // 20)
-        smooth = torch.tensor(loss).unfold(0, window, 1).mean(1)
+        smooth = torch.tensor(loss, dtype=torch.float64, device="cpu").unfold(0, window, 1).mean(1)
         axes.plot(steps[window - 1 :], smooth.numpy(), color=color, linewidth=1, label=variant)
     axes.set_xlabel("step")
     axes.set_ylabel("loss, running mean")
@@ -272,7 +273,7 @@ def _faces_plot(results: Results, faces: Tensor, path: Path) -> None:
     for domain, painter in results.painters.items():
         device = painter.space.mean.device
         random = draws(results.config.seed, f"shown {domain}", 0)
-        o = torch.randn(len(faces), painter.config.styles, generator=random).to(device)
+        o = normals((len(faces), painter.config.styles), random).to(device)
         rows += [degrade(faces, domain, random)]
         rows += [painter(faces.to(device), 0 * o).cpu(), painter(faces.to(device), o).cpu()]
         names += [domain, "o = 0", "o ~ N(0, I)"]
@@ -286,7 +287,7 @@ def _strength_picture(results: Results, face: Tensor, path: Path) -> None:
     images = face.to(strengths.device).expand(len(strengths), -1, -1, -1)
     rows = [
         painter(images, strengths[:, None] * axis)
-        for axis in torch.eye(painter.config.styles, device=strengths.device)
+        for axis in torch.eye(painter.config.styles, dtype=torch.float32, device=strengths.device)
     ]
     names = [f"u{i + 1}" for i in range(len(rows))]
     title = f"{results.config.guided.domain}: one face, ‖o‖ growing along each axis"

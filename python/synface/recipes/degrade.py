@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..randomness import normals
+
 
 def _low_resolution(x: Tensor, random: torch.Generator) -> Tensor:
     factor = _uniform(2.5, 5.0, (), random).item()
@@ -20,7 +22,7 @@ def _low_resolution(x: Tensor, random: torch.Generator) -> Tensor:
 def _blurred(x: Tensor, random: torch.Generator) -> Tensor:
     sigma = _uniform(1 / 24, 1 / 12, (), random).item() * x.shape[3]
     radius = min(math.ceil(2.5 * sigma), *(side - 1 for side in x.shape[2:]))
-    at = torch.arange(-radius, radius + 1, dtype=x.dtype)
+    at = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
     taps = torch.softmax(-0.5 * (at / sigma) ** 2, 0).expand(x.shape[1], 1, 1, -1)
     padded = F.pad(x, (radius,) * 4, mode="reflect")
     across = F.conv2d(padded, taps, groups=x.shape[1])
@@ -29,23 +31,25 @@ def _blurred(x: Tensor, random: torch.Generator) -> Tensor:
 
 def _noisy(x: Tensor, random: torch.Generator) -> Tensor:
     strength = _uniform(0.2, 0.5, (len(x), 1, 1, 1), random)
-    return x + strength * torch.randn(x.shape, generator=random)
+    return x + strength * normals(x.shape, random)
 
 
 def _dark(x: Tensor, random: torch.Generator) -> Tensor:
     gain = _uniform(0.15, 0.4, (len(x), 1, 1, 1), random)
-    return (x + 1.0) * gain - 1.0 + 0.04 * torch.randn(x.shape, generator=random)
+    return (x + 1.0) * gain - 1.0 + 0.04 * normals(x.shape, random)
 
 
 def _mixed(x: Tensor, random: torch.Generator) -> Tensor:
     """Each image by one of the four."""
     changed = torch.stack([f(x, random) for f in (_low_resolution, _blurred, _noisy, _dark)])
-    which = torch.randint(len(changed), (len(x),), generator=random)
-    return changed[which, torch.arange(len(x))]
+    which = torch.randint(len(changed), (len(x),), generator=random, device="cpu")
+    return changed[which, torch.arange(len(x), device="cpu")]
 
 
 def _uniform(low: float, high: float, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
-    return low + (high - low) * torch.rand(shape, generator=random)
+    return low + (high - low) * torch.rand(
+        shape, generator=random, dtype=torch.float32, device="cpu"
+    )
 
 
 DOMAINS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from ..check import check_integer
 from ..data import Faces, embedded_faces, read_folder
 from ..generate import FaceGenerator, open_generator
 from ..randomness import generator as draws
+from ..randomness import normals
 
 EIGENFACES, EMBEDDED = "eigenfaces", "embedded"
 EMBEDDED_IMAGES = 10  # of each of the embedded faces
@@ -64,7 +64,7 @@ class PainterConfig:
 
 def identities(count: int, dim: int, seed: int) -> Tensor:
     """(count, dim) random identities, unit rows, float32."""
-    return F.normalize(torch.randn(count, dim, generator=draws(seed, "identities", 0)))
+    return F.normalize(normals((count, dim), draws(seed, "identities", 0)))
 
 
 def check_seeds(seeds: tuple[int, ...]) -> None:

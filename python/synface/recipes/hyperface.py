@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -239,8 +240,10 @@ def run(
 
 def _in_one_style(painter: FaceGenerator, points: Tensor) -> Tensor:
     """(N, H·W·C) unit rows: the pixels of each identity's face, less the mean face."""
-    style = torch.zeros(len(points), painter.style_size)
-    faces = painter.generate(points, style, torch.zeros(len(points), dtype=torch.int64))
+    style = torch.zeros(len(points), painter.style_size, dtype=torch.float32, device="cpu")
+    faces = painter.generate(
+        points, style, torch.zeros(len(points), dtype=torch.int64, device="cpu")
+    )
     return pixel_embeddings(faces, faces.double().mean(0))
 
 
@@ -303,7 +306,7 @@ def _plot(results: Results, figures: dict[str, Any], path: Path) -> None:
     for ax, found, title in zip(axes, (results.cosines, results.drawn), titles, strict=False):
         for kind, color in zip(KINDS, (ACCENT, INK), strict=True):
             values = torch.cat(found[kind]).sort().values
-            ax.plot(values.numpy(), torch.linspace(0, 1, len(values)), color=color, label=kind)
+            ax.plot(values.numpy(), np.linspace(0, 1, len(values)), color=color, label=kind)
         ax.set_title(title, color=INK, fontsize=10)
         ax.set_xlabel("cosine to the nearest other person")
     axes[0].set_ylabel("share that is no nearer")
@@ -326,12 +329,12 @@ def _faces_plot(results: Results, path: Path, people: int = 6, images: int = 8) 
     config, painter = results.config, results.painter
     seed, rows = config.seeds[0], min(people, config.data.identities)
     points = results.points["packed"][0]
-    who = torch.arange(rows).repeat_interleave(images)
-    style, noise = styles(seed, who.numpy(), torch.arange(images).repeat(rows).numpy(),
-                          painter.style_size)  # fmt: skip
-    drawn = painter.generate(points[who], style, noise)
+    who = np.repeat(np.arange(rows), images)
+    style, noise = styles(seed, who, np.tile(np.arange(images), rows), painter.style_size)
+    labels = torch.from_numpy(who)
+    drawn = painter.generate(points[labels], style, noise)
     names = [str(i) for i in range(rows)]
-    sample_faces(Faces(drawn, who, names, "generated, packed identities"), path, rows, images)
+    sample_faces(Faces(drawn, labels, names, "generated, packed identities"), path, rows, images)
 
 
 def _page(results: Results, figures: dict[str, Any], command: str, faces: bool) -> str:

@@ -50,7 +50,7 @@ MEANING = {
     "noise": "its strength",
     "all": "all of these",
 }
-STILL = torch.zeros(10)
+STILL = torch.zeros(10, dtype=torch.float32, device="cpu")
 STILL[[4, 9]] = -8.0  # no blur, no noise: both grow from 0 at the lowest number
 
 
@@ -105,7 +105,7 @@ class OneAttribute:
         self.embedding_size, self.style_size = painter.embedding_size, painter.style_size
         self.image_shape = painter.image_shape
         self.description = painter.description | {"varied": attribute}
-        self._varied = torch.zeros(painter.style_size, dtype=torch.bool)
+        self._varied = torch.zeros(painter.style_size, dtype=torch.bool, device="cpu")
         self._varied[list(ATTRIBUTES[attribute])] = True
 
     def generate(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -226,10 +227,9 @@ def _faces_plot(results: Results, path: Path, count: int = 9) -> None:
     data, painter = results.config.data, results.painter
     seed = results.config.seeds[0]
     pair = identities(data.identities, data.embedding_size, seed)[:2]
-    share = torch.linspace(1, 0, count)[:, None]
+    share = torch.linspace(1, 0, count, dtype=torch.float32, device="cpu")[:, None]
     between = F.normalize(share * pair[0] + (1 - share) * pair[1])
-    style, noise = styles(seed, torch.zeros(count).long().numpy(), torch.arange(count).numpy(),
-                          painter.style_size)  # fmt: skip
+    style, noise = styles(seed, np.zeros(count, int), np.arange(count), painter.style_size)
     rows = [
         painter.generate(pair[0].expand(count, -1), style, noise),
         painter.generate(between, torch.zeros_like(style), noise),

@@ -143,7 +143,9 @@ class PairSum(torch.autograd.Function):
         exponential, needs_grad = potential[0] == "log_sum_exp", ctx.needs_input_grad[0]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         x = x.detach().contiguous()
-        nothing = torch.full((), -torch.inf if exponential else 0.0, dtype=torch.float64)
+        nothing = torch.full(
+            (), -torch.inf if exponential else 0.0, dtype=torch.float64, device="cpu"
+        )
         nothing = nothing.to(x.device)
         total = nothing
         # Under log_sum_exp a gradient is that of a logarithm of its own: in units of e^−unit.

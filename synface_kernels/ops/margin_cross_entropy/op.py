@@ -726,7 +726,7 @@ def _scattered(class_ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
     if torch.compiler.is_compiling():
         return rows.new_zeros(shape).index_copy(0, class_ids, rows)
     return torch.sparse_coo_tensor(
-        class_ids[None], rows, shape, is_coalesced=True, check_invariants=False
+        class_ids[None], rows, shape, device=rows.device, is_coalesced=True, check_invariants=False
     )
 
 

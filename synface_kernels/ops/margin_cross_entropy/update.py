@@ -124,7 +124,7 @@ def facts(update: object) -> Any:
 
 def anchor() -> Tensor:
     """What makes a backward pass where nothing else requires grad."""
-    return torch.zeros((), requires_grad=True, device="cpu")
+    return torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
 
 
 def check_unmoved(weight: Tensor, version: int) -> None:
