@@ -57,7 +57,8 @@ def evaluate_set(
     Rank-1 identification of a `PairSet` that names people: each person's first image is the
     gallery, the other images are the probes. Of a `TemplateSet`: its gallery and probe lists.
 
-    Args, Raises: as `embed_store` and `verify_pairs`.
+    Args, Raises: as `embed_store` and `verify_pairs`. A model that returns a tuple, such as
+        AdaFace's (embedding, norm), is taken for its first item.
 
     Memory: the embeddings, (N, D) float32, and what `verify_pairs` takes.
     """
