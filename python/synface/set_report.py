@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .evaluate import Identification, Verification, embed_store, identify, verify_pairs
-from .report import _STYLE, _figure, _save
+from .report import _STYLE, _figure, _save, write_page
 from .verification_sets import PairSet, TemplateSet
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -202,5 +202,5 @@ def write(folder: Path, results: Sequence[SetResult], about: Mapping[str, Any]) 
 <img src="roc.png" alt="ROC curves"><img src="det.png" alt="DET curves">
 </html>
 """
-    (folder / "index.html").write_text(page)
+    write_page(folder / "index.html", page)
     return folder / "index.html"

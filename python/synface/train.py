@@ -30,6 +30,7 @@ from .check import check_device
 from .checkpoint import CheckpointError
 from .data import DataError, Faces, ImageSet
 from .data.order import WHOLE, Part
+from .extras import extra
 from .heads import MarginHead, ShardedMarginHead
 from .interrupts import interrupts
 from .lines import Lines
@@ -37,7 +38,7 @@ from .optim import RowAdamW, RowSGD
 from .randomness import generator, seeded, seeds
 from .settings import write_toml
 from .sources import Batch, FacesSource, Source
-from .train_config import PRECISIONS, TrainConfig
+from .train_config import TrainConfig
 
 CONFIG, METRICS, TIMING = "config.json", "metrics.jsonl", "timing.jsonl"
 VERIFICATION = "verification.jsonl"
@@ -477,7 +478,7 @@ class _Run:
         return figures
 
     def _embed(self, images: Tensor) -> Tensor:
-        dtype = PRECISIONS[self.config.precision]
+        dtype = getattr(torch, self.config.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             embeddings = self.network(images).float()
         if self.model.scaler.is_enabled():
@@ -495,7 +496,8 @@ class _Run:
 @contextmanager
 def _tensorboard(output: Path, first: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
     """A function that writes figures of a step; those of later steps, of an earlier run, go."""
-    from torch.utils.tensorboard import SummaryWriter  # optional: the extra tensorboard
+    with extra("tensorboard", "the log for TensorBoard"):
+        from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(output / "tensorboard"), purge_step=first) as writer:
 

@@ -9,11 +9,14 @@ import typer
 
 from ..data import convert
 from ..data.images import FORMATS
-from .options import RelabelOption
+from .options import RelabelOption, refuse
 from .terminal import Bar, say
+
+UNSHARDED = ("folder", "recordio")
 
 
 def convert_command(
+    context: typer.Context,
     source: Annotated[
         Path,
         typer.Argument(
@@ -29,6 +32,8 @@ def convert_command(
     ] = 512,
 ) -> None:
     """Write images in another format, their bytes as they are."""
+    if to in UNSHARDED:
+        refuse(context, f"with --to {to}, which has no shards", "shard_size")
     with Bar(f"converting {source}") as bar:
         written = convert(
             source,

@@ -6,21 +6,16 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 
-from ..data import embedded_faces
-from ..train import train
-from ..train_config import TrainConfig
 from .options import SeedOption
 from .terminal import Bar, console, say
-from .verification import print_verification, verify_network, verify_pixels
 
 
 def info_command() -> None:
     """Versions, devices, and which implementation each op takes."""
-    from synface_kernels import _env
+    from synface_kernels import _env, margin_cross_entropy  # noqa: F401  (importing an op registers it)
 
     say(_env.report())
 
@@ -36,10 +31,16 @@ def demo_command(
     """Train on real faces, verify on others, measure the fused softmax; write a report."""
     import tempfile
 
+    import torch
+
     import synface_kernels as sk
     from synface_kernels import _env
 
     from .. import measure, report
+    from ..data import embedded_faces
+    from ..train import train
+    from ..train_config import TrainConfig
+    from .verification import print_verification, verify_network, verify_pixels
 
     began = time.perf_counter()
     faces = embedded_faces(images_per_identity=images, identities=identities, seed=seed)

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .. import checkpoint
-from ..check import check_device
-from ..data import Faces, embedded_faces, open_images, read_folder
-from ..data.loader import Domain, common_shape, opened
-from ..mixing import Beta, Constant, Grid, Ratio
-from ..ranks import joined
-from ..sources import FacesSource, MixedSource, fingerprint
-from ..train import CONFIG, load_backbone, train
+from ..data import open_images
 from ..train_config import TrainConfig
 from ..verification_sets import PairSet, TemplateSet, open_set
 from .options import (
@@ -33,11 +27,20 @@ from .options import (
     SeedOption,
     SizeOption,
     parse_size,
+    refuse,
 )
 from .terminal import Bar, console, interrupts, say
-from .verification import figures, print_verification, verify_network, verify_pixels
 
-DEFAULT = TrainConfig()
+if TYPE_CHECKING:  # they import torch, which takes longer than all else that --help needs
+    import torch
+
+    from ..data import Faces
+    from ..data.loader import Domain
+    from ..mixing import Ratio
+    from ..set_report import SetResult
+    from ..sources import MixedSource
+
+DEFAULT = TrainConfig  # its class attributes
 EMBEDDED = "default"  # as a folder: the embedded faces
 # What config.json holds of how a run was started, and what one means that was written earlier.
 TEXT: tuple[type, ...] = (str, type(None))
@@ -71,6 +74,8 @@ def _faces(
     relabel: bool = False,
     memory: int = 8 << 10,  # MiB
 ) -> Faces:
+    from ..data import embedded_faces, read_folder
+
     if data is None:
         if size is not None and size[0] != size[1]:
             raise ValueError(f"the embedded faces are square, got --size {size[0]}x{size[1]}")
@@ -93,6 +98,9 @@ def _split(
 
     The former are in memory too if all, as RGB, take at most so many MiB.
     """
+    from ..data import read_folder
+    from ..data.loader import common_shape, opened
+
     images = open_images(data, relabel) if data else None
     size = size or (FOLDER_SIZE if images else None)
     if images is None or size is None or 3 * math.prod(size) * len(images) <= memory << 20:
@@ -115,6 +123,8 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
 
 
 def _ratio(text: str) -> Ratio:
+    from ..mixing import Beta, Constant, Grid
+
     name, _, value = text.partition(":")
     try:
         if name == "grid" and not value:
@@ -129,6 +139,9 @@ def _ratio(text: str) -> Ratio:
 
 def _mixed(run: dict[str, Any], workers: int) -> tuple[MixedSource, Faces]:
     """The two domains that a run mixes, and the real people held out."""
+    from ..data import read_folder
+    from ..sources import MixedSource
+
     if not (run["synthetic"] and run["real"]) or run["data"]:
         raise ValueError("--synthetic and --real go together, without --data")
     embedded, size = run["synthetic"] == EMBEDDED, parse_size(run["size"])
@@ -238,6 +251,11 @@ def train_command(
     config_file: ConfigOption = None,
 ) -> None:
     """Train on an image folder (or the embedded faces) and verify on people kept out."""
+    from ..ranks import joined
+    from ..sources import FacesSource
+    from ..train import train
+    from .verification import figures, print_verification, verify_network, verify_pixels
+
     given = context.params | {"widths": _numbers("--widths", widths)}
     given["depths"] = _numbers("--depths", depths)
     run: dict[str, Any] = {
@@ -254,8 +272,10 @@ def train_command(
     names = {f.name for f in fields(TrainConfig)} & given.keys()
     config = TrainConfig(**{name: given[name] for name in names})
     if resume is not None:
+        refuse(context, "with --resume: the run goes on as it was", "output", "config_file")
         run, config = _stored_run(context, resume)
         output = resume
+    _refuse_idle(context, run, config)
     rank = context.with_resource(joined(device))
     console.quiet = not rank.leads
     folder = output or rank.agreed(Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
@@ -314,8 +334,22 @@ def train_command(
         )
 
 
+def _refuse_idle(context: typer.Context, run: dict[str, Any], config: TrainConfig) -> None:
+    """Raise ValueError for an option that the others keep from having any effect."""
+    if run["synthetic"] or run["real"]:
+        refuse(context, "with --synthetic and --real: they are decoded while it trains", "memory")
+    else:
+        refuse(context, "without --synthetic and --real", "mix_ratio", "per_sample")
+    if config.schedule != "polynomial":
+        refuse(context, f"with --schedule {config.schedule}", "power")
+    if not run["holdout"]:
+        refuse(context, "with --holdout 0: there is nobody to verify on", "verify_every")
+
+
 def _stored_run(context: typer.Context, folder: Path) -> tuple[dict[str, Any], TrainConfig]:
     """How the run was started; options given now must agree with it."""
+    from ..train import CONFIG
+
     run, config = _command(folder / CONFIG)
     stored = run | asdict(config)
     stored |= {name: _joined(stored[name]) for name in ("widths", "depths")}
@@ -349,6 +383,7 @@ def _command(file: Path) -> tuple[dict[str, Any], TrainConfig]:
 
 
 def eval_command(
+    context: typer.Context,
     run: Annotated[
         Path | None, typer.Argument(help="A run's folder, or one checkpoint's.", show_default=False)
     ] = None,
@@ -369,15 +404,22 @@ def eval_command(
     ] = None,
     resize: Annotated[
         bool,
-        typer.Option("--resize", help="With --set: resize images; else another size is an error."),
+        typer.Option(
+            "--resize",
+            help="With --set: resize images; else another size is an error. Those of --data "
+            "always are.",
+        ),
     ] = False,
-    flip: Annotated[
-        bool, typer.Option(help="With --set: add the embedding of the mirror image.")
-    ] = True,
-    device: Annotated[str, typer.Option(help="With --set: where the network runs.")] = "cpu",
-    batch_size: Annotated[int, typer.Option(help="With --set: images at once.", min=1)] = 256,
+    flip: Annotated[bool, typer.Option(help="Add the embedding of the mirror image.")] = True,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Where the network runs: cpu, cuda, cuda:1 …; auto is cuda where there is one."
+        ),
+    ] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 256,
     output: Annotated[
-        Path | None, typer.Option(help="With --set: folder of the report (table, curves, JSON).")
+        Path | None, typer.Option(help="Folder of a report (table, curves, JSON).")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Image folder. Default: the one that the run trained on.")
@@ -390,29 +432,53 @@ def eval_command(
             min=0,
         ),
     ] = None,
-    relabel: RelabelOption = False,
+    relabel: Annotated[
+        bool,
+        typer.Option(
+            "--relabel",
+            help="With --data: number the labels that have images from 0 on; else gaps are an "
+            "error.",
+        ),
+    ] = False,
 ) -> None:
     """Verify a trained network on pairs of images, beside raw pixels, or on verification sets."""
+    from .. import checkpoint
+    from ..data import Faces
+    from ..set_report import SetResult
+    from ..sources import fingerprint
+    from ..train import CONFIG, load_backbone
+    from .verification import print_verification, verify_network, verify_pixels
+
     if (run is None) == (checkpoint_ is None):
         raise ValueError("eval needs one run: its folder, or --checkpoint")
     run = run or checkpoint_
     assert run is not None
-    backbone, state = load_backbone(run)
-    height, width, channels = state["data"]["image_shape"]
     if sets:
         if data is not None or holdout is not None:
             raise ValueError("--set goes without --data and --holdout")
-        backbone.to(check_device(device))
-        _evaluate_sets(
+        refuse(context, "with --set", "relabel")
+    else:
+        refuse(context, "without --set", "images")
+        refuse(context, "without --set: images get the network's size", "resize")
+        if data is None:
+            refuse(context, "without --data: the run's own is read as in training", "relabel")
+    backbone, state = load_backbone(run)
+    height, width, channels = state["data"]["image_shape"]
+    on = _device(device)
+    backbone.to(on)
+    about = {"run": str(run), "step": state["step"], "flip": flip, "device": str(on)}
+    if sets:
+        opened_sets = [open_set(path, images) for path in sets]
+        _make_folder(output)
+        results = _evaluate_sets(
             backbone,
-            [open_set(path, images) for path in sets],
+            opened_sets,
             (height, width, channels),
-            {"run": str(run), "step": state["step"], "flip": flip, "device": device},
-            output,
             batch_size=batch_size,
             flip=flip,
             resize=resize,
         )
+        _report(output, results, about)
         return
     config, memory = checkpoint.find(run).parent.parent / CONFIG, MEMORY
     if data is None or config.exists():  # held in memory, or not, as in training
@@ -438,18 +504,58 @@ def eval_command(
     if isinstance(rest, Faces) and data is not None:  # as a mixed run knows it
         prints.append(fingerprint(open_images(data, relabel).split(holdout or 0)[0]))
     unseen = state["data"]["fingerprint"].split()[-1] in prints
-    pixels = verify_pixels(held)
-    print_verification(verify_network(backbone, held), pixels, held, unseen)
+    _make_folder(output)
+    results = []
+    for name, score in (
+        ("raw pixels", lambda: verify_pixels(held)),
+        ("trained network", lambda: verify_network(backbone, held, batch_size, flip)),
+    ):
+        began = time.perf_counter()
+        found = score()
+        seconds = time.perf_counter() - began
+        results.append(SetResult(name, held.source, len(held), seconds, found, None))
+    pixels, trained = (result.verification for result in results)
+    print_verification(trained, pixels, held, unseen)
+    people = f"{len(held.identities)}{' never trained on' if unseen else ''}"
+    _report(output, results[::-1], about | {"people": people})
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    from ..check import check_device
+
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    return check_device(cuda if name == "auto" else name)
+
+
+def _make_folder(output: Path | None) -> None:
+    """Make a report's folder before the work that it reports on."""
+    if output is None:
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if not os.access(output, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ValueError(
+            f"--output {output} must be a folder that can be written to: {error.strerror}"
+        ) from error
+
+
+def _report(output: Path | None, results: Sequence[SetResult], about: dict[str, Any]) -> None:
+    from .. import set_report
+
+    if output is not None:
+        say(f"report: {set_report.write(output, results, about)}")
 
 
 def _evaluate_sets(
     backbone: torch.nn.Module,
     sets: list[PairSet | TemplateSet],
     image_shape: tuple[int, int, int],
-    about: dict[str, Any],
-    output: Path | None,
     **options: Any,
-) -> None:
+) -> list[SetResult]:
     from .. import set_report
 
     results = []
@@ -463,6 +569,4 @@ def _evaluate_sets(
     for row in rows:
         shown.add_row(*map(escape, row))
     console.print(shown)
-    if output is not None:
-        page = set_report.write(output, results, about)
-        say(f"report: {page}")
+    return results

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from ..extras import extra
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -22,6 +24,7 @@ EXTENSIONS = frozenset(
 SUFFIXES = {"BMP": "bmp", "PNG": "png", "PPM": "pnm", "TIFF": "tif", "WEBP": "webp"}  # else JPEG
 MAX_PIXELS = 1 << 26  # of one image; more is taken for a decompression bomb
 NAMED = 5  # bad files that an error names
+READING = "reading images"  # in errors
 GREY = ("1", "L", "LA")  # Pillow's modes without colour
 
 
@@ -66,7 +69,8 @@ def natural(text: str) -> tuple[list[str | int], str]:
 
 
 def _open(file: BinaryIO) -> Image.Image:
-    from PIL import Image
+    with extra("train", READING):
+        from PIL import Image
 
     image = Image.open(file, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
@@ -89,7 +93,8 @@ def header(file: BinaryIO) -> tuple[str, tuple[int, int]]:
 
 def decode(file: BinaryIO) -> Image.Image:
     """The image, decoded in full and turned by its EXIF orientation."""
-    from PIL import ImageOps
+    with extra("train", READING):
+        from PIL import ImageOps
 
     image = _open(file)
     image.load()
@@ -104,7 +109,8 @@ def read_into(
     Raises:
         OSError: if it is not of the (H, W) that is expected.
     """
-    from PIL import Image
+    with extra("train", READING):
+        from PIL import Image
 
     height, width, channels = pixels.shape
     image = decode(file)
@@ -126,7 +132,8 @@ def attempt(function: Callable) -> Callable:
     """
 
     def attempted(*arguments):
-        from PIL import Image, UnidentifiedImageError
+        with extra("train", READING):
+            from PIL import Image, UnidentifiedImageError
 
         try:
             return function(*arguments), None
