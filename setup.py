@@ -6,6 +6,7 @@ and a CUDA build of torch are found.
 
 import os
 import shutil
+import subprocess
 import sys
 from glob import glob
 
@@ -33,6 +34,30 @@ def want_cuda() -> bool:
     return choice != "0" and nvcc and torch_cuda is not None
 
 
+def name_architectures() -> None:
+    """Choose the GPU architectures where no GPU is visible, for torch asks only those that are.
+
+    An image is often built on a machine without a GPU. The last one is compiled to PTX too, which
+    later GPUs can run.
+    """
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if given not in ("", "native") or torch.cuda.device_count() > 0:
+        return
+    nvcc = os.path.join(CUDA_HOME, "bin", "nvcc")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    offered = set(known.stdout.split())
+    chosen = [f"{a // 10}.{a % 10}" for a in ARCHITECTURES if f"compute_{a}" in offered]
+    if not chosen:
+        sys.exit(
+            f"{nvcc} offers {known.stdout.split()}, none of the architectures {ARCHITECTURES}: "
+            "name yours, as in TORCH_CUDA_ARCH_LIST=8.6, or build without CUDA by SYNFACE_CUDA=0"
+        )
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(chosen) + "+PTX"
+    print(f"no GPU is visible: CUDA sources compiled for {os.environ['TORCH_CUDA_ARCH_LIST']}")
+
+
+# Ampere, Hopper, Blackwell: those that tools/cuda_check.py holds to budgets.
+ARCHITECTURES = (80, 90, 100)
 # One instruction set for the whole build: faster ones are chosen at run time, per function.
 # No contraction: where a fused multiply-add is meant, the source says so, so that the instruction
 # sets agree wherever they promise to. Nobody reads the floating-point exceptions, which else keep
@@ -51,6 +76,8 @@ CPU_KERNELS = [*sorted(glob("csrc/*/cpu.cpp")), "csrc/simd/isa.cpp"]
 OPENMP = glob(os.path.join(os.path.dirname(torch.__file__), "lib", "libgomp*.so*")) or ["-fopenmp"]
 
 cuda_sources = sorted(glob("csrc/*/cuda.cu")) if want_cuda() else []
+if cuda_sources:
+    name_architectures()
 TorchExtension = CUDAExtension if cuda_sources else CppExtension
 
 

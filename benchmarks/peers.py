@@ -408,17 +408,17 @@ PEERS: dict[str, list[Peer]] = {
             lambda c: _elements(c, c.torch_dtype.itemsize if "fresh" in c.options else 0),
         ),
         Peer(
-            "copy_ of as many bytes",
-            "torch copy_ of a uint8 tensor of as many bytes as the op reads and writes together; "
-            "it moves twice as many",
-            lambda work: _copy(work, work.bytes),
-            lambda c: 2 * c.bytes,
-        ),
-        Peer(
-            "copy_ of half as many",
-            "torch copy_ of a uint8 tensor of half as many bytes: it moves what the op must move",
+            "copy_ that moves as many bytes",
+            "torch copy_ of a uint8 tensor of half the bytes that the op moves: it reads one half "
+            "and writes the other",
             lambda work: _copy(work, work.bytes // 2),
             lambda c: c.bytes,
+        ),
+        Peer(
+            "copy_ that moves twice as many",
+            "torch copy_ of a uint8 tensor of as many bytes as the op reads and writes together",
+            lambda work: _copy(work, work.bytes),
+            lambda c: 2 * c.bytes,
         ),
         Peer(
             "eager torch",

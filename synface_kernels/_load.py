@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import platform
+import warnings
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 import torch
 
@@ -16,18 +19,32 @@ library.define("_empty_result(int[] size, ScalarType dtype, bool channels_last) 
 
 
 def _load() -> str | None:
-    """Loads the torch extension; returns why it could not be, or None."""
-    spec = importlib.util.find_spec(f"{NAMESPACE}._C")
+    """Load the torch extension; return why it could not be loaded, or None."""
+    here = Path(__file__).parent  # not another copy's extension
+    spec = PathFinder.find_spec(f"{NAMESPACE}._C", [str(here)])
     if spec is None or spec.origin is None:
-        return "the extension synface_kernels._C is not built (pip install --no-build-isolation .)"
+        others = sorted(p.name for p in here.glob("_C.*"))
+        if others:
+            version = platform.python_version()
+            return f"the extension was built for another Python than {version}: {others}"
+        return "the extension synface_kernels._C is not built"
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:  # built against another torch, or a library is missing
-        return f"the extension {spec.origin} does not load: {error}"
+        return f"the extension {spec.origin} does not load in torch {torch.__version__}: {error}"
     return None
 
 
 extension_error = _load()
+if extension_error is not None:
+    warnings.warn(
+        f"synface_kernels has no CPU kernels, so on a CPU its ops run their plain torch "
+        f"definition, which is slow and holds whole matrices: {extension_error}. "
+        "Build it for this Python and torch by `pip install --no-build-isolation .` in its source; "
+        "`python -m synface_kernels` shows what runs.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def cpu_isa() -> str:

@@ -108,7 +108,8 @@ def test_mixup_peers_compute_what_ours_does(dtype, memory_format, result, monkey
 
 def test_mixup_floors_copy_what_they_say():
     work = peers.MixupWorkload(dry(MIXUP), CPU)
-    for name, share in (("copy_ of as many bytes", 1), ("copy_ of half as many", 2)):
+    shares = {"copy_ that moves as many bytes": 2, "copy_ that moves twice as many": 1}
+    for name, share in shares.items():
         assert peers.find(MIXUP, name).build(work)().nbytes == dry(MIXUP).bytes // share
 
 

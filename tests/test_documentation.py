@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import shlex
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from PIL import Image
+from synface import ranks
 from synface.cli import app
+from synface.data import convert, open_images
 from typer.testing import CliRunner
 
 from synface_kernels import _env
@@ -18,14 +25,63 @@ README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def test_the_code_in_the_readme_runs(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) >= 2
+CONTINUES = "<!-- continues -->"  # the block below goes on in the namespace of the one above
+
+
+def blocks(page: Path) -> list[tuple[int, bool, str]]:
+    """Return each Python block of a page: its first line, whether it goes on, and its code."""
+    text = page.read_text()
+    found = re.finditer(rf"^({CONTINUES}\n)?```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [(text.count("\n", 0, m.start(2)), bool(m[1]), m[2]) for m in found]
+
+
+def run_blocks(page: Path) -> dict[str, object]:
+    """Run a page's blocks, each in a namespace of its own unless it goes on; return the last."""
     names: dict[str, object] = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for block in blocks:  # the second goes on where the first ends
-            exec(compile(block, "README.md", "exec"), names)
+    for line, continues, code in blocks(page):
+        if not continues:
+            names = {"__name__": "__main__"}
+        # The lines of an error are the page's.
+        exec(compile("\n" * line + code, str(page), "exec"), names)
+    return names
+
+
+@pytest.fixture
+def a_readers_folder(tmp_path, monkeypatch):
+    """The files that the pages speak of, small, and the environment that torchrun makes."""
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (24, 16, 16, 3), np.uint8)
+    for i, image in enumerate(pixels):
+        file = tmp_path / "orl" / f"s{i // 2}" / f"{i % 2}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(file)
+    convert(open_images(tmp_path / "orl"), tmp_path / "orl-rec", "recordio")
+    encoded = []
+    for image in pixels:
+        file = BytesIO()
+        Image.fromarray(image).resize((112, 112)).save(file, "PNG")
+        encoded.append(file.getvalue())
+    same = [i % 2 == 0 for i in range(len(encoded) // 2)]
+    (tmp_path / "lfw.bin").write_bytes(pickle.dumps((encoded, same)))
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "0")  # any that is free
+    yield
+    if dist.is_initialized():
+        ranks.leave()
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p)], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_python_blocks_run(page, a_readers_folder):
+    run_blocks(page)
+
+
+def test_a_training_loop_in_the_readme_learns(a_readers_folder, capsys):
+    names = run_blocks(ROOT / "README.md")
     losses = [float(x) for x in re.findall(r"loss ([\d.]+), accuracy", capsys.readouterr().out)]
     assert len(losses) == 3
     assert losses[-1] < losses[0]
@@ -33,6 +89,13 @@ def test_the_code_in_the_readme_runs(capsys):
     assert isinstance(loss, torch.Tensor)
     loss.backward()
     assert names["centers"].grad.isfinite().all()
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "index.md").read_text()
+    linked = {(ROOT / "docs" / t).resolve() for t in re.findall(r"\]\(([^)#]+)", index)}
+    pages = {page for page in (ROOT / "docs").rglob("*.md") if page.name != "index.md"}
+    assert pages <= linked
 
 
 def test_the_chain_in_the_readme_runs(tmp_path, monkeypatch):

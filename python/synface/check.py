@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the command line checks folders, for which it need not wait for torch
+    import torch
+    from torch import Tensor
 
 
 def describe(value: object) -> str:
     """A tensor's dtype, shape and device, or a value with its type."""
+    from torch import Tensor
+
     if not isinstance(value, Tensor):
         return f"{type(value).__name__} {value!r}"
     kind = str(value.dtype).removeprefix("torch.")
@@ -38,6 +46,8 @@ def check_rows(name: str, rows: Tensor) -> Tensor:
 
     Squares in float32 would overflow from 1e19 on, and vanish from 1e-23 on.
     """
+    import torch
+
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
     for wrong, what in ((~norms.isfinite(), "not finite"), (norms == 0, "zero")):
         if wrong.any():
@@ -49,8 +59,35 @@ def check_rows(name: str, rows: Tensor) -> Tensor:
     return norms
 
 
+def check_folder(name: str, folder: Path) -> None:
+    """Raise OSError unless files can be written to a folder, or to one that is made there.
+
+    Tried in the nearest folder that exists; nothing is left of it.
+    """
+    there = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), Path())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".synface-", dir=there):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"{name} must be a folder that can be written to, got {folder}: "
+            f"{there}: {error.strerror}; choose another"
+        ) from error
+
+
+def available_memory() -> int | None:
+    """Bytes that the system could give to a process, where it says so."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
 def check_device(device: object) -> torch.device:
     """The device, if torch can compute on it here; raises TypeError or ValueError if not."""
+    import torch
+
     if not isinstance(device, (str, torch.device)):
         raise TypeError(f"device must be a str or torch.device, got {describe(device)}")
     try:

@@ -1,32 +1,72 @@
-"""Ctrl-C that waits for the end of a step."""
+"""Ctrl-C and SIGTERM that wait for the end of a step."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-@contextmanager
-def interrupts() -> Iterator[Callable[[], bool]]:
-    """Lets Ctrl-C wait for the end of a step; a second one does not wait.
+class Terminated(SystemExit):
+    """The process was asked to end by SIGTERM; unhandled, it exits with 143 and no traceback."""
 
-    Yields whether it was pressed. Outside the main thread, which alone gets it, never.
+    code = 128 + signal.SIGTERM
+
+    def __init__(self) -> None:
+        super().__init__(self.code)
+
+
+def interruption(signum: int) -> BaseException:
+    """Return what to raise where this signal ends a loop."""
+    return Terminated() if signum == signal.SIGTERM else KeyboardInterrupt()
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
+def raise_on_sigterm() -> None:
+    """Let SIGTERM raise `Terminated` from here on, as Ctrl-C raises KeyboardInterrupt.
+
+    So what is cleaned up after Ctrl-C is cleaned up after SIGTERM. For a command's process, which
+    is its own; a library leaves the signal to its caller.
     """
-    pressed = False
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
 
-    def on_interrupt(*_: object) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], int]]:
+    """Let Ctrl-C and SIGTERM wait for the end of a step; a second one does not wait.
+
+    SIGTERM is what SLURM, containers and `kill` send. A handler of the caller's for it stays.
+
+    Yields a function that returns the first signal's number, or 0 while none has come. Outside the
+    main thread, which alone gets signals, it always returns 0.
+    """
+    came, at = 0, 0.0
+    # torchrun passes SIGTERM on to ranks that a scheduler has sent it to already: one request
+    patience = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+
+    def on_signal(signum: int, _: object) -> None:
+        nonlocal came, at
+        if came and time.monotonic() - at >= patience:
+            raise interruption(signum)
+        if not came:
+            came, at = signum, time.monotonic()
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
-    before = signal.signal(signal.SIGINT, on_interrupt)
+    caught = [signal.SIGINT]
+    if signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, _terminate):
+        caught.append(signal.SIGTERM)
+    before = {each: signal.signal(each, on_signal) for each in caught}
     try:
-        yield lambda: pressed
+        yield lambda: came
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)

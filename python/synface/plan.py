@@ -390,6 +390,8 @@ def read_measured(path: Path) -> dict[str, Any]:
         for rate in ("copy_gigabyte_per_second", "product_tflop_per_second"):
             if not float(result["ceilings"][rate]) > 0:
                 raise ValueError(f"its {rate} must be above 0, got {result['ceilings'][rate]}")
+    except OSError as error:
+        raise ValueError(f"{path} (--measured) cannot be read: {error.strerror}") from error
     except (KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is no result of make gpu-evidence: {reason}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import statistics
 import threading
 import time
@@ -24,6 +25,7 @@ from synface_kernels import _env
 
 from . import checkpoint
 from .centers import Centers, CentersConfig
+from .check import available_memory as available_memory  # public here
 from .check import check_integer, check_number
 from .extras import extra
 from .interrupts import interrupts
@@ -148,15 +150,6 @@ class MemoryWatch:
                 break
 
 
-def available_memory() -> int | None:
-    """Bytes that the system could give to a process, where it says so."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
 def _disk() -> dict[str, int]:
     """Bytes that this process has read from and written to disks, where it may know."""
     with contextlib.suppress(OSError):
@@ -187,7 +180,7 @@ def run(
 ) -> dict[str, Any]:
     """Trains ``centers`` on `Clusters`, and returns what was measured, ready for JSON.
 
-    Ctrl-C ends it after the step that it is in.
+    Ctrl-C and SIGTERM end it after the step that it is in; "ended by" names the signal, else None.
 
     Args:
         centers: made by ``config.centers``.
@@ -209,7 +202,7 @@ def run(
     disk = _disk()
     began = time.perf_counter()
     with MemoryWatch() as memory, interrupts() as interrupted:
-        while not interrupted():
+        while not (signum := interrupted()):
             row = _step(config, centers, clusters)
             history.append(row)
             progress(row)
@@ -233,6 +226,7 @@ def run(
         "machine": f"{_env.processor()}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}",
         "config": asdict(config),
+        "ended by": signal.Signals(signum).name if signum else None,
         "steps": len(history),
         "seconds": seconds,
         "steps_per_second": len(history) / seconds,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -32,16 +33,30 @@ from .data import DataError, Faces, ImageSet
 from .data.order import WHOLE, Part
 from .extras import extra
 from .heads import MarginHead, ShardedMarginHead
-from .interrupts import interrupts
+from .interrupts import interruption, interrupts
 from .lines import Lines
 from .optim import RowAdamW, RowSGD
 from .randomness import generator, seeded, seeds
+from .runs import (
+    CENTERS,
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    TIMING,
+    VERIFICATION,
+    backbone_of,
+    build_backbone,
+    check_backbone,
+    check_start,
+    inherited,
+    read,
+)
+from .runs import load_backbone as load_backbone  # public here
 from .settings import write_toml
 from .sources import Batch, FacesSource, Source
 from .train_config import TrainConfig
 
-CONFIG, METRICS, TIMING = "config.json", "metrics.jsonl", "timing.jsonl"
-VERIFICATION = "verification.jsonl"
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the first one counts where ranks got different ones
 
 
 class Progress(Protocol):
@@ -56,7 +71,8 @@ class Progress(Protocol):
 class Trained:
     """A trained model, with what was logged at every step, and the timing of the reading if any.
 
-    On several ranks the head is this rank's share of the classes.
+    On several ranks the head is this rank's share of the classes. ``init`` says what was taken over
+    from another run.
     """
 
     backbone: IResNet
@@ -64,19 +80,7 @@ class Trained:
     config: TrainConfig
     history: list[dict[str, float]]
     timing: dict[str, float] | None
-
-
-def build_backbone(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet:
-    """The backbone of a configuration for (H, W, C) images."""
-    height, width, channels = image_shape
-    return IResNet(
-        (height, width),
-        channels,
-        config.widths,
-        config.depths,
-        config.embedding_size,
-        config.dropout,
-    )
+    init: str | None = None
 
 
 @dataclass
@@ -123,6 +127,28 @@ class _Model:
         if scaler:
             self.scaler.load_state_dict(scaler)
         return state["step"]
+
+    def begin_with(self, init: Path, num_classes: int) -> str:
+        """Takes over another run's backbone, and its centers where they are as many; what it took.
+
+        Raises:
+            CheckpointError: for a checkpoint that is damaged, or of a network of other shapes.
+        """
+        found, tensors, _ = read(init)
+        theirs, own = backbone_of(tensors), self.head.weight
+        check_backbone(found, theirs, self.backbone)
+        centers = tensors.get(CENTERS, own[:0])
+        if centers.shape[1:] != own.shape[1:]:
+            raise CheckpointError(
+                f"{found}: {CENTERS} must be of shape (C, {own.shape[1]}), got "
+                f"{tuple(centers.shape)}"
+            )
+        self.backbone.load_state_dict(theirs)
+        if len(centers) == num_classes:
+            first = self.head.class_start if isinstance(self.head, ShardedMarginHead) else 0
+            with torch.no_grad():
+                own.copy_(centers[first : first + len(own)])
+        return inherited(found, len(centers), num_classes)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": value for name, value in self.modules.state_dict().items()}
@@ -188,6 +214,8 @@ def train(
     output: Path,
     *,
     resume: bool = False,
+    prolong: bool = False,
+    init: Path | None = None,
     progress: Progress | None = None,
     stop_after: int | None = None,
     command: dict[str, Any] | None = None,
@@ -210,7 +238,12 @@ def train(
             --config``), metrics.jsonl (one line a step), checkpoints/, and
             for a source that reads files timing.jsonl (one line each time that it was run).
         resume: go on from the newest checkpoint in ``output``. The result is bitwise that of a run
-            that was never interrupted.
+            that was never interrupted. The data may have moved; their fingerprint must be the same.
+        prolong: with resume, ``config`` may have more epochs than the run had. From the checkpoint
+            on, the learning rate is that of the longer schedule at the same step.
+        init: a run (or one of its checkpoints) whose backbone a new run begins with, and whose
+            class centers too where the data have as many identities, in the same order. Optimizer,
+            schedule and log begin anew; ``Trained.init`` says what was taken over.
         progress: is told about every step.
         stop_after: end early, after this step, as an interruption would (the last checkpoint is
             what remains).
@@ -222,13 +255,16 @@ def train(
         device: to train on, this rank's.
 
     Raises:
-        CheckpointError: for a checkpoint that is damaged, or of another configuration or data.
-        ValueError: for data that cannot be trained on.
+        CheckpointError: for a checkpoint that is damaged, or of another configuration or data, and
+            for an ``init`` whose network has other shapes.
+        ValueError: for data that cannot be trained on, or a network that cannot be built.
         FileExistsError: where ``output`` holds a run already and ``resume`` is not set.
+        OSError: where ``output`` cannot be written to.
         DataError: where the source cannot go on (a damaged file, a worker that died); on one
             process once a checkpoint of the last step is written, on several the last one stays.
         FloatingPointError: once a loss or a parameter is not finite; the last checkpoint stays.
-        KeyboardInterrupt: on Ctrl-C, once the step is done and a checkpoint of it is written.
+        KeyboardInterrupt, Terminated: on Ctrl-C and on SIGTERM, once the step is done and a
+            checkpoint of it is written; on any rank, all ranks end after the same step.
 
     The global random state of torch is left as it was.
     """
@@ -237,10 +273,20 @@ def train(
     source: Source = FacesSource(data) if isinstance(data, Faces | ImageSet) else data
     if source.num_classes < 2:
         raise ValueError(f"training needs two identities or more, got {source.num_classes}")
+    height, width, channels = source.image_shape
+    check_start(
+        config,
+        (height, width),
+        output,
+        channels=channels,
+        resume=resume,
+        init=init,
+        tensorboard=tensorboard,
+    )
     run = _Run(config, source, output, check_device(device))
     with ExitStack() as stack:
         interrupted = stack.enter_context(interrupts())
-        first = run.resume() if resume else run.start(command or {})
+        first = run.resume(command, prolong) if resume else run.start(command or {}, init)
         writer = None
         if tensorboard and run.leads:
             writer = stack.enter_context(_tensorboard(output, first))
@@ -256,7 +302,7 @@ def train(
                 writer(step, row)
             if progress:
                 progress.step(row["loss"], row["accuracy"], run.batch_size(step))
-            stop = stop or (run.alone and interrupted())
+            stop = stop or (interrupted() if run.alone else 0)
             if verify and verify_every and run.ended(verify_every, done):
                 figures = run.verify(done, verify)
                 if writer:
@@ -264,12 +310,12 @@ def train(
             if run.ended(config.checkpoint_every, done) or done == run.total_steps or stop:
                 run.save(done)
             if stop:
-                raise KeyboardInterrupt
+                raise interruption(stop)
             if stop_after is not None and step >= stop_after:
                 break
     run.backbone.eval()
     timing = source.timing.report() if source.timing else None
-    return Trained(run.backbone, run.head, config, run.history, timing)
+    return Trained(run.backbone, run.head, config, run.history, timing, run.init)
 
 
 class _Run:
@@ -282,7 +328,7 @@ class _Run:
         self.alone = not (dist.is_available() and dist.is_initialized())
         self.part = WHOLE if self.alone else Part(dist.get_rank(), dist.get_world_size())
         self.leads = self.part.rank == 0
-        self.folder = output / "checkpoints"
+        self.folder = output / CHECKPOINTS
         self.description = {
             "config": json.loads(json.dumps(asdict(config))),
             "data": source.description(),
@@ -303,40 +349,51 @@ class _Run:
             self.network = DistributedDataParallel(self.backbone, device_ids=devices)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.history: list[dict[str, float]] = []
+        self.init: str | None = None
         self.lines = Lines(output / METRICS)
         self.verified = Lines(output / VERIFICATION)
         self._train_mode()
 
-    def start(self, command: dict[str, Any]) -> int:
+    def start(self, command: dict[str, Any], init: Path | None) -> int:
         """Writes how the run begins; 0, the first step."""
-        if checkpoint.checkpoints(self.folder) or self.lines.file.exists():
-            raise FileExistsError(
-                f"{self.output} holds a run already: resume it, or choose another output folder"
-            )
-        self._wait()  # until all ranks have looked
+        if init is not None:
+            self.init = self.model.begin_with(init, self.num_classes)
+            command = command | {"init": str(init.absolute())}
+        self._wait()  # until all ranks have looked into the folder
         if self.leads:
             self.output.mkdir(parents=True, exist_ok=True)
-            started = {"command": command} | self.description
-            checkpoint.write(self.output / CONFIG, json.dumps(started, indent=1))
-            write_toml(self.output / "config.toml", command | self.description["config"])
+            self._write(command)
             self.lines.rewrite([])
         self.save(0)  # so that there always is one to resume from
         return 0
 
-    def resume(self) -> int:
+    def _write(self, command: dict[str, Any] | None) -> None:
+        """Writes how the run is started, if that is not what stands there; None: as it stands."""
+        try:
+            before = json.loads((self.output / CONFIG).read_text())
+            command = before["command"] if command is None else command
+        except (OSError, ValueError, TypeError, KeyError):
+            before = None
+        started = json.loads(json.dumps({"command": command or {}} | self.description))
+        if started != before:
+            checkpoint.write(self.output / CONFIG, json.dumps(started, indent=1))
+            write_toml(self.output / "config.toml", started["command"] | started["config"])
+
+    def resume(self, command: dict[str, Any] | None, prolong: bool) -> int:
         """Takes up the newest checkpoint; the first step that is still to do."""
         found = checkpoint.find(self.output)
-        first = self.model.load(found, lambda state: self._check(found, state))
+        first = self.model.load(found, lambda state: self._check(found, state, prolong))
         # the lines of steps after the checkpoint are written again
         self.history = self.lines.steps(first)
         self._wait()  # until all ranks have read them
         if self.leads:
+            self._write(command)
             self.lines.rewrite(self.history)
         if self.leads and self.verified.file.exists():
             self.verified.rewrite([row for row in self.verified.read() if row["step"] <= first])
         return first
 
-    def _check(self, found: Path, state: dict[str, Any]) -> None:
+    def _check(self, found: Path, state: dict[str, Any], prolong: bool) -> None:
         """Raises CheckpointError for a checkpoint of another run."""
         for part in ("config", "data"):
             came, wanted = state.get(part), self.description[part]
@@ -347,6 +404,16 @@ class _Run:
                     came = json.loads(json.dumps(asdict(TrainConfig.from_json(came))))
                 except (TypeError, ValueError) as error:
                     raise CheckpointError(f"{found / checkpoint.STATE}: {error}") from error
+                if prolong and came["epochs"] < wanted["epochs"]:
+                    wanted = wanted | {"epochs": came["epochs"]}
+            elif came.get("fingerprint") != wanted["fingerprint"]:
+                raise CheckpointError(
+                    f"{found} is of another run: its data's fingerprint is not that of "
+                    f"{wanted['source']}; give the images that it was trained on, wherever they "
+                    f"are now (then {came.get('source')})"
+                )
+            else:  # where they are is free
+                wanted = {name: value for name, value in wanted.items() if name != "source"}
             checkpoint.check_same(found, came, wanted, part)
 
     def save(self, steps: int) -> None:
@@ -385,9 +452,9 @@ class _Run:
             dist.barrier()
 
     def step(
-        self, step: int, batch: Batch, interrupted: Callable[[], bool]
-    ) -> tuple[dict[str, float], bool]:
-        """One step of training, and its line in the log; whether any rank was interrupted."""
+        self, step: int, batch: Batch, interrupted: Callable[[], int]
+    ) -> tuple[dict[str, float], int]:
+        """One step of training, and its line in the log; the signal that came to any rank, or 0."""
         config, optimizers, scaler = self.config, self.model.optimizers, self.model.scaler
         rate = learning_rate(config, step, self.steps_per_epoch)
         for optimizer in optimizers.values():
@@ -425,7 +492,9 @@ class _Run:
                     hits += stats.top1.sum()
                     if part_loss.isfinite():
                         part_loss.backward()
-        right, stop = self.total(hits, torch.tensor(float(interrupted())))
+        came = interrupted()
+        right, *ranks = self.total(hits, *(torch.tensor(came == each) for each in SIGNALS))
+        stop = next((each for each, count in zip(SIGNALS, ranks, strict=True) if count), 0)
         row = {
             "step": step,
             "epoch": step / self.steps_per_epoch,
@@ -449,7 +518,7 @@ class _Run:
         self.history.append(row)
         if self.leads:
             self.lines.append(row)
-        return row, stop > 0
+        return row, stop
 
     def _sampled(self, step: int, target: Tensor) -> tuple[Tensor, Tensor]:
         """The classes of a step, and the target as the head then takes it."""
@@ -534,26 +603,3 @@ def _timed(source: Source, file: Path, first: int) -> Iterator[None]:
         if source.timing is not None:
             with file.open("a") as lines:
                 lines.write(json.dumps({"first_step": first} | source.timing.report()) + "\n")
-
-
-def load_backbone(path: Path) -> tuple[IResNet, dict[str, Any]]:
-    """The backbone of a run's newest checkpoint (or of one checkpoint), in evaluation mode.
-
-    Returns:
-        The backbone and the checkpoint's state: its configuration, data and step.
-
-    Raises:
-        CheckpointError: where there is none, or it is damaged.
-    """
-    found = checkpoint.find(path)
-    tensors, state = (sharded.read if sharded.is_sharded(found) else checkpoint.load)(found)
-    try:
-        config = TrainConfig.from_json(state["config"])
-        backbone = build_backbone(config, tuple(state["data"]["image_shape"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{found / checkpoint.STATE}: {error}") from error
-    prefix = "model.backbone."
-    values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    checkpoint.check_shapes(found / checkpoint.TENSORS, values, backbone.state_dict())
-    backbone.load_state_dict(values)
-    return backbone.eval(), state

@@ -100,8 +100,9 @@ def open_set(path: str | Path, images: str | Path | None = None) -> PairSet | Te
     """A verification set.
 
     Args:
-        path: insightface's ``.bin``; a list of pairs such as LFW's (``.txt``); or a folder with
-            ``*tid_mid.txt`` and ``*template_pair_label.txt``, as of IJB-B and IJB-C.
+        path: insightface's ``.bin``; a list of pairs such as LFW's, or of lines "path path
+            0-or-1" (``.txt``); or a folder with ``*tid_mid.txt`` and ``*template_pair_label.txt``,
+            as of IJB-B and IJB-C.
         images: the folder of the images that lists name; by default the one that holds the list.
 
     Raises:
@@ -181,12 +182,16 @@ def _runs(count: int) -> NDArray[np.int64]:
 
 
 def read_pairs(path: str | Path, images: str | Path) -> PairSet:
-    """LFW's list of pairs, over a folder with one sub-folder of images per person.
+    """A list of pairs: LFW's over a folder with one sub-folder of images per person, or of paths.
 
-    A first line gives the number of folds (1 if it is left out) and of pairs of each kind in a
+    LFW's first line gives the number of folds (1 if it is left out) and of pairs of each kind in a
     fold. Then come, for each fold, lines "name number number" of the same person and "name number
-    name number" of two. Image 3 of Ann is ``Ann/Ann_0003.*`` or ``Ann/3.*``. A list of one fold is
-    cut into ten, each kind by itself.
+    name number" of two. Image 3 of Ann is ``Ann/Ann_0003.*``, ``Ann/3.*``, or the one face that an
+    aligner cut from it, ``Ann/Ann_0003_0.*``.
+
+    A list of paths has no first line, only "path path 1" for the same person and "path path 0" for
+    two (between the words tabs, commas or spaces), the paths relative to ``images``. It does not
+    say who is shown. A list of one fold, and one of paths, is cut into ten, each kind by itself.
 
     Raises:
         DataError: for a line of another form, too few lines, and images that are not there.
@@ -194,8 +199,13 @@ def read_pairs(path: str | Path, images: str | Path) -> PairSet:
     path, root = Path(path), Path(images)
     lines = _read_text(path).splitlines()
     head = lines[0].split() if lines else []
+    if lines and _words(lines[0])[2:] in (["0"], ["1"]):
+        return _read_paths(path, root, lines)
     if len(head) not in (1, 2) or not all(word.isdecimal() and len(word) < 9 for word in head):
-        raise DataError(f"{path}, line 1: expected the numbers of folds and of pairs, got {head}")
+        raise DataError(
+            f"{path}, line 1: expected the numbers of folds and of pairs, or 'path path 0-or-1', "
+            f"got {head}"
+        )
     folds, each = (int(head[0]), int(head[1])) if len(head) == 2 else (1, int(head[0]))
     rows = [line.split("\t") if "\t" in line else line.split() for line in lines[1:]]
     while rows and not rows[-1]:
@@ -204,7 +214,7 @@ def read_pairs(path: str | Path, images: str | Path) -> PairSet:
         raise DataError(
             f"{path} has {len(rows)} pairs, its first line announces {folds} x 2 x {each}"
         )
-    known: dict[str, dict[str, Path]] = {}
+    known: dict[str, dict[str, list[Path]]] = {}
     index: dict[Path, int] = {}
     people: dict[str, int] = {}
     shown: list[int] = []
@@ -215,9 +225,11 @@ def read_pairs(path: str | Path, images: str | Path) -> PairSet:
         if name not in known:
             known[name] = _stems(root, name)
         stems = (f"{name}_{number.zfill(4)}", number)
-        file = next((known[name][stem] for stem in stems if stem in known[name]), None)
-        if file is None:
-            raise DataError(f"{path}, line {line}: {root / name} has no image {number}")
+        files = next((known[name][stem] for stem in stems if stem in known[name]), [])
+        if len(files) != 1:
+            what = f"{len(files)} faces of" if files else "no"
+            raise DataError(f"{path}, line {line}: {root / name} has {what} image {number}")
+        file = files[0]
         if file not in index:
             index[file] = len(index)
             shown.append(people.setdefault(name, len(people)))
@@ -244,8 +256,53 @@ def read_pairs(path: str | Path, images: str | Path) -> PairSet:
     )
 
 
-def _stems(root: Path, name: str) -> dict[str, Path]:
-    """A person's images, by their names without ending, and without leading zeros."""
+def _words(text: str) -> list[str]:
+    """The words of a line of paths; spaces belong to a word where there are tabs or commas."""
+    separator = "\t" if "\t" in text else "," if text.count(",") == 2 else None
+    return [word.strip() for word in text.split(separator)]
+
+
+def _read_paths(path: Path, root: Path, lines: list[str]) -> PairSet:
+    """`read_pairs` of lines "path path 0-or-1"."""
+    index: dict[Path, int] = {}
+    rows: list[list[int]] = []
+    for line, text in enumerate(lines, 1):
+        words = _words(text)
+        if words in ([], [""]):
+            continue
+        if len(words) != 3 or words[2] not in ("0", "1"):
+            raise DataError(f"{path}, line {line}: expected 'path path 0-or-1', got {text!r:.80}")
+        files = [_inside(root, name, f"{path}, line {line}") for name in words[:2]]
+        for file in files:
+            if file not in index and not os.path.isfile(file):
+                raise DataError(
+                    f"{path}, line {line}: {file} is no file; are the images under another folder "
+                    "(--images)?"
+                )
+            index.setdefault(file, len(index))
+        rows.append([*(index[file] for file in files), int(words[2])])
+    first, second, label = np.array(rows, np.int64).T.copy()
+    same = label == 1
+    fold = np.empty(len(rows), np.int64)
+    for kind in (same, ~same):
+        fold[kind] = _runs(int(kind.sum()))
+    store = Files(Names.of(list(index)))
+    return PairSet(path.stem, str(path), store, first, second, same, fold, None)
+
+
+def _inside(root: Path, name: str, where: str) -> Path:
+    """A path from a list, which may come from anybody, inside of the images' folder."""
+    inside = Path(name)
+    if inside.is_absolute() or ".." in inside.parts or "\0" in name:
+        raise DataError(f"{where}: {name!r:.80} is not inside of {root}")
+    return root / inside
+
+
+def _stems(root: Path, name: str) -> dict[str, list[Path]]:
+    """A person's images, by their names without ending, and without leading zeros.
+
+    Aligners add the number of the face, as in Ann_0001_0.png: these are by the image's name.
+    """
     if not name or name in (".", "..") or "/" in name or "\0" in name or len(name) > 250:
         raise DataError(f"{name!r:.80} cannot be the name of a person's folder in {root}")
     folder = root / name
@@ -254,8 +311,14 @@ def _stems(root: Path, name: str) -> dict[str, Path]:
             f"{folder} is no folder of a person's images; is it under another (--images)?"
         )
     files = [f for f in decode.entries(folder) if f.suffix.lower() in decode.EXTENSIONS]
-    stems = {file.stem.lstrip("0") or "0": file for file in files}
-    return stems | {file.stem: file for file in files}
+    stems: dict[str, list[Path]] = {}
+    for file in files:
+        image, _, face = file.stem.rpartition("_")
+        if image and image != name and face.isdecimal():
+            for stem in {image, image.lstrip("0") or "0"}:
+                stems.setdefault(stem, []).append(file)
+    stems |= {file.stem.lstrip("0") or "0": [file] for file in files}
+    return stems | {file.stem: [file] for file in files}
 
 
 def read_templates(folder: str | Path, images: str | Path | None = None) -> TemplateSet:
@@ -285,10 +348,7 @@ def read_templates(folder: str | Path, images: str | Path | None = None) -> Temp
             raise DataError(
                 f"{listed}, line {line}: expected image, template and media, got {text!r:.80}"
             )
-        inside = Path(words[0])
-        if inside.is_absolute() or ".." in inside.parts or "\0" in words[0]:
-            raise DataError(f"{listed}, line {line}: {words[0]!r:.80} is not inside of {root}")
-        names.append(root / inside)
+        names.append(_inside(root, words[0], f"{listed}, line {line}"))
         numbers.append((int(words[1]), int(words[2])))
     if not names:
         raise DataError(f"{listed} is empty")
@@ -370,7 +430,7 @@ def _read_table(file: Path, separator: str | None, columns: int) -> NDArray[np.i
             skiprows=int(separator is not None),
             usecols=range(columns),
             ndmin=2,
-            encoding="utf-8",
+            encoding="utf-8-sig",
         )
     except (ValueError, OverflowError, UnicodeError) as error:
         raise DataError(f"{file}: expected {columns} integers a line: {error}") from None
@@ -384,7 +444,7 @@ def _read_table(file: Path, separator: str | None, columns: int) -> NDArray[np.i
 def _read_text(file: Path) -> str:
     def read() -> str:
         with file.open("rb") as opened:
-            return read_at_most(opened, MAX_BYTES).decode("utf-8")
+            return read_at_most(opened, MAX_BYTES).decode("utf-8-sig")  # editors add a mark
 
     text, problem = decode.attempt(read)()
     if problem:

@@ -97,6 +97,13 @@ def build(kind: str, folder: Path) -> Path:
     path = folder / "set"
     if kind in ("folder", "recordio", "webdataset", "parquet", "arrow"):
         convert(source, path, kind)
+    elif kind == "recordio-scanned":
+        convert(source, path, "recordio")
+        (path / "train.idx").unlink()
+    elif kind == "parquet-paths":
+        convert(source, path, "folder")
+        files = sorted(path.glob("*/*"))
+        write_paths(path, [str(file.relative_to(path)) for file in files])
     elif kind == "webdataset-gz":
         convert(source, path, "webdataset")
         for shard in list(path.glob("*.tar")):
@@ -108,6 +115,16 @@ def build(kind: str, folder: Path) -> Path:
     return path
 
 
+def write_paths(path: Path, names: list[str]) -> None:
+    """Tables of paths in place of images, and of labels by category."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    people = pa.array([name.split("/")[0] for name in names])
+    columns = {"path": names, "label": people.dictionary_encode()}
+    pa.parquet.write_table(pa.table(columns), path / "train.parquet")
+
+
 def write_set(kind: str, path: Path, source: Path) -> None:
     if kind == "bin":
         images, same = [picture(i) for i in range(8)], [True, False, True, False]
@@ -117,12 +134,14 @@ def write_set(kind: str, path: Path, source: Path) -> None:
             (path / f"bytes{i}.bin").write_bytes(pickle.dumps(value, protocol))
             value = (arrays, np.array(same))
             (path / f"arrays{i}.bin").write_bytes(pickle.dumps(value, protocol))
+    elif kind == "path-pairs":
+        lines = ["p0/0.png p0/3.png 1", "p0/0.png,p1/1.png,0", "p1/1.png\tp1/4.png\t1"]
+        (path / "pairs.txt").write_text("\n".join(lines))
+        copy(source, path)
     elif kind == "pairs":
         lines = ["2\t1", "p0 0 3", "p0 0 p1 1", "p1 1 4", "p1 4 p2 2"]
         (path / "pairs.txt").write_text("\n".join(lines))
-        for file in source.glob("*/*"):
-            (path / file.parent.name).mkdir(exist_ok=True)
-            (path / file.parent.name / file.name).write_bytes(file.read_bytes())
+        copy(source, path)
     else:
         (path / "t_tid_mid.txt").write_text("".join(f"{i}.png {i // 2} {i}\n" for i in range(8)))
         (path / "t_template_pair_label.txt").write_text("0 1 1\n1 2 0\n2 3 1\n")
@@ -132,10 +151,16 @@ def write_set(kind: str, path: Path, source: Path) -> None:
             (path / f"{i}.png").write_bytes(picture(i))
 
 
+def copy(source: Path, path: Path) -> None:
+    for file in source.glob("*/*"):
+        (path / file.parent.name).mkdir(exist_ok=True)
+        (path / file.parent.name / file.name).write_bytes(file.read_bytes())
+
+
 def read(kind: str, path: Path, file: Path) -> None:
     """All of a set: listed, read, and decoded where the images themselves are what is mutated."""
-    if kind in ("bin", "pairs", "templates"):
-        found = open_set({"bin": file, "pairs": path / "pairs.txt"}.get(kind, path))
+    if kind in ("bin", "pairs", "path-pairs", "templates"):
+        found = open_set({"bin": file, "templates": path}.get(kind, path / "pairs.txt"))
         for i in range(len(found.store)):
             found.store.read(i)
         return
@@ -160,8 +185,8 @@ def main(kind: str, seed: int, count: int, folder: Path) -> None:
     global watching
     path, draw, marker = build(kind, folder), random.Random(seed), folder / "executed"
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    if kind in ("pairs", "templates"):  # the images are the folder's own affair
-        files = [file for file in files if file.suffix in (".txt", ".csv")]
+    if "pairs" in kind or kind in ("templates", "parquet-paths"):  # not the images themselves
+        files = [file for file in files if file.suffix in (".txt", ".csv", ".parquet")]
     sound = {file: file.read_bytes() for file in files}
     for file in files:
         read(kind, path, file)

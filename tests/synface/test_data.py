@@ -77,7 +77,12 @@ def test_hidden_and_other_files_are_ignored(people):
     (people / "s9" / ".thumb.png").write_text("no image")
     (people / "s9" / "notes.md").write_text("no image")
     picture().save(people / "preview.png")
-    assert len(read_folder(people)) == 6
+    (people / "s9" / "9.HEIC").write_text("no image that is read")
+    (people / "__MACOSX" / "s9").mkdir(parents=True)
+    (people / "s10" / "__MACOSX").mkdir()
+    with pytest.warns(UserWarning, match="people: 3 files are skipped") as warned:
+        assert len(read_folder(people)) == 6
+    assert "1 in no sub-folder, 1 .heic, 1 .md" in str(warned[0].message)
 
 
 @pytest.mark.parametrize("extension", ["bmp", "JPG", "jpeg", "png", "pgm", "ppm", "tiff", "webp"])
@@ -296,7 +301,7 @@ def test_identity_folders_without_images_or_with_folders(people):
     (people / "s9" / "more.jpg").mkdir()
     with pytest.raises(DataError, match="2 of 4 identity folders") as error:
         read_folder(people)
-    assert "nobody: has no image (1 other files)" in str(error.value)
+    assert "nobody: has no image (1 other files: 1 .txt)" in str(error.value)
     assert "s9: has the folder 'more.jpg' inside" in str(error.value)
 
 

@@ -11,7 +11,8 @@ import pytest
 
 FUZZED = Path(__file__).with_name("fuzzed.py")
 FORMATS = ("folder", "recordio", "webdataset", "webdataset-gz", "parquet", "arrow")
-SETS = ("bin", "pairs", "templates")
+FORMATS += ("recordio-scanned", "parquet-paths")
+SETS = ("bin", "pairs", "path-pairs", "templates")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")

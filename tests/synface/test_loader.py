@@ -245,7 +245,7 @@ def test_a_death_is_told_within_a_second_of_waiting(synthetic, real):
 
     def kill():
         died.append(time.monotonic())
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGHUP)  # Ctrl-C and SIGTERM are the trainer's to take
 
     with TwoDomainLoader(synthetic, real, 5, workers=1) as loader:
         pid = loader.pids[0]
@@ -253,10 +253,10 @@ def test_a_death_is_told_within_a_second_of_waiting(synthetic, real):
         stop_on_an_image(loader, 0)  # so that what is asked for now never comes
         threading.Timer(0.3, kill).start()
         threading.Timer(0.4, os.kill, (pid, signal.SIGCONT)).start()
-        with pytest.raises(WorkerDied, match=r"signal 15 \(Terminated\) while on"):
+        with pytest.raises(WorkerDied, match=r"signal 1 \(Hangup\) while on"):
             for _ in loader:
                 pass
-        assert time.monotonic() - died[0] < 1.1  # SIGTERM is seen 0.1 s later
+        assert time.monotonic() - died[0] < 1.1  # SIGHUP is seen 0.1 s later
 
 
 def test_a_death_is_told_even_where_the_batch_is_there(synthetic, real):
@@ -606,8 +606,13 @@ def test_options_that_do_not_fit(tmp_path, options, message, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-def test_ctrl_c_goes_to_the_trainer_alone(synthetic, real, tmp_path):
-    """As a terminal sends it, to all processes of the group."""
+@pytest.mark.parametrize(
+    ("sent", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_ctrl_c_and_sigterm_go_to_the_trainer_alone(synthetic, real, tmp_path, sent, code, word):
+    """As a terminal and SLURM send them, to all processes of the group."""
     run = tmp_path / "run"
     arguments = [sys.executable, "-m", "synface", "train", "--synthetic", synthetic]
     arguments += ["--real", real, "--holdout", "0", "--size", "16x16", "--epochs", "100000"]
@@ -622,10 +627,10 @@ def test_ctrl_c_goes_to_the_trainer_alone(synthetic, real, tmp_path):
         log = run / "metrics.jsonl"
         wait_for(lambda: checkpoint.checkpoints(run / "checkpoints"))
         time.sleep(0.5)
-        os.killpg(trainer.pid, signal.SIGINT)
+        os.killpg(trainer.pid, sent)
         text = trainer.communicate(timeout=60)[0]
-    assert trainer.returncode == 130, text
-    assert "interrupted: synface train --resume" in text
+    assert trainer.returncode == code, text
+    assert f"{word}: synface train --resume" in text
     assert "Traceback" not in text
     assert "killed" not in text
     state = checkpoint.load_state(checkpoint.find(run))

@@ -144,33 +144,45 @@ def test_command_line_keeps_and_resumes(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_with_the_report(tmp_path):
+@pytest.mark.parametrize(("sent", "code"), [("SIGINT", 0), ("SIGTERM", 143)])
+def test_ctrl_c_and_sigterm_end_with_the_report(tmp_path, sent, code):
     child = subprocess.Popen(
-        [sys.executable, "-c", CTRL_C, *COMMAND, "--minutes", "9", "--directory", "new/centers"],
+        [
+            sys.executable,
+            "-c",
+            PRESSED,
+            sent,
+            *COMMAND,
+            "--minutes",
+            "9",
+            "--directory",
+            "new/centers",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=tmp_path,
     )
     said, _ = child.communicate(timeout=200)
-    assert child.returncode == 0, said
+    assert child.returncode == code, said
     assert "5 steps in" in said
     result = json.loads((tmp_path / "scale-report" / "scale.json").read_text())
     assert result["steps"] == len(result["history"]) == 5
+    assert result["ended by"] == sent
     assert not (tmp_path / "new" / "centers").exists()
 
 
-CTRL_C = """
+PRESSED = """
 import os, signal, sys
 from synface import cli, scale
-step = scale._step
+step, sent = scale._step, sys.argv[1]
 def interrupted(*arguments):
     row = step(*arguments)
     if row["step"] == 5:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.Signals[sent])
     return row
 scale._step = interrupted
-sys.argv = ["synface", *sys.argv[1:]]
+sys.argv = ["synface", *sys.argv[2:]]
 cli.main()
 """
 

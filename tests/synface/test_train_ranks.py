@@ -4,6 +4,7 @@ ranks can resume, nobody left waiting."""
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from synface import checkpoint, sharded
 from synface.checkpoint import CheckpointError
 from synface.data import embedded_faces
 from synface.evaluate import embed
@@ -200,6 +202,30 @@ def test_torchrun_after_kill_9_ends_in_the_same_run(tmp_path):
     assert same(*networks)
     assert log.read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
     assert all(math.isfinite(json.loads(line)["loss"]) for line in log.read_text().splitlines())
+
+
+def test_sigterm_ends_all_ranks_after_one_step(tmp_path):
+    """torchrun passes it on; one rank alone gets it first, and the others learn of it."""
+    run = tmp_path / "run"
+    command = ["train", *OPTIONS[:-2], "--epochs", 100_000, "--output", run]
+    running = torchrun(2, *command)
+    log = run / "metrics.jsonl"
+    limit = time.monotonic() + 200
+    while not (log.exists() and len(log.read_text().splitlines()) > 3):
+        assert running.poll() is None, running.communicate()[0]
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGTERM)
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode != 0
+    assert "terminated: synface train --resume" in output
+    codes = re.findall(r"exitcode +: (-?\d+)", output)  # torchrun's table; it ends who lags behind
+    assert len(codes) == 2, output
+    assert "143" in codes, output
+    assert set(codes) <= {"143", "-15"}, output
+    found = checkpoint.find(run)
+    assert sharded.load_state(found)["step"] == len(log.read_text().splitlines()) > 3
 
 
 def test_centres_do_not_depend_on_the_number_of_ranks(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..extras import extra
+from ..interrupts import Terminated, raise_on_sigterm
 
 if TYPE_CHECKING:
     from .commands import app as app
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Runs the command line; an error that the user can act on is one line, without a traceback."""
+    raise_on_sigterm()
     try:
         with extra("train", "the command line"):
             from rich.markup import escape
@@ -23,6 +25,9 @@ def main() -> None:
     encode_anything()
     try:
         app()
+    except Terminated:
+        console.print("terminated")
+        raise
     except (ValueError, OSError, FloatingPointError, NotImplementedError, ImportError) as error:
         console.quiet = False
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..check import check_folder
+from ..interrupts import Terminated
 from .options import refuse
 from .terminal import Bar, Group, say
 
@@ -87,6 +89,9 @@ def scale_command(
             "memory are free: give a --directory for memory-mapped files"
         )
 
+    check_folder("--output", output)
+    if directory is not None:
+        check_folder("--directory", directory)
     with Bar("undoing" if resume else "creating") as bar:
 
         def part(done: int, total: int) -> None:
@@ -124,3 +129,5 @@ def scale_command(
             centers.remove()
     say(scale.summary(result))
     say(f"written: {output / 'scale.json'}, {output / 'scale.png'}")
+    if result["ended by"] == "SIGTERM":
+        raise Terminated

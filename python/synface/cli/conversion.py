@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..check import check_folder
 from ..data import convert
 from ..data.images import FORMATS
 from .options import RelabelOption, refuse
@@ -34,6 +35,7 @@ def convert_command(
     """Write images in another format, their bytes as they are."""
     if to in UNSHARDED:
         refuse(context, f"with --to {to}, which has no shards", "shard_size")
+    check_folder("the destination's folder", destination.absolute().parent)
     with Bar(f"converting {source}") as bar:
         written = convert(
             source,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from ..check import check_folder
 from .options import SeedOption
 from .terminal import Bar, console, say
 
@@ -42,6 +43,7 @@ def demo_command(
     from ..train_config import TrainConfig
     from .verification import print_verification, verify_network, verify_pixels
 
+    check_folder("--output", output)
     began = time.perf_counter()
     faces = embedded_faces(images_per_identity=images, identities=identities, seed=seed)
     held_out = max(2, identities // 5)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..check import check_folder
 from .options import SeedOption, parse_size, refuse
 from .terminal import Bar, PackingBar, console, interrupts, say
 
@@ -182,6 +183,7 @@ def synthesize_command(
 
     if generator is None:
         refuse(context, "without --generator: eigenfaces are drawn on the CPU", "device")
+    check_folder("--output", output)
     embeddings = read_embeddings(packed)
     asked = parse_size(size)
     if asked is not None and asked[0] != asked[1]:

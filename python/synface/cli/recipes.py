@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ..check import check_folder
 from .options import refuse
 from .terminal import Bar, Group, console, interrupts, say
 
@@ -71,6 +72,7 @@ def cfsm_command(
     command = "synface recipe cfsm"
     command += _given(config=config, faces=faces, target=target, seed=seed)
 
+    _check_outputs(output, report)
     began = time.perf_counter()
     with interrupts(f"{command} --output {output} --resume goes on"):
         results = cfsm.run(settings, output, resume=resume, progress=Bar)
@@ -120,6 +122,7 @@ def _run(
     data = replace(settings.data, real=str(real) if real else settings.data.real)
     settings = replace(settings, data=data)
     command = f"synface {called}{_given(config=config, real=real)}"
+    _check_outputs(output, report)
     with interrupts(f"{command} --output {output} --resume goes on"):
         results = recipe.run(settings, output, resume=resume, only=cell, progress=Bar)
     if cell is None:
@@ -168,6 +171,12 @@ def study_command(
 ) -> None:
     """Accuracy over identities × images of each, and by attribute, with and without mixup."""
     _run(context, "study", "study", output, config, real, report, cell, resume)
+
+
+def _check_outputs(output: Path, report: Path | None) -> None:
+    check_folder("--output", output)
+    if report is not None:
+        check_folder("--report", report)
 
 
 def _given(**options: object) -> str:

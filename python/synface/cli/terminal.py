@@ -23,6 +23,8 @@ from rich.progress import (
 )
 from typer.core import TyperGroup
 
+from ..interrupts import Terminated
+
 console = Console()
 
 
@@ -71,12 +73,15 @@ def say(text: str) -> None:
 
 @contextmanager
 def interrupts(text: str) -> Iterator[None]:
-    """On Ctrl-C says how to go on, and ends with 130, as shells have it."""
+    """On Ctrl-C and SIGTERM says how to go on, and ends with 130 or 143, as shells have it."""
     try:
         yield
     except KeyboardInterrupt:
         say(f"interrupted: {text}")
         raise typer.Exit(130) from None
+    except Terminated:
+        say(f"terminated: {text}")
+        raise typer.Exit(Terminated.code) from None
 
 
 class Bar:

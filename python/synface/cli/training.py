@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +14,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..check import check_folder
 from ..data import open_images
 from ..train_config import TrainConfig
 from ..verification_sets import PairSet, TemplateSet, open_set
@@ -34,7 +33,7 @@ from .terminal import Bar, console, interrupts, say
 if TYPE_CHECKING:  # they import torch, which takes longer than all else that --help needs
     import torch
 
-    from ..data import Faces
+    from ..data import Faces, ImageSet
     from ..data.loader import Domain
     from ..mixing import Ratio
     from ..set_report import SetResult
@@ -42,6 +41,7 @@ if TYPE_CHECKING:  # they import torch, which takes longer than all else that --
 
 DEFAULT = TrainConfig  # its class attributes
 EMBEDDED = "default"  # as a folder: the embedded faces
+PLACES = ("data", "synthetic", "real")  # options that say where images are
 # What config.json holds of how a run was started, and what one means that was written earlier.
 TEXT: tuple[type, ...] = (str, type(None))
 COMMAND: dict[str, tuple[type, ...]] = {
@@ -54,8 +54,10 @@ COMMAND: dict[str, tuple[type, ...]] = {
     "size": TEXT,
     "relabel": (bool,),
     "memory": (int,),
+    "init": TEXT,
 }
 EARLIER = {
+    "init": None,
     "synthetic": None,
     "real": None,
     "mix_ratio": "grid",
@@ -65,6 +67,7 @@ EARLIER = {
 }
 MEMORY = 1024  # MiB
 FOLDER_SIZE = (56, 48)  # height, width: what two cores train in a minute or two
+EMBEDDED_SIZE = (48, 48)  # of the embedded faces, unless --size says otherwise
 
 
 def _faces(
@@ -145,13 +148,14 @@ def _mixed(run: dict[str, Any], workers: int) -> tuple[MixedSource, Faces]:
     if not (run["synthetic"] and run["real"]) or run["data"]:
         raise ValueError("--synthetic and --real go together, without --data")
     embedded, size = run["synthetic"] == EMBEDDED, parse_size(run["size"])
+    ratio = _ratio(run["mix_ratio"])
     if not embedded and Path(run["synthetic"]).resolve() == Path(run["real"]).resolve():
         raise ValueError(f"--synthetic and --real are the same folder, {run['real']}")
     real, held = open_images(run["real"], run["relabel"]).split(run["holdout"])
     source = MixedSource(
         _faces(None, size) if embedded else open_images(run["synthetic"], run["relabel"]),
         real,
-        ratio=_ratio(run["mix_ratio"]),
+        ratio=ratio,
         per_sample=run["per_sample"],
         size=size or (None if embedded else FOLDER_SIZE),
         workers=workers,
@@ -192,7 +196,18 @@ def train_command(
     holdout: HoldoutOption = 10,
     output: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with the run in this folder, as it was configured.")
+        Path | None,
+        typer.Option(
+            help="Go on with the run in this folder, as it was configured. More --epochs prolong "
+            "it; --data, --synthetic and --real say where its images are now."
+        ),
+    ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            help="Begin with the network of this run, and its class centers where the identities "
+            "are as many."
+        ),
     ] = None,
     size: SizeOption = None,
     relabel: RelabelOption = False,
@@ -252,6 +267,7 @@ def train_command(
 ) -> None:
     """Train on an image folder (or the embedded faces) and verify on people kept out."""
     from ..ranks import joined
+    from ..runs import check_start, inherited, state_of
     from ..sources import FacesSource
     from ..train import train
     from .verification import figures, print_verification, verify_network, verify_pixels
@@ -259,26 +275,34 @@ def train_command(
     given = context.params | {"widths": _numbers("--widths", widths)}
     given["depths"] = _numbers("--depths", depths)
     run: dict[str, Any] = {
-        "data": str(data) if data else None,
-        "synthetic": synthetic,
-        "real": str(real) if real else None,
+        "data": _absolute(data),
+        "synthetic": _absolute(synthetic),
+        "real": _absolute(real),
         "mix_ratio": mix_ratio,
         "per_sample": per_sample,
         "holdout": holdout,
         "size": size,
         "relabel": relabel,
         "memory": memory,
+        "init": _absolute(init),
     }
     names = {f.name for f in fields(TrainConfig)} & given.keys()
     config = TrainConfig(**{name: given[name] for name in names})
     if resume is not None:
         refuse(context, "with --resume: the run goes on as it was", "output", "config_file")
-        run, config = _stored_run(context, resume)
+        run, config = _stored_run(context, resume, run)
         output = resume
     _refuse_idle(context, run, config)
     rank = context.with_resource(joined(device))
     console.quiet = not rank.leads
     folder = output or rank.agreed(Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
+    check_folder("--resume" if resume else "--output", folder)
+    starts: dict[str, Any] = {
+        "resume": resume is not None,
+        "init": Path(run["init"]) if run["init"] and resume is None else None,
+        "tensorboard": tensorboard,
+    }
+    check_start(config, _image_size(run), folder, **starts)
     source: FacesSource | MixedSource
     if run["synthetic"] or run["real"]:
         source, held = _mixed(run, workers)
@@ -302,18 +326,21 @@ def train_command(
         highlight=False,
         markup=False,
     )
+    if starts["init"]:
+        found, state = state_of(starts["init"])
+        say(f"the run {inherited(found, state['data'].get('identities', 0), source.num_classes)}")
     pixels = verify_pixels(held) if held.identities else None  # an error, if any, before training
     with interrupts(f"synface train --resume {folder} goes on"), Bar("training") as bar:
         result = train(
             config,
             source,
             folder,
-            resume=resume is not None,
+            **starts,
+            prolong=resume is not None,
             progress=bar,
             command=run,
             verify=(lambda network: figures(verify_network(network, held))) if pixels else None,
             verify_every=verify_every,
-            tensorboard=tensorboard,
             device=rank.device,
         )
     if result.timing is not None:
@@ -346,23 +373,57 @@ def _refuse_idle(context: typer.Context, run: dict[str, Any], config: TrainConfi
         refuse(context, "with --holdout 0: there is nobody to verify on", "verify_every")
 
 
-def _stored_run(context: typer.Context, folder: Path) -> tuple[dict[str, Any], TrainConfig]:
-    """How the run was started; options given now must agree with it."""
-    from ..train import CONFIG
+def _absolute(path: Path | str | None) -> str | None:
+    """A path as a run's folder keeps it, which may be resumed from any directory."""
+    return path if path is None or path == EMBEDDED else str(Path(path).absolute())
+
+
+def _image_size(run: dict[str, Any]) -> tuple[int, int]:
+    """(H, W) of the images that a command trains on."""
+    embedded = run["synthetic"] == EMBEDDED or not (run["data"] or run["real"])
+    return parse_size(run["size"]) or (EMBEDDED_SIZE if embedded else FOLDER_SIZE)
+
+
+def _stored_run(
+    context: typer.Context, folder: Path, given: dict[str, Any]
+) -> tuple[dict[str, Any], TrainConfig]:
+    """How the run was started. Options given now must agree with it, but for more epochs and for
+    where the images are, which `train` holds against the run's fingerprint."""
+    from ..runs import CONFIG
 
     run, config = _command(folder / CONFIG)
     stored = run | asdict(config)
     stored |= {name: _joined(stored[name]) for name in ("widths", "depths")}
     for name, value in context.params.items():
         source = context.get_parameter_source(name)  # click's enum, which typer may vendor
-        value = str(value) if isinstance(value, Path) else value
         explicit = source is not None and source.name == "COMMANDLINE"
-        if explicit and name in stored and stored[name] != value:
+        if not explicit or name not in stored:
+            continue
+        value = given.get(name, value)
+        if name in PLACES and stored[name] is not None:
+            run[name] = value
+        elif name == "epochs" and value > stored[name]:
+            config = replace(config, epochs=value)
+        elif stored[name] != value:
             raise ValueError(
                 f"--{name.replace('_', '-')} {value} differs from the run's {stored[name]}: "
                 "a resumed run keeps its configuration"
+                + (", but for more epochs" if name == "epochs" else "")
             )
+    for name in PLACES:
+        run[name] = _place(folder, name, run[name])
     return run, config
+
+
+def _place(folder: Path, name: str, path: str | None, option: str | None = None) -> str | None:
+    """Where images of a run are, absolute; raises ValueError where nothing is there."""
+    path = _absolute(path)
+    if path not in (None, EMBEDDED) and not Path(path).exists():
+        raise ValueError(
+            f"{folder}: its images (--{name}) are not at {path} now: say where they are with "
+            f"--{option or name}"
+        )
+    return path
 
 
 def _command(file: Path) -> tuple[dict[str, Any], TrainConfig]:
@@ -422,13 +483,17 @@ def eval_command(
         Path | None, typer.Option(help="Folder of a report (table, curves, JSON).")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Image folder. Default: the one that the run trained on.")
+        Path | None,
+        typer.Option(
+            help="Image folder: other people, or where the run's images are now. Default: where "
+            "they were."
+        ),
     ] = None,
     holdout: Annotated[
         int | None,
         typer.Option(
-            help="Verify on this many last identities; 0: on all. Default: as in training, or "
-            "all where --data is given.",
+            help="Verify on this many last identities; 0: on all. Default: as in training where "
+            "the images are the run's, else on all.",
             min=0,
         ),
     ] = None,
@@ -444,9 +509,9 @@ def eval_command(
     """Verify a trained network on pairs of images, beside raw pixels, or on verification sets."""
     from .. import checkpoint
     from ..data import Faces
+    from ..runs import CONFIG, load_backbone
     from ..set_report import SetResult
     from ..sources import fingerprint
-    from ..train import CONFIG, load_backbone
     from .verification import print_verification, verify_network, verify_pixels
 
     if (run is None) == (checkpoint_ is None):
@@ -464,12 +529,13 @@ def eval_command(
             refuse(context, "without --data: the run's own is read as in training", "relabel")
     backbone, state = load_backbone(run)
     height, width, channels = state["data"]["image_shape"]
+    if output is not None:
+        check_folder("--output", output)
     on = _device(device)
     backbone.to(on)
     about = {"run": str(run), "step": state["step"], "flip": flip, "device": str(on)}
     if sets:
         opened_sets = [open_set(path, images) for path in sets]
-        _make_folder(output)
         results = _evaluate_sets(
             backbone,
             opened_sets,
@@ -485,26 +551,34 @@ def eval_command(
         command = _command(config)[0]
         memory = command["memory"]
     if data is None:
-        trained_on = command["real"] or command["data"]
+        name = "real" if command["real"] else "data"
+        trained_on = _place(run, name, command[name], "data")
         data = Path(trained_on) if trained_on else None
         holdout = command["holdout"] if holdout is None else holdout
         relabel = command["relabel"]
-    rest: Domain | None = None
-    if holdout:
-        rest, held = _split(data, (height, width), channels == 1, relabel, holdout, memory)
-    else:
-        held = _faces(data, (height, width), channels == 1, relabel)
-    if held.images.shape[3] != channels:
-        raise ValueError(
-            f"{run} was trained on images of {channels} channels, {held.source} has "
-            f"{held.images.shape[3]}"
-        )
-    # Only the split of the training run itself proves that these people are new to the network.
-    prints = [fingerprint(rest)] if rest is not None else []
-    if isinstance(rest, Faces) and data is not None:  # as a mixed run knows it
-        prints.append(fingerprint(open_images(data, relabel).split(holdout or 0)[0]))
-    unseen = state["data"]["fingerprint"].split()[-1] in prints
-    _make_folder(output)
+    splits = [(holdout, relabel)]
+    if holdout is None and data is not None and config.exists():
+        before = command["holdout"], relabel or command["relabel"]
+        if _may_be(open_images(data, before[1]), command, state["data"]):
+            splits.insert(0, before)
+    for holdout, relabel in splits:  # the run's own first, by which its images are known
+        rest: Domain | None = None
+        if holdout:
+            rest, held = _split(data, (height, width), channels == 1, relabel, holdout, memory)
+        else:
+            held = _faces(data, (height, width), channels == 1, relabel)
+        if held.images.shape[3] != channels:
+            raise ValueError(
+                f"{run} was trained on images of {channels} channels, {held.source} has "
+                f"{held.images.shape[3]}"
+            )
+        # Only the split of the run itself proves that these people are new to the network.
+        prints = [fingerprint(rest)] if rest is not None else []
+        if isinstance(rest, Faces) and data is not None:  # as a mixed run knows it
+            prints.append(fingerprint(open_images(data, relabel).split(holdout or 0)[0]))
+        unseen = state["data"]["fingerprint"].split()[-1] in prints
+        if unseen:
+            break
     results = []
     for name, score in (
         ("raw pixels", lambda: verify_pixels(held)),
@@ -529,25 +603,24 @@ def _device(name: str) -> torch.device:
     return check_device(cuda if name == "auto" else name)
 
 
-def _make_folder(output: Path | None) -> None:
-    """Make a report's folder before the work that it reports on."""
-    if output is None:
-        return
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if not os.access(output, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise ValueError(
-            f"--output {output} must be a folder that can be written to: {error.strerror}"
-        ) from error
-
-
 def _report(output: Path | None, results: Sequence[SetResult], about: dict[str, Any]) -> None:
     from .. import set_report
 
     if output is not None:
         say(f"report: {set_report.write(output, results, about)}")
+
+
+def _may_be(images: ImageSet, command: dict[str, Any], trained_on: dict[str, Any]) -> bool:
+    """Whether these may be the images of a run, as far as that is seen without decoding any."""
+    from ..sources import fingerprint
+
+    people = len(images.identities) - command["holdout"]
+    if not command["holdout"] or people < 2:
+        return False
+    if command["real"]:
+        prints = trained_on["fingerprint"].split()
+        return fingerprint(images.split(command["holdout"])[0]) == prints[-1]
+    return people == trained_on["identities"]
 
 
 def _evaluate_sets(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -67,20 +67,13 @@ def convert(
     form = FORMATS[to]
     write = getattr(import_module(f".{form.module}", __package__), form.writer)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(
-        tempfile.mkdtemp(prefix=f".{destination.name}-", suffix=".partial", dir=destination.parent)
-    )
+    # Not by `tempfile`, whose folders are for their owner alone, whatever the umask.
+    partial = destination.with_name(f".{destination.name}-{secrets.token_hex(4)}.partial")
+    partial.mkdir()
     try:
         write(partial, samples(), images.identities, shard_bytes)
-        partial.chmod(0o777 & ~_umask())  # mkdtemp's is for its owner alone
         partial.rename(destination)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return open_images(destination)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -6,12 +6,13 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..extras import extra
+from . import metadata
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,7 +48,7 @@ def keep(count: int, holdout: int) -> int:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What a folder holds, in natural order, without hidden entries."""
+    """What a folder holds, in natural order, without hidden entries and macOS's own."""
     return [Path(entry.path) for entry in scan(folder)]
 
 
@@ -55,7 +56,7 @@ def scan(folder: Path) -> list[os.DirEntry[str]]:
     """What `entries` gives, with what the folder itself says of each."""
     try:
         with os.scandir(folder) as found:
-            shown = [entry for entry in found if entry.name[0] != "."]
+            shown = [e for e in found if e.name[0] != "." and e.name != "__MACOSX"]
     except OSError as error:
         raise DataError(f"{folder} cannot be listed: {error.strerror}") from error
     return sorted(shown, key=lambda entry: natural(entry.name))
@@ -68,37 +69,34 @@ def natural(text: str) -> tuple[list[str | int], str]:
     return [int(p) if i % 2 else p.casefold() for i, p in enumerate(parts)], text
 
 
-def _open(file: BinaryIO) -> Image.Image:
+def _open(file: BinaryIO, whole: bool = False) -> tuple[Image.Image, Mapping[Any, Any]]:
+    """An image, not decoded yet, and what tells its orientation; `whole` if it will be decoded."""
     with extra("train", READING):
         from PIL import Image
 
+    file, told = metadata.without(file, whole)
     image = Image.open(file, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise OSError(f"{image.width}x{image.height} pixels, over the limit of {MAX_PIXELS:,}")
-    if image.mode[0] in "IF":
-        raise OSError(f"more than 8 bits per channel (mode {image.mode})")
-    return image
+    if metadata.deep(image):
+        raise OSError(f"more than 8 bits per channel (read as mode {image.mode})")
+    return image, image.info if told is None else told
 
 
 def mode(file: BinaryIO) -> str:
     """The pixel mode, from the header."""
-    return _open(file).mode
+    return _open(file)[0].mode
 
 
 def header(file: BinaryIO) -> tuple[str, tuple[int, int]]:
     """The ending of such a file's name, and (H, W), from the header."""
-    image = _open(file)
+    image = _open(file)[0]
     return SUFFIXES.get(str(image.format), "jpg"), (image.height, image.width)
 
 
 def decode(file: BinaryIO) -> Image.Image:
     """The image, decoded in full and turned by its EXIF orientation."""
-    with extra("train", READING):
-        from PIL import ImageOps
-
-    image = _open(file)
-    image.load()
-    return ImageOps.exif_transpose(image)
+    return metadata.upright(*_open(file, whole=True))
 
 
 def read_into(

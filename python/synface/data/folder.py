@@ -88,9 +88,9 @@ def read_folder(
     """Reads a folder that holds one sub-folder of images per identity, or any other set of images.
 
     Of a folder, identities and files come in natural order (s1, s2, ..., s10), and files of other
-    extensions and hidden ones are ignored. Every image is decoded in full before this returns,
-    turned by its EXIF orientation, stripped of alpha, converted, and resized (antialiased, the
-    aspect ratio is not kept).
+    extensions are skipped with a warning, hidden ones without. Every image is decoded in full
+    before this returns, turned by its EXIF orientation, stripped of alpha, converted, and resized
+    (antialiased, the aspect ratio is not kept).
 
     Args:
         path: the folder, or what else `open_images` takes or gave, also after a split.

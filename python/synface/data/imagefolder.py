@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from .images import Files, ImageSet, Listed, Names, Sample, label
 def list_folder(path: str | Path) -> ImageSet:
     """The images of a folder that holds one sub-folder per identity, in natural order.
 
-    Files of other extensions and hidden ones are ignored. No file is opened.
+    Hidden files and macOS's own (``__MACOSX``) are ignored. Files of other extensions, and images
+    beside the sub-folders, are skipped with a warning that counts them. No file is opened.
 
     Raises:
         DataError: for a missing or empty folder, fewer than 2 identities, and an identity without
@@ -36,23 +39,28 @@ def list_images(root: Path) -> Listed:
         )
     inside = decode.entries(root)
     folders = [entry for entry in inside if os.path.isdir(entry)]
+    loose = sum(entry.suffix.lower() in EXTENSIONS for entry in inside if os.path.isfile(entry))
     if len(folders) < 2:
-        loose = sum(entry.suffix.lower() in EXTENSIONS for entry in inside if os.path.isfile(entry))
         raise DataError(
             f"{root} holds {len(folders)} identity folders and {loose} images of its own; "
             "expected at least 2 sub-folders, one per person, with that person's images"
         )
     labels = array("q")
     wrong: dict[str, str] = {}
+    skipped = Counter({"in no sub-folder": loose} if loose else {})
 
     def files() -> Iterator[str]:
         for number, folder in enumerate(folders):
             inside = decode.scan(folder)
-            images = [e.path for e in inside if os.path.splitext(e.name)[1].lower() in EXTENSIONS]
+            endings = [os.path.splitext(entry.name)[1].lower() for entry in inside]
+            images = [e.path for e, end in zip(inside, endings, strict=True) if end in EXTENSIONS]
+            others = Counter(end or "without ending" for end in endings if end not in EXTENSIONS)
             if nested := next((entry.name for entry in inside if _is_folder(entry)), None):
                 wrong[str(folder)] = f"has the folder {nested!r} inside"
             elif not images:
-                wrong[str(folder)] = f"has no image ({len(inside)} other files)"
+                some = f": {_counted(others)}" if others else ""
+                wrong[str(folder)] = f"has no image ({len(inside)} other files{some})"
+            skipped.update(others)
             labels.extend([number] * len(images))
             yield from images
 
@@ -62,8 +70,20 @@ def list_images(root: Path) -> Listed:
         f"of {len(folders)} identity folders in {root}",
         f"each to hold images ({' '.join(sorted(EXTENSIONS))}) and no folders",
     )
+    if total := skipped.total():
+        warnings.warn(
+            f"{root}: {total:,} files are skipped ({_counted(skipped)}); what is read lies in a "
+            f"sub-folder and ends in {' '.join(sorted(EXTENSIONS))}: convert other images to these",
+            stacklevel=3,
+        )
     names = [folder.name for folder in folders]
     return Listed(Files(paths), np.frombuffer(labels, np.int64), names)
+
+
+def _counted(endings: Counter[str]) -> str:
+    """How many files have which ending."""
+    common = [f"{count:,} {end}" for end, count in endings.most_common(decode.NAMED)]
+    return ", ".join(common) + (", …" if len(endings) > decode.NAMED else "")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

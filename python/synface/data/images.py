@@ -336,8 +336,14 @@ def label(listed: Listed, source: Path, relabel: bool = False) -> ImageSet:
         count = int(present[-1]) + 1
     if present[0] < 0 or present[-1] >= count:
         wrong = int(np.flatnonzero((labels < 0) | (labels >= count))[0])
+        known = listed.classes is not None or names is not None
         raise DataError(
-            f"{listed.store.name(wrong)}: label {labels[wrong]}, expected one in [0, {count})"
+            f"{listed.store.name(wrong)}: label {labels[wrong]}, expected "
+            + (
+                f"one in [0, {count})"
+                if known
+                else "integers from 0 on (leave out images that have no label)"
+            )
         )
     if relabel:
         labels = np.searchsorted(present, labels).astype(np.int64)

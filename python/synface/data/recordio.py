@@ -44,6 +44,7 @@ WHOLE, FIRST, MIDDLE, LAST = range(4)  # kinds of parts
 FRAME, HEADER = struct.Struct("<II"), struct.Struct("<IfQQ")
 MAX_PART = (1 << 29) - 1
 EXACT = 1 << 24  # integers up to here are float32's
+BOM = b"\xef\xbb\xbf"  # that editors put ahead of UTF-8
 AT_ONCE = 1 << 12  # headers looked at together
 
 
@@ -129,8 +130,10 @@ def _frame(record: bytes) -> bytes:
 
 
 def list_images(path: Path) -> Listed:
-    """The images of a folder with one .rec file, or of a .rec file; its .idx must be beside it.
+    """The images of a folder with one .rec file, or of a .rec file.
 
+    The .idx beside it says where the records are; where there is none, the whole .rec is gone
+    through, from one record's length to the next, and the images are in its order.
     The labels are those of the records: a .lst file is not read. ``property`` (the number of
     classes, and the images' height and width) and names of the classes are read where they are.
 
@@ -147,24 +150,69 @@ def list_images(path: Path) -> Listed:
                 f"{path} holds {len(found)} .rec files, expected one; name the one to read"
             )
         rec = found[0]
-    keys, offsets = _read_index(rec.with_suffix(".idx"))
     try:
         size = rec.stat().st_size
         rec.open("rb").close()
     except OSError as error:
         raise DataError(f"{rec} cannot be read: {error.strerror or error}") from error
+    offsets = _indexed(rec, size) if rec.with_suffix(".idx").exists() else _scanned(rec, size)
+    labels, begin, sizes = _headers(rec, size, offsets)
+    classes, image_size = _read_property(rec.with_name("property"))
+    store = Records(Names.of([rec]), np.zeros(len(begin), np.int32), begin, sizes)
+    store.image_size = image_size
+    return Listed(store, labels, read_names(rec.parent), classes)
+
+
+def _indexed(rec: Path, size: int) -> NDArray[np.int64]:
+    """Where the records of images begin, by the .idx."""
+    keys, offsets = _read_index(rec.with_suffix(".idx"))
     if len(offsets) and not (offsets.min() >= 0 and offsets.max() <= size - 32):
         wrong = int(np.flatnonzero((offsets < 0) | (offsets > size - 32))[0])
         raise DataError(
             f"{rec} is of {size:,} bytes, too short for the record {keys[wrong]} that "
             f"{rec.with_suffix('.idx').name} has at offset {offsets[wrong]}"
         )
-    keys, offsets = _without_ranges(rec, keys, offsets)
-    labels, begin, sizes = _headers(rec, size, offsets)
-    classes, image_size = _read_property(rec.with_name("property"))
-    store = Records(Names.of([rec]), np.zeros(len(begin), np.int32), begin, sizes)
-    store.image_size = image_size
-    return Listed(store, labels, read_names(rec.parent), classes)
+    return _without_ranges(rec, keys, offsets)
+
+
+def _scanned(rec: Path, size: int) -> NDArray[np.int64]:
+    """Where the records of images begin, by their lengths; those of ranges have no image.
+
+    Raises:
+        DataError: for bytes that are no record, a record cut short, and another number of images
+            than record 0 announces.
+    """
+    offsets = array("q")
+    announced: float | None = None
+    least = FRAME.size + HEADER.size
+    at, inside = 0, False
+    with rec.open("rb") as file:
+        while at < size:
+            file.seek(at)
+            head = file.read(least + 4)
+            if len(head) < FRAME.size or head[:4] != MAGIC:
+                raise DataError(f"{rec}: no record begins at offset {at}")
+            word = FRAME.unpack_from(head)[1]
+            kind, length = word >> 29, word & MAX_PART
+            if kind not in ((MIDDLE, LAST) if inside else (WHOLE, FIRST)):
+                raise DataError(f"{rec}: the part at offset {at} is of kind {kind}, out of order")
+            whole = kind == WHOLE
+            if at + FRAME.size + length > size or (whole and length < HEADER.size):
+                raise DataError(f"{rec}: the record at offset {at} is cut short")
+            inside = kind in (FIRST, MIDDLE)
+            flag, _, key, _ = HEADER.unpack_from(head, FRAME.size) if whole else (0,) * 4
+            if kind == FIRST or (whole and length != HEADER.size + 4 * flag):
+                offsets.append(at)
+            elif whole and flag >= 2 and key == 0:
+                (announced,) = struct.unpack_from("<f", head, least)
+            at += FRAME.size + length + -length % 4
+    if inside or (len(offsets) and offsets[-1] > size - least):
+        raise DataError(f"{rec}: the last record is cut short")
+    if announced not in (None, len(offsets) + 1):
+        raise DataError(
+            f"{rec}: record 0 announces {announced - 1:.0f} images, the file has {len(offsets)}"
+        )
+    return np.frombuffer(offsets, np.int64)
 
 
 def _read_index(idx: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -173,7 +221,7 @@ def _read_index(idx: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     try:
         with idx.open("rb") as file:
             for line in file:
-                key, offset = line.split(b"\t")
+                key, offset = (line if numbers else line.removeprefix(BOM)).split(b"\t")
                 numbers.extend((int(key), int(offset)))
     except OSError as error:
         raise DataError(f"{idx} cannot be read: {error.strerror}") from error
@@ -193,10 +241,10 @@ def _read_index(idx: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 def _without_ranges(
     rec: Path, keys: NDArray[np.int64], offsets: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> NDArray[np.int64]:
     """The records of images alone, if record 0 says which they are."""
     if not len(keys) or keys[0] != 0:
-        return keys, offsets
+        return offsets
     with rec.open("rb") as file:
         record, problem = decode.attempt(_record)(file, int(offsets[0]))
     if not problem:
@@ -205,14 +253,14 @@ def _without_ranges(
         raise DataError(f"{rec}, record 0 at offset {offsets[0]}: {problem}")
     announced, content = unpacked
     if len(content) or len(announced) < 2:
-        return keys, offsets  # an image like the others
+        return offsets  # an image like the others
     images = (keys >= 1) & (keys < announced[0])
     if images.sum() != announced[0] - 1:
         raise DataError(
             f"{rec}: record 0 announces {announced[0] - 1:.0f} images, "
             f"{rec.with_suffix('.idx').name} has {images.sum()}"
         )
-    return keys[images], offsets[images]
+    return offsets[images]
 
 
 def _headers(
@@ -263,7 +311,8 @@ def _read_property(file: Path) -> tuple[int | None, tuple[int, int] | None]:
         return None, None
     try:
         with file.open("rb") as opened:
-            numbers = [int(word) for word in read_at_most(opened, 1000).split(b",")]
+            text = read_at_most(opened, 1000).removeprefix(BOM)
+            numbers = [int(word) for word in text.split(b",")]
         if len(numbers) not in (1, 3) or min(numbers) < 1:
             raise ValueError
     except OSError as error:
@@ -284,9 +333,16 @@ def write(folder: Path, samples: Iterable[Sample], identities: list[str], shard_
     images have the same.
 
     Raises:
-        DataError: for more images or classes than its float32 labels can count.
+        DataError: for more images or classes than its float32 labels can count, and a name that
+            cannot stand in train.lst.
     """
     del shard_bytes  # one file
+    for name in identities:
+        if any(character in "\t\r\n" or "\ud800" <= character <= "\udfff" for character in name):
+            raise DataError(
+                f"the identity {name!r} cannot stand in train.lst, where names are UTF-8 without "
+                "tabs and line ends; rename its folder"
+            )
     if len(identities) > EXACT:
         raise DataError(f"{len(identities):,} identities, RecordIO's float32 has {EXACT:,}")
     sizes: set[tuple[int, int]] = set()
@@ -294,7 +350,7 @@ def write(folder: Path, samples: Iterable[Sample], identities: list[str], shard_
     with (
         (folder / "train.rec").open("wb") as rec,
         (folder / "train.idx").open("w") as idx,
-        (folder / "train.lst").open("w") as lst,
+        (folder / "train.lst").open("w", encoding="utf-8") as lst,
     ):
 
         def put(key: int, labels: list[int], content: bytes) -> None:

@@ -1,13 +1,16 @@
 """Parquet files, and folders of Hugging Face datasets: read by pyarrow, imported when used.
 
 A row is an image and its label. The image's column is binary, or a struct of ``bytes`` and ``path``
-(datasets' Image); the label's is one of integers (datasets' ClassLabel has names for them) or of
-strings, which are numbered in natural order.
+(datasets' Image); where there are no bytes, the path is that of a file in the table's folder, and a
+column of such paths alone is one of images too. The label's column is one of integers (datasets'
+ClassLabel has names for them) or of strings, which are numbered in natural order; either may be
+categorical.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -22,13 +25,23 @@ from numpy.typing import NDArray
 from ..extras import extra
 from . import decode
 from .decode import DataError
-from .images import MAX_BYTES, Listed, Names, Sample, Store, natural_files, read_json
+from .images import (
+    MAX_BYTES,
+    Listed,
+    Names,
+    Sample,
+    Store,
+    natural_files,
+    read_at_most,
+    read_json,
+)
 
 if TYPE_CHECKING:
     import pyarrow
 
 LABELS = ("label", "labels", "identity", "identity_id", "class", "target", "y")
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")
+PATHS = ("path", "file_name", "filename", "file", "image_path", "img_path")
 KEPT = 4  # groups of rows in memory, for each process
 ROWS = 16  # images taken out of a Parquet file together
 GROUP_BYTES = 1 << 30  # of the images of a group
@@ -68,7 +81,7 @@ class Tables(Store):
         self.files, self.column = files, column
         self.file, self.group, self.ends, self.rows = file, group, ends, rows
         self._lock = Lock()
-        self._groups: OrderedDict[int, pyarrow.ChunkedArray] = OrderedDict()
+        self._groups: OrderedDict[int, tuple[pyarrow.ChunkedArray | None, ...]] = OrderedDict()
         self._open: OrderedDict[int, Any] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -105,40 +118,78 @@ class Tables(Store):
                 while len(self._groups) > KEPT:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(group)
-            image = self._groups[group][within].as_buffer()
+            contents, paths = self._groups[group]
+            image = None if contents is None else contents[within].as_buffer()
+            path = None if paths is None else paths[within].as_py()
         if image is None:
-            raise OSError("the row has no bytes of an image")
+            return _read_beside(self.files[int(self.file[group])], path)
         if len(image) > MAX_BYTES:
             raise OSError(f"an image of {len(image):,} bytes, over the limit of {MAX_BYTES:,}")
         return image.to_pybytes()
 
-    def _read_group(self, group: int) -> pyarrow.ChunkedArray:
-        """The images of a group."""
+    def _read_group(self, group: int) -> tuple[pyarrow.ChunkedArray | None, ...]:
+        """The images of a group, and their paths; None where there are none."""
         number = int(self.file[group])
         if number not in self._open:
             self._open[number] = _open_table(self.files[number])
             while len(self._open) > KEPT:
                 self._open.popitem(last=False)
-        images: list[pyarrow.Array] = []
-        total = 0
+        parts: list[tuple[pyarrow.Array | None, ...]] = []
+        total = rows = 0
         for column in self._open[number].column(int(self.group[group]), self.column, ROWS):
-            images.append(_binary(column))
-            total += images[-1].nbytes
+            parts.append(_contents(column))
+            rows += len(column)
+            total += sum(part.nbytes for part in parts[-1] if part is not None)
             if total > GROUP_BYTES:
                 raise OSError(f"a group of rows over the limit of {GROUP_BYTES:,} bytes")
         expected = int(self.ends[group] - (self.ends[group - 1] if group else 0))
-        if (rows := sum(map(len, images))) != expected:
+        if rows != expected:
             raise OSError(f"a group of {rows} rows, expected {expected}")
-        return _arrow().chunked_array(images)
+        chunked = _arrow().chunked_array
+        return tuple(
+            None if part[0] is None else chunked(part) for part in zip(*parts, strict=True)
+        )
 
 
-def _binary(column: pyarrow.Array) -> pyarrow.Array:
-    """The bytes of an image column."""
-    pa = _arrow()
+def _contents(column: pyarrow.Array) -> tuple[pyarrow.Array | None, pyarrow.Array | None]:
+    """The bytes of an image column, and the paths; None where it has no such part."""
     column.validate(full=True)  # offsets outside of the data would be followed
-    if pa.types.is_struct(column.type):
-        return column.flatten()[column.type.get_field_index("bytes")]
-    return column
+    parts = [column]
+    if _arrow().types.is_struct(column.type):
+        at = [column.type.get_field_index(name) for name in ("bytes", "path")]
+        parts = [column.flatten()[i] for i in at if i >= 0]
+    content = [part for part in parts if _is_binary(part.type)]
+    paths = [part for part in parts if _is_text(part.type)]
+    return next(iter(content), None), next(iter(paths), None)
+
+
+def _is_binary(kind: pyarrow.DataType) -> bool:
+    types = _arrow().types
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    types = _arrow().types
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def _read_beside(table: Path, name: str | None) -> bytes:
+    """A file that a row of a table names.
+
+    Raises:
+        OSError: for none, one outside of the table's folder (a table may come from anybody), and
+            one that cannot be read.
+    """
+    if name is None:
+        raise OSError("the row has neither the bytes of an image nor a path")
+    folder = os.path.abspath(table.parent)
+    path = os.path.abspath(os.path.join(folder, name))
+    if os.path.commonpath([folder, path]) != folder:
+        raise OSError(f"the row's path {name!r:.200} leads out of {folder}, the table's folder")
+    if "\0" in name or not os.path.isfile(path):  # opening a pipe would wait for ever
+        raise OSError(f"the row has no bytes, and its path {name!r:.200} is no file in {folder}")
+    with open(path, "rb") as file:
+        return read_at_most(file, MAX_BYTES)
 
 
 class _ParquetFile:
@@ -235,6 +286,8 @@ def list_images(path: Path) -> Listed:
     numbered = [part for part in parts if isinstance(part, np.ndarray)]
     if len(numbered) == len(parts):
         labels_of = np.concatenate([np.empty(0, np.int64), *numbered])
+    elif numbered:
+        raise DataError(f"{path}: the labels of some files are integers, of others strings")
     else:
         strings = [text for part in parts for text in part]
         names = sorted(set(strings), key=decode.natural)
@@ -257,11 +310,25 @@ def _checked(chunk: pyarrow.Array, file: Path) -> NDArray[np.int64] | list[str]:
     """Labels of one chunk: integers, or strings."""
     pa = _arrow()
     chunk.validate(full=True)
-    if chunk.null_count:
-        raise DataError(f"{file}: {chunk.null_count} rows have no label")
+    categorical = pa.types.is_dictionary(chunk.type)
+    if pa.types.is_integer(_category(chunk.type)):
+        chunk = chunk.dictionary_decode() if categorical else chunk
+        lacking = chunk.null_count
+    else:
+        texts = (chunk.dictionary if categorical else chunk).to_pylist()
+        if categorical:  # each text once in memory, whatever refers to it
+            texts = [None if i is None else texts[i] for i in chunk.indices.to_pylist()]
+        lacking = texts.count(None)
+    if lacking:
+        raise DataError(f"{file}: {lacking} rows have no label")
     if pa.types.is_integer(chunk.type):
         return chunk.cast(pa.int64()).to_numpy(zero_copy_only=False)
-    return chunk.to_pylist()
+    return texts
+
+
+def _category(kind: pyarrow.DataType) -> pyarrow.DataType:
+    """The type of the values, which a categorical column (Arrow's dictionary) has only once."""
+    return kind.value_type if _arrow().types.is_dictionary(kind) else kind
 
 
 def _files(path: Path) -> list[Path]:
@@ -317,16 +384,18 @@ def _columns(schema: pyarrow.Schema, file: Path) -> tuple[str, str, list[str] | 
 
     def is_image(field: Any) -> bool:
         if types.is_struct(field.type):
-            at = field.type.get_field_index("bytes")
-            return at >= 0 and is_bytes(field.type.field(at).type)
-        return is_bytes(field.type)
+            at, path = (field.type.get_field_index(name) for name in ("bytes", "path"))
+            if at >= 0 and types.is_null(field.type.field(at).type):  # paths alone
+                return path >= 0 and _is_text(field.type.field(path).type)
+            return at >= 0 and _is_binary(field.type.field(at).type)
+        return _is_binary(field.type)
 
-    def is_bytes(kind: Any) -> bool:
-        return types.is_binary(kind) or types.is_large_binary(kind)
+    def is_path(field: Any) -> bool:
+        return _is_text(field.type) and field.name in (*IMAGES, *PATHS)
 
     def is_label(field: Any) -> bool:
-        kind = field.type
-        return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
+        kind = _category(field.type)
+        return field.name != image and (types.is_integer(kind) or _is_text(kind))
 
     def one(what: str, wanted: str, usual: tuple[str, ...], fits: Any) -> str:
         fields = [field for field in schema if fits(field)]
@@ -342,7 +411,9 @@ def _columns(schema: pyarrow.Schema, file: Path) -> tuple[str, str, list[str] | 
 
     if len(set(schema.names)) < len(schema.names):
         raise DataError(f"{file} has two columns of one name")
-    image = one("images", "Image", IMAGES, is_image)
+    image = one(
+        "images", "Image", (*IMAGES, *PATHS), is_image if any(map(is_image, schema)) else is_path
+    )
     label = one("labels", "ClassLabel", LABELS, is_label)
     names = features[label].get("names") if kinds.get(label) == "ClassLabel" else None
     if names is not None and not (

@@ -1,7 +1,8 @@
 """WebDataset shards: tar files whose members, grouped by name, are samples.
 
 A sample is an image (``000042.jpg``) and its label: ``000042.cls``, an integer as text, or the
-"label" of ``000042.json``. Shards are read by the standard library; nothing is ever extracted.
+"label" of ``000042.json``. The members of a sample follow one another. Shards are read by the
+standard library; nothing is ever extracted.
 
 Source: https://github.com/webdataset/webdataset; POSIX pax archives.
 """
@@ -13,9 +14,10 @@ import gzip
 import io
 import json
 import lzma
+import re
 import tarfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from threading import Lock
@@ -41,15 +43,25 @@ MAX_TEXT = 1 << 16  # bytes of a label
 MAX_HEADER = 1 << 20  # bytes of an extended header; the standard library takes any number
 
 
+# How compressed files begin. A tar begins with a name, such as BZhang.jpg.
+COMPRESSED: tuple[tuple[bytes, Callable], ...] = (
+    (rb"\x1f\x8b", gzip.open),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", bz2.open),
+    (rb"\xfd7zXZ\0", lzma.open),
+)
+
+
+def _opener(path: Path) -> Callable | None:
+    """What decompresses a shard, if anything: by its first bytes, for a name may be wrong."""
+    with path.open("rb") as file:
+        begin = file.read(10)
+    return next((opener for magic, opener in COMPRESSED if re.match(magic, begin)), None)
+
+
 def _opened(path: Path) -> BinaryIO:
     """A shard, decompressed."""
-    if path.suffix in (".gz", ".tgz"):
-        return cast(BinaryIO, gzip.open(path))
-    if path.suffix == ".bz2":
-        return cast(BinaryIO, bz2.open(path))
-    if path.suffix == ".xz":
-        return cast(BinaryIO, lzma.open(path))
-    return path.open("rb")
+    opener = _opener(path)
+    return path.open("rb") if opener is None else cast(BinaryIO, opener(path))
 
 
 class CompressedSpans(Spans):
@@ -99,16 +111,19 @@ def list_images(path: Path) -> Listed:
     Every shard is looked through once, a compressed one by decompressing all of it.
 
     Raises:
-        DataError: for shards that are damaged or cut short, samples without an image or a label,
-            and members that are no files, naming the shard and offset.
+        DataError: for shards that are damaged or cut short, samples without an image or a label or
+            whose members are apart, and members that are no files, naming the shard and offset.
 
     Memory: 28 bytes per image, and twice that while they are listed.
     """
     folder = path.parent if path.is_file() else path
     shards = [path] if path.is_file() else natural_files(path, SUFFIXES["webdataset"])
     rows = array("q")
+    kind: type[Spans] = Spans
     for number, shard in enumerate(shards):
         try:
+            if _opener(shard) is not None:
+                kind = CompressedSpans
             with _opened(shard) as file:
                 for sample in _samples(shard, file):
                     rows.extend((number, *sample))
@@ -117,7 +132,6 @@ def list_images(path: Path) -> Listed:
         except Exception as error:  # decompressors and `tarfile` raise whatever bytes lead to
             raise DataError(f"{shard} is no whole tar file: {error or type(error)}") from error
     file, begin, size, labels = np.frombuffer(rows, np.int64).reshape(-1, 4).T.copy()
-    kind = Spans if all(shard.suffix == ".tar" for shard in shards) else CompressedSpans
     store = kind(Names.of(shards), file.astype(np.int32), begin, size)
     return Listed(store, labels, read_names(folder))
 
@@ -127,14 +141,26 @@ def _samples(shard: Path, file: BinaryIO) -> Iterator[tuple[int, int, int]]:
     key: str | None = None
     image: tuple[int, int] | None = None
     label: int | None = None
+    kinds: list[str] = []
 
     def sample(at: int) -> Iterator[tuple[int, int, int]]:
         if key is None:
             return
-        if image is None or label is None:
-            lack = "image" if image is None else "label (.cls, or .json with a label)"
-            raise DataError(f"{shard}, before offset {at}: sample {key!r} has no {lack}")
-        yield *image, label
+        if image is not None and label is not None:
+            yield *image, label
+            return
+        while (later := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]
+            if _split(later.name)[0] == key:
+                raise DataError(
+                    f"{shard}, offset {later.offset}: {later.name!r} is apart from the rest of "
+                    f"sample {key!r}, before offset {at}; the members of a sample must follow one "
+                    "another, as in an archive that is sorted by name (tar --sort=name)"
+                )
+        lack = "label (.cls, or .json with a label)"
+        if image is None:
+            lack = f"image of a known format (it has {', '.join(kinds)})"
+        raise DataError(f"{shard}, before offset {at}: sample {key!r} has no {lack}")
 
     with tarfile.open(fileobj=_Careful(file), mode="r:") as tar:
         at = 0
@@ -146,14 +172,14 @@ def _samples(shard: Path, file: BinaryIO) -> Iterator[tuple[int, int, int]]:
             at = member.offset_data
             if not member.isreg() or member.issparse() or member.size < 0:
                 raise DataError(f"{where}: {member.name!r} is no plain file")
-            parent, _, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            if not stem:
-                continue  # hidden
-            if (name := f"{parent}/{stem}") != key:
+            name, kind = _split(member.name)
+            if name is None:
+                continue
+            if name != key:
                 yield from sample(member.offset)
-                key, image, label = name, None, None
-            kind = "." + extension.rpartition(".")[2].lower()
+                key, image, label, kinds = name, None, None, []
+            if len(kinds) < decode.NAMED:
+                kinds.append(kind)
             if kind in decode.EXTENSIONS:
                 if image is not None:
                     raise DataError(f"{where}: sample {key!r} has a second image")
@@ -167,6 +193,14 @@ def _samples(shard: Path, file: BinaryIO) -> Iterator[tuple[int, int, int]]:
                     raise DataError(f"{where}: sample {key!r} has the labels {label} and {found}")
                 label = label if found is None else found
         yield from sample(file.tell())
+
+
+def _split(name: str) -> tuple[str | None, str]:
+    """The sample that a member belongs to, None for a hidden one and macOS's own; and its kind."""
+    parent, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    shown = stem and "__MACOSX" not in parent.split("/")
+    return f"{parent}/{stem}" if shown else None, "." + extension.rpartition(".")[2].lower()
 
 
 def _label(kind: str, text: bytes, where: str) -> int | None:

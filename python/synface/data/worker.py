@@ -144,7 +144,8 @@ class Done(NamedTuple):
 
 def main(fd: int) -> None:
     """Serves the loader at the other end of a socket until that is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for each in (signal.SIGINT, signal.SIGTERM):  # of all processes of a job: the trainer's to take
+        signal.signal(each, signal.SIG_IGN)
     with Connection(fd) as loader:
         try:
             setup: Setup = loader.recv()

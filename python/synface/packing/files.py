@@ -43,7 +43,7 @@ def pack(
         FileExistsError: where something would be lost.
         CheckpointError: where there is nothing to resume, or it is of another run.
         OSError: where something cannot be written; checkpoints stay.
-        KeyboardInterrupt: on Ctrl-C, with a checkpoint written.
+        KeyboardInterrupt, Terminated: on Ctrl-C and on SIGTERM, with a checkpoint written.
     """
     names = [packer.config.objective for packer in packers]
     if len(set(names)) < len(names):

@@ -19,7 +19,7 @@ from .. import checkpoint
 from ..check import check_device, check_integer, check_number, check_rows, describe
 from ..checkpoint import CheckpointError
 from ..embeddings import NAME
-from ..interrupts import interrupts
+from ..interrupts import interruption, interrupts
 from ..randomness import generator
 from . import bounds
 from .optimizer import SphereAdam
@@ -241,7 +241,8 @@ class Packer:
             CheckpointError: for a checkpoint that is damaged or of another run.
             FileExistsError: where ``folder`` holds checkpoints and ``resume`` is not set.
             FloatingPointError: once the points are not finite.
-            KeyboardInterrupt: on Ctrl-C, once the step is done and a checkpoint of it is written.
+            KeyboardInterrupt, Terminated: on Ctrl-C and on SIGTERM, once the step is done and a
+                checkpoint of it is written.
             OSError: where a checkpoint cannot be written; the ones before it stay.
         """
         with interrupts() as interrupted:
@@ -284,7 +285,7 @@ class _Run:
         self.best_points = self.points.clone()
         self.objective = _OBJECTIVES[self.config.objective](packer)
 
-    def run(self, resume: bool, stop: Callable[[int], bool]) -> Packed:
+    def run(self, resume: bool, stop: Callable[[int], int]) -> Packed:
         if resume:
             self._load()
         elif self.folder is not None and checkpoint.checkpoints(self.folder):
@@ -316,7 +317,7 @@ class _Run:
                 self._save()
                 saved = time.perf_counter()
             if stopped:
-                raise KeyboardInterrupt
+                raise interruption(stopped)
         return Packed(
             self.best_points,
             self.worst,

@@ -42,6 +42,7 @@ from ..guided import (
 from ..heads import MarginHead
 from ..randomness import generator as draws
 from ..randomness import seeded, seeds
+from ..runs import check_network
 from ..sources import fingerprint
 from ..train import CONFIG, train
 from ..train_config import TrainConfig
@@ -529,10 +530,12 @@ def run(
         progress: a bar for each part, from its description.
 
     Raises:
-        FileExistsError, CheckpointError, FloatingPointError, KeyboardInterrupt: see `run_steps`.
+        FileExistsError, CheckpointError, FloatingPointError, KeyboardInterrupt,
+            Terminated: see `run_steps`.
     """
     bar = progress or (lambda description: nullcontext())
     device = check_device(config.device)
+    _check_networks(config)
     people = read_people(config.data, config.seed)
     folder = output / "recogniser"
     with bar("recogniser") as shown:
@@ -599,6 +602,16 @@ def run(
         guided_log,
         verification,
     )
+
+
+def _check_networks(config: CfsmConfig) -> None:
+    """Raises ValueError unless all networks take the images; without memory for any of it."""
+    size = config.data.size
+    check_network(config.recogniser, (size, size, 1))
+    with torch.device("meta"):
+        image, style = torch.empty(1, 1, size, size), torch.empty(1, config.generator.styles)
+        Generator(config.generator)(image, style)
+        Discriminator(config.discriminator)(image)
 
 
 def _verify(config: CfsmConfig, network: nn.Module, held: Faces) -> dict[str, Any]:

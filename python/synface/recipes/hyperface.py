@@ -32,6 +32,7 @@ from ..extras import extra
 from ..generate import FaceGenerator
 from ..packing import PackConfig, Packer
 from ..report import ACCENT, INK, QUIET, _figure, _save, sample_faces, write_page
+from ..runs import check_network
 from ..sources import FacesSource, Source
 from ..synthesize import styles, synthesize
 from ..train_config import TrainConfig
@@ -219,6 +220,7 @@ def run(
     """Packs, synthesizes, trains and verifies below ``output``; see `run_cells`."""
     bar = progress or (lambda description: nullcontext())
     painter, data = config.data.painter(), config.data
+    check_network(config.train, painter.image_shape)
     held = data.real_people(painter.image_shape, 2)
     pixels = verify(pixel_embeddings(held.images), held.labels).to_json()
     found = run_cells(

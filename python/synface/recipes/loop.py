@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..interrupts import interrupts
+from ..interrupts import interruption, interrupts
 from ..lines import Lines
 
 METRICS = "metrics.jsonl"
@@ -59,7 +59,8 @@ def run_steps(
         CheckpointError: for a checkpoint that is damaged, or of another configuration or data.
         FileExistsError: where the folder holds a run already and ``resume`` is not set.
         FloatingPointError: once a step returns a number that is not finite.
-        KeyboardInterrupt: on Ctrl-C, once the step is done and a checkpoint of it is written.
+        KeyboardInterrupt, Terminated: on Ctrl-C and on SIGTERM, once the step is done and a
+            checkpoint of it is written.
     """
     description = json.loads(json.dumps(description))
     checkpoints, log = folder / "checkpoints", Lines(folder / METRICS)
@@ -96,7 +97,7 @@ def run_steps(
             if done % checkpoint_every == 0 or done == total or stop:
                 save(done)
             if stop:
-                raise KeyboardInterrupt
+                raise interruption(stop)
             if stop_after is not None and number >= stop_after:
                 break
     return history

@@ -26,6 +26,7 @@ from ..evaluate import pixel_embeddings, verify
 from ..generate import FaceGenerator
 from ..mixing import IdentityMixup
 from ..report import ACCENT, INK, QUIET, _figure, _save, write_page
+from ..runs import check_network
 from ..sources import GeneratedSource
 from ..train_config import TrainConfig
 from .cells import Cell, for_steps, machine, run_cells, shown, spread, table
@@ -180,6 +181,7 @@ def run(
 ) -> Results:
     """Trains and verifies all cells below ``output``; arguments and errors as of `run_cells`."""
     painter = config.data.painter()
+    check_network(config.train, painter.image_shape)
     held = config.data.real_people(painter.image_shape, 2)
     pixels = verify(pixel_embeddings(held.images), held.labels).to_json()
     found = run_cells(

@@ -24,6 +24,7 @@ from ..evaluate import pixel_embeddings, verify
 from ..generate import FaceGenerator
 from ..mixing import IdentityMixup
 from ..report import ACCENT, INK, QUIET, _figure, _save, write_page
+from ..runs import check_network
 from ..sources import FacesSource, GeneratedSource, Source
 from ..synthesize import styles
 from ..train_config import TrainConfig
@@ -136,6 +137,7 @@ def run(
 ) -> Results:
     """Trains and verifies all cells below ``output``; arguments and errors as of `run_cells`."""
     painter, data = config.data.painter(), config.data
+    check_network(config.train, painter.image_shape)
     few, others = data.real_identities, data.held_out_identities
     rest, held = data.real_people(painter.image_shape, few + others).split(others)
     real = rest.split(len(rest.identities) - few)[0]

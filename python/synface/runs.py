@@ -1,0 +1,167 @@
+"""A training run's folder: its files, what is checked before it begins, its network read back.
+
+Nothing here reads an image: a command calls `check_start` before it decodes any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checkpoint, sharded
+from .backbone import IResNet
+from .check import available_memory, check_folder
+from .checkpoint import CheckpointError
+from .train_config import TrainConfig
+
+CONFIG, METRICS, TIMING = "config.json", "metrics.jsonl", "timing.jsonl"
+VERIFICATION, CHECKPOINTS = "verification.jsonl", "checkpoints"
+BACKBONE, CENTERS = "model.backbone.", "model.head.weight"  # in a checkpoint
+
+
+def build_backbone(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet:
+    """The backbone of a configuration for (H, W, C) images."""
+    height, width, channels = image_shape
+    return IResNet(
+        (height, width),
+        channels,
+        config.widths,
+        config.depths,
+        config.embedding_size,
+        config.dropout,
+    )
+
+
+def check_network(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet:
+    """Return the backbone for (H, W, C) images without memory for its parameters (device "meta").
+
+    Raises:
+        ValueError: where it cannot be built, or its parameters exceed the memory that is free.
+    """
+    height, width, before = image_shape
+    values = 0  # of the convolutions and the last layer, which are nearly all
+    for channels, depth in zip(config.widths, config.depths, strict=False):
+        values += 9 * channels * (before + (2 * depth - 1) * channels)
+        height, width, before = -(-height // 2), -(-width // 2), channels
+    values += before * height * width * config.embedding_size
+    free = available_memory() or 1 << 40
+    if 4 * values > free:
+        raise ValueError(
+            f"the network takes {4 * values / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB of "
+            f"memory are free: lower widths {list(config.widths)}, depths {list(config.depths)}, "
+            f"embedding_size {config.embedding_size} or the images' size, "
+            f"{image_shape[0]}×{image_shape[1]}"
+        )
+    with torch.device("meta"):
+        return build_backbone(config, image_shape)
+
+
+def check_start(
+    config: TrainConfig,
+    size: tuple[int, int],
+    output: Path,
+    *,
+    channels: int | None = None,
+    resume: bool = False,
+    init: Path | None = None,
+    tensorboard: bool = False,
+) -> None:
+    """Raise what `train` would raise before its first step, as far as that needs no image.
+
+    Args:
+        size: (H, W) of the images. channels: of them; None where they are not known yet.
+        config, output, resume, init, tensorboard: of `train`.
+
+    Raises:
+        ValueError: for a network that cannot be built.
+        CheckpointError: for an ``init`` that is damaged, or of a network of other shapes.
+        OSError: for an output that cannot be written to.
+        FileExistsError: for one that holds a run, unless ``resume`` is set.
+        ImportError: where tensorboard is wanted and not installed.
+    """
+    check_folder("output", output)
+    if not resume and (checkpoint.checkpoints(output / CHECKPOINTS) or (output / METRICS).exists()):
+        raise FileExistsError(
+            f"{output} holds a run already: resume it, or choose another output folder"
+        )
+    if init is None:
+        check_network(config, (*size, channels or 1))
+    elif resume:
+        raise ValueError(f"init begins a new run: give either init ({init}) or resume")
+    else:
+        found, state = state_of(init)
+        theirs = network_of(found, state)
+        channels = channels or state["data"]["image_shape"][2]
+        ours = check_network(config, (*size, channels or 1))
+        check_backbone(found, theirs.state_dict(), ours)
+    if tensorboard:
+        import_module("torch.utils.tensorboard")
+
+
+def check_backbone(found: Path, theirs: dict[str, Tensor], ours: IResNet) -> None:
+    """Raise CheckpointError unless a backbone can begin with the parameters of a checkpoint's."""
+    try:
+        checkpoint.check_shapes(found, theirs, ours.state_dict())
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; a run that begins with it needs its widths, depths, embedding_size and "
+            "image size"
+        ) from None
+
+
+def load_backbone(path: Path) -> tuple[IResNet, dict[str, Any]]:
+    """The backbone of a run's newest checkpoint (or of one checkpoint), in evaluation mode.
+
+    Returns:
+        The backbone and the checkpoint's state: its configuration, data and step.
+
+    Raises:
+        CheckpointError: where there is none, or it is damaged.
+    """
+    found, tensors, state = read(path)
+    backbone, values = network_of(found, state), backbone_of(tensors)
+    checkpoint.check_shapes(found / checkpoint.TENSORS, values, backbone.state_dict())
+    backbone.to_empty(device="cpu").load_state_dict(values)
+    return backbone.eval(), state
+
+
+def inherited(found: Path, theirs: int, ours: int) -> str:
+    """What a run over so many identities takes from a checkpoint over others, in words."""
+    if theirs == ours:
+        return f"begins with the backbone and the {ours:,} class centers of {found}"
+    return (
+        f"begins with the backbone of {found}; the head is new: that run has {theirs:,} "
+        f"identities, these data {ours:,}"
+    )
+
+
+def state_of(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint of a run (or one checkpoint): where it is, and its state."""
+    found = checkpoint.find(path)
+    load = sharded.load_state if sharded.is_sharded(found) else checkpoint.load_state
+    return found, load(found)
+
+
+def read(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The newest checkpoint of a run (or one checkpoint): where it is, its tensors, its state."""
+    found = checkpoint.find(path)
+    return found, *(sharded.read if sharded.is_sharded(found) else checkpoint.load)(found)
+
+
+def backbone_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone's state dict among a checkpoint's tensors."""
+    return {k.removeprefix(BACKBONE): v for k, v in tensors.items() if k.startswith(BACKBONE)}
+
+
+def network_of(found: Path, state: Mapping[str, Any]) -> IResNet:
+    """The backbone that a checkpoint's state tells of, on the device "meta"."""
+    try:
+        config = TrainConfig.from_json(state["config"])
+        return check_network(config, tuple(state["data"]["image_shape"]))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{found / checkpoint.STATE}: {error}") from error

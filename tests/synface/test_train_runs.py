@@ -1,0 +1,276 @@
+"""A run goes on wherever it and its images are, for more epochs, or as the start of another."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from synface import checkpoint, cli
+from synface.checkpoint import CheckpointError
+from synface.data import embedded_faces
+from synface.heads import MarginHead
+from synface.train import TrainConfig, learning_rate, load_backbone, train
+from typer.testing import CliRunner
+
+from tests.ranks import on_ranks
+
+SMALL = TrainConfig(
+    epochs=2,
+    batch_size=11,  # 24 images: batches of 11, 11 and 2
+    widths=(4, 8),
+    depths=(1, 1),
+    embedding_size=16,
+    checkpoint_every=1,
+)
+
+
+def people(identities=6, **options):
+    return embedded_faces(images_per_identity=4, size=16, identities=identities, **options)
+
+
+def state(result) -> dict[str, torch.Tensor]:
+    parts = {"backbone": result.backbone, "head": result.head}
+    return {f"{name}.{k}": v for name, m in parts.items() for k, v in m.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# -- another place -------------------------------------------------------------------------------
+
+TINY = ["--epochs", "1", "--batch-size", "8", "--size", "16x16", "--embedding-size", "8"]
+TINY += ["--widths", "4,8", "--depths", "1,1"]
+
+
+def synface(*arguments) -> str:
+    """What the command writes; its error, if any, is raised."""
+    done = CliRunner().invoke(cli.app, [str(each) for each in arguments])
+    if done.exception is not None:
+        raise done.exception
+    return done.stdout
+
+
+def score(shown: str) -> str:
+    return next(line for line in shown.splitlines() if line.startswith("ROC-AUC"))
+
+
+def folder(root, seed=0):
+    """Five people, four images each."""
+    random = np.random.default_rng(seed)
+    for person in range(5):
+        face = random.integers(0, 200, (20, 18))
+        (root / f"p{person}").mkdir(parents=True)
+        for i in range(4):
+            pixels = (face + random.integers(0, 40, face.shape)).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"p{person}" / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def there(tmp_path, monkeypatch):
+    """A folder to work in, with images in "faces", and another one."""
+    (tmp_path / "elsewhere").mkdir()
+    folder(tmp_path / "here" / "faces")
+    monkeypatch.setattr(cli.training.console, "width", 1000)
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path
+
+
+@pytest.mark.parametrize("memory", ["1024", "0"], ids=["in memory", "streamed"])
+def test_a_run_goes_on_from_another_folder_and_with_images_that_moved(there, monkeypatch, memory):
+    options = ["--data", "faces", "--holdout", "2", "--memory", memory, "--workers", "1"]
+    found = score(synface("train", *options, *TINY, "--output", "run"))
+    run, moved = there / "here" / "run", there / "elsewhere" / "images"
+    log = (run / "metrics.jsonl").read_text()
+    monkeypatch.chdir(there / "elsewhere")
+    for command in (["train", "--resume", run], ["eval", run]):
+        assert score(synface(*command)) == found
+
+    (there / "here" / "faces").rename(moved)
+    missing = r"its images \(--data\) are not at .*here/faces now: say where they are with --data"
+    for command in (["train", "--resume", run], ["eval", run]):
+        with pytest.raises(ValueError, match=missing):
+            synface(*command)
+    shown = synface("eval", run, "--data", "images")  # known by their fingerprint
+    assert score(shown) == found
+    assert "2 people never trained on" in shown
+    assert "5 people (20 images)" in synface("eval", run, "--data", "images", "--holdout", "0")
+    other = folder(there / "other", seed=1)
+    Image.new("L", (18, 20)).save(other / "p0" / "0.png")  # of another size in bytes
+    with pytest.raises(CheckpointError, match=r"data's fingerprint is not that of .*other; give"):
+        synface("train", "--resume", run, "--data", other)
+    assert "5 people (20 images)" in synface("eval", run, "--data", other)
+
+    assert score(synface("train", "--resume", run, "--data", "images")) == found
+    assert json.loads((run / "config.json").read_text())["command"]["data"] == str(moved)
+    assert score(synface("eval", run)) == found
+    assert (run / "metrics.jsonl").read_text() == log
+
+
+def test_both_domains_may_have_moved(there, monkeypatch):
+    folder(there / "here" / "real", seed=2)
+    options = ["--synthetic", "faces", "--real", "real", "--holdout", "2", "--workers", "1"]
+    found = score(synface("train", *options, *TINY, "--output", "run"))
+    (there / "here").rename(there / "there")
+    monkeypatch.chdir(there)
+    with pytest.raises(ValueError, match=r"\(--synthetic\) are not at .*: say where"):
+        synface("train", "--resume", "there/run", "--real", "there/real")
+    with pytest.raises(ValueError, match=r"--data .* differs from the run's None"):
+        synface("train", "--resume", "there/run", "--data", "there/real")
+    assert score(synface("eval", "there/run", "--data", "there/real")) == found
+    places = ["--synthetic", "there/faces", "--real", "there/real"]
+    assert score(synface("train", "--resume", "there/run", *places)) == found
+    assert score(synface("eval", "there/run")) == found
+
+
+def test_a_run_of_an_earlier_version_is_where_it_was(there, monkeypatch):
+    """Its folder names the images from the directory that it was started in."""
+    synface("train", "--data", "faces", "--holdout", "2", *TINY, "--output", "run")
+    file = there / "here" / "run" / "config.json"
+    started = json.loads(file.read_text())
+    assert started["command"]["data"] == str(there / "here" / "faces")
+    started["command"]["data"] = "faces"
+    del started["command"]["init"]
+    file.write_text(json.dumps(started))
+    synface("eval", "run")
+    monkeypatch.chdir(there)
+    with pytest.raises(ValueError, match=r"not at .*/faces now: say where they are with --data"):
+        synface("train", "--resume", "here/run")
+    synface("train", "--resume", "here/run", "--data", "here/faces")
+    synface("eval", "here/run")
+
+
+# -- more epochs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_finished_run_is_prolonged(tmp_path, schedule):
+    short = replace(SMALL, schedule=schedule, warmup_epochs=1.0)
+    long = replace(short, epochs=4)
+    train(short, people(), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="config's epochs is 2, expected 4"):
+        train(long, people(), tmp_path / "run", resume=True)
+    shutil.copytree(tmp_path / "run", tmp_path / "cut")
+    prolonged = train(long, people(), tmp_path / "run", resume=True, prolong=True)
+    rates = [learning_rate(short, step, 3) for step in range(6)]
+    rates += [learning_rate(long, step, 3) for step in range(6, 12)]
+    assert [row["lr"] for row in prolonged.history] == rates
+    if schedule == "constant":  # as if it had been so long from the start
+        whole = train(long, people(), tmp_path / "whole")
+        assert same(state(whole), state(prolonged))
+    # before its first own checkpoint, and after
+    for last in (6, 9):
+        train(long, people(), tmp_path / "cut", resume=True, prolong=True, stop_after=last)
+    resumed = train(long, people(), tmp_path / "cut", resume=True)
+    assert same(state(resumed), state(prolonged))
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["config"]["epochs"] == 4
+    with pytest.raises(CheckpointError, match="config's epochs is 4, expected 2"):
+        train(short, people(), tmp_path / "cut", resume=True, prolong=True)
+
+
+def test_the_command_line_prolongs(there):
+    synface("train", "--data", "faces", "--holdout", "2", *TINY, "--output", "run")
+    with pytest.raises(ValueError, match=r"--lr 0.5 differs"):
+        synface("train", "--resume", "run", "--epochs", "3", "--lr", "0.5")
+    synface("train", "--resume", "run", "--epochs", "3")
+    assert len((there / "here/run/metrics.jsonl").read_text().splitlines()) == 3 * 2
+    synface("train", "--resume", "run")
+    with pytest.raises(ValueError, match=r"--epochs 2 differs from the run's 3: .* more epochs"):
+        synface("train", "--resume", "run", "--epochs", "2")
+
+
+# -- the start of another run --------------------------------------------------------------------
+
+
+def first(folder) -> dict[str, torch.Tensor]:
+    """The model in the checkpoint that a run begins with."""
+    tensors, _ = checkpoint.load(folder / "checkpoints" / "step-00000000")
+    return {k: v for k, v in tensors.items() if k.startswith("model.")}
+
+
+def test_a_run_begins_with_another(tmp_path):
+    before = train(SMALL, people(), tmp_path / "a")
+    trained = {f"model.{k}": v for k, v in state(before).items()}
+    config = replace(SMALL, lr=0.01, seed=5)
+    again = train(config, people(seed=1), tmp_path / "b", init=tmp_path / "a", stop_after=1)
+    assert same(first(tmp_path / "b"), trained)
+    assert again.init.startswith("begins with the backbone and the 6 class centers of")
+    command = json.loads((tmp_path / "b" / "config.json").read_text())["command"]
+    assert command == {"init": str(tmp_path / "a")}
+
+    more = train(config, people(7), tmp_path / "c", init=tmp_path / "a", stop_after=1)
+    assert "the head is new: that run has 6 identities, these data 7" in more.init
+    found = first(tmp_path / "c")
+    centers = found.pop("model.head.weight")
+    assert same(found, {k: v for k, v in trained.items() if "backbone" in k})
+    train(config, people(7), tmp_path / "plain", stop_after=1)
+    assert torch.equal(centers, first(tmp_path / "plain")["model.head.weight"])
+
+    shutil.rmtree(tmp_path / "a")  # what began with it needs it no more
+    train(config, people(7), tmp_path / "c", resume=True)
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        train(config, people(), tmp_path / "d", init=tmp_path / "a")
+    with pytest.raises(ValueError, match="give either init"):
+        train(config, people(7), tmp_path / "c", resume=True, init=tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "change", [{"widths": (4, 16)}, {"depths": (1, 2)}, {"embedding_size": 8}], ids=str
+)
+def test_another_network_is_refused_before_the_run_begins(tmp_path, change):
+    train(SMALL, people(), tmp_path / "a", stop_after=0)
+    with pytest.raises(CheckpointError, match=r"of another model.* needs its widths, depths"):
+        train(replace(SMALL, **change), people(), tmp_path / "b", init=tmp_path / "a")
+    assert not (tmp_path / "b").exists()
+
+
+class Begun:
+    """On each rank: a run that begins with another, and the head's rows before its first step."""
+
+    def __init__(self, init, output):
+        self.init, self.output = init, output
+
+    def __call__(self, rank, ranks):
+        config = replace(SMALL, batch_size=12, lr=1e-30, weight_decay=0.0)
+        options = {"init": self.init, "stop_after": 0}
+        return train(config, people(), self.output, **options).head.weight.detach()
+
+
+def test_ranks_begin_with_a_run_of_one_process_and_the_reverse(tmp_path):
+    before = train(SMALL, people(), tmp_path / "a")
+    rows = on_ranks(2, Begun(tmp_path / "a", tmp_path / "b"), tmp_path / "ranks")
+    assert [len(each) for each in rows] == [3, 3]
+    assert torch.equal(torch.cat(rows), before.head.weight)
+    train(SMALL, people(), tmp_path / "c", init=tmp_path / "b", stop_after=0)
+    assert torch.equal(first(tmp_path / "c")["model.head.weight"], before.head.weight)
+
+
+def test_the_command_line_begins_with_a_run(there):
+    synface("train", "--data", "faces", "--holdout", "2", *TINY, "--output", "a")
+    shown = synface("train", "--data", "faces", "--holdout", "2", *TINY, "--init", "a",
+                    "--output", "b")  # fmt: skip
+    assert "the run begins with the backbone and the 3 class centers of" in shown
+    backbone, _ = load_backbone(there / "here" / "a")
+    values = first(there / "here" / "b")
+    assert torch.equal(values["model.backbone.stem.0.weight"], backbone.stem[0].weight)
+    synface("train", "--resume", "b", "--init", "a")
+    with pytest.raises(ValueError, match=r"--init .* differs from the run's"):
+        synface("train", "--resume", "b", "--init", "b")
+    file = there / "here" / "faces" / "p0" / "0.png"
+    file.write_bytes(b"no image")  # never read
+    with pytest.raises(CheckpointError, match="of another model"):
+        synface("train", "--data", "faces", "--init", "a", "--output", "c")
+
+
+def test_a_head_of_other_centers_is_damage(tmp_path):
+    train(SMALL, people(), tmp_path / "a", stop_after=0)
+    found = checkpoint.find(tmp_path / "a")
+    tensors, about = checkpoint.load(found)
+    tensors["model.head.weight"] = MarginHead(8, 6).weight.detach()
+    checkpoint.save(found.parent, 9, tensors, {k: about[k] for k in ("config", "data", "scaler")})
+    with pytest.raises(CheckpointError, match=r"must be of shape \(C, 16\), got \(6, 8\)"):
+        train(SMALL, people(), tmp_path / "b", init=tmp_path / "a")
