@@ -7,13 +7,17 @@ import math
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the command line checks folders, for which it need not wait for torch
+    import torch
+    from torch import Tensor
 
 
 def describe(value: object) -> str:
     """A tensor's dtype, shape and device, or a value with its type."""
+    from torch import Tensor
+
     if not isinstance(value, Tensor):
         return f"{type(value).__name__} {value!r}"
     kind = str(value.dtype).removeprefix("torch.")
@@ -42,6 +46,8 @@ def check_rows(name: str, rows: Tensor) -> Tensor:
 
     Squares in float32 would overflow from 1e19 on, and vanish from 1e-23 on.
     """
+    import torch
+
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
     for wrong, what in ((~norms.isfinite(), "not finite"), (norms == 0, "zero")):
         if wrong.any():
@@ -80,6 +86,8 @@ def available_memory() -> int | None:
 
 def check_device(device: object) -> torch.device:
     """The device, if torch can compute on it here; raises TypeError or ValueError if not."""
+    import torch
+
     if not isinstance(device, (str, torch.device)):
         raise TypeError(f"device must be a str or torch.device, got {describe(device)}")
     try:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .extras import extra
+
 FORMAT = 1
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
@@ -46,8 +48,9 @@ def write_tensors(
     Raises:
         OSError: where it cannot be written (a full disk, say).
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    with extra("train", "writing checkpoints and embeddings"):
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
 
     part = path.with_name(path.name + ".part")
     try:
@@ -144,8 +147,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: as `load_state`, and for tensors that are not those that were written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    with extra("train", "reading checkpoints"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
 
     state = load_state(path)
     file = path / TENSORS

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .check import check_rows
+from .extras import extra
 
 NAME = "embeddings"  # of the tensor, where a safetensors file holds several
 
@@ -66,7 +67,8 @@ def _read_npy(path: Path) -> Tensor:
 
 
 def _read_safetensors(path: Path) -> Tensor:
-    from safetensors import SafetensorError, safe_open
+    with extra("train", path):
+        from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:

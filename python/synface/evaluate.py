@@ -14,16 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import synface_kernels as sk
+from synface.check import describe
 from synface.data import decode, normalise
 from synface.data.images import Store
 
 
-@torch.no_grad()
 def embed(model: nn.Module, images: Tensor, batch_size: int = 256, flip: bool = True) -> Tensor:
     """Embeds images with the model in eval mode; each module's own mode is restored afterwards.
 
     Args:
-        model: maps (B, C, H, W) float32 in [-1, 1] to (B, D).
+        model: maps (B, C, H, W) float32 in [-1, 1] to floating embeddings (B, D), or to a tuple
+            that begins with them, such as AdaFace's (embedding, norm).
         images: (N, H, W, C) uint8, N at least 1, on any device.
         batch_size: images per call of the model, which gets them on its first parameter's device.
         flip: add the embedding of the mirror image before normalising.
@@ -32,8 +33,23 @@ def embed(model: nn.Module, images: Tensor, batch_size: int = 256, flip: bool = 
         (N, D) float32 of unit rows, on the CPU.
 
     Raises:
-        ValueError: for images of another dtype or shape, no images, or a batch size under 1.
+        TypeError: where the model returns something else.
+        ValueError: for images of another dtype or shape, no images, a batch size under 1, and
+            embeddings that are not finite, naming the images by their index.
     """
+    return _embed(model, images, batch_size, flip, lambda index: f"image {index}", 0)
+
+
+@torch.no_grad()
+def _embed(
+    model: nn.Module,
+    images: Tensor,
+    batch_size: int,
+    flip: bool,
+    name: Callable[[int], str],
+    first: int,
+) -> Tensor:
+    """Embed images as `embed` does; in errors image i is called name(first + i)."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     _check_images(images)
@@ -45,14 +61,42 @@ def embed(model: nn.Module, images: Tensor, batch_size: int = 256, flip: bool = 
         rows = []
         for batch in images.split(batch_size):
             x = normalise(batch.to(device))
-            y = model(x).float()
+            y = _output(model(x), len(x))
             if flip:
-                y = y + model(x.flip(-1)).float()
-            rows.append(F.normalize(y).cpu())
+                y = y + _output(model(x.flip(-1)), len(x))
+            # On the CPU in float64, where the square of no float32 overflows.
+            rows.append(F.normalize(y.cpu().double()).float())
     finally:
         for module, training in modes:
             module.training = training
-    return torch.cat(rows)
+    embeddings = torch.cat(rows)
+    bad = (~embeddings.isfinite()).any(1).nonzero()[:, 0].tolist()
+    if bad:
+        shown = ", ".join(name(first + i) for i in bad[: decode.NAMED])
+        shown += ", …" if len(bad) > decode.NAMED else ""
+        raise ValueError(
+            f"the network's embeddings of {len(bad)} of {len(embeddings)} images are not finite "
+            f"(NaN or infinite): {shown}; check the network's weights and precision"
+        )
+    return embeddings
+
+
+def _output(found: object, count: int) -> Tensor:
+    """The embeddings in what a network returned for `count` images, float32."""
+    parts = found if isinstance(found, (tuple, list)) else [found]
+    rows = parts[0] if parts else None
+    if not isinstance(rows, Tensor) or not rows.is_floating_point():
+        came = ", ".join(describe(x) if isinstance(x, Tensor) else type(x).__name__ for x in parts)
+        raise TypeError(
+            "the network must return floating point embeddings (B, D), or a tuple that begins with "
+            f"them, got {type(found).__name__}: {came or 'empty'}"
+        )
+    if rows.ndim != 2 or len(rows) != count or not rows.shape[1]:
+        raise ValueError(
+            f"the network must return embeddings of shape ({count}, D) for {count} images, "
+            f"got {tuple(rows.shape)}"
+        )
+    return rows.float()
 
 
 def embed_store(
@@ -78,7 +122,9 @@ def embed_store(
     Raises:
         DataError: for images that cannot be decoded or are of another size; the first five of a
             batch are named.
-        ValueError: for no images, or a batch size under 1.
+        TypeError: where the model returns something else than `embed` takes.
+        ValueError: for no images, a batch size under 1, and embeddings that are not finite, naming
+            the images.
 
     Memory: the result, and three batches of decoded images.
     """
@@ -114,7 +160,7 @@ def embed_store(
             images = following.result()
             if begin + batch_size < count:
                 following = ahead.submit(batch, begin + batch_size)
-            rows.append(embed(model, images, batch_size, flip))
+            rows.append(_embed(model, images, batch_size, flip, store.name, begin))
             if progress is not None:
                 progress(begin + len(images), count)
     return torch.cat(rows)

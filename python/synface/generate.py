@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .check import check_device
 from .data.embedded import FACES, STYLES, enlarge, lfw_crops, restyle, to_bytes
+from .extras import extra
 from .randomness import normals, seeded
 
 
@@ -205,7 +206,7 @@ class TorchScriptGenerator(_InFile):
 
 
 class OnnxGenerator(_InFile):
-    """A generator in an ONNX file, run by onnxruntime (`pip install onnxruntime`).
+    """A generator in an ONNX file, run by onnxruntime (`pip install "synface-kernels[onnx]"`).
 
     Its inputs are, in this order, the embedding, the style and, if there is a third, the seed
     (int64); its first output is what `TorchScriptGenerator` describes. A file exported for a fixed
@@ -233,10 +234,8 @@ class OnnxGenerator(_InFile):
         device: str = "cpu",
     ) -> None:
         path = Path(path)
-        try:
+        with extra("onnx", path):
             import onnxruntime
-        except ImportError as error:
-            raise ImportError(f"{path} needs onnxruntime: pip install onnxruntime") from error
         provider = f"{str(device).partition(':')[0].upper()}ExecutionProvider"
         if provider not in onnxruntime.get_available_providers():
             raise ValueError(

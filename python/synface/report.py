@@ -12,6 +12,7 @@ import torch
 
 from .data import Faces
 from .evaluate import Verification
+from .extras import extra
 from .measure import METHODS, Workload
 
 if TYPE_CHECKING:
@@ -20,20 +21,27 @@ if TYPE_CHECKING:
 INK, ACCENT, QUIET = "#22313f", "#c0392b", "#95a5a6"
 
 
-def _figure(width: float, height: float) -> Any:
-    import matplotlib
+def _figure(width: float, height: float, *grid: int, **options: Any) -> Any:
+    with extra("train", "drawing figures"):
+        import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
 
-    return plt.subplots(figsize=(width, height), layout="constrained")
+    return plt.subplots(*grid, figsize=(width, height), layout="constrained", **options)
 
 
 def _save(figure: Figure, path: Path) -> None:
-    import matplotlib.pyplot as plt
+    with extra("train", "drawing figures"):
+        import matplotlib.pyplot as plt
 
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write a page in UTF-8, whatever the locale; names of files keep their bytes."""
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def sample_faces(faces: Faces, path: Path, identities: int = 8, images: int = 10) -> None:
@@ -158,7 +166,7 @@ def write(
         "seconds": seconds,
     }
     (folder / "report.json").write_text(json.dumps(result, indent=1))
-    (folder / "index.html").write_text(_page(result, trained, pixels, table, workload))
+    write_page(folder / "index.html", _page(result, trained, pixels, table, workload))
     return folder / "index.html"
 
 

@@ -27,6 +27,7 @@ from . import checkpoint
 from .centers import Centers, CentersConfig
 from .check import available_memory as available_memory  # public here
 from .check import check_integer, check_number
+from .extras import extra
 from .interrupts import interrupts
 from .randomness import generator, normals, seeds
 
@@ -297,7 +298,8 @@ def summary(result: dict[str, Any]) -> str:
 
 def write_report(result: dict[str, Any], folder: Path) -> None:
     """Writes scale.json and scale.png: the loss, and what a step's time goes to."""
-    from matplotlib.figure import Figure
+    with extra("train", "drawing figures"):
+        from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write(folder / "scale.json", json.dumps(result, indent=1))

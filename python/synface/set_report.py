@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .evaluate import Identification, Verification, embed_store, identify, verify_pairs
-from .report import _STYLE, _figure, _save
+from .report import _STYLE, _figure, _save, write_page
 from .verification_sets import PairSet, TemplateSet
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -57,7 +57,8 @@ def evaluate_set(
     Rank-1 identification of a `PairSet` that names people: each person's first image is the
     gallery, the other images are the probes. Of a `TemplateSet`: its gallery and probe lists.
 
-    Args, Raises: as `embed_store` and `verify_pairs`.
+    Args, Raises: as `embed_store` and `verify_pairs`. A model that returns a tuple, such as
+        AdaFace's (embedding, norm), is taken for its first item.
 
     Memory: the embeddings, (N, D) float32, and what `verify_pairs` takes.
     """
@@ -205,5 +206,5 @@ def write(folder: Path, results: Sequence[SetResult], about: Mapping[str, Any]) 
 <img src="roc.png" alt="ROC curves"><img src="det.png" alt="DET curves">
 </html>
 """
-    (folder / "index.html").write_text(page)
+    write_page(folder / "index.html", page)
     return folder / "index.html"

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
+from .extras import extra
 
 
 def read_toml(file: Path) -> dict[str, Any]:
@@ -18,7 +18,8 @@ def read_toml(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: for a file that cannot be read or is not TOML, naming it.
     """
-    tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    with extra("train", "reading TOML"):
+        tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -30,7 +31,10 @@ def read_toml(file: Path) -> dict[str, Any]:
 def write_toml(file: Path, values: Mapping[str, Any]) -> None:
     """Writes values, whole or not at all; those that are None, which TOML has no word for, are
     left out."""
-    import tomli_w
+    with extra("train", "writing TOML"):
+        import tomli_w
+
+    from . import checkpoint  # and torch, which reading a file does not need
 
     kept = {name: value for name, value in values.items() if value is not None}
     checkpoint.write(file, tomli_w.dumps(kept))

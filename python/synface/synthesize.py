@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .check import check_folder, check_rows, describe
+from .extras import extra
 from .generate import FaceGenerator
 from .randomness import normals
 
@@ -256,7 +257,8 @@ def _generate(
 
 def _write(file: Path, pixels: np.ndarray) -> None:
     """One PNG, there whole or not at all."""
-    from PIL import Image
+    with extra("train", "writing images"):
+        from PIL import Image
 
     buffer = io.BytesIO()
     grey = pixels.shape[2] == 1

@@ -31,6 +31,7 @@ from .check import check_device
 from .checkpoint import CheckpointError
 from .data import DataError, Faces, ImageSet
 from .data.order import WHOLE, Part
+from .extras import extra
 from .heads import MarginHead, ShardedMarginHead
 from .interrupts import interruption, interrupts
 from .lines import Lines
@@ -53,7 +54,7 @@ from .runs import (
 from .runs import load_backbone as load_backbone  # public here
 from .settings import write_toml
 from .sources import Batch, FacesSource, Source
-from .train_config import PRECISIONS, TrainConfig
+from .train_config import TrainConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the first one counts where ranks got different ones
 
@@ -548,7 +549,7 @@ class _Run:
         return figures
 
     def _embed(self, images: Tensor) -> Tensor:
-        dtype = PRECISIONS[self.config.precision]
+        dtype = getattr(torch, self.config.precision)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             embeddings = self.network(images).float()
         if self.model.scaler.is_enabled():
@@ -566,7 +567,8 @@ class _Run:
 @contextmanager
 def _tensorboard(output: Path, first: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
     """A function that writes figures of a step; those of later steps, of an earlier run, go."""
-    from torch.utils.tensorboard import SummaryWriter  # optional: the extra tensorboard
+    with extra("tensorboard", "the log for TensorBoard"):
+        from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(output / "tensorboard"), purge_step=first) as writer:
 

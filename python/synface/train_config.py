@@ -1,4 +1,4 @@
-"""What makes a training run."""
+"""What makes a training run; to know its defaults, torch is not imported."""
 
 from __future__ import annotations
 
@@ -6,12 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-
 import synface_kernels as sk
-
-from .checkpoint import CheckpointError
-from .data import Augment
 
 # What configurations had no name for at first; it then was as it now is by default.
 LATER = {
@@ -23,7 +18,7 @@ LATER = {
     "sample_rate",
     "fused_update",
 }
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = ("float32", "bfloat16", "float16")  # of torch's dtypes
 
 
 @dataclass(frozen=True)
@@ -104,10 +99,12 @@ class TrainConfig:
         for name, allowed in (
             ("optimizer", ("sgd", "adamw")),
             ("schedule", ("cosine", "polynomial", "step", "constant")),
-            ("precision", tuple(PRECISIONS)),
+            ("precision", PRECISIONS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        from .data import Augment
+
         self.margin()
         Augment(self.augment)
 
@@ -116,6 +113,8 @@ class TrainConfig:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> TrainConfig:
+        from .checkpoint import CheckpointError
+
         known = {f.name for f in fields(TrainConfig)}
         different = sorted((values.keys() ^ known) - (LATER - values.keys()))
         if different:

@@ -80,7 +80,8 @@ class TemplateSet:
         template, media: (N,) int64, each image's: templates are numbered in [0, T), media as in the
             file.
         first, second: (P,) int64, the templates of each pair. same: (P,) bool.
-        gallery, probe: (G, 2) and (Q, 2) int64, template and person; None where there are no lists.
+        gallery, probe: (G, 2) and (Q, 2) int64, template and person, each template once; None where
+            there are no lists.
     """
 
     name: str
@@ -325,14 +326,16 @@ def read_templates(folder: str | Path, images: str | Path | None = None) -> Temp
 
     ``*tid_mid.txt``: lines "image template media"; ``*template_pair_label.txt``: lines "template
     template 0-or-1"; and if they are there ``*gallery*.csv`` (one or more, taken together) and
-    ``*probe*.csv``: after a heading, lines that begin "template,person". The images must be
-    aligned: they are taken as they are.
+    ``*probe*.csv``: after a heading, lines that begin "template,person", one for each image of a
+    template. The images must be aligned: they are taken as they are.
 
     Args:
         folder: of the lists. images: the folder that holds the images; None is ``folder``.
 
     Raises:
-        DataError: for lists that are missing or of another form, and templates without images.
+        DataError: for lists that are missing or of another form, templates without images or of
+            two people, a template both in a gallery and among the probes, and probes of somebody
+            who is in no gallery.
     """
     folder = Path(folder)
     root = folder if images is None else Path(images)
@@ -360,17 +363,41 @@ def read_templates(folder: str | Path, images: str | Path | None = None) -> Temp
             raise DataError(f"{folder}: template {lacking[0]} of the {what} has no image")
         return np.searchsorted(templates, ids)
 
+    shown: dict[int, tuple[int, Path]] = {}  # each listed template's person, and the file
+
     def people(word: str) -> NDArray[np.int64] | None:
+        """Template and person, each template once, however many lines its images take."""
         files = [f for f in natural_files(folder, [".csv"]) if word in f.name.lower()]
-        tables = [_read_table(file, ",", 2) for file in files]
-        if not tables:
+        if not files:
             return None
-        table = np.concatenate(tables)
+        found: dict[int, int] = {}
+        for file in files:
+            for number, person in np.unique(_read_table(file, ",", 2), axis=0).tolist():
+                known, where = shown.setdefault(number, (person, file))
+                if known != person:
+                    raise DataError(
+                        f"{file}: template {number} is of person {person}, and of {known} "
+                        + ("too" if where == file else f"in {where}")
+                        + "; a template shows one person"
+                    )
+                found[number] = person
+        table = np.array(sorted(found.items()), np.int64)
         return np.stack([rows(table[:, 0], word), table[:, 1]], 1)
 
     gallery, probe = people("gallery"), people("probe")
     if (gallery is None) != (probe is None):
         raise DataError(f"{folder} needs both or neither of *gallery*.csv and *probe*.csv")
+    if gallery is not None and probe is not None:
+        if len(both := np.intersect1d(gallery[:, 0], probe[:, 0])):
+            raise DataError(
+                f"{folder}: template {templates[both[0]]} is in a gallery and among the probes"
+            )
+        if not (known := np.isin(probe[:, 1], gallery[:, 1])).all():
+            stranger = probe[~known][0]
+            raise DataError(
+                f"{folder}: template {templates[stranger[0]]} of the probes is of person "
+                f"{stranger[1]}, who is in no gallery; list all galleries, or leave such probes out"
+            )
     return TemplateSet(
         folder.name,
         str(folder),

@@ -385,7 +385,9 @@ def test_an_onnx_file_that_returns_no_images(tmp_path, monkeypatch, output):
 
 def test_onnx_without_onnxruntime(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ImportError, match=r"g\.onnx needs onnxruntime: pip install onnxruntime"):
+    with pytest.raises(
+        ImportError, match=r'g\.onnx needs onnxruntime.*pip install "synface-kernels\[onnx\]"'
+    ):
         open_generator(tmp_path / "g.onnx", 8)
 
 

@@ -256,6 +256,34 @@ def test_templates(janus):
     assert result.identification.probes == 2
 
 
+class Shades(nn.Module):
+    """A network that tells shades of grey: 0 to 255 as angles from 0 to a right one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        angle = (x.mean((1, 2, 3)) + 1) * torch.pi / 4
+        return torch.stack([angle.cos(), angle.sin()], 1)
+
+
+def test_a_template_is_searched_once_however_many_images_it_has(tmp_path):
+    """A probe of one image that is taken for another person, and one of nine that is not."""
+    shades = {1: [0], 2: [250], 11: [240], 12: [230] * 9}  # templates 1 and 11 show person 1
+    lines, tables = [], {"gallery": ["TEMPLATE_ID,SUBJECT_ID,FILENAME"]}
+    tables["probe"] = tables["gallery"][:]
+    for template, each in shades.items():
+        for i, shade in enumerate(each):
+            file = f"{template}-{i}.png"
+            (tmp_path / file).write_bytes(jpeg(np.full((6, 6), shade, np.uint8)))
+            lines.append(f"{file} {template} {i // 3}")
+            table = tables["gallery" if template < 10 else "probe"]
+            table.append(f"{template},{template % 10},{file}")
+    (tmp_path / "x_face_tid_mid.txt").write_text("\n".join(lines))
+    (tmp_path / "x_template_pair_label.txt").write_text("1 11 1\n2 12 1\n1 12 0\n")
+    for name, rows in tables.items():
+        (tmp_path / f"{name}.csv").write_text("\n".join(rows))
+    found = evaluate_set(Shades(), open_set(tmp_path), (6, 6, 1)).identification
+    assert (found.rank1, found.probes, found.gallery) == (0.5, 2, 2)
+
+
 def test_pooling_is_the_sum_of_the_medias_means():
     rows = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     template, media = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([4, 4, 9, 4, 1, 1])
@@ -276,6 +304,22 @@ def test_pooling_is_the_sum_of_the_medias_means():
         ("ijb_template_pair_label.txt", "7 9 2\n", "label must be 0 or 1"),
         ("probe.csv", "TEMPLATE_ID,SUBJECT_ID\n1,1\n", "template 1 of the probe has no image"),
         ("probe.csv", "TEMPLATE_ID,SUBJECT_ID\n7,a\n", "expected 2 integers a line"),
+        (
+            "probe.csv",
+            "TEMPLATE_ID,SUBJECT_ID\n20,1\n20,2\n",
+            r"probe.csv: template 20 is of person 2, and of 1 too",
+        ),
+        (
+            "gallery_G2.csv",
+            "TEMPLATE_ID,SUBJECT_ID\n7,2\n9,2\n",
+            r"gallery_G2.csv: template 7 is of person 2, and of 1 in .*gallery_G1.csv",
+        ),
+        ("probe.csv", "TEMPLATE_ID,SUBJECT_ID\n7,1\n", "template 7 is in a gallery and among"),
+        (
+            "probe.csv",
+            "TEMPLATE_ID,SUBJECT_ID\n20,3\n",
+            "template 20 of the probes .* person 3, who",
+        ),
     ],
 )
 def test_templates_that_are_not_as_expected(janus, file, text, message):
@@ -380,6 +424,98 @@ def test_an_image_of_another_size_or_none_is_named(tmp_path):
     data.store.images[3] = b"no image"
     with pytest.raises(DataError, match=r"1 of 8 images.*\n.*image 3, .*no image that can be read"):
         evaluate_set(Flat(36), data, (6, 6, 1), resize=True)
+
+
+class Adaptive(Flat):
+    """A network that returns embeddings and their norms, as AdaFace's do."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = super().forward(x)
+        norm = found.norm(dim=1, keepdim=True)
+        return found / norm, norm
+
+
+def test_of_embeddings_and_norms_the_first_are_taken(tmp_path):
+    (tmp_path / "x.bin").write_bytes(pickle.dumps((images(), SAME), 4))
+    data = read_bin(tmp_path / "x.bin")
+    wanted, got = (
+        evaluate_set(network, data, (6, 6, 1), flip=False).verification
+        for network in (Flat(36), Adaptive(36))
+    )
+    assert got.auc == wanted.auc
+    assert np.array_equal(got.tpr, wanted.tpr)
+
+
+class Broken(Flat):
+    """What `wrong` makes of the embeddings."""
+
+    def __init__(self, wrong) -> None:
+        super().__init__(36)
+        self.wrong = wrong
+
+    def forward(self, x: torch.Tensor):
+        return self.wrong(super().forward(x))
+
+
+def spoil(value: float):
+    """Puts a value into the last image's embedding, and one into the batch's third."""
+
+    def wrong(rows: torch.Tensor) -> torch.Tensor:
+        rows[-1, 3], rows[2, 0] = value, value
+        return rows
+
+    return wrong
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("flip", [False, True])
+def test_an_embedding_that_is_not_finite_names_its_image(tmp_path, value, flip):
+    (tmp_path / "x.bin").write_bytes(pickle.dumps((images(), SAME), 4))
+    data = read_bin(tmp_path / "x.bin")
+    network = Broken(spoil(value))
+    with pytest.raises(ValueError, match=r"2 of 4 images are not finite.*: .*image 2, .*image 3,"):
+        evaluate_set(network, data, (6, 6, 1), flip=flip, batch_size=4)
+    with pytest.raises(ValueError, match=r"embeddings of 2 of 5 images .*: image 2, image 4;"):
+        embed(network, torch.zeros(5, 6, 6, 1, dtype=torch.uint8), flip=flip)
+
+
+def test_the_name_is_that_of_the_image_in_a_later_batch(tmp_path):
+    (tmp_path / "x.bin").write_bytes(pickle.dumps((images(), SAME), 4))
+    data = read_bin(tmp_path / "x.bin")
+    data.store.images[5] = jpeg(np.zeros((6, 6), np.uint8))
+
+    class NoBlack(Flat):
+        """Divides by zero for a black image."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) / (x.flatten(1).amax(1, keepdim=True) > -1)
+
+    with pytest.raises(ValueError, match=r"1 of 3 images are not finite.*: .*x.bin, image 5, off"):
+        evaluate_set(NoBlack(36), data, (6, 6, 1), batch_size=3)
+
+
+def test_long_embeddings_do_not_overflow():
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 6, 6, 1), np.uint8))
+    far = embed(Broken(lambda rows: rows * 1e30), pixels, flip=False)
+    torch.testing.assert_close(far, embed(Flat(36), pixels, flip=False), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda rows: {"embedding": rows}, TypeError, "or a tuple that begins with them, got dict"),
+        (lambda rows: None, TypeError, "got NoneType"),
+        (lambda rows: (), TypeError, "got tuple: empty"),
+        (lambda rows: ("x", rows), TypeError, "got tuple: str, float32"),
+        (lambda rows: rows.long(), TypeError, r"got Tensor: int64 \(4, 16\)"),
+        (lambda rows: rows[1:], ValueError, r"shape \(4, D\) for 4 images, got \(3, 16\)"),
+        (lambda rows: (rows[0], rows), ValueError, r"got \(16,\)"),
+        (lambda rows: rows[:, :0], ValueError, r"got \(4, 0\)"),
+    ],
+)
+def test_a_network_that_returns_something_else_is_a_clear_error(wrong, error, message):
+    with pytest.raises(error, match=message):
+        embed(Broken(wrong), torch.zeros(4, 6, 6, 1, dtype=torch.uint8))
 
 
 # -- the command line

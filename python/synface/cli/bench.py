@@ -9,9 +9,10 @@ import typer
 
 from ..check import check_folder
 from ..interrupts import Terminated
-from .terminal import Bar, say
+from .options import refuse
+from .terminal import Bar, Group, say
 
-app = typer.Typer(help="Measure what the library does here.", no_args_is_help=True)
+app = typer.Typer(cls=Group, help="Measure what the library does here.", no_args_is_help=True)
 
 
 @app.callback()
@@ -21,6 +22,7 @@ def bench() -> None:
 
 @app.command("scale")
 def scale_command(
+    context: typer.Context,
     identities: Annotated[str, typer.Option(help="Class centres C, such as 10M.")] = "10M",
     dim: Annotated[int, typer.Option(help="Dimensions D.")] = 512,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
@@ -76,6 +78,10 @@ def scale_command(
         raise ValueError(
             "--keep, --resume, --overwrite, --sync and --checkpoint-every need --directory"
         )
+    if resume:
+        refuse(context, "with --resume", "overwrite")
+    if optimizer == "adamw":
+        refuse(context, "with --optimizer adamw", "momentum")
     needed, free = sum(config.centers.bytes.values()), scale.available_memory()
     if directory is None and free is not None and needed > free:
         raise ValueError(

@@ -10,11 +10,14 @@ import typer
 from ..check import check_folder
 from ..data import convert
 from ..data.images import FORMATS
-from .options import RelabelOption
+from .options import RelabelOption, refuse
 from .terminal import Bar, say
+
+UNSHARDED = ("folder", "recordio")
 
 
 def convert_command(
+    context: typer.Context,
     source: Annotated[
         Path,
         typer.Argument(
@@ -30,6 +33,8 @@ def convert_command(
     ] = 512,
 ) -> None:
     """Write images in another format, their bytes as they are."""
+    if to in UNSHARDED:
+        refuse(context, f"with --to {to}, which has no shards", "shard_size")
     check_folder("the destination's folder", destination.absolute().parent)
     with Bar(f"converting {source}") as bar:
         written = convert(

@@ -6,22 +6,17 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 
 from ..check import check_folder
-from ..data import embedded_faces
-from ..train import train
-from ..train_config import TrainConfig
 from .options import SeedOption
 from .terminal import Bar, console, say
-from .verification import print_verification, verify_network, verify_pixels
 
 
 def info_command() -> None:
     """Versions, devices, and which implementation each op takes."""
-    from synface_kernels import _env
+    from synface_kernels import _env, margin_cross_entropy  # noqa: F401  (importing an op registers it)
 
     say(_env.report())
 
@@ -37,10 +32,16 @@ def demo_command(
     """Train on real faces, verify on others, measure the fused softmax; write a report."""
     import tempfile
 
+    import torch
+
     import synface_kernels as sk
     from synface_kernels import _env
 
     from .. import measure, report
+    from ..data import embedded_faces
+    from ..train import train
+    from ..train_config import TrainConfig
+    from .verification import print_verification, verify_network, verify_pixels
 
     check_folder("--output", output)
     began = time.perf_counter()

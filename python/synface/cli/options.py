@@ -62,6 +62,14 @@ ConfigOption = Annotated[
 ]
 
 
+def refuse(context: typer.Context, why: str, *names: str) -> None:
+    """Raise ValueError for an option of these that the command line gives and that does nothing."""
+    for param in context.command.params:
+        source = context.get_parameter_source(param.name)  # click's enum, which typer may vendor
+        if param.name in names and source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"{'/'.join(param.opts + param.secondary_opts)} has no effect {why}")
+
+
 def parse_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None

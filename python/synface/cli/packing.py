@@ -8,16 +8,13 @@ from typing import Annotated
 
 import typer
 
-from .. import packing
 from ..check import check_folder
-from ..embeddings import read_embeddings
-from ..generate import open_generator
-from ..synthesize import synthesize
-from .options import SeedOption, parse_size
+from .options import SeedOption, parse_size, refuse
 from .terminal import Bar, PackingBar, console, interrupts, say
 
 
 def pack_command(
+    context: typer.Context,
     count: Annotated[int | None, typer.Option(help="Points N.")] = None,
     dim: Annotated[int | None, typer.Option(help="Dimensions d.")] = None,
     objective: Annotated[
@@ -64,11 +61,20 @@ def pack_command(
     ] = None,
 ) -> None:
     """Spread N unit vectors in d dimensions as far apart as they go, or check embeddings."""
+    from .. import packing
+    from ..embeddings import read_embeddings
+
     if check is not None:
+        others = [name for name in context.params if name not in ("check", "against")]
+        refuse(context, "with --check", *others)
         _check_embeddings(check, against)
         return
     if against is not None:
         raise ValueError("--against needs --check")
+    if gallery is None:
+        refuse(context, "without --gallery", "alpha")
+    if "hyperface" not in (objective or []):
+        refuse(context, "without --objective hyperface", "lr")
     begin = None if start is None else read_embeddings(start)
     keep = None if gallery is None else read_embeddings(gallery)
     if begin is not None:
@@ -113,6 +119,9 @@ def pack_command(
 
 
 def _check_embeddings(file: Path, against: Path | None) -> None:
+    from .. import packing
+    from ..embeddings import read_embeddings
+
     rows = read_embeddings(file)
     other = None if against is None else read_embeddings(against)
     if other is not None and rows.shape[1] != other.shape[1]:
@@ -136,6 +145,7 @@ def _check_embeddings(file: Path, against: Path | None) -> None:
 
 
 def synthesize_command(
+    context: typer.Context,
     packed: Annotated[
         Path, typer.Option(help="Embeddings (N, D), one identity per row: .safetensors or .npy.")
     ],
@@ -167,6 +177,12 @@ def synthesize_command(
     ] = False,
 ) -> None:
     """Write a folder of face images, some of each packed identity, that `train` takes."""
+    from ..embeddings import read_embeddings
+    from ..generate import open_generator
+    from ..synthesize import synthesize
+
+    if generator is None:
+        refuse(context, "without --generator: eigenfaces are drawn on the CPU", "device")
     check_folder("--output", output)
     embeddings = read_embeddings(packed)
     asked = parse_size(size)

@@ -11,9 +11,12 @@ from typing import Annotated
 import typer
 
 from ..check import check_folder
-from .terminal import Bar, console, interrupts, say
+from .options import refuse
+from .terminal import Bar, Group, console, interrupts, say
 
-app = typer.Typer(help="The papers' recipes, from data to a report.", no_args_is_help=True)
+app = typer.Typer(
+    cls=Group, help="The papers' recipes, from data to a report.", no_args_is_help=True
+)
 
 ConfigOption = Annotated[
     Path | None, typer.Option(help="TOML. Default: small enough for two cores.")
@@ -100,6 +103,7 @@ def cfsm_command(
 
 
 def _run(
+    context: typer.Context,
     name: str,
     called: str,
     output: Path,
@@ -111,6 +115,8 @@ def _run(
     **shown: bool,
 ) -> None:
     """A recipe of several training runs, and its report. called: the command's words."""
+    if cell is not None:
+        refuse(context, "with --cell, which writes no report", "report", "faces")
     recipe = import_module(f"synface.recipes.{name}")
     settings = recipe.load_config(config)
     data = replace(settings.data, real=str(real) if real else settings.data.real)
@@ -129,6 +135,7 @@ def _register(name: str, summary: str) -> None:
 
     @app.command(name, help=summary)
     def command(
+        context: typer.Context,
         output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs") / name,
         config: ConfigOption = None,
         real: RealOption = None,
@@ -137,7 +144,9 @@ def _register(name: str, summary: str) -> None:
         cell: CellOption = None,
         resume: ResumeOption = False,
     ) -> None:
-        _run(name, f"recipe {name}", output, config, real, report, cell, resume, faces=faces)
+        _run(
+            context, name, f"recipe {name}", output, config, real, report, cell, resume, faces=faces
+        )
 
 
 _register(
@@ -150,6 +159,7 @@ _register(
 
 
 def study_command(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="The study's folder.")] = Path("runs/study"),
     config: ConfigOption = None,
     real: RealOption = None,
@@ -160,7 +170,7 @@ def study_command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study.")] = False,
 ) -> None:
     """Accuracy over identities × images of each, and by attribute, with and without mixup."""
-    _run("study", "study", output, config, real, report, cell, resume)
+    _run(context, "study", "study", output, config, real, report, cell, resume)
 
 
 def _check_outputs(output: Path, report: Path | None) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -18,10 +21,49 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from typer.core import TyperGroup
 
 from ..interrupts import Terminated
 
 console = Console()
+
+
+def _encoded(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Bytes of a file's name as they are; other characters that a terminal lacks as escapes."""
+    assert isinstance(error, UnicodeEncodeError)
+    error.end = error.start + 1
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeEncodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+def encode_anything() -> None:
+    """Let no output end in an error for want of a character in the terminal's encoding."""
+    codecs.register_error("synface", _encoded)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # else it is not the interpreter's own
+            stream.reconfigure(errors="synface")
+
+
+def _untyped(params: list[Any]) -> list[Any]:
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params
+
+
+class Group(TyperGroup):
+    """A group of commands whose help gives flags no type; newer typers put <bool> beside them."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _untyped(super().get_params(ctx))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            _untyped(command.get_params(ctx))
+        return command
 
 
 def say(text: str) -> None:

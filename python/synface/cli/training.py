@@ -8,22 +8,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .. import checkpoint
-from ..check import check_device, check_folder
-from ..data import Faces, ImageSet, embedded_faces, open_images, read_folder
-from ..data.loader import Domain, common_shape, opened
-from ..mixing import Beta, Constant, Grid, Ratio
-from ..ranks import joined
-from ..runs import CONFIG, check_start, inherited, load_backbone, state_of
-from ..sources import FacesSource, MixedSource, fingerprint
-from ..train import train
+from ..check import check_folder
+from ..data import open_images
 from ..train_config import TrainConfig
 from ..verification_sets import PairSet, TemplateSet, open_set
 from .options import (
@@ -34,11 +26,20 @@ from .options import (
     SeedOption,
     SizeOption,
     parse_size,
+    refuse,
 )
 from .terminal import Bar, console, interrupts, say
-from .verification import figures, print_verification, verify_network, verify_pixels
 
-DEFAULT = TrainConfig()
+if TYPE_CHECKING:  # they import torch, which takes longer than all else that --help needs
+    import torch
+
+    from ..data import Faces, ImageSet
+    from ..data.loader import Domain
+    from ..mixing import Ratio
+    from ..set_report import SetResult
+    from ..sources import MixedSource
+
+DEFAULT = TrainConfig  # its class attributes
 EMBEDDED = "default"  # as a folder: the embedded faces
 PLACES = ("data", "synthetic", "real")  # options that say where images are
 # What config.json holds of how a run was started, and what one means that was written earlier.
@@ -76,6 +77,8 @@ def _faces(
     relabel: bool = False,
     memory: int = 8 << 10,  # MiB
 ) -> Faces:
+    from ..data import embedded_faces, read_folder
+
     if data is None:
         if size is not None and size[0] != size[1]:
             raise ValueError(f"the embedded faces are square, got --size {size[0]}x{size[1]}")
@@ -98,6 +101,9 @@ def _split(
 
     The former are in memory too if all, as RGB, take at most so many MiB.
     """
+    from ..data import read_folder
+    from ..data.loader import common_shape, opened
+
     images = open_images(data, relabel) if data else None
     size = size or (FOLDER_SIZE if images else None)
     if images is None or size is None or 3 * math.prod(size) * len(images) <= memory << 20:
@@ -120,6 +126,8 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
 
 
 def _ratio(text: str) -> Ratio:
+    from ..mixing import Beta, Constant, Grid
+
     name, _, value = text.partition(":")
     try:
         if name == "grid" and not value:
@@ -134,6 +142,9 @@ def _ratio(text: str) -> Ratio:
 
 def _mixed(run: dict[str, Any], workers: int) -> tuple[MixedSource, Faces]:
     """The two domains that a run mixes, and the real people held out."""
+    from ..data import read_folder
+    from ..sources import MixedSource
+
     if not (run["synthetic"] and run["real"]) or run["data"]:
         raise ValueError("--synthetic and --real go together, without --data")
     embedded, size = run["synthetic"] == EMBEDDED, parse_size(run["size"])
@@ -255,6 +266,12 @@ def train_command(
     config_file: ConfigOption = None,
 ) -> None:
     """Train on an image folder (or the embedded faces) and verify on people kept out."""
+    from ..ranks import joined
+    from ..runs import check_start, inherited, state_of
+    from ..sources import FacesSource
+    from ..train import train
+    from .verification import figures, print_verification, verify_network, verify_pixels
+
     given = context.params | {"widths": _numbers("--widths", widths)}
     given["depths"] = _numbers("--depths", depths)
     run: dict[str, Any] = {
@@ -272,8 +289,10 @@ def train_command(
     names = {f.name for f in fields(TrainConfig)} & given.keys()
     config = TrainConfig(**{name: given[name] for name in names})
     if resume is not None:
+        refuse(context, "with --resume: the run goes on as it was", "output", "config_file")
         run, config = _stored_run(context, resume, run)
         output = resume
+    _refuse_idle(context, run, config)
     rank = context.with_resource(joined(device))
     console.quiet = not rank.leads
     folder = output or rank.agreed(Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
@@ -342,6 +361,18 @@ def train_command(
         )
 
 
+def _refuse_idle(context: typer.Context, run: dict[str, Any], config: TrainConfig) -> None:
+    """Raise ValueError for an option that the others keep from having any effect."""
+    if run["synthetic"] or run["real"]:
+        refuse(context, "with --synthetic and --real: they are decoded while it trains", "memory")
+    else:
+        refuse(context, "without --synthetic and --real", "mix_ratio", "per_sample")
+    if config.schedule != "polynomial":
+        refuse(context, f"with --schedule {config.schedule}", "power")
+    if not run["holdout"]:
+        refuse(context, "with --holdout 0: there is nobody to verify on", "verify_every")
+
+
 def _absolute(path: Path | str | None) -> str | None:
     """A path as a run's folder keeps it, which may be resumed from any directory."""
     return path if path is None or path == EMBEDDED else str(Path(path).absolute())
@@ -358,6 +389,8 @@ def _stored_run(
 ) -> tuple[dict[str, Any], TrainConfig]:
     """How the run was started. Options given now must agree with it, but for more epochs and for
     where the images are, which `train` holds against the run's fingerprint."""
+    from ..runs import CONFIG
+
     run, config = _command(folder / CONFIG)
     stored = run | asdict(config)
     stored |= {name: _joined(stored[name]) for name in ("widths", "depths")}
@@ -411,6 +444,7 @@ def _command(file: Path) -> tuple[dict[str, Any], TrainConfig]:
 
 
 def eval_command(
+    context: typer.Context,
     run: Annotated[
         Path | None, typer.Argument(help="A run's folder, or one checkpoint's.", show_default=False)
     ] = None,
@@ -431,15 +465,22 @@ def eval_command(
     ] = None,
     resize: Annotated[
         bool,
-        typer.Option("--resize", help="With --set: resize images; else another size is an error."),
+        typer.Option(
+            "--resize",
+            help="With --set: resize images; else another size is an error. Those of --data "
+            "always are.",
+        ),
     ] = False,
-    flip: Annotated[
-        bool, typer.Option(help="With --set: add the embedding of the mirror image.")
-    ] = True,
-    device: Annotated[str, typer.Option(help="With --set: where the network runs.")] = "cpu",
-    batch_size: Annotated[int, typer.Option(help="With --set: images at once.", min=1)] = 256,
+    flip: Annotated[bool, typer.Option(help="Add the embedding of the mirror image.")] = True,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Where the network runs: cpu, cuda, cuda:1 …; auto is cuda where there is one."
+        ),
+    ] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 256,
     output: Annotated[
-        Path | None, typer.Option(help="With --set: folder of the report (table, curves, JSON).")
+        Path | None, typer.Option(help="Folder of a report (table, curves, JSON).")
     ] = None,
     data: Annotated[
         Path | None,
@@ -456,31 +497,54 @@ def eval_command(
             min=0,
         ),
     ] = None,
-    relabel: RelabelOption = False,
+    relabel: Annotated[
+        bool,
+        typer.Option(
+            "--relabel",
+            help="With --data: number the labels that have images from 0 on; else gaps are an "
+            "error.",
+        ),
+    ] = False,
 ) -> None:
     """Verify a trained network on pairs of images, beside raw pixels, or on verification sets."""
+    from .. import checkpoint
+    from ..data import Faces
+    from ..runs import CONFIG, load_backbone
+    from ..set_report import SetResult
+    from ..sources import fingerprint
+    from .verification import print_verification, verify_network, verify_pixels
+
     if (run is None) == (checkpoint_ is None):
         raise ValueError("eval needs one run: its folder, or --checkpoint")
     run = run or checkpoint_
     assert run is not None
+    if sets:
+        if data is not None or holdout is not None:
+            raise ValueError("--set goes without --data and --holdout")
+        refuse(context, "with --set", "relabel")
+    else:
+        refuse(context, "without --set", "images")
+        refuse(context, "without --set: images get the network's size", "resize")
+        if data is None:
+            refuse(context, "without --data: the run's own is read as in training", "relabel")
     backbone, state = load_backbone(run)
     height, width, channels = state["data"]["image_shape"]
     if output is not None:
         check_folder("--output", output)
+    on = _device(device)
+    backbone.to(on)
+    about = {"run": str(run), "step": state["step"], "flip": flip, "device": str(on)}
     if sets:
-        if data is not None or holdout is not None:
-            raise ValueError("--set goes without --data and --holdout")
-        backbone.to(check_device(device))
-        _evaluate_sets(
+        opened_sets = [open_set(path, images) for path in sets]
+        results = _evaluate_sets(
             backbone,
-            [open_set(path, images) for path in sets],
+            opened_sets,
             (height, width, channels),
-            {"run": str(run), "step": state["step"], "flip": flip, "device": device},
-            output,
             batch_size=batch_size,
             flip=flip,
             resize=resize,
         )
+        _report(output, results, about)
         return
     config, memory = checkpoint.find(run).parent.parent / CONFIG, MEMORY
     if data is None or config.exists():  # held in memory, or not, as in training
@@ -515,12 +579,41 @@ def eval_command(
         unseen = state["data"]["fingerprint"].split()[-1] in prints
         if unseen:
             break
-    pixels = verify_pixels(held)
-    print_verification(verify_network(backbone, held), pixels, held, unseen)
+    results = []
+    for name, score in (
+        ("raw pixels", lambda: verify_pixels(held)),
+        ("trained network", lambda: verify_network(backbone, held, batch_size, flip)),
+    ):
+        began = time.perf_counter()
+        found = score()
+        seconds = time.perf_counter() - began
+        results.append(SetResult(name, held.source, len(held), seconds, found, None))
+    pixels, trained = (result.verification for result in results)
+    print_verification(trained, pixels, held, unseen)
+    people = f"{len(held.identities)}{' never trained on' if unseen else ''}"
+    _report(output, results[::-1], about | {"people": people})
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    from ..check import check_device
+
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    return check_device(cuda if name == "auto" else name)
+
+
+def _report(output: Path | None, results: Sequence[SetResult], about: dict[str, Any]) -> None:
+    from .. import set_report
+
+    if output is not None:
+        say(f"report: {set_report.write(output, results, about)}")
 
 
 def _may_be(images: ImageSet, command: dict[str, Any], trained_on: dict[str, Any]) -> bool:
     """Whether these may be the images of a run, as far as that is seen without decoding any."""
+    from ..sources import fingerprint
+
     people = len(images.identities) - command["holdout"]
     if not command["holdout"] or people < 2:
         return False
@@ -534,10 +627,8 @@ def _evaluate_sets(
     backbone: torch.nn.Module,
     sets: list[PairSet | TemplateSet],
     image_shape: tuple[int, int, int],
-    about: dict[str, Any],
-    output: Path | None,
     **options: Any,
-) -> None:
+) -> list[SetResult]:
     from .. import set_report
 
     results = []
@@ -551,6 +642,4 @@ def _evaluate_sets(
     for row in rows:
         shown.add_row(*map(escape, row))
     console.print(shown)
-    if output is not None:
-        page = set_report.write(output, results, about)
-        say(f"report: {page}")
+    return results

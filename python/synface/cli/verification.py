@@ -9,8 +9,10 @@ from ..evaluate import Verification, embed, pixel_embeddings, verify
 from .terminal import console
 
 
-def verify_network(backbone: torch.nn.Module, held: Faces) -> Verification:
-    return verify(embed(backbone, held.images), held.labels)
+def verify_network(
+    backbone: torch.nn.Module, held: Faces, batch_size: int = 256, flip: bool = True
+) -> Verification:
+    return verify(embed(backbone, held.images, batch_size, flip), held.labels)
 
 
 def figures(found: Verification) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from ..extras import extra
 from . import metadata
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ EXTENSIONS = frozenset(
 SUFFIXES = {"BMP": "bmp", "PNG": "png", "PPM": "pnm", "TIFF": "tif", "WEBP": "webp"}  # else JPEG
 MAX_PIXELS = 1 << 26  # of one image; more is taken for a decompression bomb
 NAMED = 5  # bad files that an error names
+READING = "reading images"  # in errors
 GREY = ("1", "L", "LA")  # Pillow's modes without colour
 
 
@@ -69,7 +71,8 @@ def natural(text: str) -> tuple[list[str | int], str]:
 
 def _open(file: BinaryIO, whole: bool = False) -> tuple[Image.Image, Mapping[Any, Any]]:
     """An image, not decoded yet, and what tells its orientation; `whole` if it will be decoded."""
-    from PIL import Image
+    with extra("train", READING):
+        from PIL import Image
 
     file, told = metadata.without(file, whole)
     image = Image.open(file, formats=FORMATS)
@@ -104,7 +107,8 @@ def read_into(
     Raises:
         OSError: if it is not of the (H, W) that is expected.
     """
-    from PIL import Image
+    with extra("train", READING):
+        from PIL import Image
 
     height, width, channels = pixels.shape
     image = decode(file)
@@ -126,7 +130,8 @@ def attempt(function: Callable) -> Callable:
     """
 
     def attempted(*arguments):
-        from PIL import Image, UnidentifiedImageError
+        with extra("train", READING):
+            from PIL import Image, UnidentifiedImageError
 
         try:
             return function(*arguments), None

@@ -74,7 +74,7 @@ def lfw_crops() -> np.ndarray:
     Raises:
         DataError: if scikit-image or its file is missing or not as expected.
     """
-    hint = "; expected the file that scikit-image ships (pip install scikit-image)"
+    hint = '; expected the file that scikit-image ships (pip install "synface-kernels[train]")'
     try:
         with (resources.files("skimage") / "data" / "lfw_subset.npy").open("rb") as file:
             crops = np.load(file, allow_pickle=False)

@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ..extras import extra
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -28,7 +30,8 @@ def upright(image: Image.Image, told: Mapping[Any, Any]) -> Image.Image:
     The orientation is read alone: whatever else is wrong with the metadata has no effect. An
     orientation that is unreadable or not in [1, 8] is none.
     """
-    from PIL import Image
+    with extra("train", "reading images"):
+        from PIL import Image
 
     turns = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..extras import extra
 from . import decode
 from .decode import DataError
 from .images import (
@@ -52,14 +53,10 @@ SPLIT = re.compile(
 
 
 def _arrow() -> Any:
-    try:
+    with extra("parquet", "reading and writing Parquet and Arrow files"):
         import pyarrow
         import pyarrow.ipc
         import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(
-            "Parquet and Arrow files need pyarrow: pip install 'synface-kernels[parquet]'"
-        ) from error
     return pyarrow
 
 

@@ -11,6 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..extras import extra
+
+STATISTICS = "statistics of points on a sphere"  # in errors
+
 
 class Bound(NamedTuple):
     """A lower bound on the worst cosine (the largest between any two points), and its name."""
@@ -133,7 +137,8 @@ def _interval_end(dim: int, degree: int) -> float:
 
     Both parameters are raised by (d−3)/2; k = ⌈degree/2⌉.
     """
-    from scipy.linalg import eigh_tridiagonal
+    with extra("train", STATISTICS):
+        from scipy.linalg import eigh_tridiagonal
 
     if degree == 0:
         return -1.0
@@ -169,7 +174,8 @@ def _levenshtein_size(dim: int, degree: int, s: float) -> float:
 
 def _cosine_of_tail(probability: np.ndarray, dim: int) -> np.ndarray:
     """The cosine that a random pair exceeds with a given probability."""
-    from scipy.special import betaincinv
+    with extra("train", STATISTICS):
+        from scipy.special import betaincinv
 
     half = (dim - 1) / 2  # (1 − cos)/2 of two random points is Beta(half, half)
     return 1 - 2 * betaincinv(half, half, probability)
@@ -192,7 +198,8 @@ def random_nearest_cdf(cosine: np.ndarray, count: int, dim: int) -> np.ndarray:
 
     The other N−1 are independent given the point.
     """
-    from scipy.special import betainc
+    with extra("train", STATISTICS):
+        from scipy.special import betainc
 
     _check(count, dim)
     half = (dim - 1) / 2

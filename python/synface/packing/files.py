@@ -10,6 +10,7 @@ from pathlib import Path
 from .. import checkpoint
 from ..check import check_folder
 from ..checkpoint import CheckpointError
+from ..extras import extra
 from .packer import Packed, Packer, Progress, check_output
 from .plot import plot
 
@@ -61,7 +62,8 @@ def pack(
         check_output(file, overwrite)
     check_folder(f"the folder of {output.name}", output.parent)
     output.parent.mkdir(parents=True, exist_ok=True)
-    import matplotlib.figure  # noqa: F401 - raises before the packing, not after it
+    with extra("train", "drawing figures"):
+        import matplotlib.figure  # noqa: F401 - raises before the packing, not after it
 
     if not resume:
         for folder in folders.values():

@@ -9,6 +9,7 @@ import numpy as np
 
 import synface_kernels as sk
 
+from ..extras import extra
 from . import bounds
 from .packer import Packed
 
@@ -18,7 +19,8 @@ QUIET = "#95a5a6"
 
 def plot(packings: Sequence[Packed], path: Path) -> None:
     """Writes a PNG of packings of one (N, d): nearest neighbours' cosines, and worst over time."""
-    from matplotlib.figure import Figure
+    with extra("train", "drawing figures"):
+        from matplotlib.figure import Figure
 
     first = packings[0]
     count, dim = first.points.shape

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import normalise
+from ..extras import extra
 from ..generate import EigenfaceGenerator
 from ..guided import identity_gap
 from ..randomness import generator as draws
 from ..randomness import normals
-from ..report import ACCENT, INK, QUIET, _figure, _save
+from ..report import ACCENT, INK, QUIET, _figure, _save, write_page
 from .cells import machine, table
 from .cfsm import EMBEDDED, Results, first_images
 from .config import to_toml
@@ -44,7 +45,7 @@ def write(results: Results, folder: Path, command: str, seconds: float | None) -
     _strength_picture(results, faces[:1], folder / "cfsm-strength.png")
     (folder / "cfsm.json").write_text(json.dumps(figures, indent=1) + "\n")
     page = folder / "cfsm.md"
-    page.write_text(_page(results, figures, command))
+    write_page(page, _page(results, figures, command))
     return page
 
 
@@ -144,17 +145,14 @@ def portraits(results: Results, count: int = 6) -> Tensor:
 
 
 def _colors(count: int) -> list[Any]:
-    import matplotlib
+    with extra("train", "drawing figures"):
+        import matplotlib
 
     return [matplotlib.colormaps["viridis"](i / max(1, count - 1) * 0.9) for i in range(count)]
 
 
 def _log_plot(results: Results, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    _figure(1, 1)  # chooses the backend
-    plt.close()
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.2), layout="constrained")
+    figure, axes = _figure(10.5, 3.2, 1, 3)
     for (domain, rows), color in zip(
         results.style_log.items(), _colors(len(results.style_log)), strict=True
     ):

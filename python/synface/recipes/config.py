@@ -6,6 +6,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from ..extras import extra
 from ..settings import check_keys, read_toml
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ def _build(cls: type, table: dict[str, Any], where: str) -> Any:
 
 def to_toml(config: Any) -> str:
     """The exact configuration, as `load` reads it."""
-    import tomli_w
+    with extra("train", "writing TOML"):
+        import tomli_w
 
     return tomli_w.dumps(asdict(config))

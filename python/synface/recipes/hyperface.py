@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
 import synface_kernels as sk
@@ -30,9 +29,10 @@ from ..check import check_integer
 from ..data import Faces, read_folder
 from ..embeddings import read_embeddings
 from ..evaluate import pixel_embeddings, verify
+from ..extras import extra
 from ..generate import FaceGenerator
 from ..packing import PackConfig, Packer
-from ..report import ACCENT, INK, QUIET, _figure, _save, sample_faces
+from ..report import ACCENT, INK, QUIET, _figure, _save, sample_faces, write_page
 from ..runs import check_network
 from ..sources import FacesSource, Source
 from ..synthesize import styles, synthesize
@@ -119,6 +119,9 @@ def packed(config: HyperfaceConfig, output: Path, seed: int, resume: bool, bar: 
     file, made_of = output / f"packed-seed-{seed}.safetensors", config.packing(seed)
     if resume and file.exists():
         points = read_embeddings(file)
+        with extra("train", file):
+            from safetensors import safe_open
+
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata() or {}
         wanted = {name: json.dumps(value) for name, value in asdict(made_of).items()}
@@ -292,16 +295,12 @@ def write(results: Results, folder: Path, command: str, *, faces: bool = True) -
     if faces:
         _faces_plot(results, folder / "hyperface-faces.png")
     page = folder / "hyperface.md"
-    page.write_text(_page(results, figures, command, faces))
+    write_page(page, _page(results, figures, command, faces))
     return page
 
 
 def _plot(results: Results, figures: dict[str, Any], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    _figure(1, 1)  # chooses the backend
-    plt.close()
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    figure, axes = _figure(11, 3.4, 1, 3)
     titles = ("identities", "their faces, by pixels")
     for ax, found, title in zip(axes, (results.cosines, results.drawn), titles, strict=False):
         for kind, color in zip(KINDS, (ACCENT, INK), strict=True):

@@ -25,7 +25,7 @@ from ..data import Faces
 from ..evaluate import pixel_embeddings, verify
 from ..generate import FaceGenerator
 from ..mixing import IdentityMixup
-from ..report import ACCENT, INK, QUIET, _figure, _save
+from ..report import ACCENT, INK, QUIET, _figure, _save, write_page
 from ..runs import check_network
 from ..sources import GeneratedSource
 from ..train_config import TrainConfig
@@ -236,16 +236,12 @@ def write(results: Results, folder: Path, command: str) -> Path:
     if results.config.attributes:
         _attributes_plot(figures, folder / "study-attributes.png")
     page = folder / "study.md"
-    page.write_text(_page(results, figures, command))
+    write_page(page, _page(results, figures, command))
     return page
 
 
 def _sizes_plot(config: StudyConfig, figures: dict[str, Any], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    _figure(1, 1)  # chooses the backend
-    plt.close()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    figure, axes = _figure(9, 3.6, 1, 2, sharey=True)
     shades = [QUIET, INK, ACCENT]
     for ax, (kind, widths) in zip(axes, figures["sizes"].items(), strict=True):
         for i, (width, depths) in enumerate(widths.items()):

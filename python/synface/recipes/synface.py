@@ -24,7 +24,7 @@ from ..data import Faces
 from ..evaluate import pixel_embeddings, verify
 from ..generate import FaceGenerator
 from ..mixing import IdentityMixup
-from ..report import ACCENT, INK, QUIET, _figure, _save
+from ..report import ACCENT, INK, QUIET, _figure, _save, write_page
 from ..runs import check_network
 from ..sources import FacesSource, GeneratedSource, Source
 from ..synthesize import styles
@@ -198,16 +198,12 @@ def write(results: Results, folder: Path, command: str, *, faces: bool = True) -
     if faces:
         _faces_plot(results, folder / "synface-faces.png")
     page = folder / "synface.md"
-    page.write_text(_page(results, figures, command, faces))
+    write_page(page, _page(results, figures, command, faces))
     return page
 
 
 def _rows_plot(figures: dict[str, Any], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    _figure(1, 1)  # chooses the backend
-    plt.close()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, axes = _figure(9, 3.4, 1, 2)
     names = [row.replace(" ", "\n") for row in figures["rows"]]
     for ax, name, title in zip(axes, ("accuracy", "auc"), ("accuracy", "ROC-AUC"), strict=True):
         for i, found in enumerate(figures["rows"].values()):

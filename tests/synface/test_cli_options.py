@@ -1,0 +1,185 @@
+"""Every option of a command has an effect, or is refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from synface import cli
+from synface.cli import training, verification
+from synface.data import open_images, read_folder
+from synface.evaluate import embed, verify
+from synface.train import load_backbone
+from typer.testing import CliRunner
+
+
+def call(*arguments: object):
+    return CliRunner().invoke(cli.app, list(map(str, arguments)))
+
+
+def error(*arguments: object) -> str:
+    done = call(*arguments)
+    assert done.exit_code == 1, done.output
+    return str(done.exception)
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six people, four images each."""
+    random = np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("faces")
+    for person in range(6):
+        face = random.integers(0, 200, (20, 20))
+        (root / f"p{person}").mkdir()
+        for i in range(4):
+            pixels = (face + random.integers(0, 50, face.shape)).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"p{person}" / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(faces: Path) -> Path:
+    """A run with three of them held out."""
+    folder = faces.with_name(f"{faces.name}-run")
+    options = ["--epochs", 1, "--size", "16x16", "--embedding-size", 8, "--holdout", 3]
+    done = call("train", "--data", faces, "--output", folder, *options)
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+# -- eval
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_eval_reports_on_the_people_held_out(run, faces, tmp_path, flip):
+    report = tmp_path / "new" / "report"
+    done = call("eval", run, "--output", report, "--flip" if flip else "--no-flip")
+    assert done.exit_code == 0, done.output
+    assert f"report: {report / 'index.html'}" in done.output
+    held = read_folder(open_images(faces), (16, 16)).split(3)[1]
+    rows = embed(load_backbone(run)[0], held.images, flip=flip)
+    wanted = verify(rows, held.labels)
+    found = json.loads((report / "results.json").read_text())
+    assert [each["name"] for each in found["sets"]] == ["trained network", "raw pixels"]
+    assert found["sets"][0]["verification"] == wanted.to_json()
+    assert found["sets"][0]["images"] == 12
+    assert found["about"]["flip"] is flip
+    assert found["about"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert found["about"]["people"] == "3 never trained on"
+    assert f"ROC-AUC: trained {wanted.auc:.4f}" in done.output
+    assert "raw pixels" in (report / "index.html").read_text()
+    for name in ("roc.png", "det.png"):
+        assert (report / name).stat().st_size > 1000
+
+
+def test_eval_passes_on_the_batch_and_the_device(run, monkeypatch):
+    calls = []
+
+    def spied(model, images, batch_size, flip):
+        calls.append((batch_size, flip, next(model.parameters()).device))
+        return embed(model, images, batch_size, flip)
+
+    monkeypatch.setattr(verification, "embed", spied)
+    assert call("eval", run, "--batch-size", 5, "--no-flip", "--device", "cpu").exit_code == 0
+    assert calls == [(5, False, torch.device("cpu"))]
+    assert "device must be one that torch has here" in error("eval", run, "--device", "nope")
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("there", "wanted"), [(False, "cpu"), (True, "cuda")])
+def test_eval_runs_on_the_gpu_where_there_is_one(monkeypatch, there, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr("synface.check.check_device", torch.device)
+    assert training._device("auto") == torch.device(wanted)
+    assert training._device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resize"], "--resize has no effect without --set: images get the network's size"),
+        (["--images", "x"], "--images has no effect without --set"),
+        (["--relabel"], "--relabel has no effect without --data"),
+        (["--set", "x.bin", "--relabel"], "--relabel has no effect with --set"),
+        (["--set", "x.bin", "--data", "x"], "--set goes without --data and --holdout"),
+    ],
+)
+def test_eval_refuses_what_would_do_nothing(run, arguments, message):
+    assert message in error("eval", run, *arguments)
+
+
+def test_a_report_that_cannot_be_written_is_an_error_before_the_work(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(verification, "embed", None)  # it is not reached
+    for folder in (tmp_path / "file", tmp_path / "file" / "report"):
+        message = error("eval", run, "--output", folder)
+        assert message.startswith("--output must be a folder that can be written to")
+        assert f"got {folder}: " in message
+
+
+# -- other commands
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--mix-ratio", "beta:1"], "--mix-ratio has no effect without --synthetic"),
+        (["train", "--per-sample"], "--per-sample has no effect without --synthetic and --real"),
+        (
+            ["train", "--synthetic", "default", "--real", "x", "--memory", "9"],
+            "--memory has no effect with --synthetic and --real",
+        ),
+        (["train", "--power", "3"], "--power has no effect with --schedule cosine"),
+        (["train", "--holdout", "0", "--verify-every", "1"], "--verify-every has no effect with"),
+        (["pack", "--check", "x.npy", "--dim", "4"], "--dim has no effect with --check"),
+        (["pack", "--check", "x.npy", "--resume"], "--resume has no effect with --check"),
+        (["pack", "--count", "9", "--dim", "4", "--alpha", "1"], "--alpha has no effect without"),
+        (["pack", "--count", "9", "--dim", "4", "--lr", "1"], "--lr has no effect without --obj"),
+        (
+            ["synthesize", "--packed", "x.npy", "--output", "x", "--device", "cpu"],
+            "--device has no effect without --generator",
+        ),
+        (
+            ["convert", "x", "y", "--to", "recordio", "--shard-size", "9"],
+            "--shard-size has no effect with --to recordio, which has no shards",
+        ),
+        (
+            ["bench", "scale", "--directory", "x", "--resume", "--overwrite"],
+            "--overwrite has no effect with --resume",
+        ),
+        (
+            ["bench", "scale", "--optimizer", "adamw", "--momentum", "0.5"],
+            "--momentum has no effect with --optimizer adamw",
+        ),
+        (
+            ["recipe", "synface", "--cell", "x", "--no-faces"],
+            "--faces/--no-faces has no effect with --cell",
+        ),
+        (["study", "--cell", "x", "--report", "x"], "--report has no effect with --cell"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in error(*arguments)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_resumed_run_refuses_another_folder_and_options_from_a_file(run):
+    (run.parent / "other.toml").write_text("lr = 0.5\n")
+    config = ("--config", run.parent / "other.toml")
+    for option, value in (("--output", "x"), config):
+        message = error("train", "--resume", run, option, value)
+        assert message.startswith(f"{option} has no effect with --resume")
+
+
+def test_values_of_a_file_are_not_refused(run):
+    """A run's config.toml holds all options, `power` for one."""
+    values = (run / "config.toml").read_text()
+    assert "power" in values
+    message = error("train", "--config", run / "config.toml", "--data", "nowhere")
+    assert "has no effect" not in message

@@ -1,0 +1,268 @@
+"""The command line before it does anything: help, terminals, and packages that are missing."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = (
+    *("train", "eval", "convert", "pack", "synthesize", "plan", "study", "info", "demo"),
+    *("recipe", "recipe cfsm", "recipe synface", "recipe hyperface", "bench", "bench scale"),
+)
+
+
+def python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        env=os.environ | {"COLUMNS": "100"} | environment,
+        check=False,
+    )
+
+
+MAIN = """
+import sys
+from synface.cli import main
+sys.argv[0] = "synface"
+main()
+"""
+WITHOUT_TORCH = """
+import sys
+from synface.cli import main
+for words in sys.argv[1:]:
+    sys.argv = ["synface", *words.split()]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code in (0, None), words
+    assert "torch" not in sys.modules, words
+"""
+
+
+def test_help_and_version_come_without_torch():
+    calls = ["--version", "--help", "-h", *(f"{name} --help" for name in COMMANDS), "pack -h"]
+    done = python(WITHOUT_TORCH, *calls)
+    assert done.returncode == 0, done.stderr.decode()
+    shown = done.stdout.decode()
+    assert shown.splitlines()[0] == f"synface {version('synface-kernels')}"
+    assert shown.count("Usage: synface pack") == 2
+    assert "--no-flip" in shown
+    assert "--sample-rate" in shown
+    assert not re.search("bool", shown, re.IGNORECASE)
+
+
+def test_as_a_module():
+    call = [sys.executable, "-m", "synface", "--version"]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    assert done.stdout == f"synface {version('synface-kernels')}\n"
+
+
+def test_the_help_names_every_command():
+    from synface.cli import app
+    from typer.main import get_command
+
+    groups = {"": get_command(app)}
+    found = set()
+    while groups:
+        prefix, group = groups.popitem()
+        for name, command in group.commands.items():
+            found.add(f"{prefix}{name}")
+            if hasattr(command, "commands"):
+                groups[f"{prefix}{name} "] = command
+    assert found == set(COMMANDS)
+
+
+# -- terminals
+
+
+LOCALES = [
+    {"PYTHONIOENCODING": "latin-1"},
+    {"PYTHONIOENCODING": "ascii"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+]
+
+
+@pytest.mark.parametrize("locale", LOCALES, ids=lambda x: " ".join(map("=".join, x.items())))
+def test_no_terminal_is_too_narrow_for_help_and_errors(tmp_path, locale):
+    done = python(WITHOUT_TORCH, "--help", *(f"{name} --help" for name in COMMANDS), **locale)
+    assert done.returncode == 0, done.stderr
+    assert b"\\u2026" in done.stdout  # the ellipsis in an option of train's
+    folder = tmp_path / "visages-é-顔"
+    folder.mkdir()
+    done = python(MAIN, "convert", folder, tmp_path / "x", "--to", "folder", **locale)
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stdout + done.stderr
+    assert b"visages-" in done.stdout
+    done = python(MAIN, "convert", "--é", **locale)
+    assert done.returncode == 2
+    assert b"No such option" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_bytes_of_a_name_come_back_where_the_locale_knows_no_better(tmp_path):
+    """As the shell shows and takes them."""
+    folder = tmp_path / "é"
+    folder.mkdir()
+    call = (MAIN, "convert", folder, tmp_path / "x", "--to", "folder")
+    for locale in (LOCALES[-1], {"PYTHONUTF8": "1"}):
+        assert os.fsencode(folder) + b" holds" in python(*call, **locale).stdout
+    odd = os.fsencode(tmp_path) + b"/\xe9"
+    os.mkdir(odd)
+    call = (MAIN, "convert", os.fsdecode(odd), tmp_path / "x", "--to", "folder")
+    assert odd + b" holds" in python(*call, PYTHONUTF8="1").stdout
+
+
+def test_reports_are_written_in_any_locale(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from synface.report import write_page
+write_page(Path("page.md"), "0.9 \\xb1 0.1, " + sys.argv[1])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, "é"],
+        cwd=tmp_path,
+        env=os.environ | LOCALES[-1],
+        check=False,
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == "0.9 ± 0.1, é"
+
+
+# -- packages that are missing
+
+
+BLOCK = """
+import sys
+class Without:
+    "A finder that does not find what is blocked."
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in BLOCKED:
+            return self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+@pytest.mark.parametrize("words", [["--help"], ["train"], ["--version"]])
+def test_without_the_extra_the_command_line_is_one_sentence(missing, words):
+    done = python(f"BLOCKED = {[missing]}\n{BLOCK}{MAIN}", *words)
+    assert done.returncode == 1
+    assert done.stdout == b""
+    wanted = (
+        f"error: the command line needs {missing}, which is not installed: "
+        'pip install "synface-kernels[train]"\n'
+    )
+    assert done.stderr.decode() == wanted
+
+
+def test_a_package_that_fails_to_load_is_not_called_missing(monkeypatch, tmp_path):
+    from synface.extras import extra
+
+    (tmp_path / "broken_package.py").write_text("raise ImportError('its library is gone')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="its library is gone"), extra("train", "this"):
+        import broken_package  # noqa: F401
+
+
+EXTRAS = {"pyarrow": "parquet", "onnxruntime": "onnx", "tensorboard": "tensorboard"}
+USES = """
+PIL from synface.data import open_images, read_folder; read_folder(open_images("faces"))
+PIL from synface.synthesize import _write; _write(Path("x"), np.ones((2, 2, 1), "u1"))
+skimage from synface.data import embedded_faces; embedded_faces()
+safetensors from synface.checkpoint import write_tensors; write_tensors(Path("x"), {})
+safetensors from synface.embeddings import read_embeddings; read_embeddings(Path("x.safetensors"))
+matplotlib from synface.report import loss_curve; loss_curve([], Path("x"))
+matplotlib from synface.scale import write_report; write_report({}, Path("x"))
+matplotlib from synface.packing.plot import plot; plot([], Path("x"))
+matplotlib from synface.set_report import curves; curves([], Path("x"), det=True)
+scipy from synface.packing.bounds import random_worst; random_worst(9, 4)
+scipy from synface.packing.bounds import best; best(9, 4)
+tomli_w from synface.settings import write_toml; write_toml(Path("x"), {})
+tomli_w from synface.recipes import config, study; config.to_toml(study.load_config(None))
+pyarrow from synface.data import open_images; open_images("x.parquet")
+onnxruntime from synface.generate import open_generator; open_generator("x.onnx", 8)
+tensorboard from synface.train import _tensorboard; _tensorboard(Path("x"), 0).__enter__()
+""".strip().splitlines()
+RUN_USES = """
+from pathlib import Path
+import numpy as np
+for use in sys.argv[1:]:
+    try:
+        exec(use.partition(" ")[2])
+        print("no error")
+    except (ImportError, ValueError) as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
+    for person in "ab":
+        (tmp_path / "faces" / person).mkdir(parents=True)
+        (tmp_path / "faces" / person / "0.png").write_bytes(b"no image")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    monkeypatch.chdir(tmp_path)
+    blocked = [use.partition(" ")[0] for use in USES]
+    done = python(f"BLOCKED = {blocked}\n{BLOCK}{RUN_USES}", *USES)
+    assert done.returncode == 0, done.stderr.decode()
+    for missing, use, line in zip(blocked, USES, done.stdout.decode().splitlines(), strict=True):
+        assert re.search(rf"\b{missing}\b", line), (use, line)
+        extra = EXTRAS.get(missing, "train")
+        assert f'pip install "synface-kernels[{extra}]"' in line, (use, line)
+
+
+def test_every_import_of_an_extras_package_says_what_to_install():
+    """Those of typer and rich, which are the command line's, are all inside of one."""
+    from synface.settings import read_toml
+
+    extras = read_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
+    modules = {"pillow": "PIL", "scikit-image": "skimage", "tomli-w": "tomli_w"}
+    homes = {
+        modules.get(name, name): extra
+        for extra in ("train", "onnx", "parquet", "tensorboard")
+        for name in (re.split("[>;]", requirement)[0] for requirement in extras[extra])
+    }
+    homes["torch.utils.tensorboard"] = "tensorboard"
+    checked = set()
+    for path in (ROOT / "python" / "synface").rglob("*.py"):
+        if path.parent.name == "cli" and path.name != "__init__.py":
+            continue
+        tree = ast.parse(path.read_text())
+        under: dict[ast.AST, str] = {}
+        for node in ast.walk(tree):
+            inside = None
+            if isinstance(node, ast.With) and getattr(node.items[0].context_expr, "args", None):
+                first = node.items[0].context_expr.args[0]
+                inside = first.value if isinstance(first, ast.Constant) else None
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                inside = "checked alone"
+            under |= (
+                {child: inside for part in node.body for child in ast.walk(part)} if inside else {}
+            )
+        for node in ast.walk(tree):
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""] * (node.level == 0)
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+            for name in names:
+                home = homes.get(name) or homes.get(name.partition(".")[0])
+                if home is not None:
+                    assert under.get(node) in (home, "checked alone"), (path, name)
+                    checked.add(home)
+    assert checked == {"train", "onnx", "parquet", "tensorboard"}
