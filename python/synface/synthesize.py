@@ -21,6 +21,7 @@ from torch import Tensor
 from . import checkpoint
 from .check import check_rows, describe
 from .generate import FaceGenerator
+from .textfiles import read_json
 
 MANIFEST = "synthesis.json"
 FORMAT = 1
@@ -192,12 +193,9 @@ def _begin(root: Path, manifest: dict[str, Any], resume: bool, overwrite: bool) 
 
 
 def _stored(file: Path) -> dict[str, Any] | None:
-    try:
-        stored = json.loads(file.read_text())
-    except FileNotFoundError:
+    if not file.exists():
         return None
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+    stored = read_json(file)
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise ValueError(f"{file} is damaged: expected format {FORMAT}")
     return stored

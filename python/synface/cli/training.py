@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from ..data.loader import Domain, common_shape, opened
 from ..mixing import Beta, Constant, Grid, Ratio
 from ..ranks import joined
 from ..sources import FacesSource, MixedSource, fingerprint
+from ..textfiles import parse_json
 from ..train import CONFIG, load_backbone, train
 from ..train_config import TrainConfig
 from ..verification_sets import PairSet, TemplateSet, open_set
@@ -334,7 +334,7 @@ def _stored_run(context: typer.Context, folder: Path) -> tuple[dict[str, Any], T
 def _command(file: Path) -> tuple[dict[str, Any], TrainConfig]:
     """How a run was started, as `train_command` has it, and its configuration."""
     try:
-        started = json.loads(file.read_text())
+        started = parse_json(file.read_text())
         config = TrainConfig.from_json(started["config"])
         run = EARLIER | started["command"]
         if run.keys() != COMMAND.keys() or not all(isinstance(run[k], COMMAND[k]) for k in run):
