@@ -119,8 +119,8 @@ def read_state(file: Path, *formats: object, most: int = 2**26) -> dict[str, Any
     came = state.pop(CHECKSUM, None)
     if (came is not None or state["format"] == formats[0]) and came != _content_checksum(state):
         raise CheckpointError(
-            f"{file} is damaged: its content has the checksum {_content_checksum(state)}, and had "
-            f"{came!r} when it was written; use an earlier checkpoint, or a copy"
+            f"{file} is damaged: its content has the checksum {_content_checksum(state)}, and it "
+            f"names {came!r}; use an earlier checkpoint, or a copy"
         )
     return state
 
