@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -47,6 +49,25 @@ def check_rows(name: str, rows: Tensor) -> Tensor:
                 f"the first is row {int(wrong.nonzero()[0, 0])}"
             )
     return norms
+
+
+def available_memory() -> int | None:
+    """Bytes that the system could give to a process, where it says so."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def check_memory(what: str, needed: int) -> None:
+    """Raise ValueError where something needs more bytes than the system could give."""
+    free = available_memory()
+    if free is not None and needed > free:
+        raise ValueError(
+            f"{what} would take {needed / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB "
+            "are free"
+        )
 
 
 def check_device(device: object) -> torch.device:

@@ -147,15 +147,6 @@ class MemoryWatch:
                 break
 
 
-def available_memory() -> int | None:
-    """Bytes that the system could give to a process, where it says so."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
 def _disk() -> dict[str, int]:
     """Bytes that this process has read from and written to disks, where it may know."""
     with contextlib.suppress(OSError):

@@ -155,10 +155,7 @@ def load(
         found = checkpoint.find(path)
         state, reader = load_state(found), dcp.HuggingFaceStorageReader(str(found))
         _verify(state, _own_share(found, group))
-        try:
-            stored = reader.read_metadata().state_dict_metadata
-        except Exception as error:  # whatever a damaged file makes of torch's reader
-            raise CheckpointError(f"{found} cannot be read: {error}") from error
+        stored = _stored(found, state, reader)
         return state, _targets(found, model, _several(optimizers), stored), reader
 
     state, targets, reader = _together(prepare, group, CheckpointError)
@@ -187,8 +184,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = load_state(path)
     _verify(state, sorted(path.iterdir()))
     reader = dcp.HuggingFaceStorageReader(str(path))
+    stored = _stored(path, state, reader)
     try:
-        stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
         tensors = {
             key: torch.empty(metadata.size, dtype=metadata.properties.dtype)
             for key, metadata in stored.items()
@@ -198,6 +195,24 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except Exception as error:  # whatever a damaged file makes of torch's reader
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return tensors, state
+
+
+def _stored(
+    found: Path, state: dict[str, Any], reader: dcp.HuggingFaceStorageReader
+) -> dict[str, Any]:
+    """What the files say of their tensors, once it fits into the files."""
+    try:
+        stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        needed = sum(t.size.numel() * t.properties.dtype.itemsize for t in stored.values())
+    except Exception as error:  # whatever a damaged file makes of torch's reader
+        raise CheckpointError(f"{found} cannot be read: {error}") from error
+    there = sum(state["bytes"].values())
+    if needed > there:
+        raise CheckpointError(
+            f"{found} cannot be read: its tensors would take {needed:,} bytes, and its files have "
+            f"{there:,}"
+        )
+    return stored
 
 
 def _together(action: Callable[[], Any], group: Any, kind: type[Exception]) -> Any:

@@ -26,7 +26,7 @@ import synface_kernels as sk
 
 from . import checkpoint, sharded
 from .backbone import IResNet
-from .check import check_device
+from .check import check_device, check_memory
 from .checkpoint import CheckpointError
 from .data import DataError, Faces, ImageSet
 from .data.order import WHOLE, Part
@@ -67,6 +67,12 @@ class Trained:
 
 def build_backbone(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet:
     """The backbone of a configuration for (H, W, C) images."""
+    parameters = _shapes_of_backbone(config, image_shape).parameters()
+    check_memory("the backbone's parameters", sum(4 * each.numel() for each in parameters))
+    return _backbone(config, image_shape)
+
+
+def _backbone(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet:
     height, width, channels = image_shape
     return IResNet(
         (height, width),
@@ -76,6 +82,15 @@ def build_backbone(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet
         config.embedding_size,
         config.dropout,
     )
+
+
+def _shapes_of_backbone(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet:
+    """The backbone without memory, whose shapes can be compared with what comes from outside."""
+    with torch.device("meta"):
+        try:
+            return _backbone(config, image_shape)
+        except RuntimeError as error:  # sizes over 2^63
+            raise ValueError(f"the backbone cannot be built: {error}") from error
 
 
 @dataclass
@@ -145,6 +160,9 @@ def _model(config: TrainConfig, source: Source, alone: bool, device: torch.devic
     head: MarginHead | ShardedMarginHead
     with seeded(seed):  # on the CPU: the same on every device
         backbone = build_backbone(config, source.image_shape).to(device)
+        ranks = 1 if alone else dist.get_world_size()
+        needed = 4 * config.embedding_size * source.num_classes // ranks
+        check_memory("the class centres", needed)
         sizes = config.embedding_size, source.num_classes, config.margin()
         if alone:
             head = MarginHead(*sizes).to(device)
@@ -547,11 +565,13 @@ def load_backbone(path: Path) -> tuple[IResNet, dict[str, Any]]:
     tensors, state = (sharded.read if sharded.is_sharded(found) else checkpoint.load)(found)
     try:
         config = TrainConfig.from_json(state["config"])
-        backbone = build_backbone(config, tuple(state["data"]["image_shape"]))
+        image_shape = tuple(state["data"]["image_shape"])
+        expected = _shapes_of_backbone(config, image_shape).state_dict()
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{found / checkpoint.STATE}: {error}") from error
     prefix = "model.backbone."
     values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    checkpoint.check_shapes(found / checkpoint.TENSORS, values, backbone.state_dict())
+    checkpoint.check_shapes(found / checkpoint.TENSORS, values, expected)
+    backbone = build_backbone(config, image_shape)
     backbone.load_state_dict(values)
     return backbone.eval(), state

@@ -42,8 +42,8 @@ class Centers:
     too; without, `open` then says that the rows cannot be trusted, unless no step was taken since
     the last checkpoint.
 
-    **What damage does.** Files hold a checksum of every row. `loss` compares the rows that it is
-    about to change, once per checkpoint, and the first look at `weight`, `states` or `last_step`
+    **What damage does.** Files hold a checksum of every row. `loss` compares the rows that it
+    uses for the first time, and the first look at `weight`, `states` or `last_step`
     compares all rows: a damaged row is an error that names it, never a wrong number. `open` itself
     reads no row, unless ``verify`` is set.
 
@@ -227,7 +227,7 @@ class Centers:
             )
         if self._files is not None:
             with self._timed("log"):
-                self._files.log(class_ids, self._records, self._last_step, not self._shown)
+                self._files.log(class_ids, self._records, self._last_step)
         with self._timed("read"):
             if self.config.catch_up and self.step:
                 self._move(class_ids, None, self.step, self.lr)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import checkpoint
-from ..check import check_integer, check_number
+from ..check import check_integer, check_memory, check_number
 from ..checkpoint import CheckpointError
 from .checksums import row_checksums
 from .config import DTYPES, LAST_STEP, ROWS, CentersConfig
@@ -32,7 +32,8 @@ STATE_BYTES = 2**16  # no longer is the JSON
 FRAME_BYTES = 2**24  # of records, at most, in one frame of the log
 ID_BYTES = 8 + 4  # a row's id and last step in a frame
 CHUNK_BYTES = 2**19  # of records whose checksums are computed at once: they stay in the cache
-LOGGED, SUMMED = 1, 2  # a row is in the log and its checksum out of date; its checksum is its own
+# Bits of a row: it is in the log; its checksum is out of date; it was compared, or made here.
+LOGGED, STALE, TRUSTED = 1, 2, 4
 Progress = Callable[[int, int], None]  # done, total
 
 
@@ -57,7 +58,7 @@ class Files:
         self.directory, self.sync = directory, sync
         self.step, self.lr, self.number = 0, 0.0, 0
         self.sums: NDArray[np.uint32] | None = None
-        self._changes = torch.empty(0, dtype=torch.uint8)  # (C,) since the checkpoint
+        self._flags = torch.empty(0, dtype=torch.uint8)  # (C,)
         self._descriptors: dict[str, int] = {}
         self._log: int | None = None
         self._made = False  # the directory, too
@@ -98,7 +99,7 @@ class Files:
                 os.posix_fallocate(descriptor, 0, size)
             files.sums = np.zeros(config.num_classes, np.uint32)
             files.number = -1
-            files._changes = torch.zeros(config.num_classes, dtype=torch.uint8)
+            files._flags = torch.full((config.num_classes,), TRUSTED, dtype=torch.uint8)
         except BaseException:
             files.remove()
             raise
@@ -123,9 +124,10 @@ class Files:
                         f"centres of {config.embedding_size} dimensions in {config.dtype} with "
                         f"{len(config.states)} optimiser states, got {came} bytes"
                     )
+            check_memory(f"{directory}: the checksums", 5 * config.num_classes)
             if crc is not None:
                 files.sums = files._read_sums(config, crc)
-            files._changes = torch.zeros(config.num_classes, dtype=torch.uint8)
+            files._flags = torch.zeros(config.num_classes, dtype=torch.uint8)
         except BaseException:
             files.close()
             raise
@@ -196,7 +198,8 @@ class Files:
                 sums[part] = computed
             self.sums = sums
         else:
-            self.summed((self._changes == LOGGED).nonzero()[:, 0], records, last_step)
+            stale = self._flags.bitwise_and(STALE).nonzero()[:, 0]
+            self.summed(stale, records, last_step)
         path = self.directory / f"sums-{self.number + 1}.bin"
         self.sums.tofile(path)
         checkpoint.sync(path)
@@ -212,7 +215,7 @@ class Files:
         }
         checkpoint.write(self.directory / STATE, checkpoint.sealed(state))
         self.step, self.lr, self.number = step, lr, self.number + 1
-        self._changes.zero_()
+        self._flags.bitwise_and_(TRUSTED)
         self._close_log()
         self._remove_past()
 
@@ -267,7 +270,7 @@ class Files:
         if self.sums is not None:
             for part, sums in self._computed(ids, records, last_step):
                 self.sums[part] = sums
-            self._changes.index_fill_(0, ids, SUMMED)
+            self._flags.index_fill_(0, ids, LOGGED | TRUSTED)
 
     def verify(self, records: Tensor, last_step: Tensor, progress: Progress | None) -> None:
         """Compares all rows with their checksums, but those whose checksum is out of date.
@@ -277,10 +280,11 @@ class Files:
         """
         if self.sums is not None:
             for part, sums in self._computed(None, records, last_step):
-                current = self._changes[part].numpy() != LOGGED
+                current = self._flags[part].numpy() & STALE == 0
                 self._compare(np.arange(part.start, part.stop), sums, current)
                 if progress is not None:
                     progress(part.stop, len(records))
+            self._flags.bitwise_or_(TRUSTED)
 
     def _compare(self, ids: NDArray[np.int64], sums: NDArray[np.uint32], which: Any = True) -> None:
         assert self.sums is not None
@@ -328,28 +332,29 @@ class Files:
     def _log_path(self) -> Path:
         return self.directory / f"undo-{self.number}.bin"
 
-    def log(self, class_ids: Tensor, records: Tensor, last_step: Tensor, verify: bool) -> None:
+    def log(self, class_ids: Tensor, records: Tensor, last_step: Tensor) -> None:
         """Appends what the rows hold, but for those that a frame holds already.
 
         Raises:
-            CheckpointError: with ``verify``, for a row that is not what it was at the last
-                checkpoint.
+            CheckpointError: for a row that is used for the first time, and is not what was written.
         """
         size = records.shape[1] * records.itemsize
         # All pages are asked for before any is waited for.
         for offset in (class_ids * size).tolist():
             os.posix_fadvise(self._descriptors[ROWS], offset, size, os.POSIX_FADV_WILLNEED)
-        new = class_ids[self._changes.index_select(0, class_ids) == 0]
+        new = class_ids[self._flags[class_ids].bitwise_and(LOGGED) == 0]
         if not len(new):
-            self._changes.index_fill_(0, class_ids, LOGGED)
+            self._flags.index_fill_(0, class_ids, LOGGED | STALE | TRUSTED)
             return
         log = self._open_log(size)
         end = os.lseek(log, 0, os.SEEK_END)
         try:
             for ids in new.split(max(1, FRAME_BYTES // size)):
                 steps, rows = last_step.index_select(0, ids), records.index_select(0, ids)
-                if verify and self.sums is not None:
-                    self._compare(ids.numpy(), row_checksums(ids.numpy(), steps, rows))
+                if self.sums is not None:
+                    unsure = self._flags[ids].bitwise_and(TRUSTED).logical_not()
+                    some = ids[unsure].numpy()
+                    self._compare(some, row_checksums(some, steps[unsure], rows[unsure]))
                 head = ids.numpy().tobytes() + steps.numpy().tobytes()
                 _write(log, self.FRAME.pack(self.FRAME_MAGIC, len(ids), zlib.crc32(head)) + head)
                 _write(log, rows.view(torch.uint8).numpy())
@@ -358,7 +363,7 @@ class Files:
         except BaseException:
             os.ftruncate(log, end)  # nothing may follow a frame that is cut short
             raise
-        self._changes.index_fill_(0, class_ids, LOGGED)
+        self._flags.index_fill_(0, class_ids, LOGGED | STALE | TRUSTED)
 
     def _open_log(self, record_bytes: int) -> int:
         if self._log is None:
