@@ -164,16 +164,19 @@ class Centers:
 
     @property
     def weight(self) -> Tensor:
+        """The (C, D) centres, all rows verified."""
         self._show()
         return self._weight
 
     @property
     def states(self) -> dict[str, Tensor]:
+        """The optimiser's state by name, (C, D) each, all rows verified."""
         self._show()
         return self._states
 
     @property
     def last_step(self) -> Tensor:
+        """The (C,) steps after which rows are up to date, all rows verified."""
         self._show()
         return self._last_step
 
@@ -268,8 +271,6 @@ class Centers:
             self._move(class_ids, gradient, self.step + 1, lr)
             if not self.config.catch_up:
                 self._last_step.index_fill_(0, class_ids, self.step + 1)
-            if self._files is not None:
-                self._files.summed(class_ids, self._records, self._last_step)
         self.step, self.lr = self.step + 1, lr
         self.discard()
 

@@ -32,8 +32,8 @@ STATE_BYTES = 2**16  # no longer is the JSON
 FRAME_BYTES = 2**24  # of records, at most, in one frame of the log
 ID_BYTES = 8 + 4  # a row's id and last step in a frame
 CHUNK_BYTES = 2**19  # of records whose checksums are computed at once: they stay in the cache
-# Bits of a row: it is in the log; its checksum is out of date; it was compared, or made here.
-LOGGED, STALE, TRUSTED = 1, 2, 4
+# Bits of a row: what it held is in the log; it was compared with its checksum, or made here.
+LOGGED, TRUSTED = 1, 2
 Progress = Callable[[int, int], None]  # done, total
 
 
@@ -46,8 +46,8 @@ class Files:
 
     Attributes:
         step, lr: of the last checkpoint. number: how many there were before it.
-        sums: (C,) uint32, each row's checksum as of the last checkpoint, or as `summed` since; None
-            for files that have none yet.
+        sums: (C,) uint32, each row's checksum as of the last checkpoint; None for files that have
+            none yet.
     """
 
     HEADER = struct.Struct("<8sqq?40s")  # magic, number, bytes of a record, sync, machine's boot
@@ -192,14 +192,12 @@ class Files:
             everything: compute the checksums of all rows, not of those alone that `log` was told
                 of.
         """
-        if everything or self.sums is None:
-            sums = np.empty(config.num_classes, np.uint32)
-            for part, computed in self._computed(None, records, last_step):
-                sums[part] = computed
-            self.sums = sums
-        else:
-            stale = self._flags.bitwise_and(STALE).nonzero()[:, 0]
-            self.summed(stale, records, last_step)
+        changed, sums = self._flags.bitwise_and(LOGGED).nonzero()[:, 0], self.sums
+        if everything or sums is None:
+            changed, sums = None, np.empty(config.num_classes, np.uint32)
+        for part, computed in self._computed(changed, records, last_step):
+            sums[part] = computed
+        self.sums = sums
         path = self.directory / f"sums-{self.number + 1}.bin"
         self.sums.tofile(path)
         checkpoint.sync(path)
@@ -265,23 +263,16 @@ class Files:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
-    def summed(self, ids: Tensor, records: Tensor, last_step: Tensor) -> None:
-        """Takes the rows' checksums as they are now."""
-        if self.sums is not None:
-            for part, sums in self._computed(ids, records, last_step):
-                self.sums[part] = sums
-            self._flags.index_fill_(0, ids, LOGGED | TRUSTED)
-
     def verify(self, records: Tensor, last_step: Tensor, progress: Progress | None) -> None:
-        """Compares all rows with their checksums, but those whose checksum is out of date.
+        """Compares all rows with their checksums, but those that changed since the checkpoint.
 
         Raises:
             CheckpointError: naming the first row that differs.
         """
         if self.sums is not None:
             for part, sums in self._computed(None, records, last_step):
-                current = self._flags[part].numpy() & STALE == 0
-                self._compare(np.arange(part.start, part.stop), sums, current)
+                unchanged = self._flags[part].numpy() & LOGGED == 0
+                self._compare(np.arange(part.start, part.stop), sums, unchanged)
                 if progress is not None:
                     progress(part.stop, len(records))
             self._flags.bitwise_or_(TRUSTED)
@@ -307,13 +298,17 @@ class Files:
         def compute(start: int) -> tuple[Any, NDArray[np.uint32]]:
             stop = min(start + most, count)
             if ids is None:
-                os.posix_fadvise(  # the mapping is told not to read ahead
-                    self._descriptors[ROWS], start * size, most * size, os.POSIX_FADV_WILLNEED
-                )
+                self._read_ahead(start, 4 * most, size)
                 part = slice(start, stop)
                 rows, steps, names = records[part], last_step[part], np.arange(start, stop)
                 return part, row_checksums(names, steps, rows)
             chunk = ids[start:stop]
+            first, last = int(chunk[0]), int(chunk[-1])
+            if last - first < 8 * len(chunk):
+                self._read_ahead(first, last - first + 1, size)
+            else:
+                for row in chunk.tolist():
+                    self._read_ahead(row, 1, size)
             rows, steps = records.index_select(0, chunk), last_step.index_select(0, chunk)
             return chunk.numpy(), row_checksums(chunk.numpy(), steps, rows)
 
@@ -325,6 +320,10 @@ class Files:
         with ThreadPoolExecutor(threads) as pool:
             for batch in range(0, len(starts), 1024):  # results wait for those before them
                 yield from pool.map(compute, starts[batch : batch + 1024])
+
+    def _read_ahead(self, row: int, count: int, size: int) -> None:
+        """Has the system read rows, and does not wait: the mapping is told not to read ahead."""
+        os.posix_fadvise(self._descriptors[ROWS], row * size, count * size, os.POSIX_FADV_WILLNEED)
 
     # ---- the log ---------------------------------------------------------------------------------
 
@@ -340,11 +339,10 @@ class Files:
         """
         size = records.shape[1] * records.itemsize
         # All pages are asked for before any is waited for.
-        for offset in (class_ids * size).tolist():
-            os.posix_fadvise(self._descriptors[ROWS], offset, size, os.POSIX_FADV_WILLNEED)
+        for row in class_ids.tolist():
+            self._read_ahead(row, 1, size)
         new = class_ids[self._flags[class_ids].bitwise_and(LOGGED) == 0]
         if not len(new):
-            self._flags.index_fill_(0, class_ids, LOGGED | STALE | TRUSTED)
             return
         log = self._open_log(size)
         end = os.lseek(log, 0, os.SEEK_END)
@@ -363,7 +361,7 @@ class Files:
         except BaseException:
             os.ftruncate(log, end)  # nothing may follow a frame that is cut short
             raise
-        self._flags.index_fill_(0, class_ids, LOGGED | STALE | TRUSTED)
+        self._flags.index_fill_(0, new, LOGGED | TRUSTED)
 
     def _open_log(self, record_bytes: int) -> int:
         if self._log is None:
