@@ -192,7 +192,8 @@ class Files:
             everything: compute the checksums of all rows, not of those alone that `log` was told
                 of.
         """
-        changed, sums = self._flags.bitwise_and(LOGGED).nonzero()[:, 0], self.sums
+        sums = self.sums
+        changed: Tensor | None = self._flags.bitwise_and(LOGGED).nonzero()[:, 0]
         if everything or sums is None:
             changed, sums = None, np.empty(config.num_classes, np.uint32)
         for part, computed in self._computed(changed, records, last_step):
