@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MAX_BLOCKS = 1000
+
 
 class _TakesOneValue(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation that takes a single value per channel.
@@ -85,6 +87,8 @@ class IResNet(nn.Module):
                 "widths and depths must be equally many and, like embedding_size, positive, "
                 f"got {list(widths)}, {list(depths)} and {embedding_size}"
             )
+        if sum(depths) > MAX_BLOCKS:
+            raise ValueError(f"depths must be at most {MAX_BLOCKS:,} together, got {sum(depths):,}")
         reduction = 2 ** len(widths)
         if min(image_size) < reduction:
             raise ValueError(

@@ -84,6 +84,16 @@ def available_memory() -> int | None:
     return None
 
 
+def check_memory(what: str, needed: int) -> None:
+    """Raise ValueError where something needs more bytes than the system could give."""
+    free = available_memory()
+    if free is not None and needed > free:
+        raise ValueError(
+            f"{what} would take {needed / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB "
+            "are free"
+        )
+
+
 def check_device(device: object) -> torch.device:
     """The device, if torch can compute on it here; raises TypeError or ValueError if not."""
     import torch

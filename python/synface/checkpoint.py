@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,12 @@ import torch
 from torch import Tensor
 
 from .extras import extra
+from .textfiles import read_json
 
-FORMAT = 1
+FORMAT = 2
+EARLIER = 1  # without checksums
 TENSORS, STATE = "tensors.safetensors", "state.json"
+CHECKSUM = "checksum"  # of the rest of a state
 
 
 class CheckpointError(ValueError):
@@ -34,7 +39,7 @@ def sync(path: Path) -> None:
 def write(path: Path, text: str) -> None:
     """Writes a text file so that it is there whole, or as it was before."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     sync(part)
     part.replace(path)
     sync(path.parent)
@@ -53,8 +58,12 @@ def write_tensors(
         from safetensors.torch import save_file
 
     part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)
     try:
+        part.touch()
+        mode = stat.S_IMODE(part.stat().st_mode)  # what the umask leaves; safetensors' is 0600
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, metadata)
+        part.chmod(mode)
         sync(part)
         part.replace(path)
         sync(path.parent)
@@ -62,6 +71,60 @@ def write_tensors(
         raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def checksum(file: Path) -> str:
+    """Return the CRC-32 of a file's bytes, in hexadecimal."""
+    crc, chunk = 0, bytearray(2**22)
+    with file.open("rb", buffering=0) as opened:
+        while count := opened.readinto(chunk):
+            crc = zlib.crc32(memoryview(chunk)[:count], crc)
+    return f"{crc:08x}"
+
+
+def verify(file: Path, expected: object) -> None:
+    """Raise CheckpointError where a file's checksum is not what is expected."""
+    came = checksum(file)
+    if came != expected:
+        raise CheckpointError(
+            f"{file} is damaged: its CRC-32 is {came}, and was {expected} when it was written; "
+            "use an earlier checkpoint, or a copy"
+        )
+
+
+def sealed(state: Mapping[str, Any]) -> str:
+    """Return a state as JSON, with a checksum of its content; `read_state` reads it."""
+    content = json.loads(json.dumps(state))
+    return json.dumps(content | {CHECKSUM: _content_checksum(content)}, indent=1)
+
+
+def _content_checksum(content: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+
+
+def read_state(file: Path, *formats: object, most: int = 2**26) -> dict[str, Any]:
+    """Return a state that `sealed` wrote, without its checksum.
+
+    Args:
+        formats: what its "format" may be, the newest one first. Only the others may lack the
+            checksum.
+        most: bytes that the file may have.
+
+    Raises:
+        CheckpointError: for a file that is missing, not whole, of another format or damaged.
+    """
+    state = read_json(file, CheckpointError, most)
+    if not isinstance(state, dict) or state.get("format") not in formats:
+        came = state.get("format") if isinstance(state, dict) else type(state).__name__
+        known = " or ".join(map(str, formats))
+        raise CheckpointError(f"{file}: expected format {known}, got {came!r}")
+    came = state.pop(CHECKSUM, None)
+    if (came is not None or state["format"] == formats[0]) and came != _content_checksum(state):
+        raise CheckpointError(
+            f"{file} is damaged: its content has the checksum {_content_checksum(state)}, and it "
+            f"names {came!r}; use an earlier checkpoint, or a copy"
+        )
+    return state
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
@@ -81,8 +144,9 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
         part.mkdir()
         write_tensors(part / TENSORS, tensors)
         size = (part / TENSORS).stat().st_size
-        state = {"format": FORMAT, "step": step, "tensor_bytes": size} | state
-        (part / STATE).write_text(json.dumps(state, indent=1))
+        crc = {TENSORS: checksum(part / TENSORS)}
+        state = {"format": FORMAT, "step": step, "tensor_bytes": size, "crc32": crc} | state
+        (part / STATE).write_text(sealed(state), encoding="utf-8")
         sync(part / STATE)
         shutil.rmtree(final, ignore_errors=True)  # the same step, written before a resume
         part.rename(final)
@@ -122,17 +186,10 @@ def load_state(path: Path) -> dict[str, Any]:
     """What a checkpoint holds besides tensors.
 
     Raises:
-        CheckpointError: where it is missing, cut short or not a checkpoint, naming the file.
+        CheckpointError: where it is missing, cut short, damaged or not a checkpoint, naming the
+            file.
     """
-    try:
-        state = json.loads((path / STATE).read_text())
-    except OSError as error:
-        raise CheckpointError(f"{path / STATE} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path / STATE} is not whole JSON: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        came = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"{path / STATE}: expected format {FORMAT}, got {came!r}")
+    state = read_state(path / STATE, FORMAT, EARLIER)
     for name, kind in (("step", int), ("config", dict), ("data", dict)):
         if not isinstance(state.get(name), kind):
             raise CheckpointError(
@@ -160,6 +217,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 f"{file} is cut short or changed: expected {state.get('tensor_bytes')} bytes, "
                 f"got {size}"
             )
+        if state["format"] == FORMAT or "crc32" in state:
+            crc = state.get("crc32")
+            verify(file, crc.get(TENSORS) if isinstance(crc, dict) else crc)
         return load_file(file), state
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .check import check_rows
+from .check import check_memory, check_rows
 from .extras import extra
 
 NAME = "embeddings"  # of the tensor, where a safetensors file holds several
@@ -62,6 +63,7 @@ def _read_npy(path: Path) -> Tensor:
             f"{path}: expected embeddings, floating point of shape (N, D), "
             f"got {array.dtype} {array.shape}"
         )
+    check_memory(f"{path}: {array.dtype} {array.shape}", 4 * array.size)
     with np.errstate(over="ignore"):  # what overflows is found with what is not finite
         return torch.from_numpy(array.astype(np.float32))
 
@@ -79,6 +81,9 @@ def _read_safetensors(path: Path) -> Tensor:
                     f"{path}: expected one tensor, or one named {NAME!r}, "
                     f"got {len(names)} ({shown})"
                 )
-            return file.get_tensor(NAME if NAME in names else names[0])
+            name = NAME if NAME in names else names[0]
+            shape = tuple(file.get_slice(name).get_shape())
+            check_memory(f"{path}: {name} {shape}", 4 * math.prod(shape))
+            return file.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .check import check_device
+from .check import check_device, check_memory
 from .data.embedded import FACES, STYLES, enlarge, lfw_crops, restyle, to_bytes
 from .extras import extra
 from .randomness import normals, seeded
@@ -104,6 +104,8 @@ class EigenfaceGenerator:
 
     def generate(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
         _check_arguments(self, embedding, style, seed)
+        count, side = len(seed), self.image_shape[0]
+        check_memory(f"{count} faces of {side}x{side} pixels at once", count * side**2 * 12 * 4)
         faces = enlarge(self.faces(embedding), self.image_shape[0])
         noise = [normals(faces.shape[1:], torch.Generator().manual_seed(s)) for s in seed.tolist()]
         images = restyle(faces, torch.special.ndtr(style), torch.stack(noise))

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from . import checkpoint
 from .checkpoint import CheckpointError
+from .textfiles import parse_json, read_text
+
+MAX_BYTES = 2**32  # of a log
 
 
 class Lines:
@@ -35,10 +38,10 @@ class Lines:
             CheckpointError: for a file that cannot be read or is no such log.
         """
         try:
-            whole = self.file.read_text().split("\n")[:-1]
-            rows = [json.loads(line) for line in whole[:most]]
+            whole = read_text(self.file, most=MAX_BYTES).split("\n")[:-1]
+            rows = [parse_json(line) for line in whole[:most]]
             return [row | {"step": int(row["step"])} for row in rows]
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise self._unfit(error) from error
 
     def steps(self, count: int) -> list[dict[str, float]]:

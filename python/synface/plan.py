@@ -8,7 +8,6 @@ the device's own measurements are given, whose rates it then takes.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .backbone import IResNet
 from .check import check_integer, check_number
 from .randomness import standard_defaults
+from .textfiles import parse_json, read_text
 
 MIB, GIB = 2**20, 2**30
 WORKSPACE = 64 * MIB  # what margin_cross_entropy takes at most, beside its results
@@ -386,14 +386,13 @@ def read_measured(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is not one, naming the file and what is missing.
     """
+    text = read_text(path)
     try:
-        result = json.loads(path.read_text())
+        result = parse_json(text)
         for rate in ("copy_gigabyte_per_second", "product_tflop_per_second"):
             if not float(result["ceilings"][rate]) > 0:
                 raise ValueError(f"its {rate} must be above 0, got {result['ceilings'][rate]}")
-    except OSError as error:
-        raise ValueError(f"{path} (--measured) cannot be read: {error.strerror}") from error
-    except (KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is no result of make gpu-evidence: {reason}") from error
     return dict(result)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import checkpoint, sharded
 from .backbone import IResNet
-from .check import available_memory, check_folder
+from .check import check_folder, check_memory
 from .checkpoint import CheckpointError
 from .randomness import standard_defaults
 from .train_config import TrainConfig
@@ -26,7 +26,42 @@ BACKBONE, CENTERS = "model.backbone.", "model.head.weight"  # in a checkpoint
 
 
 def build_backbone(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet:
-    """The backbone of a configuration for (H, W, C) images."""
+    """The backbone of a configuration for (H, W, C) images.
+
+    Raises:
+        ValueError: where it cannot be built, or its parameters exceed the memory that is free.
+    """
+    check_network(config, image_shape)
+    with standard_defaults():
+        return _backbone(config, image_shape)
+
+
+def check_network(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet:
+    """Return the backbone for (H, W, C) images on the device "meta"; raises as `build_backbone`."""
+    network = shapes_of(config, image_shape)
+    height, width, _ = image_shape
+    check_memory(
+        f"a network of widths {list(config.widths)}, depths {list(config.depths)} and "
+        f"embedding_size {config.embedding_size} for images of {height}×{width}",
+        sum(4 * each.numel() for each in network.parameters()),
+    )
+    return network
+
+
+def shapes_of(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet:
+    """The backbone on the device "meta", whose shapes can be compared with what comes from outside.
+
+    Raises:
+        ValueError: where it cannot be built on any machine.
+    """
+    with standard_defaults(), torch.device("meta"):
+        try:
+            return _backbone(config, image_shape)
+        except RuntimeError as error:  # sizes over 2^63
+            raise ValueError(f"the backbone cannot be built: {error}") from error
+
+
+def _backbone(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet:
     height, width, channels = image_shape
     return IResNet(
         (height, width),
@@ -36,30 +71,6 @@ def build_backbone(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet
         config.embedding_size,
         config.dropout,
     )
-
-
-def check_network(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet:
-    """Return the backbone for (H, W, C) images without memory for its parameters (device "meta").
-
-    Raises:
-        ValueError: where it cannot be built, or its parameters exceed the memory that is free.
-    """
-    height, width, before = image_shape
-    values = 0  # of the convolutions and the last layer, which are nearly all
-    for channels, depth in zip(config.widths, config.depths, strict=False):
-        values += 9 * channels * (before + (2 * depth - 1) * channels)
-        height, width, before = -(-height // 2), -(-width // 2), channels
-    values += before * height * width * config.embedding_size
-    free = available_memory() or 1 << 40
-    if 4 * values > free:
-        raise ValueError(
-            f"the network takes {4 * values / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB of "
-            f"memory are free: lower widths {list(config.widths)}, depths {list(config.depths)}, "
-            f"embedding_size {config.embedding_size} or the images' size, "
-            f"{image_shape[0]}×{image_shape[1]}"
-        )
-    with standard_defaults(), torch.device("meta"):
-        return build_backbone(config, image_shape)
 
 
 def check_start(
@@ -163,6 +174,6 @@ def network_of(found: Path, state: Mapping[str, Any]) -> IResNet:
     """The backbone that a checkpoint's state tells of, on the device "meta"."""
     try:
         config = TrainConfig.from_json(state["config"])
-        return check_network(config, tuple(state["data"]["image_shape"]))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        return shapes_of(config, tuple(state["data"]["image_shape"]))
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{found / checkpoint.STATE}: {error}") from error

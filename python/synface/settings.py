@@ -10,22 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from .extras import extra
+from .textfiles import read_text
+
+MAX_BYTES = 2**22  # of a file of settings
 
 
 def read_toml(file: Path) -> dict[str, Any]:
     """The tables and values of a file.
 
     Raises:
-        ValueError: for a file that cannot be read or is not TOML, naming it.
+        ValueError: for a file that cannot be read, is a device or a pipe, has more than 4 MiB or is
+            not TOML, naming it.
     """
     with extra("train", "reading TOML"):
         tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    text = read_text(file, most=MAX_BYTES)
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{file} is not TOML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{file} is nested too deeply") from error
 
 
 def write_toml(file: Path, values: Mapping[str, Any]) -> None:

@@ -7,9 +7,9 @@ format for distributed checkpoints has one, its safetensors storage has none.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ from . import checkpoint
 from .checkpoint import CheckpointError
 from .heads.partial_fc import PartialFC
 from .heads.sharded import ShardedMarginHead
+from .textfiles import read_json
 
-FORMAT = "sharded-1"
+FORMAT = "sharded-2"
+EARLIER = "sharded-1"  # without checksums
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
 
@@ -111,8 +113,8 @@ def save(
 
     def end() -> None:
         sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
-        content = {"format": FORMAT, "step": step, "bytes": sizes} | state
-        checkpoint.write(part / checkpoint.STATE, json.dumps(content, indent=1))
+        content = {"format": FORMAT, "step": step, "bytes": sizes, "crc32": crc} | state
+        checkpoint.write(part / checkpoint.STATE, checkpoint.sealed(content))
         shutil.rmtree(final, ignore_errors=True)  # the same step, written before a resume
         part.rename(final)
         checkpoint.sync(folder)
@@ -123,6 +125,9 @@ def save(
     _together(begin if first else lambda: None, group, RuntimeError)
     writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
     dcp.save(_tensors(model, _several(optimizers)), storage_writer=writer, process_group=group)
+    own = partial(_own_share, part, group)
+    sums = _together(lambda: {f.name: checkpoint.checksum(f) for f in own()}, group, RuntimeError)
+    crc = dict(sorted(chain.from_iterable(each.items() for each in _gathered(sums, group))))
     _together(end if first else lambda: None, group, RuntimeError)
     return final
 
@@ -149,10 +154,8 @@ def load(
     def prepare() -> tuple[dict[str, Any], dict[str, Tensor], dcp.HuggingFaceStorageReader]:
         found = checkpoint.find(path)
         state, reader = load_state(found), dcp.HuggingFaceStorageReader(str(found))
-        try:
-            stored = reader.read_metadata().state_dict_metadata
-        except Exception as error:  # whatever a damaged file makes of torch's reader
-            raise CheckpointError(f"{found} cannot be read: {error}") from error
+        _verify(state, _own_share(found, group))
+        stored = _stored(found, state, reader)
         return state, _targets(found, model, _several(optimizers), stored), reader
 
     state, targets, reader = _together(prepare, group, CheckpointError)
@@ -167,8 +170,8 @@ def load(
 def is_sharded(path: Path) -> bool:
     """Whether a checkpoint is one of several ranks, as far as its state can be read."""
     try:
-        return json.loads((path / checkpoint.STATE).read_text())["format"] == FORMAT
-    except (OSError, ValueError, TypeError, KeyError):
+        return read_json(path / checkpoint.STATE)["format"] in (FORMAT, EARLIER)
+    except (ValueError, TypeError, KeyError):
         return False
 
 
@@ -179,9 +182,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: as `load`.
     """
     state = load_state(path)
+    _verify(state, sorted(path.iterdir()))
     reader = dcp.HuggingFaceStorageReader(str(path))
+    stored = _stored(path, state, reader)
     try:
-        stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
         tensors = {
             key: torch.empty(metadata.size, dtype=metadata.properties.dtype, device="cpu")
             for key, metadata in stored.items()
@@ -193,6 +197,24 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, state
 
 
+def _stored(
+    found: Path, state: dict[str, Any], reader: dcp.HuggingFaceStorageReader
+) -> dict[str, Any]:
+    """What the files say of their tensors, once it fits into the files."""
+    try:
+        stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        needed = sum(t.size.numel() * t.properties.dtype.itemsize for t in stored.values())
+    except Exception as error:  # whatever a damaged file makes of torch's reader
+        raise CheckpointError(f"{found} cannot be read: {error}") from error
+    there = sum(state["bytes"].values())
+    if needed > there:
+        raise CheckpointError(
+            f"{found} cannot be read: its tensors would take {needed:,} bytes, and its files have "
+            f"{there:,}"
+        )
+    return stored
+
+
 def _together(action: Callable[[], Any], group: Any, kind: type[Exception]) -> Any:
     """What it returns, on each rank; where it fails on one, all raise its error."""
     result = failure = None
@@ -202,14 +224,35 @@ def _together(action: Callable[[], Any], group: Any, kind: type[Exception]) -> A
         failure = str(error)
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
-    failures = [failure]
-    if dist.is_initialized():
-        failures *= dist.get_world_size(group)
-        dist.all_gather_object(failures, failure, group=group)
-    for rank, failure in enumerate(failures):
-        if failure is not None:
-            raise kind(f"rank {rank}: {failure}")
+    for rank, each in enumerate(_gathered(failure, group)):
+        if each is not None:
+            raise kind(f"rank {rank}: {each}")
     return result
+
+
+def _gathered(value: Any, group: Any) -> list[Any]:
+    """Return every rank's value, in the order of the ranks."""
+    values = [value]
+    if dist.is_initialized():
+        values *= dist.get_world_size(group)
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _own_share(folder: Path, group: Any) -> list[Path]:
+    """Return the files of a checkpoint whose checksums this rank computes."""
+    files = sorted(file for file in folder.iterdir() if file.name != checkpoint.STATE)
+    alone = not dist.is_initialized()
+    return files if alone else files[dist.get_rank(group) :: dist.get_world_size(group)]
+
+
+def _verify(state: dict[str, Any], files: Sequence[Path]) -> None:
+    """Raise CheckpointError for the first file whose checksum is not the state's."""
+    if state["format"] == FORMAT or "crc32" in state:
+        crc = state.get("crc32")
+        for file in files:
+            if file.name != checkpoint.STATE:
+                checkpoint.verify(file, crc.get(file.name) if isinstance(crc, dict) else crc)
 
 
 def _several(optimizers: Optimizers) -> Sequence[torch.optim.Optimizer]:
@@ -245,15 +288,10 @@ def load_state(path: Path) -> dict[str, Any]:
     """What a checkpoint holds besides tensors.
 
     Raises:
-        CheckpointError: where there is none, or files of it are missing or cut short.
+        CheckpointError: where there is none, it is damaged, or files of it are missing or cut
+            short. What the files hold is verified when they are read.
     """
-    try:
-        state = json.loads((path / checkpoint.STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / checkpoint.STATE} cannot be read: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        came = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"{path / checkpoint.STATE}: expected format {FORMAT}, got {came!r}")
+    state = checkpoint.read_state(path / checkpoint.STATE, FORMAT, EARLIER)
     if not isinstance(state.get("step"), int) or not isinstance(state.get("bytes"), dict):
         raise CheckpointError(f"{path / checkpoint.STATE}: step must be int and bytes a dict")
     files = {file.name: file.stat().st_size for file in path.iterdir()}

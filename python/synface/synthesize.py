@@ -23,6 +23,7 @@ from .check import check_folder, check_rows, describe
 from .extras import extra
 from .generate import FaceGenerator
 from .randomness import normals
+from .textfiles import read_json
 
 MANIFEST = "synthesis.json"
 FORMAT = 1
@@ -195,12 +196,9 @@ def _begin(root: Path, manifest: dict[str, Any], resume: bool, overwrite: bool) 
 
 
 def _stored(file: Path) -> dict[str, Any] | None:
-    try:
-        stored = json.loads(file.read_text())
-    except FileNotFoundError:
+    if not file.exists():
         return None
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+    stored = read_json(file)
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise ValueError(f"{file} is damaged: expected format {FORMAT}")
     return stored

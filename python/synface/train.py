@@ -27,7 +27,7 @@ import synface_kernels as sk
 
 from . import checkpoint, sharded
 from .backbone import IResNet
-from .check import check_device
+from .check import check_device, check_memory
 from .checkpoint import CheckpointError
 from .data import DataError, Faces, ImageSet
 from .data.order import WHOLE, Part
@@ -172,6 +172,9 @@ def _model(config: TrainConfig, source: Source, alone: bool, device: torch.devic
     head: MarginHead | ShardedMarginHead
     with seeded(seed), standard_defaults():  # on the CPU: the same on every device
         backbone = build_backbone(config, source.image_shape).to(device)
+        ranks = 1 if alone else dist.get_world_size()
+        needed = 4 * config.embedding_size * source.num_classes // ranks
+        check_memory("the class centres", needed)
         sizes = config.embedding_size, source.num_classes, config.margin()
         if alone:
             head = MarginHead(*sizes).to(device)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from synface.centers import Centers, CentersConfig, files
 from synface.centers.files import LAST_STEP, ROWS, STATE
-from synface.checkpoint import CheckpointError
+from synface.checkpoint import CHECKSUM, CheckpointError, sealed
 
 import synface_kernels as sk
 
@@ -189,7 +189,7 @@ def test_beyond_2_to_the_31(tmp_path):
     for name, size in config.bytes.items():
         with (folder / name).open("wb") as file:
             file.truncate(size)
-    state = {"format": files.FORMAT, "step": 0, "lr": 0.0, "config": asdict(config)}
+    state = {"format": files.EARLIER, "step": 0, "lr": 0.0, "config": asdict(config)}
     (folder / STATE).write_text(json.dumps(state))
     with Centers.open(folder) as centers:
         assert centers.weight.stride(0) * (len(centers.weight) - 1) > 2**32
@@ -278,7 +278,7 @@ def test_fifty_steps_twice_and_after_kill_9(tmp_path):
     for kill, sync in (("move", ""), ("write", "sync")):
         folder = tmp_path / kill
         assert run_child(folder, 20, kill, sync) == (0, -signal.SIGKILL)
-        assert len(list(folder.glob("undo-10.bin"))) == 1
+        assert len(list(folder.glob("undo-1.bin"))) == 1
         assert run_child(folder, 50, "", sync) == (10, 0)
         assert_same(once, torch.load(folder.with_suffix(".pt"), weights_only=True))
 
@@ -334,7 +334,7 @@ def test_a_frame_that_is_cut_short_was_of_rows_that_did_not_change(tmp_path):
         data = log.read_bytes()
         copy = tmp_path / f"cut{size}"
         copy.mkdir()
-        for file in (STATE, ROWS, LAST_STEP):
+        for file in (STATE, ROWS, LAST_STEP, "sums-1.bin"):
             (copy / file).write_bytes((tmp_path / "c" / file).read_bytes())
         (copy / log.name).write_bytes(data[:size])
         with Centers.open(copy) as centers:
@@ -477,7 +477,7 @@ def test_files_of_another_size(tmp_path, name, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.update(format=2), "expected format 1, got 2"),
+        (lambda s: s.update(format=3), "expected format 2 or 1, got 3"),
         (lambda s: s.pop("step"), "has no 'step'"),
         (lambda s: s.update(step=-1), "step must be at least 0"),
         (lambda s: s.update(step=True), "step must be an integer"),
@@ -502,8 +502,9 @@ def test_hostile_state(tmp_path, change, message):
     Centers.create(SMALL, tmp_path / "c").close()
     file = tmp_path / "c" / STATE
     state = json.loads(file.read_text())
+    del state[CHECKSUM]
     change(state)
-    file.write_text(json.dumps(state))
+    file.write_text(sealed(state))
     with pytest.raises(CheckpointError, match=message):
         Centers.open(tmp_path / "c")
 

@@ -1,14 +1,13 @@
 """What a command writes to, and the networks that it builds, are checked before it reads images."""
 
-import json
 import re
 
 import pytest
-from synface import checkpoint, cli
+from synface import cli
 from synface.check import check_folder
 from synface.data import embedded_faces
 from synface.runs import check_network
-from synface.train import TrainConfig, load_backbone, train
+from synface.train import TrainConfig, train
 from typer.testing import CliRunner
 
 
@@ -78,10 +77,16 @@ def test_a_run_that_is_there_is_named_first(here):
         (["--depths", "1,1,0,1"], "and, like embedding_size, positive"),
         (
             ["--widths", "16,32,64,9999999"],
-            "the network takes .* GiB, and .* are free: lower",
+            "a network of widths .* would take .* GiB of memory, and .* are free",
         ),
-        (["--embedding-size", str(1 << 40)], "the network takes .* embedding_size 1099511627776"),
-        (["--size", "60000x60000"], "the network takes .* the images' size, 60000×60000"),
+        (
+            ["--embedding-size", str(1 << 40)],
+            "a network of .* embedding_size 1099511627776 .* would take",
+        ),
+        (
+            ["--size", "60000x60000"],
+            "size is at most|a network of .* for images of 60000×60000 would take",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -125,17 +130,6 @@ def test_what_is_checked_needs_no_memory_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_that_claims_a_vast_network_is_refused(tmp_path):
-    config = TrainConfig(epochs=1, widths=(4,), depths=(1,), embedding_size=8, batch_size=16)
-    train(config, embedded_faces(4, 16, identities=4), tmp_path / "run")
-    file = checkpoint.find(tmp_path / "run") / checkpoint.STATE
-    state = json.loads(file.read_text())
-    state["config"]["embedding_size"] = 1 << 45
-    file.write_text(json.dumps(state))
-    with pytest.raises(checkpoint.CheckpointError, match=r"state\.json: the network takes"):
-        load_backbone(tmp_path / "run")
-
-
-def test_a_missing_measurement_is_named_with_its_option(here):
+def test_a_missing_measurement_is_named(here):
     found = error("plan", "--identities", "1M", "--measured", "none.json")
-    assert found == "none.json (--measured) cannot be read: No such file or directory"
+    assert found == "none.json cannot be read: No such file or directory"

@@ -122,7 +122,7 @@ def test_command_line_keeps_and_resumes(tmp_path):
     assert "written: whole/scale.json" in said
     synface(tmp_path, "--steps", "7", "--directory", "centers", "--keep")
     assert sorted(p.name for p in (tmp_path / "centers").iterdir()) == [
-        "centers.json", "last_step.bin", "lock", "rows.bin",
+        "centers.json", "last_step.bin", "lock", "rows.bin", "sums-1.bin",
     ]  # fmt: skip
     rest = ["--steps", "12", "--directory", "centers", "--output", "rest"]
     said = synface(tmp_path, *rest, code=2)

@@ -245,17 +245,18 @@ def damaged(found: Path, rank: int, ranks: int) -> None:
     file.write_bytes(good[:-1])
     refuses(f"files are missing, cut short or not of this checkpoint: .*{file.name}")
     file.write_bytes(b"\xff" * len(good))
-    refuses("cannot be read")
+    refuses(f"{file.name} is damaged: its CRC-32 is")
     file.unlink()
     refuses(f"files are missing, cut short or not of this checkpoint: .*{file.name}")
     file.write_bytes(good)
     state = found / checkpoint.STATE
     good_state = state.read_text()
     for bad, message in (
-        ("{", "cannot be read"),
-        ("[]", "expected format sharded-1, got 'list'"),
-        (json.dumps({"format": 1}), "expected format sharded-1, got 1"),
+        ("{", "is not whole JSON"),
+        ("[]", "expected format sharded-2 or sharded-1, got 'list'"),
+        (json.dumps({"format": 1}), "expected format sharded-2 or sharded-1, got 1"),
         (json.dumps({"format": "sharded-1", "step": "3"}), "step must be int"),
+        (json.dumps({"format": "sharded-2", "step": 3}), "its content has the checksum"),
     ):
         state.write_text(bad)
         refuses(message)

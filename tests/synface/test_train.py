@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import synface.checkpoint
 import torch
-from synface.checkpoint import STATE, TENSORS, CheckpointError
+from synface.checkpoint import STATE, TENSORS, CheckpointError, checksum, sealed
 from synface.data import Faces, embedded_faces, read_folder
 from synface.evaluate import embed, pixel_embeddings, verify
 from synface.train import TrainConfig, learning_rate, load_backbone, train
@@ -153,13 +153,16 @@ def test_damaged_checkpoints_are_named(faces, tmp_path):
         data = (folder / TENSORS).read_bytes()
         (folder / TENSORS).write_bytes(data[: len(data) // 2])
 
+    def write_state(folder, **changes):
+        (folder / STATE).write_text(sealed(state | changes))
+
     def reshape(folder):
         from safetensors.torch import save_file
 
         renamed = {k: v[:-1].clone() if v.dim() == 2 else v for k, v in tensors.items()}
         save_file(renamed, folder / TENSORS)
         size = (folder / TENSORS).stat().st_size
-        (folder / STATE).write_text(json.dumps(state | {"tensor_bytes": size}))
+        write_state(folder, tensor_bytes=size, crc32={TENSORS: checksum(folder / TENSORS)})
 
     def garbage(folder):
         size = (folder / TENSORS).stat().st_size
@@ -168,18 +171,18 @@ def test_damaged_checkpoints_are_named(faces, tmp_path):
     for change, message in (
         (cut, "cut short or changed: expected .* bytes, got"),
         (reshape, "is of another model: embed.3.weight: expected shape"),
-        (garbage, "is not a safetensors file"),
+        (garbage, "safetensors is damaged: its CRC-32 is"),
         (lambda f: (f / TENSORS).unlink(), "cannot be read: No such file"),
         (lambda f: (f / STATE).unlink(), "cannot be read: No such file"),
         (lambda f: (f / STATE).write_text('{"format": 1, "st'), "is not whole JSON"),
-        (lambda f: (f / STATE).write_text("[]"), "expected format 1, got 'list'"),
-        (lambda f: (f / STATE).write_text('{"format": 9}'), "expected format 1, got 9"),
+        (lambda f: (f / STATE).write_text("[]"), "expected format 2 or 1, got 'list'"),
+        (lambda f: (f / STATE).write_text('{"format": 9}'), "expected format 2 or 1, got 9"),
         (
-            lambda f: (f / STATE).write_text(json.dumps(state | {"config": {"epochs": 3}})),
+            lambda f: write_state(f, config={"epochs": 3}),
             "unknown or missing keys",
         ),
         (
-            lambda f: (f / STATE).write_text(json.dumps(state | {"config": [1]})),
+            lambda f: write_state(f, config=[1]),
             r"config must be dict, got \[1\]",
         ),
     ):

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import synface_kernels as sk
 
 from ..check import check_number
 from ..randomness import generator, seeds
+from .checksums import row_checksums
 from .config import DTYPES, CentersConfig
 from .files import Files, Progress
 
@@ -40,28 +42,36 @@ class Centers:
     too; without, `open` then says that the rows cannot be trusted, unless no step was taken since
     the last checkpoint.
 
+    **What damage does.** Files hold a checksum of every row. `loss` compares the rows that it
+    uses for the first time, and the first look at `weight`, `states` or `last_step`
+    compares all rows: a damaged row is an error that names it, never a wrong number. `open` itself
+    reads no row, unless ``verify`` is set.
+
     Attributes:
         config: a `CentersConfig`.
         step: how many steps were taken. lr: of the last one; rows catch up with it.
-        weight: (C, D) centres; a view of each record's first D numbers.
+        weight: (C, D) centres; a view of each record's first D numbers. Whoever has looked at it
+            may have written to it: checkpoints then compute the checksums of all rows. What is
+            written by hand lasts from the next checkpoint on.
         states: the optimiser's state by name, (C, D) each; views too.
         last_step: (C,) int32: the step after which a row is up to date; 0 for one never touched.
         seconds: what the last step spent on what, in seconds.
 
     Memory: in memory (C, D) times one plus the number of states; with a directory, the operating
-    system keeps of the files what fits. Besides, per step of S rows, their gradient (S, D) and what
-    the ops say.
+    system keeps of the files what fits, and 5 bytes per row are held for checksums and what was
+    logged. Besides, per step of S rows, their gradient (S, D) and what the ops say.
     """
 
     def __init__(self, config: CentersConfig, records: Tensor, last_step: Tensor) -> None:
         """Use `create` or `open`."""
         self.config, self.step, self.lr = config, 0, 0.0
         self.seconds: dict[str, float] = {}
-        self._records, self.last_step = records, last_step
-        self.weight, *states = records.split(config.embedding_size, dim=1)
-        self.states = dict(zip(config.states, states, strict=True))
+        self._records, self._last_step = records, last_step
+        self._weight, *states = records.split(config.embedding_size, dim=1)
+        self._states = dict(zip(config.states, states, strict=True))
         self._pending: tuple[Tensor, Tensor] | None = None
         self._files: Files | None = None
+        self._shown = False  # all rows were verified, and may since have been written to
 
     @classmethod
     def create(
@@ -93,12 +103,12 @@ class Centers:
             centers = cls(
                 config, records, torch.zeros(config.num_classes, dtype=torch.int32, device="cpu")
             )
-            _initialise(centers, progress)
+            _initialise(centers, progress, None)
             return centers
         files = Files.create(Path(directory), config, overwrite, sync)
         try:
             centers = cls(config, *files.map(config))
-            _initialise(centers, progress)
+            _initialise(centers, progress, files.sums)
             centers._files = files
             centers.checkpoint()
         except BaseException:
@@ -108,13 +118,20 @@ class Centers:
 
     @classmethod
     def open(
-        cls, directory: Path | str, *, sync: bool = False, progress: Progress | None = None
+        cls,
+        directory: Path | str,
+        *,
+        sync: bool = False,
+        progress: Progress | None = None,
+        verify: bool = False,
     ) -> Centers:
         """The centres in a directory as they were at their last checkpoint.
 
         Args:
             sync: see `create`.
-            progress: called with bytes done and in all, where steps have to be undone.
+            progress: called with what is done and in all, where steps have to be undone.
+            verify: compare all rows with their checksums now, which reads all of the files. Else
+                rows are compared when they are first used.
 
         Raises:
             CheckpointError: where there are none, a file is damaged or not of the size that it
@@ -125,11 +142,53 @@ class Centers:
         try:
             centers = cls(config, *files.map(config))
             centers.step, centers.lr, centers._files = files.step, files.lr, files
-            files.undo(centers._records, centers.last_step, progress)
+            files.undo(centers._records, centers._last_step, progress)
+            if verify:
+                centers.verify()
         except BaseException:
             files.close()
             raise
         return centers
+
+    def verify(self, progress: Progress | None = None) -> None:
+        """Compares all rows with their checksums, which reads all of the files.
+
+        Nothing to do for centres in memory, and for files of an earlier version until their next
+        checkpoint: they have no checksums.
+
+        Args:
+            progress: called with rows done and in all.
+
+        Raises:
+            CheckpointError: for a damaged row, naming it.
+        """
+        self._check_open()
+        if self._files is not None:
+            self._files.verify(self._records, self._last_step, progress)
+
+    @property
+    def weight(self) -> Tensor:
+        """The (C, D) centres, all rows verified."""
+        self._show()
+        return self._weight
+
+    @property
+    def states(self) -> dict[str, Tensor]:
+        """The optimiser's state by name, (C, D) each, all rows verified."""
+        self._show()
+        return self._states
+
+    @property
+    def last_step(self) -> Tensor:
+        """The (C,) steps after which rows are up to date, all rows verified."""
+        self._show()
+        return self._last_step
+
+    def _show(self) -> None:
+        """Verifies all rows before the first look at them."""
+        if not self._shown and self._files is not None and self.step >= 0:
+            self.verify()
+            self._shown = True
 
     def loss(
         self,
@@ -157,6 +216,7 @@ class Centers:
             RuntimeError: where the gradient of an earlier loss awaits `update`.
             ValueError, TypeError: as `sk.sample_classes` and `sk.margin_cross_entropy`.
             OSError: where the log cannot be written (a full disk); no row was changed.
+            CheckpointError: where a row is damaged, naming it; no row was changed.
         """
         self._check_open()
         if self._pending is not None and self._pending[1].grad is not None:
@@ -174,11 +234,11 @@ class Centers:
             )
         if self._files is not None:
             with self._timed("log"):
-                self._files.log(class_ids, self._records, self.last_step)
+                self._files.log(class_ids, self._records, self._last_step)
         with self._timed("read"):
             if self.config.catch_up and self.step:
                 self._move(class_ids, None, self.step, self.lr)
-        weight = self.weight.detach()
+        weight = self._weight.detach()
         if torch.is_grad_enabled():
             self._pending = class_ids, weight.requires_grad_()
         margin = sk.ArcFace() if margin is None else margin
@@ -214,7 +274,7 @@ class Centers:
                 )
             self._move(class_ids, gradient, self.step + 1, lr)
             if not self.config.catch_up:
-                self.last_step.index_fill_(0, class_ids, self.step + 1)
+                self._last_step.index_fill_(0, class_ids, self.step + 1)
         self.step, self.lr = self.step + 1, lr
         self.discard()
 
@@ -235,7 +295,9 @@ class Centers:
         self._check_open()
         if self._files is None:
             raise ValueError("centres in memory have no checkpoint: create them in a directory")
-        self._files.commit(self.config, self.step, self.lr)
+        self._files.commit(
+            self.config, self.step, self.lr, self._records, self._last_step, self._shown
+        )
 
     def close(self) -> None:
         """Lets go of all; to open them will undo the steps since the last checkpoint."""
@@ -243,10 +305,10 @@ class Centers:
         if self._files is not None:
             self._files.close()
         self.step = -1
-        self._records = self.weight = self.last_step = torch.empty(
+        self._records = self._weight = self._last_step = torch.empty(
             0, dtype=torch.float32, device="cpu"
         )
-        self.states = {}
+        self._states = {}
 
     def remove(self) -> None:
         """Closes the centres and removes their files, and the directory if it was made for them."""
@@ -278,29 +340,37 @@ class Centers:
             "lr": lr,
             "weight_decay": config.weight_decay,
             "step": step,
-            "last_step": self.last_step if config.catch_up else None,
+            "last_step": self._last_step if config.catch_up else None,
             "seed": seeds(config.seed, "rounding", 0) if config.dtype == "bfloat16" else None,
-            **self.states,
+            **self._states,
         }
         if config.optimizer == "adamw":
             options |= {"betas": config.betas, "eps": config.eps}
-            sk.row_adamw_(self.weight, gradient, class_ids, **options)
+            sk.row_adamw_(self._weight, gradient, class_ids, **options)
         else:
             options |= {"momentum": config.momentum, "nesterov": config.nesterov}
-            sk.row_sgd_(self.weight, gradient, class_ids, **options)
+            sk.row_sgd_(self._weight, gradient, class_ids, **options)
 
 
-def _initialise(centers: Centers, progress: Progress | None) -> None:
-    """Normal values by Philox, whose counter starts anew at each chunk of rows."""
+def _initialise(
+    centers: Centers, progress: Progress | None, sums: NDArray[np.uint32] | None
+) -> None:
+    """Normal values by Philox, whose counter starts anew at each chunk of rows; their checksums
+    go into ``sums``."""
     config = centers.config
     key = seeds(config.seed, "centers", 0)
     chunk = max(1, 2**22 // config.embedding_size)
 
     def fill(start: int) -> int:
-        rows = centers.weight[start : start + chunk]
+        rows = centers._weight[start : start + chunk]
         bits = np.random.Philox(key=key, counter=[0, 0, 0, start // chunk])
         values = np.random.Generator(bits).standard_normal(tuple(rows.shape), np.float32)
         rows.copy_(torch.from_numpy(values).mul_(config.init_std))
+        if sums is not None:
+            part = slice(start, start + len(rows))
+            sums[part] = row_checksums(
+                np.arange(start, part.stop), centers._last_step[part], centers._records[part]
+            )
         return len(rows)
 
     done = 0

@@ -4,47 +4,61 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import mmap
 import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import checkpoint
-from ..check import check_integer, check_number
+from ..check import check_integer, check_memory, check_number
 from ..checkpoint import CheckpointError
+from .checksums import row_checksums
 from .config import DTYPES, LAST_STEP, ROWS, CentersConfig
 
-FORMAT = 1
+FORMAT = 2
+EARLIER = 1  # without checksums
 STATE, LOCK = "centers.json", "lock"
 STATE_BYTES = 2**16  # no longer is the JSON
 FRAME_BYTES = 2**24  # of records, at most, in one frame of the log
 ID_BYTES = 8 + 4  # a row's id and last step in a frame
+CHUNK_BYTES = 2**19  # of records whose checksums are computed at once: they stay in the cache
+# Bits of a row: what it held is in the log; it was compared with its checksum, or made here.
+LOGGED, TRUSTED = 1, 2
 Progress = Callable[[int, int], None]  # done, total
 
 
 class Files:
-    """A directory: the state (JSON), records, last steps, and the log of what rows held.
+    """A directory: the state (JSON), records, last steps, checksums, and the log of what rows held.
 
-    The log bears the step of the checkpoint that it leads back to; any other is of the past. It is
-    a header, then frames, each of some rows: ids, last steps, records. Of a frame that is cut short
-    no row was changed.
+    Checksums and log bear the number of the checkpoint that they are of; any others are of the
+    past. The log is a header, then frames, each of some rows: ids, last steps, records. Of a frame
+    that is cut short no row was changed.
+
+    Attributes:
+        step, lr: of the last checkpoint. number: how many there were before it.
+        sums: (C,) uint32, each row's checksum as of the last checkpoint; None for files that have
+            none yet.
     """
 
-    HEADER = struct.Struct("<8sqq?40s")  # magic, step, bytes of a record, sync, this machine's boot
+    HEADER = struct.Struct("<8sqq?40s")  # magic, number, bytes of a record, sync, machine's boot
     FRAME = struct.Struct("<4sII")  # magic, rows, CRC-32 of their ids and last steps
     MAGIC, FRAME_MAGIC = b"synfundo", b"rows"
 
     def __init__(self, directory: Path, sync: bool) -> None:
         self.directory, self.sync = directory, sync
-        self.step, self.lr = 0, 0.0  # of the last checkpoint
+        self.step, self.lr, self.number = 0, 0.0, 0
+        self.sums: NDArray[np.uint32] | None = None
+        self._flags = torch.empty(0, dtype=torch.uint8, device="cpu")  # (C,)
         self._descriptors: dict[str, int] = {}
         self._log: int | None = None
         self._made = False  # the directory, too
@@ -61,7 +75,7 @@ class Files:
             raise FileExistsError(f"{directory} holds other files: {names}")
         if own and not overwrite:
             raise FileExistsError(f"{directory} holds centres: open them, or overwrite them")
-        needed = sum(config.bytes.values())
+        needed = sum(config.bytes.values()) + 2 * 4 * config.num_classes  # two sets of checksums
         disk = os.statvfs(next(p for p in (directory, *directory.absolute().parents) if p.exists()))
         free = disk.f_bavail * disk.f_frsize + sum(path.stat().st_blocks * 512 for path in own)
         if needed > free:
@@ -83,6 +97,11 @@ class Files:
                 descriptor = files._open(name, os.O_CREAT | os.O_EXCL)
                 # Taken from the disk now: a full disk under a mapped page would kill the process.
                 os.posix_fallocate(descriptor, 0, size)
+            files.sums = np.zeros(config.num_classes, np.uint32)
+            files.number = -1
+            files._flags = torch.full(
+                (config.num_classes,), TRUSTED, dtype=torch.uint8, device="cpu"
+            )
         except BaseException:
             files.remove()
             raise
@@ -98,7 +117,7 @@ class Files:
         files = cls(directory, sync)
         files._lock()
         try:
-            config = files._read_state()
+            config, crc = files._read_state()
             for name, size in config.bytes.items():
                 came = os.fstat(files._open(name)).st_size
                 if came != size:
@@ -107,6 +126,10 @@ class Files:
                         f"centres of {config.embedding_size} dimensions in {config.dtype} with "
                         f"{len(config.states)} optimiser states, got {came} bytes"
                     )
+            check_memory(f"{directory}: the checksums", 5 * config.num_classes)
+            if crc is not None:
+                files.sums = files._read_sums(config, crc)
+            files._flags = torch.zeros(config.num_classes, dtype=torch.uint8, device="cpu")
         except BaseException:
             files.close()
             raise
@@ -156,73 +179,196 @@ class Files:
 
     # ---- the checkpoint --------------------------------------------------------------------------
 
-    def commit(self, config: CentersConfig, step: int, lr: float) -> None:
+    def commit(
+        self,
+        config: CentersConfig,
+        step: int,
+        lr: float,
+        records: Tensor,
+        last_step: Tensor,
+        everything: bool,
+    ) -> None:
+        """Makes this step the one that `open` comes back to.
+
+        Args:
+            everything: compute the checksums of all rows, not of those alone that `log` was told
+                of.
+        """
+        sums = self.sums
+        changed: Tensor | None = self._flags.bitwise_and(LOGGED).nonzero()[:, 0]
+        if everything or sums is None:
+            changed, sums = None, np.empty(config.num_classes, np.uint32)
+        for part, computed in self._computed(changed, records, last_step):
+            sums[part] = computed
+        self.sums = sums
+        path = self.directory / f"sums-{self.number + 1}.bin"
+        self.sums.tofile(path)
+        checkpoint.sync(path)
         for name in (ROWS, LAST_STEP):
             os.fsync(self._descriptors[name])  # what was written through the mapping, too
-        state = {"format": FORMAT, "step": step, "lr": lr, "config": asdict(config)}
-        checkpoint.write(self.directory / STATE, json.dumps(state, indent=1))
-        self.step, self.lr = step, lr
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "lr": lr,
+            "number": self.number + 1,
+            "sums_crc32": checkpoint.checksum(path),
+            "config": asdict(config),
+        }
+        checkpoint.write(self.directory / STATE, checkpoint.sealed(state))
+        self.step, self.lr, self.number = step, lr, self.number + 1
+        self._flags.bitwise_and_(TRUSTED)
         self._close_log()
-        for path in self.directory.glob("undo-*.bin"):
-            path.unlink()
+        self._remove_past()
 
-    def _read_state(self) -> CentersConfig:
+    def _remove_past(self) -> None:
+        """Removes logs and checksums of other checkpoints."""
+        for path in (*self.directory.glob("undo-*.bin"), *self.directory.glob("sums-*.bin")):
+            if path not in (self._log_path, self._sums_path):
+                path.unlink()
+
+    def _read_state(self) -> tuple[CentersConfig, str | None]:
+        """The configuration, and the CRC-32 of the checksums if there are any."""
         path = self.directory / STATE
+        state = checkpoint.read_state(path, FORMAT, EARLIER, most=STATE_BYTES)
         try:
-            with path.open("rb") as file:
-                text = file.read(STATE_BYTES + 1)
-            if len(text) > STATE_BYTES:
-                raise ValueError(f"it is longer than {STATE_BYTES} bytes")
-            state = json.loads(text)
-            if not isinstance(state, dict) or state.get("format") != FORMAT:
-                came = state.get("format") if isinstance(state, dict) else type(state).__name__
-                raise ValueError(f"expected format {FORMAT}, got {came!r}")
             config = CentersConfig.from_json(state["config"])
             step, lr = state["step"], state["lr"]
             check_integer("step", step, 0)
             check_number("step", step, 0, 2**31 - 1)
             check_number("lr", lr, 0)
-            self.step, self.lr = step, lr
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            self.step, self.lr, self.number = step, lr, step
+            if state["format"] == EARLIER and "number" not in state:
+                return config, None
+            check_integer("number", state["number"], 0)
+            check_number("number", state["number"], 0, 2**62)
+            self.number = state["number"]
+            return config, str(state["sums_crc32"])
         except KeyError as error:
             raise CheckpointError(f"{path} has no {error}") from error
-        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise CheckpointError(f"{path} is not the state of centres: {error}") from error
-        return config
+
+    # ---- checksums -------------------------------------------------------------------------------
+
+    @property
+    def _sums_path(self) -> Path:
+        return self.directory / f"sums-{self.number}.bin"
+
+    def _read_sums(self, config: CentersConfig, crc: str) -> NDArray[np.uint32]:
+        path, size = self._sums_path, 4 * config.num_classes
+        try:
+            if path.stat().st_size != size:
+                raise CheckpointError(
+                    f"{path} must have {size} bytes, got {path.stat().st_size} bytes"
+                )
+            checkpoint.verify(path, crc)
+            return np.fromfile(path, np.uint32)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+    def verify(self, records: Tensor, last_step: Tensor, progress: Progress | None) -> None:
+        """Compares all rows with their checksums, but those that changed since the checkpoint.
+
+        Raises:
+            CheckpointError: naming the first row that differs.
+        """
+        if self.sums is not None:
+            for part, sums in self._computed(None, records, last_step):
+                unchanged = self._flags[part].numpy() & LOGGED == 0
+                self._compare(np.arange(part.start, part.stop), sums, unchanged)
+                if progress is not None:
+                    progress(part.stop, len(records))
+            self._flags.bitwise_or_(TRUSTED)
+
+    def _compare(self, ids: NDArray[np.int64], sums: NDArray[np.uint32], which: Any = True) -> None:
+        assert self.sums is not None
+        wrong = (sums != self.sums[ids]) & which
+        if wrong.any():
+            raise CheckpointError(
+                f"{self.directory / ROWS} (or {LAST_STEP} beside it) is damaged: row "
+                f"{ids[wrong][0]} of {len(self.sums)} is not what was written; restore a copy of "
+                "the folder"
+            )
+
+    def _computed(
+        self, ids: Tensor | None, records: Tensor, last_step: Tensor
+    ) -> Iterator[tuple[Any, NDArray[np.uint32]]]:
+        """Rows, some at a time (as indices or a slice), and their checksums; on torch's threads."""
+        size = records.shape[1] * records.itemsize
+        count = len(records) if ids is None else len(ids)
+        most = max(1, CHUNK_BYTES // size)
+
+        def compute(start: int) -> tuple[Any, NDArray[np.uint32]]:
+            stop = min(start + most, count)
+            if ids is None:
+                self._read_ahead(start, 4 * most, size)
+                part = slice(start, stop)
+                rows, steps, names = records[part], last_step[part], np.arange(start, stop)
+                return part, row_checksums(names, steps, rows)
+            chunk = ids[start:stop]
+            first, last = int(chunk[0]), int(chunk[-1])
+            if last - first < 8 * len(chunk):
+                self._read_ahead(first, last - first + 1, size)
+            else:
+                for row in chunk.tolist():
+                    self._read_ahead(row, 1, size)
+            rows, steps = records.index_select(0, chunk), last_step.index_select(0, chunk)
+            return chunk.numpy(), row_checksums(chunk.numpy(), steps, rows)
+
+        starts = range(0, count, most)
+        threads = min(torch.get_num_threads(), len(starts))
+        if threads < 2:
+            yield from map(compute, starts)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            for batch in range(0, len(starts), 1024):  # results wait for those before them
+                yield from pool.map(compute, starts[batch : batch + 1024])
+
+    def _read_ahead(self, row: int, count: int, size: int) -> None:
+        """Has the system read rows, and does not wait: the mapping is told not to read ahead."""
+        os.posix_fadvise(self._descriptors[ROWS], row * size, count * size, os.POSIX_FADV_WILLNEED)
 
     # ---- the log ---------------------------------------------------------------------------------
 
     @property
     def _log_path(self) -> Path:
-        return self.directory / f"undo-{self.step}.bin"
+        return self.directory / f"undo-{self.number}.bin"
 
     def log(self, class_ids: Tensor, records: Tensor, last_step: Tensor) -> None:
-        """Appends what the rows hold, but for those that a frame holds already."""
+        """Appends what the rows hold, but for those that a frame holds already.
+
+        Raises:
+            CheckpointError: for a row that is used for the first time, and is not what was written.
+        """
         size = records.shape[1] * records.itemsize
         # All pages are asked for before any is waited for.
-        for offset in (class_ids * size).tolist():
-            os.posix_fadvise(self._descriptors[ROWS], offset, size, os.POSIX_FADV_WILLNEED)
-        # The others were moved since the checkpoint.
-        class_ids = class_ids[last_step.index_select(0, class_ids) <= self.step]
-        if not len(class_ids):
+        for row in class_ids.tolist():
+            self._read_ahead(row, 1, size)
+        new = class_ids[self._flags[class_ids].bitwise_and(LOGGED) == 0]
+        if not len(new):
             return
         log = self._open_log(size)
         end = os.lseek(log, 0, os.SEEK_END)
         try:
-            for ids in class_ids.split(max(1, FRAME_BYTES // size)):
-                head = ids.numpy().tobytes() + last_step.index_select(0, ids).numpy().tobytes()
+            for ids in new.split(max(1, FRAME_BYTES // size)):
+                steps, rows = last_step.index_select(0, ids), records.index_select(0, ids)
+                if self.sums is not None:
+                    unsure = self._flags[ids].bitwise_and(TRUSTED).logical_not()
+                    some = ids[unsure].numpy()
+                    self._compare(some, row_checksums(some, steps[unsure], rows[unsure]))
+                head = ids.numpy().tobytes() + steps.numpy().tobytes()
                 _write(log, self.FRAME.pack(self.FRAME_MAGIC, len(ids), zlib.crc32(head)) + head)
-                _write(log, records.index_select(0, ids).view(torch.uint8).numpy())
+                _write(log, rows.view(torch.uint8).numpy())
             if self.sync:
                 os.fsync(log)
         except BaseException:
             os.ftruncate(log, end)  # nothing may follow a frame that is cut short
             raise
+        self._flags.index_fill_(0, new, LOGGED | TRUSTED)
 
     def _open_log(self, record_bytes: int) -> int:
         if self._log is None:
-            header = self.HEADER.pack(self.MAGIC, self.step, record_bytes, self.sync, _boot())
+            header = self.HEADER.pack(self.MAGIC, self.number, record_bytes, self.sync, _boot())
             log = os.open(self._log_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             try:
                 _write(log, header)
@@ -244,9 +390,7 @@ class Files:
     def undo(self, records: Tensor, last_step: Tensor, progress: Progress | None) -> None:
         """Puts back what the log holds, and removes it."""
         path = self._log_path
-        for other in self.directory.glob("undo-*.bin"):
-            if other != path:
-                other.unlink()
+        self._remove_past()
         if path.exists():
             with path.open("rb") as log:
                 frames = list(self._frames(log, records))
@@ -266,15 +410,15 @@ class Files:
         size, record_bytes = os.fstat(log.fileno()).st_size, records.shape[1] * records.itemsize
         if size < self.HEADER.size:
             return
-        magic, step, of, sync, boot = self.HEADER.unpack(log.read(self.HEADER.size))
-        if (magic, step, of) != (self.MAGIC, self.step, record_bytes):
+        magic, number, of, sync, boot = self.HEADER.unpack(log.read(self.HEADER.size))
+        if (magic, number, of) != (self.MAGIC, self.number, record_bytes):
             raise CheckpointError(
-                f"{log.name} is not the log of these centres: expected step {self.step} and "
-                f"records of {record_bytes} bytes, got {magic!r}, step {step}, {of} bytes"
+                f"{log.name} is not the log of these centres: expected number {self.number} and "
+                f"records of {record_bytes} bytes, got {magic!r}, number {number}, {of} bytes"
             )
         if not sync and boot.rstrip(b"\0") != _boot():
             raise CheckpointError(
-                f"{self.directory}: the machine went down between checkpoints, and these centres "
+                f"{log.name}: the machine went down between checkpoints, and these centres "
                 "were not opened with sync=True: rows may be neither old nor new"
             )
         at = self.HEADER.size
@@ -301,13 +445,21 @@ class Files:
         rising = bool((ids[1:] > ids[:-1]).all())
         if zlib.crc32(head) != crc or not (rising and ids[0] >= 0 and ids[-1] < len(records)):
             raise CheckpointError(f"{log.name} is damaged at byte {start}")
-        rows = bytearray(log.read(count * records.shape[1] * records.itemsize))
-        return ids, steps, torch.frombuffer(rows, dtype=records.dtype).view(count, -1)
+        content = bytearray(log.read(count * records.shape[1] * records.itemsize))
+        rows = torch.frombuffer(content, dtype=records.dtype).view(count, -1)
+        if self.sums is not None:  # of the checkpoint, as the log is
+            wrong = row_checksums(ids.numpy(), steps, rows) != self.sums[ids.numpy()]
+            if wrong.any():
+                raise CheckpointError(
+                    f"{log.name} is damaged: what row {int(ids[int(wrong.argmax())])} held, in the "
+                    f"frame at byte {start}, is not what was written"
+                )
+        return ids, steps, rows
 
 
 def _is_ours(path: Path) -> bool:
     return path.name in (STATE, f"{STATE}.part", ROWS, LAST_STEP, LOCK) or (
-        path.name.startswith("undo-") and path.suffix == ".bin"
+        path.name.startswith(("undo-", "sums-")) and path.suffix == ".bin"
     )
 
 

@@ -59,6 +59,7 @@ def scale_command(
     """Train class centres by the million on clustered embeddings: time, memory, and the loss."""
     from .. import scale
     from ..centers import Centers, CentersConfig
+    from ..check import available_memory
     from ..plan import parse_count
 
     classes = parse_count("--identities", identities)
@@ -82,7 +83,7 @@ def scale_command(
         refuse(context, "with --resume", "overwrite")
     if optimizer == "adamw":
         refuse(context, "with --optimizer adamw", "momentum")
-    needed, free = sum(config.centers.bytes.values()), scale.available_memory()
+    needed, free = sum(config.centers.bytes.values()), available_memory()
     if directory is None and free is not None and needed > free:
         raise ValueError(
             f"{classes:,} centres take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of "

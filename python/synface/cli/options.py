@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..data.decode import MAX_PIXELS
 from ..settings import check_keys, read_toml
 
 DataOption = Annotated[
@@ -74,6 +75,9 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     parts = text.lower().replace("×", "x").split("x")
-    if len(parts) != 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
-        raise ValueError(f"--size must be HEIGHTxWIDTH, such as 112x112, got {text!r}")
-    return int(parts[0]), int(parts[1])
+    if len(parts) != 2 or not all(p.isdecimal() and len(p) < 10 and int(p) > 0 for p in parts):
+        raise ValueError(f"--size must be HEIGHTxWIDTH, such as 112x112, got {text[:80]!r}")
+    height, width = map(int, parts)
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"--size must have at most {MAX_PIXELS:,} pixels, got {text[:80]!r}")
+    return height, width

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from ..check import check_folder
 from ..data import open_images
+from ..textfiles import read_json
 from ..train_config import TrainConfig
 from ..verification_sets import PairSet, TemplateSet, open_set
 from .options import (
@@ -428,16 +428,14 @@ def _place(folder: Path, name: str, path: str | None, option: str | None = None)
 
 def _command(file: Path) -> tuple[dict[str, Any], TrainConfig]:
     """How a run was started, as `train_command` has it, and its configuration."""
+    if not file.is_file():
+        raise ValueError(f"{file.parent} holds no run to resume: there is no {file.name}")
     try:
-        started = json.loads(file.read_text())
+        started = read_json(file)
         config = TrainConfig.from_json(started["config"])
         run = EARLIER | started["command"]
         if run.keys() != COMMAND.keys() or not all(isinstance(run[k], COMMAND[k]) for k in run):
             raise TypeError(f"its command is {run}")
-    except OSError as error:
-        raise ValueError(
-            f"{file.parent} holds no run to resume: {file}: {error.strerror}"
-        ) from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     return run, config

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from synface.check import check_memory
 from synface.data.augment import warp
 from synface.data.folder import DataError, Faces
 from synface.randomness import normals
@@ -50,6 +51,9 @@ def embedded_faces(
         raise ValueError(f"size must be at least 8 pixels, got {size}")
     if not 2 <= identities <= FACES:
         raise ValueError(f"identities must lie in [2, {FACES}], got {identities}")
+    # The bytes of all images, and a dozen float32 copies of one style's on the way.
+    needed = identities * size**2 * (images_per_identity + 12 * 4)
+    check_memory(f"{identities} faces of {size}x{size} pixels", needed)
     originals = enlarge(torch.from_numpy(lfw_crops()[:identities]), size)
     generator = torch.Generator().manual_seed(seed)
     varied = [originals]

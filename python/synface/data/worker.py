@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from ..check import check_memory
 from . import decode
 from .images import Store
 
@@ -37,6 +38,8 @@ class SharedArray:
 
     def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, fd: int | None = None) -> None:
         size = max(1, int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize)
+        if fd is None:
+            check_memory(f"an array of shape {shape}", size)
         self.fd = _nameless(size) if fd is None else fd
         count = int(np.prod(shape, dtype=object))
         self.array: NDArray[Any] = np.frombuffer(

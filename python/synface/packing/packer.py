@@ -20,6 +20,7 @@ from ..check import (
     check_device,
     check_folder,
     check_integer,
+    check_memory,
     check_number,
     check_rows,
     describe,
@@ -205,7 +206,7 @@ class Packer:
     Raises:
         TypeError: for a gallery, start or device of another Python type.
         ValueError: for a gallery or start of another dtype or shape, or with a zero or non-finite
-            row, and a device that is not there.
+            row, a device that is not there, and more points than the memory holds.
 
     Memory: 5·N·d numbers (points, best so far, gradient, moment, scratch) and the op's 64 MiB.
     Sources: Shahreza and Marcel, "HyperFace", ICLR 2025; Geissbühler et al., "Synthetic face
@@ -223,6 +224,9 @@ class Packer:
         self.config = config
         self.device = check_device(device)
         self.dtype = torch.float64 if config.count <= DOUBLE_UP_TO else torch.float32
+        if self.device.type == "cpu":
+            needed = 5 * config.count * config.dim * self.dtype.itemsize
+            check_memory(f"packing {config.count:,} points in {config.dim} dimensions", needed)
         self.bound = bounds.best(config.count, config.dim)
         self.gallery = None if gallery is None else self._unit("gallery", gallery, None)
         self.start = None if start is None else self._unit("start", start, config.count)

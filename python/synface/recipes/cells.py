@@ -19,6 +19,7 @@ from ..checkpoint import CheckpointError
 from ..data import Faces
 from ..evaluate import embed, verify
 from ..sources import Source, fingerprint
+from ..textfiles import read_json
 from ..train import CONFIG, train
 from ..train_config import TrainConfig
 
@@ -111,9 +112,9 @@ def _run(
 def _stored(file: Path, made_of: Mapping[str, Any]) -> dict[str, Any]:
     """What a cell found, if it was made of this."""
     try:
-        stored = json.loads(file.read_text())
+        stored = read_json(file, CheckpointError)
         found, before = stored["found"], _flat(stored["made_of"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged: {error!r}") from error
     wanted = _flat(made_of)
     wanted.pop("data's source", None)  # where the images are is free

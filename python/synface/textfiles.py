@@ -1,0 +1,53 @@
+"""Text and JSON files from outside: whatever they hold, an error names the file."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 2**26  # of a text file
+
+
+def read_text(file: Path, kind: type[ValueError] = ValueError, most: int = MAX_BYTES) -> str:
+    """Return the UTF-8 text of a regular file.
+
+    Args:
+        kind: the exception that is raised.
+        most: bytes that the file may have.
+
+    Raises:
+        ValueError: of this kind, for a file that cannot be read, is a device or a pipe, is longer,
+            or is not UTF-8; it names the file.
+    """
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):  # a device never ends, a pipe may never begin
+            raise kind(f"{file} must be a regular file")
+        with file.open("rb") as opened:
+            content = opened.read(most + 1)
+    except OSError as error:
+        raise kind(f"{file} cannot be read: {error.strerror}") from error
+    if len(content) > most:
+        raise kind(f"{file} must have at most {most:,} bytes, and has more")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise kind(f"{file} is not UTF-8 text: {error}") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what a JSON text holds; raise ValueError, not RecursionError, where it is too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_json(file: Path, kind: type[ValueError] = ValueError, most: int = MAX_BYTES) -> Any:
+    """Return what a JSON file holds; raises as `read_text`, and for a file that is not JSON."""
+    text = read_text(file, kind, most)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise kind(f"{file} is damaged: it is not whole JSON: {error}") from error

@@ -1,0 +1,281 @@
+"""Whatever happens to the bytes of centres and checkpoints: an error, or the same content."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from synface import checkpoint, sharded
+from synface.centers import Centers, CentersConfig
+from synface.centers.checksums import row_checksums
+from synface.centers.files import LAST_STEP, ROWS
+from synface.checkpoint import CHECKSUM, STATE, TENSORS, CheckpointError
+from torch import nn
+
+from tests.synface.fuzzed import mutated
+
+MUTATIONS = 400
+CONFIG = CentersConfig(200, 8, seed=3)
+
+
+def batch(step):
+    draw = torch.Generator().manual_seed(step)
+    return torch.randn(16, 8, generator=draw), torch.randint(200, (16,), generator=draw)
+
+
+def train(centers, until):
+    while centers.step < until:
+        centers.loss(*batch(centers.step), num_sampled=40).backward()
+        centers.update(0.05)
+
+
+def damage(folder, draw):
+    """Changes something in the folder; the file's name."""
+    files = sorted(path for path in folder.iterdir() if path.stat().st_size)
+    file, other = draw.choice(files), draw.choice(files)
+    content = file.read_bytes()
+    kind = draw.randrange(10)
+    if kind == 0:
+        file.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+    elif kind == 1:
+        file.unlink()
+    elif kind == 2:  # two ranges change places
+        size = draw.choice([1, 4, 16, 32, 64])
+        a, b = (draw.randrange(max(1, len(content) // size)) * size for _ in range(2))
+        swapped = bytearray(content)
+        swapped[a : a + size], swapped[b : b + size] = (
+            content[b : b + size],
+            content[a : a + size],
+        )
+        file.write_bytes(swapped)
+    elif kind == 3:
+        at = draw.randrange(len(content))
+        file.write_bytes(
+            content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :]
+        )
+    else:
+        file.write_bytes(mutated(content, draw))
+    return file.name
+
+
+def detected(sound, folder, read):
+    """How many of many mutations are errors; the others must leave what is read as it was."""
+    draw, problems = random.Random(0), []
+    expected = read(sound, 0)
+    for number in range(MUTATIONS):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(sound, folder)
+        name = damage(folder, draw)
+        try:
+            came = read(folder, number)
+        except CheckpointError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        assert came.keys() == expected.keys(), name
+        for key, value in came.items():
+            same = (
+                torch.equal(value, expected[key])
+                if torch.is_tensor(value)
+                else (value == expected[key])
+            )
+            assert same, (number, name, key)
+    assert all(str(folder) in problem for problem in problems)
+    return len(problems)
+
+
+def open_centers(folder, number):
+    with Centers.open(folder, verify=number % 3 == 1) as centers:
+        loss = centers.loss(*batch(99), num_sampled=200).detach() if number % 3 == 0 else None
+        values = {"config": centers.config, "step": centers.step, "lr": centers.lr}
+    with Centers.open(folder) as centers:
+        values |= {"weight": centers.weight.clone(), "last_step": centers.last_step.clone()}
+        values |= {name: value.clone() for name, value in centers.states.items()}
+        again = centers.loss(*batch(99), num_sampled=200).detach()
+    assert loss is None or torch.equal(loss, again)  # of rows compared one by one, and all at once
+    return values
+
+
+@pytest.mark.parametrize("log", [False, True], ids=["checkpointed", "with a log"])
+def test_damaged_centers(tmp_path, log):
+    with Centers.create(CONFIG, tmp_path / "sound") as centers:
+        train(centers, 6)
+        centers.checkpoint()
+        train(centers, 9 if log else 6)
+    shutil.copytree(tmp_path / "sound", tmp_path / "template")
+    assert len(list((tmp_path / "template").glob("undo-*.bin"))) == log
+    found = detected(
+        tmp_path / "template",
+        tmp_path / "copy",
+        lambda path, number: open_centers(
+            path if path.name == "copy" else shutil.copytree(path, tmp_path / "first"), number
+        ),
+    )  # opening undoes the log, so that it is done on copies
+    assert found > 0.8 * MUTATIONS
+
+
+def test_a_damaged_row_is_named(tmp_path):
+    with Centers.create(CONFIG, tmp_path / "c") as centers:
+        train(centers, 6)
+        centers.checkpoint()
+    file = tmp_path / "c" / ROWS
+    content = bytearray(file.read_bytes())
+    content[32 * 117 + 5] ^= 4
+    file.write_bytes(content)
+    message = rf"c/{ROWS} \(or {LAST_STEP} beside it\) is damaged: row 117 of 200"
+    with pytest.raises(CheckpointError, match=message):
+        Centers.open(tmp_path / "c", verify=True)
+    with Centers.open(tmp_path / "c") as centers:  # which reads no row
+        for look in ("weight", "states", "last_step"):
+            with pytest.raises(CheckpointError, match=message):
+                getattr(centers, look)
+        labels = torch.tensor([3, 117])
+        with pytest.raises(CheckpointError, match=message):
+            centers.loss(torch.randn(2, 8), labels, num_sampled=2)
+        centers.loss(torch.randn(1, 8), labels[:1], num_sampled=1).backward()
+        centers.update(0.05)  # other rows go on
+
+
+def test_checksums_of_rows():
+    """Each bit, each swap and each number of a row counts."""
+    row = torch.randn(1, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    row = row.to(torch.bfloat16)  # 24 bytes
+    for width in (12, 11):  # whole words, and not
+        data = row[:, :width].contiguous()
+        bits = [data.view(torch.int16)[0].clone()]
+        for place in range(width):
+            for bit in range(16):
+                changed = bits[0].clone()
+                changed[place] ^= -(2**15) if bit == 15 else 1 << bit
+                bits.append(changed)
+                for second in range(place):  # the uppermost bits of two words, among others
+                    twice = changed.clone()
+                    twice[second] ^= -(2**15) if bit == 15 else 1 << bit
+                    bits.append(twice)
+        records = torch.stack(bits).view(torch.bfloat16)
+        count = len(records)
+        zero = torch.zeros(count, dtype=torch.int32)
+        ids = torch.zeros(count, dtype=torch.int64).numpy()
+        assert len(set(row_checksums(ids, zero, records).tolist())) == count
+        same = records[:1].expand(300, -1).contiguous()
+        numbers = torch.arange(300)
+        assert len(set(row_checksums(numbers.numpy(), zero[:300], same).tolist())) == 300
+        assert len(set(row_checksums(ids[:300], numbers.int(), same).tolist())) == 300
+
+
+def test_what_is_written_by_hand_is_no_damage(tmp_path):
+    values = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with Centers.create(CONFIG, tmp_path / "c") as centers:
+        centers.weight.data.copy_(values)
+        train(centers, 2)  # before a checkpoint, too
+        centers.weight.copy_(values)
+        centers.checkpoint()
+    with Centers.open(tmp_path / "c", verify=True) as centers:
+        assert torch.equal(centers.weight, values)
+        before = centers.weight.clone()
+        train(centers, 4)
+    with Centers.open(tmp_path / "c", verify=True) as centers:
+        assert torch.equal(centers.weight, before)
+
+
+def test_centers_of_an_earlier_version_gain_checksums(tmp_path):
+    with Centers.create(CONFIG, tmp_path / "c") as centers:
+        before = centers.weight.clone()
+        train(centers, 2)
+    state = tmp_path / "c" / "centers.json"
+    old = json.loads(state.read_text())
+    old = {"format": 1} | {name: old[name] for name in ("step", "lr", "config")}
+    state.write_text(json.dumps(old))
+    (tmp_path / "c" / "sums-0.bin").unlink()
+    with Centers.open(tmp_path / "c", verify=True) as centers:  # with the log of two steps
+        assert torch.equal(centers.weight, before)
+    with Centers.open(tmp_path / "c") as centers:
+        train(centers, 3)
+        centers.checkpoint()
+        after = centers._weight.clone()
+        train(centers, 5)
+    assert {p.name for p in (tmp_path / "c").iterdir()} >= {"sums-1.bin", "undo-1.bin"}
+    with Centers.open(tmp_path / "c", verify=True) as centers:
+        assert torch.equal(centers.weight, after)
+
+
+def test_a_checkpoint_of_the_same_step(tmp_path):
+    """Killed after the state was written, before the log of the checkpoint before was removed."""
+    with Centers.create(CONFIG, tmp_path / "c") as centers:
+        train(centers, 3)
+        centers.checkpoint()
+        with torch.no_grad():
+            centers.loss(*batch(7), num_sampled=150)  # rows catch up, and no step is taken
+        log = centers._files._log_path
+        old = log.read_bytes()
+        centers.checkpoint()
+        after = centers._weight.clone()
+    log.write_bytes(old)
+    with Centers.open(tmp_path / "c", verify=True) as centers:
+        assert torch.equal(centers.weight, after)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+def sound_checkpoint(folder):
+    tensors = {"a.weight": torch.randn(7, 5), "b": torch.arange(3), "c": torch.tensor(2.5)}
+    state = {"config": {"lr": 0.1, "wide": [1, 2]}, "data": {"images": 9}, "scaler": {}}
+    return checkpoint.save(folder, 3, tensors, state)
+
+
+def read_checkpoint(folder, number):
+    tensors, state = checkpoint.load(folder)
+    return tensors | {"state": state}
+
+
+def test_damaged_checkpoints(tmp_path):
+    sound = sound_checkpoint(tmp_path)
+    assert detected(sound, tmp_path / "copy", read_checkpoint) > 0.8 * MUTATIONS
+
+
+def test_damaged_sharded_checkpoints(tmp_path):
+    model = nn.Linear(6, 5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(torch.randn(2, 6)).sum().backward()
+    optimizer.step()
+    sound = sharded.save(tmp_path, 3, model, optimizer, {"config": {"lr": 0.1}})
+    target = nn.Linear(6, 5)
+
+    def read(folder, number):
+        tensors, _ = sharded.read(folder)
+        state = sharded.load(folder, target, torch.optim.SGD(target.parameters(), 0.1))
+        assert torch.equal(tensors["model.weight"], target.weight)
+        return tensors | {"state": state}
+
+    assert detected(sound, tmp_path / "copy", read) > 0.8 * MUTATIONS
+
+
+@pytest.mark.parametrize("kind", ["plain", "sharded"])
+def test_checkpoints_of_an_earlier_version_load(tmp_path, kind):
+    if kind == "plain":
+        found = sound_checkpoint(tmp_path)
+        read = checkpoint.load
+    else:
+        found = sharded.save(tmp_path, 3, nn.Linear(6, 5), None, {})
+        read = sharded.read
+    tensors, _ = read(found)
+    file = found / STATE
+    state = json.loads(file.read_text())
+    del state[CHECKSUM], state["crc32"]
+    file.write_text(json.dumps(state | {"format": 1 if kind == "plain" else "sharded-1"}))
+    for name, value in read(found)[0].items():
+        assert torch.equal(value, tensors[name])
+    file.write_text(json.dumps(state))  # of this version, and without
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged: .* it names None"):
+        read(found)
+
+
+def test_the_tensors_and_not_the_state_are_named(tmp_path):
+    found = sound_checkpoint(tmp_path)
+    content = bytearray((found / TENSORS).read_bytes())
+    content[-1] ^= 1
+    (found / TENSORS).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{TENSORS} is damaged: its CRC-32 is \w+, and was"):
+        checkpoint.load(found)

@@ -1,0 +1,302 @@
+"""Files that are written have the mode that the umask leaves; files and sizes that are asked for
+are bounded before they take memory."""
+
+import contextlib
+import json
+import os
+import stat
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from synface import checkpoint, sharded
+from synface import settings as toml
+from synface.check import check_memory
+from synface.checkpoint import STATE, TENSORS, CheckpointError, checksum, sealed
+from synface.cli.options import parse_size
+from synface.data import embedded_faces
+from synface.data.conversion import convert
+from synface.data.worker import SharedArray
+from synface.embeddings import read_embeddings
+from synface.generate import EigenfaceGenerator
+from synface.lines import Lines
+from synface.packing import PackConfig, Packer, pack
+from synface.plan import read_measured
+from synface.recipes import cells, config
+from synface.runs import build_backbone, load_backbone, shapes_of
+from synface.synthesize import MANIFEST, synthesize
+from synface.textfiles import read_json, read_text
+from synface.train_config import TrainConfig
+from torch import nn
+
+SMALL = TrainConfig(widths=(4, 8), depths=(1, 1), embedding_size=16)
+DEEP = 100_000
+
+
+class Quiet:
+    def update(self, *_):
+        pass
+
+
+# ---- modes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o007], ids=oct)
+def test_all_that_is_written_follows_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        packed = tmp_path / "made" / "packed.safetensors"
+        pack(
+            [Packer(PackConfig(6, 4, steps=2))],
+            packed,
+            progress=lambda _: contextlib.nullcontext(Quiet()),
+        )
+        packed.chmod(0o600)  # as an earlier version left it
+        pack(
+            [Packer(PackConfig(6, 4, steps=2))],
+            packed,
+            overwrite=True,
+            progress=lambda _: contextlib.nullcontext(Quiet()),
+        )
+        checkpoint.save(tmp_path / "made", 1, {"a": torch.ones(2)}, {"config": {}, "data": {}})
+        sharded.save(tmp_path / "made" / "sharded", 1, nn.Linear(2, 2), None, {})
+        faces = tmp_path / "made" / "faces"
+        synthesize(torch.randn(3, 8), EigenfaceGenerator(8, 8), faces, 2)
+        for form in ("folder", "recordio", "webdataset", "parquet", "arrow"):
+            convert(faces, tmp_path / "made" / form, form)
+        toml.write_toml(tmp_path / "made" / "config.toml", {"lr": 0.1})
+    finally:
+        os.umask(before)
+    entries = list((tmp_path / "made").rglob("*"))
+    assert sum(path.suffix == ".safetensors" for path in entries) == 3
+    for path in entries:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert mode == (0o777 if path.is_dir() else 0o666) & ~mask, (path, oct(mode))
+
+
+# ---- texts ---------------------------------------------------------------------------------------
+
+
+def readers(folder):
+    """Everything that reads JSON or TOML from a file, and the file that it then reads."""
+    made_of = {"config": {}, "data": {}, "held": ""}
+    (folder / "checkpoint").mkdir()
+    return {
+        "toml": (folder / "a.toml", toml.read_toml),
+        "recipe": (folder / "b.toml", lambda path: config.load(TrainConfig, path)),
+        "state": (folder / "checkpoint" / STATE, lambda path: checkpoint.load_state(path.parent)),
+        "sharded": (folder / "checkpoint" / STATE, lambda path: sharded.load_state(path.parent)),
+        "log": (folder / "log.jsonl", lambda path: Lines(path).read()),
+        "result": (folder / "result.json", lambda path: cells._stored(path, made_of)),
+        "manifest": (
+            folder / MANIFEST,
+            lambda path: synthesize(
+                torch.ones(1, 8), EigenfaceGenerator(8, 8), path.parent, 1, resume=True
+            ),
+        ),
+        "measured": (folder / "measured.json", read_measured),
+    }
+
+
+NAMES = ["toml", "recipe", "state", "sharded", "log", "result", "manifest", "measured"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deeply_nested_files_are_named(tmp_path, name):
+    file, read = readers(tmp_path)[name]
+    opening = "a = " if file.suffix == ".toml" else ""
+    file.write_text(opening + "[" * DEEP + "]" * DEEP + "\n")
+    with pytest.raises(ValueError, match=rf"{file.name}.* nested too deeply"):
+        read(file)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_without_an_end_are_refused(tmp_path, name):
+    file, read = readers(tmp_path)[name]
+    file.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=rf"{file.name} must be a regular file"):
+        read(file)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=rf"{file.name} must be a regular file"):
+        read(file)
+
+
+def test_settings_are_at_most_four_mebibytes(tmp_path):
+    file = tmp_path / "big.toml"
+    with file.open("wb") as opened:
+        opened.truncate(2**40)  # a hole: nothing of it is read
+    with pytest.raises(ValueError, match=r"big\.toml must have at most 4,194,304 bytes"):
+        toml.read_toml(file)
+
+
+def test_texts(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('{"é": [1, 2.5, null]}', encoding="utf-8")
+    assert read_json(file) == {"é": [1, 2.5, None]}
+    assert read_text(file, most=24).startswith("{")
+    with pytest.raises(CheckpointError, match=r"a\.json must have at most 21 bytes"):
+        read_text(file, CheckpointError, 21)
+    file.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"a\.json is not UTF-8 text"):
+        read_json(file)
+    with pytest.raises(ValueError, match=r"b\.json cannot be read: No such file"):
+        read_json(tmp_path / "b.json")
+
+
+# ---- sizes ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """A machine with 1 GiB of free memory."""
+    monkeypatch.setattr("synface.check.available_memory", lambda: 2**30)
+
+
+def test_memory(little):
+    check_memory("it", 2**30)
+    with pytest.raises(
+        ValueError, match=r"^it would take 2\.0 GiB of memory, and 1\.0 GiB are free"
+    ):
+        check_memory("it", 2**31)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: Packer(PackConfig(2**40, 8)),
+            r"packing 1,099,511,627,776 points in 8 dimensions would take 163,840\.0 GiB",
+        ),
+        (lambda: embedded_faces(size=60_000), r"faces of 60000x60000 pixels would take [\d,]+"),
+        (
+            lambda: EigenfaceGenerator(8, 60_000).generate(
+                torch.nn.functional.normalize(torch.ones(2, 8)),
+                torch.zeros(2, 10),
+                torch.zeros(2, dtype=torch.int64),
+            ),
+            r"2 faces of 60000x60000 pixels at once would take [\d,.]+ GiB",
+        ),
+        (lambda: SharedArray((2**20, 2**20), np.uint8), r"shape \(1048576, 1048576\) would take"),
+        (
+            lambda: build_backbone(replace(SMALL, embedding_size=2**31), (16, 16, 1)),
+            r"a network of .* would take [\d,.]+ GiB",
+        ),
+        (
+            lambda: build_backbone(SMALL, (60_000, 60_000, 3)),
+            r"a network of .* would take [\d,.]+ GiB",
+        ),
+        (
+            lambda: build_backbone(replace(SMALL, embedding_size=2**62), (16, 16, 1)),
+            "the backbone cannot be built",
+        ),
+        (
+            lambda: build_backbone(replace(SMALL, depths=(1, 10**12)), (16, 16, 1)),
+            "depths must be at most 1,000 together, got 1,000,000,000,001",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_it_is_made(little, make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_embeddings_that_do_not_fit(tmp_path, little, suffix):
+    """Files that are mostly holes: their headers are right."""
+    file, shape = tmp_path / f"big{suffix}", (2**24, 32)
+    with file.open("wb") as opened:
+        if suffix == ".npy":
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(opened, header)
+        else:
+            entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 2**31]}
+            text = json.dumps({"embeddings": entry}).encode()
+            opened.write(len(text).to_bytes(8, "little") + text)
+        opened.truncate(opened.tell() + 2**31)
+    with pytest.raises(ValueError, match=rf"big{suffix}: .*\(16777216, 32\) would take 2\.0 GiB"):
+        read_embeddings(file)
+
+
+@pytest.mark.parametrize("text", ["60000x60000", "1x67108865", f"{'9' * 5000}x1"])
+def test_sizes_of_images_are_bounded(text):
+    with pytest.raises(
+        ValueError, match=r"^--size must (have at most 67,108,864 pixels|be HEIGHTx)"
+    ):
+        parse_size(text)
+    assert parse_size("8192×8192") == (8192, 8192)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embedding_size": 2**31}, r"of another model: .*expected shape \(2147483648"),
+        ({"embedding_size": 2**62}, "the backbone cannot be built"),
+        ({"depths": [10**9, 1]}, "depths must be at most 1,000 together"),
+        ({"widths": [2**40, 8]}, "the backbone cannot be built|of another model"),
+    ],
+)
+def test_sizes_in_a_checkpoint_are_compared_with_its_tensors(tmp_path, change, message):
+    """On any machine: without memory that follows what the state says."""
+    network = build_backbone(SMALL, (16, 16, 1))
+    tensors = {f"model.backbone.{name}": value for name, value in network.state_dict().items()}
+    state = {"config": asdict(SMALL), "data": {"image_shape": [16, 16, 1]}}
+    found = checkpoint.save(tmp_path, 1, tensors, state)
+    read, _ = load_backbone(found)
+    for name, value in network.state_dict().items():
+        assert torch.equal(read.state_dict()[name], value)
+    state = checkpoint.load_state(found)
+    state["config"] |= change
+    (found / STATE).write_text(sealed(state))
+    with pytest.raises(CheckpointError, match=message):
+        load_backbone(found)
+
+
+def test_the_shapes_of_a_backbone_take_no_random_numbers():
+    before = torch.get_rng_state()
+    shapes = shapes_of(SMALL, (16, 16, 1)).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    real = build_backbone(SMALL, (16, 16, 1)).state_dict()
+    assert {name: value.shape for name, value in shapes.items()} == {
+        name: value.shape for name, value in real.items()
+    }
+
+
+def test_tensors_of_a_sharded_checkpoint_fit_into_its_files(tmp_path):
+    found = sharded.save(tmp_path, 1, nn.Linear(2, 2), None, {})
+    (file,) = found.glob("*.safetensors")
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    places = header["__metadata__"]["DCP_SHARDING_INFO"]  # as if another rank's rows came before
+    header["__metadata__"]["DCP_SHARDING_INFO"] = places.replace("[0, 0]", f"[{2**40}, 0]")
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    state = json.loads((found / STATE).read_text())
+    del state[checkpoint.CHECKSUM]
+    state["bytes"][file.name] = file.stat().st_size
+    state["crc32"][file.name] = checksum(file)
+    (found / STATE).write_text(sealed(state))
+    message = r"its tensors would take 8,796,093,022,232 bytes, and its files have \d+"
+    with pytest.raises(CheckpointError, match=message):
+        sharded.read(found)
+    with pytest.raises(CheckpointError, match=message):
+        sharded.load(found, nn.Linear(2, 2))
+
+
+def test_names_of_tensors_come_from_the_file_alone(tmp_path):
+    """A safetensors header that is nested deeply, or claims more than the file holds."""
+    for text in (
+        b"[" * DEEP,
+        b'{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4]}}',
+    ):
+        file = tmp_path / "a.safetensors"
+        file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+        with pytest.raises(ValueError, match=r"a\.safetensors is not a safetensors file"):
+            read_embeddings(file)
+    found = checkpoint.save(tmp_path, 1, {"a": torch.ones(2)}, {"config": {}, "data": {}})
+    save_file({"a": torch.ones(2)}, found / TENSORS, {"more": "x"})
+    with pytest.raises(CheckpointError, match=f"{TENSORS} is cut short or changed"):
+        checkpoint.load(found)
