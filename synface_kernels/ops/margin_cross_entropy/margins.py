@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..._check import number
 
-# Logits and what gradients are made of stay in float32's range.
-SCALE_MAX = 1e30
+SCALE_MAX = 1e6  # a float32 cosine's last bit is then a factor of 1.06 of its exponential
 # The slope of the margin divides by sin θ, which vanishes at cos θ = ±1: it is taken no smaller
 # than this, a little above where a float32 cosine stops telling the angle from 0 (√ε = 3e-4).
 SIN_MIN = 1e-3
@@ -26,7 +25,7 @@ class CombinedMargin:
     """ψ(cos θ) = cos(m1·θ + m2) − m3, and logits of ``scale`` times that.
 
     Args:
-        scale: s in (0, 1e30), the inverse temperature of the softmax; no unit.
+        scale: s in (0, 1e6], the inverse temperature of the softmax; no unit.
         m1: multiplicative angular margin (SphereFace); > 0, no unit.
         m2: additive angular margin (ArcFace), **in radians**, |m2| < π.
         m3: additive cosine margin (CosFace); |m3| < 2.
@@ -64,9 +63,9 @@ class CombinedMargin:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", number("scale", self.scale))
-        if not 0 < self.scale < SCALE_MAX:  # also under torch.compile, which knows no isfinite
+        if not 0 < self.scale <= SCALE_MAX:  # math.isfinite takes no symbolic float
             raise ValueError(
-                f"scale must be finite and positive, less than {SCALE_MAX:g}, got {self.scale}"
+                f"scale must be finite and positive, at most {SCALE_MAX:g}, got {self.scale}"
             )
         for name, low, high, hint in (
             ("m1", 0.0, 16.0, "a factor of the angle"),
