@@ -146,8 +146,8 @@ class _Final(torch.autograd.Function):
 
 def no_second_derivative(op: str) -> RuntimeError:
     return RuntimeError(
-        f"{op} has no second derivative: what was made of its gradient with create_graph=True "
-        "(a gradient penalty, a Hessian) cannot be differentiated"
+        f"{op} has no second derivative: it cannot be differentiated twice, as a gradient penalty "
+        "or a Hessian asks for (create_graph=True)"
     )
 
 

@@ -189,6 +189,8 @@ def test_numpys_numbers_are_numbers() -> None:
             assert torch.equal(found, sk.hypersphere_repulsion(x, energy=other, impl=impl))
         _, index = sk.nearest_neighbors(x, k=np.int64(2), impl=impl)
         assert index.shape == (N, 2)
+    ids, _ = sk.sample_classes(target, np.int64(50), np.int32(20), ignore_index=np.int64(-1))
+    assert ids.shape == (20,)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,11 @@ def test_bad_numbers(options: dict[str, Any], error: type[Exception], message: s
         (lambda: sk.nearest_neighbors(points()[0], k=True), TypeError, "k must be an int"),
         (lambda: sk.nearest_neighbors(points()[0], k=2**63), ValueError, r"k must be less than"),
         (lambda: sk.nearest_neighbors(points()[0], k=1.0), TypeError, "k must be an int, got fl"),
+        (
+            lambda: sk.sample_classes(points()[2], 50, 20, ignore_index=1.5),
+            TypeError,
+            r"ignore_index must be an int, got float 1\.5",
+        ),
     ],
 )
 def test_bad_values(make: Any, error: type[Exception], message: str) -> None:

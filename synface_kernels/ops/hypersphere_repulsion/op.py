@@ -101,7 +101,9 @@ def hypersphere_repulsion(
         The energy, float32 (float64 for float64 inputs): a scalar, or (N,) for ``"none"``.
 
     Gradients reach x and y, in their dtypes; each row's is orthogonal to it. Points that coincide
-    still repel each other, see `energies`. There is no second derivative.
+    still repel each other, see `energies`. There is one derivative, in reverse mode: by autograd,
+    or by `torch.func`'s grad, vjp and vmap (a loop; not with ``impl="reference"``), without a
+    group. Second derivatives and forward mode raise.
 
     Memory above inputs and gradients: O(N·k) and a workspace of at most 64 MiB; energies of all
     pairs hold their gradient, float32 (N, D), from forward to backward; with a group, another
@@ -112,7 +114,9 @@ def hypersphere_repulsion(
         ValueError: for a wrong dtype, shape, device or value; for a zero or non-finite row (on a
             GPU these are checked there, by an asynchronous assertion).
         TypeError: for an argument of a wrong Python type.
-        RuntimeError: for an ``impl`` that cannot run here, naming the reason.
+        RuntimeError: for an ``impl`` that cannot run here, naming the reason; where the gradient is
+            differentiated.
+        NotImplementedError: for forward-mode derivatives.
 
     Source: see each energy.
     """

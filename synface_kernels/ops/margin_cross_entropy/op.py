@@ -179,8 +179,10 @@ def margin_cross_entropy(
 
     A vector no longer than 1e-12 counts as zero: its cosines are 0 and its gradient is 0. At
     cos θ = ±1 the slope of the margin is finite, see `CombinedMargin`. A row with a non-finite
-    element has a non-finite loss of its own. Gradients have their input's dtype. There is no second
-    derivative.
+    element has a non-finite loss of its own. Gradients have their input's dtype.
+
+    There is one derivative, in reverse mode: by autograd, or by `torch.func`'s grad, vjp and vmap
+    (a loop), without ``group`` and ``update``. Second derivatives and forward mode raise.
 
     Memory above the inputs: forward O(N·(D + K)), buffers of at most 64 MiB, and ``workspace``,
     which is held until the backward pass; backward the gradients, with ``update`` the input's
@@ -193,9 +195,9 @@ def margin_cross_entropy(
         ValueError: for a wrong dtype, shape, device, label or weight. On a GPU labels and weights
             are checked there, by an asynchronous assertion.
         TypeError: for an argument of a wrong Python type.
-        NotImplementedError: for what is not built yet.
+        NotImplementedError: for what is not built yet, and for forward-mode derivatives.
         RuntimeError: for an ``impl`` that cannot run here, naming the reason; where a rank of the
-            group has died.
+            group has died; where the gradient is differentiated.
 
     Source: Deng et al., "ArcFace", CVPR 2019; Qiu et al., "SynFace", ICCV 2021, eqs. 1 and 5.
     """
