@@ -219,7 +219,7 @@ def test_bad_numbers(options: dict[str, Any], error: type[Exception], message: s
     ("make", "error", "message"),
     [
         (lambda: sk.ArcFace(scale=True), TypeError, "scale must be a float, got bool"),
-        (lambda: sk.ArcFace(scale=1e308), ValueError, r"at most 1e\+06, got 1e\+308"),
+        (lambda: sk.ArcFace(scale=1e308), ValueError, r"scale must be at most 1e\+06, got 1e\+308"),
         (lambda: sk.ArcFace(scale=math.nan), ValueError, "scale must be finite and positive"),
         (lambda: sk.ArcFace(margin=True), TypeError, "m2 must be a float or a tensor, got bool"),
         (lambda: sk.CosFace(interclass_filter=True), TypeError, "interclass_filter must be"),

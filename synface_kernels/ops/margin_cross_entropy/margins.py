@@ -63,10 +63,10 @@ class CombinedMargin:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", number("scale", self.scale))
-        if not 0 < self.scale <= SCALE_MAX:  # math.isfinite takes no symbolic float
-            raise ValueError(
-                f"scale must be finite and positive, at most {SCALE_MAX:g}, got {self.scale}"
-            )
+        if not 0 < self.scale < math.inf:  # math.isfinite takes no symbolic float
+            raise ValueError(f"scale must be finite and positive, got {self.scale}")
+        if self.scale > SCALE_MAX:
+            raise ValueError(f"scale must be at most {SCALE_MAX:g}, got {self.scale}")
         for name, low, high, hint in (
             ("m1", 0.0, 16.0, "a factor of the angle"),
             ("m2", -math.pi, math.pi, "an angle in radians"),
