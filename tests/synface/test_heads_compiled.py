@@ -93,7 +93,7 @@ def test_bad_values_raise_in_compiled_code(first: float) -> None:
     if first > 0:
         call(first, 0.5)
     for scale, bad in itertools.product((-1.0, 0.0, math.nan, math.inf, 1e308), (False, True)):
-        with pytest.raises(ValueError, match="scale must be (finite and positive|at most)"):
+        with pytest.raises(ValueError, match=r"scale must be (finite and positive|at most)"):
             call(scale, 0.25 if bad else 0.5)
     with pytest.raises(ValueError, match="m2 is an angle in radians"):
         call(16.0, 28.6)
