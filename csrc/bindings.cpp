@@ -1,4 +1,6 @@
 // The CPU implementations of the ops. Their schemas live in Python, beside what they mean.
+#include <algorithm>
+#include <cmath>
 #include <limits>
 #include <numeric>
 #include <string_view>
@@ -209,33 +211,53 @@ std::tuple<Tensor, Tensor> margin_backward(
 
 using hypersphere_repulsion::Points;
 
-// Rows with their inverse norms.
+// Rows with their inverse norms. Where a row is so long that squares or products might leave T's
+// range, rows are taken times powers of two, `shrink` (N, 1), as gradients by them then must be.
 template <class T>
 struct PointsOf {
   PointsOf(const Tensor& tensor, const char* name)
       : rows(with_contiguous_rows(tensor)), inverse(at::empty({tensor.size(0)}, at::kDouble)) {
-    const int64_t bad = hypersphere_repulsion::inverse_norms<T>(rows_of(rows), torch_runtime(),
-                                                                inverse.data_ptr<double>());
+    int64_t bad = find_norms();
+    if (bad >= 0) {
+      shrink = std::get<0>(tensor.abs().max(1, true)).to(at::kDouble);
+      double* most = shrink.data_ptr<double>();
+      for (int64_t i = 0; i < tensor.size(0); ++i) {
+        const bool is_long = most[i] > 0x1p60 && std::isfinite(most[i]);
+        most[i] = is_long ? std::ldexp(1.0, -std::min(std::ilogb(most[i]), 1000)) : 1;
+      }
+      rows = tensor.mul(shrink).to(tensor.scalar_type());
+      bad = find_norms();
+    }
     TORCH_CHECK_VALUE(bad < 0, name, " must have finite, non-zero rows, got a norm of ",
                       1 / inverse.const_data_ptr<double>()[std::max<int64_t>(bad, 0)], " in row ",
                       bad);
   }
+  int64_t find_norms() const {
+    return hypersphere_repulsion::inverse_norms<T>(rows_of(rows), torch_runtime(),
+                                                   inverse.data_ptr<double>());
+  }
   Points points() const { return {rows_of(rows), inverse.const_data_ptr<double>()}; }
-  Tensor rows, inverse;
+  Tensor rows, inverse, shrink;
 };
 
-// run(T(), problem)
+// run(T(), problem), which may fill gradients, or leave them empty.
 template <class F>
-auto with_points(const Tensor& x, const std::optional<Tensor>& y, F&& run) {
-  return with_statistics_type(x, [&](auto zero) {
+void with_points(const Tensor& x, const std::optional<Tensor>& y, const Tensor& grad_x,
+                 const Tensor& grad_y, F&& run) {
+  with_statistics_type(x, [&](auto zero) {
     using T = decltype(zero);
     const PointsOf<T> of_x(x, "x");
-    if (!y) return run(zero, hypersphere_repulsion::Problem{of_x.points(), nullptr});
-    TORCH_CHECK_VALUE(x.size(1) == y->size(1), "x and y differ in D: ", x.sizes(), " and ",
-                      y->sizes());
-    const PointsOf<T> of_y(*y, "y");
-    const Points points = of_y.points();
-    return run(zero, hypersphere_repulsion::Problem{of_x.points(), &points});
+    if (y) {
+      TORCH_CHECK_VALUE(x.size(1) == y->size(1), "x and y differ in D: ", x.sizes(), " and ",
+                        y->sizes());
+      const PointsOf<T> of_y(*y, "y");
+      const Points points = of_y.points();
+      run(zero, hypersphere_repulsion::Problem{of_x.points(), &points});
+      if (of_y.shrink.defined() && grad_y.numel()) grad_y.mul_(of_y.shrink);
+    } else {
+      run(zero, hypersphere_repulsion::Problem{of_x.points(), nullptr});
+    }
+    if (of_x.shrink.defined() && grad_x.numel()) grad_x.mul_(of_x.shrink);
   });
 }
 
@@ -258,12 +280,13 @@ std::tuple<Tensor, Tensor, Tensor> repulsion_pairs(const Tensor& x, const std::o
   const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor grad_x = gradient_of(x, needs_x_grad, dtype).zero_();
   Tensor grad_y = gradient_of(y ? *y : x, y && needs_y_grad, dtype).zero_();
-  const double value = with_points(x, y, [&](auto zero, const auto& problem) {
+  double value = 0;
+  with_points(x, y, grad_x, grad_y, [&](auto zero, const auto& problem) {
     using T = decltype(zero);
-    return hypersphere_repulsion::pairs<T>(problem, {found->second, a, power, r_min},
-                                           torch_runtime(),
-                                           needs_x_grad ? grad_x.data_ptr<T>() : nullptr,
-                                           y && needs_y_grad ? grad_y.data_ptr<T>() : nullptr);
+    value =
+        hypersphere_repulsion::pairs<T>(problem, {found->second, a, power, r_min}, torch_runtime(),
+                                        needs_x_grad ? grad_x.data_ptr<T>() : nullptr,
+                                        y && needs_y_grad ? grad_y.data_ptr<T>() : nullptr);
   });
   return {at::full({}, value, x.options().dtype(at::kDouble)), grad_x, grad_y};
 }
@@ -274,7 +297,8 @@ std::tuple<Tensor, Tensor> repulsion_nearest(const Tensor& x, const std::optiona
   TORCH_CHECK_VALUE(k >= 1 && k <= others, "k must be in [1, ", others, "], got ", k);
   Tensor square = at::empty({x.size(0), k}, x.options().dtype(at::kDouble));
   Tensor index = at::empty({x.size(0), k}, x.options().dtype(at::kLong));
-  with_points(x, y, [&](auto zero, const auto& problem) {
+  const Tensor none = at::empty({0}, x.options());
+  with_points(x, y, none, none, [&](auto zero, const auto& problem) {
     using T = decltype(zero);
     hypersphere_repulsion::nearest<T>(problem, k, torch_runtime(), square.data_ptr<double>(),
                                       index.data_ptr<int64_t>());
@@ -297,7 +321,7 @@ std::tuple<Tensor, Tensor> repulsion_nearest_backward(const Tensor& x,
   Tensor grad_x = gradient_of(x, needs_x_grad, x.scalar_type());
   Tensor grad_y = gradient_of(y ? *y : x, y && needs_y_grad, (y ? *y : x).scalar_type());
   const Tensor indices = index.contiguous(), gradient = grad_square.contiguous();
-  with_points(x, y, [&](auto zero, const auto& problem) {
+  with_points(x, y, grad_x, grad_y, [&](auto zero, const auto& problem) {
     using T = decltype(zero);
     hypersphere_repulsion::nearest_backward<T>(
         problem, index.size(1), indices.const_data_ptr<int64_t>(),

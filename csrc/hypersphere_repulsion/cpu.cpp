@@ -55,6 +55,7 @@ constexpr int64_t kSmallBlock = 128;
 constexpr int64_t kScratchBytes = int64_t(48) << 20;
 constexpr int64_t kTasksPerThread = 4;
 constexpr double kNormMin = 1e-12;  // as in op.py
+constexpr double kNormMax = 0x1p100;
 // From this cosine on 2 − 2c has lost too many digits: r² comes from the coordinates' differences.
 constexpr double kClose = 0.9375;
 
@@ -723,7 +724,7 @@ int64_t inverse_norms(const Rows& rows, const Runtime& runtime, double* inverse)
     }
   });
   for (int64_t i = 0; i < rows.rows; ++i) {
-    if (!(inverse[i] < 1 / kNormMin && inverse[i] > 0)) return i;
+    if (!(inverse[i] < 1 / kNormMin && inverse[i] >= 1 / kNormMax)) return i;
   }
   return -1;
 }

@@ -28,7 +28,8 @@ struct Potential {
   double r_min;
 };
 
-// 1/norm of each row. Returns the first row whose norm is at most 1e-12 or not finite, or −1.
+// 1/norm of each row. Returns the first row whose norm is at most 1e-12, above 2^100, where squares
+// or products might leave T's range, or not finite; or −1.
 template <class T>
 int64_t inverse_norms(const Rows& rows, const Runtime& runtime, double* inverse);
 

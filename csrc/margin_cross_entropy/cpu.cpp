@@ -103,13 +103,37 @@ int64_t task_count(const Runtime& runtime, int64_t work) {
   return std::clamp<int64_t>(work / kTaskWork, 1, kTasksPerThread * runtime.threads);
 }
 
-// 1/norm; 0 for a row that counts as zero, NaN for one that is not finite. In double: an error here
-// would scale a whole row of cosines, but not its labels', which are computed apart.
-template <class T>
-double inverse_norm(const Loops<T>& loops, const T* values, int64_t n) {
-  const double norm = std::sqrt(loops.dot_double(values, values, n));
+// 1/norm from a sum of squares; 0 for a row that counts as zero, NaN for one that is not finite. In
+// double: an error here would scale a whole row of cosines, but not its labels', which are computed
+// apart.
+double inverse_norm(double square) {
+  const double norm = std::sqrt(square);
   if (norm <= kNormMin) return 0;
   return std::isfinite(norm) ? 1 / norm : std::numeric_limits<double>::quiet_NaN();
+}
+
+// Whether a row's squares, its products or, in float, its inverse norm may leave T's range.
+bool is_long(double square) { return square > 0x1p200; }
+
+// Multiplies a long row by a power of two, which is returned: 1 for one that is not finite.
+template <class T>
+double shorten(T* values, int64_t n) {
+  double most = 0;
+  for (int64_t i = 0; i < n; ++i) most = std::max(most, std::abs(double(values[i])));
+  if (!std::isfinite(most)) return 1;
+  const double shrink = std::ldexp(1.0, -std::min(std::ilogb(most), 1000));  // no subnormal
+  for (int64_t i = 0; i < n; ++i) values[i] = T(values[i] * shrink);
+  return shrink;
+}
+
+// The sum of squares of a row that is shortened first where it is long, by a factor that is set.
+template <class T>
+double square_norm(const Loops<T>& loops, T* values, int64_t n, double& shrink) {
+  shrink = 1;
+  const double square = loops.dot_double(values, values, n);
+  if (!is_long(square)) return square;
+  shrink = shorten(values, n);
+  return loops.dot_double(values, values, n);
 }
 
 // Products are of T, or, where both matrices are bfloat16 and the CPU has instructions for it, of
@@ -150,10 +174,11 @@ struct Embeddings {
     for (int64_t i = 0; i < count(); ++i) {
       T* to = unit.get() + i * dim;
       loops.load(row_at(p.input, source[i]), p.input.dtype, to, dim);
-      const double scale = inverse_norm(loops, to, dim);
+      double shrink;
+      const double scale = inverse_norm(square_norm(loops, to, dim, shrink));
       if (bf16) set_bits(i, to, scale);
       for (int64_t d = 0; d < dim; ++d) to[d] = T(to[d] * scale);
-      inverse[i] = T(scale);
+      inverse[i] = T(scale * shrink);
       if constexpr (is_halves<Operand>) set_halves(i);
     }
   }
@@ -221,15 +246,17 @@ std::vector<Packed<Operand>> pack_blocks(const Embeddings<T>& x, Range rows, boo
 }
 
 // A tile of centres as T, with their inverse norms, and as operands: as they came, or normalised
-// where these are halves. Centres that are T already, one after the other, are not copied.
+// where these are halves. Centres that are T already, one after the other, are not copied, but in a
+// tile where one of them is long: then it is shortened.
 template <class T, class Operand>
 class Centers {
  public:
   Centers(const Problem& p, const Loops<T>& loops, int64_t most)
       : p_(p),
         loops_(loops),
-        copies_(p.class_ids || p.weight.dtype != dtype_of<T>),
-        copy_(copies_ ? most * p.weight.cols : 0),
+        most_(most),
+        gathers_(p.class_ids || p.weight.dtype != dtype_of<T>),
+        copy_(gathers_ ? most * p.weight.cols : 0),
         bits_copy_(is_halves<Operand> || (p.class_ids && is_bf16<Operand>) ? most * p.weight.cols
                                                                            : 0),
         rest_copy_(is_halves<Operand> ? most * p.weight.cols : 0),
@@ -239,18 +266,31 @@ class Centers {
   void read(Range centers) {
     const int64_t dim = p_.weight.cols;
     size_ = centers.size();
-    for (int64_t j = 0; copies_ && j < size_; ++j) {
-      loops_.load(center_at(p_, centers.begin + j), p_.weight.dtype, copy_.get() + j * dim, dim);
+    copied_ = gathers_;
+    if (copied_) copy(centers);
+    data_ = copied_ ? copy_.get() : static_cast<const T*>(center_at(p_, centers.begin));
+    bool any_long = false;
+    for (int64_t j = 0; j < size_; ++j) {
+      const double square = loops_.dot_double(row(j), row(j), dim);
+      inverse_[j] = inverse_norm(square);
+      any_long |= is_long(square);
     }
-    data_ = copies_ ? copy_.get() : static_cast<const T*>(center_at(p_, centers.begin));
-    for (int64_t j = 0; j < size_; ++j) inverse_[j] = inverse_norm(loops_, row(j), dim);
+    shrink_.assign(any_long ? size_ : 0, 1.0);
+    if (any_long) shorten_long(centers);
     if constexpr (is_bf16<Operand>) {
-      for (int64_t j = 0; bits_copy_.get() && j < size_; ++j) {
-        std::memcpy(bits_copy_.get() + j * dim, center_at(p_, centers.begin + j),
-                    dim * sizeof(uint16_t));
+      const bool copies = p_.class_ids || any_long;
+      if (copies && !bits_copy_.get()) bits_copy_ = Buffer<uint16_t>(most_ * dim);
+      for (int64_t j = 0; copies && j < size_; ++j) {
+        uint16_t* to = bits_copy_.get() + j * dim;
+        if (any_long) {
+          for (int64_t d = 0; d < dim; ++d) to[d] = to_bf16(float(row(j)[d]));
+        } else {
+          std::memcpy(to, center_at(p_, centers.begin + j), dim * sizeof(uint16_t));
+        }
       }
-      bits_ = bits_copy_.get() ? bits_copy_.get()
-                               : static_cast<const uint16_t*>(center_at(p_, centers.begin));
+      bits_ =
+          copies ? bits_copy_.get() : static_cast<const uint16_t*>(center_at(p_, centers.begin));
+      bits_stride_ = copies ? dim : p_.weight.stride;
     }
     if constexpr (is_halves<Operand>) {
       for (int64_t j = 0; j < size_; ++j) {
@@ -261,9 +301,11 @@ class Centers {
     }
   }
   int64_t size() const { return size_; }
-  int64_t stride() const { return copies_ ? p_.weight.cols : p_.weight.stride; }
+  int64_t stride() const { return copied_ ? p_.weight.cols : p_.weight.stride; }
   const T* row(int64_t j) const { return data_ + j * stride(); }
   double inverse(int64_t j) const { return inverse_[j]; }
+  // What a row here is of the centre as it came: 1 but for a long one.
+  double shrink(int64_t j) const { return shrink_.empty() ? 1 : shrink_[j]; }
   auto operands() const {
     if constexpr (is_halves<Operand>)
       return Halves{bits_copy_.get(), rest_copy_.get()};
@@ -276,7 +318,7 @@ class Centers {
     if constexpr (is_halves<Operand>)
       return p_.weight.cols;
     else if constexpr (is_bf16<Operand>)
-      return p_.class_ids ? p_.weight.cols : p_.weight.stride;
+      return bits_stride_;
     else
       return stride();
   }
@@ -284,16 +326,37 @@ class Centers {
   double factor(int64_t j) const { return is_halves<Operand> ? 1 : inverse_[j]; }
 
  private:
+  void copy(Range centers) {
+    const int64_t dim = p_.weight.cols;
+    for (int64_t j = 0; j < size_; ++j) {
+      loops_.load(center_at(p_, centers.begin + j), p_.weight.dtype, copy_.get() + j * dim, dim);
+    }
+  }
+  void shorten_long(Range centers) {
+    const int64_t dim = p_.weight.cols;
+    if (!copied_) {
+      if (!copy_.get()) copy_ = Buffer<T>(most_ * dim);
+      copy(centers);
+      copied_ = true;
+      data_ = copy_.get();
+    }
+    for (int64_t j = 0; j < size_; ++j) {
+      inverse_[j] = inverse_norm(square_norm(loops_, copy_.get() + j * dim, dim, shrink_[j]));
+    }
+  }
+
   const Problem& p_;
   const Loops<T>& loops_;
-  bool copies_;
+  int64_t most_;
+  bool gathers_, copied_ = false;
   Buffer<T> copy_;
   Buffer<uint16_t> bits_copy_, rest_copy_;
   Buffer<T> unit_;
   Buffer<double> inverse_;
   const T* data_ = nullptr;
   const uint16_t* bits_ = nullptr;
-  int64_t size_ = 0;
+  int64_t size_ = 0, bits_stride_ = 0;
+  std::vector<double> shrink_;  // empty where no centre is long
 };
 
 // The products of a tile of n centres × a block of `count` embeddings, by operands of T, of
@@ -509,8 +572,9 @@ void scan_classes(const Problem& p, const Loops<T>& loops, const Embeddings<T>& 
   }
 }
 
-// A row's own labels, one at a time, in double: its own embedding and the label's centre, as they
-// came. visit(c, l, ⟨x, w⟩, ‖x‖, ‖w‖), c in the range; zero vectors are passed over.
+// A row's own labels, one at a time, in double: its own embedding x and the label's centre w, as
+// they came, or shortened. visit(c, l, ⟨x, w⟩, ‖x‖, ‖w‖), c in the range; zero vectors are passed
+// over.
 template <class T>
 class Targets {
  public:
@@ -523,6 +587,9 @@ class Targets {
 
   const T* embedding() const { return embedding_.get(); }
   const T* center() const { return center_.get(); }
+  // What they are of what came.
+  double embedding_shrink() const { return embedding_shrink_; }
+  double center_shrink() const { return center_shrink_; }
 
   template <class F>
   void visit(int64_t source, Range classes, F&& visit) {
@@ -531,7 +598,7 @@ class Targets {
     for_labels_in(p_.labels + source * k, k, classes, [&](int64_t j, int64_t l) {
       if (x == -1) {
         loops_.load(row_at(p_.input, source), p_.input.dtype, embedding_.get(), dim);
-        x = std::sqrt(loops_.dot_double(embedding(), embedding(), dim));
+        x = std::sqrt(square_norm(loops_, embedding_.get(), dim, embedding_shrink_));
       }
       if (x <= kNormMin) return;
       Product best = load(center_, (classes.begin + j) * m);
@@ -544,25 +611,28 @@ class Targets {
           nearest = s;
         }
       }
+      center_shrink_ = best.shrink;
       if (best.w > kNormMin || std::isnan(best.w)) visit(j * m + nearest, l, best.xw, x, best.w);
     });
   }
 
  private:
   struct Product {
-    double xw, w;                                                 // ⟨x, w⟩, ‖w‖
+    double xw, w, shrink;                                         // ⟨x, w⟩, ‖w‖
     double cosine() const { return w <= kNormMin ? 0 : xw / w; }  // times ‖x‖
   };
   Product load(const Buffer<T>& to, int64_t c) {
     const int64_t dim = p_.input.cols;
     loops_.load(center_at(p_, c), p_.weight.dtype, to.get(), dim);
-    return {loops_.dot_double(embedding(), to.get(), dim),
-            std::sqrt(loops_.dot_double(to.get(), to.get(), dim))};
+    double shrink;
+    const double w = std::sqrt(square_norm(loops_, to.get(), dim, shrink));
+    return {loops_.dot_double(embedding(), to.get(), dim), w, shrink};
   }
 
   const Problem& p_;
   const Loops<T>& loops_;
   Buffer<T> embedding_, center_, other_;
+  double embedding_shrink_ = 1, center_shrink_ = 1;
 };
 
 template <class Operand, class T>
@@ -677,7 +747,7 @@ void input_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T>
   }
   loops.axpy_scale(gradient, -loops.dot(gradient, x.row(i), dim), x.row(i), x.inverse[i], dim);
   targets.visit(row, {0, p.classes}, [&](int64_t, int64_t l, double xw, double x, double w) {
-    const double g = grad_cosine[l] / (x * w);
+    const double g = grad_cosine[l] / (x * w) * targets.embedding_shrink();
     loops.add_tangent(gradient, g, targets.center(), xw / (x * x), targets.embedding(), dim);
   });
   loops.store(gradient, static_cast<char*>(grad_input) + size_t(row * dim) * bytes(p.input.dtype),
@@ -749,12 +819,12 @@ void weight_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T
       const T inverse = T(centers.inverse(j));
       for (size_t d = 0; d < softmax.common.size(); ++d) g[d] += softmax.common[d];
       const T along = loops.dot(g, centers.row(j), dim) * inverse * inverse;
-      loops.axpy_scale(g, -along, centers.row(j), inverse, dim);
+      loops.axpy_scale(g, -along, centers.row(j), T(centers.inverse(j) * centers.shrink(j)), dim);
     }
     for (const int64_t row : x.source) {
       targets.visit(row, own, [&](int64_t c, int64_t l, double xw, double x, double w) {
         if (from.grad_target_cosine[row * k + l] == 0) return;
-        const double g = from.grad_target_cosine[row * k + l] / (x * w);
+        const double g = from.grad_target_cosine[row * k + l] / (x * w) * targets.center_shrink();
         loops.add_tangent(gradient + c * dim, g, targets.embedding(), xw / (w * w),
                           targets.center(), dim);
       });

@@ -265,7 +265,7 @@ class MagFace(MarginHead):
         lambda_g: ≥ 0. The paper's analysis asks for lambda_g ≥ s·K·u_a²/(u_a² − l_a²), with K the
             slope of m.
         beyond_pi: see `synface_kernels.CombinedMargin`; its default continues as the authors' code
-            without its "easy margin".
+            without its "easy margin", which is ``"easy"``.
         options: as `MarginHead`.
 
     Source: Meng et al., "MagFace: A Universal Representation for Face Recognition and Quality
@@ -283,7 +283,7 @@ class MagFace(MarginHead):
         l_m: float = 0.45,
         u_m: float = 0.8,
         lambda_g: float = 35.0,
-        beyond_pi: Literal["linear", "none"] = "linear",
+        beyond_pi: Literal["linear", "none", "easy"] = "linear",
         **options: Any,
     ) -> None:
         if not 0 < l_a < u_a < math.inf:

@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._autograd import innermost, transformed
 from ..._check import describe, require_apart
+from ..._derivatives import innermost, transformed
 from ..._layout import check_layout
 from ..._load import library
 from ..._select import always, needs_cpu_extension, register, resolve

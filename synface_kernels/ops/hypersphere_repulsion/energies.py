@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..._check import integer, number
+
 R_MIN = 1e-6
 SHARPEST = 1e6  # a float32 cosine's last bit is then a factor of 1.06
 
@@ -23,21 +25,26 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
-def _number(
-    name: str, value: object, expected: str, types: tuple[type, ...] = (int, float)
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, types):
-        kind = "an int" if types == (int,) else "a number"
-        raise TypeError(f"{name} must be {kind}, {expected}, got {type(value).__name__} {value!r}")
+class _Checked:
+    """The energies' arguments, NumPy's numbers too, become Python's."""
 
+    def _number(self, name: str, expected: str) -> float:
+        value = number(name, getattr(self, name), f"a number, {expected}")
+        object.__setattr__(self, name, value)
+        return value
 
-def _sharpness(value: float) -> None:
-    _number("t", value, f"in (0, {SHARPEST:g}]")
-    _require(0 < value <= SHARPEST, "t", value, f"in (0, {SHARPEST:g}]")
+    def _integer(self, name: str, expected: str) -> int:
+        value = integer(name, getattr(self, name), -(2**63), f"an int, {expected}")
+        object.__setattr__(self, name, value)
+        return value
+
+    def _sharpness(self) -> None:
+        t = self._number("t", "in (0, 1e+06]")
+        _require(0 < t <= SHARPEST, "t", t, "in (0, 1e+06]")
 
 
 @dataclass(frozen=True)
-class Energy:
+class Energy(_Checked):
     """What all energies have in common."""
 
     @property
@@ -71,8 +78,8 @@ class MaxCosine(Energy):
     topk: int = 1
 
     def __post_init__(self) -> None:
-        _number("topk", self.topk, "at least 1", (int,))
-        _require(self.topk >= 1, "topk", self.topk, "at least 1")
+        topk = self._integer("topk", "at least 1")
+        _require(topk >= 1, "topk", topk, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ class LogSumExp(Energy):
     t: float = 40.0
 
     def __post_init__(self) -> None:
-        _sharpness(self.t)
+        self._sharpness()
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,7 @@ class Gaussian(Energy):
     t: float = 2.0
 
     def __post_init__(self) -> None:
-        _sharpness(self.t)
+        self._sharpness()
 
 
 @dataclass(frozen=True)
@@ -160,8 +167,8 @@ class Riesz(Energy):
     s: float = 1.0
 
     def __post_init__(self) -> None:
-        _number("s", self.s, "in (0, 16]")
-        _require(0 < self.s <= 16, "s", self.s, "in (0, 16]")
+        s = self._number("s", "in (0, 16]")
+        _require(0 < s <= 16, "s", s, "in (0, 16]")
 
     @property
     def r_min(self) -> float:
@@ -198,10 +205,10 @@ class Hinge(Energy):
     power: int = 2
 
     def __post_init__(self) -> None:
-        _number("threshold", self.threshold, "in [−1, 1)")
-        _number("power", self.power, "1 or 2", (int,))
-        _require(-1 <= self.threshold < 1, "threshold", self.threshold, "in [−1, 1)")
-        _require(self.power in (1, 2), "power", self.power, "1 or 2")
+        threshold = self._number("threshold", "in [−1, 1)")
+        power = self._integer("power", "1 or 2")
+        _require(-1 <= threshold < 1, "threshold", threshold, "in [−1, 1)")
+        _require(power in (1, 2), "power", power, "1 or 2")
 
 
 NEIGHBOR_ENERGIES = (MaxCosine, ClosestPair, KoLeo)

@@ -9,16 +9,25 @@ The energies are torch code on what those two return, under ordinary autograd.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..._check import describe
+from ..._check import describe, integer
+from ..._derivatives import (
+    final,
+    no_second_derivative,
+    once,
+    transforms_active,
+    under_vmap,
+)
+from ..._derivatives import register as register_autograd
 from ..._distributed import Gather, Replicated, agree, check_group
 from ..._load import library
+from ..._norms import length_unit
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
 from . import reference, sharded
 from .energies import (
@@ -40,6 +49,8 @@ OP = "hypersphere_repulsion"
 _DEFAULT = LogSumExp()
 # A row no longer than this counts as zero.
 NORM_MIN = 1e-12
+# Products in float32 of vectors no longer than this do not overflow.
+LONGEST_PRODUCT = 1e18
 register(OP, {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always})
 
 library.define(f"{OP}_check(Tensor rows, str name) -> ()")
@@ -90,7 +101,9 @@ def hypersphere_repulsion(
         The energy, float32 (float64 for float64 inputs): a scalar, or (N,) for ``"none"``.
 
     Gradients reach x and y, in their dtypes; each row's is orthogonal to it. Points that coincide
-    still repel each other, see `energies`. There is no second derivative.
+    still repel each other, see `energies`. There is one derivative, in reverse mode: by autograd,
+    or by `torch.func`'s grad, vjp and vmap (a loop; not with ``impl="reference"``), without a
+    group. Second derivatives and forward mode raise.
 
     Memory above inputs and gradients: O(N·k) and a workspace of at most 64 MiB; energies of all
     pairs hold their gradient, float32 (N, D), from forward to backward; with a group, another
@@ -101,7 +114,9 @@ def hypersphere_repulsion(
         ValueError: for a wrong dtype, shape, device or value; for a zero or non-finite row (on a
             GPU these are checked there, by an asynchronous assertion).
         TypeError: for an argument of a wrong Python type.
-        RuntimeError: for an ``impl`` that cannot run here, naming the reason.
+        RuntimeError: for an ``impl`` that cannot run here, naming the reason; where the gradient is
+            differentiated.
+        NotImplementedError: for forward-mode derivatives.
 
     Source: see each energy.
     """
@@ -118,6 +133,7 @@ def hypersphere_repulsion(
             )
 
     chosen, counts = _prepare(x, y, group, impl, check, energy=energy, reduction=reduction)
+    x, y = _differentiated_once(x, y, group, chosen)
     if isinstance(energy, PAIR_ENERGIES):
         result = _pair_energy(x, y, energy, reduction, counts, group, chosen)
     else:
@@ -159,11 +175,12 @@ def nearest_neighbors(
     """
 
     def check() -> None:
-        if not isinstance(k, int):
-            raise TypeError(f"k must be an int, got {type(k).__name__}")
+        nonlocal k
+        k = integer("k", k, -(2**63))  # its range is looked at below
 
     chosen, counts = _prepare(x, y, group, impl, check, k=k)
     _check_k(sum(counts), y, k, "k")
+    x, y = _differentiated_once(x, y, group, chosen)
     square, index = _nearest(x, y, k, counts, group, chosen)
     return (1 - square / 2).to(_statistics_dtype(x)), index
 
@@ -243,11 +260,11 @@ def _pairs(
         dtype = _statistics_dtype(x)
         x, y = _checked(x, y, dtype)
         return reference.pair_energy(x, y, kind, a, power, r_min)
-    needs_x_grad = torch.is_grad_enabled() and x.requires_grad
-    needs_y_grad = torch.is_grad_enabled() and y is not None and y.requires_grad
-    return torch.ops.synface_kernels.hypersphere_repulsion_pairs(
-        x, y, kind, a, power, r_min, needs_x_grad, needs_y_grad, impl
-    )[0]
+    # What a transform of torch.func differentiates does not show from within another one.
+    recorded, transformed = torch.is_grad_enabled(), transforms_active()
+    needs_x_grad = transformed or (recorded and x.requires_grad)
+    needs_y_grad = y is not None and (transformed or (recorded and y.requires_grad))
+    return _pairs_op(x, y, kind, a, power, r_min, needs_x_grad, needs_y_grad, impl)[0]
 
 
 def _nearest(
@@ -259,7 +276,16 @@ def _nearest(
         return sharded.Nearest.apply(x, y, counts, k, group, impl)
     if impl == "reference":
         return reference.nearest(*_checked(x, y, torch.float64), k, _statistics_dtype(x))
-    return torch.ops.synface_kernels.hypersphere_repulsion_nearest(x, y, k, impl)
+    return _nearest_op(x, y, k, impl)
+
+
+def _differentiated_once(
+    x: Tensor, y: Tensor | None, group: Any, impl: str
+) -> tuple[Tensor, Tensor | None]:
+    """x and y, such that second derivatives raise where the ops themselves do not see to it."""
+    if impl != "reference" and group is None:
+        return x, y
+    return once(OP, x), None if y is None else once(OP, y)
 
 
 def _checked(x: Tensor, y: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -290,7 +316,18 @@ def _prepare(
         return resolve(OP, impl, (x,) if y is None else (x, y))
 
     if group is None:
-        return prepare(), [x.shape[0]]
+        chosen = prepare()
+        if chosen == "reference" and under_vmap():
+            raise NotImplementedError(
+                "impl='reference' looks at values and does not go with torch.vmap: take impl='cpu' "
+                "or 'triton', or a loop"
+            )
+        return chosen, [x.shape[0]]
+    if transforms_active():
+        raise NotImplementedError(
+            "group does not go with the transforms of torch.func: call torch.autograd.grad or "
+            "loss.backward() outside of them"
+        )
     check_group(group)
     chosen = ""
 
@@ -366,12 +403,19 @@ def _check_rows(rows: Tensor, name: str) -> None:
     _norms(rows, name)
 
 
-def _norms(rows: Tensor, name: str) -> Tensor:
-    """Norms (N,) in double; an error where one is zero or not finite: at once on a CPU, without
-    waiting on a GPU."""
+def _norms(rows: Tensor, name: str, most: float = math.inf) -> Tensor:
+    """Norms (N,) in double; an error where one is zero, not finite or above most: at once on a CPU,
+    without waiting on a GPU."""
+    unit = torch.ones((), dtype=torch.float64, device=rows.device)
+    if rows.dtype == torch.float64:  # else double holds the squares
+        unit = length_unit(rows).squeeze(1)
+        rows = rows / unit[:, None]
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    valid = (norms > NORM_MIN) & norms.isfinite()
+    valid = (norms > NORM_MIN) & norms.isfinite() & (norms <= most)
+    norms = norms * unit
     message = f"{name} must have finite, non-zero rows"
+    if most < math.inf:
+        message += f", no longer than {most:g} for impl='triton'"
     if rows.device.type != "cpu":
         torch._assert_async(valid.all(), message)
     elif not bool(valid.all()):
@@ -394,8 +438,9 @@ def _run(name: str, x: Tensor, y: Tensor | None, *args: Any) -> Any:
     if impl == "triton":
         from . import kernel_triton
 
-        points = kernel_triton.Points(x, _norms(x, "x"))
-        gallery = None if y is None else kernel_triton.Points(y, _norms(y, "y"))
+        most = LONGEST_PRODUCT if name == "nearest" else math.inf
+        points = kernel_triton.Points(x, _norms(x, "x", most))
+        gallery = None if y is None else kernel_triton.Points(y, _norms(y, "y", most))
         return getattr(kernel_triton, name)(points, gallery, *rest)
     return getattr(torch.ops.synface_kernels, f"{OP}_{name}_cpu")(x, y, *rest)
 
@@ -440,24 +485,23 @@ def _pairs_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.dtypes = (x.dtype, None if y is None else y.dtype)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else zeros of the gradients' size
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(x, y, *output[1:])
 
 
 def _pairs_backward(ctx: Any, grad_value: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_value is None:
         return (None,) * 9
-    grads = [
+    x, y, *saved = ctx.saved_tensors
+    grads: Iterable[Tensor | None] = [
         (grad * grad_value.to(grad.dtype)).to(dtype) if needed else None
-        for grad, dtype, needed in zip(
-            ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True
-        )
+        for grad, dtype, needed in zip(saved, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
     ]
+    if torch.is_grad_enabled():
+        grads = final(OP, grads, (x, y))
     return (*grads, *[None] * 7)
 
 
-torch.library.register_autograd(
-    f"synface_kernels::{OP}_pairs", _pairs_backward, setup_context=_pairs_context
-)
+_pairs_op = register_autograd(f"{OP}_pairs", OP, _pairs_backward, _pairs_context)
 
 
 def _nearest_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -469,19 +513,15 @@ def _nearest_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 def _nearest_backward(ctx: Any, grad_square: Tensor, _: Any) -> tuple[Any, ...]:
     x, y, index = ctx.saved_tensors
     needs_x_grad, needs_y_grad = ctx.needs_input_grad[:2]
-    grad_x, grad_y = torch.ops.synface_kernels.hypersphere_repulsion_nearest_backward(
+    grad_x, grad_y = _nearest_backward_op(
         x, y, index, grad_square, R_MIN, needs_x_grad, needs_y_grad, ctx.impl
     )
     return (grad_x if needs_x_grad else None, grad_y if needs_y_grad else None, None, None)
 
 
-torch.library.register_autograd(
-    f"synface_kernels::{OP}_nearest", _nearest_backward, setup_context=_nearest_context
-)
-
-
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> Any:
-    raise RuntimeError("hypersphere_repulsion has no second derivative")
+    raise no_second_derivative(OP)
 
 
-torch.library.register_autograd(f"synface_kernels::{OP}_nearest_backward", _no_second_derivative)
+_nearest_op = register_autograd(f"{OP}_nearest", OP, _nearest_backward, _nearest_context)
+_nearest_backward_op = register_autograd(f"{OP}_nearest_backward", OP, _no_second_derivative)

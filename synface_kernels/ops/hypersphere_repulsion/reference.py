@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..._norms import shortened
 from .energies import R_MIN
 
 
 def normalize(rows: Tensor) -> Tensor:
+    rows = shortened(rows)
     return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
 
 

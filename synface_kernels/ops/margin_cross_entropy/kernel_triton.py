@@ -40,6 +40,7 @@ EXPONENT_MAX = 60.0
 EXPONENT_MIN = -75.0
 
 _NORM_MIN = tl.constexpr(1e-12)  # as in reference.py
+_LONG, _SHRINK = tl.constexpr(2.0**50), tl.constexpr(2.0**-80)
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -100,7 +101,10 @@ def _inverse_norms_kernel(
     d = tl.arange(0, BLOCK_D)
     mask = (rows < count)[:, None] & (d < D)[None, :]
     x = tl.load(matrix + rows[:, None] * stride + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + rows, _inverse_norm(tl.sum(x * x, 1)), mask=rows < count)
+    # Squares of long rows would overflow.
+    shrink = tl.where(tl.max(tl.abs(x), 1) > _LONG, _SHRINK, 1.0)
+    x = x * shrink[:, None]
+    tl.store(out + rows, _inverse_norm(tl.sum(x * x, 1)) * shrink, mask=rows < count)
 
 
 @triton.jit

@@ -9,11 +9,15 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ..._check import number
+
+SCALE_MAX = 1e6  # a float32 cosine's last bit is then a factor of 1.06 of its exponential
 # The slope of the margin divides by sin θ, which vanishes at cos θ = ±1: it is taken no smaller
 # than this, a little above where a float32 cosine stops telling the angle from 0 (√ε = 3e-4).
 SIN_MIN = 1e-3
 
 Margin: TypeAlias = "float | Tensor"
+BeyondPi: TypeAlias = Literal["linear", "none", "easy"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +25,7 @@ class CombinedMargin:
     """ψ(cos θ) = cos(m1·θ + m2) − m3, and logits of ``scale`` times that.
 
     Args:
-        scale: s > 0, the inverse temperature of the softmax; no unit.
+        scale: s in (0, 1e6], the inverse temperature of the softmax; no unit.
         m1: multiplicative angular margin (SphereFace); > 0, no unit.
         m2: additive angular margin (ArcFace), **in radians**, |m2| < π.
         m3: additive cosine margin (CosFace); |m3| < 2.
@@ -30,7 +34,9 @@ class CombinedMargin:
         beyond_pi: what happens past m1·θ + m2 > π, where the cosine would rise again. ``"linear"``
             goes on as cos θ − max(m2·sin m2, 1 + cos((π − m2)/m1)) − m3, which falls monotonically
             and is cos θ − m2·sin(π − m2) for ArcFace (its authors' first code, and SynFace's);
-            ``"none"`` leaves the cosine as it is (insightface since 2022).
+            ``"none"`` leaves the cosine as it is (insightface since 2022); ``"easy"`` has margins
+            m1 and m2 only where cos θ > 0, and cos θ − m3 elsewhere (the "easy margin" of ArcFace's
+            and SynFace's code), which jumps at θ = π/2.
         target_grad: ``"exact"`` takes dψ/dcos θ = m1·sin(m1·θ + m2)/sin θ with sin θ ≥ 1e-3;
             ``"straight_through"`` takes 1, as insightface does since 2022.
         interclass_filter: a cosine t in [−1, 1]: classes that are no target of a row and have a
@@ -50,17 +56,17 @@ class CombinedMargin:
     m1: Margin = 1.0
     m2: Margin = 0.0
     m3: Margin = 0.0
-    beyond_pi: Literal["linear", "none"] = "linear"
+    beyond_pi: BeyondPi = "linear"
     target_grad: Literal["exact", "straight_through"] = "exact"
     interclass_filter: float | None = field(default=None, kw_only=True)
     interclass_filter_mode: Literal["drop", "zero"] = field(default="drop", kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.scale, (int, float)):
-            raise TypeError(f"scale must be a float, got {type(self.scale).__name__}")
-        if not (math.isfinite(self.scale) and self.scale > 0):
+        object.__setattr__(self, "scale", number("scale", self.scale))
+        if not 0 < self.scale < math.inf:  # math.isfinite takes no symbolic float
             raise ValueError(f"scale must be finite and positive, got {self.scale}")
-        object.__setattr__(self, "scale", float(self.scale))
+        if self.scale > SCALE_MAX:
+            raise ValueError(f"scale must be at most {SCALE_MAX:g}, got {self.scale}")
         for name, low, high, hint in (
             ("m1", 0.0, 16.0, "a factor of the angle"),
             ("m2", -math.pi, math.pi, "an angle in radians"),
@@ -73,24 +79,26 @@ class CombinedMargin:
                         f"{name} must be a float or a floating-point tensor of shape (N,), "
                         f"got {value.dtype} {tuple(value.shape)}"
                     )
-            elif not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
-            elif not low < value < high:  # NaN fails too
+                continue
+            value = number(name, value, "a float or a tensor")
+            object.__setattr__(self, name, value)
+            if not low < value < high:  # NaN fails too
                 raise ValueError(
                     f"{name} is {hint} and must be between {low:.6g} and {high:.6g}, got {value}"
                 )
-        if self.beyond_pi not in ("linear", "none"):
-            raise ValueError(f"beyond_pi must be 'linear' or 'none', got {self.beyond_pi!r}")
+        if self.beyond_pi not in ("linear", "none", "easy"):
+            raise ValueError(
+                f"beyond_pi must be 'linear', 'none' or 'easy', got {self.beyond_pi!r}"
+            )
         if self.target_grad not in ("exact", "straight_through"):
             raise ValueError(
                 f"target_grad must be 'exact' or 'straight_through', got {self.target_grad!r}"
             )
 
         limit = self.interclass_filter
-        if limit is not None and not isinstance(limit, (int, float)):
-            raise TypeError(
-                f"interclass_filter must be a float or None, got {type(limit).__name__}"
-            )
+        if limit is not None:
+            limit = number("interclass_filter", limit, "a float or None")
+            object.__setattr__(self, "interclass_filter", limit)
         if limit is not None and not -1 <= limit <= 1:
             raise ValueError(
                 f"interclass_filter is a cosine and must be in [-1, 1] or None, got {limit}"
@@ -104,7 +112,7 @@ class CombinedMargin:
     @property
     def limit(self) -> float:
         """The cosine above which classes are filtered; ∞ for none."""
-        return math.inf if self.interclass_filter is None else float(self.interclass_filter)
+        return math.inf if self.interclass_filter is None else self.interclass_filter
 
     def target_cosine(self, cosine: Tensor) -> Tensor:
         """ψ of an (N, M) tensor of plain cosines, with the gradient that ``target_grad`` asks for.
@@ -130,6 +138,10 @@ class CombinedMargin:
             beyond = angle > math.pi
             psi = torch.where(beyond, fixed - _drop(m1, m2), psi)
             slope = torch.where(beyond, torch.ones_like(slope), slope)
+        elif self.beyond_pi == "easy":
+            without = fixed <= 0
+            psi = torch.where(without, fixed, psi)
+            slope = torch.where(without, torch.ones_like(slope), slope)
         return psi + slope.detach() * (cosine - cosine.detach()) - m3
 
     @staticmethod
@@ -158,6 +170,10 @@ def _drop(m1: Margin, m2: Margin) -> Margin:
     return max(m2 * math.sin(m2), 1 + math.cos(angle))
 
 
+# Dataclasses of their own for `dataclasses.replace`: what a class fixes is no argument of it.
+
+
+@dataclass(frozen=True, eq=False, init=False)
 class ArcFace(CombinedMargin):
     """cos(θ + margin).
 
@@ -168,11 +184,16 @@ class ArcFace(CombinedMargin):
     Source: Deng et al., "ArcFace", CVPR 2019.
     """
 
+    m1: Margin = field(init=False, repr=False)
+    m2: Margin = field(init=False, repr=False)
+    m3: Margin = field(init=False, repr=False)
+    margin: Margin = 0.5
+
     def __init__(
         self,
         scale: float = 64.0,
         margin: Margin = 0.5,
-        beyond_pi: Literal["linear", "none"] = "linear",
+        beyond_pi: BeyondPi = "linear",
         target_grad: Literal["exact", "straight_through"] = "exact",
         *,
         interclass_filter: float | None = None,
@@ -188,8 +209,10 @@ class ArcFace(CombinedMargin):
             interclass_filter=interclass_filter,
             interclass_filter_mode=interclass_filter_mode,
         )
+        object.__setattr__(self, "margin", self.m2)
 
 
+@dataclass(frozen=True, eq=False, init=False)
 class CosFace(CombinedMargin):
     """cos θ − margin.
 
@@ -199,6 +222,13 @@ class CosFace(CombinedMargin):
 
     Source: Wang et al., "CosFace", CVPR 2018.
     """
+
+    m1: Margin = field(init=False, repr=False)
+    m2: Margin = field(init=False, repr=False)
+    m3: Margin = field(init=False, repr=False)
+    beyond_pi: BeyondPi = field(init=False, repr=False)
+    target_grad: Literal["exact", "straight_through"] = field(init=False, repr=False)
+    margin: Margin = 0.35
 
     def __init__(
         self,
@@ -216,8 +246,10 @@ class CosFace(CombinedMargin):
             interclass_filter=interclass_filter,
             interclass_filter_mode=interclass_filter_mode,
         )
+        object.__setattr__(self, "margin", self.m3)
 
 
+@dataclass(frozen=True, eq=False, init=False)
 class SphereFace(CombinedMargin):
     """cos(margin·θ).
 
@@ -229,11 +261,16 @@ class SphereFace(CombinedMargin):
     Source: Liu et al., "SphereFace", CVPR 2017.
     """
 
+    m1: Margin = field(init=False, repr=False)
+    m2: Margin = field(init=False, repr=False)
+    m3: Margin = field(init=False, repr=False)
+    margin: Margin = 1.35
+
     def __init__(
         self,
         scale: float = 64.0,
         margin: Margin = 1.35,
-        beyond_pi: Literal["linear", "none"] = "linear",
+        beyond_pi: BeyondPi = "linear",
         target_grad: Literal["exact", "straight_through"] = "exact",
         *,
         interclass_filter: float | None = None,
@@ -249,3 +286,4 @@ class SphereFace(CombinedMargin):
             interclass_filter=interclass_filter,
             interclass_filter_mode=interclass_filter_mode,
         )
+        object.__setattr__(self, "margin", self.m1)

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..._check import describe, require
+from ..._check import describe, integer, number, require
+from ..._derivatives import (
+    check_tangents,
+    no_second_derivative,
+    once,
+    transforms_active,
+)
+from ..._derivatives import register as register_autograd
 from ..._load import library
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
 from ..row_update.updates import AdamWUpdate, SGDUpdate
@@ -172,8 +179,10 @@ def margin_cross_entropy(
 
     A vector no longer than 1e-12 counts as zero: its cosines are 0 and its gradient is 0. At
     cos θ = ±1 the slope of the margin is finite, see `CombinedMargin`. A row with a non-finite
-    element has a non-finite loss of its own. Gradients have their input's dtype. There is no second
-    derivative.
+    element has a non-finite loss of its own. Gradients have their input's dtype.
+
+    There is one derivative, in reverse mode: by autograd, or by `torch.func`'s grad, vjp and vmap
+    (a loop), without ``group`` and ``update``. Second derivatives and forward mode raise.
 
     Memory above the inputs: forward O(N·(D + K)), buffers of at most 64 MiB, and ``workspace``,
     which is held until the backward pass; backward the gradients, with ``update`` the input's
@@ -186,15 +195,19 @@ def margin_cross_entropy(
         ValueError: for a wrong dtype, shape, device, label or weight. On a GPU labels and weights
             are checked there, by an asynchronous assertion.
         TypeError: for an argument of a wrong Python type.
-        NotImplementedError: for what is not built yet.
+        NotImplementedError: for what is not built yet, and for forward-mode derivatives.
         RuntimeError: for an ``impl`` that cannot run here, naming the reason; where a rank of the
-            group has died.
+            group has died; where the gradient is differentiated.
 
     Source: Deng et al., "ArcFace", CVPR 2019; Qiu et al., "SynFace", ICCV 2021, eqs. 1 and 5.
     """
 
     def prepare() -> tuple[str, Tensor, Tensor]:
-        nonlocal update
+        nonlocal update, class_start, workspace, ignore_index, label_smoothing
+        class_start = integer("class_start", class_start, 0)
+        workspace = integer("workspace", workspace, 0)
+        ignore_index = integer("ignore_index", ignore_index, -(2**63))
+        label_smoothing = number("label_smoothing", label_smoothing)
         _check(
             input,
             weight,
@@ -205,8 +218,6 @@ def margin_cross_entropy(
             class_ids,
             label_smoothing,
             reduction,
-            class_start,
-            workspace,
         )
         if group is None:
             places, num_classes = class_ids, weight.shape[0]
@@ -226,6 +237,13 @@ def margin_cross_entropy(
             "update cannot be compiled, for it writes in the backward pass: call the head outside "
             "of torch.compile, or in a function under torch.compiler.disable"
         )
+    transformed = transforms_active()
+    if transformed and (update is not None or group is not None):
+        raise NotImplementedError(
+            "update and group do not go with the transforms of torch.func: call "
+            "torch.autograd.grad or loss.backward() outside of them"
+        )
+    check_tangents(OP, target_weight)
     shards = None
     if group is None:
         chosen, labels, label_weight = prepare()
@@ -249,8 +267,12 @@ def margin_cross_entropy(
     if not torch.is_grad_enabled():
         update = None
     dtype = _statistics_dtype(input)
+    if chosen == "reference" or update is not None:
+        input = once(OP, input)
     if chosen == "reference":
-        if update is not None:
+        if update is None:
+            weight = once(OP, weight)
+        else:
             input, weight = fused.Reference.apply(fused.anchor(), input, weight, update)
         if class_ids is not None:
             weight = _TakenRows.apply(weight, class_ids)
@@ -264,8 +286,10 @@ def margin_cross_entropy(
             label_smoothing,
         )
     else:
-        needs_input_grad = torch.is_grad_enabled() and input.requires_grad
-        needs_weight_grad = update is not None or (torch.is_grad_enabled() and weight.requires_grad)
+        # What a transform of torch.func differentiates does not show from within another one.
+        recorded = torch.is_grad_enabled()
+        needs_input_grad = transformed or (recorded and input.requires_grad)
+        needs_weight_grad = transformed or update is not None or (recorded and weight.requires_grad)
         halves = _halves_allowed()
 
         def core(input: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
@@ -283,7 +307,7 @@ def margin_cross_entropy(
                 chosen,
             )
             if update is None:
-                found = torch.ops.synface_kernels.margin_cross_entropy_forward(*arguments)
+                found = _forward(*arguments)
             else:
                 found = _Updating.apply(fused.anchor(), *arguments, update)
             lse, most, cosine, filtered, cosine_sum, *_ = found
@@ -417,8 +441,6 @@ def _check(
     class_ids: Tensor | None,
     label_smoothing: float,
     reduction: str,
-    class_start: int,
-    workspace: int,
 ) -> None:
     for name, tensor in (("input", input), ("weight", weight), ("target", target)):
         if not isinstance(tensor, Tensor):
@@ -497,13 +519,6 @@ def _check(
             raise ValueError(
                 f"{name} must be on input's device {input.device}, got {describe(other)}"
             )
-    for name, number in (("class_start", class_start), ("workspace", workspace)):
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"{name} must be an int, got {describe(number)}")
-        if number < 0:
-            raise ValueError(f"{name} must not be negative, got {number}")
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"label_smoothing must be a float, got {describe(label_smoothing)}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if label_smoothing > 0 and margin.limit < math.inf:
@@ -664,7 +679,7 @@ def _upstream(saved: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     input, weight, class_ids, *saved = ctx.saved_tensors
     needs_input_grad, needs_weight_grad = ctx.needs_input_grad[:2]
-    grad_input, grad_rows = torch.ops.synface_kernels.margin_cross_entropy_backward(
+    grad_input, grad_rows = _backward(
         input,
         weight,
         class_ids,
@@ -722,8 +737,8 @@ class _Updating(torch.autograd.Function):
 
 def _scattered(class_ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
     """A gradient that is zero but for the rows class_ids, which were checked: sparse, but dense in
-    compiled graphs, for Inductor's passes stop at sparse tensors."""
-    if torch.compiler.is_compiling():
+    compiled graphs and torch.func, for Inductor's passes and vmap stop at sparse tensors."""
+    if torch.compiler.is_compiling() or transforms_active():
         return rows.new_zeros(shape).index_copy(0, class_ids, rows)
     return torch.sparse_coo_tensor(
         class_ids[None], rows, shape, device=rows.device, is_coalesced=True, check_invariants=False
@@ -733,24 +748,26 @@ def _scattered(class_ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
 class _TakenRows(torch.autograd.Function):
     """weight[class_ids] with the kernels' sparse gradient, for the reference."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, class_ids: Tensor) -> Tensor:
+    def forward(weight: Tensor, class_ids: Tensor) -> Tensor:
+        return weight.index_select(0, class_ids)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        weight, class_ids = inputs
         ctx.save_for_backward(class_ids)
         ctx.shape = weight.shape
-        return weight.index_select(0, class_ids)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _scattered(ctx.saved_tensors[0], grad, ctx.shape), None
 
 
-torch.library.register_autograd(
-    f"synface_kernels::{OP}_forward", _autograd, setup_context=_setup_context
-)
-
-
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> Any:
-    raise RuntimeError("margin_cross_entropy has no second derivative")
+    raise no_second_derivative(OP)
 
 
-torch.library.register_autograd(f"synface_kernels::{OP}_backward", _no_second_derivative)
+_forward = register_autograd(f"{OP}_forward", OP, _autograd, _setup_context)
+_backward = register_autograd(f"{OP}_backward", OP, _no_second_derivative)

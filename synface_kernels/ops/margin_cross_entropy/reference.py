@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..._norms import shortened
 from .margins import CombinedMargin
 
 # A row no longer than this counts as zero: its cosines are 0 and its gradient is 0.
@@ -13,6 +14,7 @@ NORM_MIN = 1e-12
 
 def normalize(rows: Tensor) -> Tensor:
     """Rows divided by their norm; a zero row stays zero and passes no gradient."""
+    rows = shortened(rows)
     norm = torch.linalg.vector_norm(rows.detach(), dim=1, keepdim=True)
     zero = norm <= NORM_MIN
     safe = torch.where(zero, torch.ones_like(rows), rows)

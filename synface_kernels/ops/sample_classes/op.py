@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._check import describe, require
+from ..._check import describe, integer, require
 from ..._distributed import agree, check_group, gather_rows
 from ..._load import library
 from ..._select import always, needs_cpu_extension, register, resolve
@@ -81,19 +81,22 @@ def sample_classes(
     """
 
     def check() -> int:
+        nonlocal num_classes, num_sampled, class_start, ignore_index
         if not isinstance(target, Tensor):
             raise TypeError(f"target must be a tensor, got {describe(target)}")
         if target.dtype != torch.int64 or target.dim() not in (1, 2):
             raise ValueError(
                 f"target must be int64 of shape (N,) or (N, K), got {describe(target)}"
             )
-        for name, value in (
-            ("num_classes", num_classes),
-            ("num_sampled", num_sampled),
-            ("class_start", class_start),
-        ):
-            if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-                raise TypeError(f"{name} must be an int, got {describe(value)}")
+        num_classes, num_sampled, class_start, ignore_index = (
+            integer(name, value, -(2**63))
+            for name, value in (
+                ("num_classes", num_classes),
+                ("num_sampled", num_sampled),
+                ("class_start", class_start),
+                ("ignore_index", ignore_index),
+            )
+        )
         if not 1 <= num_classes < 2**31:
             raise ValueError(f"num_classes must be in [1, 2^31), got {num_classes}")
         if not 1 <= num_sampled <= num_classes:

@@ -1,0 +1,182 @@
+"""Forward mode and the transforms of `torch.func`, of which a custom op is told nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ._load import NAMESPACE
+
+_functorch = torch._C._functorch
+
+
+def transforms_active() -> bool:
+    """Return whether a transform of `torch.func` (grad, vjp, vmap, …) runs, uncompiled."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def under_vmap() -> bool:
+    """Return whether one of those transforms is `torch.vmap`."""
+    return transforms_active() and any(
+        level.key() == _functorch.TransformType.Vmap for level in _functorch.get_interpreter_stack()
+    )
+
+
+def transformed(*tensors: Tensor) -> bool:
+    """Return whether `torch.func` differentiates here, or a tensor has a forward-mode tangent.
+
+    A custom op fails in the first case and drops the tangent in the second.
+    """
+    if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():  # which cannot read the stack of transforms
+            return True
+        differentiating = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
+        stack = _functorch.get_interpreter_stack()
+        return any(level.key() in differentiating for level in stack)
+    return forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
+
+
+def innermost(tensor: Tensor) -> Tensor:
+    """Return the tensor of values inside `torch.func`'s wrappers, with all dimensions."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def check_tangents(op: str, *tensors: Tensor | None) -> None:
+    """Raise where a tensor has a forward-mode tangent, which a custom op would drop."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise _no_forward_mode(op)
+
+
+def once(op: str, tensor: Tensor) -> Tensor:
+    """Return the tensor, for plain torch code whose derivative must not be differentiated."""
+    return tensor if torch.compiler.is_compiling() else _Once.apply(tensor, op)
+
+
+def final(
+    op: str, gradients: Iterable[Tensor | None], sources: Iterable[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Return gradients by the sources; differentiating them (``create_graph``) raises.
+
+    `torch.autograd.function.once_differentiable` does so only where what comes in requires grad.
+    """
+    sources = [source for source in sources if source is not None]
+    return tuple(
+        None if gradient is None else _Final.apply(gradient, op, *sources) for gradient in gradients
+    )
+
+
+def register(
+    name: str,
+    op: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[[Any, Any, Any], None] | None = None,
+) -> Callable[..., Any]:
+    """Register the autograd of ``torch.ops.synface_kernels.<name>``; return what calls it.
+
+    `torch.library.register_autograd` knows neither `torch.func` nor forward mode. Under the
+    transforms of `torch.func` the call goes through an autograd function that does (`vmap` loops
+    over the op), and a forward-mode tangent raises.
+
+    Args:
+        op: the public function that errors name.
+        backward, setup_context: as `torch.library.register_autograd` takes them.
+    """
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
+    run = getattr(getattr(torch.ops, NAMESPACE), name)
+
+    class Transformed(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return run(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            if setup_context is not None:
+                setup_context(ctx, inputs, output)
+
+        @staticmethod
+        def jvp(ctx: Any, *_: Any) -> Any:
+            raise _no_forward_mode(op)
+
+    Transformed.backward = staticmethod(backward)  # type: ignore[method-assign]
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return run(*arguments)
+        if torch._C._are_functorch_transforms_active():
+            return Transformed.apply(*arguments)
+        if forward_ad._current_level >= 0:  # else no time for a look at them
+            check_tangents(op, *(a for a in arguments if isinstance(a, Tensor)))
+        return run(*arguments)
+
+    return call
+
+
+class _Once(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor, op: str) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        tensor, ctx.op = inputs
+        ctx.save_for_backward(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            return *final(ctx.op, [grad], ctx.saved_tensors), None
+        return grad, None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise _no_forward_mode(ctx.op)
+
+
+class _Final(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, op: str, *sources: Tensor) -> Tensor:
+        return gradient.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.op = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise no_second_derivative(ctx.op)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise _no_forward_mode(ctx.op)
+
+
+def no_second_derivative(op: str) -> RuntimeError:
+    return RuntimeError(
+        f"{op} has no second derivative: it cannot be differentiated twice, as a gradient penalty "
+        "or a Hessian asks for (create_graph=True)"
+    )
+
+
+def _no_forward_mode(op: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{op} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
+        "torch.autograd.forward_ad): take reverse mode, loss.backward() or torch.func.grad"
+    )

@@ -1,0 +1,65 @@
+"""Rows whose squares overflow float32, through the Triton kernels.
+
+Needs TRITON_INTERPRET=1 before Triton is imported; see ../test_interpreter.py.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+import synface_kernels as sk
+
+N, C, D = 5, 20, 16
+
+
+def rows(n: int, length: float, dtype: torch.dtype) -> Tensor:
+    x = torch.randn(n, D)
+    x[::2] *= length
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "of_x", "of_w"),
+    [(torch.float32, 1e30, 1.0), (torch.float32, 1e-5, 1e30), (torch.bfloat16, 1e20, 1e15)],
+)
+def test_margin_cross_entropy(dtype: torch.dtype, of_x: float, of_w: float, sampled: bool) -> None:
+    target = torch.arange(N)
+    ids = torch.arange(C) if sampled else None
+
+    def run(x: Tensor, w: Tensor, impl: str) -> tuple[Tensor, ...]:
+        x, w = (v.clone().requires_grad_() for v in (x, w))
+        loss = sk.margin_cross_entropy(x, w, target, class_ids=ids, reduction="none", impl=impl)
+        grad_x, grad_w = torch.autograd.grad(loss.sum(), (x, w))
+        return loss.detach(), grad_x, grad_w.to_dense() if sampled else grad_w
+
+    x, w = rows(N, of_x, dtype), rows(C, of_w, dtype)
+    found = run(x, w, "triton")
+    expected = run(x.double(), w.double(), "reference")
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for value, exact, factor in zip(found, expected, (None, x, w), strict=True):
+        length = 1 if factor is None else factor.double().norm(dim=1, keepdim=True)
+        assert value.isfinite().all()
+        error = (value.double() - exact) * length
+        assert error.abs().max() <= tolerance * (exact * length).abs().max()
+
+
+def test_pair_energies() -> None:
+    x = rows(N, 1e30, torch.float32).requires_grad_()
+    found = sk.hypersphere_repulsion(x, impl="triton")
+    (grad,) = torch.autograd.grad(found, x)
+    exact = x.detach().double().requires_grad_()
+    expected = sk.hypersphere_repulsion(exact, impl="reference")
+    (exact_grad,) = torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    length = exact.detach().norm(dim=1, keepdim=True)
+    torch.testing.assert_close(grad * length, exact_grad * length, rtol=1e-3, atol=1e-6)
+
+
+def test_neighbors_by_products_that_might_overflow_are_an_error() -> None:
+    x = rows(N, 1e17, torch.float32)
+    assert torch.equal(
+        sk.nearest_neighbors(x, impl="triton")[1], sk.nearest_neighbors(x, impl="reference")[1]
+    )
+    with pytest.raises(ValueError, match=r"no longer than 1e\+18 for impl='triton', got a norm"):
+        sk.nearest_neighbors(rows(N, 1e30, torch.float32), impl="triton")
