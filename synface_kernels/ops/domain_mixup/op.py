@@ -328,7 +328,7 @@ def _require_shares(psi: Tensor, name: str) -> None:
     """In [0, 1]: at once, naming what came, on a CPU; without waiting, on a GPU."""
     message = f"{name} must be in [0, 1]"
     compiling = torch.compiler.is_compiling()
-    psi = psi if compiling else innermost(psi)
+    psi = psi if compiling else innermost(psi).detach()
     if psi.device.type != "cpu" or compiling:
         torch._assert_async(((psi >= 0) & (psi <= 1)).all(), message)
     elif psi.numel():

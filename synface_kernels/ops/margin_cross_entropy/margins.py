@@ -173,8 +173,18 @@ def _drop(m1: Margin, m2: Margin) -> Margin:
 # Dataclasses of their own for `dataclasses.replace`: what a class fixes is no argument of it.
 
 
+@dataclass(frozen=True, eq=False)
+class _Order:
+    """Fields in the order of the arguments: Dynamo (of torch 2.11) binds them by it."""
+
+    scale: float = 64.0
+    margin: Margin = 0.0
+    beyond_pi: BeyondPi = "linear"
+    target_grad: Literal["exact", "straight_through"] = "exact"
+
+
 @dataclass(frozen=True, eq=False, init=False)
-class ArcFace(CombinedMargin):
+class ArcFace(CombinedMargin, _Order):
     """cos(θ + margin).
 
     Args:
@@ -213,7 +223,7 @@ class ArcFace(CombinedMargin):
 
 
 @dataclass(frozen=True, eq=False, init=False)
-class CosFace(CombinedMargin):
+class CosFace(CombinedMargin, _Order):
     """cos θ − margin.
 
     Args:
@@ -250,7 +260,7 @@ class CosFace(CombinedMargin):
 
 
 @dataclass(frozen=True, eq=False, init=False)
-class SphereFace(CombinedMargin):
+class SphereFace(CombinedMargin, _Order):
     """cos(margin·θ).
 
     Args:
