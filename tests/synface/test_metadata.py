@@ -75,6 +75,15 @@ def test_every_orientation_shows_the_image_upright(form, number, order):
     check(decoded(encoded(STORED[number], form, exif=told)), UPRIGHT)
 
 
+@pytest.mark.parametrize("fill", [1, 2, 5])
+def test_bytes_that_fill_up_to_a_marker_hide_no_orientation(fill):
+    told = Image.Exif()
+    told.load(exif(turned(6)))
+    content = encoded(STORED[6], "JPEG", exif=told)
+    at = content.index(b"\xff\xe1")
+    check(decoded(content[:at] + b"\xff" * fill + content[at:]), UPRIGHT)
+
+
 @pytest.mark.parametrize(
     "entries",
     [

@@ -134,12 +134,12 @@ def without(file: BinaryIO, whole: bool) -> tuple[BinaryIO, Mapping[Any, Any] | 
 
 
 def _jpeg(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]]:
-    """Without APP1 (EXIF, XMP) to APP13 and APP15, and without comments."""
+    """Return a JPEG without APP1 (EXIF, XMP) to APP13, APP15 and comments, and what these told."""
     kept = io.BytesIO()
     kept.write(file.read(2))
     told: dict[str, bytes | str] = {}
     while (
-        len(head := file.read(4)) == 4
+        len(head := _marker(file)) == 4
         and head[0] == 0xFF
         and 0xC0 <= head[1] < 0xFF
         and kept.tell() < MAX_PIXELS
@@ -162,8 +162,16 @@ def _jpeg(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]
     return kept, told
 
 
+def _marker(file: BinaryIO) -> bytes:
+    """Return a JPEG's next marker and length, without the bytes of 0xFF that may fill up to it."""
+    head = file.read(4)
+    while head[:2] == b"\xff\xff" and (more := file.read(1)):
+        head = head[1:] + more
+    return head
+
+
 def _png(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]]:
-    """Without chunks that are not critical, but for transparency."""
+    """Return a PNG of its critical chunks and its transparency alone, and what the others told."""
     kept = io.BytesIO()
     kept.write(PNG)
     told: dict[str, bytes | str] = {}

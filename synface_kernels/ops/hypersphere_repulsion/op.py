@@ -106,7 +106,7 @@ def hypersphere_repulsion(
     group. Second derivatives and forward mode raise.
 
     Memory above inputs and gradients: O(N·k) and a workspace of at most 64 MiB; energies of all
-    pairs hold their gradient, float32 (N, D), from forward to backward; with a group, another
+    pairs hold their gradient, float32 (N, D), beside the points from forward to backward; with a group, another
     rank's points and their gradient as well. Never N×N, except in ``impl="reference"``. On a CPU,
     memory of freed gradients is kept for the next, 512 MiB at most: see `empty_cache`.
 
