@@ -131,7 +131,7 @@ def _described(array: NDArray) -> str:
 
 
 def _numbers(name: str, value: object) -> NDArray[np.float64]:
-    """As float64, unless they are something else that NumPy would turn into numbers."""
+    """Return values as float64; raise for what is no number but NumPy would turn into one."""
     values = np.asarray(value)
     if values.dtype.kind not in "biuf":
         raise TypeError(f"{name} must be a number or an array of them, got {value!r}")

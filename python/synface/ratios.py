@@ -110,7 +110,7 @@ def send(drawn: Tensor, device: torch.device) -> Tensor:
 
 
 def uniform(shape: tuple[int, ...], generator: Generator | None) -> Tensor:
-    """float64 in [0, 1)."""
+    """Return uniform draws, float64 in [0, 1)."""
     return torch.rand(shape, generator=generator, dtype=torch.float64, device=device_of(generator))
 
 

@@ -39,7 +39,7 @@ def list_images(root: Path) -> Listed:
         )
     inside = decode.entries(root)
     folders = [entry for entry in inside if os.path.isdir(entry)]
-    loose = sum(entry.suffix.lower() in EXTENSIONS for entry in inside if os.path.isfile(entry))
+    loose = sum(e.suffix.lower() in EXTENSIONS and os.path.isfile(e) for e in inside)
     if len(folders) < 2:
         raise DataError(
             f"{root} holds {len(folders)} identity folders and {loose} images of its own; "
@@ -81,7 +81,7 @@ def list_images(root: Path) -> Listed:
 
 
 def _counted(endings: Counter[str]) -> str:
-    """How many files have which ending."""
+    """Return how many files have which ending."""
     common = [f"{count:,} {end}" for end, count in endings.most_common(decode.NAMED)]
     return ", ".join(common) + (", …" if len(endings) > decode.NAMED else "")
 

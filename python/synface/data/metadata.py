@@ -208,7 +208,7 @@ def _png(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]]
 
 
 def _check(file: BinaryIO, checksum: int, kind: bytes, pixels: bool) -> None:
-    """Damage to a chunk ahead of the pixels is damage to the file."""
+    """Raise OSError where a chunk ahead of the pixels is damaged, for then the file is."""
     if file.read(4) != checksum.to_bytes(4, "big") and not pixels:
         raise OSError(f"broken PNG file (wrong checksum or cut short in {kind.decode()})")
 

@@ -164,7 +164,7 @@ def list_images(path: Path) -> Listed:
 
 
 def _indexed(rec: Path, size: int) -> NDArray[np.int64]:
-    """Where the records of images begin, by the .idx."""
+    """Return where the records of images begin, by the .idx."""
     keys, offsets = _read_index(rec.with_suffix(".idx"))
     if len(offsets) and not (offsets.min() >= 0 and offsets.max() <= size - 32):
         wrong = int(np.flatnonzero((offsets < 0) | (offsets > size - 32))[0])
@@ -176,7 +176,7 @@ def _indexed(rec: Path, size: int) -> NDArray[np.int64]:
 
 
 def _scanned(rec: Path, size: int) -> NDArray[np.int64]:
-    """Where the records of images begin, by their lengths; those of ranges have no image.
+    """Return where the records of images begin, by their lengths; those of ranges have no image.
 
     Raises:
         DataError: for bytes that are no record, a record cut short, and another number of images

@@ -325,7 +325,7 @@ def _shares(psi: float | Tensor, batch: int, device: torch.device, name: str = "
 
 
 def _require_shares(psi: Tensor, name: str) -> None:
-    """In [0, 1]: at once, naming what came, on a CPU; without waiting, on a GPU."""
+    """Raise unless shares are in [0, 1], on a GPU by an asynchronous assertion."""
     message = f"{name} must be in [0, 1]"
     compiling = torch.compiler.is_compiling()
     psi = psi if compiling else innermost(psi).detach()

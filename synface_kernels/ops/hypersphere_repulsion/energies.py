@@ -39,8 +39,9 @@ class _Checked:
         return value
 
     def _sharpness(self) -> None:
-        t = self._number("t", "in (0, 1e+06]")
-        _require(0 < t <= SHARPEST, "t", t, "in (0, 1e+06]")
+        bounds = f"in (0, {SHARPEST:g}]"
+        t = self._number("t", bounds)
+        _require(0 < t <= SHARPEST, "t", t, bounds)
 
 
 @dataclass(frozen=True)

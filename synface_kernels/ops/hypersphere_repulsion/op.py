@@ -106,9 +106,10 @@ def hypersphere_repulsion(
     group. Second derivatives and forward mode raise.
 
     Memory above inputs and gradients: O(N·k) and a workspace of at most 64 MiB; energies of all
-    pairs hold their gradient, float32 (N, D), beside the points from forward to backward; with a group, another
-    rank's points and their gradient as well. Never N×N, except in ``impl="reference"``. On a CPU,
-    memory of freed gradients is kept for the next, 512 MiB at most: see `empty_cache`.
+    pairs hold their gradient, float32 (N, D), beside the points from forward to backward; with a
+    group, another rank's points and their gradient as well. Never N×N, except in
+    ``impl="reference"``. On a CPU, memory of freed gradients is kept for the next, 512 MiB at most:
+    see `empty_cache`.
 
     Raises:
         ValueError: for a wrong dtype, shape, device or value; for a zero or non-finite row (on a
@@ -282,7 +283,7 @@ def _nearest(
 def _differentiated_once(
     x: Tensor, y: Tensor | None, group: Any, impl: str
 ) -> tuple[Tensor, Tensor | None]:
-    """x and y, such that second derivatives raise where the ops themselves do not see to it."""
+    """Return x and y so that second derivatives raise where the ops themselves do not see to it."""
     if impl != "reference" and group is None:
         return x, y
     return once(OP, x), None if y is None else once(OP, y)
