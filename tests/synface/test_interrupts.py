@@ -10,6 +10,8 @@ import pytest
 import torch
 from synface.interrupts import Terminated, interruption, interrupts
 
+from tests.ranks import on_ranks
+
 ENDS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
 
 
@@ -81,6 +83,37 @@ def test_a_training_that_is_told_while_it_writes_its_last_checkpoint(tmp_path, m
         with pytest.raises(Terminated):
             train(config, faces, tmp_path)
     assert len(train(config, faces, tmp_path, resume=True).history) == 3
+
+
+class ToldAtLast:
+    """On each rank of a training: it ends, whichever rank gets the signal in its last save."""
+
+    def __init__(self, output):
+        self.output = output
+
+    def __call__(self, rank, ranks):
+        from synface import sharded
+        from synface.data import embedded_faces
+        from synface.train import TrainConfig, train
+
+        faces = embedded_faces(3, 16, identities=6)
+        config = TrainConfig(1, 6, widths=(4, 8), depths=(1, 1), embedding_size=16)
+        before = sharded.save
+
+        def save(folder, step, *rest):
+            if rank == 1 and step == 3:
+                press(signal.SIGTERM)
+            return before(folder, step, *rest)
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(sharded, "save", save)
+            with pytest.raises(Terminated):
+                train(config, faces, self.output)
+        return len(train(config, faces, self.output, resume=True).history)
+
+
+def test_all_ranks_end_where_one_is_told_in_its_last_checkpoint(tmp_path):
+    assert on_ranks(2, ToldAtLast(tmp_path / "run"), tmp_path / "ranks") == [3, 3]
 
 
 def test_a_packing_that_is_told_while_it_writes_its_last_checkpoint(tmp_path, monkeypatch):
