@@ -220,11 +220,10 @@ def take_over(
 
     def wanted(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, slice | None]:
         nonlocal there
-        there, *rest = shapes.get(CENTERS, (0, size))
-        if rest != [size]:
-            raise CheckpointError(
-                f"{init}: {CENTERS} must be of shape (C, {size}), got {(there, *rest)}"
-            )
+        shape = shapes.get(CENTERS, (0, size))
+        if shape[1:] != (size,):
+            raise CheckpointError(f"{init}: {CENTERS} must be of shape (C, {size}), got {shape}")
+        there = shape[0]
         rows = {CENTERS: slice(start, start + len(centers))} if there == num_classes else {}
         return _names_of_backbone(shapes) | rows
 
