@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ FORMAT = 2
 EARLIER = 1  # without checksums
 TENSORS, STATE = "tensors.safetensors", "state.json"
 CHECKSUM = "checksum"  # of the rest of a state
+# Of what a checkpoint holds (names and shapes), what to read: names, and which rows; None for all.
+Wanted = Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, slice | None]]
 
 
 class CheckpointError(ValueError):
@@ -102,6 +104,14 @@ def _content_checksum(content: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
+def check_names(state: Mapping[str, Any], reserved: Collection[str]) -> None:
+    """Raise ValueError where a caller's state has names that a checkpoint has itself."""
+    if taken := sorted(state.keys() & {*reserved, CHECKSUM}):
+        raise ValueError(
+            f"state must not hold {', '.join(taken)}, which every checkpoint has: rename them"
+        )
+
+
 def read_state(file: Path, *formats: object, most: int = 2**26) -> dict[str, Any]:
     """Return a state that `sealed` wrote, without its checksum.
 
@@ -134,8 +144,10 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
     happens on the way, the ones before it stay whole.
 
     Raises:
+        ValueError: for a ``state`` with names that a checkpoint has itself (``step``, say).
         OSError: where it cannot be written (a full disk, say); nothing is lost then.
     """
+    check_names(state, ("format", "step", "tensor_bytes", "crc32"))
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
     part = folder / f".{final.name}.part"
@@ -198,14 +210,21 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(
+    path: Path, wanted: Wanted | None = None, verified: slice = slice(None)
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and state of a checkpoint.
+
+    Args:
+        wanted: which tensors, or rows of them. Default: all.
+        verified: which of its files, of which there is one, are compared with their checksums, for
+            ranks that share this work.
 
     Raises:
         CheckpointError: as `load_state`, and for tensors that are not those that were written.
     """
     with extra("train", "reading checkpoints"):
-        from safetensors import SafetensorError
+        from safetensors import SafetensorError, safe_open
         from safetensors.torch import load_file
 
     state = load_state(path)
@@ -219,8 +238,17 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             )
         if state["format"] == FORMAT or "crc32" in state:
             crc = state.get("crc32")
-            verify(file, crc.get(TENSORS) if isinstance(crc, dict) else crc)
-        return load_file(file), state
+            for each in [file][verified]:
+                verify(each, crc.get(TENSORS) if isinstance(crc, dict) else crc)
+        if wanted is None:
+            return load_file(file), state
+        with safe_open(file, "pt") as opened:
+            names = opened.keys()
+            rows = wanted({k: tuple(opened.get_slice(k).get_shape()) for k in names})
+            return {
+                k: opened.get_tensor(k) if r is None else opened.get_slice(k)[r]
+                for k, r in rows.items()
+            }, state
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     except SafetensorError as error:

@@ -44,10 +44,11 @@ def interrupts() -> Iterator[Callable[[], int]]:
 
     SIGTERM is what SLURM, containers and `kill` send. A handler of the caller's for it stays.
 
-    Yields a function that returns the first signal's number, or 0 while none has come. Outside the
-    main thread, which alone gets signals, it always returns 0.
+    Yields a function that returns the first signal's number, or 0 while none has come. A signal
+    that came after the last call is raised at the end, unless an error is on its way. Outside the
+    main thread, which alone gets signals, the function always returns 0.
     """
-    came, at = 0, 0.0
+    came, told, at = 0, 0, 0.0
     # torchrun passes SIGTERM on to ranks that a scheduler has sent it to already: one request
     patience = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
@@ -58,6 +59,11 @@ def interrupts() -> Iterator[Callable[[], int]]:
         if not came:
             came, at = signum, time.monotonic()
 
+    def tell() -> int:
+        nonlocal told
+        told = came
+        return told
+
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
         return
@@ -66,7 +72,9 @@ def interrupts() -> Iterator[Callable[[], int]]:
         caught.append(signal.SIGTERM)
     before = {each: signal.signal(each, on_signal) for each in caught}
     try:
-        yield lambda: came
+        yield tell
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+    if came != told:
+        raise interruption(came)

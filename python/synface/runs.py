@@ -18,6 +18,7 @@ from .backbone import IResNet
 from .check import check_folder, check_memory
 from .checkpoint import CheckpointError
 from .randomness import standard_defaults
+from .textfiles import read_json
 from .train_config import TrainConfig
 
 CONFIG, METRICS, TIMING = "config.json", "metrics.jsonl", "timing.jsonl"
@@ -135,7 +136,7 @@ def load_backbone(path: Path) -> tuple[IResNet, dict[str, Any]]:
     Raises:
         CheckpointError: where there is none, or it is damaged.
     """
-    found, tensors, state = read(path)
+    found, tensors, state = read(path, _names_of_backbone)
     backbone, values = network_of(found, state), backbone_of(tensors)
     checkpoint.check_shapes(found / checkpoint.TENSORS, values, backbone.state_dict())
     backbone.to_empty(device="cpu").load_state_dict(values)
@@ -152,6 +153,25 @@ def inherited(found: Path, theirs: int, ours: int) -> str:
     )
 
 
+def started_as(output: Path) -> dict[str, Any] | None:
+    """How a run was started, as its folder has it; None where it does not say.
+
+    Raises:
+        CheckpointError: for a file that is damaged.
+    """
+    file = output / CONFIG
+    if not file.exists():
+        return None
+    hint = "restore a copy, or move it away to go on without what else it remembers"
+    try:
+        started = read_json(file, CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {hint}") from error
+    if not isinstance(started, dict) or not isinstance(started.get("command"), dict):
+        raise CheckpointError(f"{file} must hold an object with a command; {hint}")
+    return started
+
+
 def state_of(path: Path) -> tuple[Path, dict[str, Any]]:
     """The newest checkpoint of a run (or one checkpoint): where it is, and its state."""
     found = checkpoint.find(path)
@@ -159,10 +179,62 @@ def state_of(path: Path) -> tuple[Path, dict[str, Any]]:
     return found, load(found)
 
 
-def read(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """The newest checkpoint of a run (or one checkpoint): where it is, its tensors, its state."""
+def read(
+    path: Path, wanted: checkpoint.Wanted, verified: slice = slice(None)
+) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    """The newest checkpoint of a run (or one checkpoint): where it is, what is wanted of its
+    tensors, its state; ``verified`` as in `checkpoint.load`."""
     found = checkpoint.find(path)
-    return found, *(sharded.read if sharded.is_sharded(found) else checkpoint.load)(found)
+    load = sharded.read if sharded.is_sharded(found) else checkpoint.load
+    return found, *load(found, wanted, verified)
+
+
+def _names_of_backbone(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, slice | None]:
+    return {name: None for name in shapes if name.startswith(BACKBONE)}
+
+
+def take_over(
+    init: Path,
+    backbone: IResNet,
+    centers: Tensor,
+    num_classes: int,
+    start: int = 0,
+    verified: slice = slice(None),
+) -> str:
+    """Puts a checkpoint's backbone, and its centers where they are as many, into a model's.
+
+    Of the centers, only this rank's rows are read.
+
+    Args:
+        init: a run, or one of its checkpoints.
+        centers: rows of the model's centers from ``start`` on. num_classes: of all its centers.
+        verified: as in `checkpoint.load`.
+
+    Returns:
+        What was taken over, in words.
+
+    Raises:
+        CheckpointError: for a checkpoint that is damaged, or of a network of other shapes.
+    """
+    there, size = 0, centers.shape[1]
+
+    def wanted(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, slice | None]:
+        nonlocal there
+        shape = shapes.get(CENTERS, (0, size))
+        if shape[1:] != (size,):
+            raise CheckpointError(f"{init}: {CENTERS} must be of shape (C, {size}), got {shape}")
+        there = shape[0]
+        rows = {CENTERS: slice(start, start + len(centers))} if there == num_classes else {}
+        return _names_of_backbone(shapes) | rows
+
+    found, tensors, _ = read(init, wanted, verified)
+    theirs = backbone_of(tensors)
+    check_backbone(found, theirs, backbone)
+    backbone.load_state_dict(theirs)
+    if there == num_classes:
+        with torch.no_grad():
+            centers.copy_(tensors[CENTERS])
+    return inherited(found, there, num_classes)
 
 
 def backbone_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -215,6 +215,7 @@ def run(
             seconds = time.perf_counter() - began
             if centers.step == steps or (minutes is not None and seconds >= 60 * minutes):
                 break
+        signum = interrupted()
     written = {name: value - disk[name] for name, value in _disk().items()}
     with torch.no_grad():
         embeddings, labels = clusters.strangers()

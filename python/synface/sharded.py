@@ -97,15 +97,19 @@ def save(
         optimizers: one, or several that share no parameter. Their states are saved by the names of
             the model's parameters; their settings (learning rates and so on) are not: they are the
             caller's.
-        state: goes into state.json.
+        state: goes into state.json; the first rank's.
         group: of all ranks that call this. Default: the one of all ranks.
 
     Raises:
+        ValueError: for a ``state`` with names that a checkpoint has itself (``step``, say).
         RuntimeError: where it cannot be written (a full disk, say), or a rank has died; nothing is
             lost then.
     """
     final = folder / f"step-{step:08d}"
     part = folder / f".{final.name}.part"
+
+    def check() -> None:
+        checkpoint.check_names(state, ("format", "step", "bytes", "crc32"))
 
     def begin() -> None:
         shutil.rmtree(part, ignore_errors=True)
@@ -113,6 +117,12 @@ def save(
 
     def end() -> None:
         sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
+        if crc.keys() != sizes.keys():
+            different = sorted(crc.keys() ^ sizes.keys())
+            raise RuntimeError(
+                f"{part}: the ranks see different files ({', '.join(different[:3])}): all of them "
+                "must see one folder"
+            )
         content = {"format": FORMAT, "step": step, "bytes": sizes, "crc32": crc} | state
         checkpoint.write(part / checkpoint.STATE, checkpoint.sealed(content))
         shutil.rmtree(final, ignore_errors=True)  # the same step, written before a resume
@@ -122,13 +132,14 @@ def save(
             shutil.rmtree(old)
 
     first = not dist.is_initialized() or dist.get_rank(group) == 0
-    _together(begin if first else lambda: None, group, RuntimeError)
+    together(check if first else lambda: None, group, ValueError)
+    together(begin if first else lambda: None, group, RuntimeError)
     writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
     dcp.save(_tensors(model, _several(optimizers)), storage_writer=writer, process_group=group)
     own = partial(_own_share, part, group)
-    sums = _together(lambda: {f.name: checkpoint.checksum(f) for f in own()}, group, RuntimeError)
+    sums = together(lambda: {f.name: checkpoint.checksum(f) for f in own()}, group, RuntimeError)
     crc = dict(sorted(chain.from_iterable(each.items() for each in _gathered(sums, group))))
-    _together(end if first else lambda: None, group, RuntimeError)
+    together(end if first else lambda: None, group, RuntimeError)
     return final
 
 
@@ -158,7 +169,7 @@ def load(
         stored = _stored(found, state, reader)
         return state, _targets(found, model, _several(optimizers), stored), reader
 
-    state, targets, reader = _together(prepare, group, CheckpointError)
+    state, targets, reader = together(prepare, group, CheckpointError)
     try:
         dcp.load(targets, storage_reader=reader, process_group=group)
     except Exception as error:
@@ -175,26 +186,40 @@ def is_sharded(path: Path) -> bool:
         return False
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a checkpoint holds of the model, whole, and its state, in one process.
+def read(
+    path: Path, wanted: checkpoint.Wanted | None = None, verified: slice = slice(None)
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a checkpoint holds of the model, put together, and its state, in one process.
+
+    Args:
+        wanted: which tensors, or rows of them. Default: all of the model's.
+        verified: which of its files are compared with their checksums, for ranks that share this
+            work.
 
     Raises:
         CheckpointError: as `load`.
     """
     state = load_state(path)
-    _verify(state, sorted(path.iterdir()))
+    _verify(state, _files(path)[verified])
     reader = dcp.HuggingFaceStorageReader(str(path))
     stored = _stored(path, state, reader)
+    shapes = {key: tuple(each.size) for key, each in stored.items() if key.startswith("model.")}
+    chosen = dict.fromkeys(shapes) if wanted is None else wanted(shapes)
+
+    def target(key: str, rows: slice | None) -> Tensor:
+        shape, dtype = shapes[key], stored[key].properties.dtype
+        if rows is None:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        start, stop, _ = rows.indices(shape[0])
+        own = torch.empty((stop - start, *shape[1:]), dtype=dtype, device="cpu")
+        return Shard(own, start, shape[0])
+
     try:
-        tensors = {
-            key: torch.empty(metadata.size, dtype=metadata.properties.dtype, device="cpu")
-            for key, metadata in stored.items()
-            if key.startswith("model.")
-        }
+        tensors = {key: target(key, rows) for key, rows in chosen.items()}
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     except Exception as error:  # whatever a damaged file makes of torch's reader
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return tensors, state
+    return {k: v.rows if isinstance(v, Shard) else v for k, v in tensors.items()}, state
 
 
 def _stored(
@@ -215,7 +240,7 @@ def _stored(
     return stored
 
 
-def _together(action: Callable[[], Any], group: Any, kind: type[Exception]) -> Any:
+def together(action: Callable[[], Any], group: Any, kind: type[Exception]) -> Any:
     """What it returns, on each rank; where it fails on one, all raise its error."""
     result = failure = None
     try:
@@ -239,9 +264,13 @@ def _gathered(value: Any, group: Any) -> list[Any]:
     return values
 
 
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.name != checkpoint.STATE)
+
+
 def _own_share(folder: Path, group: Any) -> list[Path]:
     """Return the files of a checkpoint whose checksums this rank computes."""
-    files = sorted(file for file in folder.iterdir() if file.name != checkpoint.STATE)
+    files = _files(folder)
     alone = not dist.is_initialized()
     return files if alone else files[dist.get_rank(group) :: dist.get_world_size(group)]
 
@@ -251,8 +280,7 @@ def _verify(state: dict[str, Any], files: Sequence[Path]) -> None:
     if state["format"] == FORMAT or "crc32" in state:
         crc = state.get("crc32")
         for file in files:
-            if file.name != checkpoint.STATE:
-                checkpoint.verify(file, crc.get(file.name) if isinstance(crc, dict) else crc)
+            checkpoint.verify(file, crc.get(file.name) if isinstance(crc, dict) else crc)
 
 
 def _several(optimizers: Optimizers) -> Sequence[torch.optim.Optimizer]:

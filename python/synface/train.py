@@ -15,6 +15,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,18 +39,15 @@ from .lines import Lines
 from .optim import RowAdamW, RowSGD
 from .randomness import generator, seeded, seeds, standard_defaults
 from .runs import (
-    CENTERS,
     CHECKPOINTS,
     CONFIG,
     METRICS,
     TIMING,
     VERIFICATION,
-    backbone_of,
     build_backbone,
-    check_backbone,
     check_start,
-    inherited,
-    read,
+    started_as,
+    take_over,
 )
 from .runs import load_backbone as load_backbone  # public here
 from .settings import write_toml
@@ -134,21 +132,13 @@ class _Model:
         Raises:
             CheckpointError: for a checkpoint that is damaged, or of a network of other shapes.
         """
-        found, tensors, _ = read(init)
-        theirs, own = backbone_of(tensors), self.head.weight
-        check_backbone(found, theirs, self.backbone)
-        centers = tensors.get(CENTERS, own[:0])
-        if centers.shape[1:] != own.shape[1:]:
-            raise CheckpointError(
-                f"{found}: {CENTERS} must be of shape (C, {own.shape[1]}), got "
-                f"{tuple(centers.shape)}"
-            )
-        self.backbone.load_state_dict(theirs)
-        if len(centers) == num_classes:
-            first = self.head.class_start if isinstance(self.head, ShardedMarginHead) else 0
-            with torch.no_grad():
-                own.copy_(centers[first : first + len(own)])
-        return inherited(found, len(centers), num_classes)
+        head = self.head
+        if not isinstance(head, ShardedMarginHead):
+            return take_over(init, self.backbone, head.weight, num_classes)
+        share = slice(dist.get_rank(head.group), None, dist.get_world_size(head.group))
+        sizes = num_classes, head.class_start
+        read = partial(take_over, init, self.backbone, head.weight, *sizes, share)
+        return sharded.together(read, head.group, CheckpointError)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": value for name, value in self.modules.state_dict().items()}
@@ -172,9 +162,10 @@ def _model(config: TrainConfig, source: Source, alone: bool, device: torch.devic
     head: MarginHead | ShardedMarginHead
     with seeded(seed), standard_defaults():  # on the CPU: the same on every device
         backbone = build_backbone(config, source.image_shape).to(device)
-        ranks = 1 if alone else dist.get_world_size()
-        needed = 4 * config.embedding_size * source.num_classes // ranks
-        check_memory("the class centres", needed)
+        if alone or device.type == "cpu":  # shares on a GPU are made there
+            ranks = 1 if alone else dist.get_world_size()
+            needed = 4 * config.embedding_size * source.num_classes // ranks
+            check_memory("the class centres", needed)
         sizes = config.embedding_size, source.num_classes, config.margin()
         if alone:
             head = MarginHead(*sizes).to(device)
@@ -316,6 +307,8 @@ def train(
                 raise interruption(stop)
             if stop_after is not None and step >= stop_after:
                 break
+        if stop := run.stopped(interrupted)[0]:  # it came while the last checkpoint was written
+            raise interruption(stop)
     run.backbone.eval()
     timing = source.timing.report() if source.timing else None
     return Trained(run.backbone, run.head, config, run.history, timing, run.init)
@@ -365,19 +358,14 @@ class _Run:
         self._wait()  # until all ranks have looked into the folder
         if self.leads:
             self.output.mkdir(parents=True, exist_ok=True)
-            self._write(command)
+            self._write(command, None)
             self.lines.rewrite([])
         self.save(0)  # so that there always is one to resume from
         return 0
 
-    def _write(self, command: dict[str, Any] | None) -> None:
-        """Writes how the run is started, if that is not what stands there; None: as it stands."""
-        try:
-            before = json.loads((self.output / CONFIG).read_text())
-            command = before["command"] if command is None else command
-        except (OSError, ValueError, TypeError, KeyError):
-            before = None
-        started = json.loads(json.dumps({"command": command or {}} | self.description))
+    def _write(self, command: dict[str, Any], before: dict[str, Any] | None) -> None:
+        """Writes how the run is started, if that is not what stands there."""
+        started = json.loads(json.dumps({"command": command} | self.description))
         if started != before:
             checkpoint.write(self.output / CONFIG, json.dumps(started, indent=1))
             write_toml(self.output / "config.toml", started["command"] | started["config"])
@@ -387,10 +375,10 @@ class _Run:
         found = checkpoint.find(self.output)
         first = self.model.load(found, lambda state: self._check(found, state, prolong))
         # the lines of steps after the checkpoint are written again
-        self.history = self.lines.steps(first)
+        self.history, before = self.lines.steps(first), started_as(self.output)
         self._wait()  # until all ranks have read them
         if self.leads:
-            self._write(command)
+            self._write((before or {}).get("command", {}) if command is None else command, before)
             self.lines.rewrite(self.history)
         if self.leads and self.verified.file.exists():
             self.verified.rewrite([row for row in self.verified.read() if row["step"] <= first])
@@ -450,6 +438,13 @@ class _Run:
             dist.all_reduce(own)
         return own.tolist()
 
+    def stopped(self, interrupted: Callable[[], int], *numbers: Tensor) -> list[Any]:
+        """The signal that came to any rank, or 0; then the sums of numbers over the ranks."""
+        came = interrupted()
+        ended = (torch.tensor(came == each, device="cpu") for each in SIGNALS)
+        term, interrupt, *sums = self.total(*ended, *numbers)
+        return [SIGNALS[0] if term else SIGNALS[1] if interrupt else 0, *sums]
+
     def _wait(self) -> None:
         if not self.alone:
             dist.barrier()
@@ -495,10 +490,7 @@ class _Run:
                     hits += stats.top1.sum()
                     if part_loss.isfinite():
                         part_loss.backward()
-        came = interrupted()
-        ended = (torch.tensor(came == each, device="cpu") for each in SIGNALS)
-        right, *ranks = self.total(hits, *ended)
-        stop = next((each for each, count in zip(SIGNALS, ranks, strict=True) if count), 0)
+        stop, right = self.stopped(interrupted, hits)
         row = {
             "step": step,
             "epoch": step / self.steps_per_epoch,

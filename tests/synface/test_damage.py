@@ -3,6 +3,9 @@
 import json
 import random
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -177,6 +180,69 @@ def test_what_is_written_by_hand_is_no_damage(tmp_path):
         train(centers, 4)
     with Centers.open(tmp_path / "c", verify=True) as centers:
         assert torch.equal(centers.weight, before)
+
+
+WRITE = """
+import os, signal, sys
+import torch
+from synface.centers import Centers
+centers = Centers.open(sys.argv[1])
+if sys.argv[2] == "again":
+    centers.weight
+    centers.checkpoint()
+centers.weight.data.fill_(0.5)  # which no version counter sees
+centers.loss(torch.randn(4, 8), torch.tensor([3, 4, 5, 6]), num_sampled=10).backward()
+centers.update(0.1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("when", ["first", "again"])
+def test_rows_written_by_hand_outlive_a_kill(tmp_path, when):
+    """At the first look, and by a view that was handed out before the last checkpoint."""
+    folder = tmp_path / "c"
+    Centers.create(CONFIG, folder).close()
+    killed = subprocess.run([sys.executable, "-c", WRITE, folder, when])
+    assert killed.returncode == -signal.SIGKILL
+    with Centers.open(folder, verify=True) as centers:
+        assert (centers.weight == 0.5).all()  # as the log says of those that then changed
+        train(centers, 2)
+        centers.checkpoint()
+        after = centers.weight.clone()
+    assert not list(folder.glob("shown-*"))
+    with Centers.open(folder, verify=True) as centers:
+        assert torch.equal(centers.weight, after)
+
+
+def test_rows_written_by_hand_without_a_checkpoint(tmp_path):
+    folder = tmp_path / "c"
+    with Centers.create(CONFIG, folder) as centers:
+        centers.weight[3] = 1.0
+    assert [path.name for path in folder.glob("shown-*")] == ["shown-0.bin"]
+    with Centers.open(folder) as centers:
+        loss = centers.loss(*batch(0), num_sampled=200)
+        assert loss.isfinite()
+        centers.discard()
+        assert (centers.weight[3] == 1.0).all()
+    with Centers.open(folder) as centers:
+        centers.checkpoint()  # of all rows, none of them looked at
+    assert not list(folder.glob("shown-*"))
+    with Centers.open(folder, verify=True) as centers:
+        assert (centers.weight[3] == 1.0).all()
+
+
+def test_damage_is_found_after_rows_were_looked_at(tmp_path):
+    folder = tmp_path / "c"
+    with Centers.create(CONFIG, folder) as centers:
+        train(centers, 2)
+        centers.checkpoint()
+        assert len(centers.weight) == len(centers.last_step) == 200
+    assert not list(folder.glob("shown-*"))
+    content = bytearray((folder / ROWS).read_bytes())
+    content[32 * 117 + 5] ^= 4
+    (folder / ROWS).write_bytes(content)
+    with pytest.raises(CheckpointError, match="row 117 of 200"):
+        Centers.open(folder, verify=True)
 
 
 def test_centers_of_an_earlier_version_gain_checksums(tmp_path):

@@ -7,7 +7,10 @@ import sys
 import threading
 
 import pytest
+import torch
 from synface.interrupts import Terminated, interruption, interrupts
+
+from tests.ranks import on_ranks
 
 ENDS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
 
@@ -40,6 +43,96 @@ def test_a_handler_of_the_caller_stays():
     finally:
         signal.signal(signal.SIGTERM, before)
     assert came == ["theirs"]
+
+
+@pytest.mark.parametrize(("sent", "error"), ENDS, ids=["Ctrl-C", "SIGTERM"])
+def test_one_that_nobody_was_told_of_is_raised_at_the_end(sent, error):
+    before = [signal.getsignal(each) for each, _ in ENDS]
+
+    def ends(own_error=None):
+        with interrupts() as pressed:
+            assert not pressed()
+            press(sent)
+            if own_error is not None:
+                raise own_error
+
+    with pytest.raises(error):
+        ends()
+    assert [signal.getsignal(each) for each, _ in ENDS] == before
+    with pytest.raises(ValueError, match="theirs"):
+        ends(ValueError("theirs"))
+
+
+def test_a_training_that_is_told_while_it_writes_its_last_checkpoint(tmp_path, monkeypatch):
+    """It is whole; what would come after it does not begin."""
+    from synface import checkpoint
+    from synface.data import embedded_faces
+    from synface.train import TrainConfig, train
+
+    faces = embedded_faces(3, 16, identities=6)
+    config = TrainConfig(1, 6, widths=(4, 8), depths=(1, 1), embedding_size=16)
+    before = checkpoint.save
+
+    def save(folder, step, *rest):
+        if step == 3:
+            press(signal.SIGTERM)
+        return before(folder, step, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", save)
+        with pytest.raises(Terminated):
+            train(config, faces, tmp_path)
+    assert len(train(config, faces, tmp_path, resume=True).history) == 3
+
+
+class ToldAtLast:
+    """On each rank of a training: it ends, whichever rank gets the signal in its last save."""
+
+    def __init__(self, output):
+        self.output = output
+
+    def __call__(self, rank, ranks):
+        from synface import sharded
+        from synface.data import embedded_faces
+        from synface.train import TrainConfig, train
+
+        faces = embedded_faces(3, 16, identities=6)
+        config = TrainConfig(1, 6, widths=(4, 8), depths=(1, 1), embedding_size=16)
+        before = sharded.save
+
+        def save(folder, step, *rest):
+            if rank == 1 and step == 3:
+                press(signal.SIGTERM)
+            return before(folder, step, *rest)
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(sharded, "save", save)
+            with pytest.raises(Terminated):
+                train(config, faces, self.output)
+        return len(train(config, faces, self.output, resume=True).history)
+
+
+def test_all_ranks_end_where_one_is_told_in_its_last_checkpoint(tmp_path):
+    assert on_ranks(2, ToldAtLast(tmp_path / "run"), tmp_path / "ranks") == [3, 3]
+
+
+def test_a_packing_that_is_told_while_it_writes_its_last_checkpoint(tmp_path, monkeypatch):
+    """The objectives that come after it do not begin."""
+    from synface.packing import PackConfig, Packer, packer
+
+    config = PackConfig(12, 3, steps=4, restarts=1)
+    before = packer.checkpoint.save
+
+    def save(*arguments):
+        press(signal.SIGTERM)
+        return before(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(packer.checkpoint, "save", save)
+        with pytest.raises(Terminated):
+            Packer(config).run(tmp_path)
+    resumed = Packer(config).run(tmp_path, resume=True)
+    assert torch.equal(resumed.points, Packer(config).run().points)
 
 
 def test_torchrun_may_pass_on_what_a_scheduler_sent_to_all(monkeypatch):

@@ -269,6 +269,55 @@ def test_no_checkpoint(tmp_path):
         sharded.load(tmp_path, nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("kind", ["plain", "sharded"])
+@pytest.mark.parametrize("name", ["checksum", "crc32", "step", "format"])
+def test_names_of_a_checkpoint_itself_are_refused(tmp_path, kind, name):
+    state = {"config": {}, name: 3}
+    arguments = ({},) if kind == "plain" else (nn.Linear(2, 2), None)
+    save = checkpoint.save if kind == "plain" else sharded.save
+    with pytest.raises(ValueError, match=f"state must not hold {name}, which every checkpoint"):
+        save(tmp_path, 1, *arguments, state)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_no_rank_has_seen_is_no_success(tmp_path, monkeypatch):
+    """As where a rank's view of the folder is stale."""
+    model = nn.Linear(2, 2)
+    sharded.save(tmp_path, 1, model, None, {})
+    with monkeypatch.context() as patched:
+        patched.setattr(sharded, "_own_share", lambda folder, group: [])
+        with pytest.raises(RuntimeError, match=r"ranks see different files \(.*safetensors\): all"):
+            sharded.save(tmp_path, 2, model, None, {})
+    assert sharded.load(tmp_path, model)["step"] == 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "sharded"])
+def test_some_rows_are_read(tmp_path, kind):
+    tensors = {"model.a": torch.randn(7, 3), "model.b": torch.tensor(4)}
+    if kind == "plain":
+        found, read = (
+            checkpoint.save(tmp_path, 1, tensors, {"config": {}, "data": {}}),
+            checkpoint.load,
+        )
+    else:
+        model = nn.Module()
+        for name, value in tensors.items():
+            model.register_buffer(name.removeprefix("model."), value)
+        found, read = sharded.save(tmp_path, 1, model, None, {}), sharded.read
+    asked = []
+
+    def wanted(shapes):
+        asked.append(shapes)
+        return {"model.a": slice(2, 5), "model.b": None}
+
+    came, state = read(found, wanted)
+    assert asked == [{"model.a": (7, 3), "model.b": ()}]
+    assert came.keys() == tensors.keys()
+    assert torch.equal(came["model.a"], tensors["model.a"][2:5])
+    assert torch.equal(came["model.b"], tensors["model.b"])
+    assert state["step"] == 1
+
+
 def test_head_needs_a_group():
     with pytest.raises((TypeError, ValueError), match="group"):
         ShardedMarginHead(D, C)

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from synface import checkpoint, cli
+from synface import checkpoint, cli, runs
 from synface.checkpoint import CheckpointError
 from synface.data import embedded_faces
 from synface.heads import MarginHead
@@ -75,7 +76,7 @@ def there(tmp_path, monkeypatch):
     """A folder to work in, with images in "faces", and another one."""
     (tmp_path / "elsewhere").mkdir()
     folder(tmp_path / "here" / "faces")
-    monkeypatch.setattr(cli.training.console, "width", 1000)
+    monkeypatch.setattr("synface.cli.training.console.width", 1000)
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path
 
@@ -229,7 +230,8 @@ def test_another_network_is_refused_before_the_run_begins(tmp_path, change):
 
 
 class Begun:
-    """On each rank: a run that begins with another, and the head's rows before its first step."""
+    """On each rank: a run that begins with another, the head's rows before its first step, and how
+    many rows of centers were read."""
 
     def __init__(self, init, output):
         self.init, self.output = init, output
@@ -237,16 +239,87 @@ class Begun:
     def __call__(self, rank, ranks):
         config = replace(SMALL, batch_size=12, lr=1e-30, weight_decay=0.0)
         options = {"init": self.init, "stop_after": 0}
-        return train(config, people(), self.output, **options).head.weight.detach()
+        seen, before = [], runs.read
+
+        def read(*arguments):
+            found, tensors, about = before(*arguments)
+            assert not [name for name in tensors if name.startswith("optimizer")]
+            seen.append(len(tensors[runs.CENTERS]))
+            return found, tensors, about
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(runs, "read", read)
+            trained = train(config, people(), self.output, **options)
+        return trained.head.weight.detach(), seen
 
 
 def test_ranks_begin_with_a_run_of_one_process_and_the_reverse(tmp_path):
     before = train(SMALL, people(), tmp_path / "a")
-    rows = on_ranks(2, Begun(tmp_path / "a", tmp_path / "b"), tmp_path / "ranks")
-    assert [len(each) for each in rows] == [3, 3]
-    assert torch.equal(torch.cat(rows), before.head.weight)
+    for init, output in (("a", "b"), ("b", "d")):  # of one process, and of several
+        begun = on_ranks(2, Begun(tmp_path / init, tmp_path / output), tmp_path / f"to {output}")
+        assert [seen for _, seen in begun] == [[3], [3]]  # nobody read what is another's
+        assert torch.equal(torch.cat([rows for rows, _ in begun]), before.head.weight)
     train(SMALL, people(), tmp_path / "c", init=tmp_path / "b", stop_after=0)
     assert torch.equal(first(tmp_path / "c")["model.head.weight"], before.head.weight)
+
+
+class Damaged:
+    """On each rank: what is said of a run to begin with that is damaged."""
+
+    def __init__(self, init, output):
+        self.init, self.output = init, output
+
+    def __call__(self, rank, ranks):
+        with pytest.raises(CheckpointError, match=r"rank 0: .* is damaged: its CRC-32") as error:
+            train(replace(SMALL, batch_size=12), people(), self.output, init=self.init)
+        return str(error.value)
+
+
+def test_all_ranks_hear_of_damage_that_one_of_them_looks_for(tmp_path):
+    train(SMALL, people(), tmp_path / "a", stop_after=0)
+    file = checkpoint.find(tmp_path / "a") / checkpoint.TENSORS
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    said = on_ranks(2, Damaged(tmp_path / "a", tmp_path / "b"), tmp_path / "ranks")
+    assert said[0] == said[1]
+
+
+class OnDevice:
+    """What a rank's centers on a device are held against."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def __call__(self, rank, ranks):
+        asked = []
+        module = sys.modules["synface.train"]
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(module, "check_memory", lambda what, needed: asked.append(needed))
+            source = module.FacesSource(people())
+            model = module._model(SMALL, source, False, torch.device(self.device))
+        assert model.head.weight.device.type == self.device
+        return asked
+
+
+def test_centers_that_are_not_made_on_the_cpu_need_none_of_its_memory(tmp_path):
+    assert on_ranks(2, OnDevice("cpu"), tmp_path / "cpu") == [[4 * 16 * 3]] * 2
+    assert on_ranks(2, OnDevice("meta"), tmp_path / "meta") == [[], []]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"config": {}}', "\udcff"])
+def test_how_a_run_was_started_is_not_overwritten_where_it_is_damaged(tmp_path, content):
+    train(SMALL, people(), tmp_path, command={"holdout": 2}, stop_after=0)
+    file = tmp_path / "config.json"
+    whole, bad = file.read_bytes(), content.encode("utf-8", "surrogateescape")
+    file.write_bytes(bad)
+    for command in (None, {"holdout": 3}):
+        with pytest.raises(CheckpointError, match=r"config\.json .*; restore a copy, or move it"):
+            train(SMALL, people(), tmp_path, resume=True, command=command)
+        assert file.read_bytes() == bad
+    file.unlink()
+    train(SMALL, people(), tmp_path, resume=True, command={"holdout": 2}, stop_after=1)
+    assert file.read_bytes() == whole
 
 
 def test_the_command_line_begins_with_a_run(there):

@@ -47,12 +47,16 @@ class Centers:
     compares all rows: a damaged row is an error that names it, never a wrong number. `open` itself
     reads no row, unless ``verify`` is set.
 
+    **What is written by hand** into `weight`, `states` or `last_step` lasts from the next
+    checkpoint on. Before they are handed out, a file in the directory says so: should the process
+    die, `open` trusts the rows as they are, without checksums until the next checkpoint. `close`
+    removes that file where no row has changed since the last checkpoint, which reads all rows.
+
     Attributes:
         config: a `CentersConfig`.
         step: how many steps were taken. lr: of the last one; rows catch up with it.
         weight: (C, D) centres; a view of each record's first D numbers. Whoever has looked at it
-            may have written to it: checkpoints then compute the checksums of all rows. What is
-            written by hand lasts from the next checkpoint on.
+            may have written to it: checkpoints then compute the checksums of all rows.
         states: the optimiser's state by name, (C, D) each; views too.
         last_step: (C,) int32: the step after which a row is up to date; 0 for one never touched.
         seconds: what the last step spent on what, in seconds.
@@ -153,8 +157,8 @@ class Centers:
     def verify(self, progress: Progress | None = None) -> None:
         """Compares all rows with their checksums, which reads all of the files.
 
-        Nothing to do for centres in memory, and for files of an earlier version until their next
-        checkpoint: they have no checksums.
+        Nothing to do for centres in memory, and, until their next checkpoint, for files of an
+        earlier version and those that may have been written to by hand: they have no checksums.
 
         Args:
             progress: called with rows done and in all.
@@ -185,9 +189,10 @@ class Centers:
         return self._last_step
 
     def _show(self) -> None:
-        """Verifies all rows before the first look at them."""
+        """Verifies all rows before the first look at them, and notes that they may change."""
         if not self._shown and self._files is not None and self.step >= 0:
             self.verify()
+            self._files.mark_shown(self._files.number)
             self._shown = True
 
     def loss(
@@ -303,7 +308,11 @@ class Centers:
         """Lets go of all; to open them will undo the steps since the last checkpoint."""
         self.discard()
         if self._files is not None:
-            self._files.close()
+            try:
+                if self._shown and self.step >= 0:
+                    self._files.unmark_if_same(self._records, self._last_step)
+            finally:
+                self._files.close()
         self.step = -1
         self._records = self._weight = self._last_step = torch.empty(
             0, dtype=torch.float32, device="cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -28,6 +29,7 @@ from .config import DTYPES, LAST_STEP, ROWS, CentersConfig
 FORMAT = 2
 EARLIER = 1  # without checksums
 STATE, LOCK = "centers.json", "lock"
+NUMBERED = ("undo-", "sums-", "shown-")  # files of one checkpoint: its number, then .bin
 STATE_BYTES = 2**16  # no longer is the JSON
 FRAME_BYTES = 2**24  # of records, at most, in one frame of the log
 ID_BYTES = 8 + 4  # a row's id and last step in a frame
@@ -42,12 +44,13 @@ class Files:
 
     Checksums and log bear the number of the checkpoint that they are of; any others are of the
     past. The log is a header, then frames, each of some rows: ids, last steps, records. Of a frame
-    that is cut short no row was changed.
+    that is cut short no row was changed. An empty file, of the same number, says that the rows may
+    have been written to by hand, so that those checksums are not theirs.
 
     Attributes:
         step, lr: of the last checkpoint. number: how many there were before it.
         sums: (C,) uint32, each row's checksum as of the last checkpoint; None for files that have
-            none yet.
+            none yet, or none that can be relied on.
     """
 
     HEADER = struct.Struct("<8sqq?40s")  # magic, number, bytes of a record, sync, machine's boot
@@ -127,7 +130,7 @@ class Files:
                         f"{len(config.states)} optimiser states, got {came} bytes"
                     )
             check_memory(f"{directory}: the checksums", 5 * config.num_classes)
-            if crc is not None:
+            if crc is not None and not files._shown_path(files.number).exists():
                 files.sums = files._read_sums(config, crc)
             files._flags = torch.zeros(config.num_classes, dtype=torch.uint8, device="cpu")
         except BaseException:
@@ -204,6 +207,8 @@ class Files:
         path = self.directory / f"sums-{self.number + 1}.bin"
         self.sums.tofile(path)
         checkpoint.sync(path)
+        if everything:
+            self.mark_shown(self.number + 1)  # whoever has a view may go on writing
         for name in (ROWS, LAST_STEP):
             os.fsync(self._descriptors[name])  # what was written through the mapping, too
         state = {
@@ -221,9 +226,10 @@ class Files:
         self._remove_past()
 
     def _remove_past(self) -> None:
-        """Removes logs and checksums of other checkpoints."""
-        for path in (*self.directory.glob("undo-*.bin"), *self.directory.glob("sums-*.bin")):
-            if path not in (self._log_path, self._sums_path):
+        """Removes logs, checksums and marks of other checkpoints."""
+        present = (self._log_path, self._sums_path, self._shown_path(self.number))
+        for path in self.directory.iterdir():
+            if path.name.startswith(NUMBERED) and path.suffix == ".bin" and path not in present:
                 path.unlink()
 
     def _read_state(self) -> tuple[CentersConfig, str | None]:
@@ -247,6 +253,23 @@ class Files:
             raise CheckpointError(f"{path} has no {error}") from error
         except (ValueError, TypeError, OverflowError) as error:
             raise CheckpointError(f"{path} is not the state of centres: {error}") from error
+
+    # ---- rows that may have been written to by hand ----------------------------------------------
+
+    def _shown_path(self, number: int) -> Path:
+        return self.directory / f"shown-{number}.bin"
+
+    def mark_shown(self, number: int) -> None:
+        """Notes on the disk that rows may differ from the checksums of a checkpoint."""
+        self._shown_path(number).touch()
+        checkpoint.sync(self.directory)
+
+    def unmark_if_same(self, records: Tensor, last_step: Tensor) -> None:
+        """Removes the mark where all rows are those of the last checkpoint."""
+        if self.sums is not None and self._log is None:
+            with contextlib.suppress(CheckpointError):
+                self.verify(records, last_step, None)
+                self._shown_path(self.number).unlink()
 
     # ---- checksums -------------------------------------------------------------------------------
 
@@ -459,7 +482,7 @@ class Files:
 
 def _is_ours(path: Path) -> bool:
     return path.name in (STATE, f"{STATE}.part", ROWS, LAST_STEP, LOCK) or (
-        path.name.startswith(("undo-", "sums-")) and path.suffix == ".bin"
+        path.name.startswith(NUMBERED) and path.suffix == ".bin"
     )
 
 
