@@ -252,7 +252,7 @@ def test_a_resumed_run_refuses_another_number_of_classes(few, tmp_path):
     convert(tmp_path / "more", tmp_path / "rec", "recordio")
     again = CliRunner().invoke(cli.app, ["train", "--resume", str(tmp_path / "run")])
     assert again.exit_code != 0
-    assert re.search("is of another run.*expected", str(again.exception), re.DOTALL)
+    assert "is of another run: its data's fingerprint is not that of" in str(again.exception)
 
 
 @pytest.mark.parametrize("number", [-1.0, 0.5, float("nan"), float("inf"), 2.0**25])

@@ -539,7 +539,7 @@ def test_other_data_or_another_mixture_is_refused(synthetic, real, tmp_path):
         (mixed(synthetic, real, ratio=Constant(0.5)), "data's ratio is .* expected 'Constant"),
         (mixed(synthetic, real, per_sample=True), "data's ratio is .*, per batch', expected"),
         (mixed(synthetic, real, size=(20, 16)), "data's image_shape"),
-        (mixed(real, synthetic), "data's source"),
+        (mixed(real, synthetic), "data's fingerprint is not that of"),
     ):
         with pytest.raises(CheckpointError, match=message):
             train(SMALL, other, tmp_path / "run", resume=True)

@@ -211,7 +211,8 @@ def test_measured_rates_replace_the_data_sheet(tmp_path):
 def test_what_is_no_result_is_refused(tmp_path, text):
     file = tmp_path / "device.json"
     file.write_text(text, "latin-1")
-    with pytest.raises(ValueError, match=r"device\.json is no result of make gpu-evidence"):
+    what = "not UTF-8 text" if text == "\xff" else "no result of make gpu-evidence"
+    with pytest.raises(ValueError, match=rf"device\.json is {what}"):
         read_measured(file)
 
 
