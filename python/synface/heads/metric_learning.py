@@ -28,7 +28,6 @@ from ..check import check_integer, check_number, describe
 from ..labels import labels_of
 from .their_centers import TheirCenters, turned, turned_back
 
-
 _DEFAULTS = {"distance": "CosineSimilarity", "reducer": "MeanReducer"}  # theirs
 
 
@@ -156,7 +155,9 @@ class _Loss(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_margin" not in state:  # older pickles
             state = state | {"_margin": state["margin"]}
-        super().__setstate__({k: v for k, v in state.items() if v is not None or k not in _DEFAULTS})
+        super().__setstate__(
+            {k: v for k, v in state.items() if v is not None or k not in _DEFAULTS}
+        )
 
     def forward(
         self,
