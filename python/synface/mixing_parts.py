@@ -9,9 +9,8 @@ import torch
 from torch import Generator, Tensor
 
 from .check import describe
+from .labels import labels_of
 from .ratios import uniform
-
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 # ---- boxes: (4, count) int64: top, bottom, left, right; bottom and right are outside -------------
 
@@ -136,16 +135,13 @@ def check_labels(
 ) -> Tensor:
     """Return integer labels in [0, count) as int64 (N,), or (N, J) where several are allowed.
 
-    Other integers and (N, 1) are converted.
+    Other integers and, where only one is allowed, (N, 1) are converted.
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(labels)}")
     rows, device = len(images), images.device
     given = labels
-    if labels.dtype in INTEGERS:
-        labels = labels.long()
-    if not several and labels.dim() == 2 and labels.shape[1] == 1:
-        labels = labels.squeeze(1)
+    labels = labels_of(labels, keep_column=several)
     if (
         labels.dtype != torch.int64
         or labels.shape[:1] != (rows,)

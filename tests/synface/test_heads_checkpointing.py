@@ -154,3 +154,137 @@ def test_a_compiled_head_is_recomputed_with_the_same_bits_or_not_at_all(run):
     state = head.generator.get_state()
     loss.backward()
     assert torch.equal(head.generator.get_state(), state)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_checkpoint_inside_a_compiled_function_is_not_counted_twice(backend):
+    torch.compiler.reset()
+    x, labels = torch.randn(N, D, requires_grad=True), torch.randint(0, C, (N,))
+    head = HEADS["adaface"]()
+    loss = torch.compile(lambda x: unsaved(head, x, labels), backend=backend)(x)
+    with pytest.raises(RuntimeError, match=r"second time.*outside of the checkpointed function"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["margin", "sampled"])
+def test_a_compiled_fused_head_takes_one_step_in_a_checkpoint(name):
+    results = []
+    for run in (plain, unsaved):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        head = HEADS[name]()
+        steps = OPTIMIZERS["sgd"](head.parameters())
+        head.fuse(steps)
+        call = torch.compile(head, backend="aot_eager")
+        for _ in range(2):
+            x, labels = torch.randn(N, D, requires_grad=True), torch.randint(0, C, (N,))
+            run(call, x, labels).backward()
+        results.append(head.weight.clone())
+        assert steps.state[head.weight]["step"] == 2
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("run", [reentrant, unsaved])
+@pytest.mark.parametrize("name", ["adaface", "sampled"])
+@pytest.mark.parametrize("between", [False, True])
+def test_the_same_batch_twice_before_a_backward_pass_is_an_error(name, run, between):
+    head = HEADS[name]()
+    x, labels = torch.randn(N, D, requires_grad=True), torch.randint(0, C, (N,))
+    first = run(head, x, labels)
+    if between:
+        run(head, 2 * x, labels)
+    loss = first + run(head, x, labels)
+    with pytest.raises(RuntimeError, match="two forward passes of the same batch"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("run", [reentrant, unsaved])
+@pytest.mark.parametrize("name", ["adaface", "sampled"])
+def test_the_same_batch_at_each_step_is_none(name, run):
+    results = []
+    for way in (plain, run):
+        torch.manual_seed(0)
+        head = HEADS[name]()
+        x, labels = torch.randn(N, D, requires_grad=True), torch.randint(0, C, (N,))
+        for _ in range(3):
+            loss = way(head, x, labels)
+            loss.backward(retain_graph=way is plain)
+        plain(head, x, labels).backward()
+        results.append(x.grad)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("change", [lambda x: x.flip(0), lambda x: x.flip(1)])
+def test_the_order_of_a_batch_tells_it_apart(change):
+    head, labels = HEADS["adaface"](), torch.zeros(N, dtype=torch.int64)
+    x = torch.randn(N, D, requires_grad=True)
+    loss = unsaved(head, x, labels)
+    unsaved(head, change(x.detach()), labels)
+    with pytest.raises(RuntimeError, match="for another batch than that of its last forward pass"):
+        loss.backward()
+
+
+def test_a_partial_heads_evaluation_between_the_passes_changes_nothing():
+    results = []
+    for run in (plain, unsaved):
+        torch.manual_seed(0)
+        head, labels = sampled(), torch.arange(N)
+        x = torch.randn(N, D, requires_grad=True)
+        loss = run(head, x, labels)
+        with torch.no_grad():
+            head.eval()(2 * x, labels)
+        head.train()
+        results.append(torch.autograd.grad(loss, x)[0])
+    assert torch.equal(*results)
+
+
+def test_a_partial_head_in_evaluation_mode_is_recomputed_with_the_same_classes():
+    results = []
+    for run in (plain, unsaved):
+        torch.manual_seed(0)
+        head, x = sampled().eval(), torch.randn(N, D, requires_grad=True)
+        results += torch.autograd.grad(run(head, x, torch.arange(N)), x)
+    assert torch.equal(*results)
+
+
+def test_a_recomputation_that_differs_names_its_causes():
+    head, labels = HEADS["adaface"](), torch.arange(N)
+    x = torch.randn(N, D, requires_grad=True)
+    noisy = lambda x: head(torch.nn.functional.dropout(x), labels)  # noqa: E731
+    loss = unsaved(noisy, x, preserve_rng_state=False)
+    with pytest.raises(RuntimeError, match=r"dropout and preserve_rng_state=False, or a hook"):
+        loss.backward()
+
+
+def test_passes_are_compared_on_the_device(monkeypatch):
+    """A GPU is not waited for: no comparison comes back to Python."""
+    head, labels = HEADS["adaface"](), torch.arange(N)
+    x = torch.randn(N, D, requires_grad=True)
+    loss = unsaved(head, x, labels)
+    asserted, check = [], torch._assert_async
+    monkeypatch.setattr(torch, "_assert_async", lambda *a: (asserted.append(a), check(*a)))
+    monkeypatch.setattr(torch, "equal", lambda *_: pytest.fail("torch.equal waits"))
+    loss.backward()
+    assert [bool(condition) for condition, _ in asserted] == [True]
+
+
+def test_ordinary_passes_compute_no_fingerprint(monkeypatch):
+    monkeypatch.setattr("synface.heads.fused._fingerprint", lambda *_: pytest.fail("computed"))
+    train("adaface", plain)
+    train("sampled", plain, fused=True)
+
+
+def test_pickles_without_what_came_later_load():
+    head = HEADS["adaface"]()
+    del head._last
+    again = pickle.loads(pickle.dumps(head))
+    assert again(torch.randn(N, D), torch.arange(N)).isfinite()
+    loss = HEADS["metric learning"]()
+    state = {k: v for k, v in loss.__dict__.items() if k != "_margin"}
+    older = type(loss).__new__(type(loss))
+    older.__setstate__(state | {"margin": sk.ArcFace(16.0, 0.3), "reducer": None, "distance": None})
+    assert (older.scale, older.margin) == (16, 0.3)
+    x, labels = torch.randn(N, D), torch.arange(N)
+    torch.testing.assert_close(
+        older(x, labels), sk.margin_cross_entropy(x, older.weight, labels, sk.ArcFace(16.0, 0.3))
+    )

@@ -1,6 +1,7 @@
 """The drop-ins for pytorch-metric-learning's losses, beside the originals, in float64."""
 
 import copy
+import inspect
 import math
 import sys
 
@@ -9,6 +10,8 @@ import torch
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 from synface.heads import ArcFaceLoss, CosFaceLoss, SubCenterArcFaceLoss
 from torch.nn.functional import normalize
+
+import synface_kernels as sk
 
 N, D, C = 20, 8, 11
 
@@ -254,11 +257,55 @@ def test_distance_and_reducer_are_theirs_and_may_be_set():
         ours.distance = distances.LpDistance()
 
 
+def test_reading_the_defaults_changes_nothing():
+    ours, _ = both(PAIRS[0])
+    x, labels = batch()
+    labels[: N // 2] = -100
+    expected, modules = ours(x, labels), list(ours.modules())
+    assert type(ours.reducer) is reducers.MeanReducer
+    assert type(ours.distance) is distances.CosineSimilarity
+    inspect.getmembers(ours)
+    assert list(ours.modules()) == modules
+    assert torch.equal(ours(x, labels), expected)
+
+
+def test_an_optimizer_of_W_and_the_weight_is_refused():
+    ours, _ = both(PAIRS[0])
+    x, labels = batch()
+    before = ours.W.detach().clone()
+    ours(x, labels).backward()
+    for given in (
+        [ours.W, *ours.parameters()],
+        [{"params": [ours.W]}, {"params": ours.parameters()}],
+        [{"params": [ours.W]}, {"params": [ours.W]}],
+    ):
+        with pytest.raises(RuntimeError, match="step the same centers more than once"):
+            torch.optim.SGD(given, 0.1).step()
+    with pytest.raises(RuntimeError, match=r"LBFGS flattens.*give it loss.weight"):
+        torch.optim.LBFGS([ours.W]).step(lambda: ours(x, labels))
+    assert torch.equal(ours.W, before)
+    torch.optim.SGD([ours.W, ArcFaceLoss(C, D).W], 0.1).step()
+    torch.testing.assert_close(ours.W.detach(), before - 0.1 * ours.W.grad)
+
+
+def test_W_is_written_by_operators_in_place():
+    ours, theirs = both(PAIRS[0])
+    before = theirs.W.detach().clone()
+    with torch.no_grad():
+        ours.W += 1
+        ours.W *= 2
+    assert torch.equal(ours.W, (before + 1) * 2)
+    with pytest.raises(TypeError, match=r"margin must be a number, in radians.*got CombinedMargin"):
+        ours.margin = sk.CombinedMargin()
+
+
 def test_without_their_package_their_defaults_are_named(monkeypatch):
     for module in ("distances", "reducers"):
         monkeypatch.setitem(sys.modules, f"pytorch_metric_learning.{module}", None)
     ours = ArcFaceLoss(C, D)
-    with pytest.raises(ImportError, match=r"MeanReducer.*install pytorch-metric-learning"):
+    assert not hasattr(ours, "reducer")
+    inspect.getmembers(ours)
+    with pytest.raises(AttributeError, match=r"MeanReducer.*install pytorch-metric-learning"):
         ours.reducer  # noqa: B018
     assert ours(torch.randn(N, D), torch.randint(C, (N,))).isfinite()
 

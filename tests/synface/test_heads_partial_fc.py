@@ -497,3 +497,29 @@ def test_kill_9_and_resume_give_the_same_centres(tmp_path):
     child.send_signal(signal.SIGKILL)
     child.wait()
     subprocess.run([sys.executable, "-c", RESUMED, str(Path(tmp_path))], check=True)
+
+
+def test_a_dense_gradient_under_torch_func():
+    """Also of a stack of heads, by vmap."""
+    x, labels = torch.randn(6, D), torch.arange(6)
+    weights = torch.randn(2, C, D)
+    classes = torch.arange(C - 2)
+    found = []
+    for sparse in (False, True):
+        head = MarginHead(D, C, sparse=sparse)
+
+        def loss(weight, head=head):
+            return torch.func.functional_call(
+                head, {"weight": weight}, (x, labels), {"class_ids": classes}
+            )
+
+        for weight in weights:
+            weight = weight.clone().requires_grad_()
+            found.append(torch.func.grad(loss)(weight))
+        if not sparse:
+            found.append(torch.func.vmap(torch.func.grad(loss))(weights.clone().requires_grad_()))
+    expected = weights.clone().requires_grad_()
+    for weight in expected:
+        sk.margin_cross_entropy(x, weight[classes], labels, sk.ArcFace()).backward()
+    for got in (torch.stack(found[:2]), found[2], torch.stack(found[3:])):
+        torch.testing.assert_close(got.to_dense(), expected.grad)

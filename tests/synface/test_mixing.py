@@ -371,7 +371,9 @@ def test_domain_mixup_names_what_is_wrong(changed, error, message):
         DomainMixup(3, 2)(**arguments | changed)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.int16, torch.uint8, torch.uint16, torch.uint64]
+)
 def test_other_integers_and_columns_are_labels_too(dtype):
     labels = torch.tensor([1, 0, 2])
     other = torch.tensor([0, 1])

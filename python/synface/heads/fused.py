@@ -1,4 +1,4 @@
-"""What the heads share: labels, sparse gradients, steps in the backward pass, recomputed passes."""
+"""What the heads share: sparse gradients, steps in the backward pass, recomputed passes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..optim import RowAdamW, RowSGD
 from .sparse_gradient import DenseGradient, watch
 
 _TRACKER = ModuleTracker()  # tells whether a backward pass is running
+_PENDING = 16  # how many passes that wait for their recomputation are told apart
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Settled = TypeVar("Settled")
 
@@ -69,7 +70,7 @@ class FusedHead(nn.Module):
         def settle() -> Any:  # reentrant checkpointing begins with a pass under no_grad
             return optimizer.next_update(self.weight) if torch.is_grad_enabled() else None
 
-        update = self._settled("update", embeddings, target, settle)
+        update = self._settled_eagerly("update", embeddings, target, settle)
         return options if update is None else options | {"update": update}
 
     def _centers(self) -> Tensor:
@@ -88,34 +89,59 @@ class FusedHead(nn.Module):
         """Return settle(), or what it returned in the forward pass that this one recomputes.
 
         A forward pass inside a backward pass is activation checkpointing's (`torch.utils
-        .checkpoint`): what a pass draws, counts or takes up must then be what it was.
+        .checkpoint`): what a pass draws, counts or takes up must then be what it was. Passes are
+        told apart by their batches, on the device; ordinary passes compute nothing for it.
 
         Raises:
-            RuntimeError: if the head has seen another batch since the pass that is recomputed.
+            RuntimeError: if the head has seen another batch since the pass that is recomputed, or
+                the same one twice; on a GPU, a device-side assertion.
         """
         if torch.compiler.is_compiling():
             return settle()
-        batch = _fingerprint(embeddings, target)
+        if not self.training:  # an evaluation between the passes is none of theirs
+            name = f"{name} in evaluation mode"
+        pending, last, value = self._last.get(name, ((), None, None))
         if not _TRACKER.is_bw:
+            last = _fingerprint(embeddings, target) if _may_be_recomputed() else None
             value = settle()
-        else:
-            last, value = self._last.get(name, ((), None))
-            if len(last) != len(batch) or not all(map(torch.equal, last, batch)):
-                raise RuntimeError(
-                    f"{type(self).__name__} is recomputed in a backward pass for another batch "
-                    "than that of its last forward pass, so its "
-                    f"{name} cannot be what they were: call the head outside of "
-                    "torch.utils.checkpoint (it holds no logits that would be saved), or run each "
-                    "backward pass before the next forward pass"
-                )
-            if value is None:
-                value = settle()
-        self._last[name] = batch, value
+            if last is not None:
+                pending = (*pending, last)[-_PENDING:]
+            self._last[name] = pending, last, value
+            return value
+        batch = _fingerprint(embeddings, target)
+        message = (
+            f"{type(self).__name__} is recomputed in a backward pass {{}}, so its {name} cannot be "
+            "what they were: call the head outside of torch.utils.checkpoint (it holds no logits "
+            "that would be saved), or run each backward pass before the next forward pass"
+        )
+        other = (
+            "for another batch than that of its last forward pass (or other embeddings came of it, "
+            "as with dropout and preserve_rng_state=False, or a hook calls the head)"
+        )
+        torch._assert_async(_alike(last, batch), message.format(other))
+        for earlier in pending:
+            if earlier is not last:
+                twice = "after two forward passes of the same batch"
+                torch._assert_async(~_alike(earlier, batch), message.format(twice))
+        if value is None:
+            value = settle()
+        self._last[name] = (), last, value
         return value
 
+    _settled_eagerly = torch.compiler.disable(_settled)  # no graph holds a generator or a step
 
-@torch.library.custom_op("synface::once", mutates_args=())
-def once(value: Tensor) -> Tensor:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_last": _Last()} | state)  # older pickles have none
+
+
+def _may_be_recomputed() -> bool:
+    """Whether a forward pass may be under activation checkpointing: reentrant or with hooks."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None or not torch.is_grad_enabled()
+
+
+@torch.library.custom_op("synface::raise_if_recomputed", mutates_args=())
+def raise_if_recomputed(value: Tensor) -> Tensor:
     """Return a copy of what a compiled head is to keep, but raise in a recomputed forward pass.
 
     Compiled code cannot tell by itself whether it runs inside a backward pass.
@@ -123,13 +149,13 @@ def once(value: Tensor) -> Tensor:
     if _TRACKER.is_bw:
         raise RuntimeError(
             "a compiled head would count this batch a second time when torch.utils.checkpoint "
-            "recomputes it: call the head outside of the checkpointed function, or compile the "
-            "function that calls checkpoint, or leave the head uncompiled"
+            "recomputes it, and with other numbers: call the head outside of the checkpointed "
+            "function, or leave the head uncompiled (torch.compiler.disable(head))"
         )
     return value.clone()
 
 
-@once.register_fake
+@raise_if_recomputed.register_fake
 def _(value: Tensor) -> Tensor:
     return torch.empty_like(value)
 
@@ -141,30 +167,23 @@ class _Last(dict[str, Any]):
         return _Last, ()
 
 
-def labels_of(target: Any, target_weight: Any = None) -> Any:
-    """Return integer labels as int64, and (N, 1) as (N,) where they have no weights.
-
-    What is wrong stays as it came, for the op to say so: on all ranks, where a rank that raised by
-    itself would leave the others waiting.
-    """
-    if not isinstance(target, Tensor) or target.dtype == torch.bool:
-        return target
-    if target.is_floating_point() or target.is_complex():
-        return target
-    if target.dim() == 2 and target.shape[1] == 1 and target_weight is None:
-        target = target.squeeze(1)
-    return target.to(torch.int64)
+def _alike(first: tuple[Tensor, ...] | None, second: tuple[Tensor, ...]) -> Tensor:
+    """Return whether two fingerprints are equal, without waiting for a GPU."""
+    if not first or len(first) != len(second):
+        return torch.zeros((), dtype=torch.bool, device="cpu")
+    return torch.stack([one == other for one, other in zip(first, second, strict=True)]).all()
 
 
 @torch.no_grad()
 def _fingerprint(*batch: Any) -> tuple[Tensor, ...]:
-    """Return an int64 of each tensor's bits and their order, without waiting for a GPU."""
+    """Return int64 sums of each tensor's bits, in their order, without waiting for a GPU."""
     sums = []
     for tensor in batch:
         if not isinstance(tensor, Tensor) or tensor.dim() not in (1, 2) or tensor.is_complex():
             continue  # the op will raise
         bits = tensor.detach().contiguous().view(_BITS[tensor.element_size()])
-        rows = bits if bits.dim() == 1 else bits.sum(1)
-        odd = torch.arange(len(rows), device=rows.device).mul_(2).add_(1)
-        sums.append((rows * odd).sum())
+        for dim in range(bits.dim()):
+            line = bits if bits.dim() == 1 else bits.sum(1 - dim)
+            odd = torch.arange(len(line), device=line.device).mul_(2).add_(1)
+            sums.append((line * odd).sum())
     return tuple(sums)

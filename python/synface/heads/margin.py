@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import synface_kernels as sk
 
 from ..check import check_integer, describe
-from .fused import FusedHead, labels_of, once
+from ..labels import labels_of
+from .fused import FusedHead, raise_if_recomputed
 
 _STATISTICS = ("norm_mean", "norm_std")  # AdaFace's buffers
 
@@ -95,7 +96,7 @@ class MarginHead(FusedHead):
         Args and errors: as `synface_kernels.margin_cross_entropy`, whose options (``mix``,
         ``reduction``, ``return_stats``, a per-batch ``margin``, …) may follow.
         """
-        target = labels_of(target, target_weight)
+        target = labels_of(target, target_weight is not None)
         settings: dict[str, Any] = {
             "margin": self.margin,
             "workspace": self.workspace,
@@ -202,7 +203,7 @@ class AdaFace(MarginHead):
     ) -> Any:
         """As `MarginHead.forward`; its ``margin`` is this head's own."""
         _own_margin(options)
-        target = labels_of(target, target_weight)
+        target = labels_of(target, target_weight is not None)
         length = _lengths(embeddings).detach()
         mean, std = self.norm_mean, self.norm_std
         if self.training:
@@ -210,12 +211,12 @@ class AdaFace(MarginHead):
             mean, std = self._settled(
                 "running statistics", embeddings, target, lambda: self._statistics(length, counted)
             )
+            if torch.compiler.is_compiling():  # before their use: what is recomputed has to meet it
+                mean, std = raise_if_recomputed(mean), raise_if_recomputed(std)
         quality = ((length - mean) * self.h / std.clamp_min(1e-3)).clamp(-1, 1)
         margin = replace(self.margin, m2=-self.m * quality, m3=self.m * quality + self.m)
         result = super().forward(embeddings, target, target_weight, margin=margin, **options)
         if self.training:  # only now: an error leaves the state as it was
-            if torch.compiler.is_compiling():
-                mean, std = once(mean), once(std)
             self.norm_mean.copy_(mean)
             self.norm_std.copy_(std)
         return result
@@ -307,7 +308,7 @@ class MagFace(MarginHead):
     ) -> Any:
         """As `MarginHead.forward`; its ``margin`` is this head's own."""
         _own_margin(options)
-        target = labels_of(target, target_weight)
+        target = labels_of(target, target_weight is not None)
         length = _lengths(embeddings).clamp(self.l_a, self.u_a)
         counted = _counted(length, target, options)
         slope = (self.u_m - self.l_m) / (self.u_a - self.l_a)

@@ -25,12 +25,18 @@ from torch.nn.functional import normalize
 import synface_kernels as sk
 
 from ..check import check_integer, check_number, describe
-from .fused import labels_of
+from ..labels import labels_of
 from .their_centers import TheirCenters, turned, turned_back
+
+_DEFAULTS = {"distance": "CosineSimilarity", "reducer": "MeanReducer"}  # theirs
 
 
 class _Loss(nn.Module):
-    """What the losses share. ``weight`` is (C, D), or (C, S, D) with S sub-centres a class."""
+    """What the losses share. ``weight`` is (C, D), or (C, S, D) with S sub-centres a class.
+
+    ``distance`` and ``reducer`` are what was given, or new objects of their defaults, and may be
+    set.
+    """
 
     weight: nn.Parameter
     _margin_name = "m2"  # which of the margin's numbers theirs calls its margin
@@ -98,52 +104,60 @@ class _Loss(nn.Module):
 
     @margin.setter
     def margin(self, value: float) -> None:
-        changed: dict[str, Any] = {self._margin_name: float(value)}
+        try:
+            changed: dict[str, Any] = {self._margin_name: float(value)}
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"margin must be a number, in radians (in cosines for CosFaceLoss), got "
+                f"{describe(value)}: for a margin of another kind use synface.heads.MarginHead"
+            ) from None
         self._margin = replace(self._margin, **changed)
 
-    @property
-    def distance(self) -> Any:
-        """The distance that was given, or theirs: ``CosineSimilarity()``."""
-        given = self._given("distance")
-        return self._theirs("distance", "CosineSimilarity") if given is None else given
-
-    @property
-    def reducer(self) -> Any:
-        """The reducer that was given, or theirs: ``MeanReducer()``."""
-        given = self._given("reducer")
-        return self._theirs("reducer", "MeanReducer") if given is None else given
-
-    def _given(self, name: str) -> Any:
-        return self._modules.get(name, self.__dict__.get(name))
-
-    def _theirs(self, name: str, kind: str) -> Any:
-        """Take theirs from now on, so that what is done to it has an effect."""
+    def __getattr__(self, name: str) -> Any:
+        """Return theirs where no distance or reducer was given; the loss does without it."""
+        if name not in _DEFAULTS:
+            return super().__getattr__(name)
+        if name in self._modules:
+            return self._modules[name]
+        kind = _DEFAULTS[name]
         try:
             found = importlib.import_module(f"pytorch_metric_learning.{name}s")
         except ImportError as error:
-            raise ImportError(
+            raise AttributeError(  # which hasattr and inspect expect
                 f"{type(self).__name__}.{name} was not given, and its default is "
                 f"pytorch_metric_learning's {kind}, which cannot be imported ({error}): install "
                 "pytorch-metric-learning, or do without"
             ) from error
-        self._modules[name] = getattr(found, kind)()
-        return self._modules[name]
+        return getattr(found, kind)()
+
+    def _given(self, name: str) -> Any:
+        return self._modules.get(name, self.__dict__.get(name))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "W":
+            if isinstance(value, TheirCenters) and value._weight is self.weight:
+                return  # ``loss.W += 1`` has written it in place
             raise AttributeError(
                 f"W is a view of loss.weight, {tuple(self.weight.shape)}, and cannot be replaced: "
                 "copy values by loss.W.data = values, or assign loss.weight = nn.Parameter(…) "
                 "of that shape before the optimizer is made"
             )
-        if name not in ("distance", "reducer"):
+        if name not in _DEFAULTS:
             super().__setattr__(name, value)
             return
         if name == "distance":
             _check_distance(value)
         for kept in (self._modules, self.__dict__):
             kept.pop(name, None)
-        (self._modules if isinstance(value, nn.Module) else self.__dict__)[name] = value
+        if value is not None:
+            (self._modules if isinstance(value, nn.Module) else self.__dict__)[name] = value
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_margin" not in state:  # older pickles
+            state = state | {"_margin": state["margin"]}
+        super().__setstate__(
+            {k: v for k, v in state.items() if v is not None or k not in _DEFAULTS}
+        )
 
     def forward(
         self,

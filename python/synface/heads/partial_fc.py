@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import synface_kernels as sk
 
 from ..check import check_integer, check_number, describe
-from .fused import FusedHead, labels_of
+from ..labels import labels_of
+from .fused import FusedHead
 
 
 class PartialFC(FusedHead):
@@ -131,7 +132,7 @@ class PartialFC(FusedHead):
             options: of `synface_kernels.margin_cross_entropy`, such as ``reduction``,
                 ``return_stats``, or ``target_weight`` for (N, K) labels.
         """
-        labels = labels_of(local_labels, options.get("target_weight"))
+        labels = labels_of(local_labels, options.get("target_weight") is not None)
         if isinstance(labels, Tensor):
             labels = labels.to(self.weight.device)
         settings: dict[str, Any] = {"margin": self.margin, "impl": self.impl} | options
@@ -139,17 +140,17 @@ class PartialFC(FusedHead):
         if self.group is not None:
             shard = {"group": self.group, "class_start": self.class_start}
             local_embeddings = _times(local_embeddings, self.world_size)
-        places = labels
+        indices = labels
         if self.sample_rate < 1:
-            settings["class_ids"], places = self._sampled(local_embeddings, labels, options, shard)
+            settings["class_ids"], indices = self._sampled(local_embeddings, labels, options, shard)
         settings = self._with_update(settings, local_embeddings, labels)
         weight = self._centers()
-        return sk.margin_cross_entropy(local_embeddings, weight, places, **settings, **shard)
+        return sk.margin_cross_entropy(local_embeddings, weight, indices, **settings, **shard)
 
     def _sampled(
         self, embeddings: Tensor, labels: Tensor, options: dict[str, Any], shard: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """The classes of this step, and the labels as places in them."""
+        """The classes of this step, and the labels as indices into them."""
 
         def draw() -> tuple[Tensor, Tensor]:
             return sk.sample_classes(
@@ -165,8 +166,6 @@ class PartialFC(FusedHead):
             return self._settled_eagerly("sampled classes", embeddings, labels, draw)
         drawn = draw()  # torch's generator goes on as it did when a pass is recomputed
         return self._settled("sampled classes", embeddings, labels, lambda: drawn)
-
-    _settled_eagerly = torch.compiler.disable(FusedHead._settled)  # no graph holds a generator
 
     def extra_repr(self) -> str:
         return (

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 import synface_kernels as sk
 
 from ..check import check_integer, describe
+from ..labels import labels_of
 from ..randomness import generator, normals
-from .fused import FusedHead, labels_of
+from .fused import FusedHead
 from .partial_fc import _times
 
 INIT_ROWS = 4096  # centres that are drawn together
@@ -124,7 +125,7 @@ class ShardedMarginHead(FusedHead):
         Args and errors: as `synface_kernels.margin_cross_entropy`, whose options (``mix``,
         ``reduction``, ``return_stats``, ``class_ids``, a per-batch ``margin``, …) may follow.
         """
-        target = labels_of(target, target_weight)
+        target = labels_of(target, target_weight is not None)
         if self.averaged:
             embeddings = _times(embeddings, self.ranks)
         settings: dict[str, Any] = {

@@ -16,9 +16,15 @@ _HEADS: WeakSet[nn.Module] = WeakSet()
 class DenseGradient(torch.autograd.Function):
     """The same tensor, whose gradient is dense even where it comes as a sparse one."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> Tensor:
+    def forward(weight: Tensor) -> Tensor:
         return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

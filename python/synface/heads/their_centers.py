@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 
 class TheirCenters(nn.Parameter):
@@ -23,6 +25,8 @@ class TheirCenters(nn.Parameter):
     def of(weight: nn.Parameter) -> TheirCenters:
         view = turned(weight).as_subclass(TheirCenters)
         view._weight = weight
+        if not torch.compiler.is_compiling():
+            _watch_optimizers()
         return view
 
     is_leaf = True
@@ -80,6 +84,28 @@ class TheirCenters(nn.Parameter):
 
     def __deepcopy__(self, memo: Any) -> Any:
         return nn.Parameter(self.detach().clone(), self.requires_grad)
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Raise where an optimizer cannot step W, or would step the same centers twice."""
+    given = [each for group in optimizer.param_groups for each in group["params"]]
+    weights = [each._weight for each in given if isinstance(each, TheirCenters)]
+    if weights and isinstance(optimizer, torch.optim.LBFGS):
+        raise RuntimeError(
+            "LBFGS flattens its parameters, which loss.W, a transposed view, cannot be: give it "
+            "loss.weight or loss.parameters()"
+        )
+    for weight in weights:
+        if sum(each is weight or getattr(each, "_weight", None) is weight for each in given) > 1:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} would step the same centers more than once: loss.W is "
+                "a view of loss.weight, which loss.parameters() holds; give it one of them"
+            )
 
 
 def turned(weight: Tensor) -> Tensor:

@@ -1,0 +1,23 @@
+"""The integer labels that heads and mixers take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def labels_of(target: Any, keep_column: bool = False) -> Any:
+    """Return integer labels as int64, and (N, 1) as (N,) unless the column is to be kept.
+
+    What is wrong stays as it came, for the caller to say so: with a process group on all ranks,
+    where a rank that raised by itself would leave the others waiting.
+    """
+    if not isinstance(target, Tensor) or target.dtype == torch.bool:
+        return target
+    if target.is_floating_point() or target.is_complex():
+        return target
+    if target.dim() == 2 and target.shape[1] == 1 and not keep_column:
+        target = target.squeeze(1)
+    return target.to(torch.int64)
