@@ -8,16 +8,12 @@ _CHANNELS = (1, 3, 4)  # of gray, color, and color with alpha
 
 
 def check_layout(shape: Sequence[int], layout: str) -> None:
-    """Raise ValueError where four-dimensional images are evidently of the other layout.
+    """Raise ValueError where images (B, C, H, W) are evidently taken for NHWC, the default.
 
-    That is where the dimension that should be the channels is none of 1, 3 and 4, and the one that
-    would be in the other layout is.
+    That is where the last dimension is none of 1, 3 and 4, and the second is.
     """
-    first, last = shape[1], shape[3]
-    channels, elsewhere = (last, first) if layout == "NHWC" else (first, last)
-    if channels not in _CHANNELS and elsewhere in _CHANNELS:
-        other, order = ("NCHW", "(B, C, H, W)") if layout == "NHWC" else ("NHWC", "(B, H, W, C)")
+    if layout == "NHWC" and shape[3] not in _CHANNELS and shape[1] in _CHANNELS:
         raise ValueError(
-            f'images of shape {tuple(shape)} would have {channels} channels in layout="{layout}": '
-            f'give layout="{other}" for {order} images'
+            f'images of shape {tuple(shape)} would have {shape[3]} channels in layout="NHWC": '
+            'give layout="NCHW" for (B, C, H, W) images'
         )

@@ -120,6 +120,9 @@ def memory_format_of(images: Tensor, layout: str) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
+CHANNELS = (1, 3, 4)  # of gray, color, and color with alpha
+
+
 def check_images(name: str, images: Tensor, layout: str) -> None:
     if not isinstance(images, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(images)}")
@@ -127,6 +130,16 @@ def check_images(name: str, images: Tensor, layout: str) -> None:
         shape = "(N, H, W, C)" if layout == "NHWC" else "(N, C, H, W)"
         raise ValueError(
             f"{name} must be uint8 or floating point of shape {shape}, got {describe(images)}"
+        )
+    _, first, width, last = images.shape
+    channels, elsewhere, other = (
+        (last, first, "NCHW") if layout == "NHWC" else (first, last, "NHWC")
+    )
+    # Square maps of many channels are what a layer made, in the layout that was given.
+    if channels not in CHANNELS and elsewhere in CHANNELS and (layout == "NHWC" or width != last):
+        raise ValueError(
+            f"{name} of shape {tuple(images.shape)} would have {channels} channels in "
+            f'layout="{layout}": give layout="{other}"'
         )
 
 

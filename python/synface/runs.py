@@ -17,6 +17,7 @@ from . import checkpoint, sharded
 from .backbone import IResNet
 from .check import check_folder, check_memory
 from .checkpoint import CheckpointError
+from .extras import extra
 from .randomness import standard_defaults
 from .textfiles import read_json
 from .train_config import TrainConfig
@@ -113,7 +114,8 @@ def check_start(
         ours = check_network(config, (*size, channels or 1))
         check_backbone(found, theirs.state_dict(), ours)
     if tensorboard:
-        import_module("torch.utils.tensorboard")
+        with extra("tensorboard", "the log for TensorBoard"):
+            import_module("torch.utils.tensorboard")
 
 
 def check_backbone(found: Path, theirs: dict[str, Tensor], ours: IResNet) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
@@ -375,7 +376,7 @@ def _refuse_idle(context: typer.Context, run: dict[str, Any], config: TrainConfi
 
 def _absolute(path: Path | str | None) -> str | None:
     """A path as a run's folder keeps it, which may be resumed from any directory."""
-    return path if path is None or path == EMBEDDED else str(Path(path).absolute())
+    return path if path is None or path == EMBEDDED else os.path.abspath(path)
 
 
 def _image_size(run: dict[str, Any]) -> tuple[int, int]:
