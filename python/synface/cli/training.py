@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ..check import check_folder
 from ..data import open_images
+from ..extras import extra
 from ..textfiles import read_json
 from ..train_config import TrainConfig
 from ..verification_sets import PairSet, TemplateSet, open_set
@@ -530,6 +531,8 @@ def eval_command(
     height, width, channels = state["data"]["image_shape"]
     if output is not None:
         check_folder("--output", output)
+        with extra("train", "drawing figures"):  # raises before the verification, not after it
+            import matplotlib.figure  # noqa: F401
     on = _device(device)
     backbone.to(on)
     about = {"run": str(run), "step": state["step"], "flip": flip, "device": str(on)}

@@ -62,8 +62,9 @@ def pack(
         check_output(file, overwrite)
     check_folder(f"the folder of {output.name}", output.parent)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with extra("train", "drawing figures"):
-        import matplotlib.figure  # noqa: F401 - raises before the packing, not after it
+    with extra("train", "a packing's file and picture"):  # raises before the packing, not after it
+        import matplotlib.figure  # noqa: F401
+        import safetensors.torch  # noqa: F401
 
     if not resume:
         for folder in folders.values():
