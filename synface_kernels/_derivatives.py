@@ -115,6 +115,11 @@ def register(
 
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
+            if torch._C._are_functorch_transforms_active():
+                raise NotImplementedError(
+                    f"{op} under torch.func's transforms cannot be compiled: leave them outside of "
+                    "torch.compile"
+                )
             return run(*arguments)
         if torch._C._are_functorch_transforms_active():
             return Transformed.apply(*arguments)

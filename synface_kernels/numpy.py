@@ -17,6 +17,7 @@ from ._layout import check_layout
 
 _numpy: Any = import_module("._numpy", __package__)
 cpu_isa = _numpy.cpu_isa
+SCALE_MAX = 1e6  # as the margins of torch's side have it, which cannot be imported here
 
 
 def domain_mixup(
@@ -232,10 +233,14 @@ def _checked(
             "input (N, D), weight (C, D) and labels (N, K) do not fit together: got "
             f"{input.shape}, {weight.shape} and {labels.shape}"
         )
-    if not isinstance(scale, (int, float, np.integer, np.floating)):
+    if labels.size and int(labels.min()) < -1:
+        raise ValueError(f"labels must be in [-1, {len(weight)}), got {int(labels.min())}")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, np.integer, np.floating)):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    if not (math.isfinite(scale) and scale > 0):
+    if not 0 < scale < math.inf:
         raise ValueError(f"scale must be finite and positive, got {scale}")
+    if scale > SCALE_MAX:
+        raise ValueError(f"scale must be at most {SCALE_MAX:g}, got {scale}")
     return (
         np.ascontiguousarray(input),
         np.ascontiguousarray(weight),

@@ -49,6 +49,10 @@ def test_labels_of_any_integer_type() -> None:
         ({"scale": -1}, ValueError, "scale must be finite and positive, got -1"),
         ({"scale": 0.0}, ValueError, "scale must be finite and positive, got 0.0"),
         ({"scale": "64"}, TypeError, "scale must be a number, got str"),
+        ({"scale": True}, TypeError, "scale must be a number, got bool"),
+        ({"scale": 1e308}, ValueError, r"scale must be at most 1e\+06, got 1e\+308"),
+        ({"scale": 10**400}, ValueError, r"scale must be at most 1e\+06, got 1000"),
+        ({"labels": LABELS * 0 - 2}, ValueError, "labels must be in .*got -2"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:

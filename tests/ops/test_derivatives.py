@@ -263,3 +263,14 @@ def test_retained_graphs_give_the_same_gradient_twice(name: str) -> None:
     first = torch.autograd.grad(value, x, create_graph=True)[0]
     assert math.isfinite(first.norm().item())
     assert torch.equal(first, torch.autograd.grad(value, x)[0])
+
+
+def test_transforms_inside_compiled_code_raise() -> None:
+    """Dynamo's graphs would drop the tangent."""
+    points = torch.randn(9, 4, dtype=torch.float64)
+
+    def along(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(sk.hypersphere_repulsion, (x,), (torch.ones_like(x),))[1]
+
+    with pytest.raises(Exception, match="hypersphere_repulsion under"):
+        torch.compile(along, backend="eager", fullgraph=True)(points)

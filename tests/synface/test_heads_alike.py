@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from synface.centers import Centers, CentersConfig
 from synface.heads import (
     AdaFace,
     ArcFaceLoss,
@@ -75,6 +76,13 @@ def test_a_column_with_weights_is_a_label_a_row(name):
     assert stats.target_cosine.shape == (N, 1)
     _, stats = loss_of(head, x, column, return_stats=True)
     assert stats.target_cosine.shape == (N,)
+
+
+def test_centers_in_files_take_the_heads_labels():
+    centers, x, labels = Centers.create(CentersConfig(C, D)), torch.randn(N, D), torch.arange(N)
+    expected = centers.loss(x, labels, num_sampled=C)
+    for given in (labels.to(torch.int32), labels[:, None]):
+        assert torch.equal(centers.loss(x, given, num_sampled=C), expected)
 
 
 @pytest.mark.parametrize("name", HEADS)

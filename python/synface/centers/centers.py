@@ -17,6 +17,7 @@ from torch import Tensor
 import synface_kernels as sk
 
 from ..check import check_number
+from ..labels import labels_of
 from ..randomness import generator, seeds
 from .checksums import row_checksums
 from .config import DTYPES, CentersConfig
@@ -229,6 +230,7 @@ class Centers:
                 "a gradient awaits update(lr): take the step, or drop it with discard()"
             )
         self.discard()
+        target = labels_of(target, keep_column="target_weight" in options)
         with self._timed("sample"):
             class_ids, target = sk.sample_classes(
                 target,
