@@ -18,6 +18,7 @@ from ..._check import integer, number
 
 R_MIN = 1e-6
 SHARPEST = 1e6  # a float32 cosine's last bit is then a factor of 1.06
+SHARPNESS = f"in (0, {SHARPEST:g}]"  # made here, for Dynamo formats no float
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -39,9 +40,8 @@ class _Checked:
         return value
 
     def _sharpness(self) -> None:
-        bounds = f"in (0, {SHARPEST:g}]"
-        t = self._number("t", bounds)
-        _require(0 < t <= SHARPEST, "t", t, bounds)
+        t = self._number("t", SHARPNESS)
+        _require(0 < t <= SHARPEST, "t", t, SHARPNESS)
 
 
 @dataclass(frozen=True)
