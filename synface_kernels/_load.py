@@ -31,7 +31,8 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:  # built against another torch, or a library is missing
-        return f"the extension {spec.origin} does not load in torch {torch.__version__}: {error}"
+        cause = error.__cause__ or error  # torch's own sentence names the file alone
+        return f"the extension {spec.origin} does not load in torch {torch.__version__}: {cause}"
     return None
 
 
