@@ -204,6 +204,6 @@ def test_a_gradient_scaler_takes_sampled_classes():
 def test_sampled_classes_under_lightning_as_documented():
     pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed")
     page = (EXAMPLES.parent / "docs" / "migrate.md").read_text()
-    (block,) = re.findall(r"```python\n(class Sampled.*?)```", page, flags=re.DOTALL)
+    (block,) = re.findall(r"```python\n([^`]*?class Sampled.*?)```", page, flags=re.DOTALL)
     first, last = losses_printed_by([sys.executable, "-c", LIGHTNING.format(block=block)])
     assert last < first
