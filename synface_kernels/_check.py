@@ -110,7 +110,7 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 
 def _side_by_side(first: Tensor, second: Tensor) -> bool:
-    """Whether two matrices are different columns of a larger one, by rows equally far apart."""
+    """Return whether two matrices are different columns of a larger one."""
     if not first.dim() == second.dim() == 2:
         return False
     rows = [[step * t.element_size() for step in t.stride()] for t in (first, second)]

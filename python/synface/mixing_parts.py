@@ -1,4 +1,4 @@
-"""What the mixers share: boxes of CutMix, labels with weights, and checks of arguments."""
+"""Helpers of the mixers: boxes of CutMix, labels with weights, and checks of arguments."""
 
 from __future__ import annotations
 

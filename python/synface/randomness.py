@@ -30,7 +30,7 @@ def normals(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 @contextmanager
 def standard_defaults() -> Iterator[None]:
-    """What is made without a device or dtype is float32 on the CPU, whatever torch's defaults are.
+    """Make tensors float32 on the CPU by default, whatever torch's defaults are.
 
     For building modules: their parameters are then the same in every program.
     """

@@ -146,7 +146,7 @@ def load_backbone(path: Path) -> tuple[IResNet, dict[str, Any]]:
 
 
 def inherited(found: Path, theirs: int, ours: int) -> str:
-    """What a run over so many identities takes from a checkpoint over others, in words."""
+    """Say in words what a run takes from a checkpoint over as many or other identities."""
     if theirs == ours:
         return f"begins with the backbone and the {ours:,} class centers of {found}"
     return (
@@ -156,7 +156,7 @@ def inherited(found: Path, theirs: int, ours: int) -> str:
 
 
 def started_as(output: Path) -> dict[str, Any] | None:
-    """How a run was started, as its folder has it; None where it does not say.
+    """Return how a run was started, as its folder has it; None where it does not say.
 
     Raises:
         CheckpointError: for a file that is damaged.

@@ -189,7 +189,7 @@ def is_sharded(path: Path) -> bool:
 def read(
     path: Path, wanted: checkpoint.Wanted | None = None, verified: slice = slice(None)
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a checkpoint holds of the model, put together, and its state, in one process.
+    """Return the tensors of a checkpoint's model, put together, and its state, in one process.
 
     Args:
         wanted: which tensors, or rows of them. Default: all of the model's.
@@ -225,7 +225,7 @@ def read(
 def _stored(
     found: Path, state: dict[str, Any], reader: dcp.HuggingFaceStorageReader
 ) -> dict[str, Any]:
-    """What the files say of their tensors, once it fits into the files."""
+    """Return what the files say of their tensors; raise unless it fits into the files."""
     try:
         stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
         needed = sum(t.size.numel() * t.properties.dtype.itemsize for t in stored.values())

@@ -44,7 +44,7 @@ Targets: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 
 @dataclass(eq=False)
 class _TimmCall:
-    """What timm's two callables share: arguments, draws and targets.
+    """Base class of timm's two callables: arguments, draws and targets.
 
     Each image is mixed with its mirror image in the order of the batch, i with B − 1 − i. All
     arguments are attributes of these names, read at each call, and may be set between calls.
@@ -372,7 +372,7 @@ class TimmMixup(Mixup):
 
 
 def _blends(pixel: Tensor) -> bool:
-    """Whether an image is blended with its partner; True where knowing would wait for a GPU."""
+    """Return whether any image is blended; True where a look would wait for a GPU."""
     return pixel.device.type != "cpu" or not bool((pixel == 1).all())
 
 

@@ -1,4 +1,4 @@
-"""What makes a training run; to know its defaults, torch is not imported."""
+"""Configuration of a training run, without an import of torch."""
 
 from __future__ import annotations
 

@@ -389,8 +389,11 @@ def _image_size(run: dict[str, Any]) -> tuple[int, int]:
 def _stored_run(
     context: typer.Context, folder: Path, given: dict[str, Any]
 ) -> tuple[dict[str, Any], TrainConfig]:
-    """How the run was started. Options given now must agree with it, but for more epochs and for
-    where the images are, which `train` holds against the run's fingerprint."""
+    """Return how a run was started; raise unless the options given now agree with it.
+
+    More epochs may be given, and other places of the images, which `train` holds against the run's
+    fingerprint.
+    """
     from ..runs import CONFIG
 
     run, config = _command(folder / CONFIG)
@@ -418,7 +421,7 @@ def _stored_run(
 
 
 def _place(folder: Path, name: str, path: str | None, option: str | None = None) -> str | None:
-    """Where images of a run are, absolute; raises ValueError where nothing is there."""
+    """Return the absolute path of a run's images; raise ValueError where nothing is there."""
     path = _absolute(path)
     if path not in (None, EMBEDDED) and not Path(path).exists():
         raise ValueError(
@@ -475,7 +478,7 @@ def eval_command(
     device: Annotated[
         str,
         typer.Option(
-            help="Where the network runs: cpu, cuda, cuda:1 …; auto is cuda where there is one."
+            help="Device of the network: cpu, cuda, cuda:1 …; auto is cuda where there is one."
         ),
     ] = "auto",
     batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 256,
@@ -613,7 +616,7 @@ def _report(output: Path | None, results: Sequence[SetResult], about: dict[str, 
 
 
 def _may_be(images: ImageSet, command: dict[str, Any], trained_on: dict[str, Any]) -> bool:
-    """Whether these may be the images of a run, as far as that is seen without decoding any."""
+    """Return whether these may be a run's images, as far as that shows without decoding any."""
     from ..sources import fingerprint
 
     people = len(images.identities) - command["holdout"]

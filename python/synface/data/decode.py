@@ -48,7 +48,7 @@ def keep(count: int, holdout: int) -> int:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What a folder holds, in natural order, without hidden entries and macOS's own."""
+    """Return a folder's entries in natural order, without hidden ones and macOS's own."""
     return [Path(entry.path) for entry in scan(folder)]
 
 

@@ -1,4 +1,4 @@
-"""What image files say beside their pixels. It is hostile too, and may break no readable image."""
+"""Metadata of image files: read for the orientation alone, so that none breaks a readable image."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _of_xmp(told: Mapping[Any, Any]) -> int:
 
 
 def deep(image: Image.Image) -> bool:
-    """Whether a file, as opened, has more than 8 bits per channel; Pillow cuts RGB to 8."""
+    """Return whether an opened file has more than 8 bits per channel; Pillow cuts RGB to 8."""
     if image.mode[0] in "IF":
         return True
     if image.format == "TIFF":

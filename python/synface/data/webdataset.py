@@ -52,7 +52,7 @@ COMPRESSED: tuple[tuple[bytes, Callable], ...] = (
 
 
 def _opener(path: Path) -> Callable | None:
-    """What decompresses a shard, if anything: by its first bytes, for a name may be wrong."""
+    """Return the decompressor of a shard, or None, by its first bytes: a name may be wrong."""
     with path.open("rb") as file:
         begin = file.read(10)
     return next((opener for magic, opener in COMPRESSED if re.match(magic, begin)), None)

@@ -1,4 +1,4 @@
-"""What the heads share: sparse gradients, steps in the backward pass, recomputed passes."""
+"""The heads' base class: sparse gradients, steps in the backward pass, recomputed passes."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class FusedHead(nn.Module):
 
 
 def _may_be_recomputed() -> bool:
-    """Whether a forward pass may be under activation checkpointing: reentrant or with hooks."""
+    """Return whether a forward pass may be under activation checkpointing, of either kind."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None or not torch.is_grad_enabled()
 
@@ -161,7 +161,7 @@ def _(value: Tensor) -> Tensor:
 
 
 class _Last(dict[str, Any]):
-    """What a head's last forward pass settled, by name; neither copied nor pickled."""
+    """Results of a head's last forward passes, by name; neither copied nor pickled."""
 
     def __reduce__(self) -> Any:
         return _Last, ()

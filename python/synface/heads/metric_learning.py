@@ -32,7 +32,7 @@ _DEFAULTS = {"distance": "CosineSimilarity", "reducer": "MeanReducer"}  # theirs
 
 
 class _Loss(nn.Module):
-    """What the losses share. ``weight`` is (C, D), or (C, S, D) with S sub-centres a class.
+    """Base class of the losses; ``weight`` is (C, D), or (C, S, D) with S sub-centers a class.
 
     ``distance`` and ``reducer`` are what was given, or new objects of their defaults, and may be
     set.

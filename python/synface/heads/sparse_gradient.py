@@ -79,7 +79,7 @@ def _check(optimizer: Optimizer) -> None:
 
 
 def _takes(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    """Whether an optimizer takes sparse gradients; those that are not torch's are believed to."""
+    """Return whether an optimizer takes sparse gradients; True for those that are not torch's."""
     optim = torch.optim
     if isinstance(optimizer, (optim.SparseAdam, optim.LBFGS)):
         return True
