@@ -31,7 +31,7 @@ def read_text(file: Path, kind: type[ValueError] = ValueError, most: int = MAX_B
     if len(content) > most:
         raise kind(f"{file} must have at most {most:,} bytes, and has more")
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")  # editors add a mark
     except UnicodeDecodeError as error:
         raise kind(f"{file} is not UTF-8 text: {error}") from error
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from . import pickles
 from .data import decode
 from .data.decode import DataError
-from .data.images import MAX_BYTES, Files, Names, Store, natural_files, read_at_most
+from .data.images import MAX_BYTES, Files, Names, Store, natural_files
+from .textfiles import read_text
 
 FOLDS = 10
 
@@ -197,7 +198,7 @@ def read_pairs(path: str | Path, images: str | Path) -> PairSet:
         DataError: for a line of another form, too few lines, and images that are not there.
     """
     path, root = Path(path), Path(images)
-    lines = _read_text(path).splitlines()
+    lines = read_text(path, DataError, MAX_BYTES).splitlines()
     head = lines[0].split() if lines else []
     if lines and _words(lines[0])[2:] in (["0"], ["1"]):
         return _read_paths(path, root, lines)
@@ -342,7 +343,7 @@ def read_templates(folder: str | Path, images: str | Path | None = None) -> Temp
     listed = _only(folder, "tid_mid.txt")
     names: list[Path] = []
     numbers: list[tuple[int, int]] = []
-    for line, text in enumerate(_read_text(listed).splitlines(), 1):
+    for line, text in enumerate(read_text(listed, DataError, MAX_BYTES).splitlines(), 1):
         words = text.rsplit(maxsplit=2)
         if len(words) != 3 or not all(w.isdecimal() and len(w) < 18 for w in words[1:]):
             raise DataError(
@@ -439,14 +440,3 @@ def _read_table(file: Path, separator: str | None, columns: int) -> NDArray[np.i
     if not len(table):
         raise DataError(f"{file} is empty")
     return table
-
-
-def _read_text(file: Path) -> str:
-    def read() -> str:
-        with file.open("rb") as opened:
-            return read_at_most(opened, MAX_BYTES).decode("utf-8-sig")  # editors add a mark
-
-    text, problem = decode.attempt(read)()
-    if problem:
-        raise DataError(f"{file} cannot be read: {problem}")
-    return text

@@ -7,7 +7,6 @@ A `Store` hands out the bytes of an image; an `ImageSet` adds labels and the nam
 from __future__ import annotations
 
 import io
-import json
 import os
 from abc import ABC, abstractmethod
 from array import array
@@ -16,11 +15,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..textfiles import read_json
 from . import decode
 from .decode import DataError
 
@@ -367,27 +367,10 @@ def read_names(folder: Path) -> list[str] | None:
     file = folder / IDENTITIES
     if not file.is_file():
         return None
-    names = read_json(file)
+    names = read_json(file, DataError, MAX_BYTES)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{file} must be a list of strings, the names of the classes")
     return names
-
-
-def read_json(file: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        DataError: if it cannot be read or is none.
-    """
-
-    def read() -> Any:
-        with file.open("rb") as opened:
-            return json.loads(read_at_most(opened, MAX_BYTES))
-
-    value, problem = decode.attempt(read)()
-    if problem:
-        raise DataError(f"{file} cannot be read: {problem}")
-    return value
 
 
 def natural_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:

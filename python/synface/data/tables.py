@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..extras import extra
+from ..textfiles import read_json
 from . import decode
 from .decode import DataError
 from .images import (
@@ -33,7 +34,6 @@ from .images import (
     Store,
     natural_files,
     read_at_most,
-    read_json,
 )
 
 if TYPE_CHECKING:
@@ -334,7 +334,7 @@ def _category(kind: pyarrow.DataType) -> pyarrow.DataType:
 def _files(path: Path) -> list[Path]:
     """The files of a folder, those of "train" where there are several splits."""
     if (path / "dataset_dict.json").is_file():
-        splits = read_json(path / "dataset_dict.json")
+        splits = read_json(path / "dataset_dict.json", DataError, MAX_BYTES)
         splits = splits.get("splits") if isinstance(splits, dict) else None
         if not isinstance(splits, list) or not all(isinstance(s, str) for s in splits):
             raise DataError(f"{path / 'dataset_dict.json'} must have a list of splits")
@@ -343,7 +343,7 @@ def _files(path: Path) -> list[Path]:
             raise DataError(f"{path} has the splits {splits}; name the folder of one")
         return _files(path / split)
     if (path / "state.json").is_file():
-        state = read_json(path / "state.json")
+        state = read_json(path / "state.json", DataError, MAX_BYTES)
         try:
             files = [entry["filename"] for entry in state["_data_files"]]
             if not files or not all(isinstance(name, str) and _plain(name) for name in files):
