@@ -38,8 +38,8 @@ def domain_mixup(
     Args:
         synthetic: (B, H, W, C) images, or (B, C, H, W) with ``layout="NCHW"``; uint8 (standing for
             value/255) or float32. real: likewise, of the same shape and dtype. An array that is
-            not C-contiguous is copied. Images evidently of the other layout are refused, as by
-            `synface_kernels.domain_mixup`.
+            not C-contiguous is copied. Evident (B, C, H, W) images without ``layout="NCHW"`` are
+            refused, as by `synface_kernels.domain_mixup`.
         psi: the synthetic share, in [0, 1]: one number, or (B,).
         mean, std: one number, or C of them; std > 0.
         flip: (flip_synthetic, flip_real), each None or (B,) bool: samples to mirror left to right.
@@ -159,7 +159,7 @@ def margin_cross_entropy_forward(
         input: (N, D) embeddings, float32 or float64; weight: (C, D) centres of the same dtype.
         labels: (N, K) of an integer dtype that int64 holds, in [0, C), −1 where absent, distinct
             within a row. A row of −1 is left out: its results are 0.
-        scale: s > 0, finite, the inverse temperature.
+        scale: s in (0, 1e6], the inverse temperature.
         needs_input_grad: whether to compute mean_center.
 
     Returns:

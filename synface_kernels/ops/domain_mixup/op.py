@@ -93,8 +93,8 @@ def domain_mixup(
 
     Args:
         synthetic: (B, H, W, C) images, or (B, C, H, W) with ``layout="NCHW"``: uint8, float32,
-            float16, bfloat16 or float64. Any B, H and W, 0 too. Images whose channels are none of
-            1, 3 and 4, where they would be in the other layout, are refused as mistaken for it.
+            float16, bfloat16 or float64. Any B, H and W, 0 too. Where the last dimension is
+            none of 1, 3 and 4, and the second is, ``layout="NCHW"`` must be given.
         real: likewise, of the same shape, dtype and device.
         psi: the synthetic share, in [0, 1]: one number (float or 0-dimensional tensor) for the
             batch, or a floating-point (B,) tensor, one per sample.

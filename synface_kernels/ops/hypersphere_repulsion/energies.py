@@ -26,8 +26,14 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
-class _Checked:
-    """The energies' arguments, NumPy's numbers too, become Python's."""
+@dataclass(frozen=True)
+class Energy:
+    """Base class of the energies; their arguments, NumPy's numbers too, become Python's."""
+
+    @property
+    def r_min(self) -> float:
+        """Pairs closer than this count as this far apart."""
+        return R_MIN
 
     def _number(self, name: str, expected: str) -> float:
         value = number(name, getattr(self, name), f"a number, {expected}")
@@ -42,16 +48,6 @@ class _Checked:
     def _sharpness(self) -> None:
         t = self._number("t", SHARPNESS)
         _require(0 < t <= SHARPEST, "t", t, SHARPNESS)
-
-
-@dataclass(frozen=True)
-class Energy(_Checked):
-    """What all energies have in common."""
-
-    @property
-    def r_min(self) -> float:
-        """Pairs closer than this count as this far apart."""
-        return R_MIN
 
 
 # ---- of each point's nearest neighbours ----------------------------------------------------------
