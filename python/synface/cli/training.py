@@ -435,8 +435,8 @@ def _command(file: Path) -> tuple[dict[str, Any], TrainConfig]:
     """How a run was started, as `train_command` has it, and its configuration."""
     if not file.is_file():
         raise ValueError(f"{file.parent} holds no run to resume: there is no {file.name}")
+    started = read_json(file)
     try:
-        started = read_json(file)
         config = TrainConfig.from_json(started["config"])
         run = EARLIER | started["command"]
         if run.keys() != COMMAND.keys() or not all(isinstance(run[k], COMMAND[k]) for k in run):
