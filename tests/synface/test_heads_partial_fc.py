@@ -264,6 +264,8 @@ def test_a_rows_loss_is_not_clamped_as_theirs():
 REFUSING = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=5e-4),  # insightface's
     "Adagrad": lambda p: torch.optim.Adagrad(p, weight_decay=5e-4),
+    "SGD with fused": lambda p: torch.optim.SGD(p, 0.1, fused=True),
+    "Adagrad with fused": lambda p: torch.optim.Adagrad(p, fused=True),
     **{
         name: getattr(torch.optim, name)
         for name in ("Adadelta", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop")

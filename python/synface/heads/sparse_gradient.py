@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+PLAIN = ("SGD", "Adagrad")  # take sparse gradients in their plainest form
 _HEADS: WeakSet[nn.Module] = WeakSet()
 
 
@@ -68,10 +69,11 @@ def _check(optimizer: Optimizer) -> None:
             for head in _HEADS:
                 if head.weight is parameter:
                     kind = type(optimizer).__name__
-                    decay = " with weight_decay" if kind in ("SGD", "Adagrad") else ""
+                    reasons = (each for each in ("weight_decay", "fused") if group.get(each))
+                    settings = f" with {' and '.join(reasons)}" if kind in PLAIN else ""
                     name = type(head).__name__
                     raise RuntimeError(
-                        f"{kind}{decay} takes no sparse gradient, such as that of "
+                        f"{kind}{settings} takes no sparse gradient, such as that of "
                         f"{name}'s sampled classes: make the head with sparse=False (or set "
                         "head.sparse = False) for a dense gradient, as insightface's, or step its "
                         "weight by synface.optim.RowSGD or RowAdamW"
@@ -84,5 +86,5 @@ def _takes(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     if isinstance(optimizer, (optim.SparseAdam, optim.LBFGS)):
         return True
     if isinstance(optimizer, (optim.SGD, optim.Adagrad)):
-        return not group["weight_decay"]
+        return not (group["weight_decay"] or group.get("fused"))
     return not type(optimizer).__module__.startswith("torch.optim")
