@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from synface import cli
-from synface.cli import training, verification
+from synface.cli import evaluation, verification
 from synface.data import open_images, read_folder
 from synface.evaluate import embed, verify
 from synface.train import load_backbone
@@ -95,8 +95,8 @@ def test_eval_passes_on_the_batch_and_the_device(run, monkeypatch):
 def test_eval_runs_on_the_gpu_where_there_is_one(monkeypatch, there, wanted):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr("synface.check.check_device", torch.device)
-    assert training._device("auto") == torch.device(wanted)
-    assert training._device("cpu") == torch.device("cpu")
+    assert evaluation._device("auto") == torch.device(wanted)
+    assert evaluation._device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize(

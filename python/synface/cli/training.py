@@ -1,9 +1,7 @@
-"""synface train, eval."""
+"""synface train."""
 
 from __future__ import annotations
 
-import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
@@ -11,15 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from ..check import check_folder
 from ..data import open_images
-from ..extras import extra
-from ..textfiles import read_json
 from ..train_config import TrainConfig
-from ..verification_sets import PairSet, TemplateSet, open_set
 from .options import (
     ConfigOption,
     DataOption,
@@ -30,90 +23,26 @@ from .options import (
     parse_size,
     refuse,
 )
+from .started import (
+    EMBEDDED,
+    EMBEDDED_SIZE,
+    FOLDER_SIZE,
+    MEMORY,
+    PLACES,
+    absolute,
+    command_of,
+    place,
+    read_faces,
+    split_faces,
+)
 from .terminal import Bar, console, interrupts, say
 
 if TYPE_CHECKING:  # they import torch, which takes longer than all else that --help needs
-    import torch
-
-    from ..data import Faces, ImageSet
-    from ..data.loader import Domain
+    from ..data import Faces
     from ..mixing import Ratio
-    from ..set_report import SetResult
     from ..sources import MixedSource
 
 DEFAULT = TrainConfig  # its class attributes
-EMBEDDED = "default"  # as a folder: the embedded faces
-PLACES = ("data", "synthetic", "real")  # options that say where images are
-# What config.json holds of how a run was started, and what one means that was written earlier.
-TEXT: tuple[type, ...] = (str, type(None))
-COMMAND: dict[str, tuple[type, ...]] = {
-    "data": TEXT,
-    "synthetic": TEXT,
-    "real": TEXT,
-    "mix_ratio": (str,),
-    "per_sample": (bool,),
-    "holdout": (int,),
-    "size": TEXT,
-    "relabel": (bool,),
-    "memory": (int,),
-    "init": TEXT,
-}
-EARLIER = {
-    "init": None,
-    "synthetic": None,
-    "real": None,
-    "mix_ratio": "grid",
-    "per_sample": False,
-    "relabel": False,
-    "memory": 3 << 13,  # all that was trained on, were it grey
-}
-MEMORY = 1024  # MiB
-FOLDER_SIZE = (56, 48)  # height, width: what two cores train in a minute or two
-EMBEDDED_SIZE = (48, 48)  # of the embedded faces, unless --size says otherwise
-
-
-def _faces(
-    data: Path | None,
-    size: tuple[int, int] | None,
-    grey: bool | None = None,
-    relabel: bool = False,
-    memory: int = 8 << 10,  # MiB
-) -> Faces:
-    from ..data import embedded_faces, read_folder
-
-    if data is None:
-        if size is not None and size[0] != size[1]:
-            raise ValueError(f"the embedded faces are square, got --size {size[0]}x{size[1]}")
-        return embedded_faces(size=size[0]) if size else embedded_faces()
-    with Bar(f"reading {data}") as bar:
-        images = open_images(data, relabel)
-        size = size or FOLDER_SIZE
-        return read_folder(images, size, grey, memory_limit=memory << 20, progress=bar.files)
-
-
-def _split(
-    data: Path | None,
-    size: tuple[int, int] | None,
-    grey: bool | None,
-    relabel: bool,
-    holdout: int,
-    memory: int,
-) -> tuple[Domain, Faces]:
-    """The faces to train on, and the last ones, held out.
-
-    The former are in memory too if all, as RGB, take at most so many MiB.
-    """
-    from ..data import read_folder
-    from ..data.loader import common_shape, opened
-
-    images = open_images(data, relabel) if data else None
-    size = size or (FOLDER_SIZE if images else None)
-    if images is None or size is None or 3 * math.prod(size) * len(images) <= memory << 20:
-        return _faces(data, size, grey, relabel, max(memory, 1)).split(holdout)
-    height, width, channels = common_shape(opened(data=images), size, grey)
-    rest, held = images.split(holdout)
-    with Bar(f"reading {data}") as bar:
-        return rest, read_folder(held, (height, width), channels == 1, progress=bar.files)
 
 
 def _joined(numbers: Sequence[int]) -> str:
@@ -155,7 +84,7 @@ def _mixed(run: dict[str, Any], workers: int) -> tuple[MixedSource, Faces]:
         raise ValueError(f"--synthetic and --real are the same folder, {run['real']}")
     real, held = open_images(run["real"], run["relabel"]).split(run["holdout"])
     source = MixedSource(
-        _faces(None, size) if embedded else open_images(run["synthetic"], run["relabel"]),
+        read_faces(None, size) if embedded else open_images(run["synthetic"], run["relabel"]),
         real,
         ratio=ratio,
         per_sample=run["per_sample"],
@@ -277,16 +206,16 @@ def train_command(
     given = context.params | {"widths": _numbers("--widths", widths)}
     given["depths"] = _numbers("--depths", depths)
     run: dict[str, Any] = {
-        "data": _absolute(data),
-        "synthetic": _absolute(synthetic),
-        "real": _absolute(real),
+        "data": absolute(data),
+        "synthetic": absolute(synthetic),
+        "real": absolute(real),
         "mix_ratio": mix_ratio,
         "per_sample": per_sample,
         "holdout": holdout,
         "size": size,
         "relabel": relabel,
         "memory": memory,
-        "init": _absolute(init),
+        "init": absolute(init),
     }
     names = {f.name for f in fields(TrainConfig)} & given.keys()
     config = TrainConfig(**{name: given[name] for name in names})
@@ -310,7 +239,7 @@ def train_command(
         source, held = _mixed(run, workers)
         domains = [source.synthetic, source.real]
     else:
-        faces, held = _split(
+        faces, held = split_faces(
             Path(run["data"]) if run["data"] else None,
             parse_size(run["size"]),
             None,
@@ -375,11 +304,6 @@ def _refuse_idle(context: typer.Context, run: dict[str, Any], config: TrainConfi
         refuse(context, "with --holdout 0: there is nobody to verify on", "verify_every")
 
 
-def _absolute(path: Path | str | None) -> str | None:
-    """A path as a run's folder keeps it, which may be resumed from any directory."""
-    return path if path is None or path == EMBEDDED else os.path.abspath(path)
-
-
 def _image_size(run: dict[str, Any]) -> tuple[int, int]:
     """(H, W) of the images that a command trains on."""
     embedded = run["synthetic"] == EMBEDDED or not (run["data"] or run["real"])
@@ -396,7 +320,7 @@ def _stored_run(
     """
     from ..runs import CONFIG
 
-    run, config = _command(folder / CONFIG)
+    run, config = command_of(folder / CONFIG)
     stored = run | asdict(config)
     stored |= {name: _joined(stored[name]) for name in ("widths", "depths")}
     for name, value in context.params.items():
@@ -416,235 +340,5 @@ def _stored_run(
                 + (", but for more epochs" if name == "epochs" else "")
             )
     for name in PLACES:
-        run[name] = _place(folder, name, run[name])
+        run[name] = place(folder, name, run[name])
     return run, config
-
-
-def _place(folder: Path, name: str, path: str | None, option: str | None = None) -> str | None:
-    """Return the absolute path of a run's images; raise ValueError where nothing is there."""
-    path = _absolute(path)
-    if path not in (None, EMBEDDED) and not Path(path).exists():
-        raise ValueError(
-            f"{folder}: its images (--{name}) are not at {path} now: say where they are with "
-            f"--{option or name}"
-        )
-    return path
-
-
-def _command(file: Path) -> tuple[dict[str, Any], TrainConfig]:
-    """How a run was started, as `train_command` has it, and its configuration."""
-    if not file.is_file():
-        raise ValueError(f"{file.parent} holds no run to resume: there is no {file.name}")
-    started = read_json(file)
-    try:
-        config = TrainConfig.from_json(started["config"])
-        run = EARLIER | started["command"]
-        if run.keys() != COMMAND.keys() or not all(isinstance(run[k], COMMAND[k]) for k in run):
-            raise TypeError(f"its command is {run}")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    return run, config
-
-
-def eval_command(
-    context: typer.Context,
-    run: Annotated[
-        Path | None, typer.Argument(help="A run's folder, or one checkpoint's.", show_default=False)
-    ] = None,
-    checkpoint_: Annotated[
-        Path | None, typer.Option("--checkpoint", help="The same, as an option.")
-    ] = None,
-    sets: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--set",
-            help="A verification set: insightface's .bin, LFW's pairs.txt, or a folder of IJB's "
-            "lists; several may be given, and nobody else is verified then.",
-        ),
-    ] = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(help="With --set: the folder of the images that it lists. Default: its own."),
-    ] = None,
-    resize: Annotated[
-        bool,
-        typer.Option(
-            "--resize",
-            help="With --set: resize images; else another size is an error. Those of --data "
-            "always are.",
-        ),
-    ] = False,
-    flip: Annotated[bool, typer.Option(help="Add the embedding of the mirror image.")] = True,
-    device: Annotated[
-        str,
-        typer.Option(
-            help="Device of the network: cpu, cuda, cuda:1 …; auto is cuda where there is one."
-        ),
-    ] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 256,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder of a report (table, curves, JSON).")
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Image folder: other people, or where the run's images are now. Default: where "
-            "they were."
-        ),
-    ] = None,
-    holdout: Annotated[
-        int | None,
-        typer.Option(
-            help="Verify on this many last identities; 0: on all. Default: as in training where "
-            "the images are the run's, else on all.",
-            min=0,
-        ),
-    ] = None,
-    relabel: Annotated[
-        bool,
-        typer.Option(
-            "--relabel",
-            help="With --data: number the labels that have images from 0 on; else gaps are an "
-            "error.",
-        ),
-    ] = False,
-) -> None:
-    """Verify a trained network on pairs of images, beside raw pixels, or on verification sets."""
-    from .. import checkpoint
-    from ..data import Faces
-    from ..runs import CONFIG, load_backbone
-    from ..set_report import SetResult
-    from ..sources import fingerprint
-    from .verification import print_verification, verify_network, verify_pixels
-
-    if (run is None) == (checkpoint_ is None):
-        raise ValueError("eval needs one run: its folder, or --checkpoint")
-    run = run or checkpoint_
-    assert run is not None
-    if sets:
-        if data is not None or holdout is not None:
-            raise ValueError("--set goes without --data and --holdout")
-        refuse(context, "with --set", "relabel")
-    else:
-        refuse(context, "without --set", "images")
-        refuse(context, "without --set: images get the network's size", "resize")
-        if data is None:
-            refuse(context, "without --data: the run's own is read as in training", "relabel")
-    backbone, state = load_backbone(run)
-    height, width, channels = state["data"]["image_shape"]
-    if output is not None:
-        check_folder("--output", output)
-        with extra("train", "drawing figures"):  # raises before the verification, not after it
-            import matplotlib.figure  # noqa: F401
-    on = _device(device)
-    backbone.to(on)
-    about = {"run": str(run), "step": state["step"], "flip": flip, "device": str(on)}
-    if sets:
-        opened_sets = [open_set(path, images) for path in sets]
-        results = _evaluate_sets(
-            backbone,
-            opened_sets,
-            (height, width, channels),
-            batch_size=batch_size,
-            flip=flip,
-            resize=resize,
-        )
-        _report(output, results, about)
-        return
-    config, memory = checkpoint.find(run).parent.parent / CONFIG, MEMORY
-    if data is None or config.exists():  # held in memory, or not, as in training
-        command = _command(config)[0]
-        memory = command["memory"]
-    if data is None:
-        name = "real" if command["real"] else "data"
-        trained_on = _place(run, name, command[name], "data")
-        data = Path(trained_on) if trained_on else None
-        holdout = command["holdout"] if holdout is None else holdout
-        relabel = command["relabel"]
-    splits = [(holdout, relabel)]
-    if holdout is None and data is not None and config.exists():
-        before = command["holdout"], relabel or command["relabel"]
-        if _may_be(open_images(data, before[1]), command, state["data"]):
-            splits.insert(0, before)
-    for holdout, relabel in splits:  # the run's own first, by which its images are known
-        rest: Domain | None = None
-        if holdout:
-            rest, held = _split(data, (height, width), channels == 1, relabel, holdout, memory)
-        else:
-            held = _faces(data, (height, width), channels == 1, relabel)
-        if held.images.shape[3] != channels:
-            raise ValueError(
-                f"{run} was trained on images of {channels} channels, {held.source} has "
-                f"{held.images.shape[3]}"
-            )
-        # Only the split of the run itself proves that these people are new to the network.
-        prints = [fingerprint(rest)] if rest is not None else []
-        if isinstance(rest, Faces) and data is not None:  # as a mixed run knows it
-            prints.append(fingerprint(open_images(data, relabel).split(holdout or 0)[0]))
-        unseen = state["data"]["fingerprint"].split()[-1] in prints
-        if unseen:
-            break
-    results = []
-    for name, score in (
-        ("raw pixels", lambda: verify_pixels(held)),
-        ("trained network", lambda: verify_network(backbone, held, batch_size, flip)),
-    ):
-        began = time.perf_counter()
-        found = score()
-        seconds = time.perf_counter() - began
-        results.append(SetResult(name, held.source, len(held), seconds, found, None))
-    pixels, trained = (result.verification for result in results)
-    print_verification(trained, pixels, held, unseen)
-    people = f"{len(held.identities)}{' never trained on' if unseen else ''}"
-    _report(output, results[::-1], about | {"people": people})
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    from ..check import check_device
-
-    cuda = "cuda" if torch.cuda.is_available() else "cpu"
-    return check_device(cuda if name == "auto" else name)
-
-
-def _report(output: Path | None, results: Sequence[SetResult], about: dict[str, Any]) -> None:
-    from .. import set_report
-
-    if output is not None:
-        say(f"report: {set_report.write(output, results, about)}")
-
-
-def _may_be(images: ImageSet, command: dict[str, Any], trained_on: dict[str, Any]) -> bool:
-    """Return whether these may be a run's images, as far as that shows without decoding any."""
-    from ..sources import fingerprint
-
-    people = len(images.identities) - command["holdout"]
-    if not command["holdout"] or people < 2:
-        return False
-    if command["real"]:
-        prints = trained_on["fingerprint"].split()
-        return fingerprint(images.split(command["holdout"])[0]) == prints[-1]
-    return people == trained_on["identities"]
-
-
-def _evaluate_sets(
-    backbone: torch.nn.Module,
-    sets: list[PairSet | TemplateSet],
-    image_shape: tuple[int, int, int],
-    **options: Any,
-) -> list[SetResult]:
-    from .. import set_report
-
-    results = []
-    for each in sets:
-        with Bar(f"embedding {each.name}") as bar:
-            results.append(
-                set_report.evaluate_set(backbone, each, image_shape, progress=bar.files, **options)
-            )
-    header, *rows = set_report.table(results)
-    shown = Table(*header)
-    for row in rows:
-        shown.add_row(*map(escape, row))
-    console.print(shown)
-    return results
