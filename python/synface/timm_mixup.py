@@ -68,6 +68,12 @@ class _TimmCall:
     _EVEN_BOXES: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        if self.cutmix_minmax is not None:
+            self.cutmix_alpha = 1.0
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        """Raise for a wrong argument; called at each call too, for attributes may have been set."""
         check_number("mixup_alpha", self.mixup_alpha, 0)
         check_number("cutmix_alpha", self.cutmix_alpha, 0)
         minmax = self.cutmix_minmax
@@ -83,8 +89,7 @@ class _TimmCall:
                 raise ValueError(
                     f"cutmix_minmax must be (min, max) with 0 ≤ min ≤ max ≤ 1, got {minmax!r}"
                 )
-            self.cutmix_alpha = 1.0
-        if not self.mixup_alpha and not self.cutmix_alpha:
+        if self.mixup_enabled and not self.mixup_alpha and not self.cutmix_alpha:
             raise ValueError("mixup_alpha or cutmix_alpha must be > 0, or cutmix_minmax given")
         check_number("prob", self.prob, 0, 1)
         check_number("switch_prob", self.switch_prob, 0, 1)
@@ -228,8 +233,8 @@ class Mixup(_TimmCall):
     layout: Literal["NHWC", "NCHW"] = "NCHW"
     impl: str = "auto"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check_arguments(self) -> None:
+        super()._check_arguments()
         check_layout(self.layout)
 
     def __call__(
@@ -255,6 +260,7 @@ class Mixup(_TimmCall):
         Raises:
             TypeError, ValueError: for a wrong argument, naming it.
         """
+        self._check_arguments()
         check_images("x", x, self.layout)
         target = self._check_target(target, x)
         batch = len(x)
@@ -319,6 +325,7 @@ class FastCollateMixup(_TimmCall):
         Raises:
             TypeError, ValueError: for a wrong argument, naming it.
         """
+        self._check_arguments()
         if not batch:
             raise ValueError("batch must hold at least one pair (image, label), got none")
         x = _stacked([item[0] for item in batch])
@@ -360,9 +367,9 @@ class TimmMixup(Mixup):
 
     _EVEN_BOXES: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def _check_arguments(self) -> None:
         self.sparse = not self.dense
-        super().__post_init__()
+        super()._check_arguments()
         if self.label_smoothing and self.sparse:
             raise ValueError(
                 f"label_smoothing = {self.label_smoothing} needs dense=True: it gives every class "

@@ -116,6 +116,31 @@ def test_an_image_that_is_not_mixed_keeps_clear_of_its_partner(alphas):
     assert mix(x, torch.arange(2))[0].data_ptr() != x.data_ptr()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "foo"}, "mode must be 'batch', 'pair' or 'elem', got 'foo'"),
+        ({"mix_prob": 7}, r"prob must be in \[0, 1\], got 7"),
+        ({"label_smoothing": 5}, r"label_smoothing must be in \[0, 1\], got 5"),
+        ({"mixup_alpha": 0.0}, "mixup_alpha or cutmix_alpha must be > 0"),
+    ],
+    ids=str,
+)
+def test_attributes_set_between_calls_are_checked(change, message):
+    mix = Mixup(num_classes=4)
+    for name, value in change.items():
+        setattr(mix, name, value)
+    with pytest.raises(ValueError, match=message):
+        mix(torch.rand(2, 3, *SIZE), torch.arange(2))
+
+
+def test_dense_targets_can_be_asked_for_between_calls():
+    mix, x, labels = TimmMixup(num_classes=4), torch.rand(2, 3, *SIZE), torch.arange(2)
+    assert isinstance(mix(x, labels)[1], tuple)
+    mix.dense = True
+    assert mix(x, labels)[1].shape == (2, 4)
+
+
 def test_one_hot_labels_are_hard_ones():
     x, labels = torch.rand(6, 3, *SIZE), torch.tensor([0, 3, 3, 1, 2, 0])
     mix = Mixup(1.0, 1.0, mode="elem", num_classes=4)
