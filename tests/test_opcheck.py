@@ -11,23 +11,32 @@ import synface_kernels  # noqa: F401  (registers the ops)
 ops = torch.ops.synface_kernels
 
 
-def margin_samples():
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def margin_samples(dtype):
     """Arguments of the core's forward pass: class ids, sub-centres, limit, sums come up once;
-    no workspace, one that is too small for all, and enough."""
+    no workspace, one that is too small for all, and enough; a limit that leaves no negatives."""
     labels = torch.tensor([[0, 1], [8, -1], [-1, -1], [3, 4], [5, 0], [7, 2]])
     some = torch.tensor([0, 2, 3, 4, 5, 6, 7, 8])
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        x = torch.randn(6, 8, dtype=dtype, requires_grad=True)
-        w = torch.randn(9, 8, dtype=dtype, requires_grad=True)
-        m = torch.randn(9, 2, 8, dtype=dtype, requires_grad=True)
-        yield (x, w, None, labels, 64.0, math.inf, True, False, 0, False, "cpu")
-        yield (x.detach(), w, some, labels[:, :1] % 8, 32.0, 0.3, False, False, 300, True, "cpu")
-        yield (x, w, None, labels, 64.0, math.inf, True, True, 10**6, True, "cpu")
-        yield (x, m, some, labels % 8, 64.0, 0.3, True, False, 300, True, "cpu")
+    x = torch.randn(6, 8, dtype=dtype, requires_grad=True)
+    w = torch.randn(9, 8, dtype=dtype, requires_grad=True)
+    m = torch.randn(9, 2, 8, dtype=dtype, requires_grad=True)
+    return {
+        "plain": (x, w, None, labels, 64.0, math.inf, True, False, 0, False, "cpu"),
+        "class ids": (
+            x.detach(), w, some, labels[:, :1] % 8, 32.0, 0.3, False, False, 300, True, "cpu",
+        ),
+        "sums": (x, w, None, labels, 64.0, math.inf, True, True, 10**6, True, "cpu"),
+        "sub-centres": (x, m, some, labels % 8, 64.0, 0.3, True, False, 300, True, "cpu"),
+        "no negatives": (x, m, some, labels % 8, 64.0, -1.1, True, False, 300, True, "cpu"),
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("sample", list(margin_samples()))
-def test_margin_cross_entropy(sample):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", margin_samples(torch.float32))
+def test_margin_cross_entropy(name, dtype):
+    sample = margin_samples(dtype)[name]
     opcheck(ops.margin_cross_entropy_forward.default, sample)
     sample = tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in sample)
     x, w, class_ids, labels, scale, limit, needs_input_grad, *_, impl = sample
@@ -49,23 +58,16 @@ def test_margin_cross_entropy_targets(weighted):
     opcheck(ops.margin_cross_entropy_targets.default, sample)
 
 
-def repulsion_samples():
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        x = torch.randn(6, 8, dtype=dtype, requires_grad=True)
-        y = torch.randn(5, 8, dtype=dtype, requires_grad=True)
-        yield x, None
-        yield x, y
-        yield x.detach(), y
-
-
-@pytest.mark.parametrize("sample", list(repulsion_samples()))
-def test_hypersphere_repulsion(sample):
-    x, y = sample
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("others", [None, "both", "others alone"])
+def test_hypersphere_repulsion(others, dtype):
+    x = torch.randn(6, 8, dtype=dtype, requires_grad=others != "others alone")
+    y = None if others is None else torch.randn(5, 8, dtype=dtype, requires_grad=True)
     needs = (x.requires_grad, y is not None and y.requires_grad)
     for kind, a in (("log_sum_exp", 10.0), ("riesz", 1.0), ("log", 0.0), ("hinge", 0.1)):
         opcheck(ops.hypersphere_repulsion_pairs.default, (x, y, kind, a, 2, 1e-6, *needs, "cpu"))
     opcheck(ops.hypersphere_repulsion_nearest.default, (x, y, 3, "cpu"))
-    x, y = (None if v is None else v.detach() for v in sample)
+    x, y = (None if v is None else v.detach() for v in (x, y))
     square, index = ops.hypersphere_repulsion_nearest(x, y, 3, "cpu")
     opcheck(
         ops.hypersphere_repulsion_nearest_backward.default,

@@ -763,7 +763,8 @@ struct Softmax {
     for (int64_t i = 0; i < x.count(); ++i) {
       const double exact = from.negative_lse[x.source[i]];
       const double grad = from.grad_negative_lse[x.source[i]];
-      const bool counts = grad != 0;  // else the log-sum-exp may be −∞, of no negatives, or NaN
+      // Without negatives, where it is −∞, no class has a share; unasked for, it may be NaN.
+      const bool counts = grad != 0 && exact != -std::numeric_limits<double>::infinity();
       lse[i] = counts ? T(exact) : T(0);
       // What rounding takes off the log-sum-exp goes into the factor.
       spread[i] = counts ? T(p.scale * grad * std::exp(double(lse[i]) - exact)) : T(0);

@@ -825,6 +825,23 @@ def test_what_the_workspace_keeps():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_without_negatives_the_log_sum_exp_has_no_gradient(isa, dtype, monkeypatch):
+    monkeypatch.setenv("SYNFACE_CPU_ISA", isa)
+    op = torch.ops.synface_kernels
+    x, w, target, _, _ = problem(6, 90, 8, 1, dtype)
+    x, w = x.requires_grad_(), w.requires_grad_()
+    for limit, c in ((-1.1, 90), (math.inf, 1)):  # all filtered; none but the label's own
+        target = target.clamp_max(c - 1)
+        lse, *_ = op.margin_cross_entropy_forward(
+            x, w[:c], None, target[:, None], 64.0, limit, True, False, 0, False, "cpu"
+        )
+        assert lse.isneginf().all()
+        for gradient in torch.autograd.grad(lse.sum(), (x, w)):
+            assert not gradient.any()  # NaN counts as any
+
+
 def test_no_second_derivative():
     x, w, target, _, _ = problem(4, 9, 8, 1, torch.float64)
     x.requires_grad_()

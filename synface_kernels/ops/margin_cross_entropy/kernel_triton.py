@@ -742,7 +742,9 @@ def _fill_grad_rows(
         asked |= grad_cosine_sum != 0
     asked &= (labels != -1).any(1)
     input = torch.where(asked[:, None], input, 0)
-    negative_lse = torch.where(asked & (grad_negative_lse != 0), negative_lse, 0)
+    # exp(logit − ∞) is 0 at any scale: where the softmax is empty, or nothing is asked of it.
+    shares = asked & (grad_negative_lse != 0) & (negative_lse != -math.inf)
+    negative_lse = torch.where(shares, negative_lse, math.inf)
     input_r = _inverse_norms(input, negative_lse.new_empty(n))
     product, factor = _product_dtypes(input, weight)
     x = input.to(factor)

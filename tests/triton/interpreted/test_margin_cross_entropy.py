@@ -279,6 +279,23 @@ def test_rows_without_negatives() -> None:
     assert all(value.isfinite().all() for value in actual[2:])
 
 
+def test_a_limit_that_leaves_no_negatives() -> None:
+    case = make_case(5, 9, 4, 2)
+    none = torch.empty(0, dtype=torch.float64)
+    inputs = (case.input, case.weight, None, case.labels)
+    lse, *_, mean, _ = kernel_triton.forward(*inputs, 64.0, -1.1, True, False)
+    assert lse[0] == -math.inf
+    rest = (case.grad_lse, torch.zeros(5, 2), none, 64.0, -1.1, True, True)
+    for gradient in kernel_triton.backward(*inputs, lse, mean, none, *rest):
+        assert not gradient.any()  # NaN counts as any
+
+
+def test_gradients_of_target_cosines_alone_at_a_large_scale() -> None:
+    case = make_case(3, 5, 8, 1, scale=1000.0)
+    weight = case.input[0].expand(5, 8).contiguous()  # exp(1000 cos θ) is infinite
+    check(case._replace(weight=weight, grad_lse=torch.zeros(3)))
+
+
 def test_rows_without_labels_are_all_zero_whatever_they_hold() -> None:
     case = make_case(6, 20, 8, 2)
     clean = run(case)
