@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from synface.measure import peak_bytes
+from synface.bench.measure import peak_bytes
 from torch import Tensor
 
 import synface_kernels as sk

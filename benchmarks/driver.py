@@ -196,7 +196,7 @@ def measure_memory(case: Case, peer: Peer) -> dict[str, Any]:
 
     Linux keeps a process's peak and lets it be reset; a first step, before that, loads what stays.
     """
-    from synface.measure import peak_bytes
+    from synface.bench.measure import peak_bytes
 
     device = torch.device("cpu")
     work, reason = _workload(case, device)

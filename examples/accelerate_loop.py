@@ -8,10 +8,10 @@ import argparse
 
 import torch
 from accelerate import Accelerator
-from synface.backbone import IResNet
+from synface.common.distributed import leave
 from synface.data import embedded_faces, normalise
 from synface.heads import MarginHead, PartialFC
-from synface.ranks import leave
+from synface.models.iresnet import IResNet
 from torch.utils.data import DataLoader, TensorDataset
 
 import synface_kernels as sk

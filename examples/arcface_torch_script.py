@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from synface.backbone import IResNet
+from synface.common.distributed import leave
 from synface.data import embedded_faces, normalise
 from synface.heads import PartialFC as PartialFC_V2
-from synface.ranks import leave
+from synface.models.iresnet import IResNet
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from synface.backbone import IResNet
 from synface.data import embedded_faces, normalise
 from synface.heads import PartialFC
+from synface.models.iresnet import IResNet
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset

@@ -8,10 +8,10 @@ import argparse
 
 import torch
 from pytorch_metric_learning.trainers import MetricLossOnly
-from synface.backbone import IResNet
+from synface.common.distributed import Rank, joined
 from synface.data import embedded_faces, normalise
 from synface.heads import ArcFaceLoss
-from synface.ranks import Rank, joined
+from synface.models.iresnet import IResNet
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler, TensorDataset
 

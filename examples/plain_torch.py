@@ -3,9 +3,9 @@
 import argparse
 
 import torch
-from synface.backbone import IResNet
 from synface.data import embedded_faces
-from synface.optim import RowSGD
+from synface.models.iresnet import IResNet
+from synface.optim.rows import RowSGD
 from torch.utils.data import DataLoader, TensorDataset
 
 import synface_kernels as sk

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from synface.ranks import leave
+from synface.common.distributed import leave
 
 # What every rank would else take seconds to import; the server that has it forks the ranks.
-IMPORTED = ["pytest", "torch._dynamo", "torch.distributed.checkpoint", "synface.train"]
+IMPORTED = ["pytest", "torch._dynamo", "torch.distributed.checkpoint", "synface.training.loop"]
 
 
 def on_ranks(ranks: int, main: Callable[[int, int], Any], tmp_path: Path) -> list[Any]:

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from synface import ranks
 from synface.cli import app
+from synface.common import distributed as ranks
 from synface.data import convert, open_images
 from typer.testing import CliRunner
 

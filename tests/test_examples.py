@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from synface.heads import PartialFC
-from synface.optim import RowSGD
+from synface.optim.rows import RowSGD
 
 import synface_kernels as sk
 from examples import arcface_torch_script
@@ -87,7 +87,7 @@ STALL = """
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # imported later, it would keep the group
-from synface.ranks import joined
+from synface.common.distributed import joined
 from torch.nn.parallel import DistributedDataParallel
 
 def train():

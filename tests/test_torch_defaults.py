@@ -13,12 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from synface import packing, plan
-from synface.centers import Centers, CentersConfig
+from synface.bench import plan
 from synface.data import Augment, Faces, TwoDomainLoader, embedded_faces, list_folder
-from synface.evaluate import embed, identify, pixel_embeddings, verify, verify_pairs
-from synface.generate import EigenfaceGenerator, open_generator
-from synface.mixing import (
+from synface.data.mixing import (
     Beta,
     Constant,
     CutMix,
@@ -28,11 +25,15 @@ from synface.mixing import (
     Mixup,
     TimmMixup,
 )
-from synface.set_report import pair_cosines, pool
-from synface.sources import FacesSource, GeneratedSource, MixedSource
-from synface.synthesize import styles, synthesize
-from synface.timm_mixup import FastCollateMixup
-from synface.train import TrainConfig, load_backbone, train
+from synface.data.mixing.timm_mixup import FastCollateMixup
+from synface.evaluation.metrics import embed, identify, pixel_embeddings, verify, verify_pairs
+from synface.evaluation.report import pair_cosines, pool
+from synface.optim.centers import Centers, CentersConfig
+from synface.synthesis import packing
+from synface.synthesis.generators import EigenfaceGenerator, open_generator
+from synface.synthesis.synthesize import styles, synthesize
+from synface.training.loop import TrainConfig, load_backbone, train
+from synface.training.sources import FacesSource, GeneratedSource, MixedSource
 from torch import Tensor, nn
 
 import synface_kernels as sk

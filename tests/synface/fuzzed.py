@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from synface.data import decode
-from synface.data.conversion import convert
-from synface.data.decode import DataError
-from synface.data.images import open_images
-from synface.verification_sets import open_set
+from synface.data.formats import decode
+from synface.data.formats.conversion import convert
+from synface.data.formats.decode import DataError
+from synface.data.formats.images import open_images
+from synface.evaluation.sets import open_set
 
 IMAGES, MEMORY = 9, 1 << 30
 FORBIDDEN = {"os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen"} | {

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from synface.packing import bounds
+from synface.synthesis.packing import bounds
 
 from tests import codes
 

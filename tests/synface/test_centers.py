@@ -10,9 +10,9 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from synface.centers import Centers, CentersConfig, files
-from synface.centers.files import LAST_STEP, ROWS, STATE
-from synface.checkpoint import CHECKSUM, CheckpointError, sealed
+from synface.checkpoint.single.single import CHECKSUM, CheckpointError, sealed
+from synface.optim.centers import Centers, CentersConfig, files
+from synface.optim.centers.files import LAST_STEP, ROWS, STATE
 
 import synface_kernels as sk
 

@@ -13,8 +13,8 @@ from PIL import Image
 from synface import cli
 from synface.cli import evaluation, verification
 from synface.data import open_images, read_folder
-from synface.evaluate import embed, verify
-from synface.train import load_backbone
+from synface.evaluation.metrics import embed, verify
+from synface.training.loop import load_backbone
 from typer.testing import CliRunner
 
 
@@ -94,7 +94,7 @@ def test_eval_passes_on_the_batch_and_the_device(run, monkeypatch):
 @pytest.mark.parametrize(("there", "wanted"), [(False, "cpu"), (True, "cuda")])
 def test_eval_runs_on_the_gpu_where_there_is_one(monkeypatch, there, wanted):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    monkeypatch.setattr("synface.check.check_device", torch.device)
+    monkeypatch.setattr("synface.common.check.check_device", torch.device)
     assert evaluation._device("auto") == torch.device(wanted)
     assert evaluation._device("cpu") == torch.device("cpu")
 

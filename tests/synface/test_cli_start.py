@@ -125,7 +125,7 @@ def test_reports_are_written_in_any_locale(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from synface.report import write_page
+from synface.reporting.plots import write_page
 write_page(Path("page.md"), "0.9 \\xb1 0.1, " + sys.argv[1])
 """
     done = subprocess.run(
@@ -170,7 +170,7 @@ def test_without_the_extra_the_command_line_is_one_sentence(missing, words):
 
 
 def test_a_package_that_fails_to_load_is_not_called_missing(monkeypatch, tmp_path):
-    from synface.extras import extra
+    from synface.common.extras import extra
 
     (tmp_path / "broken_package.py").write_text("raise ImportError('its library is gone')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -181,21 +181,21 @@ def test_a_package_that_fails_to_load_is_not_called_missing(monkeypatch, tmp_pat
 EXTRAS = {"pyarrow": "parquet", "onnxruntime": "onnx", "tensorboard": "tensorboard"}
 USES = """
 PIL from synface.data import open_images, read_folder; read_folder(open_images("faces"))
-PIL from synface.synthesize import _write; _write(Path("x"), np.ones((2, 2, 1), "u1"))
+PIL from synface.synthesis.synthesize import _write; _write(Path("x"), np.ones((2, 2, 1), "u1"))
 skimage from synface.data import embedded_faces; embedded_faces()
-safetensors from synface.checkpoint import write_tensors; write_tensors(Path("x"), {})
-safetensors from synface.embeddings import read_embeddings; read_embeddings(Path("x.safetensors"))
-matplotlib from synface.report import loss_curve; loss_curve([], Path("x"))
-matplotlib from synface.scale import write_report; write_report({}, Path("x"))
-matplotlib from synface.packing.plot import plot; plot([], Path("x"))
-matplotlib from synface.set_report import curves; curves([], Path("x"), det=True)
-scipy from synface.packing.bounds import random_worst; random_worst(9, 4)
-scipy from synface.packing.bounds import best; best(9, 4)
-tomli_w from synface.settings import write_toml; write_toml(Path("x"), {})
+safetensors from synface.checkpoint.single import write_tensors; write_tensors(Path("x"), {})
+safetensors from synface.synthesis.embeddings import read_embeddings; read_embeddings(Path("x.safetensors"))
+matplotlib from synface.reporting.plots import loss_curve; loss_curve([], Path("x"))
+matplotlib from synface.bench.scale import write_report; write_report({}, Path("x"))
+matplotlib from synface.synthesis.packing.plot import plot; plot([], Path("x"))
+matplotlib from synface.evaluation.report import curves; curves([], Path("x"), det=True)
+scipy from synface.synthesis.packing.bounds import random_worst; random_worst(9, 4)
+scipy from synface.synthesis.packing.bounds import best; best(9, 4)
+tomli_w from synface.common.toml import write_toml; write_toml(Path("x"), {})
 tomli_w from synface.recipes import config, study; config.to_toml(study.load_config(None))
 pyarrow from synface.data import open_images; open_images("x.parquet")
-onnxruntime from synface.generate import open_generator; open_generator("x.onnx", 8)
-tensorboard from synface.train import _tensorboard; _tensorboard(Path("x"), 0).__enter__()
+onnxruntime from synface.synthesis.generators import open_generator; open_generator("x.onnx", 8)
+tensorboard from synface.training.loop import _tensorboard; _tensorboard(Path("x"), 0).__enter__()
 """.strip().splitlines()
 RUN_USES = """
 from pathlib import Path
@@ -226,7 +226,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
 
 def test_every_import_of_an_extras_package_says_what_to_install():
     """Those of typer and rich, which are the command line's, are all inside of one."""
-    from synface.settings import read_toml
+    from synface.common.toml import read_toml
 
     extras = read_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
     modules = {"pillow": "PIL", "scikit-image": "skimage", "tomli-w": "tomli_w"}

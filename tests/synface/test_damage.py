@@ -9,11 +9,12 @@ import sys
 
 import pytest
 import torch
-from synface import checkpoint, sharded
-from synface.centers import Centers, CentersConfig
-from synface.centers.checksums import row_checksums
-from synface.centers.files import LAST_STEP, ROWS
-from synface.checkpoint import CHECKSUM, STATE, TENSORS, CheckpointError
+from synface.checkpoint.single import distributed as sharded
+from synface.checkpoint.single import single as checkpoint
+from synface.checkpoint.single.single import CHECKSUM, STATE, TENSORS, CheckpointError
+from synface.optim.centers import Centers, CentersConfig
+from synface.optim.centers.checksums import row_checksums
+from synface.optim.centers.files import LAST_STEP, ROWS
 from torch import nn
 
 from tests.synface.fuzzed import mutated
@@ -185,7 +186,7 @@ def test_what_is_written_by_hand_is_no_damage(tmp_path):
 WRITE = """
 import os, signal, sys
 import torch
-from synface.centers import Centers
+from synface.optim.centers import Centers
 centers = Centers.open(sys.argv[1])
 if sys.argv[2] == "again":
     centers.weight

@@ -14,17 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from synface.data import (
-    Augment,
-    DataError,
-    Faces,
-    decode,
-    embedded,
-    embedded_faces,
-    normalise,
-    read_folder,
-)
-from synface.data.augment import warp
+from synface.data import Augment, DataError, Faces, embedded, embedded_faces, normalise, read_folder
+from synface.data.formats import decode
+from synface.data.loading.augment import warp
 
 ORL = Path(__file__).parents[2] / ".." / "shared" / "data" / "orl"
 

@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 from synface.data import normalise, read_folder
-from synface.evaluate import (
+from synface.evaluation.metrics import (
     Verification,
     _best_threshold,
     _pairs_for,

@@ -25,9 +25,9 @@ import webdataset
 from PIL import Image
 from synface import cli
 from synface.data import DataError, TwoDomainLoader, convert, open_images, read_folder
-from synface.data.images import FORMATS, IDENTITIES, ImageSet
-from synface.data.recordio import MAGIC, MAX_PART, _frame, _pack
-from synface.sources import fingerprint
+from synface.data.formats.images import FORMATS, IDENTITIES, ImageSet
+from synface.data.formats.recordio import MAGIC, MAX_PART, _frame, _pack
+from synface.training.sources import fingerprint
 from typer.testing import CliRunner
 
 PEOPLE, EACH = 20, 50

@@ -19,8 +19,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 from synface.data import DataError, ImageLoader, convert, open_images, read_folder
-from synface.data.recordio import MAGIC, _frame
-from synface.verification_sets import PairSet, open_set
+from synface.data.formats.recordio import MAGIC, _frame
+from synface.evaluation.sets import PairSet, open_set
 
 BOM = b"\xef\xbb\xbf"
 

@@ -16,18 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
-from synface import synthesize as synthesize_module
 from synface.data import Faces, embedded_faces, read_folder
 from synface.data.embedded import FACES, lfw_crops
-from synface.embeddings import read_embeddings
-from synface.evaluate import pixel_embeddings, verify
-from synface.generate import (
+from synface.evaluation.metrics import pixel_embeddings, verify
+from synface.synthesis import synthesize as synthesize_module
+from synface.synthesis.embeddings import read_embeddings
+from synface.synthesis.generators import (
     EigenfaceGenerator,
     OnnxGenerator,
     TorchScriptGenerator,
     open_generator,
 )
-from synface.synthesize import MANIFEST, synthesize
+from synface.synthesis.synthesize import MANIFEST, synthesize
 
 
 def unit(count: int, dim: int, seed: int = 0) -> torch.Tensor:
@@ -591,9 +591,9 @@ def test_a_model_whose_rounding_depends_on_the_batch_resumes_bitwise_too(tmp_pat
 KILLED = """
 import sys
 from pathlib import Path
-from synface.generate import EigenfaceGenerator
-from synface.embeddings import read_embeddings
-from synface.synthesize import synthesize
+from synface.synthesis.generators import EigenfaceGenerator
+from synface.synthesis.embeddings import read_embeddings
+from synface.synthesis.synthesize import synthesize
 rows = read_embeddings(sys.argv[1])
 synthesize(rows, EigenfaceGenerator(16, 24), Path(sys.argv[2]), 40, batch_size=16)
 """

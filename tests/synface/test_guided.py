@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from synface.guided import (
+from synface.recipes.cfsm.recipe.model import (
     Discriminator,
     DiscriminatorConfig,
     Generator,

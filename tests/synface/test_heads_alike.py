@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from synface.centers import Centers, CentersConfig
 from synface.heads import (
     AdaFace,
     ArcFaceLoss,
@@ -14,7 +13,8 @@ from synface.heads import (
     ShardedMarginHead,
     SubCenterArcFaceLoss,
 )
-from synface.optim import RowAdamW, RowSGD
+from synface.optim.centers import Centers, CentersConfig
+from synface.optim.rows import RowAdamW, RowSGD
 
 import synface_kernels as sk
 

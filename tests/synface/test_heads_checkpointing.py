@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from synface.heads import AdaFace, ArcFaceLoss, MagFace, MarginHead, PartialFC
-from synface.optim import RowAdamW, RowSGD
+from synface.optim.rows import RowAdamW, RowSGD
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import synface_kernels as sk

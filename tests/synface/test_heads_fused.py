@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from synface.heads import AdaFace, MagFace, MarginHead, PartialFC
-from synface.optim import RowAdamW, RowSGD
+from synface.optim.rows import RowAdamW, RowSGD
 from torch import Tensor
 
 import synface_kernels as sk

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import synface.checkpoint
+import synface.checkpoint.single
 import torch
 from synface.heads import AdaFace, MarginHead, PartialFC
-from synface.optim import RowAdamW, RowSGD
+from synface.optim.rows import RowAdamW, RowSGD
 from torch.nn.functional import cross_entropy, normalize
 
 import synface_kernels as sk
@@ -492,7 +492,10 @@ def test_fifty_steps_twice_give_the_same_centres():
 def test_kill_9_and_resume_give_the_same_centres(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
     deadline = time.monotonic() + 120
-    while not (found := synface.checkpoint.checkpoints(tmp_path)) or int(found[-1].name[5:]) < 10:
+    while (
+        not (found := synface.checkpoint.single.checkpoints(tmp_path))
+        or int(found[-1].name[5:]) < 10
+    ):
         assert child.poll() is None, "ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from synface.heads import ArcFaceLoss, PartialFC, ShardedMarginHead
-from synface.optim import RowSGD
+from synface.optim.rows import RowSGD
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 

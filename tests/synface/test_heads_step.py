@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from synface.backbone import IResNet
 from synface.heads import (
     AdaFace,
     ArcFaceLoss,
@@ -14,6 +13,7 @@ from synface.heads import (
     PartialFC,
     SubCenterArcFaceLoss,
 )
+from synface.models.iresnet import IResNet
 
 import synface_kernels as sk
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from synface.interrupts import Terminated, interruption, interrupts
+from synface.common.interrupts import Terminated, interruption, interrupts
 
 from tests.ranks import on_ranks
 
@@ -65,9 +65,9 @@ def test_one_that_nobody_was_told_of_is_raised_at_the_end(sent, error):
 
 def test_a_training_that_is_told_while_it_writes_its_last_checkpoint(tmp_path, monkeypatch):
     """It is whole; what would come after it does not begin."""
-    from synface import checkpoint
+    from synface.checkpoint.single import single as checkpoint
     from synface.data import embedded_faces
-    from synface.train import TrainConfig, train
+    from synface.training.loop import TrainConfig, train
 
     faces = embedded_faces(3, 16, identities=6)
     config = TrainConfig(1, 6, widths=(4, 8), depths=(1, 1), embedding_size=16)
@@ -92,9 +92,9 @@ class ToldAtLast:
         self.output = output
 
     def __call__(self, rank, ranks):
-        from synface import sharded
+        from synface.checkpoint.single import distributed as sharded
         from synface.data import embedded_faces
-        from synface.train import TrainConfig, train
+        from synface.training.loop import TrainConfig, train
 
         faces = embedded_faces(3, 16, identities=6)
         config = TrainConfig(1, 6, widths=(4, 8), depths=(1, 1), embedding_size=16)
@@ -118,7 +118,7 @@ def test_all_ranks_end_where_one_is_told_in_its_last_checkpoint(tmp_path):
 
 def test_a_packing_that_is_told_while_it_writes_its_last_checkpoint(tmp_path, monkeypatch):
     """The objectives that come after it do not begin."""
-    from synface.packing import PackConfig, Packer, packer
+    from synface.synthesis.packing import PackConfig, Packer, packer
 
     config = PackConfig(12, 3, steps=4, restarts=1)
     before = packer.checkpoint.save
@@ -138,7 +138,7 @@ def test_a_packing_that_is_told_while_it_writes_its_last_checkpoint(tmp_path, mo
 def test_torchrun_may_pass_on_what_a_scheduler_sent_to_all(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     now = [100.0]
-    monkeypatch.setattr("synface.interrupts.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("synface.common.interrupts.time.monotonic", lambda: now[0])
     with interrupts() as pressed:
         for seconds in (0, 0.5):
             now[0] = 100.0 + seconds
@@ -197,7 +197,7 @@ def test_sigterm_ends_synthesize_and_convert_as_ctrl_c_does(tmp_path):
     import numpy as np
 
     np.save(tmp_path / "points.npy", np.eye(3, 8, dtype=np.float32))
-    where = ("synface.synthesize", "_generate", "2")
+    where = ("synface.synthesis.synthesize", "_generate", "2")
     options = ("synthesize", "--packed", "points.npy", "--output", "faces", "--size", "16x16")
     options += ("--images-per-identity", "2", "--batch-size", "2")
     shown = terminated(tmp_path, where, *options)
@@ -208,7 +208,7 @@ def test_sigterm_ends_synthesize_and_convert_as_ctrl_c_does(tmp_path):
     assert done.returncode == 0
     assert len(list((tmp_path / "faces").glob("*/*.png"))) == 6
 
-    where = ("synface.data.decode", "header", "3")
+    where = ("synface.data.formats.decode", "header", "3")
     shown = terminated(tmp_path, where, "convert", "faces", "shards", "--to", "webdataset")
     assert shown.strip().endswith("terminated")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["faces", "points.npy"]

@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from synface import checkpoint, cli
-from synface.checkpoint import CheckpointError
+from synface import cli
+from synface.checkpoint.single import single as checkpoint
+from synface.checkpoint.single.single import CheckpointError
+from synface.common.rng import generator
 from synface.data import (
     CycledOrder,
     DataError,
@@ -30,13 +32,12 @@ from synface.data import (
     list_folder,
     read_folder,
 )
-from synface.data.images import Files, Names
-from synface.data.loader import WorkerDied
-from synface.data.worker import IDLE
-from synface.mixing import Beta, Constant, DomainMixup
-from synface.randomness import generator
-from synface.sources import MixedSource
-from synface.train import TIMING, TrainConfig, train
+from synface.data.formats.images import Files, Names
+from synface.data.loading.loader import WorkerDied
+from synface.data.loading.worker import IDLE
+from synface.data.mixing import Beta, Constant, DomainMixup
+from synface.training.loop import TIMING, TrainConfig, train
+from synface.training.sources import MixedSource
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 import torch
-from synface import measure
-from synface.measure import METHODS, Workload
+from synface.bench import measure
+from synface.bench.measure import METHODS, Workload
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from synface.data import DataError, decode, read_folder
+from synface.data import DataError, read_folder
+from synface.data.formats import decode
 
 # Blocks of one color each, which JPEG keeps.
 UPRIGHT = np.random.default_rng(0).integers(0, 256, (4, 2, 3), np.uint8).repeat(8, 0).repeat(8, 1)

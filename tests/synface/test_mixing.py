@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats
-from synface.data.order import CycledOrder
-from synface.mixing import (
+from synface.data.loading.sampler import CycledOrder
+from synface.data.mixing import (
     Beta,
     Constant,
     CutMix,
@@ -843,7 +843,7 @@ def test_the_order_needs_no_torch_and_is_the_same_in_every_process():
     code = """
 import sys
 sys.modules["torch"] = None  # importing it would raise
-from synface.data.order import CycledOrder
+from synface.data.loading.sampler import CycledOrder
 print([part.tolist() for part in CycledOrder(7, 3, 2**70)(5, range(7))])
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

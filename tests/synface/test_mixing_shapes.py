@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from synface.mixing import Beta, CutMix, DomainMixup, Mixup, TimmMixup
+from synface.data.mixing import Beta, CutMix, DomainMixup, Mixup, TimmMixup
 from torch import Tensor
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from synface.backbone import IResNet
 from synface.heads import MarginHead
+from synface.models.iresnet import IResNet
 
 import synface_kernels as sk
 

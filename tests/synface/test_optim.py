@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from synface.optim import RowAdamW, RowSGD
+from synface.optim.rows import RowAdamW, RowSGD
 
 C, D, STEPS = 40, 6, 12
 

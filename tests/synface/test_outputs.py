@@ -4,10 +4,10 @@ import re
 
 import pytest
 from synface import cli
-from synface.check import check_folder
+from synface.common.check import check_folder
 from synface.data import embedded_faces
-from synface.runs import check_network
-from synface.train import TrainConfig, train
+from synface.training.loop import TrainConfig, train
+from synface.training.model import check_network
 from typer.testing import CliRunner
 
 

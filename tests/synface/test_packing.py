@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from synface import checkpoint
-from synface.checkpoint import CheckpointError
-from synface.packing import PackConfig, Packer, bounds, closest_pair, pack
-from synface.packing.optimizer import SphereAdam
-from synface.packing.packer import _Run
+from synface.checkpoint.single import single as checkpoint
+from synface.checkpoint.single.single import CheckpointError
+from synface.synthesis.packing import PackConfig, Packer, bounds, closest_pair, pack
+from synface.synthesis.packing.optimizer import SphereAdam
+from synface.synthesis.packing.packer import _Run
 
 import synface_kernels as sk
 from tests import codes
@@ -350,7 +350,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
     """A limit on the size of files stands in for it: points fit, points with moments do not."""
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from synface.packing import Packer, PackConfig\n"
+        "from synface.synthesis.packing import Packer, PackConfig\n"
         "packed = Packer(PackConfig(40, 6, steps=60, seed=3)).run()\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))\n"
         "packed.save(Path(sys.argv[1]), overwrite=True)\n"
@@ -472,7 +472,7 @@ def test_a_blow_loses_at_most_what_came_after_the_checkpoint(blow, tmp_path):
     """Checkpoints after every step, a blow at any time; then --resume ends as if it never fell."""
     arguments = ["pack", "--count", "40", "--dim", "6", "--steps", "200", "--seed", "3"]
     often = (
-        "import sys, synface.packing.packer as p; from synface.cli import main\n"
+        "import sys, synface.synthesis.packing.packer as p; from synface.cli import main\n"
         "p.CHECKPOINT_SECONDS = 0.0; sys.argv[0] = 'synface'; main()"
     )
     running = subprocess.Popen(

@@ -5,9 +5,9 @@ import tempfile
 import pytest
 import torch
 from synface.cli import main
-from synface.generate import EigenfaceGenerator
-from synface.packing import PackConfig, Packer, pack
-from synface.synthesize import synthesize
+from synface.synthesis.generators import EigenfaceGenerator
+from synface.synthesis.packing import PackConfig, Packer, pack
+from synface.synthesis.synthesize import synthesize
 
 CONFIG = PackConfig(20, 4, steps=2)
 
@@ -52,7 +52,7 @@ def test_a_packing_that_cannot_be_written_is_not_begun(tmp_path, monkeypatch, ki
 def test_checkpoints_that_cannot_be_written_are_found_at_once(tmp_path, monkeypatch, kind):
     folder, why = unwritable(tmp_path, monkeypatch, kind)
     packer = Packer(CONFIG)
-    monkeypatch.setattr("synface.packing.optimizer.SphereAdam.step", pytest.fail)
+    monkeypatch.setattr("synface.synthesis.packing.optimizer.SphereAdam.step", pytest.fail)
     with pytest.raises(OSError, match=wanted("folder", folder, why)):
         packer.run(folder)
 

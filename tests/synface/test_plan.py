@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from synface.backbone import IResNet
-from synface.plan import (
+from synface.bench.plan import (
     DEPTHS,
     DEVICES,
     WORKSPACE,
@@ -20,10 +19,11 @@ from synface.plan import (
     plan,
     read_measured,
 )
+from synface.models.iresnet import IResNet
 
 STEP = """
 import sys, torch
-from synface.measure import peak_bytes
+from synface.bench.measure import peak_bytes
 import synface_kernels as sk
 
 classes, dim, batch, dtype, optimizer, rate, fused = sys.argv[1:]
@@ -151,7 +151,7 @@ def test_backbone_is_counted_as_built(name):
 
 def test_activations_are_what_autograd_keeps():
     """Against the bytes that a real backward pass holds on to, counted by their storages."""
-    from synface import plan as module
+    from synface.bench import plan as module
 
     network = IResNet((112, 112), 3, (64, 128, 256, 512), DEPTHS["r18"], 512)
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}

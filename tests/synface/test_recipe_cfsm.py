@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from synface.checkpoint import CheckpointError
+from synface.checkpoint.single.single import CheckpointError
 from synface.cli.recipes import app
+from synface.common.config import to_toml
 from synface.data import embedded_faces
-from synface.guided import Generator, GeneratorConfig
-from synface.recipes import cfsm, cfsm_report
-from synface.recipes.cfsm import CfsmConfig, load_config
-from synface.recipes.config import to_toml
-from synface.recipes.degrade import DOMAINS, degrade
+from synface.recipes.cfsm.recipe import recipe as cfsm
+from synface.recipes.cfsm.recipe import report as cfsm_report
+from synface.recipes.cfsm.recipe.degrade import DOMAINS, degrade
+from synface.recipes.cfsm.recipe.model import Generator, GeneratorConfig
+from synface.recipes.cfsm.recipe.recipe import CfsmConfig, load_config
 from torch import nn
 from typer.testing import CliRunner
 
@@ -208,8 +209,8 @@ def test_stage_2_keeps_a_share_of_originals(tmp_path, config, monkeypatch):
             seen.append((len(images), torch.is_grad_enabled()))
             return images * 0.5 + 0 * o.sum()
 
-    from synface.backbone import IResNet
     from synface.heads import MarginHead
+    from synface.models.iresnet import IResNet
 
     network = IResNet((16, 16), 1, (4, 8), (1, 1), 8)
     head = MarginHead(8, len(people.source.identities))

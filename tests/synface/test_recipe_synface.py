@@ -11,19 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from synface.checkpoint import CheckpointError
+from synface.checkpoint.single.single import CheckpointError
 from synface.cli.recipes import app
+from synface.common.config import to_toml
 from synface.data import Augment, DataError, Faces
-from synface.data.order import Part
-from synface.generate import EigenfaceGenerator
-from synface.mixing import Constant, IdentityMixup
-from synface.recipes import cells, synface
-from synface.recipes.config import to_toml
+from synface.data.loading.sampler import Part
+from synface.data.mixing import Constant, IdentityMixup
+from synface.recipes import sweep as cells
 from synface.recipes.generated import identities
-from synface.recipes.synface import load_config
-from synface.sources import GeneratedSource
-from synface.synthesize import synthesize
-from synface.train import TrainConfig
+from synface.recipes.synface.recipe import recipe as synface
+from synface.recipes.synface.recipe.recipe import load_config
+from synface.synthesis.generators import EigenfaceGenerator
+from synface.synthesis.synthesize import synthesize
+from synface.training.loop import TrainConfig
+from synface.training.sources import GeneratedSource
 from typer.testing import CliRunner
 
 ORL = Path(__file__).parents[2] / ".." / "shared" / "data" / "orl"

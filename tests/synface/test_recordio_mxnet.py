@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from synface.data import recordio
-from synface.data.images import Sample
+from synface.data.formats import recordio
+from synface.data.formats.images import Sample
 
 WRITTEN = Path(__file__).parent / "files" / "mxnet"
 MAGIC = recordio.MAGIC

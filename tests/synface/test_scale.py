@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from synface import scale
-from synface.centers import Centers, CentersConfig
-from synface.scale import Clusters, ScaleConfig
+from synface.bench import scale
+from synface.bench.scale import Clusters, ScaleConfig
+from synface.optim.centers import Centers, CentersConfig
 
 SMALL = ScaleConfig(
     CentersConfig(2000, 32, seed=5), sample_rate=0.1, batch=32, working_set=64, lr=0.05

@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from synface import checkpoint, optim, sharded
-from synface.checkpoint import CheckpointError
+from synface.checkpoint.single import distributed as sharded
+from synface.checkpoint.single import single as checkpoint
+from synface.checkpoint.single.single import CheckpointError
 from synface.heads.sharded import ShardedMarginHead
+from synface.optim import rows as optim
 from torch import Tensor, nn
 
 import synface_kernels as sk

@@ -11,24 +11,25 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from synface import checkpoint, sharded
-from synface import settings as toml
-from synface.check import check_memory
-from synface.checkpoint import STATE, TENSORS, CheckpointError, checksum, sealed
+from synface.bench.plan import read_measured
+from synface.checkpoint.single import distributed as sharded
+from synface.checkpoint.single import single as checkpoint
+from synface.checkpoint.single.jsonl import Lines
+from synface.checkpoint.single.single import STATE, TENSORS, CheckpointError, checksum, sealed
 from synface.cli.options import parse_size
+from synface.common import config, toml
+from synface.common.check import check_memory
+from synface.common.textfiles import read_json, read_text
 from synface.data import embedded_faces
-from synface.data.conversion import convert
-from synface.data.worker import SharedArray
-from synface.embeddings import read_embeddings
-from synface.generate import EigenfaceGenerator
-from synface.lines import Lines
-from synface.packing import PackConfig, Packer, pack
-from synface.plan import read_measured
-from synface.recipes import cells, config
-from synface.runs import build_backbone, load_backbone, shapes_of
-from synface.synthesize import MANIFEST, synthesize
-from synface.textfiles import read_json, read_text
-from synface.train_config import TrainConfig
+from synface.data.formats.conversion import convert
+from synface.data.loading.worker import SharedArray
+from synface.recipes import sweep as cells
+from synface.synthesis.embeddings import read_embeddings
+from synface.synthesis.generators import EigenfaceGenerator
+from synface.synthesis.packing import PackConfig, Packer, pack
+from synface.synthesis.synthesize import MANIFEST, synthesize
+from synface.training.config import TrainConfig
+from synface.training.model import build_backbone, load_backbone, shapes_of
 from torch import nn
 
 SMALL = TrainConfig(widths=(4, 8), depths=(1, 1), embedding_size=16)
@@ -152,7 +153,7 @@ def test_texts(tmp_path):
 @pytest.fixture
 def little(monkeypatch):
     """A machine with 1 GiB of free memory."""
-    monkeypatch.setattr("synface.check.available_memory", lambda: 2**30)
+    monkeypatch.setattr("synface.common.check.available_memory", lambda: 2**30)
 
 
 def test_memory(little):

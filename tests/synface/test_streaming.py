@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from synface import checkpoint
+from synface.checkpoint.single import single as checkpoint
 from synface.data import DataError, ImageLoader, convert, open_images, read_folder
-from synface.data.order import WHOLE, Part, ShuffledOrder
-from synface.sources import FacesSource
-from synface.train import TIMING, TrainConfig, train
+from synface.data.loading.sampler import WHOLE, Part, ShuffledOrder
+from synface.training.loop import TIMING, TrainConfig, train
+from synface.training.sources import FacesSource
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers need a POSIX system")
 
@@ -152,9 +152,9 @@ def test_the_command_line_streams_what_memory_does_not_hold(tmp_path):
 PEAK = """
 import sys
 from synface.data import open_images
-from synface.measure import status
-from synface.sources import FacesSource
-from synface.train import TrainConfig
+from synface.bench.measure import status
+from synface.training.sources import FacesSource
+from synface.training.loop import TrainConfig
 source = FacesSource(open_images(sys.argv[1]), size=(64, 64), workers=1)
 for step, batch in source.batches(TrainConfig(epochs=1, batch_size=32, augment=0.0), 0):
     if step == 30:

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from synface.checkpoint import CheckpointError
+from synface.checkpoint.single.single import CheckpointError
 from synface.cli import app
+from synface.common.config import to_toml
 from synface.data import DataError
-from synface.generate import EigenfaceGenerator
-from synface.recipes import study
-from synface.recipes.config import to_toml
 from synface.recipes.generated import identities
-from synface.recipes.study import ATTRIBUTES, OneAttribute, load_config
+from synface.recipes.synface.recipe import study
+from synface.recipes.synface.recipe.study import ATTRIBUTES, OneAttribute, load_config
+from synface.synthesis.generators import EigenfaceGenerator
 from typer.testing import CliRunner
 
 TINY = """

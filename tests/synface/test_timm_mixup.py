@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats
-from synface.mixing import TimmMixup
-from synface.mixing_parts import cutmix_boxes, cutmix_boxes_within
-from synface.timm_mixup import FastCollateMixup, Mixup
+from synface.data.mixing import TimmMixup
+from synface.data.mixing.parts import cutmix_boxes, cutmix_boxes_within
+from synface.data.mixing.timm_mixup import FastCollateMixup, Mixup
 from torch import Tensor
 from torch.utils.data import DataLoader
 

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import synface.checkpoint
+import synface.checkpoint.single
 import torch
-from synface.checkpoint import STATE, TENSORS, CheckpointError, checksum, sealed
+from synface.checkpoint.single.single import STATE, TENSORS, CheckpointError, checksum, sealed
 from synface.data import Faces, embedded_faces, read_folder
-from synface.evaluate import embed, pixel_embeddings, verify
-from synface.train import TrainConfig, learning_rate, load_backbone, train
+from synface.evaluation.metrics import embed, pixel_embeddings, verify
+from synface.training.loop import TrainConfig, learning_rate, load_backbone, train
 
 SMALL = TrainConfig(
     epochs=4,
@@ -86,8 +86,8 @@ def test_ctrl_c_loses_nothing(faces, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(config, faces, tmp_path / "run", progress=Impatient())
     assert signal.getsignal(signal.SIGINT) is handler
-    found = synface.checkpoint.find(tmp_path / "run")
-    assert synface.checkpoint.load_state(found)["step"] == 1
+    found = synface.checkpoint.single.find(tmp_path / "run")
+    assert synface.checkpoint.single.load_state(found)["step"] == 1
     resumed = train(config, faces, tmp_path / "run", resume=True)
     assert_same(train(config, faces, tmp_path / "whole"), resumed)
 
@@ -139,8 +139,8 @@ def test_resuming_another_run_is_refused(faces, tmp_path):
 
 def test_damaged_checkpoints_are_named(faces, tmp_path):
     train(SMALL, faces, tmp_path / "run", stop_after=3)
-    good = synface.checkpoint.find(tmp_path / "run")
-    tensors, state = synface.checkpoint.load(good)
+    good = synface.checkpoint.single.find(tmp_path / "run")
+    tensors, state = synface.checkpoint.single.load(good)
 
     def damaged(change):
         copy = tmp_path / "copy"
@@ -198,7 +198,7 @@ def test_a_checkpoint_that_cannot_be_written_loses_nothing(faces, tmp_path, monk
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(synface.checkpoint, "sync", full)
+    monkeypatch.setattr(synface.checkpoint.single, "sync", full)
     with pytest.raises(OSError, match="No space left"):
         train(SMALL, faces, tmp_path / "run", resume=True)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
@@ -212,7 +212,7 @@ RUN = """
 import sys
 from pathlib import Path
 from synface.data import embedded_faces
-from synface.train import TrainConfig, train
+from synface.training.loop import TrainConfig, train
 faces = embedded_faces(images_per_identity=4, size=16, identities=6)
 config = TrainConfig(epochs=400, batch_size=11, widths=(4, 8), depths=(1, 1), embedding_size=16,
                      checkpoint_every=1, fused_update=sys.argv[-1] == "fused")
@@ -240,14 +240,14 @@ def test_kill_9_leaves_a_whole_checkpoint(faces, tmp_path, update):
     child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "run"), update])
     folder = tmp_path / "run" / "checkpoints"
     deadline = time.monotonic() + 120
-    while len(synface.checkpoint.checkpoints(folder)) < 2:
+    while len(synface.checkpoint.single.checkpoints(folder)) < 2:
         assert child.poll() is None, "ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    found = synface.checkpoint.find(tmp_path / "run")
-    _, state = synface.checkpoint.load(found)
+    found = synface.checkpoint.single.find(tmp_path / "run")
+    _, state = synface.checkpoint.single.load(found)
     arguments = [str(tmp_path / "run"), str(tmp_path / "whole"), str(state["step"] + 3)]
     subprocess.run([sys.executable, "-c", RESUMED, *arguments, update], check=True)
 
@@ -256,7 +256,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(faces, tmp_path):
     config = replace(SMALL, optimizer="sgd", lr=1e30, warmup_epochs=0.0)
     with pytest.raises(FloatingPointError, match="lower lr"):
         train(config, faces, tmp_path / "run")
-    tensors, _ = synface.checkpoint.load(synface.checkpoint.find(tmp_path / "run"))
+    tensors, _ = synface.checkpoint.single.load(synface.checkpoint.single.find(tmp_path / "run"))
     assert all(values.isfinite().all() for values in tensors.values())
 
 
@@ -323,7 +323,7 @@ def test_checkpoints_and_verification_may_come_within_an_epoch(faces, tmp_path):
     config = replace(SMALL, epochs=2, checkpoint_every=0.75, batch_size=-(-len(faces) // 4))
     options = {"verify": lambda backbone: {"auc": 0.5}, "verify_every": 0.5}
     train(config, faces, tmp_path / "run", stop_after=6, **options)
-    found = synface.checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
-    assert sorted(synface.checkpoint.load_state(path)["step"] for path in found) == [3, 6]
+    found = synface.checkpoint.single.checkpoints(tmp_path / "run" / "checkpoints")
+    assert sorted(synface.checkpoint.single.load_state(path)["step"] for path in found) == [3, 6]
     lines = (tmp_path / "run" / "verification.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]

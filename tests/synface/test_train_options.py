@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from synface.checkpoint import CheckpointError
+from synface.checkpoint.single.single import CheckpointError
 from synface.data import Faces, embedded_faces
-from synface.train import TrainConfig, learning_rate, train
+from synface.training.loop import TrainConfig, learning_rate, train
 
 SMALL = TrainConfig(
     epochs=2,

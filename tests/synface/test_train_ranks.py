@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from synface import checkpoint, sharded
-from synface.checkpoint import CheckpointError
+from synface.checkpoint.single import distributed as sharded
+from synface.checkpoint.single import single as checkpoint
+from synface.checkpoint.single.single import CheckpointError
 from synface.data import embedded_faces
-from synface.evaluate import embed
+from synface.evaluation.metrics import embed
 from synface.heads import ShardedMarginHead
-from synface.train import TrainConfig, load_backbone, train
+from synface.training.loop import TrainConfig, load_backbone, train
 
 from tests.ranks import on_ranks
 

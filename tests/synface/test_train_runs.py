@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from synface import checkpoint, cli, runs
-from synface.checkpoint import CheckpointError
+from synface import cli
+from synface.checkpoint.single import single as checkpoint
+from synface.checkpoint.single.single import CheckpointError
 from synface.data import embedded_faces
 from synface.heads import MarginHead
-from synface.train import TrainConfig, learning_rate, load_backbone, train
+from synface.training import model as runs
+from synface.training.loop import TrainConfig, learning_rate, load_backbone, train
 from typer.testing import CliRunner
 
 from tests.ranks import on_ranks
@@ -293,7 +295,7 @@ class OnDevice:
 
     def __call__(self, rank, ranks):
         asked = []
-        module = sys.modules["synface.train"]
+        module = sys.modules["synface.training.loop"]
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(module, "check_memory", lambda what, needed: asked.append(needed))
             source = module.FacesSource(people())

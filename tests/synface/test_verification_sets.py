@@ -14,11 +14,13 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score, roc_curve
-from synface import cli, pickles, set_report
+from synface import cli
 from synface.data import DataError, embedded_faces
-from synface.evaluate import embed, embed_store, identify, verify_pairs
-from synface.set_report import evaluate_set, pair_cosines, pool
-from synface.verification_sets import PairSet, TemplateSet, open_set, read_bin
+from synface.evaluation import report as set_report
+from synface.evaluation import safe_pickle as pickles
+from synface.evaluation.metrics import embed, embed_store, identify, verify_pairs
+from synface.evaluation.report import evaluate_set, pair_cosines, pool
+from synface.evaluation.sets import PairSet, TemplateSet, open_set, read_bin
 from torch import nn
 from typer.testing import CliRunner
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..extras import extra
-from ..interrupts import Terminated, raise_on_sigterm
+from ..common.extras import extra
+from ..common.interrupts import Terminated, raise_on_sigterm
 
 if TYPE_CHECKING:
     from .commands import app as app

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..check import check_folder
-from ..interrupts import Terminated
+from ..common.check import check_folder
+from ..common.interrupts import Terminated
 from .options import refuse
 from .terminal import Bar, Group, say
 
@@ -57,10 +57,10 @@ def scale_command(
     output: Annotated[Path, typer.Option(help="The report's folder.")] = Path("scale-report"),
 ) -> None:
     """Train class centres by the million on clustered embeddings: time, memory, and the loss."""
-    from .. import scale
-    from ..centers import Centers, CentersConfig
-    from ..check import available_memory
-    from ..plan import parse_count
+    from ..bench import scale
+    from ..bench.plan import parse_count
+    from ..common.check import available_memory
+    from ..optim.centers import Centers, CentersConfig
 
     classes = parse_count("--identities", identities)
     config = scale.ScaleConfig(

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ..check import check_folder
+from ..common.check import check_folder
 from ..data import convert
-from ..data.images import FORMATS
+from ..data.formats.images import FORMATS
 from .options import RelabelOption, refuse
 from .terminal import Bar, say
 

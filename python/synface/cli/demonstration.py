@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..check import check_folder
+from ..common.check import check_folder
 from .options import SeedOption
 from .terminal import Bar, console, say
 
@@ -37,10 +37,10 @@ def demo_command(
     import synface_kernels as sk
     from synface_kernels import _env
 
-    from .. import measure, report
+    from ..bench import demo, measure
     from ..data import embedded_faces
-    from ..train import train
-    from ..train_config import TrainConfig
+    from ..training.config import TrainConfig
+    from ..training.loop import train
     from .verification import print_verification, verify_network, verify_pixels
 
     check_folder("--output", output)
@@ -72,14 +72,14 @@ def demo_command(
             bar.advance(f"memory of {method}")
         times = measure.time_all(work, 3, lambda method: bar.advance(f"time of {method}"))
     implementation = f"impl={sk.explain('margin_cross_entropy').impl}"
-    header, *rows = report.softmax_table(times, memory, implementation)
+    header, *rows = demo.softmax_table(times, memory, implementation)
     table = Table(*header)
     for row in rows:
         table.add_row(*row)
     console.print(table)
 
     seconds = time.perf_counter() - began
-    page = report.write(
+    page = demo.write(
         output,
         faces=faces,
         history=result.history,

@@ -11,10 +11,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..check import check_folder
+from ..common.check import check_folder
 from ..data import open_images
-from ..extras import extra
-from ..verification_sets import PairSet, TemplateSet, open_set
+from ..evaluation.sets import PairSet, TemplateSet, open_set
 from .options import refuse
 from .started import MEMORY, command_of, place, read_faces, split_faces
 from .terminal import Bar, console, say
@@ -23,8 +22,9 @@ if TYPE_CHECKING:  # they import torch, which takes longer than all else that --
     import torch
 
     from ..data import ImageSet
-    from ..data.loader import Domain
-    from ..set_report import SetResult
+    from ..data.loading.loader import Domain
+    from ..evaluation.report import SetResult
+    from ..reporting.plots import check_matplotlib
 
 
 def eval_command(
@@ -91,11 +91,11 @@ def eval_command(
     ] = False,
 ) -> None:
     """Verify a trained network on pairs of images, beside raw pixels, or on verification sets."""
-    from .. import checkpoint
+    from ..checkpoint import single as checkpoint
     from ..data import Faces
-    from ..runs import CONFIG, load_backbone
-    from ..set_report import SetResult
-    from ..sources import fingerprint
+    from ..evaluation.report import SetResult
+    from ..training.model import CONFIG, load_backbone
+    from ..training.sources import fingerprint
     from .verification import print_verification, verify_network, verify_pixels
 
     if (run is None) == (checkpoint_ is None):
@@ -115,8 +115,7 @@ def eval_command(
     height, width, channels = state["data"]["image_shape"]
     if output is not None:
         check_folder("--output", output)
-        with extra("train", "drawing figures"):  # raises before the verification, not after it
-            import matplotlib.figure  # noqa: F401
+        check_matplotlib()  # raises before the verification, not after it
     on = _device(device)
     backbone.to(on)
     about = {"run": str(run), "step": state["step"], "flip": flip, "device": str(on)}
@@ -183,14 +182,14 @@ def eval_command(
 def _device(name: str) -> torch.device:
     import torch
 
-    from ..check import check_device
+    from ..common.check import check_device
 
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     return check_device(cuda if name == "auto" else name)
 
 
 def _report(output: Path | None, results: Sequence[SetResult], about: dict[str, Any]) -> None:
-    from .. import set_report
+    from ..evaluation import report as set_report
 
     if output is not None:
         say(f"report: {set_report.write(output, results, about)}")
@@ -198,7 +197,7 @@ def _report(output: Path | None, results: Sequence[SetResult], about: dict[str, 
 
 def _may_be(images: ImageSet, command: dict[str, Any], trained_on: dict[str, Any]) -> bool:
     """Return whether these may be a run's images, as far as that shows without decoding any."""
-    from ..sources import fingerprint
+    from ..training.sources import fingerprint
 
     people = len(images.identities) - command["holdout"]
     if not command["holdout"] or people < 2:
@@ -215,7 +214,7 @@ def _evaluate_sets(
     image_shape: tuple[int, int, int],
     **options: Any,
 ) -> list[SetResult]:
-    from .. import set_report
+    from ..evaluation import report as set_report
 
     results = []
     for each in sets:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..data.decode import MAX_PIXELS
-from ..settings import check_keys, read_toml
+from ..common.toml import check_keys, read_toml
+from ..data.formats.decode import MAX_PIXELS
 
 DataOption = Annotated[
     Path | None,

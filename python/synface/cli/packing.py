@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..check import check_folder
+from ..common.check import check_folder
 from .options import SeedOption, parse_size, refuse
 from .terminal import Bar, PackingBar, console, interrupts, say
 
@@ -61,8 +61,8 @@ def pack_command(
     ] = None,
 ) -> None:
     """Spread N unit vectors in d dimensions as far apart as they go, or check embeddings."""
-    from .. import packing
-    from ..embeddings import read_embeddings
+    from ..synthesis import packing
+    from ..synthesis.embeddings import read_embeddings
 
     if check is not None:
         others = [name for name in context.params if name not in ("check", "against")]
@@ -119,8 +119,8 @@ def pack_command(
 
 
 def _check_embeddings(file: Path, against: Path | None) -> None:
-    from .. import packing
-    from ..embeddings import read_embeddings
+    from ..synthesis import packing
+    from ..synthesis.embeddings import read_embeddings
 
     rows = read_embeddings(file)
     other = None if against is None else read_embeddings(against)
@@ -177,9 +177,9 @@ def synthesize_command(
     ] = False,
 ) -> None:
     """Write a folder of face images, some of each packed identity, that `train` takes."""
-    from ..embeddings import read_embeddings
-    from ..generate import open_generator
-    from ..synthesize import synthesize
+    from ..synthesis.embeddings import read_embeddings
+    from ..synthesis.generators import open_generator
+    from ..synthesis.synthesize import synthesize
 
     if generator is None:
         refuse(context, "without --generator: eigenfaces are drawn on the CPU", "device")

@@ -12,7 +12,7 @@ from rich.table import Table
 from .terminal import console
 
 if TYPE_CHECKING:
-    from ..plan import Plan
+    from ..bench.plan import Plan
 
 
 def plan_command(
@@ -45,7 +45,7 @@ def plan_command(
     ] = None,
 ) -> None:
     """What training would take: memory per GPU, bytes exchanged, time per step; what to change."""
-    from .. import plan
+    from ..bench import plan
 
     if device not in plan.DEVICES:
         raise ValueError(f"--device must be one of {', '.join(plan.DEVICES)}, got {device!r}")

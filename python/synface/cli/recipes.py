@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ..check import check_folder
+from ..common.check import check_folder
 from .options import refuse
 from .terminal import Bar, Group, console, interrupts, say
 
@@ -59,7 +59,8 @@ def cfsm_command(
     resume: ResumeOption = False,
 ) -> None:
     """Learn style subspaces of degraded faces, and train a recogniser on guided ones (CFSM)."""
-    from ..recipes import cfsm, cfsm_report
+    from ..recipes.cfsm import recipe as cfsm
+    from ..recipes.cfsm import report as cfsm_report
 
     settings = cfsm.load_config(config)
     data = settings.data

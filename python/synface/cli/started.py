@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..common.textfiles import read_json
 from ..data import open_images
-from ..textfiles import read_json
-from ..train_config import TrainConfig
+from ..training.config import TrainConfig
 from .terminal import Bar
 
 if TYPE_CHECKING:  # they import torch, which takes longer than all else that --help needs
     from ..data import Faces
-    from ..data.loader import Domain
+    from ..data.loading.loader import Domain
 
 EMBEDDED = "default"  # as a folder: the embedded faces
 PLACES = ("data", "synthetic", "real")  # options that say where images are
@@ -79,7 +79,7 @@ def split_faces(
     The former are in memory too if all, as RGB, take at most so many MiB.
     """
     from ..data import read_folder
-    from ..data.loader import common_shape, opened
+    from ..data.loading.loader import common_shape, opened
 
     images = open_images(data, relabel) if data else None
     size = size or (FOLDER_SIZE if images else None)

@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from typer.core import TyperGroup
 
-from ..interrupts import Terminated
+from ..common.interrupts import Terminated
 
 console = Console()
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..check import check_folder
+from ..common.check import check_folder
 from ..data import open_images
-from ..train_config import TrainConfig
+from ..training.config import TrainConfig
 from .options import (
     ConfigOption,
     DataOption,
@@ -39,8 +39,8 @@ from .terminal import Bar, console, interrupts, say
 
 if TYPE_CHECKING:  # they import torch, which takes longer than all else that --help needs
     from ..data import Faces
-    from ..mixing import Ratio
-    from ..sources import MixedSource
+    from ..data.mixing import Ratio
+    from ..training.sources import MixedSource
 
 DEFAULT = TrainConfig  # its class attributes
 
@@ -57,7 +57,7 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
 
 
 def _ratio(text: str) -> Ratio:
-    from ..mixing import Beta, Constant, Grid
+    from ..data.mixing import Beta, Constant, Grid
 
     name, _, value = text.partition(":")
     try:
@@ -74,7 +74,7 @@ def _ratio(text: str) -> Ratio:
 def _mixed(run: dict[str, Any], workers: int) -> tuple[MixedSource, Faces]:
     """The two domains that a run mixes, and the real people held out."""
     from ..data import read_folder
-    from ..sources import MixedSource
+    from ..training.sources import MixedSource
 
     if not (run["synthetic"] and run["real"]) or run["data"]:
         raise ValueError("--synthetic and --real go together, without --data")
@@ -197,10 +197,10 @@ def train_command(
     config_file: ConfigOption = None,
 ) -> None:
     """Train on an image folder (or the embedded faces) and verify on people kept out."""
-    from ..ranks import joined
-    from ..runs import check_start, inherited, state_of
-    from ..sources import FacesSource
-    from ..train import train
+    from ..common.distributed import joined
+    from ..training.loop import train
+    from ..training.model import check_start, inherited, state_of
+    from ..training.sources import FacesSource
     from .verification import figures, print_verification, verify_network, verify_pixels
 
     given = context.params | {"widths": _numbers("--widths", widths)}
@@ -318,7 +318,7 @@ def _stored_run(
     More epochs may be given, and other places of the images, which `train` holds against the run's
     fingerprint.
     """
-    from ..runs import CONFIG
+    from ..training.model import CONFIG
 
     run, config = command_of(folder / CONFIG)
     stored = run | asdict(config)

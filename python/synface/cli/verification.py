@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..data import Faces
-from ..evaluate import Verification, embed, pixel_embeddings, verify
+from ..evaluation.metrics import Verification, embed, pixel_embeddings, verify
 from .terminal import console
 
 

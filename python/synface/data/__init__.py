@@ -4,15 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .augment import Augment, normalise
-    from .conversion import convert
-    from .decode import DataError
     from .embedded import embedded_faces
-    from .folder import Faces, read_folder
-    from .imagefolder import list_folder
-    from .images import ImageSet, open_images
-    from .loader import ImageLoader, TwoDomainLoader
-    from .order import CycledOrder
+    from .formats.conversion import convert
+    from .formats.decode import DataError
+    from .formats.folder import Faces, read_folder
+    from .formats.imagefolder import list_folder
+    from .formats.images import ImageSet, open_images
+    from .loading.augment import Augment, normalise
+    from .loading.loader import ImageLoader, TwoDomainLoader
+    from .loading.sampler import CycledOrder
 
 # Imported when first asked for: worker processes read files without torch.
 _HOMES = {

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synface.check import check_memory
-from synface.data.augment import warp
-from synface.data.folder import DataError, Faces
-from synface.randomness import normals
+from synface.common.check import check_memory
+from synface.common.rng import normals
+from synface.data.formats.folder import DataError, Faces
+from synface.data.loading.augment import warp
 
 FACES = 100  # of the file's 200 crops, the first 100 show faces
 STYLES = 10  # numbers that `restyle` takes for each image

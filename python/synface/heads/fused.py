@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.module_tracker import ModuleTracker
 
-from ..check import describe
+from ..common.check import describe
 from ..optim import RowAdamW, RowSGD
 from .sparse_gradient import DenseGradient, watch
 

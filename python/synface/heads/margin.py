@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import synface_kernels as sk
 
-from ..check import check_integer, describe
-from ..labels import labels_of
+from ..common.check import check_integer, describe
+from ..common.labels import labels_of
 from .fused import FusedHead, raise_if_recomputed
 
 _STATISTICS = ("norm_mean", "norm_std")  # AdaFace's buffers

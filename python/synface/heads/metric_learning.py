@@ -24,8 +24,8 @@ from torch.nn.functional import normalize
 
 import synface_kernels as sk
 
-from ..check import check_integer, check_number, describe
-from ..labels import labels_of
+from ..common.check import check_integer, check_number, describe
+from ..common.labels import labels_of
 from .their_centers import TheirCenters, turned, turned_back
 
 _DEFAULTS = {"distance": "CosineSimilarity", "reducer": "MeanReducer"}  # theirs

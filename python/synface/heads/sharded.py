@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import synface_kernels as sk
 
-from ..check import check_integer, describe
-from ..labels import labels_of
-from ..randomness import generator, normals
+from ..common.check import check_integer, describe
+from ..common.labels import labels_of
+from ..common.rng import generator, normals
 from .fused import FusedHead
 from .partial_fc import _times
 
@@ -45,7 +45,7 @@ class ShardedMarginHead(FusedHead):
         impl: which implementation of the op to take. device, dtype: of the centres.
 
     State dict: ``weight`` (C_r, D), this rank's. For checkpoints that any number of ranks can go on
-    from see `synface.sharded`.
+    from see `synface.checkpoint.distributed`.
 
     Memory: C_r·D values, as much for their gradient, and ``workspace``. See docs/sharding.md.
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..check import check_integer
+from ..common.check import check_integer
+from ..common.rng import generator as draws
+from ..common.rng import normals
 from ..data import Faces, embedded_faces, read_folder
-from ..generate import FaceGenerator, open_generator
-from ..randomness import generator as draws
-from ..randomness import normals
+from ..synthesis.generators import FaceGenerator, open_generator
 
 EIGENFACES, EMBEDDED = "eigenfaces", "embedded"
 EMBEDDED_IMAGES = 10  # of each of the embedded faces

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint
-from ..interrupts import interruption, interrupts
-from ..lines import Lines
+from ..checkpoint import single as checkpoint
+from ..checkpoint.jsonl import Lines
+from ..common.interrupts import interruption, interrupts
 
 METRICS = "metrics.jsonl"
 

@@ -1,0 +1,425 @@
+"""What training will take: memory per rank, bytes exchanged, time per step, and what to change.
+
+Memory is counted tensor by tensor, as this library allocates them. Time is the roofline's: each
+part takes as long as its arithmetic or its bytes, whichever is slower. It is a lower bound, unless
+the device's own measurements are given, whose rates it then takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..common.check import check_integer, check_number
+from ..common.rng import standard_defaults
+from ..common.textfiles import parse_json, read_text
+from ..models.iresnet import IResNet
+
+MIB, GIB = 2**20, 2**30
+WORKSPACE = 64 * MIB  # what margin_cross_entropy takes at most, beside its results
+IMAGE = (112, 112)
+SHARE_FREE = 0.05  # of a device's memory: the driver, its libraries and fragmentation
+NAMES = ("float32", "bfloat16")
+BYTES = {"float32": 4, "bfloat16": 2}
+STATES = {"none": 0, "sgd": 1, "adamw": 2}  # tensors as large as the parameters
+DEPTHS = {
+    "r18": (2, 2, 2, 2),
+    "r34": (3, 4, 6, 3),
+    "r50": (3, 4, 14, 3),
+    "r100": (3, 13, 30, 3),
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates of a device: bytes/s of its memory, FLOP/s of dense products with float32 sums, and
+    bytes/s to the other ranks in one direction. source: where they are from."""
+
+    memory: float
+    bandwidth: float
+    products: Mapping[str, float]
+    link: float
+    source: str
+
+
+def _nvidia(
+    memory: float, bandwidth: float, bf16: float, fp32: float, link: float, of: str
+) -> Device:
+    products = {"bfloat16": bf16 * 1e12, "float32": fp32 * 1e12}
+    return Device(memory * 1e9, bandwidth * 1e9, products, link * 1e9, f"NVIDIA's data sheet: {of}")
+
+
+DEVICES = {
+    "a100": _nvidia(80, 2039, 312, 19.5, 300, "A100 80GB SXM"),
+    "h100": _nvidia(80, 3350, 989, 67, 450, "H100 SXM"),
+    "h200": _nvidia(141, 4800, 989, 67, 450, "H200 SXM"),
+    "rtx4090": _nvidia(24, 1008, 165, 82.6, 32, "GeForce RTX 4090, PCIe 4.0 ×16"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A training run.
+
+    Attributes:
+        identities: C. dim: D. gpus: P ranks, each with C/P classes and batch/P images.
+        gpu_memory: bytes of each. device: a name of `DEVICES`.
+        batch: images of one step, on all ranks together.
+        labels: per image (3 for mixed identities and domains).
+        sample_rate: share of the classes that take part in a step (Partial FC).
+        fused_update: whether the backward pass steps the centres itself: they have no gradient.
+        centers: dtype of the class centres, their gradient and their optimiser's state.
+        optimizer: of the centres: ``"sgd"`` (momentum), ``"adamw"`` or ``"none"``.
+        backbone: a name of `DEPTHS`, at 112×112, or None to leave it out.
+        precision: of the backbone's arithmetic and of the embeddings.
+    """
+
+    identities: int
+    dim: int = 512
+    gpus: int = 1
+    gpu_memory: float = 80e9
+    batch: int = 1024
+    labels: int = 1
+    sample_rate: float = 1.0
+    fused_update: bool = False
+    centers: str = "float32"
+    optimizer: str = "sgd"
+    backbone: str | None = "r50"
+    precision: str = "bfloat16"
+    device: str = "h100"
+
+    def __post_init__(self) -> None:
+        for name in ("identities", "dim", "gpus", "batch", "labels"):
+            check_integer(name, getattr(self, name), 1)
+        check_number("gpu_memory", self.gpu_memory, 1.0)
+        check_number("sample_rate", self.sample_rate, 0.0, 1.0)
+        if self.sample_rate == 0:
+            raise ValueError("sample_rate must be above 0, got 0")
+        for name, allowed in (
+            ("centers", NAMES),
+            ("precision", NAMES),
+            ("optimizer", tuple(STATES)),
+            ("device", tuple(DEVICES)),
+            ("backbone", (None, *DEPTHS)),
+        ):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(str(choice) for choice in allowed)
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.batch < self.gpus:
+            raise ValueError(
+                f"batch must hold an image for each of {self.gpus} gpus, got {self.batch}"
+            )
+
+    @property
+    def classes(self) -> int:
+        """Of the rank that holds most."""
+        return math.ceil(self.identities / self.gpus)
+
+    @property
+    def sampled(self) -> int:
+        """Classes of a rank that take part in a step: every positive does, in the worst case all
+        of one rank."""
+        if self.sample_rate == 1:
+            return self.classes
+        least = math.ceil(self.classes * self.sample_rate)
+        return min(self.classes, max(least, self.batch * self.labels))
+
+    @property
+    def images(self) -> int:
+        return math.ceil(self.batch / self.gpus)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one part of a step, and what bounds it. measured: by a rate measured on this device."""
+
+    seconds: float
+    bound: Literal["arithmetic", "memory", "exchange"]
+    measured: bool
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change, and the bytes that each rank then needs."""
+
+    change: str
+    bytes: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found, of the rank that holds most.
+
+    Attributes:
+        memory: bytes by part. exchange: bytes that a rank sends in a step, by part.
+        time: `Seconds` by part. remedies: what to change, where it does not fit.
+        rates: where the rates are from.
+    """
+
+    settings: Settings
+    memory: dict[str, float]
+    exchange: dict[str, float]
+    time: dict[str, Seconds]
+    remedies: list[Remedy]
+    rates: str
+
+    @property
+    def total(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def available(self) -> float:
+        return self.settings.gpu_memory * (1 - SHARE_FREE)
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.available
+
+    @property
+    def seconds(self) -> float:
+        return sum(part.seconds for part in self.time.values())
+
+
+@functools.cache
+def _backbone(name: str, dim: int) -> tuple[int, float, float]:
+    """Parameters; bytes kept for the backward pass and FLOPs of both passes, for each image.
+
+    Counted by running the network on the meta device, which computes and allocates nothing.
+    """
+    with standard_defaults(), torch.device("meta"):
+        network = IResNet(IMAGE, 3, (64, 128, 256, 512), DEPTHS[name], dim)
+    own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+
+    def run(images: int) -> tuple[float, float]:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        counter = FlopCounterMode(display=False)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), counter:
+            batch = torch.empty(images, 3, *IMAGE, dtype=torch.float32, device="meta")
+            network(batch).sum().backward()
+        return sum(kept.values()), counter.get_total_flops()
+
+    (bytes2, flops2), (bytes4, flops4) = run(2), run(4)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return parameters, (bytes4 - bytes2) / 2, (flops4 - flops2) / 2
+
+
+def memory(settings: Settings) -> dict[str, float]:
+    """Bytes by part, on the rank that holds most classes."""
+    s, size = settings, BYTES[settings.centers]
+    activation = BYTES[s.precision]
+    parts: dict[str, float] = {"centres": s.classes * s.dim * size}
+    if STATES[s.optimizer]:
+        parts[f"centres' {s.optimizer} state"] = STATES[s.optimizer] * s.classes * s.dim * size
+    if not s.fused_update:
+        parts["centres' gradient"] = s.sampled * s.dim * size
+    if s.sample_rate < 1:
+        # the step after which each row is up to date; a bit per class; the sampled classes
+        parts["sampling"] = 4 * s.classes + s.classes / 8 + 8 * s.sampled
+    # all ranks' embeddings, their mean centre and the gradient's partial sums in float32
+    parts["embeddings"] = s.batch * s.dim * (2 * activation + 2 * 4)
+    parts["loss workspace, at most"] = WORKSPACE
+    if s.backbone:
+        parameters, kept, _ = _backbone(s.backbone, s.dim)
+        copies = 3 + (s.gpus > 1)  # weight, gradient, momentum; the buckets of DDP
+        parts["backbone"] = 4 * parameters * copies
+        parts["activations"] = kept * s.images * activation / 4
+    return parts
+
+
+def exchange(settings: Settings) -> dict[str, float]:
+    """Bytes that a rank sends in one step, by part; rings, as NCCL's."""
+    s = settings
+    others = (s.gpus - 1) / s.gpus
+    parts = {
+        "embeddings, gathered": others * s.batch * s.dim * BYTES[s.precision],
+        "labels, gathered": others * s.batch * s.labels * (8 + 8 * (s.labels > 1)),
+        "sums and target cosines": 2 * others * s.batch * (2 + s.labels) * 8,
+        "embeddings' gradient, reduced": others * s.batch * s.dim * 4,
+    }
+    if s.backbone:
+        parameters, _, _ = _backbone(s.backbone, s.dim)
+        parts["backbone's gradient, reduced"] = 2 * others * parameters * 4
+    return parts
+
+
+def _rates(settings: Settings, measured: Mapping[str, Any] | None) -> tuple[Device, bool, str]:
+    device = DEVICES[settings.device]
+    ceilings = (measured or {}).get("ceilings")
+    if not isinstance(ceilings, Mapping):
+        return device, False, device.source + " (peak rates; not measured)"
+    product = float(ceilings["product_tflop_per_second"]) * 1e12
+    # only a bfloat16 product is measured; float32 keeps its share of the data sheet's
+    factor = product / device.products["bfloat16"]
+    device = replace(
+        device,
+        bandwidth=float(ceilings["copy_gigabyte_per_second"]) * 1e9,
+        products={name: rate * factor for name, rate in device.products.items()},
+    )
+    name = (measured or {}).get("machine", {}).get("gpu", "this device")
+    return device, True, f"a copy and a bfloat16 product measured on {name}"
+
+
+def time(
+    settings: Settings, measured: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Seconds], str]:
+    """Seconds by part of a step, and where the rates are from."""
+    s = settings
+    device, is_measured, source = _rates(s, measured)
+    size = BYTES[s.centers]
+    both = "float32" if "float32" in (s.centers, s.precision) else "bfloat16"
+
+    def part(flops: float, moved: float, dtype: str = s.precision) -> Seconds:
+        arithmetic, memory = flops / device.products[dtype], moved / device.bandwidth
+        if arithmetic >= memory:
+            return Seconds(arithmetic, "arithmetic", is_measured)
+        return Seconds(memory, "memory", is_measured)
+
+    rows = s.sampled * s.dim
+    # four products, of which one computes the logits again; centres read twice, gradient written
+    passes = 2 if s.fused_update else 3
+    parts = {"margin softmax": part(8.0 * s.batch * rows, passes * rows * size, both)}
+    states = STATES[s.optimizer]
+    if states:  # centres and states read and written, gradient read
+        passes = 2 * (1 + states) + (0 if s.fused_update else 1)
+        parts["centres' update"] = part(0, rows * size * passes)
+    if s.backbone:
+        parameters, kept, flops = _backbone(s.backbone, s.dim)
+        moved = 3 * kept * s.images * BYTES[s.precision] / 4  # written, read, and its gradient
+        parts["backbone"] = part(flops * s.images, moved)
+        parts["backbone's update"] = part(0, 5 * 4 * parameters)
+    if s.gpus > 1:
+        sent = sum(exchange(s).values())
+        parts["exchange"] = Seconds(sent / device.link, "exchange", False)
+    return parts, source
+
+
+def _remedies(settings: Settings) -> Iterator[Remedy]:
+    def needs(changed: Settings) -> float:
+        return sum(memory(changed).values())
+
+    room = settings.gpu_memory * (1 - SHARE_FREE)
+
+    def remedy(text: str, **changes: Any) -> Remedy:
+        size = needs(replace(settings, **changes))
+        return Remedy(text, size, size <= room)
+
+    def least(fits: Callable[[int], bool], most: int) -> int | None:
+        """The least number that fits, if more is better."""
+        if not fits(most):
+            return None
+        low, high = 0, most
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        return high
+
+    if not settings.fused_update:
+        yield remedy("no gradient of the centres: --fused-update", fused_update=True)
+    if settings.centers == "float32":
+        yield remedy(
+            "centres in bfloat16, rounded at random: --centers bfloat16", centers="bfloat16"
+        )
+    thousandths = least(
+        lambda k: needs(replace(settings, sample_rate=1 - k / 1000)) <= room, most=999
+    )
+    if thousandths is not None:
+        rate = 1 - thousandths / 1000
+        yield remedy(f"sample fewer classes: --sample-rate {rate:.3g}", sample_rate=rate)
+    elif settings.sample_rate > 0.1:
+        yield remedy("sample a tenth of the classes: --sample-rate 0.1", sample_rate=0.1)
+    if settings.optimizer == "adamw":
+        yield remedy("one state a centre instead of two: --optimizer sgd", optimizer="sgd")
+    if settings.optimizer != "none":
+        yield remedy("no momentum for the centres: --optimizer none", optimizer="none")
+    if settings.backbone and settings.images > 1:
+        half = max(settings.gpus, settings.batch // 2)
+        yield remedy(f"half the batch: --batch {half}", batch=half)
+    gpus = least(lambda p: needs(replace(settings, gpus=p)) <= room, most=settings.batch)
+    if gpus is not None:
+        yield remedy(f"more GPUs: --gpus {gpus}", gpus=gpus)
+    fewer = least(
+        lambda k: needs(replace(settings, identities=settings.identities - k)) <= room,
+        most=settings.identities - 1,
+    )
+    if fewer is not None:
+        count = settings.identities - fewer
+        yield remedy(f"fewer identities: --identities {count}", identities=count)
+
+
+def plan(settings: Settings, measured: Mapping[str, Any] | None = None) -> Plan:
+    """Memory, exchange and time of a training step.
+
+    Args:
+        settings: of the run. measured: a result of ``make gpu-evidence`` (see `read_measured`),
+            whose measured rates then replace the data sheet's.
+
+    Returns:
+        A `Plan` of the rank that holds most classes. Bytes and seconds.
+
+    Memory: the gradient exists for the classes that take part; what a framework caches or its
+    allocator wastes is the 5 % of the device that are left free. Source: the formulas of
+    `synface_kernels.margin_cross_entropy`, checked against measured peaks by the tests.
+    """
+    parts, source = time(settings, measured)
+    result = Plan(settings, memory(settings), exchange(settings), parts, [], source)
+    return result if result.fits else replace(result, remedies=list(_remedies(settings)))
+
+
+def read_measured(path: Path) -> dict[str, Any]:
+    """A result file of ``make gpu-evidence``.
+
+    Raises:
+        ValueError: if it is not one, naming the file and what is missing.
+    """
+    text = read_text(path)
+    try:
+        result = parse_json(text)
+        for rate in ("copy_gigabyte_per_second", "product_tflop_per_second"):
+            if not float(result["ceilings"][rate]) > 0:
+                raise ValueError(f"its {rate} must be above 0, got {result['ceilings'][rate]}")
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} is no result of make gpu-evidence: {reason}") from error
+    return dict(result)
+
+
+SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+
+
+def parse_count(name: str, text: str) -> int:
+    """100000, 100k, 10M, 1.5B: a whole number."""
+    return _parse(name, text.strip(), SUFFIXES, "a count such as 250000, 10M or 1.5B")
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """80GB (80e9 bytes), 24GiB (24·2³⁰), 512MB."""
+    units = {f"{k}b": v for k, v in SUFFIXES.items() if k != "b"}
+    units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+    return _parse(name, text.strip(), units, "a size such as 80GB or 24GiB")
+
+
+def _parse(name: str, text: str, units: Mapping[str, float], expected: str) -> int:
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    unit = text[len(number) :].lower()
+    try:
+        value = float(number.replace("_", "")) * (units[unit] if unit else 1)
+    except (KeyError, ValueError):
+        raise ValueError(f"{name} must be {expected}, got {text!r}") from None
+    if not math.isfinite(value) or value < 1 or value != round(value):
+        raise ValueError(f"{name} must be {expected}, at least 1 and whole, got {text!r}")
+    return round(value)

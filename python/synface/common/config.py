@@ -1,0 +1,55 @@
+"""Configurations: dataclasses of numbers, texts and further dataclasses, to and from TOML."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from .extras import extra
+from .toml import check_keys, read_toml
+
+T = TypeVar("T")
+
+
+def load(cls: type[T], file: Path) -> T:
+    """A configuration from a TOML file; a key that is left out keeps its default.
+
+    Raises:
+        ValueError: for a file that is not TOML, an unknown key, a value of another type or one
+            that the configuration does not take.
+    """
+    return _build(cls, read_toml(file), str(file))
+
+
+def _build(cls: type, table: dict[str, Any], where: str) -> Any:
+    hints = get_type_hints(cls)
+    check_keys(where, table, hints)
+    values = {}
+    for key, value in table.items():
+        hint = hints[key]
+        if is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: {key} must be a table, got {value!r}")
+            values[key] = _build(hint, value, f"{where}: [{key}]")  # type: ignore[arg-type]
+            continue
+        if isinstance(value, list):
+            value = tuple(value)
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        kind = getattr(hint, "__origin__", hint)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{where}: {key} must be {kind.__name__}, got {value!r}")
+        values[key] = value
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def to_toml(config: Any) -> str:
+    """The exact configuration, as `load` reads it."""
+    with extra("train", "writing TOML"):
+        import tomli_w
+
+    return tomli_w.dumps(asdict(config))

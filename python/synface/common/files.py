@@ -1,0 +1,131 @@
+"""Files that are written atomically, and verified by checksum when they are read."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import zlib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .extras import extra
+from .textfiles import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHECKSUM = "checksum"  # of the rest of a state
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or of another model or run."""
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or a directory to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file so that it is there whole, or as it was before."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    sync(part)
+    part.replace(path)
+    sync(path.parent)
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file so that it is there whole, or as it was before.
+
+    Raises:
+        OSError: where it cannot be written (a full disk, say).
+    """
+    with extra("train", "writing checkpoints and embeddings"):
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)
+    try:
+        part.touch()
+        mode = stat.S_IMODE(part.stat().st_mode)  # what the umask leaves; safetensors' is 0600
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, metadata)
+        part.chmod(mode)
+        sync(part)
+        part.replace(path)
+        sync(path.parent)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def checksum(file: Path) -> str:
+    """Return the CRC-32 of a file's bytes, in hexadecimal."""
+    crc, chunk = 0, bytearray(2**22)
+    with file.open("rb", buffering=0) as opened:
+        while count := opened.readinto(chunk):
+            crc = zlib.crc32(memoryview(chunk)[:count], crc)
+    return f"{crc:08x}"
+
+
+def verify(file: Path, expected: object) -> None:
+    """Raise CheckpointError where a file's checksum is not what is expected."""
+    came = checksum(file)
+    if came != expected:
+        raise CheckpointError(
+            f"{file} is damaged: its CRC-32 is {came}, and was {expected} when it was written; "
+            "use an earlier checkpoint, or a copy"
+        )
+
+
+def sealed(state: Mapping[str, Any]) -> str:
+    """Return a state as JSON, with a checksum of its content; `read_state` reads it."""
+    content = json.loads(json.dumps(state))
+    return json.dumps(content | {CHECKSUM: _content_checksum(content)}, indent=1)
+
+
+def _content_checksum(content: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+
+
+def check_names(state: Mapping[str, Any], reserved: Collection[str]) -> None:
+    """Raise ValueError where a caller's state has names that a checkpoint has itself."""
+    if taken := sorted(state.keys() & {*reserved, CHECKSUM}):
+        raise ValueError(
+            f"state must not hold {', '.join(taken)}, which every checkpoint has: rename them"
+        )
+
+
+def read_state(file: Path, *formats: object, most: int = 2**26) -> dict[str, Any]:
+    """Return a state that `sealed` wrote, without its checksum.
+
+    Args:
+        formats: what its "format" may be, the newest one first. Only the others may lack the
+            checksum.
+        most: bytes that the file may have.
+
+    Raises:
+        CheckpointError: for a file that is missing, not whole, of another format or damaged.
+    """
+    state = read_json(file, CheckpointError, most)
+    if not isinstance(state, dict) or state.get("format") not in formats:
+        came = state.get("format") if isinstance(state, dict) else type(state).__name__
+        known = " or ".join(map(str, formats))
+        raise CheckpointError(f"{file}: expected format {known}, got {came!r}")
+    came = state.pop(CHECKSUM, None)
+    if (came is not None or state["format"] == formats[0]) and came != _content_checksum(state):
+        raise CheckpointError(
+            f"{file} is damaged: its content has the checksum {_content_checksum(state)}, and it "
+            f"names {came!r}; use an earlier checkpoint, or a copy"
+        )
+    return state

@@ -1,0 +1,54 @@
+"""Settings in TOML files."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .extras import extra
+from .files import write_text
+from .textfiles import read_text
+
+MAX_BYTES = 2**22  # of a file of settings
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """The tables and values of a file.
+
+    Raises:
+        ValueError: for a file that cannot be read, is a device or a pipe, has more than 4 MiB or is
+            not TOML, naming it.
+    """
+    with extra("train", "reading TOML"):
+        tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    text = read_text(file, most=MAX_BYTES)
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file} is not TOML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{file} is nested too deeply") from error
+
+
+def write_toml(file: Path, values: Mapping[str, Any]) -> None:
+    """Writes values, whole or not at all; those that are None, which TOML has no word for, are
+    left out."""
+    with extra("train", "writing TOML"):
+        import tomli_w
+
+    kept = {name: value for name, value in values.items() if value is not None}
+    write_text(file, tomli_w.dumps(kept))
+
+
+def check_keys(where: object, keys: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ValueError for the first key that is not known, with what may have been meant."""
+    known = list(known)
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+            raise ValueError(f"{where}: unknown key {key!r}{hint}")

@@ -1,0 +1,157 @@
+"""Image files, hostile until they are decoded: NumPy and Pillow are all it takes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...common.extras import extra
+from . import metadata
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# The decoders of Pillow's that files may reach, whatever their name (EPS starts Ghostscript).
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+EXTENSIONS = frozenset(
+    {".bmp", ".jpg", ".jpeg", ".png", ".pgm", ".ppm", ".pnm", ".tif", ".tiff", ".webp"}
+)
+SUFFIXES = {"BMP": "bmp", "PNG": "png", "PPM": "pnm", "TIFF": "tif", "WEBP": "webp"}  # else JPEG
+MAX_PIXELS = 1 << 26  # of one image; more is taken for a decompression bomb
+NAMED = 5  # bad files that an error names
+READING = "reading images"  # in errors
+GREY = ("1", "L", "LA")  # Pillow's modes without colour
+
+
+class DataError(ValueError):
+    """Face images that cannot be used; the message names the files and what is wrong."""
+
+
+def keep(count: int, holdout: int) -> int:
+    """How many of `count` identities are left to train on.
+
+    Raises:
+        ValueError: if holdout is negative, or fewer than 2 are left.
+    """
+    if holdout < 0 or count - holdout < 2:
+        raise ValueError(
+            f"holdout must lie in [0, {count - 2}] to leave at least 2 of the "
+            f"{count} identities for training, got {holdout}"
+        )
+    return count - holdout
+
+
+def entries(folder: Path) -> list[Path]:
+    """Return a folder's entries in natural order, without hidden ones and macOS's own."""
+    return [Path(entry.path) for entry in scan(folder)]
+
+
+def scan(folder: Path) -> list[os.DirEntry[str]]:
+    """What `entries` gives, with what the folder itself says of each."""
+    try:
+        with os.scandir(folder) as found:
+            shown = [e for e in found if e.name[0] != "." and e.name != "__MACOSX"]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be listed: {error.strerror}") from error
+    return sorted(shown, key=lambda entry: natural(entry.name))
+
+
+def natural(text: str) -> tuple[list[str | int], str]:
+    """A key that sorts s2 before s10."""
+    # Digits stand at the odd places of the split, so numbers only ever meet numbers.
+    parts = re.split(r"([0-9]{1,4000})", text)  # Python converts no more to an integer
+    return [int(p) if i % 2 else p.casefold() for i, p in enumerate(parts)], text
+
+
+def _open(file: BinaryIO, whole: bool = False) -> tuple[Image.Image, Mapping[Any, Any]]:
+    """An image, not decoded yet, and what tells its orientation; `whole` if it will be decoded."""
+    with extra("train", READING):
+        from PIL import Image
+
+    file, told = metadata.without(file, whole)
+    image = Image.open(file, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise OSError(f"{image.width}x{image.height} pixels, over the limit of {MAX_PIXELS:,}")
+    if metadata.deep(image):
+        raise OSError(f"more than 8 bits per channel (read as mode {image.mode})")
+    return image, image.info if told is None else told
+
+
+def mode(file: BinaryIO) -> str:
+    """The pixel mode, from the header."""
+    return _open(file)[0].mode
+
+
+def header(file: BinaryIO) -> tuple[str, tuple[int, int]]:
+    """The ending of such a file's name, and (H, W), from the header."""
+    image = _open(file)[0]
+    return SUFFIXES.get(str(image.format), "jpg"), (image.height, image.width)
+
+
+def decode(file: BinaryIO) -> Image.Image:
+    """The image, decoded in full and turned by its EXIF orientation."""
+    return metadata.upright(*_open(file, whole=True))
+
+
+def read_into(
+    pixels: NDArray[np.uint8], file: BinaryIO, expected: tuple[int, int] | None = None
+) -> None:
+    """Decodes an image into (H, W, C) bytes: converted to grey or RGB, resized (antialiased).
+
+    Raises:
+        OSError: if it is not of the (H, W) that is expected.
+    """
+    with extra("train", READING):
+        from PIL import Image
+
+    height, width, channels = pixels.shape
+    image = decode(file)
+    if expected is not None and (image.height, image.width) != tuple(expected):
+        raise OSError(
+            f"decodes to {image.height}x{image.width} pixels, expected "
+            f"{expected[0]}x{expected[1]} (height x width)"
+        )
+    image = image.convert("L" if channels == 1 else "RGB")
+    if (image.height, image.width) != (height, width):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    pixels[:] = np.asarray(image).reshape(pixels.shape)
+
+
+def attempt(function: Callable) -> Callable:
+    """`function`, returning (result, None) or (None, what went wrong).
+
+    Decoders meet hostile bytes with exceptions of any type, so all are caught.
+    """
+
+    def attempted(*arguments):
+        with extra("train", READING):
+            from PIL import Image, UnidentifiedImageError
+
+        try:
+            return function(*arguments), None
+        except UnidentifiedImageError:
+            return None, f"no image that can be read (known formats: {', '.join(FORMATS)})"
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            return None, f"a decompression bomb: {error}"
+        except OSError as error:
+            return None, error.strerror or str(error)
+        except Exception as error:
+            return None, f"{type(error).__name__}: {error}"
+
+    return attempted
+
+
+def raise_if(wrong: Mapping[str, str], of_what: str, expected: str) -> None:
+    """Raises a `DataError` that names the first of the wrong files, if there are any."""
+    if wrong:
+        lines: Iterator[str] = (f"\n  {path}: {wrong[path]}" for path in list(wrong)[:NAMED])
+        more = f"\n  and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        raise DataError(
+            f"{len(wrong)} {of_what} cannot be used; expected {expected}:{''.join(lines)}{more}"
+        )

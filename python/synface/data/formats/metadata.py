@@ -1,0 +1,237 @@
+"""Metadata of image files: read for the orientation alone, so that none breaks a readable image."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import struct
+import zlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ...common.extras import extra
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ORIENTATION, BITS_PER_SAMPLE, XMP_PACKET = 0x0112, 0x0102, 0x02BC  # tags of TIFF
+INTEGERS = {1: "B", 3: "H", 4: "I"}  # TIFF's types
+XMP, PROFILE = "XML:com.adobe.xmp", "Raw profile type exif"  # of PNG's texts
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+MAX_PIXELS = 1 << 29  # bytes of encoded pixels; 2**26 with alpha, stored, are half of it
+MAX_TOLD = 1 << 20  # bytes of a text or of EXIF in a PNG, decompressed
+AT_ONCE = 1 << 16  # bytes
+
+
+def upright(image: Image.Image, told: Mapping[Any, Any]) -> Image.Image:
+    """Loads an image, and turns it by its orientation.
+
+    The orientation is read alone: whatever else is wrong with the metadata has no effect. An
+    orientation that is unreadable or not in [1, 8] is none.
+    """
+    with extra("train", "reading images"):
+        from PIL import Image
+
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    if image.format == "TIFF":  # Pillow turns it while it loads, and reads all of the metadata
+        exif = Image.Exif()
+        tags: Mapping[int, Any] = image.tag_v2  # type: ignore[attr-defined]
+        number = tags.get(ORIENTATION)
+        exif[ORIENTATION] = _of_xmp({"xmp": tags.get(XMP_PACKET)}) if number is None else number
+        image.getexif = lambda: exif  # type: ignore[method-assign]
+        image.load()
+        return image
+    image.load()
+    number = _of_exif(_exif(told))
+    turn = turns.get(_of_xmp(told) if number is None else number)
+    return image if turn is None else image.transpose(turn)
+
+
+def _exif(told: Mapping[Any, Any]) -> bytes:
+    """The bytes of EXIF, from a TIFF header on; none where there are none."""
+    exif = told.get("exif")
+    if exif is None and isinstance(text := told.get(PROFILE), str):
+        try:  # ImageMagick's: a kind, a length and lines of hexadecimal digits
+            exif = bytes.fromhex("".join(text.split("\n")[3:]))
+        except ValueError:
+            exif = None
+    if not isinstance(exif, bytes):
+        return b""
+    return re.sub(rb"^(Exif\0\0){1,2}", b"", exif)
+
+
+def _of_exif(exif: bytes) -> int | None:
+    """The orientation in the first directory."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None or len(exif) < 8:
+        return None
+    (begin,) = struct.unpack_from(f"{order}I", exif, 4)
+    if begin + 2 > len(exif):
+        return None
+    (count,) = struct.unpack_from(f"{order}H", exif, begin)
+    for at in range(begin + 2, min(begin + 2 + 12 * count, len(exif) - 11), 12):
+        tag, kind, values = struct.unpack_from(f"{order}HHI", exif, at)
+        if tag == ORIENTATION and kind in INTEGERS and values == 1:
+            return int(struct.unpack_from(f"{order}{INTEGERS[kind]}", exif, at + 8)[0])
+    return None
+
+
+def _of_xmp(told: Mapping[Any, Any]) -> int:
+    """The orientation in XMP, 1 where there is none."""
+    xmp = told.get(XMP) or told.get("xmp") or b""
+    if isinstance(xmp, str):
+        xmp = xmp.encode()
+    found = re.search(rb'tiff:Orientation(?:="|>)([0-9])', xmp) if isinstance(xmp, bytes) else None
+    return int(found[1]) if found else 1
+
+
+def deep(image: Image.Image) -> bool:
+    """Return whether an opened file has more than 8 bits per channel; Pillow cuts RGB to 8."""
+    if image.mode[0] in "IF":
+        return True
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) > 8  # type: ignore[attr-defined]
+    if image.format == "PPM":
+        decoder, _, _, arguments = image.tile[0]  # type: ignore[attr-defined]
+        return decoder.startswith("ppm") and arguments[1] > 255
+    return False
+
+
+def without(file: BinaryIO, whole: bool) -> tuple[BinaryIO, Mapping[Any, Any] | None]:
+    """A file with no more metadata than its pixels need, and what tells the orientation.
+
+    Texts and profiles may be of any length and number, so they are not read as a whole, and what
+    is wrong with them is not met by Pillow, which would refuse the image.
+
+    Args:
+        file: at its beginning.
+        whole: with the pixels, or up to them.
+
+    Returns:
+        None for what tells the orientation in files that are neither JPEG nor PNG: they stay as
+        they are, and Pillow finds it.
+
+    Raises:
+        OSError: for a PNG that has 16 bits per channel, over MAX_PIXELS bytes of pixels, or a wrong
+            checksum ahead of the pixels. What else is damaged stays in, for the decoder to find.
+
+    Memory: the file's size without that metadata.
+    """
+    begin = file.read(len(PNG))
+    if begin == PNG:
+        return _png(file, whole)
+    file.seek(0)
+    return _jpeg(file, whole) if begin[:3] == JPEG else (file, None)
+
+
+def _jpeg(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]]:
+    """Return a JPEG without APP1 (EXIF, XMP) to APP13, APP15 and comments, and what these told."""
+    kept = io.BytesIO()
+    kept.write(file.read(2))
+    told: dict[str, bytes | str] = {}
+    while (
+        len(head := _marker(file)) == 4
+        and head[0] == 0xFF
+        and 0xC0 <= head[1] < 0xFF
+        and kept.tell() < MAX_PIXELS
+    ):
+        kind, content = head[1], file.read(max(0, int.from_bytes(head[2:], "big") - 2))
+        if kind == 0xE1:
+            if content.startswith(b"Exif\0\0"):
+                told.setdefault("exif", content)
+            elif content.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
+                told.setdefault("xmp", content)
+        if not (0xE1 <= kind <= 0xED or kind in (0xEF, 0xFE)):
+            kept.write(head + content)
+        if kind == 0xDA:  # the pixels follow
+            head = b""
+            break
+    kept.write(head)
+    if whole or head:
+        kept.write(file.read(MAX_PIXELS))
+    kept.seek(0)
+    return kept, told
+
+
+def _marker(file: BinaryIO) -> bytes:
+    """Return a JPEG's next marker and length, without the bytes of 0xFF that may fill up to it."""
+    head = file.read(4)
+    while head[:2] == b"\xff\xff" and (more := file.read(1)):
+        head = head[1:] + more
+    return head
+
+
+def _png(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]]:
+    """Return a PNG of its critical chunks and its transparency alone, and what the others told."""
+    kept = io.BytesIO()
+    kept.write(PNG)
+    told: dict[str, bytes | str] = {}
+    pixels = False
+    while len(head := file.read(8)) == 8:
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        pixels |= kind == b"IDAT"
+        if not kind[0] & 32 or kind == b"tRNS" or not kind.isalpha():
+            if kept.tell() + length > MAX_PIXELS:
+                raise OSError(f"a PNG of more than {MAX_PIXELS:,} bytes of pixels")
+            kept.write(head)
+            if pixels and not whole:
+                break
+            content = file.read(length + 4)
+            kept.write(content)
+            if kind == b"IHDR" and content[8:9] == b"\x10":
+                raise OSError("more than 8 bits per channel (16)")
+            if kind == b"IEND":
+                break
+        elif kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") and length <= MAX_TOLD:
+            content = file.read(length)
+            _check(file, zlib.crc32(content, zlib.crc32(kind)), kind, pixels)
+            _tell(told, kind, content)
+        elif pixels:
+            file.seek(length + 4, os.SEEK_CUR)
+        else:
+            checksum = zlib.crc32(kind)
+            while length and (part := file.read(min(length, AT_ONCE))):
+                checksum = zlib.crc32(part, checksum)
+                length -= len(part)
+            _check(file, checksum, kind, pixels)
+    kept.seek(0)
+    return kept, told
+
+
+def _check(file: BinaryIO, checksum: int, kind: bytes, pixels: bool) -> None:
+    """Raise OSError where a chunk ahead of the pixels is damaged, for then the file is."""
+    if file.read(4) != checksum.to_bytes(4, "big") and not pixels:
+        raise OSError(f"broken PNG file (wrong checksum or cut short in {kind.decode()})")
+
+
+def _tell(told: dict[str, bytes | str], kind: bytes, content: bytes) -> None:
+    """Adds what a chunk says of the orientation, if anything, as Pillow's ``info`` has it."""
+    if kind == b"eXIf":
+        told.setdefault("exif", content)
+        return
+    keyword, _, text = content.partition(b"\0")
+    name = keyword.decode("latin-1")
+    if name not in (XMP, PROFILE) or name in told:
+        return
+    packed, method = kind == b"zTXt", text[:1]
+    if kind == b"iTXt":
+        packed, method = text[:1] == b"\1", text[1:2]
+        text = text[2:].split(b"\0", 2)[-1]
+    elif packed:
+        text = text[1:]
+    if packed:
+        inflate = zlib.decompressobj()
+        try:
+            text = inflate.decompress(text, MAX_TOLD) if method == b"\0" else b""
+        except zlib.error:
+            return
+    told[name] = text.decode("latin-1")

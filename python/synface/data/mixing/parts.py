@@ -1,0 +1,256 @@
+"""Helpers of the mixers: boxes of CutMix, labels with weights, and checks of arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+import synface_kernels as sk
+
+from ...common.check import describe
+from ...common.labels import labels_of
+from .ratios import SYNFACE_GRID, Ratio, uniform
+
+# ---- boxes: (4, count) int64: top, bottom, left, right; bottom and right are outside -------------
+
+
+class Mixed(NamedTuple):
+    """A mixed batch.
+
+    Attributes:
+        images: (N, C, H, W), normalised.
+        targets: (N, K) int64 labels of each image; they may coincide.
+        weights: (N, K) float32 share of each label, a multiple of 2⁻²⁴; a row sums to 1 exactly.
+    """
+
+    images: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixer:
+    """What all mixers of images share.
+
+    Attributes:
+        ratio: how shares are distributed: a `Grid`, a `Beta`, a `Constant`, or anything with
+            their ``sample``.
+        per_sample: a share for each image; otherwise one for the batch.
+        mean, std, dtype, memory_format, layout, impl: as `synface_kernels.domain_mixup` takes them.
+    """
+
+    ratio: Ratio = SYNFACE_GRID
+    per_sample: bool = False
+    mean: float | Sequence[float] = 0.5
+    std: float | Sequence[float] = 0.5
+    dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.contiguous_format
+    layout: Literal["NHWC", "NCHW"] = "NHWC"
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        check_layout(self.layout)
+
+    def _shares(self, batch: int, generator: Generator | None) -> Tensor:
+        """(B,), or (1,) for the whole batch; float64, where they were drawn."""
+        return self.ratio.sample(batch if self.per_sample else 1, generator)
+
+    def _mix(
+        self,
+        synthetic: Tensor,
+        real: Tensor,
+        psi: Tensor,
+        out: Tensor | None,
+        flip: Tensor | None = None,
+    ) -> Tensor:
+        return sk.domain_mixup(
+            synthetic, real, psi, mean=self.mean, std=self.std, flip=flip, layout=self.layout,
+            dtype=self.dtype, memory_format=self.memory_format, out=out, impl=self.impl,
+        )  # fmt: skip
+
+
+def cutmix_boxes(
+    height: int, width: int, share: Tensor, generator: Generator | None, even: bool = True
+) -> Tensor:
+    """CutMix's boxes: sides √(1 − λ) of the image's, around a uniform center, cut at the borders.
+
+    Sides are rounded down to a whole number of pixels, with ``even`` to an even one.
+    """
+    ratio = (1 - share).sqrt()
+    spans = []
+    for size, draw in zip((height, width), uniform((2, len(share)), generator), strict=True):
+        side = (size * ratio).long()
+        half = side // 2
+        middle = (size * draw).long()
+        end = middle + (half if even else side - half)
+        spans += [(middle - half).clamp_min(0), end.clamp_max(size)]
+    return torch.stack(spans)
+
+
+def cutmix_boxes_within(
+    height: int, width: int, limits: Sequence[float], count: int, generator: Generator | None
+) -> Tensor:
+    """Boxes inside the image, with sides uniform between two shares of its, upper left out."""
+    spans = []
+    for size in (height, width):
+        low, high = int(size * limits[0]), int(size * limits[1])
+        side, draw = uniform((2, count), generator)
+        length = low + (side * (high - low)).long()
+        start = (draw * (size - length + 1)).long()
+        spans += [start, start + length]
+    return torch.stack(spans)
+
+
+def kept_share(boxes: Tensor, height: int, width: int) -> Tensor:
+    """The share of an image's pixels outside its box, (count,) float64."""
+    top, bottom, left, right = boxes
+    pixels = max(height * width, 1)
+    return (pixels - (bottom - top) * (right - left)).double() / pixels
+
+
+def paste(images: Tensor, others: Tensor, order: Tensor, boxes: Tensor, layout: str) -> Tensor:
+    """The images with the pixels of others[order] inside the boxes (4, N), or (4, 1) for all."""
+    if images.device.type == "cpu" and not images.requires_grad:  # read the boxes' pixels alone
+        pasted = images.clone()
+        spans = boxes.expand(4, len(images)).T.tolist()
+        for i, (other, (top, bottom, left, right)) in enumerate(
+            zip(order.tolist(), spans, strict=True)
+        ):
+            rows, columns = slice(top, bottom), slice(left, right)
+            box = (rows, columns) if layout == "NHWC" else (slice(None), rows, columns)
+            pasted[i][box] = others[other][box]
+        return pasted
+    partner = others[order]
+    height, width = image_size(images, layout)
+    top, bottom, left, right = boxes[:, :, None, None]
+    y = torch.arange(height, device=images.device)[:, None]
+    x = torch.arange(width, device=images.device)
+    rows, columns = (y >= top) & (y < bottom), (x >= left) & (x < right)
+    if layout == "NCHW":
+        return torch.where((rows & columns).unsqueeze(1), partner, images)
+    # Channels count as columns: loops over three elements would be slow.
+    batch, channels = len(images), images.shape[3]
+    inside = rows & columns.repeat_interleave(channels, 2)
+    lines = (batch, height, width * channels)
+    return torch.where(inside, partner.reshape(lines), images.reshape(lines)).view(images.shape)
+
+
+# ---- labels --------------------------------------------------------------------------------------
+
+
+def paired_labels(first: Tensor, second: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets and weights (N, 2)."""
+    return torch.stack([first, second], 1), exact_weights(torch.stack([share, 1 - share], 1))
+
+
+def exact_weights(shares: Tensor) -> Tensor:
+    """Float64 shares (N, K) as float32 whose sums are 1 exactly.
+
+    Rounded are the partial sums, to multiples of 2⁻²⁴: float32 holds those up to 1, and their
+    differences.
+    """
+    edges = torch.stack(list(accumulate(shares.unbind(1))), 1).mul(2**24).round()
+    return edges.diff(prepend=torch.zeros_like(edges[:, :1])).div(2**24).float()
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def check_layout(layout: object) -> None:
+    if layout not in ("NHWC", "NCHW"):
+        raise ValueError(f"layout must be 'NHWC' or 'NCHW', got {layout!r}")
+
+
+def image_size(images: Tensor, layout: str) -> tuple[int, int]:
+    """Height and width."""
+    height, width = images.shape[1:3] if layout == "NHWC" else images.shape[2:]
+    return height, width
+
+
+def memory_format_of(images: Tensor, layout: str) -> torch.memory_format:
+    nchw = images.permute(0, 3, 1, 2) if layout == "NHWC" else images
+    channels_last = nchw.is_contiguous(memory_format=torch.channels_last)
+    last = channels_last and not nchw.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+CHANNELS = (1, 3, 4)  # of gray, color, and color with alpha
+
+
+def check_images(name: str, images: Tensor, layout: str) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {describe(images)}")
+    if images.dim() != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        shape = "(N, H, W, C)" if layout == "NHWC" else "(N, C, H, W)"
+        raise ValueError(
+            f"{name} must be uint8 or floating point of shape {shape}, got {describe(images)}"
+        )
+    _, first, width, last = images.shape
+    channels, elsewhere, other = (
+        (last, first, "NCHW") if layout == "NHWC" else (first, last, "NHWC")
+    )
+    # Square maps of many channels are what a layer made, in the layout that was given.
+    if channels not in CHANNELS and elsewhere in CHANNELS and (layout == "NHWC" or width != last):
+        raise ValueError(
+            f"{name} of shape {tuple(images.shape)} would have {channels} channels in "
+            f'layout="{layout}": give layout="{other}"'
+        )
+
+
+def check_labels(
+    name: str, labels: Tensor, images: Tensor, count: int | None = None, several: bool = False
+) -> Tensor:
+    """Return integer labels in [0, count) as int64 (N,), or (N, J) where several are allowed.
+
+    Other integers and, where only one is allowed, (N, 1) are converted.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {describe(labels)}")
+    rows, device = len(images), images.device
+    given = labels
+    labels = labels_of(labels, keep_column=several)
+    if (
+        labels.dtype != torch.int64
+        or labels.shape[:1] != (rows,)
+        or not (labels.dim() == 1 or (several and labels.dim() == 2 and labels.shape[1]))
+        or labels.device != device
+    ):
+        shape = "(N,) or (N, J)" if several else "(N,)"
+        raise ValueError(
+            f"{name} must be int64 of shape {shape} with N = {rows} on {device}, "
+            f"got {describe(given)}"
+        )
+    valid = labels >= 0 if count is None else (labels >= 0) & (labels < count)
+    bounds = "≥ 0" if count is None else f"in [0, {count})"
+    require(valid, f"{name} must be {bounds}", labels)
+    return labels
+
+
+def check_rows_sum_to_one(name: str, rows: Tensor, advice: str = "") -> Tensor:
+    """Return floating-point rows (N, K) as float64 that sum to 1; they must but for rounding."""
+    own = rows.detach().double()
+    require((own >= 0) & own.isfinite(), f"{name} must be finite and ≥ 0", own)
+    total = own.sum(1)
+    close = (total - 1).abs() <= (2e-2 if rows.element_size() == 2 else 1e-4)
+    require(close, f"each row of {name} must sum to 1{advice}", total)
+    return own / total[:, None]
+
+
+def require(condition: Tensor, message: str, values: Tensor) -> None:
+    """At once, naming what came, on a CPU; without waiting, on a GPU."""
+    if condition.device.type != "cpu":
+        torch._assert_async(condition.all(), message)
+    elif not condition.all():
+        where = tuple((~condition).nonzero()[0].tolist())
+        raise ValueError(f"{message}, got {values[where].item()} in row {where[0]}")
+
+
+def check_ratio(ratio: object) -> None:
+    if not callable(getattr(ratio, "sample", None)):
+        raise TypeError(f"ratio must be a Grid, Beta or Constant, got {describe(ratio)}")

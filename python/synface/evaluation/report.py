@@ -1,0 +1,184 @@
+"""Verification sets: what a network reaches on each, and the report on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..reporting import page, plots
+from .metrics import Identification, Verification, embed_store, identify, verify_pairs
+from .sets import PairSet, TemplateSet
+
+FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """What a network reached on a set.
+
+    Attributes:
+        name, source: of the set. images: how many were embedded, in how many seconds.
+        verification: on its pairs. identification: None where the set does not say who is who.
+    """
+
+    name: str
+    source: str
+    images: int
+    seconds: float
+    verification: Verification
+    identification: Identification | None
+
+
+def evaluate_set(
+    model: nn.Module,
+    data: PairSet | TemplateSet,
+    image_shape: tuple[int, int, int],
+    *,
+    batch_size: int = 256,
+    flip: bool = True,
+    resize: bool = False,
+    fars: Sequence[float] = FARS,
+    progress: Callable[[int, int], None] | None = None,
+) -> SetResult:
+    """Embeds a set's images and scores its pairs; the model's device computes the embeddings.
+
+    Rank-1 identification of a `PairSet` that names people: each person's first image is the
+    gallery, the other images are the probes. Of a `TemplateSet`: its gallery and probe lists.
+
+    Args, Raises: as `embed_store` and `verify_pairs`. A model that returns a tuple, such as
+        AdaFace's (embedding, norm), is taken for its first item.
+
+    Memory: the embeddings, (N, D) float32, and what `verify_pairs` takes.
+    """
+    began = time.perf_counter()
+    rows = embed_store(
+        model,
+        data.store,
+        image_shape,
+        batch_size=batch_size,
+        flip=flip,
+        resize=resize,
+        progress=progress,
+    )
+    seconds = time.perf_counter() - began
+    fold, found = None, None
+    if isinstance(data, TemplateSet):
+        rows = pool(rows, torch.from_numpy(data.template), torch.from_numpy(data.media))
+        if data.gallery is not None and data.probe is not None:
+            probe, gallery = torch.from_numpy(data.probe), torch.from_numpy(data.gallery)
+            found = identify(rows[probe[:, 0]], probe[:, 1], rows[gallery[:, 0]], gallery[:, 1])
+    else:
+        fold = torch.from_numpy(data.fold)
+        if data.people is not None:
+            people = torch.from_numpy(data.people)
+            first = torch.zeros(len(people), dtype=torch.bool, device="cpu")
+            first[torch.from_numpy(np.unique(data.people, return_index=True)[1])] = True
+            if not first.all():
+                found = identify(rows[~first], people[~first], rows[first], people[first])
+    cosine = pair_cosines(rows, torch.from_numpy(data.first), torch.from_numpy(data.second))
+    result = verify_pairs(cosine, torch.from_numpy(data.same), fold, fars)
+    return SetResult(data.name, data.source, len(data.store), seconds, result, found)
+
+
+def pool(rows: Tensor, template: Tensor, media: Tensor) -> Tensor:
+    """Templates' embeddings: the mean of each media's images, summed over the media, as unit rows.
+
+    Args:
+        rows: (N, D) floating, unit rows. template: (N,) int64 in [0, T). media: (N,) int64; a
+            number means the same media within one template only.
+
+    Returns:
+        (T, D) of the rows' dtype.
+
+    Memory: (M, D) for M pairs of template and media, twice.
+
+    Source: Whitelam et al., "IARPA Janus Benchmark-B", CVPRW 2017; media are pooled as insightface
+        does.
+    """
+    both, place = torch.unique(torch.stack([template, media], 1), dim=0, return_inverse=True)
+    means = torch.zeros(len(both), rows.shape[1], dtype=rows.dtype, device=rows.device).index_add_(
+        0, place, rows
+    )
+    means /= torch.bincount(place, minlength=len(both))[:, None]
+    count = int(template.max()) + 1
+    sums = torch.zeros(count, rows.shape[1], dtype=rows.dtype, device=rows.device).index_add_(
+        0, both[:, 0], means
+    )
+    return F.normalize(sums)
+
+
+def pair_cosines(rows: Tensor, first: Tensor, second: Tensor, at_once: int = 1 << 14) -> Tensor:
+    """The cosines of pairs of (N, D) unit rows, (P,) of their dtype, in blocks of pairs."""
+    parts = [
+        torch.linalg.vecdot(rows[i], rows[j])
+        for i, j in zip(first.split(at_once), second.split(at_once), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def table(results: Sequence[SetResult]) -> list[list[str]]:
+    """A heading, and a row for each set; false accept rates that nothing measures are left out."""
+    fars = [far for far in FARS if any(r.verification.tar.get(far) is not None for r in results)]
+    rows = [["set", "pairs", "accuracy", "ROC-AUC", *(f"TAR@{far:g}" for far in fars), "rank 1"]]
+    for result in results:
+        v, found = result.verification, result.identification
+        tars = [v.tar.get(far) for far in fars]
+        rows.append(
+            [
+                result.name,
+                f"{v.pairs:,}",
+                NOT_MEASURED if v.accuracy is None else f"{v.accuracy:.4f} ± {v.accuracy_std:.4f}",
+                f"{v.auc:.4f}",
+                *(NOT_MEASURED if tar is None else f"{tar:.4f}" for tar in tars),
+                NOT_MEASURED if found is None else f"{found.rank1:.4f}",
+            ]
+        )
+    return rows
+
+
+def write(folder: Path, results: Sequence[SetResult], about: Mapping[str, Any]) -> Path:
+    """Writes results.json, roc.png, det.png and a page; returns the page's path.
+
+    Args:
+        about: what else the report is to say, in JSON's types.
+    """
+    os.makedirs(folder, exist_ok=True)
+    curves = {result.name: result.verification for result in results}
+    plots.roc_curves(curves, folder / "roc.png", title="ROC")
+    plots.roc_curves(curves, folder / "det.png", title="DET", det=True)
+    sets = [
+        {
+            "name": result.name,
+            "source": result.source,
+            "images": result.images,
+            "seconds": result.seconds,
+            "verification": result.verification.to_json(),
+            "identification": result.identification and asdict(result.identification),
+        }
+        for result in results
+    ]
+    (folder / "results.json").write_text(json.dumps({"about": dict(about), "sets": sets}, indent=1))
+    head, *rows = table(results)
+    text = f"""# Verification sets
+
+{chr(10).join(f"- {page.escape(f'{key}: {value}')}" for key, value in about.items())}
+
+{page.table(head, [[page.escape(cell) for cell in row] for row in rows])}
+
+![ROC curves](roc.png)
+
+![DET curves](det.png)
+"""
+    page.write_page(folder / "index.html", text)
+    return folder / "index.html"

@@ -1,0 +1,496 @@
+"""Centres as files: memory-mapped, and a log that leads back to the last checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...common.check import check_integer, check_memory, check_number
+from ...common.files import CheckpointError, checksum, read_state, sealed, sync, verify, write_text
+from .checksums import row_checksums
+from .config import DTYPES, LAST_STEP, ROWS, CentersConfig
+
+FORMAT = 2
+EARLIER = 1  # without checksums
+STATE, LOCK = "centers.json", "lock"
+NUMBERED = ("undo-", "sums-", "shown-")  # files of one checkpoint: its number, then .bin
+STATE_BYTES = 2**16  # no longer is the JSON
+FRAME_BYTES = 2**24  # of records, at most, in one frame of the log
+ID_BYTES = 8 + 4  # a row's id and last step in a frame
+CHUNK_BYTES = 2**19  # of records whose checksums are computed at once: they stay in the cache
+# Bits of a row: what it held is in the log; it was compared with its checksum, or made here.
+LOGGED, TRUSTED = 1, 2
+Progress = Callable[[int, int], None]  # done, total
+
+
+class Files:
+    """A directory: the state (JSON), records, last steps, checksums, and the log of what rows held.
+
+    Checksums and log bear the number of the checkpoint that they are of; any others are of the
+    past. The log is a header, then frames, each of some rows: ids, last steps, records. Of a frame
+    that is cut short no row was changed. An empty file, of the same number, says that the rows may
+    have been written to by hand, so that those checksums are not theirs.
+
+    Attributes:
+        step, lr: of the last checkpoint. number: how many there were before it.
+        sums: (C,) uint32, each row's checksum as of the last checkpoint; None for files that have
+            none yet, or none that can be relied on.
+    """
+
+    HEADER = struct.Struct("<8sqq?40s")  # magic, number, bytes of a record, sync, machine's boot
+    FRAME = struct.Struct("<4sII")  # magic, rows, CRC-32 of their ids and last steps
+    MAGIC, FRAME_MAGIC = b"synfundo", b"rows"
+
+    def __init__(self, directory: Path, sync: bool) -> None:
+        self.directory, self.sync = directory, sync
+        self.step, self.lr, self.number = 0, 0.0, 0
+        self.sums: NDArray[np.uint32] | None = None
+        self._flags = torch.empty(0, dtype=torch.uint8, device="cpu")  # (C,)
+        self._descriptors: dict[str, int] = {}
+        self._log: int | None = None
+        self._made = False  # the directory, too
+
+    # ---- creating, opening, closing --------------------------------------------------------------
+
+    @classmethod
+    def create(cls, directory: Path, config: CentersConfig, overwrite: bool, sync: bool) -> Files:
+        made = not directory.exists()
+        entries = [] if made else sorted(directory.iterdir())
+        own = [path for path in entries if _is_ours(path)]
+        if len(own) < len(entries):
+            names = ", ".join([path.name for path in entries if path not in own][:3])
+            raise FileExistsError(f"{directory} holds other files: {names}")
+        if own and not overwrite:
+            raise FileExistsError(f"{directory} holds centres: open them, or overwrite them")
+        needed = sum(config.bytes.values()) + 2 * 4 * config.num_classes  # two sets of checksums
+        disk = os.statvfs(next(p for p in (directory, *directory.absolute().parents) if p.exists()))
+        free = disk.f_bavail * disk.f_frsize + sum(path.stat().st_blocks * 512 for path in own)
+        if needed > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"{config.num_classes:,} centres take {needed / 2**30:.2f} GiB (and the log of "
+                f"changed rows up to as much), but {free / 2**30:.2f} GiB are free",
+                str(directory),
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        files = cls(directory, sync)
+        files._made = made
+        files._lock()
+        try:
+            for path in sorted(own, key=lambda path: path.name != STATE):  # that one first
+                if path.name != LOCK:
+                    path.unlink()
+            for name, size in config.bytes.items():
+                descriptor = files._open(name, os.O_CREAT | os.O_EXCL)
+                # Taken from the disk now: a full disk under a mapped page would kill the process.
+                os.posix_fallocate(descriptor, 0, size)
+            files.sums = np.zeros(config.num_classes, np.uint32)
+            files.number = -1
+            files._flags = torch.full(
+                (config.num_classes,), TRUSTED, dtype=torch.uint8, device="cpu"
+            )
+        except BaseException:
+            files.remove()
+            raise
+        return files
+
+    @classmethod
+    def open(cls, directory: Path, sync: bool) -> tuple[Files, CentersConfig]:
+        if not (directory / STATE).is_file():
+            raise CheckpointError(
+                f"{directory} holds no centres: {STATE} is missing (it is written when they are "
+                "complete)"
+            )
+        files = cls(directory, sync)
+        files._lock()
+        try:
+            config, crc = files._read_state()
+            for name, size in config.bytes.items():
+                came = os.fstat(files._open(name)).st_size
+                if came != size:
+                    raise CheckpointError(
+                        f"{directory / name} must have {size} bytes, for {config.num_classes} "
+                        f"centres of {config.embedding_size} dimensions in {config.dtype} with "
+                        f"{len(config.states)} optimiser states, got {came} bytes"
+                    )
+            check_memory(f"{directory}: the checksums", 5 * config.num_classes)
+            if crc is not None and not files._shown_path(files.number).exists():
+                files.sums = files._read_sums(config, crc)
+            files._flags = torch.zeros(config.num_classes, dtype=torch.uint8, device="cpu")
+        except BaseException:
+            files.close()
+            raise
+        return files, config
+
+    def _open(self, name: str, flags: int = 0) -> int:
+        path = self.directory / name
+        try:
+            self._descriptors[name] = os.open(path, os.O_RDWR | flags, 0o666)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from error
+        return self._descriptors[name]
+
+    def _lock(self) -> None:
+        """Until it is closed, or its process dies."""
+        try:
+            fcntl.flock(self._open(LOCK, os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise BlockingIOError(
+                errno.EWOULDBLOCK, "these centres are open already", str(self.directory)
+            ) from None
+
+    def map(self, config: CentersConfig) -> tuple[Tensor, Tensor]:
+        """Records (C, width) and last steps (C,)."""
+        tensors = []
+        for name, dtype in ((ROWS, DTYPES[config.dtype]), (LAST_STEP, torch.int32)):
+            mapping = mmap.mmap(self._descriptors[name], config.bytes[name])
+            if name == ROWS:
+                mapping.madvise(mmap.MADV_RANDOM)  # a row's neighbours are not wanted
+            tensors.append(torch.frombuffer(mapping, dtype=dtype))
+        return tensors[0].view(config.num_classes, config.width), tensors[1]
+
+    def close(self) -> None:
+        self._close_log()
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def remove(self) -> None:
+        for path in self.directory.iterdir():
+            if _is_ours(path):
+                path.unlink()
+        self.close()
+        if self._made:
+            self.directory.rmdir()
+
+    # ---- the checkpoint --------------------------------------------------------------------------
+
+    def commit(
+        self,
+        config: CentersConfig,
+        step: int,
+        lr: float,
+        records: Tensor,
+        last_step: Tensor,
+        everything: bool,
+    ) -> None:
+        """Makes this step the one that `open` comes back to.
+
+        Args:
+            everything: compute the checksums of all rows, not of those alone that `log` was told
+                of.
+        """
+        sums = self.sums
+        changed: Tensor | None = self._flags.bitwise_and(LOGGED).nonzero()[:, 0]
+        if everything or sums is None:
+            changed, sums = None, np.empty(config.num_classes, np.uint32)
+        for part, computed in self._computed(changed, records, last_step):
+            sums[part] = computed
+        self.sums = sums
+        path = self.directory / f"sums-{self.number + 1}.bin"
+        self.sums.tofile(path)
+        sync(path)
+        if everything:
+            self.mark_shown(self.number + 1)  # whoever has a view may go on writing
+        for name in (ROWS, LAST_STEP):
+            os.fsync(self._descriptors[name])  # what was written through the mapping, too
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "lr": lr,
+            "number": self.number + 1,
+            "sums_crc32": checksum(path),
+            "config": asdict(config),
+        }
+        write_text(self.directory / STATE, sealed(state))
+        self.step, self.lr, self.number = step, lr, self.number + 1
+        self._flags.bitwise_and_(TRUSTED)
+        self._close_log()
+        self._remove_past()
+
+    def _remove_past(self) -> None:
+        """Removes logs, checksums and marks of other checkpoints."""
+        present = (self._log_path, self._sums_path, self._shown_path(self.number))
+        for path in self.directory.iterdir():
+            if path.name.startswith(NUMBERED) and path.suffix == ".bin" and path not in present:
+                path.unlink()
+
+    def _read_state(self) -> tuple[CentersConfig, str | None]:
+        """The configuration, and the CRC-32 of the checksums if there are any."""
+        path = self.directory / STATE
+        state = read_state(path, FORMAT, EARLIER, most=STATE_BYTES)
+        try:
+            config = CentersConfig.from_json(state["config"])
+            step, lr = state["step"], state["lr"]
+            check_integer("step", step, 0)
+            check_number("step", step, 0, 2**31 - 1)
+            check_number("lr", lr, 0)
+            self.step, self.lr, self.number = step, lr, step
+            if state["format"] == EARLIER and "number" not in state:
+                return config, None
+            check_integer("number", state["number"], 0)
+            check_number("number", state["number"], 0, 2**62)
+            self.number = state["number"]
+            return config, str(state["sums_crc32"])
+        except KeyError as error:
+            raise CheckpointError(f"{path} has no {error}") from error
+        except (ValueError, TypeError, OverflowError) as error:
+            raise CheckpointError(f"{path} is not the state of centres: {error}") from error
+
+    # ---- rows that may have been written to by hand ----------------------------------------------
+
+    def _shown_path(self, number: int) -> Path:
+        return self.directory / f"shown-{number}.bin"
+
+    def mark_shown(self, number: int) -> None:
+        """Notes on the disk that rows may differ from the checksums of a checkpoint."""
+        self._shown_path(number).touch()
+        sync(self.directory)
+
+    def unmark_if_same(self, records: Tensor, last_step: Tensor) -> None:
+        """Removes the mark where all rows are those of the last checkpoint."""
+        if self.sums is not None and self._log is None:
+            with contextlib.suppress(CheckpointError):
+                self.verify(records, last_step, None)
+                self._shown_path(self.number).unlink()
+
+    # ---- checksums -------------------------------------------------------------------------------
+
+    @property
+    def _sums_path(self) -> Path:
+        return self.directory / f"sums-{self.number}.bin"
+
+    def _read_sums(self, config: CentersConfig, crc: str) -> NDArray[np.uint32]:
+        path, size = self._sums_path, 4 * config.num_classes
+        try:
+            if path.stat().st_size != size:
+                raise CheckpointError(
+                    f"{path} must have {size} bytes, got {path.stat().st_size} bytes"
+                )
+            verify(path, crc)
+            return np.fromfile(path, np.uint32)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+    def verify(self, records: Tensor, last_step: Tensor, progress: Progress | None) -> None:
+        """Compares all rows with their checksums, but those that changed since the checkpoint.
+
+        Raises:
+            CheckpointError: naming the first row that differs.
+        """
+        if self.sums is not None:
+            for part, sums in self._computed(None, records, last_step):
+                unchanged = self._flags[part].numpy() & LOGGED == 0
+                self._compare(np.arange(part.start, part.stop), sums, unchanged)
+                if progress is not None:
+                    progress(part.stop, len(records))
+            self._flags.bitwise_or_(TRUSTED)
+
+    def _compare(self, ids: NDArray[np.int64], sums: NDArray[np.uint32], which: Any = True) -> None:
+        assert self.sums is not None
+        wrong = (sums != self.sums[ids]) & which
+        if wrong.any():
+            raise CheckpointError(
+                f"{self.directory / ROWS} (or {LAST_STEP} beside it) is damaged: row "
+                f"{ids[wrong][0]} of {len(self.sums)} is not what was written; restore a copy of "
+                "the folder"
+            )
+
+    def _computed(
+        self, ids: Tensor | None, records: Tensor, last_step: Tensor
+    ) -> Iterator[tuple[Any, NDArray[np.uint32]]]:
+        """Rows, some at a time (as indices or a slice), and their checksums; on torch's threads."""
+        size = records.shape[1] * records.itemsize
+        count = len(records) if ids is None else len(ids)
+        most = max(1, CHUNK_BYTES // size)
+
+        def compute(start: int) -> tuple[Any, NDArray[np.uint32]]:
+            stop = min(start + most, count)
+            if ids is None:
+                self._read_ahead(start, 4 * most, size)
+                part = slice(start, stop)
+                rows, steps, names = records[part], last_step[part], np.arange(start, stop)
+                return part, row_checksums(names, steps, rows)
+            chunk = ids[start:stop]
+            first, last = int(chunk[0]), int(chunk[-1])
+            if last - first < 8 * len(chunk):
+                self._read_ahead(first, last - first + 1, size)
+            else:
+                for row in chunk.tolist():
+                    self._read_ahead(row, 1, size)
+            rows, steps = records.index_select(0, chunk), last_step.index_select(0, chunk)
+            return chunk.numpy(), row_checksums(chunk.numpy(), steps, rows)
+
+        starts = range(0, count, most)
+        threads = min(torch.get_num_threads(), len(starts))
+        if threads < 2:
+            yield from map(compute, starts)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            for batch in range(0, len(starts), 1024):  # results wait for those before them
+                yield from pool.map(compute, starts[batch : batch + 1024])
+
+    def _read_ahead(self, row: int, count: int, size: int) -> None:
+        """Has the system read rows, and does not wait: the mapping is told not to read ahead."""
+        os.posix_fadvise(self._descriptors[ROWS], row * size, count * size, os.POSIX_FADV_WILLNEED)
+
+    # ---- the log ---------------------------------------------------------------------------------
+
+    @property
+    def _log_path(self) -> Path:
+        return self.directory / f"undo-{self.number}.bin"
+
+    def log(self, class_ids: Tensor, records: Tensor, last_step: Tensor) -> None:
+        """Appends what the rows hold, but for those that a frame holds already.
+
+        Raises:
+            CheckpointError: for a row that is used for the first time, and is not what was written.
+        """
+        size = records.shape[1] * records.itemsize
+        # All pages are asked for before any is waited for.
+        for row in class_ids.tolist():
+            self._read_ahead(row, 1, size)
+        new = class_ids[self._flags[class_ids].bitwise_and(LOGGED) == 0]
+        if not len(new):
+            return
+        log = self._open_log(size)
+        end = os.lseek(log, 0, os.SEEK_END)
+        try:
+            for ids in new.split(max(1, FRAME_BYTES // size)):
+                steps, rows = last_step.index_select(0, ids), records.index_select(0, ids)
+                if self.sums is not None:
+                    unsure = self._flags[ids].bitwise_and(TRUSTED).logical_not()
+                    some = ids[unsure].numpy()
+                    self._compare(some, row_checksums(some, steps[unsure], rows[unsure]))
+                head = ids.numpy().tobytes() + steps.numpy().tobytes()
+                _write(log, self.FRAME.pack(self.FRAME_MAGIC, len(ids), zlib.crc32(head)) + head)
+                _write(log, rows.view(torch.uint8).numpy())
+            if self.sync:
+                os.fsync(log)
+        except BaseException:
+            os.ftruncate(log, end)  # nothing may follow a frame that is cut short
+            raise
+        self._flags.index_fill_(0, new, LOGGED | TRUSTED)
+
+    def _open_log(self, record_bytes: int) -> int:
+        if self._log is None:
+            header = self.HEADER.pack(self.MAGIC, self.number, record_bytes, self.sync, _boot())
+            log = os.open(self._log_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            try:
+                _write(log, header)
+                # With or without sync, that rows are being changed is on the disk before they are.
+                os.fsync(log)
+                sync(self.directory)
+            except BaseException:
+                os.close(log)
+                self._log_path.unlink()
+                raise
+            self._log = log
+        return self._log
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            os.close(self._log)
+            self._log = None
+
+    def undo(self, records: Tensor, last_step: Tensor, progress: Progress | None) -> None:
+        """Puts back what the log holds, and removes it."""
+        path = self._log_path
+        self._remove_past()
+        if path.exists():
+            with path.open("rb") as log:
+                frames = list(self._frames(log, records))
+                # Backwards: where a row is there twice, the earlier one is the checkpoint's.
+                for done, (start, count) in enumerate(reversed(frames), 1):
+                    ids, steps, rows = self._read_frame(log, start, count, records)
+                    records.index_copy_(0, ids, rows)
+                    last_step.index_copy_(0, ids, steps)
+                    if progress is not None:
+                        progress(done, len(frames))
+            for name in (ROWS, LAST_STEP):
+                os.fsync(self._descriptors[name])
+            path.unlink()
+
+    def _frames(self, log: BinaryIO, records: Tensor) -> Iterator[tuple[int, int]]:
+        """Where the whole frames begin, and how many rows they hold."""
+        size, record_bytes = os.fstat(log.fileno()).st_size, records.shape[1] * records.itemsize
+        if size < self.HEADER.size:
+            return
+        magic, number, of, sync, boot = self.HEADER.unpack(log.read(self.HEADER.size))
+        if (magic, number, of) != (self.MAGIC, self.number, record_bytes):
+            raise CheckpointError(
+                f"{log.name} is not the log of these centres: expected number {self.number} and "
+                f"records of {record_bytes} bytes, got {magic!r}, number {number}, {of} bytes"
+            )
+        if not sync and boot.rstrip(b"\0") != _boot():
+            raise CheckpointError(
+                f"{log.name}: the machine went down between checkpoints, and these centres "
+                "were not opened with sync=True: rows may be neither old nor new"
+            )
+        at = self.HEADER.size
+        while at + self.FRAME.size <= size:
+            log.seek(at)
+            magic, count, _ = self.FRAME.unpack(log.read(self.FRAME.size))
+            most = max(1, FRAME_BYTES // record_bytes)
+            if magic != self.FRAME_MAGIC or not 1 <= count <= most:
+                raise CheckpointError(f"{log.name} is damaged at byte {at}")
+            end = at + self.FRAME.size + count * (ID_BYTES + record_bytes)
+            if end > size:
+                return
+            yield at, count
+            at = end
+
+    def _read_frame(
+        self, log: BinaryIO, start: int, count: int, records: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        log.seek(start)
+        _, _, crc = self.FRAME.unpack(log.read(self.FRAME.size))
+        head = bytearray(log.read(count * ID_BYTES))
+        ids = torch.frombuffer(head, dtype=torch.int64, count=count)
+        steps = torch.frombuffer(head, dtype=torch.int32, offset=8 * count)
+        rising = bool((ids[1:] > ids[:-1]).all())
+        if zlib.crc32(head) != crc or not (rising and ids[0] >= 0 and ids[-1] < len(records)):
+            raise CheckpointError(f"{log.name} is damaged at byte {start}")
+        content = bytearray(log.read(count * records.shape[1] * records.itemsize))
+        rows = torch.frombuffer(content, dtype=records.dtype).view(count, -1)
+        if self.sums is not None:  # of the checkpoint, as the log is
+            wrong = row_checksums(ids.numpy(), steps, rows) != self.sums[ids.numpy()]
+            if wrong.any():
+                raise CheckpointError(
+                    f"{log.name} is damaged: what row {int(ids[int(wrong.argmax())])} held, in the "
+                    f"frame at byte {start}, is not what was written"
+                )
+        return ids, steps, rows
+
+
+def _is_ours(path: Path) -> bool:
+    return path.name in (STATE, f"{STATE}.part", ROWS, LAST_STEP, LOCK) or (
+        path.name.startswith(NUMBERED) and path.suffix == ".bin"
+    )
+
+
+def _write(descriptor: int, data: Any) -> None:
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _boot() -> bytes:
+    """Which start of the machine this is."""
+    return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()

@@ -1,0 +1,318 @@
+"""Optimisers of class centres: they step on the rows that have a gradient, and on no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import synface_kernels as sk
+
+from ..common.check import check_integer, describe
+
+_ODD = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: sets parameters' seeds far apart
+
+
+class _RowOptimizer(torch.optim.Optimizer):
+    """What `RowSGD` and `RowAdamW` share: rows of gradients, states, saving and loading."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        seed, dtype = defaults["seed"], defaults["state_dtype"]
+        if seed is not None:
+            check_integer("seed", seed, 0)
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float64):
+            raise ValueError(
+                f"state_dtype must be float32, bfloat16, float64 or None, got {describe(dtype)}"
+            )
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.dim() < 2 or not parameter.is_contiguous():
+                self.param_groups.pop()
+                raise ValueError(
+                    "params must be contiguous and have rows, shape (C, D) or (C, S, D), "
+                    f"got {describe(parameter)}"
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One step on the rows that a gradient names (a sparse one), or on all (a dense one).
+
+        Parameters without a gradient take no step. Nor does it count for them.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, group, parameter in self._parameters():
+            if parameter.grad is None:
+                continue
+            class_ids, row_grad = _rows(parameter)
+            state = self._state(group, parameter)
+            number = int(state["step"]) + 1
+            self._update(index, group, parameter, state, number, class_ids, row_grad)
+            state["step"].fill_(number)
+        return loss
+
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """Brings every row up to date: all take the steps that they missed.
+
+        Call it before an evaluation, before the centres leave for elsewhere, and where the learning
+        rate changes if the rows are to coast at the old one. Costs O(C·D). Does nothing without
+        ``catch_up``.
+        """
+        for index, group, parameter in self._parameters():
+            state = self.state.get(parameter, {})
+            if "last_step" in state and state["step"] > 0:
+                all_rows = torch.arange(parameter.shape[0], device=parameter.device)
+                self._update(index, group, parameter, state, int(state["step"]), all_rows, None)
+
+    @torch.no_grad()
+    def next_update(self, parameter: Tensor) -> sk.SGDUpdate | sk.AdamWUpdate:
+        """The next step on a parameter, for `synface_kernels.margin_cross_entropy` to take in its
+        backward pass. It counts as taken from now on.
+
+        Raises:
+            ValueError: for a parameter that is not this optimiser's.
+        """
+        for index, group, own in self._parameters():
+            if own is parameter:
+                state = self._state(group, parameter)
+                state["step"] += 1
+                return self._next(**self._arguments(index, group, state, int(state["step"])))
+        raise ValueError(f"parameter must be one of this optimiser's, got {describe(parameter)}")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a `state_dict`, bitwise, each state in its own dtype.
+
+        Raises:
+            ValueError: for a state of another optimiser or of other parameters; nothing is loaded.
+        """
+        loaded = {}
+        for own, group in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            # torch adds defaults of its own when it loads, which no group has
+            missing = (self.defaults.keys() & own.keys()) - group.keys()
+            if missing:
+                raise ValueError(
+                    f"state_dict is of another optimiser: its groups lack {sorted(missing)}"
+                )
+            for parameter, name in zip(own["params"], group["params"], strict=False):
+                values = state_dict["state"].get(name)
+                if values:
+                    loaded[parameter] = self._checked(group, parameter, values)
+        # torch's own would cast the states to the parameter's dtype
+        super().load_state_dict({**state_dict, "state": {}})
+        self.state.update(loaded)
+
+    def _checked(
+        self, group: dict[str, Any], parameter: Tensor, values: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        expected = self._new_state(group, torch.empty_like(parameter, device="meta"))
+        if values.keys() != expected.keys():
+            raise ValueError(
+                f"state_dict must hold {sorted(expected)} for a parameter of shape "
+                f"{tuple(parameter.shape)}, got {sorted(values)}"
+            )
+        state = {}
+        for name, like in expected.items():
+            value = values[name]
+            if not isinstance(value, Tensor):
+                value = torch.as_tensor(value, device="cpu")
+            if value.shape != like.shape or value.is_floating_point() != like.is_floating_point():
+                raise ValueError(
+                    f"state_dict's {name} must be {describe(like)}, got {describe(value)}"
+                )
+            device = "cpu" if name == "step" else parameter.device
+            state[name] = value.detach().to(device, like.dtype, copy=True)
+        return state
+
+    def _state(self, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+        if not self.state[parameter]:
+            self.state[parameter] = self._new_state(group, parameter)
+        return self.state[parameter]
+
+    def _new_state(self, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+        kept = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        dtype = group["state_dtype"] or kept
+        state = {"step": torch.zeros((), dtype=torch.int64, device="cpu")}
+        if group["catch_up"]:
+            state["last_step"] = parameter.new_zeros(parameter.shape[0], dtype=torch.int64)
+        for name in self._moments(group):
+            state[name] = torch.zeros_like(parameter, dtype=dtype)
+        return state
+
+    def _parameters(self) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
+        pairs = ((group, p) for group in self.param_groups for p in group["params"])
+        for index, (group, parameter) in enumerate(pairs):
+            yield index, group, parameter
+
+    def _update(
+        self,
+        index: int,
+        group: dict[str, Any],
+        parameter: Tensor,
+        state: dict[str, Tensor],
+        step: int,
+        class_ids: Tensor,
+        row_grad: Tensor | None,
+    ) -> None:
+        arguments = self._arguments(index, group, state, step)
+        self._kernel(_matrix(parameter), row_grad, class_ids, impl=group["impl"], **arguments)
+
+    def _arguments(
+        self, index: int, group: dict[str, Any], state: dict[str, Tensor], step: int
+    ) -> dict[str, Any]:
+        """Of the kernel and of the update alike."""
+        return {
+            "lr": float(group["lr"]),
+            "weight_decay": group["weight_decay"],
+            "step": step,
+            "last_step": state.get("last_step"),
+            "seed": None if group["seed"] is None else (group["seed"] + index * _ODD) % 2**63,
+            **{name: _matrix(state[name]) for name in self._moments(group)},
+            **{name: group[name] for name in self._own},
+        }
+
+    # A subclass's op, its update, the names of its own settings, and of its states like the
+    # parameter.
+    _kernel: Callable[..., Tensor]
+    _next: Callable[..., Any]
+    _own: tuple[str, ...]
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        raise NotImplementedError
+
+
+class RowSGD(_RowOptimizer):
+    """SGD on the rows that have a gradient, by `synface_kernels.row_sgd_`.
+
+    Takes the sparse gradients (COO, sparse along the first dimension) that sampled heads return,
+    and dense ones. A step costs O(S·D) for S rows, whatever C is.
+
+    Args:
+        params: parameters of shape (C, D) or (C, S, D), contiguous: float32, bfloat16 or float64.
+        lr, momentum, dampening, weight_decay, nesterov: as `torch.optim.SGD`; with dampening, its
+            first step differs (see `synface_kernels.row_sgd_`).
+        catch_up: a row that is touched first takes the steps that it missed (decay, and momentum
+            that coasts on), as a dense optimiser would have taken them, at the present learning
+            rate. False: rows that are not touched neither decay nor coast, as with
+            `torch.optim.SparseAdam`.
+        seed: bfloat16 weights and states are rounded at random, without bias, by a hash of it, the
+            parameter's place in ``params``, the step, row and column: the same on every run.
+            None: to nearest, which loses updates below 2^-9 of a weight. Ranks that hold shards
+            of one matrix should have a seed each.
+        state_dtype: of the momentum: float32 (the default; float64 for float64 weights) or
+            bfloat16.
+        impl: see `synface_kernels.row_sgd_`.
+
+    State, for each parameter: ``step`` () int64, ``momentum_buffer`` like the parameter where
+    momentum > 0, and ``last_step`` (C,) int64 with ``catch_up``. `state_dict` saves them and
+    `load_state_dict` goes on from them bitwise.
+
+    Raises:
+        ValueError: for parameters, gradients or settings that do not fit.
+        TypeError: for a setting of a wrong Python type.
+
+    Source: Sutskever et al., ICML 2013; An et al., "Partial FC", CVPR 2022.
+    """
+
+    _kernel = staticmethod(sk.row_sgd_)
+    _next = sk.SGDUpdate
+    _own = ("momentum", "dampening", "nesterov")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        catch_up: bool = True,
+        seed: int | None = None,
+        state_dtype: torch.dtype | None = None,
+        impl: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
+            "nesterov": nesterov, "catch_up": catch_up, "seed": seed, "state_dtype": state_dtype,
+            "impl": impl,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] > 0 else ()
+
+
+class RowAdamW(_RowOptimizer):
+    """AdamW on the rows that have a gradient, by `synface_kernels.row_adamw_`.
+
+    Args:
+        params, catch_up, seed, state_dtype, impl: see `RowSGD`; bfloat16 states need a seed, since
+            rounding to nearest undoes the second moment's decay.
+        lr, betas, eps, weight_decay: as `torch.optim.AdamW`.
+
+    State, for each parameter: ``step`` () int64, ``exp_avg`` and ``exp_avg_sq`` like the parameter,
+    and ``last_step`` (C,) int64 with ``catch_up``.
+
+    Raises:
+        ValueError, TypeError: as `RowSGD`.
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
+    """
+
+    _kernel = staticmethod(sk.row_adamw_)
+    _next = sk.AdamWUpdate
+    _own = ("betas", "eps")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        catch_up: bool = True,
+        seed: int | None = None,
+        state_dtype: torch.dtype | None = None,
+        impl: str = "auto",
+    ) -> None:
+        if state_dtype == torch.bfloat16 and seed is None:
+            raise ValueError("state_dtype bfloat16 needs a seed: rounding to nearest undoes decay")
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "catch_up": catch_up, "seed": seed, "state_dtype": state_dtype, "impl": impl,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.detach().view(tensor.shape[0], -1)
+
+
+def _rows(parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows a parameter's gradient names, rising strictly, and the gradients of these."""
+    grad = parameter.grad
+    assert grad is not None
+    if not grad.is_sparse:
+        return torch.arange(grad.shape[0], device=grad.device), _matrix(grad.contiguous())
+    if grad.sparse_dim() != 1:
+        raise ValueError(
+            "a sparse gradient must be sparse along its first dimension alone, "
+            f"got sparse_dim {grad.sparse_dim()} for shape {tuple(grad.shape)}"
+        )
+    class_ids = grad._indices()[0]
+    if not bool((class_ids.diff() > 0).all()):  # torch forgets that a gradient is coalesced
+        grad = grad.coalesce()
+        class_ids = grad._indices()[0]
+    return class_ids, _matrix(grad._values())

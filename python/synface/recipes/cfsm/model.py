@@ -1,0 +1,437 @@
+"""Controllable and guided face synthesis (CFSM): styles learned from unlabelled target images.
+
+Stage 1 learns a linear space of styles, z = U·o + μ with o ~ N(0, I), and a generator that redraws
+a face in the style z; ‖o‖ is the style's strength, and o = 0 leaves the face as it is. Stage 2
+trains a recogniser on originals and on faces whose style has moved, within ±ε, to where the
+recogniser's loss grows.
+
+Source: Liu, Kim, Jain, Liu, "Controllable and Guided Face Synthesis for Unconstrained Face
+Recognition", ECCV 2022. The networks: Huang et al., "Multimodal Unsupervised Image-to-Image
+Translation" (MUNIT), ECCV 2018. AdaIN: Huang and Belongie, ICCV 2017.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import synface_kernels as sk
+
+from ...common.check import check_integer, check_number, describe
+
+EPSILON = 0.314  # of the authors' code
+ORTHOGONALITY = ("l1", "mean_square")
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """The generator's sizes; the defaults are the paper's, for 112×112.
+
+    Attributes:
+        styles: q, numbers in o. latent: d, numbers in z; at least q.
+        width: channels of the first layer; each downsampling doubles them.
+        downsamplings: each halves the image's sides, which must be multiples of 2^downsamplings.
+        blocks: residual blocks of the encoder, and of the decoder.
+        hidden: of the MLP from z to AdaIN's scales and biases.
+    """
+
+    styles: int = 10
+    latent: int = 128
+    width: int = 64
+    downsamplings: int = 2
+    blocks: int = 3
+    hidden: int = 256
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            least = 0 if field.name == "downsamplings" else 1
+            check_integer(field.name, getattr(self, field.name), least)
+        if self.latent < self.styles:
+            raise ValueError(
+                f"latent must be at least styles = {self.styles}, for orthogonal columns, "
+                f"got {self.latent}"
+            )
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """The discriminator's sizes; the defaults are the paper's, for 112×112.
+
+    Attributes:
+        width: channels of the first layer; each of the others doubles them.
+        layers: convolutions that halve the sides. scales: networks, each at half the size.
+    """
+
+    width: int = 64
+    layers: int = 4
+    scales: int = 3
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check_integer(field.name, getattr(self, field.name), 1)
+
+
+def orthogonality_loss(basis: Tensor, kind: str = "l1") -> Tensor:
+    """How far the columns of U are from orthonormal.
+
+    Args:
+        basis: U, (d, q) floating.
+        kind: "l1" (the paper's): the sum over the entries of |UᵀU − I|; "mean_square" (the
+            authors' code): the mean over the entries of its square.
+
+    Returns:
+        () of basis' dtype.
+
+    Raises:
+        ValueError: for another shape, dtype or kind.
+    """
+    _require_rows("basis", basis, None)
+    excess = basis.T @ basis - torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)
+    if kind == "l1":
+        return excess.abs().sum()
+    if kind == "mean_square":
+        return excess.square().mean()
+    raise ValueError(f"kind must be one of {ORTHOGONALITY}, got {kind!r}")
+
+
+def identity_gap(
+    strength: Tensor, least: float = 0.05, most: float = 0.65, strongest: float = 6.0
+) -> Tensor:
+    """g(a): the cosine distance that a style of strength a should put between face and face.
+
+    Linear, from ``least`` at a = 0 to ``most`` at a = ``strongest``, and on in the same line.
+
+    Args:
+        strength: a = ‖o‖, floating of any shape.
+
+    Returns:
+        Of strength's shape and dtype.
+
+    Raises:
+        ValueError: for distances outside [0, 2], least over most, or strongest not positive.
+    """
+    check_number("most", most, 0.0, 2.0)
+    check_number("least", least, 0.0, most)
+    check_number("strongest", strongest, 1e-6)
+    return least + (most - least) / strongest * strength
+
+
+def identity_loss(original: Tensor, changed: Tensor, strength: Tensor) -> Tensor:
+    """L_id: the mean over a batch of (1 − cos(f(X), f(X̂)) − g(a))².
+
+    Args:
+        original, changed: f(X) and f(X̂), (N, D) floating, not normalised.
+        strength: a, (N,).
+
+    Returns:
+        () of the embeddings' dtype.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit.
+    """
+    _require_rows("original", original, None)
+    if changed.shape != original.shape or strength.shape != original.shape[:1]:
+        raise ValueError(
+            f"changed must be {tuple(original.shape)} and strength ({len(original)},), "
+            f"got {describe(changed)} and {describe(strength)}"
+        )
+    distance = 1.0 - F.cosine_similarity(original, changed)
+    return (distance - identity_gap(strength)).square().mean()
+
+
+def adain(x: Tensor, scale: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """Adaptive instance normalisation: scale · (x − mean)/√(var + eps) + bias.
+
+    Mean and (biased) variance are of each channel of each image. The memory format is kept.
+
+    Args:
+        x: (N, C, H, W) floating. scale, bias: (N, C).
+
+    Returns:
+        Of x's shape and dtype.
+
+    Raises:
+        ValueError: for shapes that do not fit.
+    """
+    if x.ndim != 4 or scale.shape != x.shape[:2] or bias.shape != x.shape[:2]:
+        raise ValueError(
+            "x must be (N, C, H, W), scale and bias (N, C), "
+            f"got {describe(x)}, {describe(scale)} and {describe(bias)}"
+        )
+    # One group per channel; instance_norm would force NCHW.
+    normal = F.group_norm(x, x.shape[1], eps=eps)
+    return normal * scale[:, :, None, None] + bias[:, :, None, None]
+
+
+class StyleSpace(nn.Module):
+    """z = U·o + μ.
+
+    U starts as N(0, 1/d), with columns of about unit length that training makes orthogonal.
+
+    Args:
+        styles: q. latent: d.
+
+    Attributes:
+        basis: U, (d, q). mean: μ, (d,), at first zero.
+    """
+
+    def __init__(self, styles: int = 10, latent: int = 128) -> None:
+        super().__init__()
+        check_integer("styles", styles, 1)
+        check_integer("latent", latent, styles)
+        self.basis = nn.Parameter(torch.randn(latent, styles) / latent**0.5)
+        self.mean = nn.Parameter(torch.zeros(latent))
+
+    def forward(self, o: Tensor) -> Tensor:
+        """(N, q) to (N, d); raises ValueError for another shape."""
+        _require_rows("o", o, self.basis.shape[1])
+        return o @ self.basis.T + self.mean
+
+
+def subspace_similarity(a: StyleSpace, b: StyleSpace) -> float:
+    """S(A, B) = (1/q)·Σ_i cos(u_A^i + μ_A, u_B^i + μ_B), in [−1, 1].
+
+    It compares column i with column i, so it says something of spaces that began as the same one.
+
+    Raises:
+        ValueError: for spaces of different sizes.
+    """
+    if a.basis.shape != b.basis.shape:
+        raise ValueError(
+            "the spaces must have the same d and q, "
+            f"got {tuple(a.basis.shape)} and {tuple(b.basis.shape)}"
+        )
+    with torch.no_grad():
+        one, other = ((each.basis.T + each.mean).double().cpu() for each in (a, b))
+        return F.cosine_similarity(one, other).mean().item()
+
+
+class _Residual(nn.Module):
+    """x + norm(conv(ReLU(norm(conv(x))))), where norm is AdaIN if a style is given."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        options = {"padding": 1, "padding_mode": "reflect"}
+        self.first = nn.Conv2d(channels, channels, 3, **options)  # type: ignore[arg-type]
+        self.second = nn.Conv2d(channels, channels, 3, **options)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, style: Sequence[Tensor] | None = None) -> Tensor:
+        """style: two scales and two biases, (N, C) each."""
+        if style is None:
+            normal = lambda y: F.group_norm(y, y.shape[1])  # noqa: E731
+            return x + normal(self.second(F.relu(normal(self.first(x)))))
+        scale1, bias1, scale2, bias2 = style
+        y = F.relu(adain(self.first(x), scale1, bias1))
+        return x + adain(self.second(y), scale2, bias2)
+
+
+class Generator(nn.Module):
+    """Redraws faces in a style: a content encoder, and a decoder that AdaIN drives from z.
+
+    Args:
+        config: the sizes. channels: of the images, 1 or 3.
+
+    Attributes:
+        space: the `StyleSpace`.
+    """
+
+    def __init__(self, config: GeneratorConfig | None = None, channels: int = 1) -> None:
+        super().__init__()
+        config = config or GeneratorConfig()
+        check_integer("channels", channels, 1)
+        self.config, self.channels = config, channels
+        self.space = StyleSpace(config.styles, config.latent)
+        width = config.width
+        reflect = {"padding": 3, "padding_mode": "reflect"}
+        encoder = [nn.Conv2d(channels, width, 7, **reflect)]  # type: ignore[arg-type]
+        for _ in range(config.downsamplings):
+            encoder.append(nn.Conv2d(width, 2 * width, 4, stride=2, padding=1))
+            width *= 2
+        self.encoder = nn.ModuleList(encoder)
+        self.content = nn.ModuleList(_Residual(width) for _ in range(config.blocks))
+        self.styled = nn.ModuleList(_Residual(width) for _ in range(config.blocks))
+        self.mlp = nn.Sequential(
+            nn.Linear(config.latent, config.hidden),
+            nn.ReLU(),
+            nn.Linear(config.hidden, config.hidden),
+            nn.ReLU(),
+            nn.Linear(config.hidden, config.blocks * 4 * width),
+        )
+        decoder: list[nn.Module] = []
+        for _ in range(config.downsamplings):
+            decoder += [
+                nn.Upsample(scale_factor=2),
+                nn.Conv2d(width, width // 2, 5, padding=2),
+                nn.GroupNorm(1, width // 2),
+                nn.ReLU(),
+            ]
+            width //= 2
+        decoder += [nn.Conv2d(width, channels, 7, **reflect), nn.Tanh()]  # type: ignore[arg-type]
+        self.decoder = nn.Sequential(*decoder)
+
+    def forward(self, images: Tensor, o: Tensor) -> Tensor:
+        """Redraws each image in its style.
+
+        Args:
+            images: (N, C, H, W) floating in [−1, 1], H and W multiples of 2^downsamplings.
+            o: (N, q).
+
+        Returns:
+            Of images' shape, in [−1, 1].
+
+        Raises:
+            ValueError: for shapes that do not fit.
+        """
+        _require_images(images, self.channels)
+        multiple = 2**self.config.downsamplings
+        if images.shape[2] % multiple or images.shape[3] % multiple:
+            raise ValueError(
+                f"images must have sides that are multiples of {multiple}, got {describe(images)}"
+            )
+        if len(o) != len(images):
+            raise ValueError(f"o must have a row per image, {len(images)}, got {describe(o)}")
+        x = images
+        for layer in self.encoder:
+            x = layer(x)
+            x = F.relu(F.group_norm(x, x.shape[1]))
+        for block in self.content:
+            x = block(x)
+        styles = self.mlp(self.space(o)).view(len(o), len(self.styled), 4, -1)
+        for i, block in enumerate(self.styled):
+            x = block(x, styles[:, i].unbind(1))
+        return self.decoder(x)
+
+
+class Discriminator(nn.Module):
+    """Patch discriminators, each looking at half the size of the one before; without norms.
+
+    Args:
+        config: the sizes. channels: of the images.
+    """
+
+    def __init__(self, config: DiscriminatorConfig | None = None, channels: int = 1) -> None:
+        super().__init__()
+        config = config or DiscriminatorConfig()
+        check_integer("channels", channels, 1)
+        self.config, self.channels = config, channels
+        self.scales = nn.ModuleList(self._patches(config, channels) for _ in range(config.scales))
+
+    @staticmethod
+    def _patches(config: DiscriminatorConfig, channels: int) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        width = config.width
+        for _ in range(config.layers):
+            layers += [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+            channels, width = width, 2 * width
+        return nn.Sequential(*layers, nn.Conv2d(channels, 1, 3, padding=1))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(N, C, H, W) to a (N, 1, h, w) map of patches per scale.
+
+        Raises:
+            ValueError: for another shape, or sides that the last scale does not get to see.
+        """
+        _require_images(images, self.channels)
+        least = 2 ** (self.config.layers + self.config.scales - 1)
+        if min(images.shape[2:]) < least:
+            raise ValueError(
+                f"images must have sides of {least} or more for {self.config.layers} layers at "
+                f"{self.config.scales} scales, got {describe(images)}"
+            )
+        maps = []
+        for i, network in enumerate(self.scales):
+            if i:
+                images = F.avg_pool2d(images, 3, 2, padding=1, count_include_pad=False)
+            maps.append(network(images))
+        return maps
+
+
+def lsgan_loss(maps: Sequence[Tensor], value: float) -> Tensor:
+    """L_adv: the sum over the scales of the mean of (D − value)²; 1 means real, 0 generated.
+
+    Source: Mao et al., "Least Squares Generative Adversarial Networks", ICCV 2017.
+    """
+    return torch.stack([(each - value).square().mean() for each in maps]).sum()
+
+
+def guided_styles(
+    generator: nn.Module,
+    backbone: nn.Module,
+    weight: Tensor,
+    images: Tensor,
+    target: Tensor,
+    o: Tensor,
+    margin: sk.CombinedMargin | None = None,
+    epsilon: float = EPSILON,
+    impl: str = "auto",
+) -> Tensor:
+    """One step of each style towards a larger loss: o* = o + ε·sign(∂/∂o L_cls(F(G(X, o)), y)).
+
+    The loss is `synface_kernels.margin_cross_entropy`. Its gradient is asked for the embeddings
+    alone: none is computed for the class centres or for either network's parameters, and no
+    ``.grad`` changes. The backbone is taken in evaluation mode, so its statistics stay as they are
+    and nothing is drawn at random; modes are restored.
+
+    Args:
+        generator: (images, o) to images. backbone: images to (N, D) embeddings.
+        weight: class centres, (C, D).
+        images: X, (N, C, H, W). target: y, (N,) or what else the loss takes.
+        o: (N, q). margin: of the loss. epsilon: ε, not negative.
+        impl: which implementation of the loss to take.
+
+    Returns:
+        o*, (N, q) without a gradient, no entry further than ε from o's.
+
+    Raises:
+        ValueError: for an epsilon out of range or shapes that do not fit.
+
+    Memory: what the two networks keep for a gradient of their input.
+    """
+    check_number("epsilon", epsilon, 0.0)
+    _require_rows("o", o, None)
+    start = o.detach()
+    moved = start.clone().requires_grad_()
+    with torch.enable_grad(), evaluating(generator, backbone):
+        embeddings = backbone(generator(images, moved))
+        loss = sk.margin_cross_entropy(
+            embeddings,
+            weight.detach(),
+            target,
+            margin=sk.ArcFace() if margin is None else margin,
+            reduction="sum",  # each row's gradient on its own scale
+            impl=impl,
+        )
+        (gradient,) = torch.autograd.grad(loss, moved)
+    # The sum may round beyond ε.
+    return (start + epsilon * gradient.sign()).clamp(start - epsilon, start + epsilon)
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; each module's own mode is restored afterwards."""
+    modes = [(each, each.training) for module in modules for each in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for each, training in modes:
+            each.training = training
+
+
+def _require_rows(name: str, value: Tensor, columns: int | None) -> None:
+    if value.ndim != 2 or not value.is_floating_point() or columns not in (None, value.shape[1]):
+        shape = "2-dimensional" if columns is None else f"of shape (N, {columns})"
+        raise ValueError(f"{name} must be floating point and {shape}, got {describe(value)}")
+
+
+def _require_images(images: Tensor, channels: int) -> None:
+    if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():
+        raise ValueError(
+            f"images must be floating point of shape (N, {channels}, H, W), got {describe(images)}"
+        )

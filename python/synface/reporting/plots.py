@@ -1,0 +1,141 @@
+"""Figures in one style, with matplotlib, without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.extras import extra
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, ACCENT, QUIET = "#22313f", "#c0392b", "#95a5a6"
+
+
+def check_matplotlib() -> None:
+    """Raise ImportError, which says what to install, unless figures can be drawn."""
+    with extra("train", "drawing figures"):
+        import matplotlib.figure  # noqa: F401
+
+
+def figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Figure, Any]:
+    """Return a new figure of so many inches, and its axes as `matplotlib.pyplot.subplots` does."""
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    new = Figure(figsize=(width, height), layout="constrained")
+    return new, new.subplots(rows, columns, **options)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file, atomically."""
+    part = path.with_name(path.name + ".part")
+    try:
+        figure.savefig(part, dpi=120, format="png")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def colors(count: int) -> list[Any]:
+    """Return so many colors that are also told apart in print."""
+    check_matplotlib()
+    import matplotlib
+
+    return [matplotlib.colormaps["viridis"](i / max(1, count - 1) * 0.9) for i in range(count)]
+
+
+def image_grid(
+    rows: Sequence[NDArray[Any]],
+    names: Sequence[str],
+    title: str,
+    path: Path,
+    columns: Sequence[str] = (),
+) -> None:
+    """Draw rows of images with a name each.
+
+    Args:
+        rows: of (N, H, W, C) uint8, or floating in [0, 1], with C 1 or 3; the longest sets the
+            width, and white fills the others.
+        names: of the rows. columns: what stands over each column, if anything.
+    """
+    count = max(map(len, rows))
+    height, width = rows[0].shape[1:3]
+    white = 255 if rows[0].dtype == np.uint8 else 1
+    strips = []
+    for row in rows:
+        short = [(0, count - len(row)), (0, 0), (0, 0), (0, 0)]
+        strips.append(np.concatenate(list(np.pad(row, short, constant_values=white)), axis=1))
+    pixels = np.concatenate(strips)
+    pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+    new, axes = figure(1.4 + 0.8 * count, 0.5 + 0.85 * len(rows))
+    axes.imshow(pixels)
+    axes.set_yticks([height * (i + 0.5) for i in range(len(rows))], names)
+    axes.xaxis.tick_top()
+    axes.set_xticks([width * (i + 0.5) for i in range(len(columns))], columns)
+    axes.tick_params(length=0, labelsize=8)
+    axes.set_title(title, color=INK, fontsize=10)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    save(new, path)
+
+
+def loss_curve(history: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw loss and training accuracy over the epochs."""
+    new, axes = figure(6.4, 3.8)
+    epochs = [row["epoch"] for row in history]
+    axes.plot(epochs, [row["loss"] for row in history], color=ACCENT, linewidth=1.2)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("loss (margin cross entropy)", color=ACCENT)
+    axes.set_ylim(bottom=0)
+    other = axes.twinx()
+    other.plot(epochs, [row["accuracy"] for row in history], color=INK, linewidth=0.8, alpha=0.7)
+    other.set_ylabel("training top-1 accuracy", color=INK)
+    other.set_ylim(0, 1.02)
+    axes.set_title("Training", color=INK)
+    axes.grid(alpha=0.25)
+    save(new, path)
+
+
+class Curve(Protocol):
+    """A ROC curve: rates (T,) of false and true accepts, the area, the numbers of pairs."""
+
+    @property
+    def fpr(self) -> NDArray[np.float64]: ...
+    @property
+    def tpr(self) -> NDArray[np.float64]: ...
+    @property
+    def auc(self) -> float: ...
+    @property
+    def genuine(self) -> int: ...
+    @property
+    def impostor(self) -> int: ...
+
+
+def roc_curves(curves: Mapping[str, Curve], path: Path, *, title: str, det: bool = False) -> None:
+    """Draw ROC curves, or DET curves: false rejects against false accepts, both logarithmic."""
+    new, axes = figure(5.6, 4.4)
+    for name, curve in curves.items():
+        x = curve.fpr.clip(0.5 / curve.impostor)
+        y = (1 - curve.tpr).clip(0.5 / curve.genuine) if det else curve.tpr
+        axes.step(x, y, where="post", linewidth=1.2, label=f"{name}: area {curve.auc:.4f}")
+    axes.set_xscale("log")
+    axes.set_xlim(right=1)
+    axes.set_xlabel("false accept rate")
+    axes.set_ylabel("false reject rate" if det else "true accept rate")
+    if det:
+        axes.set_yscale("log")
+        axes.set_ylim(top=1)
+    else:
+        axes.set_ylim(0, 1.02)
+    axes.set_title(title, color=INK)
+    axes.legend(loc="lower left" if det else "lower right", frameon=False)
+    axes.grid(alpha=0.25, which="both")
+    save(new, path)

@@ -1,0 +1,207 @@
+"""How well N points spread on the sphere of R^d: no code is better than the bounds, and chance.
+
+Some two of N unit vectors always have a cosine of at least `best`; the distance of a packing's
+worst cosine from it says how much could be left to gain, `random_worst` what packing has gained.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from ...common.extras import extra
+
+STATISTICS = "statistics of points on a sphere"  # in errors
+
+
+class Bound(NamedTuple):
+    """A lower bound on the worst cosine (the largest between any two points), and its name."""
+
+    cosine: float
+    name: str
+
+
+def _check(count: int, dim: int) -> None:
+    for name, value in (("count", count), ("dim", dim)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        if value < 2:
+            raise ValueError(f"{name} must be at least 2, got {value}")
+
+
+def best(count: int, dim: int) -> Bound:
+    """The highest of this module's bounds on the worst cosine of ``count`` points in R^``dim``.
+
+    `welch` is not among them: it bounds absolute cosines. In the plane the answer is exact.
+
+    Raises:
+        TypeError, ValueError: unless both are integers of at least 2; so do all functions here.
+    """
+    _check(count, dim)
+    if dim == 2:
+        return Bound(math.cos(2 * math.pi / count), "regular polygon")
+    bounds = [
+        Bound(rankin(count, dim), "Rankin"),
+        Bound(levenshtein(count, dim), "Levenshtein"),
+    ]
+    if dim == 3 and count > 2:
+        bounds.append(Bound(fejes_toth(count), "Fejes Tóth"))
+    return max(bounds, key=lambda bound: bound.cosine)
+
+
+def rankin(count: int, dim: int) -> float:
+    """−1/(N−1) up to N = d+1 (the simplex has it), then 0 (the orthoplex has it, up to N = 2d).
+
+    Source: Rankin, The closest packing of spherical caps in n dimensions, 1955.
+    """
+    _check(count, dim)
+    return -1 / (count - 1) if count <= dim + 1 else 0.0
+
+
+def welch(count: int, dim: int) -> float:
+    """A lower bound on the largest *absolute* cosine: for lines, not for points.
+
+    max_k ((N·m_k − 1)/(N − 1))^(1/2k), where m_k = Π_{i<k} (2i+1)/(d+2i) is the mean of cos^2k over
+    the sphere: Welch's argument with the moments of real vectors, which are higher than those of
+    complex ones from k = 2 on. Points can do better: the orthoplex's worst cosine is 0.
+
+    Source: Welch, Lower bounds on the maximum cross correlation of signals, 1974; Sidelnikov, 1974.
+    """
+    _check(count, dim)
+    bound, moment, k = 0.0, 1.0, 0
+    while True:
+        moment *= (2 * k + 1) / (dim + 2 * k)
+        k += 1
+        if count * moment <= 1:  # moments fall with k
+            return bound
+        bound = max(bound, ((count * moment - 1) / (count - 1)) ** (1 / (2 * k)))
+
+
+def fejes_toth(count: int) -> float:
+    """(cot²ω − 1)/2 with ω = N/(N−2)·π/6, for N ≥ 3 points in R³; attained for N = 3, 4, 6, 12.
+
+    Source: Fejes Tóth, Über die Abschätzung des kürzesten Abstandes zweier Punkte eines auf einer
+    Kugelfläche liegenden Punktsystems, 1943.
+    """
+    _check(count, 3)
+    if count == 2:
+        raise ValueError("count must be at least 3, got 2")
+    omega = count / (count - 2) * math.pi / 6
+    return (math.tan(omega) ** -2 - 1) / 2
+
+
+def levenshtein(count: int, dim: int) -> float:
+    """The cosine s at which Levenshtein's bound on the size of a code, L(d, s), reaches N.
+
+    With P_i the Gegenbauer polynomials of R^d, P_i(1) = 1:
+
+        L_{2k−1}(s) = C(k+d−3, k−1) · [(2k+d−3)/(d−1) − (P_{k−1} − P_k)/((1−s)·P_k)]
+        L_{2k}(s) = C(k+d−2, k) · [(2k+d−1)/(d−1) − (1+s)(P_k − P_{k+1})/((1−s)(P_k + P_{k+1}))]
+
+    each on an interval that ends at the largest zeros of two Jacobi polynomials. L_τ ends, and
+    L_{τ+1} begins, at the least size of a spherical (τ+1)-design.
+
+    Memory and time: O(√N) in R³, constant for d ≫ log N.
+    Source: Levenshtein, Universal bounds for codes and designs, 1998, eq. 5.65 to 5.70.
+    """
+    _check(count, dim)
+    if dim == 2:
+        return math.cos(2 * math.pi / count)
+    degree = 1
+    while _design_size(dim, degree + 1) <= count:
+        degree += 1
+    # degree τ = 2k−1 begins at the (1,1) zero of k−1 and ends at the (1,0) zero of k; 2k goes on.
+    low = _interval_end(dim, degree - 1)
+    high = _interval_end(dim, degree)
+    for _ in range(100):
+        middle = (low + high) / 2
+        if _levenshtein_size(dim, degree, middle) < count:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _design_size(dim: int, strength: int) -> int:
+    """The least size of a spherical design (Delsarte, Goethals and Seidel, 1977)."""
+    k = strength // 2
+    if strength % 2:
+        return 2 * math.comb(dim + k - 1, k)
+    return math.comb(dim + k - 1, k) + math.comb(dim + k - 2, k - 1) if k else 1
+
+
+def _interval_end(dim: int, degree: int) -> float:
+    """Where L_degree ends: the largest zero of Jacobi's P_k^(1,0), or of P_k^(1,1) for even ones.
+
+    Both parameters are raised by (d−3)/2; k = ⌈degree/2⌉.
+    """
+    with extra("train", STATISTICS):
+        from scipy.linalg import eigh_tridiagonal
+
+    if degree == 0:
+        return -1.0
+    k = (degree + 1) // 2
+    a = 1 + (dim - 3) / 2
+    b = (1 - degree % 2) + (dim - 3) / 2
+    i = np.arange(k, dtype=np.float64)
+    s = 2 * i + a + b
+    diagonal = (b - a) * (b + a) / (s * (s + 2))
+    i, s = i[1:], s[1:]
+    squared = 4 * i * (i + a) * (i + b) * (i + a + b) / (s**2 * (s + 1) * (s - 1))
+    if k == 1:
+        return float(diagonal[0])
+    zeros = eigh_tridiagonal(
+        diagonal, np.sqrt(squared), eigvals_only=True, select="i", select_range=(k - 1, k - 1)
+    )
+    return float(zeros[0])
+
+
+def _levenshtein_size(dim: int, degree: int, s: float) -> float:
+    """L_degree(dim, s)."""
+    k = (degree + 1) // 2
+    before, here = 1.0, s  # P_0, P_1
+    for i in range(1, k):
+        before, here = here, ((2 * i + dim - 2) * s * here - i * before) / (i + dim - 2)
+    if degree % 2:
+        ratio = (before - here) / ((1 - s) * here)
+        return math.comb(k + dim - 3, k - 1) * ((2 * k + dim - 3) / (dim - 1) - ratio)
+    after = ((2 * k + dim - 2) * s * here - k * before) / (k + dim - 2)
+    ratio = (1 + s) * (here - after) / ((1 - s) * (here + after))
+    return math.comb(k + dim - 2, k) * ((2 * k + dim - 1) / (dim - 1) - ratio)
+
+
+def _cosine_of_tail(probability: np.ndarray, dim: int) -> np.ndarray:
+    """The cosine that a random pair exceeds with a given probability."""
+    with extra("train", STATISTICS):
+        from scipy.special import betaincinv
+
+    half = (dim - 1) / 2  # (1 − cos)/2 of two random points is Beta(half, half)
+    return 1 - 2 * betaincinv(half, half, probability)
+
+
+def random_worst(count: int, dim: int) -> float:
+    """The expected worst cosine of ``count`` points drawn uniformly and independently.
+
+    The N(N−1)/2 cosines are pairwise independent and are treated as independent:
+    E = ∫₀¹ Q(u) du over the quantiles of their maximum, by the midpoint rule.
+    """
+    _check(count, dim)
+    quantile = (np.arange(4096) + 0.5) / 4096
+    pairs = count * (count - 1) / 2
+    return float(_cosine_of_tail(-np.expm1(np.log(quantile) / pairs), dim).mean())
+
+
+def random_nearest_cdf(cosine: np.ndarray, count: int, dim: int) -> np.ndarray:
+    """P(a random point's nearest neighbour has at most this cosine) among N random points: exact.
+
+    The other N−1 are independent given the point.
+    """
+    with extra("train", STATISTICS):
+        from scipy.special import betainc
+
+    _check(count, dim)
+    half = (dim - 1) / 2
+    tail = betainc(half, half, (1 - np.clip(cosine, -1, 1)) / 2)
+    return np.exp((count - 1) * np.log1p(-np.minimum(tail, 1 - 1e-16)))

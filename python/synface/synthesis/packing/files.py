@@ -1,0 +1,88 @@
+"""Packings as files: one per objective, a picture, and checkpoints while they are made."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from ...checkpoint import single as checkpoint
+from ...common.check import check_folder
+from ...common.extras import extra
+from ...common.files import CheckpointError
+from .packer import Packed, Packer, Progress, check_output
+from .plot import plot
+
+
+def outputs(output: Path, objectives: Sequence[str]) -> dict[str, Path]:
+    """Each objective's file: the first one's is ``output``, the others bear their names."""
+    first, *others = objectives
+    return {first: output} | {o: output.with_name(f"{output.stem}-{o}.safetensors") for o in others}
+
+
+def pack(
+    packers: Sequence[Packer],
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[str], AbstractContextManager[Progress]],
+) -> list[Packed]:
+    """Packs with each packer in turn, into ``output`` and, beside it, the others' files and a PNG.
+
+    Checkpoints are in NAME-OBJECTIVE.checkpoints beside the output until all is written.
+
+    Args:
+        packers: of one (N, d), with objectives that differ.
+        output: a .safetensors file.
+        resume: go on from the checkpoints.
+        overwrite: replace files of these names and, unless resume is set, discard checkpoints.
+        progress: of an objective.
+
+    Raises:
+        ValueError: for an output of another suffix, or an objective twice.
+        FileExistsError: where something would be lost.
+        CheckpointError: where there is nothing to resume, or it is of another run.
+        OSError: where something cannot be written: before anything is packed if the folder shows
+            it, otherwise (a full disk, say) checkpoints stay.
+        KeyboardInterrupt, Terminated: on Ctrl-C and on SIGTERM, with a checkpoint written.
+    """
+    names = [packer.config.objective for packer in packers]
+    if len(set(names)) < len(names):
+        raise ValueError(f"each objective must be given once, got {names}")
+    if output.suffix != ".safetensors":
+        raise ValueError(f"output must be a .safetensors file, got {output}")
+    files = outputs(output, names)
+    picture = output.with_suffix(".png")
+    folders = {o: output.with_name(f"{output.stem}-{o}.checkpoints") for o in names}
+    if resume and not any(checkpoint.checkpoints(folder) for folder in folders.values()):
+        raise CheckpointError(f"nothing to resume: no checkpoints in {folders[names[0]]}")
+    for file in (*files.values(), picture):
+        check_output(file, overwrite)
+    check_folder(f"the folder of {output.name}", output.parent)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with extra("train", "a packing's file and picture"):  # raises before the packing, not after it
+        import matplotlib.figure  # noqa: F401
+        import safetensors.torch  # noqa: F401
+
+    if not resume:
+        for folder in folders.values():
+            if overwrite:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif checkpoint.checkpoints(folder):
+                raise FileExistsError(
+                    f"{folder} holds an interrupted run: --resume goes on with it, "
+                    "--overwrite discards it"
+                )
+    packings = []
+    for name, packer in zip(names, packers, strict=True):
+        begun = bool(checkpoint.checkpoints(folders[name]))
+        with progress(name) as bar:
+            packings.append(packer.run(folders[name], resume=begun, progress=bar))
+    for packing in packings:
+        packing.save(files[packing.config.objective], overwrite=True)
+    plot(packings, picture)
+    for folder in folders.values():
+        shutil.rmtree(folder)
+    return packings

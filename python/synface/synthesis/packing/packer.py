@@ -1,0 +1,573 @@
+"""Spreads unit vectors as far apart as they go: an annealed soft maximum, stepped on the sphere."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import synface_kernels as sk
+
+from ...checkpoint import single as checkpoint
+from ...common.check import (
+    check_device,
+    check_folder,
+    check_integer,
+    check_memory,
+    check_number,
+    check_rows,
+    describe,
+)
+from ...common.files import CheckpointError, write_tensors
+from ...common.interrupts import interruption, interrupts
+from ...common.rng import generator
+from ..embeddings import NAME
+from . import bounds
+from .optimizer import SphereAdam
+
+OBJECTIVES = ("lse", "hyperface", "langevin")
+CHECK_EVERY = 25  # steps between exact looks at the worst cosine, or
+LOOKS = 50  # of them in a run by the clock
+CHECKPOINT_SECONDS = 120.0
+DEFAULT_STEPS = 500
+DOUBLE_UP_TO = 1000  # points: few enough that float64 costs nothing
+
+# Of "lse", found by trials at N = 600 to 3000, d = 8 to 512 with 100 to 300 steps.
+FIRST_STEP = 0.2  # of the angle that the bound leaves between neighbours
+FIRST_SHARPNESS = 0.5  # t, in units of √d: the cosines of random points spread by 1/√d
+LAST_SHARPNESS = 75.0  # likewise; sharper for few points, in proportion
+FEW = 1000
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """What makes a packing. With ``steps``, two runs on one machine are bitwise the same.
+
+    Attributes:
+        count, dim: number of points N and dimension d, both at least 2.
+        objective: "lse", "hyperface" or "langevin", see `Packer`.
+        steps: of each restart, or
+        minutes: of the whole run. The annealing then follows the clock, so the result depends on
+            the machine's pace. Neither: 500 steps.
+        restarts: runs from other random points; the best one wins. Worth it for few points.
+        batch: points that repel each other in one step, drawn without replacement until all had
+            their turn; None for all at once. See `Packer`.
+        alpha: weight of the gallery.
+        lr: learning rate of "hyperface". 0.001 was the best of seven in a trial (docs/packing.md).
+        seed: of everything random.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, naming it.
+    """
+
+    count: int
+    dim: int
+    objective: str = "lse"
+    steps: int | None = None
+    minutes: float | None = None
+    restarts: int = 1
+    batch: int | None = None
+    alpha: float = 0.5
+    lr: float = 0.001
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        bounds.best(self.count, self.dim)  # checks both
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
+        if self.steps is not None and self.minutes is not None:
+            raise ValueError(
+                f"give steps or minutes, not both, got {self.steps} and {self.minutes}"
+            )
+        if self.steps is None and self.minutes is None:
+            object.__setattr__(self, "steps", DEFAULT_STEPS)
+        check_integer("restarts", self.restarts, 1)
+        check_integer("seed", self.seed, 0)
+        if self.steps is not None:
+            check_integer("steps", self.steps, 1)
+        if self.batch is not None:
+            check_integer("batch", self.batch, 2)
+        check_number("alpha", self.alpha, 0)
+        for name in ("lr", "minutes"):
+            value = getattr(self, name)
+            if name == "lr" or value is not None:
+                check_number(name, value, 0)
+                if value == 0:
+                    raise ValueError(f"{name} must be positive, got {value}")
+        if self.batch is not None and self.batch > self.count:
+            raise ValueError(f"batch must be in [2, count = {self.count}], got {self.batch}")
+        if self.batch is not None and self.objective != "lse":
+            raise ValueError(f"batch needs the objective 'lse', got {self.objective!r}")
+
+
+class Progress(Protocol):
+    """What `Packer.run` tells while it runs."""
+
+    def update(self, done: float, seconds: float, worst: float | None) -> None:
+        """The share done, seconds so far, and the worst cosine at the last exact look."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packing.
+
+    Attributes:
+        points: (N, d) unit vectors, float32 or (up to 1000 points) float64.
+        worst: the largest cosine between two of them, exact.
+        pair: the indices of these two.
+        bound: no N points have a lower worst cosine.
+        history: (seconds, steps, worst cosine) of every exact look.
+        config: how it was made.
+    """
+
+    points: Tensor
+    worst: float
+    pair: tuple[int, int]
+    bound: bounds.Bound
+    history: list[tuple[float, int, float]]
+    config: PackConfig
+
+    @property
+    def gap(self) -> float:
+        """How far the worst cosine is above the bound."""
+        return self.worst - self.bound.cosine
+
+    def save(self, path: Path, *, overwrite: bool = False) -> None:
+        """Writes a safetensors file: "embeddings" (N, d), with what is known of them as metadata.
+
+        Raises:
+            FileExistsError: where there is one already and ``overwrite`` is not set.
+            OSError: where it cannot be written (a full disk, say); what was there stays.
+        """
+        check_output(path, overwrite)
+        metadata = {
+            **{name: json.dumps(value) for name, value in asdict(self.config).items()},
+            "objective": self.config.objective,
+            "worst_cosine": repr(self.worst),
+            "worst_pair": json.dumps(self.pair),
+            "bound": repr(self.bound.cosine),
+            "bound_name": self.bound.name,
+            "history": json.dumps(self.history),
+        }
+        write_tensors(path, {NAME: self.points.cpu()}, metadata)
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raise FileExistsError where a file would be lost, IsADirectoryError for a folder."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: choose another output")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another output, or --overwrite")
+
+
+def closest_pair(points: Tensor, other: Tensor | None = None) -> tuple[float, tuple[int, int]]:
+    """The largest cosine between two rows (of points and of other, if given), and which they are.
+
+    Exact. Memory: as `sk.nearest_neighbors`.
+    """
+    cosine, index = sk.nearest_neighbors(points, other)
+    row = int(cosine[:, 0].argmax())
+    return cosine[row, 0].item(), (row, int(index[row, 0]))
+
+
+class Packer:
+    """Packs N points on the unit sphere of R^d, each as far from its nearest neighbour as it goes.
+
+    Objectives, over f, the share of the run that is done:
+
+    - "lse": (1/t)·log Σ_{i<j} exp(t·c_ij), a soft maximum of the cosines, with t rising
+      exponentially from √d/2 to 75·max(1, 1000/N)·√d (both divided by 1 − bound), and steps of
+      `SphereAdam` whose length falls linearly to 0, and with 1/t in the end where that is less.
+    - "hyperface": max c_ij, the closest pair alone, with Adam and renormalisation.
+    - "langevin": soft spheres, Σ max(0, c_ij − threshold)²/2, whose threshold falls from random
+      points' worst cosine to the bound, with noise that dies out.
+
+    A gallery (M, d) adds α·(1/N)·Σ_i min_g (1 − x_i·y_g), which keeps points near it.
+
+    What is exact: every pair counts in every step, unless ``batch`` is set; then a step moves
+    ``batch`` points that repel each other alone, and a pair meets in about batch/N of the passes
+    over the points. Every worst cosine reported is exact, over all pairs; with ``batch`` it is
+    computed at the end of each restart only.
+
+    Args:
+        config: what to do.
+        gallery: (M, d) embeddings, rows finite and not zero; normalised here.
+        start: (N, d) embeddings to start from, likewise, instead of random points (with one
+            restart).
+        device: where to compute.
+
+    Raises:
+        TypeError: for a gallery, start or device of another Python type.
+        ValueError: for a gallery or start of another dtype or shape, or with a zero or non-finite
+            row, a device that is not there, and more points than the memory holds.
+
+    Memory: 5·N·d numbers (points, best so far, gradient, moment, scratch) and the op's 64 MiB.
+    Sources: Shahreza and Marcel, "HyperFace", ICLR 2025; Geissbühler et al., "Synthetic face
+    datasets generation via latent space exploration from Brownian identity diffusion", 2024.
+    """
+
+    def __init__(
+        self,
+        config: PackConfig,
+        *,
+        gallery: Tensor | None = None,
+        start: Tensor | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.config = config
+        self.device = check_device(device)
+        self.dtype = torch.float64 if config.count <= DOUBLE_UP_TO else torch.float32
+        if self.device.type == "cpu":
+            needed = 5 * config.count * config.dim * self.dtype.itemsize
+            check_memory(f"packing {config.count:,} points in {config.dim} dimensions", needed)
+        self.bound = bounds.best(config.count, config.dim)
+        self.gallery = None if gallery is None else self._unit("gallery", gallery, None)
+        self.start = None if start is None else self._unit("start", start, config.count)
+        if start is not None and config.restarts > 1:
+            raise ValueError(f"restarts must be 1 with a start, got {config.restarts}")
+
+    def run(
+        self,
+        folder: Path | None = None,
+        *,
+        resume: bool = False,
+        progress: Progress | None = None,
+        stop_after: int | None = None,
+    ) -> Packed:
+        """Packs.
+
+        Args:
+            folder: for checkpoints: every two minutes, on Ctrl-C and at the end; None for none.
+            resume: go on from the newest one. With ``steps`` in the configuration, the result is
+                bitwise that of a run that was never interrupted.
+            progress: is told about every step.
+            stop_after: end early, after this step, as Ctrl-C would.
+
+        Raises:
+            CheckpointError: for a checkpoint that is damaged or of another run.
+            FileExistsError: where ``folder`` holds checkpoints and ``resume`` is not set.
+            FloatingPointError: once the points are not finite.
+            KeyboardInterrupt, Terminated: on Ctrl-C and on SIGTERM, once the step is done and a
+                checkpoint of it is written.
+            OSError: where a checkpoint cannot be written; the ones before it stay.
+        """
+        with interrupts() as interrupted:
+            return _Run(self, folder, progress).run(
+                resume, lambda step: interrupted() or step == stop_after
+            )
+
+    def _unit(self, name: str, rows: Tensor, count: int | None) -> Tensor:
+        dim = self.config.dim
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(rows).__name__}")
+        if (
+            not rows.is_floating_point()
+            or rows.dim() != 2
+            or rows.shape[1] != dim
+            or (count is not None and len(rows) != count)
+        ):
+            wanted = f"({'M' if count is None else count}, {dim})"
+            raise ValueError(
+                f"{name} must be floating point of shape {wanted}, got {describe(rows)}"
+            )
+        rows = rows.to(self.device, torch.float64)
+        return (rows / check_rows(name, rows)).to(self.dtype)
+
+
+class _Run:
+    """The state of a run: points, moments, the best so far, the clock."""
+
+    def __init__(self, packer: Packer, folder: Path | None, progress: Progress | None) -> None:
+        self.packer, self.config, self.progress = packer, packer.config, progress
+        self.folder = folder
+        self.step = 0
+        self.restart = -1
+        self.seconds = 0.0
+        self.check_seconds = 0.0
+        self.history: list[tuple[float, int, float]] = []
+        self.score, self.worst, self.pair = math.inf, math.inf, (0, 0)  # of the best so far
+        shape = (self.config.count, self.config.dim)
+        self.points = torch.zeros(shape, dtype=packer.dtype, device=packer.device)
+        self.best_points = self.points.clone()
+        self.objective = _OBJECTIVES[self.config.objective](packer)
+
+    def run(self, resume: bool, stop: Callable[[int], int]) -> Packed:
+        if resume:
+            self._load()
+        elif self.folder is not None and checkpoint.checkpoints(self.folder):
+            raise FileExistsError(
+                f"{self.folder} holds a run already: resume it, or choose another folder"
+            )
+        if self.folder is not None:
+            check_folder("folder", self.folder)
+        began = time.perf_counter() - self.seconds
+        saved = time.perf_counter()
+        while True:
+            restart, done = self._where()
+            if restart != self.restart:
+                if restart == self.config.restarts:
+                    self._save()  # all that the last look at it needs
+                if self.restart >= 0:
+                    self._check()
+                if restart == self.config.restarts:
+                    break
+                self._begin(restart)
+            if self.config.batch is None and self._due():
+                self._check()
+            self.objective.step(self.points, self.step, done)
+            self.step += 1
+            self.seconds = time.perf_counter() - began
+            if self.progress:
+                worst = self.history[-1][2] if self.history else None
+                self.progress.update(self._share(), self.seconds, worst)
+            stopped = stop(self.step)
+            if stopped or time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                self._save()
+                saved = time.perf_counter()
+            if stopped:
+                raise interruption(stopped)
+        return Packed(
+            self.best_points,
+            self.worst,
+            self.pair,
+            self.packer.bound,
+            self.history,
+            self.config,
+        )
+
+    def _share(self) -> float:
+        """Of the whole run that is done."""
+        if self.config.steps is not None:
+            return self.step / (self.config.steps * self.config.restarts)
+        assert self.config.minutes is not None
+        budget = self.config.minutes * 60 - 1.2 * self.check_seconds  # the last look counts too
+        return 1.0 if budget <= self.seconds else self.seconds / budget
+
+    def _where(self) -> tuple[int, float]:
+        """The restart, and the share of it that is done."""
+        if self.config.steps is not None:
+            restart, step = divmod(self.step, self.config.steps)
+            return restart, step / self.config.steps
+        position = self._share() * self.config.restarts
+        return int(position), position % 1
+
+    def _due(self) -> bool:
+        """Whether to look: every 25 steps, or by the clock, for at most a sixth of the time."""
+        if self.config.minutes is None or not self.history:
+            return self.step % CHECK_EVERY == 0
+        since = self.seconds - self.history[-1][0]
+        return since >= max(self.config.minutes * 60 / LOOKS, 5 * self.check_seconds)
+
+    def _begin(self, restart: int) -> None:
+        self.restart = restart
+        if self.packer.start is not None:
+            self.points = self.packer.start.clone()
+        else:
+            random = generator(self.config.seed, "points", restart)
+            points = torch.randn(
+                self.points.shape, dtype=self.points.dtype, generator=random, device="cpu"
+            ).to(self.points.device)
+            self.points = points / torch.linalg.vector_norm(points, dim=1, keepdim=True)
+        self.objective = _OBJECTIVES[self.config.objective](self.packer)
+
+    def _check(self) -> None:
+        """An exact look at the worst cosine; the best points so far are kept.
+
+        Best by worst cosine plus gallery term, which is HyperFace's objective.
+        """
+        if not self.points.isfinite().all():
+            raise FloatingPointError(f"points are not finite after {self.step} steps")
+        began = time.perf_counter()
+        worst, pair = closest_pair(self.points)
+        self.check_seconds = max(self.check_seconds, time.perf_counter() - began)
+        self.history.append((self.seconds, self.step, worst))
+        score = worst + float(_gallery_term(self.packer, self.points))
+        if score < self.score:
+            self.score, self.worst, self.pair = score, worst, pair
+            self.best_points.copy_(self.points)
+
+    def _description(self) -> dict[str, Any]:
+        digests = {
+            name: None if rows is None else _fingerprint(rows)
+            for name, rows in (("gallery", self.packer.gallery), ("start", self.packer.start))
+        }
+        return {"config": asdict(self.config), "data": digests}
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        tensors = {"points": self.points, "best": self.best_points}
+        tensors |= {f"optimizer.{k}": v for k, v in self.objective.tensors().items()}
+        state = {
+            "restart": self.restart,
+            "seconds": self.seconds,
+            "check_seconds": self.check_seconds,
+            "best": None if math.isinf(self.score) else [self.score, self.worst, *self.pair],
+            "history": self.history,
+        }
+        checkpoint.save(
+            self.folder,
+            self.step,
+            {k: v.cpu() for k, v in tensors.items()},
+            self._description() | state,
+        )
+
+    def _load(self) -> None:
+        if self.folder is None:
+            raise ValueError("resume needs a folder")
+        found = checkpoint.find(self.folder)
+        tensors, state = checkpoint.load(found)
+        for part, wanted in self._description().items():
+            checkpoint.check_same(found, state[part], wanted)
+        own = {"points": self.points, "best": self.best_points}
+        own |= {f"optimizer.{k}": v for k, v in self.objective.tensors().items()}
+        checkpoint.check_shapes(found / checkpoint.TENSORS, tensors, own)
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+        try:
+            self.step, self.restart = int(state["step"]), int(state["restart"])
+            self.seconds = float(state["seconds"])
+            self.check_seconds = float(state["check_seconds"])
+            if state["best"] is not None:
+                score, worst, i, j = state["best"]
+                self.score, self.worst, self.pair = float(score), float(worst), (int(i), int(j))
+            self.history = [(float(s), int(k), float(c)) for s, k, c in state["history"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{found / checkpoint.STATE} is damaged: {error!r}") from error
+
+
+def _fingerprint(rows: Tensor) -> str:
+    import hashlib
+
+    return hashlib.sha256(rows.cpu().contiguous().numpy().data).hexdigest()
+
+
+# ---- objectives: one step each, at the share `done` of a restart ---------------------------------
+
+
+class _Annealed:
+    """What "lse" and "langevin" share: an energy of all pairs, or of a batch, and `SphereAdam`."""
+
+    def __init__(self, packer: Packer) -> None:
+        self.packer, self.config = packer, packer.config
+        self.angle = math.acos(packer.bound.cosine)
+        self.optimizer = SphereAdam(self.config.count, self.config.dim, packer.dtype, packer.device)
+        self.batches: tuple[int, tuple[Tensor, ...]] = (-1, ())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.optimizer.tensors()
+
+    def energy(self, done: float) -> sk.LogSumExp | sk.Hinge:
+        raise NotImplementedError
+
+    def length(self, done: float) -> float:
+        """Of a step, in radians."""
+        return FIRST_STEP * self.angle * (1 - done)
+
+    def step(self, points: Tensor, step: int, done: float) -> None:
+        rows, length = self._rows(step), self.length(done)
+        if rows is None:
+            self.optimizer.step(points, self._gradient(points, done), length)
+        else:
+            self.optimizer.step_rows(points, rows, self._gradient(points[rows], done), length)
+
+    def _rows(self, step: int) -> Tensor | None:
+        """The points that take part in a step; each has its turn once in every pass."""
+        if self.config.batch is None:
+            return None
+        parts = self.config.count // self.config.batch
+        epoch, part = divmod(step, parts)
+        if epoch != self.batches[0]:
+            random = generator(self.config.seed, "batches", epoch)
+            order = torch.randperm(self.config.count, generator=random, device="cpu").to(
+                self.packer.device
+            )
+            self.batches = (epoch, order.tensor_split(parts))
+        return self.batches[1][part]
+
+    def _gradient(self, points: Tensor, done: float) -> Tensor:
+        x = points.detach().requires_grad_()
+        loss = sk.hypersphere_repulsion(x, energy=self.energy(done))
+        return torch.autograd.grad(loss + _gallery_term(self.packer, x), x)[0]
+
+
+def _gallery_term(packer: Packer, x: Tensor) -> Tensor | float:
+    if packer.gallery is None:
+        return 0.0
+    nearest = sk.hypersphere_repulsion(x, packer.gallery, energy=sk.MaxCosine())
+    return packer.config.alpha * (1 - nearest)
+
+
+class _LogSumExp(_Annealed):
+    def sharpness(self, done: float) -> float:
+        """t·(1 − bound)/√d."""
+        last = LAST_SHARPNESS * max(1.0, FEW / self.config.count)
+        return FIRST_SHARPNESS * (last / FIRST_SHARPNESS) ** done
+
+    def energy(self, done: float) -> sk.LogSumExp:
+        t = self.sharpness(done) * self.config.dim**0.5 / (1 - self.packer.bound.cosine)
+        return sk.LogSumExp(min(t, 1e6))  # its sharpest
+
+    def length(self, done: float) -> float:
+        return min(super().length(done), self.angle / self.sharpness(done))
+
+
+class _Langevin(_Annealed):
+    NOISE = 0.1  # length of the noise in units of a step's
+
+    def energy(self, done: float) -> sk.Hinge:
+        low = self.packer.bound.cosine
+        high = bounds.random_worst(self.config.count, self.config.dim)
+        return sk.Hinge(min(high + (low - high) * done, math.nextafter(1, 0)))
+
+    def step(self, points: Tensor, step: int, done: float) -> None:
+        super().step(points, step, done)
+        random = generator(self.config.seed, "noise", step)
+        noise = torch.randn(points.shape, dtype=points.dtype, generator=random, device="cpu").to(
+            points.device
+        )
+        length = self.NOISE * self.length(done) * (1 - done)
+        points.add_(noise, alpha=length / self.config.dim**0.5)
+        points.div_(torch.linalg.vector_norm(points, dim=1, keepdim=True))
+
+
+class _HyperFace:
+    """The closest pair alone, Adam on the coordinates, then renormalisation, as in the paper."""
+
+    def __init__(self, packer: Packer) -> None:
+        self.packer = packer
+        shape = (packer.config.count, packer.config.dim)
+        self.parameter = torch.zeros(shape, dtype=packer.dtype, device=packer.device)
+        self.optimizer = torch.optim.Adam([self.parameter], packer.config.lr, fused=True)
+        self.parameter.grad = torch.zeros_like(self.parameter)
+        self.optimizer.state[self.parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=packer.device),
+            "exp_avg": torch.zeros_like(self.parameter),
+            "exp_avg_sq": torch.zeros_like(self.parameter),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.optimizer.state[self.parameter])
+
+    def step(self, points: Tensor, step: int, done: float) -> None:
+        x = points.detach().requires_grad_()
+        loss = sk.hypersphere_repulsion(x, energy=sk.ClosestPair())
+        gradient = torch.autograd.grad(loss + _gallery_term(self.packer, x), x)[0]
+        self.parameter.data = points  # the same memory
+        self.parameter.grad = gradient
+        self.optimizer.step()
+        points.div_(torch.linalg.vector_norm(points, dim=1, keepdim=True))
+
+
+_OBJECTIVES: dict[str, Callable[[Packer], Any]] = {
+    "lse": _LogSumExp,
+    "hyperface": _HyperFace,
+    "langevin": _Langevin,
+}

@@ -1,0 +1,603 @@
+"""Training: a backbone, a margin head, checkpoints that resume bitwise the same.
+
+On one process, or on the ranks of a `torch.distributed` process group if one is initialised: then
+each rank has its part of every batch and its share of the classes.
+
+All randomness of a step is drawn from generators seeded by (seed, purpose, step). So a checkpoint
+holds no generator's state, and a resumed run draws what the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import synface_kernels as sk
+
+from ..checkpoint import distributed as sharded
+from ..checkpoint import single as checkpoint
+from ..checkpoint.jsonl import Lines
+from ..common.check import check_device, check_memory
+from ..common.extras import extra
+from ..common.files import CheckpointError, write_text
+from ..common.interrupts import interruption, interrupts
+from ..common.rng import generator, seeded, seeds, standard_defaults
+from ..common.toml import write_toml
+from ..data import DataError, Faces, ImageSet
+from ..data.loading.sampler import WHOLE, Part
+from ..heads import MarginHead, ShardedMarginHead
+from ..models.iresnet import IResNet
+from ..optim import RowAdamW, RowSGD
+from .config import TrainConfig
+from .model import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    TIMING,
+    VERIFICATION,
+    build_backbone,
+    check_start,
+    started_as,
+    take_over,
+)
+from .model import load_backbone as load_backbone  # public here
+from .sources import Batch, FacesSource, Source
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the first one counts where ranks got different ones
+
+
+class Progress(Protocol):
+    """What `train` tells while it runs."""
+
+    def start(self, total_steps: int, step: int) -> None: ...
+
+    def step(self, loss: float, accuracy: float, images: int) -> None: ...
+
+
+@dataclass
+class Trained:
+    """A trained model, with what was logged at every step, and the timing of the reading if any.
+
+    On several ranks the head is this rank's share of the classes. ``init`` says what was taken over
+    from another run.
+    """
+
+    backbone: IResNet
+    head: MarginHead | ShardedMarginHead
+    config: TrainConfig
+    history: list[dict[str, float]]
+    timing: dict[str, float] | None
+    init: str | None = None
+
+
+@dataclass
+class _Model:
+    """What trains, and all that a checkpoint holds of it.
+
+    The loss scaler serves the backbone alone: its gradients are the ones that can leave float16.
+    """
+
+    backbone: IResNet
+    head: MarginHead | ShardedMarginHead
+    optimizers: dict[str, torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+
+    @property
+    def modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"backbone": self.backbone, "head": self.head})
+
+    def save(self, folder: Path, steps: int, description: dict[str, Any]) -> None:
+        state = description | {"scaler": self.scaler.state_dict()}
+        if isinstance(self.head, ShardedMarginHead):
+            optimizers = list(self.optimizers.values())
+            sharded.save(folder, steps, self.modules, optimizers, state)
+        else:
+            checkpoint.save(folder, steps, self._tensors(), state)
+
+    def load(self, found: Path, check: Callable[[dict[str, Any]], None]) -> int:
+        """Takes over a checkpoint whose state `check` accepts; the steps that were done.
+
+        Raises:
+            CheckpointError: for one that is damaged, or of another model or optimiser.
+        """
+        if isinstance(self.head, ShardedMarginHead):
+            state = sharded.load_state(found)
+            check(state)
+            sharded.load(found, self.modules, list(self.optimizers.values()))
+        else:
+            tensors, state = checkpoint.load(found)
+            check(state)
+            self._restore(found / checkpoint.TENSORS, tensors)
+        scaler = state.get("scaler")
+        if not isinstance(scaler, dict) or scaler.keys() != self.scaler.state_dict().keys():
+            raise CheckpointError(f"{found / checkpoint.STATE}: scaler is {scaler!r}")
+        if scaler:
+            self.scaler.load_state_dict(scaler)
+        return state["step"]
+
+    def begin_with(self, init: Path, num_classes: int) -> str:
+        """Takes over another run's backbone, and its centers where they are as many; what it took.
+
+        Raises:
+            CheckpointError: for a checkpoint that is damaged, or of a network of other shapes.
+        """
+        head = self.head
+        if not isinstance(head, ShardedMarginHead):
+            return take_over(init, self.backbone, head.weight, num_classes)
+        share = slice(dist.get_rank(head.group), None, dist.get_world_size(head.group))
+        sizes = num_classes, head.class_start
+        read = partial(take_over, init, self.backbone, head.weight, *sizes, share)
+        return sharded.together(read, head.group, CheckpointError)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": value for name, value in self.modules.state_dict().items()}
+        for prefix, optimizer in self.optimizers.items():
+            tensors |= checkpoint.optimizer_tensors(prefix, optimizer)
+        return tensors
+
+    def _restore(self, file: Path, tensors: dict[str, Tensor]) -> None:
+        model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        checkpoint.check_shapes(file, model, self.modules.state_dict())
+        for key in tensors:
+            if key.partition(".")[0] not in ("model", *self.optimizers):
+                raise CheckpointError(f"{file} is of another model: {key} is unknown")
+        for prefix, optimizer in self.optimizers.items():
+            checkpoint.restore_optimizer(file, prefix, optimizer, tensors)
+        self.modules.load_state_dict(model)
+
+
+def _model(config: TrainConfig, source: Source, alone: bool, device: torch.device) -> _Model:
+    seed = seeds(config.seed, "parameters", 0)
+    head: MarginHead | ShardedMarginHead
+    with seeded(seed), standard_defaults():  # on the CPU: the same on every device
+        backbone = build_backbone(config, source.image_shape).to(device)
+        if alone or device.type == "cpu":  # shares on a GPU are made there
+            ranks = 1 if alone else dist.get_world_size()
+            needed = 4 * config.embedding_size * source.num_classes // ranks
+            check_memory("the class centres", needed)
+        sizes = config.embedding_size, source.num_classes, config.margin()
+        if alone:
+            head = MarginHead(*sizes).to(device)
+        else:
+            head = ShardedMarginHead(*sizes, seed=seed, device=device)
+    sgd = {"momentum": 0.9, "nesterov": True} if config.optimizer == "sgd" else {}
+    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay} | sgd
+    dense = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.AdamW
+    by_row = RowSGD if config.optimizer == "sgd" else RowAdamW
+    centers: Any = by_row if config.sample_rate < 1 or config.fused_update else dense
+    optimizers = {
+        "optimizer": dense([p for p in backbone.parameters() if p.requires_grad], **settings),
+        "centers": centers(head.parameters(), **settings),
+    }
+    if config.fused_update:
+        head.fuse(optimizers["centers"])
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+    return _Model(backbone, head, optimizers, scaler)
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Of one step, counted from 0."""
+    total = config.epochs * steps_per_epoch
+    warmup = min(int(config.warmup_epochs * steps_per_epoch), total - 1)
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, total - warmup)
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+    if config.schedule == "polynomial":
+        return config.lr * (1 - done) ** config.power
+    if config.schedule == "step":
+        return config.lr * 0.1 ** ((done >= 0.6) + (done >= 0.85))
+    return config.lr
+
+
+def train(
+    config: TrainConfig,
+    data: Faces | ImageSet | Source,
+    output: Path,
+    *,
+    resume: bool = False,
+    prolong: bool = False,
+    init: Path | None = None,
+    progress: Progress | None = None,
+    stop_after: int | None = None,
+    command: dict[str, Any] | None = None,
+    verify: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    verify_every: float = 0,
+    tensorboard: bool = False,
+    device: torch.device | str = "cpu",
+) -> Trained:
+    """Trains a backbone and a margin head on a set of faces or another source.
+
+    Where a `torch.distributed` process group is initialised, all of its ranks call this with the
+    same arguments: each trains on its part of every batch, in a `DistributedDataParallel` backbone,
+    and holds its share of the classes. They see one ``output``, in which the first rank writes.
+    Checkpoints are then written by all ranks, and any number of ranks can resume them.
+
+    Args:
+        config: what to do.
+        data: at least two identities; those of an `ImageSet` are decoded when their batch is due.
+        output: the run's folder: config.json, config.toml (the same, for ``synface train
+            --config``), metrics.jsonl (one line a step), checkpoints/, and
+            for a source that reads files timing.jsonl (one line each time that it was run).
+        resume: go on from the newest checkpoint in ``output``. The result is bitwise that of a run
+            that was never interrupted. The data may have moved; their fingerprint must be the same.
+        prolong: with resume, ``config`` may have more epochs than the run had. From the checkpoint
+            on, the learning rate is that of the longer schedule at the same step.
+        init: a run (or one of its checkpoints) whose backbone a new run begins with, and whose
+            class centers too where the data have as many identities, in the same order. Optimizer,
+            schedule and log begin anew; ``Trained.init`` says what was taken over.
+        progress: is told about every step.
+        stop_after: end early, after this step, as an interruption would (the last checkpoint is
+            what remains).
+        command: what else config.json is to remember of how the run was started.
+        verify: is given the backbone, in evaluation mode, after every ``verify_every`` epochs (0:
+            never); what it returns goes into verification.jsonl, a line each time.
+        tensorboard: also write loss, accuracy, learning rate and verification to
+            ``output``/tensorboard; needs the package of that name.
+        device: to train on, this rank's.
+
+    Raises:
+        CheckpointError: for a checkpoint that is damaged, or of another configuration or data, and
+            for an ``init`` whose network has other shapes.
+        ValueError: for data that cannot be trained on, or a network that cannot be built.
+        FileExistsError: where ``output`` holds a run already and ``resume`` is not set.
+        OSError: where ``output`` cannot be written to.
+        DataError: where the source cannot go on (a damaged file, a worker that died); on one
+            process once a checkpoint of the last step is written, on several the last one stays.
+        FloatingPointError: once a loss or a parameter is not finite; the last checkpoint stays.
+        KeyboardInterrupt, Terminated: on Ctrl-C and on SIGTERM, once the step is done and a
+            checkpoint of it is written; on any rank, all ranks end after the same step.
+
+    The global random state of torch is left as it was.
+    """
+    if not 0 <= verify_every < math.inf:
+        raise ValueError(f"verify_every must be 0 or more epochs, got {verify_every}")
+    source: Source = FacesSource(data) if isinstance(data, Faces | ImageSet) else data
+    if source.num_classes < 2:
+        raise ValueError(f"training needs two identities or more, got {source.num_classes}")
+    height, width, channels = source.image_shape
+    check_start(
+        config,
+        (height, width),
+        output,
+        channels=channels,
+        resume=resume,
+        init=init,
+        tensorboard=tensorboard,
+    )
+    run = _Run(config, source, output, check_device(device))
+    with ExitStack() as stack:
+        interrupted = stack.enter_context(interrupts())
+        first = run.resume(command, prolong) if resume else run.start(command or {}, init)
+        writer = None
+        if tensorboard and run.leads:
+            writer = stack.enter_context(_tensorboard(output, first))
+        if progress:
+            progress.start(run.total_steps, first)
+        if run.leads:
+            stack.enter_context(_timed(source, output / TIMING, first))
+        batches = stack.enter_context(closing(source.batches(config, first, run.part, run.device)))
+        for step, batch in _kept(batches, first, run.save if run.alone else None):
+            row, stop = run.step(step, batch, interrupted)
+            done = step + 1
+            if writer:
+                writer(step, row)
+            if progress:
+                progress.step(row["loss"], row["accuracy"], run.batch_size(step))
+            stop = stop or (interrupted() if run.alone else 0)
+            if verify and verify_every and run.ended(verify_every, done):
+                figures = run.verify(done, verify)
+                if writer:
+                    writer(step, {f"verification/{k}": v for k, v in figures.items()})
+            if run.ended(config.checkpoint_every, done) or done == run.total_steps or stop:
+                run.save(done)
+            if stop:
+                raise interruption(stop)
+            if stop_after is not None and step >= stop_after:
+                break
+        if stop := run.stopped(interrupted)[0]:  # it came while the last checkpoint was written
+            raise interruption(stop)
+    run.backbone.eval()
+    timing = source.timing.report() if source.timing else None
+    return Trained(run.backbone, run.head, config, run.history, timing, run.init)
+
+
+class _Run:
+    """One run: its model, its folder, and what a step does."""
+
+    def __init__(
+        self, config: TrainConfig, source: Source, output: Path, device: torch.device
+    ) -> None:
+        self.config, self.output, self.device = config, output, device
+        self.alone = not (dist.is_available() and dist.is_initialized())
+        self.part = WHOLE if self.alone else Part(dist.get_rank(), dist.get_world_size())
+        self.leads = self.part.rank == 0
+        self.folder = output / CHECKPOINTS
+        self.description = {
+            "config": json.loads(json.dumps(asdict(config))),
+            "data": source.description(),
+        }
+        self.images, self.num_classes = len(source), source.num_classes
+        self.steps_per_epoch = -(-self.images // config.batch_size)
+        ranks, least = self.part.ranks, self.batch_size(self.steps_per_epoch - 1)
+        if least < ranks:
+            raise ValueError(
+                f"each of {ranks} ranks needs an image of every batch: an epoch's last one has "
+                f"{least} of {self.images} at batch_size {config.batch_size}; choose another"
+            )
+        self.model = _model(config, source, self.alone, device)
+        self.backbone, self.head = self.model.backbone, self.model.head
+        self.network: nn.Module = self.backbone
+        if not self.alone:
+            devices = [device] if device.type == "cuda" else None
+            self.network = DistributedDataParallel(self.backbone, device_ids=devices)
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.history: list[dict[str, float]] = []
+        self.init: str | None = None
+        self.lines = Lines(output / METRICS)
+        self.verified = Lines(output / VERIFICATION)
+        self._train_mode()
+
+    def start(self, command: dict[str, Any], init: Path | None) -> int:
+        """Writes how the run begins; 0, the first step."""
+        if init is not None:
+            self.init = self.model.begin_with(init, self.num_classes)
+            command = command | {"init": str(init.absolute())}
+        self._wait()  # until all ranks have looked into the folder
+        if self.leads:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self._write(command, None)
+            self.lines.rewrite([])
+        self.save(0)  # so that there always is one to resume from
+        return 0
+
+    def _write(self, command: dict[str, Any], before: dict[str, Any] | None) -> None:
+        """Writes how the run is started, if that is not what stands there."""
+        started = json.loads(json.dumps({"command": command} | self.description))
+        if started != before:
+            write_text(self.output / CONFIG, json.dumps(started, indent=1))
+            write_toml(self.output / "config.toml", started["command"] | started["config"])
+
+    def resume(self, command: dict[str, Any] | None, prolong: bool) -> int:
+        """Takes up the newest checkpoint; the first step that is still to do."""
+        found = checkpoint.find(self.output)
+        first = self.model.load(found, lambda state: self._check(found, state, prolong))
+        # the lines of steps after the checkpoint are written again
+        self.history, before = self.lines.steps(first), started_as(self.output)
+        self._wait()  # until all ranks have read them
+        if self.leads:
+            self._write((before or {}).get("command", {}) if command is None else command, before)
+            self.lines.rewrite(self.history)
+        if self.leads and self.verified.file.exists():
+            self.verified.rewrite([row for row in self.verified.read() if row["step"] <= first])
+        return first
+
+    def _check(self, found: Path, state: dict[str, Any], prolong: bool) -> None:
+        """Raises CheckpointError for a checkpoint of another run."""
+        for part in ("config", "data"):
+            came, wanted = state.get(part), self.description[part]
+            if not isinstance(came, dict):
+                raise CheckpointError(f"{found / checkpoint.STATE}: {part} must be dict")
+            if part == "config":  # what it does not name, because it is older, was as by default
+                try:
+                    came = json.loads(json.dumps(asdict(TrainConfig.from_json(came))))
+                except (TypeError, ValueError) as error:
+                    raise CheckpointError(f"{found / checkpoint.STATE}: {error}") from error
+                if prolong and came["epochs"] < wanted["epochs"]:
+                    wanted = wanted | {"epochs": came["epochs"]}
+            elif came.get("fingerprint") != wanted["fingerprint"]:
+                raise CheckpointError(
+                    f"{found} is of another run: its data's fingerprint is not that of "
+                    f"{wanted['source']}; give the images that it was trained on, wherever they "
+                    f"are now (then {came.get('source')})"
+                )
+            else:  # where they are is free
+                wanted = {name: value for name, value in wanted.items() if name != "source"}
+            checkpoint.check_same(found, came, wanted, part)
+
+    def save(self, steps: int) -> None:
+        """Writes a checkpoint after so many steps, and sees the log on the disk."""
+        if self.leads:
+            self.lines.flush()
+        parameters = list(self.model.modules.named_parameters())
+        finite = torch.stack([parameter.isfinite().all() for _, parameter in parameters]).cpu()
+        if any(self.total(~finite.all())):
+            wrong = [name for (name, _), fine in zip(parameters, finite, strict=True) if not fine]
+            raise FloatingPointError(
+                f"{wrong[0] if wrong else 'a parameter of another rank'} is not finite after "
+                f"{steps} steps: lower lr (now {self.config.lr:g}); earlier checkpoints are in "
+                f"{self.folder}"
+            )
+        self.model.save(self.folder, steps, self.description)
+
+    def batch_size(self, step: int) -> int:
+        """Images of a step, on all ranks together."""
+        done = step % self.steps_per_epoch * self.config.batch_size
+        return min(self.config.batch_size, self.images - done)
+
+    def ended(self, epochs: float, steps: int) -> bool:
+        """Whether another so many epochs, or parts of one, end with these steps."""
+        return steps % max(1, round(epochs * self.steps_per_epoch)) == 0
+
+    def total(self, *numbers: Tensor) -> list[float]:
+        """Sums over the ranks."""
+        own = torch.stack([number.detach().double().cpu() for number in numbers])
+        if not self.alone:
+            dist.all_reduce(own)
+        return own.tolist()
+
+    def stopped(self, interrupted: Callable[[], int], *numbers: Tensor) -> list[Any]:
+        """The signal that came to any rank, or 0; then the sums of numbers over the ranks."""
+        came = interrupted()
+        ended = (torch.tensor(came == each, device="cpu") for each in SIGNALS)
+        term, interrupt, *sums = self.total(*ended, *numbers)
+        return [SIGNALS[0] if term else SIGNALS[1] if interrupt else 0, *sums]
+
+    def _wait(self) -> None:
+        if not self.alone:
+            dist.barrier()
+
+    def step(
+        self, step: int, batch: Batch, interrupted: Callable[[], int]
+    ) -> tuple[dict[str, float], int]:
+        """One step of training, and its line in the log; the signal that came to any rank, or 0."""
+        config, optimizers, scaler = self.config, self.model.optimizers, self.model.scaler
+        rate = learning_rate(config, step, self.steps_per_epoch)
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        images, target, weight = (
+            None if value is None else value.to(self.device, non_blocking=True) for value in batch
+        )
+        assert images is not None
+        assert target is not None
+        class_ids = None
+        if config.sample_rate < 1:
+            class_ids, target = self._sampled(step, target)
+        count = self.batch_size(step)
+        parts = min(config.accumulate, count // self.part.ranks)
+        loss = torch.zeros((), dtype=torch.float32, device=self.device)
+        hits = torch.zeros((), dtype=torch.float32, device=self.device)
+        seed = seeds(config.seed, self.part.purpose("dropout"), step)
+        with seeded(seed, self.device):
+            for i in range(parts):
+                rows = Part(i, parts).of(len(images))
+                last = i + 1 == parts  # before it no gradient travels between the ranks
+                with nullcontext() if self.alone or last else self.network.no_sync():  # type: ignore[operator]
+                    part_loss, stats = self.head(
+                        self._embed(images[rows]),
+                        target[rows],
+                        None if weight is None else weight[rows],
+                        class_ids=class_ids,
+                        reduction="sum",
+                        return_stats=True,
+                    )
+                    part_loss = part_loss / count
+                    loss += part_loss.detach()
+                    hits += stats.top1.sum()
+                    if part_loss.isfinite():
+                        part_loss.backward()
+        stop, right = self.stopped(interrupted, hits)
+        row = {
+            "step": step,
+            "epoch": step / self.steps_per_epoch,
+            "loss": loss.item(),
+            "accuracy": right / count,
+            "lr": rate,
+        }
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(
+                f"the loss is {row['loss']} at step {step}: lower lr (now {config.lr:g}); "
+                f"earlier checkpoints are in {self.folder}"
+            )
+        if config.clip_norm > 0:
+            scaler.unscale_(optimizers["optimizer"])
+            norm = nn.utils.clip_grad_norm_(self.backbone.parameters(), config.clip_norm)
+            if norm.isfinite():  # else the scaler leaves this step out
+                row["gradient_norm"] = norm.item()
+        with standard_defaults():  # where optimizers make their counters
+            scaler.step(optimizers["optimizer"])
+            scaler.update()
+            optimizers["centers"].step()
+        self.history.append(row)
+        if self.leads:
+            self.lines.append(row)
+        return row, stop
+
+    def _sampled(self, step: int, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The classes of a step, and the target as the head then takes it."""
+        seed, head = self.config.seed, self.head
+        drawn = generator(seed, self.part.purpose("classes"), step)
+        classes = head.weight.shape[0]
+        wanted = math.ceil(self.config.sample_rate * classes)
+        if isinstance(head, ShardedMarginHead):
+            return sk.sample_classes(
+                target, classes, wanted, drawn, group=head.group, class_start=head.class_start
+            )
+        return sk.sample_classes(target, classes, wanted, drawn)
+
+    def verify(
+        self, steps: int, verify: Callable[[nn.Module], Mapping[str, float]]
+    ) -> dict[str, float]:
+        """Figures of the backbone as it is; those of other ranks wait for the first."""
+        figures: dict[str, float] = {}
+        if self.leads:
+            self.backbone.eval()
+            figures = dict(verify(self.backbone))
+            self._train_mode()
+            epoch = steps / self.steps_per_epoch
+            self.verified.append({"step": steps, "epoch": epoch} | figures)
+        self._wait()
+        return figures
+
+    def _embed(self, images: Tensor) -> Tensor:
+        dtype = getattr(torch, self.config.precision)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            embeddings = self.network(images).float()
+        if self.model.scaler.is_enabled():
+            embeddings.register_hook(self.model.scaler.scale)
+        return embeddings
+
+    def _train_mode(self) -> None:
+        self.model.modules.train()
+        if self.config.freeze_statistics:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+
+@contextmanager
+def _tensorboard(output: Path, first: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """A function that writes figures of a step; those of later steps, of an earlier run, go."""
+    with extra("tensorboard", "the log for TensorBoard"):
+        from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(output / "tensorboard"), purge_step=first) as writer:
+
+        def write(step: int, figures: Mapping[str, float]) -> None:
+            for name, value in figures.items():
+                if name not in ("step", "epoch"):
+                    writer.add_scalar(name if "/" in name else f"training/{name}", value, step)
+
+        yield write
+
+
+def _kept(
+    batches: Iterator[tuple[int, Batch]], first: int, keep: Callable[[int], None] | None
+) -> Iterator[tuple[int, Batch]]:
+    """The batches; if they end in an error of the data, the steps that were done are kept. (Not by
+    one rank of several: the others do not know.)"""
+    done = first
+    try:
+        for step, batch in batches:
+            yield step, batch
+            done = step + 1
+    except DataError:
+        if keep is not None and done > first:
+            keep(done)
+        raise
+
+
+@contextmanager
+def _timed(source: Source, file: Path, first: int) -> Iterator[None]:
+    """Adds a line on the source's timing to a file, however the run ends."""
+    try:
+        yield
+    finally:
+        if source.timing is not None:
+            with file.open("a") as lines:
+                lines.write(json.dumps({"first_step": first} | source.timing.report()) + "\n")
