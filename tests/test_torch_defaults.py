@@ -30,10 +30,11 @@ from synface.evaluation.metrics import embed, identify, pixel_embeddings, verify
 from synface.evaluation.report import pair_cosines, pool
 from synface.optim.centers import Centers, CentersConfig
 from synface.synthesis import packing
+from synface.synthesis.dataset import styles, synthesize
 from synface.synthesis.generators import EigenfaceGenerator, open_generator
-from synface.synthesis.synthesize import styles, synthesize
+from synface.synthesis.sources import GeneratedSource
 from synface.training.loop import TrainConfig, load_backbone, train
-from synface.training.sources import FacesSource, GeneratedSource, MixedSource
+from synface.training.sources import FacesSource, MixedSource
 from torch import Tensor, nn
 
 import synface_kernels as sk

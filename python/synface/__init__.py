@@ -1,1 +1,5 @@
 """The training layer over `synface_kernels`: data, heads, training, evaluation."""
+
+from .common.renamed import install
+
+install()

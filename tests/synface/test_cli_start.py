@@ -181,7 +181,7 @@ def test_a_package_that_fails_to_load_is_not_called_missing(monkeypatch, tmp_pat
 EXTRAS = {"pyarrow": "parquet", "onnxruntime": "onnx", "tensorboard": "tensorboard"}
 USES = """
 PIL from synface.data import open_images, read_folder; read_folder(open_images("faces"))
-PIL from synface.synthesis.synthesize import _write; _write(Path("x"), np.ones((2, 2, 1), "u1"))
+PIL from synface.synthesis.dataset import _write; _write(Path("x"), np.ones((2, 2, 1), "u1"))
 skimage from synface.data import embedded_faces; embedded_faces()
 safetensors from synface.checkpoint.single import write_tensors; write_tensors(Path("x"), {})
 safetensors from synface.synthesis.embeddings import read_embeddings; read_embeddings(Path("x.safetensors"))

@@ -20,6 +20,7 @@ from synface.data import Faces, embedded_faces, read_folder
 from synface.data.embedded import FACES, lfw_crops
 from synface.evaluation.metrics import pixel_embeddings, verify
 from synface.synthesis import synthesize as synthesize_module
+from synface.synthesis.dataset import MANIFEST, synthesize
 from synface.synthesis.embeddings import read_embeddings
 from synface.synthesis.generators import (
     EigenfaceGenerator,
@@ -27,7 +28,6 @@ from synface.synthesis.generators import (
     TorchScriptGenerator,
     open_generator,
 )
-from synface.synthesis.synthesize import MANIFEST, synthesize
 
 
 def unit(count: int, dim: int, seed: int = 0) -> torch.Tensor:
@@ -593,7 +593,7 @@ import sys
 from pathlib import Path
 from synface.synthesis.generators import EigenfaceGenerator
 from synface.synthesis.embeddings import read_embeddings
-from synface.synthesis.synthesize import synthesize
+from synface.synthesis.dataset import synthesize
 rows = read_embeddings(sys.argv[1])
 synthesize(rows, EigenfaceGenerator(16, 24), Path(sys.argv[2]), 40, batch_size=16)
 """

@@ -197,7 +197,7 @@ def test_sigterm_ends_synthesize_and_convert_as_ctrl_c_does(tmp_path):
     import numpy as np
 
     np.save(tmp_path / "points.npy", np.eye(3, 8, dtype=np.float32))
-    where = ("synface.synthesis.synthesize", "_generate", "2")
+    where = ("synface.synthesis.dataset", "_generate", "2")
     options = ("synthesize", "--packed", "points.npy", "--output", "faces", "--size", "16x16")
     options += ("--images-per-identity", "2", "--batch-size", "2")
     shown = terminated(tmp_path, where, *options)

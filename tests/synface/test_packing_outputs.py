@@ -5,9 +5,9 @@ import tempfile
 import pytest
 import torch
 from synface.cli import main
+from synface.synthesis.dataset import synthesize
 from synface.synthesis.generators import EigenfaceGenerator
 from synface.synthesis.packing import PackConfig, Packer, pack
-from synface.synthesis.synthesize import synthesize
 
 CONFIG = PackConfig(20, 4, steps=2)
 

@@ -21,10 +21,10 @@ from synface.recipes import sweep as cells
 from synface.recipes.generated import identities
 from synface.recipes.synface.recipe import recipe as synface
 from synface.recipes.synface.recipe.recipe import load_config
+from synface.synthesis.dataset import synthesize
 from synface.synthesis.generators import EigenfaceGenerator
-from synface.synthesis.synthesize import synthesize
+from synface.synthesis.sources import GeneratedSource
 from synface.training.loop import TrainConfig
-from synface.training.sources import GeneratedSource
 from typer.testing import CliRunner
 
 ORL = Path(__file__).parents[2] / ".." / "shared" / "data" / "orl"

@@ -24,10 +24,10 @@ from synface.data import embedded_faces
 from synface.data.formats.conversion import convert
 from synface.data.loading.worker import SharedArray
 from synface.recipes import sweep as cells
+from synface.synthesis.dataset import MANIFEST, synthesize
 from synface.synthesis.embeddings import read_embeddings
 from synface.synthesis.generators import EigenfaceGenerator
 from synface.synthesis.packing import PackConfig, Packer, pack
-from synface.synthesis.synthesize import MANIFEST, synthesize
 from synface.training.config import TrainConfig
 from synface.training.model import build_backbone, load_backbone, shapes_of
 from torch import nn

@@ -1,0 +1,1 @@
+"""Measurements and plans: speed, memory and scale on the machine at hand."""

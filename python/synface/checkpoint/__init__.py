@@ -1,0 +1,1 @@
+"""Checkpoints and the logs that go with them."""

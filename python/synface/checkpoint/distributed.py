@@ -36,8 +36,6 @@ from ..common.files import (
     write_text,
 )
 from ..common.textfiles import read_json
-from ..heads.partial_fc import PartialFC
-from ..heads.sharded import ShardedMarginHead
 from . import single as checkpoint
 
 FORMAT = "sharded-2"
@@ -301,7 +299,7 @@ def _shards(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {
         f"{name}.weight" if name else "weight": (module.class_start, module.num_classes)
         for name, module in model.named_modules()
-        if isinstance(module, (PartialFC, ShardedMarginHead))
+        if hasattr(module, "class_start")
     }
 
 

@@ -177,9 +177,9 @@ def synthesize_command(
     ] = False,
 ) -> None:
     """Write a folder of face images, some of each packed identity, that `train` takes."""
+    from ..synthesis.dataset import synthesize
     from ..synthesis.embeddings import read_embeddings
     from ..synthesis.generators import open_generator
-    from ..synthesis.synthesize import synthesize
 
     if generator is None:
         refuse(context, "without --generator: eigenfaces are drawn on the CPU", "device")

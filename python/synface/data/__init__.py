@@ -1,54 +1,47 @@
-"""Face images: of many formats, in memory or as a stream; or the small set always at hand."""
+"""Face images: of many formats, in memory or as a stream, and mixed; or a small embedded set."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ..common.lazy import lazy
+
 if TYPE_CHECKING:
-    from .embedded import embedded_faces
-    from .formats.conversion import convert
-    from .formats.decode import DataError
-    from .formats.folder import Faces, read_folder
-    from .formats.imagefolder import list_folder
-    from .formats.images import ImageSet, open_images
-    from .loading.augment import Augment, normalise
-    from .loading.loader import ImageLoader, TwoDomainLoader
-    from .loading.sampler import CycledOrder
+    from .embedded import embedded_faces as embedded_faces
+    from .formats.conversion import convert as convert
+    from .formats.decode import DataError as DataError
+    from .formats.folder import Faces as Faces
+    from .formats.folder import read_folder as read_folder
+    from .formats.imagefolder import list_folder as list_folder
+    from .formats.images import ImageSet as ImageSet
+    from .formats.images import open_images as open_images
+    from .loading.augment import Augment as Augment
+    from .loading.augment import normalise as normalise
+    from .loading.loader import ImageLoader as ImageLoader
+    from .loading.loader import TwoDomainLoader as TwoDomainLoader
+    from .loading.sampler import CycledOrder as CycledOrder
 
-# Imported when first asked for: worker processes read files without torch.
-_HOMES = {
-    "Augment": "augment",
-    "CycledOrder": "order",
-    "DataError": "decode",
-    "Faces": "folder",
-    "ImageLoader": "loader",
-    "ImageSet": "images",
-    "convert": "conversion",
-    "TwoDomainLoader": "loader",
-    "embedded_faces": "embedded",
-    "list_folder": "imagefolder",
-    "normalise": "augment",
-    "open_images": "images",
-    "read_folder": "folder",
-}
-
-__all__ = [
-    "Augment",
-    "CycledOrder",
-    "DataError",
-    "Faces",
-    "ImageLoader",
-    "ImageSet",
-    "TwoDomainLoader",
-    "convert",
-    "embedded_faces",
-    "list_folder",
-    "normalise",
-    "open_images",
-    "read_folder",
-]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+__getattr__ = lazy(
+    __name__,
+    {
+        "embedded": ("embedded_faces",),
+        "formats.conversion": ("convert",),
+        "formats.decode": ("DataError",),
+        "formats.folder": (
+            "Faces",
+            "read_folder",
+        ),
+        "formats.imagefolder": ("list_folder",),
+        "formats.images": (
+            "ImageSet",
+            "open_images",
+        ),
+        "loading.augment": (
+            "Augment",
+            "normalise",
+        ),
+        "loading.loader": (
+            "ImageLoader",
+            "TwoDomainLoader",
+        ),
+        "loading.sampler": ("CycledOrder",),
+    },
+)

@@ -1,0 +1,1 @@
+"""Backbones: networks that embed a face. This package imports nothing of ours."""

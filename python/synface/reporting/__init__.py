@@ -1,1 +1,1 @@
-"""Plots and pages of reports. This package imports nothing of ours."""
+"""Plots and pages of reports."""

@@ -15,7 +15,6 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,10 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import synface_kernels as sk
 
-from ..checkpoint import distributed as sharded
 from ..checkpoint import single as checkpoint
 from ..checkpoint.jsonl import Lines
-from ..common.check import check_device, check_memory
+from ..common.check import check_device
 from ..common.extras import extra
 from ..common.files import CheckpointError, write_text
 from ..common.interrupts import interruption, interrupts
@@ -39,7 +37,6 @@ from ..data import DataError, Faces, ImageSet
 from ..data.loading.sampler import WHOLE, Part
 from ..heads import MarginHead, ShardedMarginHead
 from ..models.iresnet import IResNet
-from ..optim import RowAdamW, RowSGD
 from .config import TrainConfig
 from .model import (
     CHECKPOINTS,
@@ -47,12 +44,12 @@ from .model import (
     METRICS,
     TIMING,
     VERIFICATION,
-    build_backbone,
+    build_model,
     check_start,
     started_as,
-    take_over,
 )
 from .model import load_backbone as load_backbone  # public here
+from .schedule import learning_rate
 from .sources import Batch, FacesSource, Source
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the first one counts where ranks got different ones
@@ -80,127 +77,6 @@ class Trained:
     history: list[dict[str, float]]
     timing: dict[str, float] | None
     init: str | None = None
-
-
-@dataclass
-class _Model:
-    """What trains, and all that a checkpoint holds of it.
-
-    The loss scaler serves the backbone alone: its gradients are the ones that can leave float16.
-    """
-
-    backbone: IResNet
-    head: MarginHead | ShardedMarginHead
-    optimizers: dict[str, torch.optim.Optimizer]
-    scaler: torch.amp.GradScaler
-
-    @property
-    def modules(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"backbone": self.backbone, "head": self.head})
-
-    def save(self, folder: Path, steps: int, description: dict[str, Any]) -> None:
-        state = description | {"scaler": self.scaler.state_dict()}
-        if isinstance(self.head, ShardedMarginHead):
-            optimizers = list(self.optimizers.values())
-            sharded.save(folder, steps, self.modules, optimizers, state)
-        else:
-            checkpoint.save(folder, steps, self._tensors(), state)
-
-    def load(self, found: Path, check: Callable[[dict[str, Any]], None]) -> int:
-        """Takes over a checkpoint whose state `check` accepts; the steps that were done.
-
-        Raises:
-            CheckpointError: for one that is damaged, or of another model or optimiser.
-        """
-        if isinstance(self.head, ShardedMarginHead):
-            state = sharded.load_state(found)
-            check(state)
-            sharded.load(found, self.modules, list(self.optimizers.values()))
-        else:
-            tensors, state = checkpoint.load(found)
-            check(state)
-            self._restore(found / checkpoint.TENSORS, tensors)
-        scaler = state.get("scaler")
-        if not isinstance(scaler, dict) or scaler.keys() != self.scaler.state_dict().keys():
-            raise CheckpointError(f"{found / checkpoint.STATE}: scaler is {scaler!r}")
-        if scaler:
-            self.scaler.load_state_dict(scaler)
-        return state["step"]
-
-    def begin_with(self, init: Path, num_classes: int) -> str:
-        """Takes over another run's backbone, and its centers where they are as many; what it took.
-
-        Raises:
-            CheckpointError: for a checkpoint that is damaged, or of a network of other shapes.
-        """
-        head = self.head
-        if not isinstance(head, ShardedMarginHead):
-            return take_over(init, self.backbone, head.weight, num_classes)
-        share = slice(dist.get_rank(head.group), None, dist.get_world_size(head.group))
-        sizes = num_classes, head.class_start
-        read = partial(take_over, init, self.backbone, head.weight, *sizes, share)
-        return sharded.together(read, head.group, CheckpointError)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"model.{name}": value for name, value in self.modules.state_dict().items()}
-        for prefix, optimizer in self.optimizers.items():
-            tensors |= checkpoint.optimizer_tensors(prefix, optimizer)
-        return tensors
-
-    def _restore(self, file: Path, tensors: dict[str, Tensor]) -> None:
-        model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        checkpoint.check_shapes(file, model, self.modules.state_dict())
-        for key in tensors:
-            if key.partition(".")[0] not in ("model", *self.optimizers):
-                raise CheckpointError(f"{file} is of another model: {key} is unknown")
-        for prefix, optimizer in self.optimizers.items():
-            checkpoint.restore_optimizer(file, prefix, optimizer, tensors)
-        self.modules.load_state_dict(model)
-
-
-def _model(config: TrainConfig, source: Source, alone: bool, device: torch.device) -> _Model:
-    seed = seeds(config.seed, "parameters", 0)
-    head: MarginHead | ShardedMarginHead
-    with seeded(seed), standard_defaults():  # on the CPU: the same on every device
-        backbone = build_backbone(config, source.image_shape).to(device)
-        if alone or device.type == "cpu":  # shares on a GPU are made there
-            ranks = 1 if alone else dist.get_world_size()
-            needed = 4 * config.embedding_size * source.num_classes // ranks
-            check_memory("the class centres", needed)
-        sizes = config.embedding_size, source.num_classes, config.margin()
-        if alone:
-            head = MarginHead(*sizes).to(device)
-        else:
-            head = ShardedMarginHead(*sizes, seed=seed, device=device)
-    sgd = {"momentum": 0.9, "nesterov": True} if config.optimizer == "sgd" else {}
-    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay} | sgd
-    dense = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.AdamW
-    by_row = RowSGD if config.optimizer == "sgd" else RowAdamW
-    centers: Any = by_row if config.sample_rate < 1 or config.fused_update else dense
-    optimizers = {
-        "optimizer": dense([p for p in backbone.parameters() if p.requires_grad], **settings),
-        "centers": centers(head.parameters(), **settings),
-    }
-    if config.fused_update:
-        head.fuse(optimizers["centers"])
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
-    return _Model(backbone, head, optimizers, scaler)
-
-
-def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Of one step, counted from 0."""
-    total = config.epochs * steps_per_epoch
-    warmup = min(int(config.warmup_epochs * steps_per_epoch), total - 1)
-    if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, total - warmup)
-    if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * done))
-    if config.schedule == "polynomial":
-        return config.lr * (1 - done) ** config.power
-    if config.schedule == "step":
-        return config.lr * 0.1 ** ((done >= 0.6) + (done >= 0.85))
-    return config.lr
 
 
 def train(
@@ -338,7 +214,7 @@ class _Run:
                 f"each of {ranks} ranks needs an image of every batch: an epoch's last one has "
                 f"{least} of {self.images} at batch_size {config.batch_size}; choose another"
             )
-        self.model = _model(config, source, self.alone, device)
+        self.model = build_model(config, source, self.alone, device)
         self.backbone, self.head = self.model.backbone, self.model.head
         self.network: nn.Module = self.backbone
         if not self.alone:

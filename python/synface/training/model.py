@@ -5,23 +5,29 @@ Nothing here reads an image: a command calls `check_start` before it decodes any
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from ..checkpoint import distributed as sharded
 from ..checkpoint import single as checkpoint
 from ..common.check import check_folder, check_memory
 from ..common.extras import extra
 from ..common.files import CheckpointError
-from ..common.rng import standard_defaults
+from ..common.rng import seeded, seeds, standard_defaults
 from ..common.textfiles import read_json
+from ..heads import MarginHead, ShardedMarginHead
 from ..models.iresnet import IResNet
+from ..optim import RowAdamW, RowSGD
 from .config import TrainConfig
+from .sources import Source
 
 CONFIG, METRICS, TIMING = "config.json", "metrics.jsonl", "timing.jsonl"
 VERIFICATION, CHECKPOINTS = "verification.jsonl", "checkpoints"
@@ -252,3 +258,108 @@ def network_of(found: Path, state: Mapping[str, Any]) -> IResNet:
         return shapes_of(config, tuple(state["data"]["image_shape"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{found / checkpoint.STATE}: {error}") from error
+
+
+@dataclass
+class Model:
+    """What trains, and all that a checkpoint holds of it.
+
+    The loss scaler serves the backbone alone: its gradients are the ones that can leave float16.
+    """
+
+    backbone: IResNet
+    head: MarginHead | ShardedMarginHead
+    optimizers: dict[str, torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+
+    @property
+    def modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"backbone": self.backbone, "head": self.head})
+
+    def save(self, folder: Path, steps: int, description: dict[str, Any]) -> None:
+        state = description | {"scaler": self.scaler.state_dict()}
+        if isinstance(self.head, ShardedMarginHead):
+            optimizers = list(self.optimizers.values())
+            sharded.save(folder, steps, self.modules, optimizers, state)
+        else:
+            checkpoint.save(folder, steps, self._tensors(), state)
+
+    def load(self, found: Path, check: Callable[[dict[str, Any]], None]) -> int:
+        """Takes over a checkpoint whose state `check` accepts; the steps that were done.
+
+        Raises:
+            CheckpointError: for one that is damaged, or of another model or optimiser.
+        """
+        if isinstance(self.head, ShardedMarginHead):
+            state = sharded.load_state(found)
+            check(state)
+            sharded.load(found, self.modules, list(self.optimizers.values()))
+        else:
+            tensors, state = checkpoint.load(found)
+            check(state)
+            self._restore(found / checkpoint.TENSORS, tensors)
+        scaler = state.get("scaler")
+        if not isinstance(scaler, dict) or scaler.keys() != self.scaler.state_dict().keys():
+            raise CheckpointError(f"{found / checkpoint.STATE}: scaler is {scaler!r}")
+        if scaler:
+            self.scaler.load_state_dict(scaler)
+        return state["step"]
+
+    def begin_with(self, init: Path, num_classes: int) -> str:
+        """Takes over another run's backbone, and its centers where they are as many; what it took.
+
+        Raises:
+            CheckpointError: for a checkpoint that is damaged, or of a network of other shapes.
+        """
+        head = self.head
+        if not isinstance(head, ShardedMarginHead):
+            return take_over(init, self.backbone, head.weight, num_classes)
+        share = slice(dist.get_rank(head.group), None, dist.get_world_size(head.group))
+        sizes = num_classes, head.class_start
+        read = partial(take_over, init, self.backbone, head.weight, *sizes, share)
+        return sharded.together(read, head.group, CheckpointError)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": value for name, value in self.modules.state_dict().items()}
+        for prefix, optimizer in self.optimizers.items():
+            tensors |= checkpoint.optimizer_tensors(prefix, optimizer)
+        return tensors
+
+    def _restore(self, file: Path, tensors: dict[str, Tensor]) -> None:
+        model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        checkpoint.check_shapes(file, model, self.modules.state_dict())
+        for key in tensors:
+            if key.partition(".")[0] not in ("model", *self.optimizers):
+                raise CheckpointError(f"{file} is of another model: {key} is unknown")
+        for prefix, optimizer in self.optimizers.items():
+            checkpoint.restore_optimizer(file, prefix, optimizer, tensors)
+        self.modules.load_state_dict(model)
+
+
+def build_model(config: TrainConfig, source: Source, alone: bool, device: torch.device) -> Model:
+    seed = seeds(config.seed, "parameters", 0)
+    head: MarginHead | ShardedMarginHead
+    with seeded(seed), standard_defaults():  # on the CPU: the same on every device
+        backbone = build_backbone(config, source.image_shape).to(device)
+        if alone or device.type == "cpu":  # shares on a GPU are made there
+            ranks = 1 if alone else dist.get_world_size()
+            needed = 4 * config.embedding_size * source.num_classes // ranks
+            check_memory("the class centres", needed)
+        sizes = config.embedding_size, source.num_classes, config.margin()
+        if alone:
+            head = MarginHead(*sizes).to(device)
+        else:
+            head = ShardedMarginHead(*sizes, seed=seed, device=device)
+    sgd = {"momentum": 0.9, "nesterov": True} if config.optimizer == "sgd" else {}
+    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay} | sgd
+    dense = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.AdamW
+    by_row = RowSGD if config.optimizer == "sgd" else RowAdamW
+    centers: Any = by_row if config.sample_rate < 1 or config.fused_update else dense
+    optimizers = {
+        "optimizer": dense([p for p in backbone.parameters() if p.requires_grad], **settings),
+        "centers": centers(head.parameters(), **settings),
+    }
+    if config.fused_update:
+        head.fuse(optimizers["centers"])
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+    return Model(backbone, head, optimizers, scaler)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.rng import generator
@@ -23,10 +21,8 @@ from ..data.loading.loader import (
     common_shape,
     opened,
 )
-from ..data.loading.sampler import WHOLE, CycledOrder, Part, ShuffledOrder
-from ..data.mixing import DomainMixup, Grid, IdentityMixup, Mixed, Ratio
-from ..synthesis.generators import FaceGenerator
-from ..synthesis.synthesize import checked, styles
+from ..data.loading.sampler import WHOLE, Part, ShuffledOrder
+from ..data.mixing import DomainMixup, Grid, Mixed, Ratio
 from .config import TrainConfig
 
 
@@ -257,135 +253,3 @@ class MixedSource:
                     out = mixed[: len(batch.real)]
                     batch = Mixed(*mixup(*batch, generator=draws, out=out))
                 yield step, Batch(*batch)
-
-
-class GeneratedSource:
-    """Faces drawn when their batch is due, with identities and domains mixed on the way.
-
-    An epoch is one pass over the images of all identities, in an order of its own. The classes are
-    the identities, then those of the real faces. Either side of a pair is augmented by itself.
-
-    Args:
-        embeddings: (N, D) floating, an identity each; finite, no row zero. Normalised here.
-        painter: draws the images.
-        images_per_identity: at least 1; image k of identity i has the style that
-            `synthesize.synthesize` gives it for this seed.
-        identity_mixup: draw φ·e + (1 − φ)·e' of two identities of the batch, normalised, with two
-            labels; None draws each identity as it is.
-        real: faces to mix each image with, cycled to the length of the epoch, or None.
-        ratio: of the synthetic share ψ. per_sample: a ψ for each image, else one for the batch.
-
-    Raises:
-        ValueError: for an argument out of range, or faces of another shape than the painter's.
-
-    Memory: the styles, 4·N·images_per_identity·painter.style_size bytes, and the real faces.
-
-    Source: Qiu et al., "SynFace", ICCV 2021, sections 3.2 and 3.3.
-    """
-
-    timing: Timing | None = None
-
-    def __init__(
-        self,
-        embeddings: Tensor,
-        painter: FaceGenerator,
-        images_per_identity: int,
-        *,
-        seed: int = 0,
-        identity_mixup: IdentityMixup | None = None,
-        real: Faces | None = None,
-        ratio: Ratio | None = None,
-        per_sample: bool = False,
-    ) -> None:
-        if images_per_identity < 1:
-            raise ValueError(f"images_per_identity must be at least 1, got {images_per_identity}")
-        self.embeddings = checked(embeddings, painter.embedding_size)[1]
-        self.painter, self.images_per_identity, self.seed = painter, images_per_identity, seed
-        self.identity_mixup, self.real = identity_mixup, real
-        self.image_shape = painter.image_shape
-        self.num_classes = len(self.embeddings) + (len(real.identities) if real else 0)
-        self.domain_mixup = None
-        if real:
-            if tuple(real.images.shape[1:]) != self.image_shape or not len(real):
-                raise ValueError(
-                    f"real must hold images of shape {self.image_shape}, as the painter draws, "
-                    f"got {tuple(real.images.shape)}"
-                )
-            self.domain_mixup = DomainMixup(
-                len(self.embeddings),
-                len(real.identities),
-                ratio=ratio or Grid(),
-                per_sample=per_sample,
-                mean=0.0,  # the augmentation has normalised both sides
-                std=1.0,
-                layout="NCHW",
-            )
-        identity, image = np.divmod(np.arange(len(self)), images_per_identity)
-        self._styles, self._seeds = styles(seed, identity, image, painter.style_size)
-
-    def __len__(self) -> int:
-        return len(self.embeddings) * self.images_per_identity
-
-    def description(self) -> dict[str, Any]:
-        fingerprints = [hashlib.sha256(self.embeddings.numpy().data).hexdigest()]
-        if self.real:
-            fingerprints.append(fingerprint(self.real))
-        mixed = self.domain_mixup
-        psi = "no" if mixed is None else f"{mixed.ratio!r}, per sample: {mixed.per_sample}"
-        return {
-            "source": "generated" + (f", mixed with {self.real.source}" if self.real else ""),
-            "fingerprint": " ".join(fingerprints),
-            "image_shape": list(self.image_shape),
-            "identities": self.num_classes,
-            "generator": self.painter.description,
-            "images_per_identity": self.images_per_identity,
-            "seed": self.seed,
-            "identity_mixup": repr(self.identity_mixup),
-            "ratio": psi,
-        }
-
-    def batches(
-        self,
-        config: TrainConfig,
-        first: int,
-        part: Part = WHOLE,
-        device: torch.device | str = "cpu",
-    ) -> Generator[tuple[int, Batch]]:
-        del device  # drawn and mixed on the CPU
-        order = CycledOrder(len(self), len(self.real) if self.real else 1, config.seed)
-        augment = Augment(config.augment)
-        for step in range(first, config.epochs * order.batches(config.batch_size)):
-            rows, real = order.batch(step, config.batch_size, part)
-
-            def draws(purpose: str, step: int = step) -> torch.Generator:
-                return generator(config.seed, part.purpose(purpose), step)
-
-            yield step, self._batch(torch.from_numpy(rows), torch.from_numpy(real), augment, draws)
-
-    def _batch(
-        self,
-        rows: Tensor,
-        real_rows: Tensor,
-        augment: Augment,
-        draws: Callable[[str], torch.Generator],
-    ) -> Batch:
-        target, weight = rows // self.images_per_identity, None
-        embeddings = self.embeddings[target]
-        if self.identity_mixup:
-            embeddings, target, weight = self.identity_mixup(
-                embeddings, target, draws("identity mixup")
-            )
-            embeddings = F.normalize(embeddings)
-        drawn = self.painter.generate(embeddings, self._styles[rows], self._seeds[rows])
-        images = augment(drawn, draws("augment"))
-        if self.real is None or self.domain_mixup is None:
-            return Batch(images, target, weight)
-        mixed = self.domain_mixup(
-            images,
-            target,
-            augment(self.real.images[real_rows], draws("augment real")),
-            self.real.labels[real_rows],
-            synthetic_weights=weight,
-            generator=draws("mixup"),
-        )
-        return Batch(*mixed)

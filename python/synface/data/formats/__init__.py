@@ -1,0 +1,1 @@
+"""Image sets in the formats that people have them in."""

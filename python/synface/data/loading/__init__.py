@@ -1,0 +1,1 @@
+"""Batches of images, decoded by worker processes and augmented."""

@@ -1,0 +1,1 @@
+"""CFSM: controllable and guided face synthesis (Liu et al., ECCV 2022)."""

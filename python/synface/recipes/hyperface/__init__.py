@@ -1,0 +1,1 @@
+"""HyperFace: packed against random identities (ICLR 2025)."""

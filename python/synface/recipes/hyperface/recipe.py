@@ -33,10 +33,10 @@ from ...evaluation.metrics import pixel_embeddings, verify
 from ...reporting.page import table, write_page
 from ...reporting.plots import ACCENT, INK, QUIET, figure, image_grid, save
 from ...synthesis import packing
+from ...synthesis.dataset import styles, synthesize
 from ...synthesis.embeddings import read_embeddings
 from ...synthesis.generators import FaceGenerator
 from ...synthesis.packing import PackConfig, Packer
-from ...synthesis.synthesize import styles, synthesize
 from ...training.config import TrainConfig
 from ...training.model import check_network
 from ...training.sources import FacesSource, Source

@@ -26,11 +26,12 @@ from ...data.mixing import IdentityMixup
 from ...evaluation.metrics import pixel_embeddings, verify
 from ...reporting.page import table, write_page
 from ...reporting.plots import ACCENT, INK, QUIET, figure, image_grid, save
+from ...synthesis.dataset import styles
 from ...synthesis.generators import FaceGenerator
-from ...synthesis.synthesize import styles
+from ...synthesis.sources import GeneratedSource
 from ...training.config import TrainConfig
 from ...training.model import check_network
-from ...training.sources import FacesSource, GeneratedSource, Source
+from ...training.sources import FacesSource, Source
 from ..generated import PainterConfig, check_seeds, identities
 from ..sweep import Cell, for_steps, machine, run_cells, shown, spread
 

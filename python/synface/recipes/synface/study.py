@@ -28,9 +28,9 @@ from ...evaluation.metrics import pixel_embeddings, verify
 from ...reporting.page import table, write_page
 from ...reporting.plots import ACCENT, INK, QUIET, figure, save
 from ...synthesis.generators import FaceGenerator
+from ...synthesis.sources import GeneratedSource
 from ...training.config import TrainConfig
 from ...training.model import check_network
-from ...training.sources import GeneratedSource
 from ..generated import EIGENFACES, PainterConfig, check_seeds, identities
 from ..sweep import Cell, for_steps, machine, run_cells, shown, spread
 

@@ -1,0 +1,99 @@
+"""Module names of version 0.1, which can still be imported in 0.2, with a DeprecationWarning."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# Where a module's names are now; the first place is the one that the warning names.
+RENAMED: dict[str, tuple[str, ...]] = {
+    "backbone": ("models.iresnet",),
+    "centers": ("optim.centers",),
+    "check": ("common.check",),
+    "data.augment": ("data.loading.augment",),
+    "data.conversion": ("data.formats.conversion",),
+    "data.decode": ("data.formats.decode",),
+    "data.folder": ("data.formats.folder",),
+    "data.imagefolder": ("data.formats.imagefolder",),
+    "data.images": ("data.formats.images",),
+    "data.loader": ("data.loading.loader",),
+    "data.metadata": ("data.formats.metadata",),
+    "data.order": ("data.loading.sampler",),
+    "data.recordio": ("data.formats.recordio",),
+    "data.tables": ("data.formats.tables",),
+    "data.webdataset": ("data.formats.webdataset",),
+    "embeddings": ("synthesis.embeddings",),
+    "evaluate": ("evaluation.metrics",),
+    "generate": ("synthesis.generators",),
+    "guided": ("recipes.cfsm.model",),
+    "interrupts": ("common.interrupts",),
+    "lines": ("checkpoint.jsonl",),
+    "measure": ("bench.measure",),
+    "mixing": ("data.mixing",),
+    "packing": ("synthesis.packing",),
+    "packing.bounds": ("synthesis.packing.bounds",),
+    "packing.packer": ("synthesis.packing.packer",),
+    "pickles": ("evaluation.safe_pickle",),
+    "plan": ("bench.plan",),
+    "randomness": ("common.rng",),
+    "ranks": ("common.distributed",),
+    "ratios": ("data.mixing.ratios",),
+    "recipes.cells": ("recipes.sweep",),
+    "recipes.cfsm_report": ("recipes.cfsm.report",),
+    "recipes.config": ("common.config",),
+    "recipes.degrade": ("recipes.cfsm.degrade",),
+    "recipes.study": ("recipes.synface.study",),
+    "report": ("bench.demo", "reporting.plots", "reporting.page"),
+    "runs": ("training.model",),
+    "scale": ("bench.scale",),
+    "set_report": ("evaluation.report",),
+    "settings": ("common.toml",),
+    "sharded": ("checkpoint.distributed",),
+    "sources": ("training.sources", "synthesis.sources"),
+    "synthesize": ("synthesis.dataset",),
+    "timm_mixup": ("data.mixing.timm_mixup",),
+    "train": ("training.loop",),
+    "train_config": ("training.config",),
+    "verification_sets": ("evaluation.sets",),
+}
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Imports the modules of the table."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        old = fullname.removeprefix("synface.")
+        if old == fullname or old not in RENAMED:
+            return None
+        return ModuleSpec(fullname, self, is_package=True)  # it may have modules in the table too
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__.removeprefix("synface.")
+        new = [f"synface.{name}" for name in RENAMED[old]]
+        warnings.warn(
+            f"synface.{old} is {new[0]} now; the old name goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+
+        def get(name: str) -> Any:
+            for each in map(import_module, new):
+                if hasattr(each, name):
+                    return getattr(each, name)
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        module.__dict__["__getattr__"] = get
+
+
+def install() -> None:
+    """Let the old names be imported."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
