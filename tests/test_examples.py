@@ -14,11 +14,11 @@ from synface.optim.rows import RowSGD
 
 import synface_kernels as sk
 from examples import arcface_torch_script
-from tests.ranks import on_ranks
-from tests.watched import LATE_GLOO
+from tests.helpers.ranks import on_ranks
+from tests.helpers.watched import LATE_GLOO
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-WATCHED = str(EXAMPLES.parent / "tests" / "watched.py")
+WATCHED = str(EXAMPLES.parent / "tests" / "helpers" / "watched.py")
 RUNS = [
     (1, "plain_torch", "torch", []),
     (1, "lightning_module", "pytorch_lightning", ["--precision", "bf16-mixed"]),

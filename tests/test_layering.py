@@ -13,12 +13,76 @@ ROOT = Path(__file__).parents[1]
 OPS = sorted(p.name for p in (ROOT / "synface_kernels" / "ops").iterdir() if (p / "op.py").exists())
 
 
+TRAINING = ROOT / "python" / "synface"
+# What each package of the training layer may import of it, besides `common`.
+MAY_IMPORT = {
+    "common": set(),
+    "models": set(),
+    "reporting": set(),
+    "checkpoint": set(),
+    "data": set(),
+    "optim": set(),
+    "heads": {"optim"},
+    "evaluation": {"data", "reporting"},
+    "training": {"checkpoint", "data", "heads", "models", "optim"},
+    "synthesis": {"checkpoint", "data", "reporting", "training"},
+    "bench": {"data", "evaluation", "models", "optim", "reporting", "training"},
+    "recipes": {
+        "checkpoint", "data", "evaluation", "heads", "models", "optim", "reporting", "synthesis",
+        "training",
+    },
+}  # fmt: skip
+MAY_IMPORT["cli"] = set(MAY_IMPORT)
+
+
 def imports(path: Path):
+    """Yield the absolute names that a file imports, wherever in it, relative ones resolved."""
+    package = path.parent.relative_to(ROOT)
+    here = [part for part in package.parts if part != "python"]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module or ""
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+
+
+def pairs():
+    """Yield (importing, imported) for packages of the training layer, without repetition."""
+    found = set()
+    for path in TRAINING.rglob("*.py"):
+        own = path.relative_to(TRAINING).parts[0]
+        for name in imports(path):
+            package, _, rest = name.partition(".")
+            other = rest.partition(".")[0]
+            if package == "synface" and other in MAY_IMPORT and other != own:
+                found.add((own, other))
+    return sorted(found)
+
+
+def test_every_package_of_the_training_layer_has_a_rule():
+    modules = {path.name for path in TRAINING.iterdir() if path.name != "__pycache__"}
+    assert modules == {*MAY_IMPORT, "__init__.py", "__main__.py", "py.typed"}
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_package_imports_what_its_rule_says(package):
+    imported = {other for own, other in pairs() if own == package}
+    assert imported - {"common"} <= MAY_IMPORT[package] - {package}
+    if package == "common":
+        assert not imported
+
+
+def test_packages_do_not_import_each_other_in_circles():
+    """A package may import only those whose rules stand before its own."""
+    order = list(MAY_IMPORT)
+    for own, others in MAY_IMPORT.items():
+        assert all(order.index(other) < order.index(own) for other in others - {own}), own
+
+
+def test_there_are_few_arrows_between_packages():
+    assert len(pairs()) <= 53
 
 
 def test_the_kernels_do_not_know_the_training_layer():

@@ -14,7 +14,7 @@ from synface.heads import AdaFace, MagFace
 from torch import Tensor
 
 import synface_kernels as sk
-from tests.ranks import on_ranks
+from tests.helpers.ranks import on_ranks
 
 N, C, D = 6, 10, 8
 IMPLS = ("cpu", "reference")

@@ -18,7 +18,7 @@ import synface_kernels as sk
 import synface_kernels.numpy as skn
 from synface_kernels._load import cpu_isas
 from synface_kernels.ops.domain_mixup import reference
-from tests.cpu import cpu
+from tests.helpers.cpu import cpu
 
 ROOT = Path(__file__).parents[2]
 U8, F32, BF16, F16, F64 = torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64

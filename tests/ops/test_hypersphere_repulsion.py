@@ -17,8 +17,8 @@ import synface_kernels as sk
 from synface_kernels import _load
 from synface_kernels.ops.hypersphere_repulsion.energies import NEIGHBOR_ENERGIES, R_MIN
 from synface_kernels.testing import assert_as_exact_as_torch
-from tests import codes
-from tests.cpu import cpu
+from tests.helpers import codes
+from tests.helpers.cpu import cpu
 
 ISAS = _load.cpu_isas()
 EPS = torch.finfo(torch.float32).eps

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import synface_kernels as sk
 from synface_kernels import _load
-from tests import codes
+from tests.helpers import codes
 
 BF16 = [isa for isa in _load.cpu_isas() if isa.endswith("bf16")]
 pytestmark = pytest.mark.skipif(not BF16, reason="this processor multiplies no bfloat16")

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import synface_kernels as sk
-from tests.ranks import on_ranks
+from tests.helpers.ranks import on_ranks
 
 N, M, D = 61, 9, 7
 ENERGIES = [

@@ -15,7 +15,7 @@ from torch import Tensor
 import synface_kernels as sk
 import synface_kernels.numpy
 from synface_kernels import _load
-from tests.cpu import cpu
+from tests.helpers.cpu import cpu
 
 ISAS = _load.cpu_isas()
 N, C, D = 9, 40, 24

@@ -22,7 +22,7 @@ import synface_kernels.numpy
 from synface_kernels import _load
 from synface_kernels.ops.margin_cross_entropy import op
 from synface_kernels.testing import assert_as_exact_as_torch
-from tests.cpu import cpu
+from tests.helpers.cpu import cpu
 
 ISAS = _load.cpu_isas()
 COMBINED = sk.CombinedMargin(64.0, 0.9, 0.4, 0.15)

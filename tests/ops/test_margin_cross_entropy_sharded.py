@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import synface_kernels as sk
-from tests.ranks import on_ranks
+from tests.helpers.ranks import on_ranks
 
 N, C, D = 23, 37, 16
 PER_ROW = "per row"

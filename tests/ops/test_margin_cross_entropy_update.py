@@ -16,9 +16,9 @@ from torch import Tensor
 import synface_kernels as sk
 from synface_kernels._load import cpu_isas
 from synface_kernels.ops.margin_cross_entropy.update import arguments
-from tests.centers import MARGIN, RULES, Centers, assert_bits, batch, normal
-from tests.cpu import cpu
-from tests.ranks import on_ranks
+from tests.helpers.centers import MARGIN, RULES, Centers, assert_bits, batch, normal
+from tests.helpers.cpu import cpu
+from tests.helpers.ranks import on_ranks
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 OPS = torch.ops.synface_kernels

@@ -10,7 +10,7 @@ import synface_kernels as sk
 from synface_kernels._load import cpu_isas
 from synface_kernels.ops.row_update import reference
 from synface_kernels.testing import assert_as_exact_as_torch
-from tests.cpu import cpu
+from tests.helpers.cpu import cpu
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 OPS = torch.ops.synface_kernels

@@ -16,7 +16,7 @@ from torch import Tensor
 import synface_kernels as sk
 from synface_kernels._load import cpu_isas
 from synface_kernels.ops.sample_classes import kernel_torch, reference
-from tests.cpu import cpu
+from tests.helpers.cpu import cpu
 
 ROOT = Path(__file__).parents[2]
 IMPLS = ("cpu", "torch", "reference")

@@ -1,6 +1,6 @@
 """Time and memory of the margin softmax, fused and as plain torch, measured where it is called.
 
-python -m synface.bench.measure eager 256 256 100000     (peak memory of one, in a process of its own)
+python -m synface.bench.measure eager 256 256 100000    (peak memory of one, in its own process)
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import synface_kernels as sk
 from synface_kernels.ops.margin_cross_entropy import kernel_triton, op
-from tests.centers import assert_bits
+from tests.helpers.centers import assert_bits
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -1,8 +1,9 @@
 """timm's mixup and CutMix: `Mixup` and `FastCollateMixup` are called as those of `timm.data` are.
 
-Replace ``from timm.data import Mixup`` by ``from synface.data.mixing.timm_mixup import Mixup``: arguments,
-their defaults, attributes, results and distributions are timm's (1.0.31). With ``sparse=True``
-targets come as `synface_kernels.margin_cross_entropy` takes them, and no (B, C) matrix is built.
+Replace ``from timm.data import Mixup`` by ``from synface.data.mixing.timm_mixup import Mixup``:
+arguments, their defaults, attributes, results and distributions are timm's (1.0.31). With
+``sparse=True`` targets come as `synface_kernels.margin_cross_entropy` takes them, and no (B, C)
+matrix is built.
 
 Different from timm's: a batch may be odd (its middle image meets itself) or have one image; images
 given are never written to; wrong arguments are errors; numbers are drawn from a `torch.Generator`,
@@ -373,8 +374,8 @@ class TimmMixup(Mixup):
         if self.label_smoothing and self.sparse:
             raise ValueError(
                 f"label_smoothing = {self.label_smoothing} needs dense=True: it gives every class "
-                "a weight; with sparse targets, give it to the loss. synface.data.mixing.timm_mixup.Mixup has "
-                "timm's defaults"
+                "a weight; with sparse targets, give it to the loss. "
+                "synface.data.mixing.timm_mixup.Mixup has timm's defaults"
             )
 
 

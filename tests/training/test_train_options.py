@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from synface.checkpoint.single.single import CheckpointError
+from synface.common.files import CheckpointError
 from synface.data import Faces, embedded_faces
 from synface.training.loop import TrainConfig, learning_rate, train
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from synface.checkpoint.single.single import CheckpointError
 from synface.cli import app
 from synface.common.config import to_toml
+from synface.common.files import CheckpointError
 from synface.data import DataError
 from synface.recipes.generated import identities
-from synface.recipes.synface.recipe import study
-from synface.recipes.synface.recipe.study import ATTRIBUTES, OneAttribute, load_config
+from synface.recipes.synface import study
+from synface.recipes.synface.study import ATTRIBUTES, OneAttribute, load_config
 from synface.synthesis.generators import EigenfaceGenerator
 from typer.testing import CliRunner
 

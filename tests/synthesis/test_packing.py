@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from synface.checkpoint.single import single as checkpoint
-from synface.checkpoint.single.single import CheckpointError
+from synface.checkpoint import single as checkpoint
+from synface.common.files import CheckpointError
 from synface.synthesis.packing import PackConfig, Packer, bounds, closest_pair, pack
 from synface.synthesis.packing.optimizer import SphereAdam
 from synface.synthesis.packing.packer import _Run
 
 import synface_kernels as sk
-from tests import codes
+from tests.helpers import codes
 
 SMALL = PackConfig(40, 6, steps=60, seed=3)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-FUZZED = Path(__file__).with_name("fuzzed.py")
+FUZZED = Path(__file__).parents[1] / "helpers" / "fuzzed.py"
 FORMATS = ("folder", "recordio", "webdataset", "webdataset-gz", "parquet", "arrow")
 FORMATS += ("recordio-scanned", "parquet-paths")
 SETS = ("bin", "pairs", "path-pairs", "templates")

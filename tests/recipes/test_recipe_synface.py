@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from synface.checkpoint.single.single import CheckpointError
 from synface.cli.recipes import app
 from synface.common.config import to_toml
+from synface.common.files import CheckpointError
 from synface.data import Augment, DataError, Faces
 from synface.data.loading.sampler import Part
 from synface.data.mixing import Constant, IdentityMixup
 from synface.recipes import sweep as cells
 from synface.recipes.generated import identities
-from synface.recipes.synface.recipe import recipe as synface
-from synface.recipes.synface.recipe.recipe import load_config
+from synface.recipes.synface import recipe as synface
+from synface.recipes.synface.recipe import load_config
 from synface.synthesis.dataset import synthesize
 from synface.synthesis.generators import EigenfaceGenerator
 from synface.synthesis.sources import GeneratedSource

@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from synface.bench.plan import read_measured
-from synface.checkpoint.single import distributed as sharded
-from synface.checkpoint.single import single as checkpoint
-from synface.checkpoint.single.jsonl import Lines
-from synface.checkpoint.single.single import STATE, TENSORS, CheckpointError, checksum, sealed
+from synface.checkpoint import distributed as sharded
+from synface.checkpoint import single as checkpoint
+from synface.checkpoint.jsonl import Lines
+from synface.checkpoint.single import STATE, TENSORS
 from synface.cli.options import parse_size
 from synface.common import config, toml
 from synface.common.check import check_memory
+from synface.common.files import CheckpointError, checksum, sealed
 from synface.common.textfiles import read_json, read_text
 from synface.data import embedded_faces
 from synface.data.formats.conversion import convert

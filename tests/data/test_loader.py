@@ -19,8 +19,8 @@ import pytest
 import torch
 from PIL import Image
 from synface import cli
-from synface.checkpoint.single import single as checkpoint
-from synface.checkpoint.single.single import CheckpointError
+from synface.checkpoint import single as checkpoint
+from synface.common.files import CheckpointError
 from synface.common.rng import generator
 from synface.data import (
     CycledOrder,

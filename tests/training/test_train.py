@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import synface.checkpoint.single
 import torch
-from synface.checkpoint.single.single import STATE, TENSORS, CheckpointError, checksum, sealed
+from synface.checkpoint.single import STATE, TENSORS
+from synface.common.files import CheckpointError, checksum, sealed
 from synface.data import Faces, embedded_faces, read_folder
 from synface.evaluation.metrics import embed, pixel_embeddings, verify
 from synface.training.loop import TrainConfig, learning_rate, load_backbone, train

@@ -8,7 +8,7 @@ import pytest
 import torch
 from synface.synthesis.packing import bounds
 
-from tests import codes
+from tests.helpers import codes
 
 
 def worst(points: torch.Tensor) -> float:

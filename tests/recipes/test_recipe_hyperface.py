@@ -10,8 +10,8 @@ from synface.cli.recipes import app
 from synface.common.config import to_toml
 from synface.data import DataError
 from synface.recipes.generated import identities
-from synface.recipes.hyperface.recipe import recipe as hyperface
-from synface.recipes.hyperface.recipe.recipe import load_config
+from synface.recipes.hyperface import recipe as hyperface
+from synface.recipes.hyperface.recipe import load_config
 from synface.synthesis.packing import closest_pair
 from typer.testing import CliRunner
 

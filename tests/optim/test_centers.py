@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from synface.checkpoint.single.single import CHECKSUM, CheckpointError, sealed
+from synface.common.files import CHECKSUM, CheckpointError, sealed
 from synface.optim.centers import Centers, CentersConfig, files
 from synface.optim.centers.files import LAST_STEP, ROWS, STATE
 
@@ -221,7 +221,7 @@ def test_beyond_2_to_the_31(tmp_path):
 CHILD = """
 import sys
 from pathlib import Path
-from tests.synface.test_centers import *
+from tests.optim.test_centers import *
 
 folder, until, kill, sync = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "sync"
 if (folder / STATE).exists():

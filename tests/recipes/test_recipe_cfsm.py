@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from synface.checkpoint.single.single import CheckpointError
 from synface.cli.recipes import app
 from synface.common.config import to_toml
+from synface.common.files import CheckpointError
 from synface.data import embedded_faces
-from synface.recipes.cfsm.recipe import recipe as cfsm
-from synface.recipes.cfsm.recipe import report as cfsm_report
-from synface.recipes.cfsm.recipe.degrade import DOMAINS, degrade
-from synface.recipes.cfsm.recipe.model import Generator, GeneratorConfig
-from synface.recipes.cfsm.recipe.recipe import CfsmConfig, load_config
+from synface.recipes.cfsm import recipe as cfsm
+from synface.recipes.cfsm import report as cfsm_report
+from synface.recipes.cfsm.degrade import DOMAINS, degrade
+from synface.recipes.cfsm.model import Generator, GeneratorConfig
+from synface.recipes.cfsm.recipe import CfsmConfig, load_config
 from torch import nn
 from typer.testing import CliRunner
 

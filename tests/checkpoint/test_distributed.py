@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from synface.checkpoint.single import distributed as sharded
-from synface.checkpoint.single import single as checkpoint
-from synface.checkpoint.single.single import CheckpointError
+from synface.checkpoint import distributed as sharded
+from synface.checkpoint import single as checkpoint
+from synface.common.files import CheckpointError
 from synface.heads.sharded import ShardedMarginHead
 from synface.optim import rows as optim
 from torch import Tensor, nn
 
 import synface_kernels as sk
-from tests.ranks import on_ranks
+from tests.helpers.ranks import on_ranks
 
 C, D, N = 37, 8, 12
 SPLITS = {1: None, 2: [3, 34], 3: [20, 1, 16], 4: None}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from synface.common.interrupts import Terminated, interruption, interrupts
 
-from tests.ranks import on_ranks
+from tests.helpers.ranks import on_ranks
 
 ENDS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
 
@@ -65,7 +65,7 @@ def test_one_that_nobody_was_told_of_is_raised_at_the_end(sent, error):
 
 def test_a_training_that_is_told_while_it_writes_its_last_checkpoint(tmp_path, monkeypatch):
     """It is whole; what would come after it does not begin."""
-    from synface.checkpoint.single import single as checkpoint
+    from synface.checkpoint import single as checkpoint
     from synface.data import embedded_faces
     from synface.training.loop import TrainConfig, train
 
@@ -92,7 +92,7 @@ class ToldAtLast:
         self.output = output
 
     def __call__(self, rank, ranks):
-        from synface.checkpoint.single import distributed as sharded
+        from synface.checkpoint import distributed as sharded
         from synface.data import embedded_faces
         from synface.training.loop import TrainConfig, train
 

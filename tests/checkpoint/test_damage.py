@@ -9,15 +9,16 @@ import sys
 
 import pytest
 import torch
-from synface.checkpoint.single import distributed as sharded
-from synface.checkpoint.single import single as checkpoint
-from synface.checkpoint.single.single import CHECKSUM, STATE, TENSORS, CheckpointError
+from synface.checkpoint import distributed as sharded
+from synface.checkpoint import single as checkpoint
+from synface.checkpoint.single import STATE, TENSORS
+from synface.common.files import CHECKSUM, CheckpointError
 from synface.optim.centers import Centers, CentersConfig
 from synface.optim.centers.checksums import row_checksums
 from synface.optim.centers.files import LAST_STEP, ROWS
 from torch import nn
 
-from tests.synface.fuzzed import mutated
+from tests.helpers.fuzzed import mutated
 
 MUTATIONS = 400
 CONFIG = CentersConfig(200, 8, seed=3)

@@ -1,4 +1,4 @@
-"""`python tests/watched.py [--late-gloo] SCRIPT …`: a script that is not waited for without end.
+"""`python watched.py [--late-gloo] SCRIPT …`: run a script that is not waited for without end.
 
 After DEADLINE seconds every thread's stack is printed, and soon the process ends; so under torchrun
 each rank says where it stands. With --late-gloo, gloo's threads hold a tensor for a while after its

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from synface.recipes.cfsm.recipe.model import (
+from synface.recipes.cfsm.model import (
     Discriminator,
     DiscriminatorConfig,
     Generator,

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import synface_kernels as sk
-from tests.ranks import on_ranks
+from tests.helpers.ranks import on_ranks
 
 D, C, IN = 8, 29, 5
 SIZES = (7, 0, 12, 3)  # of the ranks' batches

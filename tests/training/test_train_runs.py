@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 from synface import cli
-from synface.checkpoint.single import single as checkpoint
-from synface.checkpoint.single.single import CheckpointError
+from synface.checkpoint import single as checkpoint
+from synface.common.files import CheckpointError
 from synface.data import embedded_faces
 from synface.heads import MarginHead
 from synface.training import model as runs
 from synface.training.loop import TrainConfig, learning_rate, load_backbone, train
 from typer.testing import CliRunner
 
-from tests.ranks import on_ranks
+from tests.helpers.ranks import on_ranks
 
 SMALL = TrainConfig(
     epochs=2,

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from synface.checkpoint.single import distributed as sharded
-from synface.checkpoint.single import single as checkpoint
-from synface.checkpoint.single.single import CheckpointError
+from synface.checkpoint import distributed as sharded
+from synface.checkpoint import single as checkpoint
+from synface.common.files import CheckpointError
 from synface.data import embedded_faces
 from synface.evaluation.metrics import embed
 from synface.heads import ShardedMarginHead
 from synface.training.loop import TrainConfig, load_backbone, train
 
-from tests.ranks import on_ranks
+from tests.helpers.ranks import on_ranks
 
 SMALL = TrainConfig(
     epochs=5,
