@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # they import torch, which takes longer than all else that --
     from ..data import ImageSet
     from ..data.loading.loader import Domain
     from ..evaluation.report import SetResult
-    from ..reporting.plots import check_matplotlib
 
 
 def eval_command(
@@ -94,6 +93,7 @@ def eval_command(
     from ..checkpoint import single as checkpoint
     from ..data import Faces
     from ..evaluation.report import SetResult
+    from ..reporting.plots import check_matplotlib
     from ..training.model import CONFIG, load_backbone
     from ..training.sources import fingerprint
     from .verification import print_verification, verify_network, verify_pixels
