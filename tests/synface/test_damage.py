@@ -64,7 +64,7 @@ def damage(folder, draw):
 
 
 def detected(sound, folder, read):
-    """How many of many mutations are errors; the others must leave what is read as it was."""
+    """Count the mutations that are errors; assert that the others leave what is read as it was."""
     draw, problems = random.Random(0), []
     expected = read(sound, 0)
     for number in range(MUTATIONS):

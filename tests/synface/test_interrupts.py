@@ -193,7 +193,7 @@ def terminated(folder, where, *arguments):
 
 
 def test_sigterm_ends_synthesize_and_convert_as_ctrl_c_does(tmp_path):
-    """What is written is whole; nothing half done is left."""
+    """Files written before a signal are whole, and nothing half done is left."""
     import numpy as np
 
     np.save(tmp_path / "points.npy", np.eye(3, 8, dtype=np.float32))

@@ -612,7 +612,7 @@ def test_options_that_do_not_fit(tmp_path, options, message, monkeypatch):
     ids=["Ctrl-C", "SIGTERM"],
 )
 def test_ctrl_c_and_sigterm_go_to_the_trainer_alone(synthetic, real, tmp_path, sent, code, word):
-    """As a terminal and SLURM send them, to all processes of the group."""
+    """A signal to the whole group, as a terminal or SLURM sends it, is the trainer's alone."""
     run = tmp_path / "run"
     arguments = [sys.executable, "-m", "synface", "train", "--synthetic", synthetic]
     arguments += ["--real", real, "--holdout", "0", "--size", "16x16", "--epochs", "100000"]

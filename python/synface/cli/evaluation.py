@@ -33,7 +33,7 @@ def eval_command(
         Path | None, typer.Argument(help="A run's folder, or one checkpoint's.", show_default=False)
     ] = None,
     checkpoint_: Annotated[
-        Path | None, typer.Option("--checkpoint", help="The same, as an option.")
+        Path | None, typer.Option("--checkpoint", help="The run, given as an option.")
     ] = None,
     sets: Annotated[
         list[Path] | None,

@@ -1,4 +1,4 @@
-"""How a run was started, as its config.json has it, and the images that a command reads."""
+"""Read how a run was started from its config.json, and the images that a command names."""
 
 from __future__ import annotations
 
