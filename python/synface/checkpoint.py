@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .extras import extra
-from .textfiles import read_json
+from .textfiles import MAX_BYTES, read_json
 
 FORMAT = 2
 EARLIER = 1  # without checksums
@@ -94,6 +94,17 @@ def verify(file: Path, expected: object) -> None:
         )
 
 
+def verify_files(state: Mapping[str, Any], files: Iterable[Path], newest: object) -> None:
+    """Raise CheckpointError for the first file whose checksum is not the state's.
+
+    Only states of an earlier format than the newest may lack checksums.
+    """
+    if state["format"] == newest or "crc32" in state:
+        crc = state.get("crc32")
+        for file in files:
+            verify(file, crc.get(file.name) if isinstance(crc, dict) else crc)
+
+
 def sealed(state: Mapping[str, Any]) -> str:
     """Return a state as JSON, with a checksum of its content; `read_state` reads it."""
     content = json.loads(json.dumps(state))
@@ -112,7 +123,7 @@ def check_names(state: Mapping[str, Any], reserved: Collection[str]) -> None:
         )
 
 
-def read_state(file: Path, *formats: object, most: int = 2**26) -> dict[str, Any]:
+def read_state(file: Path, *formats: object, most: int = MAX_BYTES) -> dict[str, Any]:
     """Return a state that `sealed` wrote, without its checksum.
 
     Args:
@@ -236,10 +247,7 @@ def load(
                 f"{file} is cut short or changed: expected {state.get('tensor_bytes')} bytes, "
                 f"got {size}"
             )
-        if state["format"] == FORMAT or "crc32" in state:
-            crc = state.get("crc32")
-            for each in [file][verified]:
-                verify(each, crc.get(TENSORS) if isinstance(crc, dict) else crc)
+        verify_files(state, [file][verified], FORMAT)
         if wanted is None:
             return load_file(file), state
         with safe_open(file, "pt") as opened:

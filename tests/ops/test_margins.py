@@ -1,4 +1,4 @@
-"""The margins as values: the easy margin, what `dataclasses.replace` changes, what numbers pass."""
+"""Margins are values: the easy margin, what `dataclasses.replace` changes, what numbers pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line before it does anything: help, terminals, and packages that are missing."""
+"""The command line helps, suits any terminal and names what is missing before it does anything."""
 
 from __future__ import annotations
 

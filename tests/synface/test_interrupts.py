@@ -86,7 +86,7 @@ def test_a_training_that_is_told_while_it_writes_its_last_checkpoint(tmp_path, m
 
 
 class ToldAtLast:
-    """On each rank of a training: it ends, whichever rank gets the signal in its last save."""
+    """A training ends on each rank, whichever of them gets the signal in its last save."""
 
     def __init__(self, output):
         self.output = output

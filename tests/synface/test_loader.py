@@ -625,10 +625,14 @@ def test_ctrl_c_and_sigterm_go_to_the_trainer_alone(synthetic, real, tmp_path, s
         start_new_session=True,
     ) as trainer:
         log = run / "metrics.jsonl"
-        wait_for(lambda: checkpoint.checkpoints(run / "checkpoints"))
-        time.sleep(0.5)
-        os.killpg(trainer.pid, sent)
-        text = trainer.communicate(timeout=60)[0]
+        try:
+            wait_for(lambda: checkpoint.checkpoints(run / "checkpoints"))
+            time.sleep(0.5)
+            os.killpg(trainer.pid, sent)
+            text = trainer.communicate(timeout=60)[0]
+        finally:
+            if trainer.poll() is None:
+                os.killpg(trainer.pid, signal.SIGKILL)
     assert trainer.returncode == code, text
     assert f"{word}: synface train --resume" in text
     assert "Traceback" not in text

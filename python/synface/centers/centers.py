@@ -230,7 +230,7 @@ class Centers:
                 "a gradient awaits update(lr): take the step, or drop it with discard()"
             )
         self.discard()
-        target = labels_of(target, keep_column="target_weight" in options)
+        target = labels_of(target, keep_column=options.get("target_weight") is not None)
         with self._timed("sample"):
             class_ids, target = sk.sample_classes(
                 target,
