@@ -23,6 +23,7 @@ $(VENV)/.deps: pyproject.toml
 
 $(BUILT): $(VENV)/.deps setup.py $(CSRC)
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(PY) -m pip install --quiet --no-deps "timm>=1.0.31"  # for its mixup, without torchvision
 	touch $@
 
 demo: build

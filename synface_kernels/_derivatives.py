@@ -37,8 +37,13 @@ def transformed(*tensors: Tensor) -> bool:
         differentiating = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
         stack = _functorch.get_interpreter_stack()
         return any(level.key() in differentiating for level in stack)
+    return _has_tangent(tensors)
+
+
+def _has_tangent(tensors: Iterable[Tensor | None]) -> bool:
     return forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+        for tensor in tensors
     )
 
 
@@ -51,11 +56,8 @@ def innermost(tensor: Tensor) -> Tensor:
 
 def check_tangents(op: str, *tensors: Tensor | None) -> None:
     """Raise where a tensor has a forward-mode tangent, which a custom op would drop."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise _no_forward_mode(op)
+    if not torch.compiler.is_compiling() and _has_tangent(tensors):
+        raise _no_forward_mode(op)
 
 
 def once(op: str, tensor: Tensor) -> Tensor:
@@ -79,7 +81,7 @@ def final(
 def register(
     name: str,
     op: str,
-    backward: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
     setup_context: Callable[[Any, Any, Any], None] | None = None,
 ) -> Callable[..., Any]:
     """Register the autograd of ``torch.ops.synface_kernels.<name>``; return what calls it.
@@ -90,8 +92,14 @@ def register(
 
     Args:
         op: the public function that errors name.
-        backward, setup_context: as `torch.library.register_autograd` takes them.
+        backward, setup_context: as `torch.library.register_autograd` takes them. Without a
+            backward, for an op that computes a first derivative, differentiating it raises.
     """
+
+    def raise_twice(ctx: Any, *_: Any) -> Any:
+        raise _no_second_derivative(op)
+
+    backward = backward or raise_twice
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
     run = getattr(getattr(torch.ops, NAMESPACE), name)
 
@@ -166,14 +174,14 @@ class _Final(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise no_second_derivative(ctx.op)
+        raise _no_second_derivative(ctx.op)
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
         raise _no_forward_mode(ctx.op)
 
 
-def no_second_derivative(op: str) -> RuntimeError:
+def _no_second_derivative(op: str) -> RuntimeError:
     return RuntimeError(
         f"{op} has no second derivative: it cannot be differentiated twice, as a gradient penalty "
         "or a Hessian asks for (create_graph=True)"

@@ -51,6 +51,9 @@ def devices() -> list[torch.device]:
 
 def report() -> str:
     """Versions, devices, instruction sets, and which implementation each op takes, and why."""
+    from . import _import_all
+
+    _import_all()  # registers the ops
     lines = [
         f"synface-kernels {_version('synface-kernels')}",
         f"Python {platform.python_version()}, torch {torch.__version__}, "

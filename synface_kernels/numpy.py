@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._layout import check_layout
+from ._limits import SHARPEST
 
 _numpy: Any = import_module("._numpy", __package__)
 cpu_isa = _numpy.cpu_isa
-SCALE_MAX = 1e6  # as the margins of torch's side have it, which cannot be imported here
 
 
 def domain_mixup(
@@ -239,8 +239,8 @@ def _checked(
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be finite and positive, got {scale}")
-    if scale > SCALE_MAX:
-        raise ValueError(f"scale must be at most {SCALE_MAX:g}, got {scale}")
+    if scale > SHARPEST:
+        raise ValueError(f"scale must be at most {SHARPEST:g}, got {scale}")
     return (
         np.ascontiguousarray(input),
         np.ascontiguousarray(weight),

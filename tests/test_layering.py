@@ -156,7 +156,7 @@ MAKERS = FLOATING | {
 
 
 def left_to_defaults(tree):
-    """Calls such as torch.zeros whose device or dtype torch's defaults decide.
+    """Yield the lines of calls such as torch.zeros that leave device or dtype to defaults.
 
     Those within nn.Parameter(…) may: a module's parameters are made where its user has them made.
     """

@@ -46,6 +46,12 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def here() -> list[str]:
+    """Return what the package prints as it is."""
+    return run(["-c", USE], PACKAGE.parent).split()
+
+
 @pytest.mark.parametrize(
     ("extension", "cause"),
     [
@@ -55,7 +61,7 @@ def run(command: list[str], folder: Path) -> str:
     ],
 )
 def test_an_extension_that_does_not_load_is_named_once(
-    tmp_path: Path, extension: str | None, cause: str
+    tmp_path: Path, here: list[str], extension: str | None, cause: str
 ) -> None:
     copy = tmp_path / PACKAGE.name
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
@@ -65,7 +71,6 @@ def test_an_extension_that_does_not_load_is_named_once(
     assert count == "1"
     assert cause in warning
     assert "pip install" in warning
-    here = run(["-c", USE], PACKAGE.parent).split()
     assert here[0] == "0"
     assert abs(float(loss) - float(here[1])) < 1e-4
     report = run(["-W", "ignore", "-m", "synface_kernels"], tmp_path)

@@ -1,4 +1,4 @@
-"""The margin softmax on NumPy arrays: what it takes, and that other threads run meanwhile."""
+"""The margin softmax checks its NumPy arrays, and lets other threads run meanwhile."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_bad_gradients(change: dict[str, Any]) -> None:
 
 
 def test_other_threads_run_meanwhile() -> None:
-    """Kernels of a tenth of a second and more; a thread that holds the lock lets none tick."""
+    """Kernels take a tenth of a second; a thread that held the lock would let none tick."""
     x = RNG.standard_normal((512, 256)).astype(np.float32)
     w = RNG.standard_normal((20_000, 256)).astype(np.float32)
     labels = np.arange(512)[:, None]

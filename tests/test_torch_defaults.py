@@ -60,7 +60,7 @@ def defaults(device: str | None = None, dtype: torch.dtype = torch.float32) -> I
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """Tensors and numbers of nested containers and dataclasses."""
+    """Yield the tensors and numbers of nested containers and dataclasses."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = [getattr(value, field.name) for field in dataclasses.fields(value)]
     if isinstance(value, dict):
@@ -88,7 +88,7 @@ def check(changed: dict[str, Any], make: Callable[[], Any]) -> None:
         elif isinstance(one, np.ndarray):
             np.testing.assert_array_equal(one, other)
         else:
-            assert one == other or one != one
+            assert one == other or (one != one and other != other)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

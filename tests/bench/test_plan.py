@@ -207,7 +207,10 @@ def test_measured_rates_replace_the_data_sheet(tmp_path):
     assert "measured on H100" in measured.rates
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"ceilings": {}}', "\xff"])
+HUGE = json.dumps({"ceilings": {"copy_gigabyte_per_second": 10**400}})
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"ceilings": {}}', "\xff", HUGE])
 def test_what_is_no_result_is_refused(tmp_path, text):
     file = tmp_path / "device.json"
     file.write_text(text, "latin-1")

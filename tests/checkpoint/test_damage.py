@@ -1,4 +1,4 @@
-"""Whatever happens to the bytes of centres and checkpoints: an error, or the same content."""
+"""Centers and checkpoints whose bytes were damaged give an error, or the same content."""
 
 import json
 import random
@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def train(centers, until):
 
 
 def damage(folder, draw):
-    """Changes something in the folder; the file's name."""
+    """Change something in the folder, and return the file's name."""
     files = sorted(path for path in folder.iterdir() if path.stat().st_size)
     file, other = draw.choice(files), draw.choice(files)
     content = file.read_bytes()
@@ -66,7 +67,7 @@ def damage(folder, draw):
 
 
 def detected(sound, folder, read):
-    """How many of many mutations are errors; the others must leave what is read as it was."""
+    """Count the mutations that are errors; assert that the others leave what is read as it was."""
     draw, problems = random.Random(0), []
     expected = read(sound, 0)
     for number in range(MUTATIONS):
@@ -201,7 +202,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.parametrize("when", ["first", "again"])
 def test_rows_written_by_hand_outlive_a_kill(tmp_path, when):
-    """At the first look, and by a view that was handed out before the last checkpoint."""
+    """Rows written at the first look, or by a view from before the last checkpoint, are kept."""
     folder = tmp_path / "c"
     Centers.create(CONFIG, folder).close()
     killed = subprocess.run([sys.executable, "-c", WRITE, folder, when])
@@ -229,6 +230,24 @@ def test_rows_written_by_hand_without_a_checkpoint(tmp_path):
     with Centers.open(folder) as centers:
         centers.checkpoint()  # of all rows, none of them looked at
     assert not list(folder.glob("shown-*"))
+    with Centers.open(folder, verify=True) as centers:
+        assert (centers.weight[3] == 1.0).all()
+
+
+def test_rows_written_by_hand_outlive_a_checkpoint_that_fails(tmp_path, monkeypatch):
+    folder = tmp_path / "c"
+    with Centers.create(CONFIG, folder) as centers:
+        train(centers, 1)
+        centers.checkpoint()
+    with Centers.open(folder) as centers:
+        centers.weight[3] = 1.0
+        with monkeypatch.context() as full:
+            full.setattr(
+                "synface.optim.centers.files.write_text",
+                Mock(side_effect=OSError(28, "No space left")),
+            )
+            with pytest.raises(OSError, match="No space left"):
+                centers.checkpoint()
     with Centers.open(folder, verify=True) as centers:
         assert (centers.weight[3] == 1.0).all()
 
@@ -269,7 +288,7 @@ def test_centers_of_an_earlier_version_gain_checksums(tmp_path):
 
 
 def test_a_checkpoint_of_the_same_step(tmp_path):
-    """Killed after the state was written, before the log of the checkpoint before was removed."""
+    """A kill after the state was written, before the earlier log was removed, loses nothing."""
     with Centers.create(CONFIG, tmp_path / "c") as centers:
         train(centers, 3)
         centers.checkpoint()

@@ -283,7 +283,7 @@ def test_names_of_a_checkpoint_itself_are_refused(tmp_path, kind, name):
 
 
 def test_a_file_that_no_rank_has_seen_is_no_success(tmp_path, monkeypatch):
-    """As where a rank's view of the folder is stale."""
+    """A save fails where a rank's view of the folder is stale."""
     model = nn.Linear(2, 2)
     sharded.save(tmp_path, 1, model, None, {})
     with monkeypatch.context() as patched:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import stat
+import tracemalloc
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -19,10 +20,11 @@ from synface.checkpoint.single import STATE, TENSORS
 from synface.cli.options import parse_size
 from synface.common import config, toml
 from synface.common.check import check_memory
-from synface.common.files import CheckpointError, checksum, sealed
-from synface.common.textfiles import read_json, read_text
+from synface.common.files import CHECKSUM, CheckpointError, checksum, sealed
+from synface.common.textfiles import read_json, read_text, read_up_to
 from synface.data import embedded_faces
 from synface.data.formats.conversion import convert
+from synface.data.formats.images import read_at_most
 from synface.data.loading.worker import SharedArray
 from synface.recipes import sweep as cells
 from synface.synthesis.dataset import MANIFEST, synthesize
@@ -82,7 +84,7 @@ def test_all_that_is_written_follows_the_umask(tmp_path, mask):
 
 
 def readers(folder):
-    """Everything that reads JSON or TOML from a file, and the file that it then reads."""
+    """Return everything that reads JSON or TOML from a file, and the file that it then reads."""
     made_of = {"config": {}, "data": {}, "held": ""}
     (folder / "checkpoint").mkdir()
     return {
@@ -153,7 +155,7 @@ def test_texts(tmp_path):
 
 @pytest.fixture
 def little(monkeypatch):
-    """A machine with 1 GiB of free memory."""
+    """Pretend that the machine has 1 GiB of free memory."""
     monkeypatch.setattr("synface.common.check.available_memory", lambda: 2**30)
 
 
@@ -207,7 +209,7 @@ def test_what_does_not_fit_is_refused_before_it_is_made(little, make, message):
 
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
 def test_embeddings_that_do_not_fit(tmp_path, little, suffix):
-    """Files that are mostly holes: their headers are right."""
+    """Files that are mostly holes, with right headers, are refused before they are read."""
     file, shape = tmp_path / f"big{suffix}", (2**24, 32)
     with file.open("wb") as opened:
         if suffix == ".npy":
@@ -231,6 +233,22 @@ def test_sizes_of_images_are_bounded(text):
     assert parse_size("8192×8192") == (8192, 8192)
 
 
+def test_reading_takes_memory_for_what_is_there_not_for_the_limit(tmp_path):
+    file = tmp_path / "log"
+    file.write_bytes(b"x" * 200_000)
+    tracemalloc.start()
+    try:
+        assert read_text(file, most=2**40) == "x" * 200_000
+        with file.open("rb") as opened:
+            assert read_at_most(opened, 2**40) == file.read_bytes()
+        assert tracemalloc.get_traced_memory()[1] < 2**21
+    finally:
+        tracemalloc.stop()
+    with file.open("rb") as opened:
+        assert read_up_to(opened, 70_000) == b"x" * 70_000
+        assert read_up_to(opened, 2**40) == b"x" * 130_000
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -241,7 +259,7 @@ def test_sizes_of_images_are_bounded(text):
     ],
 )
 def test_sizes_in_a_checkpoint_are_compared_with_its_tensors(tmp_path, change, message):
-    """On any machine: without memory that follows what the state says."""
+    """The check takes no memory that follows what the state says, on any machine."""
     network = build_backbone(SMALL, (16, 16, 1))
     tensors = {f"model.backbone.{name}": value for name, value in network.state_dict().items()}
     state = {"config": asdict(SMALL), "data": {"image_shape": [16, 16, 1]}}
@@ -277,7 +295,7 @@ def test_tensors_of_a_sharded_checkpoint_fit_into_its_files(tmp_path):
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
     state = json.loads((found / STATE).read_text())
-    del state[checkpoint.CHECKSUM]
+    del state[CHECKSUM]
     state["bytes"][file.name] = file.stat().st_size
     state["crc32"][file.name] = checksum(file)
     (found / STATE).write_text(sealed(state))
@@ -289,7 +307,7 @@ def test_tensors_of_a_sharded_checkpoint_fit_into_its_files(tmp_path):
 
 
 def test_names_of_tensors_come_from_the_file_alone(tmp_path):
-    """A safetensors header that is nested deeply, or claims more than the file holds."""
+    """A header that is nested deeply, or claims more than the file holds, is refused."""
     for text in (
         b"[" * DEEP,
         b'{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4]}}',

@@ -30,7 +30,7 @@ def error(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six people, four images each."""
+    """Write six people, four images each."""
     random = np.random.default_rng(0)
     root = tmp_path_factory.mktemp("faces")
     for person in range(6):
@@ -44,7 +44,7 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(faces: Path) -> Path:
-    """A run with three of them held out."""
+    """Train a run with three of them held out."""
     folder = faces.with_name(f"{faces.name}-run")
     options = ["--epochs", 1, "--size", "16x16", "--embedding-size", 8, "--holdout", 3]
     done = call("train", "--data", faces, "--output", folder, *options)
@@ -182,4 +182,5 @@ def test_values_of_a_file_are_not_refused(run):
     values = (run / "config.toml").read_text()
     assert "power" in values
     message = error("train", "--config", run / "config.toml", "--data", "nowhere")
+    assert "nowhere does not exist" in message
     assert "has no effect" not in message

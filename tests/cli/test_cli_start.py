@@ -1,4 +1,4 @@
-"""The command line before it does anything: help, terminals, and packages that are missing."""
+"""The command line helps, suits any terminal and names what is missing before it does anything."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_no_terminal_is_too_narrow_for_help_and_errors(tmp_path, locale):
 
 
 def test_bytes_of_a_name_come_back_where_the_locale_knows_no_better(tmp_path):
-    """As the shell shows and takes them."""
+    """Names are shown and taken with the bytes that the shell has for them."""
     folder = tmp_path / "é"
     folder.mkdir()
     call = (MAIN, "convert", folder, tmp_path / "x", "--to", "folder")

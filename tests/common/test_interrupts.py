@@ -86,7 +86,7 @@ def test_a_training_that_is_told_while_it_writes_its_last_checkpoint(tmp_path, m
 
 
 class ToldAtLast:
-    """On each rank of a training: it ends, whichever rank gets the signal in its last save."""
+    """A training ends on each rank, whichever of them gets the signal in its last save."""
 
     def __init__(self, output):
         self.output = output
@@ -193,7 +193,7 @@ def terminated(folder, where, *arguments):
 
 
 def test_sigterm_ends_synthesize_and_convert_as_ctrl_c_does(tmp_path):
-    """What is written is whole; nothing half done is left."""
+    """Files written before a signal are whole, and nothing half done is left."""
     import numpy as np
 
     np.save(tmp_path / "points.npy", np.eye(3, 8, dtype=np.float32))

@@ -1,4 +1,4 @@
-"""Sets of images as other programs and people leave them."""
+"""Sets of images are read as other programs and people leave them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def picture(seed: int, kind: str = "PNG") -> bytes:
 
 @pytest.fixture
 def few(tmp_path) -> Path:
-    """Three people, two images each."""
+    """Write three people, two images each."""
     for i in range(6):
         (tmp_path / "faces" / f"p{i // 2}").mkdir(parents=True, exist_ok=True)
         (tmp_path / "faces" / f"p{i // 2}" / f"{i}.png").write_bytes(picture(i))

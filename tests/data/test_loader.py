@@ -613,7 +613,7 @@ def test_options_that_do_not_fit(tmp_path, options, message, monkeypatch):
     ids=["Ctrl-C", "SIGTERM"],
 )
 def test_ctrl_c_and_sigterm_go_to_the_trainer_alone(synthetic, real, tmp_path, sent, code, word):
-    """As a terminal and SLURM send them, to all processes of the group."""
+    """A signal to the whole group, as a terminal or SLURM sends it, is the trainer's alone."""
     run = tmp_path / "run"
     arguments = [sys.executable, "-m", "synface", "train", "--synthetic", synthetic]
     arguments += ["--real", real, "--holdout", "0", "--size", "16x16", "--epochs", "100000"]
@@ -626,10 +626,14 @@ def test_ctrl_c_and_sigterm_go_to_the_trainer_alone(synthetic, real, tmp_path, s
         start_new_session=True,
     ) as trainer:
         log = run / "metrics.jsonl"
-        wait_for(lambda: checkpoint.checkpoints(run / "checkpoints"))
-        time.sleep(0.5)
-        os.killpg(trainer.pid, sent)
-        text = trainer.communicate(timeout=60)[0]
+        try:
+            wait_for(lambda: checkpoint.checkpoints(run / "checkpoints"))
+            time.sleep(0.5)
+            os.killpg(trainer.pid, sent)
+            text = trainer.communicate(timeout=60)[0]
+        finally:
+            if trainer.poll() is None:
+                os.killpg(trainer.pid, signal.SIGKILL)
     assert trainer.returncode == code, text
     assert f"{word}: synface train --resume" in text
     assert "Traceback" not in text

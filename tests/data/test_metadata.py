@@ -1,4 +1,4 @@
-"""Metadata of images: the orientation is obeyed, and nothing else of it matters."""
+"""The orientation in an image's metadata is obeyed, and nothing else of it matters."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check(got: np.ndarray, expected: np.ndarray) -> None:
 
 
 def exif(*entries: tuple[int, int, int, bytes], order: str = "<") -> bytes:
-    """EXIF with entries (tag, type, count, the field's four bytes)."""
+    """Return EXIF with entries (tag, type, count, the field's four bytes)."""
     raw = b"".join(struct.pack(f"{order}HHI", *entry[:3]) + entry[3] for entry in entries)
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8)
     return b"Exif\0\0" + head + struct.pack(f"{order}H", len(entries)) + raw + bytes(4)
@@ -219,7 +219,7 @@ def deep_png(color: int, channels: int) -> bytes:
 
 
 def deep_tiff() -> bytes:
-    """A 16-bit RGB TIFF of 2 x 1 pixels."""
+    """Return a 16-bit RGB TIFF of 2 x 1 pixels."""
     entries = [
         (256, 3, 1, 2),
         (257, 3, 1, 1),

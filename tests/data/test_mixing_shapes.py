@@ -1,4 +1,4 @@
-"""Batches that mixers refuse as of the other layout, and batches without a pixel."""
+"""Mixers refuse batches of the other layout, and take batches without a pixel."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def mixed(kind: str, images: Tensor, layout: str) -> Tensor:
-    """The images that a mixer makes of a batch of bytes."""
+    """Return the images that a mixer makes of a batch of bytes."""
     labels = torch.arange(len(images))
     if kind == "domain":
         return DomainMixup(9, 9, layout=layout)(images, labels, images, labels).images
@@ -42,7 +42,7 @@ def test_every_mixer_takes_images_without_pixels(kind: str, shape: tuple[int, ..
 
 
 def test_what_a_layer_made_is_taken_by_its_layout() -> None:
-    """Square maps of many channels, which may be 4 wide."""
+    """Square maps of many channels may be 4 wide."""
     maps, labels = torch.rand(2, 512, 4, 4), torch.arange(2)
     for alphas in ((1.0, 0.0), (0.0, 1.0)):
         assert TimmMixup(*alphas, num_classes=2)(maps, labels)[0].shape == maps.shape

@@ -1,9 +1,10 @@
-"""timm's `Mixup` and `FastCollateMixup`: by their definition, and beside timm's own where it is."""
+"""`Mixup` and `FastCollateMixup` are as defined, and as timm's own where it is installed."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,12 +37,12 @@ def items(batch: int) -> list[tuple[np.ndarray, int]]:
 
 
 def smooth(labels: Tensor, classes: int, smoothing: float) -> Tensor:
-    """(1 − ε)·onehot(y) + ε/C."""
+    """Return (1 − ε)·onehot(y) + ε/C."""
     return (1 - smoothing) * F.one_hot(labels, classes).double() + smoothing / classes
 
 
 def blended(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
-    """λ·first + (1 − λ)·second in float64, a λ for each row."""
+    """Return λ·first + (1 − λ)·second in float64, with a λ for each row."""
     share = share.double().view(-1, *[1] * (first.dim() - 1))
     return share * first.double() + (1 - share) * second.double()
 
@@ -224,7 +225,7 @@ def test_the_sparse_class_keeps_its_signature():
 
 
 def read_boxes(mixed: Tensor, own: Tensor) -> list[tuple[int, int, int, int] | None]:
-    """Top, bottom, left and right of what is not the image's own."""
+    """Return top, bottom, left and right of what is not the image's own."""
     found: list[tuple[int, int, int, int] | None] = []
     for image, mine in zip(mixed, own, strict=True):
         y, x = (image != mine)[0].nonzero(as_tuple=True)
@@ -318,12 +319,18 @@ def test_wrong_items(batch, error, message):
         FastCollateMixup(num_classes=5)(batch)
 
 
+@pytest.mark.parametrize("options", [{"prob": 0.0}, {"cutmix_alpha": 1.0}, {"mixup_alpha": 1.0}])
+def test_results_are_floating_point(options):
+    with pytest.raises(ValueError, match=r"dtype must be .*got torch\.uint8"):
+        Mixup(num_classes=9, dtype=torch.uint8, **options)(flat(8), torch.arange(8))
+
+
 # ---- beside timm's -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def timm():
-    """timm's module by its file: timm.data imports torchvision, which not every torch has."""
+    """Load timm's module by its file: timm.data imports torchvision, which not every torch has."""
     found = importlib.util.find_spec("timm")
     if found is None or not found.submodule_search_locations:
         pytest.skip("timm is not installed")
@@ -351,7 +358,7 @@ def test_the_signature_is_timms(timm):
 
 
 def with_draws(theirs, module, monkeypatch, shares, boxes):
-    """timm's object, which takes these λ and boxes in the place of its own."""
+    """Let timm's object take these λ and boxes in the place of its own, and return it."""
     lam = np.array(shares, np.float32)
     cut = boxes is not None
     monkeypatch.setattr(theirs, "_params_per_batch", lambda: (float(lam[0]), cut))
@@ -363,13 +370,13 @@ def with_draws(theirs, module, monkeypatch, shares, boxes):
     return theirs
 
 
-@pytest.mark.parametrize("mode", ["batch", "pair", "elem", "half"])
+@pytest.mark.parametrize(
+    ("mode", "fast"),
+    [*itertools.product(["batch", "pair", "elem"], [False, True]), ("half", True)],
+)
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("multi_label", [False, True])
-@pytest.mark.parametrize("fast", [False, True])
 def test_results_are_timms(timm, monkeypatch, mode, cut, multi_label, fast):
-    if mode == "half" and not fast:
-        mode = "batch"
     batch, classes = 8, 11
     x, labels = flat(batch), torch.arange(batch)
     target = F.one_hot(labels, classes) if multi_label else labels

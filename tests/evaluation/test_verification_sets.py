@@ -259,7 +259,7 @@ def test_templates(janus):
 
 
 class Shades(nn.Module):
-    """A network that tells shades of grey: 0 to 255 as angles from 0 to a right one."""
+    """The network tells shades of gray: 0 to 255 are angles from 0 to a right one."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         angle = (x.mean((1, 2, 3)) + 1) * torch.pi / 4
@@ -267,7 +267,7 @@ class Shades(nn.Module):
 
 
 def test_a_template_is_searched_once_however_many_images_it_has(tmp_path):
-    """A probe of one image that is taken for another person, and one of nine that is not."""
+    """A probe of one image is taken for another person, one of nine is not; each counts once."""
     shades = {1: [0], 2: [250], 11: [240], 12: [230] * 9}  # templates 1 and 11 show person 1
     lines, tables = [], {"gallery": ["TEMPLATE_ID,SUBJECT_ID,FILENAME"]}
     tables["probe"] = tables["gallery"][:]
@@ -429,7 +429,7 @@ def test_an_image_of_another_size_or_none_is_named(tmp_path):
 
 
 class Adaptive(Flat):
-    """A network that returns embeddings and their norms, as AdaFace's do."""
+    """The network returns embeddings and their norms, as AdaFace's do."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         found = super().forward(x)
@@ -449,7 +449,7 @@ def test_of_embeddings_and_norms_the_first_are_taken(tmp_path):
 
 
 class Broken(Flat):
-    """What `wrong` makes of the embeddings."""
+    """The network returns what `wrong` makes of the embeddings."""
 
     def __init__(self, wrong) -> None:
         super().__init__(36)
@@ -460,7 +460,7 @@ class Broken(Flat):
 
 
 def spoil(value: float):
-    """Puts a value into the last image's embedding, and one into the batch's third."""
+    """Put a value into the last image's embedding, and one into the batch's third."""
 
     def wrong(rows: torch.Tensor) -> torch.Tensor:
         rows[-1, 3], rows[2, 0] = value, value
@@ -487,7 +487,7 @@ def test_the_name_is_that_of_the_image_in_a_later_batch(tmp_path):
     data.store.images[5] = jpeg(np.zeros((6, 6), np.uint8))
 
     class NoBlack(Flat):
-        """Divides by zero for a black image."""
+        """The network divides by zero for a black image."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) / (x.flatten(1).amax(1, keepdim=True) > -1)

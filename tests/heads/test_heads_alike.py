@@ -1,4 +1,4 @@
-"""What all heads have alike: labels, initialization on the meta device, the default device."""
+"""All heads treat labels, initialization on the meta device and the default device alike."""
 
 import pytest
 import torch

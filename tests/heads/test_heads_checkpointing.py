@@ -1,4 +1,4 @@
-"""Heads under activation checkpointing: the bits of a run without it, or an error that says so."""
+"""Heads under activation checkpointing give the bits of a run without it, or an error."""
 
 import copy
 import pickle
@@ -54,7 +54,7 @@ WAYS = {
 
 
 def train(name, run, optimizer="sgd", fused=False):
-    """All that five steps leave: losses, gradients, weights, statistics and optimizer states."""
+    """Return what five steps leave: losses, gradients, weights, statistics, optimizer states."""
     torch.manual_seed(0)
     head, net = HEADS[name](), torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.Dropout(0.3))
     steps = OPTIMIZERS[optimizer](head.parameters())

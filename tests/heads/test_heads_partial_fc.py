@@ -505,7 +505,7 @@ def test_kill_9_and_resume_give_the_same_centres(tmp_path):
 
 
 def test_a_dense_gradient_under_torch_func():
-    """Also of a stack of heads, by vmap."""
+    """Dense gradients under torch.func are plain torch's, also for a stack of heads by vmap."""
     x, labels = torch.randn(6, D), torch.arange(6)
     weights = torch.randn(2, C, D)
     classes = torch.arange(C - 2)

@@ -201,8 +201,10 @@ def test_how_ranks_start_and_a_head_under_ddp(tmp_path):
 
 
 def checkpointed(rank, ranks):
-    """Three fused steps of a sampled head and of a sharded one, recomputed or not, then a restart:
-    weights, momenta, step counts and the embeddings' gradients."""
+    """Take three fused steps of a sampled and a sharded head, recomputed or not, then restart.
+
+    Return weights, momenta, step counts and the embeddings' gradients.
+    """
     images, labels = data(ranks)[rank]
     found = []
     for recompute in (None, False, True):

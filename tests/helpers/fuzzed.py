@@ -116,7 +116,7 @@ def build(kind: str, folder: Path) -> Path:
 
 
 def write_paths(path: Path, names: list[str]) -> None:
-    """Tables of paths in place of images, and of labels by category."""
+    """Write a table of paths in place of images, and of labels by category."""
     import pyarrow as pa
     import pyarrow.parquet
 

@@ -36,7 +36,7 @@ FORWARD = "has no forward-mode derivative"
 
 
 def margin_losses(impl: str) -> dict[str, Loss]:
-    """Losses of x (N, D) and w (C, D) in every mode."""
+    """Return losses of x (N, D) and w (C, D) that cover every mode."""
     target = torch.arange(N) * 7 % C
     many = torch.stack([target, (target + 1) % C], 1)
     shares = torch.full((N, 2), 0.5)

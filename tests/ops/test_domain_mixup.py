@@ -257,7 +257,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [(4, 3, 112, 112), (2, 1, 8, 6), (1, 4, 6, 5)])
 def test_images_of_the_other_layout(shape: tuple[int, ...]) -> None:
-    """Where the channels would be neither 1, 3 nor 4, but are in the other layout."""
+    """Images with 1, 3 or 4 channels in the other layout alone are refused, unless it is given."""
     planar = torch.rand(shape)
     images = planar.permute(0, 2, 3, 1).contiguous()
     expected = sk.domain_mixup(images, images, 0.5)

@@ -1,4 +1,4 @@
-"""Derivatives of domain mixup beyond the first backward pass: higher orders, forward mode, func."""
+"""Higher orders, forward mode and torch.func differentiate domain mixup as plain torch does."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def mixer(layout: Any = "NHWC", **options: Any) -> Callable[..., Tensor]:
 
 
 def plain(synthetic: Tensor, real: Tensor, psi: Tensor) -> Tensor:
-    """What `mixer` computes, in torch's own differentiable operations."""
+    """Compute what `mixer` does in torch's own differentiable operations."""
     sides = [
         torch.stack([x.flip(1) if f else x for x, f in zip(side, flags, strict=True)])
         for side, flags in zip((synthetic, real), FLIP.tolist(), strict=True)

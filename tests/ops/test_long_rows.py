@@ -1,4 +1,4 @@
-"""Rows of any finite length: their cosines are those of the normalized rows.
+"""Rows of any finite length have the cosines of the normalized rows.
 
 Squares of 1e200 overflow float64, those of 1e20 float32.
 """
@@ -43,7 +43,7 @@ ENERGIES = [sk.LogSumExp(), sk.Riesz(), sk.MaxCosine(2), sk.KoLeo()]
 
 
 def rows(n: int, dtype: torch.dtype, length: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, every other one of that length; the same in double, less by factors; the factors."""
+    """Return rows, every other one of that length; the same in double over factors; the factors."""
     unit = torch.randn(n, D, dtype=F64).clamp(-3, 3)
     given = unit.to(dtype)
     given[::2] = (unit[::2] * length).to(dtype)

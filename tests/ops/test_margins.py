@@ -1,4 +1,4 @@
-"""The margins as values: the easy margin, what `dataclasses.replace` changes, what numbers pass."""
+"""Margins are values: the easy margin, what `dataclasses.replace` changes, what numbers pass."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def points() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def easy_arcface(x: Tensor, w: Tensor, target: Tensor, s: float, m: float) -> Tensor:
-    """As SynFace's and ArcFace's code has it, with easy_margin=True: cross entropy per row."""
+    """Return each row's cross entropy as SynFace's and ArcFace's code with easy_margin=True."""
     cosine = torch.nn.functional.linear(
         torch.nn.functional.normalize(x), torch.nn.functional.normalize(w)
     )

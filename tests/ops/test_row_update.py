@@ -482,7 +482,7 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
 
 
 def test_memory_that_overlaps() -> None:
-    """Refused before anything is written, naming the argument; columns of one matrix are not."""
+    """Overlaps are refused by name before anything is written; columns of one matrix are none."""
     memory = torch.arange(1.0, 41.0)
     before = memory.clone()
     w = memory[:15].view(5, 3)

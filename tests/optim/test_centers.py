@@ -165,6 +165,9 @@ def test_several_labels_and_ignored_ones():
     target = torch.stack([labels, labels.flip(0)], 1)
     target[3] = -100
     weight = torch.tensor([0.7, 0.3]).expand(16, 2)
+    column = centers.loss(embeddings, target[:, :1], num_sampled=60, target_weight=None)
+    plain = centers.loss(embeddings, target[:, 0], num_sampled=60)
+    assert torch.equal(column, plain)
     loss = centers.loss(embeddings, target, num_sampled=60, target_weight=weight, reduction="none")
     assert loss.shape == (16,)
     assert loss[3] == 0

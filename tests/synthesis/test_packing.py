@@ -467,7 +467,9 @@ def test_errors_are_one_line(tmp_path, arguments, message, monkeypatch, capsys):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
 
 
-@pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=str)
+@pytest.mark.parametrize(
+    "blow", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda x: x.name
+)
 def test_a_blow_loses_at_most_what_came_after_the_checkpoint(blow, tmp_path):
     """Checkpoints after every step, a blow at any time; then --resume ends as if it never fell."""
     arguments = ["pack", "--count", "40", "--dim", "6", "--steps", "200", "--seed", "3"]

@@ -18,7 +18,7 @@ class Untouched(EigenfaceGenerator):
 
 
 def unwritable(tmp_path, monkeypatch, kind):
-    """A folder into which nothing can be written, and why."""
+    """Return a folder into which nothing can be written, and why."""
     blocker = tmp_path / "blocker"
     blocker.touch()
     if kind == "file":

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """Images that cannot be read, a file where a folder should be, no images anywhere else."""
+    """Make unreadable images and a file in a folder's place; the embedded faces fail the test."""
     for person in range(4):
         (tmp_path / "faces" / f"p{person}").mkdir(parents=True)
         for i in range(3):

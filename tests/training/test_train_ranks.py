@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,6 +177,24 @@ OPTIONS = ["--size", "16x16", "--widths", "4,8", "--depths", "1,1", "--embedding
 OPTIONS += ["--batch-size", 30, "--holdout", 80, "--checkpoint-every", 1, "--epochs", 4]
 
 
+@contextmanager
+def running_ranks(steps, run, *arguments):
+    """Start two ranks, wait for more than that many steps, and leave nobody behind."""
+    running, log = torchrun(2, *arguments, "--output", run), run / "metrics.jsonl"
+    try:
+        limit = time.monotonic() + 200
+        while not (log.exists() and len(log.read_text().splitlines()) > steps):
+            assert running.poll() is None, running.communicate()[0]
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        yield running, [int(pid) for pid in children]
+    finally:
+        if running.poll() is None:
+            running.terminate()  # torchrun ends its ranks
+            running.communicate(timeout=60)
+
+
 def test_torchrun_after_kill_9_ends_in_the_same_run(tmp_path):
     done = torchrun(2, "train", *OPTIONS, "--output", tmp_path / "whole")
     output, _ = done.communicate(timeout=300)
@@ -183,18 +202,12 @@ def test_torchrun_after_kill_9_ends_in_the_same_run(tmp_path):
     assert output.count("ROC-AUC: trained") == 1  # the first rank speaks
 
     run = tmp_path / "cut"
-    killed = torchrun(2, "train", *OPTIONS, "--output", run)
     log = run / "metrics.jsonl"
-    limit = time.monotonic() + 200
-    while not (log.exists() and len(log.read_text().splitlines()) > 9):
-        assert killed.poll() is None, killed.communicate()[0]
-        assert time.monotonic() < limit
-        time.sleep(0.02)
-    children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
-    for pid in children:
-        os.kill(int(pid), signal.SIGKILL)
-    killed.communicate(timeout=120)
-    assert killed.returncode != 0
+    with running_ranks(9, run, "train", *OPTIONS) as (killed, children):
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+        killed.communicate(timeout=120)
+        assert killed.returncode != 0
 
     resumed = torchrun(2, "train", "--resume", run)
     output, _ = resumed.communicate(timeout=300)
@@ -208,18 +221,12 @@ def test_torchrun_after_kill_9_ends_in_the_same_run(tmp_path):
 def test_sigterm_ends_all_ranks_after_one_step(tmp_path):
     """torchrun passes it on; one rank alone gets it first, and the others learn of it."""
     run = tmp_path / "run"
-    command = ["train", *OPTIONS[:-2], "--epochs", 100_000, "--output", run]
-    running = torchrun(2, *command)
     log = run / "metrics.jsonl"
-    limit = time.monotonic() + 200
-    while not (log.exists() and len(log.read_text().splitlines()) > 3):
-        assert running.poll() is None, running.communicate()[0]
-        assert time.monotonic() < limit
-        time.sleep(0.02)
-    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGTERM)
-    output, _ = running.communicate(timeout=120)
-    assert running.returncode != 0
+    command = ["train", *OPTIONS[:-2], "--epochs", 100_000]
+    with running_ranks(3, run, *command) as (running, children):
+        os.kill(children[-1], signal.SIGTERM)
+        output, _ = running.communicate(timeout=120)
+        assert running.returncode != 0
     assert "terminated: synface train --resume" in output
     codes = re.findall(r"exitcode +: (-?\d+)", output)  # torchrun's table; it ends who lags behind
     assert len(codes) == 2, output

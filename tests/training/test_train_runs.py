@@ -50,7 +50,7 @@ TINY += ["--widths", "4,8", "--depths", "1,1"]
 
 
 def synface(*arguments) -> str:
-    """What the command writes; its error, if any, is raised."""
+    """Run a command and return what it writes; its error, if any, is raised."""
     done = CliRunner().invoke(cli.app, [str(each) for each in arguments])
     if done.exception is not None:
         raise done.exception
@@ -62,7 +62,7 @@ def score(shown: str) -> str:
 
 
 def folder(root, seed=0):
-    """Five people, four images each."""
+    """Write five people, four images each."""
     random = np.random.default_rng(seed)
     for person in range(5):
         face = random.integers(0, 200, (20, 18))
@@ -75,7 +75,7 @@ def folder(root, seed=0):
 
 @pytest.fixture
 def there(tmp_path, monkeypatch):
-    """A folder to work in, with images in "faces", and another one."""
+    """Make a folder to work in, with images in "faces", and another one."""
     (tmp_path / "elsewhere").mkdir()
     folder(tmp_path / "here" / "faces")
     monkeypatch.setattr("synface.cli.training.console.width", 1000)
@@ -190,7 +190,7 @@ def test_the_command_line_prolongs(there):
 
 
 def first(folder) -> dict[str, torch.Tensor]:
-    """The model in the checkpoint that a run begins with."""
+    """Return the model in the checkpoint that a run begins with."""
     tensors, _ = checkpoint.load(folder / "checkpoints" / "step-00000000")
     return {k: v for k, v in tensors.items() if k.startswith("model.")}
 
@@ -232,8 +232,7 @@ def test_another_network_is_refused_before_the_run_begins(tmp_path, change):
 
 
 class Begun:
-    """On each rank: a run that begins with another, the head's rows before its first step, and how
-    many rows of centers were read."""
+    """Begin a run with another on each rank; return the head's rows and how many were read."""
 
     def __init__(self, init, output):
         self.init, self.output = init, output
@@ -266,7 +265,7 @@ def test_ranks_begin_with_a_run_of_one_process_and_the_reverse(tmp_path):
 
 
 class Damaged:
-    """On each rank: what is said of a run to begin with that is damaged."""
+    """Return, on each rank, what is said of a damaged run to begin with."""
 
     def __init__(self, init, output):
         self.init, self.output = init, output
@@ -288,7 +287,7 @@ def test_all_ranks_hear_of_damage_that_one_of_them_looks_for(tmp_path):
 
 
 class OnDevice:
-    """What a rank's centers on a device are held against."""
+    """Return what a rank's centers on a device are held against."""
 
     def __init__(self, device):
         self.device = device

@@ -392,7 +392,7 @@ def read_measured(path: Path) -> dict[str, Any]:
         for rate in ("copy_gigabyte_per_second", "product_tflop_per_second"):
             if not float(result["ceilings"][rate]) > 0:
                 raise ValueError(f"its {rate} must be above 0, got {result['ceilings'][rate]}")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is no result of make gpu-evidence: {reason}") from error
     return dict(result)

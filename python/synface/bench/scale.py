@@ -204,7 +204,7 @@ def run(
     disk = _disk()
     began = time.perf_counter()
     with MemoryWatch() as memory, interrupts() as interrupted:
-        while not (signum := interrupted()):
+        while not interrupted():
             row = _step(config, centers, clusters)
             history.append(row)
             progress(row)

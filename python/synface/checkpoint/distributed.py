@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from ..common.files import (
     read_state,
     sealed,
     sync,
-    verify,
+    verify_files,
     write_text,
 )
 from ..common.textfiles import read_json
@@ -122,6 +121,9 @@ def save(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
 
+    def checksums() -> dict[str, str]:
+        return {file.name: checksum(file) for file in _own_share(part, group)}
+
     def end() -> None:
         sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
         if crc.keys() != sizes.keys():
@@ -143,8 +145,7 @@ def save(
     together(begin if first else lambda: None, group, RuntimeError)
     writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
     dcp.save(_tensors(model, _several(optimizers)), storage_writer=writer, process_group=group)
-    own = partial(_own_share, part, group)
-    sums = together(lambda: {f.name: checksum(f) for f in own()}, group, RuntimeError)
+    sums = together(checksums, group, RuntimeError)
     crc = dict(sorted(chain.from_iterable(each.items() for each in _gathered(sums, group))))
     together(end if first else lambda: None, group, RuntimeError)
     return final
@@ -172,7 +173,7 @@ def load(
     def prepare() -> tuple[dict[str, Any], dict[str, Tensor], dcp.HuggingFaceStorageReader]:
         found = checkpoint.find(path)
         state, reader = load_state(found), dcp.HuggingFaceStorageReader(str(found))
-        _verify(state, _own_share(found, group))
+        verify_files(state, _own_share(found, group), FORMAT)
         stored = _stored(found, state, reader)
         return state, _targets(found, model, _several(optimizers), stored), reader
 
@@ -207,7 +208,7 @@ def read(
         CheckpointError: as `load`.
     """
     state = load_state(path)
-    _verify(state, _files(path)[verified])
+    verify_files(state, _files(path)[verified], FORMAT)
     reader = dcp.HuggingFaceStorageReader(str(path))
     stored = _stored(path, state, reader)
     shapes = {key: tuple(each.size) for key, each in stored.items() if key.startswith("model.")}
@@ -275,19 +276,15 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.name != checkpoint.STATE)
 
 
+def share(group: Any) -> slice:
+    """Return which of a checkpoint's files this rank verifies, of ranks that share the work."""
+    if not dist.is_initialized():
+        return slice(None)
+    return slice(dist.get_rank(group), None, dist.get_world_size(group))
+
+
 def _own_share(folder: Path, group: Any) -> list[Path]:
-    """Return the files of a checkpoint whose checksums this rank computes."""
-    files = _files(folder)
-    alone = not dist.is_initialized()
-    return files if alone else files[dist.get_rank(group) :: dist.get_world_size(group)]
-
-
-def _verify(state: dict[str, Any], files: Sequence[Path]) -> None:
-    """Raise CheckpointError for the first file whose checksum is not the state's."""
-    if state["format"] == FORMAT or "crc32" in state:
-        crc = state.get("crc32")
-        for file in files:
-            verify(file, crc.get(file.name) if isinstance(crc, dict) else crc)
+    return _files(folder)[share(group)]
 
 
 def _several(optimizers: Optimizers) -> Sequence[torch.optim.Optimizer]:

@@ -18,7 +18,7 @@ from ..common.files import (
     read_state,
     sealed,
     sync,
-    verify,
+    verify_files,
     write_tensors,
 )
 
@@ -128,10 +128,7 @@ def load(
                 f"{file} is cut short or changed: expected {state.get('tensor_bytes')} bytes, "
                 f"got {size}"
             )
-        if state["format"] == FORMAT or "crc32" in state:
-            crc = state.get("crc32")
-            for each in [file][verified]:
-                verify(each, crc.get(TENSORS) if isinstance(crc, dict) else crc)
+        verify_files(state, [file][verified], FORMAT)
         if wanted is None:
             return load_file(file), state
         with safe_open(file, "pt") as opened:

@@ -16,7 +16,7 @@ from .terminal import Bar, console, say
 
 def info_command() -> None:
     """Versions, devices, and which implementation each op takes."""
-    from synface_kernels import _env, margin_cross_entropy  # noqa: F401  (importing an op registers it)
+    from synface_kernels import _env
 
     say(_env.report())
 

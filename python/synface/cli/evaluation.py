@@ -32,7 +32,7 @@ def eval_command(
         Path | None, typer.Argument(help="A run's folder, or one checkpoint's.", show_default=False)
     ] = None,
     checkpoint_: Annotated[
-        Path | None, typer.Option("--checkpoint", help="The same, as an option.")
+        Path | None, typer.Option("--checkpoint", help="The run, given as an option.")
     ] = None,
     sets: Annotated[
         list[Path] | None,
@@ -158,10 +158,10 @@ def eval_command(
                 f"{held.images.shape[3]}"
             )
         # Only the split of the run itself proves that these people are new to the network.
-        prints = [fingerprint(rest)] if rest is not None else []
-        if isinstance(rest, Faces) and data is not None:  # as a mixed run knows it
-            prints.append(fingerprint(open_images(data, relabel).split(holdout or 0)[0]))
-        unseen = state["data"]["fingerprint"].split()[-1] in prints
+        wanted = state["data"]["fingerprint"].split()[-1]
+        unseen = rest is not None and fingerprint(rest) == wanted
+        if not unseen and isinstance(rest, Faces) and data is not None:  # as a mixed run knows it
+            unseen = fingerprint(open_images(data, relabel).split(holdout or 0)[0]) == wanted
         if unseen:
             break
     results = []

@@ -63,11 +63,16 @@ ConfigOption = Annotated[
 ]
 
 
+def is_given(context: typer.Context, name: str) -> bool:
+    """Return whether the command line itself gives an option, not a file or a default."""
+    source = context.get_parameter_source(name)  # click's enum, which typer may vendor
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def refuse(context: typer.Context, why: str, *names: str) -> None:
     """Raise ValueError for an option of these that the command line gives and that does nothing."""
     for param in context.command.params:
-        source = context.get_parameter_source(param.name)  # click's enum, which typer may vendor
-        if param.name in names and source is not None and source.name == "COMMANDLINE":
+        if param.name in names and is_given(context, param.name):
             raise ValueError(f"{'/'.join(param.opts + param.secondary_opts)} has no effect {why}")
 
 

@@ -1,4 +1,4 @@
-"""How a run was started, as its config.json has it, and the images that a command reads."""
+"""Read how a run was started from its config.json, and the images that a command names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.textfiles import read_json
 from ..data import open_images
+from ..data.formats.images import ImageSet
 from ..training.config import TrainConfig
 from .terminal import Bar
 
@@ -47,21 +48,21 @@ EMBEDDED_SIZE = (48, 48)  # of the embedded faces, unless --size says otherwise
 
 
 def read_faces(
-    data: Path | None,
+    data: Path | ImageSet | None,
     size: tuple[int, int] | None,
     grey: bool | None = None,
     relabel: bool = False,
     memory: int = 8 << 10,  # MiB
 ) -> Faces:
-    """Return the faces of a folder, or the embedded ones, decoded; memory is a limit in MiB."""
+    """Return the faces of a folder or a set, or the embedded ones, decoded; memory is in MiB."""
     from ..data import embedded_faces, read_folder
 
     if data is None:
         if size is not None and size[0] != size[1]:
             raise ValueError(f"the embedded faces are square, got --size {size[0]}x{size[1]}")
-        return embedded_faces(size=size[0]) if size else embedded_faces()
-    with Bar(f"reading {data}") as bar:
-        images = open_images(data, relabel)
+        return embedded_faces(size=(size or EMBEDDED_SIZE)[0])
+    with Bar(f"reading {data.source if isinstance(data, ImageSet) else data}") as bar:
+        images = data if isinstance(data, ImageSet) else open_images(data, relabel)
         size = size or FOLDER_SIZE
         return read_folder(images, size, grey, memory_limit=memory << 20, progress=bar.files)
 
@@ -84,7 +85,7 @@ def split_faces(
     images = open_images(data, relabel) if data else None
     size = size or (FOLDER_SIZE if images else None)
     if images is None or size is None or 3 * math.prod(size) * len(images) <= memory << 20:
-        return read_faces(data, size, grey, relabel, max(memory, 1)).split(holdout)
+        return read_faces(images, size, grey, memory=max(memory, 1)).split(holdout)
     height, width, channels = common_shape(opened(data=images), size, grey)
     rest, held = images.split(holdout)
     with Bar(f"reading {data}") as bar:

@@ -20,6 +20,7 @@ from .options import (
     RelabelOption,
     SeedOption,
     SizeOption,
+    is_given,
     parse_size,
     refuse,
 )
@@ -324,9 +325,7 @@ def _stored_run(
     stored = run | asdict(config)
     stored |= {name: _joined(stored[name]) for name in ("widths", "depths")}
     for name, value in context.params.items():
-        source = context.get_parameter_source(name)  # click's enum, which typer may vendor
-        explicit = source is not None and source.name == "COMMANDLINE"
-        if not explicit or name not in stored:
+        if name not in stored or not is_given(context, name):
             continue
         value = given.get(name, value)
         if name in PLACES and stored[name] is not None:

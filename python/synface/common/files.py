@@ -6,12 +6,12 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .extras import extra
-from .textfiles import read_json
+from .textfiles import MAX_BYTES, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +88,17 @@ def verify(file: Path, expected: object) -> None:
         )
 
 
+def verify_files(state: Mapping[str, Any], files: Iterable[Path], newest: object) -> None:
+    """Raise CheckpointError for the first file whose checksum is not the state's.
+
+    Only states of an earlier format than the newest may lack checksums.
+    """
+    if state["format"] == newest or "crc32" in state:
+        crc = state.get("crc32")
+        for file in files:
+            verify(file, crc.get(file.name) if isinstance(crc, dict) else crc)
+
+
 def sealed(state: Mapping[str, Any]) -> str:
     """Return a state as JSON, with a checksum of its content; `read_state` reads it."""
     content = json.loads(json.dumps(state))
@@ -106,7 +117,7 @@ def check_names(state: Mapping[str, Any], reserved: Collection[str]) -> None:
         )
 
 
-def read_state(file: Path, *formats: object, most: int = 2**26) -> dict[str, Any]:
+def read_state(file: Path, *formats: object, most: int = MAX_BYTES) -> dict[str, Any]:
     """Return a state that `sealed` wrote, without its checksum.
 
     Args:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_BYTES = 2**26  # of a text file
+AT_ONCE = 2**16  # bytes
 
 
 def read_text(file: Path, kind: type[ValueError] = ValueError, most: int = MAX_BYTES) -> str:
@@ -25,7 +27,7 @@ def read_text(file: Path, kind: type[ValueError] = ValueError, most: int = MAX_B
         if not stat.S_ISREG(file.stat().st_mode):  # a device never ends, a pipe may never begin
             raise kind(f"{file} must be a regular file")
         with file.open("rb") as opened:
-            content = opened.read(most + 1)
+            content = read_up_to(opened, most + 1)
     except OSError as error:
         raise kind(f"{file} cannot be read: {error.strerror}") from error
     if len(content) > most:
@@ -34,6 +36,17 @@ def read_text(file: Path, kind: type[ValueError] = ValueError, most: int = MAX_B
         return content.decode("utf-8-sig")  # editors add a mark
     except UnicodeDecodeError as error:
         raise kind(f"{file} is not UTF-8 text: {error}") from error
+
+
+def read_up_to(file: BinaryIO, most: int) -> bytes:
+    """Return a file's next bytes, at most so many, in memory for those alone that are there.
+
+    ``file.read(most)`` takes memory for all of them first.
+    """
+    content = io.BytesIO()
+    while part := file.read(min(AT_ONCE, most - content.tell())):
+        content.write(part)
+    return content.getvalue()
 
 
 def parse_json(text: str | bytes) -> Any:

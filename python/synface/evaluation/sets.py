@@ -98,7 +98,7 @@ class TemplateSet:
 
 
 def open_set(path: str | Path, images: str | Path | None = None) -> PairSet | TemplateSet:
-    """A verification set.
+    """Open a verification set by its path.
 
     Args:
         path: insightface's ``.bin``; a list of pairs such as LFW's, or of lines "path path
@@ -106,8 +106,14 @@ def open_set(path: str | Path, images: str | Path | None = None) -> PairSet | Te
             as of IJB-B and IJB-C.
         images: the folder of the images that lists name; by default the one that holds the list.
 
+    Returns:
+        The pairs, or templates and pairs of them; images are decoded when they are embedded.
+
     Raises:
         DataError: for what cannot be read, naming the file and the line or offset.
+        ValueError: for ``images`` beside a .bin, which holds its own.
+
+    Memory: the lists; of a .bin, the file's size.
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -323,7 +329,7 @@ def _stems(root: Path, name: str) -> dict[str, list[Path]]:
 
 
 def read_templates(folder: str | Path, images: str | Path | None = None) -> TemplateSet:
-    """IJB-style lists of a folder.
+    """Read the IJB-style lists of a folder.
 
     ``*tid_mid.txt``: lines "image template media"; ``*template_pair_label.txt``: lines "template
     template 0-or-1"; and if they are there ``*gallery*.csv`` (one or more, taken together) and
@@ -332,6 +338,15 @@ def read_templates(folder: str | Path, images: str | Path | None = None) -> Temp
 
     Args:
         folder: of the lists. images: the folder that holds the images; None is ``folder``.
+
+    Returns:
+        Templates, pairs and, where there are lists of people, gallery and probes.
+
+    Memory: the images' paths; measured, some 600 bytes an image while the lists are read, and 130
+    after that. Images are decoded when they are embedded.
+
+    Source: Whitelam et al., "IARPA Janus Benchmark-B", CVPRW 2017; Maze et al., "IARPA Janus
+    Benchmark-C", ICB 2018.
 
     Raises:
         DataError: for lists that are missing or of another form, templates without images or of

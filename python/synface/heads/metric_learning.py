@@ -64,8 +64,7 @@ class _Loss(nn.Module):
         self.weight_regularizer, self.weight_reg_weight = weight_regularizer, weight_reg_weight
         self.embedding_regularizer = embedding_regularizer
         self.embedding_reg_weight = embedding_reg_weight
-        for name, value in (("reducer", reducer), ("distance", distance)):
-            setattr(self, name, value)
+        self.reducer, self.distance = reducer, distance
         self.impl = impl
         self.weight_init_func = weight_init_func or nn.init.normal_
         self.weight = nn.Parameter(torch.empty(shape))
@@ -115,10 +114,8 @@ class _Loss(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Return theirs where no distance or reducer was given; the loss does without it."""
-        if name not in _DEFAULTS:
+        if name not in _DEFAULTS or name in self._modules:
             return super().__getattr__(name)
-        if name in self._modules:
-            return self._modules[name]
         kind = _DEFAULTS[name]
         try:
             found = importlib.import_module(f"pytorch_metric_learning.{name}s")

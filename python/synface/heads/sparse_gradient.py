@@ -15,7 +15,7 @@ _HEADS: WeakSet[nn.Module] = WeakSet()
 
 
 class DenseGradient(torch.autograd.Function):
-    """The same tensor, whose gradient is dense even where it comes as a sparse one."""
+    """Return the same tensor, whose gradient is dense even where it comes as a sparse one."""
 
     generate_vmap_rule = True
 

@@ -314,9 +314,8 @@ class Model:
         head = self.head
         if not isinstance(head, ShardedMarginHead):
             return take_over(init, self.backbone, head.weight, num_classes)
-        share = slice(dist.get_rank(head.group), None, dist.get_world_size(head.group))
-        sizes = num_classes, head.class_start
-        read = partial(take_over, init, self.backbone, head.weight, *sizes, share)
+        rows = head.weight, num_classes, head.class_start
+        read = partial(take_over, init, self.backbone, *rows, sharded.share(head.group))
         return sharded.together(read, head.group, CheckpointError)
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -355,7 +355,7 @@ class Inputs(NamedTuple):
     def prepared(
         self, traced: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """As implementations take them: affine (C, 2) in place of mean and std.
+        """Return what implementations take: affine (C, 2) in place of mean and std.
 
         Where operations may be ``traced``, affine belongs to the trace and is not cached.
         """

@@ -15,9 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..._check import integer, number
+from ..._limits import SHARPEST
 
 R_MIN = 1e-6
-SHARPEST = 1e6  # a float32 cosine's last bit is then a factor of 1.06
 SHARPNESS = f"in (0, {SHARPEST:g}]"  # made here, for Dynamo formats no float
 
 

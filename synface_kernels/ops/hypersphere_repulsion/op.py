@@ -19,7 +19,6 @@ from torch import Tensor
 from ..._check import describe, integer
 from ..._derivatives import (
     final,
-    no_second_derivative,
     once,
     transforms_active,
     under_vmap,
@@ -520,9 +519,5 @@ def _nearest_backward(ctx: Any, grad_square: Tensor, _: Any) -> tuple[Any, ...]:
     return (grad_x if needs_x_grad else None, grad_y if needs_y_grad else None, None, None)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> Any:
-    raise no_second_derivative(OP)
-
-
 _nearest_op = register_autograd(f"{OP}_nearest", OP, _nearest_backward, _nearest_context)
-_nearest_backward_op = register_autograd(f"{OP}_nearest_backward", OP, _no_second_derivative)
+_nearest_backward_op = register_autograd(f"{OP}_nearest_backward", OP)

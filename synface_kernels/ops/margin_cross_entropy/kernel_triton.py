@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._norms import LONG
 from ..row_update import kernel_triton as row_update
 
 # Takes the gradient of the centres of classes from one on, rows (·, D) that are then written over.
@@ -40,7 +41,7 @@ EXPONENT_MAX = 60.0
 EXPONENT_MIN = -75.0
 
 _NORM_MIN = tl.constexpr(1e-12)  # as in reference.py
-_LONG, _SHRINK = tl.constexpr(2.0**50), tl.constexpr(2.0**-80)
+_LONG, _SHRINK = tl.constexpr(LONG), tl.constexpr(2.0**-80)
 
 
 # ---- kernels -------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..._check import number
+from ..._limits import SHARPEST
 
-SCALE_MAX = 1e6  # a float32 cosine's last bit is then a factor of 1.06 of its exponential
 # The slope of the margin divides by sin θ, which vanishes at cos θ = ±1: it is taken no smaller
 # than this, a little above where a float32 cosine stops telling the angle from 0 (√ε = 3e-4).
 SIN_MIN = 1e-3
@@ -65,8 +65,8 @@ class CombinedMargin:
         object.__setattr__(self, "scale", number("scale", self.scale))
         if not 0 < self.scale < math.inf:  # math.isfinite takes no symbolic float
             raise ValueError(f"scale must be finite and positive, got {self.scale}")
-        if self.scale > SCALE_MAX:
-            raise ValueError(f"scale must be at most {SCALE_MAX:g}, got {self.scale}")
+        if self.scale > SHARPEST:
+            raise ValueError(f"scale must be at most {SHARPEST:g}, got {self.scale}")
         for name, low, high, hint in (
             ("m1", 0.0, 16.0, "a factor of the angle"),
             ("m2", -math.pi, math.pi, "an angle in radians"),

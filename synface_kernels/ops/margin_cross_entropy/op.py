@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 from ..._check import describe, integer, number, require
 from ..._derivatives import (
     check_tangents,
-    no_second_derivative,
     once,
     transforms_active,
 )
@@ -765,9 +764,5 @@ class _TakenRows(torch.autograd.Function):
         return _scattered(ctx.saved_tensors[0], grad, ctx.shape), None
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> Any:
-    raise no_second_derivative(OP)
-
-
 _forward = register_autograd(f"{OP}_forward", OP, _autograd, _setup_context)
-_backward = register_autograd(f"{OP}_backward", OP, _no_second_derivative)
+_backward = register_autograd(f"{OP}_backward", OP)

@@ -1,4 +1,4 @@
-"""Rows whose squares overflow float32, through the Triton kernels.
+"""Rows whose squares overflow float32 go through the Triton kernels with finite results.
 
 Needs TRITON_INTERPRET=1 before Triton is imported; see ../test_interpreter.py.
 """

@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...common.textfiles import read_json
+from ...common.textfiles import read_json, read_up_to
 from . import decode
 from .decode import DataError
 
@@ -193,7 +193,7 @@ def read_span(file: BinaryIO, begin: int, size: int) -> bytes:
 
 def read_at_most(file: BinaryIO, limit: int) -> bytes:
     """All of a file; OSError where that is over the limit."""
-    content = file.read(limit + 1)
+    content = read_up_to(file, limit + 1)
     if len(content) > limit:
         raise OSError(f"over the limit of {limit:,} bytes")
     return content

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ...common.extras import extra
+from ...common.textfiles import AT_ONCE, read_up_to
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,7 +22,6 @@ XMP, PROFILE = "XML:com.adobe.xmp", "Raw profile type exif"  # of PNG's texts
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 MAX_PIXELS = 1 << 29  # bytes of encoded pixels; 2**26 with alpha, stored, are half of it
 MAX_TOLD = 1 << 20  # bytes of a text or of EXIF in a PNG, decompressed
-AT_ONCE = 1 << 16  # bytes
 
 
 def upright(image: Image.Image, told: Mapping[Any, Any]) -> Image.Image:
@@ -157,7 +157,7 @@ def _jpeg(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]
             break
     kept.write(head)
     if whole or head:
-        kept.write(file.read(MAX_PIXELS))
+        kept.write(read_up_to(file, MAX_PIXELS))
     kept.seek(0)
     return kept, told
 

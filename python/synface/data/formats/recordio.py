@@ -69,13 +69,7 @@ def _record(file: BinaryIO, begin: int) -> bytes:
     total = 0
     while True:
         at = file.tell()
-        frame = file.read(FRAME.size)
-        if len(frame) < FRAME.size or frame[:4] != MAGIC:
-            raise OSError(f"no record begins at offset {at}")
-        word = FRAME.unpack(frame)[1]
-        kind, size = word >> 29, word & MAX_PART
-        if kind not in ((MIDDLE, LAST) if parts else (WHOLE, FIRST)):
-            raise OSError(f"the part at offset {at} is of kind {kind}, out of its order")
+        kind, size = _part(file.read(FRAME.size), at, bool(parts))
         total += size + 4
         if total > MAX_BYTES:
             raise OSError(f"a record over the limit of {MAX_BYTES:,} bytes")
@@ -83,6 +77,21 @@ def _record(file: BinaryIO, begin: int) -> bytes:
         file.seek(-size % 4, os.SEEK_CUR)
         if kind in (WHOLE, LAST):
             return MAGIC.join(parts)
+
+
+def _part(frame: bytes, at: int, inside: bool) -> tuple[int, int]:
+    """Return kind and length of the part at an offset; `inside` a record that began before it.
+
+    Raises:
+        OSError: for wrong framing.
+    """
+    if len(frame) < FRAME.size or frame[:4] != MAGIC:
+        raise OSError(f"no record begins at offset {at}")
+    word = FRAME.unpack_from(frame)[1]
+    kind, size = word >> 29, word & MAX_PART
+    if kind not in ((MIDDLE, LAST) if inside else (WHOLE, FIRST)):
+        raise OSError(f"the part at offset {at} is of kind {kind}, out of order")
+    return kind, size
 
 
 def _unpack(record: bytes) -> tuple[NDArray[np.float32], bytes]:
@@ -188,14 +197,12 @@ def _scanned(rec: Path, size: int) -> NDArray[np.int64]:
     at, inside = 0, False
     with rec.open("rb") as file:
         while at < size:
-            file.seek(at)
-            head = file.read(least + 4)
-            if len(head) < FRAME.size or head[:4] != MAGIC:
-                raise DataError(f"{rec}: no record begins at offset {at}")
-            word = FRAME.unpack_from(head)[1]
-            kind, length = word >> 29, word & MAX_PART
-            if kind not in ((MIDDLE, LAST) if inside else (WHOLE, FIRST)):
-                raise DataError(f"{rec}: the part at offset {at} is of kind {kind}, out of order")
+            try:
+                file.seek(at)
+                head = file.read(least + 4)
+                kind, length = _part(head, at, inside)
+            except OSError as error:
+                raise DataError(f"{rec}: {error.strerror or error}") from error
             whole = kind == WHOLE
             if at + FRAME.size + length > size or (whole and length < HEADER.size):
                 raise DataError(f"{rec}: the record at offset {at} is cut short")

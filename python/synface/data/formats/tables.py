@@ -112,8 +112,8 @@ class Tables(Store):
             self._groups.move_to_end(group)
             contents, paths = self._groups[group]
             image = None if contents is None else contents[within].as_buffer()
-            path = None if paths is None else paths[within].as_py()
         if image is None:
+            path = None if paths is None else paths[within].as_py()
             return _read_beside(self.files[int(self.file[group])], path)
         if len(image) > MAX_BYTES:
             raise OSError(f"an image of {len(image):,} bytes, over the limit of {MAX_BYTES:,}")
@@ -149,7 +149,8 @@ def _contents(column: pyarrow.Array) -> tuple[pyarrow.Array | None, pyarrow.Arra
     parts = [column]
     if _arrow().types.is_struct(column.type):
         at = [column.type.get_field_index(name) for name in ("bytes", "path")]
-        parts = [column.flatten()[i] for i in at if i >= 0]
+        children = column.flatten()
+        parts = [children[i] for i in at if i >= 0]
     content = [part for part in parts if _is_binary(part.type)]
     paths = [part for part in parts if _is_text(part.type)]
     return next(iter(content), None), next(iter(paths), None)

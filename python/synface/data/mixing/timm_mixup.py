@@ -32,6 +32,7 @@ from .parts import (
     check_rows_sum_to_one,
     cutmix_boxes,
     cutmix_boxes_within,
+    exact_weights,
     image_size,
     kept_share,
     memory_format_of,
@@ -158,8 +159,7 @@ class _TimmCall:
         rows, classes, smoothing = len(share), self.num_classes, self.label_smoothing
         first, second = target[:rows], target.flip(0)[:rows]
         if target.dim() == 2:
-            one = first.new_ones(rows, dtype=torch.int64)
-            _, weights = paired_labels(one, one, share)
+            weights = exact_weights(torch.stack([share, 1 - share], 1))
             level = 0.5 if self.multi_label else 1 / classes
             mixed = weights[:, :1] * first + weights[:, 1:] * second
             return (1 - smoothing) * mixed + smoothing * level
@@ -270,15 +270,17 @@ class Mixup(_TimmCall):
         labels = self._label(target, send(share, x.device).expand(batch))
         dtype = self.dtype or (x.dtype if x.is_floating_point() else torch.float32)
         memory_format = self.memory_format or memory_format_of(x, self.layout)
+        blends = _blends(pixel)
         if (
-            not _blends(pixel)
+            not blends
+            and dtype.is_floating_point  # else `domain_mixup` says what it may be
             and (self.mean, self.std, self.layout, self.impl) == (0.0, 1.0, "NCHW", "auto")
             and mixed.dtype == dtype
             and mixed.is_contiguous(memory_format=memory_format)
         ):
             return (x.clone() if mixed is x else mixed), labels
         images = sk.domain_mixup(
-            mixed, x.flip(0) if _blends(pixel) else mixed.detach(),
+            mixed, x.flip(0) if blends else mixed.detach(),
             send(pixel, x.device).expand(batch), mean=self.mean, std=self.std,
             layout=self.layout, dtype=dtype, memory_format=memory_format, impl=self.impl,
         )  # fmt: skip

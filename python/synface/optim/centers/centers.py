@@ -206,23 +206,33 @@ class Centers:
         ignore_index: int = -100,
         **options: Any,
     ) -> Any:
-        """The margin softmax over the classes of ``target`` and random others.
+        """Return the margin softmax loss over the classes of ``target`` and random others.
 
         The classes are drawn anew at each step, from the seed and the step's number. Rows are
         caught up first (see `CentersConfig`).
 
         Args:
-            embeddings: (N, D); gets its gradient from autograd.
-            target: (N,) or (N, K) int64 labels in [0, C), or ``ignore_index``.
+            embeddings: (N, D) floating, on the CPU; gets its gradient from autograd.
+            target: (N,), (N, 1) or (N, K) integer labels in [0, C), or ``ignore_index``.
             margin: default `sk.ArcFace()`.
             num_sampled: how many classes take part, in [1, C]; more where the targets are more.
             options: of `sk.margin_cross_entropy` (``target_weight``, ``return_stats``, …).
+
+        Returns:
+            As `sk.margin_cross_entropy`: the mean loss, a scalar, unless ``reduction`` or
+            ``return_stats`` asks for more.
+
+        Memory: as `sk.margin_cross_entropy` with ``class_ids``, and after the backward pass the
+        gradient of the S drawn rows, (S, D) in the rows' dtype. Files are read a row at a time.
 
         Raises:
             RuntimeError: where the gradient of an earlier loss awaits `update`.
             ValueError, TypeError: as `sk.sample_classes` and `sk.margin_cross_entropy`.
             OSError: where the log cannot be written (a full disk); no row was changed.
             CheckpointError: where a row is damaged, naming it; no row was changed.
+
+        Source: An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face
+        Recognition CNNs by Partial FC", CVPR 2022.
         """
         self._check_open()
         if self._pending is not None and self._pending[1].grad is not None:
@@ -230,7 +240,7 @@ class Centers:
                 "a gradient awaits update(lr): take the step, or drop it with discard()"
             )
         self.discard()
-        target = labels_of(target, keep_column="target_weight" in options)
+        target = labels_of(target, keep_column=options.get("target_weight") is not None)
         with self._timed("sample"):
             class_ids, target = sk.sample_classes(
                 target,

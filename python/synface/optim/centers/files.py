@@ -202,33 +202,35 @@ class Files:
             changed, sums = None, np.empty(config.num_classes, np.uint32)
         for part, computed in self._computed(changed, records, last_step):
             sums[part] = computed
-        self.sums = sums
-        path = self.directory / f"sums-{self.number + 1}.bin"
-        self.sums.tofile(path)
+        number = self.number + 1
+        path = self._sums_path(number)
+        sums.tofile(path)
         sync(path)
         if everything:
-            self.mark_shown(self.number + 1)  # whoever has a view may go on writing
+            self.mark_shown(number)  # whoever has a view may go on writing
         for name in (ROWS, LAST_STEP):
             os.fsync(self._descriptors[name])  # what was written through the mapping, too
         state = {
             "format": FORMAT,
             "step": step,
             "lr": lr,
-            "number": self.number + 1,
+            "number": number,
             "sums_crc32": checksum(path),
             "config": asdict(config),
         }
         write_text(self.directory / STATE, sealed(state))
-        self.step, self.lr, self.number = step, lr, self.number + 1
+        # Not before: where this failed, rows are compared with what the last checkpoint has.
+        self.sums = sums
+        self.step, self.lr, self.number = step, lr, number
         self._flags.bitwise_and_(TRUSTED)
         self._close_log()
         self._remove_past()
 
     def _remove_past(self) -> None:
         """Removes logs, checksums and marks of other checkpoints."""
-        present = (self._log_path, self._sums_path, self._shown_path(self.number))
+        present = (self._log_path, self._sums_path(self.number), self._shown_path(self.number))
         for path in self.directory.iterdir():
-            if path.name.startswith(NUMBERED) and path.suffix == ".bin" and path not in present:
+            if _is_numbered(path) and path not in present:
                 path.unlink()
 
     def _read_state(self) -> tuple[CentersConfig, str | None]:
@@ -272,12 +274,11 @@ class Files:
 
     # ---- checksums -------------------------------------------------------------------------------
 
-    @property
-    def _sums_path(self) -> Path:
-        return self.directory / f"sums-{self.number}.bin"
+    def _sums_path(self, number: int) -> Path:
+        return self.directory / f"sums-{number}.bin"
 
     def _read_sums(self, config: CentersConfig, crc: str) -> NDArray[np.uint32]:
-        path, size = self._sums_path, 4 * config.num_classes
+        path, size = self._sums_path(self.number), 4 * config.num_classes
         try:
             if path.stat().st_size != size:
                 raise CheckpointError(
@@ -480,9 +481,11 @@ class Files:
 
 
 def _is_ours(path: Path) -> bool:
-    return path.name in (STATE, f"{STATE}.part", ROWS, LAST_STEP, LOCK) or (
-        path.name.startswith(NUMBERED) and path.suffix == ".bin"
-    )
+    return _is_numbered(path) or path.name in (STATE, f"{STATE}.part", ROWS, LAST_STEP, LOCK)
+
+
+def _is_numbered(path: Path) -> bool:
+    return path.name.startswith(NUMBERED) and path.suffix == ".bin"
 
 
 def _write(descriptor: int, data: Any) -> None:
