@@ -83,7 +83,8 @@ TorchExtension = CUDAExtension if cuda_sources else CppExtension
 
 class Build(BuildExtension):
     """Objects of each extension in a folder of its own: compiled with other flags, they would
-    otherwise replace each other's at every build."""
+    otherwise replace each other's at every build.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         together = self.build_temp

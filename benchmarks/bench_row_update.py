@@ -114,7 +114,7 @@ def in_backward(x: Tensor, weight: Tensor, target: Tensor, **rule: Any) -> None:
 
 
 def steps_of_training(classes: int, batch: int, dim: int, rounds: int) -> str:
-    """The margin softmax, forward and backward, and SGD with momentum on all of its centres."""
+    """The margin softmax, forward and backward, and SGD with momentum on all of its centers."""
     rng = torch.Generator().manual_seed(0)
     embeddings = torch.randn(batch, dim, generator=rng)
     target = torch.randint(0, classes, (batch,), generator=rng)

@@ -42,7 +42,8 @@ class Case:
 
 def _margin_cross_entropy(suite: str, n: int, d: int, c: int, dtype: str = "float32") -> Case:
     """FLOPs: three products (logits, dX, dW) of 2·N·C·D. Bytes: read W twice (the loss has to be
-    known before its gradient) and write dW; read X, write dX; read the labels."""
+    known before its gradient) and write dW; read X, write dX; read the labels.
+    """
     item = getattr(torch, dtype).itemsize
     return Case(
         op="margin_cross_entropy",
@@ -58,7 +59,8 @@ def domain_mixup(
     suite: str, b: int, side: int, dtype: str, memory_format: str, result: str = "out="
 ) -> Case:
     """FLOPs: two products and two sums an element (constants folded). Bytes: read both uint8
-    batches, write the result (into ``out=``, or ``"fresh"``)."""
+    batches, write the result (into ``out=``, or ``"fresh"``).
+    """
     elements = b * side * side * 3
     return Case(
         op="domain_mixup",
@@ -73,7 +75,8 @@ def domain_mixup(
 
 def hypersphere_repulsion(suite: str, n: int, d: int, energy: str, dtype: str = "float32") -> Case:
     """FLOPs: half of X·Xᵀ, N²·D; a global energy's gradient takes two more such products.
-    Bytes: read X, write dX."""
+    Bytes: read X, write dX.
+    """
     return Case(
         op="hypersphere_repulsion",
         suite=suite,
@@ -88,7 +91,7 @@ def hypersphere_repulsion(suite: str, n: int, d: int, energy: str, dtype: str = 
 # What a step of each op is, as tables say it.
 STEPS = {
     "margin_cross_entropy": "forward and backward",
-    "domain_mixup": "forward only, uint8 (B, H, W, C) to normalised (B, C, H, W)",
+    "domain_mixup": "forward only, uint8 (B, H, W, C) to normalized (B, C, H, W)",
     "hypersphere_repulsion": "energy of N points and its gradient",
 }
 

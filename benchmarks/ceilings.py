@@ -15,7 +15,8 @@ from .process import write_json
 
 def measure(device: torch.device, copy_bytes: int, size: int, rounds: int = 20) -> dict:
     """A copy of ``copy_bytes`` (counting bytes read and written) and a bf16 product of random
-    matrices of ``size`` × ``size``; medians."""
+    matrices of ``size`` × ``size``; medians.
+    """
     source = torch.randint(0, 256, (copy_bytes,), dtype=torch.uint8, device=device)
     to = torch.empty_like(source)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))

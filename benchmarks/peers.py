@@ -52,7 +52,7 @@ class Workload:
 
 
 class MarginWorkload(Workload):
-    """Random embeddings (N, D), centres (C, D) and labels (N,)."""
+    """Random embeddings (N, D), centers (C, D) and labels (N,)."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         n, d, c = case.shape["N"], case.shape["D"], case.shape["C"]
@@ -202,7 +202,7 @@ def _pytorch_metric_learning(work: MarginWorkload) -> Step:
     n_features = work.input.shape[1]
     loss = ArcFaceLoss(1, n_features, margin=math.degrees(MARGIN), scale=SCALE)
     loss.num_classes = work.weight.shape[0]
-    loss.W = torch.nn.Parameter(work.weight.detach().T)  # its centres are columns
+    loss.W = torch.nn.Parameter(work.weight.detach().T)  # its centers are columns
     work.parameters.append(loss.W)
     return lambda: _backward(loss(work.input, work.target))
 
@@ -298,7 +298,7 @@ def _half_products(work: RepulsionWorkload) -> Step:
 
 
 def row_max(points: Tensor) -> Tensor:
-    """The mean cosine to the nearest neighbour, over dense similarities."""
+    """The mean cosine to the nearest neighbor, over dense similarities."""
     x = F.normalize(points)
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
     return (x @ x.T).masked_fill(itself, -2).amax(1).mean()
@@ -322,7 +322,7 @@ def _faiss(work: RepulsionWorkload) -> Step:
     import faiss
 
     if not work.row_max:
-        raise NotImplementedError("FAISS searches for neighbours alone")
+        raise NotImplementedError("FAISS searches for neighbors alone")
     faiss.omp_set_num_threads(torch.get_num_threads())
     points = F.normalize(work.points.detach().float()).cpu().numpy()
 
@@ -389,7 +389,7 @@ PEERS: dict[str, list[Peer]] = {
         Peer("torch.compile", "the lean one, compiled", _compiled, lambda c: _matrices(c, 5, 3.2)),
         Peer(
             "F.linear_cross_entropy",
-            "torch's, as called by default: no margin, no normalisation",
+            "torch's, as called by default: no margin, no normalization",
             _linear_cross_entropy,
             lambda c: _matrices(c, 4, 1.2),
         ),
@@ -466,13 +466,13 @@ PEERS: dict[str, list[Peer]] = {
             lambda c: _similarities(c, 4),
         ),
         Peer(
-            "ours, neighbours",
+            "ours, neighbors",
             "synface_kernels.nearest_neighbors: no gradient",
             _our_neighbors,
             lambda c: (64 << 20) + _points(c, 1),
         ),
         Peer(
-            "ours, neighbours by float32",
+            "ours, neighbors by float32",
             "the same without products of bfloat16 (SYNFACE_CPU_ISA=avx512)",
             _our_neighbors_in_float32,
             lambda c: (64 << 20) + _points(c, 1),

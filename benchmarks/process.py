@@ -71,7 +71,8 @@ def run_case(
     cpu_memory: bool = False,
 ) -> dict[str, Any]:
     """Times a case in a process of its own; a GPU's memory is measured there too, a CPU's, where
-    asked for, in one more process per peer."""
+    asked for, in one more process per peer.
+    """
     index = cases(case.suite, case.op).index(case)
     this = ["benchmarks.driver", case.op, case.suite, str(index)]
     timed = run_child(

@@ -171,7 +171,7 @@ struct MarginBackward {
                           kept.size(0) <= in.classes() * in.sub_centers,
                       "kept must be of cosines with N embeddings, got ", kept.sizes());
   }
-  // Of the centres, into grad_rows if that is not empty, or to `take`.
+  // Of the centers, into grad_rows if that is not empty, or to `take`.
   void run(const Tensor& grad_rows, const margin_cross_entropy::TakeRows& take = {}) const {
     with_statistics_type(in.input, [&](auto zero) {
       using T = decltype(zero);

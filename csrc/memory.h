@@ -22,7 +22,7 @@ inline Range part_of(int64_t n, int64_t parts, int64_t part) {
   return {n * part / parts, n * (part + 1) / parts};
 }
 
-// Uninitialised, aligned for the widest vectors.
+// Uninitialized, aligned for the widest vectors.
 template <class T>
 class Buffer {
  public:

@@ -6,7 +6,7 @@
 
 namespace synface {
 
-// Uninitialised, on the CPU. Its memory comes from blocks that earlier results gave back, which
+// Uninitialized, on the CPU. Its memory comes from blocks that earlier results gave back, which
 // are kept up to SYNFACE_CACHE_MIB together; small results have torch's own.
 at::Tensor empty_result(at::IntArrayRef size, at::ScalarType dtype, bool channels_last);
 

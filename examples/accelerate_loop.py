@@ -1,6 +1,6 @@
 """A loop under Accelerate: the head is one more module to prepare.
 
-One process: `python examples/accelerate_loop.py`. Several, each with a copy of all centres:
+One process: `python examples/accelerate_loop.py`. Several, each with a copy of all centers:
 `torchrun --nproc_per_node 2 examples/accelerate_loop.py`; with `--shard` each has a part of them.
 """
 
@@ -9,7 +9,7 @@ import argparse
 import torch
 from accelerate import Accelerator
 from synface.common.distributed import leave
-from synface.data import embedded_faces, normalise
+from synface.data import embedded_faces, normalize
 from synface.heads import MarginHead, PartialFC
 from synface.models.iresnet import IResNet
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,7 +22,7 @@ SIZE, DIM = 32, 64
 def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     torch.manual_seed(0)
     faces = embedded_faces(images_per_identity=8, size=SIZE, identities=args.identities)
-    dataset = TensorDataset(normalise(faces.images), faces.labels)
+    dataset = TensorDataset(normalize(faces.images), faces.labels)
     backbone = IResNet((SIZE, SIZE), widths=(8, 16, 32), depths=(1, 1, 1), embedding_size=DIM)
     margin = sk.ArcFace(scale=16.0, margin=0.3)
     if args.shard:

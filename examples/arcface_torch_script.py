@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from synface.common.distributed import leave
-from synface.data import embedded_faces, normalise
+from synface.data import embedded_faces, normalize
 from synface.heads import PartialFC as PartialFC_V2
 from synface.models.iresnet import IResNet
 from torch.nn.parallel import DistributedDataParallel
@@ -36,11 +36,11 @@ class CombinedMarginLoss:
 
 
 def train(args: argparse.Namespace) -> list[float]:
-    """The mean loss of each epoch that was run, in an initialised process group."""
+    """The mean loss of each epoch that was run, in an initialized process group."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)  # alike on all ranks
     faces = embedded_faces(images_per_identity=8, size=SIZE, identities=args.identities)
-    dataset = TensorDataset(normalise(faces.images), faces.labels)
+    dataset = TensorDataset(normalize(faces.images), faces.labels)
     sampler = DistributedSampler(dataset, ranks, rank)
     loader = DataLoader(dataset, 32 // ranks, sampler=sampler)
 

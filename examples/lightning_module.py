@@ -5,7 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from synface.data import embedded_faces, normalise
+from synface.data import embedded_faces, normalize
 from synface.heads import PartialFC
 from synface.models.iresnet import IResNet
 from torch import Tensor
@@ -29,7 +29,7 @@ class Recogniser(pl.LightningModule):
         # Not in __init__: the head asks the process group which classes are this rank's.
         if not hasattr(self, "head"):
             self.head = PartialFC(sk.ArcFace(scale=16.0, margin=0.3), DIM, self.num_classes)
-            # Each rank's centres are its own: DDP must neither copy nor average them.
+            # Each rank's centers are its own: DDP must neither copy nor average them.
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
                 self, ["head.weight"]
             )
@@ -62,7 +62,7 @@ def main() -> None:
     pl.seed_everything(0, verbose=False)
 
     faces = embedded_faces(images_per_identity=8, size=SIZE, identities=args.identities)
-    dataset = TensorDataset(normalise(faces.images), faces.labels)
+    dataset = TensorDataset(normalize(faces.images), faces.labels)
     trainer = pl.Trainer(
         accelerator="cpu", devices=args.devices, precision=args.precision, max_epochs=args.epochs,
         logger=False, enable_checkpointing=False, enable_progress_bar=False,

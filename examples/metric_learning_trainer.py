@@ -1,6 +1,6 @@
 """pytorch-metric-learning's trainer, with ArcFaceLoss imported from synface.heads.
 
-One process: `python examples/metric_learning_trainer.py`. Several, each with a copy of all centres:
+One process: `python examples/metric_learning_trainer.py`. Several, each with a copy of all centers:
 `torchrun --nproc_per_node 2 examples/metric_learning_trainer.py`.
 """
 
@@ -9,7 +9,7 @@ import argparse
 import torch
 from pytorch_metric_learning.trainers import MetricLossOnly
 from synface.common.distributed import Rank, joined
-from synface.data import embedded_faces, normalise
+from synface.data import embedded_faces, normalize
 from synface.heads import ArcFaceLoss
 from synface.models.iresnet import IResNet
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +21,7 @@ SIZE, DIM = 32, 64
 def train(args: argparse.Namespace, rank: Rank) -> None:
     torch.manual_seed(0)
     faces = embedded_faces(images_per_identity=8, size=SIZE, identities=args.identities)
-    dataset = TensorDataset(normalise(faces.images), faces.labels)
+    dataset = TensorDataset(normalize(faces.images), faces.labels)
     trunk: torch.nn.Module = IResNet(
         (SIZE, SIZE), widths=(8, 16, 32), depths=(1, 1, 1), embedding_size=DIM
     )

@@ -37,7 +37,7 @@ def main() -> None:
         total = 0.0
         for images, labels in loader:  # (B, 32, 32, 1) bytes
             share = torch.distributions.Beta(0.2, 0.2).sample((len(images),))
-            mixed = sk.domain_mixup(images, images.flip(0), share)  # (B, 1, 32, 32), normalised
+            mixed = sk.domain_mixup(images, images.flip(0), share)  # (B, 1, 32, 32), normalized
             targets = torch.stack([labels, labels.flip(0)], dim=1)
             weights = torch.stack([share, 1 - share], dim=1)
             class_ids, targets = sk.sample_classes(targets, args.identities, num_sampled)

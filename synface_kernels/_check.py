@@ -52,7 +52,8 @@ def _shown(value: object) -> str:
 
 def require(condition: Tensor, message: str, values: Tensor) -> None:
     """That all of a condition holds: at once, naming the first value for which it does not, on a
-    CPU; without waiting, on a GPU."""
+    CPU; without waiting, on a GPU.
+    """
     if condition.device.type != "cpu":
         torch._assert_async(condition.all(), message)
     elif not bool(condition.all()):

@@ -90,7 +90,8 @@ def gathered(value: Tensor, group: Any) -> Tensor:
 
 class Gather(torch.autograd.Function):
     """Numbers of each rank: (P, …). A rank's gradient is that by its own numbers, in a result that
-    is the same on all ranks."""
+    is the same on all ranks.
+    """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:

@@ -50,7 +50,8 @@ if extension_error is not None:
 
 def cpu_isa() -> str:
     """The instruction set that the CPU kernels use: ``base``, ``avx2``, ``avx512``,
-    ``avx512_bf16`` or ``onednn_bf16``."""
+    ``avx512_bf16`` or ``onednn_bf16``.
+    """
     return torch.ops.synface_kernels._cpu_isa()
 
 

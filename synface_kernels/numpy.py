@@ -33,7 +33,7 @@ def domain_mixup(
     out_layout: Literal["NCHW", "NHWC"] = "NCHW",
     out: NDArray | None = None,
 ) -> NDArray:
-    """ψ·X_S + (1 − ψ)·X_R, normalised; bit for bit what `synface_kernels.domain_mixup` gives.
+    """ψ·X_S + (1 − ψ)·X_R, normalized; bit for bit what `synface_kernels.domain_mixup` gives.
 
     Args:
         synthetic: (B, H, W, C) images, or (B, C, H, W) with ``layout="NCHW"``; uint8 (standing for
@@ -156,7 +156,7 @@ def margin_cross_entropy_forward(
     """The margin softmax's pass over the classes, without their targets.
 
     Args:
-        input: (N, D) embeddings, float32 or float64; weight: (C, D) centres of the same dtype.
+        input: (N, D) embeddings, float32 or float64; weight: (C, D) centers of the same dtype.
         labels: (N, K) of an integer dtype that int64 holds, in [0, C), −1 where absent, distinct
             within a row. A row of −1 is left out: its results are 0.
         scale: s in (0, 1e6], the inverse temperature.
@@ -165,7 +165,7 @@ def margin_cross_entropy_forward(
     Returns:
         negative_lse (N,), log Σ exp(s·cos) over the classes that are no label of the row;
         negative_max (N,), their greatest cosine; both −∞ if there is none. target_cosine (N, K).
-        mean_center (N, D), their normalised centres averaged by softmax; (0, D) if not asked for.
+        mean_center (N, D), their normalized centers averaged by softmax; (0, D) if not asked for.
 
     Memory: O(N·D) and a workspace of a few MiB; never N×C.
 

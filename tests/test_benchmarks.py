@@ -131,11 +131,11 @@ def test_repulsion_peers_compute_what_ours_does(case, monkeypatch):
         torch.testing.assert_close(theirs, loss)
         torch.testing.assert_close(their_gradient, gradient, rtol=1e-4, atol=1e-7)
     if work.row_max:
-        torch.testing.assert_close(run("ours, neighbours")[0], loss)
+        torch.testing.assert_close(run("ours, neighbors")[0], loss)
 
 
 @pytest.mark.parametrize(("name", "module"), [("FAISS", "faiss"), ("KeOps", "pykeops")])
-def test_neighbour_searches_find_what_ours_does(name, module):
+def test_neighbor_searches_find_what_ours_does(name, module):
     pytest.importorskip(module)
     work = peers.RepulsionWorkload(dry(REPULSION), CPU)
     theirs = peers.find(REPULSION, name).build(work)()

@@ -144,7 +144,7 @@ def test_the_version_stands_in_one_place_only():
     assert not re.search(r"^version:", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
 
 
-def test_licence_is_the_whole_apache_licence():
+def test_license_is_the_whole_apache_license():
     text = (ROOT / "LICENSE").read_text()
     assert "Version 2.0, January 2004" in text
     assert "END OF TERMS AND CONDITIONS" in text

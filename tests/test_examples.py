@@ -173,7 +173,7 @@ def sampled_head_with_gradient():
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-def test_optimisers_with_decay_refuse_the_sparse_gradient_of_sampled_classes(optimizer):
+def test_optimizers_with_decay_refuse_the_sparse_gradient_of_sampled_classes(optimizer):
     head, loss = sampled_head_with_gradient()
     loss.backward()
     with pytest.raises(RuntimeError, match="sparse"):

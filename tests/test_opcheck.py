@@ -15,8 +15,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def margin_samples(dtype):
-    """Arguments of the core's forward pass: class ids, sub-centres, limit, sums come up once;
-    no workspace, one that is too small for all, and enough; a limit that leaves no negatives."""
+    """Arguments of the core's forward pass: class ids, sub-centers, limit, sums come up once;
+    no workspace, one that is too small for all, and enough; a limit that leaves no negatives.
+    """
     labels = torch.tensor([[0, 1], [8, -1], [-1, -1], [3, 4], [5, 0], [7, 2]])
     some = torch.tensor([0, 2, 3, 4, 5, 6, 7, 8])
     x = torch.randn(6, 8, dtype=dtype, requires_grad=True)
@@ -28,7 +29,7 @@ def margin_samples(dtype):
             x.detach(), w, some, labels[:, :1] % 8, 32.0, 0.3, False, False, 300, True, "cpu",
         ),
         "sums": (x, w, None, labels, 64.0, math.inf, True, True, 10**6, True, "cpu"),
-        "sub-centres": (x, m, some, labels % 8, 64.0, 0.3, True, False, 300, True, "cpu"),
+        "sub-centers": (x, m, some, labels % 8, 64.0, 0.3, True, False, 300, True, "cpu"),
         "no negatives": (x, m, some, labels % 8, 64.0, -1.1, True, False, 300, True, "cpu"),
     }  # fmt: skip
 

@@ -67,7 +67,7 @@ struct Split {
   float high, low;
 };
 
-// What elements are normalised with: exactly, and for estimates.
+// What elements are normalized with: exactly, and for estimates.
 struct Constants {
   const double *shift, *scale;
   const float *shift_high, *shift_low, *near_scale;

@@ -1,4 +1,4 @@
-// Threads are independent of one another: no shared memory, no synchronisation, no atomics. So the
+// Threads are independent of one another: no shared memory, no synchronization, no atomics. So the
 // same source also runs on a host, one thread after the other, where a test holds it to the CPU's
 // bits (tests/cuda/emulated.cpp, which defines SYNFACE_LAUNCH).
 #include "domain_mixup/cuda.h"

@@ -16,7 +16,7 @@ struct Blend {
   double psi, rest;
 };
 
-// How a channel is normalised: (x − shift)·scale; for bytes, shift = 255·mean and
+// How a channel is normalized: (x − shift)·scale; for bytes, shift = 255·mean and
 // scale = 1/(255·std).
 struct Affine {
   double shift, scale;

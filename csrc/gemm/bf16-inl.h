@@ -1,4 +1,4 @@
-// The product of bfloat16: that of cpu-inl.h, with pairs of neighbours along the depth in the place
+// The product of bfloat16: that of cpu-inl.h, with pairs of neighbors along the depth in the place
 // of its elements. One instruction adds both products of a pair to a float32.
 
 namespace synface {

@@ -474,7 +474,7 @@ class PairSum {
   std::vector<Pair<T>> pairs_;
 };
 
-// ---- nearest neighbours
+// ---- nearest neighbors
 // --------------------------------------------------------------------------
 
 // For each row all points that may be among its k nearest: whose computed cosine is no more than
@@ -774,7 +774,7 @@ void nearest_backward(const Problem& p, int64_t k, const int64_t* index, const d
   const Loops<T>& loops = SYNFACE_PICK(loops<T>);
   const int64_t n = p.x.rows.rows, dim = p.x.rows.cols;
   const Points& y = p.y ? *p.y : p.x;
-  // For each point the pairs in which it is the neighbour, in order.
+  // For each point the pairs in which it is the neighbor, in order.
   std::vector<int64_t> begin(y.rows.rows + 1, 0), chosen_by(n * k);
   for (int64_t pair = 0; pair < n * k; ++pair) ++begin[index[pair] + 1];
   for (int64_t j = 0; j < y.rows.rows; ++j) begin[j + 1] += begin[j];

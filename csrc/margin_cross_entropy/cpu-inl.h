@@ -1,4 +1,4 @@
-// The loops over one class's cosines or centre. Included once per instruction set by
+// The loops over one class's cosines or center. Included once per instruction set by
 // simd/foreach_isa.h; plain loops, which the compiler turns into that set's vectors.
 
 namespace synface::margin_cross_entropy {
@@ -44,7 +44,7 @@ void scale_each(T* values, const T* high, const T* low, int64_t n) {
   for (int64_t i = 0; i < n; ++i) values[i] = madd(values[i], high[i], values[i] * low[i]);
 }
 
-// A row of products, one centre against every embedding, to cosines
+// A row of products, one center against every embedding, to cosines
 template <class T>
 void cosines(T* values, Parts<T> inverse, int64_t n) {
 #pragma omp simd
@@ -58,7 +58,7 @@ void greatest(const T* values, T* most, int64_t n) {
   for (int64_t i = 0; i < n; ++i) most[i] = values[i] > most[i] ? values[i] : most[i];
 }
 
-// Of a class's sub-centres, rows of cosines `stride` apart, keeps the greatest, the first of
+// Of a class's sub-centers, rows of cosines `stride` apart, keeps the greatest, the first of
 // equals, and makes the others −∞. NaN stays.
 template <class T>
 void keep_greatest(T* values, int64_t stride, int64_t sub_centers, T* best, int64_t n) {

@@ -56,20 +56,20 @@ namespace synface::margin_cross_entropy {
 namespace {
 
 // A tile of classes × a block of rows: large enough that the products run at full speed, small
-// enough that their cosines stay in a core's cache. A class is a row of the tile: then the centres
+// enough that their cosines stay in a core's cache. A class is a row of the tile: then the centers
 // and the cosines are read as they lie, and the embeddings, packed once, serve every tile.
 constexpr int64_t kTile = 512;
 constexpr int64_t kBlock = 512;
 // Rows of a tile whose exponentials are added up before the sum goes into a double.
 constexpr int64_t kSummands = 16;
-// What all threads' partial mean centres may take together.
+// What all threads' partial mean centers may take together.
 constexpr int64_t kPartialBytes = int64_t(32) << 20;
 constexpr int64_t kTasksPerThread = 4;
 // Multiply-adds that are worth a task of their own, some tens of microseconds.
 constexpr int64_t kTaskWork = int64_t(1) << 21;
 constexpr double kNormMin = 1e-12;  // as in reference.py
 
-// Centres are counted through the classes that take part: centre c is of class c / M.
+// Centers are counted through the classes that take part: center c is of class c / M.
 const void* center_at(const Problem& p, int64_t c) {
   const int64_t m = p.sub_centers;
   return row_at(p.weight, p.class_ids ? p.class_ids[c / m] * m + c % m : c);
@@ -138,7 +138,7 @@ double square_norm(const Loops<T>& loops, T* values, int64_t n, double& shrink) 
 
 // Products are of T, or, where both matrices are bfloat16 and the CPU has instructions for it, of
 // bfloat16 (uint16_t), with sums in float32. Then nothing is rounded before the product: the
-// centres are what they are, and embeddings are scaled by powers of two.
+// centers are what they are, and embeddings are scaled by powers of two.
 bool multiplies_bf16(const Problem& p) {
   return p.input.dtype == Dtype::bf16 && p.weight.dtype == Dtype::bf16 && has_bf16_products();
 }
@@ -149,7 +149,7 @@ constexpr bool is_bf16 = std::is_same_v<Operand, uint16_t>;
 template <class Operand>
 constexpr bool is_halves = std::is_same_v<Operand, Halves>;
 
-// The rows that count, normalised, and where they came from. For products of bfloat16 also as
+// The rows that count, normalized, and where they came from. For products of bfloat16 also as
 // `bits`, of which a unit vector is high + low times as much; for those of halves, as bits and
 // rest.
 template <class T>
@@ -245,8 +245,8 @@ std::vector<Packed<Operand>> pack_blocks(const Embeddings<T>& x, Range rows, boo
   return blocks;
 }
 
-// A tile of centres as T, with their inverse norms, and as operands: as they came, or normalised
-// where these are halves. Centres that are T already, one after the other, are not copied, but in a
+// A tile of centers as T, with their inverse norms, and as operands: as they came, or normalized
+// where these are halves. Centers that are T already, one after the other, are not copied, but in a
 // tile where one of them is long: then it is shortened.
 template <class T, class Operand>
 class Centers {
@@ -304,7 +304,7 @@ class Centers {
   int64_t stride() const { return copied_ ? p_.weight.cols : p_.weight.stride; }
   const T* row(int64_t j) const { return data_ + j * stride(); }
   double inverse(int64_t j) const { return inverse_[j]; }
-  // What a row here is of the centre as it came: 1 but for a long one.
+  // What a row here is of the center as it came: 1 but for a long one.
   double shrink(int64_t j) const { return shrink_.empty() ? 1 : shrink_[j]; }
   auto operands() const {
     if constexpr (is_halves<Operand>)
@@ -322,7 +322,7 @@ class Centers {
     else
       return stride();
   }
-  // What normalises an operand.
+  // What normalizes an operand.
   double factor(int64_t j) const { return is_halves<Operand> ? 1 : inverse_[j]; }
 
  private:
@@ -356,15 +356,15 @@ class Centers {
   const T* data_ = nullptr;
   const uint16_t* bits_ = nullptr;
   int64_t size_ = 0, bits_stride_ = 0;
-  std::vector<double> shrink_;  // empty where no centre is long
+  std::vector<double> shrink_;  // empty where no center is long
 };
 
-// The products of a tile of n centres × a block of `count` embeddings, by operands of T, of
+// The products of a tile of n centers × a block of `count` embeddings, by operands of T, of
 // bfloat16, to which probabilities are rounded, or of halves.
 template <class T, class Operand>
 class Products {
  public:
-  // The most centres and embeddings that there are in a tile.
+  // The most centers and embeddings that there are in a tile.
   Products(const Embeddings<T>& x, const Loops<T>& loops, int64_t centers, int64_t embeddings)
       : x_(x), loops_(loops), bits_(0), rest_(0) {
     const int64_t room =
@@ -377,7 +377,7 @@ class Products {
     packed.fill(centers.operands(), centers.size(), x_.dim, centers.operand_stride(), 1);
   }
 
-  // tile = centres × unit embeddings, from the r0-th on
+  // tile = centers × unit embeddings, from the r0-th on
   void of_centers(const Centers<T, Operand>& centers, const Packed<Operand>& embeddings, int64_t r0,
                   T* tile, int64_t stride) const {
     const int64_t n = centers.size();
@@ -391,7 +391,7 @@ class Products {
     }
   }
 
-  // sums += tileᵀ × packed centres
+  // sums += tileᵀ × packed centers
   void add_transposed(const T* tile, int64_t stride, int64_t count, const Packed<Operand>& packed,
                       T* sums) const {
     if constexpr (kRounds) {
@@ -442,7 +442,7 @@ void for_labels_in(const int64_t* labels, int64_t k, Range classes, F&& visit) {
   }
 }
 
-// A tile of cosines, a row for each centre and a column for each embedding: −∞ where the centre is
+// A tile of cosines, a row for each center and a column for each embedding: −∞ where the center is
 // no negative of the embedding. So is a label's, one that another of its class outdoes, and one
 // over the limit; whoever reads a tile knows nothing of these.
 template <class T, class Operand>
@@ -572,7 +572,7 @@ void scan_classes(const Problem& p, const Loops<T>& loops, const Embeddings<T>& 
   }
 }
 
-// A row's own labels, one at a time, in double: its own embedding x and the label's centre w, as
+// A row's own labels, one at a time, in double: its own embedding x and the label's center w, as
 // they came, or shortened. visit(c, l, ⟨x, w⟩, ‖x‖, ‖w‖), c in the range; zero vectors are passed
 // over.
 template <class T>
@@ -658,7 +658,7 @@ void forward_by(const Problem& p, const Runtime& runtime, const Statistics<T>& o
 
   // A grid of row groups × class groups. Several tasks a thread, so that a core shared with other
   // programs (data-loader workers) holds nobody up. Each class group needs partial results for its
-  // rows; each row group reads all centres: so there are as many class groups as memory allows.
+  // rows; each row group reads all centers: so there are as many class groups as memory allows.
   const int64_t partial_bytes = x.count() * dim * int64_t(sizeof(T));
   const int64_t most_groups =
       out.mean_center ? std::max<int64_t>(1, kPartialBytes / partial_bytes) : p.classes;
@@ -754,8 +754,8 @@ void input_gradient(const Problem& p, const Loops<T>& loops, const Embeddings<T>
               p.input.dtype, dim);
 }
 
-// What the gradient of every centre needs of the rows that count, one element each; and the part
-// of it that is the same for all centres, from the sum of cosines, or nothing.
+// What the gradient of every center needs of the rows that count, one element each; and the part
+// of it that is the same for all centers, from the sum of cosines, or nothing.
 template <class T>
 struct Softmax {
   Softmax(const Problem& p, const Embeddings<T>& x, const Upstream<T>& from)

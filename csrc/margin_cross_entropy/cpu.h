@@ -12,11 +12,11 @@ namespace synface::margin_cross_entropy {
 
 struct Problem {
   Rows input;           // (N, D)
-  Rows weight;          // (C·M, D): the M sub-centres of a class one after the other
-  int64_t sub_centers;  // M; a class's cosine is its greatest sub-centre's, the first of equals
+  Rows weight;          // (C·M, D): the M sub-centers of a class one after the other
+  int64_t sub_centers;  // M; a class's cosine is its greatest sub-center's, the first of equals
   const int64_t* class_ids;  // (S,) rising classes that take part; null: all, S = C
   int64_t classes;           // S
-  const int64_t* labels;     // (N, K) in [0, S); −1 where absent, −2 where the label's centre is
+  const int64_t* labels;     // (N, K) in [0, S); −1 where absent, −2 where the label's center is
                              // elsewhere; a row of −1 is ignored
   int64_t labels_per_row;
   double scale;
@@ -27,7 +27,7 @@ struct Problem {
 };
 
 // The cosines of the first classes with all embeddings, as forward finds them, for backward to
-// read instead of multiplying again: −∞ where a centre is no negative of an embedding.
+// read instead of multiplying again: −∞ where a center is no negative of an embedding.
 template <class T>
 struct Kept {
   T* cosines = nullptr;  // (classes·M, N), a column for each row that counts; then zeros
@@ -44,8 +44,8 @@ struct Statistics {
   double* target_cosine;  // (N, K)
   double* filtered;       // (N,) how many classes the limit left out
   double* cosine_sum;     // (N,) over all classes, with center_sum
-  T* mean_center;         // (N, D) the negatives' normalised centres, averaged by softmax
-  double* center_sum;     // (D,) of all normalised centres
+  T* mean_center;         // (N, D) the negatives' normalized centers, averaged by softmax
+  double* center_sum;     // (D,) of all normalized centers
   Kept<T> kept = {};
 };
 template <class T>
@@ -64,8 +64,8 @@ struct Upstream {
   Kept<const T> kept = {};
 };
 
-// Takes the gradient of the centres of some of the S classes, contiguous and of the weight's dtype.
-// Nothing reads these centres any more. Several threads call it, for a tile of classes at a time.
+// Takes the gradient of the centers of some of the S classes, contiguous and of the weight's dtype.
+// Nothing reads these centers any more. Several threads call it, for a tile of classes at a time.
 using TakeRows = std::function<void(Range classes, const void* rows)>;
 
 // grad_input (N, D) and grad_rows (S·M, D) are contiguous, of their inputs' dtypes; either may be

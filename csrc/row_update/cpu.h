@@ -1,4 +1,4 @@
-// Optimiser steps on some rows of a matrix on a CPU: see
+// Optimizer steps on some rows of a matrix on a CPU: see
 // synface_kernels/ops/row_update/reference.py for what they compute. T is float or double, the type
 // of all arithmetic.
 #pragma once

@@ -1,5 +1,5 @@
 // 16-bit floating point to float and back, to nearest even, free of branches and of hardware
-// support, so that loops over them vectorise for every instruction set.
+// support, so that loops over them vectorize for every instruction set.
 #pragma once
 
 #include <bit>

@@ -110,8 +110,8 @@ def test_parts_add_up():
     parts = memory(settings)
     assert settings.classes == 2_500_001
     assert settings.sampled == 1_250_001
-    assert parts["centres"] == 2_500_001 * 64 * 4
-    assert parts["centres' gradient"] == 1_250_001 * 64 * 4
+    assert parts["centers"] == 2_500_001 * 64 * 4
+    assert parts["centers' gradient"] == 1_250_001 * 64 * 4
     found = plan(settings)
     assert found.total == sum(parts.values())
     assert found.fits
@@ -122,11 +122,11 @@ def test_parts_add_up():
 def test_a_fused_update_has_no_gradient():
     settings = Settings(1_000_000, gpus=2, optimizer="adamw")
     apart, fused = plan(settings), plan(replace(settings, fused_update=True))
-    gradient = apart.memory["centres' gradient"]
-    assert "centres' gradient" not in fused.memory
+    gradient = apart.memory["centers' gradient"]
+    assert "centers' gradient" not in fused.memory
     assert fused.total == apart.total - gradient
     rate = DEVICES[settings.device].bandwidth  # it is neither written nor read
-    assert apart.time["centres' update"].seconds - fused.time["centres' update"].seconds == (
+    assert apart.time["centers' update"].seconds - fused.time["centers' update"].seconds == (
         pytest.approx(gradient / rate)
     )
 

@@ -67,7 +67,7 @@ def test_the_loss_falls_and_the_report_says_so(tmp_path):
     assert result["loss"]["first"] == pytest.approx(sum(losses[:6]) / 6)
     assert result["loss"]["last"] == pytest.approx(sum(losses[-6:]) / 6)
     assert result["loss"]["last"] < result["loss"]["first"] / 2
-    # Who was never trained on is as far from its centre as ever.
+    # Who was never trained on is as far from its center as ever.
     assert result["loss"]["identities never trained on"] > result["loss"]["first"] - 5
     assert result["history"][-1]["accuracy"] > 0.9 > result["history"][0]["accuracy"]
     assert [row["step"] for row in result["history"] if "checkpoint" in row] == [25, 50]
@@ -126,7 +126,7 @@ def test_command_line_keeps_and_resumes(tmp_path):
     ]  # fmt: skip
     rest = ["--steps", "12", "--directory", "centers", "--output", "rest"]
     said = synface(tmp_path, *rest, code=2)
-    assert "centers holds centres" in said
+    assert "centers holds centers" in said
     synface(tmp_path, *rest, "--resume")
     losses = {
         name: [
@@ -209,7 +209,7 @@ def test_command_line_errors(tmp_path, monkeypatch):
     huge = ["--identities", "2G", "--dim", "4096"]
     assert "of memory are free: give a --directory" in error(*huge)
     assert "GiB are free" in error(*huge, "--directory", "centers")
-    assert "holds no centres" in error("--resume", "--directory", "centers")
+    assert "holds no centers" in error("--resume", "--directory", "centers")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -228,7 +228,7 @@ def test_configurations(options, error, message):
         replace(SMALL, **options)
 
 
-def test_centres_of_another_configuration():
+def test_centers_of_another_configuration():
     centers = Centers.create(replace(SMALL.centers, seed=6))
     with pytest.raises(ValueError, match="not of"):
         scale.run(SMALL, centers, steps=3)

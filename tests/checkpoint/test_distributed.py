@@ -240,7 +240,7 @@ def damaged(found: Path, rank: int, ranks: int) -> None:
     other["head"] = ShardedMarginHead(D, C + 1)
     refuses(r"model.head.weight must be torch.float32 \(38, 8\), got .* \(37, 8\)", other, None)
     head = torch.optim.SGD(model["head"].parameters(), 0.1)
-    refuses("of another optimiser: optimizer.backbone.weight", model, head)
+    refuses("of another optimizer: optimizer.backbone.weight", model, head)
 
     file = next(iter(sorted(found.glob("*.safetensors"))))
     good = file.read_bytes()

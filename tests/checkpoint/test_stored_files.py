@@ -1,5 +1,6 @@
 """Files that are written have the mode that the umask leaves; files and sizes that are asked for
-are bounded before they take memory."""
+are bounded before they take memory.
+"""
 
 import contextlib
 import json

@@ -125,7 +125,7 @@ def test_reports_are_written_in_any_locale(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from synface.reporting.plots import write_page
+from synface.reporting.page import write_page
 write_page(Path("page.md"), "0.9 \\xb1 0.1, " + sys.argv[1])
 """
     done = subprocess.run(
@@ -186,20 +186,24 @@ skimage from synface.data import embedded_faces; embedded_faces()
 safetensors from synface.common.files import write_tensors; write_tensors(Path("x"), {})
 safetensors from synface.synthesis import read_embeddings; read_embeddings(Path("x.safetensors"))
 matplotlib from synface.reporting.plots import loss_curve; loss_curve([], Path("x"))
-matplotlib from synface.bench.scale import write_report; write_report({}, Path("x"))
-matplotlib from synface.synthesis.packing.plot import plot; plot([], Path("x"))
-matplotlib from synface.evaluation.report import curves; curves([], Path("x"), det=True)
+matplotlib from synface.reporting.plots import figure; figure(1, 1)
+matplotlib from synface.reporting.plots import roc_curves; roc_curves([], Path("x"), det=True)
+markdown_it from synface.reporting.page import write_page; write_page(Path("x.html"), "")
 scipy from synface.synthesis.packing.bounds import random_worst; random_worst(9, 4)
 scipy from synface.synthesis.packing.bounds import best; best(9, 4)
 tomli_w from synface.common.toml import write_toml; write_toml(Path("x"), {})
-tomli_w from synface.recipes import config, study; config.to_toml(study.load_config(None))
+tomli_w from synface.common.config import to_toml; to_toml(Curve())
 pyarrow from synface.data import open_images; open_images("x.parquet")
 onnxruntime from synface.synthesis.generators import open_generator; open_generator("x.onnx", 8)
 tensorboard from synface.training.loop import _tensorboard; _tensorboard(Path("x"), 0).__enter__()
 """.strip().splitlines()
 RUN_USES = """
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+@dataclass
+class Curve:
+    bins: int = 1
 for use in sys.argv[1:]:
     try:
         exec(use.partition(" ")[2])
@@ -230,6 +234,7 @@ def test_every_import_of_an_extras_package_says_what_to_install():
 
     extras = read_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
     modules = {"pillow": "PIL", "scikit-image": "skimage", "tomli-w": "tomli_w"}
+    modules["markdown-it-py"] = "markdown_it"
     homes = {
         modules.get(name, name): extra
         for extra in ("train", "onnx", "parquet", "tensorboard")

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from synface.data import Augment, DataError, Faces, embedded, embedded_faces, normalise, read_folder
+from synface.data import Augment, DataError, Faces, embedded, embedded_faces, normalize, read_folder
 from synface.data.formats import decode
 from synface.data.loading.augment import warp
 
@@ -29,7 +29,7 @@ def picture(height: int = 20, width: int = 16, mode: str = "L", seed: int = 0) -
 
 @pytest.fixture
 def people(tmp_path: Path) -> Path:
-    """Three people with two grey images each."""
+    """Three people with two grayscale images each."""
     root = tmp_path / "people"
     for i in range(6):
         path = root / f"s{i // 2 + 9}" / f"{i % 2 + 9}.png"
@@ -81,19 +81,19 @@ def test_hidden_and_other_files_are_ignored(people):
 def test_every_known_format_is_read(people, extension):
     path = people / "s9" / f"new.{extension}"
     picture(mode="RGB" if extension == "ppm" else "L").save(path)
-    faces = read_folder(people, grey=True)
+    faces = read_folder(people, grayscale=True)
     assert len(faces) == 7
     written = Image.open(path).convert("L")
     np.testing.assert_array_equal(faces.images[2, :, :, 0], np.asarray(written))
 
 
-def test_one_coloured_image_makes_all_rgb(people):
-    picture(mode="RGB").save(people / "s10" / "colour.png")
+def test_one_colored_image_makes_all_rgb(people):
+    picture(mode="RGB").save(people / "s10" / "color.png")
     faces = read_folder(people)
     assert faces.images.shape == (7, 20, 16, 3)
     assert torch.equal(faces.images[0, :, :, 0], faces.images[0, :, :, 2])
     assert not torch.equal(faces.images[4, :, :, 0], faces.images[4, :, :, 2])
-    assert read_folder(people, grey=True).images.shape == (7, 20, 16, 1)
+    assert read_folder(people, grayscale=True).images.shape == (7, 20, 16, 1)
 
 
 @pytest.mark.parametrize("mode", ["1", "LA", "P", "RGBA", "CMYK"])
@@ -114,7 +114,7 @@ def test_shrinking_is_antialiased(people):
     Image.fromarray(stripes).save(people / "s9" / "0.png")
     image = read_folder(people, size=(20, 16)).images[0].float()
     assert image.mean() == pytest.approx(127.5, abs=1)
-    assert image.std() < 30  # nearest neighbours would leave bands of 0 or 255
+    assert image.std() < 30  # nearest neighbors would leave bands of 0 or 255
 
 
 def test_exif_orientation_is_applied(people):
@@ -145,7 +145,7 @@ def test_an_interrupt_ends_the_reading(people, monkeypatch):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        read_folder(people, size=(2000, 2000), grey=True, progress=interrupt)
+        read_folder(people, size=(2000, 2000), grayscale=True, progress=interrupt)
     assert len(decoded) < 300
 
 
@@ -440,7 +440,7 @@ def test_an_embedded_file_that_is_not_as_expected(tmp_path, monkeypatch, content
         embedded_faces()
 
 
-# -- normalisation and augmentation
+# -- normalization and augmentation
 
 
 def batch(n: int = 6, height: int = 20, width: int = 14, channels: int = 3) -> torch.Tensor:
@@ -448,19 +448,19 @@ def batch(n: int = 6, height: int = 20, width: int = 14, channels: int = 3) -> t
     return torch.randint(0, 256, (n, height, width, channels), generator=g, dtype=torch.uint8)
 
 
-def test_normalise():
+def test_normalize():
     x = batch()
     want = ((x.double() / 255 - 0.5) / 0.5).permute(0, 3, 1, 2)
-    got = normalise(x)
+    got = normalize(x)
     assert got.dtype == torch.float32
     assert got.is_contiguous()
     torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=0)
-    ends = normalise(torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2, 1))
+    ends = normalize(torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 2, 1))
     assert ends.flatten().tolist() == [-1.0, 1.0]
     with pytest.raises(ValueError, match=r"images must be uint8.*got float32 \(6, 20, 14, 3\)"):
-        normalise(x.float())
+        normalize(x.float())
     with pytest.raises(ValueError, match=r"\(B, H, W, C\), got uint8 \(20, 14, 3\)"):
-        normalise(x[0])
+        normalize(x[0])
 
 
 def test_augmentation_comes_from_the_generator_alone():
@@ -477,14 +477,14 @@ def test_augmentation_comes_from_the_generator_alone():
     assert a.abs().max() <= 1.0
 
 
-def test_augmentation_of_no_strength_is_normalisation():
-    assert torch.equal(Augment(0.0)(batch(), torch.Generator()), normalise(batch()))
+def test_augmentation_of_no_strength_is_normalization():
+    assert torch.equal(Augment(0.0)(batch(), torch.Generator()), normalize(batch()))
 
 
 def test_augmentation_grows_with_strength():
     x = embedded_faces(1, 32).images
     change = [
-        float((Augment(s)(x, torch.Generator().manual_seed(0)) - normalise(x)).abs().mean())
+        float((Augment(s)(x, torch.Generator().manual_seed(0)) - normalize(x)).abs().mean())
         for s in (0.0, 0.1, 0.5, 1.0)
     ]
     assert change == sorted(change)
@@ -510,7 +510,7 @@ def warped(x, angle=0.0, zoom=1.0, shift=(0.0, 0.0), flip=False):
 
 
 def test_warp_is_what_it_says():
-    x = normalise(batch())
+    x = normalize(batch())
     close = {"atol": 1e-4, "rtol": 0}
     torch.testing.assert_close(warped(x), x, **close)
     torch.testing.assert_close(warped(x, flip=True), x.flip(-1), **close)

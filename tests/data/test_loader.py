@@ -123,13 +123,13 @@ def test_a_domain_may_be_in_memory(synthetic, real):
     assert_same(on_disk, batches(*sets, 5, last_step=3))
 
 
-def test_size_and_colour_are_found_out(synthetic, real, tmp_path):
-    coloured = folder(tmp_path / "coloured", 2, 2, seed=3, mode="RGB")
+def test_size_and_color_are_found_out(synthetic, real, tmp_path):
+    colored = folder(tmp_path / "colored", 2, 2, seed=3, mode="RGB")
     with TwoDomainLoader(synthetic, real, 4) as loader:
         assert loader.image_shape == (20, 18, 1)  # the first synthetic image's
-    with TwoDomainLoader(synthetic, coloured, 4) as loader:
+    with TwoDomainLoader(synthetic, colored, 4) as loader:
         assert loader.image_shape == (20, 18, 3)
-    with TwoDomainLoader(synthetic, coloured, 4, grey=True, size=(8, 9)) as loader:
+    with TwoDomainLoader(synthetic, colored, 4, grayscale=True, size=(8, 9)) as loader:
         assert loader.image_shape == (8, 9, 1)
         _, pairs = next(loader)
         assert pairs.real.shape == (4, 8, 9, 1)
@@ -402,7 +402,7 @@ def truncate(file: Path) -> None:
     ],
 )
 def test_a_damaged_file_is_named_when_its_batch_is_due(synthetic, real, damage, message):
-    options = {"size": (20, 18), "grey": True}
+    options = {"size": (20, 18), "grayscale": True}
     whole = batches(synthetic, real, 5, last_step=1, **options)
     files = list_folder(synthetic)
     file = files.store.path(CycledOrder(12, 6)(0, 7)[0])  # of the second batch
@@ -449,7 +449,7 @@ def test_settings_that_make_no_sense(synthetic, real):
         ((synthetic, real), bfloat, "contiguous float32 .* got dtype torch.bfloat16"),
         ((small, big), {}, r"one shape .* expected \(16, 16, 1\), got \(20, 20, 1\) from scikit"),
         ((small, real), {"size": (8, 8)}, r"expected \(8, 8, 1\), got \(16, 16, 1\)"),
-        ((small, real), {"grey": False}, r"expected \(16, 16, 3\), got \(16, 16, 1\)"),
+        ((small, real), {"grayscale": False}, r"expected \(16, 16, 3\), got \(16, 16, 1\)"),
         ((small, empty), {}, r"real holds no images \(nowhere\)"),
         ((synthetic, real / "p0"), {}, "holds 0 identity folders"),
         ((synthetic, real / "missing"), {}, "does not exist"),

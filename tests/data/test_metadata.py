@@ -242,8 +242,8 @@ def deep_tiff() -> bytes:
     [
         ("rgb.png", deep_png(2, 3)),
         ("rgba.png", deep_png(6, 4)),
-        ("grey-alpha.png", deep_png(4, 2)),
-        ("grey.png", deep_png(0, 1)),
+        ("gray-alpha.png", deep_png(4, 2)),
+        ("grayscale.png", deep_png(0, 1)),
         ("rgb.tif", deep_tiff()),
         ("rgb.ppm", b"P6 2 1 65535\n" + bytes(12)),
         ("plain.ppm", b"P3 1 1 1023\n1 2 3\n"),

@@ -49,7 +49,7 @@ def flat(batch: int) -> Tensor:
 
 
 def expected(first: Tensor, second: Tensor, share: Tensor, mean: float, std: float) -> Tensor:
-    """λ·X + (1 − λ)·X', normalised, of NHWC bytes: NCHW in float64."""
+    """λ·X + (1 − λ)·X', normalized, of NHWC bytes: NCHW in float64."""
     share = share.double().view(-1, 1, 1, 1)
     mixed = (share * first.double() + (1 - share) * second.double()) / 255
     return ((mixed - mean) / std).permute(0, 3, 1, 2)
@@ -134,7 +134,7 @@ def test_distribution_errors(make, error, message):
     "margin", [sk.ArcFace(), sk.CosFace(32.0, 0.2), sk.CombinedMargin(16.0, 1.1, 0.3, 0.1)]
 )
 def test_two_calls_equal_three_classifiers(margin):
-    """z = Σ_k t_k·(logits with the margin at label k), L = Σ_k t_k·CE(z, label k), in float64."""
+    """Z = Σ_k t_k·(logits with the margin at label k), L = Σ_k t_k·CE(z, label k), in float64."""
     batch, num_synthetic, num_real, size = 12, 7, 5, (4, 5, 3)
     count = num_synthetic + num_real
     alpha = torch.randn(batch, 6, dtype=torch.float64, requires_grad=True)
@@ -480,7 +480,7 @@ def test_cutmix_weighs_by_the_pixels_kept(batch, per_sample, layout):
 
 
 def test_boxes_are_where_the_definition_puts_them():
-    """With λ = ½ in 6×7 pixels: 4×4, round each of the 42 centres alike, cut off at the borders."""
+    """With λ = ½ in 6×7 pixels: 4×4, round each of the 42 centers alike, cut off at the borders."""
     batch = 4200
     height, width = SIZE
     definition = Counter(

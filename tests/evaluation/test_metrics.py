@@ -12,7 +12,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.metrics import auc, roc_auc_score, roc_curve
-from synface.data import normalise, read_folder
+from synface.data import normalize, read_folder
 from synface.evaluation.metrics import (
     Verification,
     _best_threshold,
@@ -31,8 +31,8 @@ def people(count: int, each: int, spread: float, dim: int = 8, seed: int = 0):
     """Embeddings around one random direction per person, and their labels."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.arange(count).repeat_interleave(each)
-    centres = torch.randn(count, dim, generator=g)
-    return centres[labels] + spread * torch.randn(len(labels), dim, generator=g), labels
+    centers = torch.randn(count, dim, generator=g)
+    return centers[labels] + spread * torch.randn(len(labels), dim, generator=g), labels
 
 
 def pair_scores(embeddings: torch.Tensor, labels: torch.Tensor):
@@ -233,7 +233,7 @@ def images(n: int = 7) -> torch.Tensor:
     return torch.randint(0, 256, (n, 6, 5, 1), generator=g, dtype=torch.uint8)
 
 
-def test_embed_is_the_normalised_sum_of_both_sides():
+def test_embed_is_the_normalized_sum_of_both_sides():
     net, x = Net(), images()
     got = embed(net, x, batch_size=3)
     plain = embed(net, x, flip=False)
@@ -242,7 +242,7 @@ def test_embed_is_the_normalised_sum_of_both_sides():
     assert not net.frozen.training  # it was not before either
     net.eval()
     with torch.no_grad():
-        one, other = net(normalise(x)), net(normalise(x.flip(2)))
+        one, other = net(normalize(x)), net(normalize(x.flip(2)))
     torch.testing.assert_close(got, nn.functional.normalize(one + other))
     torch.testing.assert_close(plain, nn.functional.normalize(one))
     assert got.dtype == torch.float32
@@ -278,7 +278,7 @@ def test_embed_refuses():
 # -- pixels
 
 
-def test_pixel_embeddings_are_centred_unit_rows():
+def test_pixel_embeddings_are_centered_unit_rows():
     x = images()
     own = pixel_embeddings(x)
     assert own.shape == (7, 30)

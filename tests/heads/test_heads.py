@@ -223,7 +223,7 @@ def test_bfloat16_embeddings_and_strides(kind):
 
 @pytest.mark.parametrize("kind", [MarginHead, AdaFace, MagFace])
 def test_sub_centers(kind):
-    """A class's cosine is its best sub-centre's; the others get no gradient."""
+    """A class's cosine is its best sub-center's; the others get no gradient."""
     head = kind(D, C, sub_centers=3, init_std=1.0).double().eval()
     assert head.weight.shape == (C, 3, D)
     assert "sub_centers=3" in repr(head)

@@ -1,4 +1,4 @@
-"""Heads whose backward pass steps the centres: the bits of the optimiser's own step after it."""
+"""Heads whose backward pass steps the centers: the bits of the optimizer's own step after it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADS: dict[str, Callable[[], Any]] = {
     "margin": lambda: MarginHead(D, C),
     "workspace": lambda: MarginHead(D, C, workspace=10**6),
     "bfloat16": lambda: MarginHead(D, C, dtype=torch.bfloat16),
-    "sub-centres": lambda: MarginHead(D, C, sub_centers=3),
+    "sub-centers": lambda: MarginHead(D, C, sub_centers=3),
     "adaface": lambda: AdaFace(D, C),
     "magface": lambda: MagFace(D, C),
     "partial": lambda: PartialFC(sk.ArcFace(), D, C, sample_rate=0.3),
@@ -109,5 +109,5 @@ def test_what_cannot_be_fused() -> None:
         head.fuse(optimizer)
     assert head.weight.requires_grad
     stranger: Tensor = head.weight
-    with pytest.raises(ValueError, match="parameter must be one of this optimiser's"):
+    with pytest.raises(ValueError, match="parameter must be one of this optimizer's"):
         optimizer.next_update(stranger)

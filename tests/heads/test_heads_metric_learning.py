@@ -68,7 +68,7 @@ def assert_equal(ours, theirs, x, labels, *rest, rtol=1e-9):
 @pytest.mark.parametrize("options", [{}, {"margin": 0.2, "scale": 10}, {"scale": 1.0}])
 def test_loss_and_gradients_are_theirs(pair, options):
     ours, theirs = both(pair, **options)
-    torch.testing.assert_close(ours.W, theirs.W, rtol=0, atol=0)  # the same seed, the same centres
+    torch.testing.assert_close(ours.W, theirs.W, rtol=0, atol=0)  # the same seed, the same centers
     for _ in range(3):
         x, labels = batch()
         assert_equal(ours, theirs, x, labels)
@@ -401,7 +401,7 @@ def test_bad_labels_are_errors_and_ignored_rows_do_not_count():
     torch.testing.assert_close(ours(x, some), ours(x[:4], labels[:4]))
 
 
-def test_centres_keep_their_dtype():
+def test_centers_keep_their_dtype():
     ours = ArcFaceLoss(C, D)
     x, labels = batch(torch.float16)
     loss = ours(x, labels)

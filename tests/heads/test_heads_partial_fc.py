@@ -38,7 +38,8 @@ def batch(dtype=torch.float64, n=N):
 
 def insightface(x, weight, labels, margin):
     """The mean loss that insightface defines (since 2022): a margin changes the target's cosine by
-    a constant, as far as gradients know; a filtered negative has the constant cosine 0."""
+    a constant, as far as gradients know; a filtered negative has the constant cosine 0.
+    """
     cosine = (normalize(x) @ normalize(weight).T).clamp(-1, 1)
     positive = torch.zeros_like(cosine, dtype=torch.bool).scatter(1, labels[:, None], True)
     if margin.interclass_filtering_threshold > 0:
@@ -225,7 +226,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_any_optimiser(name):
+def test_any_optimizer(name):
     make, sparse = OPTIMIZERS[name]
     head = PartialFC(sk.ArcFace(16, 0.2), D, C, 0.8, sparse=sparse)
     optimizer = make(head.parameters())
@@ -275,7 +276,7 @@ REFUSING = {
 
 @pytest.mark.parametrize("with_closure", [False, True])
 @pytest.mark.parametrize("name", REFUSING)
-def test_optimisers_that_refuse_sparse_gradients_say_what_to_do(name, with_closure):
+def test_optimizers_that_refuse_sparse_gradients_say_what_to_do(name, with_closure):
     head = PartialFC(combined(64, 1, 0.5, 0), D, C, 0.3)
     optimizer = REFUSING[name](head.parameters())
     before = head.weight.detach().clone()
@@ -301,7 +302,7 @@ def test_optimisers_that_refuse_sparse_gradients_say_what_to_do(name, with_closu
     assert not torch.equal(head.weight, before)
 
 
-def test_optimisers_of_others_sparse_gradients_are_left_alone():
+def test_optimizers_of_others_sparse_gradients_are_left_alone():
     head = PartialFC(sk.ArcFace(), D, C, 0.3)
     head(*batch(torch.float32)).backward()
     embedding = torch.nn.Embedding(4, 2, sparse=True)
@@ -332,7 +333,7 @@ def test_their_state_dict_loads():
     assert (head.weight == 1).all()
 
 
-def test_initial_centres_are_theirs():
+def test_initial_centers_are_theirs():
     torch.manual_seed(4)
     head = PartialFC(sk.ArcFace(), D, C)
     torch.manual_seed(4)
@@ -476,7 +477,7 @@ for name in one:
 """  # fmt: skip
 
 
-def test_fifty_steps_twice_give_the_same_centres():
+def test_fifty_steps_twice_give_the_same_centers():
     names = {}
     exec(compile(TRAINING, "training", "exec"), names)
     one, two = names["Run"](), names["Run"]()
@@ -489,7 +490,7 @@ def test_fifty_steps_twice_give_the_same_centres():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_kill_9_and_resume_give_the_same_centres(tmp_path):
+def test_kill_9_and_resume_give_the_same_centers(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
     deadline = time.monotonic() + 120
     while (

@@ -48,8 +48,9 @@ def make(rank, rate, **options):
 
 
 def steps(rank, ranks):
-    """Two steps of a backbone under DDP and a head, at each sampling rate: centres, backbone and
-    losses after them; then what is wrong on one rank."""
+    """Two steps of a backbone under DDP and a head, at each sampling rate: centers, backbone and
+    losses after them; then what is wrong on one rank.
+    """
     images, labels = data(ranks)[rank]
     results = []
     for rate in (1.0, 0.5):
@@ -177,7 +178,7 @@ def test_a_group_of_one_is_none(tmp_path):
 
 
 def starts(rank, ranks):
-    """A sharded head's beginning, and a head under DDP whose centres are every rank's."""
+    """A sharded head's beginning, and a head under DDP whose centers are every rank's."""
     torch.manual_seed(7)
     head = PartialFC(MARGIN, D, 10, group=dist.group.WORLD)
     whole = DistributedDataParallel(ArcFaceLoss(10, D))

@@ -1,4 +1,4 @@
-"""Class centres whose optimiser steps are taken in the backward pass, or after it."""
+"""Class centers whose optimizer steps are taken in the backward pass, or after it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MARGIN = sk.CombinedMargin(16.0, 1.0, 0.3, 0.1)
 
 
 class Centers:
-    """Centres with their optimiser's states, and steps on them."""
+    """Centers with their optimizer's states, and steps on them."""
 
     def __init__(
         self, shape: tuple[int, ...], dtype: torch.dtype, rule: str, seed: int | None = None

@@ -31,8 +31,8 @@ def _rows(values: object) -> Tensor:
 
 def simplex(dim: int) -> Tensor:
     """d+1 points, all cosines −1/d: the unit vectors of R^(d+1) seen from their mean."""
-    centred = torch.eye(dim + 1, dtype=torch.float64) - 1 / (dim + 1)
-    return _unit(centred @ _complement(torch.ones(dim + 1, dtype=torch.float64)))
+    centered = torch.eye(dim + 1, dtype=torch.float64) - 1 / (dim + 1)
+    return _unit(centered @ _complement(torch.ones(dim + 1, dtype=torch.float64)))
 
 
 def orthoplex(dim: int) -> Tensor:
@@ -72,7 +72,7 @@ def e8() -> Tensor:
 
 
 def derived(code: Tensor) -> Tensor:
-    """The neighbours of the first point, seen from it: a code in one dimension less.
+    """The neighbors of the first point, seen from it: a code in one dimension less.
 
     E8 gives (56, 7), that (27, 6), that (16, 5).
     """

@@ -38,7 +38,7 @@ def pair(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Ten
 
 
 def plain(s: Tensor, r: Tensor, psi: Tensor, mean: float, std: float) -> Tensor:
-    """NHWC bytes to normalised NCHW by the formula as it is written down, in float64."""
+    """NHWC bytes to normalized NCHW by the formula as it is written down, in float64."""
     share = psi.double().view(-1, 1, 1, 1)
     mixed = (share * (s.double() / 255) + (1 - share) * (r.double() / 255)).permute(0, 3, 1, 2)
     return (mixed - mean) / std
@@ -126,11 +126,11 @@ def test_every_pair_of_bytes_is_exact(name: str, mean: float, std: float) -> Non
         if dtype == F32:
             assert torch.equal(got, exact.float())
             continue
-        # Correctly rounded: no neighbour is nearer, and a tie goes to the even one.
+        # Correctly rounded: no neighbor is nearer, and a tie goes to the even one.
         error = (got.double() - exact).abs()
         for way in (torch.inf, -torch.inf):
-            neighbour = torch.nextafter(got, torch.full_like(got, way)).double()
-            other = (neighbour - exact).abs()
+            neighbor = torch.nextafter(got, torch.full_like(got, way)).double()
+            other = (neighbor - exact).abs()
             even = (got.view(torch.int16) & 1) == 0
             assert ((error < other) | ((error == other) & even)).all()
 
@@ -159,7 +159,7 @@ def test_estimates_do_not_show(name: str) -> None:
     rng = torch.Generator().manual_seed(3)
     s, r = pair((16, 64, 67, 3), U8)
     s[8:12] = r[8:12]  # then ψ has no say
-    s[12:] = 255 - r[12:]  # mid-grey at ψ = ½: results of 0 and about 0
+    s[12:] = 255 - r[12:]  # mid-grayscale at ψ = ½: results of 0 and about 0
     for share in (None, 0.5, 1e-300, 2.0**-17, 1 - 2.0**-53):
         psi = torch.rand(16, generator=rng, dtype=F64) if share is None else share
         for mean, std in (

@@ -53,7 +53,7 @@ def as_written(energy, cosine: Tensor) -> Tensor:
 
 
 def points(n: int, m: int | None, d: int, dtype: torch.dtype, seed: int = 0):
-    """x and y, float64 but exact in dtype."""
+    """X and y, float64 but exact in dtype."""
     g = torch.Generator().manual_seed(seed + n + 31 * d)
     x = torch.randn(n, d, generator=g).to(dtype).double()
     return x, None if m is None else torch.randn(m, d, generator=g).to(dtype).double()
@@ -75,7 +75,8 @@ def sharpness(energy) -> float:
 
 def slopes(x, y, energy) -> tuple[float, ...]:
     """Sizes of what is summed up: Σ |∂E/∂c_ij| over all pairs, and, of x and of y, the greatest
-    over a row, divided by its norm (of which the part along the point is taken out)."""
+    over a row, divided by its norm (of which the part along the point is taken out).
+    """
     cosine = F.normalize(x) @ F.normalize(x if y is None else y).T
     cosine.requires_grad_()
     pairs = cosine.flatten()
@@ -430,7 +431,7 @@ def test_near_duplicates_lose_no_digits(energy, distance):
         assert error < 2e-6, error
 
 
-# ---- nearest neighbours --------------------------------------------------------------------------
+# ---- nearest neighbors --------------------------------------------------------------------------
 
 
 def expected_neighbors(x, y, k, dtype):

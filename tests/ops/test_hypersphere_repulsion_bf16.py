@@ -1,5 +1,6 @@
 """The search by products of bfloat16 finds what the search by products of float32 finds, to the
-last bit, wherever the points lie."""
+last bit, wherever the points lie.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def in_a_cone(n: int, d: int, seed: int) -> Tensor:
 
 def beside_midpoints(n: int, d: int, seed: int) -> Tensor:
     """Coordinates just above or just below the middle of two numbers of bfloat16, a point's all on
-    one side or on both, so that all their errors add up."""
+    one side or on both, so that all their errors add up.
+    """
     middle = (1 + 2**-8) * 2 ** -round(1 + torch.tensor(d).log2().item() / 2)
     above = noise(n, 1, seed).sign() if seed % 2 else noise(n, d, seed).sign()
     rows = middle * (1 + 1e-4 * above * noise(n, d, seed + 1).abs())
@@ -103,7 +105,8 @@ def test_any_points(kind, n, m, d, k, seed):
 
 def test_rounding_against_the_nearest():
     """The nearest is rounded away from the point, the second nearest towards it: by products of
-    rounded vectors the order is the other one."""
+    rounded vectors the order is the other one.
+    """
     d, n = 100, 1000
     middle = (1 + 2**-8) * 2**-4
     rows = noise(n, d, 0) / 20
@@ -123,7 +126,7 @@ def test_rounding_against_the_nearest():
 
 
 def test_packed_points():
-    """As an optimiser leaves them: hundreds of neighbours nearly as near as the nearest."""
+    """As an optimizer leaves them: hundreds of neighbors nearly as near as the nearest."""
     x = F.normalize(noise(1200, 48, 0)).requires_grad_()
     optimizer = torch.optim.Adam([x], lr=0.01)
     for _ in range(40):

@@ -38,7 +38,7 @@ CASES = [c for c in CASES if c[4] == "mean" or c[:2] == (torch.float64, "apart")
 
 
 def points(kind: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and y. Those of the lattice have many equal distances, and some coincide."""
+    """X and y. Those of the lattice have many equal distances, and some coincide."""
     generator = torch.Generator().manual_seed(0)
     if kind == "apart":
         rows = torch.randn(N + M, D, generator=generator, dtype=torch.float64)

@@ -298,7 +298,7 @@ def test_gradcheck_with_margins_per_sample(impl):
     assert torch.autograd.gradcheck(f, inputs)
 
 
-# ---- sub-centres, the inter-class filter, label smoothing ----------------------------------------
+# ---- sub-centers, the inter-class filter, label smoothing ----------------------------------------
 
 FILTERED = {
     "drop": sk.ArcFace(interclass_filter=0.05),
@@ -314,7 +314,7 @@ def products_of(dtype: torch.dtype, isa: str) -> torch.dtype | None:
 
 
 def problem_of(n: int, c: int, m: int, d: int, k: int, dtype: torch.dtype):
-    """A problem with m sub-centres for each class."""
+    """A problem with m sub-centers for each class."""
     x, w, target, t, upstream = problem(n, c * m, d, k, dtype)
     return x, w.reshape(c, m, d), target % c, t, upstream
 
@@ -465,10 +465,10 @@ def test_smoothing_is_torchs(impl):
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
-@pytest.mark.parametrize("case", ["smoothing", "drop", "zero", "sub-centres"])
+@pytest.mark.parametrize("case", ["smoothing", "drop", "zero", "sub-centers"])
 def test_gradcheck_of_the_options(case, impl):
-    x, w, target, t, _ = problem_of(5, 7, 2 if case == "sub-centres" else 1, 4, 2, torch.float64)
-    w = w if case == "sub-centres" else w.flatten(0, 1)
+    x, w, target, t, _ = problem_of(5, 7, 2 if case == "sub-centers" else 1, 4, 2, torch.float64)
+    w = w if case == "sub-centers" else w.flatten(0, 1)
     limit = 0.3 if case in ("drop", "zero") else None
     mode = case if limit else "drop"
     margin = sk.CombinedMargin(
@@ -622,7 +622,7 @@ def test_the_loss_does_not_depend_on_norms(factor):
     torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_far_from_every_centre_keep_their_loss():
+def test_rows_far_from_every_center_keep_their_loss():
     """All cosines near −1: a constant shift of the exponent would underflow to log 0."""
     g = torch.Generator().manual_seed(0)
     w = torch.randn(3000, 16, generator=g) * 0.01
@@ -663,7 +663,7 @@ OPTIONS = {
     "smoothing": {"label_smoothing": 0.1},
     "drop": {"margin": FILTERED["drop"]},
     "zero": {"margin": FILTERED["zero"]},
-    "sub-centres": {},
+    "sub-centers": {},
 }
 
 
@@ -671,8 +671,8 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_non_finite_row_that_nobody_asks_for_changes_nothing(value, name, impl):
-    """Not the other rows, nor the centres; nor does it where the margins of its row are NaN."""
-    m = 2 if name == "sub-centres" else 1
+    """Not the other rows, nor the centers; nor does it where the margins of its row are NaN."""
+    m = 2 if name == "sub-centers" else 1
     x, w, target, t, upstream = problem_of(6, 700, m, 8, 2, torch.float32)
     w = w if m > 1 else w.flatten(0, 1)
     upstream[2] = 0
@@ -719,7 +719,7 @@ def test_non_contiguous_inputs():
 @pytest.mark.parametrize("name", OPTIONS)
 def test_two_runs_agree_bitwise(name):
     case = problem_of(130, 1500, 2, 64, 2, torch.float32)
-    if name != "sub-centres":
+    if name != "sub-centers":
         case = (case[0], case[1].flatten(0, 1), *case[2:])
     options = {"margin": COMBINED, **OPTIONS[name]}
     first = run(*case, torch.float32, **options)
@@ -763,7 +763,7 @@ def test_only_what_is_asked_for_is_computed():
         assert [tuple(v.shape) for v in grads] == [
             tuple(v.shape) if need else (0,) for v, need in zip((x, w), needs, strict=True)
         ]
-    x.requires_grad_()  # frozen centres
+    x.requires_grad_()  # frozen centers
     sk.margin_cross_entropy(x, w, target).backward()
     assert x.grad is not None
     assert w.grad is None
@@ -784,7 +784,7 @@ def test_no_bit_depends_on_the_workspace(name, isa, monkeypatch):
     monkeypatch.setenv("SYNFACE_CPU_ISA", isa)
     option, more, dtype = WORKSPACE[name]
     options = {"margin": COMBINED, **OPTIONS[option], **more}
-    n, m = 530, 2 if option == "sub-centres" else 1  # two blocks of rows, several tiles
+    n, m = 530, 2 if option == "sub-centers" else 1  # two blocks of rows, several tiles
     x, w, target, t, upstream = problem_of(n, 1500, m, 24, 2, dtype)
     w = w if m > 1 else w.flatten(0, 1)
     target = target % 750  # places in class_ids
@@ -983,10 +983,10 @@ def test_compile_fullgraph():
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["smoothing", "zero", "sub-centres"])
+@pytest.mark.parametrize("name", ["smoothing", "zero", "sub-centers"])
 def test_compile_fullgraph_with_options(name):
     x, w, target, t, _ = problem_of(8, 40, 2, 16, 2, torch.float32)
-    w = w if name == "sub-centres" else w.flatten(0, 1)
+    w = w if name == "sub-centers" else w.flatten(0, 1)
     x, w, t = x.float().requires_grad_(), w.float().requires_grad_(), t.float()
 
     def step(x, w, target, t):
@@ -1049,7 +1049,7 @@ T2, TW = torch.tensor([[0, 1]] * 4), torch.tensor([[0.5, 0.5]] * 4)
         ((X.int(), W, T), {}, ValueError, "input must be .* got int32"),
         ((X.double(), W, T), {}, ValueError, "both be float64"),
         ((X, W[:0], T), {}, ValueError, "at least one class"),
-        ((X, W[:, None][:, :0], T), {}, ValueError, r"each class a centre, got .*\(5, 0, 8\)"),
+        ((X, W[:, None][:, :0], T), {}, ValueError, r"each class a center, got .*\(5, 0, 8\)"),
         ((X, W, T), {"label_smoothing": 1.0}, ValueError, r"in \[0, 1\), got 1.0"),
         ((X, W, T), {"label_smoothing": "0.1"}, TypeError, "label_smoothing must be a float"),
         (
@@ -1058,7 +1058,7 @@ T2, TW = torch.tensor([[0, 1]] * 4), torch.tensor([[0.5, 0.5]] * 4)
             ValueError,
             "what interclass_filter leaves out",
         ),
-        ((X, W[:, None], T), {"label_smoothing": 0.1}, NotImplementedError, "for sub-centres"),
+        ((X, W[:, None], T), {"label_smoothing": 0.1}, NotImplementedError, "for sub-centers"),
         ((X, W, torch.tensor([0, 1, 5, 2])), {}, ValueError, r"\[0, 5\).* got 5 at 2"),
         ((X, W, torch.tensor([0, -1, 0, 2])), {}, ValueError, "got -1 at 1"),
         ((X, W, T2), {}, ValueError, "target_weight .* is required"),

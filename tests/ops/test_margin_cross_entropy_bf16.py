@@ -21,7 +21,7 @@ MARGIN = sk.ArcFace(64.0, 0.5)
 
 
 def problem(n: int, c: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Centres, embeddings that lean towards theirs, labels and the loss's gradient."""
+    """Centers, embeddings that lean towards theirs, labels and the loss's gradient."""
     g = torch.Generator().manual_seed(seed + n + 7 * c + 31 * d)
     w = torch.randn(c, d, generator=g)
     target = torch.randint(0, c, (n,), generator=g)
@@ -45,7 +45,8 @@ def gradient_bounds(
     """How far the gradients may be off if each probability, an operand of their products, is off by
     `operand`, relatively, and cosines by `cosine_error`: with G the loss's derivatives by
     cosines, G·ŵ is off by |G|·|ŵ| of that, and so is what is left when the part along x̂ is taken
-    out of it, twice at most."""
+    out of it, twice at most.
+    """
     x, w, upstream = x.double(), w.double(), upstream.double()
     unit_x, unit_w = F.normalize(x), F.normalize(w)
     cosine = (unit_x @ unit_w.T).requires_grad_()

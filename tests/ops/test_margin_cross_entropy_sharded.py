@@ -28,7 +28,7 @@ MARGINS = {
     "drop": sk.ArcFace(interclass_filter=0.1),
     "zero": sk.ArcFace(interclass_filter=0.1, interclass_filter_mode="zero"),
     "smooth": sk.ArcFace(),
-    "sub-centres": sk.ArcFace(),
+    "sub-centers": sk.ArcFace(),
     PER_ROW: None,
 }
 KINDS = [(1, "joint"), (3, "joint"), (3, "separate")]  # labels per row, and how they mix
@@ -40,8 +40,9 @@ CASES = [
 
 
 def problem(dtype: torch.dtype, k: int) -> tuple[Tensor, ...]:
-    """Embeddings, centres, targets, their weights, per-row margins and the losses' gradient. Some
-    rows and labels are ignored, some embeddings and centres are zero or not normalised."""
+    """Embeddings, centers, targets, their weights, per-row margins and the losses' gradient. Some
+    rows and labels are ignored, some embeddings and centers are zero or not normalized.
+    """
     g = torch.Generator().manual_seed(k)
     x = torch.randn(N, D, generator=g, dtype=torch.float64)
     w = torch.randn(C, D, generator=g, dtype=torch.float64) * 10
@@ -76,7 +77,7 @@ def step(case: tuple, rows: slice, classes: slice, **options) -> list[Tensor]:
     x, w, m = (v.clone().requires_grad_() for v in (x[rows], w[classes], m[rows]))
     margin = sk.CombinedMargin(64.0, m2=m, m3=0.1) if name == PER_ROW else MARGINS[name]
     plain = k == 1
-    if name == "sub-centres":
+    if name == "sub-centers":
         w = torch.stack([w, w.roll(1, 1)], 1).detach().requires_grad_()
     if name == "smooth":
         options["label_smoothing"] = 0.1

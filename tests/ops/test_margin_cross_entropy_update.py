@@ -1,4 +1,4 @@
-"""The backward pass that steps the centres itself: bit for bit backward, then the rows' update."""
+"""The backward pass that steps the centers itself: bit for bit backward, then the rows' update."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_peak_memory_is_the_inputs_gradient_and_64_mib() -> None:
 
 @pytest.fixture(params=["cpu", "reference"])
 def setting(request: Any) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """Embeddings, centres, targets and options."""
+    """Embeddings, centers, targets and options."""
     x, target, _ = batch(6, 9, 4, 1, 0)
     options = {"update": sk.SGDUpdate(lr=1.0), "impl": request.param}
     return x.requires_grad_(), normal(9, 4, seed=1), target, options
@@ -169,7 +169,7 @@ def test_each_forward_pass_has_one_backward_pass(setting: Any) -> None:
     loss = sk.margin_cross_entropy(x, weight, target, **options)
     loss.backward(retain_graph=True)
     moved = weight.clone()
-    with pytest.raises(RuntimeError, match=r"centres have moved.*cannot be accumulated"):
+    with pytest.raises(RuntimeError, match=r"centers have moved.*cannot be accumulated"):
         loss.backward()
     assert torch.equal(weight, moved)
     losses = [sk.margin_cross_entropy(x, weight, target, **options) for _ in range(2)]
@@ -199,7 +199,7 @@ def test_no_step_without_a_backward_pass(setting: Any) -> None:
 
 
 def test_embeddings_that_are_given(setting: Any) -> None:
-    """The centres learn where nothing else does."""
+    """The centers learn where nothing else does."""
     x, weight, target, options = setting
     expected = weight.clone()
     sk.margin_cross_entropy(x, expected, target, **options).backward()
@@ -208,7 +208,7 @@ def test_embeddings_that_are_given(setting: Any) -> None:
 
 
 def test_the_gradient_of_the_input_alone(setting: Any) -> None:
-    """`torch.autograd.grad` steps too, and the gradient is that of the centres before."""
+    """`torch.autograd.grad` steps too, and the gradient is that of the centers before."""
     x, weight, target, options = setting
     plain = sk.margin_cross_entropy(x, weight.clone(), target, impl=options["impl"])
     (expected,) = torch.autograd.grad(plain, x)
@@ -399,7 +399,7 @@ def test_bad_input(weight: Tensor, update: Any, error: type[Exception], message:
     assert torch.equal(weight, before)
 
 
-def test_embeddings_must_not_be_the_centres_memory() -> None:
+def test_embeddings_must_not_be_the_centers_memory() -> None:
     """The backward pass would read embeddings that it has moved already."""
     weight = torch.randn(5, 3)
     with pytest.raises(ValueError, match="weight must not share memory with input"):

@@ -1,4 +1,4 @@
-"""Optimiser steps on rows: the definition against torch.optim, the kernel against it."""
+"""Optimizer steps on rows: the definition against torch.optim, the kernel against it."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = F64) -> Tensor:
 
 
 class Rows:
-    """A weight with its optimiser's states, updated by rows."""
+    """A weight with its optimizer's states, updated by rows."""
 
     def __init__(self, weight: Tensor, options: dict[str, Any], adamw: bool, **more: Any) -> None:
         self.weight, self.options, self.adamw, self.more = weight.clone(), options, adamw, more
@@ -325,14 +325,14 @@ def test_random_bits_are_even_and_differ() -> None:
         counts = torch.bincount((bits >> shift & 15).flatten(), minlength=16).double()
         expected = bits.numel() / 16
         assert ((counts - expected) ** 2 / expected).sum() < 45  # 15 degrees of freedom, p = 1e-4
-    centred = bits.double() - bits.double().mean()
-    scale = centred.square().mean()
-    for a, b in ((centred[1:], centred[:-1]), (centred[:, 1:], centred[:, :-1])):
+    centered = bits.double() - bits.double().mean()
+    scale = centered.square().mean()
+    for a, b in ((centered[1:], centered[:-1]), (centered[:, 1:], centered[:, :-1])):
         assert ((a * b).mean() / scale).abs() < 5 / a.numel() ** 0.5
     for other in ((6, 7, 0), (5, 8, 0), (5, 7, 1)):
         others = reference.random_bits(reference.row_keys(*other, ids), 512).double()
-        correlation = (centred * (others - others.mean())).mean() / scale
-        assert correlation.abs() < 5 / centred.numel() ** 0.5
+        correlation = (centered * (others - others.mean())).mean() / scale
+        assert correlation.abs() < 5 / centered.numel() ** 0.5
 
 
 def test_small_steps_are_not_lost() -> None:

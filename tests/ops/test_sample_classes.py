@@ -138,7 +138,7 @@ def test_every_negative_is_as_likely(wanted: int) -> None:
 
 
 def test_pairs_are_as_likely() -> None:
-    """Neighbours do not go together."""
+    """Neighbors do not go together."""
     target = torch.empty(0, dtype=torch.int64)
     rng, together = seeded(5), 0
     for _ in range(4000):
@@ -175,7 +175,7 @@ def test_more_positives_than_wanted() -> None:
         assert remapped.tolist() == [[1, 3], [0, 1], [-100, 2]]
 
 
-def test_the_sampled_loss_is_that_of_the_sampled_centres() -> None:
+def test_the_sampled_loss_is_that_of_the_sampled_centers() -> None:
     x, w = torch.randn(8, 16, generator=seeded(0)), torch.randn(300, 16, generator=seeded(1))
     target = torch.randint(300, (8,), generator=seeded(2))
     ids, remapped = sk.sample_classes(target, 300, 40, seeded(3))

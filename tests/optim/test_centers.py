@@ -1,4 +1,4 @@
-"""Centres in files are those in memory to the bit, and the last checkpoint survives anything."""
+"""Centers in files are those in memory to the bit, and the last checkpoint survives anything."""
 
 import errno
 import json
@@ -92,7 +92,7 @@ def test_files_equal_memory_bitwise(tmp_path, dtype, options):
     ids=["sgd", "nesterov", "adamw"],
 )
 def test_equals_a_dense_optimizer(options, dense):
-    """A loss over sampled rows, by torch's own optimisers on all of them."""
+    """A loss over sampled rows, by torch's own optimizers on all of them."""
     centers = Centers.create(replace(SMALL, dtype="float32", **options))
     weight = torch.nn.Parameter(centers.weight.clone())
     optimizer = dense(weight)
@@ -383,7 +383,7 @@ def test_a_machine_that_went_down(tmp_path, monkeypatch):
 def test_a_full_disk_is_refused_before_anything_is_written(tmp_path):
     huge = CentersConfig(2**31 - 1, 2**20)
     with pytest.raises(
-        OSError, match=r"2,147,483,647 centres take [\d.]+ GiB .* GiB are free"
+        OSError, match=r"2,147,483,647 centers take [\d.]+ GiB .* GiB are free"
     ) as e:
         Centers.create(huge, tmp_path / "deep" / "c")
     assert e.value.errno == errno.ENOSPC
@@ -434,7 +434,7 @@ def test_directories(tmp_path):
             Centers.create(SMALL, tmp_path / "c", overwrite=True)
         train(centers, 2)
         centers.checkpoint()
-    with pytest.raises(FileExistsError, match="holds centres"):
+    with pytest.raises(FileExistsError, match="holds centers"):
         Centers.create(SMALL, tmp_path / "c")
     with Centers.open(tmp_path / "c") as centers:
         assert centers.step == 2
@@ -443,7 +443,7 @@ def test_directories(tmp_path):
     (tmp_path / "c" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"other files: notes\.txt"):
         Centers.create(SMALL, tmp_path / "c", overwrite=True)
-    with pytest.raises(CheckpointError, match=r"holds no centres: centers\.json is missing"):
+    with pytest.raises(CheckpointError, match=r"holds no centers: centers\.json is missing"):
         Centers.open(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
@@ -496,7 +496,7 @@ def test_files_of_another_size(tmp_path, name, change):
         (lambda s: s["config"].update(dtype=["float32"]), "dtype must be float32 or bfloat16"),
         (lambda s: s["config"].update(betas=[0.9]), "betas must be a pair"),
         (lambda s: s["config"].update(betas=[0.9, 1]), "betas must be in"),
-        (lambda s: s["config"].update(momentum=10**400), "is not the state of centres"),
+        (lambda s: s["config"].update(momentum=10**400), "is not the state of centers"),
         (lambda s: s["config"].update(catch_up=1), "catch_up must be a bool"),
         (lambda s: s["config"].update(nesterov=True, momentum=0), "nesterov needs momentum"),
     ],

@@ -1,4 +1,4 @@
-"""The row optimisers: torch's dense optimisers are what they must equal."""
+"""The row optimizers: torch's dense optimizers are what they must equal."""
 
 import io
 
@@ -43,7 +43,7 @@ def run(optimizer, weight, steps=range(STEPS)):
 
 @pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("shape", [(C, D), (C, 3, D)])
-def test_sparse_steps_are_a_dense_optimisers_steps(name, shape):
+def test_sparse_steps_are_a_dense_optimizers_steps(name, shape):
     ours, theirs, settings = DENSE[name]
     weight, expected = parameter(shape=shape), parameter(shape=shape)
     optimizer, dense = ours([weight], **settings), theirs([expected], **settings)
@@ -233,9 +233,9 @@ def test_states_of_others_are_refused_and_nothing_is_loaded():
 
     adamw = RowAdamW([weight])
     run(adamw, weight, range(1))
-    refused("another optimiser: its groups lack .*momentum", adamw.state_dict())
+    refused("another optimizer: its groups lack .*momentum", adamw.state_dict())
     theirs = torch.optim.SGD([weight], momentum=0.9)
-    refused("another optimiser: its groups lack .*catch_up", theirs.state_dict())
+    refused("another optimizer: its groups lack .*catch_up", theirs.state_dict())
     changed = optimizer.state_dict()
     changed["state"] = {0: {"step": torch.tensor(1)}}
     refused("must hold .*momentum_buffer.*, got .*step", changed)

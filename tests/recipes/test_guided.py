@@ -197,13 +197,13 @@ def by_hand(generator, weight, o, target, scale, shift):
     gradients = []
     for row, label in zip(o, target.tolist(), strict=True):
         x = generator.matrix.detach() @ row + generator.offset.detach()
-        unit, centres = x / x.norm(), weight / weight.norm(dim=1, keepdim=True)
-        cosines = centres @ unit
+        unit, centers = x / x.norm(), weight / weight.norm(dim=1, keepdim=True)
+        cosines = centers @ unit
         logits = scale * cosines
         logits[label] -= scale * shift
         difference = torch.softmax(logits, 0)
         difference[label] -= 1
-        along = scale * difference @ centres
+        along = scale * difference @ centers
         gradients.append(generator.matrix.detach().T @ ((along - (along @ unit) * unit) / x.norm()))
     return torch.stack(gradients)
 

@@ -149,7 +149,7 @@ def test_the_real_row_trains_for_as_many_steps(file):
 
 def test_generated_images_are_those_of_a_folder(tmp_path):
     """Without mixing, an epoch is what `synthesize` writes, in another order."""
-    from synface.data import normalise, read_folder
+    from synface.data import normalize, read_folder
 
     points, painter = identities(4, 8, seed=1), EigenfaceGenerator(8, 16)
     synthesize(points, painter, tmp_path / "faces", 3, seed=7)
@@ -162,7 +162,7 @@ def test_generated_images_are_those_of_a_folder(tmp_path):
         labels = torch.cat([batch.target for batch in epoch])
         images = torch.cat([batch.images for batch in epoch])
         for label in range(4):
-            wanted = normalise(written.images[written.labels == label]).flatten(1)
+            wanted = normalize(written.images[written.labels == label]).flatten(1)
             came = images[labels == label].flatten(1)
             assert sorted(wanted.tolist()) == sorted(came.tolist())
     assert not torch.equal(epochs[0].target, epochs[3].target)

@@ -133,7 +133,7 @@ def test_random_points_are_as_bad_as_expected(count, dim):
     assert abs(bounds.random_worst(count, dim) - mean) < 4 * error
 
 
-def test_nearest_neighbours_of_random_points():
+def test_nearest_neighbors_of_random_points():
     count, dim = 400, 16
     generator = torch.Generator().manual_seed(1)
     nearest = []

@@ -139,7 +139,7 @@ def test_minutes_are_kept():
     assert packed.worst < bounds.random_worst(60, 8)
 
 
-# ---- the optimiser -------------------------------------------------------------------------------
+# ---- the optimizer -------------------------------------------------------------------------------
 
 
 def test_sphere_adam_turns_with_the_points():

@@ -32,7 +32,7 @@ SMALL = TrainConfig(
 
 
 def folder(root: Path, each: int) -> Path:
-    """PNG files of four people, of differing sizes, some in colour."""
+    """PNG files of four people, of differing sizes, some in color."""
     random = np.random.default_rng(0)
     for person in range(4):
         (root / f"p{person}").mkdir(parents=True)

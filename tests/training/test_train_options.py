@@ -93,7 +93,7 @@ def test_parts_of_a_batch_are_the_batch_where_statistics_are_frozen(faces, tmp_p
 
 
 def test_all_classes_sampled_are_all_classes(faces, tmp_path):
-    """Row optimisers on rows that all take part do as torch's own on the whole matrix."""
+    """Row optimizers on rows that all take part do as torch's own on the whole matrix."""
     config = replace(SMALL, sample_rate=0.999, freeze_statistics=True, lr=0.02)
     sampled = train(config, faces, tmp_path / "sampled")
     whole = train(replace(config, sample_rate=1.0), faces, tmp_path / "whole")

@@ -1,5 +1,6 @@
 """Training on several ranks: what one process makes of the same run, checkpoints that any number of
-ranks can resume, nobody left waiting."""
+ranks can resume, nobody left waiting.
+"""
 
 import json
 import math
@@ -46,7 +47,7 @@ def faces():
 def result_of(trained) -> dict[str, torch.Tensor]:
     state = {f"backbone.{k}": v for k, v in trained.backbone.state_dict().items()}
     return state | {
-        "centres": trained.head.weight.detach(),
+        "centers": trained.head.weight.detach(),
         "losses": torch.tensor([row["loss"] for row in trained.history]),
     }
 
@@ -70,9 +71,9 @@ class Job:
 def whole(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """All ranks' results as one; the backbones are the same."""
     for other in results[1:]:
-        for name in other.keys() - {"centres"}:
+        for name in other.keys() - {"centers"}:
             assert torch.equal(other[name], results[0][name]), name
-    return results[0] | {"centres": torch.cat([result["centres"] for result in results])}
+    return results[0] | {"centers": torch.cat([result["centers"] for result in results])}
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -219,7 +220,7 @@ def test_torchrun_after_kill_9_ends_in_the_same_run(tmp_path):
 
 
 def test_sigterm_ends_all_ranks_after_one_step(tmp_path):
-    """torchrun passes it on; one rank alone gets it first, and the others learn of it."""
+    """Torchrun passes it on; one rank alone gets it first, and the others learn of it."""
     run = tmp_path / "run"
     log = run / "metrics.jsonl"
     command = ["train", *OPTIONS[:-2], "--epochs", 100_000]
@@ -236,12 +237,12 @@ def test_sigterm_ends_all_ranks_after_one_step(tmp_path):
     assert sharded.load_state(found)["step"] == len(log.read_text().splitlines()) > 3
 
 
-def test_centres_do_not_depend_on_the_number_of_ranks(tmp_path):
+def test_centers_do_not_depend_on_the_number_of_ranks(tmp_path):
     def begin(ranks: int) -> torch.Tensor:
-        return torch.cat(on_ranks(ranks, first_centres, tmp_path / str(ranks)))
+        return torch.cat(on_ranks(ranks, first_centers, tmp_path / str(ranks)))
 
     assert torch.equal(begin(1), begin(3))
 
 
-def first_centres(rank: int, ranks: int) -> torch.Tensor:
+def first_centers(rank: int, ranks: int) -> torch.Tensor:
     return ShardedMarginHead(4, 5000, seed=3).weight.detach()

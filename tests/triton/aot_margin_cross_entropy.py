@@ -25,7 +25,7 @@ CASES = [
     (512, 1_000_000, 1, torch.float16, torch.float16),
     (512, 1_000_000, 1, torch.bfloat16, torch.float32),
 ]
-# Of them: also with sums of cosines, with a limit, with sub-centres.
+# Of them: also with sums of cosines, with a limit, with sub-centers.
 VARIED = [(512, 1_000_000, torch.float32), (512, 1_000_000, torch.bfloat16)]
 D = 512
 

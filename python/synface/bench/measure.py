@@ -30,7 +30,7 @@ METHODS = ("fused", "eager", "torch.compile")
 
 @dataclass(frozen=True)
 class Workload:
-    """N embeddings of D dimensions against C class centres, float32."""
+    """N embeddings of D dimensions against C class centers, float32."""
 
     n: int = 256
     d: int = 256

@@ -40,7 +40,8 @@ DEPTHS = {
 @dataclass(frozen=True)
 class Device:
     """Rates of a device: bytes/s of its memory, FLOP/s of dense products with float32 sums, and
-    bytes/s to the other ranks in one direction. source: where they are from."""
+    bytes/s to the other ranks in one direction. source: where they are from.
+    """
 
     memory: float
     bandwidth: float
@@ -74,9 +75,9 @@ class Settings:
         batch: images of one step, on all ranks together.
         labels: per image (3 for mixed identities and domains).
         sample_rate: share of the classes that take part in a step (Partial FC).
-        fused_update: whether the backward pass steps the centres itself: they have no gradient.
-        centers: dtype of the class centres, their gradient and their optimiser's state.
-        optimizer: of the centres: ``"sgd"`` (momentum), ``"adamw"`` or ``"none"``.
+        fused_update: whether the backward pass steps the centers itself: they have no gradient.
+        centers: dtype of the class centers, their gradient and their optimizer's state.
+        optimizer: of the centers: ``"sgd"`` (momentum), ``"adamw"`` or ``"none"``.
         backbone: a name of `DEPTHS`, at 112×112, or None to leave it out.
         precision: of the backbone's arithmetic and of the embeddings.
     """
@@ -125,7 +126,8 @@ class Settings:
     @property
     def sampled(self) -> int:
         """Classes of a rank that take part in a step: every positive does, in the worst case all
-        of one rank."""
+        of one rank.
+        """
         if self.sample_rate == 1:
             return self.classes
         least = math.ceil(self.classes * self.sample_rate)
@@ -222,15 +224,15 @@ def memory(settings: Settings) -> dict[str, float]:
     """Bytes by part, on the rank that holds most classes."""
     s, size = settings, BYTES[settings.centers]
     activation = BYTES[s.precision]
-    parts: dict[str, float] = {"centres": s.classes * s.dim * size}
+    parts: dict[str, float] = {"centers": s.classes * s.dim * size}
     if STATES[s.optimizer]:
-        parts[f"centres' {s.optimizer} state"] = STATES[s.optimizer] * s.classes * s.dim * size
+        parts[f"centers' {s.optimizer} state"] = STATES[s.optimizer] * s.classes * s.dim * size
     if not s.fused_update:
-        parts["centres' gradient"] = s.sampled * s.dim * size
+        parts["centers' gradient"] = s.sampled * s.dim * size
     if s.sample_rate < 1:
         # the step after which each row is up to date; a bit per class; the sampled classes
         parts["sampling"] = 4 * s.classes + s.classes / 8 + 8 * s.sampled
-    # all ranks' embeddings, their mean centre and the gradient's partial sums in float32
+    # all ranks' embeddings, their mean center and the gradient's partial sums in float32
     parts["embeddings"] = s.batch * s.dim * (2 * activation + 2 * 4)
     parts["loss workspace, at most"] = WORKSPACE
     if s.backbone:
@@ -290,13 +292,13 @@ def time(
         return Seconds(memory, "memory", is_measured)
 
     rows = s.sampled * s.dim
-    # four products, of which one computes the logits again; centres read twice, gradient written
+    # four products, of which one computes the logits again; centers read twice, gradient written
     passes = 2 if s.fused_update else 3
     parts = {"margin softmax": part(8.0 * s.batch * rows, passes * rows * size, both)}
     states = STATES[s.optimizer]
-    if states:  # centres and states read and written, gradient read
+    if states:  # centers and states read and written, gradient read
         passes = 2 * (1 + states) + (0 if s.fused_update else 1)
-        parts["centres' update"] = part(0, rows * size * passes)
+        parts["centers' update"] = part(0, rows * size * passes)
     if s.backbone:
         parameters, kept, flops = _backbone(s.backbone, s.dim)
         moved = 3 * kept * s.images * BYTES[s.precision] / 4  # written, read, and its gradient
@@ -329,10 +331,10 @@ def _remedies(settings: Settings) -> Iterator[Remedy]:
         return high
 
     if not settings.fused_update:
-        yield remedy("no gradient of the centres: --fused-update", fused_update=True)
+        yield remedy("no gradient of the centers: --fused-update", fused_update=True)
     if settings.centers == "float32":
         yield remedy(
-            "centres in bfloat16, rounded at random: --centers bfloat16", centers="bfloat16"
+            "centers in bfloat16, rounded at random: --centers bfloat16", centers="bfloat16"
         )
     thousandths = least(
         lambda k: needs(replace(settings, sample_rate=1 - k / 1000)) <= room, most=999
@@ -343,9 +345,9 @@ def _remedies(settings: Settings) -> Iterator[Remedy]:
     elif settings.sample_rate > 0.1:
         yield remedy("sample a tenth of the classes: --sample-rate 0.1", sample_rate=0.1)
     if settings.optimizer == "adamw":
-        yield remedy("one state a centre instead of two: --optimizer sgd", optimizer="sgd")
+        yield remedy("one state a center instead of two: --optimizer sgd", optimizer="sgd")
     if settings.optimizer != "none":
-        yield remedy("no momentum for the centres: --optimizer none", optimizer="none")
+        yield remedy("no momentum for the centers: --optimizer none", optimizer="none")
     if settings.backbone and settings.images > 1:
         half = max(settings.gpus, settings.batch // 2)
         yield remedy(f"half the batch: --batch {half}", batch=half)

@@ -1,7 +1,7 @@
-"""A benchmark of training class centres by the million: time, memory, and a loss that falls.
+"""A benchmark of training class centers by the million: time, memory, and a loss that falls.
 
 No network takes part. An embedding is its identity's own direction with noise, made when it is
-asked for, so that nothing here grows with the number of identities but the centres.
+asked for, so that nothing here grows with the number of identities but the centers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PHASES = ("sample", "log", "read", "loss and gradient", "update")
 
 @dataclass(frozen=True)
 class ScaleConfig:
-    """A benchmark: how the centres in ``centers`` are trained.
+    """A benchmark: how the centers in ``centers`` are trained.
 
     Attributes:
         centers: what is trained.
@@ -187,15 +187,15 @@ def run(
     Args:
         centers: made by ``config.centers``.
         steps: up to which step (of all, with those before a checkpoint); minutes: or how long.
-        checkpoint_every: steps; only for centres in files.
+        checkpoint_every: steps; only for centers in files.
         progress: gets each step's row of the history.
 
     Raises:
-        ValueError: for other centres, or where neither or both of steps and minutes are given.
+        ValueError: for other centers, or where neither or both of steps and minutes are given.
         FloatingPointError, OSError: as `Centers.loss` and `Centers.update`.
     """
     if centers.config != config.centers:
-        raise ValueError(f"the centres are of {centers.config}, not of {config.centers}")
+        raise ValueError(f"the centers are of {centers.config}, not of {config.centers}")
     check_length(steps, minutes)
     if steps is not None and steps <= centers.step:
         raise ValueError(f"steps must be more than the {centers.step} taken before, got {steps}")
@@ -286,7 +286,7 @@ def summary(result: dict[str, Any]) -> str:
             f"{result['images_per_second']:.0f} embeddings/s; "
             f"median step {result['median_step_seconds']:.3f} s",
             f"seconds of a step: {phases}",
-            f"centres and their state: {result['centers_bytes'] / 2**30:.2f} GiB; peak memory: "
+            f"centers and their state: {result['centers_bytes'] / 2**30:.2f} GiB; peak memory: "
             f"{size('anonymous', peak)} anonymous, {size('file-backed', peak)} file-backed, "
             f"{size('in all', peak)} in all",
             f"disk: {size('read', disk)} read, {size('write', disk)} written",
@@ -309,7 +309,7 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
     left.set_ylim(bottom=0)
     accuracy = left.twinx()
     accuracy.plot(step, [row["accuracy"] for row in history], color=INK, linewidth=0.8)
-    accuracy.set_ylabel("share nearest to their own centre", color=INK)
+    accuracy.set_ylabel("share nearest to their own center", color=INK)
     accuracy.set_ylim(0, 1.02)
     left.set_title(
         f"{centers['num_classes']:,} × {centers['embedding_size']} {centers['dtype']}, "

@@ -1,4 +1,4 @@
-"""Checkpoints of models whose class centres are spread over ranks, by torch.distributed.checkpoint.
+"""Checkpoints of models whose class centers are spread over ranks, by torch.distributed.checkpoint.
 
 A checkpoint is a folder: safetensors files, some from each rank, and state.json. Any number of
 ranks can go on from it, however they split the classes. Nothing in it is a pickle: torch's own
@@ -157,7 +157,7 @@ def load(
     optimizers: Optimizers = (),
     group: Any = None,
 ) -> dict[str, Any]:
-    """Puts a checkpoint, or the newest one of a folder of them, into a model and its optimisers.
+    """Puts a checkpoint, or the newest one of a folder of them, into a model and its optimizers.
 
     All ranks call it; they may be more or fewer than those that saved it, and split the classes in
     another way.
@@ -166,7 +166,7 @@ def load(
         What state.json holds, with ``step``.
 
     Raises:
-        CheckpointError: where there is none, or it is damaged or of another model or optimiser. The
+        CheckpointError: where there is none, or it is damaged or of another model or optimizer. The
             model may have been overwritten in part then.
     """
 
@@ -301,7 +301,7 @@ def _shards(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """By name: parameters and buffers, and the optimiser's states."""
+    """By name: parameters and buffers, and the optimizer's states."""
     shards = _shards(model)
     tensors = {}
     for name, value in model.state_dict().items():
@@ -343,7 +343,7 @@ def _targets(
     optimizers: Sequence[torch.optim.Optimizer],
     stored: dict[str, Any],
 ) -> dict[str, Tensor]:
-    """What to read into: the model's own tensors, and new ones for the optimiser's states."""
+    """What to read into: the model's own tensors, and new ones for the optimizer's states."""
     targets, shards = _tensors(model, ()), _shards(model)
     if optimizers:
         parameters = dict(model.named_parameters())
@@ -353,7 +353,7 @@ def _targets(
                 continue
             name = key.removeprefix("optimizer.").rpartition(".")[0]
             if parameters.get(name) not in known:
-                raise CheckpointError(f"{found} is of another optimiser: {key}")
+                raise CheckpointError(f"{found} is of another optimizer: {key}")
             device = parameters[name].device if metadata.size else None
             shape, dtype = list(metadata.size), metadata.properties.dtype
             start, total = shards.get(name, (0, -1))

@@ -179,7 +179,7 @@ def check_same(
 
 
 def optimizer_tensors(prefix: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's states, named ``prefix.parameter.state``."""
+    """An optimizer's states, named ``prefix.parameter.state``."""
     return {
         f"{prefix}.{index}.{name}": state_tensor(value)
         for index, state in optimizer.state_dict()["state"].items()
@@ -198,10 +198,10 @@ def state_tensor(value: Any) -> Tensor:
 def restore_optimizer(
     file: Path, prefix: str, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Puts states that `optimizer_tensors` named into an optimiser.
+    """Puts states that `optimizer_tensors` named into an optimizer.
 
     Raises:
-        CheckpointError: for states of other parameters, or of another optimiser; nothing is loaded
+        CheckpointError: for states of other parameters, or of another optimizer; nothing is loaded
             then.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -211,7 +211,7 @@ def restore_optimizer(
             continue
         index, _, name = key.removeprefix(f"{prefix}.").partition(".")
         if not index.isdecimal() or int(index) >= len(parameters):
-            raise CheckpointError(f"{file} is of another optimiser: {key}")
+            raise CheckpointError(f"{file} is of another optimizer: {key}")
         shape = tuple(parameters[int(index)].shape)
         shape = shape[:1] if name == "last_step" else shape  # of each row
         if value.dim() and tuple(value.shape) != shape:

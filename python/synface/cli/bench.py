@@ -23,7 +23,7 @@ def bench() -> None:
 @app.command("scale")
 def scale_command(
     context: typer.Context,
-    identities: Annotated[str, typer.Option(help="Class centres C, such as 10M.")] = "10M",
+    identities: Annotated[str, typer.Option(help="Class centers C, such as 10M.")] = "10M",
     dim: Annotated[int, typer.Option(help="Dimensions D.")] = 512,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
     sample_rate: Annotated[float, typer.Option(help="Share of C that a step takes.")] = 0.01,
@@ -38,16 +38,16 @@ def scale_command(
         typer.Option(help="Identities that the embeddings are of. Default: 4096, or C if less."),
     ] = None,
     directory: Annotated[
-        Path | None, typer.Option(help="Of memory-mapped centres. Default: in memory.")
+        Path | None, typer.Option(help="Of memory-mapped centers. Default: in memory.")
     ] = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the files, with a checkpoint at the end.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the centres in --directory, and keep them.")
+        bool, typer.Option("--resume", help="Go on with the centers in --directory, and keep them.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the centres in --directory.")
+        bool, typer.Option("--overwrite", help="Replace the centers in --directory.")
     ] = False,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps.", min=1)] = None,
     sync: Annotated[
@@ -56,7 +56,7 @@ def scale_command(
     seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0,
     output: Annotated[Path, typer.Option(help="The report's folder.")] = Path("scale-report"),
 ) -> None:
-    """Train class centres by the million on clustered embeddings: time, memory, and the loss."""
+    """Train class centers by the million on clustered embeddings: time, memory, and the loss."""
     from ..bench import scale
     from ..bench.plan import parse_count
     from ..common.check import available_memory
@@ -86,7 +86,7 @@ def scale_command(
     needed, free = sum(config.centers.bytes.values()), available_memory()
     if directory is None and free is not None and needed > free:
         raise ValueError(
-            f"{classes:,} centres take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of "
+            f"{classes:,} centers take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of "
             "memory are free: give a --directory for memory-mapped files"
         )
 

@@ -28,10 +28,10 @@ def plan_command(
         float, typer.Option(help="Share of the classes that take part in a step.", max=1.0)
     ] = 1.0,
     fused_update: Annotated[
-        bool, typer.Option("--fused-update", help="The backward pass steps the centres.")
+        bool, typer.Option("--fused-update", help="The backward pass steps the centers.")
     ] = False,
     centers: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    optimizer: Annotated[str, typer.Option(help="Of the centres: sgd, adamw or none.")] = "sgd",
+    optimizer: Annotated[str, typer.Option(help="Of the centers: sgd, adamw or none.")] = "sgd",
     backbone: Annotated[
         str, typer.Option(help="r18, r34, r50 or r100 at 112x112; none leaves it out.")
     ] = "r50",

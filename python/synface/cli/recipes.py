@@ -52,7 +52,7 @@ def cfsm_command(
     ] = None,
     target: Annotated[
         Path | None,
-        typer.Option(help="Image folder of unlabelled faces of the target domain (degraded too)."),
+        typer.Option(help="Image folder of unlabeled faces of the target domain (degraded too)."),
     ] = None,
     report: ReportOption = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.", min=0)] = None,

@@ -40,7 +40,7 @@ EARLIER = {
     "mix_ratio": "grid",
     "per_sample": False,
     "relabel": False,
-    "memory": 3 << 13,  # all that was trained on, were it grey
+    "memory": 3 << 13,  # all that was trained on, were it grayscale
 }
 MEMORY = 1024  # MiB
 FOLDER_SIZE = (56, 48)  # height, width: what two cores train in a minute or two
@@ -50,7 +50,7 @@ EMBEDDED_SIZE = (48, 48)  # of the embedded faces, unless --size says otherwise
 def read_faces(
     data: Path | ImageSet | None,
     size: tuple[int, int] | None,
-    grey: bool | None = None,
+    grayscale: bool | None = None,
     relabel: bool = False,
     memory: int = 8 << 10,  # MiB
 ) -> Faces:
@@ -64,13 +64,13 @@ def read_faces(
     with Bar(f"reading {data.source if isinstance(data, ImageSet) else data}") as bar:
         images = data if isinstance(data, ImageSet) else open_images(data, relabel)
         size = size or FOLDER_SIZE
-        return read_folder(images, size, grey, memory_limit=memory << 20, progress=bar.files)
+        return read_folder(images, size, grayscale, memory_limit=memory << 20, progress=bar.files)
 
 
 def split_faces(
     data: Path | None,
     size: tuple[int, int] | None,
-    grey: bool | None,
+    grayscale: bool | None,
     relabel: bool,
     holdout: int,
     memory: int,
@@ -85,8 +85,8 @@ def split_faces(
     images = open_images(data, relabel) if data else None
     size = size or (FOLDER_SIZE if images else None)
     if images is None or size is None or 3 * math.prod(size) * len(images) <= memory << 20:
-        return read_faces(images, size, grey, memory=max(memory, 1)).split(holdout)
-    height, width, channels = common_shape(opened(data=images), size, grey)
+        return read_faces(images, size, grayscale, memory=max(memory, 1)).split(holdout)
+    height, width, channels = common_shape(opened(data=images), size, grayscale)
     rest, held = images.split(holdout)
     with Bar(f"reading {data}") as bar:
         return rest, read_folder(held, (height, width), channels == 1, progress=bar.files)

@@ -67,7 +67,7 @@ class Group(TyperGroup):
 
 
 def say(text: str) -> None:
-    """Prints a line as it is: no colours, markup or breaks, so that paths can be copied."""
+    """Prints a line as it is: no colors, markup or breaks, so that paths can be copied."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

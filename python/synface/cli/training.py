@@ -164,7 +164,7 @@ def train_command(
         float, typer.Option(help="Of the network's gradient; 0 leaves it.")
     ] = DEFAULT.clip_norm,
     freeze_statistics: Annotated[
-        bool, typer.Option("--freeze-statistics", help="Normalise by the running statistics.")
+        bool, typer.Option("--freeze-statistics", help="Normalize by the running statistics.")
     ] = DEFAULT.freeze_statistics,
     sample_rate: Annotated[
         float, typer.Option(help="Share of the classes that take part in a step (Partial FC).")
@@ -172,7 +172,7 @@ def train_command(
     fused_update: Annotated[
         bool,
         typer.Option(
-            "--fused-update", help="The backward pass steps the centres: no gradient of theirs."
+            "--fused-update", help="The backward pass steps the centers: no gradient of theirs."
         ),
     ] = DEFAULT.fused_update,
     scale: Annotated[float, typer.Option(help="Of the logits.")] = DEFAULT.scale,
@@ -249,7 +249,7 @@ def train_command(
             run["memory"],
         )
         height, width, channels = held.images.shape[1:]
-        source = FacesSource(faces, size=(height, width), grey=channels == 1, workers=workers)
+        source = FacesSource(faces, size=(height, width), grayscale=channels == 1, workers=workers)
         domains = [faces]
     sets = (f"{len(d)} images of {len(d.identities)} people from {d.source}" for d in domains)
     console.print(

@@ -35,13 +35,13 @@ def print_verification(
     trained: Verification, pixels: Verification, held: Faces, unseen: bool = True
 ) -> None:
     mean_image = held.images.double().mean(0)
-    centred = verify(pixel_embeddings(held.images, mean_image), held.labels)
+    centered = verify(pixel_embeddings(held.images, mean_image), held.labels)
     people = f"{len(held.identities)} people" + (" never trained on" if unseen else "")
     console.print(f"\nverification on {people} ({len(held)} images)", highlight=False)
     console.print(f"[bold]trained network[/bold]\n{trained.summary()}", highlight=False)
-    console.print(f"[bold]raw pixels, centred cosine[/bold]\n{pixels.summary()}", highlight=False)
+    console.print(f"[bold]raw pixels, centered cosine[/bold]\n{pixels.summary()}", highlight=False)
     console.print(
         f"ROC-AUC: trained [bold]{trained.auc:.4f}[/bold], raw pixels {pixels.auc:.4f} "
-        f"({centred.auc:.4f} with these people's mean image taken off)\n",
+        f"({centered.auc:.4f} with these people's mean image taken off)\n",
         highlight=False,
     )

@@ -46,7 +46,8 @@ def standard_defaults() -> Iterator[None]:
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Torch's global generators of the CPU and of a GPU begin at a seed, and go back to what they
-    were; those of other GPUs are left alone, as `torch.manual_seed` would not."""
+    were; those of other GPUs are left alone, as `torch.manual_seed` would not.
+    """
     gpus = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):
         torch.default_generator.manual_seed(seed)

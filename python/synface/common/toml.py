@@ -36,7 +36,8 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 def write_toml(file: Path, values: Mapping[str, Any]) -> None:
     """Writes values, whole or not at all; those that are None, which TOML has no word for, are
-    left out."""
+    left out.
+    """
     with extra("train", "writing TOML"):
         import tomli_w
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .formats.images import ImageSet as ImageSet
     from .formats.images import open_images as open_images
     from .loading.augment import Augment as Augment
-    from .loading.augment import normalise as normalise
+    from .loading.augment import normalize as normalize
     from .loading.loader import ImageLoader as ImageLoader
     from .loading.loader import TwoDomainLoader as TwoDomainLoader
     from .loading.sampler import CycledOrder as CycledOrder
@@ -36,7 +36,7 @@ __getattr__ = lazy(
         ),
         "loading.augment": (
             "Augment",
-            "normalise",
+            "normalize",
         ),
         "loading.loader": (
             "ImageLoader",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import synface_kernels as sk
 from synface.common.check import describe
-from synface.data import normalise
+from synface.data import normalize
 from synface.data.formats import decode
 from synface.data.formats.images import Store
 
@@ -28,7 +28,7 @@ def embed(model: nn.Module, images: Tensor, batch_size: int = 256, flip: bool = 
             that begins with them, such as AdaFace's (embedding, norm).
         images: (N, H, W, C) uint8, N at least 1, on any device.
         batch_size: images per call of the model, which gets them on its first parameter's device.
-        flip: add the embedding of the mirror image before normalising.
+        flip: add the embedding of the mirror image before normalizing.
 
     Returns:
         (N, D) float32 of unit rows, on the CPU.
@@ -61,7 +61,7 @@ def _embed(
     try:
         rows = []
         for batch in images.split(batch_size):
-            x = normalise(batch.to(device))
+            x = normalize(batch.to(device))
             y = _output(model(x), len(x))
             if flip:
                 y = y + _output(model(x.flip(-1)), len(x))
@@ -168,7 +168,7 @@ def embed_store(
 
 
 def pixel_embeddings(images: Tensor, mean: Tensor | None = None) -> Tensor:
-    """The baseline without learning: centred pixels as unit vectors.
+    """The baseline without learning: centered pixels as unit vectors.
 
     Args:
         images: (N, H, W, C) uint8, N at least 1.
@@ -262,7 +262,7 @@ def verify(
     folds: the threshold that is best on the other folds is applied to each.
 
     Args:
-        embeddings: (N, D) floating, of any length (the cosine normalises; a zero row has cosine 0).
+        embeddings: (N, D) floating, of any length (the cosine normalizes; a zero row has cosine 0).
         labels: (N,) integer.
         folds: at least 2.
         fars: false accept rates in (0, 1].

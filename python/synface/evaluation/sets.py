@@ -130,7 +130,7 @@ def open_set(path: str | Path, images: str | Path | None = None) -> PairSet | Te
 
 
 def read_bin(path: str | Path) -> PairSet:
-    """insightface's verification set: a pickle of encoded images, two a pair, and of booleans.
+    """Insightface's verification set: a pickle of encoded images, two a pair, and of booleans.
 
     The pickle is read as data (`pickles.load`), also where it was written by Python 2, and where
     images or booleans are NumPy arrays. The folds are ten runs of pairs, one after the other.

@@ -1,4 +1,4 @@
-"""Classification heads: modules that hold the class centres and return the loss."""
+"""Classification heads: modules that hold the class centers and return the loss."""
 
 from .margin import AdaFace, MagFace, MarginHead
 from .metric_learning import ArcFaceLoss, CosFaceLoss, SubCenterArcFaceLoss

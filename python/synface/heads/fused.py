@@ -20,7 +20,7 @@ Settled = TypeVar("Settled")
 
 
 class FusedHead(nn.Module):
-    """A head whose ``weight`` holds the centres."""
+    """A head whose ``weight`` holds the centers."""
 
     weight: nn.Parameter
     sparse: bool = True
@@ -31,15 +31,15 @@ class FusedHead(nn.Module):
         self._last = _Last()
 
     def fuse(self, optimizer: RowSGD | RowAdamW) -> None:
-        """From now on the backward pass takes this optimiser's steps on the centres that take part,
+        """From now on the backward pass takes this optimizer's steps on the centers that take part,
         to the same bits as with a sparse gradient, which never exists.
 
-        Each forward pass in training mode takes up the optimiser's next step, with the settings
+        Each forward pass in training mode takes up the optimizer's next step, with the settings
         that it then has, and its own backward pass, before the next forward pass, takes it. So
         gradients are neither accumulated nor clipped. A forward pass without its backward pass
         counts as a step without a gradient. ``step()`` and
         ``zero_grad()`` have nothing to do then; ``state_dict`` and ``catch_up`` are as ever. The
-        centres no longer require grad. A forward pass with ``update=None``, in evaluation mode or
+        centers no longer require grad. A forward pass with ``update=None``, in evaluation mode or
         under no_grad takes no step. One that `torch.utils.checkpoint` recomputes takes up the step
         of the pass that it repeats.
 
@@ -47,7 +47,7 @@ class FusedHead(nn.Module):
             optimizer: a `synface.optim.RowSGD` or `RowAdamW` of this head's ``weight``.
 
         Raises:
-            TypeError: for another optimiser. ValueError: for one of other parameters.
+            TypeError: for another optimizer. ValueError: for one of other parameters.
         """
         if not isinstance(optimizer, (RowSGD, RowAdamW)):
             raise TypeError(
@@ -62,7 +62,7 @@ class FusedHead(nn.Module):
     def _with_update(
         self, options: dict[str, Any], embeddings: Tensor, target: Tensor
     ) -> dict[str, Any]:
-        """The options, and the optimiser's next step where one is to be taken."""
+        """The options, and the optimizer's next step where one is to be taken."""
         optimizer = self._optimizer
         if optimizer is None or not self.training or "update" in options:
             return options

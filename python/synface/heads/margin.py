@@ -28,21 +28,21 @@ def _several_ranks() -> bool:
 
 
 class MarginHead(FusedHead):
-    """The class centres, and `synface_kernels.margin_cross_entropy` over them.
+    """The class centers, and `synface_kernels.margin_cross_entropy` over them.
 
     Args:
         embedding_size: D. num_classes: C. Both at least 1.
         margin: an `ArcFace` (the default), `CosFace`, `SphereFace` or `CombinedMargin`.
         sub_centers: M for each class, whose cosine is the greatest of theirs.
-        init_std: standard deviation of the centres' initial values; only their directions matter
+        init_std: standard deviation of the centers' initial values; only their directions matter
             to the loss, but their lengths scale the step that a given learning rate takes.
         workspace: bytes that a CPU's forward pass may keep, so that the backward pass is shorter.
-        sparse: whether the centres' gradient of a pass with ``class_ids`` is a sparse tensor.
-            False: a dense one, for any optimiser, which costs C·M·D at each step.
+        sparse: whether the centers' gradient of a pass with ``class_ids`` is a sparse tensor.
+            False: a dense one, for any optimizer, which costs C·M·D at each step.
         impl: which implementation of the op to take.
-        device, dtype: of the centres.
+        device, dtype: of the centers.
 
-    State dict: ``weight``, (C, D), or (C, M, D) with M > 1 sub-centres.
+    State dict: ``weight``, (C, D), or (C, M, D) with M > 1 sub-centers.
 
     Memory: C·M·D values, as much for their gradient, and ``workspace``.
 
@@ -79,7 +79,7 @@ class MarginHead(FusedHead):
         MarginHead.reset_parameters(self)  # a subclass's own needs what it does not have yet
 
     def reset_parameters(self) -> None:
-        """Draw the centres anew, and begin with what else the state dict has, as when made."""
+        """Draw the centers anew, and begin with what else the state dict has, as when made."""
         nn.init.normal_(self.weight, std=self.init_std)
 
     def forward(
@@ -105,7 +105,7 @@ class MarginHead(FusedHead):
         settings = self._with_update(settings | options, embeddings, target)
         if settings.get("update") and settings.get("group") is None and _several_ranks():
             raise ValueError(
-                "a fused MarginHead on several ranks would step centres of its own on each: shard "
+                "a fused MarginHead on several ranks would step centers of its own on each: shard "
                 "them (ShardedMarginHead, PartialFC)"
             )
         return sk.margin_cross_entropy(

@@ -5,7 +5,7 @@ Where they differ from pytorch-metric-learning's on purpose:
 - a label outside [0, num_classes) is an error; a label of -100 leaves its row out;
 - past θ + margin > π they continue alike for margins up to 133° (beyond, theirs would rise again);
 - at cos θ = ±1 the gradient is finite (theirs is NaN);
-- the centres keep their dtype: float64 embeddings meet them in float64 for this call alone, and
+- the centers keep their dtype: float64 embeddings meet them in float64 for this call alone, and
   half-precision ones are taken in float32;
 - N×C logits are never held, but by ``get_logits``, whose result they are.
 """
@@ -73,14 +73,14 @@ class _Loss(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the centres anew by ``weight_init_func``, as when made."""
+        """Draw the centers anew by ``weight_init_func``, as when made."""
         centers = torch.empty_like(turned(self.weight), memory_format=torch.contiguous_format)
         self.weight_init_func(centers)  # as (D, C), so that a seed gives their values
         self.weight.copy_(turned_back(centers, self.weight))
 
     @property
     def W(self) -> Tensor:
-        """The centres as pytorch-metric-learning has them, (D, C) or (D, C·S): a view.
+        """The centers as pytorch-metric-learning has them, (D, C) or (D, C·S): a view.
 
         It may be read, written in place or by ``W.data = …``, clipped, frozen, and given to an
         optimizer; ``loss.W = …`` is refused. ``{"W": loss.W}`` is a state dict of theirs.
@@ -191,7 +191,7 @@ class _Loss(nn.Module):
         labels = labels.to(embeddings.device)
         weight: Tensor = self.weight
         if embeddings.dtype == torch.float64:
-            weight = weight.double()  # theirs casts its centres for good
+            weight = weight.double()  # theirs casts its centers for good
         reducer = self._given("reducer")
         plain = reducer is None and indices_tuple is None
         losses = sk.margin_cross_entropy(
@@ -218,7 +218,7 @@ class _Loss(nn.Module):
         return loss
 
     def get_cosine(self, embeddings: Tensor) -> Tensor:
-        """(N, C) cosines; with sub-centres, each class's highest. Memory: N·C (N·C·S)."""
+        """(N, C) cosines; with sub-centers, each class's highest. Memory: N·C (N·C·S)."""
         dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
         cosine = normalize(embeddings.to(dtype)) @ normalize(turned(self.weight).T.to(dtype)).T
         return cosine.unflatten(1, (self.num_classes, -1)).amax(2)
@@ -272,16 +272,16 @@ class ArcFaceLoss(_Loss):
     Args:
         num_classes: C. embedding_size: D.
         margin: in degrees. scale: s.
-        options: ``weight_init_func`` (of the (D, C) centres; default: normal, so that one seed
-            gives the centres that theirs has), ``weight_regularizer`` and
-            ``embedding_regularizer`` (called with (C, D) centres and (N, D) embeddings; added with
+        options: ``weight_init_func`` (of the (D, C) centers; default: normal, so that one seed
+            gives the centers that theirs has), ``weight_regularizer`` and
+            ``embedding_regularizer`` (called with (C, D) centers and (N, D) embeddings; added with
             ``weight_reg_weight`` and ``embedding_reg_weight``), ``reducer`` (called as theirs, for
             the rows' losses), ``distance`` (CosineSimilarity or None), ``impl``.
             ``collect_stats`` is not supported.
 
     State dict: ``weight`` (C, D); theirs, ``W`` (D, C), loads too. The property `W` gives it back.
 
-    Memory: as `synface_kernels.margin_cross_entropy`; while it is built, twice the centres.
+    Memory: as `synface_kernels.margin_cross_entropy`; while it is built, twice the centers.
 
     Raises:
         ValueError, TypeError, NotImplementedError: for arguments that do not fit or are not built.
@@ -329,7 +329,7 @@ class CosFaceLoss(_Loss):
 
 
 class SubCenterArcFaceLoss(_Loss):
-    """pytorch-metric-learning's ``SubCenterArcFaceLoss``: a class's best sub-centre counts.
+    """pytorch-metric-learning's ``SubCenterArcFaceLoss``: a class's best sub-center counts.
 
     Args:
         num_classes: C. embedding_size: D.
@@ -364,7 +364,7 @@ class SubCenterArcFaceLoss(_Loss):
         threshold: float = 75,
         return_dominant_centers: bool = True,
     ) -> Any:
-        """Embeddings far from their class's dominant sub-centre: the one nearest to most of them.
+        """Embeddings far from their class's dominant sub-center: the one nearest to most of them.
 
         Args:
             embeddings: (N, D). labels: (N,) integers in [0, C).
@@ -372,7 +372,7 @@ class SubCenterArcFaceLoss(_Loss):
             return_dominant_centers: also return them.
 
         Returns:
-            (O,) int64 rows of ``embeddings``, by label, and (D, C) dominant sub-centres, 0 for
+            (O,) int64 rows of ``embeddings``, by label, and (D, C) dominant sub-centers, 0 for
             classes without embeddings. (Theirs returns the pair whatever
             ``return_dominant_centers`` says, and leaves those of absent classes undefined.)
         """

@@ -17,9 +17,9 @@ from .fused import FusedHead
 
 
 class PartialFC(FusedHead):
-    """The class centres, of which each step takes a random part: insightface's ``PartialFC_V2``.
+    """The class centers, of which each step takes a random part: insightface's ``PartialFC_V2``.
 
-    Works with no process group too, on a CPU, with batches of any size, and with any optimiser.
+    Works with no process group too, on a CPU, with batches of any size, and with any optimizer.
     With one, each rank holds num_classes/P of the classes, the first ranks one more where that is
     uneven, and has a batch of its own; the loss is that of all ranks' rows and classes.
 
@@ -32,7 +32,7 @@ class PartialFC(FusedHead):
         sample_rate: in (0, 1]: below 1, each step takes this share of the classes, with every
             positive among them.
         fp16: accepted, and changes nothing: embeddings are taken in the dtype in which they come
-            (autocast's, for example), and sums are float32. For 16-bit centres give ``dtype``.
+            (autocast's, for example), and sums are float32. For 16-bit centers give ``dtype``.
         convention: what an object of insightface's means:
 
             - ``"synface"``: its numbers, as this library's margins have them: the true gradient,
@@ -41,15 +41,15 @@ class PartialFC(FusedHead):
             - ``"insightface"``: what its code computes (since 2022): the margin's slope is taken as
               1, cosines rise again past π, m1 and m2 count for nothing where m3 > 0, and negatives
               above the threshold have a cosine of 0, which still counts.
-        sparse: whether the centres' gradient of a sampled step is a sparse tensor (COO, of S rows),
-            for `synface.optim`'s optimisers, `torch.optim.SparseAdam`, or `torch.optim.SGD` without
-            weight decay. False: a dense one, for any optimiser, which costs C·D at each step.
+        sparse: whether the centers' gradient of a sampled step is a sparse tensor (COO, of S rows),
+            for `synface.optim`'s optimizers, `torch.optim.SparseAdam`, or `torch.optim.SGD` without
+            weight decay. False: a dense one, for any optimizer, which costs C·D at each step.
         generator: draws the classes. Default: torch's own of the labels' device.
         group: a `torch.distributed` process group. Default: the default one, if there is one.
-        impl: which implementation of the op to take. device, dtype: of the centres.
+        impl: which implementation of the op to take. device, dtype: of the centers.
 
     State dict: ``weight``, like theirs: (C, D), or this rank's (num_local, D) beginning with class
-    ``class_start``. Centres start as normal numbers of deviation 0.01; on several ranks, from the
+    ``class_start``. Centers start as normal numbers of deviation 0.01; on several ranks, from the
     ranks' numbers too, so that ranks of the same seed do not start alike.
 
     On P ranks the embeddings' gradient is P times the loss's, as theirs, so that a backbone in
@@ -116,7 +116,7 @@ class PartialFC(FusedHead):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the centres anew, as when made."""
+        """Draw the centers anew, as when made."""
         start = None
         if self.group is not None and not self.weight.is_meta:
             seed = int(torch.randint(2**62, (), device="cpu")) + self.rank

@@ -16,7 +16,7 @@ from ..common.rng import generator, normals
 from .fused import FusedHead
 from .partial_fc import _times
 
-INIT_ROWS = 4096  # centres that are drawn together
+INIT_ROWS = 4096  # centers that are drawn together
 
 
 def split(num_classes: int, ranks: int) -> list[int]:
@@ -25,7 +25,7 @@ def split(num_classes: int, ranks: int) -> list[int]:
 
 
 class ShardedMarginHead(FusedHead):
-    """Some of the class centres, those of this rank, and `synface_kernels.margin_cross_entropy`
+    """Some of the class centers, those of this rank, and `synface_kernels.margin_cross_entropy`
     over those of all ranks.
 
     Args:
@@ -38,11 +38,11 @@ class ShardedMarginHead(FusedHead):
             `DistributedDataParallel` does: then those of the embeddings are multiplied by the
             number of ranks, so that the average is the gradient of the loss. The head itself must
             not be wrapped, its gradients are whole.
-        seed: of the centres' initial values, which do not depend on the number of ranks.
+        seed: of the centers' initial values, which do not depend on the number of ranks.
         init_std: their standard deviation.
         workspace: bytes that a CPU's forward pass may keep, so that the backward pass is shorter.
         sparse: see `MarginHead`.
-        impl: which implementation of the op to take. device, dtype: of the centres.
+        impl: which implementation of the op to take. device, dtype: of the centers.
 
     State dict: ``weight`` (C_r, D), this rank's. For checkpoints that any number of ranks can go on
     from see `synface.checkpoint.distributed`.
@@ -78,7 +78,7 @@ class ShardedMarginHead(FusedHead):
         self.group = dist.group.WORLD if group is None else group
         if not isinstance(self.group, dist.ProcessGroup):
             raise TypeError(
-                "group must be a torch.distributed process group, or one must be initialised, "
+                "group must be a torch.distributed process group, or one must be initialized, "
                 f"got {describe(self.group)}"
             )
         self.ranks, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
@@ -99,14 +99,16 @@ class ShardedMarginHead(FusedHead):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Give the centres the initial values of their seed again."""
+        """Give the centers the initial values of their seed again."""
         if self.weight.is_meta:
             return
         end, size = self.class_start + self.weight.shape[0], self.weight.shape[1]
         for block in range(self.class_start // INIT_ROWS, (end - 1) // INIT_ROWS + 1):
             first = block * INIT_ROWS
             low, high = max(first, self.class_start), min(first + INIT_ROWS, end)
-            draws = generator(self.seed, "centres", block)
+            draws = generator(
+                self.seed, "centres", block
+            )  # codespell:ignore - names a random stream
             drawn = normals((INIT_ROWS, size), draws) * self.init_std
             rows = slice(low - self.class_start, high - self.class_start)
             self.weight[rows] = drawn[low - first : high - first].to(self.weight)

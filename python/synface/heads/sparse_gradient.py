@@ -1,4 +1,4 @@
-"""Sparse gradients of sampled centres: dense where asked for, and a clear error where refused."""
+"""Sparse gradients of sampled centers: dense where asked for, and a clear error where refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pytorch-metric-learning's ``W``: a loss's centres as (D, C), by the name its users know."""
+"""pytorch-metric-learning's ``W``: a loss's centers as (D, C), by the name its users know."""
 
 from __future__ import annotations
 

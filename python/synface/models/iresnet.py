@@ -11,9 +11,9 @@ MAX_BLOCKS = 1000
 
 
 class _TakesOneValue(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation that takes a single value per channel.
+    """Batch normalization that takes a single value per channel.
 
-    One value has no variance: it is normalised by the running statistics, which stay as they are.
+    One value has no variance: it is normalized by the running statistics, which stay as they are.
     So a last batch of one image trains like any other.
     """
 
@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 class IResNet(nn.Module):
-    """(N, C, H, W) images to (N, embedding_size) embeddings, not normalised.
+    """(N, C, H, W) images to (N, embedding_size) embeddings, not normalized.
 
     Args:
         image_size: (H, W) in pixels; each stage halves it.

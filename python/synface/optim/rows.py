@@ -1,4 +1,4 @@
-"""Optimisers of class centres: they step on the rows that have a gradient, and on no others."""
+"""Optimizers of class centers: they step on the rows that have a gradient, and on no others."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class _RowOptimizer(torch.optim.Optimizer):
     def catch_up(self) -> None:
         """Brings every row up to date: all take the steps that they missed.
 
-        Call it before an evaluation, before the centres leave for elsewhere, and where the learning
+        Call it before an evaluation, before the centers leave for elsewhere, and where the learning
         rate changes if the rows are to coast at the old one. Costs O(C·D). Does nothing without
         ``catch_up``.
         """
@@ -78,20 +78,20 @@ class _RowOptimizer(torch.optim.Optimizer):
         backward pass. It counts as taken from now on.
 
         Raises:
-            ValueError: for a parameter that is not this optimiser's.
+            ValueError: for a parameter that is not this optimizer's.
         """
         for index, group, own in self._parameters():
             if own is parameter:
                 state = self._state(group, parameter)
                 state["step"] += 1
                 return self._next(**self._arguments(index, group, state, int(state["step"])))
-        raise ValueError(f"parameter must be one of this optimiser's, got {describe(parameter)}")
+        raise ValueError(f"parameter must be one of this optimizer's, got {describe(parameter)}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a `state_dict`, bitwise, each state in its own dtype.
 
         Raises:
-            ValueError: for a state of another optimiser or of other parameters; nothing is loaded.
+            ValueError: for a state of another optimizer or of other parameters; nothing is loaded.
         """
         loaded = {}
         for own, group in zip(self.param_groups, state_dict["param_groups"], strict=False):
@@ -99,7 +99,7 @@ class _RowOptimizer(torch.optim.Optimizer):
             missing = (self.defaults.keys() & own.keys()) - group.keys()
             if missing:
                 raise ValueError(
-                    f"state_dict is of another optimiser: its groups lack {sorted(missing)}"
+                    f"state_dict is of another optimizer: its groups lack {sorted(missing)}"
                 )
             for parameter, name in zip(own["params"], group["params"], strict=False):
                 values = state_dict["state"].get(name)
@@ -199,7 +199,7 @@ class RowSGD(_RowOptimizer):
         lr, momentum, dampening, weight_decay, nesterov: as `torch.optim.SGD`; with dampening, its
             first step differs (see `synface_kernels.row_sgd_`).
         catch_up: a row that is touched first takes the steps that it missed (decay, and momentum
-            that coasts on), as a dense optimiser would have taken them, at the present learning
+            that coasts on), as a dense optimizer would have taken them, at the present learning
             rate. False: rows that are not touched neither decay nor coast, as with
             `torch.optim.SparseAdam`.
         seed: bfloat16 weights and states are rounded at random, without bias, by a hash of it, the

@@ -54,7 +54,7 @@ class PainterConfig:
         if self.real == EMBEDDED:
             faces = embedded_faces(EMBEDDED_IMAGES, height)
         else:
-            faces = read_folder(Path(self.real), (height, width), grey=channels == 1)
+            faces = read_folder(Path(self.real), (height, width), grayscale=channels == 1)
         if len(faces.identities) < least:
             raise ValueError(
                 f"{faces.source} must have {least} people or more, got {len(faces.identities)}"

@@ -41,7 +41,7 @@ def run_steps(
 ) -> list[dict[str, float]]:
     """Runs step(0), …, step(total − 1).
 
-    What a step does must depend on its number, the modules and the optimisers alone: its draws on
+    What a step does must depend on its number, the modules and the optimizers alone: its draws on
     generators seeded with its number. Then a resumed run is bitwise one that was never interrupted.
 
     Args:

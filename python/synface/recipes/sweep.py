@@ -130,7 +130,8 @@ def _flat(made_of: Mapping[str, Any]) -> dict[str, Any]:
 
 def for_steps(config: TrainConfig, images: int, steps: int) -> TrainConfig:
     """The configuration with as many epochs of so many images as come nearest to a number of steps;
-    warm-up and checkpoints keep their share of the run."""
+    warm-up and checkpoints keep their share of the run.
+    """
     epochs = max(1, round(steps / -(-images // config.batch_size)))
     factor = epochs / config.epochs
     return replace(

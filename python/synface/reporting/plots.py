@@ -27,8 +27,8 @@ def figure(
     width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple[Figure, Any]:
     """Return a new figure of so many inches, and its axes as `matplotlib.pyplot.subplots` does."""
-    check_matplotlib()
-    from matplotlib.figure import Figure
+    with extra("train", "drawing figures"):
+        from matplotlib.figure import Figure
 
     new = Figure(figsize=(width, height), layout="constrained")
     return new, new.subplots(rows, columns, **options)
@@ -46,8 +46,8 @@ def save(figure: Figure, path: Path) -> None:
 
 def colors(count: int) -> list[Any]:
     """Return so many colors that are also told apart in print."""
-    check_matplotlib()
-    import matplotlib
+    with extra("train", "drawing figures"):
+        import matplotlib
 
     return [matplotlib.colormaps["viridis"](i / max(1, count - 1) * 0.9) for i in range(count)]
 

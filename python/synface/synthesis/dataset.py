@@ -55,7 +55,7 @@ def synthesize(
     of workers is not.
 
     Args:
-        embeddings: (N, D) floating, one identity per row; normalised here.
+        embeddings: (N, D) floating, one identity per row; normalized here.
         generator: draws the images, in the calling thread.
         output: the folder; missing or empty, unless resume or overwrite is set.
         images_per_identity: at least 1.
@@ -151,7 +151,7 @@ def synthesize(
 
 
 def checked(embeddings: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """(N, D) float32 on the CPU, contiguous: as they are, and normalised.
+    """(N, D) float32 on the CPU, contiguous: as they are, and normalized.
 
     Raises:
         ValueError: for another dtype or shape, and a row that is zero or not finite.
@@ -260,8 +260,8 @@ def _write(file: Path, pixels: np.ndarray) -> None:
         from PIL import Image
 
     buffer = io.BytesIO()
-    grey = pixels.shape[2] == 1
-    Image.fromarray(pixels[:, :, 0] if grey else pixels).save(buffer, "png")
+    grayscale = pixels.shape[2] == 1
+    Image.fromarray(pixels[:, :, 0] if grayscale else pixels).save(buffer, "png")
     part = file.with_name(f".{file.name}.part")
     try:
         part.write_bytes(buffer.getbuffer())

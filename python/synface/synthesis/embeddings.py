@@ -22,7 +22,7 @@ def read_embeddings(path: str | Path) -> Tensor:
         path: a .npy array, or a .safetensors file with one tensor or one named "embeddings".
 
     Returns:
-        (N, D) float32, N at least 1, finite, no row zero; not normalised.
+        (N, D) float32, N at least 1, finite, no row zero; not normalized.
 
     Raises:
         ValueError: for a file that is missing, damaged or of another kind (a pickle is never

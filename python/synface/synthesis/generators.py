@@ -23,7 +23,7 @@ class FaceGenerator(Protocol):
     Attributes:
         embedding_size: D.
         style_size: S.
-        image_shape: (H, W, C), C = 1 (grey) or 3 (RGB).
+        image_shape: (H, W, C), C = 1 (grayscale) or 3 (RGB).
         description: what tells its images from another generator's, for `json.dumps`.
     """
 
@@ -89,8 +89,8 @@ class EigenfaceGenerator:
         self.description = {"kind": "eigenfaces", "embedding_size": embedding_size, "size": size}
         crops = torch.from_numpy(lfw_crops())
         self._mean = crops.mean(0)
-        centred = (crops - self._mean).flatten(1)
-        _, singular, eigenfaces = torch.linalg.svd(centred, full_matrices=False)
+        centered = (crops - self._mean).flatten(1)
+        _, singular, eigenfaces = torch.linalg.svd(centered, full_matrices=False)
         rank = min(FACES - 1, embedding_size)
         deviations = singular[:rank, None] / math.sqrt(FACES - 1)
         gaussian = np.random.default_rng(0).standard_normal((embedding_size, rank))

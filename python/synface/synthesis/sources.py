@@ -31,11 +31,11 @@ class GeneratedSource:
     the identities, then those of the real faces. Either side of a pair is augmented by itself.
 
     Args:
-        embeddings: (N, D) floating, an identity each; finite, no row zero. Normalised here.
+        embeddings: (N, D) floating, an identity each; finite, no row zero. Normalized here.
         painter: draws the images.
         images_per_identity: at least 1; image k of identity i has the style that
             `synthesize.synthesize` gives it for this seed.
-        identity_mixup: draw φ·e + (1 − φ)·e' of two identities of the batch, normalised, with two
+        identity_mixup: draw φ·e + (1 − φ)·e' of two identities of the batch, normalized, with two
             labels; None draws each identity as it is.
         real: faces to mix each image with, cycled to the length of the epoch, or None.
         ratio: of the synthetic share ψ. per_sample: a ψ for each image, else one for the batch.
@@ -81,7 +81,7 @@ class GeneratedSource:
                 len(real.identities),
                 ratio=ratio or Grid(),
                 per_sample=per_sample,
-                mean=0.0,  # the augmentation has normalised both sides
+                mean=0.0,  # the augmentation has normalized both sides
                 std=1.0,
                 layout="NCHW",
             )

@@ -35,10 +35,10 @@ class TrainConfig:
         schedule: "cosine", "polynomial" ((1 − t)^power), "step" (÷10 after 60 % and 85 % of the
             steps) or "constant"; warmup_epochs of linear warm-up come first.
         clip_norm: the network's gradient is cut to this norm; 0 leaves it.
-        freeze_statistics: normalise by the running statistics, not by a batch's.
+        freeze_statistics: normalize by the running statistics, not by a batch's.
         sample_rate: share of the classes that take part in a step (Partial FC). Below 1 the
-            centres take their optimiser's steps row by row: `synface.optim`.
-        fused_update: the backward pass takes these steps on the centres itself, whose gradient
+            centers take their optimizer's steps row by row: `synface.optim`.
+        fused_update: the backward pass takes these steps on the centers itself, whose gradient
             never exists; with accumulate 1.
         scale, m1, m2, m3: of the margin, m2 in radians.
         widths, depths, embedding_size, dropout: of the backbone.
@@ -89,7 +89,7 @@ class TrainConfig:
             )
         if self.fused_update and self.accumulate > 1:
             raise ValueError(
-                "fused_update steps the centres after each part of a batch: accumulate must be 1, "
+                "fused_update steps the centers after each part of a batch: accumulate must be 1, "
                 f"got {self.accumulate}"
             )
         if not 0 < self.sample_rate <= 1:

@@ -1,6 +1,6 @@
 """Training: a backbone, a margin head, checkpoints that resume bitwise the same.
 
-On one process, or on the ranks of a `torch.distributed` process group if one is initialised: then
+On one process, or on the ranks of a `torch.distributed` process group if one is initialized: then
 each rank has its part of every batch and its share of the classes.
 
 All randomness of a step is drawn from generators seeded by (seed, purpose, step). So a checkpoint
@@ -97,7 +97,7 @@ def train(
 ) -> Trained:
     """Trains a backbone and a margin head on a set of faces or another source.
 
-    Where a `torch.distributed` process group is initialised, all of its ranks call this with the
+    Where a `torch.distributed` process group is initialized, all of its ranks call this with the
     same arguments: each trains on its part of every batch, in a `DistributedDataParallel` backbone,
     and holds its share of the classes. They see one ``output``, in which the first rank writes.
     Checkpoints are then written by all ranks, and any number of ranks can resume them.
@@ -456,7 +456,8 @@ def _kept(
     batches: Iterator[tuple[int, Batch]], first: int, keep: Callable[[int], None] | None
 ) -> Iterator[tuple[int, Batch]]:
     """The batches; if they end in an error of the data, the steps that were done are kept. (Not by
-    one rank of several: the others do not know.)"""
+    one rank of several: the others do not know.)
+    """
     done = first
     try:
         for step, batch in batches:

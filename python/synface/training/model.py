@@ -192,7 +192,8 @@ def read(
     path: Path, wanted: checkpoint.Wanted, verified: slice = slice(None)
 ) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     """The newest checkpoint of a run (or one checkpoint): where it is, what is wanted of its
-    tensors, its state; ``verified`` as in `checkpoint.load`."""
+    tensors, its state; ``verified`` as in `checkpoint.load`.
+    """
     found = checkpoint.find(path)
     load = sharded.read if sharded.is_sharded(found) else checkpoint.load
     return found, *load(found, wanted, verified)
@@ -288,7 +289,7 @@ class Model:
         """Takes over a checkpoint whose state `check` accepts; the steps that were done.
 
         Raises:
-            CheckpointError: for one that is damaged, or of another model or optimiser.
+            CheckpointError: for one that is damaged, or of another model or optimizer.
         """
         if isinstance(self.head, ShardedMarginHead):
             state = sharded.load_state(found)
@@ -343,7 +344,7 @@ def build_model(config: TrainConfig, source: Source, alone: bool, device: torch.
         if alone or device.type == "cpu":  # shares on a GPU are made there
             ranks = 1 if alone else dist.get_world_size()
             needed = 4 * config.embedding_size * source.num_classes // ranks
-            check_memory("the class centres", needed)
+            check_memory("the class centers", needed)
         sizes = config.embedding_size, source.num_classes, config.margin()
         if alone:
             head = MarginHead(*sizes).to(device)

@@ -95,7 +95,7 @@ class FacesSource:
     Args:
         faces: in memory, or an `ImageSet`, which worker processes decode batch by batch: the same
             batches from either.
-        size, grey, workers: of an `ImageSet`; see `ImageLoader`.
+        size, grayscale, workers: of an `ImageSet`; see `ImageLoader`.
 
     Raises:
         DataError: for an `ImageSet` that can be read in order only, and whose shape no file tells.
@@ -106,11 +106,11 @@ class FacesSource:
         faces: Domain,
         *,
         size: tuple[int, int] | None = None,
-        grey: bool | None = None,
+        grayscale: bool | None = None,
         workers: int = 2,
     ) -> None:
         (self.faces,) = opened(faces=faces)
-        self.image_shape = common_shape([faces], size, grey)
+        self.image_shape = common_shape([faces], size, grayscale)
         self.num_classes = len(faces.identities)
         self.workers = workers
         self.timing: Timing | None = None
@@ -154,7 +154,7 @@ class FacesSource:
             faces,
             size,
             size=(height, width),
-            grey=channels == 1,
+            grayscale=channels == 1,
             seed=config.seed,
             first_step=first,
             last_step=last,
@@ -174,7 +174,7 @@ class MixedSource:
     is mirrored by itself, with probability 0.5 (0.5·augment below a strength of 1).
 
     Args:
-        synthetic, real: see `TwoDomainLoader`, as for size, grey and workers.
+        synthetic, real: see `TwoDomainLoader`, as for size, grayscale and workers.
         ratio: of the synthetic share ψ. per_sample: a ψ for each image, else one for the batch.
         mix_in_workers: mix there, on a thread in each, and not in the training process.
 
@@ -189,13 +189,13 @@ class MixedSource:
         ratio: Ratio | None = None,
         per_sample: bool = False,
         size: tuple[int, int] | None = None,
-        grey: bool | None = None,
+        grayscale: bool | None = None,
         workers: int = 2,
         mix_in_workers: bool = False,
     ) -> None:
         self.synthetic, self.real = synthetic, real
         self.ratio, self.per_sample = ratio or Grid(), per_sample
-        self.image_shape = common_shape((synthetic, real), size, grey)
+        self.image_shape = common_shape((synthetic, real), size, grayscale)
         self.num_classes = len(synthetic.identities) + len(real.identities)
         self.workers, self.mix_in_workers = workers, mix_in_workers
         self.timing: Timing | None = None
@@ -236,7 +236,7 @@ class MixedSource:
             self.real,
             config.batch_size,
             size=(height, width),
-            grey=channels == 1,
+            grayscale=channels == 1,
             seed=config.seed,
             first_step=first,
             last_step=config.epochs * -(-len(self) // config.batch_size),

@@ -86,7 +86,7 @@ def domain_mixup(
     out: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Mixes a synthetic and a real batch pixel by pixel and normalises the result, in one pass.
+    """Mixes a synthetic and a real batch pixel by pixel and normalizes the result, in one pass.
 
     X = ψ·X_S + (1 − ψ)·X_R, then (X − mean)/std for each channel. Bytes stand for value/255;
     floating images are taken as they are (usually already in [0, 1]): nothing is divided by 255.

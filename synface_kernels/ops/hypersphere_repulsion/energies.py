@@ -1,8 +1,8 @@
-"""Repulsion energies: what `hypersphere_repulsion` can minimise.
+"""Repulsion energies: what `hypersphere_repulsion` can minimize.
 
 Throughout, x̂ = x/‖x‖, r_ij = ‖x̂_i − x̂_j‖ and c_ij = x̂_i·x̂_j = 1 − r_ij²/2. Without a gallery y
-the *pairs* are the P = N·(N−1)/2 unordered pairs i < j, and a point's neighbours are all others;
-with one they are all P = N·M pairs (x_i, y_j), and a point's neighbours are the rows of y.
+the *pairs* are the P = N·(N−1)/2 unordered pairs i < j, and a point's neighbors are all others;
+with one they are all P = N·M pairs (x_i, y_j), and a point's neighbors are the rows of y.
 
 Pairs closer than `r_min` count as `r_min` apart, in their own direction. Identical points have
 none: x_i (the one with the lower index, or the one in x) is pushed along the axis
@@ -50,21 +50,21 @@ class Energy:
         _require(0 < t <= SHARPEST, "t", t, SHARPNESS)
 
 
-# ---- of each point's nearest neighbours ----------------------------------------------------------
+# ---- of each point's nearest neighbors ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class MaxCosine(Energy):
-    """e_i = (1/k)·Σ over the k nearest neighbours j of x_i of c_ij.
+    """e_i = (1/k)·Σ over the k nearest neighbors j of x_i of c_ij.
 
-    ``"mean"``: (1/N)·Σ_i e_i; ``"sum"``: Σ_i e_i; ``"none"``: e (N,). The choice of neighbours is
+    ``"mean"``: (1/N)·Σ_i e_i; ``"sum"``: Σ_i e_i; ``"none"``: e (N,). The choice of neighbors is
     piecewise constant, so it passes no gradient; their cosines do, to both points.
 
     HyperFace's gallery term, the mean cosine distance to the nearest gallery row, is
     ``1 - hypersphere_repulsion(x, gallery, energy=MaxCosine())``.
 
     Args:
-        topk: k ≥ 1, the number of neighbours.
+        topk: k ≥ 1, the number of neighbors.
 
     Raises:
         TypeError, ValueError: for a wrong argument, naming it.
@@ -92,9 +92,9 @@ class ClosestPair(Energy):
 
 @dataclass(frozen=True)
 class KoLeo(Energy):
-    """e_i = −log r_ij for the nearest neighbour j of x_i (Kozachenko–Leonenko entropy).
+    """e_i = −log r_ij for the nearest neighbor j of x_i (Kozachenko–Leonenko entropy).
 
-    ``"mean"``: (1/N)·Σ_i e_i; ``"sum"``: Σ_i e_i; ``"none"``: e (N,). The choice of neighbours is
+    ``"mean"``: (1/N)·Σ_i e_i; ``"sum"``: Σ_i e_i; ``"none"``: e (N,). The choice of neighbors is
     piecewise constant.
 
     Source: Sablayrolles et al., "Spreading vectors for similarity search", ICLR 2019.

@@ -1,7 +1,7 @@
 """Hypersphere repulsion in Triton: kernels, launchers and their default configurations.
 
 The vendor's product writes the cosines of two blocks of points into a reused workspace, and kernels
-turn them into derivatives or collect neighbours from them. Without a gallery each pair of blocks is
+turn them into derivatives or collect neighbors from them. Without a gallery each pair of blocks is
 taken once, for both its sides. Whatever is summed has one owner and a fixed order: a program owns a
 row, or a column, of the workspace; blocks follow each other on the stream.
 """
@@ -37,7 +37,7 @@ KINDS = {"log_sum_exp": 0, "riesz": 1, "log": 2, "hinge": 3}
 
 @triton.jit
 def _potential(c, square, shift, a, KIND: tl.constexpr, POWER: tl.constexpr):
-    """f and its derivative by the cosine; under LOG_SUM_EXP in units of e^{a·shift}, without a."""
+    """F and its derivative by the cosine; under LOG_SUM_EXP in units of e^{a·shift}, without a."""
     if KIND == LOG_SUM_EXP:
         f = tl.exp(a * (c - shift))
         slope = f
@@ -88,7 +88,7 @@ def _close_pair(
     x, y, x_inverse, y_inverse, x_stride, y_stride, i, j, shift, a, r_min, D: tl.constexpr,
     KIND: tl.constexpr, POWER: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """f of one pair, and slope·direction: its gradient by ŷ_j, and minus that by x̂_i."""
+    """F of one pair, and slope·direction: its gradient by ŷ_j, and minus that by x̂_i."""
     x_i = _unit(x, x_inverse, x_stride, i, D, BLOCK_D)
     y_j = _unit(y, y_inverse, y_stride, j, D, BLOCK_D)
     r, direction = _apart(x_i, y_j, i, j, r_min, D, SYMMETRIC, BLOCK_D)
@@ -121,7 +121,8 @@ def _derivatives_kernel(
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A row of cosines to derivatives, in place, and its Σ f. Close pairs, one after the other, add
-    their gradient by the row's point at once; row_close says whether there are any."""
+    their gradient by the row's point at once; row_close says whether there are any.
+    """
     row = tl.program_id(0).to(tl.int64)
     i = row_start + row
     unit = tl.load(shift)
@@ -209,7 +210,7 @@ def _project_kernel(
     tl.store(gradient + row * D + d, out.to(tl.float32), mask=d < D)
 
 
-# ---- kernels: nearest neighbours -----------------------------------------------------------------
+# ---- kernels: nearest neighbors -----------------------------------------------------------------
 
 
 @triton.jit
@@ -277,7 +278,8 @@ def _select_kernel(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One row per program: the K best in double of its candidates; of all points, where the
-    candidates' room did not suffice for all that may be among them."""
+    candidates' room did not suffice for all that may be among them.
+    """
     i = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, ROOM)
     candidates = tl.load(keys + i * ROOM + slot)
@@ -532,7 +534,7 @@ def nearest_backward(
     grad_x = x.rows.new_empty((len(x), d) if needs_x_grad else 0)
     grad_y = y.rows.new_empty((len(y), d) if needs_y_grad else 0)
     index, grad_square = index.contiguous(), grad_square.contiguous()
-    # For each point the pairs in which it is the neighbour, in order.
+    # For each point the pairs in which it is the neighbor, in order.
     chosen, chosen_by = index.flatten().sort(stable=True)
     begin = torch.searchsorted(chosen, torch.arange(len(y) + 1, device=chosen.device))
     with _on_device_of(x.rows):
@@ -574,7 +576,7 @@ def _cosine_error(d: int, dtype: torch.dtype) -> float:
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a @ b into float32 out, whatever the factors' dtype."""
+    """A @ b into float32 out, whatever the factors' dtype."""
     if a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
     if a.device.type == "cpu":  # under the interpreter; no such overload

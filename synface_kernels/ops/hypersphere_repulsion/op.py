@@ -1,7 +1,7 @@
 """Hypersphere repulsion: checks, the two ops that never hold N×N, and the public functions.
 
 - *pairs*: a sum over all pairs, with its gradient in the same pass.
-- *nearest*: each point's nearest neighbours; its derivative is taken afterwards, on N·k pairs.
+- *nearest*: each point's nearest neighbors; its derivative is taken afterwards, on N·k pairs.
 
 The energies are torch code on what those two return, under ordinary autograd.
 """
@@ -79,10 +79,10 @@ def hypersphere_repulsion(
 
     Args:
         x: (N, D) points: float32, bfloat16 or float16 (computed in float32), or float64. They need
-            not be normalised nor contiguous. N ≥ 2, or N ≥ 1 with y.
+            not be normalized nor contiguous. N ≥ 2, or N ≥ 1 with y.
         y: (M, D) gallery, likewise, M ≥ 1; both float64 or neither. Then the pairs are (x_i, y_j),
             and no two points of x repel each other.
-        energy: `MaxCosine`, `ClosestPair`, `KoLeo` (of nearest neighbours), `LogSumExp`,
+        energy: `MaxCosine`, `ClosestPair`, `KoLeo` (of nearest neighbors), `LogSumExp`,
             `Gaussian`, `Riesz`, `Log` or `Hinge` (of all pairs). Their docstrings state formulas.
         reduction: ``"mean"`` or ``"sum"``, see the energy; ``"none"``, per point, for `MaxCosine`
             and `KoLeo`.
@@ -90,7 +90,7 @@ def hypersphere_repulsion(
             the order of the ranks; a rank may hold none. All ranks get the energy of all points,
             and its gradient by their own (``"none"``: the energies of their own, and the gradient
             of what all ranks make of theirs). y must be the same on all ranks, which is checked,
-            and each of them gets its whole gradient. With energies of nearest neighbours, or y,
+            and each of them gets its whole gradient. With energies of nearest neighbors, or y,
             the backward pass communicates too: all ranks must run it, or none. See
             docs/kernels/hypersphere_repulsion.md for what travels. Where one rank's argument is
             wrong all raise its error. Not with ``impl="reference"``, nor inside `torch.compile`.
@@ -150,19 +150,19 @@ def nearest_neighbors(
     """The k rows of y with the greatest cosines to each row of x; of x itself if y is None.
 
     Exact: by the cosines in double precision, rounded to the result's dtype. Among equal ones the
-    lowest index comes first. Without y a row is no neighbour of itself.
+    lowest index comes first. Without y a row is no neighbor of itself.
 
     Args:
-        x: (N, D) float32, bfloat16, float16 or float64; rows need not be normalised.
+        x: (N, D) float32, bfloat16, float16 or float64; rows need not be normalized.
         y: (M, D) likewise; both float64 or neither.
-        k: number of neighbours, 1 ≤ k < N, or k ≤ M with y.
-        group: as in `hypersphere_repulsion`. Each rank gets the neighbours of its own rows; their
+        k: number of neighbors, 1 ≤ k < N, or k ≤ M with y.
+        group: as in `hypersphere_repulsion`. Each rank gets the neighbors of its own rows; their
             indices count the rows of all ranks.
         impl: as in `hypersphere_repulsion`.
 
     Returns:
         cosine (N, k), greatest first, float32 or, for float64 inputs, float64; and index (N, k),
-        int64. The cosines are differentiable, by x and y; the choice of neighbours is piecewise
+        int64. The cosines are differentiable, by x and y; the choice of neighbors is piecewise
         constant and passes no gradient.
 
     Memory above the inputs: O(N·k) and a workspace of at most 64 MiB; never N×M, except in
@@ -405,7 +405,8 @@ def _check_rows(rows: Tensor, name: str) -> None:
 
 def _norms(rows: Tensor, name: str, most: float = math.inf) -> Tensor:
     """Norms (N,) in double; an error where one is zero, not finite or above most: at once on a CPU,
-    without waiting on a GPU."""
+    without waiting on a GPU.
+    """
     unit = torch.ones((), dtype=torch.float64, device=rows.device)
     if rows.dtype == torch.float64:  # else double holds the squares
         unit = length_unit(rows).squeeze(1)

@@ -69,7 +69,7 @@ def pair_energy(x: Tensor, y: Tensor | None, kind: str, a: float, power: int, r_
 
 
 def nearest(x: Tensor, y: Tensor | None, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Squared distances (N, k) to the nearest neighbours and their indices (N, k), nearest first.
+    """Squared distances (N, k) to the nearest neighbors and their indices (N, k), nearest first.
 
     By their cosines rounded to dtype; among equals the lowest index comes first. The derivative of
     r² is 2·max(r, r_min) along the pair's direction.

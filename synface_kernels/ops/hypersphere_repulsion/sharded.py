@@ -1,9 +1,9 @@
 """Energies of points that are spread over the ranks of a process group.
 
 Blocks of points travel round the ring. Step s brings rank r the points of rank r + s, and takes
-back what r finds out about them: their gradient, or their neighbours. By symmetry half of the
+back what r finds out about them: their gradient, or their neighbors. By symmetry half of the
 steps, ⌊P/2⌋, meet all P ranks. At the last step of an even number two ranks meet twice: each takes
-one half of their pairs, or the neighbours of its own points.
+one half of their pairs, or the neighbors of its own points.
 
 A gallery is whole on every rank, so its pairs need no ring.
 """
@@ -40,7 +40,7 @@ def turned(rows: Tensor, shift: int, flip: bool, *, back: bool = False) -> Tenso
 
 
 class Nearest(torch.autograd.Function):
-    """The k nearest neighbours of this rank's points among all ranks', or in a gallery."""
+    """The k nearest neighbors of this rank's points among all ranks', or in a gallery."""
 
     @staticmethod
     def forward(
@@ -99,7 +99,7 @@ class Nearest(torch.autograd.Function):
         needs = ctx.needs_input_grad[:2]
 
         def meet(b: Tensor | None, start: int, count: int) -> list[Tensor]:
-            """The gradients by x and b of x's neighbours in b."""
+            """The gradients by x and b of x's neighbors in b."""
             here = (index >= start) & (index < start + count)
             turn = starts[rank] + start, y is None and start < starts[rank]
             if not (len(x) and count):
@@ -124,7 +124,7 @@ class Nearest(torch.autograd.Function):
                 *[None] * 4,
             )
         gradient = meet(None, starts[rank], counts[rank])[0]
-        # Whose neighbours these are is not symmetric: all blocks come by.
+        # Whose neighbors these are is not symmetric: all blocks come by.
         for ahead, behind, others in ring(x, counts, len(counts) - 1, group):
             own, back = meet(others, starts[ahead], counts[ahead])
             gradient += own

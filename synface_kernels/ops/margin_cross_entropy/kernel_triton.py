@@ -7,7 +7,7 @@ Two designs share the arithmetic on a block of logits:
 - *tiled* (training): cuBLAS writes the float32 logits of one tile of classes into a reused
   workspace, one kernel turns them into the second product's factor, and cuBLAS takes that product.
 
-In both, cos_ij = (x_i · w_j)·r_i·r_j with r = 1/norm in the epilogue, so nothing normalised is
+In both, cos_ij = (x_i · w_j)·r_i·r_j with r = 1/norm in the epilogue, so nothing normalized is
 written and 16-bit inputs are not rounded twice. All sums have a fixed order.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from ..._norms import LONG
 from ..row_update import kernel_triton as row_update
 
-# Takes the gradient of the centres of classes from one on, rows (·, D) that are then written over.
+# Takes the gradient of the centers of classes from one on, rows (·, D) that are then written over.
 TakeRows = Callable[[int, Tensor], None]
 
 # What the tiled design may hold at a time.
@@ -75,8 +75,9 @@ def _only_negatives(cosine, labels, rows, in_rows, classes, C, K: tl.constexpr):
 def _tile_cosines(
     logits, stride, input_r, weight_r, rows, in_rows, columns, in_columns, M: tl.constexpr
 ):
-    """Classes' cosines from a block of a tile's products, and each one's sub-centre: the greatest,
-    the first of equals."""
+    """Classes' cosines from a block of a tile's products, and each one's sub-center: the greatest,
+    the first of equals.
+    """
     mask = in_rows[:, None] & in_columns[None, :]
     r_i = tl.load(input_r + rows, mask=in_rows, other=0.0)
     for m in tl.static_range(M):
@@ -115,7 +116,8 @@ def _target_cosines_kernel(
 ):  # fmt: skip
     """One row per program: its cosines with its own labels (classes of weight), in float64, for
     near cos θ = ±1 a margin's slope is large; and the rows of weight that they are with, or what
-    stands for no label."""
+    stands for no label.
+    """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     x = tl.load(input + row * input_stride + d, mask=d < D, other=0.0).to(tl.float64)
@@ -196,9 +198,10 @@ def _tile_statistics_kernel(
     stride, start, chunk, scale, limit, K: tl.constexpr, M: tl.constexpr, FILTER: tl.constexpr,
     MAXIMUM_ONLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of a tile's columns, which are classes of M centres: raises maximum and, unless
-    MAXIMUM_ONLY, adds exp(logit − shift) to total and writes it times r_j, the mean centre's factor
-    (in place where dtypes agree). With FILTER, what is above the limit is left out, and counted."""
+    """One chunk of a tile's columns, which are classes of M centers: raises maximum and, unless
+    MAXIMUM_ONLY, adds exp(logit − shift) to total and writes it times r_j, the mean center's factor
+    (in place where dtypes agree). With FILTER, what is above the limit is left out, and counted.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < N
     row_shift = tl.load(shift + rows, mask=in_rows, other=0.0)
@@ -247,7 +250,8 @@ def _tile_gradient_kernel(
     FILTER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A block of G_ij·r_i, where G is the loss's gradient by the cosines (in place where dtypes
-    agree); columns are classes of M centres."""
+    agree); columns are classes of M centers.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < N
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -283,7 +287,7 @@ def _tile_gradient_kernel(
 def _center_sums_kernel(
     own, weight_r, center_sums, count, stride, per_program, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Adds a program's share of Σ r_j·w_j over a tile's centres to its row, in float64."""
+    """Adds a program's share of Σ r_j·w_j over a tile's centers to its row, in float64."""
     d = tl.arange(0, BLOCK_D)
     slot = center_sums + tl.program_id(0) * D + d
     total = tl.load(slot, mask=d < D, other=0.0)
@@ -321,7 +325,8 @@ def _grad_input_kernel(
     K: tl.constexpr, SUM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One row per program: r_i·(V_i − (x̂_i·V_i)·x̂_i), in float64, for near cos θ = ±1 a margin's
-    slope is large and what is left of its target small. 0 where nothing is asked of the row."""
+    slope is large and what is left of its target small. 0 where nothing is asked of the row.
+    """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
@@ -416,23 +421,23 @@ def forward(
             float32.
         class_ids: (S,) int64 rows of weight that take part; None: all, S = C.
         labels: (N, K) int64 in [0, S), distinct within a row, −1 where absent, −2 where a label's
-            centre is not in weight.
+            center is not in weight.
         scale: of the logits.
         limit: other classes with a larger cosine are filtered, left out; ∞ for none.
-        needs_input_grad: whether the mean centre is asked for.
-        needs_cosine_sum: whether the sum of all cosines is asked for; not with sub-centres.
+        needs_input_grad: whether the mean center is asked for.
+        needs_cosine_sum: whether the sum of all cosines is asked for; not with sub-centers.
 
     Returns:
         negative_lse (N,), negative_max (N,), target_cosine (N, K); filtered (N,), how many classes
-        are, and cosine_sum (N,); mean_center (N, D); center_sum (D,), of all normalised centres.
+        are, and cosine_sum (N,); mean_center (N, D); center_sum (D,), of all normalized centers.
         In float32 are negative_max and mean_center, in float64 the others, though lse and target
         cosines are computed in float32. What is not asked for is (0,). All 0 for a row without
         labels; lse and max −∞ for a row that has no other classes.
 
     Memory above inputs and outputs, in bytes:
-        of a plain weight without the mean centre 4·C + 8·N·(splits + 1),
+        of a plain weight without the mean center 4·C + 8·N·(splits + 1),
         splits ≤ ⌈4·SMs/⌈N/128⌉⌉; else max(64 MiB, 128 classes) of tile at (4·N + 2·N [bfloat16] +
-        4·D [float16 or mixed dtypes] + 4 + a row of weight [class_ids]) per centre, and O(N·D). An
+        4·D [float16 or mixed dtypes] + 4 + a row of weight [class_ids]) per center, and O(N·D). An
         input or weight whose rows are not contiguous is copied.
 
     Raises:
@@ -498,8 +503,9 @@ def _find_targets(
     labels: Tensor,
     target_cosine: Tensor,
 ) -> Tensor:
-    """Fills target_cosine (N, K); returns the rows of weight, its centres (C·M, D), that they are
-    with, or what stands for no label."""
+    """Fills target_cosine (N, K); returns the rows of weight, its centers (C·M, D), that they are
+    with, or what stands for no label.
+    """
     n, d = input.shape
     centers = _centers(weight)
     target_rows = torch.empty_like(labels)
@@ -518,7 +524,8 @@ def _forward_fused(
     input: Tensor, weight: Tensor, labels: Tensor, input_r: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """For a weight in the product's dtype: in the kernel, a cast before `tl.dot` must not be, for
-    then Triton 3.6 and 3.7 take TF32 on compute capability 10, whatever the precision asked for."""
+    then Triton 3.6 and 3.7 take TF32 on compute capability 10, whatever the precision asked for.
+    """
     (n, d), c = input.shape, weight.shape[0]
     product = weight.dtype
     input = input.to(product)
@@ -640,7 +647,7 @@ def backward(
         input, weight, class_ids, labels, scale, limit: as in `forward`; negative_lse, mean_center,
             center_sum: its results.
         needs_input_grad, needs_weight_grad: which gradients are asked for; the input's needs the
-            mean centre.
+            mean center.
         take: is given the weight's gradient, a tile at a time, in the place of grad_rows.
 
     Returns:
@@ -685,7 +692,7 @@ def backward(
 
 
 def update(*arguments: Any) -> Tensor:
-    """`backward`, in which each tile's gradient goes into an optimiser's step on its centres.
+    """`backward`, in which each tile's gradient goes into an optimizer's step on its centers.
 
     Args:
         arguments: `backward`'s up to needs_input_grad, of which the weight's rows are contiguous,
@@ -757,7 +764,7 @@ def _fill_grad_rows(
     tile_rows = weight.new_empty((tiles.stride, d)) if grad_rows is None else None
     config, row_config = _tile_config(n), _row_config(d)
     gradient = tiles.factor(factor)
-    common = None  # to all centres, from the sum of all cosines
+    common = None  # to all centers, from the sum of all cosines
     if grad_cosine_sum.numel() > 0:
         common = ((grad_cosine_sum * input_r) @ input.double()).float()
     for start, own, _, weight_r in tiles:
@@ -815,7 +822,7 @@ class _Tiles:
         return self.logits if dtype == torch.float32 else torch.empty_like(self.logits, dtype=dtype)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """(first class, its centres, the same in the product's dtype, inverse norms)."""
+        """(first class, its centers, the same in the product's dtype, inverse norms)."""
         for start in range(0, self.count, self.classes):
             end = start + self.classes
             if self.class_ids is None:
@@ -833,7 +840,7 @@ def _sub_centers(weight: Tensor) -> int:
 
 
 def _centers(weight: Tensor) -> Tensor:
-    """All centres (C·M, D), one class's after the other."""
+    """All centers (C·M, D), one class's after the other."""
     return weight.flatten(0, 1) if weight.dim() == 3 else weight
 
 
@@ -853,7 +860,7 @@ def _inverse_norms(matrix: Tensor, out: Tensor) -> Tensor:
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a @ b into float32 out, whatever the factors' dtype."""
+    """A @ b into float32 out, whatever the factors' dtype."""
     if a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
     if a.device.type == "cpu":  # under the interpreter; no such overload

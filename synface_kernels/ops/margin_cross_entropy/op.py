@@ -64,7 +64,7 @@ class MarginStats(NamedTuple):
     Attributes:
         lse: (N,) log-sum-exp of the logits, margins included; differentiable (z-loss). With
             ``mix="separate"``, the mean over the labels by their weights.
-        target_cosine: (N,), or (N, K) for (N, K) targets: plain cosine with the target's centre;
+        target_cosine: (N,), or (N, K) for (N, K) targets: plain cosine with the target's center;
             differentiable; 0 where ignored.
         top1: (N,) bool: no other class has a higher plain cosine than the (best) target, but for
             those that the margin's ``interclass_filter`` filters. Its mean is the training
@@ -95,7 +95,7 @@ def margin_cross_entropy(
     workspace: int = 0,
     impl: str = "auto",
 ) -> Any:
-    """Cross entropy of a margin softmax over the cosines of embeddings and class centres.
+    """Cross entropy of a margin softmax over the cosines of embeddings and class centers.
 
     With cos_ij = ⟨x_i, w_j⟩/(‖x_i‖·‖w_j‖), margin ψ, scale s, and t_ij ≥ 0 the weight of label j in
     row i (Σ_j t_ij = 1):
@@ -110,8 +110,8 @@ def margin_cross_entropy(
 
     Args:
         input: (N, D) embeddings: float32, bfloat16 or float16 (computed in float32), or float64
-            together with ``weight``. They need not be normalised nor contiguous.
-        weight: (C, D) class centres, likewise; C ≥ 1. Or (C, M, D), M sub-centres for each class:
+            together with ``weight``. They need not be normalized nor contiguous.
+        weight: (C, D) class centers, likewise; C ≥ 1. Or (C, M, D), M sub-centers for each class:
             its cosine is the greatest of theirs (the first of equals), and its gradient goes there.
         target: (N,) int64 labels in [0, C), or (N, K) for K labels per row. A label that stands
             twice in a row counts once, with the sum of its weights. With ``class_ids``, labels are
@@ -132,7 +132,7 @@ def margin_cross_entropy(
             classes (see `sample_classes`); all ranks give class_ids, or none, and the target
             remains in [0, C).
         label_smoothing: ε in [0, 1), see above; C is the number of classes that take part. Neither
-            with sub-centres nor with an ``interclass_filter``.
+            with sub-centers nor with an ``interclass_filter``.
         group: a `torch.distributed` process group whose ranks each hold some of the classes, and
             a batch of their own: ``weight`` is (C_r, D), ``input`` (N_r, D), ``target`` is in
             [0, C), C = Σ C_r, N = Σ N_r. N_r may differ, and be 0; so may C_r ≥ 1. The loss and
@@ -145,12 +145,12 @@ def margin_cross_entropy(
         class_start: the first of this rank's classes. The ranks' classes must cover [0, C) without
             a hole or an overlap.
         update: an `SGDUpdate` or `AdamWUpdate`: the backward pass takes this step on ``weight``,
-            in place, and the weight's gradient is never held, only a tile of it. Centres and states
+            in place, and the weight's gradient is never held, only a tile of it. Centers and states
             become bit for bit what `row_sgd_` or `row_adamw_` would make of them with the gradient
             (and with ``class_ids``, if given). Weight must not require grad, and be float32,
             bfloat16 or float64. Each forward pass has one backward pass, before the next: so
             gradients cannot be accumulated, nor clipped by a norm, nor looked at before the step.
-            Whatever multiplies the loss, as `torch.amp.GradScaler` does, multiplies the centres'
+            Whatever multiplies the loss, as `torch.amp.GradScaler` does, multiplies the centers'
             gradient; a step cannot be left out afterwards. Under no_grad there is no step. With
             a group each rank gives the same rule, numbers and step, with its own rows' states
             and, where they round at random, a seed of its own or none.
@@ -160,7 +160,7 @@ def margin_cross_entropy(
         reduction: ``"mean"`` over the rows that count (0 if there is none), ``"sum"``, ``"none"``.
         return_stats: also return `MarginStats`.
         workspace: bytes that the forward pass may keep for the backward pass, ≥ 0: the cosines of
-            as many classes as fit, 4·N (8·N for float64) a centre, which then need not be computed
+            as many classes as fit, 4·N (8·N for float64) a center, which then need not be computed
             again: with all of them a step is three products, not four. No bit of the result depends
             on it. Without effect where weight needs no gradient, and for ``"triton"`` and
             ``"reference"``. With a group: each rank's own, where N is that of all ranks.
@@ -377,7 +377,7 @@ def _target_terms(
     label_smoothing: each row's sum of cosines (N,) over so many classes (N,).
     """
     present = labels >= 0
-    # A row of NaN stands apart: its NaN · 0 would reach the centres when nobody asks for it.
+    # A row of NaN stands apart: its NaN · 0 would reach the centers when nobody asks for it.
     broken = negative_lse.isnan() | cosine.isnan().any(1)
     nan = negative_lse + cosine.sum(1)
     negative_lse = torch.where(broken, 0, negative_lse)
@@ -415,7 +415,8 @@ def _target_terms(
 @torch.compiler.assume_constant_result  # compiled anew where torch.set_float32_… changes it
 def _halves_allowed() -> bool:
     """Whether float32 on a CPU may be multiplied as sums of two bfloat16: torch's setting, which
-    `torch.set_float32_matmul_precision` sets to "tf32" for "high" and "bf16" for "medium"."""
+    `torch.set_float32_matmul_precision` sets to "tf32" for "high" and "bf16" for "medium".
+    """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     return matmul.fp32_precision in ("tf32", "bf16")
 
@@ -471,7 +472,7 @@ def _check(
         )
     if weight.shape[0] < 1 or weight.shape[1] < 1:
         raise ValueError(
-            "weight (C, D) or (C, M, D) must have at least one class, and each class a centre, "
+            "weight (C, D) or (C, M, D) must have at least one class, and each class a center, "
             f"got {describe(weight)}"
         )
     n = input.shape[0]
@@ -527,7 +528,7 @@ def _check(
         )
     if label_smoothing > 0 and weight.dim() == 3:
         raise NotImplementedError(
-            f"label_smoothing is not built for sub-centres, weight (C, M, D): {describe(weight)}"
+            f"label_smoothing is not built for sub-centers, weight (C, M, D): {describe(weight)}"
         )
     if mix not in ("joint", "separate"):
         raise ValueError(f"mix must be 'joint' or 'separate', got {mix!r}")
@@ -736,7 +737,8 @@ class _Updating(torch.autograd.Function):
 
 def _scattered(class_ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
     """A gradient that is zero but for the rows class_ids, which were checked: sparse, but dense in
-    compiled graphs and torch.func, for Inductor's passes and vmap stop at sparse tensors."""
+    compiled graphs and torch.func, for Inductor's passes and vmap stop at sparse tensors.
+    """
     if torch.compiler.is_compiling() or transforms_active():
         return rows.new_zeros(shape).index_copy(0, class_ids, rows)
     return torch.sparse_coo_tensor(

@@ -34,7 +34,7 @@ def margin_cross_entropy(
     """Loss per row, log-sum-exp, target cosines and top-1, from dense logits.
 
     Args:
-        input: (N, D); weight: (C, D), or (C, M, D) with M sub-centres per class; floating point.
+        input: (N, D); weight: (C, D), or (C, M, D) with M sub-centers per class; floating point.
         labels: (N, K) int64, distinct within a row, −1 where absent; label_weight: (N, K), 0 there.
         margin, mix, label_smoothing: as in `synface_kernels.margin_cross_entropy`.
 
@@ -46,7 +46,7 @@ def margin_cross_entropy(
     """
     present, label = labels >= 0, labels.clamp_min(0)
     counted, finite = present.any(1), input.isfinite().all(1)
-    # Rows that are not finite stand apart: from them NaN · 0 would reach the centres.
+    # Rows that are not finite stand apart: from them NaN · 0 would reach the centers.
     embedding = normalize(torch.where((counted & finite)[:, None], input, 0))
     broken = (torch.where((counted & ~finite)[:, None], input, 0) * torch.nan).sum(1)
     cosine = embedding @ normalize(weight.flatten(0, -2)).T

@@ -1,8 +1,8 @@
 """The margin softmax over classes that are spread over the ranks of a process group.
 
-Each rank meets the embeddings of all ranks with its own centres. What it finds out about a row goes
+Each rank meets the embeddings of all ranks with its own centers. What it finds out about a row goes
 to the rank that has the row, which puts the parts together and computes the row's loss. The way
-back is the same: the gradients of the parts go to the ranks that have the centres, and what these
+back is the same: the gradients of the parts go to the ranks that have the centers, and what these
 find for an embedding is summed by the rank that has it.
 """
 
@@ -123,7 +123,7 @@ def agreed(
         facts = {
             "D": input.shape[1],
             "K": labels.shape[1],
-            "sub-centres (M,)": tuple(weight.shape[1:-1]),
+            "sub-centers (M,)": tuple(weight.shape[1:-1]),
             "dtype of input": input.dtype,
             "dtype of weight": weight.dtype,
             "requires_grad of input": recorded and input.requires_grad,

@@ -1,6 +1,6 @@
-"""The margin softmax whose backward pass takes the centres' optimiser step itself.
+"""The margin softmax whose backward pass takes the centers' optimizer step itself.
 
-The gradient of the centres is computed a tile of classes at a time, and each tile goes straight
+The gradient of the centers is computed a tile of classes at a time, and each tile goes straight
 into the row update: it is never held as a whole.
 """
 
@@ -130,7 +130,7 @@ def anchor() -> Tensor:
 def check_unmoved(weight: Tensor, version: int) -> None:
     if weight._version != version:
         raise RuntimeError(
-            "the centres have moved since this forward pass: with update, each forward pass has "
+            "the centers have moved since this forward pass: with update, each forward pass has "
             "one backward pass, before the next forward pass; gradients cannot be accumulated"
         )
 

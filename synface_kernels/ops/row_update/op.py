@@ -1,4 +1,4 @@
-"""Optimiser steps on some rows of a matrix, in place: checks, registrations, public functions."""
+"""Optimizer steps on some rows of a matrix, in place: checks, registrations, public functions."""
 
 from __future__ import annotations
 
@@ -320,7 +320,7 @@ STATES = {
 
 
 def _run(name: str, *args: Any) -> None:
-    """An optimiser's op: checks the rows, and hands its arguments to the implementation."""
+    """An optimizer's op: checks the rows, and hands its arguments to the implementation."""
     *args, impl = args  # type: ignore[assignment]
     weight, row_grad, class_ids, *rest, step, seed = args
     names = dict(zip(STATES[name], rest, strict=False))
@@ -339,7 +339,8 @@ def _run(name: str, *args: Any) -> None:
 
 def mark_written(name: str, written: Iterable[Tensor | None], keys: Any, *args: Any) -> Any:
     """Runs an op, and tells autograd what it writes: a graph that saved one of these raises in its
-    backward pass."""
+    backward pass.
+    """
     for tensor in written:
         if tensor is not None:
             torch.autograd.graph.increment_version(tensor)

@@ -1,4 +1,4 @@
-"""Optimiser steps on some rows: the definition, in plain torch on any device.
+"""Optimizer steps on some rows: the definition, in plain torch on any device.
 
 Arithmetic is float32, or float64 for float64 weights. A row that missed steps goes through them one
 by one here; the kernels take the same steps in closed form, see `docs/kernels/row_update.md`.
@@ -23,7 +23,7 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def row_keys(seed: int, step: int, stream: int, class_ids: Tensor) -> Tensor:
-    """(S,) int64 keys of the rows' random bits; ``stream`` tells an optimiser's states apart."""
+    """(S,) int64 keys of the rows' random bits; ``stream`` tells an optimizer's states apart."""
     base = _mix(torch.tensor(seed, device="cpu")) ^ (4 * step + stream)
     return _mix(_mix(base).to(class_ids.device) ^ class_ids)
 
@@ -51,7 +51,7 @@ Rows = list[Tensor]
 
 
 class Update(NamedTuple):
-    """What a step is told whatever the optimiser; see `row_sgd_`."""
+    """What a step is told whatever the optimizer; see `row_sgd_`."""
 
     weight: Tensor
     row_grad: Tensor | None
@@ -74,7 +74,8 @@ def _take(
 ) -> None:
     """Reads rows of the states, takes the steps that they missed and the one with gradients, and
     writes them. The steps are ``idle(rows, number)``, numbers (S, 1) float64, and
-    ``step(rows, gradients)``."""
+    ``step(rows, gradients)``.
+    """
     weight, row_grad, class_ids, last_step, number, _ = update
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     rows = [state.index_select(0, class_ids).to(dtype) for state in states]
@@ -105,7 +106,7 @@ def _write(update: Update, state: Tensor, rows: Tensor, stream: int) -> None:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Rounded correctly, which torch's own vectorised float32 root is not."""
+    """Rounded correctly, which torch's own vectorized float32 root is not."""
     return x.double().sqrt().to(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Optimiser steps as values: the rule, its numbers and its states."""
+"""Optimizer steps as values: the rule, its numbers and its states."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEGLIGIBLE = (2.0**-26, 2.0**-55)  # what is left of a series, to its first term
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SGDUpdate:
-    """A step of SGD that `margin_cross_entropy` takes on its centres in its backward pass.
+    """A step of SGD that `margin_cross_entropy` takes on its centers in its backward pass.
 
     Attributes: as `row_sgd_`'s arguments, with the same meaning, defaults and errors. The states
     are of the weight's shape. They are written in that backward pass, and nowhere else.
@@ -67,7 +67,7 @@ class SGDUpdate:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AdamWUpdate:
-    """A step of AdamW that `margin_cross_entropy` takes on its centres in its backward pass.
+    """A step of AdamW that `margin_cross_entropy` takes on its centers in its backward pass.
 
     Attributes: as `row_adamw_`'s arguments, see `SGDUpdate`.
 

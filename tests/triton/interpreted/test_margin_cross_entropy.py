@@ -110,7 +110,7 @@ def forward(
     needs_input_grad: bool,
     class_ids: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The launcher without filter and sums: lse, maximum, target cosines, mean centre."""
+    """The launcher without filter and sums: lse, maximum, target cosines, mean center."""
     lse, maximum, cosine, filtered, cosine_sum, mean, center_sum = kernel_triton.forward(
         input, weight, class_ids, labels, scale, math.inf, needs_input_grad, False
     )
@@ -251,7 +251,7 @@ def test_norms_of_any_size(norm: float, dtype: torch.dtype) -> None:
 
 
 def test_cosines_of_one() -> None:
-    """Rows that are centres or their opposites, as labels and as negatives."""
+    """Rows that are centers or their opposites, as labels and as negatives."""
     case = make_case(6, 9, 8, 2)
     weight = case.weight.clone()
     weight[:6] = case.input * torch.tensor([1.0, -1.0, 2.0, -3.0, 1.0, 1.0])[:, None]
@@ -308,7 +308,7 @@ def test_rows_without_labels_are_all_zero_whatever_they_hold() -> None:
         assert not value[1].any()
 
 
-def test_a_row_counts_though_its_labels_centres_are_elsewhere() -> None:
+def test_a_row_counts_though_its_labels_centers_are_elsewhere() -> None:
     case = make_case(6, 20, 8, 2)
     case.labels[0], case.labels[4, 1] = -2, -2
     actual = check(case)
@@ -353,7 +353,7 @@ def test_class_ids(dtypes: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(a, b)
 
 
-# ---- sub-centres, filter, smoothing, rows of NaN: through the public function --------------------
+# ---- sub-centers, filter, smoothing, rows of NaN: through the public function --------------------
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -564,7 +564,8 @@ def public(
     case: Case, impl: str, dtype: torch.dtype | None, weights: Tensor | None, **options: object
 ) -> tuple[Tensor, ...]:
     """Losses of all rows, statistics and the gradients of the losses' weighted sum; in a dtype, or
-    in the case's own."""
+    in the case's own.
+    """
     input = case.input.detach().to(dtype, copy=True).requires_grad_()
     weight = case.weight.detach().to(dtype, copy=True).requires_grad_()
     target = torch.where(case.labels >= 0, case.labels, -100)
@@ -641,7 +642,7 @@ def test_public_function_without_gradients_is_fused(monkeypatch: pytest.MonkeyPa
     assert actual.item() == pytest.approx(exact.item(), rel=1e-6)
 
 
-# ---- a backward pass that steps the centres ------------------------------------------------------
+# ---- a backward pass that steps the centers ------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The Triton row updates against their definition; needs TRITON_INTERPRET=1 before Triton is
-imported, see ../test_interpreter.py."""
+imported, see ../test_interpreter.py.
+"""
 
 from typing import Any
 

@@ -26,7 +26,7 @@ SUFFIXES = {"BMP": "bmp", "PNG": "png", "PPM": "pnm", "TIFF": "tif", "WEBP": "we
 MAX_PIXELS = 1 << 26  # of one image; more is taken for a decompression bomb
 NAMED = 5  # bad files that an error names
 READING = "reading images"  # in errors
-GREY = ("1", "L", "LA")  # Pillow's modes without colour
+GRAYSCALE = ("1", "L", "LA")  # Pillow's modes without color
 
 
 class DataError(ValueError):
@@ -102,7 +102,7 @@ def decode(file: BinaryIO) -> Image.Image:
 def read_into(
     pixels: NDArray[np.uint8], file: BinaryIO, expected: tuple[int, int] | None = None
 ) -> None:
-    """Decodes an image into (H, W, C) bytes: converted to grey or RGB, resized (antialiased).
+    """Decodes an image into (H, W, C) bytes: converted to grayscale or RGB, resized (antialiased).
 
     Raises:
         OSError: if it is not of the (H, W) that is expected.

@@ -22,7 +22,7 @@ class Faces:
     """A set of face images with their identities.
 
     Attributes:
-        images: (N, H, W, C) uint8, C = 1 (grey) or 3 (RGB).
+        images: (N, H, W, C) uint8, C = 1 (grayscale) or 3 (RGB).
         labels: (N,) int64 in [0, len(identities)).
         identities: the name of each label.
         source: where the images come from, for reports.
@@ -81,7 +81,7 @@ class Faces:
 def read_folder(
     path: str | Path | ImageSet,
     size: tuple[int, int] | None = None,
-    grey: bool | None = None,
+    grayscale: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
     memory_limit: int = 8 << 30,
 ) -> Faces:
@@ -95,7 +95,7 @@ def read_folder(
     Args:
         path: the folder, or what else `open_images` takes or gave, also after a split.
         size: (H, W) in pixels; None takes the first image's.
-        grey: True for one channel, False for RGB; None is grey when every image is.
+        grayscale: True for one channel, False for RGB; None is grayscale when every image is.
         progress: called as progress(done, total) after each decoded image.
         memory_limit: the most bytes that the decoded images may take together.
 
@@ -131,15 +131,15 @@ def read_folder(
             modes.append(found)
             if problem:
                 wrong[index] = problem
-        if grey is None:
-            grey = all(found in decode.GREY for found in modes if found)
+        if grayscale is None:
+            grayscale = all(found in decode.GRAYSCALE for found in modes if found)
         if size is None:
             # Only an image that decodes has a size; one that does not is an error below.
             whole = decode.attempt(store.size_of)
             sizes = (whole(index)[0] for index in range(count) if index not in wrong)
             size = next((found for found in sizes if found is not None), (1, 1))
 
-        shape = (count, *size, 1 if grey else 3)
+        shape = (count, *size, 1 if grayscale else 3)
         if (total := int(np.prod(shape, dtype=object))) > memory_limit:
             raise DataError(
                 f"{images_of.source}: {shape[0]} images of {shape[1]}x{shape[2]} pixels and "

@@ -95,7 +95,7 @@ class Store(ABC):
         return image.height, image.width
 
     def read_into(self, pixels: NDArray[np.uint8], row: int) -> None:
-        """Decodes an image into (H, W, C) bytes: converted to grey or RGB, resized."""
+        """Decodes an image into (H, W, C) bytes: converted to grayscale or RGB, resized."""
         with self.open(row) as file:
             decode.read_into(pixels, file, self.image_size)
 

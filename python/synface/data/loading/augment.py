@@ -1,4 +1,4 @@
-"""From uint8 images to the network's input: normalisation, and random variation of it."""
+"""From uint8 images to the network's input: normalization, and random variation of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     """(B, H, W, C) uint8 to (B, C, H, W) float32 in [-1, 1]: (x/255 - 0.5)/0.5.
 
     Raises:
@@ -53,7 +53,7 @@ class Augment:
     At strength 1 an image is mirrored half of the time, turned by up to 10 degrees, scaled by up
     to 10 %, shifted by up to 6 % of its sides, changed in contrast (20 %) and brightness (10 % of
     the range), and one time in four loses a rectangle of up to 40 % of its sides. Strength scales
-    all of these; at 0 the result is `normalise(images)`.
+    all of these; at 0 the result is `normalize(images)`.
 
     Args:
         strength: in [0, 2].
@@ -68,7 +68,7 @@ class Augment:
         self.strength = strength
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Varies and normalises a batch.
+        """Varies and normalizes a batch.
 
         Args:
             images: (B, H, W, C) uint8.
@@ -77,7 +77,7 @@ class Augment:
         Returns:
             (B, C, H, W) float32 in [-1, 1].
         """
-        x = normalise(images)
+        x = normalize(images)
         if self.strength == 0.0:
             return x
         s = self.strength
@@ -97,7 +97,7 @@ class Augment:
         return self._erase(x, random[:, 7:])
 
     def _erase(self, x: Tensor, random: Tensor) -> Tensor:
-        """Mid-grey rectangles; random (B, 5): whether, height, width, top, left."""
+        """Mid-grayscale rectangles; random (B, 5): whether, height, width, top, left."""
         inside = []
         for axis, length in ((0, x.shape[2]), (1, x.shape[3])):
             side = random[:, 1 + axis] * 0.4 * min(self.strength, 1.0)

@@ -391,8 +391,8 @@ class TwoDomainLoader(_Loader[Pairs | Mixed]):
         batch_size: pairs of images in a batch.
         size: (H, W) in pixels, to which files are resized; None is the size of the domain in
             memory, else that of the first synthetic file.
-        grey: True for one channel, False for RGB; None is what the domain in memory has, else grey
-            when every file of both domains is.
+        grayscale: True for one channel, False for RGB; None is what the domain in memory has, else
+            grayscale when every file of both domains is.
         seed: of the order, and of what is drawn in ``mix_in_workers``.
         first_step, last_step: the steps to yield, last excluded; None is without end.
         workers: processes, at least 1. prefetch: batches that each has in hand at most.
@@ -425,7 +425,7 @@ class TwoDomainLoader(_Loader[Pairs | Mixed]):
         batch_size: int,
         *,
         size: tuple[int, int] | None = None,
-        grey: bool | None = None,
+        grayscale: bool | None = None,
         seed: int = 0,
         first_step: int = 0,
         last_step: int | None = None,
@@ -442,7 +442,7 @@ class TwoDomainLoader(_Loader[Pairs | Mixed]):
             domains,
             CycledOrder(len(domains[0]), len(domains[1]), seed),
             batch_size,
-            common_shape(domains, size, grey),
+            common_shape(domains, size, grayscale),
             seed=seed,
             first_step=first_step,
             last_step=last_step,
@@ -468,7 +468,7 @@ class ImageLoader(_Loader[Images]):
     Args:
         images: a `Faces` in memory, an `ImageSet`, or a path for `open_images`.
         size: (H, W) in pixels, to which files are resized; None is the first file's.
-        grey: True for one channel, False for RGB; None is grey when every file is.
+        grayscale: True for one channel, False for RGB; None is grayscale when every file is.
         batch_size, seed, first_step, last_step, workers, prefetch, pin, part: see there.
 
     Raises: as `TwoDomainLoader` does.
@@ -483,7 +483,7 @@ class ImageLoader(_Loader[Images]):
         batch_size: int,
         *,
         size: tuple[int, int] | None = None,
-        grey: bool | None = None,
+        grayscale: bool | None = None,
         seed: int = 0,
         first_step: int = 0,
         last_step: int | None = None,
@@ -497,7 +497,7 @@ class ImageLoader(_Loader[Images]):
             domains,
             ShuffledOrder(len(domains[0]), seed),
             batch_size,
-            common_shape(domains, size, grey),
+            common_shape(domains, size, grayscale),
             seed=seed,
             first_step=first_step,
             last_step=last_step,
@@ -550,7 +550,7 @@ def _check_mixup(mixup: DomainMixup, domains: Sequence[Domain]) -> None:
 
 
 def common_shape(
-    domains: Sequence[Domain], size: tuple[int, int] | None, grey: bool | None
+    domains: Sequence[Domain], size: tuple[int, int] | None, grayscale: bool | None
 ) -> tuple[int, int, int]:
     """(H, W, C) of the images of all domains, as `TwoDomainLoader` says.
 
@@ -569,13 +569,13 @@ def common_shape(
             size = on_disk[0].store.image_size or _attempted(
                 on_disk[0], on_disk[0].store.size_of, 0
             )
-    if grey is None:
+    if grayscale is None:
         if in_memory:
-            grey = in_memory[0].images.shape[3] == 1
+            grayscale = in_memory[0].images.shape[3] == 1
         else:
             every = ((domain, i) for domain in on_disk for i in range(len(domain)))
-            grey = all(_mode(domain, i) in decode.GREY for domain, i in every)
-    shape = (*size, 1 if grey else 3)
+            grayscale = all(_mode(domain, i) in decode.GRAYSCALE for domain, i in every)
+    shape = (*size, 1 if grayscale else 3)
     for domain in in_memory:
         if tuple(domain.images.shape[1:]) != shape:
             raise ValueError(

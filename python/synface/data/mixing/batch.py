@@ -72,7 +72,8 @@ class _OneBatch(Mixer):
         self, images: Tensor, order: Tensor, generator: Generator | None, out: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The images mixed with their partners images[order], and the share (N,) of their own
-        labels."""
+        labels.
+        """
         raise NotImplementedError
 
     def _partners(self, images: Tensor, generator: Generator | None) -> Tensor:
@@ -109,7 +110,7 @@ class CutMix(_OneBatch):
     """Pastes a box of another image of the batch into each.
 
     The box has √(1 − λ) of the image's height and of its width, each rounded down to an even number
-    of pixels; its centre is uniform over the pixels, and what reaches beyond the border is cut off.
+    of pixels; its center is uniform over the pixels, and what reaches beyond the border is cut off.
     An image's own label weighs exactly the share of pixels that it kept.
 
     Args:

@@ -23,7 +23,7 @@ class Mixed(NamedTuple):
     """A mixed batch.
 
     Attributes:
-        images: (N, C, H, W), normalised.
+        images: (N, C, H, W), normalized.
         targets: (N, K) int64 labels of each image; they may coincide.
         weights: (N, K) float32 share of each label, a multiple of 2⁻²⁴; a row sums to 1 exactly.
     """

@@ -219,7 +219,7 @@ class Mixup(_TimmCall):
         impl: as in `synface_kernels.domain_mixup`.
 
     Attributes:
-        mixup_enabled: set it to False to mix no more (x is still normalised).
+        mixup_enabled: set it to False to mix no more (x is still normalized).
         mix_prob: timm's name of ``prob``.
 
     Raises:

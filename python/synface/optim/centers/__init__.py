@@ -1,4 +1,4 @@
-"""Class centres in memory or in memory-mapped files, trained by sampled rows.
+"""Class centers in memory or in memory-mapped files, trained by sampled rows.
 
 With sampling a step touches only its rows, so that the number of identities is bounded by the disk.
 """

@@ -1,4 +1,4 @@
-"""Class centres, trained by sampled rows."""
+"""Class centers, trained by sampled rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .files import Files, Progress
 
 
 class Centers:
-    """(C, D) class centres with their optimiser's state, of which each step touches some rows.
+    """(C, D) class centers with their optimizer's state, of which each step touches some rows.
 
         with Centers.open("centers") as centers:          # or Centers.create(config, "centers")
             loss = centers.loss(embeddings, labels, num_sampled=100_000)
@@ -33,7 +33,7 @@ class Centers:
             centers.update(lr=0.1)
             centers.checkpoint()
 
-    The centre of an identity and its state are one record, so that a step touches as few pages as
+    The center of an identity and its state are one record, so that a step touches as few pages as
     it can.
 
     **What a kill leaves.** A step changes rows in place; before it does, what a row held at the
@@ -56,9 +56,9 @@ class Centers:
     Attributes:
         config: a `CentersConfig`.
         step: how many steps were taken. lr: of the last one; rows catch up with it.
-        weight: (C, D) centres; a view of each record's first D numbers. Whoever has looked at it
+        weight: (C, D) centers; a view of each record's first D numbers. Whoever has looked at it
             may have written to it: checkpoints then compute the checksums of all rows.
-        states: the optimiser's state by name, (C, D) each; views too.
+        states: the optimizer's state by name, (C, D) each; views too.
         last_step: (C,) int32: the step after which a row is up to date; 0 for one never touched.
         seconds: what the last step spent on what, in seconds.
 
@@ -88,17 +88,17 @@ class Centers:
         sync: bool = False,
         progress: Progress | None = None,
     ) -> Centers:
-        """New centres with normal values, drawn chunk by chunk: the same in memory and in files.
+        """New centers with normal values, drawn chunk by chunk: the same in memory and in files.
 
         Args:
             directory: of the files; None: in memory.
-            overwrite: replace centres that are in the directory.
+            overwrite: replace centers that are in the directory.
             sync: survive that the machine goes down, not only the process: each step then waits for
                 the log to be on the disk.
             progress: called with rows done and in all.
 
         Raises:
-            FileExistsError: for a directory that holds anything, or without ``overwrite`` centres.
+            FileExistsError: for a directory that holds anything, or without ``overwrite`` centers.
             OSError: where the disk has not enough room, before anything is written or replaced.
         """
         if directory is None:
@@ -108,12 +108,12 @@ class Centers:
             centers = cls(
                 config, records, torch.zeros(config.num_classes, dtype=torch.int32, device="cpu")
             )
-            _initialise(centers, progress, None)
+            _initialize(centers, progress, None)
             return centers
         files = Files.create(Path(directory), config, overwrite, sync)
         try:
             centers = cls(config, *files.map(config))
-            _initialise(centers, progress, files.sums)
+            _initialize(centers, progress, files.sums)
             centers._files = files
             centers.checkpoint()
         except BaseException:
@@ -130,7 +130,7 @@ class Centers:
         progress: Progress | None = None,
         verify: bool = False,
     ) -> Centers:
-        """The centres in a directory as they were at their last checkpoint.
+        """The centers in a directory as they were at their last checkpoint.
 
         Args:
             sync: see `create`.
@@ -158,7 +158,7 @@ class Centers:
     def verify(self, progress: Progress | None = None) -> None:
         """Compares all rows with their checksums, which reads all of the files.
 
-        Nothing to do for centres in memory, and, until their next checkpoint, for files of an
+        Nothing to do for centers in memory, and, until their next checkpoint, for files of an
         earlier version and those that may have been written to by hand: they have no checksums.
 
         Args:
@@ -173,13 +173,13 @@ class Centers:
 
     @property
     def weight(self) -> Tensor:
-        """The (C, D) centres, all rows verified."""
+        """The (C, D) centers, all rows verified."""
         self._show()
         return self._weight
 
     @property
     def states(self) -> dict[str, Tensor]:
-        """The optimiser's state by name, (C, D) each, all rows verified."""
+        """The optimizer's state by name, (C, D) each, all rows verified."""
         self._show()
         return self._states
 
@@ -270,7 +270,7 @@ class Centers:
         )
 
     def update(self, lr: float) -> None:
-        """Takes the optimiser's step on the rows of the last `loss`, after its backward pass.
+        """Takes the optimizer's step on the rows of the last `loss`, after its backward pass.
 
         Raises:
             RuntimeError: without such a gradient.
@@ -286,7 +286,7 @@ class Centers:
         with self._timed("update"):
             if not bool(torch.linalg.vector_norm(gradient, torch.inf).isfinite()):
                 raise FloatingPointError(
-                    f"the centres' gradient is not finite at step {self.step + 1}: no row was "
+                    f"the centers' gradient is not finite at step {self.step + 1}: no row was "
                     "changed; discard() drops it"
                 )
             self._move(class_ids, gradient, self.step + 1, lr)
@@ -306,12 +306,12 @@ class Centers:
         was written under the step of the checkpoint before be kept until this returns.
 
         Raises:
-            ValueError: for centres in memory.
+            ValueError: for centers in memory.
             OSError: where the disk fails; the checkpoint before stays whole.
         """
         self._check_open()
         if self._files is None:
-            raise ValueError("centres in memory have no checkpoint: create them in a directory")
+            raise ValueError("centers in memory have no checkpoint: create them in a directory")
         self._files.commit(
             self.config, self.step, self.lr, self._records, self._last_step, self._shown
         )
@@ -332,7 +332,7 @@ class Centers:
         self._states = {}
 
     def remove(self) -> None:
-        """Closes the centres and removes their files, and the directory if it was made for them."""
+        """Closes the centers and removes their files, and the directory if it was made for them."""
         if self._files is not None:
             self._files.remove()
             self._files = None
@@ -346,7 +346,7 @@ class Centers:
 
     def _check_open(self) -> None:
         if self.step < 0:
-            raise ValueError("these centres are closed: open them again")
+            raise ValueError("these centers are closed: open them again")
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -355,7 +355,7 @@ class Centers:
         self.seconds[name] = time.perf_counter() - began
 
     def _move(self, class_ids: Tensor, gradient: Tensor | None, step: int, lr: float) -> None:
-        """The optimiser's step on rows; without a gradient only the steps that they missed."""
+        """The optimizer's step on rows; without a gradient only the steps that they missed."""
         config = self.config
         options: dict[str, Any] = {
             "lr": lr,
@@ -373,11 +373,12 @@ class Centers:
             sk.row_sgd_(self._weight, gradient, class_ids, **options)
 
 
-def _initialise(
+def _initialize(
     centers: Centers, progress: Progress | None, sums: NDArray[np.uint32] | None
 ) -> None:
     """Normal values by Philox, whose counter starts anew at each chunk of rows; their checksums
-    go into ``sums``."""
+    go into ``sums``.
+    """
     config = centers.config
     key = seeds(config.seed, "centers", 0)
     chunk = max(1, 2**22 // config.embedding_size)

@@ -1,4 +1,4 @@
-"""What centres are, and how their optimiser moves them."""
+"""What centers are, and how their optimizer moves them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class CentersConfig:
-    """What centres are, and how their optimiser moves them.
+    """What centers are, and how their optimizer moves them.
 
     Attributes:
         num_classes: C, in [1, 2^31). embedding_size: D, in [1, 2^20].
-        dtype: of the centres and of their optimiser's state: ``"bfloat16"``, stored with seeded
+        dtype: of the centers and of their optimizer's state: ``"bfloat16"``, stored with seeded
             random rounding, or ``"float32"``.
         optimizer: ``"sgd"`` (`sk.row_sgd_`) or ``"adamw"`` (`sk.row_adamw_`).
         momentum, nesterov: of SGD; without momentum there is no buffer.
         betas, eps: of AdamW.
-        weight_decay: as the optimiser has it.
+        weight_decay: as the optimizer has it.
         catch_up: a row takes the steps that it missed when it is sampled next, before the loss sees
-            it, as a dense optimiser would have taken them. False: rows that are not sampled stay.
+            it, as a dense optimizer would have taken them. False: rows that are not sampled stay.
         init_std: standard deviation of the initial values.
         seed: of the initial values, the sampled classes and the random rounding.
     """
@@ -72,14 +72,14 @@ class CentersConfig:
 
     @property
     def states(self) -> tuple[str, ...]:
-        """The optimiser's state: one (C, D) matrix each."""
+        """The optimizer's state: one (C, D) matrix each."""
         if self.optimizer == "adamw":
             return "exp_avg", "exp_avg_sq"
         return ("momentum_buffer",) if self.momentum else ()
 
     @property
     def width(self) -> int:
-        """Numbers in a record: a centre, then its state."""
+        """Numbers in a record: a center, then its state."""
         return (1 + len(self.states)) * self.embedding_size
 
     @property

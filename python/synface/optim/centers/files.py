@@ -1,4 +1,4 @@
-"""Centres as files: memory-mapped, and a log that leads back to the last checkpoint."""
+"""Centers as files: memory-mapped, and a log that leads back to the last checkpoint."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ class Files:
             names = ", ".join([path.name for path in entries if path not in own][:3])
             raise FileExistsError(f"{directory} holds other files: {names}")
         if own and not overwrite:
-            raise FileExistsError(f"{directory} holds centres: open them, or overwrite them")
+            raise FileExistsError(f"{directory} holds centers: open them, or overwrite them")
         needed = sum(config.bytes.values()) + 2 * 4 * config.num_classes  # two sets of checksums
         disk = os.statvfs(next(p for p in (directory, *directory.absolute().parents) if p.exists()))
         free = disk.f_bavail * disk.f_frsize + sum(path.stat().st_blocks * 512 for path in own)
         if needed > free:
             raise OSError(
                 errno.ENOSPC,
-                f"{config.num_classes:,} centres take {needed / 2**30:.2f} GiB (and the log of "
+                f"{config.num_classes:,} centers take {needed / 2**30:.2f} GiB (and the log of "
                 f"changed rows up to as much), but {free / 2**30:.2f} GiB are free",
                 str(directory),
             )
@@ -113,7 +113,7 @@ class Files:
     def open(cls, directory: Path, sync: bool) -> tuple[Files, CentersConfig]:
         if not (directory / STATE).is_file():
             raise CheckpointError(
-                f"{directory} holds no centres: {STATE} is missing (it is written when they are "
+                f"{directory} holds no centers: {STATE} is missing (it is written when they are "
                 "complete)"
             )
         files = cls(directory, sync)
@@ -125,8 +125,8 @@ class Files:
                 if came != size:
                     raise CheckpointError(
                         f"{directory / name} must have {size} bytes, for {config.num_classes} "
-                        f"centres of {config.embedding_size} dimensions in {config.dtype} with "
-                        f"{len(config.states)} optimiser states, got {came} bytes"
+                        f"centers of {config.embedding_size} dimensions in {config.dtype} with "
+                        f"{len(config.states)} optimizer states, got {came} bytes"
                     )
             check_memory(f"{directory}: the checksums", 5 * config.num_classes)
             if crc is not None and not files._shown_path(files.number).exists():
@@ -152,7 +152,7 @@ class Files:
         except BlockingIOError:
             self.close()
             raise BlockingIOError(
-                errno.EWOULDBLOCK, "these centres are open already", str(self.directory)
+                errno.EWOULDBLOCK, "these centers are open already", str(self.directory)
             ) from None
 
     def map(self, config: CentersConfig) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,7 @@ class Files:
         for name, dtype in ((ROWS, DTYPES[config.dtype]), (LAST_STEP, torch.int32)):
             mapping = mmap.mmap(self._descriptors[name], config.bytes[name])
             if name == ROWS:
-                mapping.madvise(mmap.MADV_RANDOM)  # a row's neighbours are not wanted
+                mapping.madvise(mmap.MADV_RANDOM)  # a row's neighbors are not wanted
             tensors.append(torch.frombuffer(mapping, dtype=dtype))
         return tensors[0].view(config.num_classes, config.width), tensors[1]
 
@@ -253,7 +253,7 @@ class Files:
         except KeyError as error:
             raise CheckpointError(f"{path} has no {error}") from error
         except (ValueError, TypeError, OverflowError) as error:
-            raise CheckpointError(f"{path} is not the state of centres: {error}") from error
+            raise CheckpointError(f"{path} is not the state of centers: {error}") from error
 
     # ---- rows that may have been written to by hand ----------------------------------------------
 
@@ -436,12 +436,12 @@ class Files:
         magic, number, of, sync, boot = self.HEADER.unpack(log.read(self.HEADER.size))
         if (magic, number, of) != (self.MAGIC, self.number, record_bytes):
             raise CheckpointError(
-                f"{log.name} is not the log of these centres: expected number {self.number} and "
+                f"{log.name} is not the log of these centers: expected number {self.number} and "
                 f"records of {record_bytes} bytes, got {magic!r}, number {number}, {of} bytes"
             )
         if not sync and boot.rstrip(b"\0") != _boot():
             raise CheckpointError(
-                f"{log.name}: the machine went down between checkpoints, and these centres "
+                f"{log.name}: the machine went down between checkpoints, and these centers "
                 "were not opened with sync=True: rows may be neither old nor new"
             )
         at = self.HEADER.size

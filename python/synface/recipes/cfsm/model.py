@@ -1,4 +1,4 @@
-"""Controllable and guided face synthesis (CFSM): styles learned from unlabelled target images.
+"""Controllable and guided face synthesis (CFSM): styles learned from unlabeled target images.
 
 Stage 1 learns a linear space of styles, z = U·o + μ with o ~ N(0, I), and a generator that redraws
 a face in the style z; ‖o‖ is the style's strength, and o = 0 leaves the face as it is. Stage 2
@@ -125,7 +125,7 @@ def identity_loss(original: Tensor, changed: Tensor, strength: Tensor) -> Tensor
     """L_id: the mean over a batch of (1 − cos(f(X), f(X̂)) − g(a))².
 
     Args:
-        original, changed: f(X) and f(X̂), (N, D) floating, not normalised.
+        original, changed: f(X) and f(X̂), (N, D) floating, not normalized.
         strength: a, (N,).
 
     Returns:
@@ -145,7 +145,7 @@ def identity_loss(original: Tensor, changed: Tensor, strength: Tensor) -> Tensor
 
 
 def adain(x: Tensor, scale: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """Adaptive instance normalisation: scale · (x − mean)/√(var + eps) + bias.
+    """Adaptive instance normalization: scale · (x − mean)/√(var + eps) + bias.
 
     Mean and (biased) variance are of each channel of each image. The memory format is kept.
 
@@ -373,13 +373,13 @@ def guided_styles(
     """One step of each style towards a larger loss: o* = o + ε·sign(∂/∂o L_cls(F(G(X, o)), y)).
 
     The loss is `synface_kernels.margin_cross_entropy`. Its gradient is asked for the embeddings
-    alone: none is computed for the class centres or for either network's parameters, and no
+    alone: none is computed for the class centers or for either network's parameters, and no
     ``.grad`` changes. The backbone is taken in evaluation mode, so its statistics stay as they are
     and nothing is drawn at random; modes are restored.
 
     Args:
         generator: (images, o) to images. backbone: images to (N, D) embeddings.
-        weight: class centres, (C, D).
+        weight: class centers, (C, D).
         images: X, (N, C, H, W). target: y, (N,) or what else the loss takes.
         o: (N, q). margin: of the loss. epsilon: ε, not negative.
         impl: which implementation of the loss to take.

@@ -1,7 +1,7 @@
 """CFSM from data to report: a recogniser, style subspaces, guided training, and what came out.
 
 Of the source's people, the first train the recogniser and the generators, the next ones (or a
-folder of their own) are the unlabelled target domains once degraded, the last verify. Every part
+folder of their own) are the unlabeled target domains once degraded, the last verify. Every part
 has a folder of its own below the output, with checkpoints, and can be resumed.
 
 Source: Liu, Kim, Jain, Liu, "Controllable and Guided Face Synthesis for Unconstrained Face
@@ -27,7 +27,7 @@ from ...common.check import check_device, check_integer, check_number
 from ...common.config import load
 from ...common.rng import generator as draws
 from ...common.rng import normals, seeded, seeds, standard_defaults
-from ...data import Augment, Faces, embedded_faces, normalise, read_folder
+from ...data import Augment, Faces, embedded_faces, normalize, read_folder
 from ...evaluation.metrics import embed, verify
 from ...heads import MarginHead
 from ...training.config import TrainConfig
@@ -173,7 +173,7 @@ def degraded(faces: Faces, domain: str, seed: int) -> Faces:
     """The set of faces, degraded: 16 images at a time share what is drawn once a batch."""
     batches = []
     for i, images in enumerate(faces.images.split(16)):
-        x = degrade(normalise(images), domain, draws(seed, f"verify {domain}", i))
+        x = degrade(normalize(images), domain, draws(seed, f"verify {domain}", i))
         batches.append(((x + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1))
     return Faces(torch.cat(batches), faces.labels, faces.identities, f"{faces.source}, {domain}")
 
@@ -219,7 +219,7 @@ def read_people(config: DataConfig, seed: int) -> People:
 def first_images(faces: Faces, count: int) -> Tensor:
     """(N, C, H, W) in [−1, 1]: the first image of each of the first ``count`` people."""
     people = range(min(count, len(faces.identities)))
-    return normalise(torch.stack([faces.images[faces.labels == i][0] for i in people]))
+    return normalize(torch.stack([faces.images[faces.labels == i][0] for i in people]))
 
 
 # -- stage 1 -------------------------------------------------------------------------------------
@@ -256,8 +256,8 @@ def learn_style(
         for optimizer in optimizers.values():
             _set_lr(optimizer, stage.lr, number, stage.steps)
         random = draws(config.seed, f"style {domain}", number)
-        x = normalise(_some(people.source.images, stage.batch_size, random))
-        wanted = normalise(_some(people.target.images, stage.batch_size, random))
+        x = normalize(_some(people.source.images, stage.batch_size, random))
+        wanted = normalize(_some(people.target.images, stage.batch_size, random))
         wanted = degrade(wanted, domain, random).to(device)
         x = x.to(device)
         o = normals((len(x), config.generator.styles), random).to(device)
@@ -391,7 +391,7 @@ def guided_gain(
         chosen = torch.randint(
             len(source), (config.guided.batch_size,), generator=random, device="cpu"
         )
-        x, y = normalise(source.images[chosen]).to(device), source.labels[chosen].to(device)
+        x, y = normalize(source.images[chosen]).to(device), source.labels[chosen].to(device)
         o = normals((len(x), config.generator.styles), random)
         signs = torch.randint(2, o.shape, generator=random, device="cpu").float() * 2.0 - 1.0
         o, signs = o.to(device), signs.to(device)
@@ -440,8 +440,8 @@ def train_guided(
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
     stage, device = config.guided, check_device(config.device)
-    network, centres = deepcopy(recogniser).to(device), deepcopy(head).to(device)
-    learned = [*network.parameters(), *centres.parameters()]
+    network, centers = deepcopy(recogniser).to(device), deepcopy(head).to(device)
+    learned = [*network.parameters(), *centers.parameters()]
     learned = [p for p in learned if p.requires_grad]
     optimizer = torch.optim.SGD(learned, stage.lr, 0.9, nesterov=True)
     augment = Augment(config.recogniser.augment)
@@ -461,17 +461,17 @@ def train_guided(
                 o = guided_styles(
                     painter,
                     network,
-                    centres.weight,
+                    centers.weight,
                     x[kept:],
                     y[kept:],
                     o,
-                    centres.margin,
+                    centers.margin,
                     stage.epsilon,
                 )
             with torch.no_grad():
                 x[kept:] = painter(x[kept:], o)
         with seeded(seeds(config.seed, "guided dropout", number), device):
-            loss, stats = centres(network(x), y, return_stats=True)
+            loss, stats = centers(network(x), y, return_stats=True)
         _descend(optimizer, loss)
         return {"loss": loss.item(), "accuracy": stats.top1.float().mean().item()}
 
@@ -486,7 +486,7 @@ def train_guided(
             },
             "data": _prints(people),
         },
-        {"backbone": network, "head": centres},
+        {"backbone": network, "head": centers},
         {"sgd": optimizer},
         step,
         stage.steps,

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...common.config import to_toml
 from ...common.rng import generator as draws
 from ...common.rng import normals
-from ...data import normalise
+from ...data import normalize
 from ...reporting.page import table, write_page
 from ...reporting.plots import ACCENT, INK, QUIET, colors, figure, image_grid, save
 from ...synthesis.generators import EigenfaceGenerator
@@ -140,7 +140,7 @@ def portraits(results: Results, count: int = 6) -> Tensor:
     random = draws(results.config.seed, "portraits", 0)
     who = F.normalize(normals((count, painter.embedding_size), random))
     still = torch.zeros(count, painter.style_size, dtype=torch.float32, device="cpu")
-    return normalise(painter.generate(who, still, torch.arange(count, device="cpu")))
+    return normalize(painter.generate(who, still, torch.arange(count, device="cpu")))
 
 
 # -- plots ---------------------------------------------------------------------------------------

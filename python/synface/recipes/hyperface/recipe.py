@@ -185,8 +185,8 @@ def _faces(
             resume=resume,
             progress=shown.files if shown else None,
         )
-    grey = painter.image_shape[2] == 1
-    faces = read_folder(folder, painter.image_shape[:2], grey)
+    grayscale = painter.image_shape[2] == 1
+    faces = read_folder(folder, painter.image_shape[:2], grayscale)
     source = f"{data.identities} {kind} identities, seed {seed}"  # not where the folder is
     return FacesSource(replace(faces, source=source))
 

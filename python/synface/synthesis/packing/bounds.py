@@ -194,7 +194,7 @@ def random_worst(count: int, dim: int) -> float:
 
 
 def random_nearest_cdf(cosine: np.ndarray, count: int, dim: int) -> np.ndarray:
-    """P(a random point's nearest neighbour has at most this cosine) among N random points: exact.
+    """P(a random point's nearest neighbor has at most this cosine) among N random points: exact.
 
     The other N−1 are independent given the point.
     """

@@ -10,7 +10,7 @@ NO_FORCE = 1e-28  # a gradient this small has lost its direction in float32
 
 
 class SphereAdam:
-    """Riemannian Adam for unit vectors: step and renormalisation in one pass over the rows.
+    """Riemannian Adam for unit vectors: step and renormalization in one pass over the rows.
 
     The second moment is one number a point, the mean square of its gradient's norm, so a rotation
     of all points rotates the result. Gradients are projected onto the tangent space, and so is the

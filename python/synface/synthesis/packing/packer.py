@@ -40,7 +40,7 @@ DEFAULT_STEPS = 500
 DOUBLE_UP_TO = 1000  # points: few enough that float64 costs nothing
 
 # Of "lse", found by trials at N = 600 to 3000, d = 8 to 512 with 100 to 300 steps.
-FIRST_STEP = 0.2  # of the angle that the bound leaves between neighbours
+FIRST_STEP = 0.2  # of the angle that the bound leaves between neighbors
 FIRST_SHARPNESS = 0.5  # t, in units of √d: the cosines of random points spread by 1/√d
 LAST_SHARPNESS = 75.0  # likewise; sharper for few points, in proportion
 FEW = 1000
@@ -178,14 +178,14 @@ def closest_pair(points: Tensor, other: Tensor | None = None) -> tuple[float, tu
 
 
 class Packer:
-    """Packs N points on the unit sphere of R^d, each as far from its nearest neighbour as it goes.
+    """Packs N points on the unit sphere of R^d, each as far from its nearest neighbor as it goes.
 
     Objectives, over f, the share of the run that is done:
 
     - "lse": (1/t)·log Σ_{i<j} exp(t·c_ij), a soft maximum of the cosines, with t rising
       exponentially from √d/2 to 75·max(1, 1000/N)·√d (both divided by 1 − bound), and steps of
       `SphereAdam` whose length falls linearly to 0, and with 1/t in the end where that is less.
-    - "hyperface": max c_ij, the closest pair alone, with Adam and renormalisation.
+    - "hyperface": max c_ij, the closest pair alone, with Adam and renormalization.
     - "langevin": soft spheres, Σ max(0, c_ij − threshold)²/2, whose threshold falls from random
       points' worst cosine to the bound, with noise that dies out.
 
@@ -198,7 +198,7 @@ class Packer:
 
     Args:
         config: what to do.
-        gallery: (M, d) embeddings, rows finite and not zero; normalised here.
+        gallery: (M, d) embeddings, rows finite and not zero; normalized here.
         start: (N, d) embeddings to start from, likewise, instead of random points (with one
             restart).
         device: where to compute.
@@ -539,7 +539,7 @@ class _Langevin(_Annealed):
 
 
 class _HyperFace:
-    """The closest pair alone, Adam on the coordinates, then renormalisation, as in the paper."""
+    """The closest pair alone, Adam on the coordinates, then renormalization, as in the paper."""
 
     def __init__(self, packer: Packer) -> None:
         self.packer = packer

@@ -1,4 +1,4 @@
-"""What a packing looks like: its points' nearest neighbours, and the way there."""
+"""What a packing looks like: its points' nearest neighbors, and the way there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLORS = (ACCENT, INK, "#2980b9")
 
 
 def plot(packings: Sequence[Packed], path: Path) -> None:
-    """Writes a PNG of packings of one (N, d): nearest neighbours' cosines, and worst over time."""
+    """Writes a PNG of packings of one (N, d): nearest neighbors' cosines, and worst over time."""
     first = packings[0]
     count, dim = first.points.shape
     nearest = [sk.nearest_neighbors(p.points)[0][:, 0].double().cpu().numpy() for p in packings]
@@ -34,7 +34,7 @@ def plot(packings: Sequence[Packed], path: Path) -> None:
         left.stairs(share, edges, fill=True, alpha=0.6, color=color, label=label)
     random = np.diff(bounds.random_nearest_cdf(edges, count, dim))
     left.stairs(random, edges, color=QUIET, label=f"random: worst about {worst_random:.4f}")
-    left.set_xlabel("cosine to the nearest neighbour")
+    left.set_xlabel("cosine to the nearest neighbor")
     left.set_ylabel("share of the points")
     left.set_title(f"{count:,} points in {dim} dimensions")
 
