@@ -187,7 +187,7 @@ safetensors from synface.common.files import write_tensors; write_tensors(Path("
 safetensors from synface.synthesis import read_embeddings; read_embeddings(Path("x.safetensors"))
 matplotlib from synface.reporting.plots import loss_curve; loss_curve([], Path("x"))
 matplotlib from synface.reporting.plots import figure; figure(1, 1)
-matplotlib from synface.reporting.plots import roc_curves; roc_curves([], Path("x"), det=True)
+matplotlib from synface.reporting.plots import roc_curves; roc_curves({}, Path("x"), title="")
 markdown_it from synface.reporting.page import write_page; write_page(Path("x.html"), "")
 scipy from synface.synthesis.packing.bounds import random_worst; random_worst(9, 4)
 scipy from synface.synthesis.packing.bounds import best; best(9, 4)

@@ -1,0 +1,43 @@
+"""The command line, in the tests' own process or in one of its own."""
+
+import io
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from unittest import mock
+
+from synface import cli
+
+
+def call(*arguments: object, code: int = 0) -> str:
+    """Run a command in this process, and return what it printed; it must exit with ``code``."""
+    shown, status = io.StringIO(), 0
+    argv = ["synface", *map(str, arguments)]
+    with (
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.object(cli, "raise_on_sigterm"),  # the test run's signals are its own
+        redirect_stdout(shown),
+        redirect_stderr(shown),
+    ):
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+    assert status == code, shown.getvalue()
+    return shown.getvalue()
+
+
+def refused(*arguments: object) -> str:
+    """Run a command that ends with an error for its user, and return what it printed."""
+    return call(*arguments, code=2)
+
+
+def synface(
+    *arguments: object, code: int = 0, **options: object
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command in a process of its own, which must exit with ``code``, without a traceback."""
+    command = [sys.executable, "-m", "synface", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
