@@ -26,7 +26,8 @@ from synface.data.mixing import (
     TimmMixup,
 )
 from synface.data.mixing.timm_mixup import FastCollateMixup
-from synface.evaluation.metrics import embed, identify, pixel_embeddings, verify, verify_pairs
+from synface.evaluation.embedding import embed, pixel_embeddings
+from synface.evaluation.metrics import identify, verify, verify_pairs
 from synface.evaluation.report import pair_cosines, pool
 from synface.optim.centers import Centers, CentersConfig
 from synface.synthesis import packing

@@ -13,7 +13,8 @@ from PIL import Image
 from synface import cli
 from synface.cli import evaluation, verification
 from synface.data import open_images, read_folder
-from synface.evaluation.metrics import embed, verify
+from synface.evaluation.embedding import embed
+from synface.evaluation.metrics import verify
 from synface.training.loop import load_backbone
 from typer.testing import CliRunner
 

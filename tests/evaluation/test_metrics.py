@@ -13,13 +13,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 from synface.data import normalize, read_folder
+from synface.evaluation.embedding import embed, pixel_embeddings
 from synface.evaluation.metrics import (
     Verification,
     _best_threshold,
     _pairs_for,
     _roc,
-    embed,
-    pixel_embeddings,
     verify,
 )
 from torch import nn

@@ -18,7 +18,8 @@ from synface import cli
 from synface.data import DataError, embedded_faces
 from synface.evaluation import report as set_report
 from synface.evaluation import safe_pickle as pickles
-from synface.evaluation.metrics import embed, embed_store, identify, verify_pairs
+from synface.evaluation.embedding import embed, embed_store
+from synface.evaluation.metrics import identify, verify_pairs
 from synface.evaluation.report import evaluate_set, pair_cosines, pool
 from synface.evaluation.sets import PairSet, TemplateSet, open_set, read_bin
 from torch import nn

@@ -121,7 +121,7 @@ OPTIMIZED = [
     (name, optimizer)
     for name in (*HEADS, "random rounding")
     for optimizer in (RowSGD, RowAdamW, "fused")
-    if not (name.endswith("Loss") and optimizer == "fused")  # those have no fuse
+    if not (name.endswith("Loss") and optimizer == "fused")  # those have no step_in_backward
 ]
 
 
@@ -144,7 +144,7 @@ def test_what_has_a_device_ignores_the_default_one(name, optimizer):
             try:
                 steps = kind(head.parameters(), 0.1, seed=3, impl=impl, **options)
                 if optimizer == "fused":
-                    head.fuse(steps)
+                    head.step_in_backward(steps)
                 for _ in range(2):
                     steps.zero_grad()
                     generator = torch.Generator("cpu").manual_seed(0)

@@ -59,7 +59,7 @@ def train(name, run, optimizer="sgd", fused=False):
     head, net = HEADS[name](), torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.Dropout(0.3))
     steps = OPTIMIZERS[optimizer](head.parameters())
     if fused:
-        head.fuse(steps)
+        head.step_in_backward(steps)
     found = []
     for step in range(5):
         torch.manual_seed(step)
@@ -131,7 +131,7 @@ def test_an_evaluation_between_the_passes_changes_nothing():
 def test_what_a_pass_settled_is_neither_copied_nor_pickled():
     head = HEADS["sampled"]()
     steps = OPTIMIZERS["sgd"](head.parameters())
-    head.fuse(steps)
+    head.step_in_backward(steps)
     head(torch.randn(N, D), torch.randint(0, C, (N,)))
     assert set(head._last) == {"update", "sampled classes"}
     head.generator = None  # torch's generators cannot be pickled
@@ -174,7 +174,7 @@ def test_a_compiled_fused_head_takes_one_step_in_a_checkpoint(name):
         torch.manual_seed(0)
         head = HEADS[name]()
         steps = OPTIMIZERS["sgd"](head.parameters())
-        head.fuse(steps)
+        head.step_in_backward(steps)
         call = torch.compile(head, backend="aot_eager")
         for _ in range(2):
             x, labels = torch.randn(N, D, requires_grad=True), torch.randint(0, C, (N,))

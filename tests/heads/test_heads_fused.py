@@ -35,7 +35,7 @@ def build(name: str, optimizer: str, fused: bool) -> tuple[Any, Any]:
     head = HEADS[name]()
     steps = OPTIMIZERS[optimizer](head.parameters())
     if fused:
-        head.fuse(steps)
+        head.step_in_backward(steps)
     return head, steps
 
 
@@ -103,11 +103,19 @@ def test_no_step_but_in_training() -> None:
 def test_what_cannot_be_fused() -> None:
     head, other = MarginHead(D, C), MarginHead(D, C)
     with pytest.raises(TypeError, match="RowSGD or RowAdamW, got SGD"):
-        head.fuse(torch.optim.SGD(head.parameters(), 0.1))  # type: ignore[arg-type]
+        head.step_in_backward(torch.optim.SGD(head.parameters(), 0.1))  # type: ignore[arg-type]
     optimizer = RowSGD(other.parameters(), 0.1)
     with pytest.raises(ValueError, match="must hold this head's weight"):
-        head.fuse(optimizer)
+        head.step_in_backward(optimizer)
     assert head.weight.requires_grad
     stranger: Tensor = head.weight
     with pytest.raises(ValueError, match="parameter must be one of this optimizer's"):
         optimizer.next_update(stranger)
+
+
+def test_the_old_name_warns() -> None:
+    head = MarginHead(D, C)
+    optimizer = RowSGD(head.parameters(), 0.1)
+    with pytest.deprecated_call(match="fuse is step_in_backward now"):
+        head.fuse(optimizer)
+    assert head._optimizer is optimizer

@@ -447,7 +447,7 @@ KILLED = (
 import sys
 from itertools import count
 from pathlib import Path
-from synface import checkpoint
+from synface.checkpoint import single as checkpoint
 torch.set_num_threads(1)  # so small a model waits for threads
 run = Run()
 for step in count():
@@ -458,7 +458,7 @@ for step in count():
 RESUMED = TRAINING + """
 import sys
 from pathlib import Path
-from synface import checkpoint
+from synface.checkpoint import single as checkpoint
 torch.set_num_threads(1)
 tensors, state = checkpoint.load(checkpoint.find(Path(sys.argv[1])))
 last = max(50, state["step"] + 5)

@@ -213,7 +213,7 @@ def checkpointed(rank, ranks):
         steps = [RowSGD(head.parameters(), 0.1, momentum=0.9) for head in heads]
         results = []
         for head, optimizer in zip(heads, steps, strict=True):
-            head.fuse(optimizer)
+            head.step_in_backward(optimizer)
             x = backbone()(images).detach().requires_grad_()
             for _ in range(3):
                 if recompute is None:

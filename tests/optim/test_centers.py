@@ -528,7 +528,7 @@ def test_a_damaged_log(tmp_path, at):
     with Centers.create(SMALL, tmp_path / "c") as centers:
         train(centers, 2)
         log = centers._files._log_path
-    header = files.Files.HEADER.size
+    header = files.CentersFiles.HEADER.size
     place = {"frame": header, "count": header + 7, "ids": header + 20}.get(at, at)
     data = bytearray(log.read_bytes())
     data[place] ^= 0x40

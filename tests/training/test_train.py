@@ -16,7 +16,8 @@ import torch
 from synface.checkpoint.single import STATE, TENSORS
 from synface.common.files import CheckpointError, checksum, sealed
 from synface.data import Faces, embedded_faces, read_folder
-from synface.evaluation.metrics import embed, pixel_embeddings, verify
+from synface.evaluation.embedding import embed, pixel_embeddings
+from synface.evaluation.metrics import verify
 from synface.training.loop import TrainConfig, learning_rate, load_backbone, train
 
 SMALL = TrainConfig(

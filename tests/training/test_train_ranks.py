@@ -20,7 +20,7 @@ from synface.checkpoint import distributed as sharded
 from synface.checkpoint import single as checkpoint
 from synface.common.files import CheckpointError
 from synface.data import embedded_faces
-from synface.evaluation.metrics import embed
+from synface.evaluation.embedding import embed
 from synface.heads import ShardedMarginHead
 from synface.training.loop import TrainConfig, load_backbone, train
 

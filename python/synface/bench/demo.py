@@ -1,4 +1,4 @@
-"""The demonstration's report: pictures to look at, tables to read."""
+"""The report of the demonstration: figures, tables and results in JSON."""
 
 from __future__ import annotations
 

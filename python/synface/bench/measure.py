@@ -1,4 +1,4 @@
-"""Time and memory of the margin softmax, fused and as plain torch, measured where it is called.
+"""Time and memory of the margin softmax, fused and in plain torch.
 
 python -m synface.bench.measure eager 256 256 100000    (peak memory of one, in its own process)
 """
@@ -37,6 +37,7 @@ class Workload:
     c: int = 100_000
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return random embeddings (N, D), centers (C, D) and labels (N,)."""
         g = torch.Generator().manual_seed(0)
         x = normals((self.n, self.d), g).requires_grad_()
         w = normals((self.c, self.d), g).requires_grad_()
@@ -44,7 +45,7 @@ class Workload:
 
 
 def arcface(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
-    """ArcFace in plain torch, as trainers write it: N×C logits."""
+    """Return the ArcFace loss in plain torch, with N×C logits, as common training code has it."""
     cosine = F.linear(F.normalize(x), F.normalize(w)).clamp(-1 + 1e-7, 1 - 1e-7)
     own = cosine.gather(1, target[:, None])
     logits = cosine.scatter(1, target[:, None], (own.acos() + 0.5).cos())
@@ -52,7 +53,7 @@ def arcface(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
 
 
 def step(method: str, workload: Workload) -> Callable[[], tuple[Tensor, ...]]:
-    """A function that returns the loss and both gradients, and keeps none of them."""
+    """Return a function that computes the loss and both gradients, and stores none of them."""
     x, w, target = workload.tensors()
     losses: dict[str, Callable[..., Any]] = {
         "fused": sk.margin_cross_entropy,
@@ -76,9 +77,10 @@ def _agree(ours: tuple[Tensor, ...], eager: tuple[Tensor, ...]) -> bool:
 def time_all(
     workload: Workload, rounds: int = 3, done: Callable[[str], None] = lambda method: None
 ) -> dict[str, Any]:
-    """Median seconds of each method, in turn in one process; or why one could not be measured.
+    """Return each method's median seconds, interleaved in one process, or why there are none.
 
-    A method whose loss or gradients are not eager's (to 1e-3 of their norm) is not timed.
+    A method whose loss or gradients differ from eager's by more than 1e-3 of their norm is not
+    timed.
     """
     expected = step("eager", workload)()
     steps: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
@@ -88,7 +90,7 @@ def time_all(
             steps[method] = step(method, workload)
             if not _agree(steps[method](), expected):  # the first call also compiles
                 raise ArithmeticError("its loss or gradients differ from eager torch's")
-        except Exception as error:  # no C++ compiler, no memory: said, and the others go on
+        except Exception as error:  # no C++ compiler or memory, say: report it, and time the others
             steps.pop(method, None)
             result[method] = f"not measured: {type(error).__name__}: {str(error).splitlines()[0]}"
         done(method)
@@ -104,7 +106,7 @@ def time_all(
 
 
 def peak_memory(method: str, workload: Workload) -> int | str:
-    """Peak bytes above the inputs, gradients included, in a process of its own (Linux)."""
+    """Return the peak bytes above the inputs, gradients included, of a separate process (Linux)."""
     command = [sys.executable, "-m", "synface.bench.measure", method]
     command += [str(size) for size in asdict(workload).values()]
     child = subprocess.run(command, capture_output=True, text=True)
@@ -135,5 +137,5 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 if __name__ == "__main__":
     timed = step(sys.argv[1], Workload(*map(int, sys.argv[2:5])))
-    timed()  # what is loaded and compiled once does not count
+    timed()  # one-time loading and compilation is not measured
     print(peak_bytes(timed))

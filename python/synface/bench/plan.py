@@ -1,8 +1,8 @@
-"""What training will take: memory per rank, bytes exchanged, time per step, and what to change.
+"""Estimates of a training run: memory per rank, bytes exchanged, time per step, and remedies.
 
-Memory is counted tensor by tensor, as this library allocates them. Time is the roofline's: each
-part takes as long as its arithmetic or its bytes, whichever is slower. It is a lower bound, unless
-the device's own measurements are given, whose rates it then takes.
+Memory is counted tensor by tensor, as this library allocates them. Time follows the roofline model:
+each part takes as long as its arithmetic or its memory traffic, whichever is slower. The rates are
+those of the data sheet, which give a lower bound, or measured ones.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ..common.textfiles import parse_json, read_text
 from ..models.iresnet import IResNet
 
 MIB, GIB = 2**20, 2**30
-WORKSPACE = 64 * MIB  # what margin_cross_entropy takes at most, beside its results
+WORKSPACE = 64 * MIB  # upper bound of margin_cross_entropy's, beside its results
 IMAGE = (112, 112)
-SHARE_FREE = 0.05  # of a device's memory: the driver, its libraries and fragmentation
+SHARE_FREE = 0.05  # of a device's memory, for the driver, its libraries and fragmentation
 NAMES = ("float32", "bfloat16")
 BYTES = {"float32": 4, "bfloat16": 2}
 STATES = {"none": 0, "sgd": 1, "adamw": 2}  # tensors as large as the parameters
@@ -39,13 +39,17 @@ DEPTHS = {
 
 @dataclass(frozen=True)
 class Device:
-    """Rates of a device: bytes/s of its memory, FLOP/s of dense products with float32 sums, and
-    bytes/s to the other ranks in one direction. source: where they are from.
+    """Rates of a device.
+
+    Attributes:
+        memory: bytes. bandwidth: bytes/s of its memory.
+        gemm: FLOP/s of dense GEMMs with float32 sums, by dtype.
+        link: bytes/s to the other ranks in one direction. source: of these numbers.
     """
 
     memory: float
     bandwidth: float
-    products: Mapping[str, float]
+    gemm: Mapping[str, float]
     link: float
     source: str
 
@@ -53,8 +57,8 @@ class Device:
 def _nvidia(
     memory: float, bandwidth: float, bf16: float, fp32: float, link: float, of: str
 ) -> Device:
-    products = {"bfloat16": bf16 * 1e12, "float32": fp32 * 1e12}
-    return Device(memory * 1e9, bandwidth * 1e9, products, link * 1e9, f"NVIDIA's data sheet: {of}")
+    gemm = {"bfloat16": bf16 * 1e12, "float32": fp32 * 1e12}
+    return Device(memory * 1e9, bandwidth * 1e9, gemm, link * 1e9, f"NVIDIA's data sheet: {of}")
 
 
 DEVICES = {
@@ -67,15 +71,15 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """A training run.
+    """The settings of a training run.
 
     Attributes:
         identities: C. dim: D. gpus: P ranks, each with C/P classes and batch/P images.
         gpu_memory: bytes of each. device: a name of `DEVICES`.
-        batch: images of one step, on all ranks together.
+        batch: images of one step, over all ranks.
         labels: per image (3 for mixed identities and domains).
-        sample_rate: share of the classes that take part in a step (Partial FC).
-        fused_update: whether the backward pass steps the centers itself: they have no gradient.
+        sample_rate: share of the classes sampled in a step (Partial FC).
+        fused_update: whether the backward pass steps the centers, which then have no gradient.
         centers: dtype of the class centers, their gradient and their optimizer's state.
         optimizer: of the centers: ``"sgd"`` (momentum), ``"adamw"`` or ``"none"``.
         backbone: a name of `DEPTHS`, at 112×112, or None to leave it out.
@@ -120,14 +124,12 @@ class Settings:
 
     @property
     def classes(self) -> int:
-        """Of the rank that holds most."""
+        """Number of classes of the rank that holds most."""
         return math.ceil(self.identities / self.gpus)
 
     @property
     def sampled(self) -> int:
-        """Classes of a rank that take part in a step: every positive does, in the worst case all
-        of one rank.
-        """
+        """Number of sampled classes of a rank; in the worst case all positives are on it."""
         if self.sample_rate == 1:
             return self.classes
         least = math.ceil(self.classes * self.sample_rate)
@@ -135,12 +137,13 @@ class Settings:
 
     @property
     def images(self) -> int:
+        """Number of images in a step of one rank."""
         return math.ceil(self.batch / self.gpus)
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one part of a step, and what bounds it. measured: by a rate measured on this device."""
+    """The duration of one part of a step, and its bound; ``measured``: from a measured rate."""
 
     seconds: float
     bound: Literal["arithmetic", "memory", "exchange"]
@@ -158,12 +161,12 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found, of the rank that holds most.
+    """The plan of a training run, for the rank that holds most classes.
 
     Attributes:
         memory: bytes by part. exchange: bytes that a rank sends in a step, by part.
-        time: `Seconds` by part. remedies: what to change, where it does not fit.
-        rates: where the rates are from.
+        time: `Seconds` by part. remedies: changes, if the run does not fit.
+        rates: the source of the rates.
     """
 
     settings: Settings
@@ -175,45 +178,50 @@ class Plan:
 
     @property
     def total(self) -> float:
+        """Bytes of all parts."""
         return sum(self.memory.values())
 
     @property
     def available(self) -> float:
+        """Bytes of the device, less the share that stays free."""
         return self.settings.gpu_memory * (1 - SHARE_FREE)
 
     @property
     def fits(self) -> bool:
+        """Whether the parts fit into the device's memory."""
         return self.total <= self.available
 
     @property
     def seconds(self) -> float:
+        """Duration of a step, without overlap of its parts."""
         return sum(part.seconds for part in self.time.values())
 
 
 @functools.cache
 def _backbone(name: str, dim: int) -> tuple[int, float, float]:
-    """Parameters; bytes kept for the backward pass and FLOPs of both passes, for each image.
+    """Return the parameters, and per image the saved bytes and the FLOPs of both passes.
 
-    Counted by running the network on the meta device, which computes and allocates nothing.
+    They are counted by running the network on the meta device, which neither computes nor
+    allocates.
     """
     with standard_defaults(), torch.device("meta"):
         network = IResNet(IMAGE, 3, (64, 128, 256, 512), DEPTHS[name], dim)
     own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
 
     def run(images: int) -> tuple[float, float]:
-        kept: dict[int, int] = {}
+        saved: dict[int, int] = {}
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
+        def save(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in own:
-                kept[storage._cdata] = storage.nbytes()
+                saved[storage._cdata] = storage.nbytes()
             return tensor
 
         counter = FlopCounterMode(display=False)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), counter:
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), counter:
             batch = torch.empty(images, 3, *IMAGE, dtype=torch.float32, device="meta")
             network(batch).sum().backward()
-        return sum(kept.values()), counter.get_total_flops()
+        return sum(saved.values()), counter.get_total_flops()
 
     (bytes2, flops2), (bytes4, flops4) = run(2), run(4)
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -221,7 +229,7 @@ def _backbone(name: str, dim: int) -> tuple[int, float, float]:
 
 
 def memory(settings: Settings) -> dict[str, float]:
-    """Bytes by part, on the rank that holds most classes."""
+    """Return bytes by part, on the rank that holds most classes."""
     s, size = settings, BYTES[settings.centers]
     activation = BYTES[s.precision]
     parts: dict[str, float] = {"centers": s.classes * s.dim * size}
@@ -236,15 +244,15 @@ def memory(settings: Settings) -> dict[str, float]:
     parts["embeddings"] = s.batch * s.dim * (2 * activation + 2 * 4)
     parts["loss workspace, at most"] = WORKSPACE
     if s.backbone:
-        parameters, kept, _ = _backbone(s.backbone, s.dim)
+        parameters, saved, _ = _backbone(s.backbone, s.dim)
         copies = 3 + (s.gpus > 1)  # weight, gradient, momentum; the buckets of DDP
         parts["backbone"] = 4 * parameters * copies
-        parts["activations"] = kept * s.images * activation / 4
+        parts["activations"] = saved * s.images * activation / 4
     return parts
 
 
 def exchange(settings: Settings) -> dict[str, float]:
-    """Bytes that a rank sends in one step, by part; rings, as NCCL's."""
+    """Return the bytes that a rank sends in one step, by part, with ring algorithms as NCCL's."""
     s = settings
     others = (s.gpus - 1) / s.gpus
     parts = {
@@ -264,35 +272,34 @@ def _rates(settings: Settings, measured: Mapping[str, Any] | None) -> tuple[Devi
     ceilings = (measured or {}).get("ceilings")
     if not isinstance(ceilings, Mapping):
         return device, False, device.source + " (peak rates; not measured)"
-    product = float(ceilings["product_tflop_per_second"]) * 1e12
-    # only a bfloat16 product is measured; float32 keeps its share of the data sheet's
-    factor = product / device.products["bfloat16"]
+    # Only a bfloat16 GEMM is measured; float32 has the same share of its rate.
+    factor = float(ceilings["product_tflop_per_second"]) * 1e12 / device.gemm["bfloat16"]
     device = replace(
         device,
         bandwidth=float(ceilings["copy_gigabyte_per_second"]) * 1e9,
-        products={name: rate * factor for name, rate in device.products.items()},
+        gemm={name: rate * factor for name, rate in device.gemm.items()},
     )
     name = (measured or {}).get("machine", {}).get("gpu", "this device")
-    return device, True, f"a copy and a bfloat16 product measured on {name}"
+    return device, True, f"a copy and a bfloat16 GEMM measured on {name}"
 
 
 def time(
     settings: Settings, measured: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Seconds], str]:
-    """Seconds by part of a step, and where the rates are from."""
+    """Return the `Seconds` of a step's parts, and the source of the rates."""
     s = settings
     device, is_measured, source = _rates(s, measured)
     size = BYTES[s.centers]
     both = "float32" if "float32" in (s.centers, s.precision) else "bfloat16"
 
     def part(flops: float, moved: float, dtype: str = s.precision) -> Seconds:
-        arithmetic, memory = flops / device.products[dtype], moved / device.bandwidth
+        arithmetic, memory = flops / device.gemm[dtype], moved / device.bandwidth
         if arithmetic >= memory:
             return Seconds(arithmetic, "arithmetic", is_measured)
         return Seconds(memory, "memory", is_measured)
 
     rows = s.sampled * s.dim
-    # four products, of which one computes the logits again; centers read twice, gradient written
+    # four GEMMs, one of which recomputes the logits; centers read twice, gradient written
     passes = 2 if s.fused_update else 3
     parts = {"margin softmax": part(8.0 * s.batch * rows, passes * rows * size, both)}
     states = STATES[s.optimizer]
@@ -300,8 +307,8 @@ def time(
         passes = 2 * (1 + states) + (0 if s.fused_update else 1)
         parts["centers' update"] = part(0, rows * size * passes)
     if s.backbone:
-        parameters, kept, flops = _backbone(s.backbone, s.dim)
-        moved = 3 * kept * s.images * BYTES[s.precision] / 4  # written, read, and its gradient
+        parameters, saved, flops = _backbone(s.backbone, s.dim)
+        moved = 3 * saved * s.images * BYTES[s.precision] / 4  # written, read, and its gradient
         parts["backbone"] = part(flops * s.images, moved)
         parts["backbone's update"] = part(0, 5 * 4 * parameters)
     if s.gpus > 1:
@@ -321,7 +328,7 @@ def _remedies(settings: Settings) -> Iterator[Remedy]:
         return Remedy(text, size, size <= room)
 
     def least(fits: Callable[[int], bool], most: int) -> int | None:
-        """The least number that fits, if more is better."""
+        """Return the least number that fits, given that any larger one does."""
         if not fits(most):
             return None
         low, high = 0, most
@@ -364,17 +371,17 @@ def _remedies(settings: Settings) -> Iterator[Remedy]:
 
 
 def plan(settings: Settings, measured: Mapping[str, Any] | None = None) -> Plan:
-    """Memory, exchange and time of a training step.
+    """Estimate memory, exchange and time of a training step.
 
     Args:
         settings: of the run. measured: a result of ``make gpu-evidence`` (see `read_measured`),
-            whose measured rates then replace the data sheet's.
+            whose rates replace the data sheet's.
 
     Returns:
-        A `Plan` of the rank that holds most classes. Bytes and seconds.
+        A `Plan` of the rank that holds most classes, in bytes and seconds.
 
-    Memory: the gradient exists for the classes that take part; what a framework caches or its
-    allocator wastes is the 5 % of the device that are left free. Source: the formulas of
+    Memory: the gradient exists for the sampled classes; 5 % of the device are reserved for the
+    caches and fragmentation of a framework's allocator. Source: the formulas of
     `synface_kernels.margin_cross_entropy`, checked against measured peaks by the tests.
     """
     parts, source = time(settings, measured)
@@ -383,10 +390,10 @@ def plan(settings: Settings, measured: Mapping[str, Any] | None = None) -> Plan:
 
 
 def read_measured(path: Path) -> dict[str, Any]:
-    """A result file of ``make gpu-evidence``.
+    """Return the content of a result file of ``make gpu-evidence``.
 
     Raises:
-        ValueError: if it is not one, naming the file and what is missing.
+        ValueError: for another file, naming it and what is missing.
     """
     text = read_text(path)
     try:
@@ -404,12 +411,12 @@ SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 
 
 def parse_count(name: str, text: str) -> int:
-    """100000, 100k, 10M, 1.5B: a whole number."""
+    """Return the whole number that is written as 100000, 100k, 10M or 1.5B."""
     return _parse(name, text.strip(), SUFFIXES, "a count such as 250000, 10M or 1.5B")
 
 
 def parse_bytes(name: str, text: str) -> int:
-    """80GB (80e9 bytes), 24GiB (24·2³⁰), 512MB."""
+    """Return the bytes that are written as 80GB (80e9), 24GiB (24·2³⁰) or 512MB."""
     units = {f"{k}b": v for k, v in SUFFIXES.items() if k != "b"}
     units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
     return _parse(name, text.strip(), units, "a size such as 80GB or 24GiB")

@@ -1,7 +1,7 @@
-"""A benchmark of training class centers by the million: time, memory, and a loss that falls.
+"""A benchmark of training millions of class centers: time, memory and loss.
 
-No network takes part. An embedding is its identity's own direction with noise, made when it is
-asked for, so that nothing here grows with the number of identities but the centers.
+There is no network. An embedding is its identity's random direction plus noise, generated on
+demand, so that only the centers' memory grows with the number of identities.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ PHASES = ("sample", "log", "read", "loss and gradient", "update")
 
 @dataclass(frozen=True)
 class ScaleConfig:
-    """A benchmark: how the centers in ``centers`` are trained.
+    """The settings of the benchmark.
 
     Attributes:
-        centers: what is trained.
-        sample_rate: share of the identities that take part in a step, in (0, 1].
+        centers: configuration of the trained centers.
+        sample_rate: share of the identities that are sampled in a step, in (0, 1].
         batch: embeddings in a step.
-        working_set: how many identities, drawn at random from all, the embeddings are of; the
-            others are negatives only.
-        noise: length of what is added to an identity's unit direction, on average; the cosine
+        working_set: number of random identities that have embeddings; the others are negatives
+            only.
+        noise: mean length of the noise that is added to an identity's unit direction; the cosine
             between an embedding and its direction is about 1/√(1 + noise²).
-        lr: constant.
+        lr: constant learning rate.
     """
 
     centers: CentersConfig
@@ -73,11 +73,12 @@ class ScaleConfig:
 
     @property
     def num_sampled(self) -> int:
+        """Number of classes in a step."""
         return max(1, round(self.sample_rate * self.centers.num_classes))
 
 
 class Clusters:
-    """Embeddings of identities, each a seeded direction with noise; O(batch) time and memory."""
+    """Embeddings of identities, seeded directions with noise, in O(batch) time and memory."""
 
     def __init__(self, config: ScaleConfig) -> None:
         self.config, self._seed = config, config.centers.seed
@@ -88,7 +89,7 @@ class Clusters:
         self.identities = torch.from_numpy(np.sort(identities))  # (working_set,) int64
 
     def directions(self, identities: Tensor) -> Tensor:
-        """(N, D) float32 unit vectors."""
+        """Return the identities' directions, (N, D) float32 unit vectors."""
         key, size = seeds(self._seed, "directions", 0), self.config.centers.embedding_size
         values = np.empty((len(identities), size), np.float32)
         for row, identity in zip(values, identities.tolist(), strict=True):
@@ -97,12 +98,13 @@ class Clusters:
         return torch.nn.functional.normalize(torch.from_numpy(values))
 
     def embeddings(self, identities: Tensor, draw: torch.Generator) -> Tensor:
+        """Return the identities' directions with noise, (N, D) float32."""
         directions = self.directions(identities)
         noise = normals(directions.shape, draw)
         return directions + noise * (self.config.noise / directions.shape[1] ** 0.5)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Embeddings (N, D) float32 and labels (N,) int64 of a step."""
+        """Return a step's embeddings (N, D) float32 and labels (N,) int64."""
         draw = generator(self._seed, "batch", step)
         chosen = torch.randint(
             len(self.identities), (self.config.batch,), generator=draw, device="cpu"
@@ -111,7 +113,7 @@ class Clusters:
         return self.embeddings(labels, draw), labels
 
     def strangers(self) -> tuple[Tensor, Tensor]:
-        """A batch of identities outside the working set, where there are any."""
+        """Return a batch of identities outside the working set, if there are any."""
         draw = generator(self._seed, "strangers", 0)
         labels = torch.randint(
             self.config.centers.num_classes, (self.config.batch,), generator=draw, device="cpu"
@@ -121,10 +123,10 @@ class Clusters:
 
 
 class MemoryWatch:
-    """The largest resident memory while it runs, read from /proc 20 times a second.
+    """A monitor of peak resident memory, which reads /proc 20 times a second.
 
-    Anonymous memory is the process's own; file-backed memory is what it has mapped of files, which
-    the system keeps while nobody else needs the room.
+    Anonymous memory is the process's own; file-backed memory is that of mapped files, which the
+    system evicts when other memory is needed.
     """
 
     def __init__(self) -> None:
@@ -153,7 +155,7 @@ class MemoryWatch:
 
 
 def _disk() -> dict[str, int]:
-    """Bytes that this process has read from and written to disks, where it may know."""
+    """Return the bytes that this process read from and wrote to disks, if the system tells."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/io").read_text().splitlines()
         counts = dict(line.split(": ") for line in lines)
@@ -162,7 +164,7 @@ def _disk() -> dict[str, int]:
 
 
 def check_length(steps: int | None, minutes: float | None) -> None:
-    """Raises ValueError or TypeError unless just one is given, and can be."""
+    """Raise ValueError or TypeError unless exactly one is given, and valid."""
     if (steps is None) == (minutes is None):
         raise ValueError(f"give steps or minutes, got steps {steps} and minutes {minutes}")
     if steps is not None:
@@ -180,18 +182,18 @@ def run(
     checkpoint_every: int | None = None,
     progress: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
-    """Trains ``centers`` on `Clusters`, and returns what was measured, ready for JSON.
+    """Train ``centers`` on `Clusters`, and return the measurements, ready for JSON.
 
-    Ctrl-C and SIGTERM end it after the step that it is in; "ended by" names the signal, else None.
+    Ctrl-C and SIGTERM end it after the current step; "ended by" is the signal's name, or None.
 
     Args:
-        centers: made by ``config.centers``.
-        steps: up to which step (of all, with those before a checkpoint); minutes: or how long.
-        checkpoint_every: steps; only for centers in files.
-        progress: gets each step's row of the history.
+        centers: of the configuration ``config.centers``.
+        steps: last step, counted from the centers' first. minutes: or the duration.
+        checkpoint_every: in steps; only for centers in files.
+        progress: called with each step's row of the history.
 
     Raises:
-        ValueError: for other centers, or where neither or both of steps and minutes are given.
+        ValueError: for other centers, or unless exactly one of steps and minutes is given.
         FloatingPointError, OSError: as `Centers.loss` and `Centers.update`.
     """
     if centers.config != config.centers:
@@ -270,7 +272,7 @@ def _step(config: ScaleConfig, centers: Centers, clusters: Clusters) -> dict[str
 
 
 def summary(result: dict[str, Any]) -> str:
-    """What a run measured, in a few lines."""
+    """Return a run's measurements as a few lines of text."""
 
     def size(name: str, sizes: dict[str, int]) -> str:
         return f"{sizes[name] / 2**30:.2f} GiB" if name in sizes else "not measured"
@@ -298,7 +300,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def write_report(result: dict[str, Any], folder: Path) -> None:
-    """Writes scale.json and scale.png: the loss, and what a step's time goes to."""
+    """Write scale.json, and scale.png with the loss and the duration of a step's phases."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "scale.json", json.dumps(result, indent=1))
     history, centers = result["history"], result["config"]["centers"]
@@ -309,7 +311,7 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
     left.set_ylim(bottom=0)
     accuracy = left.twinx()
     accuracy.plot(step, [row["accuracy"] for row in history], color=INK, linewidth=0.8)
-    accuracy.set_ylabel("share nearest to their own center", color=INK)
+    accuracy.set_ylabel("top-1 accuracy", color=INK)
     accuracy.set_ylim(0, 1.02)
     left.set_title(
         f"{centers['num_classes']:,} × {centers['embedding_size']} {centers['dtype']}, "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..data import Faces
-from ..evaluation.metrics import Verification, embed, pixel_embeddings, verify
+from ..evaluation.embedding import embed, pixel_embeddings
+from ..evaluation.metrics import Verification, verify
 from .terminal import console
 
 

@@ -29,7 +29,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
     "data.tables": ("data.formats.tables",),
     "data.webdataset": ("data.formats.webdataset",),
     "embeddings": ("synthesis.embeddings",),
-    "evaluate": ("evaluation.metrics",),
+    "evaluate": ("evaluation.metrics", "evaluation.embedding"),
     "generate": ("synthesis.generators",),
     "guided": ("recipes.cfsm.model",),
     "interrupts": ("common.interrupts",),

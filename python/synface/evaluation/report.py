@@ -1,4 +1,4 @@
-"""Verification sets: what a network reaches on each, and the report on it."""
+"""Evaluation of a network on verification sets, and its report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..reporting import page, plots
-from .metrics import Identification, Verification, embed_store, identify, verify_pairs
+from .embedding import embed_store
+from .metrics import Identification, Verification, identify, verify_pairs
 from .sets import PairSet, TemplateSet
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -25,11 +26,11 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class SetResult:
-    """What a network reached on a set.
+    """A network's results on a verification set.
 
     Attributes:
-        name, source: of the set. images: how many were embedded, in how many seconds.
-        verification: on its pairs. identification: None where the set does not say who is who.
+        name, source: of the set. images: number of images, embedded in ``seconds``.
+        verification: on its pairs. identification: None if the set does not identify people.
     """
 
     name: str
@@ -51,13 +52,13 @@ def evaluate_set(
     fars: Sequence[float] = FARS,
     progress: Callable[[int, int], None] | None = None,
 ) -> SetResult:
-    """Embeds a set's images and scores its pairs; the model's device computes the embeddings.
+    """Embed a set's images on the model's device, and verify its pairs.
 
-    Rank-1 identification of a `PairSet` that names people: each person's first image is the
-    gallery, the other images are the probes. Of a `TemplateSet`: its gallery and probe lists.
+    Rank-1 identification uses, in a `PairSet` that identifies people, each person's first image as
+    gallery and the others as probes; in a `TemplateSet`, its gallery and probe lists.
 
-    Args, Raises: as `embed_store` and `verify_pairs`. A model that returns a tuple, such as
-        AdaFace's (embedding, norm), is taken for its first item.
+    Args, Raises: as `embed_store` and `verify_pairs`. Of a model that returns a tuple, such as
+        AdaFace's (embedding, norm), the first item is used.
 
     Memory: the embeddings, (N, D) float32, and what `verify_pairs` takes.
     """
@@ -92,34 +93,29 @@ def evaluate_set(
 
 
 def pool(rows: Tensor, template: Tensor, media: Tensor) -> Tensor:
-    """Templates' embeddings: the mean of each media's images, summed over the media, as unit rows.
+    """Return embeddings of templates: means over each media's images, summed over the media.
 
     Args:
-        rows: (N, D) floating, unit rows. template: (N,) int64 in [0, T). media: (N,) int64; a
-            number means the same media within one template only.
+        rows: (N, D) floating, unit rows. template: (N,) int64 in [0, T). media: (N,) int64, which
+            identifies media within one template only.
 
     Returns:
-        (T, D) of the rows' dtype.
+        (T, D) unit rows of the rows' dtype.
 
     Memory: (M, D) for M pairs of template and media, twice.
 
     Source: Whitelam et al., "IARPA Janus Benchmark-B", CVPRW 2017; media are pooled as insightface
         does.
     """
-    both, place = torch.unique(torch.stack([template, media], 1), dim=0, return_inverse=True)
-    means = torch.zeros(len(both), rows.shape[1], dtype=rows.dtype, device=rows.device).index_add_(
-        0, place, rows
-    )
-    means /= torch.bincount(place, minlength=len(both))[:, None]
-    count = int(template.max()) + 1
-    sums = torch.zeros(count, rows.shape[1], dtype=rows.dtype, device=rows.device).index_add_(
-        0, both[:, 0], means
-    )
-    return F.normalize(sums)
+    both, index = torch.unique(torch.stack([template, media], 1), dim=0, return_inverse=True)
+    means = rows.new_zeros(len(both), rows.shape[1]).index_add_(0, index, rows)
+    means /= torch.bincount(index, minlength=len(both))[:, None]
+    sums = rows.new_zeros(int(template.max()) + 1, rows.shape[1])
+    return F.normalize(sums.index_add_(0, both[:, 0], means))
 
 
 def pair_cosines(rows: Tensor, first: Tensor, second: Tensor, at_once: int = 1 << 14) -> Tensor:
-    """The cosines of pairs of (N, D) unit rows, (P,) of their dtype, in blocks of pairs."""
+    """Return the cosines of pairs of (N, D) unit rows, (P,) of their dtype, by blocks of pairs."""
     parts = [
         torch.linalg.vecdot(rows[i], rows[j])
         for i, j in zip(first.split(at_once), second.split(at_once), strict=True)
@@ -128,7 +124,7 @@ def pair_cosines(rows: Tensor, first: Tensor, second: Tensor, at_once: int = 1 <
 
 
 def table(results: Sequence[SetResult]) -> list[list[str]]:
-    """A heading, and a row for each set; false accept rates that nothing measures are left out."""
+    """Return a heading and a row for each set, without false accept rates that no set measures."""
     fars = [far for far in FARS if any(r.verification.tar.get(far) is not None for r in results)]
     rows = [["set", "pairs", "accuracy", "ROC-AUC", *(f"TAR@{far:g}" for far in fars), "rank 1"]]
     for result in results:
@@ -148,10 +144,10 @@ def table(results: Sequence[SetResult]) -> list[list[str]]:
 
 
 def write(folder: Path, results: Sequence[SetResult], about: Mapping[str, Any]) -> Path:
-    """Writes results.json, roc.png, det.png and a page; returns the page's path.
+    """Write results.json, roc.png, det.png and a page, and return the page's path.
 
     Args:
-        about: what else the report is to say, in JSON's types.
+        about: further facts for the report, of JSON's types.
     """
     os.makedirs(folder, exist_ok=True)
     curves = {result.name: result.verification for result in results}

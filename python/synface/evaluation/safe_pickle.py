@@ -1,9 +1,9 @@
-"""Pickles of plain data, read without running anything.
+"""A reader of pickles of plain data that executes nothing.
 
-`pickle` runs what a pickle asks for. Here its opcodes are read one by one (`pickletools.genops`),
-and only those that build lists, tuples, bytes, text, booleans and integers do something. Functions
-are names that are never looked up; of their calls the few that NumPy and Python's own bytes are
-pickled by are understood, as data.
+`pickle` calls whatever a pickle names. Here its opcodes are read one by one (`pickletools.genops`),
+and only those that build lists, tuples, bytes, text, booleans and integers have an effect.
+Functions are names that are never resolved; only the calls by which NumPy arrays and Python's bytes
+are pickled are interpreted, as data.
 
 Source: CPython, `Lib/pickletools.py`, which describes every opcode.
 """
@@ -23,13 +23,13 @@ MAX_OPCODES = 1 << 23  # of a file; each may leave an object
 
 
 class Located(bytes):
-    """Bytes that know where in the file they were."""
+    """Bytes with their offset in the file."""
 
     at: int = -1
 
 
 class Name(NamedTuple):
-    """A global's name, "module name"; it stands for nothing."""
+    """The name of a global, "module name", which is never resolved."""
 
     text: str
 
@@ -46,7 +46,7 @@ class Array:
     """A NumPy array.
 
     Attributes:
-        items: bytes of all, or a list of objects where the type is "O8".
+        items: the content's bytes, or a list of objects for the type "O8".
     """
 
     dtype: Dtype | None = None
@@ -59,7 +59,7 @@ class _Refused(Exception):
 
 
 _MARK = object()
-_ENCODE = "_codecs encode"  # how Python 3 writes bytes for Python 2
+_ENCODE = "_codecs encode"  # by which Python 3 writes bytes for Python 2
 _BYTES = ("builtins bytes", "__builtin__ bytes", "builtins bytearray", "__builtin__ bytearray")
 _NUMPY = ("numpy.core.", "numpy._core.")  # before and since NumPy 2
 _RECONSTRUCT, _SCALAR, _FROMBUFFER = (
@@ -75,7 +75,7 @@ _KNOWN = (
     *_SCALAR,
     *_FROMBUFFER,
 )
-# The opcodes whose argument is pushed as it is; those of bytes with the bytes before the content.
+# Opcodes that push their argument.
 _PLAIN = (
     "INT",
     "BININT",
@@ -89,7 +89,7 @@ _PLAIN = (
     "UNICODE",
 )
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_CONTENT = {
+_CONTENT = {  # opcodes of bytes, with the size of the opcode before the content
     "SHORT_BINBYTES": 2,
     "BINBYTES": 5,
     "BINBYTES8": 9,
@@ -102,15 +102,15 @@ _IGNORED = ("PROTO", "FRAME")
 
 
 def load(path: str | Path) -> Any:
-    """What a pickle holds, if that is plain data.
+    """Return the content of a pickle of plain data.
 
     Returns:
         Lists, tuples, `Located` bytes, str, bool, int, None and `Array`. Python 2's strings are
         bytes.
 
     Raises:
-        DataError: for a file that is no whole pickle, and for one that asks for anything else; it
-            names the file, the offset and what was asked for.
+        DataError: for a truncated or damaged pickle, and for one that asks for anything else,
+            naming the file, the offset and the request.
 
     Memory: that of the content, and at most 2**23 objects.
     """
@@ -126,11 +126,11 @@ def load(path: str | Path) -> Any:
     except ValueError as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path} is empty") from error  # what cannot be mapped
+        raise DataError(f"{path} is empty") from error  # an empty file cannot be mapped
 
 
 class _Machine:
-    """The stack and the memory of a pickle."""
+    """The stack machine of pickles, with its stack and memo."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -155,7 +155,7 @@ class _Machine:
                 f"{self.path}, offset {at}: {error}; a pickle may hold lists, tuples, bytes, text, "
                 "booleans, integers and NumPy arrays of them, and nothing of it is run"
             ) from None
-        except Exception as error:  # whatever damaged bytes lead to
+        except Exception as error:  # damaged bytes may raise any error
             raise DataError(f"{self.path}, offset {at}: no whole pickle: {error!r}") from None
         raise DataError(f"{self.path}: no whole pickle")
 
@@ -226,7 +226,7 @@ class _Machine:
         return value
 
     def marked(self) -> list[Any]:
-        """What was pushed since the last mark."""
+        """Pop the values that were pushed since the last mark."""
         items = []
         while (value := self.stack.pop()) is not _MARK:
             items.append(value)
@@ -234,7 +234,7 @@ class _Machine:
 
 
 def _call(function: str, arguments: tuple[Any, ...]) -> Any:
-    """What a call of a known name would give, as data."""
+    """Return the result of calling a known name, as data."""
     if function == _ENCODE:
         text, coding = arguments
         if coding not in ("latin1", "latin-1") or not isinstance(text, str):
@@ -259,7 +259,7 @@ def _call(function: str, arguments: tuple[Any, ...]) -> Any:
 
 
 def _build(value: Any, state: Any) -> None:
-    """Gives an array or a type its state."""
+    """Set the state of an array or a type."""
     if isinstance(value, Dtype) and isinstance(state, tuple) and state[1] in ("|", "<", "="):
         if any(part is not None for part in state[2:5]):
             raise _Refused("it asks for a NumPy type with fields")
@@ -273,7 +273,7 @@ def _build(value: Any, state: Any) -> None:
 
 
 def _array(dtype: Any, shape: Any, items: Any) -> Array:
-    """An array whose items are as many as its shape says."""
+    """Return an array; refuse one whose items do not match its type and shape."""
     if not isinstance(dtype, Dtype) or not isinstance(shape, tuple) or len(shape) > 32:
         raise _Refused("it asks for a NumPy array without a type or a shape")
     kind, size = dtype.code[:1], dtype.code[1:]
@@ -294,10 +294,10 @@ def _array(dtype: Any, shape: Any, items: Any) -> Array:
 
 
 def items(value: Any, of_what: Callable[[Any], Any]) -> list[Any]:
-    """The items of a list, a tuple or an array, each as `of_what` takes it.
+    """Return the items of a list, a tuple or an array, each converted by `of_what`.
 
     Raises:
-        DataError: for anything else, and what `of_what` raises.
+        DataError: for anything else, and as `of_what`.
     """
     if isinstance(value, Array) and value.dtype is not None and len(value.shape) == 1:
         kind, size = value.dtype.code[0], value.dtype.code[1:]

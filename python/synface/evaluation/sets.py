@@ -1,6 +1,6 @@
-"""Verification sets that people have: insightface's .bin, LFW's pairs.txt, IJB's templates.
+"""Readers of verification sets: insightface's .bin, LFW's pairs.txt, IJB's templates.
 
-They are read without torch, and without running anything that a file holds.
+They need no torch, and execute nothing that a file holds.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ..common.textfiles import read_text
 from ..data.formats import decode
 from ..data.formats.decode import DataError
 from ..data.formats.images import MAX_BYTES, Files, Names, Store, natural_files
-from . import safe_pickle as pickles
+from . import safe_pickle
 
 FOLDS = 10
 
 
-class Blobs(Store):
-    """Encoded images in memory, and where in a file each was (-1: unknown)."""
+class MemoryImages(Store):
+    """Encoded images in memory, with their offsets in a file (-1: unknown)."""
 
     def __init__(self, source: str, images: list[bytes], offsets: NDArray[np.int64]) -> None:
         self.source, self.images, self.offsets = source, images, offsets
@@ -39,8 +39,8 @@ class Blobs(Store):
         where = f", offset {self.offsets[row]}" if self.offsets[row] >= 0 else ""
         return f"{self.source}, image {row}{where}"
 
-    def take(self, rows: NDArray[np.int64]) -> Blobs:
-        return Blobs(self.source, [self.images[row] for row in rows], self.offsets[rows])
+    def take(self, rows: NDArray[np.int64]) -> MemoryImages:
+        return MemoryImages(self.source, [self.images[row] for row in rows], self.offsets[rows])
 
     def fingerprint(self) -> bytes:
         digest = sha256()
@@ -56,9 +56,9 @@ class PairSet:
     Attributes:
         name, source: for reports.
         store: of the encoded images.
-        first, second: (P,) int64, the images of each pair.
+        first, second: (P,) int64, indices of each pair's images.
         same: (P,) bool. fold: (P,) int64 in [0, F), the protocol's.
-        people: (N,) int64, who each image shows; None where the set does not say it.
+        people: (N,) int64, the person in each image; None if the set does not tell.
     """
 
     name: str
@@ -81,8 +81,8 @@ class TemplateSet:
         template, media: (N,) int64, each image's: templates are numbered in [0, T), media as in the
             file.
         first, second: (P,) int64, the templates of each pair. same: (P,) bool.
-        gallery, probe: (G, 2) and (Q, 2) int64, template and person, each template once; None where
-            there are no lists.
+        gallery, probe: (G, 2) and (Q, 2) int64, template and person, each template once; None
+            without such lists.
     """
 
     name: str
@@ -104,14 +104,14 @@ def open_set(path: str | Path, images: str | Path | None = None) -> PairSet | Te
         path: insightface's ``.bin``; a list of pairs such as LFW's, or of lines "path path
             0-or-1" (``.txt``); or a folder with ``*tid_mid.txt`` and ``*template_pair_label.txt``,
             as of IJB-B and IJB-C.
-        images: the folder of the images that lists name; by default the one that holds the list.
+        images: the folder of the images in a list; by default the list's own.
 
     Returns:
         The pairs, or templates and pairs of them; images are decoded when they are embedded.
 
     Raises:
-        DataError: for what cannot be read, naming the file and the line or offset.
-        ValueError: for ``images`` beside a .bin, which holds its own.
+        DataError: for an unreadable set, naming the file and the line or offset.
+        ValueError: for ``images`` with a .bin, which holds its own.
 
     Memory: the lists; of a .bin, the file's size.
     """
@@ -130,10 +130,10 @@ def open_set(path: str | Path, images: str | Path | None = None) -> PairSet | Te
 
 
 def read_bin(path: str | Path) -> PairSet:
-    """Insightface's verification set: a pickle of encoded images, two a pair, and of booleans.
+    """Read insightface's verification set: a pickle of encoded images, two a pair, and booleans.
 
-    The pickle is read as data (`pickles.load`), also where it was written by Python 2, and where
-    images or booleans are NumPy arrays. The folds are ten runs of pairs, one after the other.
+    The pickle is read as data (`safe_pickle.load`); pickles of Python 2 and NumPy arrays of images
+    or booleans are read, too. The folds are ten consecutive runs of pairs.
 
     Raises:
         DataError: for a pickle of anything else, naming the file and offset.
@@ -141,7 +141,7 @@ def read_bin(path: str | Path) -> PairSet:
     Memory: the file's size.
     """
     path = Path(path)
-    value = pickles.load(path)
+    value = safe_pickle.load(path)
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise DataError(f"{path} must hold two lists, of images and of booleans")
     parts: list[list[Any]] = []
@@ -149,7 +149,7 @@ def read_bin(path: str | Path) -> PairSet:
         value, (_image, _boolean), ("images", "booleans"), strict=True
     ):
         try:
-            parts.append(pickles.items(content, of_what))
+            parts.append(safe_pickle.items(content, of_what))
         except DataError as error:
             raise DataError(f"{path}, the list of {what}: {error}") from None
     images, same = parts
@@ -161,13 +161,13 @@ def read_bin(path: str | Path) -> PairSet:
         raise DataError(f"{path} holds no pair")
     first = np.arange(0, len(images), 2)
     offsets = np.array([getattr(image, "at", -1) for image in images], np.int64)
-    store = Blobs(str(path), images, offsets)
+    store = MemoryImages(str(path), images, offsets)
     fold = _runs(len(same))
     return PairSet(path.stem, str(path), store, first, first + 1, np.array(same), fold, None)
 
 
 def _image(value: Any) -> bytes:
-    if isinstance(value, pickles.Array) and value.dtype == pickles.Dtype("u1"):
+    if isinstance(value, safe_pickle.Array) and value.dtype == safe_pickle.Dtype("u1"):
         value = value.items
     if not isinstance(value, bytes):
         raise DataError(f"expected the bytes of an image, got {type(value).__name__}")
@@ -175,7 +175,11 @@ def _image(value: Any) -> bytes:
 
 
 def _boolean(value: Any) -> bool:
-    if isinstance(value, pickles.Array) and value.shape == () and isinstance(value.items, bytes):
+    if (
+        isinstance(value, safe_pickle.Array)
+        and value.shape == ()
+        and isinstance(value.items, bytes)
+    ):
         value = int.from_bytes(value.items, "little")
     if not isinstance(value, int) or value not in (0, 1):
         raise DataError(f"expected a boolean, got {value!r:.50}")
@@ -183,25 +187,25 @@ def _boolean(value: Any) -> bool:
 
 
 def _runs(count: int) -> NDArray[np.int64]:
-    """Ten runs that differ in length by one at most, the longer ones first."""
+    """Return the folds of ten runs that differ in length by one at most, the longer ones first."""
     lengths = [len(part) for part in np.array_split(np.empty(count), FOLDS)]
     return np.repeat(np.arange(FOLDS), lengths)
 
 
 def read_pairs(path: str | Path, images: str | Path) -> PairSet:
-    """A list of pairs: LFW's over a folder with one sub-folder of images per person, or of paths.
+    """Read a list of pairs: LFW's, over a folder with a sub-folder per person, or of paths.
 
-    LFW's first line gives the number of folds (1 if it is left out) and of pairs of each kind in a
-    fold. Then come, for each fold, lines "name number number" of the same person and "name number
-    name number" of two. Image 3 of Ann is ``Ann/Ann_0003.*``, ``Ann/3.*``, or the one face that an
+    LFW's first line gives the number of folds (1 if omitted) and of pairs of each kind in a fold.
+    For each fold follow lines "name number number" of the same person and "name number name
+    number" of two. Image 3 of Ann is ``Ann/Ann_0003.*``, ``Ann/3.*``, or the one face that an
     aligner cut from it, ``Ann/Ann_0003_0.*``.
 
-    A list of paths has no first line, only "path path 1" for the same person and "path path 0" for
-    two (between the words tabs, commas or spaces), the paths relative to ``images``. It does not
-    say who is shown. A list of one fold, and one of paths, is cut into ten, each kind by itself.
+    A list of paths has only lines "path path 1" of the same person and "path path 0" of two
+    (separated by tabs, commas or spaces), relative to ``images``. It does not identify people. A
+    list of one fold, or of paths, is divided into ten folds, each kind of pair separately.
 
     Raises:
-        DataError: for a line of another form, too few lines, and images that are not there.
+        DataError: for a line of another form, too few lines, and missing images.
     """
     path, root = Path(path), Path(images)
     lines = read_text(path, DataError, MAX_BYTES).splitlines()
@@ -264,13 +268,13 @@ def read_pairs(path: str | Path, images: str | Path) -> PairSet:
 
 
 def _words(text: str) -> list[str]:
-    """The words of a line of paths; spaces belong to a word where there are tabs or commas."""
+    """Return a line's paths and label; in lines with tabs or commas, spaces belong to a path."""
     separator = "\t" if "\t" in text else "," if text.count(",") == 2 else None
     return [word.strip() for word in text.split(separator)]
 
 
 def _read_paths(path: Path, root: Path, lines: list[str]) -> PairSet:
-    """`read_pairs` of lines "path path 0-or-1"."""
+    """Read a list of lines "path path 0-or-1"."""
     index: dict[Path, int] = {}
     rows: list[list[int]] = []
     for line, text in enumerate(lines, 1):
@@ -298,7 +302,7 @@ def _read_paths(path: Path, root: Path, lines: list[str]) -> PairSet:
 
 
 def _inside(root: Path, name: str, where: str) -> Path:
-    """A path from a list, which may come from anybody, inside of the images' folder."""
+    """Return a path from an untrusted list; raise DataError unless it is inside of ``root``."""
     inside = Path(name)
     if inside.is_absolute() or ".." in inside.parts or "\0" in name:
         raise DataError(f"{where}: {name!r:.80} is not inside of {root}")
@@ -306,9 +310,9 @@ def _inside(root: Path, name: str, where: str) -> Path:
 
 
 def _stems(root: Path, name: str) -> dict[str, list[Path]]:
-    """A person's images, by their names without ending, and without leading zeros.
+    """Return a person's images by their file names' stems, with and without leading zeros.
 
-    Aligners add the number of the face, as in Ann_0001_0.png: these are by the image's name.
+    Aligners append the number of the face, as in Ann_0001_0.png: the key is the image's stem.
     """
     if not name or name in (".", "..") or "/" in name or "\0" in name or len(name) > 250:
         raise DataError(f"{name!r:.80} cannot be the name of a person's folder in {root}")
@@ -332,15 +336,15 @@ def read_templates(folder: str | Path, images: str | Path | None = None) -> Temp
     """Read the IJB-style lists of a folder.
 
     ``*tid_mid.txt``: lines "image template media"; ``*template_pair_label.txt``: lines "template
-    template 0-or-1"; and if they are there ``*gallery*.csv`` (one or more, taken together) and
-    ``*probe*.csv``: after a heading, lines that begin "template,person", one for each image of a
-    template. The images must be aligned: they are taken as they are.
+    template 0-or-1"; optionally ``*gallery*.csv`` (one or more, merged) and ``*probe*.csv``: after
+    a heading, lines that begin "template,person", one for each image of a template. The images
+    must be aligned.
 
     Args:
-        folder: of the lists. images: the folder that holds the images; None is ``folder``.
+        folder: of the lists. images: the folder of the images; None: ``folder``.
 
     Returns:
-        Templates, pairs and, where there are lists of people, gallery and probes.
+        Templates, pairs and, if there are lists of people, gallery and probes.
 
     Memory: the images' paths; measured, some 600 bytes an image while the lists are read, and 130
     after that. Images are decoded when they are embedded.
@@ -349,9 +353,9 @@ def read_templates(folder: str | Path, images: str | Path | None = None) -> Temp
     Benchmark-C", ICB 2018.
 
     Raises:
-        DataError: for lists that are missing or of another form, templates without images or of
-            two people, a template both in a gallery and among the probes, and probes of somebody
-            who is in no gallery.
+        DataError: for missing or malformed lists, templates without images or of two people, a
+            template both in a gallery and among the probes, and probes of a person who is in no
+            gallery.
     """
     folder = Path(folder)
     root = folder if images is None else Path(images)
@@ -379,17 +383,17 @@ def read_templates(folder: str | Path, images: str | Path | None = None) -> Temp
             raise DataError(f"{folder}: template {lacking[0]} of the {what} has no image")
         return np.searchsorted(templates, ids)
 
-    shown: dict[int, tuple[int, Path]] = {}  # each listed template's person, and the file
+    listed_people: dict[int, tuple[int, Path]] = {}  # by template, with the list's file
 
     def people(word: str) -> NDArray[np.int64] | None:
-        """Template and person, each template once, however many lines its images take."""
+        """Return (T, 2) templates and people of the lists, each template once."""
         files = [f for f in natural_files(folder, [".csv"]) if word in f.name.lower()]
         if not files:
             return None
         found: dict[int, int] = {}
         for file in files:
             for number, person in np.unique(_read_table(file, ",", 2), axis=0).tolist():
-                known, where = shown.setdefault(number, (person, file))
+                known, where = listed_people.setdefault(number, (person, file))
                 if known != person:
                     raise DataError(
                         f"{file}: template {number} is of person {person}, and of {known} "
@@ -436,7 +440,7 @@ def _only(folder: Path, ending: str) -> Path:
 
 
 def _read_table(file: Path, separator: str | None, columns: int) -> NDArray[np.int64]:
-    """The first columns of a file of integers; with a separator, it has a heading."""
+    """Return the first columns of a file of integers; with a separator, skip its heading."""
     try:
         table = np.loadtxt(
             file,

@@ -1,7 +1,8 @@
-"""The heads' base class: sparse gradients, steps in the backward pass, recomputed passes."""
+"""The heads' base class: sparse gradients, steps in the backward pass, activation checkpointing."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.module_tracker import ModuleTracker
 
-from ..common.check import describe
+import synface_kernels as sk
+
+from ..common.check import check_integer, describe
 from ..optim import RowAdamW, RowSGD
 from .sparse_gradient import DenseGradient, watch
 
@@ -20,28 +23,68 @@ Settled = TypeVar("Settled")
 
 
 class FusedHead(nn.Module):
-    """A head whose ``weight`` holds the centers."""
+    """Class centers, ``weight``, over which the fused margin softmax is computed.
+
+    Args:
+        shape: of the centers, (C, D) or (C, M, D).
+        margin: an `ArcFace` (the default), `CosFace`, `SphereFace` or `CombinedMargin`.
+        init_std: standard deviation of the centers' initial values; only their directions matter
+            to the loss, but their lengths scale the step that a given learning rate takes.
+        workspace: bytes that the forward pass may save on a CPU, which shortens the backward pass.
+        sparse: whether the centers' gradient of a pass with ``class_ids`` is a sparse tensor.
+            False: a dense one, for any optimizer, which costs C·M·D at each step.
+        impl: implementation of the op.
+        device, dtype: of the centers.
+    """
 
     weight: nn.Parameter
     sparse: bool = True
+    workspace: int = 0
     _optimizer: RowSGD | RowAdamW | None = None
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        margin: sk.CombinedMargin | None,
+        *,
+        init_std: float = 0.01,
+        workspace: int = 0,
+        sparse: bool = True,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        check_integer("workspace", workspace, 0)
         self._last = _Last()
+        self.margin = sk.ArcFace() if margin is None else margin
+        self.init_std, self.workspace, self.sparse, self.impl = init_std, workspace, sparse, impl
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
-    def fuse(self, optimizer: RowSGD | RowAdamW) -> None:
-        """From now on the backward pass takes this optimizer's steps on the centers that take part,
-        to the same bits as with a sparse gradient, which never exists.
+    def _loss(
+        self, embeddings: Tensor, target: Tensor, options: dict[str, Any], indices: Any = None
+    ) -> Any:
+        """Return the margin softmax loss, with the head's settings where ``options`` has no others.
 
-        Each forward pass in training mode takes up the optimizer's next step, with the settings
-        that it then has, and its own backward pass, before the next forward pass, takes it. So
+        ``indices``: the target as indices into sampled classes, where classes are sampled.
+        """
+        settings = {"margin": self.margin, "workspace": self.workspace, "impl": self.impl}
+        options = self._with_update(settings | options, embeddings, target)
+        target = target if indices is None else indices
+        return sk.margin_cross_entropy(embeddings, self._centers(), target, **options)
+
+    def step_in_backward(self, optimizer: RowSGD | RowAdamW) -> None:
+        """Apply the optimizer to the centers inside the backward pass, from now on.
+
+        The bits are those of a step with a sparse gradient, which is never stored.
+
+        Each forward pass in training mode reserves the optimizer's next step, with its settings at
+        that time; the backward pass, which must come before the next forward pass, applies it. So
         gradients are neither accumulated nor clipped. A forward pass without its backward pass
-        counts as a step without a gradient. ``step()`` and
-        ``zero_grad()`` have nothing to do then; ``state_dict`` and ``catch_up`` are as ever. The
-        centers no longer require grad. A forward pass with ``update=None``, in evaluation mode or
-        under no_grad takes no step. One that `torch.utils.checkpoint` recomputes takes up the step
-        of the pass that it repeats.
+        counts as a step without a gradient. The optimizer's ``step()`` and ``zero_grad()`` do
+        nothing; ``state_dict`` and ``catch_up`` work as before. The centers no longer require grad.
+        A forward pass with ``update=None``, in evaluation mode or under no_grad reserves no step.
+        A forward pass that `torch.utils.checkpoint` recomputes uses the step of the original pass.
 
         Args:
             optimizer: a `synface.optim.RowSGD` or `RowAdamW` of this head's ``weight``.
@@ -59,10 +102,19 @@ class FusedHead(nn.Module):
         self.weight.grad = None
         self._optimizer = optimizer
 
+    def fuse(self, optimizer: RowSGD | RowAdamW) -> None:
+        """Call `step_in_backward`, whose name this was in version 0.1, with a warning."""
+        warnings.warn(
+            "fuse is step_in_backward now; the old name goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        self.step_in_backward(optimizer)
+
     def _with_update(
         self, options: dict[str, Any], embeddings: Tensor, target: Tensor
     ) -> dict[str, Any]:
-        """The options, and the optimizer's next step where one is to be taken."""
+        """Return the options, with the optimizer's next step where the backward pass takes one."""
         optimizer = self._optimizer
         if optimizer is None or not self.training or "update" in options:
             return options
@@ -74,7 +126,7 @@ class FusedHead(nn.Module):
         return options if update is None else options | {"update": update}
 
     def _centers(self) -> Tensor:
-        """``weight``, with the kind of gradient that ``sparse`` asks for."""
+        """Return ``weight``, with the kind of gradient that ``sparse`` asks for."""
         if not self.weight.requires_grad:
             return self.weight
         if not self.sparse:
@@ -88,9 +140,10 @@ class FusedHead(nn.Module):
     ) -> Settled:
         """Return settle(), or what it returned in the forward pass that this one recomputes.
 
-        A forward pass inside a backward pass is activation checkpointing's (`torch.utils
-        .checkpoint`): what a pass draws, counts or takes up must then be what it was. Passes are
-        told apart by their batches, on the device; ordinary passes compute nothing for it.
+        A forward pass inside a backward pass comes from activation checkpointing
+        (`torch.utils.checkpoint`), and must use the original pass's random draws, statistics and
+        optimizer step. Passes are identified by checksums of their batches, computed on the
+        device; without checkpointing there are none.
 
         Raises:
             RuntimeError: if the head has seen another batch since the pass that is recomputed, or
@@ -98,7 +151,7 @@ class FusedHead(nn.Module):
         """
         if torch.compiler.is_compiling():
             return settle()
-        if not self.training:  # an evaluation between the passes is none of theirs
+        if not self.training:  # an evaluation may come between a pass and its recomputation
             name = f"{name} in evaluation mode"
         pending, last, value = self._last.get(name, ((), None, None))
         if not _TRACKER.is_bw:
@@ -142,7 +195,7 @@ def _may_be_recomputed() -> bool:
 
 @torch.library.custom_op("synface::raise_if_recomputed", mutates_args=())
 def raise_if_recomputed(value: Tensor) -> Tensor:
-    """Return a copy of what a compiled head is to keep, but raise in a recomputed forward pass.
+    """Return a copy of a compiled head's new state, but raise in a recomputed forward pass.
 
     Compiled code cannot tell by itself whether it runs inside a backward pass.
     """

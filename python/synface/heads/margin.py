@@ -1,4 +1,4 @@
-"""Heads whose margin is fixed, or a function of each embedding's length (AdaFace, MagFace)."""
+"""Heads whose margin is fixed, or depends on each embedding's length (AdaFace, MagFace)."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def _several_ranks() -> bool:
 
 
 class MarginHead(FusedHead):
-    """The class centers, and `synface_kernels.margin_cross_entropy` over them.
+    """Margin softmax over class centers, by `synface_kernels.margin_cross_entropy`.
 
     Args:
         embedding_size: D. num_classes: C. Both at least 1.
         margin: an `ArcFace` (the default), `CosFace`, `SphereFace` or `CombinedMargin`.
-        sub_centers: M for each class, whose cosine is the greatest of theirs.
-        init_std: standard deviation of the centers' initial values; only their directions matter
-            to the loss, but their lengths scale the step that a given learning rate takes.
-        workspace: bytes that a CPU's forward pass may keep, so that the backward pass is shorter.
-        sparse: whether the centers' gradient of a pass with ``class_ids`` is a sparse tensor.
-            False: a dense one, for any optimizer, which costs C·M·D at each step.
-        impl: which implementation of the op to take.
-        device, dtype: of the centers.
+        sub_centers: M centers for each class, whose cosine is the greatest of the M.
+        options: ``init_std`` (0.01), the standard deviation of the centers' initial values (only
+            their directions matter to the loss, but their lengths scale the step that a given
+            learning rate takes); ``workspace`` (0), the bytes that the forward pass may save on a
+            CPU, which shortens the backward pass; ``sparse`` (True), whether the centers' gradient
+            of a pass with ``class_ids`` is a sparse tensor (False: a dense one, for any optimizer,
+            which costs C·M·D at each step); ``impl`` ("auto"), the implementation of the op;
+            ``device`` and ``dtype`` of the centers.
 
     State dict: ``weight``, (C, D), or (C, M, D) with M > 1 sub-centers.
 
@@ -56,30 +56,17 @@ class MarginHead(FusedHead):
         margin: sk.CombinedMargin | None = None,
         *,
         sub_centers: int = 1,
-        init_std: float = 0.01,
-        workspace: int = 0,
-        sparse: bool = True,
-        impl: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        for name, size in (
-            ("embedding_size", embedding_size),
-            ("num_classes", num_classes),
-            ("sub_centers", sub_centers),
-        ):
-            check_integer(name, size, 1)
-        check_integer("workspace", workspace, 0)
-        self.margin = sk.ArcFace() if margin is None else margin
-        self.init_std, self.workspace, self.sparse, self.impl = init_std, workspace, sparse, impl
+        check_integer("embedding_size", embedding_size, 1)
+        check_integer("num_classes", num_classes, 1)
+        check_integer("sub_centers", sub_centers, 1)
         several = (sub_centers,) if sub_centers > 1 else ()
-        shape = (num_classes, *several, embedding_size)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        MarginHead.reset_parameters(self)  # a subclass's own needs what it does not have yet
+        super().__init__((num_classes, *several, embedding_size), margin, **options)
+        MarginHead.reset_parameters(self)  # a subclass's own needs buffers that come later
 
     def reset_parameters(self) -> None:
-        """Draw the centers anew, and begin with what else the state dict has, as when made."""
+        """Draw the centers anew, and set the rest of the state dict to its initial values."""
         nn.init.normal_(self.weight, std=self.init_std)
 
     def forward(
@@ -89,28 +76,27 @@ class MarginHead(FusedHead):
         target_weight: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """The loss of (N, D) embeddings and (N,) or (N, K) labels.
+        """Return the loss of (N, D) embeddings and (N,) or (N, K) labels.
 
         Labels may be of any integer dtype, and (N, 1) where they have no ``target_weight``.
 
         Args and errors: as `synface_kernels.margin_cross_entropy`, whose options (``mix``,
-        ``reduction``, ``return_stats``, a per-batch ``margin``, …) may follow.
+        ``reduction``, ``return_stats``, a per-batch ``margin``, …) may follow. `AdaFace` and
+        `MagFace` compute their margin, and take no other.
         """
         target = labels_of(target, target_weight is not None)
-        settings: dict[str, Any] = {
-            "margin": self.margin,
-            "workspace": self.workspace,
-            "impl": self.impl,
-        }
-        settings = self._with_update(settings | options, embeddings, target)
-        if settings.get("update") and settings.get("group") is None and _several_ranks():
+        return self._loss(embeddings, target, options | {"target_weight": target_weight})
+
+    def _with_update(
+        self, options: dict[str, Any], embeddings: Tensor, target: Tensor
+    ) -> dict[str, Any]:
+        options = super()._with_update(options, embeddings, target)
+        if options.get("update") and options.get("group") is None and _several_ranks():
             raise ValueError(
-                "a fused MarginHead on several ranks would step centers of its own on each: shard "
-                "them (ShardedMarginHead, PartialFC)"
+                "a MarginHead that steps in its backward pass would step centers of its own on "
+                "each of several ranks: shard them (ShardedMarginHead, PartialFC)"
             )
-        return sk.margin_cross_entropy(
-            embeddings, self._centers(), target, target_weight=target_weight, **settings
-        )
+        return options
 
     def extra_repr(self) -> str:
         classes, *sub_centers, size = self.weight.shape
@@ -119,10 +105,10 @@ class MarginHead(FusedHead):
 
 
 class AdaFace(MarginHead):
-    """AdaFace: an ArcFace margin for images of low quality, a CosFace margin for good ones.
+    """AdaFace: an angular margin for images of low quality, an additive one for high quality.
 
-    An embedding's length ‖x_i‖ stands for its image's quality. With μ and σ the running mean and
-    standard deviation of these lengths,
+    An embedding's length ‖x_i‖ is a proxy for its image's quality. With μ and σ the running mean
+    and standard deviation of these lengths,
 
         q_i = clip((‖x_i‖ − μ)·h/σ, −1, 1)
         g_angle = −m·q_i,  g_add = m·q_i + m
@@ -130,7 +116,7 @@ class AdaFace(MarginHead):
 
     No gradient passes through q, as in the paper. In training mode each forward pass first updates
     μ and σ by those of its batch: μ ← momentum·μ_batch + (1 − momentum)·μ, and likewise σ. Ignored
-    rows and lengths that are not finite do not count; σ waits for two rows that do.
+    rows and lengths that are not finite are left out; σ needs at least two valid rows.
 
     Args:
         embedding_size: D. num_classes: C.
@@ -140,11 +126,11 @@ class AdaFace(MarginHead):
         options: as `MarginHead`.
 
     State dict: ``weight``, and the scalars ``norm_mean`` and ``norm_std``, which begin at 20 and
-    100 as the authors' do. These are float32 whatever the module is cast to (float64 after
+    100, as in the authors' code. These are float32 whatever the module is cast to (float64 after
     ``.double()``): in 16 bits a hundredth of a batch would be rounded away.
 
-    The authors' code also keeps θ + g_angle within [1e-3, π − 1e-3] and lengths within [1e-3, 100];
-    the paper does not, nor does this.
+    The authors' code also clips θ + g_angle to [1e-3, π − 1e-3] and lengths to [1e-3, 100]; the
+    paper does not, nor does this class.
 
     Source: Kim et al., "AdaFace: Quality Adaptive Margin for Face Recognition", CVPR 2022.
     """
@@ -178,6 +164,7 @@ class AdaFace(MarginHead):
         self.register_load_state_dict_pre_hook(_wide_statistics)
 
     def reset_parameters(self) -> None:
+        """Draw the centers anew, and reset the running statistics."""
         super().reset_parameters()
         self._reset_statistics()
 
@@ -194,46 +181,40 @@ class AdaFace(MarginHead):
                 self._buffers[name] = old.to(new.device, torch.float32)
         return self
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        target: Tensor,
-        target_weight: Tensor | None = None,
-        **options: Any,
+    def _loss(
+        self, embeddings: Tensor, target: Tensor, options: dict[str, Any], indices: Any = None
     ) -> Any:
-        """As `MarginHead.forward`; its ``margin`` is this head's own."""
-        _own_margin(options)
-        target = labels_of(target, target_weight is not None)
+        _refuse_margin(options)
         length = _lengths(embeddings).detach()
         mean, std = self.norm_mean, self.norm_std
         if self.training:
-            counted = _counted(length, target, options)
+            labeled = _labeled(length, target, options)
             mean, std = self._settled(
-                "running statistics", embeddings, target, lambda: self._statistics(length, counted)
+                "running statistics", embeddings, target, lambda: self._statistics(length, labeled)
             )
-            if torch.compiler.is_compiling():  # before their use: what is recomputed has to meet it
+            if torch.compiler.is_compiling():  # before their use, so that a recomputed pass raises
                 mean, std = raise_if_recomputed(mean), raise_if_recomputed(std)
         quality = ((length - mean) * self.h / std.clamp_min(1e-3)).clamp(-1, 1)
         margin = replace(self.margin, m2=-self.m * quality, m3=self.m * quality + self.m)
-        result = super().forward(embeddings, target, target_weight, margin=margin, **options)
+        result = super()._loss(embeddings, target, options | {"margin": margin})
         if self.training:  # only now: an error leaves the state as it was
             self.norm_mean.copy_(mean)
             self.norm_std.copy_(std)
         return result
 
     @torch.no_grad()
-    def _statistics(self, length: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-        """The running mean and deviation after this batch, without waiting for a GPU to count."""
+    def _statistics(self, length: Tensor, labeled: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the running mean and deviation after this batch, without synchronizing a GPU."""
         if _narrow(self.norm_mean.dtype) or _narrow(self.norm_std.dtype):  # cast one by one
             raise ValueError(
                 "norm_mean and norm_std must be float32 or float64, or they would stop moving, got "
                 f"{describe(self.norm_mean)} and {describe(self.norm_std)}: leave buffers out of "
                 "the cast (FSDP: buffer_dtype=None)"
             )
-        counted = counted & length.isfinite()
-        number = counted.sum()
-        mean = torch.where(counted, length, 0).sum() / number
-        square = torch.where(counted, length - mean, 0).square().sum()
+        labeled = labeled & length.isfinite()
+        number = labeled.sum()
+        mean = torch.where(labeled, length, 0).sum() / number
+        square = torch.where(labeled, length - mean, 0).square().sum()
         std = (square / (number - 1)).sqrt()
         first, second = (
             torch.where(enough, running.lerp(batch.to(running.dtype), self.momentum), running)
@@ -257,16 +238,16 @@ class MagFace(MarginHead):
         g(a) = 1/a + a/u_a²                                    convex, least at a = u_a
         L_i = ArcFace with margin m(a_i) + lambda_g·g(a_i)
 
-    Both m and g pass their gradient to the embedding's length, as in the paper; where the clip
-    holds there is none.
+    Both m and g pass their gradient to the embedding's length, as in the paper, except where it
+    is clipped.
 
     Args:
         embedding_size: D. num_classes: C.
         scale: s. l_a, u_a: 0 < l_a < u_a. l_m, u_m: margins there, 0 ≤ l_m ≤ u_m < π.
         lambda_g: ≥ 0. The paper's analysis asks for lambda_g ≥ s·K·u_a²/(u_a² − l_a²), with K the
             slope of m.
-        beyond_pi: see `synface_kernels.CombinedMargin`; its default continues as the authors' code
-            without its "easy margin", which is ``"easy"``.
+        beyond_pi: see `synface_kernels.CombinedMargin`. The default is that of the authors' code;
+            its "easy margin" is ``"easy"``.
         options: as `MarginHead`.
 
     Source: Meng et al., "MagFace: A Universal Representation for Face Recognition and Quality
@@ -299,25 +280,19 @@ class MagFace(MarginHead):
         super().__init__(embedding_size, num_classes, margin, **options)
         self.l_a, self.u_a, self.l_m, self.u_m, self.lambda_g = l_a, u_a, l_m, u_m, lambda_g
 
-    def forward(
-        self,
-        embeddings: Tensor,
-        target: Tensor,
-        target_weight: Tensor | None = None,
-        **options: Any,
+    def _loss(
+        self, embeddings: Tensor, target: Tensor, options: dict[str, Any], indices: Any = None
     ) -> Any:
-        """As `MarginHead.forward`; its ``margin`` is this head's own."""
-        _own_margin(options)
-        target = labels_of(target, target_weight is not None)
+        _refuse_margin(options)
         length = _lengths(embeddings).clamp(self.l_a, self.u_a)
-        counted = _counted(length, target, options)
+        labeled = _labeled(length, target, options)
         slope = (self.u_m - self.l_m) / (self.u_a - self.l_a)
         margin = replace(self.margin, m2=self.l_m + slope * (length - self.l_a))
-        result = super().forward(embeddings, target, target_weight, margin=margin, **options)
-        penalty = torch.where(counted, self.lambda_g * (1 / length + length / self.u_a**2), 0)
+        result = super()._loss(embeddings, target, options | {"margin": margin})
+        penalty = torch.where(labeled, self.lambda_g * (1 / length + length / self.u_a**2), 0)
         reduction = options.get("reduction", "mean")
         if reduction == "mean":
-            penalty = penalty.sum() / counted.sum().clamp_min(1)
+            penalty = penalty.sum() / labeled.sum().clamp_min(1)
         elif reduction == "sum":
             penalty = penalty.sum()
         if options.get("return_stats"):
@@ -337,20 +312,20 @@ def _narrow(dtype: torch.dtype) -> bool:
 
 
 def _wide_statistics(module: AdaFace, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """``load_state_dict(…, assign=True)`` would take over a checkpoint's 16 bits."""
+    """Cast a checkpoint's 16-bit statistics, which ``assign=True`` would load as they are."""
     for name in _STATISTICS:
         value = state_dict.get(prefix + name)
         if isinstance(value, Tensor) and _narrow(value.dtype):
             state_dict[prefix + name] = value.to(torch.float32)
 
 
-def _own_margin(options: dict[str, Any]) -> None:
+def _refuse_margin(options: dict[str, Any]) -> None:
     if "margin" in options:
         raise TypeError("this head computes its margin: margin cannot be given")
 
 
 def _lengths(embeddings: Tensor) -> Tensor:
-    """(N,) Euclidean lengths, at least float32."""
+    """Return the (N,) Euclidean lengths, at least float32."""
     if not isinstance(embeddings, Tensor):
         raise TypeError(f"embeddings must be a tensor, got {describe(embeddings)}")
     if embeddings.dim() != 2 or not embeddings.is_floating_point():
@@ -361,8 +336,8 @@ def _lengths(embeddings: Tensor) -> Tensor:
     return torch.linalg.vector_norm(embeddings, dim=1, dtype=dtype)
 
 
-def _counted(length: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
-    """(N,) which rows have a label."""
+def _labeled(length: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
+    """Return (N,) bool: the rows that have a label."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {describe(target)}")
     if target.dim() not in (1, 2) or target.shape[0] != length.shape[0]:

@@ -1,13 +1,13 @@
-"""pytorch-metric-learning's margin losses, by its names and arguments, over this library's op.
+"""pytorch-metric-learning's margin losses, with its names and arguments, over this library's op.
 
-Where they differ from pytorch-metric-learning's on purpose:
+Intentional differences from pytorch-metric-learning (PML):
 
 - a label outside [0, num_classes) is an error; a label of -100 leaves its row out;
-- past θ + margin > π they continue alike for margins up to 133° (beyond, theirs would rise again);
-- at cos θ = ±1 the gradient is finite (theirs is NaN);
-- the centers keep their dtype: float64 embeddings meet them in float64 for this call alone, and
-  half-precision ones are taken in float32;
-- N×C logits are never held, but by ``get_logits``, whose result they are.
+- beyond θ + margin = π the losses agree for margins up to 133° (for larger ones PML's rises again);
+- at cos θ = ±1 the gradient is finite (PML's is NaN);
+- the centers keep their dtype: with float64 embeddings they are cast to float64 for that call
+  alone, and half-precision embeddings are computed in float32;
+- only ``get_logits``, which returns them, holds N×C logits.
 """
 
 from __future__ import annotations
@@ -26,24 +26,28 @@ import synface_kernels as sk
 
 from ..common.check import check_integer, check_number, describe
 from ..common.labels import labels_of
-from .their_centers import TheirCenters, turned, turned_back
+from .centers_view import CentersView, transposed, untransposed
 
-_DEFAULTS = {"distance": "CosineSimilarity", "reducer": "MeanReducer"}  # theirs
+_DEFAULTS = {"distance": "CosineSimilarity", "reducer": "MeanReducer"}  # PML's
 
 
 class _Loss(nn.Module):
     """Base class of the losses; ``weight`` is (C, D), or (C, S, D) with S sub-centers a class.
 
-    ``distance`` and ``reducer`` are what was given, or new objects of their defaults, and may be
-    set.
+    ``distance`` and ``reducer`` are those given, or new objects of the default types, and may be
+    assigned.
+
+    Args:
+        shape: of ``weight``, by the names of the constructor's arguments.
+        margin: of the op. Others: see `ArcFaceLoss`.
     """
 
     weight: nn.Parameter
-    _margin_name = "m2"  # which of the margin's numbers theirs calls its margin
+    _margin_name = "m2"  # the attribute of the op's margin that PML calls margin
 
     def __init__(
         self,
-        shape: tuple[int, ...],
+        shape: dict[str, int],
         margin: sk.CombinedMargin,
         *,
         weight_init_func: Callable[[Tensor], Any] | None = None,
@@ -57,39 +61,41 @@ class _Loss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
+        for name, size in shape.items():
+            check_integer(name, size, 1)
         if collect_stats:
             raise NotImplementedError("collect_stats is not supported: leave it at None")
         self._margin = margin
-        self.num_classes = shape[0]
+        self.num_classes = shape["num_classes"]
         self.weight_regularizer, self.weight_reg_weight = weight_regularizer, weight_reg_weight
         self.embedding_regularizer = embedding_regularizer
         self.embedding_reg_weight = embedding_reg_weight
         self.reducer, self.distance = reducer, distance
         self.impl = impl
         self.weight_init_func = weight_init_func or nn.init.normal_
-        self.weight = nn.Parameter(torch.empty(shape))
+        self.weight = nn.Parameter(torch.empty(*shape.values()))
         self.reset_parameters()
-        self.register_load_state_dict_pre_hook(_from_theirs)
+        self.register_load_state_dict_pre_hook(_from_pml)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the centers anew by ``weight_init_func``, as when made."""
-        centers = torch.empty_like(turned(self.weight), memory_format=torch.contiguous_format)
-        self.weight_init_func(centers)  # as (D, C), so that a seed gives their values
-        self.weight.copy_(turned_back(centers, self.weight))
+        """Draw the centers anew by ``weight_init_func``."""
+        centers = torch.empty_like(transposed(self.weight), memory_format=torch.contiguous_format)
+        self.weight_init_func(centers)  # as (D, C), so that a seed gives PML's values
+        self.weight.copy_(untransposed(centers, self.weight))
 
     @property
     def W(self) -> Tensor:
-        """The centers as pytorch-metric-learning has them, (D, C) or (D, C·S): a view.
+        """A view of the centers with PML's shape, (D, C) or (D, C·S).
 
         It may be read, written in place or by ``W.data = …``, clipped, frozen, and given to an
-        optimizer; ``loss.W = …`` is refused. ``{"W": loss.W}`` is a state dict of theirs.
+        optimizer; ``loss.W = …`` is an error. ``{"W": loss.W}`` is a state dict of PML's loss.
         """
-        return TheirCenters.of(self.weight)
+        return CentersView.of(self.weight)
 
     @property
     def scale(self) -> float:
-        """The factor s of the logits; may be set."""
+        """The factor s of the logits; may be assigned."""
         return self._margin.scale
 
     @scale.setter
@@ -98,7 +104,7 @@ class _Loss(nn.Module):
 
     @property
     def margin(self) -> float:
-        """The margin in **radians** (in cosines for CosFace), as theirs has it; may be set."""
+        """The margin in **radians** (in cosines for CosFace), as in PML; may be assigned."""
         return float(getattr(self._margin, self._margin_name))
 
     @margin.setter
@@ -113,7 +119,7 @@ class _Loss(nn.Module):
         self._margin = replace(self._margin, **changed)
 
     def __getattr__(self, name: str) -> Any:
-        """Return theirs where no distance or reducer was given; the loss does without it."""
+        """Return PML's default where no distance or reducer was given; the loss needs neither."""
         if name not in _DEFAULTS or name in self._modules:
             return super().__getattr__(name)
         kind = _DEFAULTS[name]
@@ -132,8 +138,8 @@ class _Loss(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "W":
-            if isinstance(value, TheirCenters) and value._weight is self.weight:
-                return  # ``loss.W += 1`` has written it in place
+            if isinstance(value, CentersView) and value._weight is self.weight:
+                return  # ``loss.W += 1`` has already written in place
             raise AttributeError(
                 f"W is a view of loss.weight, {tuple(self.weight.shape)}, and cannot be replaced: "
                 "copy values by loss.W.data = values, or assign loss.weight = nn.Parameter(…) "
@@ -144,8 +150,8 @@ class _Loss(nn.Module):
             return
         if name == "distance":
             _check_distance(value)
-        for kept in (self._modules, self.__dict__):
-            kept.pop(name, None)
+        for attributes in (self._modules, self.__dict__):
+            attributes.pop(name, None)
         if value is not None:
             (self._modules if isinstance(value, nn.Module) else self.__dict__)[name] = value
 
@@ -164,14 +170,14 @@ class _Loss(nn.Module):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Any:
-        """The loss: a scalar, or what ``reducer`` makes of the rows' losses.
+        """Return the loss: a scalar, or the result of ``reducer`` on the rows' losses.
 
         Args:
             embeddings: (N, D). labels: (N,) or (N, 1) integers in [0, num_classes), or -100 to
                 leave a row out; they are moved to the embeddings' device.
-            indices_tuple: a miner's pairs or triplets. A row's loss is weighted by how often it
-                occurs in them, over the most frequent one's count; then the mean is over all rows.
-            ref_emb, ref_labels: not supported, as in theirs.
+            indices_tuple: a miner's pairs or triplets. A row's loss is weighted by its number of
+                occurrences in them, divided by the largest such number; the mean is over all rows.
+            ref_emb, ref_labels: not supported, as in PML.
 
         Raises:
             ValueError, TypeError: as `synface_kernels.margin_cross_entropy`.
@@ -191,7 +197,7 @@ class _Loss(nn.Module):
         labels = labels.to(embeddings.device)
         weight: Tensor = self.weight
         if embeddings.dtype == torch.float64:
-            weight = weight.double()  # theirs casts its centers for good
+            weight = weight.double()  # for this call; PML casts its centers permanently
         reducer = self._given("reducer")
         plain = reducer is None and indices_tuple is None
         losses = sk.margin_cross_entropy(
@@ -212,34 +218,36 @@ class _Loss(nn.Module):
         else:
             loss = losses if plain else losses.mean()
         if self.weight_regularizer is not None:
-            loss = loss + self.weight_reg_weight * self.weight_regularizer(turned(self.weight).T)
+            loss = loss + self.weight_reg_weight * self.weight_regularizer(
+                transposed(self.weight).T
+            )
         if self.embedding_regularizer is not None:
             loss = loss + self.embedding_reg_weight * self.embedding_regularizer(embeddings)
         return loss
 
     def get_cosine(self, embeddings: Tensor) -> Tensor:
-        """(N, C) cosines; with sub-centers, each class's highest. Memory: N·C (N·C·S)."""
+        """Return (N, C) cosines; of sub-centers, each class's highest. Memory: N·C (N·C·S)."""
         dtype = torch.promote_types(embeddings.dtype, self.weight.dtype)
-        cosine = normalize(embeddings.to(dtype)) @ normalize(turned(self.weight).T.to(dtype)).T
+        cosine = normalize(embeddings.to(dtype)) @ normalize(transposed(self.weight).T.to(dtype)).T
         return cosine.unflatten(1, (self.num_classes, -1)).amax(2)
 
     def get_logits(self, embeddings: Tensor) -> Tensor:
-        """(N, C) scale·cosine, without margins."""
+        """Return (N, C) logits scale·cosine, without margins."""
         return self.get_cosine(embeddings) * self.scale
 
     def extra_repr(self) -> str:
         return f"weight={tuple(self.weight.shape)}, margin={self._margin}"
 
 
-def _from_theirs(module: _Loss, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A state dict of pytorch-metric-learning's has ``W`` of shape (D, C)."""
-    theirs = state_dict.pop(prefix + "W", None)
-    if theirs is None:
+def _from_pml(module: _Loss, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Replace PML's ``W``, of shape (D, C), in a state dict by ``weight``."""
+    pml = state_dict.pop(prefix + "W", None)
+    if pml is None:
         return
-    shape = turned(module.weight).shape
-    if theirs.shape != shape:
-        raise ValueError(f"{prefix}W must be of shape {tuple(shape)}, got {tuple(theirs.shape)}")
-    state_dict[prefix + "weight"] = turned_back(theirs, module.weight)
+    shape = transposed(module.weight).shape
+    if pml.shape != shape:
+        raise ValueError(f"{prefix}W must be of shape {tuple(shape)}, got {tuple(pml.shape)}")
+    state_dict[prefix + "weight"] = untransposed(pml, module.weight)
 
 
 def _check_distance(distance: Any) -> None:
@@ -252,7 +260,7 @@ def _check_distance(distance: Any) -> None:
 
 
 def _miner_weights(indices_tuple: Sequence[Tensor], losses: Tensor) -> Tensor:
-    """(N,) how often each row occurs in a miner's tuple, relative to the most frequent one."""
+    """Return each row's number of occurrences in a miner's tuple, over the largest one, (N,)."""
     if len(indices_tuple) not in (3, 4) or not all(isinstance(x, Tensor) for x in indices_tuple):
         raise ValueError("indices_tuple must be 3 (triplets) or 4 (pairs) tensors of indices")
     indices = torch.cat([part.to(losses.device) for part in indices_tuple])
@@ -272,19 +280,18 @@ class ArcFaceLoss(_Loss):
     Args:
         num_classes: C. embedding_size: D.
         margin: in degrees. scale: s.
-        options: ``weight_init_func`` (of the (D, C) centers; default: normal, so that one seed
-            gives the centers that theirs has), ``weight_regularizer`` and
-            ``embedding_regularizer`` (called with (C, D) centers and (N, D) embeddings; added with
-            ``weight_reg_weight`` and ``embedding_reg_weight``), ``reducer`` (called as theirs, for
-            the rows' losses), ``distance`` (CosineSimilarity or None), ``impl``.
-            ``collect_stats`` is not supported.
+        options: ``weight_init_func`` (of the (D, C) centers; default: normal, so that a seed gives
+            the centers of PML's loss), ``weight_regularizer`` and ``embedding_regularizer`` (called
+            with (C, D) centers and (N, D) embeddings; added with ``weight_reg_weight`` and
+            ``embedding_reg_weight``), ``reducer`` (called as in PML, with the rows' losses),
+            ``distance`` (CosineSimilarity or None), ``impl``. ``collect_stats`` is not supported.
 
-    State dict: ``weight`` (C, D); theirs, ``W`` (D, C), loads too. The property `W` gives it back.
+    State dict: ``weight`` (C, D); PML's, ``W`` (D, C), loads too. The property `W` returns it.
 
-    Memory: as `synface_kernels.margin_cross_entropy`; while it is built, twice the centers.
+    Memory: as `synface_kernels.margin_cross_entropy`; during construction, twice the centers.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: for arguments that do not fit or are not built.
+        ValueError, TypeError, NotImplementedError: for invalid or unsupported arguments.
 
     Source: Deng et al., "ArcFace", CVPR 2019; pytorch-metric-learning's documentation.
     """
@@ -297,8 +304,8 @@ class ArcFaceLoss(_Loss):
         scale: float = 64,
         **options: Any,
     ) -> None:
-        _check_sizes(num_classes=num_classes, embedding_size=embedding_size)
-        super().__init__((num_classes, embedding_size), _arcface(scale, margin), **options)
+        shape = {"num_classes": num_classes, "embedding_size": embedding_size}
+        super().__init__(shape, _arcface(scale, margin), **options)
 
 
 class CosFaceLoss(_Loss):
@@ -322,21 +329,19 @@ class CosFaceLoss(_Loss):
         scale: float = 64,
         **options: Any,
     ) -> None:
-        _check_sizes(num_classes=num_classes, embedding_size=embedding_size)
-        super().__init__(
-            (num_classes, embedding_size), sk.CombinedMargin(scale, m3=margin), **options
-        )
+        shape = {"num_classes": num_classes, "embedding_size": embedding_size}
+        super().__init__(shape, sk.CombinedMargin(scale, m3=margin), **options)
 
 
 class SubCenterArcFaceLoss(_Loss):
-    """pytorch-metric-learning's ``SubCenterArcFaceLoss``: a class's best sub-center counts.
+    """pytorch-metric-learning's ``SubCenterArcFaceLoss``, with the cosine of the best sub-center.
 
     Args:
         num_classes: C. embedding_size: D.
-        margin: in **degrees**. scale: s. sub_centers: S for each class.
+        margin: in **degrees**. scale: s. sub_centers: S, for each class.
         options: see `ArcFaceLoss`; memory and errors too.
 
-    State dict: ``weight`` (C, S, D); theirs, ``W`` (D, C·S), loads too.
+    State dict: ``weight`` (C, S, D); PML's, ``W`` (D, C·S), loads too.
 
     Source: Deng et al., "Sub-center ArcFace", ECCV 2020; pytorch-metric-learning's documentation.
     """
@@ -350,10 +355,11 @@ class SubCenterArcFaceLoss(_Loss):
         sub_centers: int = 3,
         **options: Any,
     ) -> None:
-        _check_sizes(
-            num_classes=num_classes, embedding_size=embedding_size, sub_centers=sub_centers
-        )
-        shape = (num_classes, sub_centers, embedding_size)
+        shape = {
+            "num_classes": num_classes,
+            "sub_centers": sub_centers,
+            "embedding_size": embedding_size,
+        }
         super().__init__(shape, _arcface(scale, margin), **options)
 
     @torch.no_grad()
@@ -364,17 +370,19 @@ class SubCenterArcFaceLoss(_Loss):
         threshold: float = 75,
         return_dominant_centers: bool = True,
     ) -> Any:
-        """Embeddings far from their class's dominant sub-center: the one nearest to most of them.
+        """Return the embeddings far from their class's dominant sub-center.
+
+        The dominant sub-center is the one nearest to most of the class's embeddings.
 
         Args:
             embeddings: (N, D). labels: (N,) integers in [0, C).
-            threshold: an outlier is farther than this angle, in degrees.
-            return_dominant_centers: also return them.
+            threshold: angle in degrees beyond which an embedding is an outlier.
+            return_dominant_centers: return the dominant sub-centers, too.
 
         Returns:
-            (O,) int64 rows of ``embeddings``, by label, and (D, C) dominant sub-centers, 0 for
-            classes without embeddings. (Theirs returns the pair whatever
-            ``return_dominant_centers`` says, and leaves those of absent classes undefined.)
+            (O,) int64 indices into ``embeddings``, by label, and (D, C) dominant sub-centers, 0 for
+            classes without embeddings. (PML always returns both, and leaves the centers of absent
+            classes undefined.)
         """
         check_number("threshold", threshold, 0, 180)
         labels = labels_of(labels)
@@ -399,11 +407,6 @@ class SubCenterArcFaceLoss(_Loss):
             return outliers
         centers = self.weight[torch.arange(len(dominant), device=dominant.device), dominant]
         return outliers, torch.where(votes.any(1)[:, None], centers, 0).T
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        check_integer(name, size, 1)
 
 
 def _arcface(scale: float, degrees: float) -> sk.CombinedMargin:

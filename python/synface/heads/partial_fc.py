@@ -1,4 +1,4 @@
-"""insightface's ``PartialFC_V2``, by its constructor and call, over this library's op."""
+"""insightface's ``PartialFC_V2``, with its constructor and call, over this library's op."""
 
 from __future__ import annotations
 
@@ -14,53 +14,55 @@ import synface_kernels as sk
 from ..common.check import check_integer, check_number, describe
 from ..common.labels import labels_of
 from .fused import FusedHead
+from .sharded import scale_grad, split
 
 
 class PartialFC(FusedHead):
-    """The class centers, of which each step takes a random part: insightface's ``PartialFC_V2``.
+    """Margin softmax over a random sample of the classes: insightface's ``PartialFC_V2``.
 
-    Works with no process group too, on a CPU, with batches of any size, and with any optimizer.
-    With one, each rank holds num_classes/P of the classes, the first ranks one more where that is
-    uneven, and has a batch of its own; the loss is that of all ranks' rows and classes.
+    Works without a process group too, on a CPU, with batches of any size, and with any optimizer.
+    With a group of P ranks, each holds num_classes/P of the classes, the first ranks one more where
+    that is uneven, and has a batch of its own; the loss is over all ranks' rows and classes.
 
     Args:
         margin_loss: a margin of this library (`synface_kernels.ArcFace`, …), or an object with the
             attributes of insightface's ``CombinedMarginLoss`` (``s``, ``m1``, ``m2``, ``m3``,
             ``interclass_filtering_threshold``), ``ArcFace`` (``s``, ``margin``) or ``CosFace``
-            (``s``, ``m``): its numbers are read, it is not called. Angles are in radians.
+            (``s``, ``m``): its attributes are read, it is not called. Angles are in radians.
         embedding_size: D. num_classes: C, over all ranks.
-        sample_rate: in (0, 1]: below 1, each step takes this share of the classes, with every
-            positive among them.
-        fp16: accepted, and changes nothing: embeddings are taken in the dtype in which they come
-            (autocast's, for example), and sums are float32. For 16-bit centers give ``dtype``.
-        convention: what an object of insightface's means:
+        sample_rate: in (0, 1]: below 1, each step samples this share of the classes, including
+            every positive.
+        fp16: accepted without effect: embeddings keep their dtype (autocast's, for example), and
+            sums are float32. For 16-bit centers give ``dtype``.
+        convention: how the attributes of an insightface object are interpreted:
 
-            - ``"synface"``: its numbers, as this library's margins have them: the true gradient,
-              cos θ continued monotonically past π, all of m1, m2 and m3, and negatives above
+            - ``"synface"``: as the arguments of this library's margins: the true gradient, cos θ
+              continued monotonically past π, all of m1, m2 and m3, and negatives above
               ``interclass_filtering_threshold`` left out.
-            - ``"insightface"``: what its code computes (since 2022): the margin's slope is taken as
-              1, cosines rise again past π, m1 and m2 count for nothing where m3 > 0, and negatives
-              above the threshold have a cosine of 0, which still counts.
+            - ``"insightface"``: as in its code (since 2022): the margin's slope is taken as 1,
+              cosines rise again past π, m1 and m2 are ignored where m3 > 0, and negatives above
+              the threshold get a cosine of 0, which stays in the sum.
         sparse: whether the centers' gradient of a sampled step is a sparse tensor (COO, of S rows),
             for `synface.optim`'s optimizers, `torch.optim.SparseAdam`, or `torch.optim.SGD` without
             weight decay. False: a dense one, for any optimizer, which costs C·D at each step.
-        generator: draws the classes. Default: torch's own of the labels' device.
-        group: a `torch.distributed` process group. Default: the default one, if there is one.
-        impl: which implementation of the op to take. device, dtype: of the centers.
+        generator: random generator for the classes. Default: torch's for the labels' device.
+        group: a `torch.distributed` process group. Default: the default group, if initialized.
+        impl: implementation of the op. device, dtype: of the centers.
 
-    State dict: ``weight``, like theirs: (C, D), or this rank's (num_local, D) beginning with class
-    ``class_start``. Centers start as normal numbers of deviation 0.01; on several ranks, from the
-    ranks' numbers too, so that ranks of the same seed do not start alike.
+    State dict: ``weight``, as in insightface: (C, D), or this rank's (num_local, D) beginning with
+    class ``class_start``. Centers are drawn from a normal distribution of deviation 0.01; on
+    several ranks, the rank is part of the seed, so that no two ranks draw the same centers.
 
-    On P ranks the embeddings' gradient is P times the loss's, as theirs, so that a backbone in
-    `DistributedDataParallel`, which averages, gets the gradient of the loss. The head itself stays
-    outside: its gradient is complete on each rank. Where both are in one module, see docs/heads.md.
+    On P ranks the embeddings' gradient is P times the loss's, as in insightface, so that a backbone
+    in `DistributedDataParallel`, which averages, gets the gradient of the loss. The head itself
+    stays outside: its gradient is complete on each rank. Where both are in one module, see
+    docs/heads.md.
 
-    Labels that are no class of any rank are an error (theirs costs 69.0776, silently); rows of
+    A label outside [0, C) is an error (insightface returns a loss of 69.0776, silently); rows of
     label -100 are left out.
 
-    Memory: C·D values; a sampled step reads its S rows where they lie, and returns S rows of
-    gradient, unless `fuse` is called. See `synface_kernels.margin_cross_entropy` and
+    Memory: C·D values; a sampled step reads its S rows in place, and returns S rows of gradient,
+    unless `step_in_backward` is called. See `synface_kernels.margin_cross_entropy` and
     `synface_kernels.sample_classes`.
 
     Raises:
@@ -86,37 +88,32 @@ class PartialFC(FusedHead):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         check_integer("embedding_size", embedding_size, 1)
         check_integer("num_classes", num_classes, 1)
         check_number("sample_rate", sample_rate, 0, 1)
         if sample_rate == 0:
             raise ValueError("sample_rate must be in (0, 1], got 0")
-        self.margin = margin_of(margin_loss, convention)
-        self.embedding_size, self.num_classes = embedding_size, num_classes
-        self.sample_rate, self.sparse = sample_rate, sparse
-        self.generator, self.impl = generator, impl
+        margin = margin_of(margin_loss, convention)
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
-        self.rank, self.world_size = 0, 1
-        if group is not None:
-            self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        self.group = group if self.world_size > 1 else None
-        share, more = divmod(num_classes, self.world_size)
-        if share == 0:
-            raise ValueError(
-                f"num_classes must be at least the number of ranks, {self.world_size}, "
-                f"got {num_classes}"
-            )
-        self.num_local = share + (self.rank < more)
-        self.class_start = share * self.rank + min(self.rank, more)
-        self.weight = nn.Parameter(
-            torch.empty(self.num_local, embedding_size, device=device, dtype=dtype)
+        rank, ranks = (
+            (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         )
+        if num_classes < ranks:
+            raise ValueError(
+                f"num_classes must be at least the number of ranks, {ranks}, got {num_classes}"
+            )
+        classes = split(num_classes, ranks)
+        shape = (classes[rank], embedding_size)
+        super().__init__(shape, margin, sparse=sparse, impl=impl, device=device, dtype=dtype)
+        self.rank, self.world_size, self.group = rank, ranks, group if ranks > 1 else None
+        self.embedding_size, self.num_classes = embedding_size, num_classes
+        self.num_local, self.class_start = classes[rank], sum(classes[:rank])
+        self.sample_rate, self.generator = sample_rate, generator
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the centers anew, as when made."""
+        """Draw the centers anew."""
         start = None
         if self.group is not None and not self.weight.is_meta:
             seed = int(torch.randint(2**62, (), device="cpu")) + self.rank
@@ -124,7 +121,7 @@ class PartialFC(FusedHead):
         nn.init.normal_(self.weight, std=0.01, generator=start)
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor, **options: Any) -> Any:
-        """The loss.
+        """Return the margin softmax loss.
 
         Args:
             local_embeddings: (N, D). local_labels: (N,) or (N, 1) integers in [0, C), or -100, of
@@ -135,36 +132,28 @@ class PartialFC(FusedHead):
         labels = labels_of(local_labels, options.get("target_weight") is not None)
         if isinstance(labels, Tensor):
             labels = labels.to(self.weight.device)
-        settings: dict[str, Any] = {"margin": self.margin, "impl": self.impl} | options
-        shard: dict[str, Any] = {}
+        shard = {}
         if self.group is not None:
             shard = {"group": self.group, "class_start": self.class_start}
-            local_embeddings = _times(local_embeddings, self.world_size)
-        indices = labels
+            local_embeddings = scale_grad(local_embeddings, self.world_size)
+        options, indices = dict(**options, **shard), None
         if self.sample_rate < 1:
-            settings["class_ids"], indices = self._sampled(local_embeddings, labels, options, shard)
-        settings = self._with_update(settings, local_embeddings, labels)
-        weight = self._centers()
-        return sk.margin_cross_entropy(local_embeddings, weight, indices, **settings, **shard)
+            shard["ignore_index"] = options.get("ignore_index", -100)
+            options["class_ids"], indices = self._sampled(local_embeddings, labels, shard)
+        return self._loss(local_embeddings, labels, options, indices)
 
     def _sampled(
-        self, embeddings: Tensor, labels: Tensor, options: dict[str, Any], shard: dict[str, Any]
+        self, embeddings: Tensor, labels: Tensor, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """The classes of this step, and the labels as indices into them."""
+        """Return the classes of this step, and the labels as indices into them."""
+        count = max(1, int(self.sample_rate * self.num_local))
 
         def draw() -> tuple[Tensor, Tensor]:
-            return sk.sample_classes(
-                labels,
-                self.num_local,
-                max(1, int(self.sample_rate * self.num_local)),
-                self.generator,
-                ignore_index=options.get("ignore_index", -100),
-                **shard,
-            )
+            return sk.sample_classes(labels, self.num_local, count, self.generator, **options)
 
         if self.generator is not None:
             return self._settled_eagerly("sampled classes", embeddings, labels, draw)
-        drawn = draw()  # torch's generator goes on as it did when a pass is recomputed
+        drawn = draw()  # advances torch's generator in a recomputed pass as in the original one
         return self._settled("sampled classes", embeddings, labels, lambda: drawn)
 
     def extra_repr(self) -> str:
@@ -178,20 +167,20 @@ class PartialFC(FusedHead):
 def margin_of(
     margin_loss: Any, convention: Literal["synface", "insightface"] = "synface"
 ) -> sk.CombinedMargin:
-    """The margin that an object of insightface's, or a margin of this library, means.
+    """Return the margin that an insightface object, or a margin of this library, describes.
 
     Args: see `PartialFC`.
 
     Raises:
         TypeError: for an object that is neither.
-        ValueError: for numbers that make no sense, or that insightface's own code refuses.
+        ValueError: for values out of range, or that insightface's own code refuses.
     """
     if convention not in ("synface", "insightface"):
         raise ValueError(f"convention must be 'synface' or 'insightface', got {convention!r}")
     if isinstance(margin_loss, sk.CombinedMargin):
         return margin_loss
     scale, m1, m2, m3, threshold = _numbers(margin_loss)
-    limit = threshold if 0 < threshold < 1 else None  # theirs: 0 is none, and no cosine exceeds 1
+    limit = threshold if 0 < threshold < 1 else None  # 0 disables it, and no cosine exceeds 1
     if convention == "synface":
         return sk.CombinedMargin(scale, m1, m2, m3, interclass_filter=limit)
     if m3 > 0:
@@ -211,7 +200,7 @@ def margin_of(
 
 
 def _numbers(margin_loss: Any) -> tuple[float, float, float, float, float]:
-    """s, m1, m2, m3 and the threshold (0: none) of an object of insightface's."""
+    """Return s, m1, m2, m3 and the threshold (0: none) of an insightface object."""
     for names in (("m1", "m2", "m3"), ("margin",), ("m",)):
         if all(hasattr(margin_loss, name) for name in ("s", *names)):
             break
@@ -230,13 +219,3 @@ def _numbers(margin_loss: Any) -> tuple[float, float, float, float, float]:
         names[0]
     ]
     return scale, m1, m2, m3, threshold
-
-
-def _times(embeddings: Any, factor: int) -> Any:
-    """The same embeddings, whose gradient is multiplied on its way back."""
-    if not (isinstance(embeddings, Tensor) and embeddings.requires_grad):
-        return embeddings
-    whole = embeddings.view_as(embeddings)
-    if whole.requires_grad:  # not under no_grad
-        whole.register_hook(lambda grad: grad * factor)
-    return whole

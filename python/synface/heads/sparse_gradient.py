@@ -1,4 +1,4 @@
-"""Sparse gradients of sampled centers: dense where asked for, and a clear error where refused."""
+"""Sparse gradients of sampled centers: densified on request; errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-PLAIN = ("SGD", "Adagrad")  # take sparse gradients in their plainest form
+PLAIN = ("SGD", "Adagrad")  # take sparse gradients unless weight_decay or fused is set
 _HEADS: WeakSet[nn.Module] = WeakSet()
+hook_optimizers = functools.cache(register_optimizer_step_pre_hook)  # each hook once
 
 
 class DenseGradient(torch.autograd.Function):
-    """Return the same tensor, whose gradient is dense even where it comes as a sparse one."""
+    """Identity whose backward pass turns a sparse gradient into a dense one."""
 
     generate_vmap_rule = True
 
@@ -33,17 +34,12 @@ class DenseGradient(torch.autograd.Function):
 
 
 def watch(head: nn.Module) -> None:
-    """Say what to do when an optimizer of torch's that refuses sparse gradients meets the head's.
+    """Raise when an optimizer that refuses sparse gradients steps the head, naming the remedy.
 
-    torch's own words ("add(sparse, dense) is not supported") name neither head nor remedy.
+    torch's own message ("add(sparse, dense) is not supported") names neither head nor remedy.
     """
     _HEADS.add(head)
-    _watch_optimizers()
-
-
-@functools.cache
-def _watch_optimizers() -> None:
-    register_optimizer_step_pre_hook(_before_step)
+    hook_optimizers(_before_step)
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -51,7 +47,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     if not callable(closure):
         return _check(optimizer)
 
-    def checked() -> Any:  # the gradients come with the closure
+    def checked() -> Any:  # the closure computes the gradients
         loss = closure()
         _check(optimizer)
         return loss

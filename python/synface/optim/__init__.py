@@ -1,4 +1,4 @@
-"""Optimizers that step only the rows which have a gradient, and class centers on disk."""
+"""Optimizers that step only the rows that have a gradient, and class centers in files."""
 
 from .rows import RowAdamW, RowSGD
 

@@ -1,4 +1,4 @@
-"""Optimizers of class centers: they step on the rows that have a gradient, and on no others."""
+"""Optimizers of class centers, which step only the rows that have a gradient."""
 
 from __future__ import annotations
 
@@ -12,23 +12,38 @@ import synface_kernels as sk
 
 from ..common.check import check_integer, describe
 
-_ODD = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: sets parameters' seeds far apart
+_ODD = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits; spreads the parameters' seeds
 
 
 class _RowOptimizer(torch.optim.Optimizer):
-    """What `RowSGD` and `RowAdamW` share: rows of gradients, states, saving and loading."""
+    """Base class of `RowSGD` and `RowAdamW`: rows of gradients, states, saving and loading.
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        seed, dtype = defaults["seed"], defaults["state_dtype"]
+    Args:
+        settings: of the subclass. Others: see `RowSGD`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        settings: dict[str, Any],
+        *,
+        catch_up: bool = True,
+        seed: int | None = None,
+        state_dtype: torch.dtype | None = None,
+        impl: str = "auto",
+    ) -> None:
         if seed is not None:
             check_integer("seed", seed, 0)
-        if dtype not in (None, torch.float32, torch.bfloat16, torch.float64):
+        if state_dtype not in (None, torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(
-                f"state_dtype must be float32, bfloat16, float64 or None, got {describe(dtype)}"
+                "state_dtype must be float32, bfloat16, float64 or None, "
+                f"got {describe(state_dtype)}"
             )
-        super().__init__(params, defaults)
+        common = {"catch_up": catch_up, "seed": seed, "state_dtype": state_dtype, "impl": impl}
+        super().__init__(params, settings | common)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, which must be contiguous and have rows."""
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             if parameter.dim() < 2 or not parameter.is_contiguous():
@@ -40,9 +55,9 @@ class _RowOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step on the rows that a gradient names (a sparse one), or on all (a dense one).
+        """Step the rows in a sparse gradient, or all rows of a dense one.
 
-        Parameters without a gradient take no step. Nor does it count for them.
+        Parameters without a gradient take no step, and their step count stays.
         """
         loss = None
         if closure is not None:
@@ -60,11 +75,10 @@ class _RowOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def catch_up(self) -> None:
-        """Brings every row up to date: all take the steps that they missed.
+        """Apply to every row the steps that it missed.
 
-        Call it before an evaluation, before the centers leave for elsewhere, and where the learning
-        rate changes if the rows are to coast at the old one. Costs O(C·D). Does nothing without
-        ``catch_up``.
+        Call it before an evaluation or an export, and before a change of the learning rate if the
+        missed steps are to use the old one. Costs O(C·D). Does nothing without ``catch_up``.
         """
         for index, group, parameter in self._parameters():
             state = self.state.get(parameter, {})
@@ -74,8 +88,9 @@ class _RowOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def next_update(self, parameter: Tensor) -> sk.SGDUpdate | sk.AdamWUpdate:
-        """The next step on a parameter, for `synface_kernels.margin_cross_entropy` to take in its
-        backward pass. It counts as taken from now on.
+        """Return a parameter's next step, for `synface_kernels.margin_cross_entropy` to apply.
+
+        The step is counted at once, before the backward pass applies it.
 
         Raises:
             ValueError: for a parameter that is not this optimizer's.
@@ -88,14 +103,14 @@ class _RowOptimizer(torch.optim.Optimizer):
         raise ValueError(f"parameter must be one of this optimizer's, got {describe(parameter)}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a `state_dict`, bitwise, each state in its own dtype.
+        """Load a `state_dict` bitwise, each state in its own dtype.
 
         Raises:
             ValueError: for a state of another optimizer or of other parameters; nothing is loaded.
         """
         loaded = {}
         for own, group in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            # torch adds defaults of its own when it loads, which no group has
+            # torch adds its own defaults when it loads, which no group has
             missing = (self.defaults.keys() & own.keys()) - group.keys()
             if missing:
                 raise ValueError(
@@ -105,7 +120,7 @@ class _RowOptimizer(torch.optim.Optimizer):
                 values = state_dict["state"].get(name)
                 if values:
                     loaded[parameter] = self._checked(group, parameter, values)
-        # torch's own would cast the states to the parameter's dtype
+        # torch's load_state_dict would cast the states to the parameter's dtype
         super().load_state_dict({**state_dict, "state": {}})
         self.state.update(loaded)
 
@@ -137,8 +152,8 @@ class _RowOptimizer(torch.optim.Optimizer):
         return self.state[parameter]
 
     def _new_state(self, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
-        kept = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        dtype = group["state_dtype"] or kept
+        default = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        dtype = group["state_dtype"] or default
         state = {"step": torch.zeros((), dtype=torch.int64, device="cpu")}
         if group["catch_up"]:
             state["last_step"] = parameter.new_zeros(parameter.shape[0], dtype=torch.int64)
@@ -167,7 +182,7 @@ class _RowOptimizer(torch.optim.Optimizer):
     def _arguments(
         self, index: int, group: dict[str, Any], state: dict[str, Tensor], step: int
     ) -> dict[str, Any]:
-        """Of the kernel and of the update alike."""
+        """Return the arguments that the kernel and the update have in common."""
         return {
             "lr": float(group["lr"]),
             "weight_decay": group["weight_decay"],
@@ -178,13 +193,12 @@ class _RowOptimizer(torch.optim.Optimizer):
             **{name: group[name] for name in self._own},
         }
 
-    # A subclass's op, its update, the names of its own settings, and of its states like the
-    # parameter.
-    _kernel: Callable[..., Tensor]
-    _next: Callable[..., Any]
-    _own: tuple[str, ...]
+    _kernel: Callable[..., Tensor]  # the subclass's op
+    _next: Callable[..., Any]  # its update inside the backward pass
+    _own: tuple[str, ...]  # its settings that the op takes
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Return the names of the states with the parameter's shape."""
         raise NotImplementedError
 
 
@@ -198,24 +212,22 @@ class RowSGD(_RowOptimizer):
         params: parameters of shape (C, D) or (C, S, D), contiguous: float32, bfloat16 or float64.
         lr, momentum, dampening, weight_decay, nesterov: as `torch.optim.SGD`; with dampening, its
             first step differs (see `synface_kernels.row_sgd_`).
-        catch_up: a row that is touched first takes the steps that it missed (decay, and momentum
-            that coasts on), as a dense optimizer would have taken them, at the present learning
-            rate. False: rows that are not touched neither decay nor coast, as with
-            `torch.optim.SparseAdam`.
-        seed: bfloat16 weights and states are rounded at random, without bias, by a hash of it, the
-            parameter's place in ``params``, the step, row and column: the same on every run.
-            None: to nearest, which loses updates below 2^-9 of a weight. Ranks that hold shards
-            of one matrix should have a seed each.
-        state_dtype: of the momentum: float32 (the default; float64 for float64 weights) or
-            bfloat16.
-        impl: see `synface_kernels.row_sgd_`.
+        options: ``catch_up`` (True): before its step, a row takes the steps that it missed (decay,
+            and momentum without gradient), as a dense optimizer would have taken them, at the
+            current learning rate; False: untouched rows stay as they are, as with
+            `torch.optim.SparseAdam`. ``seed`` (None): bfloat16 weights and states are rounded
+            stochastically, without bias, by a hash of the seed, the parameter's index in
+            ``params``, the step, row and column, the same in every run; None rounds to nearest,
+            which loses updates below 2^-9 of a weight. Ranks that hold shards of one matrix should
+            use different seeds. ``state_dtype``: of the momentum, float32 (the default; float64
+            for float64 weights) or bfloat16. ``impl`` ("auto"): see `synface_kernels.row_sgd_`.
 
     State, for each parameter: ``step`` () int64, ``momentum_buffer`` like the parameter where
     momentum > 0, and ``last_step`` (C,) int64 with ``catch_up``. `state_dict` saves them and
-    `load_state_dict` goes on from them bitwise.
+    `load_state_dict` restores them bitwise.
 
     Raises:
-        ValueError: for parameters, gradients or settings that do not fit.
+        ValueError: for invalid parameters, gradients or settings.
         TypeError: for a setting of a wrong Python type.
 
     Source: Sutskever et al., ICML 2013; An et al., "Partial FC", CVPR 2022.
@@ -233,18 +245,13 @@ class RowSGD(_RowOptimizer):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        *,
-        catch_up: bool = True,
-        seed: int | None = None,
-        state_dtype: torch.dtype | None = None,
-        impl: str = "auto",
+        **options: Any,
     ) -> None:
-        defaults = {
+        settings = {
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
-            "nesterov": nesterov, "catch_up": catch_up, "seed": seed, "state_dtype": state_dtype,
-            "impl": impl,
+            "nesterov": nesterov,
         }  # fmt: skip
-        super().__init__(params, defaults)
+        super().__init__(params, settings, **options)
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] > 0 else ()
@@ -254,9 +261,9 @@ class RowAdamW(_RowOptimizer):
     """AdamW on the rows that have a gradient, by `synface_kernels.row_adamw_`.
 
     Args:
-        params, catch_up, seed, state_dtype, impl: see `RowSGD`; bfloat16 states need a seed, since
-            rounding to nearest undoes the second moment's decay.
         lr, betas, eps, weight_decay: as `torch.optim.AdamW`.
+        params, options: see `RowSGD`. bfloat16 states need a seed, since rounding to nearest undoes
+            the second moment's decay.
 
     State, for each parameter: ``step`` () int64, ``exp_avg`` and ``exp_avg_sq`` like the parameter,
     and ``last_step`` (C,) int64 with ``catch_up``.
@@ -278,19 +285,12 @@ class RowAdamW(_RowOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        *,
-        catch_up: bool = True,
-        seed: int | None = None,
-        state_dtype: torch.dtype | None = None,
-        impl: str = "auto",
+        **options: Any,
     ) -> None:
-        if state_dtype == torch.bfloat16 and seed is None:
+        if options.get("state_dtype") == torch.bfloat16 and options.get("seed") is None:
             raise ValueError("state_dtype bfloat16 needs a seed: rounding to nearest undoes decay")
-        defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "catch_up": catch_up, "seed": seed, "state_dtype": state_dtype, "impl": impl,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, settings, **options)
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
@@ -301,7 +301,7 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def _rows(parameter: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows a parameter's gradient names, rising strictly, and the gradients of these."""
+    """Return the rows in a parameter's gradient, strictly increasing, and their gradients."""
     grad = parameter.grad
     assert grad is not None
     if not grad.is_sparse:

@@ -1,4 +1,4 @@
-"""Report pages, written in Markdown; a page named .html is rendered."""
+"""Report pages in Markdown, or rendered as HTML."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ table { border-collapse: collapse } td, th { padding: .3rem 1rem .3rem 0; text-a
 
 
 def escape(text: object) -> str:
-    """Return a text that Markdown shows as it is: a file's name, say, or a person's."""
+    """Return a text with Markdown's special characters escaped, for names of files or people."""
     return re.sub(r"([\\`*_{}\[\]<>()#+\-!|~&])", r"\\\1", " ".join(str(text).splitlines()))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown; its cells are Markdown."""
+    """Return a Markdown table; its cells are Markdown, too."""
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines)
 
 
 def write_page(path: Path, text: str) -> None:
-    """Write a page of Markdown, as HTML if that is its name's ending, in UTF-8 whatever the locale.
+    """Write a page in Markdown, or rendered as HTML if the path ends in .html.
 
-    File names that are no valid UTF-8 keep their bytes.
+    The encoding is UTF-8 in every locale; file names that are no valid UTF-8 keep their bytes.
     """
     if path.suffix == ".html":
         with extra("train", "writing pages"):

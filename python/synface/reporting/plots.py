@@ -1,4 +1,4 @@
-"""Figures in one style, with matplotlib, without a display."""
+"""Figures in one style, with matplotlib and without a display."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_matplotlib() -> None:
 def figure(
     width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple[Figure, Any]:
-    """Return a new figure of so many inches, and its axes as `matplotlib.pyplot.subplots` does."""
+    """Return a new figure, sized in inches, and its axes as `matplotlib.pyplot.subplots` does."""
     with extra("train", "drawing figures"):
         from matplotlib.figure import Figure
 
@@ -45,7 +45,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def colors(count: int) -> list[Any]:
-    """Return so many colors that are also told apart in print."""
+    """Return ``count`` colors that can be distinguished in grayscale, too."""
     with extra("train", "drawing figures"):
         import matplotlib
 
@@ -63,8 +63,8 @@ def image_grid(
 
     Args:
         rows: of (N, H, W, C) uint8, or floating in [0, 1], with C 1 or 3; the longest sets the
-            width, and white fills the others.
-        names: of the rows. columns: what stands over each column, if anything.
+            width, and the others are padded with white.
+        names: of the rows. columns: headings of the columns, if any.
     """
     count = max(map(len, rows))
     height, width = rows[0].shape[1:3]

@@ -360,6 +360,6 @@ def build_model(config: TrainConfig, source: Source, alone: bool, device: torch.
         "centers": centers(head.parameters(), **settings),
     }
     if config.fused_update:
-        head.fuse(optimizers["centers"])
+        head.step_in_backward(optimizers["centers"])
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     return Model(backbone, head, optimizers, scaler)

@@ -1,6 +1,6 @@
 """Class centers in memory or in memory-mapped files, trained by sampled rows.
 
-With sampling a step touches only its rows, so that the number of identities is bounded by the disk.
+A step reads and writes only its sampled rows, so disk space limits the number of identities.
 """
 
 from .centers import Centers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +21,11 @@ from ...common.labels import labels_of
 from ...common.rng import generator, seeds
 from .checksums import row_checksums
 from .config import DTYPES, CentersConfig
-from .files import Files, Progress
+from .files import CentersFiles
 
 
 class Centers:
-    """(C, D) class centers with their optimizer's state, of which each step touches some rows.
+    """Class centers, (C, D), with their optimizer's state; each step reads and writes some rows.
 
         with Centers.open("centers") as centers:          # or Centers.create(config, "centers")
             loss = centers.loss(embeddings, labels, num_sampled=100_000)
@@ -33,50 +33,49 @@ class Centers:
             centers.update(lr=0.1)
             centers.checkpoint()
 
-    The center of an identity and its state are one record, so that a step touches as few pages as
-    it can.
+    The center of an identity and its states are one record, so that a step touches few pages.
 
-    **What a kill leaves.** A step changes rows in place; before it does, what a row held at the
-    last checkpoint is appended to a log, once per row. `open` puts it back: whenever the process
-    dies, the last checkpoint is whole. So a checkpoint copies nothing, and between checkpoints the
-    files take up to twice their size. With ``sync=True`` this holds where the machine goes down,
-    too; without, `open` then says that the rows cannot be trusted, unless no step was taken since
-    the last checkpoint.
+    **Crashes.** A step changes rows in place. Before the first change of a row since the last
+    checkpoint, its content is appended to an undo log, from which `open` restores it: the last
+    checkpoint survives the death of the process at any time. So a checkpoint copies nothing, and
+    between checkpoints the files take up to twice their size. With ``sync=True`` it also survives
+    a crash of the machine; without, `open` then raises, unless no step was taken since the last
+    checkpoint.
 
-    **What damage does.** Files hold a checksum of every row. `loss` compares the rows that it
-    uses for the first time, and the first look at `weight`, `states` or `last_step`
-    compares all rows: a damaged row is an error that names it, never a wrong number. `open` itself
-    reads no row, unless ``verify`` is set.
+    **Corruption.** The files hold a checksum of every row. `loss` verifies rows when they are first
+    used, and the first access to `weight`, `states` or `last_step` verifies all rows: a corrupted
+    row is an error that names it, never a wrong number. `open` reads no row, unless ``verify`` is
+    set.
 
-    **What is written by hand** into `weight`, `states` or `last_step` lasts from the next
-    checkpoint on. Before they are handed out, a file in the directory says so: should the process
-    die, `open` trusts the rows as they are, without checksums until the next checkpoint. `close`
-    removes that file where no row has changed since the last checkpoint, which reads all rows.
+    **Writes by the caller** to `weight`, `states` or `last_step` are saved by the next checkpoint.
+    The first access creates a marker file in the directory: if the process dies, `open` takes the
+    rows as they are, without checksums until the next checkpoint. `close` reads all rows, and
+    removes the marker if none has changed since the last checkpoint.
 
     Attributes:
         config: a `CentersConfig`.
-        step: how many steps were taken. lr: of the last one; rows catch up with it.
-        weight: (C, D) centers; a view of each record's first D numbers. Whoever has looked at it
-            may have written to it: checkpoints then compute the checksums of all rows.
-        states: the optimizer's state by name, (C, D) each; views too.
-        last_step: (C,) int32: the step after which a row is up to date; 0 for one never touched.
-        seconds: what the last step spent on what, in seconds.
+        step: number of steps taken. lr: of the last one; rows catch up with it.
+        weight: (C, D) centers, a view of each record's first D values. After an access to it,
+            checkpoints compute the checksums of all rows, since the caller may have written to it.
+        states: the optimizer's states by name, (C, D) each, views too.
+        last_step: (C,) int32: the step up to which a row is current; 0 for one never touched.
+        seconds: durations of the last step's phases.
 
-    Memory: in memory (C, D) times one plus the number of states; with a directory, the operating
-    system keeps of the files what fits, and 5 bytes per row are held for checksums and what was
-    logged. Besides, per step of S rows, their gradient (S, D) and what the ops say.
+    Memory: in memory, (C, D) times one plus the number of states; with a directory, the page cache
+    holds what fits of the files, and 5 bytes per row are held for checksums and flags. In addition,
+    for a step of S rows, their gradient (S, D) and the memory of the ops.
     """
 
     def __init__(self, config: CentersConfig, records: Tensor, last_step: Tensor) -> None:
-        """Use `create` or `open`."""
+        """Wrap the tensors of `create` or `open`, which callers use instead."""
         self.config, self.step, self.lr = config, 0, 0.0
         self.seconds: dict[str, float] = {}
         self._records, self._last_step = records, last_step
         self._weight, *states = records.split(config.embedding_size, dim=1)
         self._states = dict(zip(config.states, states, strict=True))
         self._pending: tuple[Tensor, Tensor] | None = None
-        self._files: Files | None = None
-        self._shown = False  # all rows were verified, and may since have been written to
+        self._files: CentersFiles | None = None
+        self._exposed = False  # all rows were verified, and the caller may have written to them
 
     @classmethod
     def create(
@@ -86,31 +85,29 @@ class Centers:
         *,
         overwrite: bool = False,
         sync: bool = False,
-        progress: Progress | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Centers:
-        """New centers with normal values, drawn chunk by chunk: the same in memory and in files.
+        """Return new centers with normal values, the same in memory and in files.
 
         Args:
             directory: of the files; None: in memory.
             overwrite: replace centers that are in the directory.
-            sync: survive that the machine goes down, not only the process: each step then waits for
-                the log to be on the disk.
-            progress: called with rows done and in all.
+            sync: survive a crash of the machine, too: each step then waits until the log is on the
+                disk.
+            progress: called as progress(rows done, rows in total).
 
         Raises:
-            FileExistsError: for a directory that holds anything, or without ``overwrite`` centers.
+            FileExistsError: for a directory with other files, or with centers unless ``overwrite``.
             OSError: where the disk has not enough room, before anything is written or replaced.
         """
         if directory is None:
-            records = torch.zeros(
-                config.num_classes, config.width, dtype=DTYPES[config.dtype], device="cpu"
-            )
-            centers = cls(
-                config, records, torch.zeros(config.num_classes, dtype=torch.int32, device="cpu")
-            )
+            shape, dtype = (config.num_classes, config.width), DTYPES[config.dtype]
+            records = torch.zeros(shape, dtype=dtype, device="cpu")
+            last_step = torch.zeros(config.num_classes, dtype=torch.int32, device="cpu")
+            centers = cls(config, records, last_step)
             _initialize(centers, progress, None)
             return centers
-        files = Files.create(Path(directory), config, overwrite, sync)
+        files = CentersFiles.create(Path(directory), config, overwrite, sync)
         try:
             centers = cls(config, *files.map(config))
             _initialize(centers, progress, files.sums)
@@ -127,23 +124,23 @@ class Centers:
         directory: Path | str,
         *,
         sync: bool = False,
-        progress: Progress | None = None,
+        progress: Callable[[int, int], None] | None = None,
         verify: bool = False,
     ) -> Centers:
-        """The centers in a directory as they were at their last checkpoint.
+        """Return the centers in a directory, as of their last checkpoint.
 
         Args:
             sync: see `create`.
-            progress: called with what is done and in all, where steps have to be undone.
-            verify: compare all rows with their checksums now, which reads all of the files. Else
-                rows are compared when they are first used.
+            progress: called as progress(done, total) while steps are undone.
+            verify: verify the checksums of all rows now, which reads all of the files. False: rows
+                are verified when they are first used.
 
         Raises:
-            CheckpointError: where there are none, a file is damaged or not of the size that it
-                should have, or the machine went down in the midst of steps without ``sync``.
-            BlockingIOError: where another process has them open.
+            CheckpointError: if there are none, a file is corrupted or of the wrong size, or the
+                machine crashed between checkpoints without ``sync``.
+            BlockingIOError: if another process has them open.
         """
-        files, config = Files.open(Path(directory), sync)
+        files, config = CentersFiles.open(Path(directory), sync)
         try:
             centers = cls(config, *files.map(config))
             centers.step, centers.lr, centers._files = files.step, files.lr, files
@@ -155,17 +152,17 @@ class Centers:
             raise
         return centers
 
-    def verify(self, progress: Progress | None = None) -> None:
-        """Compares all rows with their checksums, which reads all of the files.
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Verify the checksums of all rows, which reads all of the files.
 
-        Nothing to do for centers in memory, and, until their next checkpoint, for files of an
-        earlier version and those that may have been written to by hand: they have no checksums.
+        Centers in memory have no checksums. Nor, until their next checkpoint, have files of an
+        earlier version, and those to which the caller may have written.
 
         Args:
-            progress: called with rows done and in all.
+            progress: called as progress(rows done, rows in total).
 
         Raises:
-            CheckpointError: for a damaged row, naming it.
+            CheckpointError: for a corrupted row, naming it.
         """
         self._check_open()
         if self._files is not None:
@@ -174,27 +171,27 @@ class Centers:
     @property
     def weight(self) -> Tensor:
         """The (C, D) centers, all rows verified."""
-        self._show()
+        self._expose()
         return self._weight
 
     @property
     def states(self) -> dict[str, Tensor]:
-        """The optimizer's state by name, (C, D) each, all rows verified."""
-        self._show()
+        """The optimizer's states by name, (C, D) each, all rows verified."""
+        self._expose()
         return self._states
 
     @property
     def last_step(self) -> Tensor:
-        """The (C,) steps after which rows are up to date, all rows verified."""
-        self._show()
+        """The (C,) steps up to which rows are current, all rows verified."""
+        self._expose()
         return self._last_step
 
-    def _show(self) -> None:
-        """Verifies all rows before the first look at them, and notes that they may change."""
-        if not self._shown and self._files is not None and self.step >= 0:
+    def _expose(self) -> None:
+        """Verify all rows before the first access, and mark that the caller may change them."""
+        if not self._exposed and self._files is not None and self.step >= 0:
             self.verify()
-            self._files.mark_shown(self._files.number)
-            self._shown = True
+            self._files.mark_exposed(self._files.number)
+            self._exposed = True
 
     def loss(
         self,
@@ -208,14 +205,14 @@ class Centers:
     ) -> Any:
         """Return the margin softmax loss over the classes of ``target`` and random others.
 
-        The classes are drawn anew at each step, from the seed and the step's number. Rows are
-        caught up first (see `CentersConfig`).
+        The classes are drawn anew at each step, from the seed and the step. With ``catch_up``, the
+        drawn rows first take the steps that they missed (see `CentersConfig`).
 
         Args:
-            embeddings: (N, D) floating, on the CPU; gets its gradient from autograd.
+            embeddings: (N, D) floating, on the CPU.
             target: (N,), (N, 1) or (N, K) integer labels in [0, C), or ``ignore_index``.
             margin: default `sk.ArcFace()`.
-            num_sampled: how many classes take part, in [1, C]; more where the targets are more.
+            num_sampled: number of classes, in [1, C]; at least every class of ``target`` is used.
             options: of `sk.margin_cross_entropy` (``target_weight``, ``return_stats``, …).
 
         Returns:
@@ -226,10 +223,10 @@ class Centers:
         gradient of the S drawn rows, (S, D) in the rows' dtype. Files are read a row at a time.
 
         Raises:
-            RuntimeError: where the gradient of an earlier loss awaits `update`.
+            RuntimeError: if the gradient of an earlier loss awaits `update`.
             ValueError, TypeError: as `sk.sample_classes` and `sk.margin_cross_entropy`.
-            OSError: where the log cannot be written (a full disk); no row was changed.
-            CheckpointError: where a row is damaged, naming it; no row was changed.
+            OSError: if the log cannot be written (a full disk, say); no row was changed.
+            CheckpointError: for a corrupted row, naming it; no row was changed.
 
         Source: An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face
         Recognition CNNs by Partial FC", CVPR 2022.
@@ -270,11 +267,11 @@ class Centers:
         )
 
     def update(self, lr: float) -> None:
-        """Takes the optimizer's step on the rows of the last `loss`, after its backward pass.
+        """Step the rows of the last `loss`, after its backward pass.
 
         Raises:
-            RuntimeError: without such a gradient.
-            FloatingPointError: for a gradient that is not finite; no row was changed by it.
+            RuntimeError: without a gradient.
+            FloatingPointError: for a gradient that is not finite; no row was changed.
         """
         self._check_open()
         check_number("lr", lr, 0)
@@ -296,33 +293,33 @@ class Centers:
         self.discard()
 
     def discard(self) -> None:
-        """Forgets the last `loss`: its rows stay as they were."""
+        """Discard the last `loss` and its gradient, without a step."""
         self._pending = None
 
     def checkpoint(self) -> None:
-        """Makes this step the one that `open` comes back to, flushed to the disk.
+        """Write a checkpoint of this step, flushed to the disk, to which `open` returns.
 
-        What else a run holds (a network, say) should be written under this step *before*, and what
-        was written under the step of the checkpoint before be kept until this returns.
+        Write the rest of a run (a network, say) under this step *before* the call, and keep the
+        one of the previous checkpoint's step until the call returns.
 
         Raises:
             ValueError: for centers in memory.
-            OSError: where the disk fails; the checkpoint before stays whole.
+            OSError: where the disk fails; the previous checkpoint stays valid.
         """
         self._check_open()
         if self._files is None:
             raise ValueError("centers in memory have no checkpoint: create them in a directory")
         self._files.commit(
-            self.config, self.step, self.lr, self._records, self._last_step, self._shown
+            self.config, self.step, self.lr, self._records, self._last_step, self._exposed
         )
 
     def close(self) -> None:
-        """Lets go of all; to open them will undo the steps since the last checkpoint."""
+        """Release the tensors and files; steps since the last checkpoint are lost."""
         self.discard()
         if self._files is not None:
             try:
-                if self._shown and self.step >= 0:
-                    self._files.unmark_if_same(self._records, self._last_step)
+                if self._exposed and self.step >= 0:
+                    self._files.unmark_if_unchanged(self._records, self._last_step)
             finally:
                 self._files.close()
         self.step = -1
@@ -332,7 +329,7 @@ class Centers:
         self._states = {}
 
     def remove(self) -> None:
-        """Closes the centers and removes their files, and the directory if it was made for them."""
+        """Close the centers, and remove their files and the directory if `create` made it."""
         if self._files is not None:
             self._files.remove()
             self._files = None
@@ -355,7 +352,7 @@ class Centers:
         self.seconds[name] = time.perf_counter() - began
 
     def _move(self, class_ids: Tensor, gradient: Tensor | None, step: int, lr: float) -> None:
-        """The optimizer's step on rows; without a gradient only the steps that they missed."""
+        """Step rows; without a gradient, apply only the steps that they missed."""
         config = self.config
         options: dict[str, Any] = {
             "lr": lr,
@@ -374,10 +371,11 @@ class Centers:
 
 
 def _initialize(
-    centers: Centers, progress: Progress | None, sums: NDArray[np.uint32] | None
+    centers: Centers, progress: Callable[[int, int], None] | None, sums: NDArray[np.uint32] | None
 ) -> None:
-    """Normal values by Philox, whose counter starts anew at each chunk of rows; their checksums
-    go into ``sums``.
+    """Draw normal values by Philox, by chunks of rows, and write their checksums to ``sums``.
+
+    Each chunk has its own counter, so that the values do not depend on the number of threads.
     """
     config = centers.config
     key = seeds(config.seed, "centers", 0)

@@ -1,4 +1,4 @@
-"""Checksums of rows, many at a time, by multilinear hashing."""
+"""Checksums of many rows at once, by multilinear hashing."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-BLOCK_BYTES = 2**17  # of records at once: their words, widened, stay in the cache
+BLOCK_BYTES = 2**17  # of records at once, so that their widened words stay in the cache
 
 
 @functools.cache
 def _keys(count: int) -> NDArray[np.uint64]:
-    """Return random numbers, the same ones always."""
+    """Return the hash's random keys, always the same."""
     return np.random.Philox(key=0x5F3C, counter=0).random_raw(count)
 
 
 def row_checksums(ids: NDArray[np.int64], last_step: Tensor, records: Tensor) -> NDArray[np.uint32]:
-    """Return a checksum of each row's number, last step and record.
+    """Return a checksum of each row's index, last step and record, (N,) uint32.
 
-    The upper half of Σ key_i·word_i modulo 2^64 over 32-bit words, with random 64-bit keys: two
-    rows that differ, in whatever way, have the same checksum with a probability of 2^-32.
+    It is the upper half of Σ key_i·word_i modulo 2^64 over 32-bit words, with random 64-bit keys:
+    two different rows have the same checksum with a probability of 2^-32.
 
     Args:
-        ids: (N,) the rows' numbers.
+        ids: (N,) row indices.
         last_step: (N,) int32.
         records: (N, width), contiguous.
 

@@ -1,4 +1,4 @@
-"""What centers are, and how their optimizer moves them."""
+"""The configuration of class centers and their optimizer."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class CentersConfig:
-    """What centers are, and how their optimizer moves them.
+    """Size, dtype, optimizer and seed of class centers.
 
     Attributes:
         num_classes: C, in [1, 2^31). embedding_size: D, in [1, 2^20].
         dtype: of the centers and of their optimizer's state: ``"bfloat16"``, stored with seeded
-            random rounding, or ``"float32"``.
+            stochastic rounding, or ``"float32"``.
         optimizer: ``"sgd"`` (`sk.row_sgd_`) or ``"adamw"`` (`sk.row_adamw_`).
         momentum, nesterov: of SGD; without momentum there is no buffer.
         betas, eps: of AdamW.
-        weight_decay: as the optimizer has it.
-        catch_up: a row takes the steps that it missed when it is sampled next, before the loss sees
-            it, as a dense optimizer would have taken them. False: rows that are not sampled stay.
+        weight_decay: of the optimizer.
+        catch_up: when a row is sampled, it first takes the steps that it missed, as a dense
+            optimizer would have taken them. False: rows that are not sampled stay as they are.
         init_std: standard deviation of the initial values.
-        seed: of the initial values, the sampled classes and the random rounding.
+        seed: of the initial values, the sampled classes and the stochastic rounding.
     """
 
     num_classes: int
@@ -72,14 +72,14 @@ class CentersConfig:
 
     @property
     def states(self) -> tuple[str, ...]:
-        """The optimizer's state: one (C, D) matrix each."""
+        """Names of the optimizer's states, one (C, D) matrix each."""
         if self.optimizer == "adamw":
             return "exp_avg", "exp_avg_sq"
         return ("momentum_buffer",) if self.momentum else ()
 
     @property
     def width(self) -> int:
-        """Numbers in a record: a center, then its state."""
+        """Count of values in a record: a center, then its states."""
         return (1 + len(self.states)) * self.embedding_size
 
     @property
@@ -93,7 +93,7 @@ class CentersConfig:
 
     @classmethod
     def from_json(cls, values: Any) -> CentersConfig:
-        """Raises ValueError or TypeError for values that a configuration cannot have."""
+        """Return a configuration from JSON; raise ValueError or TypeError for invalid values."""
         if not isinstance(values, dict):
             raise TypeError(f"config must be an object, got {type(values).__name__}")
         wrong = values.keys() ^ {f.name for f in fields(cls)}

@@ -1,4 +1,4 @@
-"""Centers as files: memory-mapped, and a log that leads back to the last checkpoint."""
+"""Class centers in memory-mapped files, with an undo log back to the last checkpoint."""
 
 from __future__ import annotations
 
@@ -28,32 +28,31 @@ from .config import DTYPES, LAST_STEP, ROWS, CentersConfig
 FORMAT = 2
 EARLIER = 1  # without checksums
 STATE, LOCK = "centers.json", "lock"
-NUMBERED = ("undo-", "sums-", "shown-")  # files of one checkpoint: its number, then .bin
-STATE_BYTES = 2**16  # no longer is the JSON
+NUMBERED = ("undo-", "sums-", "shown-")  # prefixes of one checkpoint's files
+STATE_BYTES = 2**16  # an upper bound of the JSON's size
 FRAME_BYTES = 2**24  # of records, at most, in one frame of the log
-ID_BYTES = 8 + 4  # a row's id and last step in a frame
-CHUNK_BYTES = 2**19  # of records whose checksums are computed at once: they stay in the cache
-# Bits of a row: what it held is in the log; it was compared with its checksum, or made here.
+ID_BYTES = 8 + 4  # of a row's index and last step in a frame
+CHUNK_BYTES = 2**19  # of records whose checksums are computed at once, to stay in the cache
+# Flags of a row: its content is in the log; it was verified, or written here.
 LOGGED, TRUSTED = 1, 2
-Progress = Callable[[int, int], None]  # done, total
 
 
-class Files:
-    """A directory: the state (JSON), records, last steps, checksums, and the log of what rows held.
+class CentersFiles:
+    """A directory with the state (JSON), records, last steps, checksums and the undo log.
 
-    Checksums and log bear the number of the checkpoint that they are of; any others are of the
-    past. The log is a header, then frames, each of some rows: ids, last steps, records. Of a frame
-    that is cut short no row was changed. An empty file, of the same number, says that the rows may
-    have been written to by hand, so that those checksums are not theirs.
+    The names of checksums and log hold the number of their checkpoint; those with another number
+    are obsolete. The log is a header, then frames of some rows each: indices, last steps, records.
+    The rows of a truncated last frame were not changed. An empty marker file with the same number
+    tells that the caller may have written to the rows, so that their checksums may be invalid.
 
     Attributes:
-        step, lr: of the last checkpoint. number: how many there were before it.
-        sums: (C,) uint32, each row's checksum as of the last checkpoint; None for files that have
-            none yet, or none that can be relied on.
+        step, lr: of the last checkpoint. number: count of checkpoints before it.
+        sums: (C,) uint32, each row's checksum as of the last checkpoint; None if there are none,
+            or no valid ones.
     """
 
-    HEADER = struct.Struct("<8sqq?40s")  # magic, number, bytes of a record, sync, machine's boot
-    FRAME = struct.Struct("<4sII")  # magic, rows, CRC-32 of their ids and last steps
+    HEADER = struct.Struct("<8sqq?40s")  # magic, number, bytes of a record, sync, boot id
+    FRAME = struct.Struct("<4sII")  # magic, rows, CRC-32 of their indices and last steps
     MAGIC, FRAME_MAGIC = b"synfundo", b"rows"
 
     def __init__(self, directory: Path, sync: bool) -> None:
@@ -63,12 +62,15 @@ class Files:
         self._flags = torch.empty(0, dtype=torch.uint8, device="cpu")  # (C,)
         self._descriptors: dict[str, int] = {}
         self._log: int | None = None
-        self._made = False  # the directory, too
+        self._made = False  # whether `create` made the directory
 
     # ---- creating, opening, closing --------------------------------------------------------------
 
     @classmethod
-    def create(cls, directory: Path, config: CentersConfig, overwrite: bool, sync: bool) -> Files:
+    def create(
+        cls, directory: Path, config: CentersConfig, overwrite: bool, sync: bool
+    ) -> CentersFiles:
+        """Return files for new centers, with room on the disk; see `Centers.create`."""
         made = not directory.exists()
         entries = [] if made else sorted(directory.iterdir())
         own = [path for path in entries if _is_ours(path)]
@@ -92,12 +94,12 @@ class Files:
         files._made = made
         files._lock()
         try:
-            for path in sorted(own, key=lambda path: path.name != STATE):  # that one first
+            for path in sorted(own, key=lambda path: path.name != STATE):  # the state first
                 if path.name != LOCK:
                     path.unlink()
             for name, size in config.bytes.items():
                 descriptor = files._open(name, os.O_CREAT | os.O_EXCL)
-                # Taken from the disk now: a full disk under a mapped page would kill the process.
+                # Allocate now: a full disk under a mapped page would kill the process.
                 os.posix_fallocate(descriptor, 0, size)
             files.sums = np.zeros(config.num_classes, np.uint32)
             files.number = -1
@@ -110,7 +112,8 @@ class Files:
         return files
 
     @classmethod
-    def open(cls, directory: Path, sync: bool) -> tuple[Files, CentersConfig]:
+    def open(cls, directory: Path, sync: bool) -> tuple[CentersFiles, CentersConfig]:
+        """Return the files in a directory, and their configuration; see `Centers.open`."""
         if not (directory / STATE).is_file():
             raise CheckpointError(
                 f"{directory} holds no centers: {STATE} is missing (it is written when they are "
@@ -129,7 +132,7 @@ class Files:
                         f"{len(config.states)} optimizer states, got {came} bytes"
                     )
             check_memory(f"{directory}: the checksums", 5 * config.num_classes)
-            if crc is not None and not files._shown_path(files.number).exists():
+            if crc is not None and not files._marker(files.number).exists():
                 files.sums = files._read_sums(config, crc)
             files._flags = torch.zeros(config.num_classes, dtype=torch.uint8, device="cpu")
         except BaseException:
@@ -146,7 +149,7 @@ class Files:
         return self._descriptors[name]
 
     def _lock(self) -> None:
-        """Until it is closed, or its process dies."""
+        """Lock the directory until `close`, or the end of the process."""
         try:
             fcntl.flock(self._open(LOCK, os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -156,22 +159,24 @@ class Files:
             ) from None
 
     def map(self, config: CentersConfig) -> tuple[Tensor, Tensor]:
-        """Records (C, width) and last steps (C,)."""
+        """Return the mapped records (C, width) and last steps (C,)."""
         tensors = []
         for name, dtype in ((ROWS, DTYPES[config.dtype]), (LAST_STEP, torch.int32)):
             mapping = mmap.mmap(self._descriptors[name], config.bytes[name])
             if name == ROWS:
-                mapping.madvise(mmap.MADV_RANDOM)  # a row's neighbors are not wanted
+                mapping.madvise(mmap.MADV_RANDOM)  # no read-ahead of a row's neighbors
             tensors.append(torch.frombuffer(mapping, dtype=dtype))
         return tensors[0].view(config.num_classes, config.width), tensors[1]
 
     def close(self) -> None:
+        """Close all files."""
         self._close_log()
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
 
     def remove(self) -> None:
+        """Close and remove all files, and the directory if `create` made it."""
         for path in self.directory.iterdir():
             if _is_ours(path):
                 path.unlink()
@@ -190,11 +195,10 @@ class Files:
         last_step: Tensor,
         everything: bool,
     ) -> None:
-        """Makes this step the one that `open` comes back to.
+        """Make this step the one that `open` returns to.
 
         Args:
-            everything: compute the checksums of all rows, not of those alone that `log` was told
-                of.
+            everything: compute the checksums of all rows, not only of those in the log.
         """
         sums = self.sums
         changed: Tensor | None = self._flags.bitwise_and(LOGGED).nonzero()[:, 0]
@@ -207,9 +211,9 @@ class Files:
         sums.tofile(path)
         sync(path)
         if everything:
-            self.mark_shown(number)  # whoever has a view may go on writing
+            self.mark_exposed(number)  # the caller may write to its view again
         for name in (ROWS, LAST_STEP):
-            os.fsync(self._descriptors[name])  # what was written through the mapping, too
+            os.fsync(self._descriptors[name])  # writes through the mapping, too
         state = {
             "format": FORMAT,
             "step": step,
@@ -219,22 +223,22 @@ class Files:
             "config": asdict(config),
         }
         write_text(self.directory / STATE, sealed(state))
-        # Not before: where this failed, rows are compared with what the last checkpoint has.
+        # Not earlier: if this failed, rows are compared with the last checkpoint's checksums.
         self.sums = sums
         self.step, self.lr, self.number = step, lr, number
         self._flags.bitwise_and_(TRUSTED)
         self._close_log()
-        self._remove_past()
+        self._remove_obsolete()
 
-    def _remove_past(self) -> None:
-        """Removes logs, checksums and marks of other checkpoints."""
-        present = (self._log_path, self._sums_path(self.number), self._shown_path(self.number))
+    def _remove_obsolete(self) -> None:
+        """Remove logs, checksums and markers of other checkpoints."""
+        present = (self._log_path, self._sums_path(self.number), self._marker(self.number))
         for path in self.directory.iterdir():
             if _is_numbered(path) and path not in present:
                 path.unlink()
 
     def _read_state(self) -> tuple[CentersConfig, str | None]:
-        """The configuration, and the CRC-32 of the checksums if there are any."""
+        """Return the configuration, and the CRC-32 of the checksums if there are any."""
         path = self.directory / STATE
         state = read_state(path, FORMAT, EARLIER, most=STATE_BYTES)
         try:
@@ -255,22 +259,22 @@ class Files:
         except (ValueError, TypeError, OverflowError) as error:
             raise CheckpointError(f"{path} is not the state of centers: {error}") from error
 
-    # ---- rows that may have been written to by hand ----------------------------------------------
+    # ---- rows to which the caller may have written -----------------------------------------------
 
-    def _shown_path(self, number: int) -> Path:
+    def _marker(self, number: int) -> Path:
         return self.directory / f"shown-{number}.bin"
 
-    def mark_shown(self, number: int) -> None:
-        """Notes on the disk that rows may differ from the checksums of a checkpoint."""
-        self._shown_path(number).touch()
+    def mark_exposed(self, number: int) -> None:
+        """Mark on the disk that rows may differ from a checkpoint's checksums."""
+        self._marker(number).touch()
         sync(self.directory)
 
-    def unmark_if_same(self, records: Tensor, last_step: Tensor) -> None:
-        """Removes the mark where all rows are those of the last checkpoint."""
+    def unmark_if_unchanged(self, records: Tensor, last_step: Tensor) -> None:
+        """Remove the marker if all rows are those of the last checkpoint."""
         if self.sums is not None and self._log is None:
             with contextlib.suppress(CheckpointError):
                 self.verify(records, last_step, None)
-                self._shown_path(self.number).unlink()
+                self._marker(self.number).unlink()
 
     # ---- checksums -------------------------------------------------------------------------------
 
@@ -289,8 +293,10 @@ class Files:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
-    def verify(self, records: Tensor, last_step: Tensor, progress: Progress | None) -> None:
-        """Compares all rows with their checksums, but those that changed since the checkpoint.
+    def verify(
+        self, records: Tensor, last_step: Tensor, progress: Callable[[int, int], None] | None
+    ) -> None:
+        """Verify the checksums of all rows that did not change since the checkpoint.
 
         Raises:
             CheckpointError: naming the first row that differs.
@@ -316,7 +322,7 @@ class Files:
     def _computed(
         self, ids: Tensor | None, records: Tensor, last_step: Tensor
     ) -> Iterator[tuple[Any, NDArray[np.uint32]]]:
-        """Rows, some at a time (as indices or a slice), and their checksums; on torch's threads."""
+        """Yield chunks of rows, as indices or a slice, with their checksums; multithreaded."""
         size = records.shape[1] * records.itemsize
         count = len(records) if ids is None else len(ids)
         most = max(1, CHUNK_BYTES // size)
@@ -344,11 +350,11 @@ class Files:
             yield from map(compute, starts)
             return
         with ThreadPoolExecutor(threads) as pool:
-            for batch in range(0, len(starts), 1024):  # results wait for those before them
+            for batch in range(0, len(starts), 1024):  # bounds the results in memory
                 yield from pool.map(compute, starts[batch : batch + 1024])
 
     def _read_ahead(self, row: int, count: int, size: int) -> None:
-        """Has the system read rows, and does not wait: the mapping is told not to read ahead."""
+        """Start reading rows into the page cache, since the mapping does not read ahead."""
         os.posix_fadvise(self._descriptors[ROWS], row * size, count * size, os.POSIX_FADV_WILLNEED)
 
     # ---- the log ---------------------------------------------------------------------------------
@@ -358,13 +364,13 @@ class Files:
         return self.directory / f"undo-{self.number}.bin"
 
     def log(self, class_ids: Tensor, records: Tensor, last_step: Tensor) -> None:
-        """Appends what the rows hold, but for those that a frame holds already.
+        """Append the rows' content to the log, except of rows that it holds already.
 
         Raises:
-            CheckpointError: for a row that is used for the first time, and is not what was written.
+            CheckpointError: for a row that is first used now, and is corrupted.
         """
         size = records.shape[1] * records.itemsize
-        # All pages are asked for before any is waited for.
+        # Request all pages before waiting for any.
         for row in class_ids.tolist():
             self._read_ahead(row, 1, size)
         new = class_ids[self._flags[class_ids].bitwise_and(LOGGED) == 0]
@@ -385,7 +391,7 @@ class Files:
             if self.sync:
                 os.fsync(log)
         except BaseException:
-            os.ftruncate(log, end)  # nothing may follow a frame that is cut short
+            os.ftruncate(log, end)  # nothing may follow a truncated frame
             raise
         self._flags.index_fill_(0, new, LOGGED | TRUSTED)
 
@@ -395,7 +401,7 @@ class Files:
             log = os.open(self._log_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             try:
                 _write(log, header)
-                # With or without sync, that rows are being changed is on the disk before they are.
+                # The log's existence is flushed before any row changes, with or without sync.
                 os.fsync(log)
                 sync(self.directory)
             except BaseException:
@@ -410,14 +416,16 @@ class Files:
             os.close(self._log)
             self._log = None
 
-    def undo(self, records: Tensor, last_step: Tensor, progress: Progress | None) -> None:
-        """Puts back what the log holds, and removes it."""
+    def undo(
+        self, records: Tensor, last_step: Tensor, progress: Callable[[int, int], None] | None
+    ) -> None:
+        """Restore the rows in the log, and remove it."""
         path = self._log_path
-        self._remove_past()
+        self._remove_obsolete()
         if path.exists():
             with path.open("rb") as log:
                 frames = list(self._frames(log, records))
-                # Backwards: where a row is there twice, the earlier one is the checkpoint's.
+                # Backwards: of a row that is there twice, the earlier one is the checkpoint's.
                 for done, (start, count) in enumerate(reversed(frames), 1):
                     ids, steps, rows = self._read_frame(log, start, count, records)
                     records.index_copy_(0, ids, rows)
@@ -429,7 +437,7 @@ class Files:
             path.unlink()
 
     def _frames(self, log: BinaryIO, records: Tensor) -> Iterator[tuple[int, int]]:
-        """Where the whole frames begin, and how many rows they hold."""
+        """Yield each complete frame's offset and number of rows."""
         size, record_bytes = os.fstat(log.fileno()).st_size, records.shape[1] * records.itemsize
         if size < self.HEADER.size:
             return
@@ -470,7 +478,7 @@ class Files:
             raise CheckpointError(f"{log.name} is damaged at byte {start}")
         content = bytearray(log.read(count * records.shape[1] * records.itemsize))
         rows = torch.frombuffer(content, dtype=records.dtype).view(count, -1)
-        if self.sums is not None:  # of the checkpoint, as the log is
+        if self.sums is not None:  # the log holds the checkpoint's rows
             wrong = row_checksums(ids.numpy(), steps, rows) != self.sums[ids.numpy()]
             if wrong.any():
                 raise CheckpointError(
@@ -495,5 +503,5 @@ def _write(descriptor: int, data: Any) -> None:
 
 
 def _boot() -> bytes:
-    """Which start of the machine this is."""
+    """Return the id of the machine's current boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()

@@ -29,7 +29,8 @@ from ...common.check import check_integer
 from ...common.config import load, to_toml
 from ...common.extras import extra
 from ...data import Faces, read_folder
-from ...evaluation.metrics import pixel_embeddings, verify
+from ...evaluation.embedding import pixel_embeddings
+from ...evaluation.metrics import verify
 from ...reporting.page import table, write_page
 from ...reporting.plots import ACCENT, INK, QUIET, figure, image_grid, save
 from ...synthesis import packing

@@ -1,32 +1,33 @@
-"""pytorch-metric-learning's ``W``: a loss's centers as (D, C), by the name its users know."""
+"""pytorch-metric-learning's ``W``: a loss's centers as (D, C), under that library's name."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
+
+from .sparse_gradient import hook_optimizers
 
 
-class TheirCenters(nn.Parameter):
-    """A view of a loss's ``weight`` as (D, C) that optimizers and clipping take for the parameter.
+class CentersView(nn.Parameter):
+    """A (D, C) view of a loss's ``weight`` that optimizers and gradient clipping accept.
 
-    Its ``grad``, ``data`` and ``requires_grad`` are those of ``weight``, turned likewise. What it
-    cannot be is the leaf that ``torch.autograd.grad`` and hooks need: that is ``weight``.
+    Its ``grad``, ``data`` and ``requires_grad`` are those of ``weight``, transposed likewise. It is
+    not the leaf that ``torch.autograd.grad`` and hooks need: that is ``weight``.
     """
 
-    # results are plain tensors, as a parameter's
+    # results are plain tensors, as those of parameters
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     _weight: nn.Parameter
 
     @staticmethod
-    def of(weight: nn.Parameter) -> TheirCenters:
-        view = turned(weight).as_subclass(TheirCenters)
+    def of(weight: nn.Parameter) -> CentersView:
+        view = transposed(weight).as_subclass(CentersView)
         view._weight = weight
         if not torch.compiler.is_compiling():
-            _watch_optimizers()
+            hook_optimizers(_before_step)
         return view
 
     is_leaf = True
@@ -40,11 +41,11 @@ class TheirCenters(nn.Parameter):
                 "loss's no more: make the optimizer afterwards, best of loss.weight or "
                 "loss.parameters()"
             )
-        return None if weight.grad is None else turned(weight.grad)
+        return None if weight.grad is None else transposed(weight.grad)
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
-        self._weight.grad = None if value is None else turned_back(value, self._weight)
+        self._weight.grad = None if value is None else untransposed(value, self._weight)
 
     @property
     def data(self) -> Tensor:
@@ -70,7 +71,7 @@ class TheirCenters(nn.Parameter):
     def requires_grad(self, value: bool) -> None:
         self._weight.requires_grad = value
 
-    def requires_grad_(self, mode: bool = True) -> TheirCenters:
+    def requires_grad_(self, mode: bool = True) -> CentersView:
         self._weight.requires_grad_(mode)
         return self
 
@@ -86,15 +87,10 @@ class TheirCenters(nn.Parameter):
         return nn.Parameter(self.detach().clone(), self.requires_grad)
 
 
-@functools.cache
-def _watch_optimizers() -> None:
-    register_optimizer_step_pre_hook(_before_step)
-
-
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Raise where an optimizer cannot step W, or would step the same centers twice."""
+    """Raise if an optimizer cannot step W, or would step the same centers twice."""
     given = [each for group in optimizer.param_groups for each in group["params"]]
-    weights = [each._weight for each in given if isinstance(each, TheirCenters)]
+    weights = [each._weight for each in given if isinstance(each, CentersView)]
     if weights and isinstance(optimizer, torch.optim.LBFGS):
         raise RuntimeError(
             "LBFGS flattens its parameters, which loss.W, a transposed view, cannot be: give it "
@@ -108,11 +104,11 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             )
 
 
-def turned(weight: Tensor) -> Tensor:
-    """(D, C) or (D, C·S) of (C, D) or (C, S, D): a view."""
+def transposed(weight: Tensor) -> Tensor:
+    """Return (C, D) or (C, S, D) centers as a (D, C) or (D, C·S) view."""
     return weight.view(-1, weight.shape[-1]).T
 
 
-def turned_back(theirs: Tensor, like: Tensor) -> Tensor:
-    """Undo `turned`, contiguously."""
-    return theirs.T.reshape(like.shape).contiguous()
+def untransposed(columns: Tensor, like: Tensor) -> Tensor:
+    """Return a contiguous copy of (D, C) or (D, C·S) centers in the shape of ``like``."""
+    return columns.T.reshape(like.shape).contiguous()

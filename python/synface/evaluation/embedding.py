@@ -1,0 +1,195 @@
+"""Embeddings of images by a network, or of raw pixels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from synface.common.check import describe
+from synface.data import normalize
+from synface.data.formats import decode
+from synface.data.formats.images import Store
+
+
+def embed(model: nn.Module, images: Tensor, batch_size: int = 256, flip: bool = True) -> Tensor:
+    """Return the embeddings of images, with the model in evaluation mode meanwhile.
+
+    Args:
+        model: maps (B, C, H, W) float32 in [-1, 1] to floating embeddings (B, D), or to a tuple
+            that begins with them, such as AdaFace's (embedding, norm).
+        images: (N, H, W, C) uint8, N at least 1, on any device.
+        batch_size: images per call of the model, on the device of its first parameter.
+        flip: add the embedding of the horizontally flipped image before normalizing.
+
+    Returns:
+        (N, D) float32 unit rows, on the CPU.
+
+    Raises:
+        TypeError: if the model returns something else.
+        ValueError: for images of another dtype or shape, no images, a batch size under 1, and
+            embeddings that are not finite, naming the images by their index.
+    """
+    return _embed(model, images, batch_size, flip, lambda index: f"image {index}", 0)
+
+
+@torch.no_grad()
+def _embed(
+    model: nn.Module,
+    images: Tensor,
+    batch_size: int,
+    flip: bool,
+    name: Callable[[int], str],
+    first: int,
+) -> Tensor:
+    """Embed images as `embed` does; errors call image i name(first + i)."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    _check_images(images)
+    parameter = next(model.parameters(), None)
+    device = images.device if parameter is None else parameter.device
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        rows = []
+        for batch in images.split(batch_size):
+            x = normalize(batch.to(device))
+            y = _output(model(x), len(x))
+            if flip:
+                y = y + _output(model(x.flip(-1)), len(x))
+            # In float64, where no square of a float32 overflows, on the CPU.
+            rows.append(F.normalize(y.cpu().double()).float())
+    finally:
+        for module, training in modes:
+            module.training = training
+    embeddings = torch.cat(rows)
+    bad = (~embeddings.isfinite()).any(1).nonzero()[:, 0].tolist()
+    if bad:
+        shown = ", ".join(name(first + i) for i in bad[: decode.NAMED])
+        shown += ", …" if len(bad) > decode.NAMED else ""
+        raise ValueError(
+            f"the network's embeddings of {len(bad)} of {len(embeddings)} images are not finite "
+            f"(NaN or infinite): {shown}; check the network's weights and precision"
+        )
+    return embeddings
+
+
+def _output(found: object, count: int) -> Tensor:
+    """Return the float32 embeddings in a network's output for `count` images."""
+    parts = found if isinstance(found, (tuple, list)) else [found]
+    rows = parts[0] if parts else None
+    if not isinstance(rows, Tensor) or not rows.is_floating_point():
+        came = ", ".join(describe(x) if isinstance(x, Tensor) else type(x).__name__ for x in parts)
+        raise TypeError(
+            "the network must return floating point embeddings (B, D), or a tuple that begins with "
+            f"them, got {type(found).__name__}: {came or 'empty'}"
+        )
+    if rows.ndim != 2 or len(rows) != count or not rows.shape[1]:
+        raise ValueError(
+            f"the network must return embeddings of shape ({count}, D) for {count} images, "
+            f"got {tuple(rows.shape)}"
+        )
+    return rows.float()
+
+
+def embed_store(
+    model: nn.Module,
+    store: Store,
+    image_shape: tuple[int, int, int],
+    *,
+    batch_size: int = 256,
+    flip: bool = True,
+    resize: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Return the embeddings of encoded images, which threads decode batch by batch.
+
+    Args:
+        model, batch_size, flip: as `embed`.
+        image_shape: (H, W, C) that the model takes.
+        resize: resize images of another size; False: they are an error.
+        progress: called as progress(done, total), first with 0, then after each batch.
+
+    Returns:
+        (N, D) float32 unit rows, on the CPU.
+
+    Raises:
+        DataError: for images that cannot be decoded or are of another size; the first five of a
+            batch are named.
+        TypeError, ValueError: as `embed`; images are named by the store.
+
+    Memory: the result, and three batches of decoded images.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    count, expected = len(store), None if resize else image_shape[:2]
+
+    def read(pixels: np.ndarray, index: int) -> None:
+        with store.open(index) as file:
+            decode.read_into(pixels, file, expected)
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool, ThreadPoolExecutor(1) as ahead:
+
+        def batch(begin: int) -> Tensor:
+            indices = range(begin, min(begin + batch_size, count))
+            images = np.empty((len(indices), *image_shape), np.uint8)
+            done = list(pool.map(decode.attempt(read), images, indices))
+            wrong = {
+                store.name(i): text for i, (_, text) in zip(indices, done, strict=True) if text
+            }
+            decode.raise_if(
+                wrong,
+                f"of {len(indices)} images",
+                f"images of {image_shape[0]}x{image_shape[1]} pixels (height x width)",
+            )
+            return torch.from_numpy(images)
+
+        rows = []
+        if progress is not None:
+            progress(0, count)
+        following = ahead.submit(batch, 0)
+        for begin in range(0, count, batch_size):
+            images = following.result()
+            if begin + batch_size < count:
+                following = ahead.submit(batch, begin + batch_size)
+            rows.append(_embed(model, images, batch_size, flip, store.name, begin))
+            if progress is not None:
+                progress(begin + len(images), count)
+    return torch.cat(rows)
+
+
+def pixel_embeddings(images: Tensor, mean: Tensor | None = None) -> Tensor:
+    """Return centered pixels as unit vectors, a baseline without learning.
+
+    Args:
+        images: (N, H, W, C) uint8, N at least 1.
+        mean: (H, W, C), in the same 0-255 units, subtracted from every image; None subtracts from
+            each image its own mean value, so that the cosine is the pixels' correlation.
+
+    Returns:
+        (N, H*W*C) float32 unit rows (zero for an image that equals its mean).
+
+    Raises:
+        ValueError: for images of another dtype or shape, no images, or a mean of another shape.
+    """
+    _check_images(images)
+    pixels = images.double().flatten(1)
+    if mean is None:
+        return F.normalize(pixels - pixels.mean(1, keepdim=True)).float()
+    if mean.shape != images.shape[1:]:
+        raise ValueError(
+            f"mean must have the images' shape {tuple(images.shape[1:])}, got {tuple(mean.shape)}"
+        )
+    return F.normalize(pixels - mean.double().flatten()).float()
+
+
+def _check_images(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
+        raise ValueError(
+            f"images must be uint8 of shape (N, H, W, C) with N at least 1, got {describe(images)}"
+        )
