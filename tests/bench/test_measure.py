@@ -1,4 +1,4 @@
-"""The demonstration's measurements: gradients count as memory, and a wrong answer is not timed."""
+"""The demonstration's measurements: memory includes gradients, and wrong results are not timed."""
 
 import sys
 

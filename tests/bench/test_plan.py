@@ -1,4 +1,4 @@
-"""The plan of a training run: its memory model against measured peaks, its sums, its remedies."""
+"""The plan of a training run: its memory model against measured peaks, its sums and remedies."""
 
 import json
 import subprocess
@@ -20,6 +20,8 @@ from synface.bench.plan import (
     read_measured,
 )
 from synface.models.iresnet import IResNet
+
+from tests.helpers.command_line import call
 
 STEP = """
 import sys, torch
@@ -150,7 +152,7 @@ def test_backbone_is_counted_as_built(name):
 
 
 def test_activations_are_what_autograd_keeps():
-    """Against the bytes that a real backward pass holds on to, counted by their storages."""
+    """The estimate is compared with the storages that autograd saves for a backward pass."""
     from synface.bench import plan as module
 
     network = IResNet((112, 112), 3, (64, 128, 256, 512), DEPTHS["r18"], 512)
@@ -248,10 +250,7 @@ def test_counts_and_sizes():
 
 def test_command_line():
     command = "plan --identities 100M --dim 512 --gpus 8 --gpu-memory 80GB --batch 1024"
-    done = subprocess.run(
-        [sys.executable, "-m", "synface", *command.split()], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "It does not fit" in done.stdout
-    assert "--centers bfloat16" in done.stdout
-    assert "not measured" in done.stdout
+    shown = call(*command.split())
+    assert "It does not fit" in shown
+    assert "--centers bfloat16" in shown
+    assert "not measured" in shown

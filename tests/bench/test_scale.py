@@ -1,4 +1,4 @@
-"""synface bench scale: what it reports is what happened, and it can be cut off and go on."""
+"""synface bench scale: its report, and runs that are interrupted and resumed."""
 
 import json
 import math
@@ -12,23 +12,13 @@ from synface.bench import scale
 from synface.bench.scale import Clusters, ScaleConfig
 from synface.optim.centers import Centers, CentersConfig
 
+from tests.helpers.command_line import call, refused
+
 SMALL = ScaleConfig(
     CentersConfig(2000, 32, seed=5), sample_rate=0.1, batch=32, working_set=64, lr=0.05
 )
 COMMAND = ["bench", "scale", "--identities", "2k", "--dim", "32", "--sample-rate", "0.1"]
 COMMAND += ["--batch", "32", "--working-set", "64", "--seed", "5", "--lr", "0.05"]
-
-
-def synface(folder, *arguments, code=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "synface", *COMMAND, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        timeout=200,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_clusters_are_what_they_say():
@@ -116,18 +106,18 @@ def test_minutes():
 
 
 @pytest.mark.slow
-def test_command_line_keeps_and_resumes(tmp_path):
-    said = synface(tmp_path, "--steps", "12", "--output", "whole")  # in memory
+def test_command_line_keeps_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = call(*COMMAND, "--steps", 12, "--output", "whole")  # in memory
     assert "12 steps in" in said
     assert "written: whole/scale.json" in said
-    synface(tmp_path, "--steps", "7", "--directory", "centers", "--keep")
+    call(*COMMAND, "--steps", 7, "--directory", "centers", "--keep")
     assert sorted(p.name for p in (tmp_path / "centers").iterdir()) == [
         "centers.json", "last_step.bin", "lock", "rows.bin", "sums-1.bin",
     ]  # fmt: skip
     rest = ["--steps", "12", "--directory", "centers", "--output", "rest"]
-    said = synface(tmp_path, *rest, code=2)
-    assert "centers holds centers" in said
-    synface(tmp_path, *rest, "--resume")
+    assert "centers holds centers" in refused(*COMMAND, *rest)
+    call(*COMMAND, *rest, "--resume")
     losses = {
         name: [
             row["loss"]
@@ -136,10 +126,9 @@ def test_command_line_keeps_and_resumes(tmp_path):
         for name in ("whole", "scale-report", "rest")
     }
     assert losses["whole"] == losses["scale-report"] + losses["rest"]
-    said = synface(tmp_path, *rest, "--resume", "--seed", "6", code=2)
-    assert "not of" in said
+    assert "not of" in refused(*COMMAND, *rest, "--resume", "--seed", 6)
     assert (tmp_path / "centers" / "rows.bin").exists()
-    synface(tmp_path, *rest, "--overwrite")  # and does not keep them
+    call(*COMMAND, *rest, "--overwrite")  # and does not keep them
     assert not (tmp_path / "centers" / "rows.bin").exists()
 
 
@@ -174,7 +163,8 @@ def test_ctrl_c_and_sigterm_end_with_the_report(tmp_path, sent, code):
 
 PRESSED = """
 import os, signal, sys
-from synface import cli, scale
+from synface import cli
+from synface.bench import scale
 step, sent = scale._step, sys.argv[1]
 def interrupted(*arguments):
     row = step(*arguments)
@@ -188,13 +178,8 @@ cli.main()
 
 
 def test_command_line_errors(tmp_path, monkeypatch):
-    from synface import cli
-    from typer.testing import CliRunner
-
     def error(*arguments):
-        outcome = CliRunner().invoke(cli.app, [*COMMAND, *arguments])
-        assert outcome.exit_code == 1
-        return str(outcome.exception)
+        return refused(*COMMAND, *arguments)
 
     monkeypatch.chdir(tmp_path)
     assert "--identities must be a count" in error("--identities", "many")

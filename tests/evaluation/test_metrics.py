@@ -1,4 +1,4 @@
-"""Verification against scikit-learn, on data that is separable, on chance, and on real faces."""
+"""Verification against scikit-learn, on separable data, at chance level, and on real faces."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ORL = Path(__file__).parents[2] / ".." / "shared" / "data" / "orl"
 
 
 def people(count: int, each: int, spread: float, dim: int = 8, seed: int = 0):
-    """Embeddings around one random direction per person, and their labels."""
+    """Return embeddings around one random direction per person, and their labels."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.arange(count).repeat_interleave(each)
     centers = torch.randn(count, dim, generator=g)
@@ -35,7 +35,7 @@ def people(count: int, each: int, spread: float, dim: int = 8, seed: int = 0):
 
 
 def pair_scores(embeddings: torch.Tensor, labels: torch.Tensor):
-    """Every pair's cosine and whether it is genuine, one pair after the other."""
+    """Return every pair's cosine and whether it is genuine, pair by pair."""
     unit = embeddings.double().numpy()
     unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
     pairs = [(i, j) for i in range(len(unit)) for j in range(i + 1, len(unit))]
@@ -296,7 +296,7 @@ def test_pixel_embeddings_are_centered_unit_rows():
 
 
 def test_pixels_on_orl():
-    """The baseline that a trained network is held against, on people s31 to s40."""
+    """People s31 to s40 give the baseline to which a trained network is compared."""
     if not ORL.is_dir():
         pytest.skip("no ORL faces in ../shared/data/orl")
     _, unseen = read_folder(ORL).split(10)

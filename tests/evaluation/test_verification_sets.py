@@ -1,57 +1,24 @@
-"""Verification sets: pickles as data, pairs, templates, and what a network reaches on them."""
+"""Readers of verification sets: pickles as data, pairs and templates."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import pickletools
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from sklearn.metrics import roc_auc_score, roc_curve
-from synface import cli
-from synface.data import DataError, embedded_faces
-from synface.evaluation import report as set_report
-from synface.evaluation import safe_pickle as pickles
-from synface.evaluation.embedding import embed, embed_store
-from synface.evaluation.metrics import identify, verify_pairs
-from synface.evaluation.report import evaluate_set, pair_cosines, pool
+from synface.data import DataError
+from synface.evaluation import report, safe_pickle
+from synface.evaluation.report import evaluate_set, pool
 from synface.evaluation.sets import PairSet, TemplateSet, open_set, read_bin
 from torch import nn
-from typer.testing import CliRunner
 
-
-def jpeg(pixels: np.ndarray) -> bytes:
-    buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def images(count: int = 8, size: int = 6) -> list[bytes]:
-    random = np.random.default_rng(0)
-    return [jpeg(random.integers(0, 256, (size, size), np.uint8)) for _ in range(count)]
-
-
-class Flat(nn.Module):
-    """A network that has nothing to learn: a fixed projection of the pixels."""
-
-    def __init__(self, pixels: int) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(pixels, 16, generator=generator))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.flatten(1) @ self.weight
-
+from tests.helpers.verification_sets import SAME, Flat, images, png
 
 # -- .bin
-
-SAME = [True, False, True, False]
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -76,7 +43,7 @@ def test_a_bin_is_read_as_it_was_written(tmp_path, protocol, kind):
 
 
 def test_a_bin_of_python_2(tmp_path):
-    """Its strings are bytes: opcodes that Python 3 does not write."""
+    """Python 2's strings are bytes, by opcodes that Python 3 does not write."""
     wanted = images(2)
     text = b"".join(b"T" + len(w).to_bytes(4, "little") + w for w in wanted)
     (tmp_path / "x.bin").write_bytes(b"\x80\x02](" + text + b"e]\x88a\x86.")
@@ -154,19 +121,19 @@ def test_an_array_must_have_as_many_items_as_it_says(tmp_path):
     raw = pickle.dumps(np.arange(7, dtype=np.uint8), 2)
     assert raw.count(b"K\x07") == 1
     (tmp_path / "x").write_bytes(raw)
-    assert pickles.load(tmp_path / "x").items == bytes(range(7))
+    assert safe_pickle.load(tmp_path / "x").items == bytes(range(7))
     (tmp_path / "x").write_bytes(raw.replace(b"K\x07", b"K\x09"))
     with pytest.raises(DataError, match=r"shape \(9,\) without as many items"):
-        pickles.load(tmp_path / "x")
+        safe_pickle.load(tmp_path / "x")
 
 
 def test_every_opcode_is_either_known_or_refused(tmp_path):
-    """None of the opcodes that call, import or make objects does anything."""
+    """Opcodes that call, import or make objects are refused."""
     acting = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"}
-    machine = pickles._Machine(tmp_path)
+    machine = safe_pickle._Machine(tmp_path)
     for opcode in pickletools.opcodes:
         if opcode.name in acting | {"EMPTY_DICT", "SETITEM", "SETITEMS", "DICT", "NEXT_BUFFER"}:
-            with pytest.raises(pickles._Refused, match=f"opcode {opcode.name}"):
+            with pytest.raises(safe_pickle._Refused, match=f"opcode {opcode.name}"):
                 machine.step(opcode.name, None, 0)
 
 
@@ -260,7 +227,7 @@ def test_templates(janus):
 
 
 class Shades(nn.Module):
-    """The network tells shades of gray: 0 to 255 are angles from 0 to a right one."""
+    """A network that maps gray levels 0 to 255 to angles from 0 to 90 degrees."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         angle = (x.mean((1, 2, 3)) + 1) * torch.pi / 4
@@ -268,14 +235,14 @@ class Shades(nn.Module):
 
 
 def test_a_template_is_searched_once_however_many_images_it_has(tmp_path):
-    """A probe of one image is taken for another person, one of nine is not; each counts once."""
+    """Of two probes, the one of a single image is misidentified; each counts once."""
     shades = {1: [0], 2: [250], 11: [240], 12: [230] * 9}  # templates 1 and 11 show person 1
     lines, tables = [], {"gallery": ["TEMPLATE_ID,SUBJECT_ID,FILENAME"]}
     tables["probe"] = tables["gallery"][:]
     for template, each in shades.items():
         for i, shade in enumerate(each):
             file = f"{template}-{i}.png"
-            (tmp_path / file).write_bytes(jpeg(np.full((6, 6), shade, np.uint8)))
+            (tmp_path / file).write_bytes(png(np.full((6, 6), shade, np.uint8)))
             lines.append(f"{file} {template} {i // 3}")
             table = tables["gallery" if template < 10 else "probe"]
             table.append(f"{template},{template % 10},{file}")
@@ -341,240 +308,6 @@ def test_paths_that_are_no_set(tmp_path):
         open_set(tmp_path / "x.zip")
 
 
-# -- what is measured
-
-
-def scores(pairs: int = 400, seed: int = 0):
-    g = torch.Generator().manual_seed(seed)
-    same = torch.rand(pairs, generator=g) < 0.5
-    cosine = torch.randn(pairs, generator=g) * 0.2 + same * 0.3
-    return cosine.double().round(decimals=2), same, torch.arange(pairs) * 10 // pairs  # with ties
-
-
-def test_pairs_against_scikit_learn_and_a_search_of_thresholds():
-    cosine, same, fold = scores()
-    got = verify_pairs(cosine, same, fold)
-    assert got.auc == pytest.approx(roc_auc_score(same, cosine), abs=1e-12)
-    fpr, tpr, _ = roc_curve(same, cosine, drop_intermediate=False)
-    assert {*zip(got.fpr, got.tpr, strict=True)} <= {*zip(fpr, tpr, strict=True)}
-    for far in (0.1, 0.01):
-        assert got.tar[far] == tpr[fpr <= far].max()
-    assert got.tar[1e-6] is None
-    accuracies = []
-    for i in range(10):
-        rest, here = fold != i, fold == i
-        best = max(
-            [*cosine[rest].tolist(), 9.0],
-            key=lambda t: (((cosine >= t) == same)[rest].sum().item(), t),
-        )
-        accuracies.append(((cosine >= best) == same)[here].double().mean().item())
-    # A threshold midway in its gap may take another side of a test pair than its upper end.
-    assert got.accuracy == pytest.approx(np.mean(accuracies), abs=0.02)
-    assert verify_pairs(cosine, same).accuracy is None
-    perfect = verify_pairs(same.double(), same, fold)
-    assert (perfect.accuracy, perfect.auc) == (1.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"cosine": torch.ones(3)}, r"same must be bool of shape \(3,\)"),
-        ({"cosine": torch.full((400,), torch.nan)}, "cosine must be finite"),
-        ({"same": torch.ones(400, dtype=torch.bool)}, "both kinds, got 400 genuine ones of 400"),
-        ({"fold": torch.zeros(400, dtype=int)}, "two different values or more, got 1"),
-        ({"fold": torch.zeros(3, dtype=int)}, r"fold must be integer of shape \(400,\)"),
-        ({"fars": (0.0,)}, r"fars must lie in \(0, 1\]"),
-    ],
-)
-def test_pairs_that_cannot_be_verified(change, message):
-    cosine, same, fold = scores()
-    with pytest.raises(ValueError, match=message):
-        verify_pairs(**({"cosine": cosine, "same": same, "fold": fold} | change))
-
-
-def test_rank_1():
-    gallery, probe = torch.eye(3), torch.tensor([[1.0, 0.2, 0], [0, 0.4, 0.5], [0, 1, 0]])
-    found = identify(probe, torch.tensor([4, 5, 5]), gallery, torch.tensor([4, 5, 6]))
-    assert (found.rank1, found.probes, found.gallery) == (pytest.approx(2 / 3), 3, 3)
-    with pytest.raises(ValueError, match="people of the gallery alone"):
-        identify(probe, torch.tensor([4, 5, 9]), gallery, torch.tensor([4, 5, 6]))
-
-
-def test_embedding_encoded_images_is_embedding_decoded_ones(tmp_path):
-    (tmp_path / "x.bin").write_bytes(pickle.dumps((images(), SAME), 4))
-    store = read_bin(tmp_path / "x.bin").store
-    decoded = [np.asarray(Image.open(BytesIO(image)))[..., None] for image in images()]
-    pixels = torch.from_numpy(np.stack(decoded))
-    for flip in (False, True):
-        wanted = embed(Flat(36), pixels, flip=flip)
-        for batch in (1, 3, 8):
-            got = embed_store(Flat(36), store, (6, 6, 1), batch_size=batch, flip=flip)
-            torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
-    first, second = torch.tensor([0, 2]), torch.tensor([1, 3])
-    wanted = (wanted[first].double() * wanted[second].double()).sum(1)
-    torch.testing.assert_close(
-        pair_cosines(got, first, second, 1).double(), wanted, atol=1e-6, rtol=0
-    )
-
-
-def test_an_image_of_another_size_or_none_is_named(tmp_path):
-    content = [*images(7), images(1, size=7)[0]]
-    (tmp_path / "x.bin").write_bytes(pickle.dumps((content, SAME), 4))
-    data = read_bin(tmp_path / "x.bin")
-    with pytest.raises(DataError, match=r"image 7, offset \d+: decodes to 7x7 .*expected 6x6"):
-        evaluate_set(Flat(36), data, (6, 6, 1))
-    assert evaluate_set(Flat(36), data, (6, 6, 1), resize=True).images == 8
-    data.store.images[3] = b"no image"
-    with pytest.raises(DataError, match=r"1 of 8 images.*\n.*image 3, .*no image that can be read"):
-        evaluate_set(Flat(36), data, (6, 6, 1), resize=True)
-
-
-class Adaptive(Flat):
-    """The network returns embeddings and their norms, as AdaFace's do."""
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        found = super().forward(x)
-        norm = found.norm(dim=1, keepdim=True)
-        return found / norm, norm
-
-
-def test_of_embeddings_and_norms_the_first_are_taken(tmp_path):
-    (tmp_path / "x.bin").write_bytes(pickle.dumps((images(), SAME), 4))
-    data = read_bin(tmp_path / "x.bin")
-    wanted, got = (
-        evaluate_set(network, data, (6, 6, 1), flip=False).verification
-        for network in (Flat(36), Adaptive(36))
-    )
-    assert got.auc == wanted.auc
-    assert np.array_equal(got.tpr, wanted.tpr)
-
-
-class Broken(Flat):
-    """The network returns what `wrong` makes of the embeddings."""
-
-    def __init__(self, wrong) -> None:
-        super().__init__(36)
-        self.wrong = wrong
-
-    def forward(self, x: torch.Tensor):
-        return self.wrong(super().forward(x))
-
-
-def spoil(value: float):
-    """Put a value into the last image's embedding, and one into the batch's third."""
-
-    def wrong(rows: torch.Tensor) -> torch.Tensor:
-        rows[-1, 3], rows[2, 0] = value, value
-        return rows
-
-    return wrong
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("flip", [False, True])
-def test_an_embedding_that_is_not_finite_names_its_image(tmp_path, value, flip):
-    (tmp_path / "x.bin").write_bytes(pickle.dumps((images(), SAME), 4))
-    data = read_bin(tmp_path / "x.bin")
-    network = Broken(spoil(value))
-    with pytest.raises(ValueError, match=r"2 of 4 images are not finite.*: .*image 2, .*image 3,"):
-        evaluate_set(network, data, (6, 6, 1), flip=flip, batch_size=4)
-    with pytest.raises(ValueError, match=r"embeddings of 2 of 5 images .*: image 2, image 4;"):
-        embed(network, torch.zeros(5, 6, 6, 1, dtype=torch.uint8), flip=flip)
-
-
-def test_the_name_is_that_of_the_image_in_a_later_batch(tmp_path):
-    (tmp_path / "x.bin").write_bytes(pickle.dumps((images(), SAME), 4))
-    data = read_bin(tmp_path / "x.bin")
-    data.store.images[5] = jpeg(np.zeros((6, 6), np.uint8))
-
-    class NoBlack(Flat):
-        """The network divides by zero for a black image."""
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) / (x.flatten(1).amax(1, keepdim=True) > -1)
-
-    with pytest.raises(ValueError, match=r"1 of 3 images are not finite.*: .*x.bin, image 5, off"):
-        evaluate_set(NoBlack(36), data, (6, 6, 1), batch_size=3)
-
-
-def test_long_embeddings_do_not_overflow():
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 6, 6, 1), np.uint8))
-    far = embed(Broken(lambda rows: rows * 1e30), pixels, flip=False)
-    torch.testing.assert_close(far, embed(Flat(36), pixels, flip=False), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "error", "message"),
-    [
-        (lambda rows: {"embedding": rows}, TypeError, "or a tuple that begins with them, got dict"),
-        (lambda rows: None, TypeError, "got NoneType"),
-        (lambda rows: (), TypeError, "got tuple: empty"),
-        (lambda rows: ("x", rows), TypeError, "got tuple: str, float32"),
-        (lambda rows: rows.long(), TypeError, r"got Tensor: int64 \(4, 16\)"),
-        (lambda rows: rows[1:], ValueError, r"shape \(4, D\) for 4 images, got \(3, 16\)"),
-        (lambda rows: (rows[0], rows), ValueError, r"got \(16,\)"),
-        (lambda rows: rows[:, :0], ValueError, r"got \(4, 0\)"),
-    ],
-)
-def test_a_network_that_returns_something_else_is_a_clear_error(wrong, error, message):
-    with pytest.raises(error, match=message):
-        embed(Broken(wrong), torch.zeros(4, 6, 6, 1, dtype=torch.uint8))
-
-
-# -- the command line
-
-
-def test_eval_reports_on_sets(tmp_path):
-    faces = embedded_faces(4, 24, identities=8)
-    root = tmp_path / "faces"
-    for i, (image, label) in enumerate(zip(faces.images, faces.labels, strict=True)):
-        (root / faces.identities[label]).mkdir(parents=True, exist_ok=True)
-        (root / faces.identities[label] / f"{i % 4}.png").write_bytes(jpeg(image[:, :, 0].numpy()))
-    names = faces.identities
-    lines = ["10\t2"]
-    for i in range(10):
-        a, b = names[i % 8], names[(i + 3) % 8]
-        lines += [f"{a}\t0\t1", f"{a}\t2\t3", f"{a}\t0\t{b}\t1", f"{a}\t2\t{b}\t3"]
-    (tmp_path / "pairs.txt").write_text("\n".join(lines))
-    content, same = [], []
-    for line in lines[1:]:
-        words = line.split("\t")
-        ends = [(words[0], words[1]), (words[0], words[2]) if len(words) == 3 else words[2:]]
-        content += [(root / name / f"{number}.png").read_bytes() for name, number in ends]
-        same.append(len(words) == 3)
-    (tmp_path / "same.bin").write_bytes(pickle.dumps((content, same), 2))
-    run = tmp_path / "run"
-    call = CliRunner().invoke
-    options = ["--epochs", "1", "--size", "24x24", "--embedding-size", "8", "--holdout", "0"]
-    done = call(cli.app, ["train", "--data", str(root), "--output", str(run), *options])
-    assert done.exit_code == 0, done.output
-    sets = [str(tmp_path / "pairs.txt"), str(tmp_path / "same.bin")]
-    report = tmp_path / "report"
-    done = call(
-        cli.app,
-        ["eval", "--checkpoint", str(run), "--set", sets[0], "--images", str(root)],
-    )
-    assert done.exit_code == 0, done.output
-    assert "not measured" not in done.output
-    done = call(cli.app, ["eval", str(run), "--set", sets[1], "--output", str(report)])
-    assert done.exit_code == 0, done.output
-    found = json.loads((report / "results.json").read_text())
-    assert [each["name"] for each in found["sets"]] == ["same"]
-    for name in ("roc.png", "det.png"):
-        with Image.open(report / name) as picture:
-            assert min(picture.size) > 200
-    page = (report / "index.html").read_text()
-    assert f"{found['sets'][0]['verification']['auc']:.4f}" in page
-    assert "det.png" in page
-    for arguments, message in (
-        ([], "eval needs one run"),
-        ([str(run), "--checkpoint", str(run)], "eval needs one run"),
-        ([str(run), "--set", sets[1], "--holdout", "2"], "--set goes without"),
-        ([str(run), "--set", sets[1], "--images", str(root)], "holds its images"),
-    ):
-        assert message in str(call(cli.app, ["eval", *arguments]).exception)
-
-
 def test_two_formats_of_one_set_give_the_same_figures(people):
     lines = ["2\t1", "Ann_Lee 1 2", "Ann_Lee 3 Bo 1", "Bo 2 3", "Bo 4 Ann_Lee 4"]
     (people / "pairs.txt").write_text("\n".join(lines))
@@ -590,4 +323,4 @@ def test_two_formats_of_one_set_give_the_same_figures(people):
     assert np.array_equal(results[0].verification.fpr, results[1].verification.fpr)
     assert results[0].identification.probes == 6
     assert results[1].identification is None
-    assert set_report.table(results)[2][-1] == "not measured"
+    assert report.table(results)[2][-1] == "not measured"

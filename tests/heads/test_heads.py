@@ -20,14 +20,14 @@ def _seed():
 
 
 def batch(dtype=torch.float64, length=20.0, n=N):
-    """Embeddings of many lengths, near enough to a common direction for high cosines too."""
+    """Return embeddings of many lengths, near a common direction so that some cosines are high."""
     x = normalize(torch.randn(n, D, dtype=torch.float64))
     x = x * length * torch.rand(n, 1, dtype=torch.float64).mul(2).add(0.05)
     return x.to(dtype).requires_grad_(), torch.randint(C, (n,))
 
 
 def dense(x, weight, target, scale, m2, m3):
-    """Loss per row of s·(cos(θ + m2) − m3) in the target's column, s·cos θ elsewhere."""
+    """Return each row's loss of s·(cos(θ + m2) − m3) for the target, s·cos θ for other classes."""
     cosine = normalize(x) @ normalize(weight).T
     own = (cosine.gather(1, target[:, None]).squeeze(1).acos() + m2).cos() - m3
     logits = cosine.scatter(1, target[:, None], own[:, None])
@@ -35,7 +35,7 @@ def dense(x, weight, target, scale, m2, m3):
 
 
 def assert_like(head, x, target, expected, **options):
-    """Loss and both gradients."""
+    """Assert that the loss and both gradients are equal."""
     loss = head(x, target, **options)
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-11)
     inputs = (x, head.weight)
@@ -158,7 +158,7 @@ def assigned(head, dtype):
 
 @pytest.mark.parametrize("cast", CASTS)
 def test_adafaces_statistics_are_not_cast(cast):
-    """Lengths of 24 ± 4 are found by statistics that begin at 20 and 100, in hundredths."""
+    """Statistics converge from 20 and 100 to lengths of 24 ± 4, by steps of a hundredth."""
     plain, low = AdaFace(D, C, dtype=torch.float32), CASTS[cast](AdaFace(D, C))
     assert low.weight.dtype in (torch.bfloat16, torch.float16)
     for _ in range(600):

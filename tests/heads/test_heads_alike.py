@@ -127,7 +127,7 @@ OPTIMIZED = [
 
 @pytest.mark.parametrize(("name", "optimizer"), OPTIMIZED)
 def test_what_has_a_device_ignores_the_default_one(name, optimizer):
-    """Meta stands for cuda: a tensor that forgot its device meets those of the CPU."""
+    """The meta device stands for CUDA: a tensor on the default device fails beside CPU tensors."""
     low = {"dtype": torch.bfloat16} if name == "random rounding" else {}
     name = name if name in HEADS else "PartialFC"
     head = made(name, **low)

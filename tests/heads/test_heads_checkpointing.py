@@ -54,7 +54,7 @@ WAYS = {
 
 
 def train(name, run, optimizer="sgd", fused=False):
-    """Return what five steps leave: losses, gradients, weights, statistics, optimizer states."""
+    """Return five steps' losses, gradients, weights, statistics and optimizer states."""
     torch.manual_seed(0)
     head, net = HEADS[name](), torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.Dropout(0.3))
     steps = OPTIMIZERS[optimizer](head.parameters())
@@ -257,7 +257,7 @@ def test_a_recomputation_that_differs_names_its_causes():
 
 
 def test_passes_are_compared_on_the_device(monkeypatch):
-    """A GPU is not waited for: no comparison comes back to Python."""
+    """No comparison synchronizes a GPU with Python."""
     head, labels = HEADS["adaface"](), torch.arange(N)
     x = torch.randn(N, D, requires_grad=True)
     loss = unsaved(head, x, labels)

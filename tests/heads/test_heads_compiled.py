@@ -1,4 +1,4 @@
-"""Compiled with symbolic sizes and floats, heads and margins compute what they compute in eager."""
+"""Heads and margins, compiled with symbolic sizes and floats, agree with eager mode."""
 
 from __future__ import annotations
 

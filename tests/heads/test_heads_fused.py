@@ -1,4 +1,4 @@
-"""Heads whose backward pass steps the centers: the bits of the optimizer's own step after it."""
+"""Heads that step in the backward pass give the bits of the optimizer's step after it."""
 
 from __future__ import annotations
 

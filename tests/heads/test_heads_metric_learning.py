@@ -18,7 +18,7 @@ N, D, C = 20, 8, 11
 
 
 class TheirSubCenters(losses.SubCenterArcFaceLoss):
-    """Theirs of 2.8, which takes a reducer, regularizers and the rest and forgets them."""
+    """PML 2.8's loss, with the reducer, regularizers and other options that it ignores."""
 
     def __init__(self, *, num_classes, embedding_size, sub_centers=3, margin=28.6, **options):
         size = num_classes * sub_centers, embedding_size
@@ -42,7 +42,7 @@ def _seed():
 
 
 def both(pair, **options):
-    """Ours and theirs from the same seed."""
+    """Return our loss and PML's from the same seed."""
     made = []
     for kind in pair:
         torch.manual_seed(5)

@@ -1,4 +1,4 @@
-"""The drop-in for insightface's PartialFC_V2, beside its formulas restated."""
+"""The drop-in for insightface's PartialFC_V2 against insightface's formulas."""
 
 import math
 import signal
@@ -28,7 +28,7 @@ def _seed():
 
 
 def combined(s, m1, m2, m3, threshold=0):
-    """The attributes of insightface's CombinedMarginLoss."""
+    """Return an object with the attributes of insightface's CombinedMarginLoss."""
     return SimpleNamespace(s=s, m1=m1, m2=m2, m3=m3, interclass_filtering_threshold=threshold)
 
 
@@ -37,8 +37,10 @@ def batch(dtype=torch.float64, n=N):
 
 
 def insightface(x, weight, labels, margin):
-    """The mean loss that insightface defines (since 2022): a margin changes the target's cosine by
-    a constant, as far as gradients know; a filtered negative has the constant cosine 0.
+    """Return insightface's mean loss (since 2022).
+
+    For the gradient, a margin changes the target's cosine by a constant; a filtered negative has
+    the constant cosine 0.
     """
     cosine = (normalize(x) @ normalize(weight).T).clamp(-1, 1)
     positive = torch.zeros_like(cosine, dtype=torch.bool).scatter(1, labels[:, None], True)
@@ -54,7 +56,7 @@ def insightface(x, weight, labels, margin):
 
 
 def exact(x, weight, labels, margin):
-    """The mean loss of s·(cos(m1·θ + m2) − m3), with its true gradient, below π."""
+    """Return the mean loss of s·(cos(m1·θ + m2) − m3) below π, with its true gradient."""
     cosine = normalize(x) @ normalize(weight).T
     own = cosine.gather(1, labels[:, None])
     own = (margin.m1 * own.acos() + margin.m2).cos() - margin.m3
@@ -62,7 +64,7 @@ def exact(x, weight, labels, margin):
 
 
 def assert_equal(head, x, labels, expected):
-    """Loss and gradients, of a head and of a function of (x, weight)."""
+    """Assert that a head and a function of (x, weight) have the same loss and gradients."""
     weight = head.weight.detach().clone().requires_grad_()
     loss, other = head(x, labels), expected(x, weight)
     torch.testing.assert_close(loss, other, rtol=1e-10, atol=1e-12)
@@ -94,7 +96,7 @@ def test_insightfaces_convention(numbers, rate):
 @pytest.mark.parametrize("rate", [1.0, 0.5])
 @pytest.mark.parametrize("numbers", MARGINS[:2])
 def test_insightfaces_filter(numbers, rate):
-    """Its threshold sets negatives' cosines to 0; by our convention they are left out."""
+    """Insightface sets filtered negatives' cosines to 0; by our convention they are left out."""
     margin = combined(*numbers, threshold=0.3)
     x, labels = batch()
     weight = torch.randn(C, D, dtype=torch.float64)
@@ -244,7 +246,7 @@ def test_any_optimizer(name):
 
 
 def test_a_rows_loss_is_not_clamped_as_theirs():
-    """Theirs reports −log max(p, 1e-30) ≤ 69.0776, and passes on the gradient of −log p."""
+    """Insightface reports −log max(p, 1e-30) ≤ 69.0776, with the gradient of −log p."""
     head = PartialFC(combined(64, 1, 0.5, 0), D, C, convention="insightface").double()
     labels = torch.arange(4)
     x = -head.weight.detach()[labels]

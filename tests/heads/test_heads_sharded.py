@@ -29,7 +29,7 @@ def backbone():
 
 
 def data(ranks):
-    """(images, labels) of each rank's batch."""
+    """Return each rank's batch of images and labels."""
     g = torch.Generator().manual_seed(1)
     return [
         (torch.randn(n, IN, generator=g, dtype=torch.float64), torch.randint(C, (n,), generator=g))
@@ -48,8 +48,9 @@ def make(rank, rate, **options):
 
 
 def steps(rank, ranks):
-    """Two steps of a backbone under DDP and a head, at each sampling rate: centers, backbone and
-    losses after them; then what is wrong on one rank.
+    """Return centers, backbone and losses of two steps at each sampling rate, and errors.
+
+    The backbone is under DDP; the errors are those of invalid input on one rank.
     """
     images, labels = data(ranks)[rank]
     results = []
@@ -90,7 +91,7 @@ def mistakes(rank):
 
 
 def one_process(ranks, rate):
-    """The same steps by one process, on the classes that the ranks draw."""
+    """Take the same steps in one process, on the classes that the ranks sample."""
     batches = data(ranks)
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     net, weight = backbone(), centers().requires_grad_()
@@ -148,7 +149,7 @@ def test_ranks_equal_one(ranks, tmp_path):
 
 
 def alone(rank, ranks):
-    """A process group of one; a backbone and a head in one module under DDP."""
+    """Train a backbone and a head in one module under DDP, in a process group of one."""
     head = make(0, 0.5)
     assert head.group is None
     module = torch.nn.ModuleDict({"net": backbone(), "head": head})
@@ -178,7 +179,7 @@ def test_a_group_of_one_is_none(tmp_path):
 
 
 def starts(rank, ranks):
-    """A sharded head's beginning, and a head under DDP whose centers are every rank's."""
+    """Return a sharded head's initial state, and the gradients of a head wrapped in DDP."""
     torch.manual_seed(7)
     head = PartialFC(MARGIN, D, 10, group=dist.group.WORLD)
     whole = DistributedDataParallel(ArcFaceLoss(10, D))

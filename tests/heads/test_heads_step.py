@@ -1,4 +1,4 @@
-"""A training step, backbone and head together: compiled, under autocast, on strided embeddings."""
+"""A training step of backbone and head: compiled, under autocast, on strided embeddings."""
 
 import copy
 
@@ -77,7 +77,7 @@ def test_a_step_compiles_as_one_graph(name):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_autocast(name):
-    """Embeddings come in bfloat16; logits are not rounded to it."""
+    """Embeddings are bfloat16; logits are not rounded to it."""
     head = HEADS[name]()
     same = copy.deepcopy(head)
     net = torch.nn.Linear(10, D)

@@ -1,4 +1,4 @@
-"""The row optimizers: torch's dense optimizers are what they must equal."""
+"""Row optimizers against torch's dense optimizers."""
 
 import io
 
@@ -29,7 +29,7 @@ def parameter(dtype=torch.float64, shape=(C, D)):
 
 
 def gradient(step, dtype=torch.float64, shape=(C, D)):
-    """A sparse gradient of some rows, not coalesced: some rows come twice."""
+    """Return a sparse gradient of some rows, uncoalesced: some rows occur twice."""
     rows = torch.randint(shape[0], (8,), generator=generator(1000 + step))
     values = torch.randn(len(rows), *shape[1:], generator=generator(step), dtype=dtype)
     return torch.sparse_coo_tensor(rows[None], values, shape, check_invariants=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -188,7 +189,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the parts fit into the device's memory."""
+        """True if the parts fit into the device's memory."""
         return self.total <= self.available
 
     @property
@@ -328,14 +329,9 @@ def _remedies(settings: Settings) -> Iterator[Remedy]:
         return Remedy(text, size, size <= room)
 
     def least(fits: Callable[[int], bool], most: int) -> int | None:
-        """Return the least number that fits, given that any larger one does."""
-        if not fits(most):
-            return None
-        low, high = 0, most
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if fits(middle) else (middle, high)
-        return high
+        """Return the least number in [1, most] that fits, given that any larger one does."""
+        found = bisect_left(range(1, most + 1), True, key=fits) + 1
+        return found if found <= most else None
 
     if not settings.fused_update:
         yield remedy("no gradient of the centers: --fused-update", fused_update=True)

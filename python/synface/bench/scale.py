@@ -29,7 +29,7 @@ from ..common.files import write_text
 from ..common.interrupts import interrupts
 from ..common.rng import generator, normals, seeds
 from ..optim.centers import Centers, CentersConfig
-from ..reporting.plots import ACCENT, INK, figure, save
+from ..reporting.plots import figure, loss_and_accuracy, save
 
 MEMORY = {"RssAnon": "anonymous", "RssFile": "file-backed", "VmRSS": "in all"}
 PHASES = ("sample", "log", "read", "loss and gradient", "update")
@@ -304,26 +304,17 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "scale.json", json.dumps(result, indent=1))
     history, centers = result["history"], result["config"]["centers"]
-    step = [row["step"] for row in history]
     new, (left, right) = figure(11, 4.4, 1, 2)
-    left.plot(step, [row["loss"] for row in history], color=ACCENT)
-    left.set_ylabel("loss of the batch", color=ACCENT)
-    left.set_ylim(bottom=0)
-    accuracy = left.twinx()
-    accuracy.plot(step, [row["accuracy"] for row in history], color=INK, linewidth=0.8)
-    accuracy.set_ylabel("top-1 accuracy", color=INK)
-    accuracy.set_ylim(0, 1.02)
+    loss_and_accuracy(left, history, "step")
     left.set_title(
         f"{centers['num_classes']:,} × {centers['embedding_size']} {centers['dtype']}, "
         f"{result['config']['working_set']:,} of them seen"
     )
-    right.stackplot(
-        step, [[row[name] for row in history] for name in PHASES], labels=PHASES, alpha=0.8
-    )
+    step, phases = [row["step"] for row in history], [[row[p] for row in history] for p in PHASES]
+    right.stackplot(step, phases, labels=PHASES, alpha=0.8)
     right.set_ylabel("seconds")
     right.set_title(f"Time of a step: {result['steps_per_second']:.2f} steps/s")
     right.legend(frameon=False, fontsize=8, loc="upper right")
-    for axes in (left, right):
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.25)
+    right.set_xlabel("step")
+    right.grid(alpha=0.25)
     save(new, folder / "scale.png")

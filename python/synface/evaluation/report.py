@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,32 +46,24 @@ def evaluate_set(
     data: PairSet | TemplateSet,
     image_shape: tuple[int, int, int],
     *,
-    batch_size: int = 256,
-    flip: bool = True,
-    resize: bool = False,
     fars: Sequence[float] = FARS,
-    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> SetResult:
     """Embed a set's images on the model's device, and verify its pairs.
 
     Rank-1 identification uses, in a `PairSet` that identifies people, each person's first image as
     gallery and the others as probes; in a `TemplateSet`, its gallery and probe lists.
 
-    Args, Raises: as `embed_store` and `verify_pairs`. Of a model that returns a tuple, such as
-        AdaFace's (embedding, norm), the first item is used.
+    Args:
+        model, image_shape: as `embed_store`. fars: as `verify_pairs`.
+        options: of `embed_store` (``batch_size``, ``flip``, ``resize``, ``progress``).
+
+    Raises: as `embed_store` and `verify_pairs`.
 
     Memory: the embeddings, (N, D) float32, and what `verify_pairs` takes.
     """
     began = time.perf_counter()
-    rows = embed_store(
-        model,
-        data.store,
-        image_shape,
-        batch_size=batch_size,
-        flip=flip,
-        resize=resize,
-        progress=progress,
-    )
+    rows = embed_store(model, data.store, image_shape, **options)
     seconds = time.perf_counter() - began
     fold, found = None, None
     if isinstance(data, TemplateSet):
@@ -83,7 +75,7 @@ def evaluate_set(
         fold = torch.from_numpy(data.fold)
         if data.people is not None:
             people = torch.from_numpy(data.people)
-            first = torch.zeros(len(people), dtype=torch.bool, device="cpu")
+            first = torch.zeros_like(people, dtype=torch.bool)
             first[torch.from_numpy(np.unique(data.people, return_index=True)[1])] = True
             if not first.all():
                 found = identify(rows[~first], people[~first], rows[first], people[first])

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import synface_kernels as sk
@@ -16,15 +17,6 @@ from ..common.labels import labels_of
 from .fused import FusedHead, raise_if_recomputed
 
 _STATISTICS = ("norm_mean", "norm_std")  # AdaFace's buffers
-
-
-def _several_ranks() -> bool:
-    distributed = torch.distributed
-    return (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    )
 
 
 class MarginHead(FusedHead):
@@ -91,7 +83,13 @@ class MarginHead(FusedHead):
         self, options: dict[str, Any], embeddings: Tensor, target: Tensor
     ) -> dict[str, Any]:
         options = super()._with_update(options, embeddings, target)
-        if options.get("update") and options.get("group") is None and _several_ranks():
+        if (
+            options.get("update")
+            and options.get("group") is None
+            and dist.is_available()
+            and dist.is_initialized()
+            and dist.get_world_size() > 1
+        ):
             raise ValueError(
                 "a MarginHead that steps in its backward pass would step centers of its own on "
                 "each of several ranks: shard them (ShardedMarginHead, PartialFC)"

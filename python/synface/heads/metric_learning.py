@@ -133,9 +133,6 @@ class _Loss(nn.Module):
             ) from error
         return getattr(found, kind)()
 
-    def _given(self, name: str) -> Any:
-        return self._modules.get(name, self.__dict__.get(name))
-
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "W":
             if isinstance(value, CentersView) and value._weight is self.weight:
@@ -198,7 +195,7 @@ class _Loss(nn.Module):
         weight: Tensor = self.weight
         if embeddings.dtype == torch.float64:
             weight = weight.double()  # for this call; PML casts its centers permanently
-        reducer = self._given("reducer")
+        reducer = self._modules.get("reducer", self.__dict__.get("reducer"))  # not the default
         plain = reducer is None and indices_tuple is None
         losses = sk.margin_cross_entropy(
             embeddings,

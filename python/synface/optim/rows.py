@@ -68,9 +68,10 @@ class _RowOptimizer(torch.optim.Optimizer):
                 continue
             class_ids, row_grad = _rows(parameter)
             state = self._state(group, parameter)
-            number = int(state["step"]) + 1
-            self._update(index, group, parameter, state, number, class_ids, row_grad)
-            state["step"].fill_(number)
+            step = int(state["step"]) + 1
+            arguments = self._arguments(index, group, state, step)
+            self._kernel(_matrix(parameter), row_grad, class_ids, impl=group["impl"], **arguments)
+            state["step"].fill_(step)
         return loss
 
     @torch.no_grad()
@@ -83,8 +84,9 @@ class _RowOptimizer(torch.optim.Optimizer):
         for index, group, parameter in self._parameters():
             state = self.state.get(parameter, {})
             if "last_step" in state and state["step"] > 0:
-                all_rows = torch.arange(parameter.shape[0], device=parameter.device)
-                self._update(index, group, parameter, state, int(state["step"]), all_rows, None)
+                rows = torch.arange(parameter.shape[0], device=parameter.device)
+                arguments = self._arguments(index, group, state, int(state["step"]))
+                self._kernel(_matrix(parameter), None, rows, impl=group["impl"], **arguments)
 
     @torch.no_grad()
     def next_update(self, parameter: Tensor) -> sk.SGDUpdate | sk.AdamWUpdate:
@@ -165,19 +167,6 @@ class _RowOptimizer(torch.optim.Optimizer):
         pairs = ((group, p) for group in self.param_groups for p in group["params"])
         for index, (group, parameter) in enumerate(pairs):
             yield index, group, parameter
-
-    def _update(
-        self,
-        index: int,
-        group: dict[str, Any],
-        parameter: Tensor,
-        state: dict[str, Tensor],
-        step: int,
-        class_ids: Tensor,
-        row_grad: Tensor | None,
-    ) -> None:
-        arguments = self._arguments(index, group, state, step)
-        self._kernel(_matrix(parameter), row_grad, class_ids, impl=group["impl"], **arguments)
 
     def _arguments(
         self, index: int, group: dict[str, Any], state: dict[str, Tensor], step: int

@@ -87,20 +87,25 @@ def image_grid(
     save(new, path)
 
 
-def loss_curve(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw loss and training accuracy over the epochs."""
-    new, axes = figure(6.4, 3.8)
-    epochs = [row["epoch"] for row in history]
-    axes.plot(epochs, [row["loss"] for row in history], color=ACCENT, linewidth=1.2)
-    axes.set_xlabel("epoch")
+def loss_and_accuracy(axes: Any, history: Sequence[Mapping[str, Any]], over: str) -> None:
+    """Draw a history's "loss" and "accuracy", each with its own axis, over "epoch" or "step"."""
+    x = [row[over] for row in history]
+    axes.plot(x, [row["loss"] for row in history], color=ACCENT, linewidth=1.2)
+    axes.set_xlabel(over)
     axes.set_ylabel("loss (margin cross entropy)", color=ACCENT)
     axes.set_ylim(bottom=0)
     other = axes.twinx()
-    other.plot(epochs, [row["accuracy"] for row in history], color=INK, linewidth=0.8, alpha=0.7)
+    other.plot(x, [row["accuracy"] for row in history], color=INK, linewidth=0.8, alpha=0.7)
     other.set_ylabel("training top-1 accuracy", color=INK)
     other.set_ylim(0, 1.02)
-    axes.set_title("Training", color=INK)
     axes.grid(alpha=0.25)
+
+
+def loss_curve(history: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw loss and training accuracy over the epochs."""
+    new, axes = figure(6.4, 3.8)
+    loss_and_accuracy(axes, history, "epoch")
+    axes.set_title("Training", color=INK)
     save(new, path)
 
 
