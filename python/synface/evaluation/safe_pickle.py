@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple, cast
 
 from ..data.formats.decode import DataError
 
-MAX_OPCODES = 1 << 23  # of a file; each may leave an object
+MAX_OPCODES = 1 << 23  # of a file, which bounds its objects
 
 
 class Located(bytes):

@@ -175,12 +175,9 @@ def _image(value: Any) -> bytes:
 
 
 def _boolean(value: Any) -> bool:
-    if (
-        isinstance(value, safe_pickle.Array)
-        and value.shape == ()
-        and isinstance(value.items, bytes)
-    ):
-        value = int.from_bytes(value.items, "little")
+    array = value if isinstance(value, safe_pickle.Array) else None
+    if array and array.shape == () and isinstance(array.items, bytes):
+        value = int.from_bytes(array.items, "little")
     if not isinstance(value, int) or value not in (0, 1):
         raise DataError(f"expected a boolean, got {value!r:.50}")
     return bool(value)
@@ -228,7 +225,7 @@ def read_pairs(path: str | Path, images: str | Path) -> PairSet:
     known: dict[str, dict[str, list[Path]]] = {}
     index: dict[Path, int] = {}
     people: dict[str, int] = {}
-    shown: list[int] = []
+    owners: list[int] = []
     pairs = np.empty((len(rows), 2), np.int64)
     same = np.arange(len(rows)) % (2 * each) < each
 
@@ -243,7 +240,7 @@ def read_pairs(path: str | Path, images: str | Path) -> PairSet:
         file = files[0]
         if file not in index:
             index[file] = len(index)
-            shown.append(people.setdefault(name, len(people)))
+            owners.append(people.setdefault(name, len(people)))
         return index[file]
 
     for i, row in enumerate(rows):
@@ -254,17 +251,16 @@ def read_pairs(path: str | Path, images: str | Path) -> PairSet:
         first, second = (row[0], row[1]), (row[0], row[2]) if same[i] else (row[2], row[3])
         if not same[i] and first[0] == second[0]:
             raise DataError(f"{path}, line {line}: {row[0]!r:.80} twice, where people differ")
-        for place, (name, number) in enumerate((first, second)):
+        for side, (name, number) in enumerate((first, second)):
             if not number.strip().isdecimal():
                 raise DataError(f"{path}, line {line}: {number!r:.80} is no number of an image")
-            pairs[i, place] = image(name, number.strip(), line)
+            pairs[i, side] = image(name, number.strip(), line)
     fold = np.repeat(np.arange(folds), 2 * each)
     if folds == 1:
         fold = np.concatenate([_runs(each), _runs(each)])
     store = Files(Names.of(list(index)))
-    return PairSet(
-        path.stem, str(path), store, pairs[:, 0], pairs[:, 1], same, fold, np.array(shown, np.int64)
-    )
+    owner = np.array(owners, np.int64)
+    return PairSet(path.stem, str(path), store, pairs[:, 0], pairs[:, 1], same, fold, owner)
 
 
 def _words(text: str) -> list[str]:

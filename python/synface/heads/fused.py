@@ -17,7 +17,7 @@ from ..optim import RowAdamW, RowSGD
 from .sparse_gradient import DenseGradient, watch
 
 _TRACKER = ModuleTracker()  # tells whether a backward pass is running
-_PENDING = 16  # how many passes that wait for their recomputation are told apart
+_PENDING = 16  # number of passes that are remembered until their recomputation
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Settled = TypeVar("Settled")
 

@@ -109,7 +109,7 @@ class Centers:
             return centers
         files = CentersFiles.create(Path(directory), config, overwrite, sync)
         try:
-            centers = cls(config, *files.map(config))
+            centers = cls(config, files.records, files.last_step)
             _initialize(centers, progress, files.sums)
             centers._files = files
             centers.checkpoint()
@@ -140,11 +140,11 @@ class Centers:
                 machine crashed between checkpoints without ``sync``.
             BlockingIOError: if another process has them open.
         """
-        files, config = CentersFiles.open(Path(directory), sync)
+        files = CentersFiles.open(Path(directory), sync)
         try:
-            centers = cls(config, *files.map(config))
+            centers = cls(files.config, files.records, files.last_step)
             centers.step, centers.lr, centers._files = files.step, files.lr, files
-            files.undo(centers._records, centers._last_step, progress)
+            files.undo(progress)
             if verify:
                 centers.verify()
         except BaseException:
@@ -166,7 +166,7 @@ class Centers:
         """
         self._check_open()
         if self._files is not None:
-            self._files.verify(self._records, self._last_step, progress)
+            self._files.verify(progress)
 
     @property
     def weight(self) -> Tensor:
@@ -248,7 +248,7 @@ class Centers:
             )
         if self._files is not None:
             with self._timed("log"):
-                self._files.log(class_ids, self._records, self._last_step)
+                self._files.log(class_ids)
         with self._timed("read"):
             if self.config.catch_up and self.step:
                 self._move(class_ids, None, self.step, self.lr)
@@ -309,9 +309,7 @@ class Centers:
         self._check_open()
         if self._files is None:
             raise ValueError("centers in memory have no checkpoint: create them in a directory")
-        self._files.commit(
-            self.config, self.step, self.lr, self._records, self._last_step, self._exposed
-        )
+        self._files.commit(self.step, self.lr, self._exposed)
 
     def close(self) -> None:
         """Release the tensors and files; steps since the last checkpoint are lost."""
@@ -319,7 +317,7 @@ class Centers:
         if self._files is not None:
             try:
                 if self._exposed and self.step >= 0:
-                    self._files.unmark_if_unchanged(self._records, self._last_step)
+                    self._files.unmark_if_unchanged()
             finally:
                 self._files.close()
         self.step = -1

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import mmap
 import os
+import shutil
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -46,6 +47,7 @@ class CentersFiles:
     tells that the caller may have written to the rows, so that their checksums may be invalid.
 
     Attributes:
+        config: of the centers. records: (C, width) and last_step: (C,) int32, mapped.
         step, lr: of the last checkpoint. number: count of checkpoints before it.
         sums: (C,) uint32, each row's checksum as of the last checkpoint; None if there are none,
             or no valid ones.
@@ -54,6 +56,10 @@ class CentersFiles:
     HEADER = struct.Struct("<8sqq?40s")  # magic, number, bytes of a record, sync, boot id
     FRAME = struct.Struct("<4sII")  # magic, rows, CRC-32 of their indices and last steps
     MAGIC, FRAME_MAGIC = b"synfundo", b"rows"
+
+    config: CentersConfig
+    records: Tensor
+    last_step: Tensor
 
     def __init__(self, directory: Path, sync: bool) -> None:
         self.directory, self.sync = directory, sync
@@ -80,8 +86,8 @@ class CentersFiles:
         if own and not overwrite:
             raise FileExistsError(f"{directory} holds centers: open them, or overwrite them")
         needed = sum(config.bytes.values()) + 2 * 4 * config.num_classes  # two sets of checksums
-        disk = os.statvfs(next(p for p in (directory, *directory.absolute().parents) if p.exists()))
-        free = disk.f_bavail * disk.f_frsize + sum(path.stat().st_blocks * 512 for path in own)
+        there = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+        free = shutil.disk_usage(there).free + sum(path.stat().st_blocks * 512 for path in own)
         if needed > free:
             raise OSError(
                 errno.ENOSPC,
@@ -91,7 +97,7 @@ class CentersFiles:
             )
         directory.mkdir(parents=True, exist_ok=True)
         files = cls(directory, sync)
-        files._made = made
+        files.config, files._made = config, made
         files._lock()
         try:
             for path in sorted(own, key=lambda path: path.name != STATE):  # the state first
@@ -101,6 +107,7 @@ class CentersFiles:
                 descriptor = files._open(name, os.O_CREAT | os.O_EXCL)
                 # Allocate now: a full disk under a mapped page would kill the process.
                 os.posix_fallocate(descriptor, 0, size)
+            files._map()
             files.sums = np.zeros(config.num_classes, np.uint32)
             files.number = -1
             files._flags = torch.full(
@@ -112,8 +119,8 @@ class CentersFiles:
         return files
 
     @classmethod
-    def open(cls, directory: Path, sync: bool) -> tuple[CentersFiles, CentersConfig]:
-        """Return the files in a directory, and their configuration; see `Centers.open`."""
+    def open(cls, directory: Path, sync: bool) -> CentersFiles:
+        """Return the files in a directory; see `Centers.open`."""
         if not (directory / STATE).is_file():
             raise CheckpointError(
                 f"{directory} holds no centers: {STATE} is missing (it is written when they are "
@@ -122,7 +129,8 @@ class CentersFiles:
         files = cls(directory, sync)
         files._lock()
         try:
-            config, crc = files._read_state()
+            crc = files._read_state()
+            config = files.config
             for name, size in config.bytes.items():
                 came = os.fstat(files._open(name)).st_size
                 if came != size:
@@ -133,12 +141,13 @@ class CentersFiles:
                     )
             check_memory(f"{directory}: the checksums", 5 * config.num_classes)
             if crc is not None and not files._marker(files.number).exists():
-                files.sums = files._read_sums(config, crc)
+                files.sums = files._read_sums(crc)
             files._flags = torch.zeros(config.num_classes, dtype=torch.uint8, device="cpu")
+            files._map()
         except BaseException:
             files.close()
             raise
-        return files, config
+        return files
 
     def _open(self, name: str, flags: int = 0) -> int:
         path = self.directory / name
@@ -158,19 +167,20 @@ class CentersFiles:
                 errno.EWOULDBLOCK, "these centers are open already", str(self.directory)
             ) from None
 
-    def map(self, config: CentersConfig) -> tuple[Tensor, Tensor]:
-        """Return the mapped records (C, width) and last steps (C,)."""
-        tensors = []
-        for name, dtype in ((ROWS, DTYPES[config.dtype]), (LAST_STEP, torch.int32)):
-            mapping = mmap.mmap(self._descriptors[name], config.bytes[name])
-            if name == ROWS:
-                mapping.madvise(mmap.MADV_RANDOM)  # no read-ahead of a row's neighbors
-            tensors.append(torch.frombuffer(mapping, dtype=dtype))
-        return tensors[0].view(config.num_classes, config.width), tensors[1]
+    def _map(self) -> None:
+        rows, steps = (
+            mmap.mmap(self._descriptors[name], self.config.bytes[name])
+            for name in (ROWS, LAST_STEP)
+        )
+        rows.madvise(mmap.MADV_RANDOM)  # no read-ahead of a row's neighbors
+        records = torch.frombuffer(rows, dtype=DTYPES[self.config.dtype])
+        self.records = records.view(self.config.num_classes, self.config.width)
+        self.last_step = torch.frombuffer(steps, dtype=torch.int32)
 
     def close(self) -> None:
-        """Close all files."""
+        """Close all files, and release the tensors."""
         self._close_log()
+        self.records = self.last_step = torch.empty(0, dtype=torch.int32, device="cpu")
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
@@ -186,15 +196,7 @@ class CentersFiles:
 
     # ---- the checkpoint --------------------------------------------------------------------------
 
-    def commit(
-        self,
-        config: CentersConfig,
-        step: int,
-        lr: float,
-        records: Tensor,
-        last_step: Tensor,
-        everything: bool,
-    ) -> None:
+    def commit(self, step: int, lr: float, everything: bool) -> None:
         """Make this step the one that `open` returns to.
 
         Args:
@@ -203,8 +205,8 @@ class CentersFiles:
         sums = self.sums
         changed: Tensor | None = self._flags.bitwise_and(LOGGED).nonzero()[:, 0]
         if everything or sums is None:
-            changed, sums = None, np.empty(config.num_classes, np.uint32)
-        for part, computed in self._computed(changed, records, last_step):
+            changed, sums = None, np.empty(self.config.num_classes, np.uint32)
+        for part, computed in self._computed(changed):
             sums[part] = computed
         number = self.number + 1
         path = self._sums_path(number)
@@ -220,7 +222,7 @@ class CentersFiles:
             "lr": lr,
             "number": number,
             "sums_crc32": checksum(path),
-            "config": asdict(config),
+            "config": asdict(self.config),
         }
         write_text(self.directory / STATE, sealed(state))
         # Not earlier: if this failed, rows are compared with the last checkpoint's checksums.
@@ -237,23 +239,23 @@ class CentersFiles:
             if _is_numbered(path) and path not in present:
                 path.unlink()
 
-    def _read_state(self) -> tuple[CentersConfig, str | None]:
-        """Return the configuration, and the CRC-32 of the checksums if there are any."""
+    def _read_state(self) -> str | None:
+        """Read the configuration and step; return the CRC-32 of the checksums if there are any."""
         path = self.directory / STATE
         state = read_state(path, FORMAT, EARLIER, most=STATE_BYTES)
         try:
-            config = CentersConfig.from_json(state["config"])
+            self.config = CentersConfig.from_json(state["config"])
             step, lr = state["step"], state["lr"]
             check_integer("step", step, 0)
             check_number("step", step, 0, 2**31 - 1)
             check_number("lr", lr, 0)
             self.step, self.lr, self.number = step, lr, step
             if state["format"] == EARLIER and "number" not in state:
-                return config, None
+                return None
             check_integer("number", state["number"], 0)
             check_number("number", state["number"], 0, 2**62)
             self.number = state["number"]
-            return config, str(state["sums_crc32"])
+            return str(state["sums_crc32"])
         except KeyError as error:
             raise CheckpointError(f"{path} has no {error}") from error
         except (ValueError, TypeError, OverflowError) as error:
@@ -269,11 +271,11 @@ class CentersFiles:
         self._marker(number).touch()
         sync(self.directory)
 
-    def unmark_if_unchanged(self, records: Tensor, last_step: Tensor) -> None:
+    def unmark_if_unchanged(self) -> None:
         """Remove the marker if all rows are those of the last checkpoint."""
         if self.sums is not None and self._log is None:
             with contextlib.suppress(CheckpointError):
-                self.verify(records, last_step, None)
+                self.verify()
                 self._marker(self.number).unlink()
 
     # ---- checksums -------------------------------------------------------------------------------
@@ -281,8 +283,8 @@ class CentersFiles:
     def _sums_path(self, number: int) -> Path:
         return self.directory / f"sums-{number}.bin"
 
-    def _read_sums(self, config: CentersConfig, crc: str) -> NDArray[np.uint32]:
-        path, size = self._sums_path(self.number), 4 * config.num_classes
+    def _read_sums(self, crc: str) -> NDArray[np.uint32]:
+        path, size = self._sums_path(self.number), 4 * self.config.num_classes
         try:
             if path.stat().st_size != size:
                 raise CheckpointError(
@@ -293,20 +295,18 @@ class CentersFiles:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
-    def verify(
-        self, records: Tensor, last_step: Tensor, progress: Callable[[int, int], None] | None
-    ) -> None:
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Verify the checksums of all rows that did not change since the checkpoint.
 
         Raises:
             CheckpointError: naming the first row that differs.
         """
         if self.sums is not None:
-            for part, sums in self._computed(None, records, last_step):
+            for part, sums in self._computed(None):
                 unchanged = self._flags[part].numpy() & LOGGED == 0
                 self._compare(np.arange(part.start, part.stop), sums, unchanged)
                 if progress is not None:
-                    progress(part.stop, len(records))
+                    progress(part.stop, len(self.records))
             self._flags.bitwise_or_(TRUSTED)
 
     def _compare(self, ids: NDArray[np.int64], sums: NDArray[np.uint32], which: Any = True) -> None:
@@ -319,11 +319,9 @@ class CentersFiles:
                 "the folder"
             )
 
-    def _computed(
-        self, ids: Tensor | None, records: Tensor, last_step: Tensor
-    ) -> Iterator[tuple[Any, NDArray[np.uint32]]]:
+    def _computed(self, ids: Tensor | None) -> Iterator[tuple[Any, NDArray[np.uint32]]]:
         """Yield chunks of rows, as indices or a slice, with their checksums; multithreaded."""
-        size = records.shape[1] * records.itemsize
+        records, last_step, size = self.records, self.last_step, self.config.record_bytes
         count = len(records) if ids is None else len(ids)
         most = max(1, CHUNK_BYTES // size)
 
@@ -363,24 +361,24 @@ class CentersFiles:
     def _log_path(self) -> Path:
         return self.directory / f"undo-{self.number}.bin"
 
-    def log(self, class_ids: Tensor, records: Tensor, last_step: Tensor) -> None:
+    def log(self, class_ids: Tensor) -> None:
         """Append the rows' content to the log, except of rows that it holds already.
 
         Raises:
             CheckpointError: for a row that is first used now, and is corrupted.
         """
-        size = records.shape[1] * records.itemsize
+        size = self.config.record_bytes
         # Request all pages before waiting for any.
         for row in class_ids.tolist():
             self._read_ahead(row, 1, size)
         new = class_ids[self._flags[class_ids].bitwise_and(LOGGED) == 0]
         if not len(new):
             return
-        log = self._open_log(size)
+        log = self._open_log()
         end = os.lseek(log, 0, os.SEEK_END)
         try:
             for ids in new.split(max(1, FRAME_BYTES // size)):
-                steps, rows = last_step.index_select(0, ids), records.index_select(0, ids)
+                steps, rows = (x.index_select(0, ids) for x in (self.last_step, self.records))
                 if self.sums is not None:
                     unsure = self._flags[ids].bitwise_and(TRUSTED).logical_not()
                     some = ids[unsure].numpy()
@@ -395,9 +393,10 @@ class CentersFiles:
             raise
         self._flags.index_fill_(0, new, LOGGED | TRUSTED)
 
-    def _open_log(self, record_bytes: int) -> int:
+    def _open_log(self) -> int:
         if self._log is None:
-            header = self.HEADER.pack(self.MAGIC, self.number, record_bytes, self.sync, _boot())
+            size = self.config.record_bytes
+            header = self.HEADER.pack(self.MAGIC, self.number, size, self.sync, _boot())
             log = os.open(self._log_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             try:
                 _write(log, header)
@@ -416,29 +415,27 @@ class CentersFiles:
             os.close(self._log)
             self._log = None
 
-    def undo(
-        self, records: Tensor, last_step: Tensor, progress: Callable[[int, int], None] | None
-    ) -> None:
+    def undo(self, progress: Callable[[int, int], None] | None) -> None:
         """Restore the rows in the log, and remove it."""
         path = self._log_path
         self._remove_obsolete()
         if path.exists():
             with path.open("rb") as log:
-                frames = list(self._frames(log, records))
+                frames = list(self._frames(log))
                 # Backwards: of a row that is there twice, the earlier one is the checkpoint's.
                 for done, (start, count) in enumerate(reversed(frames), 1):
-                    ids, steps, rows = self._read_frame(log, start, count, records)
-                    records.index_copy_(0, ids, rows)
-                    last_step.index_copy_(0, ids, steps)
+                    ids, steps, rows = self._read_frame(log, start, count)
+                    self.records.index_copy_(0, ids, rows)
+                    self.last_step.index_copy_(0, ids, steps)
                     if progress is not None:
                         progress(done, len(frames))
             for name in (ROWS, LAST_STEP):
                 os.fsync(self._descriptors[name])
             path.unlink()
 
-    def _frames(self, log: BinaryIO, records: Tensor) -> Iterator[tuple[int, int]]:
+    def _frames(self, log: BinaryIO) -> Iterator[tuple[int, int]]:
         """Yield each complete frame's offset and number of rows."""
-        size, record_bytes = os.fstat(log.fileno()).st_size, records.shape[1] * records.itemsize
+        size, record_bytes = os.fstat(log.fileno()).st_size, self.config.record_bytes
         if size < self.HEADER.size:
             return
         magic, number, of, sync, boot = self.HEADER.unpack(log.read(self.HEADER.size))
@@ -465,19 +462,17 @@ class CentersFiles:
             yield at, count
             at = end
 
-    def _read_frame(
-        self, log: BinaryIO, start: int, count: int, records: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _read_frame(self, log: BinaryIO, start: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         log.seek(start)
         _, _, crc = self.FRAME.unpack(log.read(self.FRAME.size))
         head = bytearray(log.read(count * ID_BYTES))
         ids = torch.frombuffer(head, dtype=torch.int64, count=count)
         steps = torch.frombuffer(head, dtype=torch.int32, offset=8 * count)
         rising = bool((ids[1:] > ids[:-1]).all())
-        if zlib.crc32(head) != crc or not (rising and ids[0] >= 0 and ids[-1] < len(records)):
+        if zlib.crc32(head) != crc or not (rising and ids[0] >= 0 and ids[-1] < len(self.records)):
             raise CheckpointError(f"{log.name} is damaged at byte {start}")
-        content = bytearray(log.read(count * records.shape[1] * records.itemsize))
-        rows = torch.frombuffer(content, dtype=records.dtype).view(count, -1)
+        content = bytearray(log.read(count * self.config.record_bytes))
+        rows = torch.frombuffer(content, dtype=self.records.dtype).view(count, -1)
         if self.sums is not None:  # the log holds the checkpoint's rows
             wrong = row_checksums(ids.numpy(), steps, rows) != self.sums[ids.numpy()]
             if wrong.any():
