@@ -18,8 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from synface.data import Faces, embedded_faces, read_folder
 from synface.data.embedded import FACES, lfw_crops
-from synface.evaluation.embedding import pixel_embeddings
-from synface.evaluation.metrics import verify
+from synface.evaluation.metrics import pixel_embeddings, verify
 from synface.synthesis import synthesize as synthesize_module
 from synface.synthesis.dataset import MANIFEST, synthesize
 from synface.synthesis.embeddings import read_embeddings

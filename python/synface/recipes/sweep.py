@@ -18,8 +18,7 @@ from ..checkpoint import single as checkpoint
 from ..common.files import CheckpointError, write_text
 from ..common.textfiles import read_json
 from ..data import Faces
-from ..evaluation.embedding import embed
-from ..evaluation.metrics import verify
+from ..evaluation.metrics import embed, verify
 from ..training.config import TrainConfig
 from ..training.loop import CONFIG, train
 from ..training.sources import Source, fingerprint

@@ -28,8 +28,7 @@ from ...common.config import load
 from ...common.rng import generator as draws
 from ...common.rng import normals, seeded, seeds, standard_defaults
 from ...data import Augment, Faces, embedded_faces, normalize, read_folder
-from ...evaluation.embedding import embed
-from ...evaluation.metrics import verify
+from ...evaluation.metrics import embed, verify
 from ...heads import MarginHead
 from ...training.config import TrainConfig
 from ...training.loop import CONFIG, train

@@ -29,8 +29,7 @@ from ...common.check import check_integer
 from ...common.config import load, to_toml
 from ...common.extras import extra
 from ...data import Faces, read_folder
-from ...evaluation.embedding import pixel_embeddings
-from ...evaluation.metrics import verify
+from ...evaluation.metrics import pixel_embeddings, verify
 from ...reporting.page import table, write_page
 from ...reporting.plots import ACCENT, INK, QUIET, figure, image_grid, save
 from ...synthesis import packing

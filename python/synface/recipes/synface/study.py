@@ -24,8 +24,7 @@ from ...common.check import check_integer
 from ...common.config import load, to_toml
 from ...data import Faces
 from ...data.mixing import IdentityMixup
-from ...evaluation.embedding import pixel_embeddings
-from ...evaluation.metrics import verify
+from ...evaluation.metrics import pixel_embeddings, verify
 from ...reporting.page import table, write_page
 from ...reporting.plots import ACCENT, INK, QUIET, figure, save
 from ...synthesis.generators import FaceGenerator
