@@ -106,9 +106,8 @@ class ShardedMarginHead(FusedHead):
         for block in range(self.class_start // INIT_ROWS, (end - 1) // INIT_ROWS + 1):
             first = block * INIT_ROWS
             low, high = max(first, self.class_start), min(first + INIT_ROWS, end)
-            draws = generator(
-                self.seed, "centres", block
-            )  # codespell:ignore - names a random stream
+            # the name of a random stream, which another spelling would change
+            draws = generator(self.seed, "centres", block)  # codespell:ignore centres
             drawn = normals((INIT_ROWS, size), draws) * self.init_std
             rows = slice(low - self.class_start, high - self.class_start)
             self.weight[rows] = drawn[low - first : high - first].to(self.weight)
