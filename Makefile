@@ -11,7 +11,7 @@ export PATH := $(BIN):$(PATH)
 CSRC := $(shell git ls-files 'csrc/*' 2>/dev/null || find csrc -type f)
 BUILT := $(VENV)/.built
 
-.PHONY: build demo test fuzz lint format bench gpu-evidence cuda-check clean
+.PHONY: build demo test quick fuzz lint format bench gpu-evidence cuda-check clean
 
 build: $(BUILT)
 
@@ -31,6 +31,10 @@ demo: build
 
 test: build lint
 	$(PY) -m pytest
+
+# Each test function once, without the slow ones.
+quick: build
+	$(PY) -m pytest -q --quick
 
 # The property tests alone, on many more examples than make test's, and others each time.
 fuzz: build

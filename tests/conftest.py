@@ -1,5 +1,9 @@
-"""Random numbers are the same whether a test runs alone, after others, or once more."""
+"""What all tests share: seeds, threads, and the option --quick.
 
+Random numbers are the same whether a test runs alone, after others, or once more.
+"""
+
+import os
 import random
 
 import hypothesis
@@ -33,3 +37,32 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="Run each test function once, on its first parameters, and no slow one.",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what --quick does, and say how much that is."""
+    if not config.getoption("--quick"):
+        return
+    chosen, left, seen = [], [], set()
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        once = function not in seen and item.get_closest_marker("slow") is None
+        (chosen if once else left).append(item)
+        seen.add(function)
+    config.hook.pytest_deselected(items=left)
+    items[:] = chosen
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Share the cores among the processes of pytest-xdist: each takes its part of the threads."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))

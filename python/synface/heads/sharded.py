@@ -104,7 +104,8 @@ class ShardedMarginHead(FusedHead):
         for block in range(self.class_start // INIT_ROWS, (end - 1) // INIT_ROWS + 1):
             first = block * INIT_ROWS
             low, high = max(first, self.class_start), min(first + INIT_ROWS, end)
-            stream = generator(self.seed, "centres", block)  # codespell:ignore - names a stream
+            # the name of a random stream, which another spelling would change
+            stream = generator(self.seed, "centres", block)  # codespell:ignore centres
             drawn = normals((INIT_ROWS, size), stream) * self.init_std
             rows = slice(low - self.class_start, high - self.class_start)
             self.weight[rows] = drawn[low - first : high - first].to(self.weight)
