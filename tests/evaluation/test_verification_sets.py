@@ -235,7 +235,7 @@ class Shades(nn.Module):
 
 
 def test_a_template_is_searched_once_however_many_images_it_has(tmp_path):
-    """Of two probes, the one of a single image is misidentified; each counts once."""
+    """The probe of one image is misidentified, that of nine is not; each counts once."""
     shades = {1: [0], 2: [250], 11: [240], 12: [230] * 9}  # templates 1 and 11 show person 1
     lines, tables = [], {"gallery": ["TEMPLATE_ID,SUBJECT_ID,FILENAME"]}
     tables["probe"] = tables["gallery"][:]
