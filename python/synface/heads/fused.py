@@ -28,13 +28,7 @@ class FusedHead(nn.Module):
     Args:
         shape: of the centers, (C, D) or (C, M, D).
         margin: an `ArcFace` (the default), `CosFace`, `SphereFace` or `CombinedMargin`.
-        init_std: standard deviation of the centers' initial values; only their directions matter
-            to the loss, but their lengths scale the step that a given learning rate takes.
-        workspace: bytes that the forward pass may save on a CPU, which shortens the backward pass.
-        sparse: whether the centers' gradient of a pass with ``class_ids`` is a sparse tensor.
-            False: a dense one, for any optimizer, which costs C·M·D at each step.
-        impl: implementation of the op.
-        device, dtype: of the centers.
+        others: as `MarginHead`.
     """
 
     weight: nn.Parameter
@@ -46,7 +40,6 @@ class FusedHead(nn.Module):
         self,
         shape: tuple[int, ...],
         margin: sk.CombinedMargin | None,
-        *,
         init_std: float = 0.01,
         workspace: int = 0,
         sparse: bool = True,

@@ -26,13 +26,12 @@ class MarginHead(FusedHead):
         embedding_size: D. num_classes: C. Both at least 1.
         margin: an `ArcFace` (the default), `CosFace`, `SphereFace` or `CombinedMargin`.
         sub_centers: M centers for each class, whose cosine is the greatest of the M.
-        options: ``init_std`` (0.01), the standard deviation of the centers' initial values (only
-            their directions matter to the loss, but their lengths scale the step that a given
-            learning rate takes); ``workspace`` (0), the bytes that the forward pass may save on a
-            CPU, which shortens the backward pass; ``sparse`` (True), whether the centers' gradient
-            of a pass with ``class_ids`` is a sparse tensor (False: a dense one, for any optimizer,
-            which costs C·M·D at each step); ``impl`` ("auto"), the implementation of the op;
-            ``device`` and ``dtype`` of the centers.
+        init_std: standard deviation of the centers' initial values; only their directions matter
+            to the loss, but their lengths scale the step that a given learning rate takes.
+        workspace: bytes that the forward pass may save on a CPU, which shortens the backward pass.
+        sparse: whether the centers' gradient of a pass with ``class_ids`` is a sparse tensor.
+            False: a dense one, for any optimizer, which costs C·M·D at each step.
+        impl: implementation of the op. device, dtype: of the centers.
 
     State dict: ``weight``, (C, D), or (C, M, D) with M > 1 sub-centers.
 
@@ -48,13 +47,21 @@ class MarginHead(FusedHead):
         margin: sk.CombinedMargin | None = None,
         *,
         sub_centers: int = 1,
-        **options: Any,
+        init_std: float = 0.01,
+        workspace: int = 0,
+        sparse: bool = True,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_integer("embedding_size", embedding_size, 1)
         check_integer("num_classes", num_classes, 1)
         check_integer("sub_centers", sub_centers, 1)
         several = (sub_centers,) if sub_centers > 1 else ()
-        super().__init__((num_classes, *several, embedding_size), margin, **options)
+        super().__init__(
+            (num_classes, *several, embedding_size), margin, init_std, workspace, sparse, impl,
+            device, dtype,
+        )  # fmt: skip
         MarginHead.reset_parameters(self)  # a subclass's own needs buffers that come later
 
     def reset_parameters(self) -> None:

@@ -50,8 +50,7 @@ class ShardedMarginHead(FusedHead):
             the number of ranks, so that the average is the gradient of the loss. The head itself
             must not be wrapped: its gradients are complete on each rank.
         seed: seed of the centers' initial values, which do not depend on the number of ranks.
-        options: ``init_std``, ``workspace``, ``sparse``, ``impl``, ``device`` and ``dtype``, as
-            `MarginHead`.
+        init_std, workspace, sparse, impl, device, dtype: as `MarginHead`.
 
     State dict: ``weight`` (C_r, D), this rank's. `synface.checkpoint.distributed` writes
     checkpoints that any number of ranks can resume from.
@@ -72,7 +71,12 @@ class ShardedMarginHead(FusedHead):
         classes: list[int] | None = None,
         averaged: bool = True,
         seed: int = 0,
-        **options: Any,
+        init_std: float = 0.01,
+        workspace: int = 0,
+        sparse: bool = True,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_integer("embedding_size", embedding_size, 1)
         check_integer("num_classes", num_classes, 1)
@@ -90,7 +94,16 @@ class ShardedMarginHead(FusedHead):
                 f"classes must be {ranks} numbers, one for each rank, at least 1, "
                 f"{num_classes} together (num_classes), got {classes}"
             )
-        super().__init__((classes[rank], embedding_size), margin, **options)
+        super().__init__(
+            (classes[rank], embedding_size),
+            margin,
+            init_std,
+            workspace,
+            sparse,
+            impl,
+            device,
+            dtype,
+        )
         self.group, self.ranks, self.averaged, self.seed = group, ranks, averaged, seed
         self.num_classes, self.class_start = num_classes, sum(classes[:rank])
         self.reset_parameters()

@@ -16,31 +16,17 @@ _ODD = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits; spreads the parameters
 
 
 class _RowOptimizer(torch.optim.Optimizer):
-    """Base class of `RowSGD` and `RowAdamW`: rows of gradients, states, saving and loading.
+    """Base class of `RowSGD` and `RowAdamW`: rows of gradients, states, saving and loading."""
 
-    Args:
-        settings: of the subclass. Others: see `RowSGD`.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        settings: dict[str, Any],
-        *,
-        catch_up: bool = True,
-        seed: int | None = None,
-        state_dtype: torch.dtype | None = None,
-        impl: str = "auto",
-    ) -> None:
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        seed, dtype = defaults["seed"], defaults["state_dtype"]
         if seed is not None:
             check_integer("seed", seed, 0)
-        if state_dtype not in (None, torch.float32, torch.bfloat16, torch.float64):
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(
-                "state_dtype must be float32, bfloat16, float64 or None, "
-                f"got {describe(state_dtype)}"
+                f"state_dtype must be float32, bfloat16, float64 or None, got {describe(dtype)}"
             )
-        common = {"catch_up": catch_up, "seed": seed, "state_dtype": state_dtype, "impl": impl}
-        super().__init__(params, settings | common)
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, which must be contiguous and have rows."""
@@ -201,15 +187,16 @@ class RowSGD(_RowOptimizer):
         params: parameters of shape (C, D) or (C, S, D), contiguous: float32, bfloat16 or float64.
         lr, momentum, dampening, weight_decay, nesterov: as `torch.optim.SGD`; with dampening, its
             first step differs (see `synface_kernels.row_sgd_`).
-        options: ``catch_up`` (True): before its step, a row takes the steps that it missed (decay,
-            and momentum without gradient), as a dense optimizer would have taken them, at the
-            current learning rate; False: untouched rows stay as they are, as with
-            `torch.optim.SparseAdam`. ``seed`` (None): bfloat16 weights and states are rounded
-            stochastically, without bias, by a hash of the seed, the parameter's index in
-            ``params``, the step, row and column, the same in every run; None rounds to nearest,
-            which loses updates below 2^-9 of a weight. Ranks that hold shards of one matrix should
-            use different seeds. ``state_dtype``: of the momentum, float32 (the default; float64
-            for float64 weights) or bfloat16. ``impl`` ("auto"): see `synface_kernels.row_sgd_`.
+        catch_up: before its step, a row takes the steps that it missed (decay, and momentum
+            without gradient), as a dense optimizer would have taken them, at the current learning
+            rate. False: untouched rows stay as they are, as with `torch.optim.SparseAdam`.
+        seed: bfloat16 weights and states are rounded stochastically, without bias, by a hash of the
+            seed, the parameter's index in ``params``, the step, row and column, the same in every
+            run. None rounds to nearest, which loses updates below 2^-9 of a weight. Ranks that hold
+            shards of one matrix should use different seeds.
+        state_dtype: of the momentum, float32 (the default; float64 for float64 weights) or
+            bfloat16.
+        impl: see `synface_kernels.row_sgd_`.
 
     State, for each parameter: ``step`` () int64, ``momentum_buffer`` like the parameter where
     momentum > 0, and ``last_step`` (C,) int64 with ``catch_up``. `state_dict` saves them and
@@ -234,13 +221,18 @@ class RowSGD(_RowOptimizer):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        **options: Any,
+        *,
+        catch_up: bool = True,
+        seed: int | None = None,
+        state_dtype: torch.dtype | None = None,
+        impl: str = "auto",
     ) -> None:
-        settings = {
+        defaults = {
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
-            "nesterov": nesterov,
+            "nesterov": nesterov, "catch_up": catch_up, "seed": seed, "state_dtype": state_dtype,
+            "impl": impl,
         }  # fmt: skip
-        super().__init__(params, settings, **options)
+        super().__init__(params, defaults)
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] > 0 else ()
@@ -251,8 +243,8 @@ class RowAdamW(_RowOptimizer):
 
     Args:
         lr, betas, eps, weight_decay: as `torch.optim.AdamW`.
-        params, options: see `RowSGD`. bfloat16 states need a seed, since rounding to nearest undoes
-            the second moment's decay.
+        params, catch_up, seed, state_dtype, impl: see `RowSGD`. bfloat16 states need a seed, since
+            rounding to nearest undoes the second moment's decay.
 
     State, for each parameter: ``step`` () int64, ``exp_avg`` and ``exp_avg_sq`` like the parameter,
     and ``last_step`` (C,) int64 with ``catch_up``.
@@ -274,12 +266,19 @@ class RowAdamW(_RowOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        **options: Any,
+        *,
+        catch_up: bool = True,
+        seed: int | None = None,
+        state_dtype: torch.dtype | None = None,
+        impl: str = "auto",
     ) -> None:
-        if options.get("state_dtype") == torch.bfloat16 and options.get("seed") is None:
+        if state_dtype == torch.bfloat16 and seed is None:
             raise ValueError("state_dtype bfloat16 needs a seed: rounding to nearest undoes decay")
-        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, settings, **options)
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "catch_up": catch_up, "seed": seed, "state_dtype": state_dtype, "impl": impl,
+        }  # fmt: skip
+        super().__init__(params, defaults)
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
