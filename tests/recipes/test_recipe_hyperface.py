@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from synface.cli.recipes import app
 from synface.common.config import to_toml
 from synface.data import DataError
+from synface.recipes import hyperface
 from synface.recipes.generated import identities
-from synface.recipes.hyperface import recipe as hyperface
-from synface.recipes.hyperface.recipe import load_config
+from synface.recipes.hyperface import load_config
 from synface.synthesis.packing import closest_pair
-from typer.testing import CliRunner
+
+from tests.helpers.command_line import call
 
 TINY = """
 seeds = [0, 2]
@@ -36,11 +36,9 @@ checkpoint_every = 1
 
 def test_from_packing_to_a_report(tmp_path, file):
     run = tmp_path / "run"
-    command = ["hyperface", "--config", str(file), "--output", str(run)]
-    first = CliRunner().invoke(app, [*command, "--cell", "packed-seed-0"])
-    assert first.exit_code == 0, first.output
-    result = CliRunner().invoke(app, [*command, "--resume"])
-    assert result.exit_code == 0, result.output
+    command = ["recipe", "hyperface", "--config", file, "--output", run]
+    call(*command, "--cell", "packed-seed-0")
+    call(*command, "--resume")
     page = (run / "report" / "hyperface.md").read_text()
     shown = re.findall(r"!\[.*\]\((.*)\)", page)
     assert shown == ["hyperface-kinds.png", "hyperface-faces.png"]
@@ -65,8 +63,7 @@ def test_from_packing_to_a_report(tmp_path, file):
     # All is there: nothing is made again, and the same comes out.
     made = {f: f.stat().st_mtime_ns for f in run.rglob("*") if f.suffix in (".png", ".jsonl")}
     other = tmp_path / "report"
-    again = CliRunner().invoke(app, [*command, "--resume", "--report", str(other), "--no-faces"])
-    assert again.exit_code == 0, again.output
+    call(*command, "--resume", "--report", other, "--no-faces")
     assert {f: f.stat().st_mtime_ns for f in made} == made
     assert json.loads((other / "hyperface.json").read_text()) == figures
     assert not (other / "hyperface-faces.png").exists()

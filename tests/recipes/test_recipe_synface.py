@@ -11,21 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from synface.cli.recipes import app
 from synface.common.config import to_toml
 from synface.common.files import CheckpointError
 from synface.data import Augment, DataError, Faces
 from synface.data.loading.sampler import Part
 from synface.data.mixing import Constant, IdentityMixup
-from synface.recipes import sweep as cells
+from synface.recipes import sweep, synface
 from synface.recipes.generated import identities
-from synface.recipes.synface import recipe as synface
-from synface.recipes.synface.recipe import load_config
+from synface.recipes.synface import load_config
 from synface.synthesis.dataset import synthesize
 from synface.synthesis.generators import EigenfaceGenerator
 from synface.synthesis.sources import GeneratedSource
 from synface.training.loop import TrainConfig
-from typer.testing import CliRunner
+
+from tests.helpers.command_line import call
 
 ORL = Path(__file__).parents[2] / ".." / "shared" / "data" / "orl"
 TINY = """
@@ -57,9 +56,8 @@ def people(count: int, images: int, size: int = 16) -> Faces:
 
 
 def test_from_data_to_a_report(tmp_path, file):
-    command = ["synface", "--config", str(file), "--output", str(tmp_path / "run")]
-    result = CliRunner().invoke(app, command)
-    assert result.exit_code == 0, result.output
+    command = ["recipe", "synface", "--config", file, "--output", tmp_path / "run"]
+    call(*command)
     report = tmp_path / "run" / "report"
     page = (report / "synface.md").read_text()
     shown = re.findall(r"!\[.*\]\((.*)\)", page)
@@ -83,8 +81,7 @@ def test_from_data_to_a_report(tmp_path, file):
     logs = {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("metrics.jsonl")}
     assert len(logs) == 10
     other = tmp_path / "report"
-    again = CliRunner().invoke(app, [*command, "--resume", "--report", str(other), "--no-faces"])
-    assert again.exit_code == 0, again.output
+    call(*command, "--resume", "--report", other, "--no-faces")
     assert {f: f.stat().st_mtime_ns for f in logs} == logs
     assert json.loads((other / "synface.json").read_text()) == figures
     assert sorted(f.name for f in other.iterdir()) == [
@@ -120,7 +117,7 @@ def test_cells_apart_and_cut_off_give_the_same(tmp_path, file):
     apart = tmp_path / "apart"
     with pytest.raises(KeyboardInterrupt):
         synface.run(config, apart, only="both-seed-4", progress=bar)
-    assert not (apart / "both-seed-4" / cells.RESULT).exists()
+    assert not (apart / "both-seed-4" / sweep.RESULT).exists()
     found = synface.run(config, apart, only="both-seed-4", resume=True)
     assert list(found.cells) == ["both-seed-4"]
     assert synface.run(config, apart, resume=True).cells == whole.cells
@@ -130,14 +127,14 @@ def test_cells_apart_and_cut_off_give_the_same(tmp_path, file):
     other = replace(config, train=replace(config.train, lr=0.01))
     with pytest.raises(CheckpointError, match="of another run: its config's lr is"):
         synface.run(other, apart, resume=True)
-    (apart / "both-seed-4" / cells.RESULT).write_text("{}")
+    (apart / "both-seed-4" / sweep.RESULT).write_text("{}")
     with pytest.raises(CheckpointError, match=r"result\.json is damaged"):
         synface.run(config, apart, resume=True)
 
 
 def test_the_real_row_trains_for_as_many_steps(file):
     config = load_config(file)
-    found = synface.cells(config, config.data.painter(), people(3, 2))
+    found = synface.cells(config, config.data.face_generator(), people(3, 2))
     steps = {}
     for cell in found[: len(config.rows)]:
         length = len(cell.source())
@@ -148,13 +145,13 @@ def test_the_real_row_trains_for_as_many_steps(file):
 
 
 def test_generated_images_are_those_of_a_folder(tmp_path):
-    """Without mixing, an epoch is what `synthesize` writes, in another order."""
+    """An epoch without mixing has the images that `synthesize` writes, in another order."""
     from synface.data import normalize, read_folder
 
-    points, painter = identities(4, 8, seed=1), EigenfaceGenerator(8, 16)
-    synthesize(points, painter, tmp_path / "faces", 3, seed=7)
+    points, generator = identities(4, 8, seed=1), EigenfaceGenerator(8, 16)
+    synthesize(points, generator, tmp_path / "faces", 3, seed=7)
     written = read_folder(tmp_path / "faces")
-    source = GeneratedSource(points, painter, 3, seed=7)
+    source = GeneratedSource(points, generator, 3, seed=7)
     assert (source.num_classes, len(source)) == (4, 12)
     epochs = [batch for _, batch in source.batches(CONFIG, 0)]
     assert [len(batch.images) for batch in epochs] == [5, 5, 2] * 2
@@ -169,48 +166,48 @@ def test_generated_images_are_those_of_a_folder(tmp_path):
 
 
 def test_identity_mixup_draws_the_identity_between():
-    points, painter = identities(4, 8, seed=1), EigenfaceGenerator(8, 16)
+    points, generator = identities(4, 8, seed=1), EigenfaceGenerator(8, 16)
     mixup = IdentityMixup(Constant(0.25))
-    source = GeneratedSource(points, painter, 2, seed=7, identity_mixup=mixup)
+    source = GeneratedSource(points, generator, 2, seed=7, identity_mixup=mixup)
     _, batch = next(source.batches(CONFIG, 0))
     assert batch.target.shape == (5, 2)
     torch.testing.assert_close(batch.target_weight, torch.tensor([[0.25, 0.75]] * 5))
-    plain = GeneratedSource(points, painter, 2, seed=7)
+    plain = GeneratedSource(points, generator, 2, seed=7)
     assert torch.equal(next(plain.batches(CONFIG, 0))[1].target, batch.target[:, 0])
-    # The coefficients, seen by a painter that shows them.
+    # The coefficients, seen by a face generator that shows them.
     seen = []
 
-    class Painter(EigenfaceGenerator):
+    class Shown(EigenfaceGenerator):
         def generate(self, embedding, style, seed):
             seen.append(embedding)
             return super().generate(embedding, style, seed)
 
-    next(GeneratedSource(points, Painter(8, 16), 2, identity_mixup=mixup).batches(CONFIG, 0))
+    next(GeneratedSource(points, Shown(8, 16), 2, identity_mixup=mixup).batches(CONFIG, 0))
     first, second = points[batch.target.T]
     torch.testing.assert_close(seen[0], F.normalize(0.25 * first + 0.75 * second))
 
 
 @pytest.mark.parametrize("psi", [0.0, 1.0, 0.25])
 def test_domain_mixup_mixes_the_augmented_sides(psi):
-    points, painter, real = identities(4, 8, seed=1), EigenfaceGenerator(8, 16), people(3, 2)
+    points, generator, real = identities(4, 8, seed=1), EigenfaceGenerator(8, 16), people(3, 2)
     config = replace(CONFIG, augment=1.0)
-    source = GeneratedSource(points, painter, 2, real=real, ratio=Constant(psi))
+    source = GeneratedSource(points, generator, 2, real=real, ratio=Constant(psi))
     assert source.num_classes == 7
     _, mixed = next(source.batches(config, 0))
-    _, plain = next(GeneratedSource(points, painter, 2).batches(config, 0))
+    _, plain = next(GeneratedSource(points, generator, 2).batches(config, 0))
     assert torch.equal(mixed.target[:, 0], plain.target)
     assert (mixed.target[:, 1] >= 4).all()
     assert mixed.target_weight.tolist() == [[psi, 1 - psi]] * 5
     if psi == 1.0:
         torch.testing.assert_close(mixed.images, plain.images)
-    only_real = GeneratedSource(points, painter, 2, real=real, ratio=Constant(0.0))
+    only_real = GeneratedSource(points, generator, 2, real=real, ratio=Constant(0.0))
     other = next(only_real.batches(config, 0))[1].images
     torch.testing.assert_close(mixed.images, psi * plain.images + (1 - psi) * other)
 
 
 def test_three_labels_parts_and_resumption():
-    points, painter, real = identities(4, 8, seed=1), EigenfaceGenerator(8, 16), people(3, 2)
-    source = GeneratedSource(points, painter, 3, real=real, identity_mixup=IdentityMixup())
+    points, generator, real = identities(4, 8, seed=1), EigenfaceGenerator(8, 16), people(3, 2)
+    source = GeneratedSource(points, generator, 3, real=real, identity_mixup=IdentityMixup())
     whole = dict(source.batches(CONFIG, 0))
     assert list(whole) == list(range(6))
     batch = whole[2]
@@ -225,13 +222,13 @@ def test_three_labels_parts_and_resumption():
 
 
 def test_bad_sources_are_named():
-    points, painter = identities(4, 8, seed=1), EigenfaceGenerator(8, 16)
+    points, generator = identities(4, 8, seed=1), EigenfaceGenerator(8, 16)
     with pytest.raises(ValueError, match="images_per_identity must be at least 1, got 0"):
-        GeneratedSource(points, painter, 0)
+        GeneratedSource(points, generator, 0)
     with pytest.raises(ValueError, match=r"embeddings must be .* \(N, 8\)"):
-        GeneratedSource(points[:, :7], painter, 2)
+        GeneratedSource(points[:, :7], generator, 2)
     with pytest.raises(ValueError, match=r"real must hold images of shape \(16, 16, 1\)"):
-        GeneratedSource(points, painter, 2, real=people(3, 2, size=12))
+        GeneratedSource(points, generator, 2, real=people(3, 2, size=12))
     assert Augment(0.0)(people(2, 1).images, torch.Generator()).shape == (2, 1, 16, 16)
 
 

@@ -1,4 +1,4 @@
-"""Packing: identities spread on the hypersphere, and how close to the best possible they are."""
+"""Packing: identities spread on the hypersphere, and their gap to the theoretical bound."""
 
 from . import bounds
 from .files import pack
