@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from .faces import first_images
 from .model import identity_gap
 from .recipe import Log, Results
 
+T = TypeVar("T")
+
 
 def column(rows: Log, name: str) -> tuple[list[float], list[float]]:
     """Return the steps that have a metric, and its values there."""
@@ -29,12 +32,14 @@ def column(rows: Log, name: str) -> tuple[list[float], list[float]]:
     return steps, [row[name] for row in rows if name in row]
 
 
+def _colored(by_domain: dict[str, T]) -> Iterator[tuple[str, T, Any]]:
+    yield from zip(by_domain, by_domain.values(), colors(len(by_domain)), strict=True)
+
+
 def style_losses(results: Results, path: Path) -> None:
     """Draw the losses of stage 1, by domain."""
     new, axes = figure(10.5, 3.2, 1, 3)
-    for (domain, rows), color in zip(
-        results.style_log.items(), colors(len(results.style_log)), strict=True
-    ):
+    for domain, rows, color in _colored(results.style_log):
         for ax, name in zip(axes, ("l1", "identity", "anchor"), strict=True):
             ax.plot(*column(rows, name), color=color, linewidth=0.8, label=domain)
     axes[0].axhline(1e-2, color=ACCENT, linewidth=0.8, linestyle="--")
@@ -50,9 +55,7 @@ def strength_sweep(results: Results, path: Path) -> None:
     """Draw the cosine to the original over the strength, by domain."""
     new, axes = figure(6.4, 4.4)
     strengths = results.strengths.numpy()
-    for (domain, curves), color in zip(
-        results.sweep.items(), colors(len(results.sweep)), strict=True
-    ):
+    for domain, curves, color in _colored(results.sweep):
         axes.plot(strengths, curves["axes"].T.numpy(), color=color, linewidth=0.4, alpha=0.5)
         axes.plot(strengths, curves["axes"].mean(0).numpy(), color=color, linewidth=2, label=domain)
         axes.plot(strengths, curves["random"].numpy(), color=color, linewidth=1, linestyle=":")
@@ -94,9 +97,8 @@ def gain(results: Results, path: Path) -> None:
 def guided_losses(results: Results, path: Path) -> None:
     """Draw the losses of stage 2, by variant."""
     new, axes = figure(5.6, 3.4)
-    for (variant, rows), color in zip(
-        results.guided_log.items(), (QUIET, INK, ACCENT), strict=True
-    ):
+    shades = (QUIET, INK, ACCENT)
+    for (variant, rows), color in zip(results.guided_log.items(), shades, strict=True):
         steps, loss = column(rows, "loss")
         window = max(1, len(loss) // 20)
         smooth = torch.tensor(loss, dtype=torch.float64, device="cpu").unfold(0, window, 1).mean(1)

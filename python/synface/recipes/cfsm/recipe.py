@@ -10,6 +10,7 @@ Recognition", ECCV 2022.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -80,18 +81,14 @@ def run(
     assert isinstance(trained.head, MarginHead)  # this is one process
     recognizer, head = trained.backbone.to(device).eval(), trained.head.to(device)
 
+    def stage(part: str, name: str, train: Callable[..., Any], *arguments: Any) -> Any:
+        arguments = (config, people, recognizer, *arguments, name, output / part / name)
+        with bar(f"{part}: {name}") as shown:
+            return train(*arguments, resume=resume, progress=shown)
+
     generators, style_log = {}, {}
     for domain in config.domains:
-        with bar(f"style: {domain}") as shown:
-            generators[domain], style_log[domain] = learn_style(
-                config,
-                people,
-                recognizer,
-                domain,
-                output / "style" / domain,
-                resume=resume,
-                progress=shown,
-            )
+        generators[domain], style_log[domain] = stage("style", domain, learn_style)
     faces = first_images(people.held, 64).to(device)
     strengths = torch.linspace(0.0, 6.0, 13, dtype=torch.float32, device="cpu")
     sweep = {}
@@ -107,18 +104,7 @@ def run(
 
     guided_log, verification = {}, {"before": _verify(config, recognizer, people.held)}
     for variant in VARIANTS:
-        with bar(f"guided: {variant}") as shown:
-            network, guided_log[variant] = train_guided(
-                config,
-                people,
-                recognizer,
-                head,
-                generator,
-                variant,
-                output / "guided" / variant,
-                resume=resume,
-                progress=shown,
-            )
+        network, guided_log[variant] = stage("guided", variant, train_guided, head, generator)
         verification[variant] = _verify(config, network, people.held)
     return Results(
         config,

@@ -63,7 +63,11 @@ def measured(results: Results) -> dict[str, Any]:
             "axes along which it falls at every step": sum(map(_falls, curves["axes"])),
         }
     gain = results.gain
-    more = gain["guided"] - gain["random"]
+    more = {
+        f"{a} above {b}": gain[a] - gain[b]
+        for a, b in (("random", "style"), ("guided", "style"), ("guided", "random"))
+    }
+    above = more["guided above random"]
     return {
         "strengths": results.strengths.tolist(),
         "style": style,
@@ -71,14 +75,11 @@ def measured(results: Results) -> dict[str, Any]:
             a: dict(zip(results.generators, row, strict=True))
             for a, row in zip(results.generators, results.similarity.tolist(), strict=True)
         },
-        "loss": {name: _over_batches(values) for name, values in gain.items()}
-        | {
-            "random above style": _over_batches(gain["random"] - gain["style"]),
-            "guided above style": _over_batches(gain["guided"] - gain["style"]),
-            "guided above random": _over_batches(more),
-            "batches": len(more),
-            "batches where guided is above random": int((more > 0).sum()),
-        },
+        "loss": {
+            name: {"mean": values.mean().item(), "std": values.std().item()}
+            for name, values in (gain | more).items()
+        }
+        | {"batches": len(above), "batches where guided is above random": int((above > 0).sum())},
         "guided training": {
             variant: {
                 "loss, first tenth": _last(rows[: max(2, len(rows) // 10)], "loss"),
@@ -109,10 +110,6 @@ def _stays_below(rows: Log, name: str, limit: float) -> int | None:
 
 def _falls(curve: Tensor) -> bool:
     return bool((curve[1:] < curve[:-1]).all())
-
-
-def _over_batches(values: Tensor) -> dict[str, float]:
-    return {"mean": values.mean().item(), "std": values.std().item()}
 
 
 def _fields(results: Results, numbers: dict[str, Any]) -> dict[str, Any]:
