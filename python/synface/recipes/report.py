@@ -30,8 +30,8 @@ def write_report(
 
     Args:
         template: NAME.md, the page in Markdown with {fields} of `str.format`.
-        numbers: what is written as JSON.
-        figures: by name of a figure, the function that draws it into a file.
+        numbers: the content of NAME.json.
+        figures: by name, a function that draws a figure into a file.
         config: the recipe's, for the page; a template may use its fields, as it may the numbers'.
         fields: further ones of the template.
     """

@@ -43,7 +43,7 @@ class SweepResults:
     """The figures of a sweep's cells.
 
     Attributes:
-        generator: draws the faces that are trained on. held: the people to verify on.
+        generator: the face generator of the training data. held: the people to verify on.
         cells: by name, see `run_cells`. pixels: verification by raw pixels, of the same people.
     """
 

@@ -56,7 +56,7 @@ def synthesize(
 
     Args:
         embeddings: (N, D) floating, one identity per row; normalized here.
-        generator: draws the images, in the calling thread.
+        generator: the face generator, called in this thread.
         output: the folder; missing or empty, unless resume or overwrite is set.
         images_per_identity: at least 1.
         seed: random seed of the styles, not negative; another one gives other images of the same

@@ -38,7 +38,7 @@ class FaceGenerator(Protocol):
         Args:
             embedding: (B, D) float32, unit rows.
             style: (B, S) float32, to be drawn from a standard normal distribution.
-            seed: (B,) int64, not negative: random seed of each image, for what the style leaves.
+            seed: (B,) int64, not negative: random seed of each image, beside its style.
 
         Returns:
             (B, H, W, C) uint8 on the CPU; the same arguments give the same bits.

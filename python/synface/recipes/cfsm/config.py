@@ -1,4 +1,4 @@
-"""Configuration of the CFSM recipe; cfsm.toml has the default, and says what each key is."""
+"""Configuration of the CFSM recipe; cfsm.toml has the defaults and describes each key."""
 
 from __future__ import annotations
 

@@ -49,28 +49,28 @@ def train_guided(
     learned = [p for p in learned if p.requires_grad]
     optimizer = torch.optim.SGD(learned, stage.lr, 0.9, nesterov=True)
     augment = Augment(config.recognizer.augment)
-    kept = round(stage.originals * stage.batch_size)
+    originals = round(stage.originals * stage.batch_size)
 
     def step(number: int) -> dict[str, float]:
         set_cosine_lr(optimizer, stage.lr, number, stage.steps)
         random = draws(config.seed, "guided", number)
         images, y = _batch(people.source, stage.batch_size, random)
         x, y = augment(images, random).to(device), y.to(device)
-        o = normals((len(x) - kept, config.generator.styles), random).to(device)
+        o = normals((len(x) - originals, config.generator.styles), random).to(device)
         if variant != "originals" and len(o):
             if variant == "guided":
                 o = guided_styles(
                     generator,
                     network,
                     centers.weight,
-                    x[kept:],
-                    y[kept:],
+                    x[originals:],
+                    y[originals:],
                     o,
                     centers.margin,
                     stage.epsilon,
                 )
             with torch.no_grad():
-                x[kept:] = generator(x[kept:], o)
+                x[originals:] = generator(x[originals:], o)
         with seeded(seeds(config.seed, "guided dropout", number), device):
             loss, stats = centers(network(x), y, return_stats=True)
         descend(optimizer, loss)

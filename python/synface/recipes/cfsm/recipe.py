@@ -121,7 +121,7 @@ def run(
 
 
 def _check_networks(config: CfsmConfig) -> None:
-    """Raise ValueError unless all networks take the images; without memory for any of it."""
+    """Raise ValueError unless all networks fit the images, without allocating them."""
     size = config.data.size
     check_network(config.recognizer, (size, size, 1))
     with standard_defaults(), torch.device("meta"):

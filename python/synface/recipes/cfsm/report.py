@@ -20,7 +20,8 @@ def write(results: Results, folder: Path, command: str, seconds: float | None) -
     """Write cfsm.md, cfsm.json and cfsm-*.png into a folder, and return the page.
 
     Args:
-        command: what makes this report. seconds: how long it took; None where it was resumed.
+        command: the command line that the page names.
+        seconds: the run's duration; None where it was resumed.
     """
     numbers = measured(results) | {"machine": machine(), "seconds": seconds}
     faces = figures.portraits(results)

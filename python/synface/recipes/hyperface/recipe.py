@@ -1,7 +1,7 @@
 """HyperFace from packing to verification: pack → synthesize → train → evaluate.
 
-Packed identities are compared with random ones: as many, drawn by the same face generator, with the
-same styles, and trained on alike.
+Packed identities are compared with random ones: as many, with the same face generator, with
+the same styles and training.
 
 Source: Shahreza, Marcel, "HyperFace: Generating Synthetic Face Recognition Datasets by Exploring
 Face Embedding Hypersphere", ICLR 2025.
@@ -205,13 +205,13 @@ class Results(SweepResults):
     Attributes:
         points: by kind, for each seed: the (N, D) identities.
         cosines: likewise: the (N,) cosine of each identity with its nearest one.
-        drawn: likewise, of their faces in one style, with the mean face subtracted.
+        face_cosines: likewise, of their faces in one style, with the mean face subtracted.
     """
 
     config: HyperfaceConfig
     points: dict[str, list[Tensor]]
     cosines: dict[str, list[Tensor]]
-    drawn: dict[str, list[Tensor]]
+    face_cosines: dict[str, list[Tensor]]
 
 
 def run(
@@ -239,8 +239,8 @@ def run(
         "packed": [F.normalize(packed(config, output, seed, True, bar)) for seed in seeds],
         "random": [identities(data.identities, data.embedding_size, seed) for seed in seeds],
     }
-    drawn = {kind: [_in_one_style(generator, x) for x in points[kind]] for kind in KINDS}
-    cosines = _nearest(points), _nearest(drawn)
+    faces = {kind: [_in_one_style(generator, x) for x in points[kind]] for kind in KINDS}
+    cosines = _nearest(points), _nearest(faces)
     return Results(config, generator, held, found, pixels, points, *cosines)
 
 
@@ -264,7 +264,7 @@ def measured(results: Results) -> dict[str, Any]:
     data = results.config.data
     numbers: dict[str, Any] = {}
     for kind in KINDS:
-        found = results.cosines[kind], results.drawn[kind]
+        found = results.cosines[kind], results.face_cosines[kind]
         values = [
             [float(statistic(x)) for x in cosines]
             for cosines in found
@@ -286,7 +286,7 @@ def write(results: Results, folder: Path, command: str, *, faces: bool = True) -
     """Write hyperface.md, hyperface.json and hyperface-*.png into a folder, and return the page.
 
     Args:
-        command: what makes this report. faces: show some of the packed identities' faces.
+        command: the command line that the page names. faces: show some of the packed identities' faces.
     """
     numbers = measured(results) | {"machine": machine()}
     figures = {"kinds": partial(_plot, results, numbers)}
@@ -302,7 +302,9 @@ def _plot(results: Results, numbers: dict[str, Any], path: Path) -> None:
     new, axes = figure(11, 3.4, 1, 3)
     axes[0].axvline(numbers["bound"]["cosine"], color=QUIET, linestyle="--", label="lower bound")
     titles = ("Identities", "Their faces, by pixels")
-    for ax, found, title in zip(axes, (results.cosines, results.drawn), titles, strict=False):
+    for ax, found, title in zip(
+        axes, (results.cosines, results.face_cosines), titles, strict=False
+    ):
         for kind, color in zip(KINDS, (ACCENT, INK), strict=True):
             values = torch.cat(found[kind]).sort().values
             ax.plot(values.numpy(), np.linspace(0, 1, len(values)), color=color, label=kind)

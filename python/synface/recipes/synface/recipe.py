@@ -160,7 +160,7 @@ def write(results: Results, folder: Path, command: str, *, faces: bool = True) -
     """Write synface.md, synface.json and synface-*.png into a folder, and return the page.
 
     Args:
-        command: what makes this report. faces: show some of the generated faces.
+        command: the command line that the page names. faces: show some of the generated faces.
     """
     numbers = measured(results) | {"machine": machine()}
     figures = {"rows": partial(_rows_plot, numbers)}

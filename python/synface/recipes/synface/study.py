@@ -1,4 +1,4 @@
-"""SynFace's study: what more identities, more images of each, and each attribute bring.
+"""SynFace's study of the number of identities, the images per identity, and each attribute.
 
 Networks trained on generated faces alone, with and without identity mixup, are verified on real
 people: over identities × images per identity, and with one attribute of the embedded generator
@@ -193,7 +193,7 @@ def write(results: Results, folder: Path, command: str) -> Path:
     """Write study.md, study.json and study-*.png into a folder, and return the page.
 
     Args:
-        command: what makes this report.
+        command: the command line that the page names.
     """
     numbers = measured(results) | {"machine": machine()}
     figures = {"sizes": partial(_sizes_plot, results.config, numbers)}
