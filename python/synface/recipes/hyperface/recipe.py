@@ -286,7 +286,8 @@ def write(results: Results, folder: Path, command: str, *, faces: bool = True) -
     """Write hyperface.md, hyperface.json and hyperface-*.png into a folder, and return the page.
 
     Args:
-        command: the command line that the page names. faces: show some of the packed identities' faces.
+        command: the command line that the page names.
+        faces: show some of the packed identities' faces.
     """
     numbers = measured(results) | {"machine": machine()}
     figures = {"kinds": partial(_plot, results, numbers)}
@@ -301,10 +302,8 @@ def write(results: Results, folder: Path, command: str, *, faces: bool = True) -
 def _plot(results: Results, numbers: dict[str, Any], path: Path) -> None:
     new, axes = figure(11, 3.4, 1, 3)
     axes[0].axvline(numbers["bound"]["cosine"], color=QUIET, linestyle="--", label="lower bound")
-    titles = ("Identities", "Their faces, by pixels")
-    for ax, found, title in zip(
-        axes, (results.cosines, results.face_cosines), titles, strict=False
-    ):
+    plots = (("Identities", results.cosines), ("Their faces, by pixels", results.face_cosines))
+    for ax, (title, found) in zip(axes, plots, strict=False):
         for kind, color in zip(KINDS, (ACCENT, INK), strict=True):
             values = torch.cat(found[kind]).sort().values
             ax.plot(values.numpy(), np.linspace(0, 1, len(values)), color=color, label=kind)
