@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from synface.common.config import to_toml
 from synface.data import DataError
 from synface.recipes import hyperface
 from synface.recipes.generated import identities
@@ -84,31 +83,6 @@ def test_the_same_again_and_not_for_another_configuration(tmp_path, file):
     (tmp_path / "second" / "packed-seed-0.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is not a safetensors file"):
         hyperface.run(config, tmp_path / "second", resume=True)
-
-
-def test_the_default_is_read_and_written_back(tmp_path):
-    config = load_config()
-    file = tmp_path / "copy.toml"
-    file.write_text(to_toml(config))
-    assert load_config(file) == config
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[pack]\nstep = 1", r"\[pack\]: unknown key 'step'; did you mean 'steps'"),
-        ("[pack]\nsteps = 0", "steps must be at least 1, got 0"),
-        ("[pack]\nobjective = 'best'", "objective must be one of .*, got 'best'"),
-        ("[data]\nidentities = 1", "identities must be at least 2, got 1"),
-        ("[data]\nimages_per_identity = 0", "images_per_identity must be at least 1, got 0"),
-        ("seeds = [0, 0]", "seeds must be different"),
-    ],
-)
-def test_a_bad_configuration_is_named(tmp_path, text, message):
-    file = tmp_path / "tiny.toml"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        load_config(file)
 
 
 def test_a_missing_folder_is_named(tmp_path, file):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from synface.common.config import to_toml
 from synface.common.files import CheckpointError
 from synface.data import Augment, DataError, Faces
 from synface.data.loading.sampler import Part
@@ -232,13 +231,6 @@ def test_bad_sources_are_named():
     assert Augment(0.0)(people(2, 1).images, torch.Generator()).shape == (2, 1, 16, 16)
 
 
-def test_the_default_is_read_and_written_back(tmp_path):
-    config = load_config()
-    file = tmp_path / "copy.toml"
-    file.write_text(to_toml(config))
-    assert load_config(file) == config
-
-
 def test_real_people_of_a_folder(tmp_path, file):
     if not ORL.is_dir():
         pytest.skip(f"{ORL} is not there")
@@ -248,28 +240,6 @@ def test_real_people_of_a_folder(tmp_path, file):
     assert (len(results.real), len(results.held)) == (30, 40)
     assert results.held.images.shape[1:] == (16, 16, 1)
     assert not set(results.real.identities) & set(results.held.identities)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("sead = 1", "tiny.toml: unknown key 'sead'; did you mean 'seeds'"),
-        ("[data]\nidentity = 1", r"\[data\]: unknown key 'identity'; did you mean 'identities'"),
-        ("[data]\nidentities = 1", "identities must be at least 2, got 1"),
-        ("[data]\nsize = 4", "size must be at least 8, got 4"),
-        ("seeds = []", r"seeds must be different, and at least one, got \[\]"),
-        ("seeds = [1, 1]", r"seeds must be different, and at least one, got \[1, 1\]"),
-        ("seeds = [-1]", "seeds must be at least 0, got -1"),
-        ("rows = ['mixup']", r"rows must be different ones of synthetic, .*, got \['mixup'\]"),
-        ("[train]\nepochs = 0", r"\[train\]: epochs must be positive"),
-        ("seeds = ", "tiny.toml is not TOML"),
-    ],
-)
-def test_a_bad_configuration_is_named(tmp_path, text, message):
-    file = tmp_path / "tiny.toml"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        load_config(file)
 
 
 def test_bad_data_is_named(tmp_path, file):

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from synface.common.config import to_toml
 from synface.common.files import CheckpointError
 from synface.data import DataError
 from synface.recipes.generated import identities
@@ -114,33 +113,6 @@ def test_still_is_the_face_without_style():
     drawn = OneAttribute(generator, "none").generate(points, torch.randn(2, 10), torch.arange(2))
     faces = (generator.faces(points) * 255).round()
     assert (drawn[..., 0] - faces).abs().max() <= 1
-
-
-def test_the_default_is_read_and_written_back(tmp_path):
-    config = load_config()
-    file = tmp_path / "copy.toml"
-    file.write_text(to_toml(config))
-    assert load_config(file) == config
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("identity = [2]", "tiny.toml: unknown key 'identity'; did you mean 'identities'"),
-        ("identities = 20", "identities must be tuple, got 20"),
-        ("identities = [1]", "identities must be at least 2, got 1"),
-        ("identities = [9, 4]", r"identities must rise, and be at least one, got \[9, 4\]"),
-        ("images = []", r"images must rise, and be at least one, got \[\]"),
-        ("attributes = ['pose']", r"attributes must be different ones of none, .*\['pose'\]"),
-        ("[data]\ngenerator = 'x.onnx'", r"attributes are known of eigenfaces alone.*x\.onnx"),
-        ("[train]\nlr = -1", r"\[train\]: lr must be positive"),
-    ],
-)
-def test_a_bad_configuration_is_named(tmp_path, text, message):
-    file = tmp_path / "tiny.toml"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        load_config(file)
 
 
 def test_bad_data_is_named(tmp_path, file):

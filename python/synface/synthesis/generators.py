@@ -121,18 +121,11 @@ class EigenfaceGenerator:
 class _InFile:
     """A generator in a file: its sizes, and images from the model's output."""
 
-    def __init__(
-        self, path: Path, kind: str, given: dict[str, int | None], stated: dict[str, Any]
-    ) -> None:
+    def __init__(self, path: Path, kind: str, sizes: dict[str, tuple[int | None, Any]]) -> None:
         self._path = path
-        self.embedding_size = _size(path, "embedding_size", given, stated)
-        self.style_size = _size(path, "style_size", given, stated)
-        self.description = {
-            "kind": kind,
-            "sha256": sha256(path),
-            "embedding_size": self.embedding_size,
-            "style_size": self.style_size,
-        }
+        found = {name: _size(path, name, *sizes[name]) for name in ("embedding_size", "style_size")}
+        self.embedding_size, self.style_size = found.values()
+        self.description = {"kind": kind, "sha256": sha256(path)} | found
         two = (
             torch.eye(2, self.embedding_size, dtype=torch.float32, device="cpu"),
             torch.zeros(2, self.style_size, dtype=torch.float32, device="cpu"),
@@ -196,8 +189,8 @@ class TorchScriptGenerator(_InFile):
             )
         self._seeded = arguments == 3
         given = {"embedding_size": embedding_size, "style_size": style_size}
-        stated = {name: getattr(self._model, name, None) for name in given}
-        super().__init__(path, "torchscript", given, stated)
+        sizes = {name: (size, getattr(self._model, name, None)) for name, size in given.items()}
+        super().__init__(path, "torchscript", sizes)
 
     @torch.inference_mode()
     def _run(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
@@ -264,9 +257,11 @@ class OnnxGenerator(_InFile):
             )
         self._names = [x.name for x in inputs]
         self._batch = shapes[0][0] if isinstance(shapes[0][0], int) else None
-        given = {"embedding_size": embedding_size, "style_size": style_size}
-        stated = {"embedding_size": shapes[0][1], "style_size": shapes[1][1]}
-        super().__init__(path, "onnx", given, stated)
+        sizes = {
+            "embedding_size": (embedding_size, shapes[0][1]),
+            "style_size": (style_size, shapes[1][1]),
+        }
+        super().__init__(path, "onnx", sizes)
 
     def _run(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
         count = len(seed)
@@ -275,9 +270,7 @@ class OnnxGenerator(_InFile):
         outputs = []
         for rows in filled.split(batch):
             inputs = (x[rows].cpu().numpy() for x in (embedding, style, seed))
-            feed = dict(
-                zip(self._names, inputs, strict=False)
-            )  # without a seed where it takes none
+            feed = dict(zip(self._names, inputs, strict=False))  # a model may take no seed
             try:
                 outputs.append(self._session.run(None, feed)[0])
             except Exception as error:
@@ -349,9 +342,8 @@ def _check_arguments(
             )
 
 
-def _size(path: Path, name: str, given: dict[str, int | None], stated: dict[str, Any]) -> int:
-    """Return D or S, from the file or as given; raise ValueError where these differ."""
-    inside, asked = stated[name], given[name]
+def _size(path: Path, name: str, asked: int | None, inside: Any) -> int:
+    """Return D or S, from the file or as asked for; raise ValueError where these differ."""
     inside = inside if isinstance(inside, int) else None  # a name stands for any size in ONNX
     if inside is None and asked is None:
         raise ValueError(f"{path} does not say its {name}: give it")
