@@ -1,9 +1,10 @@
-"""Arguments for face generators, generators in files, and the files of a folder."""
+"""Arguments for face generators, generators in files, random faces, and the files of a folder."""
 
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from synface.data import Faces
 
 
 def unit(count: int, dim: int, seed: int = 0) -> torch.Tensor:
@@ -17,6 +18,13 @@ def arguments(
     """Return embeddings, styles and seeds for `FaceGenerator.generate`."""
     g = torch.Generator().manual_seed(seed + 1)
     return unit(count, dim, seed), torch.randn(count, style, generator=g), torch.arange(count)
+
+
+def people(count: int, images: int, size: int = 16) -> Faces:
+    """Return random images of so many people."""
+    pixels = torch.randint(256, (count * images, size, size, 1), dtype=torch.uint8)
+    labels = torch.arange(count).repeat_interleave(images)
+    return Faces(pixels, labels, [f"p{i}" for i in range(count)], "random pixels")
 
 
 def tree(root: Path) -> dict[str, bytes]:
