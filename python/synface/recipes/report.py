@@ -85,5 +85,5 @@ def plot_seeds(
         axes.hlines(found["mean"], i - 0.3, i + 0.3, color=ACCENT, linewidth=2)
     axes.axhline(baseline, color=QUIET, linestyle="--", linewidth=1)
     axes.set_xticks(range(len(spreads)), [name.replace(" ", "\n") for name in spreads], fontsize=8)
-    title = "Each seed, and the mean; dashed: raw pixels"
+    title = "Seeds and mean; dashed: raw pixels"
     finish(axes, title, y=f"{label} on real people", grid="y")

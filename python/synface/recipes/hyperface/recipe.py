@@ -9,10 +9,9 @@ Face Embedding Hypersphere", ICLR 2025.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,9 +132,7 @@ def packed(config: HyperfaceConfig, output: Path, seed: int, resume: bool, bar: 
 
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata() or {}
-        wanted = {name: json.dumps(value) for name, value in asdict(made_of).items()}
-        wanted["objective"] = made_of.objective
-        checkpoint.check_same(file, metadata, wanted)
+        checkpoint.check_same(file, metadata, made_of.metadata())
         return points
     begun = file.with_name(f"{file.stem}-{made_of.objective}.checkpoints")
 

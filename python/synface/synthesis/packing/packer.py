@@ -106,6 +106,11 @@ class PackConfig:
         if self.objective != "lse":
             raise ValueError(f"batch needs the objective 'lse', got {self.objective!r}")
 
+    def metadata(self) -> dict[str, str]:
+        """Return the fields as the metadata of a file; texts are not quoted."""
+        values = asdict(self).items()
+        return {name: v if isinstance(v, str) else json.dumps(v) for name, v in values}
+
 
 class Progress(Protocol):
     """A progress bar of `Packer.run`."""
@@ -148,8 +153,7 @@ class Packed:
         """
         check_output(path, overwrite)
         metadata = {
-            **{name: json.dumps(value) for name, value in asdict(self.config).items()},
-            "objective": self.config.objective,
+            **self.config.metadata(),
             "worst_cosine": repr(self.worst),
             "worst_pair": json.dumps(self.pair),
             "bound": repr(self.bound.cosine),
