@@ -17,7 +17,7 @@ import synface_kernels as sk
 SIZE, DIM = 32, 64
 
 
-class Recognizer(pl.LightningModule):
+class Recogniser(pl.LightningModule):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -68,7 +68,7 @@ def main() -> None:
         logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(Recognizer(args.identities), DataLoader(dataset, batch_size=32, shuffle=True))
+    trainer.fit(Recogniser(args.identities), DataLoader(dataset, batch_size=32, shuffle=True))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def here(tmp_path, monkeypatch):
             (tmp_path / "faces" / f"p{person}" / f"{i}.png").write_bytes(b"no image")
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
-    for name in ("data.embedded", "recipes.cfsm.faces", "recipes.generated"):
+    for name in ("data.embedded", "recipes.cfsm", "recipes.generated"):
         monkeypatch.setattr(f"synface.{name}.embedded_faces", lambda *_, **__: pytest.fail("read"))
     return tmp_path
 
