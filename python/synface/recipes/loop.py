@@ -23,7 +23,7 @@ METRICS = "metrics.jsonl"
 EARLIER = {"recogniser": "recognizer"}
 
 
-class Progress(Protocol):
+class StageProgress(Protocol):
     """A progress bar of a recipe's part."""
 
     def start(self, total_steps: int, step: int) -> None: ...
@@ -49,7 +49,7 @@ def run_steps(
     stage: Stage,
     *,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
     stop_after: int | None = None,
 ) -> list[dict[str, float]]:
     """Run step(0), …, step(stage.steps − 1).

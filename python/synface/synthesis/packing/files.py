@@ -12,7 +12,7 @@ from ...common.check import check_folder
 from ...common.extras import extra
 from ...common.files import CheckpointError
 from ...reporting.plots import check_matplotlib
-from .packer import Packed, Packer, Progress, check_output
+from .packer import Packed, Packer, PackingProgress, check_output
 from .plot import plot
 
 
@@ -28,7 +28,7 @@ def pack(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Callable[[str], AbstractContextManager[Progress]],
+    progress: Callable[[str], AbstractContextManager[PackingProgress]],
 ) -> list[Packed]:
     """Run each packer in turn; write ``output`` and, beside it, the others' points and a plot.
 

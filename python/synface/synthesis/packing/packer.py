@@ -112,7 +112,7 @@ class PackConfig:
         return {name: v if isinstance(v, str) else json.dumps(v) for name, v in values}
 
 
-class Progress(Protocol):
+class PackingProgress(Protocol):
     """A progress bar of `Packer.run`."""
 
     def update(self, done: float, seconds: float, worst: float | None) -> None:
@@ -242,7 +242,7 @@ class Packer:
         folder: Path | None = None,
         *,
         resume: bool = False,
-        progress: Progress | None = None,
+        progress: PackingProgress | None = None,
         stop_after: int | None = None,
     ) -> Packed:
         """Pack the points.
@@ -288,7 +288,9 @@ class Packer:
 class _Run:
     """The state of a run: points, moments, the best so far, the clock."""
 
-    def __init__(self, packer: Packer, folder: Path | None, progress: Progress | None) -> None:
+    def __init__(
+        self, packer: Packer, folder: Path | None, progress: PackingProgress | None
+    ) -> None:
         self.packer, self.config, self.progress = packer, packer.config, progress
         self.folder = folder
         self.step = 0
