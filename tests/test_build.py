@@ -61,8 +61,10 @@ def test_a_wheel_from_the_source_distribution_works(tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     with zipfile.ZipFile(file) as content:
         content.extractall(installed)
-    recipes = sorted(p.name for p in (ROOT / "python/synface/recipes").glob("*.toml"))
-    assert sorted(p.name for p in (installed / "synface/recipes").glob("*.toml")) == recipes
+    for pattern in ("*/*.toml", "*/*.md"):
+        recipes = sorted(p.name for p in (ROOT / "python/synface/recipes").glob(pattern))
+        assert recipes
+        assert sorted(p.name for p in (installed / "synface/recipes").glob(pattern)) == recipes
     for package in ("synface", "synface_kernels"):
         assert (installed / package / "py.typed").exists()
     where = run([sys.executable, "-W", "error", "-c", SMOKE], tmp_path, PYTHONPATH=str(installed))

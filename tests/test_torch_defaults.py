@@ -333,13 +333,13 @@ def test_centers(changed, dtype):
 
 
 def test_sources(changed, faces, folders):
-    painter = EigenfaceGenerator(8, 16)
+    generator = EigenfaceGenerator(8, 16)
     config = TrainConfig(epochs=1, batch_size=5, embedding_size=16)
     sources = [
         MixedSource(faces, faces, mix_in_workers=True, workers=1),
         MixedSource(faces, faces, workers=1),
         FacesSource(list_folder(folders[0]), size=(8, 8), workers=1),
-        GeneratedSource(normal(4, 8), painter, 2, identity_mixup=IdentityMixup(), real=faces),
+        GeneratedSource(normal(4, 8), generator, 2, identity_mixup=IdentityMixup(), real=faces),
     ]
     check(
         changed,

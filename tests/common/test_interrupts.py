@@ -10,6 +10,7 @@ import pytest
 import torch
 from synface.common.interrupts import Terminated, interruption, interrupts
 
+from tests.helpers.command_line import synface
 from tests.helpers.ranks import on_ranks
 
 ENDS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
@@ -202,10 +203,7 @@ def test_sigterm_ends_synthesize_and_convert_as_ctrl_c_does(tmp_path):
     options += ("--images-per-identity", "2", "--batch-size", "2")
     shown = terminated(tmp_path, where, *options)
     assert "terminated: the same command with --resume makes the rest" in shown
-    done = subprocess.run(
-        [sys.executable, "-m", "synface", *options, "--resume"], cwd=tmp_path, check=True
-    )
-    assert done.returncode == 0
+    synface(*options, "--resume", cwd=tmp_path)
     assert len(list((tmp_path / "faces").glob("*/*.png"))) == 6
 
     where = ("synface.data.formats.decode", "header", "3")

@@ -1,4 +1,4 @@
-"""What the recipes' tests share."""
+"""A fixture of the recipes' tests."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """The test module's TINY configuration as a file."""
+    """Write the test module's TINY configuration into a file."""
     file = tmp_path / "tiny.toml"
     file.write_text(request.module.TINY)
     return file

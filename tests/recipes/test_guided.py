@@ -193,7 +193,7 @@ def case():
 
 
 def by_hand(generator, weight, o, target, scale, shift):
-    """∂L/∂o of CosFace written out: no autograd, no op."""
+    """Return ∂L/∂o of CosFace, written out: no autograd, no op."""
     gradients = []
     for row, label in zip(o, target.tolist(), strict=True):
         x = generator.matrix.detach() @ row + generator.offset.detach()

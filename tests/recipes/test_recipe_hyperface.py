@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from synface.cli.recipes import app
-from synface.common.config import to_toml
 from synface.data import DataError
+from synface.recipes import hyperface
 from synface.recipes.generated import identities
-from synface.recipes.hyperface import recipe as hyperface
-from synface.recipes.hyperface.recipe import load_config
+from synface.recipes.hyperface import load_config
 from synface.synthesis.packing import closest_pair
-from typer.testing import CliRunner
+
+from tests.helpers.command_line import call
 
 TINY = """
 seeds = [0, 2]
@@ -36,11 +35,9 @@ checkpoint_every = 1
 
 def test_from_packing_to_a_report(tmp_path, file):
     run = tmp_path / "run"
-    command = ["hyperface", "--config", str(file), "--output", str(run)]
-    first = CliRunner().invoke(app, [*command, "--cell", "packed-seed-0"])
-    assert first.exit_code == 0, first.output
-    result = CliRunner().invoke(app, [*command, "--resume"])
-    assert result.exit_code == 0, result.output
+    command = ["recipe", "hyperface", "--config", file, "--output", run]
+    call(*command, "--cell", "packed-seed-0")
+    call(*command, "--resume")
     page = (run / "report" / "hyperface.md").read_text()
     shown = re.findall(r"!\[.*\]\((.*)\)", page)
     assert shown == ["hyperface-kinds.png", "hyperface-faces.png"]
@@ -65,8 +62,7 @@ def test_from_packing_to_a_report(tmp_path, file):
     # All is there: nothing is made again, and the same comes out.
     made = {f: f.stat().st_mtime_ns for f in run.rglob("*") if f.suffix in (".png", ".jsonl")}
     other = tmp_path / "report"
-    again = CliRunner().invoke(app, [*command, "--resume", "--report", str(other), "--no-faces"])
-    assert again.exit_code == 0, again.output
+    call(*command, "--resume", "--report", other, "--no-faces")
     assert {f: f.stat().st_mtime_ns for f in made} == made
     assert json.loads((other / "hyperface.json").read_text()) == figures
     assert not (other / "hyperface-faces.png").exists()
@@ -87,31 +83,6 @@ def test_the_same_again_and_not_for_another_configuration(tmp_path, file):
     (tmp_path / "second" / "packed-seed-0.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is not a safetensors file"):
         hyperface.run(config, tmp_path / "second", resume=True)
-
-
-def test_the_default_is_read_and_written_back(tmp_path):
-    config = load_config()
-    file = tmp_path / "copy.toml"
-    file.write_text(to_toml(config))
-    assert load_config(file) == config
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[pack]\nstep = 1", r"\[pack\]: unknown key 'step'; did you mean 'steps'"),
-        ("[pack]\nsteps = 0", "steps must be at least 1, got 0"),
-        ("[pack]\nobjective = 'best'", "objective must be one of .*, got 'best'"),
-        ("[data]\nidentities = 1", "identities must be at least 2, got 1"),
-        ("[data]\nimages_per_identity = 0", "images_per_identity must be at least 1, got 0"),
-        ("seeds = [0, 0]", "seeds must be different"),
-    ],
-)
-def test_a_bad_configuration_is_named(tmp_path, text, message):
-    file = tmp_path / "tiny.toml"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        load_config(file)
 
 
 def test_a_missing_folder_is_named(tmp_path, file):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -23,20 +24,9 @@ from synface.synthesis.packing.packer import _Run
 
 import synface_kernels as sk
 from tests.helpers import codes
+from tests.helpers.command_line import call, refused, synface
 
 SMALL = PackConfig(40, 6, steps=60, seed=3)
-
-
-def synface(*arguments, check=True, **options):
-    done = subprocess.run(
-        [sys.executable, "-m", "synface", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        **options,
-    )
-    if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
 
 
 class Silent:
@@ -236,7 +226,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 
 def test_the_clock_goes_on_where_it_was(tmp_path):
-    """Of a minute, 25 s are over and the last look takes 10: in the second of two restarts."""
+    """After 25 s of a minute, with 10 s for the last evaluation: the second of two restarts."""
     packer = Packer(PackConfig(40, 6, minutes=1, restarts=2))
     run, resumed = (_Run(packer, tmp_path, None) for _ in range(2))
     run.seconds, run.check_seconds, run.restart, run.step = 25.0, 10.0, 1, 7
@@ -386,22 +376,22 @@ def run_pack_stopped(folder, step):
 # ---- the command line ----------------------------------------------------------------------------
 
 
-def test_command_packs_and_checks(tmp_path):
-    done = synface("pack", "--count", 40, "--dim", 6, "--steps", 60, "--seed", 3, cwd=tmp_path)
+def test_command_packs_and_checks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = call("pack", "--count", 40, "--dim", 6, "--steps", 60, "--seed", 3)
     packed = Packer(SMALL).run()
-    assert f"worst cosine {packed.worst:.6f}" in done.stdout
-    assert f"none can have less than {packed.bound.cosine:.4f} (Levenshtein)" in done.stdout
-    assert "worst 0." in done.stdout
-    checked = synface("pack", "--check", "packed.safetensors", cwd=tmp_path)
+    assert f"worst cosine {packed.worst:.6f}" in shown
+    assert f"none can have less than {packed.bound.cosine:.4f} (Levenshtein)" in shown
+    assert "worst 0." in shown
+    checked = call("pack", "--check", "packed.safetensors")
     i, j = sorted(packed.pair)
-    assert f"worst cosine {packed.worst:.6f}: row {i} of" in checked.stdout
-    assert f"row {j} of" in checked.stdout
+    assert f"worst cosine {packed.worst:.6f}: row {i} of" in checked
+    assert f"row {j} of" in checked
     other = np.random.default_rng(0).standard_normal((50, 6)).astype(np.float32)
     other[17] = 2 * packed.points[5].numpy()  # a leak
     np.save(tmp_path / "other.npy", other)
-    leak = synface("pack", "--check", "packed.safetensors", "--against", "other.npy", cwd=tmp_path)
-    line = "worst cosine 1.000000: row 5 of packed.safetensors and row 17 of other.npy"
-    assert line in leak.stdout
+    leak = call("pack", "--check", "packed.safetensors", "--against", "other.npy")
+    assert "worst cosine 1.000000: row 5 of packed.safetensors and row 17 of other.npy" in leak
 
 
 @pytest.mark.parametrize(
@@ -442,11 +432,7 @@ def test_command_packs_and_checks(tmp_path):
         (["--count", "9", "--dim", "4", "--output", "one.safetensors"], "exists: .*--overwrite"),
     ],
 )
-def test_errors_are_one_line(tmp_path, arguments, message, monkeypatch, capsys):
-    import re
-
-    from synface import cli
-
+def test_errors_are_one_line(tmp_path, arguments, message, monkeypatch):
     good = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
     np.save(tmp_path / "good.npy", good)
     zero, infinite = good.copy(), good.copy()
@@ -457,13 +443,9 @@ def test_errors_are_one_line(tmp_path, arguments, message, monkeypatch, capsys):
     save_file({"embeddings": torch.ones(1, 4)}, tmp_path / "one.safetensors")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["synface", "pack", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    assert exit_.value.code == 2
-    shown = capsys.readouterr()
-    assert re.search(message, shown.out + shown.err)
-    assert "Traceback" not in shown.out + shown.err
+    shown = refused("pack", *arguments)
+    assert re.search(message, shown)
+    assert "Traceback" not in shown
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
 
 
@@ -490,9 +472,8 @@ def test_a_blow_loses_at_most_what_came_after_the_checkpoint(blow, tmp_path):
         assert running.returncode == 128 + blow
         assert "--resume goes on" in shown
     assert not (tmp_path / "packed.safetensors").exists()
-    refused = synface(*arguments, check=False, cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "holds an interrupted run: --resume goes on with it" in refused.stdout
+    again = synface(*arguments, code=2, cwd=tmp_path)
+    assert "holds an interrupted run: --resume goes on with it" in again.stdout
     synface(*arguments, "--resume", cwd=tmp_path)
     whole = Packer(replace(SMALL, steps=200)).run()
     assert torch.equal(load_file(tmp_path / "packed.safetensors")["embeddings"], whole.points)

@@ -1,13 +1,14 @@
-"""Where packings and faces are written to is checked before any work, in words that name it."""
+"""Outputs of packings and faces are checked before any work, and errors name them."""
 
 import tempfile
 
 import pytest
 import torch
-from synface.cli import main
 from synface.synthesis.dataset import synthesize
 from synface.synthesis.generators import EigenfaceGenerator
 from synface.synthesis.packing import PackConfig, Packer, pack
+
+from tests.helpers.command_line import refused
 
 CONFIG = PackConfig(20, 4, steps=2)
 
@@ -88,14 +89,9 @@ def test_a_folder_of_faces_that_cannot_be_written_is_not_begun(tmp_path, monkeyp
         synthesize(torch.eye(4), Untouched(4, 16), folder, 1, resume=resume)
 
 
-def test_the_command_says_what_was_wanted(tmp_path, monkeypatch, capsys):
+def test_the_command_says_what_was_wanted(tmp_path):
     (tmp_path / "file").touch()
     output = tmp_path / "file" / "a.safetensors"
-    command = ["synface", "pack", "--count", "20", "--dim", "4", "--output", str(output)]
-    monkeypatch.setattr("sys.argv", command)
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2
-    text = capsys.readouterr().out
+    text = refused("pack", "--count", 20, "--dim", 4, "--output", output)
     assert wanted("the folder of a.safetensors", output.parent, "")[:-2] in text
     assert "packing, lse" not in text

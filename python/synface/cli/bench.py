@@ -1,4 +1,4 @@
-"""The command line's measurements: synface bench scale."""
+"""The command `synface bench scale`."""
 
 from __future__ import annotations
 
@@ -9,54 +9,64 @@ import typer
 
 from ..common.check import check_folder
 from ..common.interrupts import Terminated
-from .options import refuse
+from .options import SeedOption, refuse
 from .terminal import Bar, Group, say
 
-app = typer.Typer(cls=Group, help="Measure what the library does here.", no_args_is_help=True)
+app = typer.Typer(cls=Group, help="Measure the library on this machine.", no_args_is_help=True)
 
 
 @app.callback()
 def bench() -> None:
-    """Measure what the library does here."""
+    """Measure the library on this machine."""
 
 
 @app.command("scale")
 def scale_command(
     context: typer.Context,
-    identities: Annotated[str, typer.Option(help="Class centers C, such as 10M.")] = "10M",
-    dim: Annotated[int, typer.Option(help="Dimensions D.")] = 512,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
-    sample_rate: Annotated[float, typer.Option(help="Share of C that a step takes.")] = 0.01,
-    batch: Annotated[int, typer.Option(help="Embeddings in a step.")] = 256,
-    steps: Annotated[int | None, typer.Option(help="Default: 100, or as --minutes says.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="In place of --steps.")] = None,
-    optimizer: Annotated[str, typer.Option(help="sgd or adamw")] = "sgd",
-    momentum: Annotated[float, typer.Option(help="Of sgd; 0 for none.")] = 0.9,
-    lr: Annotated[float, typer.Option(help="Constant.")] = 0.02,
+    identities: Annotated[
+        str, typer.Option(help="Number of class centers C, such as 10M.")
+    ] = "10M",
+    dim: Annotated[int, typer.Option(help="Number of dimensions D.")] = 512,
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of the centers: bfloat16 or float32.")
+    ] = "bfloat16",
+    sample_rate: Annotated[
+        float, typer.Option(help="Share of the centers sampled in a step.")
+    ] = 0.01,
+    batch: Annotated[int, typer.Option(help="Embeddings per step.")] = 256,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of steps. Default: 100, unless --minutes is given.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes, in place of --steps.")] = None,
+    optimizer: Annotated[str, typer.Option(help="Optimizer of the centers: sgd or adamw.")] = "sgd",
+    momentum: Annotated[float, typer.Option(help="Momentum of sgd; 0 for none.")] = 0.9,
+    lr: Annotated[float, typer.Option(help="Learning rate, constant.")] = 0.02,
     working_set: Annotated[
         str | None,
-        typer.Option(help="Identities that the embeddings are of. Default: 4096, or C if less."),
+        typer.Option(help="Number of identities with embeddings. Default: 4096, or C if less."),
     ] = None,
     directory: Annotated[
-        Path | None, typer.Option(help="Of memory-mapped centers. Default: in memory.")
+        Path | None, typer.Option(help="Folder of memory-mapped centers. Default: in memory.")
     ] = None,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Leave the files, with a checkpoint at the end.")
+        bool, typer.Option("--keep", help="Keep the files, with a checkpoint at the end.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the centers in --directory, and keep them.")
+        bool, typer.Option("--resume", help="Resume with the centers in --directory; keep them.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the centers in --directory.")
     ] = False,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps.", min=1)] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints. Default: none.", min=1)
+    ] = None,
     sync: Annotated[
-        bool, typer.Option("--sync", help="Let checkpoints outlive the machine going down.")
+        bool, typer.Option("--sync", help="Flush checkpoints, so that they survive a power cut.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0,
-    output: Annotated[Path, typer.Option(help="The report's folder.")] = Path("scale-report"),
+    seed: SeedOption = 0,
+    output: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("scale-report"),
 ) -> None:
-    """Train class centers by the million on clustered embeddings: time, memory, and the loss."""
+    """Train millions of class centers on clustered embeddings; measure time, memory and loss."""
     from ..bench import scale
     from ..bench.plan import parse_count
     from ..common.check import available_memory

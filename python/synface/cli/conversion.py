@@ -1,4 +1,4 @@
-"""synface convert."""
+"""The command `synface convert`."""
 
 from __future__ import annotations
 
@@ -22,17 +22,15 @@ def convert_command(
         Path,
         typer.Argument(
             help="Image folder, RecordIO, WebDataset shards, Parquet or a folder of Hugging Face "
-            "datasets, found out by what is there."
+            "datasets; the format is detected."
         ),
     ],
-    destination: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
-    to: Annotated[str, typer.Option(help=f"{', '.join(FORMATS)}.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write, which must not exist yet.")],
+    to: Annotated[str, typer.Option(help=f"Format to write: {', '.join(FORMATS)}.")],
     relabel: RelabelOption = False,
-    shard_size: Annotated[
-        int, typer.Option(help="MiB after which another shard is begun.", min=1)
-    ] = 512,
+    shard_size: Annotated[int, typer.Option(help="Size of a shard in MiB.", min=1)] = 512,
 ) -> None:
-    """Write images in another format, their bytes as they are."""
+    """Write images in another format, with their bytes unchanged."""
     if to in UNSHARDED:
         refuse(context, f"with --to {to}, which has no shards", "shard_size")
     check_folder("the destination's folder", destination.absolute().parent)

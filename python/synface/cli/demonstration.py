@@ -1,4 +1,4 @@
-"""synface demo, info."""
+"""The commands `synface demo` and `synface info`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from .terminal import Bar, console, say
 
 
 def info_command() -> None:
-    """Versions, devices, and which implementation each op takes."""
+    """Show versions, devices, and the implementation that each op takes."""
     from synface_kernels import _env
 
     say(_env.report())
 
 
 def demo_command(
-    output: Annotated[Path, typer.Option(help="The report's folder.")] = Path("synface-report"),
+    output: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("synface-report"),
     seed: SeedOption = 0,
-    epochs: int = 12,
-    identities: Annotated[int, typer.Option(help="Of the 100 embedded.", min=4, max=100)] = 100,
-    images: Annotated[int, typer.Option(help="Per identity.", min=2)] = 20,
-    classes: Annotated[int, typer.Option(help="C of the measured softmax.", min=2)] = 100_000,
+    epochs: Annotated[int, typer.Option(help="Number of training epochs.")] = 12,
+    identities: Annotated[
+        int, typer.Option(help="Number of embedded identities.", min=4, max=100)
+    ] = 100,
+    images: Annotated[int, typer.Option(help="Images per identity.", min=2)] = 20,
+    classes: Annotated[
+        int, typer.Option(help="Number of classes of the measured softmax.", min=2)
+    ] = 100_000,
 ) -> None:
     """Train on real faces, verify on others, measure the fused softmax; write a report."""
     import tempfile
@@ -48,10 +52,9 @@ def demo_command(
     faces = embedded_faces(images_per_identity=images, identities=identities, seed=seed)
     held_out = max(2, identities // 5)
     learn, held = faces.split(held_out)
-    console.print(
+    say(
         f"1. {faces.source}\n   training on {len(learn.identities)} people, verifying on the "
-        f"{held_out} others",
-        highlight=False,
+        f"{held_out} others"
     )
     config = TrainConfig(epochs=epochs, seed=seed, checkpoint_every=max(1, epochs))
     with tempfile.TemporaryDirectory() as folder, Bar("   training") as bar:
@@ -60,10 +63,7 @@ def demo_command(
     print_verification(trained, pixels, held)
 
     work = measure.Workload(c=classes)
-    console.print(
-        f"2. the margin softmax over {work.c:,} identities: N={work.n}, D={work.d}, float32",
-        highlight=False,
-    )
+    say(f"2. the margin softmax over {work.c:,} identities: N={work.n}, D={work.d}, float32")
     with Bar("   measuring") as bar:
         bar.start(len(measure.METHODS) * 5, 0)
         memory: dict[str, Any] = {}
@@ -92,4 +92,4 @@ def demo_command(
         machine=f"{_env.processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
         seconds=seconds,
     )
-    console.print(f"3. report: {page} ({seconds:.0f} s in all)", highlight=False)
+    say(f"3. report: {page} ({seconds:.0f} s in all)")

@@ -1,4 +1,4 @@
-"""synface pack, synthesize: from points on a sphere to a folder of faces."""
+"""The commands `synface pack` and `synface synthesize`, from packed points to folders of faces."""
 
 from __future__ import annotations
 
@@ -10,57 +10,58 @@ import typer
 
 from ..common.check import check_folder
 from .options import SeedOption, parse_size, refuse
-from .terminal import Bar, PackingBar, console, interrupts, say
+from .terminal import Bar, PackingBar, interrupts, say
 
 
 def pack_command(
     context: typer.Context,
-    count: Annotated[int | None, typer.Option(help="Points N.")] = None,
-    dim: Annotated[int | None, typer.Option(help="Dimensions d.")] = None,
+    count: Annotated[int | None, typer.Option(help="Number of points N.")] = None,
+    dim: Annotated[int | None, typer.Option(help="Number of dimensions d.")] = None,
     objective: Annotated[
         list[str] | None,
         typer.Option(
-            help="lse, hyperface or langevin; give several to run one after the other. "
-            "The first one's points go to --output. Default: lse."
+            help="Objective: lse, hyperface or langevin; several run one after the other, and the "
+            "first one's points go to --output. Default: lse."
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Of each objective and restart. Default: 500.")
+        int | None, typer.Option(help="Steps of each objective and restart. Default: 500.")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Of each objective, in place of --steps.")
+        float | None, typer.Option(help="Minutes for each objective, in place of --steps.")
     ] = None,
     restarts: Annotated[
-        int, typer.Option(help="Runs from other random points; the best wins.")
+        int, typer.Option(help="Number of random starting points; the best packing is kept.")
     ] = 1,
     batch: Annotated[
         int | None,
-        typer.Option(help="Points per step, drawn at random; for N too large for all at once."),
+        typer.Option(help="Random points per step, where N is too large for all at once."),
     ] = None,
     gallery: Annotated[
         Path | None, typer.Option(help="Embeddings to stay close to: .safetensors or .npy.")
     ] = None,
-    alpha: Annotated[float, typer.Option(help="Weight of the gallery.")] = 0.5,
+    alpha: Annotated[float, typer.Option(help="Weight of the gallery term.")] = 0.5,
     start: Annotated[
         Path | None, typer.Option(help="Embeddings to start from: .safetensors or .npy.")
     ] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate of hyperface.")] = 0.001,
+    lr: Annotated[float, typer.Option(help="Learning rate of the objective hyperface.")] = 0.001,
     seed: SeedOption = 0,
     output: Annotated[
-        Path, typer.Option(help="The points, a .safetensors file; beside it a .png.")
+        Path, typer.Option(help="File of the points (.safetensors); a plot is beside it (.png).")
     ] = Path("packed.safetensors"),
-    device: str = "cpu",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")] = False,
+    device: Annotated[str, typer.Option(help="Device to compute on.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the checkpoints.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     check: Annotated[
         Path | None,
-        typer.Option(help="Pack nothing: find the worst pair of these embeddings, exactly."),
+        typer.Option(help="Embeddings whose exact worst pair is found; no points are packed."),
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(help="With --check: pairs of one embedding from each file.")
+        Path | None,
+        typer.Option(help="Other embeddings for --check; pairs are of one from each file."),
     ] = None,
 ) -> None:
-    """Spread N unit vectors in d dimensions as far apart as they go, or check embeddings."""
+    """Pack N unit vectors in d dimensions, and report the gap to the bound; or check embeddings."""
     from ..synthesis import packing
     from ..synthesis.embeddings import read_embeddings
 
@@ -92,12 +93,10 @@ def pack_command(
         for each in objective or ["lse"]
     ]
     bound = packers[0].bound
-    console.print(
+    say(
         f"{count:,} points in {dim} dimensions: random ones have a worst cosine of about "
         f"{packing.bounds.random_worst(count, dim):.4f}, none can have less than "
-        f"{bound.cosine:.4f} ({bound.name})",
-        highlight=False,
-        soft_wrap=True,
+        f"{bound.cosine:.4f} ({bound.name})"
     )
     with interrupts("the same command with --resume goes on"):
         packings = packing.pack(
@@ -109,11 +108,9 @@ def pack_command(
         )
     for each in packings:
         seconds, number, _ = each.history[-1]
-        console.print(
+        say(
             f"{each.config.objective}: worst cosine {each.worst:.6f} (points {each.pair[0]} and "
-            f"{each.pair[1]}), {each.gap:.6f} above the bound; {number:,} steps, {seconds:.0f} s",
-            highlight=False,
-            soft_wrap=True,
+            f"{each.pair[1]}), {each.gap:.6f} above the bound; {number:,} steps, {seconds:.0f} s"
         )
     say(f"written: {output}, {output.with_suffix('.png')}")
 
@@ -136,11 +133,9 @@ def _check_embeddings(file: Path, against: Path | None) -> None:
     if other is None and rows.shape[1] > 1:
         count, dim = rows.shape
         bound = packing.bounds.best(count, dim)
-        console.print(
+        say(
             f"{count:,} points in {dim} dimensions: bound {bound.cosine:.6f} ({bound.name}), "
-            f"random points about {packing.bounds.random_worst(count, dim):.6f}",
-            highlight=False,
-            soft_wrap=True,
+            f"random points about {packing.bounds.random_worst(count, dim):.6f}"
         )
 
 
@@ -149,34 +144,34 @@ def synthesize_command(
     packed: Annotated[
         Path, typer.Option(help="Embeddings (N, D), one identity per row: .safetensors or .npy.")
     ],
-    output: Annotated[Path, typer.Option(help="The image folder to write.")],
-    images_per_identity: Annotated[int, typer.Option(min=1)] = 20,
+    output: Annotated[Path, typer.Option(help="Image folder to write.")],
+    images_per_identity: Annotated[int, typer.Option(help="Images per identity.", min=1)] = 20,
     generator: Annotated[
         Path | None,
         typer.Option(
-            help="ONNX (.onnx) or TorchScript file; the latter is a program that is run: trust "
-            "who wrote it. Default: eigenfaces of the faces that scikit-image ships."
+            help="Face generator, an ONNX (.onnx) or TorchScript file; the latter is a program "
+            "that is run: trust its author. Default: eigenfaces of scikit-image's faces."
         ),
     ] = None,
     style_size: Annotated[
-        int | None, typer.Option(help="Of the generator's style, where its file does not say it.")
+        int | None, typer.Option(help="Size of the styles, where the generator's file lacks it.")
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(help="Of the eigenfaces' images, such as 112x112. Default: 48x48."),
+        typer.Option(help="Size of the eigenfaces' images, such as 112x112. Default: 48x48."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the styles.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the styles.", min=0)] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per call of the generator.")] = 64,
     workers: Annotated[
-        int | None, typer.Option(help="Threads that encode. Default: one per core.")
+        int | None, typer.Option(help="Threads that encode images. Default: one per core.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where a generator's file runs.")] = "cpu",
-    resume: Annotated[bool, typer.Option("--resume", help="Make what is missing.")] = False,
+    device: Annotated[str, typer.Option(help="Device of a generator in a file.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Make the missing images.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what was synthesized before.")
+        bool, typer.Option("--overwrite", help="Replace the images of an earlier run.")
     ] = False,
 ) -> None:
-    """Write a folder of face images, some of each packed identity, that `train` takes."""
+    """Generate images of packed identities, in an image folder that `train` takes."""
     from ..synthesis.dataset import synthesize
     from ..synthesis.embeddings import read_embeddings
     from ..synthesis.generators import open_generator

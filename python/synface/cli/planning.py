@@ -1,4 +1,4 @@
-"""synface plan."""
+"""The command `synface plan`."""
 
 from __future__ import annotations
 
@@ -9,42 +9,48 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .terminal import console
+from .terminal import console, say
 
 if TYPE_CHECKING:
     from ..bench.plan import Plan
 
 
 def plan_command(
-    identities: Annotated[str, typer.Option(help="How many: 250000, 10M, 1.5B.")],
-    dim: Annotated[int, typer.Option(help="Of the embeddings.", min=1)] = 512,
-    gpus: Annotated[int, typer.Option(help="The classes are spread over them.", min=1)] = 1,
+    identities: Annotated[str, typer.Option(help="Number of identities: 250000, 10M, 1.5B.")],
+    dim: Annotated[int, typer.Option(help="Dimension of the embeddings.", min=1)] = 512,
+    gpus: Annotated[
+        int, typer.Option(help="Number of GPUs; the classes are split among them.", min=1)
+    ] = 1,
     gpu_memory: Annotated[
-        str | None, typer.Option(help="Of each: 80GB, 24GiB. Default: the device's.")
+        str | None, typer.Option(help="Memory per GPU: 80GB, 24GiB. Default: the device's.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Images of a step, on all GPUs together.")] = 1024,
-    labels: Annotated[int, typer.Option(help="Per image; mixing gives up to 3.", min=1)] = 1,
+    batch: Annotated[int, typer.Option(help="Images per step, on all GPUs together.")] = 1024,
+    labels: Annotated[int, typer.Option(help="Labels per image; mixing gives up to 3.", min=1)] = 1,
     sample_rate: Annotated[
-        float, typer.Option(help="Share of the classes that take part in a step.", max=1.0)
+        float, typer.Option(help="Share of the classes sampled in a step.", max=1.0)
     ] = 1.0,
     fused_update: Annotated[
-        bool, typer.Option("--fused-update", help="The backward pass steps the centers.")
+        bool, typer.Option("--fused-update", help="Step the centers in the backward pass.")
     ] = False,
-    centers: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    optimizer: Annotated[str, typer.Option(help="Of the centers: sgd, adamw or none.")] = "sgd",
+    centers: Annotated[
+        str, typer.Option(help="Dtype of the class centers: float32 or bfloat16.")
+    ] = "float32",
+    optimizer: Annotated[
+        str, typer.Option(help="Optimizer of the class centers: sgd, adamw or none.")
+    ] = "sgd",
     backbone: Annotated[
-        str, typer.Option(help="r18, r34, r50 or r100 at 112x112; none leaves it out.")
+        str, typer.Option(help="Backbone: r18, r34, r50 or r100 at 112x112, or none.")
     ] = "r50",
-    precision: Annotated[str, typer.Option(help="Of the backbone: bfloat16 or float32.")] = (
-        "bfloat16"
-    ),
-    device: Annotated[str, typer.Option(help="a100, h100, h200 or rtx4090.")] = "h100",
+    precision: Annotated[
+        str, typer.Option(help="Precision of the backbone: bfloat16 or float32.")
+    ] = "bfloat16",
+    device: Annotated[str, typer.Option(help="GPU: a100, h100, h200 or rtx4090.")] = "h100",
     measured: Annotated[
         Path | None,
-        typer.Option(help="What make gpu-evidence wrote on that device: its rates are taken."),
+        typer.Option(help="Rates measured on that device, as make gpu-evidence writes them."),
     ] = None,
 ) -> None:
-    """What training would take: memory per GPU, bytes exchanged, time per step; what to change."""
+    """Estimate memory per GPU, bytes exchanged and time per step, and what makes a run fit."""
     from ..bench import plan
 
     if device not in plan.DEVICES:
@@ -80,26 +86,25 @@ def _print_plan(found: Plan) -> None:
         console.print(table)
 
     s = found.settings
-    console.print(
+    say(
         f"{s.identities:,} identities × {s.dim}, {s.centers}, on {s.gpus} × {s.device}: "
-        f"{s.classes:,} classes a GPU, {s.sampled:,} of them in a step; batch {s.batch:,}, "
-        f"{s.images:,} images a GPU",
-        highlight=False,
+        f"{s.classes:,} classes per GPU, {s.sampled:,} of them in a step; batch {s.batch:,}, "
+        f"{s.images:,} images per GPU"
     )
     memory = [(name, f"{size / 2**30:.2f}") for name, size in found.memory.items()]
-    show("memory of a GPU", "GiB", [*memory, ("together", f"{found.total / 2**30:.2f}")])
+    show("memory per GPU", "GiB", [*memory, ("total", f"{found.total / 2**30:.2f}")])
     if s.gpus > 1:
         sent = [(name, f"{size / 1e6:.2f}") for name, size in found.exchange.items()]
         total = sum(found.exchange.values())
-        show("sent by a GPU in a step", "MB", [*sent, ("together", f"{total / 1e6:.2f}")])
+        show("sent by a GPU per step", "MB", [*sent, ("total", f"{total / 1e6:.2f}")])
     parts = [
         (name, f"{1e3 * part.seconds:.2f}", part.bound + (", measured" if part.measured else ""))
         for name, part in found.time.items()
     ]
     rate = s.batch / found.seconds
-    together = ("together", f"{1e3 * found.seconds:.2f}", f"{rate:,.0f} images/s")
-    show("time of a step, at least", "ms", [*parts, together])
-    console.print(f"rates: {found.rates}", highlight=False)
+    total_time = ("total", f"{1e3 * found.seconds:.2f}", f"{rate:,.0f} images/s")
+    show("time per step, at least", "ms", [*parts, total_time])
+    say(f"rates: {found.rates}")
     room = f"{found.available / 2**30:.1f} GiB ({s.gpu_memory / 2**30:.1f} less 5 %)"
     if found.fits:
         console.print(f"[green]It fits[/green] into {room}.", highlight=False)

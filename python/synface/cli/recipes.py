@@ -12,27 +12,29 @@ import typer
 
 from ..common.check import check_folder
 from .options import refuse
-from .terminal import Bar, Group, console, interrupts, say
+from .terminal import Bar, Group, interrupts, say
 
 app = typer.Typer(
     cls=Group, help="The papers' recipes, from data to a report.", no_args_is_help=True
 )
 
 ConfigOption = Annotated[
-    Path | None, typer.Option(help="TOML. Default: small enough for two cores.")
+    Path | None,
+    typer.Option(help="TOML file of the configuration. Default: one small enough for two cores."),
 ]
 RealOption = Annotated[
-    Path | None, typer.Option(help="Image folder of real people, not the embedded faces.")
+    Path | None,
+    typer.Option(help="Image folder of real people. Default: the embedded faces."),
 ]
 ReportOption = Annotated[
-    Path | None, typer.Option(help="Folder of the report. Default: report, in the run's.")
+    Path | None, typer.Option(help="Folder of the report. Default: report, in the run's folder.")
 ]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the run.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Resume the run in --output.")]
 CellOption = Annotated[
     str | None,
     typer.Option(
-        help="Run this one training run alone, without the report: others may run beside it; "
-        "--resume puts them together."
+        help="Run this one training run, without the report. Others may run in parallel; "
+        "--resume then writes the report of all."
     ),
 ]
 FacesOption = Annotated[bool, typer.Option(help="Show some generated faces in the report.")]
@@ -40,72 +42,62 @@ FacesOption = Annotated[bool, typer.Option(help="Show some generated faces in th
 
 @app.callback()
 def recipe() -> None:
-    """The papers' recipes, from data to a report."""
+    """Run a paper's recipe, from data to a report."""
 
 
 @app.command("cfsm")
 def cfsm_command(
-    output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/cfsm"),
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/cfsm"),
     config: ConfigOption = None,
     faces: Annotated[
-        Path | None, typer.Option(help="Image folder, in place of the embedded faces.")
+        Path | None, typer.Option(help="Image folder to train on. Default: the embedded faces.")
     ] = None,
     target: Annotated[
         Path | None,
         typer.Option(help="Image folder of unlabeled faces of the target domain (degraded too)."),
     ] = None,
     report: ReportOption = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.", min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed.", min=0)] = None,
     resume: ResumeOption = False,
 ) -> None:
-    """Learn style subspaces of degraded faces, and train a recogniser on guided ones (CFSM)."""
-    from ..recipes.cfsm import recipe as cfsm
-    from ..recipes.cfsm import report as cfsm_report
+    """Learn style subspaces of degraded faces, and train a recognizer on guided ones (CFSM)."""
+    from ..recipes import cfsm
 
     settings = cfsm.load_config(config)
-    data = settings.data
-    data = replace(data, faces=str(faces) if faces else data.faces)
-    data = replace(data, target=str(target) if target else data.target)
+    data = replace(settings.data, **_paths(faces=faces, target=target))
     settings = replace(settings, data=data)
     if seed is not None:
-        recogniser = replace(settings.recogniser, seed=seed)
-        settings = replace(settings, seed=seed, recogniser=recogniser)
-    command = "synface recipe cfsm"
-    command += _given(config=config, faces=faces, target=target, seed=seed)
+        recognizer = replace(settings.recognizer, seed=seed)
+        settings = replace(settings, seed=seed, recognizer=recognizer)
+    command = _command("recipe cfsm", config=config, faces=faces, target=target, seed=seed)
 
     _check_outputs(output, report)
     began = time.perf_counter()
     with interrupts(f"{command} --output {output} --resume goes on"):
         results = cfsm.run(settings, output, resume=resume, progress=Bar)
-    figures = cfsm_report.measured(results)
-    for domain, found in figures["style"].items():
+    numbers = cfsm.measured(results)
+    for domain, found in numbers["style"].items():
         cosines = found["cosine along the axes"]
-        console.print(
+        say(
             f"{domain}: L_ort {found['orthogonality l1, last step']:.1e}; cosine to the original "
             f"{cosines[0]:.3f} at strength 0, {cosines[-1]:.3f} at "
-            f"{figures['strengths'][-1]:g}",
-            highlight=False,
+            f"{numbers['strengths'][-1]:g}"
         )
-    loss = figures["loss"]
+    loss = numbers["loss"]
     for name in ("random", "guided"):
         more = loss[f"{name} above style"]
-        console.print(
+        say(
             f"{name} images raise the loss by {more['mean']:.3f} ± {more['std']:.3f} "
-            f"({loss['batches']} batches)",
-            highlight=False,
+            f"({loss['batches']} batches)"
         )
-    page = cfsm_report.write(
-        results,
-        report or output / "report",
-        command,
-        None if resume else time.perf_counter() - began,
-    )
+    seconds = None if resume else time.perf_counter() - began
+    page = cfsm.write(results, report or output / "report", command, seconds)
     say(f"report: {page}")
 
 
 def _run(
     context: typer.Context,
-    name: str,
+    module: str,
     called: str,
     output: Path,
     config: Path | None,
@@ -115,14 +107,17 @@ def _run(
     resume: bool,
     **shown: bool,
 ) -> None:
-    """A recipe of several training runs, and its report. called: the command's words."""
+    """Run a recipe of several training runs, and write its report.
+
+    Args:
+        module: of the recipe. called: the words of the command.
+    """
     if cell is not None:
         refuse(context, "with --cell, which writes no report", "report", "faces")
-    recipe = import_module(f"synface.recipes.{name}")
+    recipe = import_module(f"synface.recipes.{module}")
     settings = recipe.load_config(config)
-    data = replace(settings.data, real=str(real) if real else settings.data.real)
-    settings = replace(settings, data=data)
-    command = f"synface {called}{_given(config=config, real=real)}"
+    settings = replace(settings, data=replace(settings.data, **_paths(real=real)))
+    command = _command(called, config=config, real=real)
     _check_outputs(output, report)
     with interrupts(f"{command} --output {output} --resume goes on"):
         results = recipe.run(settings, output, resume=resume, only=cell, progress=Bar)
@@ -132,12 +127,12 @@ def _run(
 
 
 def _register(name: str, summary: str) -> None:
-    """The command of a recipe of several training runs whose report may show faces."""
+    """Register the command of a recipe of several training runs whose report may show faces."""
 
     @app.command(name, help=summary)
     def command(
         context: typer.Context,
-        output: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs") / name,
+        output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs") / name,
         config: ConfigOption = None,
         real: RealOption = None,
         report: ReportOption = None,
@@ -161,17 +156,18 @@ _register(
 
 def study_command(
     context: typer.Context,
-    output: Annotated[Path, typer.Option(help="The study's folder.")] = Path("runs/study"),
+    output: Annotated[Path, typer.Option(help="Folder of the study.")] = Path("runs/study"),
     config: ConfigOption = None,
     real: RealOption = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Folder of the report. Default: report, in the study's.")
-    ] = None,
+    report: ReportOption = None,
     cell: CellOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the study.")] = False,
+    resume: ResumeOption = False,
 ) -> None:
-    """Accuracy over identities × images of each, and by attribute, with and without mixup."""
-    _run(context, "study", "study", output, config, real, report, cell, resume)
+    """Measure accuracy over identities × images of each, and by attribute, with and without mixup.
+
+    Networks are trained on generated faces, and verified on real people.
+    """
+    _run(context, "synface.study", "study", output, config, real, report, cell, resume)
 
 
 def _check_outputs(output: Path, report: Path | None) -> None:
@@ -180,5 +176,10 @@ def _check_outputs(output: Path, report: Path | None) -> None:
         check_folder("--report", report)
 
 
-def _given(**options: object) -> str:
-    return "".join(f" --{name} {value}" for name, value in options.items() if value is not None)
+def _command(called: str, **options: object) -> str:
+    given = (f" --{name} {value}" for name, value in options.items() if value is not None)
+    return f"synface {called}{''.join(given)}"
+
+
+def _paths(**options: Path | None) -> dict[str, str]:
+    return {name: str(path) for name, path in options.items() if path}

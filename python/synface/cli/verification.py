@@ -1,4 +1,4 @@
-"""How good a network is on people held out, beside raw pixels."""
+"""Verification of held-out people by a network and by raw pixels, for the commands."""
 
 from __future__ import annotations
 
@@ -13,16 +13,23 @@ from .terminal import console
 def verify_network(
     backbone: torch.nn.Module, held: Faces, batch_size: int = 256, flip: bool = True
 ) -> Verification:
+    """Return how well a network's embeddings verify people."""
     return verify(embed(backbone, held.images, batch_size, flip), held.labels)
 
 
 def figures(found: Verification) -> dict[str, float]:
+    """Return the figures of a verification that are known, by name."""
     numbers = {"auc": found.auc, "accuracy": found.accuracy}
     numbers |= {f"tar_at_far_{far:g}": tar for far, tar in found.tar.items()}
     return {name: number for name, number in numbers.items() if number is not None}
 
 
 def verify_pixels(held: Faces) -> Verification:
+    """Return how well raw pixels verify people.
+
+    Raises:
+        ValueError: for too few people or images.
+    """
     try:
         return verify(pixel_embeddings(held.images), held.labels)
     except ValueError as error:
@@ -35,6 +42,11 @@ def verify_pixels(held: Faces) -> Verification:
 def print_verification(
     trained: Verification, pixels: Verification, held: Faces, unseen: bool = True
 ) -> None:
+    """Print how well a network and raw pixels verify people.
+
+    Args:
+        unseen: say that the network was not trained on these people.
+    """
     mean_image = held.images.double().mean(0)
     centered = verify(pixel_embeddings(held.images, mean_image), held.labels)
     people = f"{len(held.identities)} people" + (" never trained on" if unseen else "")
@@ -43,6 +55,6 @@ def print_verification(
     console.print(f"[bold]raw pixels, centered cosine[/bold]\n{pixels.summary()}", highlight=False)
     console.print(
         f"ROC-AUC: trained [bold]{trained.auc:.4f}[/bold], raw pixels {pixels.auc:.4f} "
-        f"({centered.auc:.4f} with these people's mean image taken off)\n",
+        f"({centered.auc:.4f} with these people's mean image subtracted)\n",
         highlight=False,
     )

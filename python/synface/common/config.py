@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, get_type_hints
 
 from .extras import extra
@@ -12,26 +14,34 @@ from .toml import check_keys, read_toml
 T = TypeVar("T")
 
 
-def load(cls: type[T], file: Path) -> T:
-    """A configuration from a TOML file; a key that is left out keeps its default.
+def load(cls: type[T], file: Path, earlier: Mapping[str, str] = MappingProxyType({})) -> T:
+    """Return a configuration from a TOML file; a key that is left out keeps its default.
+
+    Args:
+        earlier: by key that is still read, the key that it was replaced by.
 
     Raises:
         ValueError: for a file that is not TOML, an unknown key, a value of another type or one
             that the configuration does not take.
     """
-    return _build(cls, read_toml(file), str(file))
+    table = read_toml(file)
+    for old, new in earlier.items():
+        if old in table and new in table:
+            raise ValueError(f"{file}: {old} is the earlier name of {new}: give {new} alone")
+    return _build(cls, table, str(file), earlier)
 
 
-def _build(cls: type, table: dict[str, Any], where: str) -> Any:
+def _build(cls: type, table: dict[str, Any], where: str, earlier: Mapping[str, str]) -> Any:
     hints = get_type_hints(cls)
-    check_keys(where, table, hints)
+    check_keys(where, (earlier.get(key, key) for key in table), hints)
     values = {}
-    for key, value in table.items():
+    for given, value in table.items():
+        key = earlier.get(given, given)
         hint = hints[key]
         if is_dataclass(hint):
             if not isinstance(value, dict):
-                raise ValueError(f"{where}: {key} must be a table, got {value!r}")
-            values[key] = _build(hint, value, f"{where}: [{key}]")  # type: ignore[arg-type]
+                raise ValueError(f"{where}: {given} must be a table, got {value!r}")
+            values[key] = _build(hint, value, f"{where}: [{given}]", {})  # type: ignore[arg-type]
             continue
         if isinstance(value, list):
             value = tuple(value)
@@ -48,7 +58,7 @@ def _build(cls: type, table: dict[str, Any], where: str) -> Any:
 
 
 def to_toml(config: Any) -> str:
-    """The exact configuration, as `load` reads it."""
+    """Return the exact configuration, as `load` reads it."""
     with extra("train", "writing TOML"):
         import tomli_w
 

@@ -1,7 +1,8 @@
-"""What the recipes on generated faces share: who is drawn, and the real people to verify on."""
+"""Configuration of recipes on generated faces: the face generator, and the real faces beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +16,17 @@ from ..data import Faces, embedded_faces, read_folder
 from ..synthesis.generators import FaceGenerator, open_generator
 
 EIGENFACES, EMBEDDED = "eigenfaces", "embedded"
-EMBEDDED_IMAGES = 10  # of each of the embedded faces
+EMBEDDED_IMAGES = 10  # images per embedded identity
 
 
 @dataclass(frozen=True)
-class PainterConfig:
-    """Who draws the faces, and the real ones beside them.
+class FacesConfig:
+    """The face generator, and the real faces to verify on.
 
     Attributes:
         generator: "eigenfaces", or an ONNX or TorchScript file.
         size: height and width of the eigenfaces' images; a file has its own.
-        embedding_size: of an identity.
+        embedding_size: dimension of an identity's embedding.
         real: "embedded", or an image folder.
     """
 
@@ -38,13 +39,14 @@ class PainterConfig:
         check_integer("size", self.size, 8)
         check_integer("embedding_size", self.embedding_size, 2)
 
-    def painter(self) -> FaceGenerator:
+    def face_generator(self) -> FaceGenerator:
+        """Return the face generator; raises as `open_generator`."""
         if self.generator == EIGENFACES:
             return open_generator(None, self.embedding_size, size=self.size)
         return open_generator(self.generator, self.embedding_size)
 
     def real_people(self, image_shape: tuple[int, int, int], least: int) -> Faces:
-        """The real faces, brought to (H, W, C).
+        """Return the real faces as images of shape (H, W, C).
 
         Raises:
             ValueError: for fewer people than ``least``.
@@ -63,13 +65,19 @@ class PainterConfig:
 
 
 def identities(count: int, dim: int, seed: int) -> Tensor:
-    """(count, dim) random identities, unit rows, float32."""
+    """Return (count, dim) random identities, unit rows, float32."""
     return F.normalize(normals((count, dim), draws(seed, "identities", 0)))
 
 
 def check_seeds(seeds: tuple[int, ...]) -> None:
-    """Raises for seeds that are not integers from 0 on, all different, at least one."""
+    """Raise unless seeds are different integers from 0 on, at least one."""
     for seed in seeds:
         check_integer("seeds", seed, 0)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different, and at least one, got {list(seeds)}")
+
+
+def check_choices(name: str, chosen: Sequence[str], known: Collection[str], least: int = 1) -> None:
+    """Raise ValueError unless so many names or more are chosen, all known and different."""
+    if not set(chosen) <= set(known) or not least <= len(set(chosen)) == len(chosen):
+        raise ValueError(f"{name} must be different ones of {', '.join(known)}, got {list(chosen)}")

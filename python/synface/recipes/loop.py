@@ -1,10 +1,11 @@
-"""Steps with checkpoints that resume bitwise the same, for recipes that train several networks."""
+"""Training steps of recipes with several networks, with checkpoints that resume bitwise."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,17 +14,30 @@ from torch import Tensor, nn
 
 from ..checkpoint import single as checkpoint
 from ..checkpoint.jsonl import Lines
+from ..common.files import CheckpointError
 from ..common.interrupts import interruption, interrupts
+from ..training.config import TrainConfig
 
 METRICS = "metrics.jsonl"
+# Keys of earlier checkpoints and configurations that are spelled in another way now.
+EARLIER = {"recogniser": "recognizer"}
 
 
-class Progress(Protocol):
-    """What a recipe tells while it runs."""
+class StageProgress(Protocol):
+    """A progress bar of a recipe's part."""
 
     def start(self, total_steps: int, step: int) -> None: ...
 
     def advance(self, note: str) -> None: ...
+
+
+class Stage(Protocol):
+    """Configuration of a recipe's part."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def checkpoint_every(self) -> int: ...
 
 
 def run_steps(
@@ -32,28 +46,28 @@ def run_steps(
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, torch.optim.Optimizer],
     step: Callable[[int], dict[str, float]],
-    total: int,
+    stage: Stage,
     *,
     resume: bool = False,
-    checkpoint_every: int = 100,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
     stop_after: int | None = None,
 ) -> list[dict[str, float]]:
-    """Runs step(0), …, step(total − 1).
+    """Run step(0), …, step(stage.steps − 1).
 
-    What a step does must depend on its number, the modules and the optimizers alone: its draws on
-    generators seeded with its number. Then a resumed run is bitwise one that was never interrupted.
+    A step must depend on its number, the modules and the optimizers alone, and draw from generators
+    that are seeded with its number. Then a resumed run is bitwise one that was never interrupted.
 
     Args:
-        folder: gets metrics.jsonl (what each step returned) and checkpoints/.
+        folder: gets metrics.jsonl (the metrics that each step returned) and checkpoints/.
         description: "config" and "data", JSON; a checkpoint of others is not resumed from.
-        modules, optimizers: what a checkpoint holds, by names without dots.
+        modules, optimizers: the state of a checkpoint, by names without dots.
+        stage: the number of steps, and of those between checkpoints.
         resume: go on from the newest checkpoint in the folder, if there is one.
-        progress: is told about every step.
+        progress: is updated after every step.
         stop_after: end early, after this step, as an interruption would.
 
     Returns:
-        The rows of all steps.
+        The metrics of all steps.
 
     Raises:
         CheckpointError: for a checkpoint that is damaged, or of another configuration or data.
@@ -63,7 +77,7 @@ def run_steps(
             checkpoint of it is written.
     """
     description = json.loads(json.dumps(description))
-    checkpoints, log = folder / "checkpoints", Lines(folder / METRICS)
+    checkpoints, log, total = folder / "checkpoints", Lines(folder / METRICS), stage.steps
     history: list[dict[str, float]] = []
     if checkpoint.checkpoints(checkpoints):
         if not resume:
@@ -94,13 +108,26 @@ def run_steps(
                 shown = [f"{k} {v:.3f}" for k, v in row.items() if k != "step"]
                 progress.advance(", ".join(shown[:2]))
             done, stop = number + 1, interrupted()
-            if done % checkpoint_every == 0 or done == total or stop:
+            if done % stage.checkpoint_every == 0 or done == total or stop:
                 save(done)
             if stop:
                 raise interruption(stop)
             if stop_after is not None and number >= stop_after:
                 break
     return history
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Take one step of an optimizer along the gradient of a loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def set_cosine_lr(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> None:
+    """Set the learning rate of a step, which falls from ``lr`` to 0 along a cosine."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
 def _tensors(
@@ -121,25 +148,39 @@ def _restore(
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, torch.optim.Optimizer],
 ) -> int:
-    """Loads the newest checkpoint; the steps that it has done."""
+    """Load the newest checkpoint, and return the number of steps that it has done."""
     found = checkpoint.find(folder)
     tensors, state = checkpoint.load(found)
+    try:
+        state = _as_spelled_now(state)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{found / checkpoint.STATE}: {error}") from error
     for part in ("config", "data"):
         checkpoint.check_same(found, state[part], description[part], part)
-    load_modules(found, tensors, modules)
-    for name, optimizer in optimizers.items():
-        checkpoint.restore_optimizer(found, f"optimizer.{name}", optimizer, tensors)
-    return state["step"]
-
-
-def load_modules(found: Path, tensors: dict[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
-    """Loads modules by name from a checkpoint's tensors; what else it holds is left alone.
-
-    Raises:
-        CheckpointError: naming the first tensors that are missing, unknown or of another shape.
-    """
     for name, module in modules.items():
         prefix = f"{name}."
         values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         checkpoint.check_shapes(found / checkpoint.TENSORS, values, module.state_dict())
         module.load_state_dict(values)
+    for name, optimizer in optimizers.items():
+        checkpoint.restore_optimizer(found, f"optimizer.{name}", optimizer, tensors)
+    return state["step"]
+
+
+def _as_spelled_now(value: Any) -> Any:
+    """Return a checkpoint's state with today's keys; a training configuration with all of them."""
+    if not isinstance(value, dict):
+        return value
+    value = {EARLIER.get(key, key): _as_spelled_now(each) for key, each in value.items()}
+    if "recognizer" in value:
+        value["recognizer"] = current_training(value["recognizer"])
+    return value
+
+
+def current_training(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored training configuration with the keys that were added since.
+
+    Raises:
+        AttributeError, TypeError, ValueError: for a configuration that this version does not know.
+    """
+    return json.loads(json.dumps(asdict(TrainConfig.from_json(config))))

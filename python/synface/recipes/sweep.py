@@ -1,38 +1,113 @@
-"""Studies made of many training runs: each is verified, kept in a file, and never run again."""
+"""Sweeps of many training runs: each is verified, its figures are stored, and none runs twice."""
 
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from synface_kernels import _env
-
 from ..checkpoint import single as checkpoint
 from ..common.files import CheckpointError, write_text
 from ..common.textfiles import read_json
 from ..data import Faces
-from ..evaluation.metrics import embed, verify
+from ..data.mixing import IdentityMixup
+from ..evaluation.metrics import embed, pixel_embeddings, verify
+from ..synthesis.generators import FaceGenerator
+from ..synthesis.sources import GeneratedSource
 from ..training.config import TrainConfig
-from ..training.loop import CONFIG, train
+from ..training.loop import Trained, train
+from ..training.model import CONFIG, check_network
 from ..training.sources import Source, fingerprint
+from .generated import FacesConfig, identities
+from .loop import current_training
+from .report import spread
 
 RESULT = "result.json"
+Bars = Callable[[str], AbstractContextManager[Any]]  # a progress bar, from its description
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One training run of a study. Its source is opened when it is run."""
+    """One training run of a sweep. Its source is opened when it is run."""
 
     name: str
     config: TrainConfig
     source: Callable[[], Source]
+
+
+@dataclass(frozen=True, eq=False)
+class SweepResults:
+    """The figures of a sweep's cells.
+
+    Attributes:
+        generator: the face generator of the training data. held: the people to verify on.
+        cells: by name, see `run_cells`. pixels: verification by raw pixels, of the same people.
+    """
+
+    config: Any
+    generator: FaceGenerator
+    held: Faces
+    cells: dict[str, dict[str, Any]]
+    pixels: dict[str, Any]
+
+    def over_seeds(self, name: Callable[[int], str], *keys: str) -> dict[str, Any]:
+        """Return the `spread` of these figures over the seeds; ``name`` gives a seed's cell."""
+        found = [self.cells[name(seed)] for seed in self.config.seeds]
+        return {key: spread([each[key] for each in found]) for key in keys}
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of a page that all sweeps have, for `write_report`."""
+        return {
+            "seeds": ", ".join(map(str, self.config.seeds)),
+            "shape": "×".join(map(str, self.generator.image_shape)),
+            "held": self.held,
+            "held_images": len(self.held),
+            "held_people": len(self.held.identities),
+            "pixels": self.pixels,
+        }
+
+
+def open_faces(data: FacesConfig, training: TrainConfig, least: int) -> tuple[FaceGenerator, Faces]:
+    """Return the face generator and the real people of a sweep, at least so many.
+
+    Raises:
+        ValueError, ImportError, DataError: for a generator, faces or a network that cannot be had.
+    """
+    generator = data.face_generator()
+    check_network(training, generator.image_shape)
+    return generator, data.real_people(generator.image_shape, least)
+
+
+def generated_source(
+    data: FacesConfig,
+    generator: FaceGenerator,
+    count: int,
+    images: int,
+    seed: int,
+    mixup: bool,
+    real: Faces | None = None,
+) -> GeneratedSource:
+    """Return the generated faces of random identities, as many with as many images, of a seed.
+
+    Args:
+        mixup: mix identities. real: faces to mix the generated ones with.
+    """
+    return GeneratedSource(
+        identities(count, data.embedding_size, seed),
+        generator,
+        images,
+        seed=seed,
+        identity_mixup=IdentityMixup() if mixup else None,
+        real=real,
+    )
+
+
+def verify_pixels(held: Faces) -> dict[str, Any]:
+    """Return how well raw pixels verify people, as `Verification.to_json` does."""
+    return verify(pixel_embeddings(held.images), held.labels).to_json()
 
 
 def run_cells(
@@ -42,15 +117,15 @@ def run_cells(
     *,
     resume: bool = False,
     only: str | None = None,
-    progress: Callable[[str], AbstractContextManager[Any]] | None = None,
+    progress: Bars | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Trains and verifies each cell in ``output``/NAME; what is found stays in its result.json.
+    """Train and verify each cell in ``output``/NAME; its figures are stored in result.json there.
 
     Args:
         held: the people that all cells are verified on.
-        resume: take what is finished as it is, and go on with what was begun.
+        resume: take finished cells' figures, and go on with those that were begun.
         only: run this cell alone: others may run in other processes, or on other machines.
-        progress: a bar for each cell, from its description.
+        progress: makes a progress bar for each cell from its description.
 
     Returns:
         By cell: the figures of `verify` (without its curves), with the last epoch's "loss" and
@@ -64,7 +139,7 @@ def run_cells(
     names = [cell.name for cell in cells]
     if only is not None and only not in names:
         raise ValueError(f"cell must be one of {', '.join(names)}, got {only!r}")
-    bar = progress or (lambda description: nullcontext())
+    bar = progress or no_bars
     return {
         cell.name: _run(cell, held, output, resume, f"{i} of {len(cells)}: {cell.name}", bar)
         for i, cell in enumerate(cells, 1)
@@ -72,13 +147,21 @@ def run_cells(
     }
 
 
+def no_bars(description: str) -> AbstractContextManager[Any]:
+    """Return no progress bar."""
+    return nullcontext()
+
+
+def train_or_resume(
+    config: TrainConfig, source: Source | Faces, folder: Path, resume: bool, shown: Any
+) -> Trained:
+    """Train in a folder; with ``resume``, go on with the run in it, if there is one."""
+    resume = resume and (folder / CONFIG).exists()
+    return train(config, source, folder, resume=resume, progress=shown)
+
+
 def _run(
-    cell: Cell,
-    held: Faces,
-    output: Path,
-    resume: bool,
-    title: str,
-    bar: Callable[[str], AbstractContextManager[Any]],
+    cell: Cell, held: Faces, output: Path, resume: bool, title: str, bar: Bars
 ) -> dict[str, Any]:
     folder = output / cell.name
     file = folder / RESULT
@@ -92,13 +175,7 @@ def _run(
     if resume and file.exists():
         return _stored(file, made_of)
     with bar(title) as shown:
-        trained = train(
-            cell.config,
-            source,
-            folder,
-            resume=resume and (folder / CONFIG).exists(),
-            progress=shown,
-        )
+        trained = train_or_resume(cell.config, source, folder, resume, shown)
     last = [row for row in trained.history if row["epoch"] >= cell.config.epochs - 1]
     found = verify(embed(trained.backbone, held.images), held.labels).to_json()
     found |= {
@@ -110,11 +187,12 @@ def _run(
 
 
 def _stored(file: Path, made_of: Mapping[str, Any]) -> dict[str, Any]:
-    """What a cell found, if it was made of this."""
+    """Return the figures in a file, once they are known to be of this configuration and data."""
+    stored = read_json(file, CheckpointError)
     try:
-        stored = read_json(file, CheckpointError)
-        found, before = stored["found"], _flat(stored["made_of"])
-    except (TypeError, KeyError, AttributeError) as error:
+        found, before = stored["found"], stored["made_of"]
+        before = _flat(before | {"config": current_training(before["config"])})
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged: {error!r}") from error
     wanted = _flat(made_of)
     wanted.pop("data's source", None)  # where the images are is free
@@ -129,8 +207,12 @@ def _flat(made_of: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def for_steps(config: TrainConfig, images: int, steps: int) -> TrainConfig:
-    """The configuration with as many epochs of so many images as come nearest to a number of steps;
-    warm-up and checkpoints keep their share of the run.
+    """Return the configuration with the number of epochs that comes nearest to so many steps.
+
+    Warm-up and checkpoints keep their share of the run.
+
+    Args:
+        images: in an epoch.
     """
     epochs = max(1, round(steps / -(-images // config.batch_size)))
     factor = epochs / config.epochs
@@ -140,24 +222,3 @@ def for_steps(config: TrainConfig, images: int, steps: int) -> TrainConfig:
         warmup_epochs=config.warmup_epochs * factor,
         checkpoint_every=max(1, round(config.checkpoint_every * factor)),
     )
-
-
-def machine() -> str:
-    """What the figures of a report were measured on."""
-    return (
-        f"{_env.processor()}, threads: {torch.get_num_threads()}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}"
-    )
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and (over two values or more) standard deviation, with the values."""
-    tensor = torch.tensor(values, dtype=torch.float64, device="cpu")
-    std = tensor.std().item() if len(values) > 1 else None
-    return {"mean": tensor.mean().item(), "std": std, "values": list(values)}
-
-
-def shown(values: Mapping[str, Any], digits: int = 4) -> str:
-    """Of `spread`, for a table."""
-    std = "" if values["std"] is None else f" ± {values['std']:.{digits}f}"
-    return f"{values['mean']:.{digits}f}{std}"

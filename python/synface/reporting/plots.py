@@ -144,3 +144,22 @@ def roc_curves(curves: Mapping[str, Curve], path: Path, *, title: str, det: bool
     axes.legend(loc="lower left" if det else "lower right", frameon=False)
     axes.grid(alpha=0.25, which="both")
     save(new, path)
+
+
+def finish(
+    axes: Any, title: str, x: str = "", y: str = "", *, grid: str = "both", **legend: Any
+) -> None:
+    """Set an axes' title and labels, and draw its grid.
+
+    Args:
+        grid: "both", "x" or "y".
+        legend: options of the legend, which is drawn where curves have labels.
+    """
+    axes.set_title(title, color=INK, fontsize=10)
+    if x:
+        axes.set_xlabel(x)
+    if y:
+        axes.set_ylabel(y)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=8, **legend)
+    axes.grid(alpha=0.25, axis=grid)

@@ -1,4 +1,4 @@
-"""Synthetic faces: generators, packed identities, and sets drawn from both."""
+"""Synthetic faces: generators, packed identities, and image folders made from both."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,7 @@
-"""An image folder from packed embeddings: one sub-folder per identity, as `synface train` takes."""
+"""Image folders of generated faces: one sub-folder per identity, as `synface train` reads them."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -24,6 +23,7 @@ from ..common.extras import extra
 from ..common.files import write_text
 from ..common.rng import normals
 from ..common.textfiles import read_json
+from .embeddings import sha256_of_rows
 from .generators import FaceGenerator
 
 MANIFEST = "synthesis.json"
@@ -43,37 +43,38 @@ def synthesize(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Writes PNG images of each identity into an image folder.
+    """Write PNG images of each identity into an image folder.
 
-    Image k of identity i is ``output/00000i/00k.png``; its style and seed come from (seed, i, k)
-    alone. ``output/synthesis.json`` says what made the folder. Images are written under a hidden
-    name and renamed, so an image that is there is whole, whatever ended the process; what is
-    missing is made by ``resume=True``, with the bits of a run that was never interrupted.
+    Image k of identity i is ``output/00000i/00k.png``; its style and seed depend on (seed, i, k)
+    alone. ``output/synthesis.json`` describes the folder. Images are written atomically, so every
+    image that exists is whole, however the process ended; ``resume=True`` makes the missing ones,
+    with the bits of a run that was never interrupted.
 
     The generator always gets the same batches, so this holds for a model in a file as well, whose
-    rounding may depend on the batch: ``batch_size`` is a part of what makes the folder. The number
-    of workers is not.
+    rounding may depend on the batch: the folder depends on ``batch_size``, though not on the number
+    of workers.
 
     Args:
         embeddings: (N, D) floating, one identity per row; normalized here.
-        generator: draws the images, in the calling thread.
+        generator: the face generator, called in this thread.
         output: the folder; missing or empty, unless resume or overwrite is set.
         images_per_identity: at least 1.
-        seed: of the styles, not negative: another seed gives other images of the same people.
+        seed: random seed of the styles, not negative; another one gives other images of the same
+            people.
         batch_size: images per call of the generator.
-        workers: threads that encode and write; None takes one per core.
-        resume: go on in a folder that the same arguments began (or that is not there yet).
+        workers: threads that encode and write; None for one per core.
+        resume: go on in a folder that the same arguments began (or that does not exist yet).
         overwrite: remove the identities in a folder that this function wrote, and begin anew.
         progress: called as progress(done, total) at the start and after each image.
 
     Returns:
-        How many images were made: N * images_per_identity less those that were there.
+        The number of images that were made: N * images_per_identity less those that existed.
 
     Raises:
         ValueError: for arguments out of range, embeddings that are zero or not finite, a generator
             that returns anything but its images and, with resume, a folder made of something else.
-        FileExistsError: for a folder that holds something.
-        OSError: for a folder that cannot be written (a full disk, say). What is done stays.
+        FileExistsError: for a folder that is not empty.
+        OSError: for a folder that cannot be written (a full disk, say); finished images stay.
 
     Memory: three batches of images, and one byte per image of the folder.
     """
@@ -95,7 +96,7 @@ def synthesize(
             "format": FORMAT,
             "embeddings": {
                 "shape": list(embeddings.shape),
-                "sha256": hashlib.sha256(embeddings.numpy().data).hexdigest(),
+                "sha256": sha256_of_rows(embeddings),
             },
             "generator": generator.description,
             "image_shape": list(generator.image_shape),
@@ -151,7 +152,7 @@ def synthesize(
 
 
 def checked(embeddings: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """(N, D) float32 on the CPU, contiguous: as they are, and normalized.
+    """Return (N, D) embeddings as float32 on the CPU, contiguous: unchanged, and normalized.
 
     Raises:
         ValueError: for another dtype or shape, and a row that is zero or not finite.
@@ -171,7 +172,7 @@ def checked(embeddings: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _begin(root: Path, manifest: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """Leaves a folder with this manifest, and with no image that it does not describe."""
+    """Prepare a folder with this manifest, and without images that it does not describe."""
     manifest = json.loads(json.dumps(manifest))
     file = root / MANIFEST
     check_folder("output", root)
@@ -210,7 +211,7 @@ def _file(root: Path, identity: int, image: int) -> Path:
 
 
 def _missing(root: Path, identities: int, images: int) -> np.ndarray:
-    """(N, S) bool: the images that are not there yet."""
+    """Return (N, S) bool: the images that do not exist yet."""
     missing = np.ones((identities, images), bool)
     names = [_file(root, 0, image).name for image in range(images)]
     for identity in range(identities):
@@ -225,7 +226,7 @@ def _missing(root: Path, identities: int, images: int) -> np.ndarray:
 def styles(
     seed: int, identity: np.ndarray, image: np.ndarray, style_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Styles (B, S), and a seed (B,) for what else is random, from (seed, identity, image)."""
+    """Return styles (B, S), and seeds (B,) of other randomness, from (seed, identity, image)."""
     styles, seeds = [], []
     for words in zip(identity.tolist(), image.tolist(), strict=True):
         pair = np.random.SeedSequence([seed, *words]).generate_state(2, np.uint64) >> np.uint64(1)
@@ -238,7 +239,7 @@ def styles(
 def _generate(
     generator: FaceGenerator, embedding: Tensor, style: Tensor, seed: Tensor
 ) -> np.ndarray:
-    """A batch of images, once it is what `FaceGenerator.generate` promises."""
+    """Return a batch of images; raise ValueError unless it is as `FaceGenerator.generate` says."""
     images = generator.generate(embedding, style, seed)
     shape = (len(seed), *generator.image_shape)
     if (
@@ -255,7 +256,7 @@ def _generate(
 
 
 def _write(file: Path, pixels: np.ndarray) -> None:
-    """One PNG, there whole or not at all."""
+    """Write one PNG file atomically."""
     with extra("train", "writing images"):
         from PIL import Image
 

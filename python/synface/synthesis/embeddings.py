@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -12,11 +13,11 @@ from torch import Tensor
 from ..common.check import check_memory, check_rows
 from ..common.extras import extra
 
-NAME = "embeddings"  # of the tensor, where a safetensors file holds several
+NAME = "embeddings"  # the tensor's name in a safetensors file of several
 
 
 def read_embeddings(path: str | Path) -> Tensor:
-    """Reads one embedding per row.
+    """Read one embedding per row.
 
     Args:
         path: a .npy array, or a .safetensors file with one tensor or one named "embeddings".
@@ -26,9 +27,9 @@ def read_embeddings(path: str | Path) -> Tensor:
 
     Raises:
         ValueError: for a file that is missing, damaged or of another kind (a pickle is never
-            loaded), or holds anything but that.
+            loaded), or holds other values.
 
-    Memory: the file's, and 4*N*D bytes.
+    Memory: the file's size, and 4*N*D bytes.
     """
     path = Path(path)
     if path.suffix not in (readers := {".npy": _read_npy, ".safetensors": _read_safetensors}):
@@ -48,6 +49,11 @@ def read_embeddings(path: str | Path) -> Tensor:
     return rows
 
 
+def sha256_of_rows(rows: Tensor) -> str:
+    """Return the SHA-256 of a tensor's bytes, in hexadecimal."""
+    return hashlib.sha256(rows.cpu().contiguous().numpy().data).hexdigest()
+
+
 def _read_npy(path: Path) -> Tensor:
     try:
         # Mapped: a header that claims more than the file holds is an error, not an allocation.
@@ -64,7 +70,7 @@ def _read_npy(path: Path) -> Tensor:
             f"got {array.dtype} {array.shape}"
         )
     check_memory(f"{path}: {array.dtype} {array.shape}", 4 * array.size)
-    with np.errstate(over="ignore"):  # what overflows is found with what is not finite
+    with np.errstate(over="ignore"):  # an overflow is not finite, which is checked
         return torch.from_numpy(array.astype(np.float32))
 
 

@@ -1,4 +1,4 @@
-"""From embeddings to face images: the interface, the embedded generator, generators in files."""
+"""Face generators, from embeddings to images: the interface, eigenfaces, and models in files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..data.embedded import FACES, STYLES, enlarge, lfw_crops, restyle, to_bytes
 
 
 class FaceGenerator(Protocol):
-    """Draws faces: who is shown comes from an embedding, how from a style.
+    """A face generator: the embedding sets the identity, the style everything else.
 
     Attributes:
         embedding_size: D.
         style_size: S.
         image_shape: (H, W, C), C = 1 (grayscale) or 3 (RGB).
-        description: what tells its images from another generator's, for `json.dumps`.
+        description: identifies the generator, for `json.dumps`.
     """
 
     embedding_size: int
@@ -33,12 +33,12 @@ class FaceGenerator(Protocol):
     description: dict[str, Any]
 
     def generate(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
-        """One image per row.
+        """Return one image per row.
 
         Args:
             embedding: (B, D) float32, unit rows.
             style: (B, S) float32, to be drawn from a standard normal distribution.
-            seed: (B,) int64, not negative: of whatever else is random in each image.
+            seed: (B,) int64, not negative: random seed of each image, beside its style.
 
         Returns:
             (B, H, W, C) uint8 on the CPU; the same arguments give the same bits.
@@ -50,7 +50,7 @@ class FaceGenerator(Protocol):
 
 
 class EigenfaceGenerator:
-    """Faces from the eigenfaces of 100 crops of LFW, which scikit-image ships; needs no file.
+    """Face generator from the eigenfaces of scikit-image's 100 LFW crops; needs no file.
 
     With the eigenfaces v_k and the standard deviations s_k of the crops along them, k <= K =
     min(99, D), the face of a unit embedding e is mean + sum_k s_k * sqrt(D) * (Q e)_k * v_k. Q is
@@ -103,6 +103,7 @@ class EigenfaceGenerator:
         self._axes = _on_grid(rotation @ axes)
 
     def generate(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
+        """Return images as `FaceGenerator.generate` does."""
         _check_arguments(self, embedding, style, seed)
         count, side = len(seed), self.image_shape[0]
         check_memory(f"{count} faces of {side}x{side} pixels at once", count * side**2 * 12 * 4)
@@ -112,26 +113,19 @@ class EigenfaceGenerator:
         return to_bytes(images).permute(0, 2, 3, 1)
 
     def faces(self, embedding: Tensor) -> Tensor:
-        """(B, D) unit rows to faces in [0, 1] without any style, (B, 25, 25) float64."""
+        """Return (B, 25, 25) float64 faces in [0, 1], without any style, of (B, D) unit rows."""
         offset = _on_grid(embedding.double()) @ self._axes
         return (self._mean + offset.unflatten(1, self._mean.shape)).clamp_(0.0, 1.0)
 
 
 class _InFile:
-    """What generators in files share: their sizes, and images from what ``_run`` returns."""
+    """A generator in a file: its sizes, and images from the model's output."""
 
-    def __init__(
-        self, path: Path, kind: str, given: dict[str, int | None], stated: dict[str, Any]
-    ) -> None:
+    def __init__(self, path: Path, kind: str, sizes: dict[str, tuple[int | None, Any]]) -> None:
         self._path = path
-        self.embedding_size = _size(path, "embedding_size", given, stated)
-        self.style_size = _size(path, "style_size", given, stated)
-        self.description = {
-            "kind": kind,
-            "sha256": sha256(path),
-            "embedding_size": self.embedding_size,
-            "style_size": self.style_size,
-        }
+        found = {name: _size(path, name, *sizes[name]) for name in ("embedding_size", "style_size")}
+        self.embedding_size, self.style_size = found.values()
+        self.description = {"kind": kind, "sha256": sha256(path)} | found
         two = (
             torch.eye(2, self.embedding_size, dtype=torch.float32, device="cpu"),
             torch.zeros(2, self.style_size, dtype=torch.float32, device="cpu"),
@@ -141,11 +135,12 @@ class _InFile:
         self.image_shape = (height, width, channels)
 
     def generate(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
+        """Return images as `FaceGenerator.generate` does."""
         _check_arguments(self, embedding, style, seed)
         return _images(self._path, self._run(embedding, style, seed), len(seed), self.image_shape)
 
     def _run(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Any:
-        """The model's output, for `_images`."""
+        """Return the model's output, for `_images`."""
         raise NotImplementedError
 
 
@@ -155,19 +150,19 @@ class TorchScriptGenerator(_InFile):
     TorchScript is a program; nothing like `weights_only` limits what it does. It is called as
     ``model(embedding, style)`` or, if it takes three, ``model(embedding, style, seed)``, with the
     arguments of `FaceGenerator.generate`. It returns uint8 (B, H, W, C), or floating point
-    (B, C, H, W) in [-1, 1] (what lies outside is clamped, and refused past ±2). What it draws from
-    torch's global generator is seeded with the batch's first seed.
+    (B, C, H, W) in [-1, 1] (values outside are clamped, and refused past ±2). Torch's global
+    generator is seeded with the batch's first seed.
 
     Args:
         path: the file.
-        embedding_size: D; None takes the file's attribute of that name.
-        style_size: S, at least 1; None takes the file's attribute of that name.
-        device: where it runs.
+        embedding_size: D; by default the file's attribute of that name.
+        style_size: S, at least 1; by default the file's attribute of that name.
+        device: the device that it runs on.
 
     Raises:
-        ValueError: for a device that is not there, a file that is missing or no TorchScript, sizes
-            that are unknown or disagree, and a model that fails or returns something else on a
-            batch of two.
+        ValueError: for a device that torch does not have, a file that is missing or no TorchScript,
+            sizes that are unknown or disagree, and a model that fails or returns something else on
+            a batch of two.
     """
 
     def __init__(
@@ -194,8 +189,8 @@ class TorchScriptGenerator(_InFile):
             )
         self._seeded = arguments == 3
         given = {"embedding_size": embedding_size, "style_size": style_size}
-        stated = {name: getattr(self._model, name, None) for name in given}
-        super().__init__(path, "torchscript", given, stated)
+        sizes = {name: (size, getattr(self._model, name, None)) for name, size in given.items()}
+        super().__init__(path, "torchscript", sizes)
 
     @torch.inference_mode()
     def _run(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
@@ -212,13 +207,13 @@ class OnnxGenerator(_InFile):
 
     Its inputs are, in this order, the embedding, the style and, if there is a third, the seed
     (int64); its first output is what `TorchScriptGenerator` describes. A file exported for a fixed
-    batch is run in batches of that size, the last one filled up. Operators that draw random numbers
+    batch is run in batches of that size, the last one padded. Operators that draw random numbers
     have seeds in the file, or give other images each time.
 
     Args:
         path: the file.
-        embedding_size: D; None takes the input's fixed size.
-        style_size: S, at least 1; None takes the input's fixed size.
+        embedding_size: D; by default the input's fixed size.
+        style_size: S, at least 1; by default the input's fixed size.
         device: "cpu" or "cuda" (with onnxruntime-gpu).
 
     Raises:
@@ -245,7 +240,7 @@ class OnnxGenerator(_InFile):
                 f"({', '.join(onnxruntime.get_available_providers())}), got {device!r}"
             )
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is raised
+        options.log_severity_level = 4  # errors are raised
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, [provider])
         except Exception as error:  # onnxruntime's own types have no common base
@@ -262,9 +257,11 @@ class OnnxGenerator(_InFile):
             )
         self._names = [x.name for x in inputs]
         self._batch = shapes[0][0] if isinstance(shapes[0][0], int) else None
-        given = {"embedding_size": embedding_size, "style_size": style_size}
-        stated = {"embedding_size": shapes[0][1], "style_size": shapes[1][1]}
-        super().__init__(path, "onnx", given, stated)
+        sizes = {
+            "embedding_size": (embedding_size, shapes[0][1]),
+            "style_size": (style_size, shapes[1][1]),
+        }
+        super().__init__(path, "onnx", sizes)
 
     def _run(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
         count = len(seed)
@@ -273,9 +270,7 @@ class OnnxGenerator(_InFile):
         outputs = []
         for rows in filled.split(batch):
             inputs = (x[rows].cpu().numpy() for x in (embedding, style, seed))
-            feed = dict(
-                zip(self._names, inputs, strict=False)
-            )  # without a seed where it takes none
+            feed = dict(zip(self._names, inputs, strict=False))  # a model may take no seed
             try:
                 outputs.append(self._session.run(None, feed)[0])
             except Exception as error:
@@ -295,14 +290,14 @@ def open_generator(
     size: int | None = None,
     device: str = "cpu",
 ) -> FaceGenerator:
-    """The generator in a file (ONNX if its name ends in .onnx, else TorchScript), or eigenfaces.
+    """Return the generator in a file (ONNX if it ends in .onnx, else TorchScript), or eigenfaces.
 
     Args:
         path: None for eigenfaces. A TorchScript file is a program that this runs.
         embedding_size: D.
-        style_size: S, where the file does not say it.
+        style_size: S, where the file does not have it.
         size: height and width in pixels of the embedded generator's images; a file has its own.
-        device: where a file is run.
+        device: the device that a file runs on.
 
     Raises:
         ValueError, ImportError, DataError: as the generators.
@@ -319,7 +314,7 @@ def open_generator(
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -347,9 +342,8 @@ def _check_arguments(
             )
 
 
-def _size(path: Path, name: str, given: dict[str, int | None], stated: dict[str, Any]) -> int:
-    """D or S: what the file says, or else what was given; not both if they differ."""
-    inside, asked = stated[name], given[name]
+def _size(path: Path, name: str, asked: int | None, inside: Any) -> int:
+    """Return D or S, from the file or as asked for; raise ValueError where these differ."""
     inside = inside if isinstance(inside, int) else None  # a name stands for any size in ONNX
     if inside is None and asked is None:
         raise ValueError(f"{path} does not say its {name}: give it")
@@ -365,7 +359,7 @@ def _size(path: Path, name: str, given: dict[str, int | None], stated: dict[str,
 def _images(
     path: Path, output: Any, batch: int, shape: tuple[int, int, int] | None = None
 ) -> Tensor:
-    """A model's output as (B, H, W, C) uint8 on the CPU."""
+    """Return a model's output as (B, H, W, C) uint8 on the CPU."""
     expected = "uint8 (B, H, W, C) or floating point (B, C, H, W) in [-1, 1], C = 1 or 3"
     if not isinstance(output, Tensor):
         raise ValueError(f"{path} must return {expected}; got {type(output).__name__}")

@@ -1,8 +1,7 @@
-"""Training on faces that are generated when their batch is due."""
+"""Training on faces that are generated batch by batch."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -11,49 +10,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.rng import generator
+from ..common.renamed import old_keywords
+from ..common.rng import generator as seeded
 from ..data import Augment, Faces
-from ..data.loading.loader import (
-    Timing,
-)
+from ..data.loading.loader import Timing
 from ..data.loading.sampler import WHOLE, CycledOrder, Part
 from ..data.mixing import DomainMixup, Grid, IdentityMixup, Ratio
 from ..training.config import TrainConfig
 from ..training.sources import Batch, fingerprint
 from .dataset import checked, styles
+from .embeddings import sha256_of_rows
 from .generators import FaceGenerator
 
 
 class GeneratedSource:
-    """Faces drawn when their batch is due, with identities and domains mixed on the way.
+    """Training data generated batch by batch, with identities and domains mixed.
 
     An epoch is one pass over the images of all identities, in an order of its own. The classes are
-    the identities, then those of the real faces. Either side of a pair is augmented by itself.
+    the identities, then those of the real faces. Both sides of a pair are augmented independently.
 
     Args:
         embeddings: (N, D) floating, an identity each; finite, no row zero. Normalized here.
-        painter: draws the images.
+        generator: the face generator; ``painter`` is its earlier name.
         images_per_identity: at least 1; image k of identity i has the style that
             `synthesize.synthesize` gives it for this seed.
-        identity_mixup: draw φ·e + (1 − φ)·e' of two identities of the batch, normalized, with two
-            labels; None draws each identity as it is.
+        identity_mixup: generate φ·e + (1 − φ)·e' of two identities of the batch, normalized, with
+            two labels; None generates each identity as it is.
         real: faces to mix each image with, cycled to the length of the epoch, or None.
-        ratio: of the synthetic share ψ. per_sample: a ψ for each image, else one for the batch.
+        ratio: distribution of the synthetic share ψ. per_sample: a ψ for each image, not one for
+            the batch.
 
     Raises:
-        ValueError: for an argument out of range, or faces of another shape than the painter's.
+        ValueError: for an argument out of range, or faces of another shape than the generator's.
 
-    Memory: the styles, 4·N·images_per_identity·painter.style_size bytes, and the real faces.
+    Memory: the styles, 4·N·images_per_identity·generator.style_size bytes, and the real faces.
 
     Source: Qiu et al., "SynFace", ICCV 2021, sections 3.2 and 3.3.
     """
 
     timing: Timing | None = None
 
+    @old_keywords(painter="generator")
     def __init__(
         self,
         embeddings: Tensor,
-        painter: FaceGenerator,
+        generator: FaceGenerator,
         images_per_identity: int,
         *,
         seed: int = 0,
@@ -64,16 +65,16 @@ class GeneratedSource:
     ) -> None:
         if images_per_identity < 1:
             raise ValueError(f"images_per_identity must be at least 1, got {images_per_identity}")
-        self.embeddings = checked(embeddings, painter.embedding_size)[1]
-        self.painter, self.images_per_identity, self.seed = painter, images_per_identity, seed
+        self.embeddings = checked(embeddings, generator.embedding_size)[1]
+        self.generator, self.images_per_identity, self.seed = generator, images_per_identity, seed
         self.identity_mixup, self.real = identity_mixup, real
-        self.image_shape = painter.image_shape
+        self.image_shape = generator.image_shape
         self.num_classes = len(self.embeddings) + (len(real.identities) if real else 0)
         self.domain_mixup = None
         if real:
             if tuple(real.images.shape[1:]) != self.image_shape or not len(real):
                 raise ValueError(
-                    f"real must hold images of shape {self.image_shape}, as the painter draws, "
+                    f"real must hold images of shape {self.image_shape}, as the generator's, "
                     f"got {tuple(real.images.shape)}"
                 )
             self.domain_mixup = DomainMixup(
@@ -86,13 +87,14 @@ class GeneratedSource:
                 layout="NCHW",
             )
         identity, image = np.divmod(np.arange(len(self)), images_per_identity)
-        self._styles, self._seeds = styles(seed, identity, image, painter.style_size)
+        self._styles, self._seeds = styles(seed, identity, image, generator.style_size)
 
     def __len__(self) -> int:
         return len(self.embeddings) * self.images_per_identity
 
     def description(self) -> dict[str, Any]:
-        fingerprints = [hashlib.sha256(self.embeddings.numpy().data).hexdigest()]
+        """Return what identifies the data, as `Source.description` does."""
+        fingerprints = [sha256_of_rows(self.embeddings)]
         if self.real:
             fingerprints.append(fingerprint(self.real))
         mixed = self.domain_mixup
@@ -102,7 +104,7 @@ class GeneratedSource:
             "fingerprint": " ".join(fingerprints),
             "image_shape": list(self.image_shape),
             "identities": self.num_classes,
-            "generator": self.painter.description,
+            "generator": self.generator.description,
             "images_per_identity": self.images_per_identity,
             "seed": self.seed,
             "identity_mixup": repr(self.identity_mixup),
@@ -116,14 +118,15 @@ class GeneratedSource:
         part: Part = WHOLE,
         device: torch.device | str = "cpu",
     ) -> Generator[tuple[int, Batch]]:
-        del device  # drawn and mixed on the CPU
+        """Yield batches as `Source.batches` does."""
+        del device  # generated and mixed on the CPU
         order = CycledOrder(len(self), len(self.real) if self.real else 1, config.seed)
         augment = Augment(config.augment)
         for step in range(first, config.epochs * order.batches(config.batch_size)):
             rows, real = order.batch(step, config.batch_size, part)
 
             def draws(purpose: str, step: int = step) -> torch.Generator:
-                return generator(config.seed, part.purpose(purpose), step)
+                return seeded(config.seed, part.purpose(purpose), step)
 
             yield step, self._batch(torch.from_numpy(rows), torch.from_numpy(real), augment, draws)
 
@@ -141,8 +144,8 @@ class GeneratedSource:
                 embeddings, target, draws("identity mixup")
             )
             embeddings = F.normalize(embeddings)
-        drawn = self.painter.generate(embeddings, self._styles[rows], self._seeds[rows])
-        images = augment(drawn, draws("augment"))
+        generated = self.generator.generate(embeddings, self._styles[rows], self._seeds[rows])
+        images = augment(generated, draws("augment"))
         if self.real is None or self.domain_mixup is None:
             return Batch(images, target, weight)
         mixed = self.domain_mixup(

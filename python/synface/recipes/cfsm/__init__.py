@@ -1,1 +1,15 @@
 """CFSM: controllable and guided face synthesis (Liu et al., ECCV 2022)."""
+
+from ...common.lazy import lazy
+
+__getattr__ = lazy(
+    __name__,
+    {
+        "config": ("CfsmConfig", "load_config"),
+        "faces": ("People", "degraded", "first_images", "read_people"),
+        "guided": ("VARIANTS", "guided_gain", "train_guided"),
+        "recipe": ("Results", "run"),
+        "report": ("measured", "write"),
+        "style": ("learn_style", "similarities", "strength_sweep"),
+    },
+)

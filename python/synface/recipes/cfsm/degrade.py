@@ -1,4 +1,4 @@
-"""Bad images from good ones: target domains for recipes that have no such data."""
+"""Degradations that turn good images into target domains, for recipes without such data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _dark(x: Tensor, random: torch.Generator) -> Tensor:
 
 
 def _mixed(x: Tensor, random: torch.Generator) -> Tensor:
-    """Each image by one of the four."""
+    """Degrade each image in one of the four ways."""
     changed = torch.stack([f(x, random) for f in (_low_resolution, _blurred, _noisy, _dark)])
     which = torch.randint(len(changed), (len(x),), generator=random, device="cpu")
     return changed[which, torch.arange(len(x), device="cpu")]
@@ -63,5 +63,5 @@ DOMAINS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 
 
 def degrade(images: Tensor, domain: str, random: torch.Generator) -> Tensor:
-    """(N, C, H, W) float32 in [−1, 1], changed as a domain's images are; on the CPU."""
+    """Return (N, C, H, W) float32 images in [−1, 1] degraded as a domain's are; on the CPU."""
     return DOMAINS[domain](images, random).clamp(-1.0, 1.0)

@@ -2,8 +2,8 @@
 
 Stage 1 learns a linear space of styles, z = U·o + μ with o ~ N(0, I), and a generator that redraws
 a face in the style z; ‖o‖ is the style's strength, and o = 0 leaves the face as it is. Stage 2
-trains a recogniser on originals and on faces whose style has moved, within ±ε, to where the
-recogniser's loss grows.
+trains a recognizer on originals and on faces whose style was moved, within ±ε, so that the
+recognizer's loss grows.
 
 Source: Liu, Kim, Jain, Liu, "Controllable and Guided Face Synthesis for Unconstrained Face
 Recognition", ECCV 2022. The networks: Huang et al., "Multimodal Unsupervised Image-to-Image
@@ -37,7 +37,7 @@ class GeneratorConfig:
         width: channels of the first layer; each downsampling doubles them.
         downsamplings: each halves the image's sides, which must be multiples of 2^downsamplings.
         blocks: residual blocks of the encoder, and of the decoder.
-        hidden: of the MLP from z to AdaIN's scales and biases.
+        hidden: width of the MLP from z to AdaIN's scales and biases.
     """
 
     styles: int = 10
@@ -77,7 +77,7 @@ class DiscriminatorConfig:
 
 
 def orthogonality_loss(basis: Tensor, kind: str = "l1") -> Tensor:
-    """How far the columns of U are from orthonormal.
+    """Return the distance of the columns of U from orthonormality.
 
     Args:
         basis: U, (d, q) floating.
@@ -102,7 +102,7 @@ def orthogonality_loss(basis: Tensor, kind: str = "l1") -> Tensor:
 def identity_gap(
     strength: Tensor, least: float = 0.05, most: float = 0.65, strongest: float = 6.0
 ) -> Tensor:
-    """g(a): the cosine distance that a style of strength a should put between face and face.
+    """Compute g(a), the cosine distance from the original that a style of strength a should have.
 
     Linear, from ``least`` at a = 0 to ``most`` at a = ``strongest``, and on in the same line.
 
@@ -122,7 +122,7 @@ def identity_gap(
 
 
 def identity_loss(original: Tensor, changed: Tensor, strength: Tensor) -> Tensor:
-    """L_id: the mean over a batch of (1 − cos(f(X), f(X̂)) − g(a))².
+    """Compute L_id, the mean over a batch of (1 − cos(f(X), f(X̂)) − g(a))².
 
     Args:
         original, changed: f(X) and f(X̂), (N, D) floating, not normalized.
@@ -145,7 +145,7 @@ def identity_loss(original: Tensor, changed: Tensor, strength: Tensor) -> Tensor
 
 
 def adain(x: Tensor, scale: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """Adaptive instance normalization: scale · (x − mean)/√(var + eps) + bias.
+    """Apply adaptive instance normalization: scale · (x − mean)/√(var + eps) + bias.
 
     Mean and (biased) variance are of each channel of each image. The memory format is kept.
 
@@ -169,7 +169,7 @@ def adain(x: Tensor, scale: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 class StyleSpace(nn.Module):
-    """z = U·o + μ.
+    """Style subspace z = U·o + μ.
 
     U starts as N(0, 1/d), with columns of about unit length that training makes orthogonal.
 
@@ -188,15 +188,15 @@ class StyleSpace(nn.Module):
         self.mean = nn.Parameter(torch.zeros(latent))
 
     def forward(self, o: Tensor) -> Tensor:
-        """(N, q) to (N, d); raises ValueError for another shape."""
+        """Map (N, q) to (N, d); raise ValueError for another shape."""
         _require_rows("o", o, self.basis.shape[1])
         return o @ self.basis.T + self.mean
 
 
 def subspace_similarity(a: StyleSpace, b: StyleSpace) -> float:
-    """S(A, B) = (1/q)·Σ_i cos(u_A^i + μ_A, u_B^i + μ_B), in [−1, 1].
+    """Compute S(A, B) = (1/q)·Σ_i cos(u_A^i + μ_A, u_B^i + μ_B), in [−1, 1].
 
-    It compares column i with column i, so it says something of spaces that began as the same one.
+    It compares column i with column i, so it is meaningful for spaces with the same start alone.
 
     Raises:
         ValueError: for spaces of different sizes.
@@ -212,7 +212,7 @@ def subspace_similarity(a: StyleSpace, b: StyleSpace) -> float:
 
 
 class _Residual(nn.Module):
-    """x + norm(conv(ReLU(norm(conv(x))))), where norm is AdaIN if a style is given."""
+    """Residual block x + norm(conv(ReLU(norm(conv(x))))); norm is AdaIN where a style is given."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class _Residual(nn.Module):
         self.second = nn.Conv2d(channels, channels, 3, **options)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, style: Sequence[Tensor] | None = None) -> Tensor:
-        """style: two scales and two biases, (N, C) each."""
+        """Apply the block; ``style`` has two scales and two biases, (N, C) each."""
         if style is None:
             normal = lambda y: F.group_norm(y, y.shape[1])  # noqa: E731
             return x + normal(self.second(F.relu(normal(self.first(x)))))
@@ -231,7 +231,7 @@ class _Residual(nn.Module):
 
 
 class Generator(nn.Module):
-    """Redraws faces in a style: a content encoder, and a decoder that AdaIN drives from z.
+    """Generator that redraws faces in a style: a content encoder, and a decoder driven by AdaIN.
 
     Args:
         config: the sizes. channels: of the images, 1 or 3.
@@ -275,7 +275,7 @@ class Generator(nn.Module):
         self.decoder = nn.Sequential(*decoder)
 
     def forward(self, images: Tensor, o: Tensor) -> Tensor:
-        """Redraws each image in its style.
+        """Redraw each image in its style.
 
         Args:
             images: (N, C, H, W) floating in [−1, 1], H and W multiples of 2^downsamplings.
@@ -308,7 +308,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Patch discriminators, each looking at half the size of the one before; without norms.
+    """Patch discriminators, each at half the resolution of the one before; without norms.
 
     Args:
         config: the sizes. channels: of the images.
@@ -331,10 +331,10 @@ class Discriminator(nn.Module):
         return nn.Sequential(*layers, nn.Conv2d(channels, 1, 3, padding=1))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(N, C, H, W) to a (N, 1, h, w) map of patches per scale.
+        """Map (N, C, H, W) to a (N, 1, h, w) map of patches per scale.
 
         Raises:
-            ValueError: for another shape, or sides that the last scale does not get to see.
+            ValueError: for another shape, or images too small for the last scale.
         """
         _require_images(images, self.channels)
         least = 2 ** (self.config.layers + self.config.scales - 1)
@@ -352,7 +352,7 @@ class Discriminator(nn.Module):
 
 
 def lsgan_loss(maps: Sequence[Tensor], value: float) -> Tensor:
-    """L_adv: the sum over the scales of the mean of (D − value)²; 1 means real, 0 generated.
+    """Compute L_adv: the sum over the scales of the mean of (D − value)²; 1 is real, 0 generated.
 
     Source: Mao et al., "Least Squares Generative Adversarial Networks", ICCV 2017.
     """
@@ -370,19 +370,19 @@ def guided_styles(
     epsilon: float = EPSILON,
     impl: str = "auto",
 ) -> Tensor:
-    """One step of each style towards a larger loss: o* = o + ε·sign(∂/∂o L_cls(F(G(X, o)), y)).
+    """Move each style a step towards a larger loss: o* = o + ε·sign(∂/∂o L_cls(F(G(X, o)), y)).
 
     The loss is `synface_kernels.margin_cross_entropy`. Its gradient is asked for the embeddings
     alone: none is computed for the class centers or for either network's parameters, and no
-    ``.grad`` changes. The backbone is taken in evaluation mode, so its statistics stay as they are
-    and nothing is drawn at random; modes are restored.
+    ``.grad`` changes. The backbone runs in evaluation mode, so its statistics stay as they are
+    and nothing is random; modes are restored.
 
     Args:
         generator: (images, o) to images. backbone: images to (N, D) embeddings.
         weight: class centers, (C, D).
-        images: X, (N, C, H, W). target: y, (N,) or what else the loss takes.
+        images: X, (N, C, H, W). target: y, (N,) or another target that the loss takes.
         o: (N, q). margin: of the loss. epsilon: ε, not negative.
-        impl: which implementation of the loss to take.
+        impl: the implementation of the loss.
 
     Returns:
         o*, (N, q) without a gradient, no entry further than ε from o's.
@@ -390,7 +390,7 @@ def guided_styles(
     Raises:
         ValueError: for an epsilon out of range or shapes that do not fit.
 
-    Memory: what the two networks keep for a gradient of their input.
+    Memory: the activations of the two networks that the gradient of their input needs.
     """
     check_number("epsilon", epsilon, 0.0)
     _require_rows("o", o, None)
@@ -413,7 +413,7 @@ def guided_styles(
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; each module's own mode is restored afterwards."""
+    """Set modules to evaluation mode for a while; each one's own mode is restored afterwards."""
     modes = [(each, each.training) for module in modules for each in module.modules()]
     for module in modules:
         module.eval()

@@ -1,7 +1,7 @@
 """HyperFace from packing to verification: pack → synthesize → train → evaluate.
 
-Identities packed on the sphere are held against random ones: as many, drawn by the same generator,
-with the same styles, and trained on alike.
+Packed identities are compared with random ones: as many, with the same face generator, with
+the same styles and training.
 
 Source: Shahreza, Marcel, "HyperFace: Generating Synthetic Face Recognition Datasets by Exploring
 Face Embedding Hypersphere", ICLR 2025.
@@ -9,10 +9,9 @@ Face Embedding Hypersphere", ICLR 2025.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,30 +25,35 @@ import synface_kernels as sk
 
 from ...checkpoint import single as checkpoint
 from ...common.check import check_integer
-from ...common.config import load, to_toml
+from ...common.config import load
 from ...common.extras import extra
-from ...data import Faces, read_folder
-from ...evaluation.metrics import pixel_embeddings, verify
-from ...reporting.page import table, write_page
-from ...reporting.plots import ACCENT, INK, QUIET, figure, image_grid, save
+from ...data import read_folder
+from ...evaluation.metrics import pixel_embeddings
+from ...reporting.page import table
+from ...reporting.plots import ACCENT, INK, QUIET, figure, finish, image_grid, save
 from ...synthesis import packing
 from ...synthesis.dataset import styles, synthesize
 from ...synthesis.embeddings import read_embeddings
 from ...synthesis.generators import FaceGenerator
 from ...synthesis.packing import PackConfig, Packer
 from ...training.config import TrainConfig
-from ...training.model import check_network
 from ...training.sources import FacesSource, Source
-from ..generated import PainterConfig, check_seeds, identities
-from ..sweep import Cell, machine, run_cells, shown, spread
+from ..generated import FacesConfig, check_seeds, identities
+from ..report import difference, machine, plot_seeds, shown, spread, write_report
+from ..sweep import Bars, Cell, SweepResults, no_bars, open_faces, run_cells, verify_pixels
 
 KINDS = ("packed", "random")
-Bars = Callable[[str], AbstractContextManager[Any]]
+KEYS = (  # of the cosines in the report
+    "worst cosine",
+    "mean nearest cosine",
+    "worst cosine of the faces",
+    "mean nearest cosine of the faces",
+)
 
 
 @dataclass(frozen=True)
-class DataConfig(PainterConfig):
-    """Which faces; see hyperface.toml."""
+class DataConfig(FacesConfig):
+    """The generated faces, and the real people to verify on; see hyperface.toml."""
 
     embedding_size: int = 512
     identities: int = 10_000
@@ -63,7 +67,7 @@ class DataConfig(PainterConfig):
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """How identities are packed: objective and steps of `synface.synthesis.packing.PackConfig`."""
+    """Objective and steps of the packing; see `synface.synthesis.packing.PackConfig`."""
 
     objective: str = "lse"
     steps: int = 500
@@ -74,7 +78,7 @@ class PackingConfig:
 
 @dataclass(frozen=True)
 class HyperfaceConfig:
-    """All of the recipe, as hyperface.toml has it; without it the sizes are the paper's."""
+    """Configuration of the whole recipe, see hyperface.toml; the defaults are the paper's sizes."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     data: DataConfig = field(default_factory=DataConfig)
@@ -85,6 +89,7 @@ class HyperfaceConfig:
         check_seeds(self.seeds)
 
     def packing(self, seed: int) -> PackConfig:
+        """Return the configuration of a seed's packing."""
         data, pack = self.data, self.pack
         return PackConfig(
             data.identities, data.embedding_size, pack.objective, pack.steps, seed=seed
@@ -92,16 +97,17 @@ class HyperfaceConfig:
 
 
 def load_config(file: Path | None = None) -> HyperfaceConfig:
-    """A configuration from TOML; None takes the one beside this file. Errors: see `load`."""
+    """Return a configuration from TOML, by default hyperface.toml; raises as `load`."""
     return load(HyperfaceConfig, file or Path(__file__).with_name("hyperface.toml"))
 
 
 def cell_name(kind: str, seed: int) -> str:
+    """Return the name of the training run of a kind of identities with a seed."""
     return f"{kind}-seed-{seed}"
 
 
 class _Share:
-    """Tells a bar of steps what a packing tells of shares."""
+    """A packing's progress, a share, on a progress bar of steps."""
 
     def __init__(self, bar: Any, steps: int) -> None:
         self.bar, self.steps = bar, steps
@@ -112,7 +118,7 @@ class _Share:
 
 
 def packed(config: HyperfaceConfig, output: Path, seed: int, resume: bool, bar: Bars) -> Tensor:
-    """(N, D) packed identities, from ``output``/packed-seed-N.safetensors if they are there.
+    """Return (N, D) packed identities, from ``output``/packed-seed-N.safetensors if it is there.
 
     Raises:
         ValueError: for a file that is damaged or was made by another configuration.
@@ -126,9 +132,7 @@ def packed(config: HyperfaceConfig, output: Path, seed: int, resume: bool, bar: 
 
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata() or {}
-        wanted = {name: json.dumps(value) for name, value in asdict(made_of).items()}
-        wanted["objective"] = made_of.objective
-        checkpoint.check_same(file, metadata, wanted)
+        checkpoint.check_same(file, metadata, made_of.metadata())
         return points
     begun = file.with_name(f"{file.stem}-{made_of.objective}.checkpoints")
 
@@ -147,14 +151,14 @@ def packed(config: HyperfaceConfig, output: Path, seed: int, resume: bool, bar: 
 
 
 def cells(
-    config: HyperfaceConfig, painter: FaceGenerator, output: Path, resume: bool, bar: Bars
+    config: HyperfaceConfig, generator: FaceGenerator, output: Path, resume: bool, bar: Bars
 ) -> list[Cell]:
-    """A cell for each seed and kind, whose source packs and synthesizes what is not there yet."""
+    """Return a cell for each seed and kind, whose source packs and synthesizes what is missing."""
     return [
         Cell(
             cell_name(kind, seed),
             replace(config.train, seed=seed),
-            partial(_faces, config, painter, output, kind, seed, resume, bar),
+            partial(_faces, config, generator, output, kind, seed, resume, bar),
         )
         for seed in config.seeds
         for kind in KINDS
@@ -163,7 +167,7 @@ def cells(
 
 def _faces(
     config: HyperfaceConfig,
-    painter: FaceGenerator,
+    generator: FaceGenerator,
     output: Path,
     kind: str,
     seed: int,
@@ -178,38 +182,33 @@ def _faces(
     with bar(f"faces, {kind}, seed {seed}") as shown:
         synthesize(
             points,
-            painter,
+            generator,
             folder,
             data.images_per_identity,
             seed=seed,
             resume=resume,
             progress=shown.files if shown else None,
         )
-    grayscale = painter.image_shape[2] == 1
-    faces = read_folder(folder, painter.image_shape[:2], grayscale)
+    grayscale = generator.image_shape[2] == 1
+    faces = read_folder(folder, generator.image_shape[:2], grayscale)
     source = f"{data.identities} {kind} identities, seed {seed}"  # not where the folder is
     return FacesSource(replace(faces, source=source))
 
 
 @dataclass(frozen=True, eq=False)
-class Results:
-    """What the recipe found.
+class Results(SweepResults):
+    """The figures of the recipe's cells, with the identities and their cosines.
 
     Attributes:
-        cells: by cell, its figures. pixels: of raw pixels, on the same people.
         points: by kind, for each seed: the (N, D) identities.
-        cosines: the same way: the (N,) cosine of each identity with its nearest one.
-        drawn: the same of their faces, in one style and with the mean face taken off.
+        cosines: likewise: the (N,) cosine of each identity with its nearest one.
+        face_cosines: likewise, of their faces in one style, with the mean face subtracted.
     """
 
     config: HyperfaceConfig
-    painter: FaceGenerator
-    held: Faces
-    cells: dict[str, dict[str, Any]]
-    pixels: dict[str, Any]
     points: dict[str, list[Tensor]]
     cosines: dict[str, list[Tensor]]
-    drawn: dict[str, list[Tensor]]
+    face_cosines: dict[str, list[Tensor]]
 
 
 def run(
@@ -220,14 +219,12 @@ def run(
     only: str | None = None,
     progress: Bars | None = None,
 ) -> Results:
-    """Packs, synthesizes, trains and verifies below ``output``; see `run_cells`."""
-    bar = progress or (lambda description: nullcontext())
-    painter, data = config.data.painter(), config.data
-    check_network(config.train, painter.image_shape)
-    held = data.real_people(painter.image_shape, 2)
-    pixels = verify(pixel_embeddings(held.images), held.labels).to_json()
+    """Pack, synthesize, train and verify below ``output``; see `run_cells`."""
+    bar, data = progress or no_bars, config.data
+    generator, held = open_faces(data, config.train, 2)
+    pixels = verify_pixels(held)
     found = run_cells(
-        cells(config, painter, output, resume, bar),
+        cells(config, generator, output, resume, bar),
         held,
         output,
         resume=resume,
@@ -239,16 +236,16 @@ def run(
         "packed": [F.normalize(packed(config, output, seed, True, bar)) for seed in seeds],
         "random": [identities(data.identities, data.embedding_size, seed) for seed in seeds],
     }
-    drawn = {kind: [_in_one_style(painter, x) for x in points[kind]] for kind in KINDS}
-    return Results(config, painter, held, found, pixels, points, _nearest(points), _nearest(drawn))
+    faces = {kind: [_in_one_style(generator, x) for x in points[kind]] for kind in KINDS}
+    cosines = _nearest(points), _nearest(faces)
+    return Results(config, generator, held, found, pixels, points, *cosines)
 
 
-def _in_one_style(painter: FaceGenerator, points: Tensor) -> Tensor:
-    """(N, H·W·C) unit rows: the pixels of each identity's face, less the mean face."""
-    style = torch.zeros(len(points), painter.style_size, dtype=torch.float32, device="cpu")
-    faces = painter.generate(
-        points, style, torch.zeros(len(points), dtype=torch.int64, device="cpu")
-    )
+def _in_one_style(generator: FaceGenerator, points: Tensor) -> Tensor:
+    """Return (N, H·W·C) unit rows: the pixels of each identity's face, less the mean face."""
+    style = torch.zeros(len(points), generator.style_size, dtype=torch.float32, device="cpu")
+    noise = torch.zeros(len(points), dtype=torch.int64, device="cpu")
+    faces = generator.generate(points, style, noise)
     return pixel_embeddings(faces, faces.double().mean(0))
 
 
@@ -260,88 +257,74 @@ def _nearest(rows: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
 
 
 def measured(results: Results) -> dict[str, Any]:
-    """All figures, for `json.dumps`: by kind, over the seeds, and packed less random."""
-    config, data = results.config, results.config.data
-    figures: dict[str, Any] = {}
+    """Return all numbers, for `json.dumps`: by kind over the seeds, and packed less random."""
+    data = results.config.data
+    numbers: dict[str, Any] = {}
     for kind in KINDS:
-        found = [results.cells[cell_name(kind, seed)] for seed in config.seeds]
-        figures[kind] = {
-            "worst cosine": spread([x.max().item() for x in results.cosines[kind]]),
-            "mean nearest cosine": spread([x.mean().item() for x in results.cosines[kind]]),
-            "worst cosine of the faces": spread([x.max().item() for x in results.drawn[kind]]),
-            "mean nearest cosine of the faces": spread(
-                [x.mean().item() for x in results.drawn[kind]]
-            ),
-        } | {key: spread([x[key] for x in found]) for key in ("accuracy", "auc", "loss", "top1")}
-    figures["packed less random"] = {
-        key: spread(
-            [a - b for a, b in zip(*(figures[kind][key]["values"] for kind in KINDS), strict=True)]
-        )
-        for key in ("accuracy", "auc")
+        found = results.cosines[kind], results.face_cosines[kind]
+        values = [
+            [float(statistic(x)) for x in cosines]
+            for cosines in found
+            for statistic in (torch.max, torch.mean)
+        ]
+        numbers[kind] = dict(zip(KEYS, map(spread, values), strict=True))
+        name = partial(cell_name, kind)
+        numbers[kind] |= results.over_seeds(name, "accuracy", "auc", "loss", "top1")
+    packed, random = (numbers[kind] for kind in KINDS)
+    numbers["packed less random"] = {
+        key: difference(packed[key], random[key]) for key in ("accuracy", "auc")
     }
     bound = packing.bounds.best(data.identities, data.embedding_size)
-    figures["bound"] = {"cosine": bound.cosine, "name": bound.name}
-    return figures | {"raw pixels": results.pixels}
+    numbers["bound"] = {"cosine": bound.cosine, "name": bound.name}
+    return numbers | {"raw pixels": results.pixels}
 
 
 def write(results: Results, folder: Path, command: str, *, faces: bool = True) -> Path:
-    """Writes hyperface.md, hyperface.json and hyperface-*.png into a folder; returns the page.
+    """Write hyperface.md, hyperface.json and hyperface-*.png into a folder, and return the page.
 
     Args:
-        command: what makes this report. faces: show some of the packed identities' faces.
+        command: the command line that the page names.
+        faces: show some of the packed identities' faces.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    figures = measured(results) | {"machine": machine()}
-    (folder / "hyperface.json").write_text(json.dumps(figures, indent=1) + "\n")
-    _plot(results, figures, folder / "hyperface-kinds.png")
+    numbers = measured(results) | {"machine": machine()}
+    figures = {"kinds": partial(_plot, results, numbers)}
     if faces:
-        _faces_plot(results, folder / "hyperface-faces.png")
-    page = folder / "hyperface.md"
-    write_page(page, _page(results, figures, command, faces))
-    return page
+        figures["faces"] = partial(_faces_plot, results)
+    fields = results.fields() | _fields(results, numbers) | {"command": command}
+    fields["picture"] = "![generated faces](hyperface-faces.png)" if faces else ""
+    template = Path(__file__).with_name("hyperface.md")
+    return write_report(folder, template, numbers, figures, results.config, **fields)
 
 
-def _plot(results: Results, figures: dict[str, Any], path: Path) -> None:
+def _plot(results: Results, numbers: dict[str, Any], path: Path) -> None:
     new, axes = figure(11, 3.4, 1, 3)
-    titles = ("identities", "their faces, by pixels")
-    for ax, found, title in zip(axes, (results.cosines, results.drawn), titles, strict=False):
+    axes[0].axvline(numbers["bound"]["cosine"], color=QUIET, linestyle="--", label="lower bound")
+    plots = (("Identities", results.cosines), ("Their faces, by pixels", results.face_cosines))
+    for ax, (title, found) in zip(axes, plots, strict=False):
         for kind, color in zip(KINDS, (ACCENT, INK), strict=True):
             values = torch.cat(found[kind]).sort().values
             ax.plot(values.numpy(), np.linspace(0, 1, len(values)), color=color, label=kind)
-        ax.set_title(title, color=INK, fontsize=10)
-        ax.set_xlabel("cosine to the nearest other person")
-    axes[0].set_ylabel("share that is no nearer")
-    axes[0].axvline(figures["bound"]["cosine"], color=QUIET, linestyle="--", label="bound")
-    axes[0].legend(frameon=False, fontsize=8)
-    for i, kind in enumerate(KINDS):
-        values = figures[kind]["auc"]["values"]
-        axes[2].scatter([i] * len(values), values, color=INK, s=14, zorder=3)
-        axes[2].hlines(figures[kind]["auc"]["mean"], i - 0.3, i + 0.3, color=ACCENT, linewidth=2)
-    axes[2].axhline(results.pixels["auc"], color=QUIET, linestyle="--", linewidth=1)
-    axes[2].set_xticks(range(len(KINDS)), KINDS)
-    axes[2].set_ylabel("ROC-AUC on real people")
-    axes[2].set_title("each seed, mean; dashed: raw pixels", color=INK, fontsize=10)
-    for ax in axes:
-        ax.grid(alpha=0.25)
+        finish(ax, title, "cosine to the nearest other identity", "cumulative share")
+    aucs = {kind: numbers[kind]["auc"] for kind in KINDS}
+    plot_seeds(axes[2], aucs, results.pixels["auc"], "ROC-AUC")
     save(new, path)
 
 
 def _faces_plot(results: Results, path: Path, people: int = 6, images: int = 8) -> None:
-    config, painter = results.config, results.painter
+    config, generator = results.config, results.generator
     seed, rows = config.seeds[0], min(people, config.data.identities)
     points = results.points["packed"][0]
     who = np.repeat(np.arange(rows), images)
-    style, noise = styles(seed, who, np.tile(np.arange(images), rows), painter.style_size)
+    style, noise = styles(seed, who, np.tile(np.arange(images), rows), generator.style_size)
     labels = torch.from_numpy(who)
-    drawn = painter.generate(points[labels], style, noise)
+    drawn = generator.generate(points[labels], style, noise)
     grid = list(drawn.unflatten(0, (rows, images)).numpy())
     names = [str(i) for i in range(rows)]
-    image_grid(grid, names, "Generated faces of packed identities, one identity a row", path)
+    image_grid(grid, names, "Generated faces of packed identities, one identity per row", path)
 
 
-def _page(results: Results, figures: dict[str, Any], command: str, faces: bool) -> str:
-    config, held, pixels = results.config, results.held, results.pixels
-    data, bound = config.data, figures["bound"]
+def _fields(results: Results, numbers: dict[str, Any]) -> dict[str, Any]:
+    pixels = results.pixels
     spheres = table(
         [
             "identities",
@@ -350,67 +333,23 @@ def _page(results: Results, figures: dict[str, Any], command: str, faces: bool) 
             "faces: worst",
             "faces: mean nearest",
         ],
+        [[kind, *(shown(numbers[kind][key]) for key in KEYS)] for kind in KINDS],
+    )
+    less, keys = numbers["packed less random"], ("accuracy", "auc")
+    found = table(
+        ["trained on", "accuracy", "ROC-AUC", "training top-1, last epoch"],
         [
-            [
-                kind,
-                *(
-                    shown(figures[kind][key])
-                    for key in (
-                        "worst cosine",
-                        "mean nearest cosine",
-                        "worst cosine of the faces",
-                        "mean nearest cosine of the faces",
-                    )
-                ),
-            ]
+            [kind, *(shown(numbers[kind][key]) for key in keys), shown(numbers[kind]["top1"], 3)]
             for kind in KINDS
+        ]
+        + [
+            ["packed less random, seed by seed", *(shown(less[key]) for key in keys), ""],
+            ["raw pixels, no training", *(shown(pixels[key]) for key in keys), ""],
         ],
     )
-    rows = [
-        [kind, *(shown(figures[kind][key]) for key in ("accuracy", "auc")),
-         shown(figures[kind]["top1"], 3)]
-        for kind in KINDS
-    ]  # fmt: skip
-    less = figures["packed less random"]
-    better = sum(value > 0 for value in less["auc"]["values"])
-    rows.append(
-        ["packed less random, seed by seed", shown(less["accuracy"]), shown(less["auc"]), ""]
-    )
-    rows.append(
-        ["raw pixels, no training", f"{pixels['accuracy']:.4f}", f"{pixels['auc']:.4f}", ""]
-    )
-    found = table(["trained on", "accuracy", "ROC-AUC", "training top-1, last epoch"], rows)
-    picture = "\n![generated faces](hyperface-faces.png)\n" if faces else ""
-    return f"""# HyperFace: what came out
-
-Written by `{command}`; none of the figures is typed in. Measured on {figures["machine"]}.
-
-{data.identities} identities in {data.embedding_size} dimensions, packed ({config.pack.objective},
-{config.pack.steps} steps) or random, each drawn {data.images_per_identity} times
-({data.generator}, {"×".join(map(str, results.painter.image_shape))}), train a network of their own.
-Verified on {len(held)} real images of {len(held.identities)} people ({held.source}):
-{pixels["genuine"]:,} genuine and {pixels["impostor"]:,} impostor pairs. Mean and standard deviation
-over the seeds {", ".join(map(str, config.seeds))}; a seed draws identities, styles, the network's
-start and the batches, for both kinds the same.
-
-## On the sphere
-
-No {data.identities} points have a worst cosine below {bound["cosine"]:.4f} ({bound["name"]}).
-
-{spheres}
-
-Of the faces: cosines of their pixels in one style, with the mean face taken off.
-
-## Trained on them
-
-{found}
-
-Packed identities gave the higher ROC-AUC in {better} of {len(config.seeds)} seeds.
-
-![nearest cosines, and ROC-AUC](hyperface-kinds.png)
-{picture}
-## Configuration
-
-```toml
-{to_toml(config)}```
-"""
+    return {
+        "spheres": spheres,
+        "found": found,
+        "better": sum(value > 0 for value in less["auc"]["values"]),
+        "count": len(less["auc"]["values"]),
+    }

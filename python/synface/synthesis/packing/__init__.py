@@ -1,16 +1,19 @@
-"""Packing: identities spread on the hypersphere, and how close to the best possible they are."""
+"""Packing: identities spread on the hypersphere, and their gap to the theoretical bound."""
 
+from ...common.renamed import old_names
 from . import bounds
 from .files import pack
-from .packer import OBJECTIVES, PackConfig, Packed, Packer, Progress, closest_pair
+from .packer import OBJECTIVES, PackConfig, Packed, Packer, PackingProgress, closest_pair
 
 __all__ = [
     "OBJECTIVES",
     "PackConfig",
     "Packed",
     "Packer",
-    "Progress",
+    "PackingProgress",
     "bounds",
     "closest_pair",
     "pack",
 ]
+
+__getattr__ = old_names(__name__, Progress="PackingProgress")

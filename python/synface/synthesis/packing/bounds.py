@@ -1,7 +1,7 @@
-"""How well N points spread on the sphere of R^d: no code is better than the bounds, and chance.
+"""Lower bounds on the worst cosine of N points on the sphere of R^d, and that of random points.
 
-Some two of N unit vectors always have a cosine of at least `best`; the distance of a packing's
-worst cosine from it says how much could be left to gain, `random_worst` what packing has gained.
+Some two of N unit vectors always have a cosine of at least `best`: a packing's gap to it is the
+most that could still be gained, and the gap to `random_worst` is the gain of packing.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def _check(count: int, dim: int) -> None:
 
 
 def best(count: int, dim: int) -> Bound:
-    """The highest of this module's bounds on the worst cosine of ``count`` points in R^``dim``.
+    """Return the highest of this module's bounds on the worst cosine of ``count`` points.
 
-    `welch` is not among them: it bounds absolute cosines. In the plane the answer is exact.
+    `welch` is not among them: it bounds absolute cosines. In the plane the bound is attained.
 
     Raises:
         TypeError, ValueError: unless both are integers of at least 2; so do all functions here.
@@ -52,7 +52,9 @@ def best(count: int, dim: int) -> Bound:
 
 
 def rankin(count: int, dim: int) -> float:
-    """−1/(N−1) up to N = d+1 (the simplex has it), then 0 (the orthoplex has it, up to N = 2d).
+    """Return Rankin's bound: −1/(N−1) up to N = d+1, then 0.
+
+    The simplex attains the former, the orthoplex the latter up to N = 2d.
 
     Source: Rankin, The closest packing of spherical caps in n dimensions, 1955.
     """
@@ -61,7 +63,7 @@ def rankin(count: int, dim: int) -> float:
 
 
 def welch(count: int, dim: int) -> float:
-    """A lower bound on the largest *absolute* cosine: for lines, not for points.
+    """Return Welch's lower bound on the largest *absolute* cosine: for lines, not for points.
 
     max_k ((N·m_k − 1)/(N − 1))^(1/2k), where m_k = Π_{i<k} (2i+1)/(d+2i) is the mean of cos^2k over
     the sphere: Welch's argument with the moments of real vectors, which are higher than those of
@@ -80,7 +82,9 @@ def welch(count: int, dim: int) -> float:
 
 
 def fejes_toth(count: int) -> float:
-    """(cot²ω − 1)/2 with ω = N/(N−2)·π/6, for N ≥ 3 points in R³; attained for N = 3, 4, 6, 12.
+    """Return Fejes Tóth's bound for N ≥ 3 points in R³, attained for N = 3, 4, 6, 12.
+
+    It is (cot²ω − 1)/2 with ω = N/(N−2)·π/6.
 
     Source: Fejes Tóth, Über die Abschätzung des kürzesten Abstandes zweier Punkte eines auf einer
     Kugelfläche liegenden Punktsystems, 1943.
@@ -93,7 +97,7 @@ def fejes_toth(count: int) -> float:
 
 
 def levenshtein(count: int, dim: int) -> float:
-    """The cosine s at which Levenshtein's bound on the size of a code, L(d, s), reaches N.
+    """Return the cosine s at which Levenshtein's bound on the size of a code, L(d, s), reaches N.
 
     With P_i the Gegenbauer polynomials of R^d, P_i(1) = 1:
 
@@ -125,7 +129,7 @@ def levenshtein(count: int, dim: int) -> float:
 
 
 def _design_size(dim: int, strength: int) -> int:
-    """The least size of a spherical design (Delsarte, Goethals and Seidel, 1977)."""
+    """Return the least size of a spherical design (Delsarte, Goethals and Seidel, 1977)."""
     k = strength // 2
     if strength % 2:
         return 2 * math.comb(dim + k - 1, k)
@@ -133,7 +137,7 @@ def _design_size(dim: int, strength: int) -> int:
 
 
 def _interval_end(dim: int, degree: int) -> float:
-    """Where L_degree ends: the largest zero of Jacobi's P_k^(1,0), or of P_k^(1,1) for even ones.
+    """Return the end of L_degree: the largest zero of Jacobi's P_k^(1,0), P_k^(1,1) if even.
 
     Both parameters are raised by (d−3)/2; k = ⌈degree/2⌉.
     """
@@ -159,7 +163,7 @@ def _interval_end(dim: int, degree: int) -> float:
 
 
 def _levenshtein_size(dim: int, degree: int, s: float) -> float:
-    """L_degree(dim, s)."""
+    """Compute L_degree(dim, s)."""
     k = (degree + 1) // 2
     before, here = 1.0, s  # P_0, P_1
     for i in range(1, k):
@@ -173,7 +177,7 @@ def _levenshtein_size(dim: int, degree: int, s: float) -> float:
 
 
 def _cosine_of_tail(probability: np.ndarray, dim: int) -> np.ndarray:
-    """The cosine that a random pair exceeds with a given probability."""
+    """Return the cosine that a random pair exceeds with a given probability."""
     with extra("train", STATISTICS):
         from scipy.special import betaincinv
 
@@ -182,7 +186,7 @@ def _cosine_of_tail(probability: np.ndarray, dim: int) -> np.ndarray:
 
 
 def random_worst(count: int, dim: int) -> float:
-    """The expected worst cosine of ``count`` points drawn uniformly and independently.
+    """Return the expected worst cosine of ``count`` points drawn uniformly and independently.
 
     The N(N−1)/2 cosines are pairwise independent and are treated as independent:
     E = ∫₀¹ Q(u) du over the quantiles of their maximum, by the midpoint rule.
@@ -194,9 +198,9 @@ def random_worst(count: int, dim: int) -> float:
 
 
 def random_nearest_cdf(cosine: np.ndarray, count: int, dim: int) -> np.ndarray:
-    """P(a random point's nearest neighbor has at most this cosine) among N random points: exact.
+    """Return P(a random point's nearest neighbor has at most this cosine), among N random points.
 
-    The other N−1 are independent given the point.
+    It is exact: the other N−1 are independent given the point.
     """
     with extra("train", STATISTICS):
         from scipy.special import betainc

@@ -1,4 +1,4 @@
-"""Packings as files: one per objective, a picture, and checkpoints while they are made."""
+"""Packings in files: one per objective, a plot, and checkpoints during the run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from ...checkpoint import single as checkpoint
 from ...common.check import check_folder
 from ...common.extras import extra
 from ...common.files import CheckpointError
-from .packer import Packed, Packer, Progress, check_output
+from ...reporting.plots import check_matplotlib
+from .packer import Packed, Packer, PackingProgress, check_output
 from .plot import plot
 
 
 def outputs(output: Path, objectives: Sequence[str]) -> dict[str, Path]:
-    """Each objective's file: the first one's is ``output``, the others bear their names."""
+    """Return each objective's file: ``output`` for the first, named after them for the others."""
     first, *others = objectives
     return {first: output} | {o: output.with_name(f"{output.stem}-{o}.safetensors") for o in others}
 
@@ -27,9 +28,9 @@ def pack(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Callable[[str], AbstractContextManager[Progress]],
+    progress: Callable[[str], AbstractContextManager[PackingProgress]],
 ) -> list[Packed]:
-    """Packs with each packer in turn, into ``output`` and, beside it, the others' files and a PNG.
+    """Run each packer in turn; write ``output`` and, beside it, the others' points and a plot.
 
     Checkpoints are in NAME-OBJECTIVE.checkpoints beside the output until all is written.
 
@@ -38,14 +39,14 @@ def pack(
         output: a .safetensors file.
         resume: go on from the checkpoints.
         overwrite: replace files of these names and, unless resume is set, discard checkpoints.
-        progress: of an objective.
+        progress: makes the progress bar of an objective.
 
     Raises:
         ValueError: for an output of another suffix, or an objective twice.
-        FileExistsError: where something would be lost.
+        FileExistsError: where a file or checkpoints would be lost.
         CheckpointError: where there is nothing to resume, or it is of another run.
-        OSError: where something cannot be written: before anything is packed if the folder shows
-            it, otherwise (a full disk, say) checkpoints stay.
+        OSError: where a file cannot be written: before the first step if the folder shows it,
+            otherwise (a full disk, say) checkpoints stay.
         KeyboardInterrupt, Terminated: on Ctrl-C and on SIGTERM, with a checkpoint written.
     """
     names = [packer.config.objective for packer in packers]
@@ -62,8 +63,8 @@ def pack(
         check_output(file, overwrite)
     check_folder(f"the folder of {output.name}", output.parent)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with extra("train", "a packing's file and picture"):  # raises before the packing, not after it
-        import matplotlib.figure  # noqa: F401
+    check_matplotlib()  # before the packing, not after it
+    with extra("train", "a packing's file"):
         import safetensors.torch  # noqa: F401
 
     if not resume:

@@ -1,24 +1,24 @@
-"""Adam on the sphere."""
+"""Riemannian Adam on the sphere."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-BLOCK = 256  # rows updated together: at d = 512 they stay in cache through all of a step's passes
-NO_FORCE = 1e-28  # a gradient this small has lost its direction in float32
+BLOCK = 256  # rows updated together: at d = 512 they stay in cache for all passes of a step
+NO_FORCE = 1e-28  # squared gradients this small have no direction in float32
 
 
 class SphereAdam:
     """Riemannian Adam for unit vectors: step and renormalization in one pass over the rows.
 
-    The second moment is one number a point, the mean square of its gradient's norm, so a rotation
-    of all points rotates the result. Gradients are projected onto the tangent space, and so is the
-    first moment, which is how it is carried along as its point moves. A step has about the same
-    length, in radians, for every point: ``length`` where the gradient keeps its direction.
+    The second moment is one number per point, the mean square of its gradient's norm, so a rotation
+    of all points rotates the result. Gradients are projected onto the tangent space, as is the
+    first moment each time its point moves. A step has about the same length, in radians, for every
+    point: ``length`` where the gradient keeps its direction.
 
     Args:
-        count, dim, dtype, device: of the points.
+        count, dim, dtype, device: shape, dtype and device of the points.
         betas: decay of the first and of the second moment per step.
 
     Memory: N·d numbers of the points' dtype, and 2·N float64.
@@ -39,17 +39,17 @@ class SphereAdam:
         self.steps = torch.zeros(count, 1, dtype=torch.float64, device=device)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state, for a checkpoint."""
+        """Return the state, for a checkpoint."""
         return {"mean": self.mean, "square": self.square, "steps": self.steps}
 
     def step(self, points: Tensor, gradient: Tensor, length: float) -> None:
-        """Moves all points (N, d), in place, against the gradient (N, d)."""
+        """Move all points (N, d), in place, against the gradient (N, d)."""
         state = (self.mean, self.square, self.steps)
         for block in zip(*(x.split(BLOCK) for x in (points, gradient, *state)), strict=True):
             self._step(block, length)
 
     def step_rows(self, points: Tensor, rows: Tensor, gradient: Tensor, length: float) -> None:
-        """Moves ``points[rows]``, in place, against their gradient."""
+        """Move ``points[rows]``, in place, against their gradient."""
         state = (self.mean, self.square, self.steps)
         x, mean, square, steps = (tensor[rows] for tensor in (points, *state))
         self._step((x, gradient, mean, square, steps), length)

@@ -1,4 +1,4 @@
-"""Spreads unit vectors as far apart as they go: an annealed soft maximum, stepped on the sphere."""
+"""Packing of unit vectors: an annealed soft maximum of their cosines, minimized on the sphere."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from ...common.check import (
 from ...common.files import CheckpointError, write_tensors
 from ...common.interrupts import interruption, interrupts
 from ...common.rng import generator
-from ..embeddings import NAME
+from ..embeddings import NAME, sha256_of_rows
 from . import bounds
 from .optimizer import SphereAdam
 
 OBJECTIVES = ("lse", "hyperface", "langevin")
-CHECK_EVERY = 25  # steps between exact looks at the worst cosine, or
-LOOKS = 50  # of them in a run by the clock
+CHECK_EVERY = 25  # steps between evaluations of the exact worst cosine, or
+LOOKS = 50  # evaluations in a run limited by time
 CHECKPOINT_SECONDS = 120.0
 DEFAULT_STEPS = 500
 DOUBLE_UP_TO = 1000  # points: few enough that float64 costs nothing
 
-# Of "lse", found by trials at N = 600 to 3000, d = 8 to 512 with 100 to 300 steps.
-FIRST_STEP = 0.2  # of the angle that the bound leaves between neighbors
+# Parameters of "lse", found by trials at N = 600 to 3000, d = 8 to 512 with 100 to 300 steps.
+FIRST_STEP = 0.2  # in units of the angle that the bound leaves between neighbors
 FIRST_SHARPNESS = 0.5  # t, in units of √d: the cosines of random points spread by 1/√d
 LAST_SHARPNESS = 75.0  # likewise; sharper for few points, in proportion
 FEW = 1000
@@ -48,20 +48,20 @@ FEW = 1000
 
 @dataclass(frozen=True)
 class PackConfig:
-    """What makes a packing. With ``steps``, two runs on one machine are bitwise the same.
+    """Configuration of a packing. With ``steps``, two runs on one machine are bitwise the same.
 
     Attributes:
         count, dim: number of points N and dimension d, both at least 2.
         objective: "lse", "hyperface" or "langevin", see `Packer`.
-        steps: of each restart, or
-        minutes: of the whole run. The annealing then follows the clock, so the result depends on
-            the machine's pace. Neither: 500 steps.
-        restarts: runs from other random points; the best one wins. Worth it for few points.
-        batch: points that repel each other in one step, drawn without replacement until all had
-            their turn; None for all at once. See `Packer`.
+        steps: number of steps of each restart, or
+        minutes: length of the whole run. The annealing then follows the clock, so the result
+            depends on the machine's speed. Neither: 500 steps.
+        restarts: runs from other random points; the best one is kept. Useful for few points.
+        batch: points that repel each other in one step, each point drawn once per pass; None for
+            all at once. See `Packer`.
         alpha: weight of the gallery.
         lr: learning rate of "hyperface". 0.001 was the best of seven in a trial (docs/packing.md).
-        seed: of everything random.
+        seed: random seed.
 
     Raises:
         TypeError, ValueError: for a wrong argument, naming it.
@@ -88,12 +88,10 @@ class PackConfig:
             )
         if self.steps is None and self.minutes is None:
             object.__setattr__(self, "steps", DEFAULT_STEPS)
-        check_integer("restarts", self.restarts, 1)
-        check_integer("seed", self.seed, 0)
-        if self.steps is not None:
-            check_integer("steps", self.steps, 1)
-        if self.batch is not None:
-            check_integer("batch", self.batch, 2)
+        for name, least in (("restarts", 1), ("seed", 0), ("steps", 1), ("batch", 2)):
+            value = getattr(self, name)
+            if value is not None or name in ("restarts", "seed"):
+                check_integer(name, value, least)
         check_number("alpha", self.alpha, 0)
         for name in ("lr", "minutes"):
             value = getattr(self, name)
@@ -101,17 +99,24 @@ class PackConfig:
                 check_number(name, value, 0)
                 if value == 0:
                     raise ValueError(f"{name} must be positive, got {value}")
-        if self.batch is not None and self.batch > self.count:
+        if self.batch is None:
+            return
+        if self.batch > self.count:
             raise ValueError(f"batch must be in [2, count = {self.count}], got {self.batch}")
-        if self.batch is not None and self.objective != "lse":
+        if self.objective != "lse":
             raise ValueError(f"batch needs the objective 'lse', got {self.objective!r}")
 
+    def metadata(self) -> dict[str, str]:
+        """Return the fields as the metadata of a file; texts are not quoted."""
+        values = asdict(self).items()
+        return {name: v if isinstance(v, str) else json.dumps(v) for name, v in values}
 
-class Progress(Protocol):
-    """What `Packer.run` tells while it runs."""
+
+class PackingProgress(Protocol):
+    """A progress bar of `Packer.run`."""
 
     def update(self, done: float, seconds: float, worst: float | None) -> None:
-        """The share done, seconds so far, and the worst cosine at the last exact look."""
+        """Show the share done, the seconds, and the last exact worst cosine."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,8 @@ class Packed:
         worst: the largest cosine between two of them, exact.
         pair: the indices of these two.
         bound: no N points have a lower worst cosine.
-        history: (seconds, steps, worst cosine) of every exact look.
-        config: how it was made.
+        history: (seconds, steps, worst cosine) of every exact evaluation.
+        config: the packing's configuration.
     """
 
     points: Tensor
@@ -136,20 +141,19 @@ class Packed:
 
     @property
     def gap(self) -> float:
-        """How far the worst cosine is above the bound."""
+        """The gap of the worst cosine to the bound."""
         return self.worst - self.bound.cosine
 
     def save(self, path: Path, *, overwrite: bool = False) -> None:
-        """Writes a safetensors file: "embeddings" (N, d), with what is known of them as metadata.
+        """Write a safetensors file of "embeddings" (N, d), with the other attributes as metadata.
 
         Raises:
-            FileExistsError: where there is one already and ``overwrite`` is not set.
-            OSError: where it cannot be written (a full disk, say); what was there stays.
+            FileExistsError: where the file exists and ``overwrite`` is not set.
+            OSError: where it cannot be written (a full disk, say); an earlier file stays.
         """
         check_output(path, overwrite)
         metadata = {
-            **{name: json.dumps(value) for name, value in asdict(self.config).items()},
-            "objective": self.config.objective,
+            **self.config.metadata(),
             "worst_cosine": repr(self.worst),
             "worst_pair": json.dumps(self.pair),
             "bound": repr(self.bound.cosine),
@@ -160,7 +164,7 @@ class Packed:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raise FileExistsError where a file would be lost, IsADirectoryError for a folder."""
+    """Raise FileExistsError where a file would be replaced, IsADirectoryError for a folder."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: choose another output")
     if path.exists() and not overwrite:
@@ -168,7 +172,7 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 
 def closest_pair(points: Tensor, other: Tensor | None = None) -> tuple[float, tuple[int, int]]:
-    """The largest cosine between two rows (of points and of other, if given), and which they are.
+    """Return the largest cosine of two rows (of points and of other, if given), and their indices.
 
     Exact. Memory: as `sk.nearest_neighbors`.
     """
@@ -178,7 +182,7 @@ def closest_pair(points: Tensor, other: Tensor | None = None) -> tuple[float, tu
 
 
 class Packer:
-    """Packs N points on the unit sphere of R^d, each as far from its nearest neighbor as it goes.
+    """Packing of N points on the unit sphere of R^d that minimizes their worst cosine.
 
     Objectives, over f, the share of the run that is done:
 
@@ -187,26 +191,26 @@ class Packer:
       `SphereAdam` whose length falls linearly to 0, and with 1/t in the end where that is less.
     - "hyperface": max c_ij, the closest pair alone, with Adam and renormalization.
     - "langevin": soft spheres, Σ max(0, c_ij − threshold)²/2, whose threshold falls from random
-      points' worst cosine to the bound, with noise that dies out.
+      points' worst cosine to the bound, with noise that decays to 0.
 
     A gallery (M, d) adds α·(1/N)·Σ_i min_g (1 − x_i·y_g), which keeps points near it.
 
-    What is exact: every pair counts in every step, unless ``batch`` is set; then a step moves
-    ``batch`` points that repel each other alone, and a pair meets in about batch/N of the passes
-    over the points. Every worst cosine reported is exact, over all pairs; with ``batch`` it is
-    computed at the end of each restart only.
+    Every pair counts in every step, unless ``batch`` is set; then a step moves ``batch`` points by
+    their own pairs alone, and a pair meets in about batch/N of the passes over the points. Every
+    worst cosine reported is exact, over all pairs; with ``batch`` it is computed at the end of each
+    restart only.
 
     Args:
-        config: what to do.
+        config: the configuration.
         gallery: (M, d) embeddings, rows finite and not zero; normalized here.
         start: (N, d) embeddings to start from, likewise, instead of random points (with one
             restart).
-        device: where to compute.
+        device: the device to compute on.
 
     Raises:
         TypeError: for a gallery, start or device of another Python type.
         ValueError: for a gallery or start of another dtype or shape, or with a zero or non-finite
-            row, a device that is not there, and more points than the memory holds.
+            row, a device that torch does not have, and more points than the memory holds.
 
     Memory: 5·N·d numbers (points, best so far, gradient, moment, scratch) and the op's 64 MiB.
     Sources: Shahreza and Marcel, "HyperFace", ICLR 2025; Geissbühler et al., "Synthetic face
@@ -238,16 +242,16 @@ class Packer:
         folder: Path | None = None,
         *,
         resume: bool = False,
-        progress: Progress | None = None,
+        progress: PackingProgress | None = None,
         stop_after: int | None = None,
     ) -> Packed:
-        """Packs.
+        """Pack the points.
 
         Args:
             folder: for checkpoints: every two minutes, on Ctrl-C and at the end; None for none.
             resume: go on from the newest one. With ``steps`` in the configuration, the result is
                 bitwise that of a run that was never interrupted.
-            progress: is told about every step.
+            progress: is updated after every step.
             stop_after: end early, after this step, as Ctrl-C would.
 
         Raises:
@@ -256,7 +260,7 @@ class Packer:
             FloatingPointError: once the points are not finite.
             KeyboardInterrupt, Terminated: on Ctrl-C and on SIGTERM, once the step is done and a
                 checkpoint of it is written.
-            OSError: where a checkpoint cannot be written; the ones before it stay.
+            OSError: where a checkpoint cannot be written; earlier ones stay.
         """
         with interrupts() as interrupted:
             return _Run(self, folder, progress).run(
@@ -284,7 +288,9 @@ class Packer:
 class _Run:
     """The state of a run: points, moments, the best so far, the clock."""
 
-    def __init__(self, packer: Packer, folder: Path | None, progress: Progress | None) -> None:
+    def __init__(
+        self, packer: Packer, folder: Path | None, progress: PackingProgress | None
+    ) -> None:
         self.packer, self.config, self.progress = packer, packer.config, progress
         self.folder = folder
         self.step = 0
@@ -313,7 +319,7 @@ class _Run:
             restart, done = self._where()
             if restart != self.restart:
                 if restart == self.config.restarts:
-                    self._save()  # all that the last look at it needs
+                    self._save()  # the last evaluation may be interrupted
                 if self.restart >= 0:
                     self._check()
                 if restart == self.config.restarts:
@@ -343,15 +349,15 @@ class _Run:
         )
 
     def _share(self) -> float:
-        """Of the whole run that is done."""
+        """Return the share of the whole run that is done."""
         if self.config.steps is not None:
             return self.step / (self.config.steps * self.config.restarts)
         assert self.config.minutes is not None
-        budget = self.config.minutes * 60 - 1.2 * self.check_seconds  # the last look counts too
+        budget = self.config.minutes * 60 - 1.2 * self.check_seconds  # for the last evaluation
         return 1.0 if budget <= self.seconds else self.seconds / budget
 
     def _where(self) -> tuple[int, float]:
-        """The restart, and the share of it that is done."""
+        """Return the number of the restart, and the share of it that is done."""
         if self.config.steps is not None:
             restart, step = divmod(self.step, self.config.steps)
             return restart, step / self.config.steps
@@ -359,7 +365,7 @@ class _Run:
         return int(position), position % 1
 
     def _due(self) -> bool:
-        """Whether to look: every 25 steps, or by the clock, for at most a sixth of the time."""
+        """Return whether to evaluate: every 25 steps, or by time, for at most a sixth of it."""
         if self.config.minutes is None or not self.history:
             return self.step % CHECK_EVERY == 0
         since = self.seconds - self.history[-1][0]
@@ -370,17 +376,14 @@ class _Run:
         if self.packer.start is not None:
             self.points = self.packer.start.clone()
         else:
-            random = generator(self.config.seed, "points", restart)
-            points = torch.randn(
-                self.points.shape, dtype=self.points.dtype, generator=random, device="cpu"
-            ).to(self.points.device)
+            points = _draws(self.config, self.points, "points", restart)
             self.points = points / torch.linalg.vector_norm(points, dim=1, keepdim=True)
         self.objective = _OBJECTIVES[self.config.objective](self.packer)
 
     def _check(self) -> None:
-        """An exact look at the worst cosine; the best points so far are kept.
+        """Evaluate the exact worst cosine, and save the best points so far.
 
-        Best by worst cosine plus gallery term, which is HyperFace's objective.
+        The best have the lowest worst cosine plus gallery term, which is HyperFace's objective.
         """
         if not self.points.isfinite().all():
             raise FloatingPointError(f"points are not finite after {self.step} steps")
@@ -395,16 +398,18 @@ class _Run:
 
     def _description(self) -> dict[str, Any]:
         digests = {
-            name: None if rows is None else _fingerprint(rows)
+            name: None if rows is None else sha256_of_rows(rows)
             for name, rows in (("gallery", self.packer.gallery), ("start", self.packer.start))
         }
         return {"config": asdict(self.config), "data": digests}
 
+    def _tensors(self) -> dict[str, Tensor]:
+        optimizer = {f"optimizer.{k}": v for k, v in self.objective.tensors().items()}
+        return {"points": self.points, "best": self.best_points} | optimizer
+
     def _save(self) -> None:
         if self.folder is None:
             return
-        tensors = {"points": self.points, "best": self.best_points}
-        tensors |= {f"optimizer.{k}": v for k, v in self.objective.tensors().items()}
         state = {
             "restart": self.restart,
             "seconds": self.seconds,
@@ -415,7 +420,7 @@ class _Run:
         checkpoint.save(
             self.folder,
             self.step,
-            {k: v.cpu() for k, v in tensors.items()},
+            {k: v.cpu() for k, v in self._tensors().items()},
             self._description() | state,
         )
 
@@ -426,8 +431,7 @@ class _Run:
         tensors, state = checkpoint.load(found)
         for part, wanted in self._description().items():
             checkpoint.check_same(found, state[part], wanted)
-        own = {"points": self.points, "best": self.best_points}
-        own |= {f"optimizer.{k}": v for k, v in self.objective.tensors().items()}
+        own = self._tensors()
         checkpoint.check_shapes(found / checkpoint.TENSORS, tensors, own)
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
@@ -443,17 +447,11 @@ class _Run:
             raise CheckpointError(f"{found / checkpoint.STATE} is damaged: {error!r}") from error
 
 
-def _fingerprint(rows: Tensor) -> str:
-    import hashlib
-
-    return hashlib.sha256(rows.cpu().contiguous().numpy().data).hexdigest()
-
-
 # ---- objectives: one step each, at the share `done` of a restart ---------------------------------
 
 
 class _Annealed:
-    """What "lse" and "langevin" share: an energy of all pairs, or of a batch, and `SphereAdam`."""
+    """An annealed energy of all pairs, or of a batch's, minimized by `SphereAdam`."""
 
     def __init__(self, packer: Packer) -> None:
         self.packer, self.config = packer, packer.config
@@ -468,18 +466,20 @@ class _Annealed:
         raise NotImplementedError
 
     def length(self, done: float) -> float:
-        """Of a step, in radians."""
+        """Return the length of a step, in radians."""
         return FIRST_STEP * self.angle * (1 - done)
 
     def step(self, points: Tensor, step: int, done: float) -> None:
         rows, length = self._rows(step), self.length(done)
         if rows is None:
-            self.optimizer.step(points, self._gradient(points, done), length)
+            gradient = _gradient(self.packer, points, self.energy(done))
+            self.optimizer.step(points, gradient, length)
         else:
-            self.optimizer.step_rows(points, rows, self._gradient(points[rows], done), length)
+            gradient = _gradient(self.packer, points[rows], self.energy(done))
+            self.optimizer.step_rows(points, rows, gradient, length)
 
     def _rows(self, step: int) -> Tensor | None:
-        """The points that take part in a step; each has its turn once in every pass."""
+        """Return the points of a step's batch; each point is drawn once per pass."""
         if self.config.batch is None:
             return None
         parts = self.config.count // self.config.batch
@@ -492,10 +492,18 @@ class _Annealed:
             self.batches = (epoch, order.tensor_split(parts))
         return self.batches[1][part]
 
-    def _gradient(self, points: Tensor, done: float) -> Tensor:
-        x = points.detach().requires_grad_()
-        loss = sk.hypersphere_repulsion(x, energy=self.energy(done))
-        return torch.autograd.grad(loss + _gallery_term(self.packer, x), x)[0]
+
+def _draws(config: PackConfig, points: Tensor, purpose: str, step: int) -> Tensor:
+    """Return standard normal numbers of the points' shape, dtype and device."""
+    random = generator(config.seed, purpose, step)
+    numbers = torch.randn(points.shape, dtype=points.dtype, generator=random, device="cpu")
+    return numbers.to(points.device)
+
+
+def _gradient(packer: Packer, points: Tensor, energy: Any) -> Tensor:
+    x = points.detach().requires_grad_()
+    loss = sk.hypersphere_repulsion(x, energy=energy)
+    return torch.autograd.grad(loss + _gallery_term(packer, x), x)[0]
 
 
 def _gallery_term(packer: Packer, x: Tensor) -> Tensor | float:
@@ -507,7 +515,7 @@ def _gallery_term(packer: Packer, x: Tensor) -> Tensor | float:
 
 class _LogSumExp(_Annealed):
     def sharpness(self, done: float) -> float:
-        """t·(1 − bound)/√d."""
+        """Return t·(1 − bound)/√d."""
         last = LAST_SHARPNESS * max(1.0, FEW / self.config.count)
         return FIRST_SHARPNESS * (last / FIRST_SHARPNESS) ** done
 
@@ -520,7 +528,7 @@ class _LogSumExp(_Annealed):
 
 
 class _Langevin(_Annealed):
-    NOISE = 0.1  # length of the noise in units of a step's
+    NOISE = 0.1  # length of the noise, in units of a step's length
 
     def energy(self, done: float) -> sk.Hinge:
         low = self.packer.bound.cosine
@@ -529,10 +537,7 @@ class _Langevin(_Annealed):
 
     def step(self, points: Tensor, step: int, done: float) -> None:
         super().step(points, step, done)
-        random = generator(self.config.seed, "noise", step)
-        noise = torch.randn(points.shape, dtype=points.dtype, generator=random, device="cpu").to(
-            points.device
-        )
+        noise = _draws(self.config, points, "noise", step)
         length = self.NOISE * self.length(done) * (1 - done)
         points.add_(noise, alpha=length / self.config.dim**0.5)
         points.div_(torch.linalg.vector_norm(points, dim=1, keepdim=True))
@@ -557,9 +562,7 @@ class _HyperFace:
         return dict(self.optimizer.state[self.parameter])
 
     def step(self, points: Tensor, step: int, done: float) -> None:
-        x = points.detach().requires_grad_()
-        loss = sk.hypersphere_repulsion(x, energy=sk.ClosestPair())
-        gradient = torch.autograd.grad(loss + _gallery_term(self.packer, x), x)[0]
+        gradient = _gradient(self.packer, points, sk.ClosestPair())
         self.parameter.data = points  # the same memory
         self.parameter.grad = gradient
         self.optimizer.step()

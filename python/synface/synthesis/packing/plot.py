@@ -1,4 +1,4 @@
-"""What a packing looks like: its points' nearest neighbors, and the way there."""
+"""Plots of packings: the cosines of nearest neighbors, and the worst cosine over time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 import synface_kernels as sk
 
-from ...reporting.plots import ACCENT, INK, QUIET, figure, save
+from ...reporting.plots import ACCENT, INK, QUIET, figure, finish, save
 from . import bounds
 from .packer import Packed
 
@@ -17,7 +17,7 @@ COLORS = (ACCENT, INK, "#2980b9")
 
 
 def plot(packings: Sequence[Packed], path: Path) -> None:
-    """Writes a PNG of packings of one (N, d): nearest neighbors' cosines, and worst over time."""
+    """Plot nearest neighbors' cosines and the worst one over time, of packings of one (N, d)."""
     first = packings[0]
     count, dim = first.points.shape
     nearest = [sk.nearest_neighbors(p.points)[0][:, 0].double().cpu().numpy() for p in packings]
@@ -34,20 +34,15 @@ def plot(packings: Sequence[Packed], path: Path) -> None:
         left.stairs(share, edges, fill=True, alpha=0.6, color=color, label=label)
     random = np.diff(bounds.random_nearest_cdf(edges, count, dim))
     left.stairs(random, edges, color=QUIET, label=f"random: worst about {worst_random:.4f}")
-    left.set_xlabel("cosine to the nearest neighbor")
-    left.set_ylabel("share of the points")
-    left.set_title(f"{count:,} points in {dim} dimensions")
 
     for packing, color in zip(packings, COLORS, strict=False):
         seconds, _, worst = zip(*packing.history, strict=True)
         right.plot(seconds, worst, color=color, label=packing.config.objective)
-    right.set_xlabel("seconds")
-    right.set_ylabel("worst cosine")
-    right.set_title("Worst cosine over time (exact)")
-    name = f"{first.bound.name} bound {first.bound.cosine:.4f}"
-    left.axvline(first.bound.cosine, color="black", linestyle=":", label=name)
-    right.axhline(first.bound.cosine, color="black", linestyle=":", label=name)
-    for axes in (left, right):
-        axes.legend(frameon=False, fontsize=8)
-        axes.grid(alpha=0.25)
+    bound = first.bound.cosine
+    options = {"color": "black", "linestyle": ":", "label": f"{first.bound.name} bound {bound:.4f}"}
+    left.axvline(bound, **options)
+    right.axhline(bound, **options)
+    title = f"{count:,} points in {dim} dimensions"
+    finish(left, title, "cosine to the nearest neighbor", "share of the points")
+    finish(right, "Worst cosine over time (exact)", "seconds", "worst cosine")
     save(new, path)

@@ -1,0 +1,74 @@
+"""The faces of the CFSM recipe: to train on, of the target domains, and to verify on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...common.rng import generator as draws
+from ...data import Faces, embedded_faces, normalize, read_folder
+from ...training.sources import fingerprint
+from ..generated import EMBEDDED
+from .config import DataConfig
+from .degrade import degrade
+
+
+@dataclass(frozen=True)
+class People:
+    """The sets of faces: to train on, of the target domains before degradation, to verify on."""
+
+    source: Faces
+    target: Faces
+    held: Faces
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of all images."""
+        return self.source.images.shape[3]
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the fingerprint of each set, for a checkpoint."""
+        return {f.name: fingerprint(getattr(self, f.name)) for f in fields(self)}
+
+
+def read_people(config: DataConfig, seed: int) -> People:
+    """Read or make the faces, and split them by person.
+
+    Raises:
+        ValueError: where too few people are left to train on, or the channels differ.
+        DataError: for a folder that cannot be read.
+    """
+    size = (config.size, config.size)
+    if config.faces == EMBEDDED:
+        faces = embedded_faces(config.images_per_identity, config.size, seed)
+    else:
+        faces = read_folder(Path(config.faces), size)
+    rest, held = faces.split(config.held_out_identities)
+    if config.target == EMBEDDED:
+        source, target = rest.split(config.target_identities)
+    else:
+        source, target = rest, read_folder(Path(config.target), size, rest.images.shape[3] == 1)
+    if target.images.shape[3] != source.images.shape[3]:
+        raise ValueError(
+            f"data.target must have {source.images.shape[3]} channels, as data.faces has, "
+            f"got {target.images.shape[3]}"
+        )
+    return People(source, target, held)
+
+
+def first_images(faces: Faces, count: int) -> Tensor:
+    """Return (N, C, H, W) in [−1, 1]: the first image of each of the first ``count`` people."""
+    people = range(min(count, len(faces.identities)))
+    return normalize(torch.stack([faces.images[faces.labels == i][0] for i in people]))
+
+
+def degraded(faces: Faces, domain: str, seed: int) -> Faces:
+    """Return the faces as a target domain has them, degraded 16 images at a time."""
+    batches = []
+    for i, images in enumerate(faces.images.split(16)):
+        x = degrade(normalize(images), domain, draws(seed, f"verify {domain}", i))
+        batches.append(((x + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1))
+    return Faces(torch.cat(batches), faces.labels, faces.identities, f"{faces.source}, {domain}")

@@ -1,0 +1,87 @@
+"""The recipes' configurations: the defaults are read and written back, and bad ones are named."""
+
+import pytest
+from synface.common.config import to_toml
+from synface.recipes import cfsm, hyperface, synface
+from synface.recipes.synface import study
+
+
+@pytest.mark.parametrize("recipe", [cfsm, hyperface, study, synface], ids=lambda x: x.__name__)
+def test_the_default_is_read_and_written_back(tmp_path, recipe):
+    config = recipe.load_config()
+    file = tmp_path / "copy.toml"
+    file.write_text(to_toml(config))
+    assert recipe.load_config(file) == config
+
+
+@pytest.mark.parametrize(
+    ("recipe", "text", "message"),
+    [
+        (cfsm, "sead = 1", "tiny.toml: unknown key 'sead'; did you mean 'seed'"),
+        (cfsm, "[style]\nstep = 1", r"\[style\]: unknown key 'step'"),
+        (cfsm, "[style]\nsteps = 1.5", r"\[style\]: steps must be int, got 1.5"),
+        (cfsm, "[style]\nsteps = true", r"\[style\]: steps must be int, got True"),
+        (cfsm, "[style]\nsteps = 0", r"\[style\]: steps must be at least 1, got 0"),
+        (cfsm, "[style]\northogonality = 'l2'", "orthogonality must be one of"),
+        (cfsm, "[guided]\noriginals = 1.5", r"originals must be in \[0, 1\], got 1.5"),
+        (cfsm, "[guided]\nepsilon = nan", "epsilon must be finite"),
+        (cfsm, "[guided]\ndomain = 'dark'", r"guided.domain must be one of domains, \['mixed'\]"),
+        (cfsm, "domains = ['foggy']", r"domains must be different ones of .*, got \['foggy'\]"),
+        (cfsm, "domains = 'dark'", "domains must be tuple, got 'dark'"),
+        (cfsm, "style = 3", "style must be a table, got 3"),
+        (cfsm, "[recognizer]\nepochs = 0", r"\[recognizer\]: epochs must be positive"),
+        (cfsm, "[recogniser]\nepochs = 0", r"\[recogniser\]: epochs must be positive"),
+        (cfsm, "[recogniser]\n[recognizer]", "recogniser is the earlier name of recognizer: give"),
+        (cfsm, "[generator]\nlatent = 3", "latent must be at least styles = 10"),
+        (cfsm, "seed = ", "tiny.toml is not TOML"),
+        (hyperface, "[pack]\nstep = 1", r"\[pack\]: unknown key 'step'; did you mean 'steps'"),
+        (hyperface, "[pack]\nsteps = 0", "steps must be at least 1, got 0"),
+        (hyperface, "[pack]\nobjective = 'best'", "objective must be one of .*, got 'best'"),
+        (hyperface, "[data]\nidentities = 1", "identities must be at least 2, got 1"),
+        (
+            hyperface,
+            "[data]\nimages_per_identity = 0",
+            "images_per_identity must be at least 1, got 0",
+        ),
+        (hyperface, "seeds = [0, 0]", "seeds must be different"),
+        (study, "identity = [2]", "tiny.toml: unknown key 'identity'; did you mean 'identities'"),
+        (study, "identities = 20", "identities must be tuple, got 20"),
+        (study, "identities = [1]", "identities must be at least 2, got 1"),
+        (study, "identities = [9, 4]", r"identities must rise, and be at least one, got \[9, 4\]"),
+        (study, "images = []", r"images must rise, and be at least one, got \[\]"),
+        (
+            study,
+            "attributes = ['pose']",
+            r"attributes must be different ones of none, .*\['pose'\]",
+        ),
+        (
+            study,
+            "[data]\ngenerator = 'x.onnx'",
+            r"attributes are known of eigenfaces alone.*x\.onnx",
+        ),
+        (study, "[train]\nlr = -1", r"\[train\]: lr must be positive"),
+        (synface, "sead = 1", "tiny.toml: unknown key 'sead'; did you mean 'seeds'"),
+        (
+            synface,
+            "[data]\nidentity = 1",
+            r"\[data\]: unknown key 'identity'; did you mean 'identities'",
+        ),
+        (synface, "[data]\nidentities = 1", "identities must be at least 2, got 1"),
+        (synface, "[data]\nsize = 4", "size must be at least 8, got 4"),
+        (synface, "seeds = []", r"seeds must be different, and at least one, got \[\]"),
+        (synface, "seeds = [1, 1]", r"seeds must be different, and at least one, got \[1, 1\]"),
+        (synface, "seeds = [-1]", "seeds must be at least 0, got -1"),
+        (
+            synface,
+            "rows = ['mixup']",
+            r"rows must be different ones of synthetic, .*, got \['mixup'\]",
+        ),
+        (synface, "[train]\nepochs = 0", r"\[train\]: epochs must be positive"),
+        (synface, "seeds = ", "tiny.toml is not TOML"),
+    ],
+)
+def test_a_bad_configuration_is_named(tmp_path, recipe, text, message):
+    file = tmp_path / "tiny.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        recipe.load_config(file)
