@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from synface.bench.measure import peak_bytes
 from torch import Tensor
 
 import synface_kernels as sk
+from synface_kernels.testing import peak_bytes
 
 from . import table, verify
 from .interleave import medians

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import synface_kernels as sk
+from synface_kernels.testing import peak_bytes
 
 from . import machine
 from .cases import Case, cases
@@ -196,8 +197,6 @@ def measure_memory(case: Case, peer: Peer) -> dict[str, Any]:
 
     Linux keeps a process's peak and lets it be reset; a first step, before that, loads what stays.
     """
-    from synface.bench.measure import peak_bytes
-
     device = torch.device("cpu")
     work, reason = _workload(case, device)
     if work is None:

@@ -309,7 +309,7 @@ def test_no_second_derivative():
 
 PEAK = """
 import torch, synface_kernels as sk
-from synface.bench.measure import peak_bytes
+from synface_kernels.testing import peak_bytes
 x = torch.randn({n}, {d}, requires_grad=True)
 sk.hypersphere_repulsion(x[:300].detach().requires_grad_()).backward()
 print(peak_bytes(lambda: sk.hypersphere_repulsion(x, energy=sk.{energy}).backward()))

@@ -24,7 +24,7 @@ from ..._derivatives import (
     under_vmap,
 )
 from ..._derivatives import register as register_autograd
-from ..._distributed import Gather, Replicated, agree, check_group
+from ..._distributed import Gather, Replicated, check_group, validate_on_all_ranks
 from ..._load import library
 from ..._norms import length_unit
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
@@ -344,7 +344,7 @@ def _prepare(
         facts["requires_grad of y"] = recorded and y is not None and y.requires_grad
         return [x.shape[0]], facts
 
-    counts = [rows for (rows,) in agree(facts, 1, group)]
+    counts = [rows for (rows,) in validate_on_all_ranks(facts, 1, group)]
     least = 2 if y is None else 1
     if sum(counts) < least:
         raise ValueError(

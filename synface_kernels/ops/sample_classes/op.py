@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._check import describe, integer, require
-from ..._distributed import agree, check_group, gather_rows
+from ..._distributed import check_group, gather_rows, validate_on_all_ranks
 from ..._load import library
 from ..._select import always, needs_cpu_extension, register, resolve
 from . import kernel_torch, reference
@@ -122,7 +122,7 @@ def sample_classes(
     else:
         check_group(group)
         # Labels of other ranks' classes sample nothing here.
-        counts = [count for (count,) in agree(lambda: ([check()], {}), 1, group)]
+        counts = [count for (count,) in validate_on_all_ranks(lambda: ([check()], {}), 1, group)]
         labels = gather_rows(target.flatten(), counts, group)
         here = (labels >= class_start) & (labels < class_start + num_classes)
         here &= labels != ignore_index
