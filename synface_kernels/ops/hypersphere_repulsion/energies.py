@@ -116,7 +116,7 @@ class NeighborEnergy(Energy):
 
 @dataclass(frozen=True)
 class MaxCosine(NeighborEnergy):
-    """e_i = (1/k)·Σ over the k nearest neighbors j of x_i of c_ij.
+    """The mean cosine of each point to its k nearest neighbors j, e_i = (1/k)·Σ_j c_ij.
 
     ``"mean"``: (1/N)·Σ_i e_i; ``"sum"``: Σ_i e_i; ``"none"``: e (N,). The choice of neighbors is
     piecewise constant, so it passes no gradient; their cosines do, to both points.
@@ -146,7 +146,7 @@ class MaxCosine(NeighborEnergy):
 
 @dataclass(frozen=True)
 class ClosestPair(NeighborEnergy):
-    """max c_ij, the greatest cosine of all pairs: 1 minus HyperFace's least cosine distance.
+    """The greatest cosine of all pairs, max c_ij: 1 minus HyperFace's least cosine distance.
 
     One number, so ``"mean"`` and ``"sum"`` are the same. Among equal pairs the one with the lowest
     i, then j, takes the gradient. The choice is piecewise constant.
@@ -165,7 +165,7 @@ class ClosestPair(NeighborEnergy):
 
 @dataclass(frozen=True)
 class KoLeo(NeighborEnergy):
-    """e_i = −log r_ij for the nearest neighbor j of x_i (Kozachenko–Leonenko entropy).
+    """The Kozachenko–Leonenko entropy: e_i = −log r_ij for the nearest neighbor j of x_i.
 
     ``"mean"``: (1/N)·Σ_i e_i; ``"sum"``: Σ_i e_i; ``"none"``: e (N,). The choice of neighbors is
     piecewise constant.
@@ -198,7 +198,9 @@ class PairEnergy(Energy):
 
 @dataclass(frozen=True)
 class LogSumExp(PairEnergy):
-    """(1/t)·log((1/P)·Σ_pairs exp(t·c_ij)): tends to the greatest cosine as t grows.
+    """A smooth maximum of the pairs' cosines, (1/t)·log((1/P)·Σ_pairs exp(t·c_ij)).
+
+    It tends to the greatest cosine as t grows.
 
     ``"sum"`` omits the 1/P: then it is never below the greatest cosine. The gradient is the same:
     the pairs' softmax weights, which sum to 1, times the gradients of their cosines.
@@ -227,7 +229,7 @@ class LogSumExp(PairEnergy):
 
 @dataclass(frozen=True)
 class Gaussian(PairEnergy):
-    """log((1/P)·Σ_pairs exp(−t·r_ij²)): the uniformity loss; ``"sum"`` omits the 1/P.
+    """The uniformity loss, log((1/P)·Σ_pairs exp(−t·r_ij²)); ``"sum"`` omits the 1/P.
 
     Args:
         t: inverse squared width, 0 < t ≤ 1e6.
@@ -254,7 +256,9 @@ class Gaussian(PairEnergy):
 
 @dataclass(frozen=True)
 class Riesz(PairEnergy):
-    """(1/P)·Σ_pairs r_ij^(−s); ``"sum"`` omits the 1/P. s = 1 is Coulomb's potential.
+    """The Riesz energy, (1/P)·Σ_pairs r_ij^(−s); ``"sum"`` omits the 1/P.
+
+    s = 1 is Coulomb's potential.
 
     `r_min` is 1e-6 or, for s > 4, 10^(−30/(s+1)), so that no pair's gradient overflows float32.
 
@@ -284,7 +288,9 @@ class Riesz(PairEnergy):
 
 @dataclass(frozen=True)
 class Log(PairEnergy):
-    """−(1/P)·Σ_pairs log r_ij; ``"sum"`` omits the 1/P. The limit of Riesz for s → 0.
+    """The logarithmic energy, −(1/P)·Σ_pairs log r_ij; ``"sum"`` omits the 1/P.
+
+    It is the limit of Riesz for s → 0.
 
     Source: as `Riesz`.
     """
@@ -296,7 +302,9 @@ class Log(PairEnergy):
 
 @dataclass(frozen=True)
 class Hinge(PairEnergy):
-    """(1/P)·Σ_pairs max(0, c_ij − threshold)^p / p; ``"sum"`` omits the 1/P.
+    """A hinge on the pairs' cosines, (1/P)·Σ_pairs max(0, c_ij − threshold)^p / p.
+
+    ``"sum"`` omits the 1/P.
 
     p = 2 gives soft spheres, which repel in proportion to their overlap; p = 1 the plain hinge,
     whose slope is discontinuous.

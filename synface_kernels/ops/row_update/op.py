@@ -29,7 +29,7 @@ _SCHEMAS = {
 }
 for _name, _schema in _SCHEMAS.items():
     library.define(f"{OP}_{_name}" + _schema.format(impl=", str impl"))
-    # implemented in csrc/bindings.cpp
+    # the CPU implementations are in csrc/
     library.define(f"{OP}_{_name}_cpu" + _schema.replace("SymInt", "int").format(impl=""))
 
 
