@@ -1,1 +1,1 @@
-"""What the ops cost beside their peers: `make bench`, and `make gpu-evidence` where a GPU is."""
+"""Benchmarks of the ops against their peers: `make bench`, and `make gpu-evidence` on a GPU."""

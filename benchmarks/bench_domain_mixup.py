@@ -1,4 +1,4 @@
-"""Domain mixup beside its peers.
+"""Benchmark of the domain mixup against its peers.
 
 `python -m benchmarks.bench_domain_mixup` interleaves them and prints ratios; with `--linear` it
 prints our time per image for batches of 1 to 4096 instead. `pytest benchmarks --benchmark-only`
@@ -30,7 +30,7 @@ def test_step(benchmark: Any, case: Case, peer: Peer) -> None:
 
 
 def linear(batches: Iterable[int] = (1, 4, 16, 64, 256, 1024, 4096), rounds: int = 21) -> str:
-    """Our median time on the CPU, by batch size."""
+    """Return a table of our median time on the CPU by batch size."""
     device = torch.device("cpu")
     rows = [["B", "a call", "an image"]]
     for batch in batches:

@@ -1,4 +1,4 @@
-"""The margin softmax beside its peers.
+"""Benchmark of the margin softmax against its peers.
 
 `python -m benchmarks.bench_margin_cross_entropy` interleaves them and prints ratios;
 `pytest benchmarks --benchmark-only` runs the same steps under pytest-benchmark, one by one.
@@ -15,7 +15,7 @@ OP = "margin_cross_entropy"
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
-    # The headline: a benchmark that runs peers one after the other is no place for the rest.
+    # Only the headline: pytest-benchmark does not interleave the peers.
     metafunc.parametrize("case", cases("cpu", OP)[:1], ids=lambda case: case.name)
     metafunc.parametrize("peer", PEERS[OP], ids=lambda peer: peer.name)
 

@@ -1,6 +1,6 @@
-"""Row updates beside torch's indexed reads and writes, and in the margin softmax's backward pass.
+"""Benchmark of row updates against torch's indexing, also inside the margin softmax's backward.
 
-`python -m benchmarks.bench_row_update` interleaves them and prints medians and ratios.
+`python -m benchmarks.bench_row_update` interleaves the steps and prints medians and ratios.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from synface.bench.measure import peak_bytes
 from torch import Tensor
 
 import synface_kernels as sk
+from synface_kernels.testing import peak_bytes
 
 from . import table, verify
 from .interleave import medians
@@ -23,7 +23,7 @@ LR, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
 
 
 def indexed(weight: Tensor, grad: Tensor, ids: Tensor, buffer: Tensor) -> None:
-    """SGD with momentum on some rows, as one writes it in torch."""
+    """Take a step of SGD with momentum on some rows with torch's indexing."""
     w, b = weight[ids].float(), buffer[ids].float()
     b.mul_(MOMENTUM).add_(grad.float() + DECAY * w)
     weight.index_copy_(0, ids, w.sub_(b, alpha=LR).to(weight.dtype))
@@ -33,6 +33,7 @@ def indexed(weight: Tensor, grad: Tensor, ids: Tensor, buffer: Tensor) -> None:
 def indexed_adamw(
     weight: Tensor, grad: Tensor, ids: Tensor, mean: Tensor, square: Tensor, step: int
 ) -> None:
+    """Take a step of AdamW on some rows with torch's indexing."""
     w, m, v, g = weight[ids].float(), mean[ids].float(), square[ids].float(), grad.float()
     m.lerp_(g, 0.1)
     v.mul_(0.999).addcmul_(g, g, value=0.001)
@@ -43,6 +44,7 @@ def indexed_adamw(
 
 
 def rows(classes: int, touched: int, dim: int, rounds: int) -> str:
+    """Return a table of steps on some rows, by optimizer and dtype."""
     rng = torch.Generator().manual_seed(0)
     ids, _ = sk.sample_classes(torch.empty(0, dtype=torch.int64), classes, touched, rng)
     lines: list[list[str]] = []
@@ -79,7 +81,7 @@ def rows(classes: int, touched: int, dim: int, rounds: int) -> str:
 
 
 def catching_up(touched: int, dim: int, rounds: int) -> str:
-    """A step on rows that missed many before it."""
+    """Return a table of steps on rows that missed many steps."""
     ids, lines = torch.arange(touched), [["missed", "row_sgd_", "row_adamw_"]]
     weight, buffer, square, grad = (torch.ones(touched, dim) for _ in range(4))
     last = torch.zeros(touched, dtype=torch.int64)
@@ -101,6 +103,7 @@ def catching_up(touched: int, dim: int, rounds: int) -> str:
 
 
 def after_backward(x: Tensor, weight: Tensor, target: Tensor, **rule: Any) -> None:
+    """Take a training step with a dense gradient of the centers, then `row_sgd_`."""
     leaf = weight.detach().requires_grad_()
     sk.margin_cross_entropy(x, leaf, target).backward()
     assert leaf.grad is not None
@@ -109,12 +112,13 @@ def after_backward(x: Tensor, weight: Tensor, target: Tensor, **rule: Any) -> No
 
 
 def in_backward(x: Tensor, weight: Tensor, target: Tensor, **rule: Any) -> None:
+    """Take a training step that updates the centers inside the backward pass."""
     sk.margin_cross_entropy(x, weight, target, update=sk.SGDUpdate(**rule)).backward()
     x.grad = None
 
 
 def steps_of_training(classes: int, batch: int, dim: int, rounds: int) -> str:
-    """The margin softmax, forward and backward, and SGD with momentum on all of its centers."""
+    """Return a table of margin softmax steps with SGD with momentum on all of its centers."""
     rng = torch.Generator().manual_seed(0)
     embeddings = torch.randn(batch, dim, generator=rng)
     target = torch.randint(0, classes, (batch,), generator=rng)

@@ -1,4 +1,4 @@
-"""Sampled classes beside insightface's way: random numbers for all classes, topk, sort.
+"""Benchmark of class sampling against insightface's: random numbers for all classes, topk, sort.
 
 `python -m benchmarks.bench_sample_classes` interleaves them and prints medians and ratios.
 """
@@ -20,7 +20,7 @@ OP = "sample_classes"
 
 
 def insightface(target: Tensor, num_classes: int, num_sampled: int) -> tuple[Tensor, Tensor]:
-    """As its Partial FC does at each step: positives get 2, the others a number below 1."""
+    """Sample as insightface's Partial FC does: positives score 2, the others below 1."""
     positive = target.unique(sorted=True)
     if num_sampled < positive.numel():
         return positive, torch.searchsorted(positive, target)
@@ -31,6 +31,7 @@ def insightface(target: Tensor, num_classes: int, num_sampled: int) -> tuple[Ten
 
 
 def rows(num_classes: int, labels: int, rounds: int) -> str:
+    """Return a table of the samplers' times by sample size."""
     target = torch.randint(num_classes, (labels,), generator=torch.Generator().manual_seed(0))
     lines: list[list[str]] = []
     for share in (0.1, 0.01):

@@ -1,6 +1,6 @@
-"""The cases: shapes, and the FLOPs and bytes that no implementation can do without.
+"""The benchmark cases: shapes, and the FLOPs and bytes that every implementation needs.
 
-An op adds a function that makes its `Case`s and an entry in `CASES`.
+To add an op, write a function that makes its `Case`s and an entry in `CASES`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of one op; `STEPS` says what is run of it.
+    """One shape of one op; `STEPS` says what a step runs.
 
     Attributes:
-        op: the op's name. suite: ``"cpu"``, ``"gpu"``, or ``"dry"`` (tiny, to try the machinery).
+        op: the op's name. suite: ``"cpu"``, ``"gpu"``, or ``"dry"`` (tiny shapes, for a dry run).
         shape: dimension → size. dtype: of the floating-point tensors, as torch spells it.
-        flops, bytes: what every implementation must at least compute, and read plus write.
-        options: what else tells the case from others of its op.
+        flops, bytes: lower bounds of the arithmetic, and of the memory traffic (reads and writes).
+        options: further properties that distinguish the case from others of its op.
     """
 
     op: str
@@ -32,17 +32,21 @@ class Case:
 
     @property
     def name(self) -> str:
+        """The shape, dtype and options, as tables show them."""
         sizes = (f"{k}={v:,}" for k, v in self.shape.items())
         return " ".join([*sizes, self.dtype, *self.options])
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's object."""
         return getattr(torch, self.dtype)
 
 
 def _margin_cross_entropy(suite: str, n: int, d: int, c: int, dtype: str = "float32") -> Case:
-    """FLOPs: three products (logits, dX, dW) of 2·N·C·D. Bytes: read W twice (the loss has to be
-    known before its gradient) and write dW; read X, write dX; read the labels.
+    """Make a case of the margin softmax.
+
+    FLOPs: three GEMMs (logits, dX, dW) of 2·N·C·D. Bytes: read W twice (the loss has to be known
+    before its gradient) and write dW; read X, write dX; read the labels.
     """
     item = getattr(torch, dtype).itemsize
     return Case(
@@ -58,8 +62,10 @@ def _margin_cross_entropy(suite: str, n: int, d: int, c: int, dtype: str = "floa
 def domain_mixup(
     suite: str, b: int, side: int, dtype: str, memory_format: str, result: str = "out="
 ) -> Case:
-    """FLOPs: two products and two sums an element (constants folded). Bytes: read both uint8
-    batches, write the result (into ``out=``, or ``"fresh"``).
+    """Make a case of the domain mixup.
+
+    FLOPs: two multiplications and two additions per element (constants folded). Bytes: read both
+    uint8 batches, write the result (into ``out=``, or ``"fresh"``).
     """
     elements = b * side * side * 3
     return Case(
@@ -74,8 +80,10 @@ def domain_mixup(
 
 
 def hypersphere_repulsion(suite: str, n: int, d: int, energy: str, dtype: str = "float32") -> Case:
-    """FLOPs: half of X·Xᵀ, N²·D; a global energy's gradient takes two more such products.
-    Bytes: read X, write dX.
+    """Make a case of the hypersphere repulsion.
+
+    FLOPs: half of X·Xᵀ, N²·D; a global energy's gradient takes two more such GEMMs. Bytes: read X,
+    write dX.
     """
     return Case(
         op="hypersphere_repulsion",
@@ -88,14 +96,14 @@ def hypersphere_repulsion(suite: str, n: int, d: int, energy: str, dtype: str = 
     )
 
 
-# What a step of each op is, as tables say it.
+# What a step of each op is, as tables describe it.
 STEPS = {
     "margin_cross_entropy": "forward and backward",
     "domain_mixup": "forward only, uint8 (B, H, W, C) to normalized (B, C, H, W)",
     "hypersphere_repulsion": "energy of N points and its gradient",
 }
 
-# How many of an op's first cases are its headlines, those that README shows.
+# The number of an op's first cases that are headlines, which README shows.
 HEADLINES = {"margin_cross_entropy": 1, "domain_mixup": 5, "hypersphere_repulsion": 3}
 
 CASES: dict[str, list[Case]] = {
@@ -140,6 +148,6 @@ CASES: dict[str, list[Case]] = {
 
 
 def cases(suite: str, op: str | None = None) -> list[Case]:
-    """All cases of a suite, or those of one op."""
+    """Return all cases of a suite, or those of one op."""
     ops = CASES if op is None else [op]
     return [case for name in ops for case in CASES[name] if case.suite == suite]

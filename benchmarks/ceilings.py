@@ -1,4 +1,4 @@
-"""The two ceilings of a device, measured: moving bytes, and multiplying matrices."""
+"""Measurement of a device's two ceilings: memory bandwidth and GEMM throughput."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from .process import write_json
 
 
 def measure(device: torch.device, copy_bytes: int, size: int, rounds: int = 20) -> dict:
-    """A copy of ``copy_bytes`` (counting bytes read and written) and a bf16 product of random
-    matrices of ``size`` × ``size``; medians.
+    """Measure a copy and a bfloat16 GEMM of random matrices; return the medians.
+
+    Args:
+        copy_bytes: how many bytes the copy reads, and writes. size: the matrices' rows and columns.
     """
     source = torch.randint(0, 256, (copy_bytes,), dtype=torch.uint8, device=device)
     to = torch.empty_like(source)
@@ -27,12 +29,12 @@ def measure(device: torch.device, copy_bytes: int, size: int, rounds: int = 20) 
             step()
         return statistics.median(seconds_of(step, device) for _ in range(rounds))
 
-    copy, product = median(lambda: to.copy_(source)), median(lambda: torch.mm(a, b, out=out))
+    copy, gemm = median(lambda: to.copy_(source)), median(lambda: torch.mm(a, b, out=out))
     return {
         "copy_bytes": 2 * copy_bytes,
         "copy_gigabyte_per_second": 2 * copy_bytes / copy / 1e9,
         "product": f"bfloat16, {size}×{size}×{size}",
-        "product_tflop_per_second": 2 * size**3 / product / 1e12,
+        "product_tflop_per_second": 2 * size**3 / gemm / 1e12,
     }
 
 

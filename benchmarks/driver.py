@@ -1,4 +1,4 @@
-"""Measures a case: the time of its peers, interleaved in one process, or the memory of one peer."""
+"""Measurement of a case: the time of all peers, interleaved in one process, or a peer's memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import synface_kernels as sk
+from synface_kernels.testing import peak_bytes
 
 from . import machine
 from .cases import Case, cases
@@ -30,11 +31,11 @@ def measure_time(
     seconds: float = float("inf"),
     save: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """A step of every peer of a case, interleaved, in this process.
+    """Time a step of every peer of a case, interleaved, in this process.
 
     Args:
-        rounds: how often each peer runs, after two runs to warm up. seconds: stop by then.
-        save: is given what is known so far, after every round.
+        rounds: how often each peer runs, after two warm-up runs. seconds: the time limit.
+        save: is called with the result so far after every round.
 
     Returns:
         The case, and for each peer its median seconds, its ratio to ours (the median of the
@@ -63,7 +64,7 @@ def measure_time(
                 steps[peer.name] = prepare(peer, case, work, device)
                 if device.type == "cuda":
                     memory[peer.name] = _peak_cuda(steps[peer.name], work)
-        except Exception as error:  # whatever a peer raises: it is told, and the others go on
+        except Exception as error:  # a peer's failure is reported, and the others continue
             steps.pop(peer.name, None)
             why_not[peer.name] = _brief(error)
         work.release()
@@ -99,7 +100,7 @@ def measure_time(
 
 
 def _workload(case: Case, device: torch.device) -> tuple[Workload | None, str]:
-    needed = case.bytes  # inputs and results: a lower bound
+    needed = case.bytes  # a lower bound: inputs and results
     available = machine.available_memory(device)
     if needed > available:
         return None, _too_large(needed, available)
@@ -107,9 +108,9 @@ def _workload(case: Case, device: torch.device) -> tuple[Workload | None, str]:
 
 
 def prepare(peer: Peer, case: Case, work: Workload, device: torch.device) -> Step:
-    """The step, run twice to warm up; raises where the peer does not exist or would not fit."""
+    """Return a peer's step after two warm-up runs; raise if it is missing or would not fit."""
     needed, available = peer.needs(case), machine.available_memory(device)
-    if device.type == "cuda":  # what torch holds but does not use
+    if device.type == "cuda":  # unused memory in torch's allocator
         available += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if needed > available:
         raise MemoryError(_too_large(needed, available))
@@ -154,7 +155,7 @@ def _row(
 
 
 def under_pytest(benchmark: Any, case: Case, peer: Peer) -> None:
-    """The same step on the CPU under pytest-benchmark."""
+    """Run a peer's step on the CPU under pytest-benchmark."""
     import pytest
 
     device = torch.device("cpu")
@@ -167,7 +168,7 @@ def under_pytest(benchmark: Any, case: Case, peer: Peer) -> None:
 
 
 def seconds_of(step: Callable[[], object], device: torch.device) -> float:
-    """One run, by the device's clock."""
+    """Return the time of one run by the device's clock."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
@@ -192,12 +193,10 @@ def _peak_cuda(step: Step, work: Workload) -> int:
 
 
 def measure_memory(case: Case, peer: Peer) -> dict[str, Any]:
-    """The peak resident memory of a step on the CPU, above what stands before it.
+    """Measure the peak resident memory of a step on the CPU, above that before it.
 
-    Linux keeps a process's peak and lets it be reset; a first step, before that, loads what stays.
+    The warm-up steps load whatever stays in memory.
     """
-    from synface.bench.measure import peak_bytes
-
     device = torch.device("cpu")
     work, reason = _workload(case, device)
     if work is None:
@@ -212,7 +211,7 @@ def measure_memory(case: Case, peer: Peer) -> dict[str, Any]:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError inside, once the time is over."""
+    """Raise TimeoutError in the block once the time is over."""
     if seconds == float("inf"):
         yield
         return
@@ -232,7 +231,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures one case.")
+    parser = argparse.ArgumentParser(description="Measure one case.")
     parser.add_argument("op")
     parser.add_argument("suite")
     parser.add_argument("index", type=int)

@@ -1,9 +1,10 @@
-"""`make gpu-evidence`: all that only a machine with a GPU can show, in under eight minutes.
+"""`make gpu-evidence`: the tests and benchmarks that need a GPU, in under eight minutes.
 
-Builds with the Python, torch and compiler that are there, runs the gpu-marked tests, measures the
-two ceilings and every op's cases beside their peers, and writes benchmarks/results/<device>.json.
-Downloads nothing. Every step has a time limit, and what is known is written after each.
-`--dry` does the same on the CPU with tiny shapes, and with extensions that are built already.
+It builds with the Python, torch and compiler of the machine, runs the gpu-marked tests, measures
+the two ceilings and every op's cases against their peers, and writes
+benchmarks/results/<device>.json. It downloads nothing. Every step has a time limit, and the results
+so far are written after each. `--dry` does the same on the CPU, with tiny shapes and with
+extensions that are built already.
 """
 
 from __future__ import annotations
@@ -33,15 +34,17 @@ from .process import (
 from .verify import run_tests
 
 BUDGET_SECONDS = 450.0
-# Shares of the budget that building and testing may take at most.
+# The shares of the budget that building and testing may take.
 BUILD_SHARE, TEST_SHARE = 0.35, 0.35
 OPTIONAL = ["pytorch_metric_learning", "triton", "pytest_benchmark"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--dry", action="store_true", help="on the CPU, with tiny shapes")
-    parser.add_argument("--output", type=Path, help="where to write, instead")
+    parser.add_argument("--dry", action="store_true", help="Run on the CPU with tiny shapes.")
+    parser.add_argument(
+        "--output", type=Path, help="Result file, instead of benchmarks/results/<device>.json."
+    )
     args = parser.parse_args()
     if not args.dry and not torch.cuda.is_available():
         sys.exit(
@@ -72,7 +75,7 @@ def main() -> None:
     write_json(output, result)
 
     print("gpu-marked tests", flush=True)
-    # A file that cannot be collected here (a library is missing) must not hide the others.
+    # One file that cannot be collected (for a missing library) must not hide the others.
     arguments = ["-m", "gpu", "--continue-on-collection-errors", str(ROOT / "tests")]
     outcome = run_tests(arguments, TEST_SHARE * BUDGET_SECONDS)
     result["tests"] = outcome.summary()
@@ -108,7 +111,7 @@ def main() -> None:
 
 
 def _is_built() -> bool:
-    """Whether this interpreter's extensions are there, newer than all that they are made of."""
+    """Return whether this interpreter's extensions exist and are newer than their sources."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     built = [ROOT / "synface_kernels" / f"{name}{suffix}" for name in ("_C", "_numpy")]
     if not all(file.exists() for file in built):
@@ -119,7 +122,7 @@ def _is_built() -> bool:
 
 
 def _add_shares(measured: dict[str, Any], ceilings: dict[str, Any]) -> None:
-    """How much of each ceiling a peer reaches, by the work that the case must at least cost."""
+    """Add the share of each ceiling that a peer reaches, by the case's FLOPs and bytes."""
     for row in measured["peers"]:
         for rate, ceiling, share in (
             ("tflop_per_second", "product_tflop_per_second", "share_of_product"),

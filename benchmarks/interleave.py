@@ -1,4 +1,4 @@
-"""Times of several steps, taken in turns."""
+"""Timing of several steps, interleaved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .table import duration
 def medians(
     steps: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu"
 ) -> dict[str, str]:
-    """Each step's median time and its ratio to the first step's, as a table says it."""
+    """Return each step's median time and its ratio to the first step's, as table cells."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):
         for name, step in steps.items():

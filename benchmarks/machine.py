@@ -1,4 +1,4 @@
-"""The machine that a figure was measured on, and whether it was idle."""
+"""A description of the machine that is measured on, and a check that it is idle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from synface_kernels import _env, _load
 
 from .process import write_json
 
-# More busy cores than this, by other programs, and figures are marked as taken on a busy machine.
+# Where other programs keep more cores busy than this, results are marked as from a busy machine.
 BUSY_CORES_MAX = 0.15
 
 
@@ -28,7 +28,7 @@ def _version(package: str) -> str:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Processor, device and versions; no host name, no paths."""
+    """Return processor, device and versions, without host name and paths."""
     found: dict[str, Any] = {
         "processor": _env.processor(),
         "cores": cores(),
@@ -54,12 +54,12 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can be had now."""
+    """Return how many bytes can be allocated now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with open("/proc/meminfo") as info:
@@ -70,7 +70,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def busy_cores(seconds: float = 1.0) -> float:
-    """How many cores other programs keep busy, while this one sleeps."""
+    """Measure how many cores other programs keep busy while this one sleeps."""
 
     def ticks() -> int:
         with open("/proc/stat") as stat:
@@ -85,7 +85,7 @@ def busy_cores(seconds: float = 1.0) -> float:
 
 
 def idle_check() -> dict[str, Any]:
-    """Whether nothing else runs here; the load average is told, but decides nothing (it lags)."""
+    """Measure whether the machine is idle; the load average is only reported, because it lags."""
     busy = busy_cores()
     return {
         "busy_cores": round(busy, 2),
@@ -95,7 +95,7 @@ def idle_check() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Describes the machine.")
+    parser = argparse.ArgumentParser(description="Describe the machine.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()

@@ -1,6 +1,6 @@
-"""What each op is measured against, and the workload that all of them share.
+"""The peers of each op, and the workload that they share.
 
-An op adds its workload to `WORKLOADS` and its peers to `PEERS`: ours first, then the floor.
+To add an op, add its workload to `WORKLOADS` and its peers to `PEERS`: ours first, then the floor.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ SHARPNESS = 100.0
 
 
 class Workload:
-    """What all peers of a case share, and what a step leaves behind."""
+    """The tensors that all peers of a case share, and the buffers that a step leaves behind."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
         self.parameters = parameters
         self.buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, *shape: int) -> Tensor:
-        """Memory that is reused from step to step, of the first parameter's dtype and device."""
+        """Return memory reused from step to step, of the first parameter's dtype and device."""
         if name not in self.buffers:
             self.buffers[name] = self.parameters[0].new_empty(shape)
         return self.buffers[name]
 
     def clear_gradients(self) -> None:
-        """As ``optimizer.zero_grad()`` does before each training step."""
+        """Clear gradients as ``optimizer.zero_grad()`` does before each training step."""
         for parameter in self.parameters:
             parameter.grad = None
 
     def release(self) -> None:
-        """Leaves nothing but the inputs."""
+        """Free everything but the inputs."""
         self.clear_gradients()
         self.buffers.clear()
 
@@ -65,7 +65,7 @@ class MarginWorkload(Workload):
 
 
 class MixupWorkload(Workload):
-    """Random bytes (B, H, W, C), twice, and a tensor (B, C, H, W) to write results into."""
+    """Two random uint8 batches (B, H, W, C), and a tensor (B, C, H, W) for results."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         b, h, w, c = (case.shape[name] for name in "BHWC")
@@ -98,18 +98,18 @@ class RepulsionWorkload(Workload):
         super().__init__([self.points])
 
 
-# A step runs the op once, and returns the loss or the result (None if there is neither).
+# A step runs the op once and returns the loss or the result, or None if it has neither.
 Step = Callable[[], "Tensor | None"]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Something to be measured.
+    """An implementation to be measured.
 
     Attributes:
-        name: short, as in tables. label: what it is, and what it leaves out.
-        build: makes the step; raises where the peer does not exist here.
-        needs: bytes above the inputs, roughly: a case that would not fit is not tried.
+        name: the short name in tables. label: what it is, and what it omits.
+        build: makes the step; raises where the peer is not available.
+        needs: approximate bytes above the inputs; a case that would not fit is skipped.
     """
 
     name: str
@@ -143,7 +143,7 @@ def _ours_with_workspace(work: MarginWorkload) -> Step:
     )
 
 
-def _three_products(work: MarginWorkload) -> Step:
+def _three_gemms(work: MarginWorkload) -> Step:
     x, w = work.input.detach(), work.weight.detach()
     (n, d), c = x.shape, w.shape[0]
 
@@ -156,7 +156,7 @@ def _three_products(work: MarginWorkload) -> Step:
 
 
 def arcface(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """ArcFace over dense logits, the margin applied at the targets alone."""
+    """Compute ArcFace over dense logits, the margin applied only at the targets."""
     cosine = F.linear(F.normalize(input), F.normalize(weight))
     at_target = cosine.gather(1, target[:, None])
     theta = at_target.float().clamp(-1 + 1e-7, 1 - 1e-7).acos()
@@ -168,7 +168,7 @@ def arcface(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def arcface_one_hot(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """ArcFace as it is mostly written: the margin on all logits, picked by a one-hot matrix."""
+    """Compute ArcFace as it is mostly written: the margin on all logits, and a one-hot mask."""
     cosine = F.linear(F.normalize(input), F.normalize(weight))
     sine = (1 - cosine.square()).clamp(0, 1).sqrt()
     psi = cosine * math.cos(MARGIN) - sine * math.sin(MARGIN)
@@ -236,7 +236,7 @@ def _copy(work: MixupWorkload, size: int) -> Step:
 
 
 def mixup(synthetic: Tensor, real: Tensor) -> Tensor:
-    """The expression as pipelines write it, on whole batches."""
+    """Mix as pipelines write it, on whole batches."""
     s = synthetic.permute(0, 3, 1, 2).float() / 255
     r = real.permute(0, 3, 1, 2).float() / 255
     return ((PSI * s + (1 - PSI) * r) - 0.5) / 0.5
@@ -273,7 +273,9 @@ def _our_neighbors(work: RepulsionWorkload) -> Step:
 
 def _our_neighbors_in_float32(work: RepulsionWorkload) -> Step:
     if "avx512_bf16" not in cpu_isas():
-        raise RuntimeError("this processor multiplies no bfloat16: ours searches in float32 anyway")
+        raise RuntimeError(
+            "this processor has no bfloat16 instructions: ours searches in float32 anyway"
+        )
     step = _our_neighbors(work)
 
     def in_float32() -> Tensor | None:
@@ -283,7 +285,7 @@ def _our_neighbors_in_float32(work: RepulsionWorkload) -> Step:
     return in_float32
 
 
-def _half_products(work: RepulsionWorkload) -> Step:
+def _half_gemms(work: RepulsionWorkload) -> Step:
     x = work.points.detach()
     n, d = x.shape
     half = x[: n // 2]
@@ -298,14 +300,14 @@ def _half_products(work: RepulsionWorkload) -> Step:
 
 
 def row_max(points: Tensor) -> Tensor:
-    """The mean cosine to the nearest neighbor, over dense similarities."""
+    """Compute the mean cosine to the nearest neighbor, over dense similarities."""
     x = F.normalize(points)
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
     return (x @ x.T).masked_fill(itself, -2).amax(1).mean()
 
 
 def log_sum_exp(points: Tensor) -> Tensor:
-    """The log-mean-exp of all pairs' cosines, over dense similarities."""
+    """Compute the log-mean-exp of all pairs' cosines, over dense similarities."""
     x = F.normalize(points)
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
     logits = (SHARPNESS * (x @ x.T)).masked_fill(itself, -torch.inf)
@@ -364,14 +366,14 @@ PEERS: dict[str, list[Peer]] = {
         Peer("ours", "synface_kernels.margin_cross_entropy", _ours, lambda c: _matrices(c, 0, 1.2)),
         Peer(
             "ours, workspace",
-            "the same with workspace=4·N·C, which keeps all cosines for the backward pass",
+            "the same with workspace=4·N·C, which saves all cosines for the backward pass",
             _ours_with_workspace,
             lambda c: _matrices(c, 4 / c.torch_dtype.itemsize, 1.2),
         ),
         Peer(
             "three products",
             "torch.mm three times into reused outputs: logits, dX, dW; the floor, no loss",
-            _three_products,
+            _three_gemms,
             lambda c: _matrices(c, 1, 1),
         ),
         Peer(
@@ -450,7 +452,7 @@ PEERS: dict[str, list[Peer]] = {
             "half products",
             "torch.mm of half of X·Xᵀ into a reused output (and of both gradients, for a global "
             "energy); the floor, no energy",
-            _half_products,
+            _half_gemms,
             lambda c: _similarities(c, 0.5),
         ),
         Peer(
@@ -473,7 +475,7 @@ PEERS: dict[str, list[Peer]] = {
         ),
         Peer(
             "ours, neighbors by float32",
-            "the same without products of bfloat16 (SYNFACE_CPU_ISA=avx512)",
+            "the same without bfloat16 GEMMs (SYNFACE_CPU_ISA=avx512)",
             _our_neighbors_in_float32,
             lambda c: (64 << 20) + _points(c, 1),
         ),
@@ -486,4 +488,5 @@ PEERS: dict[str, list[Peer]] = {
 
 
 def find(op: str, name: str) -> Peer:
+    """Return an op's peer by its name."""
     return next(peer for peer in PEERS[op] if peer.name == name)

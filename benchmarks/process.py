@@ -1,6 +1,6 @@
-"""Every case is measured in a process of its own, with a limit: none can stop or spoil the others.
+"""Processes for the cases: one each, with a time limit, so that none affects the others.
 
-Nothing here imports the library, which may not be built yet.
+This module does not import the library, which may not be built yet.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .cases import Case, cases
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ROUNDS = 7
-# What a process may take beyond its own limit, to start and to stop, before it is ended.
+# How long a process may exceed its own limit, to start and to stop, before it is killed.
 GRACE_SECONDS = 15
 
 
 def run_child(arguments: list[str], seconds: float = float("inf")) -> dict[str, Any]:
-    """Runs ``python -m arguments --output FILE`` and returns the JSON that it wrote.
+    """Run ``python -m arguments --output FILE`` and return the JSON that it wrote.
 
-    It and what it started are ended after so many seconds; what it wrote until then counts.
+    It and its children are killed after so many seconds; what it wrote until then is returned.
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
@@ -42,7 +42,7 @@ def run_child(arguments: list[str], seconds: float = float("inf")) -> dict[str, 
 
 
 def run_limited(command: list[str], seconds: float, **options: Any) -> str | None:
-    """Runs a command in a session of its own; returns None, or how it failed."""
+    """Run a command in a session of its own; return None, or how it failed."""
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **options)
     try:
         code = process.wait(None if seconds == float("inf") else max(0.0, seconds))
@@ -56,7 +56,7 @@ def run_limited(command: list[str], seconds: float, **options: Any) -> str | Non
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """At once or not at all, so that a killed process leaves a whole file."""
+    """Write a file atomically, so that a killed process leaves a complete one."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     part.replace(path)
@@ -70,8 +70,9 @@ def run_case(
     seconds: float = float("inf"),
     cpu_memory: bool = False,
 ) -> dict[str, Any]:
-    """Times a case in a process of its own; a GPU's memory is measured there too, a CPU's, where
-    asked for, in one more process per peer.
+    """Time a case in a process of its own.
+
+    A GPU's memory is measured there too; with ``cpu_memory``, the CPU's in one process per peer.
     """
     index = cases(case.suite, case.op).index(case)
     this = ["benchmarks.driver", case.op, case.suite, str(index)]
@@ -90,5 +91,5 @@ def run_case(
 
 
 def slug(name: str) -> str:
-    """A file name for the results of a machine or device."""
+    """Return a file name for the results of a machine or device."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,4 +1,4 @@
-"""`make bench`: verifies each op, measures its cases on the CPU, prints and writes the results."""
+"""`make bench`: verify each op, measure its cases on the CPU, print and write the results."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from .verify import require
 
 
 def main(op: str | None = None) -> None:
-    """Runs all ops, or one; results of all are written to benchmarks/results."""
+    """Benchmark all ops, or one; only results of all are written to benchmarks/results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", choices=["cpu", "dry"], default="cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--headline", action="store_true", help="only what README shows")
-    parser.add_argument("--output", type=Path, help="where to write, instead")
+    parser.add_argument("--headline", action="store_true", help="Only the cases that README shows.")
+    parser.add_argument(
+        "--output", type=Path, help="Result file, instead of one in benchmarks/results."
+    )
     args = parser.parse_args()
     ops = [op] if op else list(CASES)
 

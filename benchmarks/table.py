@@ -1,7 +1,7 @@
-"""Tables from result files; `python -m benchmarks.table` puts them into README.md.
+"""Tables of result files; `python -m benchmarks.table` writes them to README.md.
 
-With `--check` nothing is written: the exit status says whether README.md shows what the committed
-results say.
+With `--check` nothing is written: the exit status says whether README.md shows the committed
+results.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ def _size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Return a duration with its unit."""
     if seconds >= 1:
         return f"{seconds:.2f} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
 
 
 def markdown(rows: list[list[str]]) -> str:
+    """Return a Markdown table; the first row is its head."""
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -40,7 +42,7 @@ def _state(case: dict[str, Any]) -> str:
 
 
 def one_case(case: dict[str, Any]) -> str:
-    """All that was measured of a case."""
+    """Return a table of all measurements of a case."""
     rows = [["peer", "time ÷ ours", "least…most", "time", "peak extra memory", "what"]]
     for row in case["peers"]:
         if "not_measured" in row:
@@ -87,7 +89,7 @@ def _one_op(op: str, cases: list[dict[str, Any]]) -> str:
 
 
 def one_machine(result: dict[str, Any]) -> str:
-    """Ratios and memory of every op and case of a result file."""
+    """Return tables of ratios and memory of every op and case of a result file."""
     about = result["machine"]
     where = f"{about['processor']}, {about['cores']} cores, {about['instruction_set']}"
     if "device" in about:
@@ -110,7 +112,7 @@ def one_machine(result: dict[str, Any]) -> str:
 
 
 def render() -> str:
-    """What stands in README.md between the marks: every committed result, CPUs first."""
+    """Return README.md's text between the marks: every committed result, CPUs first."""
     paths = sorted(path for path in RESULTS.glob("*.json") if path.stem != "dry-run")
     results = [json.loads(path.read_text()) for path in paths]
     cpus = [result for result in results if "device" not in result["machine"]]

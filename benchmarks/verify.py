@@ -1,4 +1,4 @@
-"""Runs an op's tests before anything is timed: no speed is reported for a wrong answer."""
+"""Runs of an op's tests before it is timed: no speed is reported for a wrong answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .process import ROOT, run_limited
 
 @dataclass
 class Outcome:
-    """How many tests ended how; ``passed_by`` are the names of those that passed."""
+    """Counts of test results; ``passed_by`` are the names of the tests that passed."""
 
     passed: int = 0
     skipped: int = 0
@@ -25,17 +25,18 @@ class Outcome:
     passed_by: list[str] = field(default_factory=list, repr=False)
 
     def speaks_for(self, op: str) -> bool:
-        """Whether nothing failed, and a test that passed has the op's name."""
+        """Return whether nothing failed, and a test with the op's name passed."""
         return not self.failed and not self.problem and any(op in name for name in self.passed_by)
 
     def summary(self) -> dict[str, Any]:
+        """Return the counts, without the names."""
         found = asdict(self)
         del found["passed_by"]
         return found
 
 
 def run_tests(arguments: list[str], seconds: float = float("inf")) -> Outcome:
-    """Runs pytest with these arguments, in a process of its own, for at most so long."""
+    """Run pytest with these arguments, in a process of its own, with a time limit."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *arguments]
@@ -60,12 +61,12 @@ def run_tests(arguments: list[str], seconds: float = float("inf")) -> Outcome:
 
 
 def verify(op: str) -> Outcome:
-    """Runs the op's own tests."""
+    """Run the op's own tests."""
     return run_tests([str(ROOT / "tests" / "ops" / f"test_{op}.py")])
 
 
 def require(op: str) -> Outcome:
-    """Runs the op's own tests, and ends the program where they do not pass."""
+    """Run the op's own tests; exit the program where they do not pass."""
     outcome = verify(op)
     if not outcome.speaks_for(op):
         sys.exit(f"{op}: its tests do not pass ({outcome.summary()}), so nothing is timed")

@@ -1,7 +1,7 @@
-"""A loop under Accelerate: the head is one more module to prepare.
+"""A training loop under Accelerate, which prepares the head like any other module.
 
 One process: `python examples/accelerate_loop.py`. Several, each with a copy of all centers:
-`torchrun --nproc_per_node 2 examples/accelerate_loop.py`; with `--shard` each has a part of them.
+`torchrun --nproc_per_node 2 examples/accelerate_loop.py`; `--shard` distributes the centers.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> None:
     accelerator = Accelerator(cpu=True, mixed_precision=args.mixed_precision)
     train(args, accelerator)
     accelerator.free_memory()
-    leave()  # with DDP gone; end_training alone may wait for gloo's threads forever
+    leave()  # after DDP is freed; end_training alone may wait forever for gloo's threads
     accelerator.end_training()
 
 

@@ -1,4 +1,4 @@
-"""What insightface's arcface_torch training script calls, in its order, on gloo and the CPU.
+"""The calls of insightface's arcface_torch training script, in its order, on gloo and the CPU.
 
 In that script one import changes:
 
@@ -26,7 +26,7 @@ SIZE, DIM = 32, 64
 
 @dataclass
 class CombinedMarginLoss:
-    """The numbers that insightface's class of this name holds; the script keeps that class."""
+    """The parameters of insightface's class of this name; the script keeps that class."""
 
     s: float
     m1: float
@@ -36,9 +36,9 @@ class CombinedMarginLoss:
 
 
 def train(args: argparse.Namespace) -> list[float]:
-    """The mean loss of each epoch that was run, in an initialized process group."""
+    """Train in an initialized process group; return the mean loss of each epoch that was run."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(0)  # alike on all ranks
+    torch.manual_seed(0)  # the same on all ranks
     faces = embedded_faces(images_per_identity=8, size=SIZE, identities=args.identities)
     dataset = TensorDataset(normalize(faces.images), faces.labels)
     sampler = DistributedSampler(dataset, ranks, rank)
@@ -53,7 +53,7 @@ def train(args: argparse.Namespace) -> list[float]:
 
     margin_loss = CombinedMarginLoss(16, 1.0, 0.3, 0.0)
     module_partial_fc = PartialFC_V2(margin_loss, DIM, args.identities, args.sample_rate, args.fp16)
-    if args.sample_rate < 1:  # as theirs: rows that are not sampled decay and coast on
+    if args.sample_rate < 1:  # as theirs: rows that are not sampled still decay and keep momentum
         module_partial_fc.sparse = False
     module_partial_fc.train()
     opt = torch.optim.SGD(
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--identities", type=int, default=50)
     parser.add_argument("--sample-rate", type=float, default=1.0)
     parser.add_argument("--fp16", action="store_true")
-    parser.add_argument("--output", type=Path, help="folder of checkpoints")
+    parser.add_argument("--output", type=Path, help="Folder of the checkpoints.")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     if "WORLD_SIZE" in os.environ:  # torchrun
@@ -118,7 +118,7 @@ def main() -> None:
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     train(args)
-    leave()  # dist.destroy_process_group(), once nothing is left that could hold the group
+    leave()  # dist.destroy_process_group(), after whatever holds the group is freed
 
 
 if __name__ == "__main__":

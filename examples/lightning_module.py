@@ -1,4 +1,4 @@
-"""Lightning on one or several devices, which share out the classes between them."""
+"""Lightning on one or several devices, over which the classes are sharded."""
 
 import argparse
 from typing import Any
@@ -17,7 +17,7 @@ import synface_kernels as sk
 SIZE, DIM = 32, 64
 
 
-class Recogniser(pl.LightningModule):
+class FaceRecognizer(pl.LightningModule):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -26,7 +26,7 @@ class Recogniser(pl.LightningModule):
         )
 
     def configure_model(self) -> None:
-        # Not in __init__: the head asks the process group which classes are this rank's.
+        # Not in __init__: the head reads this rank's classes from the process group.
         if not hasattr(self, "head"):
             self.head = PartialFC(sk.ArcFace(scale=16.0, margin=0.3), DIM, self.num_classes)
             # Each rank's centers are its own: DDP must neither copy nor average them.
@@ -45,7 +45,7 @@ class Recogniser(pl.LightningModule):
         self.print(f"epoch {self.current_epoch + 1}: loss {loss:.3f}")
 
     def configure_gradient_clipping(self, *args: Any, **options: Any) -> None:
-        # Not the head's: its norm differs from rank to rank, and the backbone's would with it.
+        # Only the backbone's: the head's norm differs from rank to rank.
         torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), 5.0)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -68,7 +68,7 @@ def main() -> None:
         logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(Recogniser(args.identities), DataLoader(dataset, batch_size=32, shuffle=True))
+    trainer.fit(FaceRecognizer(args.identities), DataLoader(dataset, batch_size=32, shuffle=True))
 
 
 if __name__ == "__main__":

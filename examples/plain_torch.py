@@ -35,7 +35,7 @@ def main() -> None:
 
     for epoch in range(1, args.epochs + 1):
         total = 0.0
-        for images, labels in loader:  # (B, 32, 32, 1) bytes
+        for images, labels in loader:  # (B, 32, 32, 1) uint8
             share = torch.distributions.Beta(0.2, 0.2).sample((len(images),))
             mixed = sk.domain_mixup(images, images.flip(0), share)  # (B, 1, 32, 32), normalized
             targets = torch.stack([labels, labels.flip(0)], dim=1)

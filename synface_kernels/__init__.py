@@ -33,8 +33,8 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-# Where the public names live. Where torch is not imported yet, they are when first asked for, so
-# that `synface_kernels.numpy` can be imported without torch.
+# The module of each public name. Unless torch is imported already, they are imported on first
+# access, so that `synface_kernels.numpy` works without torch.
 _HOMES = {
     "AdamWUpdate": "ops.row_update.updates",
     "ArcFace": "ops.margin_cross_entropy.margins",
@@ -93,7 +93,7 @@ __all__ = [
 
 
 def _import_all() -> None:
-    """Imports every public name; this also registers the ops with torch."""
+    """Import every public name, which also registers the ops with torch."""
     globals().update({n: getattr(import_module(f".{h}", __name__), n) for n, h in _HOMES.items()})
 
 

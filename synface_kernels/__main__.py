@@ -1,4 +1,4 @@
-"""`python -m synface_kernels`: what runs here, and why."""
+"""`python -m synface_kernels`: print what runs here, and why."""
 
 from . import _env
 

@@ -1,4 +1,4 @@
-"""What the ops' argument checks share."""
+"""Argument checks that several ops share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def describe(value: object) -> str:
-    """A tensor's dtype, shape and device, or a value's type."""
+    """Return a tensor's dtype, shape and device as text, or the type of any other value."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     kind = str(value.dtype).removeprefix("torch.")
@@ -34,7 +34,7 @@ def integer(name: str, value: Any, least: int, expected: str = "an int") -> int:
     if not isinstance(value, (int, torch.SymInt)):
         try:
             if isinstance(value, Tensor):
-                raise TypeError  # whose value might be on a GPU
+                raise TypeError  # reading its value might wait for a GPU
             value = operator.index(value)
         except TypeError:
             raise TypeError(f"{name} must be {expected}, got {_shown(value)}") from None
@@ -51,8 +51,9 @@ def _shown(value: object) -> str:
 
 
 def require(condition: Tensor, message: str, values: Tensor) -> None:
-    """That all of a condition holds: at once, naming the first value for which it does not, on a
-    CPU; without waiting, on a GPU.
+    """Raise ValueError unless a condition holds everywhere; on a GPU, assert asynchronously.
+
+    On a CPU the message ends with the first value for which the condition fails, and its index.
     """
     if condition.device.type != "cpu":
         torch._assert_async(condition.all(), message)
@@ -65,7 +66,7 @@ def require(condition: Tensor, message: str, values: Tensor) -> None:
 def require_apart(written: Mapping[str, object], read: Mapping[str, object]) -> None:
     """Raise ValueError where memory to be written overlaps itself or another argument's.
 
-    Columns of one larger matrix may lie side by side. What is no tensor is passed over.
+    Different columns of one larger matrix do not overlap. Arguments other than tensors are skipped.
     """
     tensors = {n: t for n, t in (*written.items(), *read.items()) if isinstance(t, Tensor)}
     spans = {name: _span(tensor) for name, tensor in tensors.items()}
@@ -92,7 +93,7 @@ def require_apart(written: Mapping[str, object], read: Mapping[str, object]) -> 
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte and of that after the last; (0, 0) of no elements."""
+    """Return the addresses of a tensor's first byte and past its last; (0, 0) if it is empty."""
     size = tensor.nbytes
     if size and not tensor.is_contiguous():
         steps = zip(tensor.shape, tensor.stride(), strict=True)
@@ -102,7 +103,8 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    reach = 0  # of the dimensions with shorter steps
+    """Return whether two elements may share an address."""
+    reach = 0  # greatest offset that the dimensions of smaller stride reach
     for step, count in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if count > 1 and step <= reach:
             return True
@@ -118,5 +120,5 @@ def _side_by_side(first: Tensor, second: Tensor) -> bool:
     (pitch, step), (other_pitch, other_step) = rows
     if not pitch or pitch != other_pitch:
         return False
-    gap = (second.data_ptr() - first.data_ptr()) % pitch  # from a row to one of the other's
+    gap = (second.data_ptr() - first.data_ptr()) % pitch  # from a row of one to a row of the other
     return first.shape[1] * step <= gap <= pitch - second.shape[1] * other_step

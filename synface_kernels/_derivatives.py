@@ -1,4 +1,4 @@
-"""Forward mode and the transforms of `torch.func`, of which a custom op is told nothing."""
+"""Support for forward mode and `torch.func`, which PyTorch does not pass on to custom ops."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _functorch = torch._C._functorch
 
 
 def transforms_active() -> bool:
-    """Return whether a transform of `torch.func` (grad, vjp, vmap, …) runs, uncompiled."""
+    """Return whether a `torch.func` transform (grad, vjp, vmap, …) is active, uncompiled."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def under_vmap() -> bool:
-    """Return whether one of those transforms is `torch.vmap`."""
+    """Return whether `torch.vmap` is among the active transforms."""
     return transforms_active() and any(
         level.key() == _functorch.TransformType.Vmap for level in _functorch.get_interpreter_stack()
     )
@@ -32,7 +32,7 @@ def transformed(*tensors: Tensor) -> bool:
     A custom op fails in the first case and drops the tangent in the second.
     """
     if torch._C._are_functorch_transforms_active():
-        if torch.compiler.is_compiling():  # which cannot read the stack of transforms
+        if torch.compiler.is_compiling():  # Dynamo cannot read the stack of transforms
             return True
         differentiating = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
         stack = _functorch.get_interpreter_stack()
@@ -61,7 +61,7 @@ def check_tangents(op: str, *tensors: Tensor | None) -> None:
 
 
 def once(op: str, tensor: Tensor) -> Tensor:
-    """Return the tensor, for plain torch code whose derivative must not be differentiated."""
+    """Return the tensor for torch code that is differentiable once; a second derivative raises."""
     return tensor if torch.compiler.is_compiling() else _Once.apply(tensor, op)
 
 
@@ -70,7 +70,8 @@ def final(
 ) -> tuple[Tensor | None, ...]:
     """Return gradients by the sources; differentiating them (``create_graph``) raises.
 
-    `torch.autograd.function.once_differentiable` does so only where what comes in requires grad.
+    `torch.autograd.function.once_differentiable` raises only where the incoming gradient requires
+    grad.
     """
     sources = [source for source in sources if source is not None]
     return tuple(
@@ -84,14 +85,14 @@ def register(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[[Any, Any, Any], None] | None = None,
 ) -> Callable[..., Any]:
-    """Register the autograd of ``torch.ops.synface_kernels.<name>``; return what calls it.
+    """Register the autograd of ``torch.ops.synface_kernels.<name>``; return a function to call it.
 
-    `torch.library.register_autograd` knows neither `torch.func` nor forward mode. Under the
-    transforms of `torch.func` the call goes through an autograd function that does (`vmap` loops
-    over the op), and a forward-mode tangent raises.
+    `torch.library.register_autograd` supports neither `torch.func` nor forward mode. Under the
+    transforms of `torch.func` the call goes through an autograd function that supports them
+    (`vmap` loops over the op), and a forward-mode tangent raises.
 
     Args:
-        op: the public function that errors name.
+        op: the public function's name, for error messages.
         backward, setup_context: as `torch.library.register_autograd` takes them. Without a
             backward, for an op that computes a first derivative, differentiating it raises.
     """
@@ -131,7 +132,7 @@ def register(
             return run(*arguments)
         if torch._C._are_functorch_transforms_active():
             return Transformed.apply(*arguments)
-        if forward_ad._current_level >= 0:  # else no time for a look at them
+        if forward_ad._current_level >= 0:  # skips the scan of the arguments outside forward mode
             check_tangents(op, *(a for a in arguments if isinstance(a, Tensor)))
         return run(*arguments)
 

@@ -1,4 +1,4 @@
-"""What the ops share whose data is spread over the ranks of a `torch.distributed` process group."""
+"""Collectives and checks for ops whose data is sharded over a `torch.distributed` group."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from ._check import describe
 
 
 def check_group(group: Any) -> None:
+    """Raise TypeError unless the group is a process group."""
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed process group, got {describe(group)}")
 
 
 @contextmanager
 def connected(group: Any) -> Iterator[None]:
-    """Says what it means when the ranks' connection breaks."""
+    """Turn a collective's failure into an error that names this rank and the likely causes."""
     try:
         yield
     except RuntimeError as error:
@@ -33,38 +34,44 @@ def connected(group: Any) -> Iterator[None]:
         ) from error
 
 
-def agree(
+def validate_on_all_ranks(
     prepare: Callable[[], tuple[list[int], dict[str, Any]]], count: int, group: Any
 ) -> list[list[int]]:
-    """The numbers of each rank, once all ranks are known to be right.
+    """Run a check on every rank and return each rank's numbers; if one fails, all raise its error.
 
-    prepare() returns `count` numbers of this rank, and facts that must be the same on all ranks.
-    If it raises on one of them, or a fact differs, all raise the same error.
+    Args:
+        prepare: checks this rank's arguments; returns ``count`` numbers of this rank, and a dict
+            ``must_match`` of values that have to be the same on all ranks.
+        count: how many numbers a rank has.
 
-    One exchange of count + 2 numbers; objects travel only where there is an error to tell of.
+    Raises:
+        The error that prepare() raised on the first rank where it did, on all ranks; ValueError
+            where a value of ``must_match`` differs.
+
+    One all-gather of count + 2 numbers; objects are gathered only to report an error.
     """
     numbers = [0] * count
-    facts: dict[str, Any] = {}
+    must_match: dict[str, Any] = {}
     failure = None
     try:
-        numbers, facts = prepare()
+        numbers, must_match = prepare()
     except Exception as error:
         failure = type(error), str(error)
-    digest = hashlib.blake2b(repr(facts).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr(must_match).encode(), digest_size=8).digest()
     mine = [failure is not None, int.from_bytes(digest, "little", signed=True), *numbers]
-    # Through the group's CPU backend if it has one: then no GPU is waited for.
+    # The group's CPU backend, if it has one, does not make this wait for a GPU.
     has_cpu = "cpu:" in dist.get_backend_config(group)
     device = torch.device("cpu") if has_cpu else torch.device("cuda", torch.cuda.current_device())
     with connected(group):
         ranks = gathered(torch.tensor(mine, dtype=torch.int64, device=device), group).tolist()
     if any(rank[0] for rank in ranks):
-        for at, told in enumerate(_objects(failure, group)):
-            if told:
-                kind, message = told
+        for at, failed in enumerate(_gathered_objects(failure, group)):
+            if failed:
+                kind, message = failed
                 raise kind(f"rank {at}: {message}")
     if any(rank[1] != ranks[0][1] for rank in ranks):
-        every = _objects(facts, group)
-        for name in facts:
+        every = _gathered_objects(must_match, group)
+        for name in must_match:
             values = [other[name] for other in every]
             if any(repr(value) != repr(values[0]) for value in values):
                 raise ValueError(
@@ -73,7 +80,7 @@ def agree(
     return [rank[2:] for rank in ranks]
 
 
-def _objects(value: Any, group: Any) -> list[Any]:
+def _gathered_objects(value: Any, group: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size(group)
     with connected(group):
         dist.all_gather_object(values, value, group=group)
@@ -81,7 +88,7 @@ def _objects(value: Any, group: Any) -> list[Any]:
 
 
 def gathered(value: Tensor, group: Any) -> Tensor:
-    """A tensor of each rank, of one shape: (P, …)."""
+    """Return the ranks' tensors of one shape, stacked: (P, …)."""
     values = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
     with connected(group):
         dist.all_gather(values, value, group=group)
@@ -89,8 +96,9 @@ def gathered(value: Tensor, group: Any) -> Tensor:
 
 
 class Gather(torch.autograd.Function):
-    """Numbers of each rank: (P, …). A rank's gradient is that by its own numbers, in a result that
-    is the same on all ranks.
+    """The ranks' tensors, stacked: (P, …), for a result that every rank computes alike.
+
+    No collective in the backward pass: each rank takes its own slice of the gradient.
     """
 
     @staticmethod
@@ -104,7 +112,7 @@ class Gather(torch.autograd.Function):
 
 
 class Replicated(torch.autograd.Function):
-    """What is the same on all ranks; its gradient is summed over them."""
+    """A tensor that is the same on all ranks; the backward pass sums its gradient over them."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:
@@ -120,11 +128,11 @@ class Replicated(torch.autograd.Function):
         return total.to(grad.dtype), None
 
 
-# Rows: counts[r] of them are rank r's, and (N, …), N = Σ counts, holds those of all ranks in order.
+# Below, rank r owns counts[r] rows, and (N, …), N = Σ counts, holds all ranks' rows, rank by rank.
 
 
 def gather_rows(own: Tensor, counts: list[int], group: Any) -> Tensor:
-    """(N, …) from each rank's own rows."""
+    """Gather all ranks' rows: (N, …)."""
     every = own.new_empty((sum(counts), *own.shape[1:]))
     parts = list(every.split(counts))
     if len(every) == 0:
@@ -145,7 +153,7 @@ def gather_rows(own: Tensor, counts: list[int], group: Any) -> Tensor:
 
 
 def to_owners(rows: Tensor, counts: list[int], group: Any) -> Tensor:
-    """(P, counts[rank], …): what each rank has for this rank's rows, from each rank's (N, …)."""
+    """Send each rank its rows of this rank's (N, …); return (P, counts[rank], …), by sender."""
     ranks, own = len(counts), counts[dist.get_rank(group)]
     out = rows.new_empty((ranks * own, *rows.shape[1:]))
     if sum(counts):
@@ -156,7 +164,7 @@ def to_owners(rows: Tensor, counts: list[int], group: Any) -> Tensor:
 
 
 def from_owners(parts: Tensor, counts: list[int], group: Any) -> Tensor:
-    """(N, …): what each row's owner has for this rank; undoes `to_owners`."""
+    """Send every rank its part of (P, counts[rank], …); return (N, …). Inverse of `to_owners`."""
     ranks, own = parts.shape[:2]
     out = parts.new_empty((sum(counts), *parts.shape[2:]))
     if sum(counts):
@@ -168,7 +176,7 @@ def from_owners(parts: Tensor, counts: list[int], group: Any) -> Tensor:
 
 
 class GatherRows(torch.autograd.Function):
-    """`gather_rows`; a row's gradient is the sum of what the ranks find, in the ranks' order."""
+    """Differentiable `gather_rows`; a row's gradient is summed over the ranks, in rank order."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, counts: list[int], group: Any) -> Tensor:
@@ -182,7 +190,7 @@ class GatherRows(torch.autograd.Function):
 
 
 class ToOwners(torch.autograd.Function):
-    """`to_owners`."""
+    """Differentiable `to_owners`."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int], group: Any) -> Tensor:

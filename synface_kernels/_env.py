@@ -1,4 +1,4 @@
-"""What this library runs on: versions, devices, and the environment variables it reads."""
+"""A report of versions, devices, implementations and the environment variables that are read."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 from . import _load, _select
 
-# Every variable that the library reads, and what it does. docs/environment.md says more.
+# Every environment variable that the library reads; docs/environment.md has details.
 VARIABLES = {
     "NVCC": "the nvcc that make cuda-check runs (default: the one on PATH)",
-    "SYNFACE_CACHE_MIB": "how many MiB of freed results on a CPU are kept for the next ones "
+    "SYNFACE_CACHE_MIB": "how many MiB of freed CPU results are cached for later ones "
     "(default: 512; 0: none)",
     "SYNFACE_CPU_ISA": "base, avx2, avx512, avx512_bf16 or onednn_bf16: the CPU kernels' "
     "instruction set (default: the best)",
@@ -30,7 +30,7 @@ def _version(package: str) -> str:
 
 
 def processor() -> str:
-    """The processor's model name."""
+    """Return the processor's model name."""
     try:
         with open("/proc/cpuinfo") as info:
             for line in info:
@@ -42,7 +42,7 @@ def processor() -> str:
 
 
 def devices() -> list[torch.device]:
-    """The CPU, and each GPU that torch sees."""
+    """Return the CPU and each GPU that torch sees."""
     found = [torch.device("cpu")]
     if torch.cuda.is_available():
         found += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
@@ -50,7 +50,7 @@ def devices() -> list[torch.device]:
 
 
 def report() -> str:
-    """Versions, devices, instruction sets, and which implementation each op takes, and why."""
+    """Return versions, devices, instruction sets, and each op's implementation with the reason."""
     from . import _import_all
 
     _import_all()  # registers the ops

@@ -1,16 +1,16 @@
-"""The order of the dimensions of images, without torch."""
+"""A check of images' memory layout, without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-_CHANNELS = (1, 3, 4)  # of gray, color, and color with alpha
+_CHANNELS = (1, 3, 4)  # grayscale, RGB, RGBA
 
 
 def check_layout(shape: Sequence[int], layout: str) -> None:
-    """Raise ValueError where images (B, C, H, W) are evidently taken for NHWC, the default.
+    """Raise ValueError where images are evidently (B, C, H, W) although the layout is NHWC.
 
-    That is where the last dimension is none of 1, 3 and 4, and the second is.
+    That is where the last dimension is none of 1, 3 and 4, and the second is one of them.
     """
     if layout == "NHWC" and shape[3] not in _CHANNELS and shape[1] in _CHANNELS:
         raise ValueError(

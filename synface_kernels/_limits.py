@@ -1,5 +1,5 @@
-"""Bounds of arguments that several ops have, without torch."""
+"""Bounds of arguments that several ops share, without torch."""
 
-# Of what stands before a cosine in an exponential: a float32 cosine's last bit is then a factor of
-# 1.06 of it.
+# Greatest factor of a cosine in an exponent: there one float32 ulp of the cosine changes the
+# exponential by 6 %.
 SHARPEST = 1e6

@@ -1,4 +1,4 @@
-"""Finds the compiled extension and holds the library that the ops' schemas are defined in."""
+"""The compiled extension, and the torch library that the ops' schemas are defined in."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ library.define("_empty_result(int[] size, ScalarType dtype, bool channels_last) 
 
 def _load() -> str | None:
     """Load the torch extension; return why it could not be loaded, or None."""
-    here = Path(__file__).parent  # not another copy's extension
+    here = Path(__file__).parent  # never the extension of another installed copy
     spec = PathFinder.find_spec(f"{NAMESPACE}._C", [str(here)])
     if spec is None or spec.origin is None:
         others = sorted(p.name for p in here.glob("_C.*"))
@@ -49,12 +49,13 @@ if extension_error is not None:
 
 
 def cpu_isa() -> str:
-    """The instruction set that the CPU kernels use: ``base``, ``avx2``, ``avx512``,
-    ``avx512_bf16`` or ``onednn_bf16``.
+    """Return the instruction set that the CPU kernels use.
+
+    One of ``base``, ``avx2``, ``avx512``, ``avx512_bf16`` and ``onednn_bf16``.
     """
     return torch.ops.synface_kernels._cpu_isa()
 
 
 def cpu_isas() -> list[str]:
-    """Every instruction set that this build and this processor offer, slowest first."""
+    """Return every instruction set that this build and this processor support, slowest first."""
     return torch.ops.synface_kernels._cpu_isas()

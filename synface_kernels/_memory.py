@@ -1,4 +1,4 @@
-"""The memory that large results on a CPU share."""
+"""Access to the caching allocator of large CPU results."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from . import _load
 
 
 def empty_cache() -> None:
-    """Gives the memory that is kept for results on the CPU back to the system.
+    """Return the cached memory of freed CPU results to the system.
 
-    On a CPU, results and gradients of `domain_mixup`, gradients and ``workspace`` of
-    `margin_cross_entropy`, and the gradients that `hypersphere_repulsion` computes leave their
-    memory, if it is 2 MiB or more, to those that follow when they are freed: 512 MiB at most, or as
-    many as the environment variable ``SYNFACE_CACHE_MIB`` says (0: none).
+    CPU results of 2 MiB and more come from a caching allocator, capped at 512 MiB, or at as many
+    MiB as the environment variable ``SYNFACE_CACHE_MIB`` says (0: no cache): results and gradients
+    of `domain_mixup`, gradients and ``workspace`` of `margin_cross_entropy`, and gradients of
+    `hypersphere_repulsion`.
     """
     if _load.extension_error is None:
         torch.ops.synface_kernels._empty_cache()

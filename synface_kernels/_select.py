@@ -1,4 +1,4 @@
-"""Which implementation an op takes, and why."""
+"""The choice of an op's implementation, with reasons."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _load
 
-# A requirement returns why the implementation cannot run on these tensors, or None if it can.
+# Returns why an implementation cannot run on such tensors, or None if it can.
 Requirement = Callable[[torch.device, Sequence[torch.dtype]], "str | None"]
 # op -> implementation -> requirement, in the order in which `auto` prefers them
 _REGISTRY: dict[str, dict[str, Requirement]] = {}
@@ -19,7 +19,13 @@ _REGISTRY: dict[str, dict[str, Requirement]] = {}
 
 @dataclass(frozen=True)
 class Choice:
-    """What `auto` takes: the implementation's name, why, and why not the ones before it."""
+    """The implementation that ``impl="auto"`` takes.
+
+    Attributes:
+        op, impl: the op's name and the implementation's.
+        reason: why it was taken.
+        rejected: implementations that are preferred to it, with the reason why each cannot run.
+    """
 
     op: str
     impl: str
@@ -33,26 +39,29 @@ class Choice:
 
 
 def register(op: str, implementations: dict[str, Requirement]) -> None:
+    """Register an op's implementations, in the order in which ``impl="auto"`` prefers them."""
     _REGISTRY[op] = implementations
 
 
 def ops() -> list[str]:
-    """The names of all ops."""
+    """Return the names of all ops."""
     return list(_REGISTRY)
 
 
 def needs_cpu_extension(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    """Require CPU tensors and the compiled extension."""
     if device.type != "cpu":
         return f"runs on CPU tensors, got {device}"
     return _load.extension_error
 
 
 def interpreting() -> bool:
-    """Whether Triton interprets its kernels, on CPU tensors (TRITON_INTERPRET=1)."""
+    """Return whether Triton interprets its kernels on CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def needs_triton(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    """Require Triton, and tensors that its kernels take: on a GPU, or interpreted; no float64."""
     if torch.float64 in dtypes:
         return "has no float64 kernel"
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
@@ -65,10 +74,12 @@ def needs_triton(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | N
 
 
 def always(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    """Require nothing."""
     return None
 
 
 def choose(op: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> Choice:
+    """Return the first of an op's implementations that can run on such tensors."""
     rejected: dict[str, str] = {}
     for name, requirement in _REGISTRY[op].items():
         problem = requirement(device, dtypes)
@@ -80,7 +91,7 @@ def choose(op: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> Choi
 
 
 def resolve(op: str, impl: str, tensors: Sequence[Tensor]) -> str:
-    """The implementation to run; an error with the reason where ``impl`` cannot."""
+    """Return the implementation to run; raise with the reason where ``impl`` cannot."""
     device, dtypes = tensors[0].device, [t.dtype for t in tensors]
     if impl == "auto":
         return choose(op, device, dtypes).impl
@@ -98,12 +109,12 @@ def explain(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Choice:
-    """Which implementation ``impl="auto"`` takes, and why.
+    """Return which implementation ``impl="auto"`` takes, and why.
 
     Args:
         op: the public function, or its name.
-        tensors: the op's tensors; or else give
-        device, dtype: what they would be.
+        tensors: the op's tensors.
+        device, dtype: without tensors, the device and dtype that they would have.
 
     Returns:
         A `Choice` with ``impl``, ``reason`` and ``rejected``; printing it reads as sentences.

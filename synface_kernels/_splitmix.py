@@ -1,4 +1,4 @@
-"""SplitMix64 (Steele et al., OOPSLA 2014) on int64 tensors: products wrap as unsigned ones do."""
+"""SplitMix64 (Steele et al., OOPSLA 2014) on int64 tensors, which wrap like uint64."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ GOLDEN, MIX1, MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def signed(word: int) -> int:
-    """The int64 of the same bits."""
+    """Return the int64 with the bits of a uint64."""
     return word - 2**64 if word >= 2**63 else word
 
 
 def shifted(z: Tensor, by: int) -> Tensor:
-    """To the right, with zeros from the left."""
+    """Shift right logically: zeros come in from the left."""
     return (z >> by) & (2 ** (64 - by) - 1)
 
 
 def mixed(z: Tensor) -> Tensor:
-    """The output for a state."""
+    """Return the generator's output for a state."""
     z = (z ^ shifted(z, 30)) * signed(MIX1)
     z = (z ^ shifted(z, 27)) * signed(MIX2)
     return z ^ shifted(z, 31)

@@ -1,6 +1,6 @@
-"""The CPU kernels on NumPy arrays, for data-loader workers: one thread, and torch plays no part.
+"""The CPU kernels on NumPy arrays, for data-loader workers: single-threaded, without torch.
 
-Importing this module does not import torch. Kernels run without Python's global lock.
+Importing this module does not import torch. Kernels release Python's global interpreter lock.
 """
 
 from __future__ import annotations
@@ -33,18 +33,20 @@ def domain_mixup(
     out_layout: Literal["NCHW", "NHWC"] = "NCHW",
     out: NDArray | None = None,
 ) -> NDArray:
-    """ψ·X_S + (1 − ψ)·X_R, normalized; bit for bit what `synface_kernels.domain_mixup` gives.
+    """Mix two image batches, ψ·X_S + (1 − ψ)·X_R, and normalize the result.
+
+    Bit for bit what `synface_kernels.domain_mixup` returns.
 
     Args:
-        synthetic: (B, H, W, C) images, or (B, C, H, W) with ``layout="NCHW"``; uint8 (standing for
-            value/255) or float32. real: likewise, of the same shape and dtype. An array that is
-            not C-contiguous is copied. Evident (B, C, H, W) images without ``layout="NCHW"`` are
-            refused, as by `synface_kernels.domain_mixup`.
-        psi: the synthetic share, in [0, 1]: one number, or (B,).
+        synthetic: (B, H, W, C) images, or (B, C, H, W) with ``layout="NCHW"``; uint8 (in units of
+            1/255) or float32. real: likewise, of the same shape and dtype. An array that is not
+            C-contiguous is copied. Images that are evidently (B, C, H, W) need ``layout="NCHW"``,
+            as with `synface_kernels.domain_mixup`.
+        psi: ψ in [0, 1], the share of synthetic: one number, or (B,).
         mean, std: one number, or C of them; std > 0.
-        flip: (flip_synthetic, flip_real), each None or (B,) bool: samples to mirror left to right.
+        flip: (flip_synthetic, flip_real), each None or (B,) bool: samples to flip horizontally.
         dtype: of the result. ``"bfloat16"``, which NumPy lacks, comes as its bits in uint16.
-        out_layout: the order of the result's dimensions, C-contiguous.
+        out_layout: the layout of the result, which is C-contiguous.
         out: an array to write into; it may not share memory with an image.
 
     Returns:
@@ -132,7 +134,7 @@ def _described(array: NDArray) -> str:
 
 
 def _numbers(name: str, value: object) -> NDArray[np.float64]:
-    """Return values as float64; raise for what is no number but NumPy would turn into one."""
+    """Return values as float64; raise TypeError for non-numbers that NumPy would convert."""
     values = np.asarray(value)
     if values.dtype.kind not in "biuf":
         raise TypeError(f"{name} must be a number or an array of them, got {value!r}")
@@ -153,19 +155,20 @@ def margin_cross_entropy_forward(
     scale: float = 64.0,
     needs_input_grad: bool = False,
 ) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-    """The margin softmax's pass over the classes, without their targets.
+    """Compute the margin softmax's statistics over the classes that are not targets.
 
     Args:
         input: (N, D) embeddings, float32 or float64; weight: (C, D) centers of the same dtype.
         labels: (N, K) of an integer dtype that int64 holds, in [0, C), −1 where absent, distinct
-            within a row. A row of −1 is left out: its results are 0.
+            within a row. A row of only −1 is ignored: its results are 0.
         scale: s in (0, 1e6], the inverse temperature.
         needs_input_grad: whether to compute mean_center.
 
     Returns:
-        negative_lse (N,), log Σ exp(s·cos) over the classes that are no label of the row;
+        negative_lse (N,), log Σ exp(s·cos) over the classes that are not labels of the row;
         negative_max (N,), their greatest cosine; both −∞ if there is none. target_cosine (N, K).
-        mean_center (N, D), their normalized centers averaged by softmax; (0, D) if not asked for.
+        mean_center (N, D), their normalized centers weighted by the softmax; (0, D) unless
+        needs_input_grad.
 
     Memory: O(N·D) and a workspace of a few MiB; never N×C.
 
@@ -189,12 +192,12 @@ def margin_cross_entropy_backward(
     grad_target_cosine: NDArray,
     scale: float = 64.0,
 ) -> tuple[NDArray, NDArray]:
-    """Gradients (N, D) and (C, D) of `margin_cross_entropy_forward`.
+    """Compute the gradients (N, D) and (C, D) of `margin_cross_entropy_forward`.
 
     Args:
         negative_lse, mean_center: as the forward pass returned them (with needs_input_grad).
-        grad_negative_lse: (N,); grad_target_cosine: (N, K): what arrives from the loss.
-        The others: as they went into the forward pass.
+        grad_negative_lse: (N,); grad_target_cosine: (N, K): gradients of the loss by these.
+        input, weight, labels, scale: as in the forward pass.
 
     Raises:
         ValueError, TypeError, IndexError: as `margin_cross_entropy_forward`.
@@ -213,7 +216,7 @@ def margin_cross_entropy_backward(
 def _checked(
     input: NDArray, weight: NDArray, labels: NDArray, scale: float
 ) -> tuple[NDArray, NDArray, NDArray[np.int64], float]:
-    """The arguments that both passes take, as the kernels take them."""
+    """Return the arguments of both passes, checked, with the dtypes and layout of the kernels."""
     input, weight, labels = np.asarray(input), np.asarray(weight), np.asarray(labels)
     if input.dtype != weight.dtype or input.dtype not in (np.float32, np.float64):
         raise ValueError(

@@ -1,9 +1,16 @@
-"""How this library's tests judge an implementation: against float64, by what torch itself loses."""
+"""Tools of the tests and benchmarks: an accuracy check against float64, and peak memory."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from torch import Tensor
+
+from ._memory import empty_cache
 
 
 def assert_as_exact_as_torch(
@@ -14,18 +21,18 @@ def assert_as_exact_as_torch(
     atol: float | Tensor,
     name: str = "result",
 ) -> None:
-    """Asserts |actual − exact| ≤ 2·max|torch_result − exact| + atol, elementwise.
+    """Assert |actual − exact| ≤ 2·max|torch_result − exact| + atol, elementwise.
 
     Args:
-        actual: what the implementation gave; any floating dtype.
+        actual: the implementation's result; any floating dtype.
         exact: the float64 reference, of the same shape.
-        torch_result: what plain torch gives in the implementation's dtype.
-        atol: a small absolute term, in the result's unit: one, or each element's.
-        name: what to call it in the message.
+        torch_result: the result of plain torch in the implementation's dtype.
+        atol: a small absolute term, in the result's unit: one for all elements, or one each.
+        name: the result's name in the message.
 
     Raises:
-        AssertionError: with the worst element, its error and what was allowed. Non-finite elements
-            must agree in kind and place.
+        AssertionError: with the worst element, its error and the allowed error; also where
+            other elements are finite than in ``exact``.
     """
     assert actual.shape == exact.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
     actual, torch_result = actual.detach().double().cpu(), torch_result.detach().double().cpu()
@@ -43,3 +50,25 @@ def assert_as_exact_as_torch(
         f"{name}: error {off:.3g} at flat index {worst} (got {actual.flatten()[worst]:.9g},"
         f" exact {exact.flatten()[worst]:.9g}); allowed {most:.3g}, torch's own {own:.3g}"
     )
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Return the peak resident memory of this process during run(), above that before it (Linux).
+
+    Memory that was freed before goes back to the system first, the cache of CPU results included.
+    """
+    gc.collect()
+    empty_cache()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = status("VmRSS")
+    run()
+    return status("VmHWM") - before
+
+
+def status(field: str) -> int:
+    """Return a field of Linux's process status in bytes: VmRSS (resident) or VmHWM (its peak)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")

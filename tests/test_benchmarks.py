@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, and report what they could not."""
+"""The benchmarks measure what they claim, and report what could not be measured."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_op_has_cases_of_each_suite_and_peers(op):
     assert 1 <= HEADLINES[op] <= len(cases("cpu", op))
 
 
-def test_margin_flops_and_bytes_are_those_of_the_three_products():
+def test_margin_flops_and_bytes_are_those_of_the_three_gemms():
     case = dry(MARGIN)
     work = peers.MarginWorkload(case, CPU)
     step = peers.find(MARGIN, "three products").build(work)
@@ -336,7 +336,7 @@ def test_gpu_evidence_dry_run(tmp_path):
     ran = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_evidence", "--dry", "--output", str(output)],
         cwd=ROOT,
-        # What torch.compile makes of tiny shapes is not looked at, and would take minutes.
+        # torch.compile would take minutes, and its times for tiny shapes do not matter.
         env={**os.environ, "PYTHONPATH": ".:python", "TORCH_COMPILE_DISABLE": "1"},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""Each example runs as a user runs it, and learns."""
+"""Every example runs as a user runs it, and its loss falls."""
 
 import argparse
 import os
@@ -59,14 +59,14 @@ for epochs in (1, 20):
 def test_the_loss_falls(ranks, name, package, options):
     pytest.importorskip(package, reason=f"{package} is not installed")
     script = [str(EXAMPLES / f"{name}.py"), "--epochs", "3", "--identities", "21"]
-    late = ranks > 1 and not options  # the others exchange at every step, each time as late
+    late = ranks > 1 and not options  # the others would be late at every step's exchange
     losses = losses_printed_by(watched(ranks, [LATE_GLOO] * late + script + options))
     assert len(losses) == 3
     assert losses[0] > losses[1] > losses[2]
 
 
 def watched(ranks, arguments):
-    """The command that runs a script, on so many ranks (21 identities are 11 and 10 on two)."""
+    """Return the command that runs a script on so many ranks (two hold 11 and 10 identities)."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return [sys.executable, *launcher * (ranks > 1), WATCHED, *arguments]
 

@@ -1,7 +1,8 @@
-"""The house's rules: who imports whom, and that each op has all its parts under one name."""
+"""The rules of the layout: which package may import which, an op's files, the size of files."""
 
 import ast
 import inspect
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -86,8 +87,9 @@ def test_there_are_few_arrows_between_packages():
 
 
 def test_the_kernels_do_not_know_the_training_layer():
-    for path in (ROOT / "synface_kernels").rglob("*.py"):
-        assert not [m for m in imports(path) if m.split(".")[0] == "synface"], path
+    for package in ("synface_kernels", "benchmarks"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert not [m for m in imports(path) if m.split(".")[0] == "synface"], path
 
 
 def test_the_training_layer_uses_public_names_alone():
@@ -129,7 +131,7 @@ def test_an_op_has_all_its_parts(op):
 
 
 def functions(op):
-    """The public functions that live in the op's folder."""
+    """Return the public functions that are defined in the op's folder."""
     public = [getattr(sk, name) for name in sk.__all__]
     module = f"synface_kernels.ops.{op}.op"
     return [f for f in public if inspect.isfunction(f) and f.__module__ == module]
@@ -146,6 +148,17 @@ def test_an_op_says_what_it_needs_to(op):
 @pytest.mark.parametrize("name", sorted({*sk.__all__} - {"MarginStats", "empty_cache", "explain"}))
 def test_what_computes_names_its_source(name):
     assert "Source:" in (inspect.getdoc(getattr(sk, name)) or "")
+
+
+def test_no_file_of_code_is_long():
+    """No file exceeds 600 lines; a longer one has a seam along which to cut it."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in listed.stdout.split("\0")]
+    code = [p for p in paths if p.suffix in (".py", ".cpp", ".h", ".cu") and p.exists()]
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in code}
+    assert not {name: length for name, length in lengths.items() if length > 600}
 
 
 FLOATING = {"empty", "eye", "full", "linspace", "ones", "rand", "randn", "zeros"}

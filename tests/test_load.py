@@ -48,7 +48,7 @@ def run(command: list[str], folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def here() -> list[str]:
-    """Return what the package prints as it is."""
+    """Return the output of an unchanged package."""
     return run(["-c", USE], PACKAGE.parent).split()
 
 

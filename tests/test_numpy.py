@@ -1,4 +1,4 @@
-"""The margin softmax checks its NumPy arrays, and lets other threads run meanwhile."""
+"""The NumPy kernels check their arrays, and release the interpreter lock."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_bad_gradients(change: dict[str, Any]) -> None:
 
 
 def test_other_threads_run_meanwhile() -> None:
-    """Kernels take a tenth of a second; a thread that held the lock would let none tick."""
+    """Kernels take a tenth of a second; if they held the lock, the main thread could not tick."""
     x = RNG.standard_normal((512, 256)).astype(np.float32)
     w = RNG.standard_normal((20_000, 256)).astype(np.float32)
     labels = np.arange(512)[:, None]

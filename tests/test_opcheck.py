@@ -15,8 +15,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def margin_samples(dtype):
-    """Arguments of the core's forward pass: class ids, sub-centers, limit, sums come up once;
-    no workspace, one that is too small for all, and enough; a limit that leaves no negatives.
+    """Return arguments of the core's forward pass.
+
+    Class ids, sub-centers, a limit and sums occur once each; no workspace, one that is too small
+    for all cosines, and enough; a limit that leaves no negatives.
     """
     labels = torch.tensor([[0, 1], [8, -1], [-1, -1], [3, 4], [5, 0], [7, 2]])
     some = torch.tensor([0, 2, 3, 4, 5, 6, 7, 8])
@@ -41,11 +43,11 @@ def test_margin_cross_entropy(name, dtype):
     opcheck(ops.margin_cross_entropy_forward.default, sample)
     sample = tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in sample)
     x, w, class_ids, labels, scale, limit, needs_input_grad, *_, impl = sample
-    lse, _, cosine, _, cosine_sum, *kept = ops.margin_cross_entropy_forward(*sample)
+    lse, _, cosine, _, cosine_sum, *saved = ops.margin_cross_entropy_forward(*sample)
     opcheck(
         ops.margin_cross_entropy_backward.default,
         (
-            x, w, class_ids, labels, lse, *kept, torch.ones_like(lse), cosine, cosine_sum,
+            x, w, class_ids, labels, lse, *saved, torch.ones_like(lse), cosine, cosine_sum,
             scale, limit, needs_input_grad, True, False, impl,
         ),
     )  # fmt: skip

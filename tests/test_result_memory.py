@@ -1,4 +1,4 @@
-"""Memory of large results on a CPU: used again, bounded, and like any other tensor's."""
+"""The caching allocator of large CPU results: reuse, bounds, and ordinary tensors."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def emptied(monkeypatch):
     sk.empty_cache()
 
 
-def test_a_freed_result_leaves_its_memory_to_the_next():
+def test_a_result_reuses_the_memory_of_a_freed_one():
     rng = torch.Generator().manual_seed(0)
     s, r = (torch.randint(0, 256, (64, 64, 64, 3), generator=rng, dtype=torch.uint8) for _ in "sr")
     first = sk.domain_mixup(s, r, 0.3)
@@ -40,7 +40,7 @@ def test_a_freed_result_leaves_its_memory_to_the_next():
     assert OPS._cached_bytes() == 0
     view = first[1:]
     del first
-    assert OPS._cached_bytes() == 0  # so is what a view holds
+    assert OPS._cached_bytes() == 0  # the view holds the memory
     assert torch.equal(view, expected[1:])
     del view
     assert OPS._cached_bytes() >= expected.nbytes
@@ -71,7 +71,7 @@ def test_gradients_are_results_too():
         lambda x: sk.hypersphere_repulsion(x, energy=sk.MaxCosine()),
     ],
 )
-def test_gradients_take_the_memory_of_freed_ones(loss):
+def test_gradients_reuse_the_memory_of_freed_ones(loss):
     x = torch.randn(3000, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
     pointers = []
     for _ in range(2):
@@ -98,7 +98,7 @@ def test_small_results_are_torchs():
     assert OPS._cached_bytes() == 0
 
 
-def test_what_is_kept_is_bounded_and_the_newest(monkeypatch):
+def test_the_cache_is_bounded_and_holds_the_newest(monkeypatch):
     monkeypatch.setenv("SYNFACE_CACHE_MIB", "16")
     blocks = [result(6) for _ in range(4)]
     pointers = [block.data_ptr() for block in blocks]
@@ -111,7 +111,7 @@ def test_what_is_kept_is_bounded_and_the_newest(monkeypatch):
     taken.clear()
     large = result(32)
     del large
-    assert OPS._cached_bytes() == 12 * MIB  # beyond the bound by itself: not kept
+    assert OPS._cached_bytes() == 12 * MIB  # larger than the bound: not cached
     monkeypatch.setenv("SYNFACE_CACHE_MIB", "8")
     held = result(2)  # takes no block of 6
     assert OPS._cached_bytes() <= 8 * MIB
@@ -125,8 +125,7 @@ def test_what_is_kept_is_bounded_and_the_newest(monkeypatch):
 def test_more_blocks_than_there_are_slots():
     blocks = [result(2) for _ in range(40)]
     blocks.clear()
-    kept = OPS._cached_bytes()
-    assert kept == 32 * MIB  # 16 slots
+    assert OPS._cached_bytes() == 32 * MIB  # 16 slots
     taken = [result(2) for _ in range(40)]
     assert OPS._cached_bytes() == 0
     assert len({block.data_ptr() for block in taken}) == 40
@@ -184,7 +183,7 @@ def test_it_is_a_tensor_like_any_other():
     block.share_memory_()
     assert block.is_shared()
     assert torch.equal(block, expected)
-    assert array[5] == 5  # NumPy's view holds what it needs
+    assert array[5] == 5  # NumPy's view keeps the memory alive
     grown = OPS._empty_result([MIB], torch.float32, False).fill_(3)
     grown.resize_(2 * MIB)
     assert (grown[:MIB] == 3).all()
@@ -206,7 +205,7 @@ assert ops._cached_bytes() == 4 << 20
 child = os.fork()
 if child == 0:
     ok = ops._cached_bytes() == 4 << 20
-    block = make()  # the kept one, in this process's own copy
+    block = make()  # the cached one, in this process's own copy
     block.fill_(9)
     ok = ok and bool((first == 7).all())
     del block, first

@@ -1,6 +1,7 @@
-"""torch's default device and dtype change nothing: results have the same bits under any of them.
+"""Results have the same bits under any of torch's default devices and dtypes.
 
-The device "meta" stands for a GPU: what lands on it by mistake has no values, and raises or shows.
+The device "meta" stands in for a GPU: a tensor made there by mistake has no values, which shows as
+an error or a difference.
 """
 
 import dataclasses
@@ -74,7 +75,7 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def check(changed: dict[str, Any], make: Callable[[], Any]) -> None:
-    """What is made has the same bits, dtypes and devices under changed defaults."""
+    """Assert that results have the same bits, dtypes and devices under changed defaults."""
     torch.manual_seed(0)
     wanted = list(leaves(make()))
     torch.manual_seed(0)
@@ -186,7 +187,7 @@ def test_mixers(changed):
     bytes_ = torch.randint(256, (6, 4, 5, 3), generator=seeded(), dtype=torch.uint8)
     floats = bytes_.permute(0, 3, 1, 2) / 255
     labels = torch.arange(6)
-    halves = torch.full((6, 2), 0.5)
+    even = torch.full((6, 2), 0.5)
     items = [(image.permute(2, 0, 1).numpy(), i) for i, image in enumerate(bytes_)]
 
     def run():
@@ -196,7 +197,7 @@ def test_mixers(changed):
         domain = DomainMixup(6, 6, ratio=Beta(1.0), flip=0.5, per_sample=True)
         made.append(domain(bytes_, labels, bytes_.flip(0), labels))
         several = torch.stack([labels, labels.flip(0)], 1)
-        made.append(domain(bytes_, several, bytes_[:2], labels[:2], synthetic_weights=halves))
+        made.append(domain(bytes_, several, bytes_[:2], labels[:2], synthetic_weights=even))
         made.append(IdentityMixup()(normal_rows, labels))
         for mode in ("batch", "pair", "elem"):
             options = {"mode": mode, "num_classes": 6, "cutmix_alpha": 1.0}
@@ -371,5 +372,5 @@ def test_evaluation(changed, faces):
 
 
 def test_plan(changed, monkeypatch):
-    monkeypatch.setattr(plan, "_backbone", plan._backbone.__wrapped__)  # not what it remembers
+    monkeypatch.setattr(plan, "_backbone", plan._backbone.__wrapped__)  # without its cache
     check(changed, lambda: plan.memory(plan.Settings(1000, backbone="r18")))

@@ -1,4 +1,4 @@
-"""Compiles every csrc/*/cuda.cu by itself and holds its kernels to budgets.
+"""Compile every csrc/*/cuda.cu by itself and check its kernels' resources against budgets.
 
     python tools/cuda_check.py        # exit status 1 where a kernel is over
 
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 90, 100)
 FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]  # as in setup.py
-# What a thread may use: at 128 registers, 512 threads share a multiprocessor.
+# Budgets of a thread: with 128 registers, 512 threads fit on a multiprocessor.
 REGISTERS = 128
 STACK = SPILLS = 0
 
@@ -28,7 +28,7 @@ def nvcc() -> str | None:
 
 
 def compile_kernels(source: Path, architecture: int) -> list[dict[str, int | str]]:
-    """Each kernel of the file with its registers, and bytes of stack and spills."""
+    """Return each kernel of the file with its registers, and bytes of stack and spills."""
     compiler = nvcc()
     assert compiler is not None
     with tempfile.TemporaryDirectory() as folder:

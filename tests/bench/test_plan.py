@@ -25,7 +25,7 @@ from tests.helpers.command_line import call
 
 STEP = """
 import sys, torch
-from synface.bench.measure import peak_bytes
+from synface_kernels.testing import peak_bytes
 import synface_kernels as sk
 
 classes, dim, batch, dtype, optimizer, rate, fused = sys.argv[1:]

@@ -11,7 +11,7 @@ pytestmark = [
 ]
 DEVICE = "cuda"
 U8, F32, BF16, F16, F64 = torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64
-# Triton compiles anew for nearly every combination, so not all of them are tried here.
+# Triton compiles a kernel for nearly every combination, so only some are tried.
 TYPES = [
     (U8, F32),
     (U8, BF16),

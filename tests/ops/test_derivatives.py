@@ -1,4 +1,4 @@
-"""One derivative, in reverse mode, is there: by autograd and by torch.func. Others raise."""
+"""The ops are differentiable once, in reverse mode: autograd and torch.func. Others raise."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_forward_mode_of_target_weights_raises(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_forward_mode_by_a_margin_is_right(impl: str) -> None:
-    """Target terms are plain torch code: what does not come by input or weight has a tangent."""
+    """Target terms are plain torch code: only input and weight lack a tangent."""
     x, w = points()
     target, margin = torch.arange(N), torch.full((N,), 0.5, dtype=torch.float64)
 

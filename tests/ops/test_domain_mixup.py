@@ -1,4 +1,4 @@
-"""Domain mixup against its definition: the very bits, whatever runs it."""
+"""Domain mixup against its definition: every implementation gives the same bits."""
 
 import itertools
 import os
@@ -38,7 +38,7 @@ def pair(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Ten
 
 
 def plain(s: Tensor, r: Tensor, psi: Tensor, mean: float, std: float) -> Tensor:
-    """NHWC bytes to normalized NCHW by the formula as it is written down, in float64."""
+    """Mix uint8 NHWC images into normalized NCHW by the formula, in float64."""
     share = psi.double().view(-1, 1, 1, 1)
     mixed = (share * (s.double() / 255) + (1 - share) * (r.double() / 255)).permute(0, 3, 1, 2)
     return (mixed - mean) / std
@@ -155,10 +155,10 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", cpu_isas())
 def test_estimates_do_not_show(name: str) -> None:
-    """bfloat16 of bytes comes from float32 wherever that suffices: the bits are float64's."""
+    """Bfloat16 results computed in float32, where that suffices, have float64's bits."""
     rng = torch.Generator().manual_seed(3)
     s, r = pair((16, 64, 67, 3), U8)
-    s[8:12] = r[8:12]  # then ψ has no say
+    s[8:12] = r[8:12]  # then the result does not depend on ψ
     s[12:] = 255 - r[12:]  # mid-grayscale at ψ = ½: results of 0 and about 0
     for share in (None, 0.5, 1e-300, 2.0**-17, 1 - 2.0**-53):
         psi = torch.rand(16, generator=rng, dtype=F64) if share is None else share
@@ -208,7 +208,7 @@ def test_any_shape_and_strides(data: st.DataObject) -> None:
     inverse = [order.index(i) for i in range(4)]
 
     def strided(x: Tensor) -> Tensor:
-        """The same values in other memory: dimensions permuted, rows perhaps with gaps."""
+        """Return the same values in other memory: dimensions permuted, rows perhaps with gaps."""
         wide = x.new_zeros((*(x.shape[i] for i in order[:3]), step * x.shape[order[3]]))
         view = wide[..., ::step].permute(inverse)
         view.copy_(x)
@@ -257,7 +257,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [(4, 3, 112, 112), (2, 1, 8, 6), (1, 4, 6, 5)])
 def test_images_of_the_other_layout(shape: tuple[int, ...]) -> None:
-    """Images with 1, 3 or 4 channels in the other layout alone are refused, unless it is given."""
+    """Images with 1, 3 or 4 channels only in the other layout are refused, unless it is given."""
     planar = torch.rand(shape)
     images = planar.permute(0, 2, 3, 1).contiguous()
     expected = sk.domain_mixup(images, images, 0.5)
@@ -265,7 +265,7 @@ def test_images_of_the_other_layout(shape: tuple[int, ...]) -> None:
     for mix, x in ((sk.domain_mixup, planar), (skn.domain_mixup, planar.numpy())):
         with pytest.raises(ValueError, match=f'{shape[3]} channels.*give layout="NCHW"'):
             mix(x, x, 0.5)
-    layers = torch.rand(2, 512, 4, 4)  # a layout that is given is taken at its word
+    layers = torch.rand(2, 512, 4, 4)  # an explicit layout is not questioned
     assert sk.domain_mixup(layers, layers, 0.5, layout="NCHW").shape == (2, 512, 4, 4)
     many = torch.rand(2, 16, 8, 6)  # neither layout has 1, 3 or 4 channels
     assert sk.domain_mixup(many, many, 0.5).shape == (2, 6, 16, 8)

@@ -99,7 +99,7 @@ def test_bytes_leave_the_second_derivative_of_psi() -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
 def test_forward_mode(dtype: torch.dtype) -> None:
-    """Values are the op's very bits; tangents those of the formula."""
+    """Values have the op's bits; tangents are those of the formula."""
     inputs = (*pair(F32), torch.tensor([0.3, 0.6]))
     along = tuple(torch.randn_like(t) for t in inputs)
     run = mixer(dtype=dtype)

@@ -1,6 +1,4 @@
-"""The search by products of bfloat16 finds what the search by products of float32 finds, to the
-last bit, wherever the points lie.
-"""
+"""The neighbor search with a bfloat16 prefilter returns the bits of the one in float32."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from synface_kernels import _load
 from tests.helpers import codes
 
 BF16 = [isa for isa in _load.cpu_isas() if isa.endswith("bf16")]
-pytestmark = pytest.mark.skipif(not BF16, reason="this processor multiplies no bfloat16")
+pytestmark = pytest.mark.skipif(not BF16, reason="this processor has no bfloat16 instructions")
 
 
 def noise(n: int, d: int, seed: int) -> Tensor:
@@ -38,13 +36,14 @@ def duplicated(n: int, d: int, seed: int) -> Tensor:
 
 
 def in_a_cone(n: int, d: int, seed: int) -> Tensor:
-    """Cosines that differ by far less than rounding to bfloat16 changes them."""
+    """Return points whose cosines differ by far less than a bfloat16 rounding error."""
     return 1 + 1e-4 * noise(n, d, seed)
 
 
 def beside_midpoints(n: int, d: int, seed: int) -> Tensor:
-    """Coordinates just above or just below the middle of two numbers of bfloat16, a point's all on
-    one side or on both, so that all their errors add up.
+    """Return coordinates just beside the midpoint of two bfloat16 numbers, so that errors add up.
+
+    A point's coordinates are all on one side of the midpoint, or on both.
     """
     middle = (1 + 2**-8) * 2 ** -round(1 + torch.tensor(d).log2().item() / 2)
     above = noise(n, 1, seed).sign() if seed % 2 else noise(n, d, seed).sign()
@@ -53,7 +52,7 @@ def beside_midpoints(n: int, d: int, seed: int) -> Tensor:
 
 
 def of_all_sizes(n: int, d: int, seed: int) -> Tensor:
-    """Norms from 1e-11 to 1e19, coordinates that are 0 in bfloat16's normal numbers."""
+    """Return points with norms from 1e-11 to 1e19, some coordinates subnormal in bfloat16."""
     generator = torch.Generator().manual_seed(seed + 3)
     rows = noise(n, d, seed) * 10 ** (10 * noise(n, d, seed + 2).clamp(-2, 0))
     norms = 10 ** (30 * torch.rand(n, 1, generator=generator) - 11)
@@ -104,8 +103,9 @@ def test_any_points(kind, n, m, d, k, seed):
 
 
 def test_rounding_against_the_nearest():
-    """The nearest is rounded away from the point, the second nearest towards it: by products of
-    rounded vectors the order is the other one.
+    """Rounding moves the nearest neighbor away and the second nearest closer.
+
+    Dot products of the rounded vectors have the wrong order.
     """
     d, n = 100, 1000
     middle = (1 + 2**-8) * 2**-4
@@ -126,7 +126,7 @@ def test_rounding_against_the_nearest():
 
 
 def test_packed_points():
-    """As an optimizer leaves them: hundreds of neighbors nearly as near as the nearest."""
+    """Packed points have hundreds of neighbors nearly as near as the nearest."""
     x = F.normalize(noise(1200, 48, 0)).requires_grad_()
     optimizer = torch.optim.Adam([x], lr=0.01)
     for _ in range(40):
@@ -153,6 +153,6 @@ def test_gradients_are_the_same():
 
 
 def test_large_dimensions():
-    """Slices of the depth, an odd one at that."""
+    """The kernel splits a large, odd D into slices."""
     assert_same(noise(600, 1537, 1), None, 2)
     assert_same(clustered(600, 2049, 1), noise(300, 2049, 2), 1)

@@ -1,4 +1,4 @@
-"""Points spread over the ranks of a process group give what one rank gives."""
+"""Points sharded over the ranks of a process group give the results of a single process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CASES = [c for c in CASES if c[4] == "mean" or c[:2] == (torch.float64, "apart")
 
 
 def points(kind: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """X and y. Those of the lattice have many equal distances, and some coincide."""
+    """Return x and y; on the lattice many distances are equal, and some points coincide."""
     generator = torch.Generator().manual_seed(0)
     if kind == "apart":
         rows = torch.randn(N + M, D, generator=generator, dtype=torch.float64)
@@ -51,14 +51,14 @@ def points(kind: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def shares(ranks: int, uneven: bool) -> list[int]:
-    """How many points each rank holds; unevenly: one of them, and none, too."""
+    """Return the number of points of each rank; uneven ones include one and none."""
     if uneven:
         return [60, 1, 0, 0][:ranks]
     return [N * (r + 1) // ranks - N * r // ranks for r in range(ranks)]
 
 
 def objective(loss: torch.Tensor, first: int = 0) -> torch.Tensor:
-    """A scalar with a gradient of its own for each of a rank's energies, if it is not one."""
+    """Return a weighted sum of a rank's energies, so that each has a gradient of its own."""
     weights = 2 + torch.arange(first, first + loss.numel(), dtype=loss.dtype) / N
     return (loss.flatten() * weights).sum()
 
@@ -132,7 +132,7 @@ def neighbors(rank: int, ranks: int) -> list:
 
 
 def many() -> torch.Tensor:
-    """Enough for blocks that have met others before."""
+    """Return enough points for several blocks per rank."""
     return torch.randn(1400, 24, generator=torch.Generator().manual_seed(1))
 
 

@@ -913,7 +913,7 @@ def test_a_step_on_sampled_classes(impl):
 
 GATHERED = """
 import torch, synface_kernels as sk
-from synface.bench.measure import peak_bytes
+from synface_kernels.testing import peak_bytes
 n, c, d = 8, 120_000, 512
 x, w = torch.randn(n, d), torch.randn(c, d)
 ids = torch.arange(0, c, 2)
@@ -934,7 +934,7 @@ def test_sampled_rows_are_not_gathered():
 
 MEMORY = """
 import torch, synface_kernels as sk
-from synface.bench.measure import peak_bytes
+from synface_kernels.testing import peak_bytes
 n, c, d = 512, 100_000, 64
 x = torch.randn(n, d, requires_grad=True)
 w = torch.randn(c, d, requires_grad=True)

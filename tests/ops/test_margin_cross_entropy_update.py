@@ -129,7 +129,7 @@ def test_fifty_steps_twice_are_bitwise_the_same() -> None:
 
 MEMORY = """
 import torch, synface_kernels as sk
-from synface.bench.measure import peak_bytes
+from synface_kernels.testing import peak_bytes
 
 def peak(c):
     x = torch.randn(n, d, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Optimizer steps on rows: the definition against torch.optim, the kernel against it."""
+"""Row updates: the definition against torch.optim, the kernel against the definition."""
 
 from typing import Any
 
@@ -44,9 +44,9 @@ class Rows:
 
     def __init__(self, weight: Tensor, options: dict[str, Any], adamw: bool, **more: Any) -> None:
         self.weight, self.options, self.adamw, self.more = weight.clone(), options, adamw, more
-        kept = more.pop("state_dtype", F64 if weight.dtype == F64 else F32)
+        stored = more.pop("state_dtype", F64 if weight.dtype == F64 else F32)
         count = 2 if adamw else int(options.get("momentum", 0) > 0)
-        self.states = [torch.zeros(weight.shape, dtype=kept) for _ in range(count)]
+        self.states = [torch.zeros(weight.shape, dtype=stored) for _ in range(count)]
         lazy = more.pop("lazy", None)
         self.last_step = None if lazy is None else torch.zeros(weight.shape[0], dtype=lazy)
 
@@ -64,7 +64,7 @@ class Rows:
 
 
 class Dense:
-    """The same by torch.optim, with gradients of zero for the other rows."""
+    """A weight updated by torch.optim, with zero gradients for the other rows."""
 
     def __init__(self, weight: Tensor, options: dict[str, Any], adamw: bool) -> None:
         self.weight = weight.clone().requires_grad_()
@@ -126,7 +126,7 @@ def test_all_rows_are_torchs_step(options: dict[str, Any], adamw: bool, impl: st
 def test_the_kernel_gives_the_definitions_bits(
     options: dict[str, Any], adamw: bool, dtype: Any, state_dtype: Any, grad_dtype: Any, seed: Any
 ) -> None:
-    """By every instruction set and number of threads; rows that are not touched stay."""
+    """Every instruction set and number of threads gives the same bits; other rows are unchanged."""
     c, d, touched = 200, 259, 150
     weight = normal(c, d, seed=0, dtype=dtype)
 
@@ -238,7 +238,7 @@ def test_a_hundred_thousand_missed_steps_of_sgd(options: dict[str, Any]) -> None
 @pytest.mark.parametrize("dtype", [F64, F32])
 @pytest.mark.parametrize("start", [1, 1000])
 def test_thousands_of_missed_steps_of_adamw(dtype: torch.dtype, start: int) -> None:
-    """What is left off of the series is below rounding."""
+    """The truncated rest of the series is below a rounding error."""
     ids, missed = torch.arange(3), 3000
     for options in ADAMW[:3]:
         results = []
@@ -293,10 +293,10 @@ def test_a_bound_where_the_series_of_missed_steps_does_not_fall() -> None:
                 catch_up(2**31, dtype, betas=betas)
 
 
-# ---- random rounding -----------------------------------------------------------------------------
+# ---- stochastic rounding -------------------------------------------------------------------------
 
 
-def test_random_rounding_has_no_bias() -> None:
+def test_stochastic_rounding_has_no_bias() -> None:
     """The mean of many roundings is the value, for fractions of all sizes, signs and exponents."""
     rows, columns = 3000, 64
     fraction = (torch.arange(columns) + 0.5) / columns
@@ -336,7 +336,7 @@ def test_random_bits_are_even_and_differ() -> None:
 
 
 def test_small_steps_are_not_lost() -> None:
-    """A hundred steps of 2^-12 of the weight: nearest rounding stands still."""
+    """A hundred steps of 2^-12 of the weight are lost by rounding to nearest."""
     steps, spacing = 100, 2.0**-8  # of bfloat16 just below 1
     chance = 2.0**-12 / spacing
     sigma = spacing * (steps * chance * (1 - chance) / 64**2) ** 0.5
@@ -349,7 +349,7 @@ def test_small_steps_are_not_lost() -> None:
     assert abs(random.double().mean() - (1 - steps * 2.0**-12)) < 4 * sigma
 
 
-def test_random_rounding_of_what_is_not_finite_or_exact() -> None:
+def test_stochastic_rounding_of_exact_and_non_finite_values() -> None:
     values = torch.tensor([[torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 1.0, -3.5]])
     for impl in ("cpu", "reference"):
         weight = torch.zeros_like(values).bfloat16()
@@ -482,12 +482,12 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
 
 
 def test_memory_that_overlaps() -> None:
-    """Overlaps are refused by name before anything is written; columns of one matrix are none."""
+    """Overlaps are refused by name before a write; columns of one matrix do not overlap."""
     memory = torch.arange(1.0, 41.0)
     before = memory.clone()
     w = memory[:15].view(5, 3)
     others = {"momentum_buffer": torch.ones(5, 3), "momentum": 0.9, "step": 1, "last_step": LAST}
-    place = memory.view(torch.int64)
+    as_int64 = memory.view(torch.int64)
     for change, message in (
         ({"weight": memory[:3].expand(5, 3)}, "weight must not overlap itself: more than one"),
         ({"weight": memory.as_strided((5, 3), (2, 1))}, "weight must not overlap itself"),
@@ -497,9 +497,9 @@ def test_memory_that_overlaps() -> None:
         ({"momentum_buffer": memory[14:29].view(5, 3)}, "weight must not share .* momentum_buffer"),
         ({"weight": memory[:20].view(5, 4)[:, :3],
           "momentum_buffer": memory[2:22].view(5, 4)[:, :3]}, "single memory location"),
-        ({"last_step": place[:5]}, "weight must not share memory with last_step"),
+        ({"last_step": as_int64[:5]}, "weight must not share memory with last_step"),
         ({"row_grad": w[1:3]}, "weight must not share memory with row_grad"),
-        ({"class_ids": place[7:8]}, "weight must not share memory with class_ids"),
+        ({"class_ids": as_int64[7:8]}, "weight must not share memory with class_ids"),
     ):  # fmt: skip
         arguments: dict[str, Any] = {"weight": w, "row_grad": G, "class_ids": IDS, "lr": 0.1}
         arguments |= others | change

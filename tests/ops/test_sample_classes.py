@@ -1,4 +1,4 @@
-"""Sampled classes against their definition, and the definition against the law that it promises."""
+"""Class sampling against its definition, and the definition against its distribution."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ from tests.helpers.cpu import cpu
 
 ROOT = Path(__file__).parents[2]
 IMPLS = ("cpu", "torch", "reference")
-P_LEAST = 1e-4  # seeds are fixed, so that a test passes always or never
+P_LEAST = 1e-4  # seeds are fixed, so a test passes always or never
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -100,12 +100,12 @@ def test_any_layout_and_ignore_index() -> None:
             assert ids.numel() == 40
 
 
-# ---- the law -------------------------------------------------------------------------------------
+# ---- the distribution ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wanted", [2, 3, 4, 5, 6])
 def test_every_set_of_negatives_is_as_likely(wanted: int) -> None:
-    """All sets, C = 7 with two positives: drawn into the sample, or out of it."""
+    """All sets are equally likely, for C = 7 with two positives."""
     target = torch.tensor([4, 1, 4, -100])
     negatives = [0, 2, 3, 5, 6]
     rng = seeded(wanted)
@@ -138,7 +138,7 @@ def test_every_negative_is_as_likely(wanted: int) -> None:
 
 
 def test_pairs_are_as_likely() -> None:
-    """Neighbors do not go together."""
+    """Adjacent classes are sampled independently."""
     target = torch.empty(0, dtype=torch.int64)
     rng, together = seeded(5), 0
     for _ in range(4000):

@@ -152,7 +152,7 @@ def test_the_command_line_streams_what_memory_does_not_hold(tmp_path):
 PEAK = """
 import sys
 from synface.data import open_images
-from synface.bench.measure import status
+from synface_kernels.testing import status
 from synface.training.sources import FacesSource
 from synface.training.loop import TrainConfig
 source = FacesSource(open_images(sys.argv[1]), size=(64, 64), workers=1)

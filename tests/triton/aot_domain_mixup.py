@@ -7,6 +7,7 @@ import itertools
 import torch
 
 from synface_kernels.ops.domain_mixup import kernel_triton
+from synface_kernels.ops.domain_mixup.reference import Operands
 
 REGISTERS, STACK = 160, 0
 NOT_FUSED = "f64"  # a fused multiply-add would give other bits than the definition
@@ -25,6 +26,7 @@ def launch(capability: int) -> None:
             continue
         x = torch.empty(64, 112, 112, 3, dtype=source, device="meta").permute(0, 3, 1, 2)
         y = torch.empty(64, 3, 112, 112, dtype=to, device="meta").to(memory_format=memory_format)
-        kernel_triton.forward(x, x, psi, affine, flip, flip, y)
+        operands = Operands(x, x, psi, affine, flip, flip)
+        kernel_triton.forward(operands, y)
         images = (None, None) if source == torch.uint8 else (torch.empty_like(x),) * 2
-        kernel_triton.backward(y, x, x, psi, affine, flip, flip, *images, psi)
+        kernel_triton.backward(y, operands, *images, psi)

@@ -5,8 +5,6 @@ python -m synface.bench.measure eager 256 256 100000    (peak memory of one, in 
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import statistics
 import subprocess
@@ -14,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import synface_kernels as sk
+from synface_kernels.testing import peak_bytes
 
 from ..common.rng import normals
 
@@ -114,25 +112,6 @@ def peak_memory(method: str, workload: Workload) -> int | str:
         lines = child.stderr.strip().splitlines()
         return f"not measured: {lines[-1] if lines else f'exit status {child.returncode}'}"
     return int(json.loads(child.stdout))
-
-
-def status(field: str) -> int:
-    """Bytes that Linux counts of this process: VmRSS, resident now; VmHWM, the peak of that."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Peak resident bytes of this process while run() runs, above those before it (Linux)."""
-    gc.collect()
-    sk.empty_cache()  # what was freed goes back to the system
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = status("VmRSS")
-    run()
-    return status("VmHWM") - before
 
 
 if __name__ == "__main__":

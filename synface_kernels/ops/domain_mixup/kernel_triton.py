@@ -1,7 +1,7 @@
 """Domain mixup in Triton: float64 without fused multiply-adds, rounded once, as everywhere.
 
-Elements are taken in the order of the result's memory, and images are read by their strides: any
-layout, nothing is copied.
+Programs go through the result's memory in order and read images by their strides: any layout,
+without copies.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reference import Operands
+
 BLOCK = 1024
 _FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 @triton.jit
 def _rounded(x, FORMAT: tl.constexpr):
-    """float64 to what the result is stored as; to 16 bits by way of rounding to odd."""
+    """Round float64 to the result's dtype; to 16 bits by way of float32, rounded to odd."""
     nearest = x.to(tl.float32)
     back = nearest.to(tl.float64)
     bits = nearest.to(tl.int32, bitcast=True)
@@ -41,7 +43,7 @@ def _rounded(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def _element(C, H, W, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr):
-    """Channel, row and column of a block of one sample's elements."""
+    """Return channel, row and column of a block of one sample's elements, and which exist."""
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if INTERLEAVED:
         channel, pixel = i % C, i // C
@@ -110,7 +112,7 @@ def _backward_kernel(
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> None:
-    # No fused multiply-adds: they would give other bits than the definition.
+    # Fused multiply-adds would give other bits than the definition.
     kernel[grid](*args, **config, enable_fp_fusion=False)
 
 
@@ -122,19 +124,12 @@ def _flags(flip: Tensor | None, psi: Tensor) -> tuple[Tensor, bool]:
     return (psi, False) if flip is None else (flip.view(torch.uint8), True)
 
 
-def forward(
-    synthetic: Tensor,
-    real: Tensor,
-    psi: Tensor,
-    affine: Tensor,
-    flip_synthetic: Tensor | None,
-    flip_real: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Writes the mixed images into ``out``; see `reference.forward` for the arguments.
+def forward(operands: Operands, out: Tensor) -> None:
+    """Write the mixed images into ``out``.
 
     Memory above inputs and output: none. Images of any strides are read in place.
     """
+    synthetic, real, psi, affine, flip_synthetic, flip_real = operands
     batch, channels, height, width = synthetic.shape
     if out.numel() == 0:
         return
@@ -152,20 +147,16 @@ def forward(
 
 def backward(
     gradient: Tensor,
-    synthetic: Tensor,
-    real: Tensor,
-    psi: Tensor,
-    affine: Tensor,
-    flip_synthetic: Tensor | None,
-    flip_real: Tensor | None,
+    operands: Operands,
     grad_synthetic: Tensor | None,
     grad_real: Tensor | None,
     grad_psi: Tensor | None,
 ) -> None:
-    """Writes the gradients that are not None.
+    """Write the gradients that are not None.
 
     Memory above inputs and outputs: 8·B·⌈C·H·W/1024⌉ bytes for ``grad_psi``.
     """
+    synthetic, real, psi, affine, flip_synthetic, flip_real = operands
     batch, channels, height, width = synthetic.shape
     if synthetic.numel() == 0:
         if grad_psi is not None:

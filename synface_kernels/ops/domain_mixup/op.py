@@ -2,12 +2,11 @@
 
 The op sees logical (B, C, H, W) tensors of any strides, ψ as (B,) float64, and each channel's mean
 and standard deviation. All arithmetic is float64 in one fixed order, rounded once to the result's
-dtype, so that every implementation gives the same bits.
+dtype, so that every implementation returns the same bits.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -16,14 +15,13 @@ import torch
 from torch import Tensor
 
 from ..._check import describe, require_apart
-from ..._derivatives import innermost, transformed
-from ..._layout import check_layout
+from ..._derivatives import transformed
 from ..._load import library
 from ..._select import always, needs_cpu_extension, register, resolve
-from . import reference
+from . import checks, reference
+from .reference import Gradients, Operands
 
 OP = "domain_mixup"
-FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _needs_cuda_library(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
@@ -37,7 +35,7 @@ def _needs_cuda_library(device: torch.device, dtypes: Sequence[torch.dtype]) -> 
 def _needs_triton(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
     from ..._select import needs_triton
 
-    # float64 is what this op computes in: unlike elsewhere, Triton takes it.
+    # This op computes in float64, so unlike elsewhere its Triton kernel supports it.
     return needs_triton(device, [dtype for dtype in dtypes if dtype != torch.float64])
 
 
@@ -64,7 +62,7 @@ library.define(
     "bool needs_real_grad, bool needs_psi_grad, str impl)"
     " -> (Tensor grad_synthetic, Tensor grad_real, Tensor grad_psi)"
 )
-for _key in ("cpu", "cuda"):  # implemented in csrc/bindings.cpp; affine is (C, 2)
+for _key in ("cpu", "cuda"):  # implemented in csrc/; affine is (C, 2)
     library.define(f"{OP}_{_key}({_INPUTS}Tensor affine, {_FLIPS}Tensor(a!) out) -> ()")
     library.define(
         f"{OP}_backward_{_key}(Tensor gradient, {_INPUTS}Tensor affine, {_FLIPS}"
@@ -86,33 +84,33 @@ def domain_mixup(
     out: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Mixes a synthetic and a real batch pixel by pixel and normalizes the result, in one pass.
+    """Mix a synthetic and a real batch pixel by pixel and normalize the result, in one pass.
 
-    X = ψ·X_S + (1 − ψ)·X_R, then (X − mean)/std for each channel. Bytes stand for value/255;
-    floating images are taken as they are (usually already in [0, 1]): nothing is divided by 255.
+    X = ψ·X_S + (1 − ψ)·X_R, then (X − mean)/std for each channel. Only uint8 images are divided by
+    255; floating-point images are usually in [0, 1] already.
 
     Args:
         synthetic: (B, H, W, C) images, or (B, C, H, W) with ``layout="NCHW"``: uint8, float32,
             float16, bfloat16 or float64. Any B, H and W, 0 too. Where the last dimension is
-            none of 1, 3 and 4, and the second is, ``layout="NCHW"`` must be given.
+            none of 1, 3 and 4, and the second is one of them, ``layout="NCHW"`` is required.
         real: likewise, of the same shape, dtype and device.
-        psi: the synthetic share, in [0, 1]: one number (float or 0-dimensional tensor) for the
-            batch, or a floating-point (B,) tensor, one per sample.
-        mean, std: one number, or C of them, in units of value/255 for bytes; std > 0.
-        flip: which samples to mirror left to right before they are mixed: a pair
+        psi: ψ in [0, 1], the share of synthetic: one number (float or 0-dimensional tensor) for
+            the batch, or a floating-point (B,) tensor, one per sample.
+        mean, std: one number, or C of them, in [0, 1] units also for uint8 images; std > 0.
+        flip: which samples to flip horizontally before they are mixed: a pair
             (flip_synthetic, flip_real), each None or a (B,) bool tensor; or one (2, B) bool tensor.
         layout: how the images' dimensions are ordered, ``"NHWC"`` or ``"NCHW"``.
         dtype: of the result: float32, float16, bfloat16 or float64.
         memory_format: of the result: ``torch.contiguous_format`` or ``torch.channels_last``.
-        out: (B, C, H, W) tensor of just that dtype and memory format to write into; it may not
-            share memory with an image. Takes no part in autograd.
+        out: (B, C, H, W) tensor of exactly that dtype and memory format to write into; it may not
+            share memory with an image. Not differentiable.
         impl: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; see `explain`.
 
     Returns:
         (B, C, H, W), whatever the input's layout; ``out`` if it was given.
 
-    The arithmetic is float64, rounded once to ``dtype``. All implementations, and all instruction
-    sets and thread counts of the CPU's, give the same bits.
+    The arithmetic is float64, rounded once to ``dtype``. All implementations, instruction sets and
+    numbers of threads return the same bits.
 
     Differentiable in floating images and in ``psi``: ∂X_S = ψ·G/σ, ∂X_R = (1 − ψ)·G/σ,
     ∂ψ_b = Σ G·(X_S − X_R)/σ over sample b, summed in float64 in a fixed order. Derivatives of
@@ -122,63 +120,58 @@ def domain_mixup(
 
     Memory above the inputs: the result, and with ``out`` nothing that grows with the images. An
     image whose samples are not dense in memory, as (C, H, W) or as (H, W, C), is copied by the CPU
-    and CUDA implementations (``layout`` says nothing about memory: a permuted view is not copied).
-    On a CPU, memory of freed results is kept for the next, 512 MiB at most: see `empty_cache`.
-    Between forward and backward the images are kept.
+    and CUDA implementations (``layout`` is the order of dimensions, not of memory: a permuted view
+    is not copied). CPU results come from a caching allocator, capped at 512 MiB: see
+    `empty_cache`. The images are saved from forward to backward.
 
     Raises:
-        ValueError: for a wrong dtype, shape, device, memory format or value. On a GPU a ``psi``
-            tensor is checked there, by an asynchronous assertion.
+        ValueError: for a wrong dtype, shape, device, memory format or value. A ``psi`` tensor on a
+            GPU is checked by an asynchronous assertion.
         TypeError: for an argument of a wrong Python type.
         RuntimeError: for an ``impl`` that cannot run here, naming the reason.
 
     Source: Qiu et al., "SynFace", ICCV 2021, eq. 4.
     """
-    _check_images(synthetic, real, layout)
+    checks.check_images(synthetic, real, layout)
     if layout == "NHWC":
         synthetic, real = synthetic.permute(0, 3, 1, 2), real.permute(0, 3, 1, 2)
     batch, channels = synthetic.shape[:2]
-    means, stds = _constants("mean", mean, channels), _constants("std", std, channels)
+    means, stds = checks.constants("mean", mean, channels), checks.constants("std", std, channels)
     if not all(s > 0 for s in stds):
         raise ValueError(f"std must be > 0, got {std}")
-    flip_synthetic, flip_real = _flips(flip, batch, synthetic.device)
-    _check_result(dtype, memory_format)
+    flip_synthetic, flip_real = checks.flips(flip, batch, synthetic.device)
+    checks.check_result(dtype, memory_format)
     chosen = resolve(OP, impl, (synthetic,))
-    shares = _shares(psi, batch, synthetic.device)
+    shares = checks.shares(psi, batch, synthetic.device)
+    inputs = Inputs(synthetic, real, shares, means, stds, flip_synthetic, flip_real)
     if transformed(synthetic, real, shares):
         if out is not None:
             raise ValueError(
-                "out takes no part in autograd: call without it where torch.func or "
-                "forward-mode differentiation is at work"
+                "out takes no part in autograd: call without it under torch.func or "
+                "forward-mode differentiation"
             )
         if impl not in ("auto", "reference"):
             raise RuntimeError(
                 f"impl={impl!r} of {OP} cannot run here: torch.func's derivatives and forward-mode "
-                "differentiation go through the reference; give impl='auto'"
+                "differentiation go through the reference; use impl='auto'"
             )
-        inputs = Inputs(synthetic, real, shares, means, stds, flip_synthetic, flip_real)
         return _definition(inputs, dtype, memory_format)
     ops = torch.ops.synface_kernels
     if out is None:
         channels_last = memory_format == torch.channels_last
-        return ops.domain_mixup_forward(
-            synthetic, real, shares, means, stds, flip_synthetic, flip_real,
-            dtype, channels_last, chosen,
-        )  # fmt: skip
-    _check_out(out, synthetic, dtype, memory_format)
+        return ops.domain_mixup_forward(*inputs, dtype, channels_last, chosen)
+    checks.check_out(out, synthetic, dtype, memory_format)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (synthetic, real, shares, out)):
         raise ValueError(
             "out takes no part in autograd: call without it, or under torch.no_grad(), when "
             "synthetic, real, psi or out requires a gradient"
         )
-    ops.domain_mixup_out(
-        synthetic, real, shares, means, stds, flip_synthetic, flip_real, out, chosen
-    )
+    ops.domain_mixup_out(*inputs, out, chosen)
     return out
 
 
 def identity_mixup(alpha1: Tensor, alpha2: Tensor, phi: float | Tensor) -> Tensor:
-    """Mixes identity coefficients: φ·α₁ + (1 − φ)·α₂.
+    """Mix identity coefficients: φ·α₁ + (1 − φ)·α₂.
 
     Args:
         alpha1, alpha2: (B, D) coefficient vectors of one floating-point dtype.
@@ -189,8 +182,8 @@ def identity_mixup(alpha1: Tensor, alpha2: Tensor, phi: float | Tensor) -> Tenso
         (B, D), in the coefficients' dtype. Differentiable in all three.
 
     Raises:
-        ValueError: for a wrong dtype, shape, device or value; a tensor on a GPU is checked there,
-            by an asynchronous assertion.
+        ValueError: for a wrong dtype, shape, device or value; values on a GPU are checked by an
+            asynchronous assertion.
         TypeError: for an argument of a wrong Python type.
 
     Memory above the inputs: two tensors like ``alpha1``.
@@ -206,143 +199,17 @@ def identity_mixup(alpha1: Tensor, alpha2: Tensor, phi: float | Tensor) -> Tenso
         raise ValueError(
             f"alpha2 must be like alpha1, got {describe(alpha2)} and alpha1 {describe(alpha1)}"
         )
-    share = _shares(phi, alpha1.shape[0], alpha1.device, "phi")
-    _require_shares(share, "phi")
+    share = checks.shares(phi, alpha1.shape[0], alpha1.device, "phi")
+    checks.require_shares(share, "phi")
     share = share.to(alpha1.dtype)[:, None]
     return share * alpha1 + (1 - share) * alpha2
-
-
-# ---- checks --------------------------------------------------------------------------------------
-
-
-def _check_images(synthetic: Tensor, real: Tensor, layout: str) -> None:
-    if layout not in ("NHWC", "NCHW"):
-        raise ValueError(f"layout must be 'NHWC' or 'NCHW', got {layout!r}")
-    shape = "(B, H, W, C)" if layout == "NHWC" else "(B, C, H, W)"
-    for name, images in (("synthetic", synthetic), ("real", real)):
-        if not isinstance(images, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {describe(images)}")
-        if images.dim() != 4 or images.dtype not in (torch.uint8, *FLOATING):
-            raise ValueError(
-                f"{name} must be uint8, float32, float16, bfloat16 or float64 of shape {shape}, "
-                f"got {describe(images)}"
-            )
-    if (real.shape, real.dtype, real.device) != (
-        synthetic.shape, synthetic.dtype, synthetic.device,
-    ):  # fmt: skip
-        raise ValueError(
-            "real must be of the shape, dtype and device of synthetic, "
-            f"got real {describe(real)} and synthetic {describe(synthetic)}"
-        )
-    check_layout(synthetic.shape, layout)
-
-
-def _constants(name: str, value: float | Sequence[float], channels: int) -> list[float]:
-    if isinstance(value, (int, float)):
-        values = [float(value)] * channels
-    elif isinstance(value, Sequence) and all(isinstance(v, (int, float)) for v in value):
-        values = [float(v) for v in value]
-    else:
-        raise TypeError(f"{name} must be a number or a sequence of numbers, got {value!r}")
-    if len(values) != channels:
-        raise ValueError(f"{name} must be one number or C = {channels}, got {len(values)}")
-    if not all(abs(v) < math.inf for v in values):  # which torch.compile can trace
-        raise ValueError(f"{name} must be finite, got {value}")
-    return values
-
-
-def _flips(flip: Any, batch: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    if flip is None:
-        return None, None
-    if not isinstance(flip, (tuple, list, Tensor)):
-        raise TypeError(f"flip must be None, a pair or a (2, B) bool tensor, got {describe(flip)}")
-    if len(flip) != 2:
-        raise ValueError(
-            "flip must be a pair (flip_synthetic, flip_real) or a (2, B) bool tensor, "
-            f"got {describe(flip) if isinstance(flip, Tensor) else f'{len(flip)} elements'}"
-        )
-    for name, side in zip(("flip_synthetic", "flip_real"), flip, strict=True):
-        if side is None:
-            continue
-        if not isinstance(side, Tensor):
-            raise TypeError(f"{name} must be None or a tensor, got {describe(side)}")
-        if side.dtype != torch.bool or side.shape != (batch,) or side.device != device:
-            raise ValueError(
-                f"{name} must be bool of shape (B,) with B = {batch} on {device}, "
-                f"got {describe(side)}"
-            )
-    return flip[0], flip[1]
-
-
-def _check_result(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype, got {describe(dtype)}")
-    if dtype not in FLOATING:
-        raise ValueError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
-    if not isinstance(memory_format, torch.memory_format):
-        raise TypeError(
-            f"memory_format must be a torch.memory_format, got {describe(memory_format)}"
-        )
-    if memory_format not in (torch.contiguous_format, torch.channels_last):
-        raise ValueError(
-            "memory_format must be torch.contiguous_format or torch.channels_last, "
-            f"got {memory_format}"
-        )
-
-
-def _check_out(
-    out: Tensor, synthetic: Tensor, dtype: torch.dtype, memory_format: torch.memory_format
-) -> None:
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out must be a tensor, got {describe(out)}")
-    expected = (synthetic.shape, dtype, synthetic.device)
-    if (out.shape, out.dtype, out.device) != expected:
-        kind = str(dtype).removeprefix("torch.")
-        raise ValueError(
-            f"out must be {kind} {tuple(synthetic.shape)} on {synthetic.device}, "
-            f"got {describe(out)}"
-        )
-    if not out.is_contiguous(memory_format=memory_format):
-        raise ValueError(
-            f"out must be contiguous in {memory_format}, got strides {tuple(out.stride())}"
-        )
-
-
-def _shares(psi: float | Tensor, batch: int, device: torch.device, name: str = "psi") -> Tensor:
-    """ψ as (B,) float64; a number is checked here, a tensor where it is used."""
-    if isinstance(psi, (int, float)):
-        if not 0 <= psi <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {psi}")
-        return torch.full((batch,), float(psi), dtype=torch.float64, device=device)
-    if not isinstance(psi, Tensor):
-        raise TypeError(f"{name} must be a number or a tensor, got {describe(psi)}")
-    if not psi.is_floating_point() or psi.shape not in ((), (batch,)) or psi.device != device:
-        raise ValueError(
-            f"{name} must be floating point, of shape () or (B,) with B = {batch}, on {device}, "
-            f"got {describe(psi)}"
-        )
-    return psi.double().expand(batch)
-
-
-def _require_shares(psi: Tensor, name: str) -> None:
-    """Raise unless shares are in [0, 1], on a GPU by an asynchronous assertion."""
-    message = f"{name} must be in [0, 1]"
-    compiling = torch.compiler.is_compiling()
-    psi = psi if compiling else innermost(psi).detach()
-    if psi.device.type != "cpu" or compiling:
-        torch._assert_async(((psi >= 0) & (psi <= 1)).all(), message)
-    elif psi.numel():
-        least, most = (bound.item() for bound in psi.aminmax())  # NaN if any is
-        if not (least >= 0 and most <= 1):
-            *_, row = at = (~((psi >= 0) & (psi <= 1))).nonzero()[0].tolist()
-            raise ValueError(f"{message}, got {psi[tuple(at)].item():g} in row {row}")
 
 
 # ---- the op: implementations, fakes, autograd ----------------------------------------------------
 
 
 class Inputs(NamedTuple):
-    """What the ops' schemas begin with."""
+    """The arguments that begin the ops' schemas."""
 
     synthetic: Tensor
     real: Tensor
@@ -352,20 +219,22 @@ class Inputs(NamedTuple):
     flip_synthetic: Tensor | None
     flip_real: Tensor | None
 
-    def prepared(
-        self, traced: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return what implementations take: affine (C, 2) in place of mean and std.
+    def operands(self, traced: bool = False) -> Operands:
+        """Return the inputs of an implementation: affine (C, 2) in place of mean and std.
 
         Where operations may be ``traced``, affine belongs to the trace and is not cached.
         """
-        synthetic, real, psi, mean, std, flip_synthetic, flip_real = self
         make = _affine if traced else _cached_affine
-        affine = make(tuple(mean), tuple(std), synthetic.dtype, synthetic.device)
-        return synthetic, real, psi, affine, flip_synthetic, flip_real
+        affine = make(
+            tuple(self.mean), tuple(self.std), self.synthetic.dtype, self.synthetic.device
+        )
+        return Operands(
+            self.synthetic, self.real, self.psi, affine, self.flip_synthetic, self.flip_real
+        )
 
 
-def _split(args: tuple[Any, ...]) -> tuple[Inputs, tuple[Any, ...]]:
+def _split(args: Sequence[Any]) -> tuple[Inputs, Sequence[Any]]:
+    """Split an op's arguments into its inputs and the rest of its schema."""
     count = len(Inputs._fields)
     return Inputs(*args[:count]), args[count:]
 
@@ -373,12 +242,12 @@ def _split(args: tuple[Any, ...]) -> tuple[Inputs, tuple[Any, ...]]:
 def _affine(
     mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """(C, 2) float64."""
+    """Return each channel's shift and scale, (C, 2) float64."""
     pairs = reference.affine(mean, std, dtype)
     return torch.tensor(pairs, dtype=torch.float64, device=device).view(-1, 2)
 
 
-_cached_affine = lru_cache(maxsize=64)(_affine)  # so that a GPU is not waited for at each step
+_cached_affine = lru_cache(maxsize=64)(_affine)  # copying it to a GPU would wait for it
 
 
 def _is_channels_last(images: Tensor) -> bool:
@@ -387,7 +256,7 @@ def _is_channels_last(images: Tensor) -> bool:
 
 
 def _empty(images: Tensor, dtype: torch.dtype, channels_last: bool, impl: str = "") -> Tensor:
-    if impl == "cpu":  # memory that earlier results gave back
+    if impl == "cpu":  # from the caching allocator
         return torch.ops.synface_kernels._empty_result(images.shape, dtype, channels_last)
     return torch.empty(
         images.shape,
@@ -404,22 +273,22 @@ def _out(*args: Any) -> None:
 
 
 def _write(inputs: Inputs, out: Tensor, impl: str) -> None:
-    _require_shares(inputs.psi, "psi")
-    prepared = inputs.prepared()
+    checks.require_shares(inputs.psi, "psi")
+    operands = inputs.operands()
     if impl == "reference":
-        out.copy_(reference.round_once(reference.forward(*prepared), out.dtype))
+        out.copy_(reference.round_once(reference.forward(operands), out.dtype))
     elif impl == "triton":
         from . import kernel_triton
 
-        kernel_triton.forward(*prepared, out)
+        kernel_triton.forward(operands, out)
     else:
-        getattr(torch.ops.synface_kernels, f"{OP}_{impl}")(*prepared, out)
+        getattr(torch.ops.synface_kernels, f"{OP}_{impl}")(*operands, out)
 
 
 def _definition(inputs: Inputs, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
-    """The definition as operations that all of torch's derivatives know; the same bits."""
-    _require_shares(inputs.psi, "psi")
-    mixed = reference.rounded(reference.forward(*inputs.prepared(traced=True)), dtype)
+    """Mix in torch operations that support all of torch's derivatives, with the same bits."""
+    checks.require_shares(inputs.psi, "psi")
+    mixed = reference.rounded(reference.forward(inputs.operands(traced=True)), dtype)
     return mixed.contiguous(memory_format=memory_format)
 
 
@@ -430,29 +299,28 @@ def _forward(*args: Any) -> Tensor:
     return out
 
 
-def _backward(gradient: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(gradient: Tensor, *args: Any) -> Gradients:
     inputs, (*wanted, impl) = _split(args)
     results = _backward_empty(inputs, wanted, impl)
-    prepared = (gradient, *inputs.prepared())
+    operands = inputs.operands()
     if impl == "reference":
-        exact = reference.backward(*prepared)
+        exact = reference.backward(gradient, operands)
         for result, value, want in zip(results, exact, wanted, strict=True):
             if want:
                 result.copy_(reference.round_once(value, result.dtype))
         return results
-    targets = tuple(r if want else None for r, want in zip(results, wanted, strict=True))
+    targets = [r if want else None for r, want in zip(results, wanted, strict=True)]
     if impl == "triton":
         from . import kernel_triton
 
-        kernel_triton.backward(*prepared, *targets)
+        kernel_triton.backward(gradient, operands, *targets)
     else:
-        getattr(torch.ops.synface_kernels, f"{OP}_backward_{impl}")(*prepared, *targets)
+        run = getattr(torch.ops.synface_kernels, f"{OP}_backward_{impl}")
+        run(gradient, *operands, *targets)
     return results
 
 
-def _backward_empty(
-    inputs: Inputs, wanted: Sequence[bool], impl: str = ""
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_empty(inputs: Inputs, wanted: Sequence[bool], impl: str = "") -> Gradients:
     needs_synthetic_grad, needs_real_grad, needs_psi_grad = wanted
 
     def images(side: Tensor, needed: bool) -> Tensor:
@@ -460,7 +328,7 @@ def _backward_empty(
             return side.new_empty(0)
         return _empty(side, side.dtype, _is_channels_last(side), impl)
 
-    return (
+    return Gradients(
         images(inputs.synthetic, needs_synthetic_grad),
         images(inputs.real, needs_real_grad),
         inputs.psi.new_empty(inputs.psi.shape if needs_psi_grad else (0,)),
@@ -485,47 +353,55 @@ def _out_fake(*args: Any) -> None:
 
 
 @torch.library.register_fake(f"synface_kernels::{OP}_backward")
-def _backward_fake(gradient: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(gradient: Tensor, *args: Any) -> Gradients:
     inputs, (*wanted, _) = _split(args)
     return _backward_empty(inputs, wanted)
 
 
+def _save(ctx: Any, inputs: Inputs, *others: Tensor) -> None:
+    ctx.mean, ctx.std = inputs.mean, inputs.std
+    tensors = inputs._replace(mean=None, std=None)  # type: ignore[arg-type]
+    ctx.save_for_backward(*tensors, *others)
+
+
+def _saved(ctx: Any) -> tuple[Inputs, Sequence[Tensor]]:
+    inputs, others = _split(ctx.saved_tensors)
+    return inputs._replace(mean=ctx.mean, std=ctx.std), others
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    synthetic, real, psi, ctx.mean, ctx.std, flip_synthetic, flip_real, _, _, ctx.impl = inputs
-    ctx.save_for_backward(synthetic, real, psi, flip_synthetic, flip_real)
+    given, (_, _, ctx.impl) = _split(inputs)
+    _save(ctx, given)
 
 
 def _autograd(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    synthetic, real, psi, flip_synthetic, flip_real = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
-    gradients = torch.ops.synface_kernels.domain_mixup_backward(
-        gradient, synthetic, real, psi, ctx.mean, ctx.std, flip_synthetic, flip_real,
-        *needs, ctx.impl,
-    )  # fmt: skip
+    inputs, _ = _saved(ctx)
+    needs_synthetic, needs_real, needs_psi, *others = ctx.needs_input_grad
+    needs = (needs_synthetic, needs_real, needs_psi)
+    gradients = torch.ops.synface_kernels.domain_mixup_backward(gradient, *inputs, *needs, ctx.impl)
     wanted = (g if need else None for g, need in zip(gradients, needs, strict=True))
-    return (*wanted, None, None, None, None, None, None, None)
+    return (*wanted, *[None] * len(others))
 
 
-def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    gradient, synthetic, real, psi, ctx.mean, ctx.std, *flips = inputs[:8]
-    ctx.wanted = inputs[8:11]
-    ctx.save_for_backward(gradient, synthetic, real, psi, *flips)
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    gradient, *others = inputs
+    given, (*ctx.wanted, _) = _split(others)
+    _save(ctx, given, gradient)
 
 
-def _second(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-    gradient, synthetic, real, psi, *flips = ctx.saved_tensors
-    inputs = Inputs(synthetic, real, psi, ctx.mean, ctx.std, *flips)
-    like = (synthetic, real, psi)
-    along = [
-        g if want else torch.zeros_like(t)  # of a result that was not asked for
-        for g, want, t in zip(gradients, ctx.wanted, like, strict=True)
-    ]
-    seconds = reference.second_backward(along, gradient, *inputs.prepared(traced=True))
-    given = (
+def _second(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+    inputs, (gradient,) = _saved(ctx)
+    like = (inputs.synthetic, inputs.real, inputs.psi)
+    given = Gradients(*(
+        g if want else torch.zeros_like(t)  # of a result that was not computed
+        for g, want, t in zip(upstream, ctx.wanted, like, strict=True)
+    ))  # fmt: skip
+    seconds = reference.second_backward(given, gradient, inputs.operands(traced=True))
+    results = [
         second.to(t.dtype) if need else None
         for second, t, need in zip(seconds, (gradient, *like), ctx.needs_input_grad, strict=False)
-    )
-    return (*given, *[None] * 8)
+    ]
+    return (*results, *[None] * (len(ctx.needs_input_grad) - len(results)))
 
 
 for _name, _formula, _setup in (

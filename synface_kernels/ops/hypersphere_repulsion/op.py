@@ -1,9 +1,9 @@
 """Hypersphere repulsion: checks, the two ops that never hold N×N, and the public functions.
 
 - *pairs*: a sum over all pairs, with its gradient in the same pass.
-- *nearest*: each point's nearest neighbors; its derivative is taken afterwards, on N·k pairs.
+- *nearest*: each point's nearest neighbors; its backward pass runs on N·k pairs.
 
-The energies are torch code on what those two return, under ordinary autograd.
+The energies are torch code on the results of these two, under ordinary autograd.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from ..._derivatives import (
     under_vmap,
 )
 from ..._derivatives import register as register_autograd
-from ..._distributed import Gather, Replicated, agree, check_group
+from ..._distributed import Gather, Replicated, check_group, validate_on_all_ranks
 from ..._load import library
 from ..._norms import length_unit
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
@@ -33,22 +33,19 @@ from .energies import (
     NEIGHBOR_ENERGIES,
     PAIR_ENERGIES,
     R_MIN,
-    ClosestPair,
     Energy,
-    Gaussian,
-    Hinge,
-    KoLeo,
-    Log,
     LogSumExp,
-    MaxCosine,
-    Riesz,
+    NeighborEnergy,
+    PairEnergy,
+    Potential,
 )
+from .reference import Neighbors
 
 OP = "hypersphere_repulsion"
 _DEFAULT = LogSumExp()
-# A row no longer than this counts as zero.
+# A row whose norm is at most this is refused as zero.
 NORM_MIN = 1e-12
-# Products in float32 of vectors no longer than this do not overflow.
+# Dot products in float32 of vectors no longer than this do not overflow.
 LONGEST_PRODUCT = 1e18
 register(OP, {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always})
 
@@ -62,7 +59,7 @@ _SCHEMAS = {
 }
 for _name, _schema in _SCHEMAS.items():
     library.define(f"{OP}_{_name}" + _schema.format(impl=", str impl"))
-    # implemented in csrc/bindings.cpp
+    # the CPU implementations are in csrc/
     library.define(f"{OP}_{_name}_cpu" + _schema.format(impl=""))
 
 
@@ -75,44 +72,43 @@ def hypersphere_repulsion(
     group: Any = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Energy of points that repel each other on the unit sphere, or that a gallery repels.
+    """Compute the energy of points on the unit sphere that repel each other or a gallery repels.
 
     Args:
         x: (N, D) points: float32, bfloat16 or float16 (computed in float32), or float64. They need
-            not be normalized nor contiguous. N ≥ 2, or N ≥ 1 with y.
+            not be normalized or contiguous. N ≥ 2, or N ≥ 1 with y.
         y: (M, D) gallery, likewise, M ≥ 1; both float64 or neither. Then the pairs are (x_i, y_j),
-            and no two points of x repel each other.
+            and points of x do not repel each other.
         energy: `MaxCosine`, `ClosestPair`, `KoLeo` (of nearest neighbors), `LogSumExp`,
             `Gaussian`, `Riesz`, `Log` or `Hinge` (of all pairs). Their docstrings state formulas.
         reduction: ``"mean"`` or ``"sum"``, see the energy; ``"none"``, per point, for `MaxCosine`
             and `KoLeo`.
-        group: a `torch.distributed` process group whose ranks each hold some of the points, in
-            the order of the ranks; a rank may hold none. All ranks get the energy of all points,
-            and its gradient by their own (``"none"``: the energies of their own, and the gradient
-            of what all ranks make of theirs). y must be the same on all ranks, which is checked,
-            and each of them gets its whole gradient. With energies of nearest neighbors, or y,
-            the backward pass communicates too: all ranks must run it, or none. See
-            docs/kernels/hypersphere_repulsion.md for what travels. Where one rank's argument is
-            wrong all raise its error. Not with ``impl="reference"``, nor inside `torch.compile`.
+        group: a `torch.distributed` process group over whose ranks the points are sharded, in rank
+            order; a rank may hold none. All ranks return the energy of all points, and its gradient
+            by their own points (``"none"``: the energies of their own points, and the gradient of
+            the sum of all ranks' losses). y must be the same on all ranks, which is checked, and
+            every rank gets its whole gradient. With energies of nearest neighbors, or y, the
+            backward pass communicates too: all ranks must run it, or none. See
+            docs/kernels/hypersphere_repulsion.md for the communication. If one rank's argument is
+            wrong, all raise its error. Not with ``impl="reference"``, nor inside `torch.compile`.
         impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``; see `explain`.
 
     Returns:
         The energy, float32 (float64 for float64 inputs): a scalar, or (N,) for ``"none"``.
 
-    Gradients reach x and y, in their dtypes; each row's is orthogonal to it. Points that coincide
-    still repel each other, see `energies`. There is one derivative, in reverse mode: by autograd,
-    or by `torch.func`'s grad, vjp and vmap (a loop; not with ``impl="reference"``), without a
-    group. Second derivatives and forward mode raise.
+    Gradients of x and y have their dtypes; each row's gradient is orthogonal to the row. Identical
+    points still repel each other, see `energies`. Differentiable once, in reverse mode: by
+    autograd, or by `torch.func`'s grad, vjp and vmap (a loop; not with ``impl="reference"``),
+    without a group. Second derivatives and forward mode raise.
 
     Memory above inputs and gradients: O(N·k) and a workspace of at most 64 MiB; energies of all
-    pairs hold their gradient, float32 (N, D), beside the points from forward to backward; with a
-    group, another rank's points and their gradient as well. Never N×N, except in
-    ``impl="reference"``. On a CPU, memory of freed gradients is kept for the next, 512 MiB at most:
-    see `empty_cache`.
+    pairs also hold their gradient, float32 (N, D), from forward to backward; with a group, another
+    rank's points and their gradient as well. Never N×N, except in ``impl="reference"``. CPU
+    gradients come from a caching allocator, capped at 512 MiB: see `empty_cache`.
 
     Raises:
         ValueError: for a wrong dtype, shape, device or value; for a zero or non-finite row (on a
-            GPU these are checked there, by an asynchronous assertion).
+            GPU by an asynchronous assertion).
         TypeError: for an argument of a wrong Python type.
         RuntimeError: for an ``impl`` that cannot run here, naming the reason; where the gradient is
             differentiated.
@@ -126,31 +122,29 @@ def hypersphere_repulsion(
             raise TypeError(f"energy must be an energy such as LogSumExp(), got {describe(energy)}")
         if reduction not in ("none", "mean", "sum"):
             raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-        if reduction == "none" and not isinstance(energy, (MaxCosine, KoLeo)):
+        if reduction == "none" and not energy.per_point:
             raise ValueError(
                 f"reduction must be 'mean' or 'sum' for {type(energy).__name__}, which is one "
                 "number for all points, got 'none'"
             )
 
-    chosen, counts = _prepare(x, y, group, impl, check, energy=energy, reduction=reduction)
-    x, y = _differentiated_once(x, y, group, chosen)
-    if isinstance(energy, PAIR_ENERGIES):
-        result = _pair_energy(x, y, energy, reduction, counts, group, chosen)
+    call = _prepare(x, y, group, impl, check, energy=energy, reduction=reduction)
+    x, y = _differentiated_once(x, y, call)
+    if isinstance(energy, PairEnergy):
+        result = _pair_energy(x, y, energy, reduction, call)
     else:
-        k = energy.topk if isinstance(energy, MaxCosine) else 1
-        _check_k(sum(counts), y, k, "energy's topk")
-        square, _ = _nearest(x, y, k, counts, group, chosen)
-        result = _neighbor_energy(square, energy, reduction, sum(counts), group)
+        assert isinstance(energy, NeighborEnergy)
+        result = _neighbor_energy(x, y, energy, reduction, call)
     return result.to(_statistics_dtype(x))
 
 
 def nearest_neighbors(
     x: Tensor, y: Tensor | None = None, k: int = 1, *, group: Any = None, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """The k rows of y with the greatest cosines to each row of x; of x itself if y is None.
+    """Find the k rows of y with the greatest cosines to each row of x; of x itself if y is None.
 
-    Exact: by the cosines in double precision, rounded to the result's dtype. Among equal ones the
-    lowest index comes first. Without y a row is no neighbor of itself.
+    Exact: by the cosines in double precision, rounded to the result's dtype. Among equal cosines
+    the lowest index comes first. Without y a row is not its own neighbor.
 
     Args:
         x: (N, D) float32, bfloat16, float16 or float64; rows need not be normalized.
@@ -176,114 +170,99 @@ def nearest_neighbors(
 
     def check() -> None:
         nonlocal k
-        k = integer("k", k, -(2**63))  # its range is looked at below
+        k = integer("k", k, -(2**63))  # _check_k checks the range
 
-    chosen, counts = _prepare(x, y, group, impl, check, k=k)
-    _check_k(sum(counts), y, k, "k")
-    x, y = _differentiated_once(x, y, group, chosen)
-    square, index = _nearest(x, y, k, counts, group, chosen)
-    return (1 - square / 2).to(_statistics_dtype(x)), index
+    call = _prepare(x, y, group, impl, check, k=k)
+    _check_k(call, y, k, "k")
+    x, y = _differentiated_once(x, y, call)
+    found = _nearest(x, y, k, call)
+    return (1 - found.square / 2).to(_statistics_dtype(x)), found.indices
 
 
 # ---- energies from the two ops -------------------------------------------------------------------
 
 
+class Call(NamedTuple):
+    """A call whose arguments are checked: its implementation, and how x is sharded.
+
+    Attributes:
+        impl: the implementation.
+        counts: each rank's number of rows of x; without a group, one number.
+        group: the process group, or None.
+    """
+
+    impl: str
+    counts: list[int]
+    group: Any
+
+
 def _pair_energy(
-    x: Tensor,
-    y: Tensor | None,
-    energy: Energy,
-    reduction: str,
-    counts: list[int],
-    group: Any,
-    impl: str,
+    x: Tensor, y: Tensor | None, energy: PairEnergy, reduction: str, call: Call
 ) -> Tensor:
-    def pairs(kind: str, a: float = 0.0, power: int = 0) -> Tensor:
-        potential = (kind, a, power, energy.r_min)
-        if group is None:
-            return _pairs(x, y, *potential, impl)
-        if y is None:
-            return sharded.PairSum.apply(x, counts, potential, group, impl)
-        gallery, exponential = Replicated.apply(y, group), kind == "log_sum_exp"
-        if x.shape[0] > 0:
-            start = sum(counts[: torch.distributed.get_rank(group)])
-            points = sharded.turned(x, start, False)
-            value = _pairs(points, sharded.turned(gallery, start, False), *potential, impl)
-        else:  # no pairs, but their gradient, zero, takes part in the sum over ranks
-            value = (x.sum() + gallery[:0].sum()).double() - (torch.inf if exponential else 0)
-        values = Gather.apply(value, group)
-        return values.logsumexp(0) if exponential else values.sum()
-
-    n = sum(counts)
-    count = n * (n - 1) // 2 if y is None else n * y.shape[0]
-    mean = reduction == "mean"
-    if isinstance(energy, (LogSumExp, Gaussian)):
-        gaussian = isinstance(energy, Gaussian)
-        t = 2 * energy.t if gaussian else energy.t  # −t·r² = 2t·c − 2t
-        value = pairs("log_sum_exp", t)
-        value = value - math.log(count) if mean else value
-        return value - t if gaussian else value / t
-    if isinstance(energy, Riesz):
-        value = pairs("riesz", energy.s)
-    elif isinstance(energy, Hinge):
-        value = pairs("hinge", energy.threshold, energy.power)
-    else:
-        assert isinstance(energy, Log)
-        value = pairs("log")
-    return value / count if mean else value
+    n = sum(call.counts)
+    num_pairs = n * (n - 1) // 2 if y is None else n * y.shape[0]
+    pair_sum = _pairs_on_all_ranks(x, y, energy.potential, call)
+    return energy.total(pair_sum, num_pairs, reduction == "mean")
 
 
-def _neighbor_energy(square: Tensor, energy: Energy, reduction: str, n: int, group: Any) -> Tensor:
-    if isinstance(energy, KoLeo):
-        # r_min in place of what is less, with r²'s own derivative, which is that at r_min
-        apart = square.detach().clamp_min(R_MIN**2) + (square - square.detach())
-        each = -apart[:, 0].log() / 2
-    else:
-        each = (1 - square / 2).mean(1)
+def _pairs_on_all_ranks(x: Tensor, y: Tensor | None, potential: Potential, call: Call) -> Tensor:
+    group = call.group
+    if group is None:
+        return _pairs(x, y, potential, call.impl)
+    if y is None:
+        return sharded.PairSum.apply(x, call.counts, potential, group, call.impl)
+    gallery = Replicated.apply(y, group)
+    if x.shape[0] > 0:
+        start = sum(call.counts[: torch.distributed.get_rank(group)])
+        points = sharded.turned(x, start, False)
+        value = _pairs(points, sharded.turned(gallery, start, False), potential, call.impl)
+    else:  # no pairs; the sum still connects y's gradient, zero, to the all-reduce
+        value = (x.sum() + gallery[:0].sum()).double()
+        value = value - (torch.inf if potential.is_exponential else 0)
+    values = Gather.apply(value, group)
+    return values.logsumexp(0) if potential.is_exponential else values.sum()
+
+
+def _neighbor_energy(
+    x: Tensor, y: Tensor | None, energy: NeighborEnergy, reduction: str, call: Call
+) -> Tensor:
+    def stacked(value: Tensor) -> Tensor:
+        return value[None] if call.group is None else Gather.apply(value, call.group)
+
+    _check_k(call, y, energy.neighbors, "energy's topk")
+    each = energy.of_points(_nearest(x, y, energy.neighbors, call).square)
     if reduction == "none":
         return each
-
-    def of_ranks(value: Tensor) -> Tensor:
-        return value[None] if group is None else Gather.apply(value, group)
-
-    if isinstance(energy, ClosestPair):
-        own = each.max(0).values if each.shape[0] > 0 else each.sum() - torch.inf
-        return of_ranks(own).max(0).values
-    total = of_ranks(each.sum()).sum()
-    return total / n if reduction == "mean" else total
+    return energy.total(each, stacked, sum(call.counts), reduction == "mean")
 
 
-def _pairs(
-    x: Tensor, y: Tensor | None, kind: str, a: float, power: int, r_min: float, impl: str
-) -> Tensor:
-    """Σ_pairs f, or the log of Σ_pairs exp."""
+def _pairs(x: Tensor, y: Tensor | None, potential: Potential, impl: str) -> Tensor:
+    """Return Σ f over the pairs, or log Σ exp for an exponential potential."""
     if impl == "reference":
-        dtype = _statistics_dtype(x)
-        x, y = _checked(x, y, dtype)
-        return reference.pair_energy(x, y, kind, a, power, r_min)
-    # What a transform of torch.func differentiates does not show from within another one.
+        x, y = _checked(x, y, _statistics_dtype(x))
+        return reference.pair_energy(x, y, *potential)
+    # Inside torch.func's transforms, requires_grad does not show what an outer one differentiates.
     recorded, transformed = torch.is_grad_enabled(), transforms_active()
     needs_x_grad = transformed or (recorded and x.requires_grad)
     needs_y_grad = y is not None and (transformed or (recorded and y.requires_grad))
-    return _pairs_op(x, y, kind, a, power, r_min, needs_x_grad, needs_y_grad, impl)[0]
+    value, *_ = _pairs_op(x, y, *potential, needs_x_grad, needs_y_grad, impl)
+    return value
 
 
-def _nearest(
-    x: Tensor, y: Tensor | None, k: int, counts: list[int], group: Any, impl: str
-) -> tuple[Tensor, Tensor]:
-    """Squared distances (N, k) in double, and indices (N, k)."""
-    if group is not None:
-        y = None if y is None else Replicated.apply(y, group)
-        return sharded.Nearest.apply(x, y, counts, k, group, impl)
-    if impl == "reference":
-        return reference.nearest(*_checked(x, y, torch.float64), k, _statistics_dtype(x))
-    return _nearest_op(x, y, k, impl)
+def _nearest(x: Tensor, y: Tensor | None, k: int, call: Call) -> Neighbors:
+    if call.group is not None:
+        y = None if y is None else Replicated.apply(y, call.group)
+        found = sharded.Nearest.apply(x, y, call.counts, k, call.group, call.impl)
+    elif call.impl == "reference":
+        found = reference.nearest(*_checked(x, y, torch.float64), k, _statistics_dtype(x))
+    else:
+        found = _nearest_op(x, y, k, call.impl)
+    return Neighbors(*found)
 
 
-def _differentiated_once(
-    x: Tensor, y: Tensor | None, group: Any, impl: str
-) -> tuple[Tensor, Tensor | None]:
-    """Return x and y so that second derivatives raise where the ops themselves do not see to it."""
-    if impl != "reference" and group is None:
+def _differentiated_once(x: Tensor, y: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:
+    """Return x and y such that second derivatives raise where the ops alone do not."""
+    if call.impl != "reference" and call.group is None:
         return x, y
     return once(OP, x), None if y is None else once(OP, y)
 
@@ -297,6 +276,7 @@ def _checked(x: Tensor, y: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, T
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of energies, cosines and accumulated gradients."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -307,8 +287,12 @@ def _prepare(
     impl: str,
     check: Callable[[], None],
     **options: Any,
-) -> tuple[str, list[int]]:
-    """Checks all arguments, on all ranks at once; the implementation, and each rank's rows of x."""
+) -> Call:
+    """Check all arguments, on all ranks at once.
+
+    Args:
+        check: checks the options; they must be the same on all ranks.
+    """
 
     def prepare() -> str:
         _check(x, y, group is not None)
@@ -319,38 +303,42 @@ def _prepare(
         chosen = prepare()
         if chosen == "reference" and under_vmap():
             raise NotImplementedError(
-                "impl='reference' looks at values and does not go with torch.vmap: take impl='cpu' "
+                "impl='reference' reads values and does not work under torch.vmap: take impl='cpu' "
                 "or 'triton', or a loop"
             )
-        return chosen, [x.shape[0]]
+        return Call(chosen, [x.shape[0]], None)
     if transforms_active():
         raise NotImplementedError(
-            "group does not go with the transforms of torch.func: call torch.autograd.grad or "
+            "group does not work under the transforms of torch.func: call torch.autograd.grad or "
             "loss.backward() outside of them"
         )
     check_group(group)
     chosen = ""
 
-    def facts() -> tuple[list[int], dict[str, Any]]:
+    def prepare_shard() -> tuple[list[int], dict[str, Any]]:
         nonlocal chosen
         chosen = prepare()
         if chosen == "reference":
             raise ValueError("impl must be 'cpu' or 'triton' with a group, got 'reference'")
         _check_values(x, y)
         recorded = torch.is_grad_enabled()
-        facts = {"D": x.shape[1], "dtype of x": x.dtype, **options}
-        facts["requires_grad of x"] = recorded and x.requires_grad
-        facts["y"] = None if y is None else (tuple(y.shape), y.dtype, sharded.checksum(y))
-        facts["requires_grad of y"] = recorded and y is not None and y.requires_grad
-        return [x.shape[0]], facts
+        must_match = {
+            "D": x.shape[1],
+            "dtype of x": x.dtype,
+            **options,
+            "requires_grad of x": recorded and x.requires_grad,
+            "y": None if y is None else (tuple(y.shape), y.dtype, sharded.checksum(y)),
+            "requires_grad of y": recorded and y is not None and y.requires_grad,
+        }
+        return [x.shape[0]], must_match
 
-    counts = [rows for (rows,) in agree(facts, 1, group)]
+    counts = [rows for (rows,) in validate_on_all_ranks(prepare_shard, 1, group)]
     least = 2 if y is None else 1
     if sum(counts) < least:
         raise ValueError(
             f"x must have at least {least} rows, on all ranks together, got {sum(counts)}"
         )
-    return chosen, counts
+    return Call(chosen, counts, group)
 
 
 def _check(x: Tensor, y: Tensor | None, sharded: bool = False) -> None:
@@ -391,8 +379,8 @@ def _check_values(x: Tensor, y: Tensor | None) -> None:
             torch.ops.synface_kernels.hypersphere_repulsion_check(rows.detach(), name)
 
 
-def _check_k(n: int, y: Tensor | None, k: int, name: str) -> None:
-    most = n - 1 if y is None else y.shape[0]
+def _check_k(call: Call, y: Tensor | None, k: int, name: str) -> None:
+    most = sum(call.counts) - 1 if y is None else y.shape[0]
     if not 1 <= k <= most:
         bound = "the number of other rows of x" if y is None else "the number of rows of y"
         raise ValueError(f"{name} must be at least 1 and at most {most}, {bound}, got {k}")
@@ -404,11 +392,12 @@ def _check_rows(rows: Tensor, name: str) -> None:
 
 
 def _norms(rows: Tensor, name: str, most: float = math.inf) -> Tensor:
-    """Norms (N,) in double; an error where one is zero, not finite or above most: at once on a CPU,
-    without waiting on a GPU.
+    """Return norms (N,) in double; raise if one is zero, not finite or greater than ``most``.
+
+    On a GPU an asynchronous assertion fails instead.
     """
     unit = torch.ones((), dtype=torch.float64, device=rows.device)
-    if rows.dtype == torch.float64:  # else double holds the squares
+    if rows.dtype == torch.float64:  # squares of other dtypes do not overflow double
         unit = length_unit(rows).squeeze(1)
         rows = rows / unit[:, None]
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
@@ -434,7 +423,7 @@ def _check_rows_fake(rows: Tensor, name: str) -> None:
 
 
 def _run(name: str, x: Tensor, y: Tensor | None, *args: Any) -> Any:
-    """An op: hands x, y and what else its schema says to the implementation."""
+    """Run an op on an implementation, with the arguments that its schema lists after x and y."""
     *rest, impl = args
     if impl == "triton":
         from . import kernel_triton
@@ -456,8 +445,10 @@ def _gradient_like(rows: Tensor | None, wanted: bool, x: Tensor, dtype: torch.dt
 
 
 @torch.library.register_fake(f"synface_kernels::{OP}_pairs")
-def _pairs_fake(x: Tensor, y: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, needs_x_grad, needs_y_grad, _ = args
+def _pairs_fake(
+    x: Tensor, y: Tensor | None, kind: str, a: float, power: int, r_min: float,
+    needs_x_grad: bool, needs_y_grad: bool, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = _statistics_dtype(x)
     return (
         x.new_empty((), dtype=torch.float64),
@@ -473,8 +464,10 @@ def _nearest_fake(x: Tensor, y: Tensor | None, k: int, impl: str) -> tuple[Tenso
 
 
 @torch.library.register_fake(f"synface_kernels::{OP}_nearest_backward")
-def _nearest_backward_fake(x: Tensor, y: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
-    *_, needs_x_grad, needs_y_grad, _ = args
+def _nearest_backward_fake(
+    x: Tensor, y: Tensor | None, index: Tensor, grad_square: Tensor, r_min: float,
+    needs_x_grad: bool, needs_y_grad: bool, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return (
         _gradient_like(x, needs_x_grad, x, x.dtype),
         _gradient_like(y, needs_y_grad, x, x.dtype if y is None else y.dtype),
@@ -482,24 +475,26 @@ def _nearest_backward_fake(x: Tensor, y: Tensor | None, *args: Any) -> tuple[Ten
 
 
 def _pairs_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y = inputs[:2]
+    x, y, *_ = inputs
+    _, grad_x, grad_y = output
     ctx.dtypes = (x.dtype, None if y is None else y.dtype)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # else zeros of the gradients' size
-    ctx.save_for_backward(x, y, *output[1:])
+    ctx.mark_non_differentiable(grad_x, grad_y)
+    ctx.set_materialize_grads(False)  # avoids zeros of the gradients' size
+    ctx.save_for_backward(x, y, grad_x, grad_y)
 
 
 def _pairs_backward(ctx: Any, grad_value: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_value is None:
-        return (None,) * 9
+        return (None,) * len(ctx.needs_input_grad)
     x, y, *saved = ctx.saved_tensors
+    needs_x_grad, needs_y_grad, *others = ctx.needs_input_grad
     grads: Iterable[Tensor | None] = [
         (grad * grad_value.to(grad.dtype)).to(dtype) if needed else None
-        for grad, dtype, needed in zip(saved, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
+        for grad, dtype, needed in zip(saved, ctx.dtypes, (needs_x_grad, needs_y_grad), strict=True)
     ]
     if torch.is_grad_enabled():
         grads = final(OP, grads, (x, y))
-    return (*grads, *[None] * 7)
+    return (*grads, *[None] * len(others))
 
 
 _pairs_op = register_autograd(f"{OP}_pairs", OP, _pairs_backward, _pairs_context)
@@ -507,17 +502,22 @@ _pairs_op = register_autograd(f"{OP}_pairs", OP, _pairs_backward, _pairs_context
 
 def _nearest_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, y, _, ctx.impl = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, y, output[1])
+    _, index = output
+    ctx.mark_non_differentiable(index)
+    ctx.save_for_backward(x, y, index)
 
 
 def _nearest_backward(ctx: Any, grad_square: Tensor, _: Any) -> tuple[Any, ...]:
     x, y, index = ctx.saved_tensors
-    needs_x_grad, needs_y_grad = ctx.needs_input_grad[:2]
+    needs_x_grad, needs_y_grad, *others = ctx.needs_input_grad
     grad_x, grad_y = _nearest_backward_op(
         x, y, index, grad_square, R_MIN, needs_x_grad, needs_y_grad, ctx.impl
     )
-    return (grad_x if needs_x_grad else None, grad_y if needs_y_grad else None, None, None)
+    return (
+        grad_x if needs_x_grad else None,
+        grad_y if needs_y_grad else None,
+        *[None] * len(others),
+    )
 
 
 _nearest_op = register_autograd(f"{OP}_nearest", OP, _nearest_backward, _nearest_context)

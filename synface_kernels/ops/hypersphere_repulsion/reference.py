@@ -1,6 +1,8 @@
-"""The definition: plain torch over all pairs, meant to be read and to be run in float64."""
+"""The definition in plain torch over all pairs, for reading and for running in float64."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,17 +11,30 @@ from ..._norms import shortened
 from .energies import R_MIN
 
 
+class Neighbors(NamedTuple):
+    """Points' nearest neighbors, nearest first.
+
+    Attributes:
+        square: (N, k) squared distances, in double.
+        indices: (N, k) int64 row indices.
+    """
+
+    square: Tensor
+    indices: Tensor
+
+
 def normalize(rows: Tensor) -> Tensor:
+    """Return rows divided by their norms."""
     rows = shortened(rows)
     return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
 
 
 def direction(difference: Tensor, x: Tensor, i: Tensor, j: Tensor, symmetric: bool) -> Tensor:
-    """Unit vectors from x̂_j to x̂_i; for identical points the axis that `energies` names.
+    """Return unit vectors from x̂_j to x̂_i; for identical points along the axis of `energies`.
 
     Args:
         difference: (P, D) x̂_i − x̂_j; x: (P, D) x̂_i; i, j: (P,) indices.
-        symmetric: whether i and j count the same points.
+        symmetric: whether i and j index the same points.
     """
     dim = x.shape[1]
     axis = (i + j) % dim
@@ -32,27 +47,27 @@ def direction(difference: Tensor, x: Tensor, i: Tensor, j: Tensor, symmetric: bo
 
 
 def _touching(x: Tensor, y: Tensor, i: Tensor, j: Tensor, symmetric: bool) -> Tensor:
-    """(P,) zeros with the gradient of r²/(2·r_min): the pairs' directions."""
+    """Return zeros (P,) whose gradient is that of r²/(2·r_min): the pairs' directions."""
     difference = x[i] - y[j]
     unit = direction(difference.detach(), x[i].detach(), i, j, symmetric)
     return ((difference - difference.detach()) * unit).sum(1)
 
 
-def pair_energy(x: Tensor, y: Tensor | None, kind: str, a: float, power: int, r_min: float):
-    """Σ_pairs f(r_ij), or log Σ_pairs exp(a·c_ij).
+def pair_energy(
+    x: Tensor, y: Tensor | None, kind: str, a: float, power: int, r_min: float
+) -> Tensor:
+    """Return Σ_pairs f(r_ij), or log Σ_pairs exp(a·c_ij).
 
     Args:
         x: (N, D); y: (M, D), or None for the pairs i < j of x; floating point.
-        kind: "log_sum_exp", "riesz", "log" or "hinge", with a = t, s, unused, threshold; and
-        power: of the hinge.
-        r_min: pairs closer than this count as this far apart.
+        kind, a, power, r_min: the fields of `energies.Potential`.
 
     Memory: O(N·M), by definition.
     """
     symmetric = y is None
     x = normalize(x)
     y = x if y is None else normalize(y)
-    # No difference of nearly equal numbers: distances come from the coordinates' differences.
+    # Distances from differences of coordinates: 2 − 2·c would cancel for close pairs.
     distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
     pairs = torch.ones_like(distance, dtype=torch.bool)
     pairs = pairs.triu(1) if symmetric else pairs
@@ -68,11 +83,10 @@ def pair_energy(x: Tensor, y: Tensor | None, kind: str, a: float, power: int, r_
     return (1 - square / 2 - a).clamp_min(0).pow(power).sum() / power
 
 
-def nearest(x: Tensor, y: Tensor | None, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Squared distances (N, k) to the nearest neighbors and their indices (N, k), nearest first.
+def nearest(x: Tensor, y: Tensor | None, k: int, dtype: torch.dtype) -> Neighbors:
+    """Find each row's k nearest neighbors, by cosines rounded to dtype, then by the lowest index.
 
-    By their cosines rounded to dtype; among equals the lowest index comes first. The derivative of
-    r² is 2·max(r, r_min) along the pair's direction.
+    The derivative of r² is 2·max(r, r_min) along the pair's direction.
 
     Memory: O(N·M), by definition.
     """
@@ -92,4 +106,4 @@ def nearest(x: Tensor, y: Tensor | None, k: int, dtype: torch.dtype) -> tuple[Te
     touching = square < R_MIN**2
     gradient = 2 * R_MIN * _touching(x, y, i, j, symmetric)
     square = torch.where(touching, square.detach() + gradient, square)
-    return square.view(n, k), index
+    return Neighbors(square.view(n, k), index)

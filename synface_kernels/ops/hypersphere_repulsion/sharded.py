@@ -1,11 +1,11 @@
-"""Energies of points that are spread over the ranks of a process group.
+"""Energies of points that are sharded over the ranks of a process group.
 
-Blocks of points travel round the ring. Step s brings rank r the points of rank r + s, and takes
-back what r finds out about them: their gradient, or their neighbors. By symmetry half of the
-steps, ⌊P/2⌋, meet all P ranks. At the last step of an even number two ranks meet twice: each takes
+Blocks of points are exchanged around a ring. In step s rank r receives the points of rank r + s,
+and returns its results about them: their gradient, or their neighbors. By symmetry ⌊P/2⌋ steps
+cover all pairs of P ranks. For an even P, both ranks of a pair meet in the last step: each computes
 one half of their pairs, or the neighbors of its own points.
 
-A gallery is whole on every rank, so its pairs need no ring.
+Every rank holds the whole gallery, so pairs with it need no ring.
 """
 
 from __future__ import annotations
@@ -20,20 +20,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._distributed import Gather, connected
-from .energies import R_MIN
+from .energies import R_MIN, Potential
+from .reference import Neighbors
 
 
 def checksum(rows: Tensor) -> int:
-    """Of their bits, in any order: the same on any machine."""
+    """Return a sum of the rows' bits, which is the same on every machine."""
     return int(rows.detach().contiguous().view(torch.int16).sum(dtype=torch.int64))
 
 
 def turned(rows: Tensor, shift: int, flip: bool, *, back: bool = False) -> Tensor:
-    """Rows, or back from them their gradient, in coordinates made for a meeting of two blocks.
+    """Roll and flip the coordinates of rows so that a pair of blocks can use block-local indices.
 
-    Identical points i and j are pushed along the axis that (i + j) mod D names, see `energies`, the
-    one with the lower index along it. In these coordinates the blocks' own indices, whose sum is
-    less by `shift`, name that same axis; flip: the block whose points come second is the lower one.
+    Identical points i and j are pushed along the axis (i + j) mod D, see `energies`, the one with
+    the lower index in its direction. In the rolled coordinates the block-local indices, whose sum
+    is less by ``shift``, give the same axis.
+
+    Args:
+        shift: the sum of the blocks' first indices.
+        flip: whether the second block has the lower indices.
+        back: undo it, for a gradient by the result.
     """
     rows = rows.roll(shift if back else -shift, 1)
     return -rows if flip else rows
@@ -46,48 +52,47 @@ class Nearest(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor | None, counts: list[int], k: int, group: Any, impl: str
     ) -> tuple[Tensor, Tensor]:
-        """Squared distances (n, k), in double, and indices (n, k), counted over all ranks."""
+        """Return the `Neighbors`, whose indices count all ranks' points."""
         rank, starts = dist.get_rank(group), starts_of(counts)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         ctx.counts, ctx.group, ctx.impl = counts, group, impl
         x = x.detach().contiguous()
 
-        def search(a: Tensor, b: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
+        def search(a: Tensor, b: Tensor | None, start: int) -> Neighbors:
             most = min(k, len(a) - 1 if b is None else len(b))
             if len(a) == 0 or most < 1:
                 square = a.new_empty((len(a), max(most, 0)), dtype=torch.float64)
-                return square, square.long()
+                return Neighbors(square, square.long())
             square, index = torch.ops.synface_kernels.hypersphere_repulsion_nearest(
                 a, b, most, impl
             )
-            return square, index + start
+            return Neighbors(square, index + start)
 
-        def best(*found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            """By rounded cosine, then by index, as one process orders them."""
+        def best(*found: Neighbors) -> Neighbors:
+            """Merge neighbors by rounded cosine, then by index, as a single process orders them."""
             square, index = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
             order = index.argsort(1)
             square, index = square.gather(1, order), index.gather(1, order)
             cosine = (1 - square / 2).to(dtype)
             order = cosine.argsort(stable=True, dim=1, descending=True)[:, :k]
-            return square.gather(1, order), index.gather(1, order)
+            return Neighbors(square.gather(1, order), index.gather(1, order))
 
         if y is not None:
-            square, index = search(x, y.detach(), 0)
+            found = search(x, y.detach(), 0)
         else:
-            square, index = search(x, None, starts[rank])
+            found = search(x, None, starts[rank])
             for ahead, behind, others in ring(x, counts, len(counts) // 2, group):
-                square, index = best((square, index), search(x, others, starts[ahead]))
+                found = best(found, search(x, others, starts[ahead]))
                 if ahead != behind:
-                    its_square, its_index = search(others, x, starts[rank])
                     shape = len(x), min(k, counts[behind])
                     returned = (
-                        exchange(its_square, square.new_empty(shape), ahead, behind, group),
-                        exchange(its_index, index.new_empty(shape), ahead, behind, group),
+                        exchange(field, field.new_empty(shape), ahead, behind, group)
+                        for field in search(others, x, starts[rank])
                     )
-                    square, index = best((square, index), returned)
-        ctx.mark_non_differentiable(index)
-        ctx.save_for_backward(x, y, index)
-        return square, index
+                    found = best(found, Neighbors(*returned))
+        ctx.mark_non_differentiable(found.indices)
+        ctx.save_for_backward(x, y, found.indices)
+        return found
 
     @staticmethod
     @once_differentiable
@@ -96,35 +101,39 @@ class Nearest(torch.autograd.Function):
         counts, group = ctx.counts, ctx.group
         rank, starts = dist.get_rank(group), starts_of(counts)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        needs = ctx.needs_input_grad[:2]
+        needs_x_grad, needs_y_grad, *_ = ctx.needs_input_grad
 
-        def meet(b: Tensor | None, start: int, count: int) -> list[Tensor]:
-            """The gradients by x and b of x's neighbors in b."""
+        def meet(b: Tensor | None, start: int, count: int) -> tuple[Tensor, Tensor]:
+            """Compute the gradients by x and b of x's neighbors in b."""
             here = (index >= start) & (index < start + count)
             turn = starts[rank] + start, y is None and start < starts[rank]
             if not (len(x) and count):
-                return [torch.zeros_like(t, dtype=dtype) for t in (x, x if b is None else b)]
+                x_like, b_like = (
+                    torch.zeros_like(t, dtype=dtype) for t in (x, x if b is None else b)
+                )
+                return x_like, b_like
             grads = torch.ops.synface_kernels.hypersphere_repulsion_nearest_backward(
                 turned(x.to(dtype), *turn),
                 None if b is None else turned(b.to(dtype), *turn),
                 torch.where(here, index - start, 0),
                 torch.where(here, grad_square, 0),
                 R_MIN,
-                b is None or y is None or needs[0],
-                b is not None and (y is None or needs[1]),
+                b is None or y is None or needs_x_grad,
+                b is not None and (y is None or needs_y_grad),
                 ctx.impl,
             )
-            return [turned(g, *turn, back=True) if g.numel() else g for g in grads]
+            by_x, by_b = (turned(g, *turn, back=True) if g.numel() else g for g in grads)
+            return by_x, by_b
 
         if y is not None:
-            grads = meet(y, 0, len(y))
+            by_x, by_y = meet(y, 0, len(y))
             return (
-                grads[0].to(x.dtype) if needs[0] else None,
-                grads[1].to(y.dtype) if needs[1] else None,
+                by_x.to(x.dtype) if needs_x_grad else None,
+                by_y.to(y.dtype) if needs_y_grad else None,
                 *[None] * 4,
             )
-        gradient = meet(None, starts[rank], counts[rank])[0]
-        # Whose neighbors these are is not symmetric: all blocks come by.
+        gradient, _ = meet(None, starts[rank], counts[rank])
+        # The neighbor relation is not symmetric: every rank meets all blocks.
         for ahead, behind, others in ring(x, counts, len(counts) - 1, group):
             own, back = meet(others, starts[ahead], counts[ahead])
             gradient += own
@@ -133,14 +142,15 @@ class Nearest(torch.autograd.Function):
 
 
 class PairSum(torch.autograd.Function):
-    """Σ_pairs f, or log Σ_pairs exp, over all ranks' points; its gradient by this rank's."""
+    """Σ_pairs f, or log Σ_pairs exp, over all ranks' points, differentiable by this rank's."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, counts: list[int], potential: tuple[Any, ...], group: Any, impl: str
+        ctx: Any, x: Tensor, counts: list[int], potential: Potential, group: Any, impl: str
     ) -> Tensor:
         rank, ranks, starts = dist.get_rank(group), len(counts), starts_of(counts)
-        exponential, needs_grad = potential[0] == "log_sum_exp", ctx.needs_input_grad[0]
+        needs_grad, *_ = ctx.needs_input_grad
+        exponential = potential.is_exponential
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         x = x.detach().contiguous()
         nothing = torch.full(
@@ -148,7 +158,7 @@ class PairSum(torch.autograd.Function):
         )
         nothing = nothing.to(x.device)
         total = nothing
-        # Under log_sum_exp a gradient is that of a logarithm of its own: in units of e^−unit.
+        # Each block's log-sum-exp has a gradient of its own scale; the sum is in units of e^−unit.
         gradient, unit = torch.zeros_like(x, dtype=dtype), nothing
 
         def pairs(
@@ -227,12 +237,15 @@ class PairSum(torch.autograd.Function):
 
 
 def starts_of(counts: list[int]) -> list[int]:
-    """Where each rank's points begin among all."""
+    """Return the index of each rank's first point among all ranks' points."""
     return [0, *accumulate(counts)][:-1]
 
 
 def ring(x: Tensor, counts: list[int], steps: int, group: Any) -> Iterator[tuple[int, int, Tensor]]:
-    """At each step the rank whose points come, the one that gets this rank's, and the points."""
+    """Yield per step the rank ahead, the rank behind, and the points of the rank ahead.
+
+    The rank behind receives this rank's points.
+    """
     rank, ranks = dist.get_rank(group), len(counts)
     for step in range(1, steps + 1):
         ahead, behind = (rank + step) % ranks, (rank - step) % ranks
@@ -241,7 +254,7 @@ def ring(x: Tensor, counts: list[int], steps: int, group: Any) -> Iterator[tuple
 
 
 def exchange(send: Tensor, receive: Tensor, to: int, source: int, group: Any) -> Tensor:
-    """Sends to one rank of the group while receiving from another."""
+    """Send to one rank of the group while receiving from another; return the received tensor."""
     operations = [
         dist.P2POp(dist.isend, send.contiguous(), group=group, group_peer=to),
         dist.P2POp(dist.irecv, receive, group=group, group_peer=source),

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from ..._check import require
-from ..._distributed import Gather, GatherRows, ToOwners, agree, check_group, gather_rows
+from ..._distributed import (
+    Gather,
+    GatherRows,
+    ToOwners,
+    check_group,
+    gather_rows,
+    validate_on_all_ranks,
+)
 from .margins import CombinedMargin
 
 ANY_CLASS = 2**63 - 1  # how many classes there are, before it is known
@@ -75,7 +82,7 @@ class Shards:
             return [], {}
 
         if held.device.type == "cpu":
-            agree(check, 0, self.group)
+            validate_on_all_ranks(check, 0, self.group)
         else:
             check()
         return places
@@ -139,7 +146,7 @@ def agreed(
         greatest = int(labels.max()) if known else -1
         return [labels.shape[0], weight.shape[0], class_start, greatest], facts | same
 
-    ranks = agree(facts, 4, group)
+    ranks = validate_on_all_ranks(facts, 4, group)
     counts, classes, starts, greatest = (list(column) for column in zip(*ranks, strict=True))
     num_classes = 0
     for start, count in sorted(zip(starts, classes, strict=True)):

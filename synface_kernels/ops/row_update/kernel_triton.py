@@ -1,7 +1,7 @@
 """Row updates in Triton: one program per row and block of columns, in the definition's order.
 
-Without fused multiply-adds and with correctly rounded roots and quotients: the definition's bits,
-but for what a row catches up on, which is in closed form as in C++ (docs/kernels/row_update.md).
+No fused multiply-adds, and correctly rounded roots and quotients: the same bits as the definition,
+except for missed steps, which are in closed form as in C++ (docs/kernels/row_update.md).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLOCK = 512
 
 @triton.jit
 def _store(state, at, mask, value, key, column, FORMAT: tl.constexpr):
-    """FORMAT 0: float32. 1: bfloat16 to nearest. 2: bfloat16 at random, as reference.py says."""
+    """Store float32 (FORMAT 0), or bfloat16, rounded to nearest (1) or as reference.py does (2)."""
     if FORMAT == 0:
         tl.store(state + at, value, mask=mask)
     else:
@@ -62,7 +62,7 @@ def _sgd_kernel(
     b = tl.zeros_like(w)
     if MOMENTUM:
         b = _load(buffer, at_b, mask)
-    if LAZY:  # (w, b) = A·(w, b); the identity where no step was missed
+    if LAZY:  # (w, b) ← A·(w, b), A the power for the missed steps
         old = w
         w = tl.load(maps + 4 * i) * old + tl.load(maps + 4 * i + 1) * b
         b = tl.load(maps + 4 * i + 2) * old + tl.load(maps + 4 * i + 3) * b
@@ -80,7 +80,7 @@ def _sgd_kernel(
 
 @triton.jit
 def _adamw_kernel(
-    weight, gradient, ids, mean, square, missed, last_powers, kept, keys, count, columns,
+    weight, gradient, ids, mean, square, missed, last_powers, constants, keys, count, columns,
     s_weight, s_gradient, s_mean, s_square, terms,
     keep, beta1, take1, beta2, take2, size, root, eps,
     GRADIENT: tl.constexpr, LAZY: tl.constexpr, W_FORMAT: tl.constexpr, M_FORMAT: tl.constexpr,
@@ -95,9 +95,9 @@ def _adamw_kernel(
     if LAZY:
         steps = tl.load(missed + i)
         if steps > 0:
-            # lr, β₁, β₂ and 1/(1 − lr·weight_decay), float64: their powers run along.
-            rate, b1 = tl.load(kept), tl.load(kept + 1)
-            b2, grow = tl.load(kept + 2), tl.load(kept + 3)
+            # lr, β₁, β₂ and 1/(1 − lr·weight_decay), float64; their powers are running products.
+            rate, b1 = tl.load(constants), tl.load(constants + 1)
+            b2, grow = tl.load(constants + 2), tl.load(constants + 3)
             power1, power2 = tl.load(last_powers + 5 * i), tl.load(last_powers + 5 * i + 1)
             later = tl.load(last_powers + 5 * i + 2)  # (1 − lr·weight_decay)^missed
             moment1, moment2 = rate * 0.0 + 1.0, rate * 0.0 + 1.0
@@ -134,12 +134,12 @@ def _format(state: Tensor, seed: int | None) -> int:
 def _keys(update: Update, streams: int) -> Tensor:
     _, _, ids, _, step, seed = update
     if seed is None:
-        return ids.new_empty((streams, ids.numel()))  # loaded, not used
+        return ids.new_empty((streams, ids.numel()))  # loaded but not used
     return torch.stack([row_keys(seed, step, stream, ids) for stream in range(streams)])
 
 
 def _powers(matrix: Tensor, exponents: Tensor, most: int) -> Tensor:
-    """(S, 2, 2) powers of a float64 matrix by repeated squaring; exponents are at most ``most``."""
+    """Return powers (S, 2, 2) of a float64 matrix by repeated squaring; no exponent is > most."""
     result = torch.eye(2, dtype=torch.float64, device=exponents.device).expand(len(exponents), 2, 2)
     for bit in range(most.bit_length()):
         base = matrix.to(exponents.device)
@@ -152,12 +152,12 @@ def _powers(matrix: Tensor, exponents: Tensor, most: int) -> Tensor:
 def _launch(kernel: Any, class_ids: Tensor, columns: int, *args: Any, **config: Any) -> None:
     if class_ids.numel() and columns:
         grid = (class_ids.numel(), triton.cdiv(columns, BLOCK))
-        # No fused multiply-adds: they would give other bits than the definition.
+        # Fused multiply-adds would give other bits than the definition.
         kernel[grid](*args, **config, BLOCK=BLOCK, enable_fp_fusion=False)
 
 
 def _contiguous(update: Update) -> tuple[Update, Tensor]:
-    """With contiguous ids; and the gradient with contiguous rows, or what stands in for none."""
+    """Return the update with contiguous ids, and a gradient of contiguous rows or a placeholder."""
     gradient = update.weight if update.row_grad is None else update.row_grad
     if gradient.stride(1) != 1:
         gradient = gradient.contiguous()
@@ -173,7 +173,7 @@ def sgd(
     dampening: float,
     nesterov: bool,
 ) -> None:
-    """See `reference.sgd`."""
+    """Take a step of SGD; arguments as for `reference.sgd`."""
     update, gradient = _contiguous(update)
     weight, row_grad, ids, last_step, step, seed = update
     buffer = weight if momentum_buffer is None else momentum_buffer
@@ -211,10 +211,10 @@ def adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """See `reference.adamw`."""
+    """Take a step of AdamW; arguments as for `reference.adamw`."""
     update, gradient = _contiguous(update)
     weight, row_grad, ids, last_step, step, seed = update
-    missed, powers, kept, terms = ids, weight, weight, 0
+    missed, powers, constants, terms = ids, weight, weight, 0
     keep = 1 - lr * weight_decay
     if last_step is not None:
         if keep <= 0:
@@ -230,12 +230,12 @@ def adamw(
             ],
             dim=1,
         )
-        kept = ids.new_tensor([lr, beta1, beta2, 1 / keep], dtype=torch.float64)
+        constants = ids.new_tensor([lr, beta1, beta2, 1 / keep], dtype=torch.float64)
         terms = series_terms(lr, beta1, beta2, weight_decay, NEGLIGIBLE[0])
     size, root = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
     _launch(
         _adamw_kernel, ids, weight.shape[1],
-        weight, gradient, ids, exp_avg, exp_avg_sq, missed, powers, kept,
+        weight, gradient, ids, exp_avg, exp_avg_sq, missed, powers, constants,
         _keys(update, 3), ids.numel(), weight.shape[1], weight.stride(0),
         gradient.stride(0), exp_avg.stride(0), exp_avg_sq.stride(0), terms,
         keep, beta1, 1 - beta1, beta2, 1 - beta2, size, root, eps,

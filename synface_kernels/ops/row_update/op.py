@@ -14,7 +14,7 @@ from ..._load import library
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
 from . import reference
 from .reference import Update
-from .updates import AdamWUpdate, RowUpdate, SGDUpdate, most_missed
+from .updates import NUMBERS, AdamWUpdate, RowUpdate, SGDUpdate, most_missed
 
 OP = "row_update"
 register(OP, {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always})
@@ -29,7 +29,7 @@ _SCHEMAS = {
 }
 for _name, _schema in _SCHEMAS.items():
     library.define(f"{OP}_{_name}" + _schema.format(impl=", str impl"))
-    # implemented in csrc/bindings.cpp
+    # the CPU implementations are in csrc/
     library.define(f"{OP}_{_name}_cpu" + _schema.replace("SymInt", "int").format(impl=""))
 
 
@@ -49,37 +49,39 @@ def row_sgd_(
     seed: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """A step of SGD on some rows of a matrix, in place; the other rows are not even read.
+    """Take a step of SGD on some rows of a matrix, in place; the other rows are not read.
 
     With g = row_grad + weight_decay·w, as `torch.optim.SGD`: b ← momentum·b + (1 − dampening)·g,
     w ← w − lr·b; with ``nesterov`` w ← w − lr·(g + momentum·b); without momentum w ← w − lr·g.
 
-    Without ``last_step``, rows that are not in ``class_ids`` keep their weight and momentum as they
-    are, as with `torch.optim.SparseAdam`: they neither decay nor coast on.
+    Without ``last_step``, rows that are not in ``class_ids`` keep their weight and momentum, as
+    with `torch.optim.SparseAdam`: they get neither weight decay nor momentum steps.
 
-    With ``last_step``, a row that is touched first takes the steps that it missed: those that
-    `torch.optim.SGD` would take on a gradient of zero. They are linear in (w, b), so that the
-    2 × 2 matrix of one, raised to their number, is all of them: exact but for rounding. The
-    missed steps are taken with the arguments given now: where ``lr`` changes, bring all rows up to
-    date first (``row_grad=None``), or accept that they coast at the new rate.
+    With ``last_step``, a row in ``class_ids`` first takes the steps that it missed: those that
+    `torch.optim.SGD` would take with a gradient of zero. They are linear in (w, b), so all of them
+    are one power of a 2 × 2 matrix: exact up to rounding. The missed steps use the arguments of
+    this call: where ``lr`` changes, bring all rows up to date first (``row_grad=None``), or accept
+    that the missed steps use the new rate.
 
     Args:
         weight: (C, D), its rows contiguous: float32, bfloat16 (arithmetic in float32), or float64.
         row_grad: (S, D) gradients of the rows: float32, bfloat16, float16, or float64 for a float64
-            weight. None: the rows only take the steps that they missed, that of ``step`` included.
-        class_ids: (S,) int64 rows of the weight, rising strictly.
+            weight. None: the rows only take the steps that they missed, up to and including
+            ``step``.
+        class_ids: (S,) int64 row indices of the weight, strictly increasing.
         lr, weight_decay, dampening: ≥ 0, finite.
-        momentum: ≥ 0. momentum_buffer: (C, D) float32 or bfloat16 (float64 for float64), zeros to
-            begin with; required just where momentum > 0. (torch's first step takes all of g
-            whatever the dampening; this one 1 − dampening of it.)
+        momentum: ≥ 0. momentum_buffer: (C, D) float32 or bfloat16 (float64 for float64), initially
+            zero; required if and only if momentum > 0. (torch's first step adds all of g to the
+            buffer whatever the dampening; this one 1 − dampening of it.)
         nesterov: needs momentum and no dampening.
-        step: the number of this step, ≥ 1, rising from call to call; required with ``last_step`` or
-            ``seed``.
-        last_step: (C,) int64 or int32: the step after which each row is up to date; zeros to begin
-            with. Written.
-        seed: rounds what is stored as bfloat16 at random, without bias, by a hash of (seed, step,
-            state, row, column): the same whatever the threads or the device. Default: to nearest.
-            With nearest rounding, updates below 2^-9 of a weight are lost. In [0, 2^63).
+        step: the number of this step, ≥ 1, increasing from call to call; required with
+            ``last_step`` or ``seed``.
+        last_step: (C,) int64 or int32: the last step that each row has taken; initially zero.
+            Written.
+        seed: enables stochastic rounding, which is unbiased, of weights and states in bfloat16. The
+            random bits are a hash of (seed, step, state, row, column), the same for any number of
+            threads and any device. In [0, 2^63). Default: round to nearest, which loses updates
+            below 2^-9 of a weight.
         impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"`` (plain torch: ``index_select``
             and ``index_copy_``, and missed steps one by one); see `explain`.
 
@@ -87,12 +89,12 @@ def row_sgd_(
         ``weight``. Takes no part in autograd.
 
     Memory above the inputs: a few numbers per element of ``class_ids``, and on the CPU a few rows
-    for each thread; for ``"reference"`` a few times (S, D).
+    per thread; with ``"reference"`` a few times (S, D).
 
     Raises:
         ValueError: for a wrong dtype, shape, device or value, before anything is written. On a GPU
-            ``class_ids`` and ``last_step`` are checked there, by an asynchronous assertion. Also
-            where what is written overlaps itself or another argument in memory.
+            ``class_ids`` and ``last_step`` are checked by an asynchronous assertion. Also where a
+            tensor that is written overlaps itself or another argument in memory.
         TypeError: for an argument of a wrong Python type.
         RuntimeError: for an ``impl`` that cannot run here, naming the reason.
 
@@ -128,29 +130,30 @@ def row_adamw_(
     seed: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """A step of AdamW on some rows of a matrix, in place; the other rows are not even read.
+    """Take a step of AdamW on some rows of a matrix, in place; the other rows are not read.
 
     As `torch.optim.AdamW`, with t = ``step``: m ← β₁·m + (1 − β₁)·g, v ← β₂·v + (1 − β₂)·g²,
     w ← (1 − lr·weight_decay)·w − lr·m/(1 − β₁^t) / (√(v/(1 − β₂^t)) + eps).
 
-    Without ``last_step``, rows that are not in ``class_ids`` keep weight and moments as they are,
-    as with `torch.optim.SparseAdam`; bias is corrected by the number of steps, not of touches.
+    Without ``last_step``, rows that are not in ``class_ids`` keep their weight and moments, as with
+    `torch.optim.SparseAdam`; bias is corrected by the number of steps, not by how often a row was
+    updated.
 
-    With ``last_step``, a row that is touched first takes the steps that it missed: those that
-    `torch.optim.AdamW` would take on a gradient of zero. Decay of weight and moments is in closed
-    form. What the decaying moments still move the weight by is not (eps stands in the
-    denominator): these terms are added one by one, until what is left of their geometric series is
+    With ``last_step``, a row in ``class_ids`` first takes the steps that it missed: those that
+    `torch.optim.AdamW` would take with a gradient of zero. The decay of weight and moments has a
+    closed form. The updates of the weight by the decaying moments have none, because of eps in the
+    denominator: these terms are added one by one, until the rest of their geometric series is
     below 2^-26 (float64: 2^-55) of the first, some 200 at the default betas; all of them where the
-    series does not fall, β₁ ≥ √β₂·(1 − lr·weight_decay). Where more than 2^17 terms may be needed,
-    a row may miss 2^17 steps at most. The missed steps are taken with the arguments given now, see
+    series does not converge, β₁ ≥ √β₂·(1 − lr·weight_decay). Where more than 2^17 terms may be
+    needed, a row may miss 2^17 steps at most. The missed steps use the arguments of this call, see
     `row_sgd_`.
 
     Args:
         weight, row_grad, class_ids: see `row_sgd_`.
         exp_avg, exp_avg_sq: (C, D) moments, float32 or bfloat16 (float64 for a float64 weight),
-            zeros to begin with. In bfloat16 without ``seed``, exp_avg_sq cannot decay: rounding to
+            initially zero. In bfloat16 without ``seed``, exp_avg_sq cannot decay: rounding to
             nearest undoes each step by 1 − β₂ < 2^-9.
-        step: the number of this step, ≥ 1, rising from call to call.
+        step: the number of this step, ≥ 1, increasing from call to call.
         lr, eps, weight_decay: ≥ 0, finite. betas: in [0, 1).
         last_step, seed, impl: see `row_sgd_`.
 
@@ -182,20 +185,20 @@ def row_adamw_(
 def take_step(
     update: RowUpdate, weight: Tensor, row_grad: Tensor | None, class_ids: Tensor, impl: str
 ) -> Tensor:
-    """`row_sgd_` or `row_adamw_`, as the update says."""
+    """Take the step that an update describes: `row_sgd_` or `row_adamw_`."""
     _check(update, weight, row_grad, class_ids)
     op = getattr(torch.ops.synface_kernels, f"{OP}_{update.rule}")
     with torch.no_grad():
         op(
-            weight,
-            row_grad,
-            class_ids,
-            *update.states.values(),
-            update.last_step,
-            *update.numbers,
-            update.step or 0,
-            update.seed,
-            resolve(OP, impl, (weight,)),
+            weight=weight,
+            row_grad=row_grad,
+            class_ids=class_ids,
+            **update.states,
+            last_step=update.last_step,
+            **update.numbers._asdict(),
+            step=update.step or 0,
+            seed=update.seed,
+            impl=resolve(OP, impl, (weight,)),
         )
     return weight
 
@@ -204,7 +207,7 @@ def take_step(
 
 
 def check_states(update: RowUpdate, weight: Tensor) -> None:
-    """That an update and a weight (C, D) fit together."""
+    """Raise TypeError or ValueError unless an update fits a weight (C, D)."""
     states = {"weight": weight, **update.states}
     tensors = {**states, "last_step": update.last_step}
     for name, tensor in tensors.items():
@@ -215,13 +218,13 @@ def check_states(update: RowUpdate, weight: Tensor) -> None:
             raise ValueError(
                 f"{name} must be on weight's device {weight.device}, got {describe(tensor)}"
             )
-    kept = _kept_dtypes(weight)
+    stored = _storage_dtypes(weight)
     for name, state in states.items():
         if state is None:
             continue
-        if state.dim() != 2 or state.shape != weight.shape or state.dtype not in kept:
+        if state.dim() != 2 or state.shape != weight.shape or state.dtype not in stored:
             expected = (
-                "float64 like a float64 weight" if len(kept) == 1 and name != "weight"
+                "float64 like a float64 weight" if len(stored) == 1 and name != "weight"
                 else "float32, bfloat16 or float64" if name == "weight"
                 else "float32 or bfloat16"
             )  # fmt: skip
@@ -243,8 +246,8 @@ def check_states(update: RowUpdate, weight: Tensor) -> None:
         )
 
 
-def _kept_dtypes(weight: Tensor) -> tuple[torch.dtype, ...]:
-    """Of weights and states."""
+def _storage_dtypes(weight: Tensor) -> tuple[torch.dtype, ...]:
+    """Return the dtypes that weight and states may have."""
     if weight.dtype == torch.float64:
         return (torch.float64,)
     return (torch.float32, torch.bfloat16)
@@ -267,7 +270,7 @@ def _check(update: RowUpdate, weight: Tensor, row_grad: Tensor | None, class_ids
         raise ValueError(f"class_ids must be int64 of shape (S,), got {describe(class_ids)}")
     if row_grad is not None:
         double = weight.dtype == torch.float64
-        allowed = _kept_dtypes(weight) + (() if double else (torch.float16,))
+        allowed = _storage_dtypes(weight) + (() if double else (torch.float16,))
         needed = (class_ids.shape[0], weight.shape[1])
         if row_grad.shape != needed or row_grad.dtype not in allowed:
             kinds = "float64" if double else "float32, bfloat16 or float16"
@@ -280,14 +283,14 @@ def _check(update: RowUpdate, weight: Tensor, row_grad: Tensor | None, class_ids
 
 
 def _check_rows(update: Update, most: int | None) -> None:
-    """What the tensors hold: these checks cost a pass over S elements."""
+    """Raise unless class_ids and last_step hold valid values; one pass over S elements."""
     weight, _, class_ids, last_step, step, _ = update
     if class_ids.numel() == 0:
         return
     rising = torch.ones_like(class_ids, dtype=torch.bool)
     torch.gt(class_ids[1:], class_ids[:-1], out=rising[1:])
     require(rising, "class_ids must rise strictly (be sorted, none repeated)", class_ids)
-    # Rising, so that the ends stand for all.
+    # Increasing, so the first and the last are the extremes.
     ends = class_ids[:: max(class_ids.numel() - 1, 1)]
     inside = (ends >= 0) & (ends < weight.shape[0])
     require(inside, f"class_ids must be in [0, {weight.shape[0]})", ends)
@@ -296,7 +299,7 @@ def _check_rows(update: Update, most: int | None) -> None:
 
 
 def check_last_step(last: Tensor, due: int, step: int, most: int | None) -> None:
-    """Raise unless rows with these last steps are not ahead, and missed at most ``most`` steps."""
+    """Raise if a row's last step is after ``due``, or a row missed more than ``most`` steps."""
     message = f"last_step of the rows in class_ids must be in [0, {due}] at step {step}"
     require((last >= 0) & (last <= due), message, last)
     if most is not None:
@@ -312,34 +315,29 @@ def check_last_step(last: Tensor, due: int, step: int, most: int | None) -> None
 # ---- the ops -------------------------------------------------------------------------------------
 
 
-# What a rule writes besides the weight, in its schema's order after class_ids.
-STATES = {
-    "sgd": ("momentum_buffer", "last_step"),
-    "adamw": ("exp_avg", "exp_avg_sq", "last_step"),
-}
-
-
-def _run(name: str, *args: Any) -> None:
-    """An optimizer's op: checks the rows, and hands its arguments to the implementation."""
-    *args, impl = args  # type: ignore[assignment]
-    weight, row_grad, class_ids, *rest, step, seed = args
-    names = dict(zip(STATES[name], rest, strict=False))
-    require_apart({"weight": weight, **names}, {"row_grad": row_grad, "class_ids": class_ids})
-    update = Update(weight, row_grad, class_ids, rest.pop(len(names) - 1), step, seed)
-    _check_rows(update, most_missed(name, rest[len(names) - 1 :], weight.dtype))
+def _run(rule: str, *args: Any) -> None:
+    """Check the rows of an op's arguments, and hand these to the implementation."""
+    *given, impl = args
+    named = dict(zip(_ARGUMENTS[rule], given, strict=True))
+    written = {name: named[name] for name in _WRITTEN[rule]}
+    require_apart(written, {name: named[name] for name in ("row_grad", "class_ids")})
+    numbers = NUMBERS[rule](**{name: named[name] for name in NUMBERS[rule]._fields})
+    update = Update(**{name: named.pop(name) for name in Update._fields})
+    _check_rows(update, most_missed(rule, numbers, update.weight.dtype))
     if impl == "cpu":
-        getattr(torch.ops.synface_kernels, f"{OP}_{name}_cpu")(*args)
+        getattr(torch.ops.synface_kernels, f"{OP}_{rule}_cpu")(*given)
     elif impl == "triton":
         from . import kernel_triton
 
-        getattr(kernel_triton, name)(update, *rest)
+        getattr(kernel_triton, rule)(update, **named)
     else:
-        getattr(reference, name)(update, *rest)
+        getattr(reference, rule)(update, **named)
 
 
 def mark_written(name: str, written: Iterable[Tensor | None], keys: Any, *args: Any) -> Any:
-    """Runs an op, and tells autograd what it writes: a graph that saved one of these raises in its
-    backward pass.
+    """Run an op and bump the version counters of the tensors that it writes.
+
+    So a graph that saved one of these tensors raises in its backward pass.
     """
     for tensor in written:
         if tensor is not None:
@@ -349,15 +347,21 @@ def mark_written(name: str, written: Iterable[Tensor | None], keys: Any, *args: 
         return op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
 
 
-def _mark_written(name: str, states: int, keys: Any, *args: Any) -> None:
-    mark_written(name, [args[0], *args[3 : 3 + states]], keys, *args)
+def _mark_written(rule: str, keys: Any, *args: Any) -> None:
+    named = zip(_ARGUMENTS[rule], args, strict=False)  # without impl
+    written = [tensor for name, tensor in named if name in _WRITTEN[rule]]
+    mark_written(f"{OP}_{rule}", written, keys, *args)
 
 
-for _optimizer, _states in STATES.items():
-    _name, _written = f"{OP}_{_optimizer}", len(_states)
+# By rule, the names of the arguments before ``impl``, and of those that are written.
+_ARGUMENTS: dict[str, list[str]] = {}
+_WRITTEN: dict[str, list[str]] = {}
+for _rule in _SCHEMAS:
+    _name = f"{OP}_{_rule}"
+    *_declared, _ = getattr(torch.ops.synface_kernels, _name).default._schema.arguments
+    _ARGUMENTS[_rule] = [argument.name for argument in _declared]
+    _WRITTEN[_rule] = [argument.name for argument in _declared if argument.is_write]
     for _key in ("CPU", "CUDA"):
-        library.impl(_name, partial(_run, _optimizer), _key)
-    library.impl(
-        _name, partial(_mark_written, _name, _written), "ADInplaceOrView", with_keyset=True
-    )
+        library.impl(_name, partial(_run, _rule), _key)
+    library.impl(_name, partial(_mark_written, _rule), "ADInplaceOrView", with_keyset=True)
     torch.library.register_fake(f"synface_kernels::{_name}", lambda *args: None)

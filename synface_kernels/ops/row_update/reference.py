@@ -1,7 +1,7 @@
 """Optimizer steps on some rows: the definition, in plain torch on any device.
 
-Arithmetic is float32, or float64 for float64 weights. A row that missed steps goes through them one
-by one here; the kernels take the same steps in closed form, see `docs/kernels/row_update.md`.
+Arithmetic is float32, or float64 for float64 weights. Missed steps are taken one by one here; the
+kernels take the same steps in closed form, see `docs/kernels/row_update.md`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..._splitmix import GOLDEN, mixed, shifted, signed
 
-# ---- random rounding -----------------------------------------------------------------------------
+# ---- stochastic rounding -------------------------------------------------------------------------
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -23,13 +23,13 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def row_keys(seed: int, step: int, stream: int, class_ids: Tensor) -> Tensor:
-    """(S,) int64 keys of the rows' random bits; ``stream`` tells an optimizer's states apart."""
+    """Return int64 keys (S,) of the rows' random bits; each state of an optimizer has a stream."""
     base = _mix(torch.tensor(seed, device="cpu")) ^ (4 * step + stream)
     return _mix(_mix(base).to(class_ids.device) ^ class_ids)
 
 
 def random_bits(keys: Tensor, columns: int) -> Tensor:
-    """(S, D) int64 in [0, 2^16): a hash of each row's key and the column."""
+    """Hash each row's key and the column to int64 (S, D) in [0, 2^16)."""
     word = 2**32 - 1
     x = torch.arange(columns, device=keys.device) * 0x9E3779B9 & word
     x = (x + (keys & word)[:, None]) & word
@@ -39,7 +39,7 @@ def random_bits(keys: Tensor, columns: int) -> Tensor:
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
-    """float32 to bfloat16: away from zero with the chance of what is cut off."""
+    """Round float32 to bfloat16: away from zero with the probability of the truncated part."""
     cut = (x.view(torch.int32).long() + bits) >> 16 << 16
     rounded = cut.to(torch.int32).view(torch.float32)
     return torch.where(x.isnan(), x, rounded).to(torch.bfloat16)
@@ -51,7 +51,7 @@ Rows = list[Tensor]
 
 
 class Update(NamedTuple):
-    """What a step is told whatever the optimizer; see `row_sgd_`."""
+    """The arguments of a step that all optimizers share; see `row_sgd_`."""
 
     weight: Tensor
     row_grad: Tensor | None
@@ -62,7 +62,7 @@ class Update(NamedTuple):
 
     @property
     def until(self) -> int:
-        """The step up to which rows take those that they missed, without gradients."""
+        """The last step that rows without a gradient for it take."""
         return self.step if self.row_grad is None else self.step - 1
 
 
@@ -72,9 +72,12 @@ def _take(
     idle: Callable[[Rows, Tensor], Rows],
     step: Callable[[Rows, Tensor], Rows],
 ) -> None:
-    """Reads rows of the states, takes the steps that they missed and the one with gradients, and
-    writes them. The steps are ``idle(rows, number)``, numbers (S, 1) float64, and
-    ``step(rows, gradients)``.
+    """Read rows of the states, take the missed steps and the one with gradients, write the rows.
+
+    Args:
+        states: the weight and the optimizer's states, (C, D) each.
+        idle: takes a step without gradients: ``idle(rows, number)``, numbers (S, 1) float64.
+        step: takes the step with gradients: ``step(rows, gradients)``.
     """
     weight, row_grad, class_ids, last_step, number, _ = update
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -89,7 +92,7 @@ def _take(
 
 
 def _catch_up(rows: Rows, last: Tensor, until: int, idle: Callable[[Rows, Tensor], Rows]) -> Rows:
-    """Takes steps last + 1 … until."""
+    """Take the steps last + 1 … until, without gradients."""
     for k in range(1, int((until - last).max()) + 1 if last.numel() else 0):
         number = last + k
         active = (number <= until)[:, None]
@@ -99,6 +102,7 @@ def _catch_up(rows: Rows, last: Tensor, until: int, idle: Callable[[Rows, Tensor
 
 
 def _write(update: Update, state: Tensor, rows: Tensor, stream: int) -> None:
+    """Write rows of a state in its dtype, rounded at random where the update has a seed."""
     if update.seed is not None and state.dtype == torch.bfloat16:
         keys = row_keys(update.seed, update.step, stream, update.class_ids)
         rows = round_stochastically(rows, random_bits(keys, rows.shape[1]))
@@ -106,7 +110,7 @@ def _write(update: Update, state: Tensor, rows: Tensor, stream: int) -> None:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Rounded correctly, which torch's own vectorized float32 root is not."""
+    """Return correctly rounded roots, unlike torch's vectorized float32 sqrt."""
     return x.double().sqrt().to(x.dtype)
 
 
@@ -119,6 +123,8 @@ def sgd(
     dampening: float,
     nesterov: bool,
 ) -> None:
+    """Take a step of `row_sgd_`."""
+
     def step(rows: Rows, grad: Tensor | float) -> Rows:
         w, *buffer = rows
         g = grad + weight_decay * w
@@ -141,6 +147,8 @@ def adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
+    """Take a step of `row_adamw_`."""
+
     def moved(
         w: Tensor, m: Tensor, v: Tensor, size: float | Tensor, root: float | Tensor
     ) -> Tensor:

@@ -1,18 +1,45 @@
-"""Optimizer steps as values: the rule, its numbers and its states."""
+"""Optimizer steps as values: the rule, its hyperparameters and its states."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..._check import describe
 
-NEGLIGIBLE = (2.0**-26, 2.0**-55)  # what is left of a series, to its first term; float32, float64
+# Relative to a series' first term, a rest that may be left out: for float32, for float64.
+NEGLIGIBLE = (2.0**-26, 2.0**-55)
+
+
+class SGDNumbers(NamedTuple):
+    """The hyperparameters of an SGD step, in the order of the ops' schemas."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    dampening: float
+    nesterov: bool
+
+
+class AdamWNumbers(NamedTuple):
+    """The hyperparameters of an AdamW step, in the order of the ops' schemas."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+NUMBERS: dict[str, type[SGDNumbers] | type[AdamWNumbers]] = {
+    "sgd": SGDNumbers,
+    "adamw": AdamWNumbers,
+}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -20,7 +47,7 @@ class SGDUpdate:
     """A step of SGD that `margin_cross_entropy` takes on its centers in its backward pass.
 
     Attributes: as `row_sgd_`'s arguments, with the same meaning, defaults and errors. The states
-    are of the weight's shape. They are written in that backward pass, and nowhere else.
+    have the weight's shape. Only that backward pass writes them.
 
     Source: see `row_sgd_`.
     """
@@ -57,12 +84,13 @@ class SGDUpdate:
 
     @property
     def states(self) -> dict[str, Tensor | None]:
+        """The optimizer's states by their names."""
         return {"momentum_buffer": self.momentum_buffer}
 
     @property
-    def numbers(self) -> tuple[float, ...]:
-        """As the op's schema has them."""
-        return (self.lr, self.momentum, self.weight_decay, self.dampening, self.nesterov)
+    def numbers(self) -> SGDNumbers:
+        """The step's hyperparameters."""
+        return SGDNumbers(self.lr, self.momentum, self.weight_decay, self.dampening, self.nesterov)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -107,23 +135,25 @@ class AdamWUpdate:
 
     @property
     def states(self) -> dict[str, Tensor | None]:
+        """The optimizer's states by their names."""
         return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
     @property
-    def numbers(self) -> tuple[float, ...]:
-        """As the op's schema has them."""
-        return (self.lr, *self.betas, self.eps, self.weight_decay)
+    def numbers(self) -> AdamWNumbers:
+        """The step's hyperparameters."""
+        return AdamWNumbers(self.lr, *self.betas, self.eps, self.weight_decay)
 
 
 RowUpdate = SGDUpdate | AdamWUpdate
 
-MOST_TERMS = 2**17  # of missed steps that are added one by one: milliseconds for a row
+# Greatest number of missed steps that are added one by one: milliseconds for a row.
+MOST_TERMS = 2**17
 
 
 def terms(lr: float, beta1: float, beta2: float, weight_decay: float, negligible: float) -> int:
-    """Return how many missed steps of AdamW move a weight by what is not below rounding.
+    """Return how many missed steps of AdamW move a weight by more than a rounding error.
 
-    Whatever their bias corrections are; 2³¹ − 1 where the series does not fall.
+    A bound for any bias correction; 2³¹ − 1 where the series does not converge.
     """
     if beta1 == 0:
         return 1
@@ -135,13 +165,13 @@ def terms(lr: float, beta1: float, beta2: float, weight_decay: float, negligible
     return math.ceil(math.log(enough) / math.log(ratio)) + 1
 
 
-def most_missed(rule: str, numbers: Sequence[float], dtype: torch.dtype) -> int | None:
+def most_missed(rule: str, numbers: Iterable[float], dtype: torch.dtype) -> int | None:
     """Return how many steps a row may miss, None for any number; ``dtype`` is the weight's."""
     if rule == "sgd":
         return None
-    lr, beta1, beta2, _, weight_decay = numbers
+    adamw = AdamWNumbers(*numbers)
     negligible = NEGLIGIBLE[dtype == torch.float64]
-    needed = terms(lr, beta1, beta2, weight_decay, negligible)
+    needed = terms(adamw.lr, adamw.beta1, adamw.beta2, adamw.weight_decay, negligible)
     return MOST_TERMS if needed > MOST_TERMS else None
 
 

@@ -1,7 +1,7 @@
-"""Sampled classes in plain torch, on any device: the definition's very classes.
+"""Class sampling in plain torch, on any device: the same classes as the definition samples.
 
-All shapes are known beforehand, so that a GPU is not waited for, but for two cases: fewer classes
-are asked for than the target has elements, or about half of all are (see `sample`).
+All shapes are known beforehand, so nothing waits for a GPU, except in two cases: where fewer
+classes are to be sampled than the target has elements, or about half of all (see `sample`).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from ..._splitmix import GOLDEN, mixed, shifted, signed
 
 
 def _draws(seed: Tensor, count: int, num_classes: int) -> Tensor:
-    """(count,) classes of the stream; int64 products wrap as unsigned ones do."""
+    """Return the first draws (count,) of the stream; int64 multiplication wraps like uint64's."""
     z = mixed((torch.arange(1, count + 1, device=seed.device) * signed(GOLDEN)).add_(seed))
     low = shifted((z & 0xFFFFFFFF) * num_classes, 32)
     return shifted(shifted(z, 32) * num_classes + low, 32)
 
 
 def _enough(distinct: int, num_classes: int) -> int:
-    """Draws among which there are so many distinct classes, but for a chance below 1e-15.
+    """Return how many draws hold so many distinct classes, with a failure probability below 1e-15.
 
-    Mean and variance of the coupon collector's time, plus what geometric tails need.
+    Mean and standard deviations of the coupon collector's time, and a margin for geometric tails.
     """
     share = min(distinct / num_classes, 1 - 1 / num_classes)
     mean = -num_classes * math.log1p(-share)
@@ -33,7 +33,7 @@ def _enough(distinct: int, num_classes: int) -> int:
 
 
 def _distinct(labels: Tensor, num_classes: int) -> Tensor:
-    """The labels in order, with num_classes in the place of repeated and ignored ones."""
+    """Return the labels sorted; num_classes replaces repeated and ignored ones, at the end."""
     ordered = labels.sort().values
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]
@@ -41,7 +41,7 @@ def _distinct(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def _first_new(draws: Tensor, count: int | Tensor, known: Tensor, num_classes: int) -> Tensor:
-    """The first ``count`` distinct draws that are not known; num_classes stands for the others."""
+    """Return the draws; num_classes replaces all but the first ``count`` distinct, unknown ones."""
     ordered, order = draws.sort(stable=True)
     new = torch.ones_like(ordered, dtype=torch.bool)
     new[1:] = ordered[1:] != ordered[:-1]
@@ -56,24 +56,24 @@ def _first_new(draws: Tensor, count: int | Tensor, known: Tensor, num_classes: i
 def sample(
     target: Tensor, num_classes: int, num_sampled: int, seed: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.sample_classes`. ``seed`` is a 0-dimensional int64 tensor."""
+    """Sample as `reference.sample_classes` does; ``seed`` is a 0-dimensional int64 tensor."""
     labels = target.flatten()
     labels = labels.where(labels != ignore_index, num_classes)
     known = _distinct(torch.cat([labels, labels.new_full((1,), num_classes)]), num_classes)
     positives: int | Tensor = (known < num_classes).sum()
-    most = labels.numel()  # of positives
-    # Into the sample or out of it: fewer are drawn. S − P > C − S ⟺ P < 2S − C.
+    most = labels.numel()  # bound of the number of positives
+    # Draw the smaller set: negatives to take, or to leave out. S − P > C − S ⟺ P < 2S − C.
     if num_sampled < most or 0 < 2 * num_sampled - num_classes <= most:
         positives = most = int(positives)  # waits for a GPU
     size = max(num_sampled, most) if isinstance(positives, int) else num_sampled
     out_of = num_classes - size
     if 2 * size - num_classes > most:
-        kept = torch.ones(num_classes + 1, dtype=torch.bool, device=target.device)
+        sampled = torch.ones(num_classes + 1, dtype=torch.bool, device=target.device)
         if out_of > 0:
             draws = _draws(seed, _enough(out_of + most, num_classes), num_classes)
-            kept[_first_new(draws, out_of, known, num_classes)] = False
-        kept[num_classes] = False
-        to = torch.where(kept, kept.cumsum(0) - 1, size)
+            sampled[_first_new(draws, out_of, known, num_classes)] = False
+        sampled[num_classes] = False
+        to = torch.where(sampled, sampled.cumsum(0) - 1, size)
         ids = to.new_empty(size + 1)
         ids.scatter_(0, to, torch.arange(num_classes + 1, device=target.device))
         ids = ids[:size]

@@ -1,4 +1,4 @@
-"""Sampled classes: checks, registrations, the public function."""
+"""Class sampling: checks, registrations, the public function."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ..._check import describe, integer, require
-from ..._distributed import agree, check_group, gather_rows
+from ..._distributed import check_group, gather_rows, validate_on_all_ranks
 from ..._load import library
 from ..._select import always, needs_cpu_extension, register, resolve
 from . import kernel_torch, reference
 
 OP = "sample_classes"
-ANOTHERS = -1  # a label that is no class of this rank
+OTHER_RANKS = -1  # stands for labels that are not among this rank's classes
 register(OP, {"cpu": needs_cpu_extension, "torch": always, "reference": always})
 
 _RESULT = " -> (Tensor class_ids, Tensor remapped)"
@@ -22,7 +22,7 @@ library.define(
     f"{OP}_draw(Tensor target, SymInt num_classes, SymInt num_sampled, Tensor seed, "
     f"int ignore_index, str impl){_RESULT}"
 )
-library.define(  # implemented in csrc/bindings.cpp
+library.define(  # implemented in csrc/
     f"{OP}_cpu(Tensor target, int num_classes, int num_sampled, int seed, int ignore_index)"
     + _RESULT
 )
@@ -39,39 +39,40 @@ def sample_classes(
     ignore_index: int = -100,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Samples the classes that take part in a training step: all positives, and random negatives.
+    """Sample the classes that take part in a training step: all positives, and random negatives.
 
-    The negatives are uniform among the classes that are no positives, without replacement, and a
-    function of one number that is taken from the generator: the same on every device and by every
-    implementation, whatever the number of threads.
+    The negatives are drawn uniformly, without replacement, from the classes that are not positives.
+    They are a function of one number from the generator: the same on every device, by every
+    implementation and for any number of threads.
 
     Args:
         target: (N,) or (N, K) int64 labels in [0, num_classes), or ``ignore_index``.
         num_classes: C, 1 ≤ C < 2^31.
         num_sampled: how many classes to sample, in [1, C]. Where the target holds more distinct
-            positives than that, all of these are kept, and nothing else.
-        generator: gives the random number. Default: torch's own of the target's device.
-        group, class_start: where the classes are spread over the ranks of a `torch.distributed`
-            process group, see `margin_cross_entropy`: each rank samples its own, num_classes of
-            them from class_start on, with every positive that any rank has among them. Labels,
-            which number all ranks' classes, travel: 8·N·K bytes. All ranks must call this.
-        ignore_index: a label that stays as it is and samples nothing.
+            positives than that, exactly these are sampled.
+        generator: the source of the random number. Default: torch's of the target's device.
+        group, class_start: for classes that are sharded over the ranks of a `torch.distributed`
+            process group, see `margin_cross_entropy`: each rank samples from its own classes,
+            num_classes of them from class_start on, and includes the positives of all ranks. The
+            labels, in [0, number of all ranks' classes), are gathered: 8·N·K bytes. All ranks must
+            call this.
+        ignore_index: a label that is not a class; it remains in the returned target.
         impl: ``"auto"``, ``"cpu"``, ``"torch"`` or ``"reference"``; see `explain`.
 
     Returns:
-        The pair (class_ids, target): class_ids (S,) int64, rising strictly, with
+        The pair (class_ids, target): class_ids (S,) int64, strictly increasing, with
         S = max(num_sampled, number of distinct positives), and the target with each label replaced
-        by its place in class_ids. With a group class_ids are rows of this rank's weight, and the
-        target stays as it was: `margin_cross_entropy` takes it so.
+        by its index in class_ids. With a group class_ids are row indices of this rank's weight, and
+        the target is returned unchanged, as `margin_cross_entropy` takes it.
 
     Time: O(N·K·log S + S), and one pass over a bit per class on the CPU. On a GPU a few operations
-    on S elements, sorting among them; it is waited for only where ``num_sampled`` is less than N·K,
-    or between C/2 and (C + N·K)/2.
+    on S elements, sorting among them, without synchronization unless ``num_sampled`` is less than
+    N·K, or between C/2 and (C + N·K)/2.
 
     Memory above the results: on the CPU one bit per class; else O(S + N·K).
 
     Raises:
-        ValueError: for a wrong dtype, shape or value; labels on a GPU are checked there, by an
+        ValueError: for a wrong dtype, shape or value; labels on a GPU are checked by an
             asynchronous assertion.
         TypeError: for an argument of a wrong Python type.
         RuntimeError: for an ``impl`` that cannot run here, naming the reason.
@@ -121,24 +122,24 @@ def sample_classes(
             raise ValueError(f"class_start must be 0 without a group, got {class_start}")
     else:
         check_group(group)
-        # Labels of other ranks' classes sample nothing here.
-        counts = [count for (count,) in agree(lambda: ([check()], {}), 1, group)]
+        # This rank ignores labels of other ranks' classes.
+        counts = [count for (count,) in validate_on_all_ranks(lambda: ([check()], {}), 1, group)]
         labels = gather_rows(target.flatten(), counts, group)
         here = (labels >= class_start) & (labels < class_start + num_classes)
         here &= labels != ignore_index
-        labels = torch.where(here, labels - class_start, ANOTHERS)
+        labels = torch.where(here, labels - class_start, OTHER_RANKS)
     chosen = resolve(OP, impl, (target,))
     device = target.device if generator is None else generator.device
     seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
-    class_ids, places = torch.ops.synface_kernels.sample_classes_draw(
+    class_ids, remapped = torch.ops.synface_kernels.sample_classes_draw(
         labels,
         num_classes,
         num_sampled,
         seed.to(target.device),
-        ignore_index if group is None else ANOTHERS,
+        ignore_index if group is None else OTHER_RANKS,
         chosen,
     )
-    return class_ids, places if group is None else target
+    return class_ids, remapped if group is None else target
 
 
 def _draw(

@@ -1,10 +1,10 @@
-"""Which classes a seed samples: the definition, draw by draw.
+"""The definition of the classes that a seed samples, draw by draw.
 
 Draw i of a seed is SplitMix64's i-th output h, scaled to floor(h·C / 2^64): uniform up to a bias of
-C/2^64. Of S sampled classes P are positives, and the rest are
+C/2^64. Of S sampled classes P are positives, and the negatives are
 
 - the first S − P distinct classes of the stream that are not positives, or,
-- where fewer are left out than put in, all but the first C − S such classes.
+- where fewer are left out than sampled, all but the first C − S such classes.
 
 By symmetry either is uniform among the sets of S − P negatives.
 """
@@ -21,6 +21,7 @@ _WORD = 2**64 - 1
 
 
 def draw(seed: int, i: int, num_classes: int) -> int:
+    """Return draw i of a seed's stream, a class."""
     z = (seed + (i + 1) * GOLDEN) & _WORD
     z = ((z ^ (z >> 30)) * MIX1) & _WORD
     z = ((z ^ (z >> 27)) * MIX2) & _WORD
@@ -30,6 +31,7 @@ def draw(seed: int, i: int, num_classes: int) -> int:
 def sample_classes(
     target: Tensor, num_classes: int, num_sampled: int, seed: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
+    """Return the sampled classes (S,), increasing, and the target as indices in them."""
     labels = target.flatten().tolist()
     positives = set(labels) - {ignore_index}
     size = max(num_sampled, len(positives))
