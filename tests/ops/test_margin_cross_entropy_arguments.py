@@ -8,6 +8,12 @@ import pytest
 import torch
 
 import synface_kernels as sk
+from synface_kernels.ops.margin_cross_entropy.interface import (
+    BackwardInputs,
+    ForwardInputs,
+    ForwardOutputs,
+    OptimizerStep,
+)
 
 X, W, T = torch.ones(4, 8), torch.ones(5, 8), torch.tensor([0, 1, 2, 3])
 T2, TW = torch.tensor([[0, 1]] * 4), torch.tensor([[0.5, 0.5]] * 4)
@@ -119,6 +125,24 @@ def test_bad_input(arguments, options, error, message):
 def test_margins_that_make_no_sense(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_structures_follow_the_schemas():
+    """Torch's custom ops take and return their fields by position."""
+    renamed = {"kept": "saved"}
+    ops = torch.ops.synface_kernels
+
+    def names(given):
+        return tuple(renamed.get(each.name, each.name) for each in given)
+
+    forward = ops.margin_cross_entropy_forward.default._schema
+    backward = ops.margin_cross_entropy_backward.default._schema
+    update = ops.margin_cross_entropy_update.default._schema
+    inputs = BackwardInputs._fields
+    assert names(forward.arguments)[:-3] == ForwardInputs._fields
+    assert names(forward.returns) == ForwardOutputs._fields
+    assert names(backward.arguments)[:-3] == inputs
+    assert names(update.arguments) == (*inputs, "halves", *OptimizerStep._fields, "impl")
 
 
 def test_a_bad_isa_is_named(monkeypatch):

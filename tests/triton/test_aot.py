@@ -1,4 +1,4 @@
-"""Every Triton kernel that would be launched is compiled, without a GPU, and its resources checked."""
+"""Compiled without a GPU, every Triton kernel that would be launched keeps within its resources."""
 
 import json
 import os

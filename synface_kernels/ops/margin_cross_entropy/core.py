@@ -208,7 +208,7 @@ class _Updating(torch.autograd.Function):
         *inputs, ctx.update = arguments
         output = torch.ops.synface_kernels.margin_cross_entropy_forward(*inputs)
         _setup_context(ctx, inputs, output)
-        # What is saved might be moved elsewhere; it is this very tensor that is to be written.
+        # Saved-tensor hooks may return a copy; the step must write this very tensor.
         ctx.weight = split_forward(inputs)[0].weight
         ctx.version = ctx.weight._version
         return output

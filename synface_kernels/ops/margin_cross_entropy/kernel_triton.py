@@ -316,24 +316,24 @@ def _grad_input_kernel(
     v = tl.load(mean_center + row * D + d, mask=in_d, other=0.0).to(tl.float64)
     g = tl.load(grad_negative_lse + row)
     v *= g * scale
-    asked = g != 0
+    has_grad = g != 0
     if SUM:
         g_sum = tl.load(grad_cosine_sum + row)
         v += g_sum * tl.load(center_sum + d, mask=in_d, other=0.0)
-        asked |= g_sum != 0
-    counted = False
+        has_grad |= g_sum != 0
+    valid = False
     for k in tl.static_range(K):
         target = tl.load(target_rows + row * K + k)
         present = target >= 0
-        counted |= target != -1
+        valid |= target != -1
         w = tl.load(weight + target * weight_stride + d, mask=present & in_d, other=0.0)
         w = w.to(tl.float64)
         g_k = tl.load(grad_target_cosine + row * K + k)
         v += g_k * _inverse_norm(tl.sum(w * w, 0)) * w
-        asked |= g_k != 0
+        has_grad |= g_k != 0
     x = tl.load(input + row * input_stride + d, mask=in_d, other=0.0).to(tl.float64)
     r_i = _inverse_norm(tl.sum(x * x, 0))
     unit = x * r_i
     grad = tangent(v, unit, r_i)
-    grad = tl.where(counted & asked, grad, 0.0).to(tl.float32)
+    grad = tl.where(valid & has_grad, grad, 0.0).to(tl.float32)
     tl.store(grad_input + row * D + d, grad, mask=in_d)

@@ -37,17 +37,19 @@ EXPONENT_MIN = -75.0
 # ---- configurations ------------------------------------------------------------------------------
 
 
-def _fused_config(n: int, product: torch.dtype, precision: str, capability: int) -> dict[str, int]:
+def _fused_config(
+    n: int, gemm_dtype: torch.dtype, precision: str, capability: int
+) -> dict[str, int]:
     """Return the largest blocks that fit two programs on a multiprocessor and hardly spill."""
     block_n = min(128, max(16, triton.next_power_of_2(n)))
-    if product == torch.float32 and precision == "ieee":  # no tensor cores
+    if gemm_dtype == torch.float32 and precision == "ieee":  # no tensor cores
         return {
             "BLOCK_N": min(64, block_n), "BLOCK_C": 64, "BLOCK_D": 32,
             "num_warps": 8, "num_stages": 2,
         }  # fmt: skip
     return {
         "BLOCK_N": block_n, "BLOCK_C": 128 if capability == 90 or block_n < 128 else 64,
-        "BLOCK_D": 128 // product.itemsize, "num_warps": 4, "num_stages": 3,
+        "BLOCK_D": 128 // gemm_dtype.itemsize, "num_warps": 4, "num_stages": 3,
     }  # fmt: skip
 
 
@@ -135,25 +137,25 @@ def forward(inputs: ForwardInputs) -> ForwardOutputs:
     _inverse_norms(input, input_r)
     plain = inputs.class_ids is None and weight.dim() == 2
     plain = plain and not filters and not inputs.needs_cosine_sum
-    cast = weight.dtype != _product_dtypes(input, weight)[0]
+    cast = weight.dtype != _gemm_dtypes(input, weight)[0]
     if plain and not cast and not inputs.needs_input_grad:
         found = _forward_fused(input, weight, labels, input_r, inputs.scale)
     else:
         found = _forward_tiled(inputs, input_r)
     # The hardware's maximum skips a NaN, the sum does not.
     negative_max = torch.where(found.negative_lse.isnan(), torch.nan, found.negative_max)
-    present = (labels != -1).any(1)
+    valid = (labels != -1).any(1)
     mean_center, filtered, cosine_sum = found.mean_center, found.filtered, exact[:0]
     if inputs.needs_input_grad:
-        mean_center = torch.where(present[:, None], mean_center, 0)
+        mean_center = torch.where(valid[:, None], mean_center, 0)
     if filters:
-        filtered = torch.where(present, filtered, 0)
+        filtered = torch.where(valid, filtered, 0)
     if inputs.needs_cosine_sum:
         sums = (input.double() @ found.center_sum) * input_r
-        cosine_sum = torch.where(present, sums, 0)
+        cosine_sum = torch.where(valid, sums, 0)
     return ForwardOutputs(
-        negative_lse=torch.where(present, found.negative_lse, 0).double(),
-        negative_max=torch.where(present, negative_max, 0),
+        negative_lse=torch.where(valid, found.negative_lse, 0).double(),
+        negative_max=torch.where(valid, negative_max, 0),
         target_cosine=target_cosine.double(),
         filtered=filtered,
         cosine_sum=cosine_sum,
@@ -190,15 +192,15 @@ def _forward_fused(
     """Compute logits within the kernel, for a weight in the GEMM's dtype.
 
     In the kernel, a cast before `tl.dot` must not be, for then Triton 3.6 and 3.7 take TF32 on
-    compute capability 10, whatever the precision asked for.
+    compute capability 10, whatever input_precision says.
     """
     (n, d), c = input.shape, weight.shape[0]
-    product = weight.dtype
-    input = input.to(product)
-    precision = _float32_precision() if product == torch.float32 else "ieee"
+    gemm_dtype = weight.dtype
+    input = input.to(gemm_dtype)
+    precision = _float32_precision() if gemm_dtype == torch.float32 else "ieee"
     capability, multiprocessors = _properties(input.device)
-    config = _fused_config(n, product, precision, capability)
-    if product == torch.bfloat16 and input.device.type == "cpu":
+    config = _fused_config(n, gemm_dtype, precision, capability)
+    if gemm_dtype == torch.bfloat16 and input.device.type == "cpu":
         # The interpreter's dot takes bfloat16 for integers.
         input, weight = input.float(), weight.float()
 
@@ -234,8 +236,8 @@ def _forward_tiled(inputs: ForwardInputs, input_r: Tensor) -> _Negatives:
     input, weight, labels, scale = inputs.input, inputs.weight, inputs.labels, inputs.scale
     filters, needs_mean_center = inputs.limit < math.inf, inputs.needs_input_grad
     n, d = input.shape
-    product, factor = _product_dtypes(input, weight)
-    tiles = _Tiles(inputs, product, _bytes_per_center(input, weight, inputs.class_ids))
+    gemm_dtype, factor_dtype = _gemm_dtypes(input, weight)
+    tiles = _Tiles(inputs, gemm_dtype, _bytes_per_center(input, weight, inputs.class_ids))
     config = _tile_config(n)
     row_blocks = triton.cdiv(n, config["BLOCK_N"])
     chunks = min(triton.cdiv(tiles.classes, config["BLOCK_C"]), triton.cdiv(1024, row_blocks))
@@ -252,7 +254,7 @@ def _forward_tiled(inputs: ForwardInputs, input_r: Tensor) -> _Negatives:
     part = torch.empty_like(mean_center)
     filtered = input_r.new_zeros((chunks, n) if filters else 0, dtype=torch.int32)
     center_sums = input_r.new_zeros((64, d) if inputs.needs_cosine_sum else 0, dtype=torch.float64)
-    probabilities = tiles.factor(factor)
+    probabilities = tiles.factor(factor_dtype)
     for start, own, rows, weight_r in tiles:
         columns = rows.shape[0] // tiles.sub_centers
         if inputs.needs_cosine_sum:
@@ -278,7 +280,7 @@ def _forward_tiled(inputs: ForwardInputs, input_r: Tensor) -> _Negatives:
                     mean_center *= decay[:, None]
                 shift = raised
         if needs_mean_center:
-            mean_center += mm(probabilities[:, : rows.shape[0]], rows.to(factor), part)
+            mean_center += mm(probabilities[:, : rows.shape[0]], rows.to(factor_dtype), part)
     total = total.sum(0)
     if needs_mean_center:
         mean_center /= torch.where(total == 0, 1, total)[:, None]
@@ -307,8 +309,8 @@ def backward(
 
     Returns:
         grad_input (N, D) in input's dtype, grad_rows (S, D) or (S, M, D) in weight's dtype; (0,)
-        for one not asked for. Rows without labels give and get no gradient; nor do those of which
-        all three gradients are 0, whatever they hold.
+        for one that is not needed. Rows without labels, or whose three gradients are all 0, give
+        and get no gradient, whatever they hold.
 
     Memory above the gradients: as forward's tile, and 4·D more per class for a 16-bit weight.
 
@@ -393,25 +395,25 @@ def _compute_grad_rows(
     n, d = input.shape
     # A row without labels, or with zero gradients only, may hold NaN, which must not reach the
     # sums over rows.
-    asked = (inputs.grad_negative_lse != 0) | (inputs.grad_target_cosine != 0).any(1)
+    has_grad = (inputs.grad_negative_lse != 0) | (inputs.grad_target_cosine != 0).any(1)
     if grad_cosine_sum.numel() > 0:
-        asked |= grad_cosine_sum != 0
-    asked &= (labels != -1).any(1)
-    input = torch.where(asked[:, None], input, 0)
+        has_grad |= grad_cosine_sum != 0
+    has_grad &= (labels != -1).any(1)
+    input = torch.where(has_grad[:, None], input, 0)
     # exp(logit − ∞) is 0 at any scale: where the softmax is empty, or its gradient is 0.
-    in_softmax = asked & (inputs.grad_negative_lse != 0) & (inputs.negative_lse != -math.inf)
+    in_softmax = has_grad & (inputs.grad_negative_lse != 0) & (inputs.negative_lse != -math.inf)
     negative_lse = torch.where(in_softmax, inputs.negative_lse, math.inf)
     input_r = _inverse_norms(input, negative_lse.new_empty(n))
-    product, factor = _product_dtypes(input, weight)
-    x = input.to(factor)
+    gemm_dtype, factor_dtype = _gemm_dtypes(input, weight)
+    x = input.to(factor_dtype)
     in_place = weight.dtype == torch.float32
     per_center = _bytes_per_center(input, weight, inputs.class_ids) + (0 if in_place else 4 * d)
     per_center += 0 if on_grad_tile is None else weight.itemsize * d
-    tiles = _Tiles(inputs._replace(input=input), product, per_center)
+    tiles = _Tiles(inputs._replace(input=input), gemm_dtype, per_center)
     sums = None if in_place else negative_lse.new_empty((tiles.stride, d))
     tile_rows = weight.new_empty((tiles.stride, d)) if grad_rows is None else None
     config, row_config = _tile_config(n), _row_config(d)
-    gradient = tiles.factor(factor)
+    gradient = tiles.factor(factor_dtype)
     common = None  # to all centers, from the sum of all cosines
     if grad_cosine_sum.numel() > 0:
         common = ((grad_cosine_sum * input_r) @ input.double()).float()
@@ -452,9 +454,9 @@ class _Tiles:
     """
 
     def __init__(
-        self, inputs: ForwardInputs | BackwardInputs, product: torch.dtype, bytes_per_center: int
+        self, inputs: ForwardInputs | BackwardInputs, gemm_dtype: torch.dtype, bytes_per_center: int
     ) -> None:
-        self.input, self.weight = inputs.input.to(product), inputs.weight
+        self.input, self.weight = inputs.input.to(gemm_dtype), inputs.weight
         self.class_ids = inputs.class_ids
         self.sub_centers = _sub_centers(self.weight)
         self.count = count_classes(self.weight, self.class_ids)
@@ -522,22 +524,24 @@ def _with_contiguous_rows(inputs: _Inputs) -> _Inputs:
     return inputs._replace(input=input, weight=weight, labels=inputs.labels.contiguous())
 
 
-def _product_dtypes(input: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
+def _gemm_dtypes(input: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """Return the dtypes of the logits GEMM and of the second one, by probabilities or gradients.
 
     Those leave float16's range, so that float16 gives way to float32 there.
     """
-    product = input.dtype if input.dtype == weight.dtype else torch.float32
-    return product, torch.float32 if product == torch.float16 else product
+    gemm_dtype = input.dtype if input.dtype == weight.dtype else torch.float32
+    return gemm_dtype, torch.float32 if gemm_dtype == torch.float16 else gemm_dtype
 
 
 def _bytes_per_center(input: Tensor, weight: Tensor, class_ids: Tensor | None) -> int:
     """Return a tile's bytes: logits, inverse norms, second factor, copies of weight's rows."""
     n, d = input.shape
-    product, factor = _product_dtypes(input, weight)
-    copies = (product != weight.dtype) * product.itemsize + (factor != product) * factor.itemsize
-    copies += (class_ids is not None) * weight.itemsize
-    return 4 * (n + 1) + (0 if factor == torch.float32 else factor.itemsize * n) + copies * d
+    gemm_dtype, factor_dtype = _gemm_dtypes(input, weight)
+    copies = gemm_dtype.itemsize if gemm_dtype != weight.dtype else 0
+    copies += factor_dtype.itemsize if factor_dtype != gemm_dtype else 0
+    copies += weight.itemsize if class_ids is not None else 0
+    factor = 0 if factor_dtype == torch.float32 else factor_dtype.itemsize
+    return 4 * (n + 1) + factor * n + copies * d
 
 
 def _float32_precision() -> str:

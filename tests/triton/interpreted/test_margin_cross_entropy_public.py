@@ -127,11 +127,11 @@ def test_public_options(
         labels=torch.where(case.labels >= 0, case.labels % count, -1),
     )
     k_hot = weights if weighted else None
-    product = launch_triton._product_dtypes(case.input, case.weight)[1]
+    gemm_dtype = launch_triton._gemm_dtypes(case.input, case.weight)[1]
 
     def plain() -> tuple[Tensor, ...]:
         with monkeypatch.context() as patch:
-            patch.setattr(op, "statistics_dtype", lambda input: product)
+            patch.setattr(op, "statistics_dtype", lambda input: gemm_dtype)
             return public(case, "reference", None, k_hot, **options)
 
     check_public(case, k_hot, plain, **options)
