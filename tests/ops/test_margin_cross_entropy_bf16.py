@@ -42,10 +42,11 @@ def run(x, w, target, upstream, dtype, impl, isa) -> tuple[Tensor, Tensor, Tenso
 def gradient_bounds(
     x, w, target, upstream, operand: float = BF16, cosine_error: float = 8 * FLOAT32
 ) -> tuple[Tensor, Tensor]:
-    """How far the gradients may be off if each probability, an operand of their products, is off by
-    `operand`, relatively, and cosines by `cosine_error`: with G the loss's derivatives by
-    cosines, G·ŵ is off by |G|·|ŵ| of that, and so is what is left when the part along x̂ is taken
-    out of it, twice at most.
+    """Bound the gradients' errors for relative errors of their GEMMs' operands.
+
+    Each probability, such an operand, is off by `operand`, relatively, and cosines by
+    `cosine_error`: with G the loss's derivatives by cosines, G·ŵ is off by |G|·|ŵ| of that, and so
+    is its projection, without the part along x̂, twice at most.
     """
     x, w, upstream = x.double(), w.double(), upstream.double()
     unit_x, unit_w = F.normalize(x), F.normalize(w)
@@ -59,7 +60,7 @@ def gradient_bounds(
     rounding = torch.where(
         hit, 64 * MARGIN.scale * FLOAT32, operand + 2 * MARGIN.scale * cosine_error
     )
-    share = slope.abs() * rounding + MARGIN.scale * math.exp(-87)  # what is less counts as 0
+    share = slope.abs() * rounding + MARGIN.scale * math.exp(-87)  # smaller ones are rounded to 0
     # A logit's own rounding in float64: where a probability is within it of 1, the reference's
     # slope is the difference of two numbers that are.
     share = share + MARGIN.scale * upstream[:, None] * 2 * MARGIN.scale * torch.finfo(x.dtype).eps
@@ -146,9 +147,9 @@ def test_zero_and_non_finite_rows(isa):
         spoilt[7, 2] = value
         other, other_x, _ = run(spoilt, w, target, upstream, torch.bfloat16, "cpu", isa)
         assert not other[7].isfinite()
-        kept = torch.arange(20) != 7
-        assert torch.equal(other[kept], loss[kept])
-        assert torch.equal(other_x[kept], grad_x[kept])
+        others = torch.arange(20) != 7
+        assert torch.equal(other[others], loss[others])
+        assert torch.equal(other_x[others], grad_x[others])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

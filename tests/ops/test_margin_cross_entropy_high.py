@@ -15,7 +15,7 @@ from tests.ops.test_margin_cross_entropy_bf16 import FLOAT32, MARGIN, gradient_b
 
 ISAS = _load.cpu_isas()
 BF16_ISAS = [isa for isa in ISAS if isa.endswith("bf16")]
-HALVES = 3 * 2.0**-18  # of a product: each factor's second rounding, and low·low
+SPLIT = 3 * 2.0**-18  # relative error of a product: each factor's second rounding, and low·low
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def _restored() -> Iterator[None]:
 
 
 def run(precision, isa, x, w, target, upstream, dtype=torch.float32, impl="cpu", **options):
-    """Loss per row and both gradients."""
+    """Return the loss per row and both gradients."""
     torch.set_float32_matmul_precision(precision)
     x, w = (v.to(dtype, copy=True).requires_grad_() for v in (x, w))
     with pytest.MonkeyPatch.context() as environment:
@@ -37,7 +37,7 @@ def run(precision, isa, x, w, target, upstream, dtype=torch.float32, impl="cpu",
 
 
 def inputs(n: int, c: int, d: int) -> tuple[Tensor, ...]:
-    """Of float32, not of bfloat16."""
+    """Make a problem of float32 numbers that are not bfloat16."""
     x, w, *rest = problem(n, c, d)
     g = torch.Generator().manual_seed(1)
     x, w = (v.float() * (1 + 0.01 * torch.rand(v.shape, generator=g)) for v in (x, w))
@@ -54,9 +54,9 @@ def test_matches_float64(isa, n, c, d):
     loss, *grads = run("high", isa, *case)
     error = (loss - exact[0]).abs()
     assert error.mean() <= 1e-5 * exact[0].mean()
-    assert error.max() <= 2 * MARGIN.scale * (HALVES + 8 * FLOAT32)
+    assert error.max() <= 2 * MARGIN.scale * (SPLIT + 8 * FLOAT32)
     for grad, reference, bound in zip(
-        grads, exact[1:], gradient_bounds(*case, HALVES, HALVES + 8 * FLOAT32), strict=True
+        grads, exact[1:], gradient_bounds(*case, SPLIT, SPLIT + 8 * FLOAT32), strict=True
     ):
         off = (grad - reference).abs()
         assert (off <= 8 * FLOAT32 * reference.abs() + bound).all()
@@ -66,7 +66,7 @@ def test_matches_float64(isa, n, c, d):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_what_is_multiplied_how(isa):
-    """By bfloat16 where that is named and allowed; otherwise to the bits of "highest"."""
+    """GEMMs are split where named and allowed; otherwise results have the bits of "highest"."""
     case = inputs(40, 900, 64)
     exact = run("highest", isa, *case)
     for precision in ("high", "medium"):

@@ -40,8 +40,9 @@ CASES = [
 
 
 def problem(dtype: torch.dtype, k: int) -> tuple[Tensor, ...]:
-    """Embeddings, centers, targets, their weights, per-row margins and the losses' gradient. Some
-    rows and labels are ignored, some embeddings and centers are zero or not normalized.
+    """Make embeddings, centers, targets, their weights, per-row margins, the losses' gradient.
+
+    Some rows and labels are ignored, some embeddings and centers are zero or not normalized.
     """
     g = torch.Generator().manual_seed(k)
     x = torch.randn(N, D, generator=g, dtype=torch.float64)
@@ -139,7 +140,7 @@ def test_ranks_equal_one(ranks, tmp_path):
 
 
 def others(rank: int, ranks: int) -> list[list]:
-    """All that two ranks are enough for; starting processes takes longer."""
+    """Run everything that two ranks are enough for, as starting processes takes longer."""
     mains = (low_precision, sampled, nothing, one_bad_row, mistakes, training)
     return [main(rank, ranks) for main in mains]
 
@@ -211,8 +212,8 @@ def sampled(rank: int, ranks: int) -> list[Tensor]:
 def test_sampled_classes(two_ranks):
     x, w, *_ = problem(torch.float64, 1)
     x, w = x.requires_grad_(), w.requires_grad_()
-    places, ids = torch.arange(N) % len(TAKEN), torch.tensor(TAKEN)
-    loss = sk.margin_cross_entropy(x, w, places, class_ids=ids)
+    indices, ids = torch.arange(N) % len(TAKEN), torch.tensor(TAKEN)
+    loss = sk.margin_cross_entropy(x, w, indices, class_ids=ids)
     losses, *grads = zip(*two_ranks["sampled"], strict=True)
     assert_same(losses[1], loss.detach(), 1e-12, ())
     for got, expected in zip(grads, torch.autograd.grad(loss, (x, w)), strict=True):
@@ -220,7 +221,7 @@ def test_sampled_classes(two_ranks):
 
 
 def nothing(rank: int, ranks: int) -> list:
-    """No rows anywhere, no row that counts, and only classes that are targets."""
+    """Run without rows, without a valid row, and with targets' classes alone."""
     group, results = dist.group.WORLD, []
     w = torch.eye(2)[rank : rank + 1].requires_grad_()
     for n, label in ((0, 0), (3, -100)):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import synface_kernels as sk
 from synface_kernels._load import cpu_isas
-from synface_kernels.ops.margin_cross_entropy.update import arguments
+from synface_kernels.ops.margin_cross_entropy.update import optimizer_step
 from tests.helpers.centers import MARGIN, RULES, Centers, assert_bits, batch, normal
 from tests.helpers.cpu import cpu
 from tests.helpers.ranks import on_ranks
@@ -269,14 +269,14 @@ def test_opcheck(rule: str) -> None:
     for dtype, ids in ((F32, None), (BF16, torch.arange(9))):
         centers, none = Centers((9, 4), dtype, rule, seed=1), torch.empty(0, dtype=F64)
         inputs = (x.to(dtype), centers.weight, ids, labels)
-        lse, _, cosine, _, _, *kept = OPS.margin_cross_entropy_forward(
+        lse, _, cosine, _, _, *saved = OPS.margin_cross_entropy_forward(
             *inputs, 16.0, math.inf, True, False, 200, False, "cpu"
         )
         torch.library.opcheck(
             OPS.margin_cross_entropy_update.default,
             (
-                *inputs, lse, *kept, torch.ones_like(lse), cosine, none, 16.0, math.inf, True,
-                False, *arguments(centers.update(3)), "cpu",
+                *inputs, lse, *saved, torch.ones_like(lse), cosine, none, 16.0, math.inf, True,
+                False, *optimizer_step(centers.update(3)), "cpu",
             ),
         )  # fmt: skip
 

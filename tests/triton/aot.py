@@ -94,7 +94,7 @@ class Launch:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and stack bytes of a cubin's kernel."""
+    """Return the registers and stack bytes of a cubin's kernel."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -109,7 +109,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def launches(op: str, capability: int) -> Iterable[Launch]:
-    """Every distinct launch of an op's cases on such a device."""
+    """Return every distinct launch of an op's cases on such a device."""
     distinct: dict[str, Launch] = {}
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **config: Any) -> None:
@@ -122,7 +122,7 @@ def launches(op: str, capability: int) -> Iterable[Launch]:
 
 
 def table(reports: list[dict[str, Any]]) -> str:
-    """One line per kernel, dtypes, blocks and architecture: the most over its variants."""
+    """Make a table of a line per kernel, dtypes, blocks and architecture: its variants' maxima."""
     lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for report in reports:
         config = report["config"]

@@ -14,7 +14,7 @@ NOT_FUSED = "f64"  # a fused multiply-add would give other bits than the definit
 
 
 def launch(capability: int) -> None:
-    """For NHWC images, flipped."""
+    """Launch for NHWC images, flipped."""
     flip = torch.empty(64, dtype=torch.bool, device="meta")
     psi = torch.empty(64, dtype=torch.float64, device="meta")
     affine = torch.empty(3, 2, dtype=torch.float64, device="meta")

@@ -13,14 +13,14 @@ NOT_FUSED = None
 
 
 def launch(capability: int) -> None:
-    """For points alone and with a gallery."""
+    """Launch for points alone and with a gallery."""
 
     def points(n: int, d: int, dtype: torch.dtype) -> kernel_triton.Points:
         norms = torch.empty(n, dtype=torch.float64, device="meta")
         return kernel_triton.Points(torch.empty(n, d, dtype=dtype, device="meta"), norms)
 
     kinds = (("log_sum_exp", 40.0), ("riesz", 2.5), ("log", 0.5), ("hinge", 0.1))
-    with mock.patch.object(kernel_triton, "_mm", lambda a, b, out: out):  # none on meta tensors
+    with mock.patch.object(kernel_triton, "mm", lambda a, b, out: out):  # none on meta tensors
         for dtype, gallery, potentials, k in (
             (torch.float32, False, kinds, 1),
             (torch.float32, True, kinds[:1], 16),

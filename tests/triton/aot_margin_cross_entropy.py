@@ -8,9 +8,10 @@ from unittest import mock
 import torch
 import triton
 
-from synface_kernels.ops.margin_cross_entropy import kernel_triton
+from synface_kernels.ops.margin_cross_entropy import launch_triton
+from synface_kernels.ops.margin_cross_entropy.interface import BackwardInputs, ForwardInputs
 
-# Of all but the products, whose share of a multiprocessor is checked instead.
+# Of all kernels but the GEMMs, whose share of a multiprocessor is checked instead.
 REGISTERS = 128
 # Bytes that a thread may spill, outside of the innermost loops.
 STACK = 16 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 72
@@ -31,14 +32,17 @@ D = 512
 
 
 def launch(capability: int) -> None:
-    with mock.patch.object(kernel_triton, "_properties", return_value=(capability, 132)):
+    """Launch forward with and without gradients, and backward, for all cases."""
+    with mock.patch.object(launch_triton, "_properties", return_value=(capability, 132)):
         for n, c, k, input_dtype, weight_dtype in CASES:
             x = torch.empty((n, D), dtype=input_dtype, device="meta")
             w = torch.empty((c, D), dtype=weight_dtype, device="meta")
             labels = torch.empty((n, k), dtype=torch.int64, device="meta")
             for precision in ("ieee", "tf32") if weight_dtype == torch.float32 else ("ieee",):
-                with mock.patch.object(kernel_triton, "_float32_precision", return_value=precision):
-                    kernel_triton.forward(x, w, None, labels, 64.0, math.inf, False, False)
+                with mock.patch.object(launch_triton, "_float32_precision", return_value=precision):
+                    launch_triton.forward(
+                        ForwardInputs(x, w, None, labels, 64.0, math.inf, False, False)
+                    )
             variants = [(w, 64.0, math.inf, False), (w, 128.0, math.inf, False)]
             if (n, c, input_dtype) in VARIED:
                 variants += [
@@ -47,10 +51,9 @@ def launch(capability: int) -> None:
                     (w.view(-1, 2, D), 64.0, math.inf, False),
                 ]
             for weight, scale, limit, sums in variants:
-                lse, _, cosine, _, cosine_sum, mean, center_sum = kernel_triton.forward(
-                    x, weight, None, labels, scale, limit, True, sums
-                )
-                kernel_triton.backward(
-                    x, weight, None, labels, lse, mean, center_sum, lse, cosine, cosine_sum, scale,
-                    limit, True, True,
-                )  # fmt: skip
+                inputs = ForwardInputs(x, weight, None, labels, scale, limit, True, sums)
+                outputs = launch_triton.forward(inputs)
+                known = inputs._asdict() | outputs._asdict()
+                known |= {f"grad_{name}": value for name, value in outputs._asdict().items()}
+                given = {name: known[name] for name in BackwardInputs._fields}
+                launch_triton.backward(BackwardInputs(**given), True)

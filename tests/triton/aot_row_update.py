@@ -15,7 +15,7 @@ NOT_FUSED = "f32"  # a fused multiply-add would give other bits than the definit
 
 
 def launch(capability: int) -> None:
-    """Plain steps, and those that catch up, with random rounding where there is any."""
+    """Launch plain steps, and those that catch up, with stochastic rounding where there is any."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,4 +1,4 @@
-"""What the compiler says of every Triton kernel that would be launched, without a GPU."""
+"""Compiled without a GPU, every Triton kernel that would be launched keeps within its resources."""
 
 import json
 import os
@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 OPS = sorted(file.stem.removeprefix("aot_") for file in HERE.glob("aot_*.py"))
-# Shared memory that one program may use, and the product's instruction with at least 64 rows.
+# Shared memory that one program may use, and the GEMM's instruction for at least 64 rows.
 ARCHITECTURES = {
     80: (163 * 1024, "mma.sync"),
     90: (227 * 1024, "wgmma.mma_async"),
@@ -88,7 +88,7 @@ def test_nothing_is_fused_that_must_not_be(reports: Reports, limits: ModuleType)
 
 
 @pytest.mark.parametrize("op", ["margin_cross_entropy"], indirect=True)
-def test_products_use_tensor_cores(reports: Reports) -> None:
+def test_gemms_use_tensor_cores(reports: Reports) -> None:
     kinds = set()
     for compiled in reports:
         if "PRECISION" not in compiled["config"]:
@@ -105,7 +105,7 @@ def test_products_use_tensor_cores(reports: Reports) -> None:
 
 
 @pytest.mark.parametrize("op", ["margin_cross_entropy"], indirect=True)
-def test_two_products_fit_on_a_multiprocessor(reports: Reports) -> None:
+def test_two_gemms_fit_on_a_multiprocessor(reports: Reports) -> None:
     for compiled in reports:
         if "PRECISION" in compiled["config"]:
             shared = ARCHITECTURES[compiled["capability"]][0]

@@ -1,29 +1,27 @@
 """Hypersphere repulsion in Triton: kernels, launchers and their default configurations.
 
-The vendor's product writes the cosines of two blocks of points into a reused workspace, and kernels
-turn them into derivatives or collect neighbors from them. Without a gallery each pair of blocks is
-taken once, for both its sides. Whatever is summed has one owner and a fixed order: a program owns a
-row, or a column, of the workspace; blocks follow each other on the stream.
+A cuBLAS GEMM writes the cosines of two blocks of points into a reused workspace, and kernels turn
+them into derivatives or collect neighbors from them. Without a gallery each pair of blocks is taken
+once, for both its sides. Every sum has one owner and a fixed order: a program owns a row, or a
+column, of the workspace; blocks follow each other on the stream.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# What a pair of blocks may hold at a time.
-WORKSPACE_BYTES = 64 << 20
+from .._triton import WORKSPACE_BYTES, launch, mm, tangent
+
 BLOCK_ALIGNMENT = 128
 
-# From this cosine on, r² comes from the coordinates' differences.
+# From this cosine on, r² is computed from the coordinates' differences.
 _CLOSE = tl.constexpr(0.9375)
-# Stands in the workspace for the derivative of a close pair, which is added apart.
+# Marks a close pair in the workspace, whose derivative is added separately.
 _MARK = tl.constexpr(-1e-30)
 # Less than the key of any cosine, with 2^32 to spare.
 _NO_KEY = tl.constexpr(-(2**63))
@@ -37,7 +35,7 @@ KINDS = {"log_sum_exp": 0, "riesz": 1, "log": 2, "hinge": 3}
 
 @triton.jit
 def _potential(c, square, shift, a, KIND: tl.constexpr, POWER: tl.constexpr):
-    """F and its derivative by the cosine; under LOG_SUM_EXP in units of e^{a·shift}, without a."""
+    """Return F and its derivative by the cosine; LOG_SUM_EXP has units of e^{a·shift}, and no a."""
     if KIND == LOG_SUM_EXP:
         f = tl.exp(a * (c - shift))
         slope = f
@@ -60,7 +58,7 @@ def _potential(c, square, shift, a, KIND: tl.constexpr, POWER: tl.constexpr):
 
 @triton.jit
 def _unit(points, inverse, stride, i, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One point on the sphere, in double."""
+    """Load one point, normalized, in float64."""
     d = tl.arange(0, BLOCK_D)
     x = tl.load(points + i * stride + d, mask=d < D, other=0.0).to(tl.float64)
     return x * tl.load(inverse + i)
@@ -68,7 +66,7 @@ def _unit(points, inverse, stride, i, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _apart(x, y, i, j, r_min, D: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_D: tl.constexpr):
-    """How far x̂_i and ŷ_j count as apart, and that times the unit vector from ŷ_j to x̂_i."""
+    """Return the distance of x̂_i and ŷ_j, r_min at least, and it times the direction from ŷ_j."""
     d = tl.arange(0, BLOCK_D)
     difference = x - y
     r = tl.sqrt(tl.sum(difference * difference, 0))
@@ -88,7 +86,7 @@ def _close_pair(
     x, y, x_inverse, y_inverse, x_stride, y_stride, i, j, shift, a, r_min, D: tl.constexpr,
     KIND: tl.constexpr, POWER: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """F of one pair, and slope·direction: its gradient by ŷ_j, and minus that by x̂_i."""
+    """Return F of one pair, and slope·direction: its gradient by ŷ_j, and minus that by x̂_i."""
     x_i = _unit(x, x_inverse, x_stride, i, D, BLOCK_D)
     y_j = _unit(y, y_inverse, y_stride, j, D, BLOCK_D)
     r, direction = _apart(x_i, y_j, i, j, r_min, D, SYMMETRIC, BLOCK_D)
@@ -98,7 +96,7 @@ def _close_pair(
 
 @triton.jit
 def _row_maximum_kernel(tile, out, columns, stride, DIAGONAL: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The greatest cosine of each row (of its pairs i < j on the diagonal)."""
+    """Write the greatest cosine of each row (of its pairs i < j on the diagonal)."""
     row = tl.program_id(0).to(tl.int64)
     most = tl.full((BLOCK_C,), float("-inf"), tl.float32)
     start = 0
@@ -120,8 +118,10 @@ def _derivatives_kernel(
     POWER: tl.constexpr, DIAGONAL: tl.constexpr, SYMMETRIC: tl.constexpr, GRADIENT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A row of cosines to derivatives, in place, and its Σ f. Close pairs, one after the other, add
-    their gradient by the row's point at once; row_close says whether there are any.
+    """Turn a row of cosines into derivatives, in place, and sum its f.
+
+    Close pairs add their gradient by the row's point here, one after the other, and are counted in
+    row_close.
     """
     row = tl.program_id(0).to(tl.int64)
     i = row_start + row
@@ -169,7 +169,7 @@ def _close_columns_kernel(
     column_start, rows, stride, a, r_min, D: tl.constexpr, KIND: tl.constexpr,
     POWER: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The close pairs' gradients by one column's point."""
+    """Add the close pairs' gradients by one column's point."""
     column = tl.program_id(0).to(tl.int64)
     j = column_start + column
     unit = tl.load(shift)
@@ -200,13 +200,12 @@ def _close_columns_kernel(
 def _project_kernel(
     gradient, points, inverse, factor, stride, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """One row per program: factor/‖x‖·(g − (g·x̂)·x̂), in place."""
+    """Project a gradient in place, one row per program: factor/‖x‖·(g − (g·x̂)·x̂)."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     x = _unit(points, inverse, stride, row, D, BLOCK_D)
     g = tl.load(gradient + row * D + d, mask=d < D, other=0.0).to(tl.float64)
-    scale = tl.load(factor) * tl.load(inverse + row)
-    out = scale * (g - tl.sum(g * x, 0) * x)
+    out = tangent(g, x, tl.load(factor) * tl.load(inverse + row))
     tl.store(gradient + row * D + d, out.to(tl.float32), mask=d < D)
 
 
@@ -215,7 +214,7 @@ def _project_kernel(
 
 @triton.jit
 def _key(cosine, index):
-    """Orders by the cosine, then by the lowest index: an int64, greater for what is better."""
+    """Return an int64 that is greater for a greater cosine, and among equals for a lower index."""
     bits = cosine.to(tl.int32, bitcast=True)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (bits.to(tl.int64) << 32) | (0xFFFFFFFF - index.to(tl.int64))
@@ -238,7 +237,7 @@ def _collect_kernel(
     other_stride, EXCLUDE_SELF: tl.constexpr, ROOM: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Merges a tile's cosines into the ROOM best of each owner (a row, or a column)."""
+    """Merge a tile's cosines into the ROOM best of each owner (a row, or a column)."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_rows = row < owners
     own = own_start + row
@@ -277,8 +276,9 @@ def _select_kernel(
     D: tl.constexpr, K: tl.constexpr, ROOM: tl.constexpr, SYMMETRIC: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row per program: the K best in double of its candidates; of all points, where the
-    candidates' room did not suffice for all that may be among them.
+    """Choose the K best of a row's candidates in float64, one row per program.
+
+    All points are searched where the K best might not be among the candidates.
     """
     i = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, ROOM)
@@ -323,7 +323,7 @@ def _nearest_backward_kernel(
     r_min, D: tl.constexpr, K: tl.constexpr, SYMMETRIC: tl.constexpr, AS_X: tl.constexpr,
     AS_Y: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One point per program: the pairs that chose it, and those that it chose."""
+    """Sum the gradients by one point per program: of its neighbors, and of pairs that it is in."""
     own = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float64)
@@ -348,7 +348,7 @@ def _nearest_backward_kernel(
             r, direction = _apart(x_i, unit, i, own, r_min, D, SYMMETRIC, BLOCK_D)
             total -= 2 * tl.load(grad_square + pair) * direction
             at += 1
-    out = inverse * (total - tl.sum(total * unit, 0) * unit)
+    out = tangent(total, unit, inverse)
     tl.store(gradient + own * D + d, out.to(tl.float32), mask=d < D)
 
 
@@ -356,7 +356,7 @@ def _nearest_backward_kernel(
 
 
 class Points:
-    """Rows with their inverse norms (N,), in double."""
+    """Rows with their float64 inverse norms (N,)."""
 
     def __init__(self, rows: Tensor, norms: Tensor) -> None:
         self.rows = rows if rows.stride(1) == 1 else rows.contiguous()
@@ -366,6 +366,7 @@ class Points:
         return self.rows.shape[0]
 
     def units(self, block: slice) -> Tensor:
+        """Return a block's normalized rows, float32."""
         return (self.rows[block] * self.inverse[block, None]).float()
 
 
@@ -379,7 +380,7 @@ def pairs(
     needs_x_grad: bool,
     needs_y_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ_pairs f, or log Σ_pairs exp, in double, and its gradients in float32: see op.py.
+    """Return Σ_pairs f, or log Σ_pairs exp, in float64, and its float32 gradients: see op.py.
 
     Memory above the gradients: a workspace of 64 MiB and O(N).
     """
@@ -392,7 +393,7 @@ def pairs(
     exponential = kind == "log_sum_exp"
     block = _block(d)
     blocks_x, blocks_y = _blocks(len(x), block), _blocks(len(y), block)
-    # Of each block: what its sums are in units of (e^{a·shift}), and the sum.
+    # Each block's sum, and its shift: the sum is in units of e^{a·shift}.
     none = -math.inf if exponential else 0.0
     shift_x, shift_y = ([new(()).fill_(none) for _ in b] for b in (blocks_x, blocks_y))
     shift_y = shift_x if symmetric else shift_y
@@ -402,7 +403,7 @@ def pairs(
     row_maximum = new(block, dtype=torch.float32)
 
     def scaling(before: Tensor, after: Tensor) -> Tensor:
-        """From units of one shift to those of another; −∞ stands for nothing so far."""
+        """Return the factor from one shift's units to another's; a shift of −∞ has no terms yet."""
         return torch.where(before == after, 1.0, (a * (before - after)).exp())
 
     def raise_shift(shifts: list[Tensor], gradient: Tensor, at: int, rows: slice, to: Tensor):
@@ -414,72 +415,75 @@ def pairs(
 
     config = {"D": d, "BLOCK_D": triton.next_power_of_2(d)}
     potential = {"KIND": KINDS[kind], "POWER": power, "SYMMETRIC": symmetric}
-    with _on_device_of(x.rows):
-        for i, rows in enumerate(blocks_x):
-            units = x.units(rows)
-            for j in range(i if symmetric else 0, len(blocks_y)):
-                columns, diagonal = blocks_y[j], symmetric and i == j
-                others = units if diagonal else y.units(columns)
-                n, m = len(units), len(others)
-                tile = workspace[: n * m].view(n, m)
-                torch.mm(units, others.t(), out=tile)
-                if exponential:
-                    _row_maximum_kernel[(n,)](
-                        tile, row_maximum, m, m, DIAGONAL=diagonal,
-                        BLOCK_C=1024, num_warps=4,
-                    )  # fmt: skip
-                    most = torch.maximum(row_maximum[:n].max().double(), shift_x[i])
-                    if column_grad.numel():
-                        most = torch.maximum(most, shift_y[j])
-                    sums[i] *= raise_shift(shift_x, grad_x, i, rows, most)
-                    if not diagonal and column_grad.numel():
-                        factor = raise_shift(shift_y, column_grad, j, columns, most)
-                        if symmetric:
-                            sums[j] *= factor
-                args = (
-                    tile, x.rows, y.rows, x.inverse, y.inverse, x.rows.stride(0), y.rows.stride(0),
-                    shift_x[i],
+    for i, rows in enumerate(blocks_x):
+        units = x.units(rows)
+        for j in range(i if symmetric else 0, len(blocks_y)):
+            columns, diagonal = blocks_y[j], symmetric and i == j
+            others = units if diagonal else y.units(columns)
+            n, m = len(units), len(others)
+            tile = workspace[: n * m].view(n, m)
+            torch.mm(units, others.t(), out=tile)
+            if exponential:
+                launch(
+                    _row_maximum_kernel, (n,),
+                    tile, row_maximum, m, m, DIAGONAL=diagonal,
+                    BLOCK_C=1024, num_warps=4,
                 )  # fmt: skip
-                _derivatives_kernel[(n,)](
-                    *args, grad_x, row_sum, row_close, rows.start,
-                    columns.start, m, m, a, r_min, DIAGONAL=diagonal, GRADIENT=needs_x_grad,
-                    **potential, **config, BLOCK_C=1024, num_warps=4,
-                )  # fmt: skip
-                sums[i] += row_sum[:n].sum()
+                most = torch.maximum(row_maximum[:n].max().double(), shift_x[i])
                 if column_grad.numel():
-                    _close_columns_kernel[(m,)](
-                        *args, column_grad, row_close, rows.start,
-                        columns.start, n, m, a, r_min, **potential, **config, BLOCK_R=1024,
-                        num_warps=4,
-                    )  # fmt: skip
-                    column_grad[columns].addmm_(tile.t(), units)
-                if needs_x_grad:
-                    grad_x[rows].addmm_(tile, others)
-        if exponential:
-            shift = torch.stack(shift_x).max()
-            terms = [s * scaling(m, shift) for s, m in zip(sums, shift_x, strict=True)]
-        else:
-            shift, terms = shift_x[0], sums
-        total = torch.stack(terms).sum()
-        for points, blocks, shifts, gradient in (
-            (x, blocks_x, shift_x, grad_x), (y, blocks_y, shift_y, grad_y),
-        ):  # fmt: skip
-            for rows, own in zip(blocks if gradient.numel() else (), shifts, strict=False):
-                factor = a / total * scaling(own, shift) if exponential else torch.ones_like(total)
-                count = rows.stop - rows.start
-                _project_kernel[(count,)](
-                    gradient[rows], points.rows[rows],
-                    points.inverse[rows], factor, points.rows.stride(0), **config, num_warps=4,
+                    most = torch.maximum(most, shift_y[j])
+                sums[i] *= raise_shift(shift_x, grad_x, i, rows, most)
+                if not diagonal and column_grad.numel():
+                    factor = raise_shift(shift_y, column_grad, j, columns, most)
+                    if symmetric:
+                        sums[j] *= factor
+            args = (
+                tile, x.rows, y.rows, x.inverse, y.inverse, x.rows.stride(0), y.rows.stride(0),
+                shift_x[i],
+            )  # fmt: skip
+            launch(
+                _derivatives_kernel, (n,),
+                *args, grad_x, row_sum, row_close, rows.start,
+                columns.start, m, m, a, r_min, DIAGONAL=diagonal, GRADIENT=needs_x_grad,
+                **potential, **config, BLOCK_C=1024, num_warps=4,
+            )  # fmt: skip
+            sums[i] += row_sum[:n].sum()
+            if column_grad.numel():
+                launch(
+                    _close_columns_kernel, (m,),
+                    *args, column_grad, row_close, rows.start,
+                    columns.start, n, m, a, r_min, **potential, **config, BLOCK_R=1024,
+                    num_warps=4,
                 )  # fmt: skip
+                column_grad[columns].addmm_(tile.t(), units)
+            if needs_x_grad:
+                grad_x[rows].addmm_(tile, others)
+    if exponential:
+        shift = torch.stack(shift_x).max()
+        terms = [s * scaling(m, shift) for s, m in zip(sums, shift_x, strict=True)]
+    else:
+        shift, terms = shift_x[0], sums
+    total = torch.stack(terms).sum()
+    for points, blocks, shifts, gradient in (
+        (x, blocks_x, shift_x, grad_x), (y, blocks_y, shift_y, grad_y),
+    ):  # fmt: skip
+        for rows, own in zip(blocks if gradient.numel() else (), shifts, strict=False):
+            factor = a / total * scaling(own, shift) if exponential else torch.ones_like(total)
+            count = rows.stop - rows.start
+            launch(
+                _project_kernel, (count,),
+                gradient[rows], points.rows[rows],
+                points.inverse[rows], factor, points.rows.stride(0), **config, num_warps=4,
+            )  # fmt: skip
     return a * shift + total.log() if exponential else total, grad_x, grad_y
 
 
 def nearest(x: Points, y: Points | None, k: int) -> tuple[Tensor, Tensor]:
-    """Squared distances (N, k) in double and indices (N, k): see op.py.
+    """Return float64 squared distances (N, k) and indices (N, k): see op.py.
 
-    16-bit rows are multiplied as they are, with float32 sums; float32 ones as torch is set to.
-    Each row keeps its next_power_of_2(k + 8) best by these; a row where they may not be all that is
-    within the products' error of the k-th best is scanned anew in double.
+    The GEMM takes 16-bit rows as they are, with float32 sums, and float32 rows as torch is set to.
+    Each row keeps its next_power_of_2(k + 8) best candidates. If these may not be all that are
+    within the GEMM's error of the k-th best, the row is searched again in float64.
 
     Memory above the results: a workspace of 64 MiB and O(N·k).
     """
@@ -495,27 +499,29 @@ def nearest(x: Points, y: Points | None, k: int) -> tuple[Tensor, Tensor]:
     workspace = new(block * block, dtype=torch.float32)
     blocks_x, blocks_y = _blocks(len(x), block), _blocks(len(y), block)
     config = {"ROOM": room, "BLOCK_R": 16, "BLOCK_C": 64, "num_warps": 4}
-    with _on_device_of(x.rows):
-        for i, rows in enumerate(blocks_x):
-            for j in range(i if symmetric else 0, len(blocks_y)):
-                columns, diagonal = blocks_y[j], symmetric and i == j
-                n, m = rows.stop - rows.start, columns.stop - columns.start
-                tile = workspace[: n * m].view(n, m)
-                _mm(x.rows[rows].to(dtype), y.rows[columns].to(dtype).t(), tile)
-                _collect_kernel[(triton.cdiv(n, 16),)](
-                    tile, keys, x.inverse, y.inverse,
-                    rows.start, columns.start, n, m, m, 1, EXCLUDE_SELF=diagonal, **config,
+    for i, rows in enumerate(blocks_x):
+        for j in range(i if symmetric else 0, len(blocks_y)):
+            columns, diagonal = blocks_y[j], symmetric and i == j
+            n, m = rows.stop - rows.start, columns.stop - columns.start
+            tile = workspace[: n * m].view(n, m)
+            mm(x.rows[rows].to(dtype), y.rows[columns].to(dtype).t(), tile)
+            launch(
+                _collect_kernel, (triton.cdiv(n, 16),),
+                tile, keys, x.inverse, y.inverse,
+                rows.start, columns.start, n, m, m, 1, EXCLUDE_SELF=diagonal, **config,
+            )  # fmt: skip
+            if symmetric and not diagonal:
+                launch(
+                    _collect_kernel, (triton.cdiv(m, 16),),
+                    tile, keys, y.inverse, x.inverse,
+                    columns.start, rows.start, m, n, 1, m, EXCLUDE_SELF=False, **config,
                 )  # fmt: skip
-                if symmetric and not diagonal:
-                    _collect_kernel[(triton.cdiv(m, 16),)](
-                        tile, keys, y.inverse, x.inverse,
-                        columns.start, rows.start, m, n, 1, m, EXCLUDE_SELF=False, **config,
-                    )  # fmt: skip
-        _select_kernel[(len(x),)](
-            x.rows, y.rows, x.inverse, y.inverse, x.rows.stride(0),
-            y.rows.stride(0), keys, square, index, len(y), 2 * _cosine_error(d, dtype), D=d, K=k,
-            ROOM=room, SYMMETRIC=symmetric, BLOCK_D=triton.next_power_of_2(d), num_warps=4,
-        )  # fmt: skip
+    launch(
+        _select_kernel, (len(x),),
+        x.rows, y.rows, x.inverse, y.inverse, x.rows.stride(0),
+        y.rows.stride(0), keys, square, index, len(y), 2 * _cosine_error(d, dtype), D=d, K=k,
+        ROOM=room, SYMMETRIC=symmetric, BLOCK_D=triton.next_power_of_2(d), num_warps=4,
+    )  # fmt: skip
     return square, index
 
 
@@ -528,7 +534,7 @@ def nearest_backward(
     needs_x_grad: bool,
     needs_y_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in their points' dtypes: see op.py."""
+    """Return gradients in their points' dtypes: see op.py."""
     symmetric, d = y is None, x.rows.shape[1]
     y = x if y is None else y
     grad_x = x.rows.new_empty((len(x), d) if needs_x_grad else 0)
@@ -537,52 +543,39 @@ def nearest_backward(
     # For each point the pairs in which it is the neighbor, in order.
     chosen, chosen_by = index.flatten().sort(stable=True)
     begin = torch.searchsorted(chosen, torch.arange(len(y) + 1, device=chosen.device))
-    with _on_device_of(x.rows):
-        for gradient, as_x, as_y in ((grad_x, True, symmetric), (grad_y, False, True)):
-            if gradient.numel():
-                out = torch.empty_like(gradient, dtype=torch.float32)
-                _nearest_backward_kernel[(len(gradient),)](
-                    x.rows, y.rows, x.inverse,
-                    y.inverse, x.rows.stride(0), y.rows.stride(0), index, grad_square, chosen_by,
-                    begin, out, r_min, D=d, K=index.shape[1], SYMMETRIC=symmetric, AS_X=as_x,
-                    AS_Y=as_y, BLOCK_D=triton.next_power_of_2(d), num_warps=4,
-                )  # fmt: skip
-                gradient.copy_(out)
+    for gradient, as_x, as_y in ((grad_x, True, symmetric), (grad_y, False, True)):
+        if gradient.numel():
+            out = torch.empty_like(gradient, dtype=torch.float32)
+            launch(
+                _nearest_backward_kernel, (len(gradient),),
+                x.rows, y.rows, x.inverse,
+                y.inverse, x.rows.stride(0), y.rows.stride(0), index, grad_square, chosen_by,
+                begin, out, r_min, D=d, K=index.shape[1], SYMMETRIC=symmetric, AS_X=as_x,
+                AS_Y=as_y, BLOCK_D=triton.next_power_of_2(d), num_warps=4,
+            )  # fmt: skip
+            gradient.copy_(out)
     return grad_x, grad_y
 
 
 def _block(d: int) -> int:
-    """Points of a block: two blocks' units and their cosines fit the workspace."""
+    """Return the points of a block: two blocks' units and their cosines fit the workspace."""
     most = math.isqrt(d * d + WORKSPACE_BYTES // 4) - d
     return max(1, most // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
 
 
 def _blocks(n: int, block: int) -> list[slice]:
-    """Blocks of about equal size, beginning at multiples of the alignment."""
+    """Return blocks of about equal size, beginning at multiples of the alignment."""
     size = triton.cdiv(triton.cdiv(n, triton.cdiv(n, block)), BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def _cosine_error(d: int, dtype: torch.dtype) -> float:
-    """What a product times two inverse norms may be off by.
+    """Return the greatest error of a dot product times two inverse norms.
 
-    Products of 16-bit numbers are exact; sums in float32, rounded or cut off, in any order, lose at
+    Products of 16-bit numbers are exact; float32 sums, rounded or truncated, in any order, lose at
     most (d + 8)·2⁻²³ of Σ|x̂_d·ŷ_d| ≤ 1. TF32 keeps 10 bits of each float32 factor.
     """
     error = (d + 8) * 2.0**-23
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         error += 2.0**-9
     return error
-
-
-def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """A @ b into float32 out, whatever the factors' dtype."""
-    if a.dtype == torch.float32:
-        return torch.mm(a, b, out=out)
-    if a.device.type == "cpu":  # under the interpreter; no such overload
-        return torch.mm(a.float(), b.float(), out=out)
-    return torch.mm(a, b, out_dtype=torch.float32, out=out)
-
-
-def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""The margins: what the target's cosine becomes before the softmax."""
+"""Margins, which change the target's cosine before the softmax."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from ..._check import number
 from ..._limits import SHARPEST
 
-# The slope of the margin divides by sin θ, which vanishes at cos θ = ±1: it is taken no smaller
-# than this, a little above where a float32 cosine stops telling the angle from 0 (√ε = 3e-4).
+# The margin's slope divides by sin θ, which vanishes at cos θ = ±1: it is clamped to this, a little
+# above √ε = 3e-4, below which a float32 cosine does not resolve the angle.
 SIN_MIN = 1e-3
 
 Margin: TypeAlias = "float | Tensor"
@@ -22,7 +22,7 @@ BeyondPi: TypeAlias = Literal["linear", "none", "easy"]
 
 @dataclass(frozen=True, eq=False)
 class CombinedMargin:
-    """ψ(cos θ) = cos(m1·θ + m2) − m3, and logits of ``scale`` times that.
+    """Combined margin ψ(cos θ) = cos(m1·θ + m2) − m3, and logits of ``scale`` times that.
 
     Args:
         scale: s in (0, 1e6], the inverse temperature of the softmax; no unit.
@@ -31,23 +31,23 @@ class CombinedMargin:
         m3: additive cosine margin (CosFace); |m3| < 2.
             Each of m1, m2 and m3 is a float or an (N,) tensor, one value per sample; a tensor may
             require a gradient.
-        beyond_pi: what happens past m1·θ + m2 > π, where the cosine would rise again. ``"linear"``
-            goes on as cos θ − max(m2·sin m2, 1 + cos((π − m2)/m1)) − m3, which falls monotonically
-            and is cos θ − m2·sin(π − m2) for ArcFace (its authors' first code, and SynFace's);
-            ``"none"`` leaves the cosine as it is (insightface since 2022); ``"easy"`` has margins
-            m1 and m2 only where cos θ > 0, and cos θ − m3 elsewhere (the "easy margin" of ArcFace's
-            and SynFace's code), which jumps at θ = π/2.
+        beyond_pi: the continuation past m1·θ + m2 > π, where the cosine would rise again.
+            ``"linear"`` is cos θ − max(m2·sin m2, 1 + cos((π − m2)/m1)) − m3, which falls
+            monotonically, and for ArcFace is cos θ − m2·sin(π − m2) (its authors' first code, and
+            SynFace's); ``"none"`` leaves the cosine as it is (insightface since 2022); ``"easy"``
+            has margins m1 and m2 only where cos θ > 0, and cos θ − m3 elsewhere (the "easy margin"
+            of ArcFace's and SynFace's code), which jumps at θ = π/2.
         target_grad: ``"exact"`` takes dψ/dcos θ = m1·sin(m1·θ + m2)/sin θ with sin θ ≥ 1e-3;
             ``"straight_through"`` takes 1, as insightface does since 2022.
         interclass_filter: a cosine t in [−1, 1]: classes that are no target of a row and have a
             larger plain cosine with it, presumably the same person under another label, are
             filtered. They get no gradient from that row, and do not count in its top1.
-        interclass_filter_mode: ``"drop"`` leaves the filtered out of the softmax; ``"zero"`` makes
-            their logits 0, which stay in it (insightface's ``interclass_filtering_threshold``).
+        interclass_filter_mode: ``"drop"`` leaves filtered classes out of the softmax; ``"zero"``
+            keeps them with logits of 0 (insightface's ``interclass_filtering_threshold``).
 
     Raises:
-        ValueError: for a margin that makes no sense (for example an angle in degrees).
-        TypeError: for one that is neither a number nor a tensor.
+        ValueError: for a margin out of range (for example an angle in degrees).
+        TypeError: for a margin that is neither a number nor a tensor.
 
     Source: Deng et al., "ArcFace" (CVPR 2019), eq. 4; Qiu et al., "SynFace" (ICCV 2021).
     """
@@ -111,11 +111,11 @@ class CombinedMargin:
 
     @property
     def limit(self) -> float:
-        """The cosine above which classes are filtered; ∞ for none."""
+        """Cosine above which classes are filtered; ∞ for none."""
         return math.inf if self.interclass_filter is None else self.interclass_filter
 
     def target_cosine(self, cosine: Tensor) -> Tensor:
-        """ψ of an (N, M) tensor of plain cosines, with the gradient that ``target_grad`` asks for.
+        """Return ψ of (N, M) plain cosines, with the gradient that ``target_grad`` names.
 
         The value follows the margins too, so a margin that requires a gradient gets one.
         """
@@ -161,8 +161,8 @@ class CombinedMargin:
 
 
 def _drop(m1: Margin, m2: Margin) -> Margin:
-    """How far under cos θ the linear continuation runs: enough to stay monotone at the joint."""
-    angle = (math.pi - m2) / m1  # where the joint is
+    """Return how far below cos θ the linear continuation runs, to be monotone at the joint."""
+    angle = (math.pi - m2) / m1  # θ at the joint
     if isinstance(angle, Tensor):
         m2 = m2 if isinstance(m2, Tensor) else torch.full_like(angle, m2)
         return torch.maximum(m2 * m2.sin(), 1 + angle.cos())
@@ -170,12 +170,13 @@ def _drop(m1: Margin, m2: Margin) -> Margin:
     return max(m2 * math.sin(m2), 1 + math.cos(angle))
 
 
-# Dataclasses of their own for `dataclasses.replace`: what a class fixes is no argument of it.
+# The margins are dataclasses of their own for `dataclasses.replace`: a field that a class fixes is
+# no argument of it.
 
 
 @dataclass(frozen=True, eq=False)
 class _Order:
-    """Fields in the order of the arguments: Dynamo (of torch 2.11) binds them by it."""
+    """A base whose fields are in the order of the arguments: Dynamo (torch 2.11) binds them so."""
 
     scale: float = 64.0
     margin: Margin = 0.0
@@ -185,7 +186,7 @@ class _Order:
 
 @dataclass(frozen=True, eq=False, init=False)
 class ArcFace(CombinedMargin, _Order):
-    """cos(θ + margin).
+    """Additive angular margin: cos(θ + margin).
 
     Args:
         margin: **in radians**, |margin| < π; a float or an (N,) tensor.
@@ -224,7 +225,7 @@ class ArcFace(CombinedMargin, _Order):
 
 @dataclass(frozen=True, eq=False, init=False)
 class CosFace(CombinedMargin, _Order):
-    """cos θ − margin.
+    """Additive cosine margin: cos θ − margin.
 
     Args:
         margin: a difference of cosines, |margin| < 2; a float or an (N,) tensor.
@@ -261,7 +262,7 @@ class CosFace(CombinedMargin, _Order):
 
 @dataclass(frozen=True, eq=False, init=False)
 class SphereFace(CombinedMargin, _Order):
-    """cos(margin·θ).
+    """Multiplicative angular margin: cos(margin·θ).
 
     Args:
         margin: a factor of the angle, in (0, 16); a float or an (N,) tensor. 1.35 is the value in

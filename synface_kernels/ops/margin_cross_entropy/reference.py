@@ -1,4 +1,4 @@
-"""The definition: plain torch over all N×C logits, meant to be read and to be run in float64."""
+"""The definition of the margin softmax: plain torch over all N×C logits, for float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NORM_MIN = 1e-12
 
 
 def normalize(rows: Tensor) -> Tensor:
-    """Rows divided by their norm; a zero row stays zero and passes no gradient."""
+    """Divide rows by their norms; a zero row stays zero and passes no gradient."""
     rows = shortened(rows)
     norm = torch.linalg.vector_norm(rows.detach(), dim=1, keepdim=True)
     zero = norm <= NORM_MIN
@@ -31,7 +31,7 @@ def margin_cross_entropy(
     mix: str,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss per row, log-sum-exp, target cosines and top-1, from dense logits.
+    """Compute the loss per row, log-sum-exp, target cosines and top-1 from dense logits.
 
     Args:
         input: (N, D); weight: (C, D), or (C, M, D) with M sub-centers per class; floating point.
@@ -39,16 +39,16 @@ def margin_cross_entropy(
         margin, mix, label_smoothing: as in `synface_kernels.margin_cross_entropy`.
 
     Returns:
-        loss (N,), lse (N,), target_cosine (N, K), top1 (N,) bool. All 0 (False) for a row without
-        labels.
+        loss (N,), lse (N,), target_cosine (N, K), top1 (N,) bool. All 0 (False) for a row that is
+        not valid, without labels.
 
     Memory: O(N·C), by definition.
     """
     present, label = labels >= 0, labels.clamp_min(0)
-    counted, finite = present.any(1), input.isfinite().all(1)
-    # Rows that are not finite stand apart: from them NaN · 0 would reach the centers.
-    embedding = normalize(torch.where((counted & finite)[:, None], input, 0))
-    broken = (torch.where((counted & ~finite)[:, None], input, 0) * torch.nan).sum(1)
+    valid, finite = present.any(1), input.isfinite().all(1)
+    # Rows that are not finite are replaced by 0: their NaN · 0 would reach the centers.
+    embedding = normalize(torch.where((valid & finite)[:, None], input, 0))
+    broken = (torch.where((valid & ~finite)[:, None], input, 0) * torch.nan).sum(1)
     cosine = embedding @ normalize(weight.flatten(0, -2)).T
     if weight.dim() == 3:
         cosine = cosine.unflatten(1, weight.shape[:2]).max(2).values  # the first of equals
@@ -76,9 +76,7 @@ def margin_cross_entropy(
 
     target_cosine = torch.where(present, cosine.gather(1, label), 0)
     best = torch.where(present, target_cosine, -torch.inf).amax(1)
-    top1 = counted & finite & (best >= torch.where(filtered, -torch.inf, cosine).amax(1))
+    top1 = valid & finite & (best >= torch.where(filtered, -torch.inf, cosine).amax(1))
     target_cosine = torch.where(present & ~finite[:, None], broken[:, None], target_cosine)
-    loss, lse = (
-        torch.where(counted, torch.where(finite, value, broken), 0) for value in (loss, lse)
-    )
+    loss, lse = (torch.where(valid, torch.where(finite, value, broken), 0) for value in (loss, lse))
     return loss, lse, target_cosine, top1

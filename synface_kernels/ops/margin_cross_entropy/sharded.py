@@ -1,9 +1,9 @@
-"""The margin softmax over classes that are spread over the ranks of a process group.
+"""The margin softmax over classes that are sharded over the ranks of a process group.
 
-Each rank meets the embeddings of all ranks with its own centers. What it finds out about a row goes
-to the rank that has the row, which puts the parts together and computes the row's loss. The way
-back is the same: the gradients of the parts go to the ranks that have the centers, and what these
-find for an embedding is summed by the rank that has it.
+Each rank computes partial softmax statistics of all ranks' embeddings against its own centers. An
+all-to-all returns them to each row's owner, which combines them and computes the row's loss. In the
+backward pass their gradients go to the centers' ranks by the reverse all-to-all, and each
+embedding's owner sums the gradients that the ranks found for it.
 """
 
 from __future__ import annotations
@@ -24,57 +24,73 @@ from ..._distributed import (
     gather_rows,
     validate_on_all_ranks,
 )
+from .interface import Prepared, Statistics
 from .margins import CombinedMargin
-
-ANY_CLASS = 2**63 - 1  # how many classes there are, before it is known
 
 
 @dataclass(frozen=True)
 class Shards:
-    """How rows and classes are spread.
+    """A group's rows and classes, sharded over its ranks.
 
     Attributes:
-        counts: each rank's number of rows. start, classes: this rank's classes, start … start +
-            classes − 1, of which class_ids take part if not None. num_classes: all ranks'.
+        counts: each rank's number of rows.
+        start, classes: this rank's classes are start … start + classes − 1.
+        class_ids: those of them that take part, counted from start; None: all.
     """
 
     group: Any
     counts: list[int]
     start: int
     classes: int
-    num_classes: int
     class_ids: Tensor | None
 
     def statistics(
-        self, core: Callable[[Tensor, Tensor], tuple[Tensor, ...]], input: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """negative_lse (N,), negative_max (N,) and target_cosine (N, K) of this rank's rows, over
-        all ranks' classes.
+        self, core: Callable[[Tensor, Tensor], Statistics], input: Tensor, labels: Tensor
+    ) -> Statistics:
+        """Return the statistics of this rank's rows over all ranks' classes.
 
-        core: computes them, of all ranks' rows over this rank's classes, from embeddings and
-            labels.
+        Args:
+            core: computes those of all ranks' rows over this rank's classes, from embeddings and
+                labels.
+            input, labels: this rank's rows.
         """
         every = gather_rows(labels, self.counts, self.group)
         here = (every >= self.start) & (every < self.start + self.classes)
-        elsewhere = torch.where(every >= 0, -2, -1)  # what the core knows these labels as
-        shifted = torch.where(here, self._places(every - self.start, here), elsewhere)
+        elsewhere = torch.where(every >= 0, -2, -1)  # the core's numbers for such labels
+        own = torch.where(here, self._indices(every - self.start, here), elsewhere)
         embeddings = GatherRows.apply(input, self.counts, self.group)
-        negative_lse, negative_max, cosine = core(embeddings, shifted)
-        found = torch.cat([negative_lse[:, None], negative_max.double()[:, None], cosine], 1)
-        parts = ToOwners.apply(found, self.counts, self.group)  # (P, N, 2 + K)
-        return (
-            _logsumexp(parts[:, :, 0]),
-            parts[:, :, 1].detach().amax(0).to(negative_max.dtype),
-            parts[:, :, 2:].sum(0),  # all but one of them are 0
+        return self._of_all_classes(core(embeddings, own))
+
+    def _of_all_classes(self, partial: Statistics) -> Statistics:
+        """Send each rank the partial statistics of its rows, and combine those of this rank's.
+
+        They travel as the columns of one float64 matrix, in the order of their names.
+        """
+        every = partial._replace(negative_max=partial.negative_max.double())
+        columns = [v if v.dim() == 2 else v[:, None] for v in every if v is not None]
+        parts = ToOwners.apply(torch.cat(columns, 1), self.counts, self.group)  # (P, N, …)
+        lse, most, sums = parts[:, :, 0], parts[:, :, 1], parts[:, :, 2:].sum(0)
+        totals = iter(sums.split([column.shape[1] for column in columns[2:]], 1))
+
+        def total(value: Tensor | None) -> Tensor | None:
+            return None if value is None else next(totals).squeeze(1)
+
+        return Statistics(
+            negative_lse=_logsumexp(lse),
+            negative_max=most.detach().amax(0).to(partial.negative_max.dtype),
+            target_cosine=next(totals),  # all but one rank's are 0
+            filtered=total(partial.filtered),
+            cosine_sum=total(partial.cosine_sum),
+            num_classes=total(partial.num_classes),
         )
 
-    def _places(self, classes: Tensor, here: Tensor) -> Tensor:
-        """Where the classes that are here stand in class_ids, if there are any."""
+    def _indices(self, classes: Tensor, here: Tensor) -> Tensor:
+        """Return the indices in class_ids, if given, of the classes that are here."""
         if self.class_ids is None:
             return classes
-        places = torch.searchsorted(self.class_ids, classes)
-        places = places.clamp_max(self.class_ids.shape[0] - 1)
-        held = ~here | (self.class_ids[places] == classes)
+        indices = torch.searchsorted(self.class_ids, classes)
+        indices = indices.clamp_max(self.class_ids.shape[0] - 1)
+        held = ~here | (self.class_ids[indices] == classes)
 
         def check() -> tuple[list[int], dict[str, Any]]:
             message = "class_ids must hold every label that is among this rank's classes"
@@ -85,24 +101,24 @@ class Shards:
             validate_on_all_ranks(check, 0, self.group)
         else:
             check()
-        return places
+        return indices
 
     def totals(self, *values: Tensor) -> Tensor:
-        """Sums over the ranks, the same on all of them."""
+        """Return sums over the ranks, the same on all of them."""
         own = torch.stack([value.double() for value in values])
         return Gather.apply(own, self.group).sum(0)
 
 
 def _logsumexp(parts: Tensor) -> Tensor:
-    """Over the ranks, with a gradient of 0 where all are −∞."""
+    """Return the log-sum-exp over the ranks, with a gradient of 0 where all are −∞."""
     nothing, broken = (parts == -torch.inf).all(0), parts.isnan().any(0)
     value = parts.masked_fill(nothing | broken, 0).logsumexp(0)
     value = torch.where(nothing, -torch.inf, value)
     return torch.where(broken, parts.sum(0), value)  # passes on no NaN · 0
 
 
-def agreed(
-    prepare: Callable[[], tuple[str, Tensor, Tensor]],
+def prepare_on_all_ranks(
+    prepare: Callable[[], Prepared],
     input: Tensor,
     weight: Tensor,
     margin: CombinedMargin,
@@ -110,24 +126,29 @@ def agreed(
     class_start: int,
     ignore_index: int,
     group: Any,
-    **same: Any,
-) -> tuple[Shards, str, Tensor, Tensor]:
-    """How rows and classes are spread, and what prepare() returns, once the ranks agree.
+    **options: Any,
+) -> tuple[Shards, Prepared]:
+    """Return how rows and classes are sharded, and this rank's checked arguments.
 
-    prepare: checks this rank's arguments; the implementation, labels (N, K) below `ANY_CLASS`, and
-        their weights.
-    same: options that must be the same on all ranks.
+    Args:
+        prepare: checks this rank's arguments, but for labels' upper bound.
+        options: what else must be the same on all ranks.
+
+    Raises:
+        The error of the first rank whose arguments are wrong, on all ranks; ValueError where they
+        do not fit together.
     """
     check_group(group)
     prepared: Any = None
 
-    def facts() -> tuple[list[int], dict[str, Any]]:
+    def validate() -> tuple[list[int], dict[str, Any]]:
         nonlocal prepared
-        prepared = chosen, labels, _ = prepare()
-        if chosen == "reference":
+        prepared = prepare()
+        labels = prepared.labels
+        if prepared.impl == "reference":
             raise ValueError("impl must be 'cpu' or 'triton' with a group, got 'reference'")
         recorded = torch.is_grad_enabled()
-        facts = {
+        must_match = {
             "D": input.shape[1],
             "K": labels.shape[1],
             "sub-centers (M,)": tuple(weight.shape[1:-1]),
@@ -136,7 +157,7 @@ def agreed(
             "requires_grad of input": recorded and input.requires_grad,
             "requires_grad of weight": recorded and weight.requires_grad,
             "whether there are class_ids": class_ids is not None,
-            "margin": {  # except for what each row has of its own
+            "margin": {  # except for margins per row
                 name: None if isinstance(value, Tensor) else value
                 for name, value in vars(margin).items()
             },
@@ -144,9 +165,9 @@ def agreed(
         # On a GPU labels are checked there, below.
         known = labels.device.type == "cpu" and labels.numel() > 0
         greatest = int(labels.max()) if known else -1
-        return [labels.shape[0], weight.shape[0], class_start, greatest], facts | same
+        return [labels.shape[0], weight.shape[0], class_start, greatest], must_match | options
 
-    ranks = validate_on_all_ranks(facts, 4, group)
+    ranks = validate_on_all_ranks(validate, 4, group)
     counts, classes, starts, greatest = (list(column) for column in zip(*ranks, strict=True))
     num_classes = 0
     for start, count in sorted(zip(starts, classes, strict=True)):
@@ -161,8 +182,6 @@ def agreed(
     for rank, label in enumerate(greatest):
         if label >= num_classes:
             raise ValueError(f"rank {rank}: {wanted}, got {label}")
-    chosen, labels, label_weight = prepared
-    if labels.device.type != "cpu":
-        require(labels < num_classes, wanted, labels)
-    shards = Shards(group, counts, class_start, weight.shape[0], num_classes, class_ids)
-    return shards, chosen, labels, label_weight
+    if prepared.labels.device.type != "cpu":
+        require(prepared.labels < num_classes, wanted, prepared.labels)
+    return Shards(group, counts, class_start, weight.shape[0], class_ids), prepared

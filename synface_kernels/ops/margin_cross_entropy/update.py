@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
 
 from ..._check import describe, require_apart
 from ..._load import library
 from ..row_update.op import check_last_step, check_states, mark_written, take_step
 from ..row_update.updates import AdamWUpdate, RowUpdate, SGDUpdate, most_missed
+from .interface import OptimizerStep, split_backward
 
 OP = "margin_cross_entropy_update"
 _SCHEMA = (
@@ -27,22 +29,26 @@ _SCHEMA = (
     "float[] numbers, int step, int? seed{impl}) -> Tensor grad_input"
 )
 library.define(OP + _SCHEMA.format(impl=", str impl"))
-library.define(f"{OP}_cpu" + _SCHEMA.format(impl=""))  # implemented in csrc/bindings.cpp
-_WRITTEN = {"weight": 1, "states": 16, "last_step": 17}  # places in the schema
+library.define(f"{OP}_cpu" + _SCHEMA.format(impl=""))  # implemented in C++
+_ARGUMENTS = torch.ops.synface_kernels.margin_cross_entropy_update.default._schema.arguments
 
 
 def _run(*arguments: Any) -> Tensor:
-    *inputs, impl = arguments
-    if impl == "triton":  # keeps no cosines, and makes no halves
-        from . import kernel_triton
+    inputs, (split_bf16, *step, impl) = split_backward(arguments)
+    if impl == "triton":
+        from . import launch_triton
 
-        return kernel_triton.update(*inputs[:7], *inputs[8:14], *inputs[15:])
-    return torch.ops.synface_kernels.margin_cross_entropy_update_cpu(*inputs)
+        return launch_triton.update(inputs, OptimizerStep(*step))
+    return torch.ops.synface_kernels.margin_cross_entropy_update_cpu(*inputs, split_bf16, *step)
 
 
 def _mark_written(keys: Any, *arguments: Any) -> Tensor:
-    weight, states, last_step = (arguments[place] for place in _WRITTEN.values())
-    return mark_written(OP, [weight, *states, last_step], keys, *arguments)
+    written = [
+        value
+        for argument, value in zip(_ARGUMENTS, arguments, strict=True)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return mark_written(OP, tree_leaves(written), keys, *arguments)
 
 
 for _key in ("CPU", "CUDA"):
@@ -51,9 +57,9 @@ library.impl(OP, _mark_written, "ADInplaceOrView", with_keyset=True)
 
 
 @torch.library.register_fake(f"synface_kernels::{OP}")
-def _fake(input: Tensor, *arguments: Any) -> Tensor:
-    needs_input_grad = arguments[12]
-    return input.new_empty(input.shape if needs_input_grad else (0,))
+def _fake(*arguments: Any) -> Tensor:
+    inputs, _ = split_backward(arguments)
+    return inputs.input.new_empty(inputs.input.shape if inputs.needs_input_grad else (0,))
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -62,7 +68,7 @@ def _fake(input: Tensor, *arguments: Any) -> Tensor:
 def checked(
     update: RowUpdate, input: Tensor, weight: Tensor, class_ids: Tensor | None
 ) -> RowUpdate:
-    """The update with states that are matrices, of a row for each class.
+    """Return the update with its states as matrices, one row per class.
 
     Raises:
         TypeError, ValueError: where update and weight do not fit together.
@@ -92,7 +98,7 @@ def checked(
 
 
 def _matrix(name: str, tensor: Any) -> Any:
-    """With a row for each class, if it is a tensor."""
+    """Return a 3-d tensor as a matrix, one row per class, and anything else as it is."""
     if not isinstance(tensor, Tensor) or tensor.dim() != 3:
         return tensor
     if not tensor.is_contiguous():
@@ -100,20 +106,20 @@ def _matrix(name: str, tensor: Any) -> Any:
     return tensor.detach().flatten(1)
 
 
-def arguments(update: RowUpdate) -> tuple[Any, ...]:
-    """As the schema has them: rule … seed."""
-    return (
-        update.rule,
-        [state for state in update.states.values() if state is not None],
-        update.last_step,
-        [float(number) for number in update.numbers],
-        update.step or 0,
-        update.seed,
+def optimizer_step(update: RowUpdate) -> OptimizerStep:
+    """Return the update as the op's schema has it."""
+    return OptimizerStep(
+        rule=update.rule,
+        states=[state for state in update.states.values() if state is not None],
+        last_step=update.last_step,
+        numbers=[float(number) for number in update.numbers],
+        step=update.step or 0,
+        seed=update.seed,
     )
 
 
-def facts(update: object) -> Any:
-    """What must be the same on all ranks."""
+def must_match(update: object) -> Any:
+    """Return what of an update must be the same on all ranks."""
     if isinstance(update, (SGDUpdate, AdamWUpdate)):
         return update.rule, update.numbers, update.step
     return describe(update)
@@ -122,12 +128,17 @@ def facts(update: object) -> Any:
 # ---- in the autograd graph -----------------------------------------------------------------------
 
 
-def anchor() -> Tensor:
-    """What makes a backward pass where nothing else requires grad."""
+def grad_anchor() -> Tensor:
+    """Return a tensor that requires grad, as an input of autograd functions.
+
+    The centers don't require grad, and the embeddings need not: without it autograd would not call
+    the backward pass, in which the step is taken.
+    """
     return torch.zeros((), requires_grad=True, dtype=torch.float32, device="cpu")
 
 
 def check_unmoved(weight: Tensor, version: int) -> None:
+    """Raise RuntimeError if the centers were written since they had this version."""
     if weight._version != version:
         raise RuntimeError(
             "the centers have moved since this forward pass: with update, each forward pass has "
@@ -136,9 +147,9 @@ def check_unmoved(weight: Tensor, version: int) -> None:
 
 
 class Reference(torch.autograd.Function):
-    """Input and weight as they are; the backward pass takes the step, once it has both gradients.
+    """The identity of input and weight, whose backward pass takes an update's step on weight.
 
-    apply(anchor, input, weight, update)
+    apply(grad_anchor, input, weight, update)
     """
 
     @staticmethod

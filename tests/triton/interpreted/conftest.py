@@ -32,7 +32,7 @@ def _builtins(pkg: Any) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _look_for_builtins_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter goes through all of triton.language at each call of a jit function."""
+    """Look for triton.language's builtins once, not at each jit function's call."""
 
     def patch(pkg: Any, *how: Any) -> None:
         for name in _builtins(pkg):

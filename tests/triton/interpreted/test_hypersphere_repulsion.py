@@ -23,7 +23,7 @@ NEIGHBOR = [sk.MaxCosine(topk=2), sk.KoLeo(), sk.ClosestPair()]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks of so few points as an interpreter gets through."""
+    """Make several blocks of few points, for the interpreter is slow."""
     monkeypatch.setattr(kernel_triton, "BLOCK_ALIGNMENT", 8)
     monkeypatch.setattr(kernel_triton, "_block", lambda d: 8)
 
@@ -74,7 +74,7 @@ def test_neighbors_are_exact(gallery: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("gallery", [False, True])
 def test_ties_go_to_the_lowest_index(gallery: bool) -> None:
-    """Two places, so more equal cosines than a row has room for."""
+    """All points are at two positions, so more cosines are equal than a row has room for."""
     signs = torch.randint(0, 2, (40, 1), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     x, y = signs, signs[1:].clone() if gallery else None
     cosine, index = sk.nearest_neighbors(x, y, 2, impl="triton")

@@ -56,7 +56,7 @@ def test_pair_energies() -> None:
     torch.testing.assert_close(grad * length, exact_grad * length, rtol=1e-3, atol=1e-6)
 
 
-def test_neighbors_by_products_that_might_overflow_are_an_error() -> None:
+def test_neighbors_by_dot_products_that_might_overflow_are_an_error() -> None:
     x = rows(N, 1e17, torch.float32)
     assert torch.equal(
         sk.nearest_neighbors(x, impl="triton")[1], sk.nearest_neighbors(x, impl="reference")[1]

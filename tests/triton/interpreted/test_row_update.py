@@ -1,5 +1,6 @@
-"""The Triton row updates against their definition; needs TRITON_INTERPRET=1 before Triton is
-imported, see ../test_interpreter.py.
+"""The Triton row updates, interpreted on CPU tensors, against their definition.
+
+Needs TRITON_INTERPRET=1 before Triton is imported; see ../test_interpreter.py.
 """
 
 from typing import Any
@@ -30,7 +31,7 @@ def run(
     impl: str, options: dict[str, Any], adamw: bool, dtypes: tuple[torch.dtype, ...],
     seed: int | None, steps: dict[int, list[int]], last: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """Steps on the rows that ``steps`` names; None as the gradient where it names all."""
+    """Take steps on the rows that ``steps`` names; without a gradient where it names all."""
     dtype, state_dtype, grad_dtype = dtypes
     weight = normal(7, 530, seed=0, dtype=dtype)
     states = [torch.zeros(7, 530, dtype=state_dtype) for _ in range(2)]

@@ -1,0 +1,39 @@
+"""Parts of the Triton kernels and launchers that several ops share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# What a launcher may hold at a time, beside its inputs and results.
+WORKSPACE_BYTES = 64 << 20
+
+
+@triton.jit
+def tangent(vector, unit, scale):
+    """Return scale·(v − (û·v)·û): a gradient by one row from that by its unit vector û."""
+    return scale * (vector - tl.sum(unit * vector, 0) * unit)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> None:
+    """Launch a kernel on the device of its first argument, whatever device is current.
+
+    Args:
+        kernel: a `triton.jit` function.
+        args, config: its arguments, of which the first is a tensor, and its options.
+    """
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, **config)
+
+
+def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Write the GEMM a @ b into float32 ``out``, whatever the factors' dtype; return it."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    if a.device.type == "cpu":  # under the interpreter; no such overload
+        return torch.mm(a.float(), b.float(), out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)

@@ -1,0 +1,262 @@
+"""The core of the margin softmax: custom ops that never hold N×C, and their autograd.
+
+It knows plain cosines and the classes that are not targets, so each implementation of it serves
+every margin; `targets` adds the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..._derivatives import register, transforms_active
+from ..._load import library
+from ..row_update.updates import RowUpdate
+from . import update as fused
+from .interface import (
+    BackwardInputs,
+    ForwardInputs,
+    ForwardOutputs,
+    Statistics,
+    count_classes,
+    split_backward,
+    split_forward,
+    statistics_dtype,
+)
+
+OP = "margin_cross_entropy"
+_FORWARD = (
+    "(Tensor input, Tensor weight, Tensor? class_ids, Tensor labels, float scale, float limit, "
+    "bool needs_input_grad, bool needs_cosine_sum, SymInt workspace, "
+    "bool halves{impl}) -> ("
+    "Tensor negative_lse, Tensor negative_max, Tensor target_cosine, Tensor filtered, "
+    "Tensor cosine_sum, Tensor mean_center, Tensor center_sum, Tensor kept)"
+)
+_BACKWARD = (
+    "(Tensor input, Tensor weight, Tensor? class_ids, Tensor labels, Tensor negative_lse, "
+    "Tensor mean_center, Tensor center_sum, Tensor kept, Tensor grad_negative_lse, "
+    "Tensor grad_target_cosine, Tensor grad_cosine_sum, float scale, float limit, "
+    "bool needs_input_grad, bool needs_weight_grad, bool halves{impl}) -> ("
+    "Tensor grad_input, Tensor grad_rows)"
+)
+for _name, _schema in ((f"{OP}_forward", _FORWARD), (f"{OP}_backward", _BACKWARD)):
+    library.define(_name + _schema.format(impl=", str impl"))
+    library.define(_name + "_cpu" + _schema.format(impl=""))  # implemented in C++
+
+
+def statistics(
+    inputs: ForwardInputs, workspace: int, impl: str, update: RowUpdate | None
+) -> Statistics:
+    """Return differentiable statistics of the rows; with an update, backward takes its step."""
+    arguments = (*inputs, workspace, _may_split_bf16(), impl)
+    if update is None:
+        found = ForwardOutputs(*_forward(*arguments))
+    else:
+        found = ForwardOutputs(*_Updating.apply(fused.grad_anchor(), *arguments, update))
+    common = found.negative_lse, found.negative_max, found.target_cosine
+    filtered = found.filtered if inputs.limit < math.inf else None
+    if not inputs.needs_cosine_sum:
+        return Statistics(*common, filtered)
+    count = count_classes(inputs.weight, inputs.class_ids)
+    return Statistics(*common, filtered, found.cosine_sum, torch.full_like(found.cosine_sum, count))
+
+
+@torch.compiler.assume_constant_result  # compiled anew where torch.set_float32_… changes it
+def _may_split_bf16() -> bool:
+    """Return whether a CPU may multiply float32 as bf16 splits.
+
+    This is torch's own setting, which `torch.set_float32_matmul_precision` sets to "tf32" for
+    "high" and to "bf16" for "medium".
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    return matmul.fp32_precision in ("tf32", "bf16")
+
+
+# ---- the ops: one implementation per device, fake ------------------------------------------------
+
+
+def _run_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, (*cpu_options, impl) = split_forward(arguments)
+    if impl == "triton":  # saves no cosines, and splits no bf16
+        from . import launch_triton
+
+        return launch_triton.forward(inputs)
+    return torch.ops.synface_kernels.margin_cross_entropy_forward_cpu(*inputs, *cpu_options)
+
+
+def _run_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, (needs_weight_grad, split_bf16, impl) = split_backward(arguments)
+    if impl == "triton":
+        from . import launch_triton
+
+        return launch_triton.backward(inputs, needs_weight_grad)
+    return torch.ops.synface_kernels.margin_cross_entropy_backward_cpu(
+        *inputs, needs_weight_grad, split_bf16
+    )
+
+
+for _key in ("CPU", "CUDA"):
+    library.impl(f"{OP}_forward", _run_forward, _key)
+    library.impl(f"{OP}_backward", _run_backward, _key)
+
+
+@torch.library.register_fake(f"synface_kernels::{OP}_forward")
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, (workspace, _, impl) = split_forward(arguments)
+    n, d = inputs.input.shape
+    new, dtype = inputs.input.new_empty, statistics_dtype(inputs.input)
+    saved = 0
+    if impl == "cpu":
+        centers = math.prod(inputs.weight.shape[1:-1])  # of a class
+        saved = centers * torch.sym_min(
+            count_classes(inputs.weight, inputs.class_ids),
+            workspace // torch.sym_max(1, centers * n * dtype.itemsize),
+        )
+    return ForwardOutputs(
+        negative_lse=new((n,), dtype=torch.float64),
+        negative_max=new((n,), dtype=dtype),
+        target_cosine=new(inputs.labels.shape, dtype=torch.float64),
+        filtered=new((n if inputs.limit < math.inf else 0,), dtype=torch.float64),
+        cosine_sum=new((n if inputs.needs_cosine_sum else 0,), dtype=torch.float64),
+        mean_center=new((n, d) if inputs.needs_input_grad else (0,), dtype=dtype),
+        center_sum=new((d if inputs.needs_cosine_sum else 0,), dtype=torch.float64),
+        saved=new((saved, n), dtype=dtype),
+    )
+
+
+@torch.library.register_fake(f"synface_kernels::{OP}_backward")
+def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, (needs_weight_grad, *_) = split_backward(arguments)
+    input, weight = inputs.input, inputs.weight
+    count = count_classes(weight, inputs.class_ids)
+    return (
+        input.new_empty(input.shape if inputs.needs_input_grad else (0,)),
+        weight.new_empty((count, *weight.shape[1:]) if needs_weight_grad else (0,)),
+    )
+
+
+# ---- autograd ------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    given, (_, ctx.split_bf16, ctx.impl) = split_forward(inputs)
+    found = ForwardOutputs(*output)
+    for_backward = found.mean_center, found.center_sum, found.saved
+    ctx.mark_non_differentiable(found.negative_max, found.filtered, *for_backward)
+    ctx.set_materialize_grads(False)  # else zeros as large as the workspace, read by nobody
+    ctx.scale, ctx.limit = given.scale, given.limit
+    ctx.save_for_backward(
+        given.input, given.weight, given.class_ids, given.labels, found.negative_lse,
+        *for_backward,
+    )  # fmt: skip
+
+
+def _backward_inputs(
+    ctx: Any, grads: Sequence[Tensor | None], needs_input_grad: bool
+) -> BackwardInputs:
+    """Return a backward op's arguments: what `_setup_context` saved, and the outputs' gradients."""
+    (
+        input, weight, class_ids, labels, negative_lse, mean_center, center_sum, saved
+    ) = ctx.saved_tensors  # fmt: skip
+    by = ForwardOutputs(*grads)  # type: ignore[arg-type]
+    zeros = negative_lse.new_zeros
+
+    def or_zeros(grad: Tensor | None, *shape: int) -> Tensor:
+        return zeros(shape) if grad is None else grad
+
+    return BackwardInputs(
+        input=input,
+        weight=weight,
+        class_ids=class_ids,
+        labels=labels,
+        negative_lse=negative_lse,
+        mean_center=mean_center,
+        center_sum=center_sum,
+        saved=saved,
+        grad_negative_lse=or_zeros(by.negative_lse, *negative_lse.shape),
+        grad_target_cosine=or_zeros(by.target_cosine, *labels.shape),
+        grad_cosine_sum=or_zeros(by.cosine_sum, len(labels) if len(center_sum) else 0),
+        scale=ctx.scale,
+        limit=ctx.limit,
+        needs_input_grad=needs_input_grad,
+    )
+
+
+def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    needs_input_grad, needs_weight_grad, *others = ctx.needs_input_grad
+    inputs = _backward_inputs(ctx, grads, needs_input_grad)
+    grad_input, grad_rows = _backward(*inputs, needs_weight_grad, ctx.split_bf16, ctx.impl)
+    grad_weight = grad_rows if needs_weight_grad else None
+    if needs_weight_grad and inputs.class_ids is not None:
+        grad_weight = _scattered(inputs.class_ids, grad_rows, inputs.weight.shape)
+    return grad_input if needs_input_grad else None, grad_weight, *[None] * len(others)
+
+
+class _Updating(torch.autograd.Function):
+    """The op margin_cross_entropy_forward, whose backward pass takes an update's step.
+
+    apply(grad_anchor, *arguments of the op, update)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        *inputs, ctx.update = arguments
+        output = torch.ops.synface_kernels.margin_cross_entropy_forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        # Saved-tensor hooks may return a copy; the step must write this very tensor.
+        ctx.weight = split_forward(inputs)[0].weight
+        ctx.version = ctx.weight._version
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        fused.check_unmoved(ctx.weight, ctx.version)
+        _, needs_input_grad, *others = ctx.needs_input_grad
+        inputs = _backward_inputs(ctx, grads, needs_input_grad)._replace(weight=ctx.weight)
+        grad_input = torch.ops.synface_kernels.margin_cross_entropy_update(
+            *inputs, ctx.split_bf16, *fused.optimizer_step(ctx.update), ctx.impl
+        )
+        return None, grad_input if needs_input_grad else None, *[None] * len(others)
+
+
+def _scattered(class_ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    """Return a gradient that is zero but for the rows class_ids, which were checked.
+
+    It is sparse, but dense in compiled graphs and torch.func, for Inductor's passes and vmap stop
+    at sparse tensors.
+    """
+    if torch.compiler.is_compiling() or transforms_active():
+        return rows.new_zeros(shape).index_copy(0, class_ids, rows)
+    return torch.sparse_coo_tensor(
+        class_ids[None], rows, shape, device=rows.device, is_coalesced=True, check_invariants=False
+    )
+
+
+class SelectRows(torch.autograd.Function):
+    """The rows weight[class_ids], with the kernels' sparse gradient, for the reference."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, class_ids: Tensor) -> Tensor:
+        return weight.index_select(0, class_ids)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        weight, class_ids = inputs
+        ctx.save_for_backward(class_ids)
+        ctx.shape = weight.shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _scattered(ctx.saved_tensors[0], grad, ctx.shape), None
+
+
+_forward = register(f"{OP}_forward", OP, _autograd, _setup_context)
+_backward = register(f"{OP}_backward", OP)
