@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.textfiles import read_json
 from ..data import open_images
-from ..data.formats.images import ImageSet
 from ..training.config import TrainConfig
 from .terminal import Bar
 
 if TYPE_CHECKING:  # they import torch, which takes longer than all else that --help needs
-    from ..data import Faces
-    from ..data.loading.loader import Domain
+    from ..data import Faces, ImageSet
+    from ..data.formats.image_set import LabeledImages
 
 EMBEDDED = "default"  # as a folder: the embedded faces
 PLACES = ("data", "synthetic", "real")  # options that say where images are
@@ -55,7 +54,7 @@ def read_faces(
     memory: int = 8 << 10,  # MiB
 ) -> Faces:
     """Return the faces of a folder or a set, or the embedded ones, decoded; memory is in MiB."""
-    from ..data import embedded_faces, read_folder
+    from ..data import ImageSet, embedded_faces, read_folder
 
     if data is None:
         if size is not None and size[0] != size[1]:
@@ -74,13 +73,13 @@ def split_faces(
     relabel: bool,
     holdout: int,
     memory: int,
-) -> tuple[Domain, Faces]:
+) -> tuple[LabeledImages, Faces]:
     """Return the faces to train on, and the last ones, held out.
 
     The former are in memory too if all, as RGB, take at most so many MiB.
     """
     from ..data import read_folder
-    from ..data.loading.loader import common_shape, opened
+    from ..data.formats.image_set import common_shape, opened
 
     images = open_images(data, relabel) if data else None
     size = size or (FOLDER_SIZE if images else None)

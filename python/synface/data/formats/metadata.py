@@ -1,4 +1,4 @@
-"""Metadata of image files: read for the orientation alone, so that none breaks a readable image."""
+"""Metadata of image files, read for the orientation alone: damaged metadata break no image."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ MAX_TOLD = 1 << 20  # bytes of a text or of EXIF in a PNG, decompressed
 
 
 def upright(image: Image.Image, told: Mapping[Any, Any]) -> Image.Image:
-    """Loads an image, and turns it by its orientation.
+    """Load an image, and turn it by its orientation.
 
-    The orientation is read alone: whatever else is wrong with the metadata has no effect. An
-    orientation that is unreadable or not in [1, 8] is none.
+    Other metadata are ignored, so damage in them has no effect. An orientation that is unreadable
+    or not in [1, 8] turns nothing.
     """
     with extra("train", "reading images"):
         from PIL import Image
@@ -57,7 +57,7 @@ def upright(image: Image.Image, told: Mapping[Any, Any]) -> Image.Image:
 
 
 def _exif(told: Mapping[Any, Any]) -> bytes:
-    """The bytes of EXIF, from a TIFF header on; none where there are none."""
+    """Return the bytes of EXIF from their TIFF header on; empty without EXIF."""
     exif = told.get("exif")
     if exif is None and isinstance(text := told.get(PROFILE), str):
         try:  # ImageMagick's: a kind, a length and lines of hexadecimal digits
@@ -70,7 +70,7 @@ def _exif(told: Mapping[Any, Any]) -> bytes:
 
 
 def _of_exif(exif: bytes) -> int | None:
-    """The orientation in the first directory."""
+    """Return the orientation in the first directory."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None or len(exif) < 8:
         return None
@@ -86,7 +86,7 @@ def _of_exif(exif: bytes) -> int | None:
 
 
 def _of_xmp(told: Mapping[Any, Any]) -> int:
-    """The orientation in XMP, 1 where there is none."""
+    """Return the orientation in XMP, 1 without one."""
     xmp = told.get(XMP) or told.get("xmp") or b""
     if isinstance(xmp, str):
         xmp = xmp.encode()
@@ -107,22 +107,22 @@ def deep(image: Image.Image) -> bool:
 
 
 def without(file: BinaryIO, whole: bool) -> tuple[BinaryIO, Mapping[Any, Any] | None]:
-    """A file with no more metadata than its pixels need, and what tells the orientation.
+    """Return a file without the metadata that its pixels do not need, and what these held.
 
-    Texts and profiles may be of any length and number, so they are not read as a whole, and what
-    is wrong with them is not met by Pillow, which would refuse the image.
+    Texts and profiles may be of any length and number, so they are not read as a whole; and Pillow
+    would refuse an image for damage in them.
 
     Args:
         file: at its beginning.
-        whole: with the pixels, or up to them.
+        whole: with the pixels; otherwise up to them.
 
     Returns:
-        None for what tells the orientation in files that are neither JPEG nor PNG: they stay as
-        they are, and Pillow finds it.
+        The file, and the metadata that hold the orientation. Files that are neither JPEG nor PNG
+        are returned unchanged with None, and Pillow reads their orientation.
 
     Raises:
         OSError: for a PNG that has 16 bits per channel, over MAX_PIXELS bytes of pixels, or a wrong
-            checksum ahead of the pixels. What else is damaged stays in, for the decoder to find.
+            checksum ahead of the pixels. Other damage is left to the decoder.
 
     Memory: the file's size without that metadata.
     """
@@ -134,7 +134,7 @@ def without(file: BinaryIO, whole: bool) -> tuple[BinaryIO, Mapping[Any, Any] | 
 
 
 def _jpeg(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]]:
-    """Return a JPEG without APP1 (EXIF, XMP) to APP13, APP15 and comments, and what these told."""
+    """Return a JPEG without APP1 to APP13, APP15 and comments, and their EXIF and XMP."""
     kept = io.BytesIO()
     kept.write(file.read(2))
     told: dict[str, bytes | str] = {}
@@ -163,7 +163,7 @@ def _jpeg(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]
 
 
 def _marker(file: BinaryIO) -> bytes:
-    """Return a JPEG's next marker and length, without the bytes of 0xFF that may fill up to it."""
+    """Return a JPEG's next marker and length, without fill bytes of 0xFF."""
     head = file.read(4)
     while head[:2] == b"\xff\xff" and (more := file.read(1)):
         head = head[1:] + more
@@ -171,7 +171,7 @@ def _marker(file: BinaryIO) -> bytes:
 
 
 def _png(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]]:
-    """Return a PNG of its critical chunks and its transparency alone, and what the others told."""
+    """Return a PNG's critical chunks and transparency alone, and the others' EXIF and XMP."""
     kept = io.BytesIO()
     kept.write(PNG)
     told: dict[str, bytes | str] = {}
@@ -208,13 +208,13 @@ def _png(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]]
 
 
 def _check(file: BinaryIO, checksum: int, kind: bytes, pixels: bool) -> None:
-    """Raise OSError where a chunk ahead of the pixels is damaged, for then the file is."""
+    """Raise OSError where a chunk ahead of the pixels is damaged, and so the file."""
     if file.read(4) != checksum.to_bytes(4, "big") and not pixels:
         raise OSError(f"broken PNG file (wrong checksum or cut short in {kind.decode()})")
 
 
 def _tell(told: dict[str, bytes | str], kind: bytes, content: bytes) -> None:
-    """Adds what a chunk says of the orientation, if anything, as Pillow's ``info`` has it."""
+    """Add a chunk's EXIF or XMP, if it holds any, under the keys of Pillow's ``info``."""
     if kind == b"eXIf":
         told.setdefault("exif", content)
         return

@@ -1,0 +1,85 @@
+"""Names of the last release still work in this one, with a DeprecationWarning."""
+
+import importlib
+
+import pytest
+import torch
+from synface.data import ImageLoader, TwoDomainLoader, embedded_faces, normalize, read_folder
+from synface.data.formats import decode, images
+from synface.data.formats.image_set import LabeledImages, common_shape
+from synface.data.loading.sampler import RankSlice
+from synface.training.sources import FacesSource, MixedSource
+
+from tests.helpers.images import folder
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("synface.data", "normalise", normalize),
+        ("synface.data.loading.augment", "normalise", normalize),
+        ("synface.data.formats.decode", "GREY", decode.GRAYSCALE),
+        ("synface.data.formats.images", "Names", images.PackedPaths),
+        ("synface.data.formats.images", "Spans", images.FileRanges),
+        ("synface.data.formats.images", "Listed", images.ScanResult),
+        ("synface.data.loading.sampler", "Part", RankSlice),
+        ("synface.data.loading.loader", "Domain", LabeledImages),
+    ],
+)
+def test_functions_and_classes(module, old, new):
+    with pytest.warns(DeprecationWarning, match=f"{old} is .* the old name goes with the next"):
+        assert getattr(importlib.import_module(module), old) is new
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("augment", "normalise"),
+        ("folder", "Faces"),
+        ("folder", "DataError"),
+        ("imagefolder", "list_folder"),
+        ("images", "ImageSet"),
+        ("images", "open_images"),
+        ("images", "Names"),
+        ("order", "Part"),
+    ],
+)
+def test_modules_of_the_last_release_have_their_names(module, name):
+    assert callable(getattr(importlib.import_module(f"synface.data.{module}"), name))
+
+
+def test_other_names_are_unknown():
+    with pytest.raises(AttributeError, match=r"images' has no attribute 'Nothing'"):
+        images.Nothing  # noqa: B018
+
+
+def test_grey_is_grayscale(tmp_path):
+    root = folder(tmp_path / "faces", 2, 2, seed=1)
+    faces = embedded_faces(2, 16, identities=3)
+    note = r"grey= of .* is grayscale= now"
+    with pytest.warns(DeprecationWarning, match=note):
+        assert read_folder(root, grey=False).images.shape[3] == 3
+    with pytest.warns(DeprecationWarning, match=note):
+        assert common_shape([faces], None, grey=True) == (16, 16, 1)
+    size = {"size": (16, 16)}
+    with (
+        pytest.warns(DeprecationWarning, match=note),
+        ImageLoader(root, 2, grey=False, workers=1, **size) as images_loader,
+    ):
+        assert images_loader.image_shape == (16, 16, 3)
+    with (
+        pytest.warns(DeprecationWarning, match=note),
+        TwoDomainLoader(root, root, 2, grey=False, workers=1, **size) as pairs_loader,
+    ):
+        assert pairs_loader.image_shape == (16, 16, 3)
+    with pytest.warns(DeprecationWarning, match=note):
+        assert FacesSource(faces, grey=True).image_shape == (16, 16, 1)
+    with pytest.warns(DeprecationWarning, match=note):
+        assert MixedSource(faces, faces, grey=True).image_shape == (16, 16, 1)
+    with (
+        pytest.warns(DeprecationWarning, match=note),
+        pytest.raises(TypeError, match=r"read_folder got both grey= and grayscale="),
+    ):
+        read_folder(root, grey=False, grayscale=False)
+    assert torch.equal(faces.images, read_folder(faces).images)
