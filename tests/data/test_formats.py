@@ -62,12 +62,12 @@ def few(tmp_path) -> Path:
 
 
 def content(images: ImageSet) -> list[tuple[str, bytes]]:
-    """Every image's identity and bytes, in order."""
+    """Return every image's identity and bytes, in order."""
     return [(images.identities[s.label], s.content) for s in images.samples()]
 
 
 def expected(root: Path) -> list[tuple[str, bytes]]:
-    """The same, by nothing but the file system."""
+    """Return the same as read from the file system alone."""
     people = sorted(os.listdir(root), key=lambda name: int(name[1:]))
     return [
         (name, (root / name / file).read_bytes())
@@ -298,7 +298,7 @@ def test_records_of_several_parts_and_labels(tmp_path):
 
 
 def test_record_0_says_which_records_are_images(few, tmp_path):
-    """As insightface's own reader takes it: record 0, then the ranges of identities."""
+    """Record 0 and the ranges of identities are as insightface's own reader takes them."""
     convert(few, tmp_path / "rec", "recordio")
     lines = (tmp_path / "rec" / "train.idx").read_text().splitlines()
     offsets = dict(tuple(map(int, line.split("\t"))) for line in lines)

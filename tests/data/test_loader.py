@@ -135,7 +135,7 @@ def test_the_documented_loop_runs():
 
 
 def test_workers_do_without_torch(synthetic, real):
-    """Nor with mixing, for which they use the kernels."""
+    """Workers import no torch, nor do those that mix: these use the kernels' NumPy binding."""
     mixup = DomainMixup(4, 3)
     with TwoDomainLoader(synthetic, real, 5, mix_in_workers=mixup) as loader:
         for _ in range(4):
@@ -189,7 +189,7 @@ def test_a_killed_worker_is_named_with_the_file_that_it_was_on(synthetic, real, 
                 pass
         assert str(raised.value) == (
             f"loader worker 2 of 2 (process {pid}) was killed by signal 9 (Killed) "
-            f"while on {name}; so ends a process when memory runs out"
+            f"while on {name}; the system does this when memory runs out"
         )
         with pytest.raises(ValueError, match="the loader is closed"):
             next(loader)

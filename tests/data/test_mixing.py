@@ -375,7 +375,7 @@ def test_gradients_flow_to_floating_images(mixer):
 
 @pytest.mark.parametrize("mixer", MIXERS, ids=lambda m: type(m).__name__)
 def test_a_gpu_is_not_waited_for(mixer, monkeypatch):
-    """On tensors without values, anything that reads one raises."""
+    """Tensors without values stand for a GPU's: reading a value of one raises."""
     monkeypatch.setattr(sk, "domain_mixup", lambda a, b, psi, **_: a * psi.view(-1, 1, 1, 1) + b)
     monkeypatch.setattr(
         sk, "identity_mixup", lambda a, b, phi: phi[:, None] * a + (1 - phi[:, None]) * b

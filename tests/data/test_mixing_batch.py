@@ -68,7 +68,7 @@ def test_cutmix_weighs_by_the_pixels_kept(batch, per_sample, layout):
 
 
 def test_boxes_are_where_the_definition_puts_them():
-    """With λ = ½ in 6×7 pixels: 4×4, round each of the 42 centers alike, cut off at the borders."""
+    """λ = ½ in 6×7 pixels gives 4×4 boxes around each of 42 centers, clipped at the borders."""
     batch = 4200
     height, width = SIZE
     definition = Counter(

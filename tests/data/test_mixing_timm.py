@@ -75,7 +75,7 @@ def test_timm_definition(mode, batch, methods, smoothing):
 
 
 def test_timm_draws():
-    """How often it mixes and switches, and what λ follows."""
+    """Mixing, switching and λ have the frequencies and the distribution asked for."""
     x = flat(200).permute(0, 3, 1, 2)
     labels = torch.arange(200)
     mix = TimmMixup(0.4, 1.0, prob=0.6, switch_prob=0.3, mode="elem", num_classes=200)

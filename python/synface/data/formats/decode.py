@@ -80,13 +80,13 @@ def _open(file: BinaryIO, whole: bool = False) -> tuple[Image.Image, Mapping[Any
     with extra("train", READING):
         from PIL import Image
 
-    file, told = metadata.without(file, whole)
+    file, info = metadata.strip(file, whole)
     image = Image.open(file, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise OSError(f"{image.width}x{image.height} pixels, over the limit of {MAX_PIXELS:,}")
     if metadata.deep(image):
         raise OSError(f"more than 8 bits per channel (read as mode {image.mode})")
-    return image, image.info if told is None else told
+    return image, image.info if info is None else info
 
 
 def mode(file: BinaryIO) -> str:

@@ -81,7 +81,7 @@ class LabeledImages(Dataset[tuple[Tensor, int]]):
         """Return ``function(index)``; where that fails, raise a DataError that names the image."""
         result, problem = decode.attempt(function)(index)
         if problem:
-            raise DataError(f"{self.name(index)}: {problem}")
+            raise DataError(f"{self.name(index)}: {problem}; expected a readable, complete image")
         return result
 
     def read(self, index: int) -> bytes:

@@ -111,6 +111,19 @@ def _unpack(record: bytes) -> tuple[NDArray[np.float32], bytes]:
     return np.frombuffer(record, "<f4", flag, HEADER.size), record[end:]
 
 
+def _read(rec: Path, begin: int, which: str = "") -> tuple[NDArray[np.float32], bytes]:
+    """Return the labels and the image of the record at an offset.
+
+    Raises:
+        DataError: for a damaged record.
+    """
+    with rec.open("rb") as file:
+        unpacked, problem = decode.attempt(lambda: _unpack(_record(file, begin)))()
+    if problem:
+        raise DataError(f"{rec}, {which}offset {begin}: {problem}")
+    return unpacked
+
+
 def _pack(labels: list[int], key: int, content: bytes) -> bytes:
     """Return a record's bytes; one label stands in the header, more follow it."""
     if len(labels) == 1:
@@ -252,13 +265,7 @@ def _without_ranges(
     """Return the offsets of the records of images alone, where record 0 tells their keys."""
     if not len(keys) or keys[0] != 0:
         return offsets
-    with rec.open("rb") as file:
-        record, problem = decode.attempt(_record)(file, int(offsets[0]))
-    if not problem:
-        unpacked, problem = decode.attempt(_unpack)(record)
-    if problem:
-        raise DataError(f"{rec}, record 0 at offset {offsets[0]}: {problem}")
-    announced, content = unpacked
+    announced, content = _read(rec, int(offsets[0]), "record 0 at ")
     if len(content) or len(announced) < 2:
         return offsets  # an image like the others
     images = (keys >= 1) & (keys < announced[0])
@@ -293,13 +300,7 @@ def _headers(
         sound &= at + FRAME.size + length <= total
         for j in np.flatnonzero(~sound | (flag > 0)):
             # In several parts, with several labels, or damaged: rare, so read one by one.
-            with rec.open("rb") as file:
-                record, problem = decode.attempt(_record)(file, int(at[j]))
-            if not problem:
-                unpacked, problem = decode.attempt(_unpack)(record)
-            if problem:
-                raise DataError(f"{rec}, offset {at[j]}: {problem}")
-            labels[i + j] = unpacked[0][0]
+            labels[i + j] = _read(rec, int(at[j]))[0][0]
             if not whole[j]:
                 begin[i + j], sizes[i + j] = at[j], -1
     with np.errstate(invalid="ignore"):

@@ -12,9 +12,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
 from hashlib import sha256
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -270,16 +272,14 @@ def list_images(path: Path) -> ScanResult:
             raise
         except Exception as error:  # pyarrow raises errors of its own, and MemoryError
             raise DataError(f"{file} cannot be read: {error or type(error).__name__}") from error
-    numbered = [part for part in parts if isinstance(part, np.ndarray)]
-    if len(numbered) == len(parts):
-        labels_of = np.concatenate([np.empty(0, np.int64), *numbered])
-    elif numbered:
+    if len({type(part) for part in parts}) > 1:
         raise DataError(f"{path}: the labels of some files are integers, of others strings")
-    else:
+    if parts and isinstance(parts[0], list):
         strings = [text for part in parts for text in part]
         names = sorted(set(strings), key=decode.natural)
         index = {text: i for i, text in enumerate(names)}
-        labels_of = np.array([index[text] for text in strings], np.int64)
+        parts = [np.array([index[text] for text in strings], np.int64)]
+    labels_of = np.concatenate([np.empty(0, np.int64), *parts])
     file_of, group_of, counts = np.array(groups, np.int64).reshape(-1, 3).T
     store = Tables(
         PackedPaths.of(files),
@@ -453,29 +453,16 @@ def _write(
     identities: list[str],
     shard_bytes: int,
     name: str,
-    parquet: bool,
+    writer: Callable[[str, pyarrow.Schema], Any],
 ) -> tuple[list[Path], dict[str, Any]]:
     """Write shards, and name them once their number is known."""
-    pa = _arrow()
     schema, features = _schema(identities)
     written: list[Path] = []
-    writer: Any = None
-    try:
-        for batch, shard in _batches(schema, samples, shard_bytes):
-            if shard == len(written):
-                if writer is not None:
-                    writer.close()
-                written.append(folder / f"{shard}.partial")
-                if parquet:  # images are compressed already
-                    writer = pa.parquet.ParquetWriter(
-                        written[-1], schema, compression="none", write_page_checksum=True
-                    )
-                else:
-                    writer = pa.ipc.new_stream(str(written[-1]), schema)
-            writer.write_batch(batch)
-    finally:
-        if writer is not None:
-            writer.close()
+    for shard, batches in groupby(_batches(schema, samples, shard_bytes), itemgetter(1)):
+        written.append(folder / f"{shard}.partial")
+        with writer(str(written[-1]), schema) as table:
+            for batch, _ in batches:
+                table.write_batch(batch)
     named = [folder / name.format(i, len(written)) for i in range(len(written))]
     for old, new in zip(written, named, strict=True):
         old.rename(new)
@@ -488,15 +475,18 @@ def write_parquet(
     """Write ``data/train-00000-of-00001.parquet``, …, for datasets' ``load_dataset``."""
     (folder / "data").mkdir()
     name = "train-{:05d}-of-{:05d}.parquet"
-    _write(folder / "data", samples, identities, shard_bytes, name, parquet=True)
+    writer = partial(  # images are compressed already
+        _arrow().parquet.ParquetWriter, compression="none", write_page_checksum=True
+    )
+    _write(folder / "data", samples, identities, shard_bytes, name, writer)
 
 
 def write_arrow(
     folder: Path, samples: Iterable[Sample], identities: list[str], shard_bytes: int
 ) -> None:
     """Write a folder for datasets' ``load_from_disk``."""
-    name = "data-{:05d}-of-{:05d}.arrow"
-    files, features = _write(folder, samples, identities, shard_bytes, name, parquet=False)
+    name, writer = "data-{:05d}-of-{:05d}.arrow", _arrow().ipc.new_stream
+    files, features = _write(folder, samples, identities, shard_bytes, name, writer)
     (folder / "dataset_info.json").write_text(json.dumps({"features": features}))
     state: dict[str, Any] = {
         "_data_files": [{"filename": file.name} for file in files],

@@ -17,9 +17,9 @@ from synface.common.rng import generator
 from synface.data.mixing import DomainMixup, Mixed
 
 from ..formats.image_set import LabeledImages, common_shape, opened
+from .pool import Schedule, WorkerPool
 from .pool import Timing as Timing
 from .pool import WorkerDied as WorkerDied
-from .pool import WorkerPool
 from .sampler import WHOLE, CycledOrder, Order, RankSlice, ShuffledOrder
 from .worker import Task
 
@@ -64,30 +64,18 @@ class _Loader(WorkerPool, Generic[BatchT]):
         order: Order,
         batch_size: int,
         image_shape: tuple[int, int, int],
+        schedule: Schedule,
         *,
         seed: int,
-        first_step: int,
-        last_step: int | None,
-        workers: int,
-        prefetch: int,
-        mixup: DomainMixup | None,
-        pin: bool | None,
         part: RankSlice,
+        mixup: DomainMixup | None = None,
     ) -> None:
         self.domains, self.order = domains, order
         self._mixup, self._seed, self._part = mixup, seed, part
         self._labels = [torch.as_tensor(domain.labels, device="cpu") for domain in domains]
-        super().__init__(
-            [domain.store for domain in domains],
-            image_shape,
-            batch_size,
-            None if mixup is None else (mixup.mean, mixup.std),
-            first_step=first_step,
-            last_step=last_step,
-            workers=workers,
-            prefetch=prefetch,
-            pin=torch.cuda.is_available() if pin is None else pin,
-        )
+        stores = [domain.store for domain in domains]
+        mixing = None if mixup is None else (mixup.mean, mixup.std)
+        super().__init__(stores, image_shape, batch_size, mixing, schedule)
         self.steps_per_epoch = order.batches(batch_size)
 
     @abstractmethod
@@ -211,14 +199,10 @@ class TwoDomainLoader(_Loader[Pairs | Mixed]):
             CycledOrder(len(domains[0]), len(domains[1]), seed),
             batch_size,
             common_shape(domains, size, grayscale),
+            Schedule(first_step, last_step, workers, prefetch, pin),
             seed=seed,
-            first_step=first_step,
-            last_step=last_step,
-            workers=workers,
-            prefetch=prefetch,
-            mixup=mix_in_workers,
-            pin=pin,
             part=part,
+            mixup=mix_in_workers,
         )
 
     def _batch(self, slot: Tensor, labels: list[Tensor], step: int) -> Pairs | Mixed:
@@ -267,13 +251,8 @@ class ImageLoader(_Loader[Images]):
             ShuffledOrder(len(domains[0]), seed),
             batch_size,
             common_shape(domains, size, grayscale),
+            Schedule(first_step, last_step, workers, prefetch, pin),
             seed=seed,
-            first_step=first_step,
-            last_step=last_step,
-            workers=workers,
-            prefetch=prefetch,
-            mixup=None,
-            pin=pin,
             part=part,
         )
 

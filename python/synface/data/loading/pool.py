@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -112,6 +112,16 @@ class _Resources:
             self.pinned.append(address)
 
 
+class Schedule(NamedTuple):
+    """The steps of a pool, and the processes for them, as `TwoDomainLoader` takes them."""
+
+    first_step: int
+    last_step: int | None
+    workers: int
+    prefetch: int
+    pin: bool | None
+
+
 class WorkerPool(ABC):
     """Worker processes that decode the batches of consecutive steps, each into a slot.
 
@@ -122,9 +132,6 @@ class WorkerPool(ABC):
         stores: the images, one store for each domain.
         image_shape: (H, W, C) of all images.
         mixing: (mean, std) with which the workers mix the domains; None leaves the images apart.
-        last_step: excluded; None is without end.
-        prefetch: batches that each worker has been given at most.
-        pin: page-lock the slots.
     """
 
     def __init__(
@@ -133,13 +140,9 @@ class WorkerPool(ABC):
         image_shape: tuple[int, int, int],
         batch_size: int,
         mixing: tuple[Any, Any] | None,
-        *,
-        first_step: int,
-        last_step: int | None,
-        workers: int,
-        prefetch: int,
-        pin: bool,
+        schedule: Schedule,
     ) -> None:
+        first_step, self._last, workers, prefetch, pin = schedule
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("first_step", first_step, 0),
@@ -150,7 +153,7 @@ class WorkerPool(ABC):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.image_shape, self.batch_size, self.timing = image_shape, batch_size, Timing(workers)
         self._next = self._ahead = first_step  # to hand out; to give to a worker
-        self._last, self._prefetch = last_step, prefetch
+        self._prefetch = prefetch
         self._done: dict[int, Done] = {}
         height, width, channels = image_shape
         shape: tuple[int, ...] = (len(stores), batch_size, *image_shape)
@@ -163,7 +166,7 @@ class WorkerPool(ABC):
             # One slot more than the workers can fill: the caller holds the last batch.
             kind = np.uint8 if mixing is None else np.float32
             self._slots = resources.share((workers * prefetch + 1, *shape), kind)
-            if pin:
+            if torch.cuda.is_available() if pin is None else pin:
                 resources.pin(self._slots.array)
             self._tickets = resources.share((workers,), np.int64)
             self._tickets.array[:] = STARTING
@@ -277,7 +280,9 @@ class WorkerPool(ABC):
         else:
             if code < 0:
                 how = f"was killed by signal {-code} ({signal.strsignal(-code)})"
-                hint = "; so ends a process when memory runs out" if code == -signal.SIGKILL else ""
+                hint = (
+                    "; the system does this when memory runs out" if code == -signal.SIGKILL else ""
+                )
             else:
                 how = f"exited with status {code}"
         ticket = int(self._tickets.array[worker.index])

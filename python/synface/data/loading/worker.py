@@ -36,11 +36,11 @@ class SharedArray:
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, fd: int | None = None) -> None:
-        size = max(1, int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize)
+        count = int(np.prod(shape, dtype=object))
+        size = max(1, count * np.dtype(dtype).itemsize)
         if fd is None:
             check_memory(f"an array of shape {shape}", size)
         self.fd = _nameless(size) if fd is None else fd
-        count = int(np.prod(shape, dtype=object))
         self.array: NDArray[Any] = np.frombuffer(
             mmap.mmap(self.fd, size), dtype, count=count
         ).reshape(shape)
