@@ -27,8 +27,10 @@ from tests.helpers.images import folder
     ],
 )
 def test_functions_and_classes(module, old, new):
-    with pytest.warns(DeprecationWarning, match=f"{old} is .* the old name goes with the next"):
+    note = f"{old} is .* the old name goes with the next release"
+    with pytest.warns(DeprecationWarning, match=note) as warned:
         assert getattr(importlib.import_module(module), old) is new
+    assert warned[0].filename == __file__  # where the default filter would show it, in a script
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
