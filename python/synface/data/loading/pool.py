@@ -170,25 +170,15 @@ class WorkerPool(ABC):
                 resources.pin(self._slots.array)
             self._tickets = resources.share((workers,), np.int64)
             self._tickets.array[:] = STARTING
-            shared = tuple(SharedStore.of(store) for store in stores)
-            resources.shared += [array for store in shared for array in store.arrays]
+            shared: list[SharedStore] = []
+            for store in stores:
+                shared.append(SharedStore.of(store))
+                resources.shared += shared[-1].arrays
+            setup = Setup(0, shared, self._slots, self._tickets, (batch_size, *image_shape), mixing)
             for index in range(workers):
                 worker = _start(index, [array.fd for array in resources.shared])
                 resources.workers.append(worker)
-                mean, std = mixing or (0.5, 0.5)
-                self._send(
-                    worker,
-                    Setup(
-                        index,
-                        shared,
-                        self._slots,
-                        self._tickets,
-                        image_shape,
-                        batch_size,
-                        mean,
-                        std,
-                    ),
-                )
+                self._send(worker, setup._replace(worker=index))
             self._began = time.perf_counter()
             self._give()
         except BaseException:

@@ -12,7 +12,6 @@ import pickle
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -91,27 +90,24 @@ class SharedStore:
         return pickle.loads(self.pickled, buffers=[shared.array for shared in self.arrays])
 
 
-@dataclass(frozen=True)
-class Setup:
+class Setup(NamedTuple):
     """The first message to a worker.
 
     Attributes:
-        index: of the worker.
+        worker: its index.
         stores: of one domain, or of the synthetic and the real one.
         slots: (S, domains, B, H, W, C) uint8, or (S, B, C, H, W) float32 if the worker is to mix.
         tickets: (workers,) int64, what each worker works on: an image, counted through all steps as
             (step·domains + its domain)·B + its index in the batch; or STARTING, IDLE or MIXING.
-        image_shape: (H, W, C). batch_size: B. mean, std: of the mixed images.
+        shape: (B, H, W, C) of a domain's batch. mixing: (mean, std) if the worker is to mix.
     """
 
-    index: int
-    stores: tuple[SharedStore, ...]
+    worker: int
+    stores: list[SharedStore]
     slots: SharedArray
     tickets: SharedArray
-    image_shape: tuple[int, int, int]
-    batch_size: int
-    mean: float | Sequence[float]
-    std: float | Sequence[float]
+    shape: tuple[int, int, int, int]
+    mixing: tuple[Any, Any] | None
 
 
 class Task(NamedTuple):
@@ -144,10 +140,10 @@ def main(fd: int) -> None:
         try:
             setup: Setup = loader.recv()
             stores = [shared.store() for shared in setup.stores]
-            scratch = np.empty((len(stores), setup.batch_size, *setup.image_shape), np.uint8)
+            scratch = np.empty((len(stores), *setup.shape), np.uint8)
             tickets = setup.tickets.array
             while True:
-                tickets[setup.index] = IDLE
+                tickets[setup.worker] = IDLE
                 task: Task = loader.recv()
                 loader.send(_serve(setup, stores, task, scratch))
         except (EOFError, ConnectionError):  # the loader is gone
@@ -156,7 +152,7 @@ def main(fd: int) -> None:
 
 def _serve(setup: Setup, stores: list[Store], task: Task, scratch: NDArray[np.uint8]) -> Done:
     """Decode a batch, and mix it if the task has a ψ."""
-    batch, tickets = setup.batch_size, setup.tickets.array
+    batch, tickets = setup.shape[0], setup.tickets.array
     slot = setup.slots.array[task.step % len(setup.slots.array)]
     images = slot if task.psi is None else scratch
     count = task.rows.shape[1]
@@ -165,21 +161,21 @@ def _serve(setup: Setup, stores: list[Store], task: Task, scratch: NDArray[np.ui
         read = decode.attempt(store.read_into)
         for i, row in enumerate(task.rows[side]):
             ticket = (len(stores) * task.step + side) * batch + i
-            tickets[setup.index] = ticket
+            tickets[setup.worker] = ticket
             _, problem = read(images[side, i], int(row))
             if problem:
                 return Done(task.step, time.perf_counter() - began, (ticket, problem))
     seconds = time.perf_counter() - began
-    if task.psi is not None:
+    if task.psi is not None and setup.mixing is not None:
         from synface_kernels.numpy import domain_mixup
 
-        tickets[setup.index] = MIXING
+        tickets[setup.worker] = MIXING
         domain_mixup(
             images[0, :count],
             images[1, :count],
             task.psi,
-            mean=setup.mean,
-            std=setup.std,
+            mean=setup.mixing[0],
+            std=setup.mixing[1],
             flip=None if task.flip is None else (task.flip[0], task.flip[1]),
             out=slot[:count],
         )
