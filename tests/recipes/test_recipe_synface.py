@@ -15,7 +15,7 @@ from synface.cli.recipes import app
 from synface.common.config import to_toml
 from synface.common.files import CheckpointError
 from synface.data import Augment, DataError, Faces
-from synface.data.loading.sampler import RankSlice
+from synface.data.loading.sampler import Part
 from synface.data.mixing import Constant, IdentityMixup
 from synface.recipes import sweep as cells
 from synface.recipes.generated import identities
@@ -218,7 +218,7 @@ def test_three_labels_parts_and_resumption():
     assert (batch.target_weight.sum(1) == 1).all()
     for step, again in source.batches(CONFIG, 4):
         assert all(map(torch.equal, again, whole[step]))
-    parts = [dict(source.batches(CONFIG, 0, RankSlice(rank, 2))) for rank in (0, 1)]
+    parts = [dict(source.batches(CONFIG, 0, Part(rank, 2))) for rank in (0, 1)]
     assert [len(part[0].images) for part in parts] == [2, 3]
     seen = torch.cat([part[0].target[:, 0] for part in parts])
     assert torch.equal(seen, whole[0].target[:, 0])

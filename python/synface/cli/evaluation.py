@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # they import torch, which takes longer than all else that --
     import torch
 
     from ..data import ImageSet
-    from ..data.formats.image_set import LabeledImages
+    from ..data.loading.loader import Domain
     from ..evaluation.report import SetResult
 
 
@@ -147,7 +147,7 @@ def eval_command(
         if _may_be(open_images(data, before[1]), command, state["data"]):
             splits.insert(0, before)
     for holdout, relabel in splits:  # the run's own first, by which its images are known
-        rest: LabeledImages | None = None
+        rest: Domain | None = None
         if holdout:
             rest, held = split_faces(data, (height, width), channels == 1, relabel, holdout, memory)
         else:

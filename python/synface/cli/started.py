@@ -14,7 +14,7 @@ from .terminal import Bar
 
 if TYPE_CHECKING:  # they import torch, which takes longer than all else that --help needs
     from ..data import Faces, ImageSet
-    from ..data.formats.image_set import LabeledImages
+    from ..data.loading.loader import Domain
 
 EMBEDDED = "default"  # as a folder: the embedded faces
 PLACES = ("data", "synthetic", "real")  # options that say where images are
@@ -73,13 +73,13 @@ def split_faces(
     relabel: bool,
     holdout: int,
     memory: int,
-) -> tuple[LabeledImages, Faces]:
+) -> tuple[Domain, Faces]:
     """Return the faces to train on, and the last ones, held out.
 
     The former are in memory too if all, as RGB, take at most so many MiB.
     """
     from ..data import read_folder
-    from ..data.formats.image_set import common_shape, opened
+    from ..data.loading.loader import common_shape, opened
 
     images = open_images(data, relabel) if data else None
     size = size or (FOLDER_SIZE if images else None)

@@ -135,7 +135,7 @@ def embed_store(
 
     def read(pixels: np.ndarray, index: int) -> None:
         with store.open(index) as file:
-            pixels[:] = decode.pixels(file, image_shape[:2], image_shape[2], expected)
+            decode.read_into(pixels, file, expected)
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool, ThreadPoolExecutor(1) as ahead:
 

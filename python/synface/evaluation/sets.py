@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from ..common.textfiles import read_text
 from ..data.formats import decode
 from ..data.formats.decode import DataError
-from ..data.formats.images import MAX_BYTES, Files, PackedPaths, Store, natural_files
+from ..data.formats.images import MAX_BYTES, Files, Names, Store, natural_files
 from . import safe_pickle as pickles
 
 FOLDS = 10
 
 
-class MemoryImages(Store):
+class Blobs(Store):
     """Encoded images in memory, and where in a file each was (-1: unknown)."""
 
     def __init__(self, source: str, images: list[bytes], offsets: NDArray[np.int64]) -> None:
@@ -39,8 +39,8 @@ class MemoryImages(Store):
         where = f", offset {self.offsets[row]}" if self.offsets[row] >= 0 else ""
         return f"{self.source}, image {row}{where}"
 
-    def take(self, rows: NDArray[np.int64]) -> MemoryImages:
-        return MemoryImages(self.source, [self.images[row] for row in rows], self.offsets[rows])
+    def take(self, rows: NDArray[np.int64]) -> Blobs:
+        return Blobs(self.source, [self.images[row] for row in rows], self.offsets[rows])
 
     def fingerprint(self) -> bytes:
         digest = sha256()
@@ -161,7 +161,7 @@ def read_bin(path: str | Path) -> PairSet:
         raise DataError(f"{path} holds no pair")
     first = np.arange(0, len(images), 2)
     offsets = np.array([getattr(image, "at", -1) for image in images], np.int64)
-    store = MemoryImages(str(path), images, offsets)
+    store = Blobs(str(path), images, offsets)
     fold = _runs(len(same))
     return PairSet(path.stem, str(path), store, first, first + 1, np.array(same), fold, None)
 
@@ -257,7 +257,7 @@ def read_pairs(path: str | Path, images: str | Path) -> PairSet:
     fold = np.repeat(np.arange(folds), 2 * each)
     if folds == 1:
         fold = np.concatenate([_runs(each), _runs(each)])
-    store = Files(PackedPaths.of(list(index)))
+    store = Files(Names.of(list(index)))
     return PairSet(
         path.stem, str(path), store, pairs[:, 0], pairs[:, 1], same, fold, np.array(shown, np.int64)
     )
@@ -293,7 +293,7 @@ def _read_paths(path: Path, root: Path, lines: list[str]) -> PairSet:
     fold = np.empty(len(rows), np.int64)
     for kind in (same, ~same):
         fold[kind] = _runs(int(kind.sum()))
-    store = Files(PackedPaths.of(list(index)))
+    store = Files(Names.of(list(index)))
     return PairSet(path.stem, str(path), store, first, second, same, fold, None)
 
 
@@ -417,7 +417,7 @@ def read_templates(folder: str | Path, images: str | Path | None = None) -> Temp
     return TemplateSet(
         folder.name,
         str(folder),
-        Files(PackedPaths.of(names)),
+        Files(Names.of(names)),
         template.astype(np.int64),
         media,
         rows(pairs[:, 0], "pairs"),

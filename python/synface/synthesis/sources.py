@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ..common.rng import generator
 from ..data import Augment, Faces
-from ..data.loading.pool import Timing
-from ..data.loading.sampler import WHOLE, CycledOrder, RankSlice
+from ..data.loading.loader import (
+    Timing,
+)
+from ..data.loading.sampler import WHOLE, CycledOrder, Part
 from ..data.mixing import DomainMixup, Grid, IdentityMixup, Ratio
 from ..training.config import TrainConfig
 from ..training.sources import Batch, fingerprint
@@ -111,7 +113,7 @@ class GeneratedSource:
         self,
         config: TrainConfig,
         first: int,
-        part: RankSlice = WHOLE,
+        part: Part = WHOLE,
         device: torch.device | str = "cpu",
     ) -> Generator[tuple[int, Batch]]:
         del device  # drawn and mixed on the CPU

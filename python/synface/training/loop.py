@@ -33,9 +33,8 @@ from ..common.files import CheckpointError, write_text
 from ..common.interrupts import interruption, interrupts
 from ..common.rng import generator, seeded, seeds, standard_defaults
 from ..common.toml import write_toml
-from ..data import DataError
-from ..data.formats.image_set import LabeledImages
-from ..data.loading.sampler import WHOLE, RankSlice
+from ..data import DataError, Faces, ImageSet
+from ..data.loading.sampler import WHOLE, Part
 from ..heads import MarginHead, ShardedMarginHead
 from ..models.iresnet import IResNet
 from .config import TrainConfig
@@ -82,7 +81,7 @@ class Trained:
 
 def train(
     config: TrainConfig,
-    data: LabeledImages | Source,
+    data: Faces | ImageSet | Source,
     output: Path,
     *,
     resume: bool = False,
@@ -142,7 +141,7 @@ def train(
     """
     if not 0 <= verify_every < math.inf:
         raise ValueError(f"verify_every must be 0 or more epochs, got {verify_every}")
-    source: Source = FacesSource(data) if isinstance(data, LabeledImages) else data
+    source: Source = FacesSource(data) if isinstance(data, Faces | ImageSet) else data
     if source.num_classes < 2:
         raise ValueError(f"training needs two identities or more, got {source.num_classes}")
     height, width, channels = source.image_shape
@@ -200,7 +199,7 @@ class _Run:
     ) -> None:
         self.config, self.output, self.device = config, output, device
         self.alone = not (dist.is_available() and dist.is_initialized())
-        self.part = WHOLE if self.alone else RankSlice(dist.get_rank(), dist.get_world_size())
+        self.part = WHOLE if self.alone else Part(dist.get_rank(), dist.get_world_size())
         self.leads = self.part.rank == 0
         self.folder = output / CHECKPOINTS
         self.description = {
@@ -352,7 +351,7 @@ class _Run:
         seed = seeds(config.seed, self.part.purpose("dropout"), step)
         with seeded(seed, self.device):
             for i in range(parts):
-                rows = RankSlice(i, parts).of(len(images))
+                rows = Part(i, parts).of(len(images))
                 last = i + 1 == parts  # before it no gradient travels between the ranks
                 with nullcontext() if self.alone or last else self.network.no_sync():  # type: ignore[operator]
                     part_loss, stats = self.head(

@@ -139,6 +139,13 @@ def pixels(
     return np.asarray(image).reshape(height, width, channels)
 
 
+def read_into(
+    out: NDArray[np.uint8], file: BinaryIO, expected: tuple[int, int] | None = None
+) -> None:
+    """Decode an image into an array (H, W, C), converted and resized to fit, as `pixels` does."""
+    out[:] = pixels(file, out.shape[:2], out.shape[2], expected)
+
+
 def png(image: NDArray[np.uint8]) -> bytes:
     """Encode an image (H, W, 1 or 3) as PNG."""
     with extra("train", "encoding images"):
