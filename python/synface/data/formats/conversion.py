@@ -8,10 +8,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .decode import DataError
-from .image_set import ImageSet, LabeledImages
 from .images import FORMATS, Sample, open_images
+
+if TYPE_CHECKING:  # it imports torch, which the command line's help does without
+    from .image_set import ImageSet, LabeledImages
 
 
 def convert(
@@ -55,7 +58,7 @@ def convert(
     destination = Path(destination)
     if os.path.lexists(destination):
         raise FileExistsError(f"{destination} exists already; choose another destination")
-    images = source if isinstance(source, LabeledImages) else open_images(source, relabel)
+    images = open_images(source, relabel) if isinstance(source, str | Path) else source
     if not len(images):
         raise DataError(f"{images.source} holds no image")
 
