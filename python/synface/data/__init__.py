@@ -28,7 +28,7 @@ __getattr__ = lazy(
         "formats.folder": ("read_folder",),
         "formats.image_set": ("Faces", "ImageSet", "list_folder"),
         "formats.images": ("open_images",),
-        "loading.augment": ("Augment", "normalise", "normalize"),
+        "loading.augment": ("Augment", "normalise", "normalize"),  # codespell:ignore normalise
         "loading.loader": ("ImageLoader", "TwoDomainLoader"),
         "loading.sampler": ("CycledOrder",),
     },

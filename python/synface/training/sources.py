@@ -93,7 +93,7 @@ class FacesSource:
             decoded where that tells the size.
     """
 
-    @old_keywords(grey="grayscale")
+    @old_keywords(grey="grayscale")  # codespell:ignore grey
     def __init__(
         self,
         faces: LabeledImages,
@@ -177,7 +177,7 @@ class MixedSource:
     Source: Qiu et al., "SynFace", ICCV 2021, section 3.3.
     """
 
-    @old_keywords(grey="grayscale")
+    @old_keywords(grey="grayscale")  # codespell:ignore grey
     def __init__(
         self,
         synthetic: LabeledImages,

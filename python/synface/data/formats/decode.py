@@ -190,4 +190,4 @@ def raise_if(wrong: Mapping[str, str], of_what: str, expected: str) -> None:
         )
 
 
-__getattr__ = old_names(__name__, GREY="GRAYSCALE")
+__getattr__ = old_names(__name__, GREY="GRAYSCALE")  # codespell:ignore grey

@@ -17,7 +17,7 @@ from .image_set import Faces, LabeledImages, check_size
 from .images import open_images
 
 
-@old_keywords(grey="grayscale")
+@old_keywords(grey="grayscale")  # codespell:ignore grey
 def read_folder(
     path: str | Path | LabeledImages,
     size: tuple[int, int] | None = None,

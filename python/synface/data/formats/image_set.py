@@ -280,7 +280,7 @@ def opened(**sources: LabeledImages | str | Path) -> tuple[LabeledImages, ...]:
     return sets
 
 
-@old_keywords(grey="grayscale")
+@old_keywords(grey="grayscale")  # codespell:ignore grey
 def common_shape(
     sets: Sequence[LabeledImages], size: tuple[int, int] | None, grayscale: bool | None
 ) -> tuple[int, int, int]:

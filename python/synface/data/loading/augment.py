@@ -111,4 +111,4 @@ class Augment:
         return x.masked_fill(erased[:, None], 0.0)
 
 
-__getattr__ = old_names(__name__, normalise="normalize")
+__getattr__ = old_names(__name__, normalise="normalize")  # codespell:ignore normalise

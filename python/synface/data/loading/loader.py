@@ -173,7 +173,7 @@ class TwoDomainLoader(_Loader[Pairs | Mixed]):
     then need 2·B·H·W·C each), a copy of the domains that are in memory, and the names of the files.
     """
 
-    @old_keywords(grey="grayscale")
+    @old_keywords(grey="grayscale")  # codespell:ignore grey
     def __init__(
         self,
         synthetic: LabeledImages | str | Path,
@@ -229,7 +229,7 @@ class ImageLoader(_Loader[Images]):
     twice what `open_images` says.
     """
 
-    @old_keywords(grey="grayscale")
+    @old_keywords(grey="grayscale")  # codespell:ignore grey
     def __init__(
         self,
         images: LabeledImages | str | Path,
