@@ -165,7 +165,7 @@ def encoded(extension: str) -> bytes:
 
 
 def bomb() -> bytes:
-    """A PNG of a few bytes whose header claims 30,000 x 30,000 pixels."""
+    """Return a PNG of a few bytes whose header claims 30,000 x 30,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         crc = zlib.crc32(kind + data)

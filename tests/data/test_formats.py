@@ -23,12 +23,13 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
-from synface import cli
 from synface.data import DataError, TwoDomainLoader, convert, open_images, read_folder
-from synface.data.formats.images import FORMATS, IDENTITIES, ImageSet
+from synface.data.formats.image_set import ImageSet
+from synface.data.formats.images import FORMATS, IDENTITIES
 from synface.data.formats.recordio import MAGIC, MAX_PART, _frame, _pack
 from synface.training.sources import fingerprint
-from typer.testing import CliRunner
+
+from tests.helpers.command_line import call, refused
 
 PEOPLE, EACH = 20, 50
 
@@ -61,12 +62,12 @@ def few(tmp_path) -> Path:
 
 
 def content(images: ImageSet) -> list[tuple[str, bytes]]:
-    """Every image's identity and bytes, in order."""
+    """Return every image's identity and bytes, in order."""
     return [(images.identities[s.label], s.content) for s in images.samples()]
 
 
 def expected(root: Path) -> list[tuple[str, bytes]]:
-    """The same, by nothing but the file system."""
+    """Return the same as read from the file system alone."""
     people = sorted(os.listdir(root), key=lambda name: int(name[1:]))
     return [
         (name, (root / name / file).read_bytes())
@@ -137,18 +138,11 @@ def test_every_format_trains_as_the_folder_does(few, tmp_path, form):
 
 
 def test_the_command_line_converts_trains_and_verifies(few, tmp_path):
-    run = CliRunner().invoke(
-        cli.app, ["convert", str(few), str(tmp_path / "rec"), "--to", "recordio"]
-    )
-    assert run.exit_code == 0, run.output
-    assert "12 images of 4 identities" in run.output
+    shown = call("convert", few, tmp_path / "rec", "--to", "recordio")
+    assert "12 images of 4 identities" in shown
     options = ["--holdout", "0", "--epochs", "1", "--size", "16x16", "--embedding-size", "8"]
     for number, data in enumerate((few, tmp_path / "rec")):
-        output = str(tmp_path / f"run{number}")
-        run = CliRunner().invoke(
-            cli.app, ["train", "--data", str(data), "--output", output, *options]
-        )
-        assert run.exit_code == 0, run.output
+        call("train", "--data", data, "--output", tmp_path / f"run{number}", *options)
     lines = [(tmp_path / f"run{i}" / "metrics.jsonl").read_text() for i in range(2)]
     assert lines[0] == lines[1]
 
@@ -220,8 +214,7 @@ def test_labels_with_gaps_are_an_error_or_are_numbered_again(tmp_path):
     relabelled = convert(root, tmp_path / "new", "webdataset", relabel=True)
     assert relabelled.identities == ["0", "2", "5"]
     assert content(open_images(tmp_path / "new")) == content(images)
-    run = CliRunner().invoke(cli.app, ["convert", str(root), str(tmp_path / "x"), "--to", "folder"])
-    assert isinstance(run.exception, DataError)
+    assert "--relabel" in refused("convert", root, tmp_path / "x", "--to", "folder")
 
 
 def test_a_class_count_that_disagrees(tmp_path):
@@ -243,16 +236,14 @@ def test_a_class_count_that_disagrees(tmp_path):
 def test_a_resumed_run_refuses_another_number_of_classes(few, tmp_path):
     convert(few, tmp_path / "rec", "recordio")
     options = ["--holdout", "0", "--epochs", "1", "--size", "16x16", "--embedding-size", "8"]
-    run = ["train", "--data", str(tmp_path / "rec"), "--output", str(tmp_path / "run"), *options]
-    assert CliRunner().invoke(cli.app, run).exit_code == 0
+    call("train", "--data", tmp_path / "rec", "--output", tmp_path / "run", *options)
     for file in (tmp_path / "rec").iterdir():
         file.unlink()
     (tmp_path / "rec").rmdir()
     folder(tmp_path / "more", people=5)
     convert(tmp_path / "more", tmp_path / "rec", "recordio")
-    again = CliRunner().invoke(cli.app, ["train", "--resume", str(tmp_path / "run")])
-    assert again.exit_code != 0
-    assert "is of another run: its data's fingerprint is not that of" in str(again.exception)
+    shown = " ".join(refused("train", "--resume", tmp_path / "run").split())
+    assert "is of another run: its data's fingerprint is not that of" in shown
 
 
 @pytest.mark.parametrize("number", [-1.0, 0.5, float("nan"), float("inf"), 2.0**25])
@@ -307,7 +298,7 @@ def test_records_of_several_parts_and_labels(tmp_path):
 
 
 def test_record_0_says_which_records_are_images(few, tmp_path):
-    """As insightface's own reader takes it: record 0, then the ranges of identities."""
+    """Record 0 and the ranges of identities are as insightface's own reader takes them."""
     convert(few, tmp_path / "rec", "recordio")
     lines = (tmp_path / "rec" / "train.idx").read_text().splitlines()
     offsets = dict(tuple(map(int, line.split("\t"))) for line in lines)

@@ -10,17 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from synface import cli
-from synface.checkpoint import single as checkpoint
-from synface.common.files import CheckpointError
 from synface.common.rng import generator
 from synface.data import (
     CycledOrder,
@@ -32,53 +27,19 @@ from synface.data import (
     list_folder,
     read_folder,
 )
-from synface.data.formats.images import Files, Names
+from synface.data.formats.images import Files, PackedPaths
 from synface.data.loading.loader import WorkerDied
 from synface.data.loading.worker import IDLE
-from synface.data.mixing import Beta, Constant, DomainMixup
-from synface.training.loop import TIMING, TrainConfig, train
-from synface.training.sources import MixedSource
-from typer.testing import CliRunner
+from synface.data.mixing import Beta, DomainMixup
+
+from tests.helpers.images import folder, truncate
+from tests.helpers.processes import is_running, wait_for, within
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
-ORL = Path(__file__).parents[2] / ".." / "shared" / "data" / "orl"
-SMALL = TrainConfig(
-    epochs=3,
-    batch_size=5,  # 12 synthetic images: batches of 5, 5 and 2
-    widths=(4, 8),
-    depths=(1, 1),
-    embedding_size=16,
-    checkpoint_every=1,
-)
-
-
-def folder(root: Path, people: int, each: int, seed: int, mode: str = "L") -> Path:
-    """PNG files of differing sizes."""
-    random = np.random.default_rng(seed)
-    for person in range(people):
-        (root / f"p{person}").mkdir(parents=True)
-        for i in range(each):
-            shape = (20 + i, 18 + person) if mode == "L" else (20 + i, 18 + person, 3)
-            pixels = random.integers(0, 256, shape, np.uint8)
-            Image.fromarray(pixels).save(root / f"p{person}" / f"{i}.png")
-    return root
-
-
-@pytest.fixture
-def synthetic(tmp_path) -> Path:
-    """Twelve images of four people."""
-    return folder(tmp_path / "synthetic", 4, 3, seed=1)
-
-
-@pytest.fixture
-def real(tmp_path) -> Path:
-    """Six images of three people."""
-    return folder(tmp_path / "real", 3, 2, seed=2)
-
 
 def batches(*arguments, **options) -> list[tuple]:
-    """All that a loader yields, copied."""
+    """Return all that a loader yields, copied."""
     with TwoDomainLoader(*arguments, **options) as loader:
         return [(step, *(part.clone() for part in batch)) for step, batch in loader]
 
@@ -174,7 +135,7 @@ def test_the_documented_loop_runs():
 
 
 def test_workers_do_without_torch(synthetic, real):
-    """Nor with mixing, for which they use the kernels."""
+    """Workers import no torch, nor do those that mix: these use the kernels' NumPy binding."""
     mixup = DomainMixup(4, 3)
     with TwoDomainLoader(synthetic, real, 5, mix_in_workers=mixup) as loader:
         for _ in range(4):
@@ -192,15 +153,8 @@ def test_the_current_folder_is_not_imported_from(synthetic, real, tmp_path, monk
         next(loader)
 
 
-def wait_for(condition, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def stop_on_an_image(loader: TwoDomainLoader, worker: int) -> int:
-    """Stops a worker while it is on an image, and returns its ticket."""
+    """Stop a worker while it is on an image, and return its ticket."""
     pid = loader.pids[worker]
     status = Path(f"/proc/{pid}/stat")
     deadline = time.monotonic() + 60
@@ -230,12 +184,12 @@ def test_a_killed_worker_is_named_with_the_file_that_it_was_on(synthetic, real, 
         name = f"image {row} of {path}" if domain == "memory" else list_folder(path).name(row)
         pid = loader.pids[1]
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises(WorkerDied) as raised:
+        with pytest.raises(WorkerDied) as raised, within(60):
             for _ in loader:
                 pass
         assert str(raised.value) == (
             f"loader worker 2 of 2 (process {pid}) was killed by signal 9 (Killed) "
-            f"while on {name}; so ends a process when memory runs out"
+            f"while on {name}; the system does this when memory runs out"
         )
         with pytest.raises(ValueError, match="the loader is closed"):
             next(loader)
@@ -254,7 +208,7 @@ def test_a_death_is_told_within_a_second_of_waiting(synthetic, real):
         stop_on_an_image(loader, 0)  # so that what is asked for now never comes
         threading.Timer(0.3, kill).start()
         threading.Timer(0.4, os.kill, (pid, signal.SIGCONT)).start()
-        with pytest.raises(WorkerDied, match=r"signal 1 \(Hangup\) while on"):
+        with pytest.raises(WorkerDied, match=r"signal 1 \(Hangup\) while on"), within(60):
             for _ in loader:
                 pass
         assert time.monotonic() - died[0] < 1.1  # SIGHUP is seen 0.1 s later
@@ -324,7 +278,7 @@ def test_an_interrupt_while_waiting_closes_the_loader(synthetic, real):
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
         try:
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt), within(60):
                 for _ in loader:
                     pass
         finally:
@@ -348,17 +302,11 @@ def test_workers_end_with_the_trainer(synthetic, real):
     arguments = [sys.executable, "-c", ORPHANS, str(synthetic), str(real)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as trainer:
         assert trainer.stdout is not None
-        pids = trainer.stdout.readline().split()
+        with within(120):
+            pids = trainer.stdout.readline().split()
         assert len(pids) == 2
         trainer.kill()
     wait_for(lambda: not any(is_running(pid) for pid in pids))
-
-
-def is_running(pid: str) -> bool:
-    try:  # what nobody waits for stays as a zombie
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_slots_are_page_locked_where_cuda_is(synthetic, real, monkeypatch):
@@ -386,10 +334,6 @@ def test_slots_are_page_locked_where_cuda_is(synthetic, real, monkeypatch):
 
 
 # -- what is refused
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-60])
 
 
 @pytest.mark.parametrize(
@@ -430,7 +374,9 @@ def test_a_first_file_that_tells_no_size_is_named(synthetic, real):
 )
 def test_labels_that_do_not_fit(labels, message):
     with pytest.raises(ValueError, match=message):
-        ImageSet(Files(Names.of([Path("a"), Path("b"), Path("c")])), labels, ["x", "y"], "here")
+        ImageSet(
+            Files(PackedPaths.of([Path("a"), Path("b"), Path("c")])), labels, ["x", "y"], "here"
+        )
 
 
 def test_settings_that_make_no_sense(synthetic, real):
@@ -457,197 +403,3 @@ def test_settings_that_make_no_sense(synthetic, real):
         with pytest.raises(ValueError, match=message):
             TwoDomainLoader(*sets, **{"batch_size": 5} | options)
     assert open_files() == before
-
-
-# -- training
-
-
-def mixed(synthetic: Path, real: Path, **options) -> MixedSource:
-    size = options.pop("size", (16, 16))
-    return MixedSource(list_folder(synthetic), list_folder(real), size=size, **options)
-
-
-def weights(result) -> list[torch.Tensor]:
-    return [*result.backbone.state_dict().values(), *result.head.state_dict().values()]
-
-
-@pytest.mark.parametrize("mix_in_workers", [False, True])
-def test_a_killed_worker_costs_nothing(synthetic, real, tmp_path, mix_in_workers):
-    """The step is kept, the file named, and the next batch is the very next one."""
-    whole = train(SMALL, mixed(synthetic, real), tmp_path / "whole")
-
-    class Killer:
-        """Kills a worker after the fifth step, of nine."""
-
-        steps = 0
-
-        def start(self, total_steps: int, step: int) -> None:
-            assert (total_steps, step) == (9, 0)
-
-        def step(self, loss: float, accuracy: float, images: int) -> None:
-            self.steps += 1
-            if self.steps == 5:
-                for worker in children():
-                    os.kill(worker, signal.SIGKILL)
-                wait_for(lambda: not any(is_running(str(pid)) for pid in children()))
-
-    source = mixed(synthetic, real, mix_in_workers=mix_in_workers)
-    config = replace(SMALL, checkpoint_every=100)
-    with pytest.raises(DataError, match="was killed by signal 9"):
-        train(config, source, tmp_path / "run", progress=Killer())
-    assert children() == []
-    found = checkpoint.find(tmp_path / "run")
-    assert checkpoint.load_state(found)["step"] == 5
-    source = mixed(synthetic, real, workers=1)  # how many, and who mixes, makes no difference
-    resumed = train(config, source, tmp_path / "run", resume=True)
-    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
-    assert resumed.history == whole.history
-    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "run")]
-    assert logs[0] == logs[1]
-    assert len((tmp_path / "run" / TIMING).read_text().splitlines()) == 2
-    assert resumed.timing is not None
-    assert resumed.timing["samples"] == 36 - 22
-
-
-def children() -> list[int]:
-    """All but the helpers that multiprocessing, once used, keeps."""
-    text = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
-    return [
-        int(pid)
-        for pid in text.split()
-        if not re.search("resource_tracker|forkserver", Path(f"/proc/{pid}/cmdline").read_text())
-    ]
-
-
-def test_a_truncated_file_keeps_the_steps_before_it(synthetic, real, tmp_path):
-    source = mixed(synthetic, real)
-    third_step = CycledOrder(12, 6, SMALL.seed)(0, 11)[0]
-    file = source.synthetic.store.path(third_step)
-    good = file.read_bytes()
-    whole = train(SMALL, source, tmp_path / "whole")
-    file.write_bytes(good[:60] + bytes(len(good) - 60))  # the size is what tells files apart
-    with pytest.raises(DataError, match=str(file)):
-        train(SMALL, source, tmp_path / "run")
-    assert checkpoint.load_state(checkpoint.find(tmp_path / "run"))["step"] == 2
-    file.write_bytes(good)
-    resumed = train(SMALL, source, tmp_path / "run", resume=True)
-    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
-
-
-def test_other_data_or_another_mixture_is_refused(synthetic, real, tmp_path):
-    train(SMALL, mixed(synthetic, real), tmp_path / "run", stop_after=1)
-    for other, message in (
-        (mixed(synthetic, real, ratio=Constant(0.5)), "data's ratio is .* expected 'Constant"),
-        (mixed(synthetic, real, per_sample=True), "data's ratio is .*, per batch', expected"),
-        (mixed(synthetic, real, size=(20, 16)), "data's image_shape"),
-        (mixed(real, synthetic), "data's fingerprint is not that of"),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            train(SMALL, other, tmp_path / "run", resume=True)
-    truncate(real / "p1" / "1.png")
-    with pytest.raises(CheckpointError, match="data's fingerprint"):
-        train(SMALL, mixed(synthetic, real), tmp_path / "run", resume=True)
-
-
-def test_the_loss_falls_on_mixed_images(synthetic, real, tmp_path):
-    config = replace(SMALL, epochs=15, augment=0.0, checkpoint_every=100)
-    history = train(config, mixed(synthetic, real, ratio=Beta(0.1)), tmp_path / "run").history
-    losses = [row["loss"] for row in history]
-    assert sum(losses[-9:]) < 0.8 * sum(losses[:9])
-
-
-def synface(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def test_the_command_line_mixes_verifies_and_resumes(tmp_path):
-    run, real = tmp_path / "run", folder(tmp_path / "real", 5, 4, seed=4)
-    tiny = ["--size", "16x16", "--embedding-size", "8", "--batch-size", "500", "--epochs", "1"]
-    domains = ["--synthetic", "default", "--real", real, "--holdout", "2"]
-    mixing = ["--mix-ratio", "beta:0.5", "--per-sample", "--workers", "1"]
-    trained = synface("train", *domains, *mixing, *tiny, "--output", run)
-    assert trained.exit_code == 0, trained.output
-    words = " ".join(trained.output.split())
-    assert "2000 images of 100 people from scikit" in words
-    assert "mixed with 12 images of 3 people from" in words
-    assert "pairs of images/s; 1 workers, " in words
-    line = next(x for x in trained.output.splitlines() if x.startswith("ROC-AUC"))
-    for command in (("eval", run), ("train", "--resume", run, "--workers", "2")):
-        again = synface(*command)
-        assert line in again.output
-        assert "2 people never trained on" in again.output
-    refused = synface("train", "--resume", run, "--mix-ratio", "grid").exception
-    assert isinstance(refused, ValueError)
-    assert "--mix-ratio grid differs from the run's beta:0.5" in str(refused)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--synthetic", "default"], "--synthetic and --real go together"),
-        (["--real", "real", "--data", "real"], "--synthetic and --real go together"),
-        (["--synthetic", "real", "--real", "real/"], "are the same folder"),
-        (
-            ["--synthetic", "default", "--real", "real", "--mix-ratio", "beta"],
-            "--mix-ratio must be grid, beta:A with A > 0 or constant:V .* got 'beta'",
-        ),
-        (
-            ["--synthetic", "default", "--real", "real", "--mix-ratio", "constant:2"],
-            "got 'constant:2'",
-        ),
-        (["--synthetic", "default", "--real", "missing"], "missing does not exist"),
-    ],
-)
-def test_options_that_do_not_fit(tmp_path, options, message, monkeypatch):
-    folder(tmp_path / "real", 4, 2, seed=4)
-    monkeypatch.chdir(tmp_path)
-    error = synface("train", "--holdout", "2", *options).exception
-    assert isinstance(error, ValueError)
-    assert re.search(message, str(error)), error
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("sent", "code", "word"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
-    ids=["Ctrl-C", "SIGTERM"],
-)
-def test_ctrl_c_and_sigterm_go_to_the_trainer_alone(synthetic, real, tmp_path, sent, code, word):
-    """A signal to the whole group, as a terminal or SLURM sends it, is the trainer's alone."""
-    run = tmp_path / "run"
-    arguments = [sys.executable, "-m", "synface", "train", "--synthetic", synthetic]
-    arguments += ["--real", real, "--holdout", "0", "--size", "16x16", "--epochs", "100000"]
-    arguments += ["--embedding-size", "8", "--output", run]
-    with subprocess.Popen(
-        [str(argument) for argument in arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as trainer:
-        log = run / "metrics.jsonl"
-        try:
-            wait_for(lambda: checkpoint.checkpoints(run / "checkpoints"))
-            time.sleep(0.5)
-            os.killpg(trainer.pid, sent)
-            text = trainer.communicate(timeout=60)[0]
-        finally:
-            if trainer.poll() is None:
-                os.killpg(trainer.pid, signal.SIGKILL)
-    assert trainer.returncode == code, text
-    assert f"{word}: synface train --resume" in text
-    assert "Traceback" not in text
-    assert "killed" not in text
-    state = checkpoint.load_state(checkpoint.find(run))
-    assert state["step"] == len(log.read_text().splitlines()) > 0
-
-
-@pytest.mark.skipif(not ORL.is_dir(), reason="../shared/data/orl (the ORL faces) is not there")
-def test_orl_mixed_with_the_embedded_faces(tmp_path):
-    real, held = list_folder(ORL).split(10)
-    assert (len(real), len(held)) == (300, 100)
-    source = MixedSource(embedded_faces(), real)
-    assert (len(source), source.num_classes, source.image_shape) == (2000, 130, (48, 48, 1))
-    result = train(TrainConfig(), source, tmp_path / "run", stop_after=3)
-    assert result.timing is not None
-    assert result.timing["samples"] == 4 * 32

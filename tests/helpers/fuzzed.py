@@ -48,7 +48,7 @@ def picture(seed: int) -> bytes:
 
 
 def mutated(content: bytes, draw: random.Random) -> bytes:
-    """A few changes: bytes, numbers, cuts, repeats."""
+    """Return a mutated copy: a few changed bytes, numbers, cuts or repeats."""
     data = bytearray(content)
     for _ in range(draw.choice([1, 1, 2, 4])):
         at = draw.randrange(len(data) + 1)
@@ -89,7 +89,7 @@ def hostile(marker: Path, draw: random.Random) -> bytes:
 
 
 def build(kind: str, folder: Path) -> Path:
-    """A sound set of a few images."""
+    """Write a sound set of a few images."""
     source = folder / "source"
     for i in range(IMAGES):
         (source / f"p{i % 3}").mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def copy(source: Path, path: Path) -> None:
 
 
 def read(kind: str, path: Path, file: Path) -> None:
-    """All of a set: listed, read, and decoded where the images themselves are what is mutated."""
+    """List a set and read all of it; decode it where the images themselves are mutated."""
     if kind in ("bin", "pairs", "path-pairs", "templates"):
         found = open_set({"bin": file, "templates": path}.get(kind, path / "pairs.txt"))
         for i in range(len(found.store)):

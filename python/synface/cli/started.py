@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.textfiles import read_json
 from ..data import open_images
-from ..data.formats.images import ImageSet
 from ..training.config import TrainConfig
 from .terminal import Bar
 
 if TYPE_CHECKING:  # they import torch, which takes longer than all else that --help needs
-    from ..data import Faces
+    from ..data import Faces, ImageSet
     from ..data.loading.loader import Domain
 
 EMBEDDED = "default"  # as a folder: the embedded faces
@@ -55,7 +54,7 @@ def read_faces(
     memory: int = 8 << 10,  # MiB
 ) -> Faces:
     """Return the faces of a folder or a set, or the embedded ones, decoded; memory is in MiB."""
-    from ..data import embedded_faces, read_folder
+    from ..data import ImageSet, embedded_faces, read_folder
 
     if data is None:
         if size is not None and size[0] != size[1]:

@@ -1,4 +1,4 @@
-"""Real faces that need no download: 100 crops of Labeled Faces in the Wild, with varied styles."""
+"""Real faces without a download: 100 crops of Labeled Faces in the Wild, in varied styles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from synface.common.check import check_memory
 from synface.common.rng import normals
-from synface.data.formats.folder import DataError, Faces
+from synface.data.formats.decode import DataError
+from synface.data.formats.image_set import Faces
 from synface.data.loading.augment import warp
 
 FACES = 100  # of the file's 200 crops, the first 100 show faces
@@ -23,7 +24,7 @@ BLUR = 1.5 / 48.0  # the largest standard deviation, in sides of the image
 def embedded_faces(
     images_per_identity: int = 20, size: int = 48, seed: int = 0, identities: int = FACES
 ) -> Faces:
-    """The 100 face crops of LFW that scikit-image ships, each taken for a person of its own.
+    """Return the 100 face crops of LFW that scikit-image ships, each as an identity of its own.
 
     Image 0 of each identity is the crop itself, enlarged from 25x25 pixels; the others vary its
     style: shift, rotation, scale, lighting (gain, bias and a gradient), blur and noise. Asking for
@@ -73,7 +74,7 @@ def embedded_faces(
 
 
 def lfw_crops() -> np.ndarray:
-    """The crops that scikit-image ships, (100, 25, 25) float64 in [0, 1].
+    """Return the crops that scikit-image ships, (100, 25, 25) float64 in [0, 1].
 
     Raises:
         DataError: if scikit-image or its file is missing or not as expected.
@@ -97,7 +98,7 @@ def _in_unit_range(x: np.ndarray) -> bool:
 
 
 def enlarge(crops: Tensor, size: int) -> Tensor:
-    """(B, H, W) to (B, 1, size, size) float32 in [0, 1], bicubic."""
+    """Resize (B, H, W) to (B, 1, size, size) float32 in [0, 1], bicubic."""
     return F.interpolate(
         crops[:, None].float(),
         size=(size, size),
@@ -108,12 +109,12 @@ def enlarge(crops: Tensor, size: int) -> Tensor:
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """[0, 1] to uint8, rounded."""
+    """Convert [0, 1] to uint8, rounded."""
     return (x * 255.0).round_().to(torch.uint8)
 
 
 def restyle(x: Tensor, random: Tensor, noise: Tensor) -> Tensor:
-    """Varies the style of each image; no image depends on the others in the batch.
+    """Vary the style of each image; no image depends on the others in the batch.
 
     Args:
         x: (B, 1, S, S) float32 in [0, 1].
@@ -147,9 +148,9 @@ def restyle(x: Tensor, random: Tensor, noise: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """A Gaussian of its own width, in pixels, for each (B, 1, H, W) image.
+    """Blur each (B, 1, H, W) image by a Gaussian of its own width, in pixels.
 
-    Sums of shifted images, not a convolution: its rounding would depend on the batch.
+    Shifted images are summed: a convolution's rounding would depend on the batch.
     """
     at = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
     taps = torch.softmax(-0.5 * (at / sigma.clamp_min(1e-3)[:, None]) ** 2, 1)

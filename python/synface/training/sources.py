@@ -1,4 +1,4 @@
-"""What a run is trained on: batches that are a function of the step alone."""
+"""Sources of training batches, each a function of the configuration and the step alone."""
 
 from __future__ import annotations
 
@@ -7,21 +7,17 @@ from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..common.renamed import old_keywords
 from ..common.rng import generator
-from ..data import Augment, Faces
-from ..data.loading.loader import (
-    Domain,
-    ImageLoader,
-    Pairs,
-    Timing,
-    TwoDomainLoader,
-    common_shape,
-    opened,
-)
-from ..data.loading.sampler import WHOLE, Part, ShuffledOrder
+from ..data import Augment
+from ..data.formats.image_set import LabeledImages, common_shape, opened
+from ..data.loading.loader import ImageLoader, Pairs, TwoDomainLoader
+from ..data.loading.pool import Timing
+from ..data.loading.sampler import WHOLE, RankSlice, ShuffledOrder
 from ..data.mixing import DomainMixup, Grid, Mixed, Ratio
 from .config import TrainConfig
 
@@ -30,7 +26,7 @@ class Batch(NamedTuple):
     """A training batch.
 
     Attributes:
-        images: (N, C, H, W) float32, the network's input; it may be written over by the next one.
+        images: (N, C, H, W) float32, the network's input; the next batch may overwrite it.
         target: (N,) or (N, K) int64. target_weight: (N, K) with the latter, else None.
     """
 
@@ -44,7 +40,7 @@ class Source(Protocol):
 
     Attributes:
         image_shape: (H, W, C). num_classes: C of the head.
-        timing: of the reading, once `batches` was iterated over; None where nothing is read.
+        timing: of the loader, once `batches` was iterated over; None where no file is read.
     """
 
     image_shape: tuple[int, int, int]
@@ -52,58 +48,55 @@ class Source(Protocol):
     timing: Timing | None
 
     def __len__(self) -> int:
-        """Images in an epoch."""
+        """Return the number of images in an epoch."""
         ...
 
     def description(self) -> dict[str, Any]:
-        """What tells this data from other, in JSON's types; a checkpoint keeps it."""
+        """Return what identifies the data, in JSON's types, as checkpoints hold it."""
         ...
 
     def batches(
         self,
         config: TrainConfig,
         first: int,
-        part: Part = WHOLE,
+        part: RankSlice = WHOLE,
         device: torch.device | str = "cpu",
     ) -> Generator[tuple[int, Batch]]:
-        """(step, batch) of every step of a run from the step ``first`` on; of each batch a part.
+        """Yield (step, batch) of every step of a run from ``first`` on, or a rank's slice of each.
 
-        A step's batch depends on the configuration and the step alone: a resumed run sees what an
-        uninterrupted one does. Closing the generator frees what it holds. The images may be on the
-        device already, which is where the network is.
+        A step's batch depends on the configuration and the step alone, so a resumed run gets the
+        batches of an uninterrupted one. Closing the generator releases its resources. The images
+        may be on the network's device already.
         """
         ...
 
 
-def fingerprint(domain: Domain) -> str:
-    """Tells two sets of images apart; of files, by what is seen without reading the images."""
-    if isinstance(domain, Faces):
-        shape = tuple(domain.images.shape)
-        digest = hashlib.sha256(repr((shape, domain.identities)).encode())
-        digest.update(domain.labels.numpy().tobytes())
-        digest.update(domain.images.contiguous().numpy().data)
-    else:
-        digest = hashlib.sha256(repr(domain.identities).encode())
-        digest.update(domain.labels.tobytes())
-        digest.update(domain.store.fingerprint())
+def fingerprint(images: LabeledImages) -> str:
+    """Return a digest that tells sets of images apart; of files, without reading the images."""
+    pixels, names = images.store.pixels, images.identities
+    digest = hashlib.sha256(repr(names if pixels is None else (pixels.shape, names)).encode())
+    digest.update(np.asarray(images.labels).tobytes())
+    digest.update(images.store.fingerprint())
     return digest.hexdigest()
 
 
 class FacesSource:
-    """A set of faces, augmented; each epoch has an order of its own.
+    """One set of faces, augmented; each epoch is shuffled anew.
 
     Args:
-        faces: in memory, or an `ImageSet`, which worker processes decode batch by batch: the same
-            batches from either.
+        faces: in memory, or an `ImageSet`, which worker processes decode batch by batch; both
+            give the same batches.
         size, grayscale, workers: of an `ImageSet`; see `ImageLoader`.
 
     Raises:
-        DataError: for an `ImageSet` that can be read in order only, and whose shape no file tells.
+        DataError: for an `ImageSet` that can be read in order only, or whose first file cannot be
+            decoded where that tells the size.
     """
 
+    @old_keywords(grey="grayscale")  # codespell:ignore grey
     def __init__(
         self,
-        faces: Domain,
+        faces: LabeledImages,
         *,
         size: tuple[int, int] | None = None,
         grayscale: bool | None = None,
@@ -130,7 +123,7 @@ class FacesSource:
         self,
         config: TrainConfig,
         first: int,
-        part: Part = WHOLE,
+        part: RankSlice = WHOLE,
         device: torch.device | str = "cpu",
     ) -> Generator[tuple[int, Batch]]:
         augment = Augment(config.augment)
@@ -140,15 +133,17 @@ class FacesSource:
                 yield step, Batch(augment(images.to(device), varied), labels, None)
 
     def _reader(
-        self, config: TrainConfig, first: int, part: Part, device: torch.device
+        self, config: TrainConfig, first: int, part: RankSlice, device: torch.device
     ) -> AbstractContextManager[Iterable[tuple[int, tuple[Tensor, Tensor]]]]:
-        """(step, (images, labels)) from the step ``first`` on."""
+        """Return an iterable of (step, (images, labels)) from the step ``first`` on."""
         faces, size = self.faces, config.batch_size
         order = ShuffledOrder(len(self), config.seed)
         last = config.epochs * order.batches(size)
-        if isinstance(faces, Faces):
+        if faces.store.pixels is not None:
+            images = torch.from_numpy(faces.store.pixels)
+            labels = torch.as_tensor(faces.labels, device="cpu")
             rows = ((step, order.batch(step, size, part)[0]) for step in range(first, last))
-            return nullcontext((step, (faces.images[i], faces.labels[i])) for step, i in rows)
+            return nullcontext((step, (images[i], labels[i])) for step, i in rows)
         height, width, channels = self.image_shape
         loader = ImageLoader(
             faces,
@@ -167,24 +162,26 @@ class FacesSource:
 
 
 class MixedSource:
-    """Synthetic images mixed with real ones, pixel by pixel, as worker processes decode them.
+    """Synthetic images mixed with real ones, pixel by pixel, decoded by worker processes.
 
     An epoch is one pass over the synthetic set; the classes are the synthetic identities, then the
-    real ones, and each image has one label of either. The augmentation is that each side of a pair
-    is mirrored by itself, with probability 0.5 (0.5·augment below a strength of 1).
+    real ones, and each image has one label of either. For augmentation, each side of a pair is
+    flipped independently with probability 0.5 (0.5·augment below a strength of 1).
 
     Args:
-        synthetic, real: see `TwoDomainLoader`, as for size, grayscale and workers.
-        ratio: of the synthetic share ψ. per_sample: a ψ for each image, else one for the batch.
-        mix_in_workers: mix there, on a thread in each, and not in the training process.
+        synthetic, real, size, grayscale, workers: as `TwoDomainLoader` takes them.
+        ratio: distribution of the synthetic share ψ. per_sample: draw a ψ for each image, else one
+            for the batch.
+        mix_in_workers: mix in the workers, each on one thread, not in the training process.
 
     Source: Qiu et al., "SynFace", ICCV 2021, section 3.3.
     """
 
+    @old_keywords(grey="grayscale")  # codespell:ignore grey
     def __init__(
         self,
-        synthetic: Domain,
-        real: Domain,
+        synthetic: LabeledImages,
+        real: LabeledImages,
         *,
         ratio: Ratio | None = None,
         per_sample: bool = False,
@@ -217,7 +214,7 @@ class MixedSource:
         self,
         config: TrainConfig,
         first: int,
-        part: Part = WHOLE,
+        part: RankSlice = WHOLE,
         device: torch.device | str = "cpu",
     ) -> Generator[tuple[int, Batch]]:
         mixup = DomainMixup(

@@ -1,4 +1,4 @@
-"""From one format of image sets to another, the images' bytes as they are."""
+"""Conversion of image sets from one format to another, with the images' bytes unchanged."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import shutil
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .decode import DataError
-from .images import FORMATS, ImageSet, Sample, open_images
+from .images import FORMATS, Sample, open_images
+
+if TYPE_CHECKING:  # it imports torch, which the command line's help does without
+    from .image_set import ImageSet, LabeledImages
 
 
 def convert(
-    source: str | Path | ImageSet,
+    source: str | Path | LabeledImages,
     destination: str | Path,
     to: str,
     *,
@@ -22,18 +26,18 @@ def convert(
     shard_bytes: int = 1 << 29,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageSet:
-    """Writes a set of images in another format. No image is decoded or encoded again.
+    """Write a set of images in another format, without decoding or encoding any image again.
 
-    Labels, their identities' names and the order stay; but an image folder orders identities by
-    name, so its labels are others where that was not their order.
+    Labels, identities' names and the order are kept; but an image folder sorts identities by name,
+    so its labels change where that was not their order. Images in memory are encoded as PNG.
 
     Args:
-        source: what `open_images` takes, or gave.
-        destination: a folder that does not exist yet. It is written under another name beside this
-            one and renamed at the end: it is there as a whole or not at all.
+        source: a path for `open_images`, or a set.
+        destination: a folder that does not exist yet. It is written atomically: under another name
+            beside this one, and renamed at the end.
         to: "folder", "recordio", "webdataset", "parquet" or "arrow".
-        relabel: see `open_images`.
-        shard_bytes: after which another shard is begun, where the format has some.
+        relabel: as `open_images` takes it.
+        shard_bytes: size after which a new shard begins, where the format has shards.
         progress: called as progress(done, total) after each image.
 
     Returns:
@@ -54,7 +58,7 @@ def convert(
     destination = Path(destination)
     if os.path.lexists(destination):
         raise FileExistsError(f"{destination} exists already; choose another destination")
-    images = source if isinstance(source, ImageSet) else open_images(source, relabel)
+    images = open_images(source, relabel) if isinstance(source, str | Path) else source
     if not len(images):
         raise DataError(f"{images.source} holds no image")
 
@@ -67,7 +71,7 @@ def convert(
     form = FORMATS[to]
     write = getattr(import_module(f".{form.module}", __package__), form.writer)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    # Not by `tempfile`, whose folders are for their owner alone, whatever the umask.
+    # Not by `tempfile`: its folders are private to their owner, whatever the umask.
     partial = destination.with_name(f".{destination.name}-{secrets.token_hex(4)}.partial")
     partial.mkdir()
     try:

@@ -1,7 +1,8 @@
-"""Image files, hostile until they are decoded: NumPy and Pillow are all it takes."""
+"""Decoding of image files, which are hostile until decoded; it needs NumPy and Pillow alone."""
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -12,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...common.extras import extra
+from ...common.renamed import old_names
 from . import metadata
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# The decoders of Pillow's that files may reach, whatever their name (EPS starts Ghostscript).
+# Pillow's decoders that files may reach, whatever their suffix (EPS starts Ghostscript).
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 EXTENSIONS = frozenset(
     {".bmp", ".jpg", ".jpeg", ".png", ".pgm", ".ppm", ".pnm", ".tif", ".tiff", ".webp"}
@@ -34,7 +36,7 @@ class DataError(ValueError):
 
 
 def keep(count: int, holdout: int) -> int:
-    """How many of `count` identities are left to train on.
+    """Return how many of `count` identities are left to train on.
 
     Raises:
         ValueError: if holdout is negative, or fewer than 2 are left.
@@ -53,7 +55,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def scan(folder: Path) -> list[os.DirEntry[str]]:
-    """What `entries` gives, with what the folder itself says of each."""
+    """Return the entries as `entries` does, with the file types that the folder itself records."""
     try:
         with os.scandir(folder) as found:
             shown = [e for e in found if e.name[0] != "." and e.name != "__MACOSX"]
@@ -63,46 +65,58 @@ def scan(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def natural(text: str) -> tuple[list[str | int], str]:
-    """A key that sorts s2 before s10."""
-    # Digits stand at the odd places of the split, so numbers only ever meet numbers.
+    """Return a sort key that puts s2 before s10."""
+    # Digits have odd indices in the split, so numbers are only compared with numbers.
     parts = re.split(r"([0-9]{1,4000})", text)  # Python converts no more to an integer
     return [int(p) if i % 2 else p.casefold() for i, p in enumerate(parts)], text
 
 
 def _open(file: BinaryIO, whole: bool = False) -> tuple[Image.Image, Mapping[Any, Any]]:
-    """An image, not decoded yet, and what tells its orientation; `whole` if it will be decoded."""
+    """Return an image, not decoded yet, and the metadata that hold its orientation.
+
+    Args:
+        whole: with the pixels, which a later decoding needs; otherwise the header alone.
+    """
     with extra("train", READING):
         from PIL import Image
 
-    file, told = metadata.without(file, whole)
+    file, info = metadata.strip(file, whole)
     image = Image.open(file, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise OSError(f"{image.width}x{image.height} pixels, over the limit of {MAX_PIXELS:,}")
     if metadata.deep(image):
         raise OSError(f"more than 8 bits per channel (read as mode {image.mode})")
-    return image, image.info if told is None else told
+    return image, image.info if info is None else info
 
 
 def mode(file: BinaryIO) -> str:
-    """The pixel mode, from the header."""
+    """Return the pixel mode, from the header."""
     return _open(file)[0].mode
 
 
 def header(file: BinaryIO) -> tuple[str, tuple[int, int]]:
-    """The ending of such a file's name, and (H, W), from the header."""
+    """Return the suffix of such a file's name, and (H, W), from the header."""
     image = _open(file)[0]
     return SUFFIXES.get(str(image.format), "jpg"), (image.height, image.width)
 
 
 def decode(file: BinaryIO) -> Image.Image:
-    """The image, decoded in full and turned by its EXIF orientation."""
+    """Return the image, decoded in full and turned by its EXIF orientation."""
     return metadata.upright(*_open(file, whole=True))
 
 
-def read_into(
-    pixels: NDArray[np.uint8], file: BinaryIO, expected: tuple[int, int] | None = None
-) -> None:
-    """Decodes an image into (H, W, C) bytes: converted to grayscale or RGB, resized (antialiased).
+def pixels(
+    file: BinaryIO,
+    size: tuple[int, int] | None = None,
+    channels: int | None = None,
+    expected: tuple[int, int] | None = None,
+) -> NDArray[np.uint8]:
+    """Decode an image to (H, W, C) bytes.
+
+    Args:
+        size: (H, W) to resize to, antialiased; None leaves the image's own.
+        channels: 1 converts to grayscale, 3 to RGB; None does to what the image has.
+        expected: (H, W) that it must have before.
 
     Raises:
         OSError: if it is not of the (H, W) that is expected.
@@ -110,23 +124,42 @@ def read_into(
     with extra("train", READING):
         from PIL import Image
 
-    height, width, channels = pixels.shape
     image = decode(file)
     if expected is not None and (image.height, image.width) != tuple(expected):
         raise OSError(
             f"decodes to {image.height}x{image.width} pixels, expected "
             f"{expected[0]}x{expected[1]} (height x width)"
         )
+    if channels is None:
+        channels = 1 if image.mode in GRAYSCALE else 3
     image = image.convert("L" if channels == 1 else "RGB")
+    height, width = size or (image.height, image.width)
     if (image.height, image.width) != (height, width):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-    pixels[:] = np.asarray(image).reshape(pixels.shape)
+    return np.asarray(image).reshape(height, width, channels)
+
+
+def read_into(
+    out: NDArray[np.uint8], file: BinaryIO, expected: tuple[int, int] | None = None
+) -> None:
+    """Decode an image into an array (H, W, C), converted and resized to fit, as `pixels` does."""
+    out[:] = pixels(file, out.shape[:2], out.shape[2], expected)
+
+
+def png(image: NDArray[np.uint8]) -> bytes:
+    """Encode an image (H, W, 1 or 3) as PNG."""
+    with extra("train", "encoding images"):
+        from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file, "PNG")
+    return file.getvalue()
 
 
 def attempt(function: Callable) -> Callable:
-    """`function`, returning (result, None) or (None, what went wrong).
+    """Return `function` made to return (result, None) or (None, what went wrong).
 
-    Decoders meet hostile bytes with exceptions of any type, so all are caught.
+    Decoders raise exceptions of any type on hostile bytes, so all are caught.
     """
 
     def attempted(*arguments):
@@ -148,10 +181,13 @@ def attempt(function: Callable) -> Callable:
 
 
 def raise_if(wrong: Mapping[str, str], of_what: str, expected: str) -> None:
-    """Raises a `DataError` that names the first of the wrong files, if there are any."""
+    """Raise a `DataError` that names the first of the wrong files, if there are any."""
     if wrong:
         lines: Iterator[str] = (f"\n  {path}: {wrong[path]}" for path in list(wrong)[:NAMED])
         more = f"\n  and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise DataError(
             f"{len(wrong)} {of_what} cannot be used; expected {expected}:{''.join(lines)}{more}"
         )
+
+
+__getattr__ = old_names(__name__, GREY="GRAYSCALE")  # codespell:ignore grey

@@ -1,4 +1,4 @@
-"""Image folders: one sub-folder of image files per identity."""
+"""Image folders, read and written: one sub-folder of image files per identity."""
 
 from __future__ import annotations
 
@@ -13,27 +13,14 @@ import numpy as np
 
 from . import decode
 from .decode import EXTENSIONS, DataError
-from .images import Files, ImageSet, Listed, Names, Sample, label
+from .images import Files, PackedPaths, Sample, ScanResult
 
 
-def list_folder(path: str | Path) -> ImageSet:
-    """The images of a folder that holds one sub-folder per identity, in natural order.
-
-    Hidden files and macOS's own (``__MACOSX``) are ignored. Files of other extensions, and images
-    beside the sub-folders, are skipped with a warning that counts them. No file is opened.
-
-    Raises:
-        DataError: for a missing or empty folder, fewer than 2 identities, and an identity without
-            images or with folders inside.
-    """
-    return label(list_images(Path(path)), Path(path))
-
-
-def list_images(root: Path) -> Listed:
-    """What `list_folder` finds."""
+def list_images(root: Path) -> ScanResult:
+    """List the images of a folder as `image_set.list_folder` does, without checking the labels."""
     # os.path answers False where Path raises: without the right to look.
     if not os.path.isdir(root):
-        what = "is not a folder" if os.path.exists(root) else "does not exist or may not be entered"
+        what = "is not a folder" if os.path.exists(root) else "does not exist or is not accessible"
         raise DataError(
             f"{root} {what}; expected a folder with one sub-folder of images per person"
         )
@@ -64,7 +51,7 @@ def list_images(root: Path) -> Listed:
             labels.extend([number] * len(images))
             yield from images
 
-    paths = Names.of(files())
+    paths = PackedPaths.of(files())
     decode.raise_if(
         wrong,
         f"of {len(folders)} identity folders in {root}",
@@ -72,12 +59,12 @@ def list_images(root: Path) -> Listed:
     )
     if total := skipped.total():
         warnings.warn(
-            f"{root}: {total:,} files are skipped ({_counted(skipped)}); what is read lies in a "
-            f"sub-folder and ends in {' '.join(sorted(EXTENSIONS))}: convert other images to these",
+            f"{root}: {total:,} files are skipped ({_counted(skipped)}); images are read from "
+            f"sub-folders, and end in {' '.join(sorted(EXTENSIONS))}; convert others to these",
             stacklevel=3,
         )
     names = [folder.name for folder in folders]
-    return Listed(Files(paths), np.frombuffer(labels, np.int64), names)
+    return ScanResult(Files(paths), np.frombuffer(labels, np.int64), names)
 
 
 def _counted(endings: Counter[str]) -> str:
@@ -87,12 +74,12 @@ def _counted(endings: Counter[str]) -> str:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Without asking the file itself, if it is no link."""
+    """Return whether an entry is a folder; only a link costs a call of the system."""
     return os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
 
 
 def write(folder: Path, samples: Iterable[Sample], identities: list[str], shard_bytes: int) -> None:
-    """Writes a sub-folder for each identity, and in it its images, numbered through the whole set.
+    """Write a sub-folder for each identity, with its images, numbered through the whole set.
 
     Raises:
         DataError: for a name of an identity that cannot be that of a folder.

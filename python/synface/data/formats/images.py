@@ -1,7 +1,8 @@
-"""Sets of encoded images with labels, whatever file format holds them; NumPy is all it takes.
+"""Stores of images, whatever file format holds them, and which format a path is of.
 
-A `Store` hands out the bytes of an image; an `ImageSet` adds labels and the names of the classes.
-`open_images` finds out which format a path is of.
+A `Store` reads images by their index. Nothing here imports torch, so that the command line's help
+and the loaders' worker processes do without it; `image_set` adds labels, and makes a torch dataset
+of a store.
 """
 
 from __future__ import annotations
@@ -10,36 +11,40 @@ import io
 import os
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...common.renamed import old_names
 from ...common.textfiles import read_json, read_up_to
 from . import decode
 from .decode import DataError
+
+if TYPE_CHECKING:
+    from .image_set import ImageSet
 
 MAX_BYTES = 1 << 28  # of one encoded image, and of one file of names
 IDENTITIES = "identities.json"  # the classes' names, beside formats that have no place for them
 
 
-class Names:
-    """Many file names in two arrays, which worker processes share.
+class PackedPaths:
+    """A list of paths in two arrays, which worker processes can share.
 
     Attributes:
-        text: (T,) uint8, the names one after the other. ends: (N,) int64, where each ends.
+        text: (T,) uint8, all paths, concatenated. ends: (N,) int64, where in it each path ends.
     """
 
     def __init__(self, text: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
         self.text, self.ends = text, ends
 
     @classmethod
-    def of(cls, paths: Iterable[str | Path]) -> Names:
+    def of(cls, paths: Iterable[str | Path]) -> PackedPaths:
+        """Pack paths."""
         text, ends = bytearray(), array("q")
         for path in paths:
             text += os.fsencode(path)
@@ -49,61 +54,73 @@ class Names:
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, row: int) -> Path:
-        begin = self.ends[row - 1] if row else 0
-        return Path(os.fsdecode(self.text[begin : self.ends[row]].tobytes()))
+    def __getitem__(self, index: int) -> Path:
+        begin = self.ends[index - 1] if index else 0
+        return Path(os.fsdecode(self.text[begin : self.ends[index]].tobytes()))
 
 
 class Store(ABC):
-    """Where the bytes of encoded images are. It can be pickled, and read by several threads.
+    """Images, read by index. A store can be pickled, and read by several threads.
 
     Attributes:
         image_size: (H, W) that every image must decode to, where the format says so.
-        streams: the images can be read in order only; any other order takes for ever.
+        streams: whether images can only be read in order; in another order each takes a scan.
+        pixels: (N, H, W, C) uint8, all images, where they are decoded and in memory.
     """
 
     image_size: tuple[int, int] | None = None
     streams: bool = False
+    pixels: NDArray[np.uint8] | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def read(self, row: int) -> bytes:
-        """The bytes of an image; OSError or DataError if they are not there."""
+        """Return the encoded bytes of an image; raise OSError or DataError where they fail."""
 
     @abstractmethod
     def name(self, row: int) -> str:
-        """Where an image is: a file, or a file and an offset."""
+        """Return where an image is: a file, or a file and an offset."""
 
     @abstractmethod
     def take(self, rows: NDArray[np.int64]) -> Store:
-        """Some of the images, in another order."""
+        """Return a store of the images at some indices, in their order."""
 
     @abstractmethod
-    def fingerprint(self) -> bytes:
-        """Tells this set of files from others by what can be seen without reading them."""
+    def fingerprint(self) -> bytes | memoryview:
+        """Return bytes that tell this store from others; of files, without reading the images."""
 
     def open(self, row: int) -> BinaryIO:
-        """An image as a file."""
+        """Return an image's encoded bytes as a file."""
         return io.BytesIO(self.read(row))
 
-    def size_of(self, row: int) -> tuple[int, int]:
-        """(H, W) of an image, which is decoded in full."""
+    def mode(self, row: int) -> str:
+        """Return an image's pixel mode, from its header."""
         with self.open(row) as file:
-            image = decode.decode(file)
-        return image.height, image.width
+            return decode.mode(file)
+
+    def decode(
+        self, row: int, size: tuple[int, int] | None = None, channels: int | None = None
+    ) -> NDArray[np.uint8]:
+        """Return an image (H, W, C), converted and resized as `decode.pixels` says."""
+        with self.open(row) as file:
+            return decode.pixels(file, size, channels, self.image_size)
+
+    def size_of(self, row: int) -> tuple[int, int]:
+        """Return (H, W) of an image, which is decoded in full."""
+        with self.open(row) as file:
+            return decode.pixels(file).shape[:2]
 
     def read_into(self, pixels: NDArray[np.uint8], row: int) -> None:
-        """Decodes an image into (H, W, C) bytes: converted to grayscale or RGB, resized."""
-        with self.open(row) as file:
-            decode.read_into(pixels, file, self.image_size)
+        """Decode an image into an array (H, W, C), converted and resized to fit."""
+        pixels[:] = self.decode(row, pixels.shape[:2], pixels.shape[2])
 
 
 class Files(Store):
     """A file for each image."""
 
-    def __init__(self, paths: Names, rows: NDArray[np.int64] | None = None) -> None:
+    def __init__(self, paths: PackedPaths, rows: NDArray[np.int64] | None = None) -> None:
         self.paths = paths
         self.rows = np.arange(len(paths)) if rows is None else rows
 
@@ -111,6 +128,7 @@ class Files(Store):
         return len(self.rows)
 
     def path(self, row: int) -> Path:
+        """Return an image's file."""
         return self.paths[int(self.rows[row])]
 
     def name(self, row: int) -> str:
@@ -118,7 +136,7 @@ class Files(Store):
 
     def open(self, row: int) -> BinaryIO:
         path = self.path(row)
-        if not path.is_file():  # opening a pipe would wait for ever
+        if not path.is_file():  # opening a pipe would block
             raise OSError("no regular file, or a link to nothing")
         return path.open("rb")
 
@@ -142,8 +160,8 @@ class Files(Store):
         return digest.digest()
 
 
-class Spans(Store):
-    """Each image is a stretch of one of a few files.
+class FileRanges(Store):
+    """Byte ranges of a few files, one for each image.
 
     Attributes:
         files: of the set. file: (N,) int32, each image's. begin, size: (N,) int64, in bytes.
@@ -151,7 +169,7 @@ class Spans(Store):
 
     def __init__(
         self,
-        files: Names,
+        files: PackedPaths,
         file: NDArray[np.int32],
         begin: NDArray[np.int64],
         size: NDArray[np.int64],
@@ -166,9 +184,9 @@ class Spans(Store):
 
     def read(self, row: int) -> bytes:
         with self.files[int(self.file[row])].open("rb") as file:
-            return read_span(file, int(self.begin[row]), int(self.size[row]))
+            return read_range(file, int(self.begin[row]), int(self.size[row]))
 
-    def take(self, rows: NDArray[np.int64]) -> Spans:
+    def take(self, rows: NDArray[np.int64]) -> FileRanges:
         taken = type(self)(self.files, self.file[rows], self.begin[rows], self.size[rows])
         taken.image_size = self.image_size
         return taken
@@ -180,8 +198,47 @@ class Spans(Store):
         return digest.digest()
 
 
-def read_span(file: BinaryIO, begin: int, size: int) -> bytes:
-    """Exactly `size` bytes from `begin` on; OSError where the file ends before."""
+class DecodedImages(Store):
+    """Decoded images in memory.
+
+    Attributes:
+        pixels: (N, H, W, C) uint8. source: where they come from, for messages.
+    """
+
+    pixels: NDArray[np.uint8]
+
+    def __init__(self, pixels: NDArray[np.uint8], source: str) -> None:
+        self.pixels, self.source = pixels, source
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DecodedImages, (np.ascontiguousarray(self.pixels), self.source)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def name(self, row: int) -> str:
+        return f"image {row} of {self.source}"
+
+    def read(self, row: int) -> bytes:
+        return decode.png(self.pixels[row])
+
+    def decode(
+        self, row: int, size: tuple[int, int] | None = None, channels: int | None = None
+    ) -> NDArray[np.uint8]:
+        image = self.pixels[row]
+        if size in (None, image.shape[:2]) and channels in (None, image.shape[2]):
+            return image
+        return super().decode(row, size, channels)
+
+    def take(self, rows: NDArray[np.int64]) -> DecodedImages:
+        return DecodedImages(self.pixels[rows], self.source)
+
+    def fingerprint(self) -> memoryview:
+        return np.ascontiguousarray(self.pixels).data
+
+
+def read_range(file: BinaryIO, begin: int, size: int) -> bytes:
+    """Return exactly `size` bytes from `begin` on; raise OSError where the file ends before."""
     if size > MAX_BYTES:
         raise OSError(f"an image of {size:,} bytes, over the limit of {MAX_BYTES:,}")
     file.seek(begin)
@@ -192,96 +249,11 @@ def read_span(file: BinaryIO, begin: int, size: int) -> bytes:
 
 
 def read_at_most(file: BinaryIO, limit: int) -> bytes:
-    """All of a file; OSError where that is over the limit."""
+    """Return all of a file; raise OSError where that is over the limit."""
     content = read_up_to(file, limit + 1)
     if len(content) > limit:
         raise OSError(f"over the limit of {limit:,} bytes")
     return content
-
-
-@dataclass(frozen=True, eq=False)
-class ImageSet:
-    """Encoded images with labels, listed but not decoded; `open_images` makes one.
-
-    Attributes:
-        store: of the images' bytes.
-        labels: (N,) int64 in [0, len(identities)), one for each image.
-        identities: the name of each label.
-        source: the path, for reports.
-
-    Raises:
-        ValueError: for labels that do not fit.
-    """
-
-    store: Store
-    labels: NDArray[np.int64]
-    identities: list[str]
-    source: str
-
-    def __post_init__(self) -> None:
-        labels, count = self.labels, len(self.identities)
-        if labels.dtype != np.int64 or labels.shape != (len(self.store),):
-            raise ValueError(
-                f"labels must be int64 of shape ({len(self.store)},), one for each image, "
-                f"got {labels.dtype} {labels.shape}"
-            )
-        if len(labels) and not 0 <= labels.min() <= labels.max() < count:
-            raise ValueError(
-                f"labels must lie in [0, {count}), got {labels.min()} to {labels.max()}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def name(self, index: int) -> str:
-        """Where an image is: a file, or a file and an offset."""
-        return self.store.name(index)
-
-    def read(self, index: int) -> bytes:
-        """The encoded bytes of an image.
-
-        Raises:
-            DataError: if they cannot be read; it names the file and the offset.
-        """
-        content, problem = decode.attempt(self.store.read)(index)
-        if problem:
-            raise DataError(f"{self.name(index)}: {problem}")
-        return content
-
-    def samples(self) -> Iterator[Sample]:
-        """Every image in order, with what its header says; the pixels are not decoded.
-
-        Raises:
-            DataError: what `read` does, and for what is no image of a known format.
-        """
-        for index, label in enumerate(self.labels):
-            content = self.read(index)
-            header, problem = decode.attempt(decode.header)(io.BytesIO(content))
-            if problem:
-                raise DataError(f"{self.name(index)}: {problem}")
-            yield Sample(int(label), content, *header)
-
-    def split(self, holdout: int) -> tuple[ImageSet, ImageSet]:
-        """Splits by identity: all but the last `holdout`, and the last `holdout`.
-
-        Labels of both start at 0; with holdout 0 the second is empty.
-
-        Raises:
-            ValueError: if holdout is negative, or leaves fewer than 2 identities in the first.
-        """
-        kept = decode.keep(len(self.identities), holdout)
-        first, second = np.flatnonzero(self.labels < kept), np.flatnonzero(self.labels >= kept)
-        return (
-            ImageSet(
-                self.store.take(first), self.labels[first], self.identities[:kept], self.source
-            ),
-            ImageSet(
-                self.store.take(second),
-                self.labels[second] - kept,
-                self.identities[kept:],
-                self.source,
-            ),
-        )
 
 
 class Sample(NamedTuple):
@@ -298,11 +270,11 @@ class Sample(NamedTuple):
     image_size: tuple[int, int]
 
 
-class Listed(NamedTuple):
-    """What a format's reader finds, before the labels are looked at.
+class ScanResult(NamedTuple):
+    """A store and its labels as a format's reader finds them, before the labels are checked.
 
     Attributes:
-        labels: (N,) int64, as they stand there.
+        labels: (N,) int64, as they are stored.
         names: of the classes, where they are stored. classes: how many, where that is stored.
     """
 
@@ -312,54 +284,8 @@ class Listed(NamedTuple):
     classes: int | None = None
 
 
-def label(listed: Listed, source: Path, relabel: bool = False) -> ImageSet:
-    """An `ImageSet`, if the labels are 0, 1, … C-1 and each has an image.
-
-    Args:
-        relabel: number the labels that have images from 0 on, in their order, instead of raising.
-            Their names are kept; the name of a label without one is its number.
-
-    Raises:
-        DataError: for no image, a label out of range, labels without images, and names that are
-            not one for each class or not distinct.
-    """
-    labels, names = listed.labels, listed.names
-    if not len(labels):
-        raise DataError(f"{source} holds no image")
-    if names is not None and len(set(names)) != len(names):
-        raise DataError(f"{source}: the names of the {len(names)} classes are not distinct")
-    if names is not None and listed.classes not in (None, len(names)):
-        raise DataError(f"{source}: {listed.classes} classes, but {len(names)} names of classes")
-    present = np.unique(labels)
-    count = listed.classes if names is None else len(names)
-    if count is None:
-        count = int(present[-1]) + 1
-    if present[0] < 0 or present[-1] >= count:
-        wrong = int(np.flatnonzero((labels < 0) | (labels >= count))[0])
-        known = listed.classes is not None or names is not None
-        raise DataError(
-            f"{listed.store.name(wrong)}: label {labels[wrong]}, expected "
-            + (
-                f"one in [0, {count})"
-                if known
-                else "integers from 0 on (leave out images that have no label)"
-            )
-        )
-    if relabel:
-        labels = np.searchsorted(present, labels).astype(np.int64)
-    elif len(present) < count:
-        gaps = np.flatnonzero(present != np.arange(len(present)))
-        first = int(gaps[0]) if len(gaps) else len(present)
-        raise DataError(
-            f"{source}: {count - len(present):,} of {count:,} labels have no image, the first is "
-            f"{first}; relabel (--relabel) numbers those that have images from 0 on"
-        )
-    identities = [str(i) if names is None else names[i] for i in present]
-    return ImageSet(listed.store, labels, identities, str(source))
-
-
 def read_names(folder: Path) -> list[str] | None:
-    """The classes' names beside files that have no place for them; None if there are none.
+    """Return the classes' names beside files that have no place for them; None if none are there.
 
     Raises:
         DataError: for a file that is not a list of strings.
@@ -374,20 +300,20 @@ def read_names(folder: Path) -> list[str] | None:
 
 
 def natural_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The files of a folder with one of these endings, in natural order, hidden ones left out."""
+    """Return a folder's files with one of these suffixes, in natural order, without hidden ones."""
     return [e for e in decode.entries(folder) if e.name.endswith(tuple(suffixes)) and e.is_file()]
 
 
-# -- which format a path is of
+# -- formats
 
 
 class Format(NamedTuple):
-    """A format of image sets, and where its reader and writer are.
+    """A format of image sets, its reader and its writer.
 
     Attributes:
-        name: as `convert` has it. title: for people.
-        module: of its functions ``list_images(path)`` and, called `writer`,
-            ``(folder, samples, identities, shard_bytes)``.
+        name: as `convert` takes it. title: for people.
+        module: holds its reader, ``list_images(path)``.
+        writer: name of its writer there, ``(folder, samples, identities, shard_bytes)``.
     """
 
     name: str
@@ -415,23 +341,23 @@ SUFFIXES = {
 
 
 def detect(path: str | Path) -> Format:
-    """The format of a file, by its ending, or of a folder, by what it holds.
+    """Return the format of a file, by its suffix, or of a folder, by its contents.
 
     Raises:
         DataError: for a path that does not exist, a file of another kind, or a folder that holds
             files of several formats.
     """
     path = Path(path)
+    known = tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
     if os.path.isfile(path):
         for name, suffixes in SUFFIXES.items():
             if path.name.endswith(suffixes):
                 return FORMATS[name]
-        known = ", ".join(suffix for each in SUFFIXES.values() for suffix in each)
-        raise DataError(f"{path} is not a folder, nor a file that ends in {known}")
+        raise DataError(f"{path} is not a folder, nor a file that ends in {', '.join(known)}")
     if not os.path.isdir(path):
         what = "is neither a file nor a folder" if os.path.exists(path) else "does not exist"
         raise DataError(
-            f"{path} {what}, or may not be entered; expected "
+            f"{path} {what} or is not accessible; expected "
             f"{', or '.join(each.title for each in FORMATS.values())}"
         )
     markers = ("dataset_info.json", "dataset_dict.json", "state.json")
@@ -439,14 +365,10 @@ def detect(path: str | Path) -> Format:
         return FORMATS["arrow"]
     files = [entry.name for entry in decode.entries(path) if entry.is_file()]
     inner = path / "data"
-    if not any(name.endswith(s) for name in files for each in SUFFIXES.values() for s in each):
+    if not any(name.endswith(known) for name in files):
         inside = decode.entries(inner) if inner.is_dir() else []
         files += [entry.name for entry in inside if entry.name.endswith(".parquet")]
-    found = [
-        name
-        for name, suffixes in SUFFIXES.items()
-        if any(file.endswith(suffixes) for file in files)
-    ]
+    found = [name for name, ends in SUFFIXES.items() if any(file.endswith(ends) for file in files)]
     if len(found) > 1:
         raise DataError(
             f"{path} holds files of several formats ({', '.join(found)}); name one of the files"
@@ -455,13 +377,13 @@ def detect(path: str | Path) -> Format:
 
 
 def open_images(path: str | Path, relabel: bool = False) -> ImageSet:
-    """The images of a folder or file, in any of the formats of `FORMATS`.
+    """Return the images of a folder or file, in any of the formats of `FORMATS`, as a dataset.
 
-    Nothing is decoded, and nothing in the files is run.
+    No image is decoded, and nothing that the files hold is executed.
 
     Args:
-        path: see `detect`.
-        relabel: see `label`; of no use for an image folder, whose labels have no gaps.
+        path: as `detect` takes it.
+        relabel: as `image_set.label` takes it; an image folder's labels have no gaps to close.
 
     Raises:
         DataError: for a path of no known format, damaged files, and labels with gaps.
@@ -469,7 +391,17 @@ def open_images(path: str | Path, relabel: bool = False) -> ImageSet:
 
     Memory: about 30 bytes per image, and its file's name in an image folder.
     """
+    from .image_set import label
+
     path = Path(path)
-    listed: Callable[[Path], Listed]
-    listed = import_module(f".{detect(path).module}", __package__).list_images
-    return label(listed(path), path, relabel)
+    scan: ScanResult = import_module(f".{detect(path).module}", __package__).list_images(path)
+    return label(scan, path, relabel)
+
+
+__getattr__ = old_names(
+    __name__,
+    Listed="ScanResult",
+    Names="PackedPaths",
+    Spans="FileRanges",
+    read_span="read_range",
+)

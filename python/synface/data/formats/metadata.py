@@ -1,4 +1,4 @@
-"""Metadata of image files: read for the orientation alone, so that none breaks a readable image."""
+"""Metadata of image files, read for the orientation alone: damaged metadata break no image."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ INTEGERS = {1: "B", 3: "H", 4: "I"}  # TIFF's types
 XMP, PROFILE = "XML:com.adobe.xmp", "Raw profile type exif"  # of PNG's texts
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 MAX_PIXELS = 1 << 29  # bytes of encoded pixels; 2**26 with alpha, stored, are half of it
-MAX_TOLD = 1 << 20  # bytes of a text or of EXIF in a PNG, decompressed
+MAX_INFO = 1 << 20  # bytes of a text or of EXIF in a PNG, decompressed
 
 
-def upright(image: Image.Image, told: Mapping[Any, Any]) -> Image.Image:
-    """Loads an image, and turns it by its orientation.
+def upright(image: Image.Image, info: Mapping[Any, Any]) -> Image.Image:
+    """Load an image, and turn it by its orientation.
 
-    The orientation is read alone: whatever else is wrong with the metadata has no effect. An
-    orientation that is unreadable or not in [1, 8] is none.
+    Other metadata are ignored, so damage in them has no effect. An orientation that is unreadable
+    or not in [1, 8] turns nothing.
     """
     with extra("train", "reading images"):
         from PIL import Image
@@ -51,15 +51,15 @@ def upright(image: Image.Image, told: Mapping[Any, Any]) -> Image.Image:
         image.load()
         return image
     image.load()
-    number = _of_exif(_exif(told))
-    turn = turns.get(_of_xmp(told) if number is None else number)
+    number = _of_exif(_exif(info))
+    turn = turns.get(_of_xmp(info) if number is None else number)
     return image if turn is None else image.transpose(turn)
 
 
-def _exif(told: Mapping[Any, Any]) -> bytes:
-    """The bytes of EXIF, from a TIFF header on; none where there are none."""
-    exif = told.get("exif")
-    if exif is None and isinstance(text := told.get(PROFILE), str):
+def _exif(info: Mapping[Any, Any]) -> bytes:
+    """Return the bytes of EXIF from their TIFF header on; empty without EXIF."""
+    exif = info.get("exif")
+    if exif is None and isinstance(text := info.get(PROFILE), str):
         try:  # ImageMagick's: a kind, a length and lines of hexadecimal digits
             exif = bytes.fromhex("".join(text.split("\n")[3:]))
         except ValueError:
@@ -70,7 +70,7 @@ def _exif(told: Mapping[Any, Any]) -> bytes:
 
 
 def _of_exif(exif: bytes) -> int | None:
-    """The orientation in the first directory."""
+    """Return the orientation in the first directory."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None or len(exif) < 8:
         return None
@@ -85,9 +85,9 @@ def _of_exif(exif: bytes) -> int | None:
     return None
 
 
-def _of_xmp(told: Mapping[Any, Any]) -> int:
-    """The orientation in XMP, 1 where there is none."""
-    xmp = told.get(XMP) or told.get("xmp") or b""
+def _of_xmp(info: Mapping[Any, Any]) -> int:
+    """Return the orientation in XMP, 1 without one."""
+    xmp = info.get(XMP) or info.get("xmp") or b""
     if isinstance(xmp, str):
         xmp = xmp.encode()
     found = re.search(rb'tiff:Orientation(?:="|>)([0-9])', xmp) if isinstance(xmp, bytes) else None
@@ -106,23 +106,23 @@ def deep(image: Image.Image) -> bool:
     return False
 
 
-def without(file: BinaryIO, whole: bool) -> tuple[BinaryIO, Mapping[Any, Any] | None]:
-    """A file with no more metadata than its pixels need, and what tells the orientation.
+def strip(file: BinaryIO, whole: bool) -> tuple[BinaryIO, Mapping[Any, Any] | None]:
+    """Return a file without the metadata that its pixels do not need, and what these held.
 
-    Texts and profiles may be of any length and number, so they are not read as a whole, and what
-    is wrong with them is not met by Pillow, which would refuse the image.
+    Texts and profiles may be of any length and number, so they are not read as a whole; and Pillow
+    would refuse an image for damage in them.
 
     Args:
         file: at its beginning.
-        whole: with the pixels, or up to them.
+        whole: with the pixels; otherwise up to them.
 
     Returns:
-        None for what tells the orientation in files that are neither JPEG nor PNG: they stay as
-        they are, and Pillow finds it.
+        The file, and the metadata that hold the orientation. Files that are neither JPEG nor PNG
+        are returned unchanged with None, and Pillow reads their orientation.
 
     Raises:
         OSError: for a PNG that has 16 bits per channel, over MAX_PIXELS bytes of pixels, or a wrong
-            checksum ahead of the pixels. What else is damaged stays in, for the decoder to find.
+            checksum ahead of the pixels. Other damage is left to the decoder.
 
     Memory: the file's size without that metadata.
     """
@@ -134,10 +134,10 @@ def without(file: BinaryIO, whole: bool) -> tuple[BinaryIO, Mapping[Any, Any] | 
 
 
 def _jpeg(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]]:
-    """Return a JPEG without APP1 (EXIF, XMP) to APP13, APP15 and comments, and what these told."""
+    """Return a JPEG without APP1 to APP13, APP15 and comments, and their EXIF and XMP."""
     kept = io.BytesIO()
     kept.write(file.read(2))
-    told: dict[str, bytes | str] = {}
+    info: dict[str, bytes | str] = {}
     while (
         len(head := _marker(file)) == 4
         and head[0] == 0xFF
@@ -147,9 +147,9 @@ def _jpeg(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]
         kind, content = head[1], file.read(max(0, int.from_bytes(head[2:], "big") - 2))
         if kind == 0xE1:
             if content.startswith(b"Exif\0\0"):
-                told.setdefault("exif", content)
+                info.setdefault("exif", content)
             elif content.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
-                told.setdefault("xmp", content)
+                info.setdefault("xmp", content)
         if not (0xE1 <= kind <= 0xED or kind in (0xEF, 0xFE)):
             kept.write(head + content)
         if kind == 0xDA:  # the pixels follow
@@ -159,11 +159,11 @@ def _jpeg(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]
     if whole or head:
         kept.write(read_up_to(file, MAX_PIXELS))
     kept.seek(0)
-    return kept, told
+    return kept, info
 
 
 def _marker(file: BinaryIO) -> bytes:
-    """Return a JPEG's next marker and length, without the bytes of 0xFF that may fill up to it."""
+    """Return a JPEG's next marker and length, without fill bytes of 0xFF."""
     head = file.read(4)
     while head[:2] == b"\xff\xff" and (more := file.read(1)):
         head = head[1:] + more
@@ -171,10 +171,10 @@ def _marker(file: BinaryIO) -> bytes:
 
 
 def _png(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]]:
-    """Return a PNG of its critical chunks and its transparency alone, and what the others told."""
+    """Return a PNG's critical chunks and transparency alone, and the others' EXIF and XMP."""
     kept = io.BytesIO()
     kept.write(PNG)
-    told: dict[str, bytes | str] = {}
+    info: dict[str, bytes | str] = {}
     pixels = False
     while len(head := file.read(8)) == 8:
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
@@ -191,10 +191,10 @@ def _png(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]]
                 raise OSError("more than 8 bits per channel (16)")
             if kind == b"IEND":
                 break
-        elif kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") and length <= MAX_TOLD:
+        elif kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") and length <= MAX_INFO:
             content = file.read(length)
             _check(file, zlib.crc32(content, zlib.crc32(kind)), kind, pixels)
-            _tell(told, kind, content)
+            _add(info, kind, content)
         elif pixels:
             file.seek(length + 4, os.SEEK_CUR)
         else:
@@ -204,23 +204,23 @@ def _png(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]]
                 length -= len(part)
             _check(file, checksum, kind, pixels)
     kept.seek(0)
-    return kept, told
+    return kept, info
 
 
 def _check(file: BinaryIO, checksum: int, kind: bytes, pixels: bool) -> None:
-    """Raise OSError where a chunk ahead of the pixels is damaged, for then the file is."""
+    """Raise OSError where a chunk ahead of the pixels is damaged, and so the file."""
     if file.read(4) != checksum.to_bytes(4, "big") and not pixels:
         raise OSError(f"broken PNG file (wrong checksum or cut short in {kind.decode()})")
 
 
-def _tell(told: dict[str, bytes | str], kind: bytes, content: bytes) -> None:
-    """Adds what a chunk says of the orientation, if anything, as Pillow's ``info`` has it."""
+def _add(info: dict[str, bytes | str], kind: bytes, content: bytes) -> None:
+    """Add a chunk's EXIF or XMP, if it holds any, under the keys of Pillow's ``info``."""
     if kind == b"eXIf":
-        told.setdefault("exif", content)
+        info.setdefault("exif", content)
         return
     keyword, _, text = content.partition(b"\0")
     name = keyword.decode("latin-1")
-    if name not in (XMP, PROFILE) or name in told:
+    if name not in (XMP, PROFILE) or name in info:
         return
     packed, method = kind == b"zTXt", text[:1]
     if kind == b"iTXt":
@@ -231,7 +231,7 @@ def _tell(told: dict[str, bytes | str], kind: bytes, content: bytes) -> None:
     if packed:
         inflate = zlib.decompressobj()
         try:
-            text = inflate.decompress(text, MAX_TOLD) if method == b"\0" else b""
+            text = inflate.decompress(text, MAX_INFO) if method == b"\0" else b""
         except zlib.error:
             return
-    told[name] = text.decode("latin-1")
+    info[name] = text.decode("latin-1")

@@ -1,4 +1,4 @@
-"""insightface's RecordIO: train.rec, train.idx and property, as MXNet frames them.
+"""insightface's RecordIO, read and written: train.rec, train.idx and property, framed as by MXNet.
 
 A record is a magic number, a word that holds its kind (3 bits) and length (29 bits), that many
 bytes and a padding to 4. Where the magic number stands in the bytes at a multiple of 4, the writer
@@ -29,27 +29,27 @@ from .decode import DataError
 from .images import (
     IDENTITIES,
     MAX_BYTES,
-    Listed,
-    Names,
+    FileRanges,
+    PackedPaths,
     Sample,
-    Spans,
+    ScanResult,
     natural_files,
     read_at_most,
     read_names,
-    read_span,
+    read_range,
 )
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 WHOLE, FIRST, MIDDLE, LAST = range(4)  # kinds of parts
 FRAME, HEADER = struct.Struct("<II"), struct.Struct("<IfQQ")
 MAX_PART = (1 << 29) - 1
-EXACT = 1 << 24  # integers up to here are float32's
-BOM = b"\xef\xbb\xbf"  # that editors put ahead of UTF-8
-AT_ONCE = 1 << 12  # headers looked at together
+EXACT = 1 << 24  # float32 holds the integers up to here
+BOM = b"\xef\xbb\xbf"  # which some editors write before UTF-8
+AT_ONCE = 1 << 12  # headers read together
 
 
-class Records(Spans):
-    """The images of a .rec file; where `size` is -1, of several parts that begin at `begin`."""
+class Records(FileRanges):
+    """The images of a .rec file; `size` is -1 for a record of several parts, at `begin`."""
 
     def read(self, row: int) -> bytes:
         if self.size[row] >= 0:
@@ -59,7 +59,7 @@ class Records(Spans):
 
 
 def _record(file: BinaryIO, begin: int) -> bytes:
-    """A record's bytes, of one part or several.
+    """Return a record's bytes, of one part or several.
 
     Raises:
         OSError: for wrong framing, a record cut short, and one over MAX_BYTES.
@@ -73,7 +73,7 @@ def _record(file: BinaryIO, begin: int) -> bytes:
         total += size + 4
         if total > MAX_BYTES:
             raise OSError(f"a record over the limit of {MAX_BYTES:,} bytes")
-        parts.append(read_span(file, file.tell(), size))
+        parts.append(read_range(file, file.tell(), size))
         file.seek(-size % 4, os.SEEK_CUR)
         if kind in (WHOLE, LAST):
             return MAGIC.join(parts)
@@ -95,7 +95,7 @@ def _part(frame: bytes, at: int, inside: bool) -> tuple[int, int]:
 
 
 def _unpack(record: bytes) -> tuple[NDArray[np.float32], bytes]:
-    """A record's labels and image.
+    """Return a record's labels and image.
 
     Raises:
         OSError: for one that is too short.
@@ -111,15 +111,28 @@ def _unpack(record: bytes) -> tuple[NDArray[np.float32], bytes]:
     return np.frombuffer(record, "<f4", flag, HEADER.size), record[end:]
 
 
+def _read(rec: Path, begin: int, which: str = "") -> tuple[NDArray[np.float32], bytes]:
+    """Return the labels and the image of the record at an offset.
+
+    Raises:
+        DataError: for a damaged record.
+    """
+    with rec.open("rb") as file:
+        unpacked, problem = decode.attempt(lambda: _unpack(_record(file, begin)))()
+    if problem:
+        raise DataError(f"{rec}, {which}offset {begin}: {problem}")
+    return unpacked
+
+
 def _pack(labels: list[int], key: int, content: bytes) -> bytes:
-    """A record's bytes; one label stands in the header, more follow it."""
+    """Return a record's bytes; one label stands in the header, more follow it."""
     if len(labels) == 1:
         return HEADER.pack(0, labels[0], key, 0) + content
     return HEADER.pack(len(labels), 0, key, 0) + struct.pack(f"<{len(labels)}f", *labels) + content
 
 
 def _frame(record: bytes) -> bytes:
-    """A record in its frame."""
+    """Return a record with its framing."""
     parts = []
     begin = at = 0
     while (at := record.find(MAGIC, at)) >= 0:
@@ -138,13 +151,13 @@ def _frame(record: bytes) -> bytes:
     return b"".join(framed)
 
 
-def list_images(path: Path) -> Listed:
-    """The images of a folder with one .rec file, or of a .rec file.
+def list_images(path: Path) -> ScanResult:
+    """List the images of a folder with one .rec file, or of a .rec file.
 
-    The .idx beside it says where the records are; where there is none, the whole .rec is gone
-    through, from one record's length to the next, and the images are in its order.
-    The labels are those of the records: a .lst file is not read. ``property`` (the number of
-    classes, and the images' height and width) and names of the classes are read where they are.
+    The .idx beside it holds the records' offsets; without one, the whole .rec is scanned, from one
+    record's length to the next, and the images are in its order.
+    Labels are read from the records, not from a .lst file. ``property`` (the number of classes, and
+    the images' height and width) and names of the classes are read where they exist.
 
     Raises:
         DataError: for files that are missing, damaged or cut short, naming the file and offset.
@@ -167,13 +180,13 @@ def list_images(path: Path) -> Listed:
     offsets = _indexed(rec, size) if rec.with_suffix(".idx").exists() else _scanned(rec, size)
     labels, begin, sizes = _headers(rec, size, offsets)
     classes, image_size = _read_property(rec.with_name("property"))
-    store = Records(Names.of([rec]), np.zeros(len(begin), np.int32), begin, sizes)
+    store = Records(PackedPaths.of([rec]), np.zeros(len(begin), np.int32), begin, sizes)
     store.image_size = image_size
-    return Listed(store, labels, read_names(rec.parent), classes)
+    return ScanResult(store, labels, read_names(rec.parent), classes)
 
 
 def _indexed(rec: Path, size: int) -> NDArray[np.int64]:
-    """Return where the records of images begin, by the .idx."""
+    """Return the offsets of the records of images, from the .idx."""
     keys, offsets = _read_index(rec.with_suffix(".idx"))
     if len(offsets) and not (offsets.min() >= 0 and offsets.max() <= size - 32):
         wrong = int(np.flatnonzero((offsets < 0) | (offsets > size - 32))[0])
@@ -185,7 +198,7 @@ def _indexed(rec: Path, size: int) -> NDArray[np.int64]:
 
 
 def _scanned(rec: Path, size: int) -> NDArray[np.int64]:
-    """Return where the records of images begin, by their lengths; those of ranges have no image.
+    """Return the offsets of the records of images, by a scan; records of ranges hold no image.
 
     Raises:
         DataError: for bytes that are no record, a record cut short, and another number of images
@@ -223,7 +236,7 @@ def _scanned(rec: Path, size: int) -> NDArray[np.int64]:
 
 
 def _read_index(idx: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Keys and offsets, in the order of the keys."""
+    """Return keys and offsets, in the order of the keys."""
     numbers = array("q")
     try:
         with idx.open("rb") as file:
@@ -249,16 +262,10 @@ def _read_index(idx: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def _without_ranges(
     rec: Path, keys: NDArray[np.int64], offsets: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """The records of images alone, if record 0 says which they are."""
+    """Return the offsets of the records of images alone, where record 0 tells their keys."""
     if not len(keys) or keys[0] != 0:
         return offsets
-    with rec.open("rb") as file:
-        record, problem = decode.attempt(_record)(file, int(offsets[0]))
-    if not problem:
-        unpacked, problem = decode.attempt(_unpack)(record)
-    if problem:
-        raise DataError(f"{rec}, record 0 at offset {offsets[0]}: {problem}")
-    announced, content = unpacked
+    announced, content = _read(rec, int(offsets[0]), "record 0 at ")
     if len(content) or len(announced) < 2:
         return offsets  # an image like the others
     images = (keys >= 1) & (keys < announced[0])
@@ -273,13 +280,15 @@ def _without_ranges(
 def _headers(
     rec: Path, total: int, offsets: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Each record's label, and where its image begins and how many bytes it has, or -1."""
+    """Return each record's label, and its image's offset and size in bytes (-1: several parts)."""
     labels = np.empty(len(offsets), np.float32)
     begin, sizes = np.empty_like(offsets), np.empty_like(offsets)
     for i in range(0, len(offsets), AT_ONCE):
         at = offsets[i : i + AT_ONCE]
         rows = slice(i, i + len(at))
-        raw = np.memmap(rec, np.uint8, "r")  # anew, so that no more of the file stays in memory
+        raw = np.memmap(
+            rec, np.uint8, "r"
+        )  # mapped anew, so that the pages read before can be freed
         words = raw[at[:, None] + np.arange(20)].view("<u4").astype(np.int64)
         magic, word, flag = words[:, 0], words[:, 1], words[:, 2]
         skipped = HEADER.size + 4 * flag
@@ -290,14 +299,8 @@ def _headers(
         sound = (magic == 0xCED7230A) & whole & (length >= skipped)
         sound &= at + FRAME.size + length <= total
         for j in np.flatnonzero(~sound | (flag > 0)):
-            # In several parts, with several labels, or damaged: rare, so each by itself.
-            with rec.open("rb") as file:
-                record, problem = decode.attempt(_record)(file, int(at[j]))
-            if not problem:
-                unpacked, problem = decode.attempt(_unpack)(record)
-            if problem:
-                raise DataError(f"{rec}, offset {at[j]}: {problem}")
-            labels[i + j] = unpacked[0][0]
+            # In several parts, with several labels, or damaged: rare, so read one by one.
+            labels[i + j] = _read(rec, int(at[j]))[0][0]
             if not whole[j]:
                 begin[i + j], sizes[i + j] = at[j], -1
     with np.errstate(invalid="ignore"):
@@ -313,7 +316,7 @@ def _headers(
 
 
 def _read_property(file: Path) -> tuple[int | None, tuple[int, int] | None]:
-    """The number of classes, and (H, W)."""
+    """Return the number of classes, and (H, W)."""
     if not file.exists():
         return None, None
     try:
@@ -333,11 +336,10 @@ def _read_property(file: Path) -> tuple[int | None, tuple[int, int] | None]:
 
 
 def write(folder: Path, samples: Iterable[Sample], identities: list[str], shard_bytes: int) -> None:
-    """Writes train.rec, train.idx, train.lst, property and the identities' names.
+    """Write train.rec, train.idx, train.lst, property and the identities' names.
 
-    Images of an identity that do not follow one another make insightface's ranges meaningless, so
-    then there are none; its trainers read without them.  ``property`` has a height and width if all
-    images have the same.
+    insightface's ranges of images are left out where an identity's images are not contiguous; its
+    trainers read without them. ``property`` has a height and width if all images have the same.
 
     Raises:
         DataError: for more images or classes than its float32 labels can count, and a name that

@@ -1,8 +1,8 @@
-"""Parquet files, and folders of Hugging Face datasets: read by pyarrow, imported when used.
+"""Parquet files, and folders of Hugging Face datasets, read and written by pyarrow.
 
 A row is an image and its label. The image's column is binary, or a struct of ``bytes`` and ``path``
 (datasets' Image); where there are no bytes, the path is that of a file in the table's folder, and a
-column of such paths alone is one of images too. The label's column is one of integers (datasets'
+column of such paths alone counts as images too. The label's column is one of integers (datasets'
 ClassLabel has names for them) or of strings, which are numbered in natural order; either may be
 categorical.
 """
@@ -12,9 +12,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
 from hashlib import sha256
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,7 @@ from ...common.extras import extra
 from ...common.textfiles import read_json
 from . import decode
 from .decode import DataError
-from .images import MAX_BYTES, Listed, Names, Sample, Store, natural_files, read_at_most
+from .images import MAX_BYTES, PackedPaths, Sample, ScanResult, Store, natural_files, read_at_most
 
 if TYPE_CHECKING:
     import pyarrow
@@ -34,11 +36,11 @@ if TYPE_CHECKING:
 LABELS = ("label", "labels", "identity", "identity_id", "class", "target", "y")
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")
 PATHS = ("path", "file_name", "filename", "file", "image_path", "img_path")
-KEPT = 4  # groups of rows in memory, for each process
-ROWS = 16  # images taken out of a Parquet file together
+CACHED = 4  # groups of rows, and open files, in each process
+ROWS = 16  # images read from a Parquet file together
 GROUP_BYTES = 1 << 30  # of the images of a group
-AT_ONCE = 1 << 16  # labels taken together
-PER_GROUP = 256  # rows of a group that is written
+AT_ONCE = 1 << 16  # labels read together
+PER_GROUP = 256  # rows of a written group
 SPLIT = re.compile(
     r"(?:.*-)?(train|test|validation|valid|val|dev)(?:-\d+-of-\d+)?\.(?:parquet|arrow)"
 )
@@ -53,48 +55,52 @@ def _arrow() -> Any:
 
 
 class Tables(Store):
-    """Images in groups of rows of files; a group is read as a whole, and a few are kept.
+    """Images in groups of rows of files; groups are read as a whole, and the last few are cached.
 
     Attributes:
-        files: of the set. column: the images'.
-        file, group: (G,) int32, of each group its file, and its number there.
-        ends: (G,) int64, rows up to the end of each group. rows: (N,) int64, of all groups' rows.
+        files: of the set. column: name of the images' column.
+        file, group: (G,) int32, each group's file, and its number there.
+        starts: (G + 1,) int64, rows before each group, and of all. rows: (N,) int64, of the images.
     """
 
     def __init__(
         self,
-        files: Names,
+        files: PackedPaths,
         column: str,
         file: NDArray[np.int32],
         group: NDArray[np.int32],
-        ends: NDArray[np.int64],
+        starts: NDArray[np.int64],
         rows: NDArray[np.int64],
     ) -> None:
         self.files, self.column = files, column
-        self.file, self.group, self.ends, self.rows = file, group, ends, rows
+        self.file, self.group, self.starts, self.rows = file, group, starts, rows
         self._lock = Lock()
-        self._groups: OrderedDict[int, tuple[pyarrow.ChunkedArray | None, ...]] = OrderedDict()
-        self._open: OrderedDict[int, Any] = OrderedDict()
+        opened = lru_cache(CACHED)(lambda number: _open_table(files[number]))
+
+        def read(index: int) -> tuple[pyarrow.ChunkedArray | None, ...]:
+            count = int(starts[index + 1] - starts[index])
+            return _read_group(opened(int(file[index])), int(group[index]), column, count)
+
+        self._group = lru_cache(CACHED)(read)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tables, (self.files, self.column, self.file, self.group, self.ends, self.rows)
+        return Tables, (self.files, self.column, self.file, self.group, self.starts, self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, rows: NDArray[np.int64]) -> Tables:
-        return Tables(self.files, self.column, self.file, self.group, self.ends, self.rows[rows])
+        return Tables(self.files, self.column, self.file, self.group, self.starts, self.rows[rows])
 
-    def _place(self, row: int) -> tuple[int, int]:
-        """The group of an image, and its row there."""
-        number = int(self.rows[row])
-        group = int(np.searchsorted(self.ends, number, "right"))
-        return group, number - (int(self.ends[group - 1]) if group else 0)
+    def _index(self, row: int) -> tuple[int, int]:
+        """Return the group of an image, and its row there."""
+        group = int(np.searchsorted(self.starts, self.rows[row], "right")) - 1
+        return group, int(self.rows[row] - self.starts[group])
 
     def name(self, row: int) -> str:
-        file = int(self.file[self._place(row)[0]])
+        file = int(self.file[self._index(row)[0]])
         first = int(np.searchsorted(self.file, file))  # group of the file
-        return f"{self.files[file]}, row {self.rows[row] - (self.ends[first - 1] if first else 0)}"
+        return f"{self.files[file]}, row {self.rows[row] - self.starts[first]}"
 
     def fingerprint(self) -> bytes:
         files = [self.files[i] for i in range(len(self.files))]
@@ -103,14 +109,9 @@ class Tables(Store):
         return digest.digest()
 
     def read(self, row: int) -> bytes:
-        group, within = self._place(row)
+        group, within = self._index(row)
         with self._lock:
-            if group not in self._groups:
-                self._groups[group] = self._read_group(group)
-                while len(self._groups) > KEPT:
-                    self._groups.popitem(last=False)
-            self._groups.move_to_end(group)
-            contents, paths = self._groups[group]
+            contents, paths = self._group(group)
             image = None if contents is None else contents[within].as_buffer()
         if image is None:
             path = None if paths is None else paths[within].as_py()
@@ -119,32 +120,27 @@ class Tables(Store):
             raise OSError(f"an image of {len(image):,} bytes, over the limit of {MAX_BYTES:,}")
         return image.to_pybytes()
 
-    def _read_group(self, group: int) -> tuple[pyarrow.ChunkedArray | None, ...]:
-        """The images of a group, and their paths; None where there are none."""
-        number = int(self.file[group])
-        if number not in self._open:
-            self._open[number] = _open_table(self.files[number])
-            while len(self._open) > KEPT:
-                self._open.popitem(last=False)
-        parts: list[tuple[pyarrow.Array | None, ...]] = []
-        total = rows = 0
-        for column in self._open[number].column(int(self.group[group]), self.column, ROWS):
-            parts.append(_contents(column))
-            rows += len(column)
-            total += sum(part.nbytes for part in parts[-1] if part is not None)
-            if total > GROUP_BYTES:
-                raise OSError(f"a group of rows over the limit of {GROUP_BYTES:,} bytes")
-        expected = int(self.ends[group] - (self.ends[group - 1] if group else 0))
-        if rows != expected:
-            raise OSError(f"a group of {rows} rows, expected {expected}")
-        chunked = _arrow().chunked_array
-        return tuple(
-            None if part[0] is None else chunked(part) for part in zip(*parts, strict=True)
-        )
+
+def _read_group(
+    table: _ParquetFile | _ArrowFile, group: int, column: str, count: int
+) -> tuple[pyarrow.ChunkedArray | None, ...]:
+    """Return the images of a group of rows, and their paths; None where there are none."""
+    parts: list[tuple[pyarrow.Array | None, ...]] = []
+    total = rows = 0
+    for array in table.column(group, column, ROWS):
+        parts.append(_contents(array))
+        rows += len(array)
+        total += sum(part.nbytes for part in parts[-1] if part is not None)
+        if total > GROUP_BYTES:
+            raise OSError(f"a group of rows over the limit of {GROUP_BYTES:,} bytes")
+    if rows != count:
+        raise OSError(f"a group of {rows} rows, expected {count}")
+    chunked = _arrow().chunked_array
+    return tuple(None if part[0] is None else chunked(part) for part in zip(*parts, strict=True))
 
 
 def _contents(column: pyarrow.Array) -> tuple[pyarrow.Array | None, pyarrow.Array | None]:
-    """The bytes of an image column, and the paths; None where it has no such part."""
+    """Return the bytes of an image column, and its paths; None where it has no such part."""
     column.validate(full=True)  # offsets outside of the data would be followed
     parts = [column]
     if _arrow().types.is_struct(column.type):
@@ -167,11 +163,11 @@ def _is_text(kind: pyarrow.DataType) -> bool:
 
 
 def _read_beside(table: Path, name: str | None) -> bytes:
-    """A file that a row of a table names.
+    """Return the contents of a file that a row of a table names.
 
     Raises:
-        OSError: for none, one outside of the table's folder (a table may come from anybody), and
-            one that cannot be read.
+        OSError: for no name, one outside the table's folder (a table may be hostile), and a file
+            that cannot be read.
     """
     if name is None:
         raise OSError("the row has neither the bytes of an image nor a path")
@@ -179,7 +175,7 @@ def _read_beside(table: Path, name: str | None) -> bytes:
     path = os.path.abspath(os.path.join(folder, name))
     if os.path.commonpath([folder, path]) != folder:
         raise OSError(f"the row's path {name!r:.200} leads out of {folder}, the table's folder")
-    if "\0" in name or not os.path.isfile(path):  # opening a pipe would wait for ever
+    if "\0" in name or not os.path.isfile(path):  # opening a pipe would block
         raise OSError(f"the row has no bytes, and its path {name!r:.200} is no file in {folder}")
     with open(path, "rb") as file:
         return read_at_most(file, MAX_BYTES)
@@ -190,11 +186,11 @@ class _ParquetFile:
 
     def __init__(self, path: Path) -> None:
         pa = _arrow()
-        # Not mapped: a page that is damaged is an error, and not a signal.
+        # Not mapped: a damaged page then raises an error instead of a signal.
         self.file = pa.parquet.ParquetFile(path, page_checksum_verification=True)
         self.schema = self.file.schema_arrow
         meta = self.file.metadata
-        # Checksums take most of the time of a read, so a group's are looked at once.
+        # Checksums take most of a read's time, so each group's are verified once.
         self.unchecked = pa.parquet.ParquetFile(path, metadata=meta)
         self.checked: set[tuple[int, str]] = set()
         self.rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
@@ -223,7 +219,7 @@ class _ArrowFile:
         self.rows = [batch.num_rows for batch in self.batches]
 
     def column(self, group: int, name: str, rows: int) -> Iterator[pyarrow.Array]:
-        del rows  # mapped, so all together
+        del rows  # mapped, so all at once
         yield self.batches[group].column(self.schema.get_field_index(name))
 
 
@@ -231,10 +227,10 @@ def _open_table(path: Path) -> _ParquetFile | _ArrowFile:
     return _ArrowFile(path) if path.suffix == ".arrow" else _ParquetFile(path)
 
 
-def list_images(path: Path) -> Listed:
-    """The rows of Parquet files, or of a folder that ``save_to_disk`` wrote.
+def list_images(path: Path) -> ScanResult:
+    """List the rows of Parquet files, or of a folder that ``save_to_disk`` wrote.
 
-    Of several splits the one named "train" is taken; name another one's folder or file.
+    Of several splits, "train" is read; name another one's folder or file.
 
     Raises:
         DataError: for files that are damaged, whose columns differ or are not as expected.
@@ -276,56 +272,51 @@ def list_images(path: Path) -> Listed:
             raise
         except Exception as error:  # pyarrow raises errors of its own, and MemoryError
             raise DataError(f"{file} cannot be read: {error or type(error).__name__}") from error
-    numbered = [part for part in parts if isinstance(part, np.ndarray)]
-    if len(numbered) == len(parts):
-        labels_of = np.concatenate([np.empty(0, np.int64), *numbered])
-    elif numbered:
+    if len({type(part) for part in parts}) > 1:
         raise DataError(f"{path}: the labels of some files are integers, of others strings")
-    else:
+    if parts and isinstance(parts[0], list):
         strings = [text for part in parts for text in part]
         names = sorted(set(strings), key=decode.natural)
-        place = {text: i for i, text in enumerate(names)}
-        labels_of = np.array([place[text] for text in strings], np.int64)
+        index = {text: i for i, text in enumerate(names)}
+        parts = [np.array([index[text] for text in strings], np.int64)]
+    labels_of = np.concatenate([np.empty(0, np.int64), *parts])
     file_of, group_of, counts = np.array(groups, np.int64).reshape(-1, 3).T
-    ends = np.cumsum(counts, dtype=np.int64)
     store = Tables(
-        Names.of(files),
+        PackedPaths.of(files),
         column,
         file_of.astype(np.int32),
         group_of.astype(np.int32),
-        ends,
+        np.append(0, np.cumsum(counts)),
         np.arange(len(labels_of)),
     )
-    return Listed(store, labels_of, names)
+    return ScanResult(store, labels_of, names)
 
 
 def _checked(chunk: pyarrow.Array, file: Path) -> NDArray[np.int64] | list[str]:
-    """Labels of one chunk: integers, or strings."""
+    """Return the labels of a chunk, integers or strings; raise DataError where any is missing."""
     pa = _arrow()
     chunk.validate(full=True)
     categorical = pa.types.is_dictionary(chunk.type)
-    if pa.types.is_integer(_category(chunk.type)):
+    if integers := pa.types.is_integer(_category(chunk.type)):
         chunk = chunk.dictionary_decode() if categorical else chunk
-        lacking = chunk.null_count
+        missing = chunk.null_count
     else:
         texts = (chunk.dictionary if categorical else chunk).to_pylist()
-        if categorical:  # each text once in memory, whatever refers to it
+        if categorical:  # rows of one category share its text
             texts = [None if i is None else texts[i] for i in chunk.indices.to_pylist()]
-        lacking = texts.count(None)
-    if lacking:
-        raise DataError(f"{file}: {lacking} rows have no label")
-    if pa.types.is_integer(chunk.type):
-        return chunk.cast(pa.int64()).to_numpy(zero_copy_only=False)
-    return texts
+        missing = texts.count(None)
+    if missing:
+        raise DataError(f"{file}: {missing} rows have no label")
+    return chunk.cast(pa.int64()).to_numpy(zero_copy_only=False) if integers else texts
 
 
 def _category(kind: pyarrow.DataType) -> pyarrow.DataType:
-    """The type of the values, which a categorical column (Arrow's dictionary) has only once."""
+    """Return the type of a column's values; a categorical column is a dictionary of these."""
     return kind.value_type if _arrow().types.is_dictionary(kind) else kind
 
 
 def _files(path: Path) -> list[Path]:
-    """The files of a folder, those of "train" where there are several splits."""
+    """Return the files of a folder, those of "train" where there are several splits."""
     if (path / "dataset_dict.json").is_file():
         splits = read_json(path / "dataset_dict.json", DataError, MAX_BYTES)
         splits = splits.get("splits") if isinstance(splits, dict) else None
@@ -359,12 +350,12 @@ def _files(path: Path) -> list[Path]:
 
 
 def _plain(name: str) -> bool:
-    """Whether this names something in a folder itself."""
+    """Return whether a name is that of an entry of a folder, not a path."""
     return name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
 
 
 def _columns(schema: pyarrow.Schema, file: Path) -> tuple[str, str, list[str] | None]:
-    """The image column, the label column, and the classes' names if they are stored."""
+    """Return the image column, the label column, and the classes' names if they are stored."""
     pa = _arrow()
     types = pa.types
     features: dict[str, Any] = {}
@@ -434,23 +425,26 @@ def _schema(identities: list[str]) -> tuple[pyarrow.Schema, dict[str, Any]]:
 def _batches(
     schema: pyarrow.Schema, samples: Iterable[Sample], shard_bytes: int
 ) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
-    """Batches of rows, and the number of the shard that each belongs to."""
+    """Yield batches of rows, each with the number of its shard."""
     pa = _arrow()
-    images: list[dict[str, Any]] = []
-    labels: list[int] = []
+    rows: list[dict[str, Any]] = []
     shard = size = held = 0
+
+    def batch() -> pyarrow.RecordBatch:
+        return pa.RecordBatch.from_pylist(rows, schema)
+
     for number, sample in enumerate(samples):
-        images.append({"bytes": sample.content, "path": f"{number:08d}.{sample.extension}"})
-        labels.append(sample.label)
+        image = {"bytes": sample.content, "path": f"{number:08d}.{sample.extension}"}
+        rows.append({"image": image, "label": sample.label})
         size += len(sample.content)
         held += len(sample.content)
-        if len(labels) == PER_GROUP or held >= GROUP_BYTES // 8 or size >= shard_bytes:
-            yield pa.record_batch([pa.array(images, schema.field(0).type), labels], schema), shard
-            images, labels, held = [], [], 0
+        if len(rows) == PER_GROUP or held >= GROUP_BYTES // 8 or size >= shard_bytes:
+            yield batch(), shard
+            rows, held = [], 0
             if size >= shard_bytes:
                 shard, size = shard + 1, 0
-    if labels:
-        yield pa.record_batch([pa.array(images, schema.field(0).type), labels], schema), shard
+    if rows:
+        yield batch(), shard
 
 
 def _write(
@@ -459,29 +453,16 @@ def _write(
     identities: list[str],
     shard_bytes: int,
     name: str,
-    parquet: bool,
+    writer: Callable[[str, pyarrow.Schema], Any],
 ) -> tuple[list[Path], dict[str, Any]]:
-    """Writes shards, and names them once their number is known."""
-    pa = _arrow()
+    """Write shards, and name them once their number is known."""
     schema, features = _schema(identities)
     written: list[Path] = []
-    writer: Any = None
-    try:
-        for batch, shard in _batches(schema, samples, shard_bytes):
-            if shard == len(written):
-                if writer is not None:
-                    writer.close()
-                written.append(folder / f"{shard}.partial")
-                if parquet:  # images are compressed already
-                    writer = pa.parquet.ParquetWriter(
-                        written[-1], schema, compression="none", write_page_checksum=True
-                    )
-                else:
-                    writer = pa.ipc.new_stream(str(written[-1]), schema)
-            writer.write_batch(batch)
-    finally:
-        if writer is not None:
-            writer.close()
+    for shard, batches in groupby(_batches(schema, samples, shard_bytes), itemgetter(1)):
+        written.append(folder / f"{shard}.partial")
+        with writer(str(written[-1]), schema) as table:
+            for batch, _ in batches:
+                table.write_batch(batch)
     named = [folder / name.format(i, len(written)) for i in range(len(written))]
     for old, new in zip(written, named, strict=True):
         old.rename(new)
@@ -491,18 +472,21 @@ def _write(
 def write_parquet(
     folder: Path, samples: Iterable[Sample], identities: list[str], shard_bytes: int
 ) -> None:
-    """Writes ``data/train-00000-of-00001.parquet``, …, as datasets' ``load_dataset`` takes it."""
+    """Write ``data/train-00000-of-00001.parquet``, …, for datasets' ``load_dataset``."""
     (folder / "data").mkdir()
     name = "train-{:05d}-of-{:05d}.parquet"
-    _write(folder / "data", samples, identities, shard_bytes, name, parquet=True)
+    writer = partial(  # images are compressed already
+        _arrow().parquet.ParquetWriter, compression="none", write_page_checksum=True
+    )
+    _write(folder / "data", samples, identities, shard_bytes, name, writer)
 
 
 def write_arrow(
     folder: Path, samples: Iterable[Sample], identities: list[str], shard_bytes: int
 ) -> None:
-    """Writes what datasets' ``load_from_disk`` takes."""
-    name = "data-{:05d}-of-{:05d}.arrow"
-    files, features = _write(folder, samples, identities, shard_bytes, name, parquet=False)
+    """Write a folder for datasets' ``load_from_disk``."""
+    name, writer = "data-{:05d}-of-{:05d}.arrow", _arrow().ipc.new_stream
+    files, features = _write(folder, samples, identities, shard_bytes, name, writer)
     (folder / "dataset_info.json").write_text(json.dumps({"features": features}))
     state: dict[str, Any] = {
         "_data_files": [{"filename": file.name} for file in files],

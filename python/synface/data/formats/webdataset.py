@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files whose members, grouped by name, are samples.
+"""WebDataset shards, read and written: tar files whose members, grouped by name, are samples.
 
 A sample is an image (``000042.jpg``) and its label: ``000042.cls``, an integer as text, or the
 "label" of ``000042.json``. The members of a sample follow one another. Shards are read by the
@@ -30,20 +30,20 @@ from .decode import DataError
 from .images import (
     IDENTITIES,
     SUFFIXES,
-    Listed,
-    Names,
+    FileRanges,
+    PackedPaths,
     Sample,
-    Spans,
+    ScanResult,
     natural_files,
     read_names,
-    read_span,
+    read_range,
 )
 
 MAX_TEXT = 1 << 16  # bytes of a label
 MAX_HEADER = 1 << 20  # bytes of an extended header; the standard library takes any number
 
 
-# How compressed files begin. A tar begins with a name, such as BZhang.jpg.
+# First bytes of compressed files. A tar begins with a name, such as BZhang.jpg.
 COMPRESSED: tuple[tuple[bytes, Callable], ...] = (
     (rb"\x1f\x8b", gzip.open),
     (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", bz2.open),
@@ -52,20 +52,20 @@ COMPRESSED: tuple[tuple[bytes, Callable], ...] = (
 
 
 def _opener(path: Path) -> Callable | None:
-    """Return the decompressor of a shard, or None, by its first bytes: a name may be wrong."""
+    """Return the decompressor of a shard, or None, by its first bytes: its suffix may be wrong."""
     with path.open("rb") as file:
         begin = file.read(10)
     return next((opener for magic, opener in COMPRESSED if re.match(magic, begin)), None)
 
 
 def _opened(path: Path) -> BinaryIO:
-    """A shard, decompressed."""
+    """Open a shard, decompressed."""
     opener = _opener(path)
     return path.open("rb") if opener is None else cast(BinaryIO, opener(path))
 
 
-class CompressedSpans(Spans):
-    """Images of compressed shards, of which one stays open: they are read in order."""
+class CompressedRanges(FileRanges):
+    """Images of compressed shards, read in order; one shard is open at a time."""
 
     streams = True
 
@@ -75,7 +75,7 @@ class CompressedSpans(Spans):
         self._kept: tuple[int, BinaryIO] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CompressedSpans, (self.files, self.file, self.begin, self.size)
+        return CompressedRanges, (self.files, self.file, self.begin, self.size)
 
     def read(self, row: int) -> bytes:
         number = int(self.file[row])
@@ -84,11 +84,11 @@ class CompressedSpans(Spans):
                 if self._kept is not None:
                     self._kept[1].close()
                 self._kept = number, _opened(self.files[number])
-            return read_span(self._kept[1], int(self.begin[row]), int(self.size[row]))
+            return read_range(self._kept[1], int(self.begin[row]), int(self.size[row]))
 
 
 class _Careful(io.RawIOBase):
-    """A file for `tarfile`, which would read as much as a header asks for."""
+    """A file that limits reads, for `tarfile` reads as many bytes as a header announces."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -105,10 +105,10 @@ class _Careful(io.RawIOBase):
         return self.file.tell()
 
 
-def list_images(path: Path) -> Listed:
-    """The images of a folder of shards, in natural order, or of one shard.
+def list_images(path: Path) -> ScanResult:
+    """List the images of a folder of shards, in natural order, or of one shard.
 
-    Every shard is looked through once, a compressed one by decompressing all of it.
+    Every shard is scanned once; of a compressed one, all is decompressed.
 
     Raises:
         DataError: for shards that are damaged or cut short, samples without an image or a label or
@@ -119,25 +119,27 @@ def list_images(path: Path) -> Listed:
     folder = path.parent if path.is_file() else path
     shards = [path] if path.is_file() else natural_files(path, SUFFIXES["webdataset"])
     rows = array("q")
-    kind: type[Spans] = Spans
+    kind: type[FileRanges] = FileRanges
     for number, shard in enumerate(shards):
         try:
             if _opener(shard) is not None:
-                kind = CompressedSpans
+                kind = CompressedRanges
             with _opened(shard) as file:
                 for sample in _samples(shard, file):
                     rows.extend((number, *sample))
         except DataError:
             raise
-        except Exception as error:  # decompressors and `tarfile` raise whatever bytes lead to
+        except (
+            Exception
+        ) as error:  # hostile bytes make decompressors and `tarfile` raise errors of any type
             raise DataError(f"{shard} is no whole tar file: {error or type(error)}") from error
     file, begin, size, labels = np.frombuffer(rows, np.int64).reshape(-1, 4).T.copy()
-    store = kind(Names.of(shards), file.astype(np.int32), begin, size)
-    return Listed(store, labels, read_names(folder))
+    store = kind(PackedPaths.of(shards), file.astype(np.int32), begin, size)
+    return ScanResult(store, labels, read_names(folder))
 
 
 def _samples(shard: Path, file: BinaryIO) -> Iterator[tuple[int, int, int]]:
-    """Where each image begins, how many bytes it has, and its label."""
+    """Yield each image's offset, its size in bytes and its label."""
     key: str | None = None
     image: tuple[int, int] | None = None
     label: int | None = None
@@ -165,7 +167,7 @@ def _samples(shard: Path, file: BinaryIO) -> Iterator[tuple[int, int, int]]:
     with tarfile.open(fileobj=_Careful(file), mode="r:") as tar:
         at = 0
         while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # it would keep all
+            tar.members.clear()  # type: ignore[attr-defined]  # which tarfile keeps otherwise
             where = f"{shard}, offset {member.offset}"
             if member.isdir():
                 continue
@@ -196,7 +198,7 @@ def _samples(shard: Path, file: BinaryIO) -> Iterator[tuple[int, int, int]]:
 
 
 def _split(name: str) -> tuple[str | None, str]:
-    """The sample that a member belongs to, None for a hidden one and macOS's own; and its kind."""
+    """Return a member's sample (None for a hidden file and macOS's own) and its suffix."""
     parent, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     shown = stem and "__MACOSX" not in parent.split("/")
@@ -204,7 +206,7 @@ def _split(name: str) -> tuple[str | None, str]:
 
 
 def _label(kind: str, text: bytes, where: str) -> int | None:
-    """The label in a .cls file, or that of a .json file, if it has one."""
+    """Return the label in a .cls file, or in a .json file, where None stands for none."""
     try:
         value = json.loads(text)
         if kind == ".json":
@@ -221,7 +223,7 @@ def _label(kind: str, text: bytes, where: str) -> int | None:
 
 
 def write(folder: Path, samples: Iterable[Sample], identities: list[str], shard_bytes: int) -> None:
-    """Writes shards ``000000.tar``, …, each ended once it has `shard_bytes`, and the names."""
+    """Write shards ``000000.tar``, …, each of about `shard_bytes`, and the identities' names."""
     count = 0
     numbered = enumerate(samples)
     while (first := next(numbered, None)) is not None:

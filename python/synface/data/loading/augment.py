@@ -1,4 +1,4 @@
-"""From uint8 images to the network's input: normalization, and random variation of it."""
+"""Normalization and random augmentation, from uint8 images to the network's input."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...common.renamed import old_names
+
 
 def normalize(images: Tensor) -> Tensor:
-    """(B, H, W, C) uint8 to (B, C, H, W) float32 in [-1, 1]: (x/255 - 0.5)/0.5.
+    """Convert (B, H, W, C) uint8 to (B, C, H, W) float32 in [-1, 1]: (x/255 - 0.5)/0.5.
 
     Raises:
         ValueError: for another dtype or shape.
@@ -24,14 +26,14 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def warp(images: Tensor, angle: Tensor, zoom: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
-    """Turns, scales, shifts and mirrors each image; edges continue outwards.
+    """Rotate, scale, shift and flip each image; edges are replicated outwards.
 
     Args:
         images: (B, C, H, W) float.
-        angle: (B,) radians, counter-clockwise as seen.
-        zoom: (B,) factors, over 1 enlarges.
-        shift: (B, 2) in widths and heights of the image.
-        flip: (B,) bool, mirrored left to right.
+        angle: (B,) radians, counter-clockwise.
+        zoom: (B,) factors; above 1 enlarges.
+        shift: (B, 2) to the right and down, in widths and heights of the image.
+        flip: (B,) bool, flipped left to right.
 
     Returns:
         (B, C, H, W), bilinear samples.
@@ -39,7 +41,7 @@ def warp(images: Tensor, angle: Tensor, zoom: Tensor, shift: Tensor, flip: Tenso
     height, width = images.shape[-2:]
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     mirror = 1.0 - 2.0 * flip.to(cos.dtype)
-    # Coordinates run over [-1, 1] on both axes: a rotation has to know the aspect ratio.
+    # Coordinates span [-1, 1] on both axes, so a rotation depends on the aspect ratio.
     rows = [mirror * cos, -mirror * sin * (height / width), -2.0 * shift[:, 0]]
     rows += [sin * (width / height), cos, -2.0 * shift[:, 1]]
     theta = torch.stack(rows, 1).view(-1, 2, 3)
@@ -48,12 +50,12 @@ def warp(images: Tensor, angle: Tensor, zoom: Tensor, shift: Tensor, flip: Tenso
 
 
 class Augment:
-    """Random variation of training images, all of a batch at once.
+    """Random augmentation of training images, of a whole batch at once.
 
-    At strength 1 an image is mirrored half of the time, turned by up to 10 degrees, scaled by up
-    to 10 %, shifted by up to 6 % of its sides, changed in contrast (20 %) and brightness (10 % of
-    the range), and one time in four loses a rectangle of up to 40 % of its sides. Strength scales
-    all of these; at 0 the result is `normalize(images)`.
+    At strength 1 an image is flipped with probability 0.5, rotated by up to 10 degrees, scaled by
+    up to 10 %, shifted by up to 6 % of its sides, changed in contrast (20 %) and brightness (10 %
+    of the range), and with probability 0.25 a rectangle of up to 40 % of its sides is erased.
+    Strength scales all of these; at 0 the result is `normalize(images)`.
 
     Args:
         strength: in [0, 2].
@@ -68,11 +70,11 @@ class Augment:
         self.strength = strength
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Varies and normalizes a batch.
+        """Augment and normalize a batch.
 
         Args:
             images: (B, H, W, C) uint8.
-            generator: the only source of randomness; the same state gives the same result.
+            generator: the only source of randomness.
 
         Returns:
             (B, C, H, W) float32 in [-1, 1].
@@ -97,7 +99,7 @@ class Augment:
         return self._erase(x, random[:, 7:])
 
     def _erase(self, x: Tensor, random: Tensor) -> Tensor:
-        """Mid-grayscale rectangles; random (B, 5): whether, height, width, top, left."""
+        """Erase rectangles to mid-gray; random (B, 5): whether, height, width, top, left."""
         inside = []
         for axis, length in ((0, x.shape[2]), (1, x.shape[3])):
             side = random[:, 1 + axis] * 0.4 * min(self.strength, 1.0)
@@ -107,3 +109,6 @@ class Augment:
         erased = inside[0][:, :, None] & inside[1][:, None, :]
         erased &= (random[:, 0] < 0.25 * self.strength)[:, None, None]
         return x.masked_fill(erased[:, None], 0.0)
+
+
+__getattr__ = old_names(__name__, normalise="normalize")  # codespell:ignore normalise

@@ -1,4 +1,4 @@
-"""The order in which images are read: a function of (seed, epoch, position), without state."""
+"""Orders of reading images, as stateless functions of (seed, epoch, position)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ...common.renamed import old_names
+
 
 @dataclass(frozen=True)
-class Part:
-    """Which part of every batch a rank of a process group trains on.
+class RankSlice:
+    """The slice of every batch that one rank of a process group trains on.
 
     Attributes:
         rank, ranks: 0 ≤ rank < ranks.
@@ -24,50 +26,53 @@ class Part:
     ranks: int = 1
 
     def of(self, count: int) -> slice:
-        """Its images among those of a batch; the ranks' parts differ by one at most."""
+        """Return the slice of a batch of `count`; the ranks' sizes differ by one at most."""
         return slice(count * self.rank // self.ranks, count * (self.rank + 1) // self.ranks)
 
     def purpose(self, name: str) -> str:
-        """What it draws random numbers for: the ranks draw others, the first those of one alone."""
+        """Return the key of a rank's random stream; rank 0 has that of a single process."""
         return f"{name} {self.rank}" if self.rank else name
 
 
-WHOLE = Part()
+WHOLE = RankSlice()
 
 
 class Order(ABC):
-    """Which images are read when; nothing is remembered but the last shuffles."""
+    """An order of reading, without state but for a cache of the last shuffles."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """Positions in an epoch."""
+        """Return the number of positions in an epoch."""
 
     @abstractmethod
     def __call__(self, epoch: int, positions: Any) -> tuple[NDArray[np.int64], ...]:
-        """For each set, the indices of its images at some positions of an epoch."""
+        """Return, for each set, the indices of its images at some positions of an epoch."""
 
     def batches(self, batch_size: int) -> int:
-        """Of an epoch; the last may be shorter."""
+        """Return the number of batches in an epoch; the last may be shorter."""
         return -(-len(self) // batch_size)
 
     def batch(
-        self, step: int, batch_size: int, part: Part = WHOLE
+        self, step: int, batch_size: int, part: RankSlice = WHOLE
     ) -> tuple[NDArray[np.int64], ...]:
-        """For each set, the indices of a part of a batch; steps count through all epochs."""
-        epoch, place = divmod(step, self.batches(batch_size))
-        begin = place * batch_size
+        """Return, for each set, the indices of a step's batch, or of a rank's slice of it.
+
+        Steps are counted through all epochs.
+        """
+        epoch, index = divmod(step, self.batches(batch_size))
+        begin = index * batch_size
         end = min(begin + batch_size, len(self))
         return self(epoch, np.arange(begin, end)[part.of(end - begin)])
 
 
 @dataclass(frozen=True)
 class ShuffledOrder(Order):
-    """Reads a set once in each epoch, in a shuffle of its own.
+    """The order that reads a set once per epoch, with a new shuffle in each.
 
     Attributes:
         num_images: in the set. seed: ≥ 0.
 
-    Memory: 8 bytes per image of a shuffle, of which at most two are kept.
+    Memory: 8 bytes per image of a shuffle, of which at most two are cached.
     """
 
     num_images: int
@@ -82,7 +87,7 @@ class ShuffledOrder(Order):
 
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    import torch  # the pairs' orders need none
+    import torch  # pairs' orders do without
 
     from ...common.rng import generator
 
@@ -93,23 +98,22 @@ def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class CycledOrder(Order):
-    """Pairs each synthetic image with a real one; an epoch is one pass over the synthetic set.
+    """The order that pairs each synthetic image with a real one, once per epoch.
 
-    The synthetic set has a shuffle of its own in each epoch. The real set is read in passes too,
-    each with a shuffle of its own, that follow one another without regard to the epochs: the pair
-    at position p of epoch e is number n = e·num_synthetic + p, and its real image is number
-    n mod num_real of pass n // num_real. So a shorter real set is cycled to the synthetic one's
-    length, a longer one is continued in the next epoch, and no real image is read once more than
-    another before all were read.
+    The synthetic set is shuffled anew in each epoch. The real set is shuffled anew in each of its
+    own passes, which do not begin with the epochs: the pair at position p of epoch e is number
+    n = e·num_synthetic + p, and its real image is number n mod num_real of pass n // num_real. So a
+    shorter real set is cycled to the synthetic one's length, a longer one is continued in the next
+    epoch, and each real image is drawn once per pass.
 
-    Nothing is remembered between calls but the last shuffles: any position of any epoch can be
-    asked for at any time, by any process, and the answer is the same with any version of NumPy.
+    Only the last shuffles are cached: any process can ask for any position of any epoch, and gets
+    the same answer with any version of NumPy.
 
     Attributes:
         num_synthetic, num_real: images in each set, at least 1.
         seed: ≥ 0.
 
-    Memory: 16 bytes per image of a shuffle, of which at most four of each domain are kept.
+    Memory: 16 bytes per image of a shuffle, of which at most four of each domain are cached.
 
     Raises:
         ValueError: for a number out of range.
@@ -125,13 +129,13 @@ class CycledOrder(Order):
             object.__setattr__(self, name, _integer(name, getattr(self, name), least))
 
     def __len__(self) -> int:
-        """Positions in an epoch."""
+        """Return the number of positions in an epoch."""
         return self.num_synthetic
 
     def __call__(
         self, epoch: int, positions: ArrayLike
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The indices (synthetic, real) at some positions of an epoch.
+        """Return the indices (synthetic, real) at some positions of an epoch.
 
         Args:
             epoch: ≥ 0. positions: integers of any shape, each in [0, num_synthetic).
@@ -163,7 +167,7 @@ class CycledOrder(Order):
 
 
 def _shuffle(domain: int, seed: int, number: int, count: int) -> NDArray[np.int64]:
-    """A permutation by the order of random words: NumPy promises those to stay what they are."""
+    """Return a permutation: the argsort of random words, which are stable across NumPy versions."""
     words = np.random.PCG64(np.random.SeedSequence([seed, number, domain])).random_raw(count)
     order = words.argsort(kind="stable")
     order.flags.writeable = False
@@ -190,3 +194,6 @@ def _integer(name: str, value: object, least: int) -> int:
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
     return number
+
+
+__getattr__ = old_names(__name__, Part="RankSlice")

@@ -1,8 +1,7 @@
-"""A loader's worker process: it decodes images into memory that it shares with the trainer.
+"""A loader's worker process, which decodes images into memory that it shares with the trainer.
 
-NumPy and Pillow are all that it imports (and pyarrow, where a file needs it), so it starts in a
-fraction of a second and holds a few tens of megabytes. It ends when the other end of its connection
-does.
+It imports NumPy and Pillow alone (and pyarrow for Parquet and Arrow files), so it starts in a
+fraction of a second and takes a few tens of megabytes. It ends when its connection is closed.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import pickle
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -25,29 +23,30 @@ from ...common.check import check_memory
 from ..formats import decode
 from ..formats.images import Store
 
-STARTING, IDLE, MIXING = -3, -2, -1  # what a ticket says where it names no image
+STARTING, IDLE, MIXING = -3, -2, -1  # tickets that stand for no image
 
 
 class SharedArray:
-    """An array in memory that has no name, so that nothing is left of it whoever dies.
+    """An array in anonymous shared memory, freed with the last process that maps it.
 
-    A child process that was given the file descriptor maps it by unpickling this. The memory lives
-    until the last array over it is gone, `close` or not.
-    Pages are taken as they are written, so a lack of memory shows only then.
+    A child process that inherits the file descriptor maps it by unpickling this. The memory lives
+    until the last array over it is gone, `close` or not. Pages are allocated as they are written,
+    so a lack of memory shows only then.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, fd: int | None = None) -> None:
-        size = max(1, int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize)
+        count = int(np.prod(shape, dtype=object))
+        size = max(1, count * np.dtype(dtype).itemsize)
         if fd is None:
             check_memory(f"an array of shape {shape}", size)
         self.fd = _nameless(size) if fd is None else fd
-        count = int(np.prod(shape, dtype=object))
         self.array: NDArray[Any] = np.frombuffer(
             mmap.mmap(self.fd, size), dtype, count=count
         ).reshape(shape)
 
     @classmethod
     def of(cls, values: NDArray[Any]) -> SharedArray:
+        """Copy an array into shared memory."""
         shared = cls(values.shape, values.dtype)
         shared.array[...] = values
         return shared
@@ -56,7 +55,7 @@ class SharedArray:
         return SharedArray, (self.array.shape, self.array.dtype.str, self.fd)
 
     def close(self) -> None:
-        """Lets go of the array; others over it stay, and keep the memory."""
+        """Release this array; the memory stays while others map it."""
         os.close(self.fd)
         del self.array
 
@@ -72,73 +71,61 @@ def _nameless(size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Pixels:
-    """A domain in memory: (N, H, W, C) uint8."""
-
-    images: SharedArray
-
-    def read_into(self, pixels: NDArray[np.uint8], row: int) -> None:
-        pixels[:] = self.images.array[row]
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A domain on disk: a pickled `Store` whose arrays are in shared memory."""
+class SharedStore:
+    """A pickled `Store` whose arrays are in shared memory."""
 
     pickled: bytes
     arrays: list[SharedArray]
 
     @classmethod
-    def of(cls, store: Store) -> Stored:
+    def of(cls, store: Store) -> SharedStore:
+        """Share a store."""
         buffers: list[pickle.PickleBuffer] = []
         pickled = pickle.dumps(store, protocol=5, buffer_callback=buffers.append)
         raw = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
         return cls(pickled, [SharedArray.of(array) for array in raw])
 
     def store(self) -> Store:
+        """Return the store, over the shared arrays."""
         return pickle.loads(self.pickled, buffers=[shared.array for shared in self.arrays])
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What a worker is told at its start.
+class Setup(NamedTuple):
+    """The first message to a worker.
 
     Attributes:
-        index: of the worker.
-        domains: one, or the synthetic and the real one.
+        worker: its index.
+        stores: of one domain, or of the synthetic and the real one.
         slots: (S, domains, B, H, W, C) uint8, or (S, B, C, H, W) float32 if the worker is to mix.
-        tickets: (workers,) int64, what each worker is on: an image, counted through all steps as
-            (step·domains + its domain)·B + its place in the batch; or STARTING, IDLE or MIXING.
-        image_shape: (H, W, C). batch_size: B. mean, std: of the mixed images.
+        tickets: (workers,) int64, what each worker works on: an image, counted through all steps as
+            (step·domains + its domain)·B + its index in the batch; or STARTING, IDLE or MIXING.
+        shape: (B, H, W, C) of a domain's batch. mixing: (mean, std) if the worker is to mix.
     """
 
-    index: int
-    domains: tuple[Pixels | Stored, ...]
+    worker: int
+    stores: list[SharedStore]
     slots: SharedArray
     tickets: SharedArray
-    image_shape: tuple[int, int, int]
-    batch_size: int
-    mean: float | Sequence[float]
-    std: float | Sequence[float]
+    shape: tuple[int, int, int, int]
+    mixing: tuple[Any, Any] | None
 
 
 class Task(NamedTuple):
-    """A batch to read into a slot.
+    """A batch to decode, into slot ``step % slots``.
 
     Attributes:
-        rows: (domains, n) int64, the images of each.
-        psi: (n,) float64 if the worker is to mix; flip: (2, n) bool if any are to be mirrored.
+        rows: (domains, n) int64, indices of the images of each domain.
+        psi: (n,) float64 if the worker is to mix. flip: (2, n) bool if any are to be mirrored.
     """
 
     step: int
-    slot: int
     rows: NDArray[np.int64]
     psi: NDArray[np.float64] | None
     flip: NDArray[np.bool_] | None
 
 
 class Done(NamedTuple):
-    """What became of a task: the seconds spent on reading, and (ticket, what is wrong) if any."""
+    """The result of a task: seconds spent on decoding, and (ticket, problem) if an image failed."""
 
     step: int
     seconds: float
@@ -146,51 +133,49 @@ class Done(NamedTuple):
 
 
 def main(fd: int) -> None:
-    """Serves the loader at the other end of a socket until that is closed."""
-    for each in (signal.SIGINT, signal.SIGTERM):  # of all processes of a job: the trainer's to take
+    """Serve the loader at the other end of a socket until that is closed."""
+    for each in (signal.SIGINT, signal.SIGTERM):  # sent to a whole job; the trainer handles them
         signal.signal(each, signal.SIG_IGN)
     with Connection(fd) as loader:
         try:
             setup: Setup = loader.recv()
-            domains = [d.store() if isinstance(d, Stored) else d for d in setup.domains]
-            scratch = np.empty((len(domains), setup.batch_size, *setup.image_shape), np.uint8)
+            stores = [shared.store() for shared in setup.stores]
+            scratch = np.empty((len(stores), *setup.shape), np.uint8)
             tickets = setup.tickets.array
             while True:
-                tickets[setup.index] = IDLE
+                tickets[setup.worker] = IDLE
                 task: Task = loader.recv()
-                loader.send(_serve(setup, domains, task, scratch))
+                loader.send(_serve(setup, stores, task, scratch))
         except (EOFError, ConnectionError):  # the loader is gone
             return
 
 
-def _serve(
-    setup: Setup, domains: list[Pixels | Store], task: Task, scratch: NDArray[np.uint8]
-) -> Done:
-    """Reads a batch, and mixes it if there is a ψ."""
-    batch, tickets = setup.batch_size, setup.tickets.array
-    slot = setup.slots.array[task.slot]
+def _serve(setup: Setup, stores: list[Store], task: Task, scratch: NDArray[np.uint8]) -> Done:
+    """Decode a batch, and mix it if the task has a ψ."""
+    batch, tickets = setup.shape[0], setup.tickets.array
+    slot = setup.slots.array[task.step % len(setup.slots.array)]
     images = slot if task.psi is None else scratch
     count = task.rows.shape[1]
     began = time.perf_counter()
-    for side, domain in enumerate(domains):
-        read = decode.attempt(domain.read_into)
+    for side, store in enumerate(stores):
+        read = decode.attempt(store.read_into)
         for i, row in enumerate(task.rows[side]):
-            ticket = (len(domains) * task.step + side) * batch + i
-            tickets[setup.index] = ticket
+            ticket = (len(stores) * task.step + side) * batch + i
+            tickets[setup.worker] = ticket
             _, problem = read(images[side, i], int(row))
             if problem:
                 return Done(task.step, time.perf_counter() - began, (ticket, problem))
     seconds = time.perf_counter() - began
-    if task.psi is not None:
+    if task.psi is not None and setup.mixing is not None:
         from synface_kernels.numpy import domain_mixup
 
-        tickets[setup.index] = MIXING
+        tickets[setup.worker] = MIXING
         domain_mixup(
             images[0, :count],
             images[1, :count],
             task.psi,
-            mean=setup.mean,
-            std=setup.std,
+            mean=setup.mixing[0],
+            std=setup.mixing[1],
             flip=None if task.flip is None else (task.flip[0], task.flip[1]),
             out=slot[:count],
         )

@@ -1,11 +1,11 @@
-"""Mixing batches: draws the shares, mixes the pixels in one pass, and says what each image now is.
+"""Mixers of batches: they draw the shares, mix the pixels in one pass, and return mixed labels.
 
 A mixed image has K labels with weights that sum to 1, in the form that
 `synface_kernels.margin_cross_entropy` takes: targets (N, K) and weights (N, K), never (N, C).
 
 Every random number is drawn from the `torch.Generator` that a call is given (None: the CPU's global
-one), on that generator's device. So one seed of a CPU generator means one result, whatever device
-the images are on. A GPU is never waited for: what was drawn is sent to it, and labels on it are
+one), on that generator's device. So a CPU generator's seed determines the result, whatever device
+the images are on. No call synchronizes with a GPU: draws are sent to it, and labels on it are
 checked by asynchronous assertions.
 """
 

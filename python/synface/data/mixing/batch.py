@@ -1,4 +1,4 @@
-"""Mixing the images of one batch with each other."""
+"""Mixers of the images of one batch with each other: mixup and CutMix."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class _OneBatch(Mixer):
     """A mixer of a batch with itself.
 
     Attributes:
-        partner: which image each one is mixed with: those of a random ``"permutation"``, or those
-            of the batch in ``"reverse"`` order.
+        partner: the images that the batch is mixed with: a random ``"permutation"`` of it, or the
+            batch in ``"reverse"`` order.
     """
 
     partner: Literal["permutation", "reverse"] = "permutation"
@@ -46,13 +46,13 @@ class _OneBatch(Mixer):
         *,
         out: Tensor | None = None,
     ) -> Mixed:
-        """Mixes a batch.
+        """Mix a batch.
 
         Args:
             images: (N, H, W, C), or (N, C, H, W) with ``layout="NCHW"``; uint8 or floating point.
                 Any N.
             labels: (N,) or (N, 1) integers, ≥ 0.
-            out: to write the images into; see `synface_kernels.domain_mixup`.
+            out: receives the images; see `synface_kernels.domain_mixup`.
 
         Returns:
             `Mixed` with K = 2 labels per image.
@@ -71,9 +71,7 @@ class _OneBatch(Mixer):
     def _with(
         self, images: Tensor, order: Tensor, generator: Generator | None, out: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The images mixed with their partners images[order], and the share (N,) of their own
-        labels.
-        """
+        """Return the images mixed with images[order], and the shares (N,) of their own labels."""
         raise NotImplementedError
 
     def _partners(self, images: Tensor, generator: Generator | None) -> Tensor:
@@ -84,7 +82,7 @@ class _OneBatch(Mixer):
 
 @dataclass(frozen=True, kw_only=True)
 class Mixup(_OneBatch):
-    """Mixes the images of a batch with one another: λ·X + (1 − λ)·X'.
+    """Mixup of the images of a batch with one another: λ·X + (1 − λ)·X'.
 
     Args:
         ratio: the distribution of λ; ``Beta(a)`` is the paper's, a grid of 21 values the default.
@@ -107,11 +105,11 @@ class Mixup(_OneBatch):
 
 @dataclass(frozen=True, kw_only=True)
 class CutMix(_OneBatch):
-    """Pastes a box of another image of the batch into each.
+    """CutMix of the images of a batch: a box of another image is pasted into each.
 
     The box has √(1 − λ) of the image's height and of its width, each rounded down to an even number
-    of pixels; its center is uniform over the pixels, and what reaches beyond the border is cut off.
-    An image's own label weighs exactly the share of pixels that it kept.
+    of pixels; its center is uniform over the pixels, and the box is clipped at the borders. An
+    image's own label weighs exactly the share of its pixels outside the box.
 
     Args:
         ratio: the distribution of λ; ``Beta(1.0)`` is the paper's, a grid of 21 values the default.

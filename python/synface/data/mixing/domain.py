@@ -1,4 +1,4 @@
-"""Mixing synthetic with real images, and identities with each other."""
+"""Mixers of synthetic with real images, and of identities with each other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .ratios import SYNFACE_GRID, Ratio, permutation, send, uniform
 
 
 class MixedIdentities(NamedTuple):
-    """Mixed identity coefficients (N, D), and as in `Mixed` their targets and weights (N, 2)."""
+    """Mixed identity coefficients (N, D), with targets and weights (N, 2) as in `Mixed`."""
 
     coefficients: Tensor
     targets: Tensor
@@ -34,7 +34,7 @@ class MixedIdentities(NamedTuple):
 
 @dataclass(frozen=True)
 class DomainMixup(Mixer):
-    """Mixes a synthetic batch with a real one, ψ·X_S + (1 − ψ)·X_R, and concatenates their labels.
+    """Mixup of a synthetic batch with a real one: ψ·X_S + (1 − ψ)·X_R, with a label of either.
 
     Real label i becomes num_synthetic + i. The classifier has ``num_classes`` classes.
 
@@ -42,7 +42,7 @@ class DomainMixup(Mixer):
         num_synthetic, num_real: identities in each domain, at least 1.
         ratio: the distribution of ψ; SynFace's grid by default.
         per_sample: draw a ψ for each image; SynFace draws one for the batch.
-        flip: probability with which an image is mirrored; each side of each pair on its own.
+        flip: probability of flipping an image; each side of each pair is flipped independently.
         mean, std, dtype, memory_format, layout, impl: as `synface_kernels.domain_mixup` takes them.
 
     Raises:
@@ -64,6 +64,7 @@ class DomainMixup(Mixer):
 
     @property
     def num_classes(self) -> int:
+        """The number of classes of the classifier."""
         return self.num_synthetic + self.num_real
 
     def __call__(
@@ -77,17 +78,17 @@ class DomainMixup(Mixer):
         generator: Generator | None = None,
         out: Tensor | None = None,
     ) -> Mixed:
-        """Mixes two batches.
+        """Mix two batches.
 
         Args:
             synthetic: (N, H, W, C) images, or (N, C, H, W) with ``layout="NCHW"``; uint8 or
-                floating point. real: (R, …), likewise. Image i meets real image i mod R, so a
-                shorter real batch is repeated, and of a longer one the first N are used.
+                floating point. real: (R, …), likewise. Image i is mixed with real image i mod R: a
+                shorter real batch is repeated, a longer one is cut at N.
             synthetic_labels: (N,) integers in [0, num_synthetic); or (N, J), as identity mixup
                 returns them, together with ``synthetic_weights`` (N, J), floating point, ≥ 0, each
                 row summing to 1.
             real_labels: (R,) integers in [0, num_real). Labels may also be (N, 1) and (R, 1).
-            out: to write the images into; see `synface_kernels.domain_mixup`.
+            out: receives the images; see `synface_kernels.domain_mixup`.
 
         Returns:
             `Mixed` with K = 2 labels per image, or J + 1: the synthetic ones with weight
@@ -117,9 +118,9 @@ class DomainMixup(Mixer):
         return Mixed(images, *self._label(synthetic_labels, own, _cycled(real_labels, batch), psi))
 
     def draw(self, batch: int, generator: Generator | None = None) -> tuple[Tensor, Tensor | None]:
-        """All that is random in a call: ψ (B,) float64; and which images to flip, (2, B) or None.
+        """Draw a call's random numbers: ψ (B,) float64, and the images to flip, (2, B) or None.
 
-        For who mixes elsewhere, as workers do with `synface_kernels.numpy.domain_mixup`.
+        They serve mixing elsewhere, as in workers by `synface_kernels.numpy.domain_mixup`.
         """
         psi = self._shares(batch, generator).expand(batch)
         return psi, uniform((2, batch), generator) < self.flip if self.flip > 0 else None
@@ -127,7 +128,7 @@ class DomainMixup(Mixer):
     def label(
         self, synthetic_labels: Tensor, real_labels: Tensor, psi: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Targets and weights (N, 2) of images mixed elsewhere, by (N,) labels and the ψ drawn.
+        """Return targets and weights (N, 2) of images mixed elsewhere, from labels and ψ (N,).
 
         Raises:
             TypeError, ValueError: for wrong labels, naming them.
@@ -147,9 +148,9 @@ class DomainMixup(Mixer):
 
 @dataclass(frozen=True)
 class IdentityMixup:
-    """Mixes each identity of a batch with another: φ·α + (1 − φ)·α', one φ for each image.
+    """Mixup of each identity of a batch with another: φ·α + (1 − φ)·α', one φ for each image.
 
-    The partners α' are the batch in a random order, so an identity may meet itself.
+    The partners α' are the batch in a random order, so an identity may be its own partner.
 
     Args:
         ratio: the distribution of φ; SynFace's grid by default.
@@ -165,7 +166,7 @@ class IdentityMixup:
     def __call__(
         self, alpha: Tensor, labels: Tensor, generator: Generator | None = None
     ) -> MixedIdentities:
-        """Mixes the coefficients of a batch.
+        """Mix the coefficients of a batch.
 
         Args:
             alpha: (N, D) floating-point identity coefficients.
@@ -193,7 +194,7 @@ class IdentityMixup:
 
 
 def _cycled(rows: Tensor, count: int) -> Tensor:
-    """Row i of the result is row i mod len(rows)."""
+    """Return `count` rows, of which row i is row i mod len(rows)."""
     if len(rows) >= count:
         return rows[:count]
     whole, rest = divmod(count, len(rows))
@@ -201,7 +202,7 @@ def _cycled(rows: Tensor, count: int) -> Tensor:
 
 
 def _own_weights(labels: Tensor, weights: Tensor | None) -> Tensor:
-    """What each label of a synthetic image weighs before it is mixed, (N, J) float64."""
+    """Return the weights of a synthetic image's labels before mixing, (N, J) float64."""
     if labels.dim() == 1 and weights is not None:
         raise ValueError("synthetic_weights must be None with (N,) synthetic_labels")
     if weights is None:

@@ -1,4 +1,4 @@
-"""Helpers of the mixers: boxes of CutMix, labels with weights, and checks of arguments."""
+"""Helpers of the mixers: CutMix boxes, weighted labels, and argument checks."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Mixed(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Mixer:
-    """What all mixers of images share.
+    """Base class of the mixers of images.
 
     Attributes:
-        ratio: how shares are distributed: a `Grid`, a `Beta`, a `Constant`, or anything with
+        ratio: distribution of the shares: a `Grid`, a `Beta`, a `Constant`, or an object with
             their ``sample``.
-        per_sample: a share for each image; otherwise one for the batch.
+        per_sample: draw a share for each image; otherwise one for the batch.
         mean, std, dtype, memory_format, layout, impl: as `synface_kernels.domain_mixup` takes them.
     """
 
@@ -58,7 +58,7 @@ class Mixer:
         check_layout(self.layout)
 
     def _shares(self, batch: int, generator: Generator | None) -> Tensor:
-        """(B,), or (1,) for the whole batch; float64, where they were drawn."""
+        """Draw shares (B,), or (1,) for the whole batch; float64, on the generator's device."""
         return self.ratio.sample(batch if self.per_sample else 1, generator)
 
     def _mix(
@@ -78,7 +78,7 @@ class Mixer:
 def cutmix_boxes(
     height: int, width: int, share: Tensor, generator: Generator | None, even: bool = True
 ) -> Tensor:
-    """CutMix's boxes: sides √(1 − λ) of the image's, around a uniform center, cut at the borders.
+    """Draw CutMix's boxes: √(1 − λ) of the image's sides, around a uniform center, clipped.
 
     Sides are rounded down to a whole number of pixels, with ``even`` to an even one.
     """
@@ -96,7 +96,7 @@ def cutmix_boxes(
 def cutmix_boxes_within(
     height: int, width: int, limits: Sequence[float], count: int, generator: Generator | None
 ) -> Tensor:
-    """Boxes inside the image, with sides uniform between two shares of its, upper left out."""
+    """Draw boxes inside the image, with sides uniform in [min, max) of the image's."""
     spans = []
     for size in (height, width):
         low, high = int(size * limits[0]), int(size * limits[1])
@@ -108,15 +108,15 @@ def cutmix_boxes_within(
 
 
 def kept_share(boxes: Tensor, height: int, width: int) -> Tensor:
-    """The share of an image's pixels outside its box, (count,) float64."""
+    """Return the share of an image's pixels outside its box, (count,) float64."""
     top, bottom, left, right = boxes
     pixels = max(height * width, 1)
     return (pixels - (bottom - top) * (right - left)).double() / pixels
 
 
 def paste(images: Tensor, others: Tensor, order: Tensor, boxes: Tensor, layout: str) -> Tensor:
-    """The images with the pixels of others[order] inside the boxes (4, N), or (4, 1) for all."""
-    if images.device.type == "cpu" and not images.requires_grad:  # read the boxes' pixels alone
+    """Return the images with others[order] inside the boxes (4, N), or (4, 1) for all."""
+    if images.device.type == "cpu" and not images.requires_grad:  # copy the boxes' pixels alone
         pasted = images.clone()
         spans = boxes.expand(4, len(images)).T.tolist()
         for i, (other, (top, bottom, left, right)) in enumerate(
@@ -145,15 +145,15 @@ def paste(images: Tensor, others: Tensor, order: Tensor, boxes: Tensor, layout: 
 
 
 def paired_labels(first: Tensor, second: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Targets and weights (N, 2)."""
+    """Return targets and weights (N, 2)."""
     return torch.stack([first, second], 1), exact_weights(torch.stack([share, 1 - share], 1))
 
 
 def exact_weights(shares: Tensor) -> Tensor:
-    """Float64 shares (N, K) as float32 whose sums are 1 exactly.
+    """Round float64 shares (N, K) to float32 whose sums are 1 exactly.
 
-    Rounded are the partial sums, to multiples of 2⁻²⁴: float32 holds those up to 1, and their
-    differences.
+    The partial sums are rounded to multiples of 2⁻²⁴, which float32 holds up to 1, as it holds
+    their differences.
     """
     edges = torch.stack(list(accumulate(shares.unbind(1))), 1).mul(2**24).round()
     return edges.diff(prepend=torch.zeros_like(edges[:, :1])).div(2**24).float()
@@ -168,7 +168,7 @@ def check_layout(layout: object) -> None:
 
 
 def image_size(images: Tensor, layout: str) -> tuple[int, int]:
-    """Height and width."""
+    """Return height and width."""
     height, width = images.shape[1:3] if layout == "NHWC" else images.shape[2:]
     return height, width
 
@@ -195,7 +195,7 @@ def check_images(name: str, images: Tensor, layout: str) -> None:
     channels, elsewhere, other = (
         (last, first, "NCHW") if layout == "NHWC" else (first, last, "NHWC")
     )
-    # Square maps of many channels are what a layer made, in the layout that was given.
+    # Square maps of many channels come from a layer, in the layout that was given.
     if channels not in CHANNELS and elsewhere in CHANNELS and (layout == "NHWC" or width != last):
         raise ValueError(
             f"{name} of shape {tuple(images.shape)} would have {channels} channels in "
@@ -233,7 +233,7 @@ def check_labels(
 
 
 def check_rows_sum_to_one(name: str, rows: Tensor, advice: str = "") -> Tensor:
-    """Return floating-point rows (N, K) as float64 that sum to 1; they must but for rounding."""
+    """Return rows (N, K), whose sums must be 1 up to rounding, in float64 with sums of 1."""
     own = rows.detach().double()
     require((own >= 0) & own.isfinite(), f"{name} must be finite and ≥ 0", own)
     total = own.sum(1)
@@ -243,7 +243,7 @@ def check_rows_sum_to_one(name: str, rows: Tensor, advice: str = "") -> Tensor:
 
 
 def require(condition: Tensor, message: str, values: Tensor) -> None:
-    """At once, naming what came, on a CPU; without waiting, on a GPU."""
+    """Raise unless `condition` holds everywhere; on a GPU, an asynchronous assertion fails."""
     if condition.device.type != "cpu":
         torch._assert_async(condition.all(), message)
     elif not condition.all():

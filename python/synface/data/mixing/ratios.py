@@ -1,7 +1,7 @@
-"""Distributions of mixing shares, and the random draws that mixers make.
+"""Distributions of mixing shares, and the mixers' random draws.
 
-Everything is drawn from the `torch.Generator` that a call is given (None: the CPU's global one), on
-that generator's device, whatever torch's default device and dtype are.
+All numbers are drawn from the `torch.Generator` that a call is given (None: the CPU's global one),
+on that generator's device, whatever torch's default device and dtype are.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ class Ratio(Protocol):
     """A distribution of shares in [0, 1]."""
 
     def sample(self, count: int, generator: Generator | None = None) -> Tensor:
-        """(count,) float64 independent draws, on the generator's device (None: CPU)."""
+        """Return (count,) float64 independent draws, on the generator's device (None: CPU)."""
         ...
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Uniform over ``steps`` equidistant values from 0 to 1; SynFace's 0, 0.05, …, 1 by default.
+    """The uniform distribution over ``steps`` equidistant values from 0 to 1.
+
+    By default these are SynFace's 0, 0.05, …, 1.
 
     Raises:
         TypeError, ValueError: unless ``steps`` is an integer ≥ 2.
@@ -49,7 +51,7 @@ SYNFACE_GRID = Grid()
 
 @dataclass(frozen=True)
 class Beta:
-    """Beta(a, b); b None is a.
+    """The distribution Beta(a, b); b None is a.
 
     Raises:
         TypeError, ValueError: unless a and b are numbers in [1e-300, 1e300].
@@ -80,7 +82,7 @@ class Beta:
 
 @dataclass(frozen=True)
 class Constant:
-    """Always ``value``.
+    """The distribution of one value.
 
     Raises:
         TypeError, ValueError: unless ``value`` is a number in [0, 1].

@@ -1,14 +1,14 @@
-"""timm's mixup and CutMix: `Mixup` and `FastCollateMixup` are called as those of `timm.data` are.
+"""timm's mixup and CutMix: drop-in replacements of `timm.data`'s `Mixup` and `FastCollateMixup`.
 
 Replace ``from timm.data import Mixup`` by ``from synface.data.mixing.timm_mixup import Mixup``:
 arguments, their defaults, attributes, results and distributions are timm's (1.0.31). With
 ``sparse=True`` targets come as `synface_kernels.margin_cross_entropy` takes them, and no (B, C)
 matrix is built.
 
-Different from timm's: a batch may be odd (its middle image meets itself) or have one image; images
-given are never written to; wrong arguments are errors; numbers are drawn from a `torch.Generator`,
-not from NumPy's global state; pixels and λ are computed in float64 and rounded once; dense targets
-are float32 whatever the images are.
+Different from timm's: a batch may be odd (its middle image is mixed with itself) or have one image;
+input images are never written to; wrong arguments are errors; numbers are drawn from a
+`torch.Generator`, not from NumPy's global state; pixels and λ are computed in float64 and rounded
+once; dense targets are float32 for images of any dtype.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ Targets: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 class _TimmCall:
     """Base class of timm's two callables: arguments, draws and targets.
 
-    Each image is mixed with its mirror image in the order of the batch, i with B − 1 − i. All
-    arguments are attributes of these names, read at each call, and may be set between calls.
+    Image i is mixed with image B − 1 − i of the batch. All arguments are attributes of these names,
+    read at each call, and may be set between calls.
     """
 
     mixup_alpha: float = 1.0
@@ -75,7 +75,7 @@ class _TimmCall:
         self._check_arguments()
 
     def _check_arguments(self) -> None:
-        """Raise for a wrong argument; called at each call too, for attributes may have been set."""
+        """Raise for a wrong argument; every call checks anew, since attributes may be set."""
         check_number("mixup_alpha", self.mixup_alpha, 0)
         check_number("cutmix_alpha", self.cutmix_alpha, 0)
         minmax = self.cutmix_minmax
@@ -105,7 +105,7 @@ class _TimmCall:
 
     @property
     def mix_prob(self) -> float:
-        """The probability of mixing at all, under timm's name; `prob` is the same."""
+        """The probability of mixing at all: timm's name of `prob`."""
         return self.prob
 
     @mix_prob.setter
@@ -115,9 +115,9 @@ class _TimmCall:
     def _draw(
         self, batch: int, height: int, width: int, generator: Generator | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Shares of the pixels outside the box and of the label, (1,) or (rows,); boxes (4, same).
+        """Draw shares of pixels (outside boxes) and labels, (1,) or (rows,), and boxes (4, same).
 
-        There are as many rows as images of the result: half of the batch in mode "half".
+        Rows are the images of the result: half of the batch in mode "half".
         """
         pairs = (batch + 1) // 2
         count = {"batch": 1, "pair": pairs, "elem": batch, "half": pairs}[self.mode]
@@ -148,14 +148,14 @@ class _TimmCall:
         return pixel, label, boxes
 
     def _paste(self, images: Tensor, x: Tensor, boxes: Tensor | None, layout: str) -> Tensor:
-        """The first images of x, with the boxes of their partners in the order of x reversed."""
+        """Return the first images of x, with boxes of their partners, x in reverse, pasted."""
         if boxes is None:
             return images
         order = torch.arange(len(x), device=x.device).flip(0)[: len(images)]
         return paste(images, x, order, send(boxes, x.device), layout)
 
     def _label(self, target: Tensor, share: Tensor) -> Targets:
-        """Targets from checked labels, hard or soft, and the share (rows,) of each image's own."""
+        """Return targets from checked labels, hard or soft, and shares (rows,) of own labels."""
         rows, classes, smoothing = len(share), self.num_classes, self.label_smoothing
         first, second = target[:rows], target.flip(0)[:rows]
         if target.dim() == 2:
@@ -172,7 +172,7 @@ class _TimmCall:
         return full
 
     def _check_target(self, target: Tensor, images: Tensor) -> Tensor:
-        """Labels as (B,) int64, or soft labels as (B, C) float32."""
+        """Return labels as (B,) int64, or soft labels as (B, C) float32."""
         soft = isinstance(target, Tensor) and (target.is_floating_point() or self.multi_label)
         if not soft:
             return check_labels("target", target, images, self.num_classes)
@@ -193,22 +193,22 @@ class _TimmCall:
 
 @dataclass(eq=False)
 class Mixup(_TimmCall):
-    """Takes the place of `timm.data.Mixup`: ``x, target = mixup_fn(x, target)``.
+    """A replacement of `timm.data.Mixup`: ``x, target = mixup_fn(x, target)``.
 
-    Each image is mixed with its mirror image in the order of the batch, i with B − 1 − i. All
-    arguments are attributes of the same names, read at each call, and may be set between calls.
+    Image i is mixed with image B − 1 − i of the batch. All arguments are attributes of the same
+    names, read at each call, and may be set between calls.
 
     Args:
         mixup_alpha, cutmix_alpha: λ ~ Beta(alpha, alpha); 0 turns that method off.
         cutmix_minmax: bounds (min, max) of a box's sides as shares of the image's: boxes are drawn
             from these instead, anywhere in the image, and cutmix_alpha counts as 1.
         prob: probability of mixing at all; switch_prob: of CutMix, where both are on.
-        mode: what gets draws of its own: the ``"batch"``, each ``"pair"`` (i, B − 1 − i), or each
-            image (``"elem"``).
-        correct_lam: weigh labels by the pixels kept, not by the λ that was drawn (always so with
+        mode: numbers are drawn once for the ``"batch"``, for each ``"pair"`` (i, B − 1 − i), or for
+            each image (``"elem"``).
+        correct_lam: weigh labels by the pixels outside the box, not by the drawn λ (always so with
             cutmix_minmax).
-        label_smoothing: ε of dense targets; with ``sparse=True`` it is not applied: give it to the
-            loss.
+        label_smoothing: ε of dense targets; it is not applied with ``sparse=True``, so give it to
+            the loss.
         num_classes: C, at least 1.
         multi_label: targets are (B, C) labels that each may be 1, and are smoothed towards 0.5.
         sparse: return (targets, weights) instead of dense targets.
@@ -219,7 +219,7 @@ class Mixup(_TimmCall):
         impl: as in `synface_kernels.domain_mixup`.
 
     Attributes:
-        mixup_enabled: set it to False to mix no more (x is still normalized).
+        mixup_enabled: False turns mixing off (x is still normalized).
         mix_prob: timm's name of ``prob``.
 
     Raises:
@@ -241,7 +241,7 @@ class Mixup(_TimmCall):
     def __call__(
         self, x: Tensor, target: Tensor, generator: Generator | None = None
     ) -> tuple[Tensor, Targets]:
-        """Mixes a batch.
+        """Mix a batch.
 
         Args:
             x: (B, C, H, W) uint8 or floating images, or (B, H, W, C) with ``layout="NHWC"``.
@@ -252,7 +252,7 @@ class Mixup(_TimmCall):
         Returns:
             The images, a new tensor, and (B, num_classes) float32 targets: with y(i) the one-hot or
             soft label of image i and λ its share, (1 − ε)·(λ·y(i) + (1 − λ)·y(B − 1 − i)) + ε/C, or
-            + ε/2 with ``multi_label``. With ``sparse``, in the place of these
+            + ε/2 with ``multi_label``. With ``sparse``, targets are instead
             (targets (B, 2) int64, weights (B, 2) float32).
 
         Memory above the inputs: the result, a copy of x in its own dtype, and one more where CutMix
@@ -273,7 +273,7 @@ class Mixup(_TimmCall):
         blends = _blends(pixel)
         if (
             not blends
-            and dtype.is_floating_point  # else `domain_mixup` says what it may be
+            and dtype.is_floating_point  # else `domain_mixup` raises
             and (self.mean, self.std, self.layout, self.impl) == (0.0, 1.0, "NCHW", "auto")
             and mixed.dtype == dtype
             and mixed.is_contiguous(memory_format=memory_format)
@@ -289,7 +289,7 @@ class Mixup(_TimmCall):
 
 @dataclass(eq=False)
 class FastCollateMixup(_TimmCall):
-    """Takes the place of `timm.data.FastCollateMixup`: the ``collate_fn`` of a `DataLoader`.
+    """A replacement of `timm.data.FastCollateMixup`: the ``collate_fn`` of a `DataLoader`.
 
     Args:
         mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, correct_lam, label_smoothing,
@@ -298,7 +298,7 @@ class FastCollateMixup(_TimmCall):
             one image of each pair (i, B − 1 − i), with draws of its own: (B + 1)//2 images.
 
     Attributes:
-        mixup_enabled: set it to False to mix no more; mode "half" still halves the batch.
+        mixup_enabled: False turns mixing off; mode "half" still halves the batch.
         mix_prob: timm's name of ``prob``.
 
     Raises:
@@ -310,10 +310,10 @@ class FastCollateMixup(_TimmCall):
     def __call__(
         self, batch: Sequence[Any], _: object = None, *, generator: Generator | None = None
     ) -> tuple[Tensor, Targets]:
-        """Mixes the items of a batch.
+        """Mix the items of a batch.
 
         Args:
-            batch: pairs (image, label), of which further entries are left out. Images are uint8
+            batch: pairs (image, label); further entries of an item are ignored. Images are uint8
                 (C, H, W), all NumPy arrays or all tensors of the CPU; labels are integers, or soft
                 labels (num_classes,), as for `Mixup`.
             generator: None is torch's global one of the CPU, which `DataLoader` seeds differently
@@ -350,8 +350,7 @@ class FastCollateMixup(_TimmCall):
 class TimmMixup(Mixup):
     """`Mixup` with other defaults: sparse targets unless ``dense``, and no smoothing.
 
-    What it takes and returns stands in `Mixup`. Boxes of CutMix have even sides, as timm's had
-    before they could be odd.
+    Calls are those of `Mixup`. CutMix boxes have even sides, as in timm's earlier versions.
 
     Args:
         dense: return targets as (B, C) float32 instead of (targets, weights).
@@ -382,12 +381,12 @@ class TimmMixup(Mixup):
 
 
 def _blends(pixel: Tensor) -> bool:
-    """Return whether any image is blended; True where a look would wait for a GPU."""
+    """Return whether any image is blended; True on a GPU, which is not synchronized with."""
     return pixel.device.type != "cpu" or not bool((pixel == 1).all())
 
 
 def _stacked(images: Sequence[Any]) -> Tensor:
-    """Images (C, H, W) of uint8, all arrays or all tensors, as one tensor (B, C, H, W)."""
+    """Stack uint8 images (C, H, W), all arrays or all tensors, to one tensor (B, C, H, W)."""
     first = images[0]
     if not isinstance(first, (np.ndarray, Tensor)):
         raise TypeError(f"images must be NumPy arrays or tensors, got {describe(first)}")
@@ -404,4 +403,4 @@ def _stacked(images: Sequence[Any]) -> Tensor:
             )
     if kind is Tensor:
         return torch.stack(list(images))
-    return torch.from_numpy(np.stack(images))  # of arrays that may be read-only, without a warning
+    return torch.from_numpy(np.stack(images))  # stacked first: read-only arrays would warn

@@ -1,0 +1,304 @@
+"""Worker processes that decode batches into slots of shared memory, which are used again and again.
+
+The workers are programs of their own, not started by `multiprocessing`: that would have each of
+them import the trainer's main module, and torch with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+
+from ..formats.decode import DataError
+from ..formats.images import Store
+from .worker import IDLE, MIXING, STARTING, Done, Setup, SharedArray, SharedStore, Task
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class WorkerDied(DataError):
+    """A worker process ended unexpectedly; the message says how, and names its current image."""
+
+
+@dataclass
+class Timing:
+    """Counts and times of a loader's work so far.
+
+    Attributes:
+        samples: handed out: images, or pairs of them.
+        seconds: since the loader was made, to the last batch.
+        decoding: seconds that the workers spent on reading files, all together.
+        waiting: seconds that the caller waited for batches.
+        workers: how many.
+    """
+
+    workers: int
+    samples: int = 0
+    seconds: float = 0.0
+    decoding: float = 0.0
+    waiting: float = 0.0
+
+    def report(self) -> dict[str, float]:
+        """Return the attributes, samples_per_s, decode_share (of workers' time) and wait_share."""
+        seconds = max(self.seconds, 1e-9)
+        return asdict(self) | {
+            "samples_per_s": self.samples / seconds,
+            "decode_share": self.decoding / (self.workers * seconds),
+            "wait_share": self.waiting / seconds,
+        }
+
+
+@dataclass
+class _Worker:
+    index: int
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    tasks: int = 0
+
+
+@dataclass
+class _Resources:
+    """Processes and memory to release, apart from the pool, so that a finalizer can hold them."""
+
+    workers: list[_Worker] = field(default_factory=list)
+    shared: list[SharedArray] = field(default_factory=list)
+    pinned: list[int] = field(default_factory=list)
+    owner: int = field(default_factory=os.getpid)
+
+    def release(self) -> None:
+        if os.getpid() != self.owner:  # a fork of the trainer owns none of this
+            return
+        for worker in self.workers:
+            worker.process.kill()  # it holds nothing that could be lost
+            worker.connection.close()
+        for worker in self.workers:
+            worker.process.wait()
+        for address in self.pinned:
+            torch.cuda.cudart().cudaHostUnregister(address)
+        for shared in self.shared:
+            shared.close()
+
+    def share(self, shape: tuple[int, ...], dtype: Any) -> SharedArray:
+        self.shared.append(shared := SharedArray(shape, dtype))
+        return shared
+
+    def pin(self, array: np.ndarray) -> None:
+        """Page-lock an array for copies to a GPU; warn where that fails."""
+        address, size = array.ctypes.data, array.nbytes
+        error = torch.cuda.cudart().cudaHostRegister(address, size, 0)
+        if int(error):
+            warnings.warn(
+                f"{size:,} bytes of slots cannot be page-locked ({error}); copies "
+                "to the GPU will be slower",
+                stacklevel=5,
+            )
+        else:
+            self.pinned.append(address)
+
+
+class Schedule(NamedTuple):
+    """The steps of a pool, and the processes for them, as `TwoDomainLoader` takes them."""
+
+    first_step: int
+    last_step: int | None
+    workers: int
+    prefetch: int
+    pin: bool | None
+
+
+class WorkerPool(ABC):
+    """Worker processes that decode the batches of consecutive steps, each into a slot.
+
+    The batch of a step lies in slot ``step % slots``, and there it stays until the caller asks for
+    the next one.
+
+    Args:
+        stores: the images, one store for each domain.
+        image_shape: (H, W, C) of all images.
+        mixing: (mean, std) with which the workers mix the domains; None leaves the images apart.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[Store],
+        image_shape: tuple[int, int, int],
+        batch_size: int,
+        mixing: tuple[Any, Any] | None,
+        schedule: Schedule,
+    ) -> None:
+        first_step, self._last, workers, prefetch, pin = schedule
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("first_step", first_step, 0),
+            ("workers", workers, 1),
+            ("prefetch", prefetch, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.image_shape, self.batch_size, self.timing = image_shape, batch_size, Timing(workers)
+        self._next = self._ahead = first_step  # to hand out; to give to a worker
+        self._prefetch = prefetch
+        self._done: dict[int, Done] = {}
+        height, width, channels = image_shape
+        shape: tuple[int, ...] = (len(stores), batch_size, *image_shape)
+        if mixing is not None:
+            shape = (batch_size, channels, height, width)
+
+        self._resources = resources = _Resources()
+        self.close = weakref.finalize(self, resources.release)
+        try:
+            # One slot more than the workers can fill: the caller holds the last batch.
+            kind = np.uint8 if mixing is None else np.float32
+            self._slots = resources.share((workers * prefetch + 1, *shape), kind)
+            if torch.cuda.is_available() if pin is None else pin:
+                resources.pin(self._slots.array)
+            self._tickets = resources.share((workers,), np.int64)
+            self._tickets.array[:] = STARTING
+            shared: list[SharedStore] = []
+            for store in stores:
+                shared.append(SharedStore.of(store))
+                resources.shared += shared[-1].arrays
+            setup = Setup(0, shared, self._slots, self._tickets, (batch_size, *image_shape), mixing)
+            for index in range(workers):
+                worker = _start(index, [array.fd for array in resources.shared])
+                resources.workers.append(worker)
+                self._send(worker, setup._replace(worker=index))
+            self._began = time.perf_counter()
+            self._give()
+        except BaseException:
+            self.close()
+            raise
+
+    @abstractmethod
+    def _task(self, step: int) -> Task:
+        """Return what a worker is to do for a step."""
+
+    @abstractmethod
+    def _image(self, ticket: int) -> str:
+        """Return the name of the image that a ticket stands for."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """The workers' process ids."""
+        return [worker.process.pid for worker in self._resources.workers]
+
+    def _slot(self, step: int) -> np.ndarray:
+        """Return the slot of the next step once its batch is decoded.
+
+        Raises:
+            DataError: for an image that cannot be decoded. WorkerDied: if any worker died.
+        """
+        self._give()
+        while self._receive(0.0):  # a worker's death is reported even where this batch is ready
+            pass
+        while step not in self._done:
+            self._receive(None)
+        problem = self._done.pop(step).problem
+        if problem is not None:
+            raise DataError(
+                f"{self._image(problem[0])} cannot be used; expected a readable, complete image: "
+                f"{problem[1]}"
+            )
+        self._next += 1
+        return self._slots.array[step % len(self._slots.array)]
+
+    def _send(self, worker: _Worker, message: Setup | Task) -> None:
+        try:
+            worker.connection.send(message)
+        except OSError:
+            self._raise_died(worker)
+
+    def _give(self) -> None:
+        """Hand tasks to the workers that have fewest, as far as slots and steps go."""
+        end = self._next + len(self._slots.array)
+        while self._ahead < (end if self._last is None else min(end, self._last)):
+            worker = min(self._resources.workers, key=lambda w: w.tasks)
+            if worker.tasks == self._prefetch:
+                return
+            self._send(worker, self._task(self._ahead))
+            worker.tasks += 1
+            self._ahead += 1
+
+    def _receive(self, timeout: float | None) -> bool:
+        """Take a batch of each worker that has one, and return whether there was any.
+
+        Args:
+            timeout: in seconds; None waits for the first batch.
+        """
+        workers = {worker.connection: worker for worker in self._resources.workers}
+        ready = wait(list(workers), timeout)
+        for connection in ready:
+            worker = workers[connection]  # type: ignore[index]
+            try:
+                done: Done = worker.connection.recv()
+            except (EOFError, OSError):
+                self._raise_died(worker)
+            worker.tasks -= 1
+            self._done[done.step] = done
+            self.timing.decoding += done.seconds
+        self._give()
+        return bool(ready)
+
+    def _raise_died(self, worker: _Worker) -> NoReturn:
+        hint = ""
+        try:
+            code = worker.process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            how = "closed its connection"
+        else:
+            if code < 0:
+                how = f"was killed by signal {-code} ({signal.strsignal(-code)})"
+                hint = (
+                    "; the system does this when memory runs out" if code == -signal.SIGKILL else ""
+                )
+            else:
+                how = f"exited with status {code}"
+        ticket = int(self._tickets.array[worker.index])
+        states = {STARTING: "while it started", IDLE: "while idle", MIXING: "while mixing"}
+        where = states.get(ticket) or f"while on {self._image(ticket)}"
+        raise WorkerDied(
+            f"loader worker {worker.index + 1} of {self.timing.workers} "
+            f"(process {worker.process.pid}) {how} {where}{hint}"
+        )
+
+
+def _start(index: int, descriptors: list[int]) -> _Worker:
+    """Start a worker with this process's import path, and share some descriptors with it."""
+    ours, theirs = Pipe()
+    code = (  # sys.path first: it would begin with the current folder
+        f"import sys; sys.path[:] = {json.dumps([str(p) for p in sys.path])}; "
+        f"from {__package__}.worker import main; main({theirs.fileno()})"
+    )
+    # One thread each: parallelism comes from the number of workers.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno(), *descriptors],
+            start_new_session=True,  # so that only the trainer gets Ctrl-C
+        )
+    return _Worker(index, process, ours)
