@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from synface.data import Augment, normalize, read_folder
-from synface.data.loading.sampler import Part
+from synface.data.loading.sampler import RankSlice
 from synface.data.mixing import Constant, IdentityMixup
 from synface.recipes.generated import identities
 from synface.synthesis import EigenfaceGenerator, GeneratedSource, synthesize
@@ -86,7 +86,7 @@ def test_three_labels_parts_and_resumption():
     assert (batch.target_weight.sum(1) == 1).all()
     for step, again in source.batches(CONFIG, 4):
         assert all(map(torch.equal, again, whole[step]))
-    parts = [dict(source.batches(CONFIG, 0, Part(rank, 2))) for rank in (0, 1)]
+    parts = [dict(source.batches(CONFIG, 0, RankSlice(rank, 2))) for rank in (0, 1)]
     assert [len(part[0].images) for part in parts] == [2, 3]
     seen = torch.cat([part[0].target[:, 0] for part in parts])
     assert torch.equal(seen, whole[0].target[:, 0])

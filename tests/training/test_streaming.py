@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from synface.checkpoint import single as checkpoint
 from synface.data import DataError, ImageLoader, convert, open_images, read_folder
-from synface.data.loading.sampler import WHOLE, Part, ShuffledOrder
+from synface.data.loading.sampler import WHOLE, RankSlice, ShuffledOrder
 from synface.training.loop import TIMING, TrainConfig, train
 from synface.training.sources import FacesSource
 
@@ -52,7 +52,7 @@ def streamed(path: Path, **options) -> FacesSource:
     return FacesSource(open_images(path), **{"size": SIZE, "workers": 1} | options)
 
 
-def taken(source: FacesSource, first: int = 0, part: Part = WHOLE) -> list[tuple]:
+def taken(source: FacesSource, first: int = 0, part: RankSlice = WHOLE) -> list[tuple]:
     batches = source.batches(replace(SMALL, augment=1.0), first, part)
     return [(step, batch.images.clone(), batch.target) for step, batch in batches]
 
@@ -80,7 +80,7 @@ def test_any_step_any_rank_and_any_number_of_workers(people):
     assert source.timing is not None
     assert source.timing.report()["samples"] == 36
     assert_same(taken(source, first=4), whole[4:])
-    parts = [taken(streamed(people), part=Part(rank, 2)) for rank in (0, 1)]
+    parts = [taken(streamed(people), part=RankSlice(rank, 2)) for rank in (0, 1)]
     for (_, _, labels), *ranks in zip(whole, *parts, strict=True):
         assert torch.equal(torch.cat([labels for _, _, labels in ranks]), labels)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..common.textfiles import read_text
 from ..data.formats import decode
 from ..data.formats.decode import DataError
-from ..data.formats.images import MAX_BYTES, Files, Names, Store, natural_files
+from ..data.formats.images import MAX_BYTES, Files, PackedPaths, Store, natural_files
 from . import safe_pickle
 
 FOLDS = 10
@@ -258,7 +258,7 @@ def read_pairs(path: str | Path, images: str | Path) -> PairSet:
     fold = np.repeat(np.arange(folds), 2 * each)
     if folds == 1:
         fold = np.concatenate([_runs(each), _runs(each)])
-    store = Files(Names.of(list(index)))
+    store = Files(PackedPaths.of(list(index)))
     owner = np.array(owners, np.int64)
     return PairSet(path.stem, str(path), store, pairs[:, 0], pairs[:, 1], same, fold, owner)
 
@@ -293,7 +293,7 @@ def _read_paths(path: Path, root: Path, lines: list[str]) -> PairSet:
     fold = np.empty(len(rows), np.int64)
     for kind in (same, ~same):
         fold[kind] = _runs(int(kind.sum()))
-    store = Files(Names.of(list(index)))
+    store = Files(PackedPaths.of(list(index)))
     return PairSet(path.stem, str(path), store, first, second, same, fold, None)
 
 
@@ -417,7 +417,7 @@ def read_templates(folder: str | Path, images: str | Path | None = None) -> Temp
     return TemplateSet(
         folder.name,
         str(folder),
-        Files(Names.of(names)),
+        Files(PackedPaths.of(names)),
         template.astype(np.int64),
         media,
         rows(pairs[:, 0], "pairs"),

@@ -14,7 +14,7 @@ from ..common.renamed import old_keywords
 from ..common.rng import generator as seeded
 from ..data import Augment, Faces
 from ..data.loading.loader import Timing
-from ..data.loading.sampler import WHOLE, CycledOrder, Part
+from ..data.loading.sampler import WHOLE, CycledOrder, RankSlice
 from ..data.mixing import DomainMixup, Grid, IdentityMixup, Ratio
 from ..training.config import TrainConfig
 from ..training.sources import Batch, fingerprint
@@ -115,7 +115,7 @@ class GeneratedSource:
         self,
         config: TrainConfig,
         first: int,
-        part: Part = WHOLE,
+        part: RankSlice = WHOLE,
         device: torch.device | str = "cpu",
     ) -> Generator[tuple[int, Batch]]:
         """Yield batches as `Source.batches` does."""
