@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from synface.data import Faces, embedded_faces, read_folder
 from synface.data.embedded import FACES, lfw_crops
-from synface.evaluation.metrics import pixel_embeddings, verify
+from synface.evaluation.embedding import pixel_embeddings
+from synface.evaluation.metrics import verify
 from synface.synthesis import synthesize
 from synface.synthesis.generators import (
     EigenfaceGenerator,

@@ -15,8 +15,6 @@ from torch import Tensor
 import synface_kernels as sk
 from synface.common.check import describe
 
-from .embedding import embed as embed
-from .embedding import pixel_embeddings as pixel_embeddings
 
 
 @dataclass(frozen=True, eq=False)

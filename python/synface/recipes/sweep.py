@@ -14,7 +14,8 @@ from ..common.files import CheckpointError, write_text
 from ..common.textfiles import read_json
 from ..data import Faces
 from ..data.mixing import IdentityMixup
-from ..evaluation.metrics import embed, pixel_embeddings, verify
+from ..evaluation.embedding import embed, pixel_embeddings
+from ..evaluation.metrics import verify
 from ..synthesis.generators import FaceGenerator
 from ..synthesis.sources import GeneratedSource
 from ..training.config import TrainConfig

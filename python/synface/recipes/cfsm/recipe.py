@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ...common.check import check_device
 from ...common.rng import standard_defaults
 from ...data import Faces
-from ...evaluation.metrics import embed, verify
+from ...evaluation.embedding import embed
+from ...evaluation.metrics import verify
 from ...heads import MarginHead
 from ...training.model import check_network
 from ..sweep import Bars, no_bars, train_or_resume

@@ -28,7 +28,7 @@ from ...common.check import check_integer
 from ...common.config import load
 from ...common.extras import extra
 from ...data import read_folder
-from ...evaluation.metrics import pixel_embeddings
+from ...evaluation.embedding import pixel_embeddings
 from ...reporting.page import table
 from ...reporting.plots import ACCENT, INK, QUIET, figure, finish, image_grid, save
 from ...synthesis import packing
