@@ -16,7 +16,6 @@ import synface_kernels as sk
 from synface.common.check import describe
 
 
-
 @dataclass(frozen=True, eq=False)
 class Verification:
     """Accuracy, ROC and TAR@FAR of scores of genuine (same person) and impostor pairs.
