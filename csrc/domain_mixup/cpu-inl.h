@@ -159,7 +159,7 @@ bool estimate(const uint8_t* synthetic, const uint8_t* real, Split psi, const Co
       _mm512_set1_epi32(0x10000 - 2 * kOff);  // no bit set: inward rounds elsewhere
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   const __m512i any = _mm512_set1_epi32(exact ? 0 : -1);
-  const __m512i upper_halves = _mm512_load_si512(kUpperHalves.index);
+  const __m512i upper_words = _mm512_load_si512(kUpperWords.index);
   unsigned unsure = 0;
 #pragma GCC unroll 2
   for (int64_t i = 0; i < kGroup; i += 32) {
@@ -179,7 +179,7 @@ bool estimate(const uint8_t* synthetic, const uint8_t* real, Split psi, const Co
       unsure |= _mm512_testn_epi32_mask(outward[half], apart);
       unsure |= _mm512_cmplt_epi32_mask(_mm512_and_si512(bits, magnitude), least);
     }
-    _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(outward[0], upper_halves, outward[1]));
+    _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(outward[0], upper_words, outward[1]));
   }
   return unsure == 0;
 }

@@ -179,13 +179,13 @@ struct ThreeMasks {
 [[maybe_unused]] constexpr ThreeMasks kThreeMasks;
 
 // Indices that pick the upper 16 bits of 32 words.
-struct UpperHalves {
-  constexpr UpperHalves() : index() {
+struct UpperWords {
+  constexpr UpperWords() : index() {
     for (int i = 0; i < 32; ++i) index[i] = uint16_t(2 * i + 1);
   }
   alignas(64) uint16_t index[32];
 };
-[[maybe_unused]] constexpr UpperHalves kUpperHalves;
+[[maybe_unused]] constexpr UpperWords kUpperWords;
 
 }  // namespace
 }  // namespace synface::domain_mixup
