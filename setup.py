@@ -1,4 +1,4 @@
-"""Builds `synface_kernels._C` (torch) and `synface_kernels._numpy` (NumPy alone).
+"""Build `synface_kernels._C` (torch) and `synface_kernels._numpy` (NumPy alone).
 
 SYNFACE_CUDA=0|1|auto says whether the CUDA sources are built; `auto` builds them where both nvcc
 and a CUDA build of torch are found.
@@ -23,6 +23,7 @@ from torch.version import cuda as torch_cuda
 
 
 def want_cuda() -> bool:
+    """Return whether the CUDA sources are built, as SYNFACE_CUDA and what is installed say."""
     choice = os.environ.get("SYNFACE_CUDA", "auto")
     if choice not in ("0", "1", "auto"):
         sys.exit(f"SYNFACE_CUDA must be 0, 1 or auto, got {choice!r}")
@@ -35,10 +36,10 @@ def want_cuda() -> bool:
 
 
 def name_architectures() -> None:
-    """Choose the GPU architectures where no GPU is visible, for torch asks only those that are.
+    """Choose the GPU architectures where no GPU is visible; torch detects only visible ones.
 
-    An image is often built on a machine without a GPU. The last one is compiled to PTX too, which
-    later GPUs can run.
+    An image is often built on a machine without a GPU. The last architecture is compiled to PTX
+    too, which later GPUs can run.
     """
     given = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if given not in ("", "native") or torch.cuda.device_count() > 0:
@@ -56,23 +57,23 @@ def name_architectures() -> None:
     print(f"no GPU is visible: CUDA sources compiled for {os.environ['TORCH_CUDA_ARCH_LIST']}")
 
 
-# Ampere, Hopper, Blackwell: those that tools/cuda_check.py holds to budgets.
+# Ampere, Hopper, Blackwell: the ones whose budgets tools/cuda_check.py checks.
 ARCHITECTURES = (80, 90, 100)
 # One instruction set for the whole build: faster ones are chosen at run time, per function.
-# No contraction: where a fused multiply-add is meant, the source says so, so that the instruction
-# sets agree wherever they promise to. Nobody reads the floating-point exceptions, which else keep
-# selects between two results from becoming vector code, nor errno, which else keeps square roots
-# from it.
+# No contraction: the source names each fused multiply-add, so that the instruction sets agree
+# wherever they promise to. Floating-point exceptions and errno, which nothing reads, would keep
+# selects and square roots from being vectorized.
 CXX = ["-O3", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-fno-trapping-math"]
 CXX += ["-fno-math-errno", "-fvisibility=hidden", "-Wall"]
 NVCC = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
 INCLUDE = [os.path.abspath("csrc")]
-NUMPY = "csrc/numpy_bindings.cpp"
 CPU_KERNELS = [*sorted(glob("csrc/*/cpu.cpp")), "csrc/simd/isa.cpp"]
+TORCH = [*sorted(glob("csrc/*/torch.cpp")), *sorted(glob("csrc/torch/*.cpp"))]
+NUMPY = sorted(glob("csrc/numpy/*.cpp"))
 
 # at::parallel_for is serial unless it is compiled with OpenMP. It must be the OpenMP library that
-# torch itself uses, which its wheels may ship under a name of their own: with two of them, products
-# called from parallel code would not know that they are, and start threads anew.
+# torch itself uses, which its wheels may ship under a name of their own: with two of them, a GEMM
+# called from parallel code would not know that it is, and start more threads.
 OPENMP = glob(os.path.join(os.path.dirname(torch.__file__), "lib", "libgomp*.so*")) or ["-fopenmp"]
 
 cuda_sources = sorted(glob("csrc/*/cuda.cu")) if want_cuda() else []
@@ -82,8 +83,9 @@ TorchExtension = CUDAExtension if cuda_sources else CppExtension
 
 
 class Build(BuildExtension):
-    """Objects of each extension in a folder of its own: compiled with other flags, they would
-    otherwise replace each other's at every build.
+    """A build that keeps each extension's objects in a folder of its own.
+
+    They are compiled with different flags, and would otherwise replace each other at every build.
     """
 
     def build_extension(self, ext: Extension) -> None:
@@ -97,7 +99,7 @@ setup(
     ext_modules=[
         TorchExtension(
             "synface_kernels._C",
-            [*sorted(set(glob("csrc/*.cpp")) - {NUMPY}), *CPU_KERNELS, *cuda_sources],
+            [*TORCH, *CPU_KERNELS, *cuda_sources],
             include_dirs=INCLUDE,
             define_macros=[("SYNFACE_CUDA", None)] if cuda_sources else [],
             extra_compile_args={"cxx": [*CXX, "-fopenmp"], "nvcc": NVCC},
@@ -105,7 +107,7 @@ setup(
         ),
         Extension(
             "synface_kernels._numpy",
-            [NUMPY, *CPU_KERNELS],
+            [*NUMPY, *CPU_KERNELS],
             include_dirs=[*INCLUDE, *include_paths()],  # torch brings pybind11's headers
             extra_compile_args={"cxx": CXX},
             language="c++",

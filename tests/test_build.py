@@ -1,4 +1,4 @@
-"""What people install: a wheel built from the source distribution, and builds without a GPU."""
+"""A wheel built from the source distribution works; builds without a GPU name architectures."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_wheel_from_the_source_distribution_works(tmp_path: Path) -> None:
     build = "from setuptools.build_meta import build_sdist; build_sdist(r'{}')"
     run([sys.executable, "-c", build.format(tmp_path)], tree)
     (archive,) = tmp_path.glob("*.tar.gz")
-    quick = tmp_path / "c++"  # the last -O counts: what is tested is that all sources are there
+    quick = tmp_path / "c++"  # the last -O wins; the test is whether all sources are there
     quick.write_text(f'#!/bin/sh\nexec {compiler} "$@" -O0\n')
     quick.chmod(0o755)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
@@ -71,7 +71,7 @@ def test_a_wheel_from_the_source_distribution_works(tmp_path: Path) -> None:
     assert Path(where.strip()).is_relative_to(installed)
 
 
-# A CUDA build of torch that sees no GPU, and an nvcc: as in an image built on another machine.
+# A CUDA build of torch that sees no GPU, and an nvcc, as when an image is built elsewhere.
 WITHOUT_GPU = """
 import json, runpy
 import torch, torch.version

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 from pathlib import Path
 
@@ -192,13 +193,25 @@ def test_nothing_is_made_where_torchs_defaults_say():
             assert not list(left_to_defaults(ast.parse(path.read_text()))), path
 
 
-def test_kernels_are_free_of_torch():
-    """Tensors of torch's C++ interface appear in the bindings and torch_runtime alone."""
+def includes(path: Path) -> list[str]:
+    """Return the first folder of each header that a C++ source includes."""
+    return re.findall(r'^\s*#\s*include\s*[<"]([^/>"]+)', path.read_text(), re.MULTILINE)
+
+
+def test_torch_headers_are_included_by_bindings_alone():
+    """Only `csrc/<op>/torch.cpp` and `csrc/torch/` include ATen or torch."""
     for path in (ROOT / "csrc").rglob("*"):
-        if path.suffix in (".cpp", ".h", ".cu") and path.parent.name != "csrc":
-            text = path.read_text()
-            assert "torch/" not in text, path
-            assert "ATen/" not in text, path
+        if path.suffix in (".cpp", ".h", ".cu"):
+            bindings = path.name == "torch.cpp" or path.parent.name == "torch"
+            uses_torch = {"ATen", "c10", "torch"} & set(includes(path))
+            assert bindings or not uses_torch, path
+            assert path.parent.name == "numpy" or "pybind11" not in includes(path), path
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_has_bindings_for_torch(op):
+    text = (ROOT / "csrc" / op / "torch.cpp").read_text()
+    assert f'library.impl("{op}' in text
 
 
 def test_every_environment_variable_is_in_the_table():

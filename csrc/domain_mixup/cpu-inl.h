@@ -1,13 +1,13 @@
-// The loops over chunks of samples. Included once per instruction set by simd/foreach_isa.h; plain
-// loops, which the compiler turns into that set's vectors, but for the bytes of three channels and,
+// Loops over chunks of samples. Included once per instruction set by simd/foreach_isa.h; plain
+// loops, which the compiler vectorizes for that set, except for the bytes of three channels and,
 // with AVX-512, for bytes to bfloat16.
 
 namespace synface::domain_mixup {
 namespace {
 namespace SYNFACE_ISA_NAMESPACE {
 
-// Three channels' bytes, interleaved, into three planes; backwards through the pixels for a flip.
-// Returns how many pixels it did, the rest being fewer than 32.
+// Splits three interleaved channels of bytes into three planes; backwards through the pixels for a
+// flip. Returns how many pixels it has done; fewer than 32 are left.
 #if SYNFACE_FMA
 inline __m256i load_lanes(const uint8_t* low, const uint8_t* high) {
   return _mm256_inserti128_si256(
@@ -16,7 +16,7 @@ inline __m256i load_lanes(const uint8_t* low, const uint8_t* high) {
 }
 inline __m256i load_twice(const uint8_t* mask) { return load_lanes(mask, mask); }
 
-// The lanes hold 16 pixels each, so that they need nothing of one another.
+// Each lane holds 16 pixels, so that no byte crosses lanes.
 template <bool kFlip>
 int64_t split_three(uint8_t* to, int64_t plane, const uint8_t* from, int64_t pixels) {
   int64_t done = 0;
@@ -64,7 +64,7 @@ void transfer(To* to, int64_t to_pixel, int64_t to_channel, const From* from, in
   }
 }
 
-// Elements of a chunk in the result's order: channel c's begin at data + c·plane.
+// A chunk's elements in the result's memory order; channel c begins at data + c·plane.
 template <class T>
 struct Arranged {
   const T* data;
@@ -112,27 +112,17 @@ Arranged<T> arrange(const Images& image, bool flip, const Geometry& g, const Chu
   return arrange<T>(image, flip, g, chunk, buffer, [](T x) { return x; });
 }
 
-// Elements that have one shift and scale, or each its own. Two loops: GCC makes no vectors of one
-// that has the choice inside, which takes 2 to 4 times as long.
-template <class Out, class In>
+// `affine(i)` gives the i-th element's normalization.
+template <class Out, class In, class AffineAt>
 void mix_exactly(const In* __restrict synthetic, const In* __restrict real, Blend blend,
-                 Affine affine, typename Out::Storage* __restrict to, int64_t n) {
+                 const AffineAt& affine, typename Out::Storage* __restrict to, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    to[i] = Out::rounded(mix(double(synthetic[i]), double(real[i]), blend, affine));
-  }
-}
-template <class Out, class In>
-void mix_exactly(const In* __restrict synthetic, const In* __restrict real, Blend blend,
-                 const double* __restrict shift, const double* __restrict scale,
-                 typename Out::Storage* __restrict to, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    to[i] = Out::rounded(mix(double(synthetic[i]), double(real[i]), blend, {shift[i], scale[i]}));
+    to[i] = Out::rounded(mix(double(synthetic[i]), double(real[i]), blend, affine(i)));
   }
 }
 
-// Rounds on to 16 bits; whether a tie is among them.
+// Rounds to 16 bits; returns whether there may be a tie.
 template <class Out>
 bool round_on(const float* __restrict from, uint16_t* __restrict to, int64_t n) {
   uint32_t ties = 0;
@@ -157,8 +147,8 @@ __m512i load(const int32_t* from) {
   return kUniform ? _mm512_set1_epi32(*from) : _mm512_loadu_si512(from);
 }
 
-// kGroup bytes to bfloat16 by float32 arithmetic; false where that does not tell how one rounds.
-// By hand: GCC's vectors of the loop below take half as long again.
+// Mixes kGroup bytes to bfloat16 by float32 arithmetic; returns false where that does not determine
+// how one rounds. By hand: GCC's vectorization of the loop below takes half as long again.
 static_assert((kOff & (kOff - 1)) == 0 && kGroup % 32 == 0, "one mask tells; 32 at a time");
 template <bool kUniform>
 bool estimate(const uint8_t* synthetic, const uint8_t* real, Split psi, const Constants& constants,
@@ -169,7 +159,7 @@ bool estimate(const uint8_t* synthetic, const uint8_t* real, Split psi, const Co
       _mm512_set1_epi32(0x10000 - 2 * kOff);  // no bit set: inward rounds elsewhere
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   const __m512i any = _mm512_set1_epi32(exact ? 0 : -1);
-  const __m512i upper_halves = _mm512_load_si512(kUpperHalves.index);
+  const __m512i upper_words = _mm512_load_si512(kUpperWords.index);
   unsigned unsure = 0;
 #pragma GCC unroll 2
   for (int64_t i = 0; i < kGroup; i += 32) {
@@ -189,7 +179,7 @@ bool estimate(const uint8_t* synthetic, const uint8_t* real, Split psi, const Co
       unsure |= _mm512_testn_epi32_mask(outward[half], apart);
       unsure |= _mm512_cmplt_epi32_mask(_mm512_and_si512(bits, magnitude), least);
     }
-    _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(outward[0], upper_halves, outward[1]));
+    _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(outward[0], upper_words, outward[1]));
   }
   return unsure == 0;
 }
@@ -227,10 +217,14 @@ void mix_block(const In* synthetic, const In* real, Blend blend, const Constants
     using To = decltype(type);
     if constexpr (kUniform) {
       const Affine affine{constants.shift[0], constants.scale[0]};
-      mix_exactly<To>(synthetic + at, real + at, blend, affine, target, count);
+      mix_exactly<To>(
+          synthetic + at, real + at, blend, [affine](int64_t) { return affine; }, target, count);
     } else {
-      mix_exactly<To>(synthetic + at, real + at, blend, constants.shift + at, constants.scale + at,
-                      target, count);
+      const double* __restrict shift = constants.shift + at;
+      const double* __restrict scale = constants.scale + at;
+      mix_exactly<To>(
+          synthetic + at, real + at, blend,
+          [shift, scale](int64_t i) { return Affine{shift[i], scale[i]}; }, target, count);
     }
   };
   int64_t done = 0;
@@ -256,7 +250,7 @@ void mix_block(const In* synthetic, const In* real, Blend blend, const Constants
   }
 }
 
-// Constants repeat after `period` elements; 1: they are the same for all.
+// Mixes elements whose constants repeat after `period` of them; 1: they are the same for all.
 template <class Out, class In>
 void mix_run(const In* synthetic, const In* real, Blend blend, const Constants& constants,
              int64_t period, typename Out::Storage* to, int64_t n) {
@@ -315,7 +309,7 @@ void forward_range(const Problem& p, const MutableImages& out, const Geometry& g
   }
 }
 
-// gradients (double, in the order of the chunk) into an image, rounded once
+// Writes gradients (double, in the order of the chunk) to an image, rounded once.
 template <class Out>
 void scatter(const double* gradient, const MutableImages& image, bool flip, const Geometry& g,
              const Chunk& chunk) {
@@ -344,10 +338,11 @@ void scatter(const double* gradient, const MutableImages& image, bool flip, cons
 }
 
 template <class Grad, class In>
-void backward_as(const Problem& p, const Images& gradient, const MutableImages& grad_synthetic,
-                 const MutableImages& grad_real, double* psi_parts, const Geometry& g,
-                 Range range) {
-  constexpr int kLanes = 8;  // of the sum, so that its order is the same everywhere
+void backward_as(const BackwardTask& task, Range range) {
+  const auto& p = task.p;
+  const auto& g = task.g;
+  const auto& gradient = task.gradient;
+  constexpr int kLanes = 8;  // fixed, so that the sum's order is the same on every instruction set
   const int64_t size = g.chunk_pixels * g.channels;
   std::vector<In> synthetic_buffer(size), real_buffer(size);
   std::vector<double> grad_mixed(size), share(size);
@@ -375,9 +370,9 @@ void backward_as(const Problem& p, const Images& gradient, const MutableImages& 
       }
       scatter(share.data(), image, flip, g, chunk);
     };
-    give(grad_synthetic, blend.psi, flip_synthetic);
-    give(grad_real, blend.rest, flip_real);
-    if (!psi_parts) continue;
+    give(task.to.synthetic, blend.psi, flip_synthetic);
+    give(task.to.real, blend.rest, flip_real);
+    if (!task.psi_parts) continue;
     const auto synthetic = arrange(p.synthetic, flip_synthetic, g, chunk, synthetic_buffer.data());
     const auto real = arrange(p.real, flip_real, g, chunk, real_buffer.data());
     double sums[kLanes] = {};
@@ -395,37 +390,32 @@ void backward_as(const Problem& p, const Images& gradient, const MutableImages& 
     }
     double sum = 0;
     for (double part : sums) sum += part;
-    psi_parts[index] = sum;
+    task.psi_parts[index] = sum;
   }
 }
 
 template <class Grad>
-void backward_from(const Problem& p, const Images& gradient, const MutableImages& grad_synthetic,
-                   const MutableImages& grad_real, double* psi_parts, const Geometry& g,
-                   Range range) {
-  switch (p.synthetic.dtype) {
+void backward_from(const BackwardTask& task, Range range) {
+  switch (task.p.synthetic.dtype) {
     case Dtype::u8:
-      return backward_as<Grad, uint8_t>(p, gradient, grad_synthetic, grad_real, psi_parts, g,
-                                        range);
+      return backward_as<Grad, uint8_t>(task, range);
     case Dtype::f64:
-      return backward_as<Grad, double>(p, gradient, grad_synthetic, grad_real, psi_parts, g, range);
+      return backward_as<Grad, double>(task, range);
     default:
-      return backward_as<Grad, float>(p, gradient, grad_synthetic, grad_real, psi_parts, g, range);
+      return backward_as<Grad, float>(task, range);
   }
 }
 
-void backward_range(const Problem& p, const Images& gradient, const MutableImages& grad_synthetic,
-                    const MutableImages& grad_real, double* psi_parts, const Geometry& g,
-                    Range range) {
-  switch (gradient.dtype) {
+void backward_range(const BackwardTask& task, Range range) {
+  switch (task.gradient.dtype) {
     case Dtype::f64:
-      return backward_from<Float64>(p, gradient, grad_synthetic, grad_real, psi_parts, g, range);
+      return backward_from<Float64>(task, range);
     case Dtype::bf16:
-      return backward_from<Bfloat16>(p, gradient, grad_synthetic, grad_real, psi_parts, g, range);
+      return backward_from<Bfloat16>(task, range);
     case Dtype::f16:
-      return backward_from<Float16>(p, gradient, grad_synthetic, grad_real, psi_parts, g, range);
+      return backward_from<Float16>(task, range);
     default:
-      return backward_from<Float32>(p, gradient, grad_synthetic, grad_real, psi_parts, g, range);
+      return backward_from<Float32>(task, range);
   }
 }
 

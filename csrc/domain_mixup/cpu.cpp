@@ -18,20 +18,15 @@
 namespace synface::domain_mixup {
 namespace {
 
-// Elements of a chunk: few, so that the arranging of one overlaps with the arithmetic of another.
+// Elements of a chunk: few, so that rearranging one overlaps with the arithmetic of another.
 constexpr int64_t kChunkElements = 1536;
-// Loops over bytes do so many at a time with the widest vectors.
+// Bytes that a loop handles at a time with the widest vectors.
 constexpr int64_t kVector = 64;
-// Elements that are computed fast, and where need be again with more care, together.
+// Elements estimated together in float32, and recomputed exactly where the estimate is
+// inconclusive.
 constexpr int64_t kGroup = 64;
-// Elements that are worth a task of their own.
+// Elements of the smallest task.
 constexpr int64_t kTaskElements = 32768;
-constexpr int64_t kTasksPerThread = 4;
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Range {
-  int64_t begin, end;
-};
 
 struct Strides {
   int64_t pixel, channel;
@@ -67,21 +62,27 @@ struct Split {
   float high, low;
 };
 
-// What elements are normalized with: exactly, and for estimates.
+// Normalization constants of elements: exact ones, and those of estimates.
 struct Constants {
   const double *shift, *scale;
   const float *shift_high, *shift_low, *near_scale;
-  const int32_t* least;  // the bits of the least |x| that an estimate is good for
+  const int32_t* least;  // the bits of the least |x| for which an estimate is valid
   bool estimable;        // whether estimates are allowed
   bool exact_shift;      // whether no shift has a rest
   Constants from(int64_t i) const {
-    return {shift + i,      scale + i, shift_high + i, shift_low + i,
-            near_scale + i, least + i, estimable,      exact_shift};
+    return {.shift = shift + i,
+            .scale = scale + i,
+            .shift_high = shift_high + i,
+            .shift_low = shift_low + i,
+            .near_scale = near_scale + i,
+            .least = least + i,
+            .estimable = estimable,
+            .exact_shift = exact_shift};
   }
 };
 
-// The result's order, and how its samples are cut into chunks. The cut depends on the shape alone,
-// so that sums do not depend on the number of threads.
+// The result's memory order, and how its samples are cut into chunks. The cut depends only on the
+// shape, so that sums do not depend on the number of threads.
 struct Geometry {
   Geometry(const Problem& p, bool interleaved)
       : channels(p.channels), height(p.height), width(p.width), interleaved(interleaved) {
@@ -92,7 +93,7 @@ struct Geometry {
     const bool uniform = std::all_of(p.affine, p.affine + channels, [&](const Affine& affine) {
       return affine.shift == p.affine->shift && affine.scale == p.affine->scale;
     });
-    // Interleaved channels that differ: their constants as often as fills vectors.
+    // Interleaved channels that differ repeat their constants as often as fills vectors.
     const int64_t whole = std::lcm(channels, kVector);
     period = uniform || !interleaved   ? 1
              : whole <= kChunkElements ? whole
@@ -112,8 +113,14 @@ struct Geometry {
     for (int64_t b = 0; b < p.batch; ++b) estimable = estimable && p.psi[b] >= 0 && p.psi[b] <= 1;
   }
   Constants constants() const {
-    return {shifts.data(),      scales.data(), shift_highs.data(), shift_lows.data(),
-            near_scales.data(), least.data(),  estimable,          exact_shift};
+    return {.shift = shifts.data(),
+            .scale = scales.data(),
+            .shift_high = shift_highs.data(),
+            .shift_low = shift_lows.data(),
+            .near_scale = near_scales.data(),
+            .least = least.data(),
+            .estimable = estimable,
+            .exact_shift = exact_shift};
   }
   int64_t pixels() const { return height * width; }
   Chunk chunk(int64_t index) const {
@@ -132,6 +139,15 @@ struct Geometry {
   bool estimable = true, exact_shift = true;
 };
 
+// Inputs of the backward pass, shared by its tasks.
+struct BackwardTask {
+  const Problem& p;
+  const Geometry& g;
+  const Images& gradient;
+  const Gradients& to;
+  double* psi_parts;  // of each chunk, or null
+};
+
 // Calls visit(offset in the chunk, pixel of the image, count, step) for runs of the image's pixels.
 template <class F>
 void for_segments(const Geometry& g, const Chunk& chunk, bool flip, F&& visit) {
@@ -144,9 +160,9 @@ void for_segments(const Geometry& g, const Chunk& chunk, bool flip, F&& visit) {
   }
 }
 
-// How one of three channels is picked from 48 bytes (three vectors, 16 pixels): no two vectors have
-// a byte of it at the same place, so they are blended (0x80: from this part) and then put into
-// order.
+// Masks that pick one of three channels from 48 bytes (three vectors, 16 pixels): no two vectors
+// have a byte of it at the same position, so they are blended (0x80: from this part) and then
+// permuted.
 struct ThreeMasks {
   constexpr ThreeMasks() : part(), order() {
     for (int channel = 0; channel < 3; ++channel) {
@@ -162,14 +178,14 @@ struct ThreeMasks {
 };
 [[maybe_unused]] constexpr ThreeMasks kThreeMasks;
 
-// Picks the upper halves of 32 words.
-struct UpperHalves {
-  constexpr UpperHalves() : index() {
+// Indices that pick the upper 16 bits of 32 words.
+struct UpperWords {
+  constexpr UpperWords() : index() {
     for (int i = 0; i < 32; ++i) index[i] = uint16_t(2 * i + 1);
   }
   alignas(64) uint16_t index[32];
 };
-[[maybe_unused]] constexpr UpperHalves kUpperHalves;
+[[maybe_unused]] constexpr UpperWords kUpperWords;
 
 }  // namespace
 }  // namespace synface::domain_mixup
@@ -180,14 +196,13 @@ struct UpperHalves {
 namespace synface::domain_mixup {
 namespace {
 
-// run(range) over all chunks, in parallel.
+// Calls run(range) on ranges of all chunks, in parallel.
 template <class F>
 void for_chunks(const Problem& p, const Runtime& runtime, const Geometry& g, F&& run) {
   const int64_t count = p.batch * g.chunks;
   const int64_t worth = ceil_div(p.batch * g.pixels() * p.channels, kTaskElements);
   const int64_t tasks = std::min({count, worth, kTasksPerThread * runtime.threads});
-  runtime.parallel(int(tasks),
-                   [&](int task) { run(Range{count * task / tasks, count * (task + 1) / tasks}); });
+  runtime.parallel(int(tasks), [&](int task) { run(part_of(count, tasks, task)); });
 }
 
 }  // namespace
@@ -195,22 +210,24 @@ void for_chunks(const Problem& p, const Runtime& runtime, const Geometry& g, F&&
 void forward(const Problem& p, const Runtime& runtime, const MutableImages& out) {
   if (p.batch * p.channels * p.height * p.width == 0) return;
   const Geometry g(p, out.interleaved);
-  const auto range = SYNFACE_PICK(forward_range);
+  const auto range = SYNFACE_DISPATCH(forward_range);
   for_chunks(p, runtime, g, [&](Range chunks) { range(p, out, g, chunks); });
 }
 
 void backward(const Problem& p, const Runtime& runtime, const Images& gradient,
-              const MutableImages& grad_synthetic, const MutableImages& grad_real,
-              double* grad_psi) {
-  if (grad_psi) std::fill_n(grad_psi, p.batch, 0.0);
+              const Gradients& to) {
+  if (to.psi) std::fill_n(to.psi, p.batch, 0.0);
   if (p.batch * p.channels * p.height * p.width == 0) return;
   const Geometry g(p, gradient.interleaved);
-  std::vector<double> psi_parts(grad_psi ? size_t(p.batch * g.chunks) : 0);
-  const auto range = SYNFACE_PICK(backward_range);
-  for_chunks(p, runtime, g, [&](Range chunks) {
-    range(p, gradient, grad_synthetic, grad_real, grad_psi ? psi_parts.data() : nullptr, g, chunks);
-  });
-  for (size_t i = 0; i < psi_parts.size(); ++i) grad_psi[i / size_t(g.chunks)] += psi_parts[i];
+  std::vector<double> psi_parts(to.psi ? size_t(p.batch * g.chunks) : 0);
+  const BackwardTask task{.p = p,
+                          .g = g,
+                          .gradient = gradient,
+                          .to = to,
+                          .psi_parts = to.psi ? psi_parts.data() : nullptr};
+  const auto range = SYNFACE_DISPATCH(backward_range);
+  for_chunks(p, runtime, g, [&](Range chunks) { range(task, chunks); });
+  for (size_t i = 0; i < psi_parts.size(); ++i) to.psi[i / size_t(g.chunks)] += psi_parts[i];
 }
 
 }  // namespace synface::domain_mixup

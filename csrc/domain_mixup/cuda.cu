@@ -1,6 +1,6 @@
 // Threads are independent of one another: no shared memory, no synchronization, no atomics. So the
-// same source also runs on a host, one thread after the other, where a test holds it to the CPU's
-// bits (tests/cuda/emulated.cpp, which defines SYNFACE_LAUNCH).
+// same source also runs on a host, one thread after the other, where a test compares it bitwise
+// with the CPU kernel (tests/cuda/emulated.cpp, which defines SYNFACE_LAUNCH).
 #include "domain_mixup/cuda.h"
 
 #ifndef SYNFACE_LAUNCH
@@ -13,7 +13,7 @@ namespace synface::domain_mixup {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kGroup = 16;             // pixels that a thread takes where all is aligned
+constexpr int kGroup = 16;             // pixels of a thread where all images are aligned
 constexpr int64_t kPsiThreads = 1024;  // partial sums of each sample
 
 struct alignas(16) Vector {
@@ -68,7 +68,7 @@ __device__ void store(void* data, Dtype dtype, int64_t i, double x) {
 
 __device__ bool flips(const bool* flip, int64_t sample) { return flip && flip[sample]; }
 
-// Where a pixel of the result comes from.
+// Returns the pixel of an image that a pixel of the result comes from.
 __device__ int64_t source(const Sides& p, bool flip, int64_t pixel) {
   return flip ? pixel + p.width - 1 - 2 * (pixel % p.width) : pixel;
 }
@@ -77,7 +77,7 @@ struct Element {
   int64_t sample, channel, pixel;
 };
 
-// Elements in the order of the result's memory, so that writes are coalesced.
+// Returns the i-th element in the order of the result's memory, so that writes are coalesced.
 __device__ Element element(const Sides& p, bool interleaved, int64_t i) {
   const int64_t size = p.channels * p.pixels, sample = i / size, rest = i % size;
   if (interleaved) return {sample, rest % p.channels, rest / p.channels};
@@ -93,7 +93,7 @@ __device__ double of_side(const Sides& p, const View& view, const bool* flip, co
   return load(view.data, view.dtype, offset(view, e, pixel));
 }
 
-// Any types, orders and alignments: an element per thread and turn.
+// Mixes images of any types, orders and alignments: an element per thread and iteration.
 __global__ void mix_elements(Sides p, View out, bool interleaved) {
   const int64_t count = p.batch * p.channels * p.pixels;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
@@ -106,8 +106,8 @@ __global__ void mix_elements(Sides p, View out, bool interleaved) {
   }
 }
 
-// The bytes of 16 pixels, interleaved, in 16-byte loads. In registers, as all indices are constant
-// once the loops are unrolled.
+// The bytes of 16 interleaved pixels, loaded 16 bytes at a time. They stay in registers, as all
+// indices are constant once the loops are unrolled.
 template <int kChannels>
 struct Group {
   __device__ Group(const uint8_t* from, bool flip) : flip(flip) {
@@ -129,8 +129,8 @@ struct Group {
   bool flip;
 };
 
-// Bytes to any type, 16 aligned pixels per thread, of kChannels interleaved channels or of one
-// plane. Reads and writes 16 bytes at a time.
+// Mixes bytes into any type, 16 aligned pixels per thread, of kChannels interleaved channels or of
+// one plane. Reads and writes 16 bytes at a time.
 template <class Out, int kChannels, bool kInterleavedOut>
 __global__ void __launch_bounds__(kThreads) mix_groups(Sides p, View out) {
   using Storage = typename Out::Storage;
@@ -192,7 +192,7 @@ __global__ void image_gradients(Sides p, View gradient, bool interleaved, View g
   }
 }
 
-// One of a sample's partial sums per thread.
+// Computes a partial sum of a sample's gradient of ψ per thread.
 __global__ void psi_parts(Sides p, View gradient, bool interleaved, double* parts) {
   const int64_t size = p.channels * p.pixels;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < p.batch * kPsiThreads;
@@ -219,7 +219,7 @@ __global__ void psi_sums(const double* parts, int64_t batch, double* grad_psi) {
   }
 }
 
-// Threads take further turns past this.
+// Returns the grid size; beyond its limit threads take several iterations.
 unsigned blocks_for(int64_t threads) {
   const int64_t blocks = (threads + kThreads - 1) / kThreads;
   return unsigned(blocks < 65536 ? blocks : 65536);
@@ -228,21 +228,24 @@ unsigned blocks_for(int64_t threads) {
 template <class Data>
 View view_of(const ImagesOf<Data>& images, const Problem& p) {
   const int64_t pixels = p.height * p.width;
-  return {images.data, images.dtype, images.sample_stride, images.interleaved ? 1 : pixels,
-          images.interleaved ? p.channels : 1};
+  return {.data = images.data,
+          .dtype = images.dtype,
+          .sample = images.sample_stride,
+          .channel = images.interleaved ? 1 : pixels,
+          .pixel = images.interleaved ? p.channels : 1};
 }
 
 Sides sides_of(const Problem& p) {
-  return {view_of(p.synthetic, p),
-          view_of(p.real, p),
-          p.psi,
-          p.affine,
-          p.flip_synthetic,
-          p.flip_real,
-          p.batch,
-          p.channels,
-          p.width,
-          p.height * p.width};
+  return {.synthetic = view_of(p.synthetic, p),
+          .real = view_of(p.real, p),
+          .psi = p.psi,
+          .affine = p.affine,
+          .flip_synthetic = p.flip_synthetic,
+          .flip_real = p.flip_real,
+          .batch = p.batch,
+          .channels = p.channels,
+          .width = p.width,
+          .pixels = p.height * p.width};
 }
 
 template <class Data>
@@ -310,22 +313,21 @@ const char* forward_cuda(const Problem& p, const MutableImages& out, void* strea
 
 int64_t psi_workspace(const Problem& p) { return p.batch * kPsiThreads; }
 
-const char* backward_cuda(const Problem& p, const Images& gradient,
-                          const MutableImages& grad_synthetic, const MutableImages& grad_real,
-                          double* grad_psi, double* workspace, void* stream) {
+const char* backward_cuda(const Problem& p, const Images& gradient, const Gradients& to,
+                          double* workspace, void* stream) {
   if (p.batch == 0) return nullptr;
   const Sides sides = sides_of(p);
   const View from = view_of(gradient, p);
   const int64_t count = p.batch * p.channels * p.height * p.width;
-  if (count && (grad_synthetic.data || grad_real.data)) {
+  if (count && (to.synthetic.data || to.real.data)) {
     SYNFACE_LAUNCH(image_gradients, blocks_for(count), kThreads, stream, sides, from,
-                   gradient.interleaved, view_of(grad_synthetic, p), view_of(grad_real, p));
+                   gradient.interleaved, view_of(to.synthetic, p), view_of(to.real, p));
   }
-  if (grad_psi) {
+  if (to.psi) {
     SYNFACE_LAUNCH(psi_parts, blocks_for(p.batch * kPsiThreads), kThreads, stream, sides, from,
                    gradient.interleaved, workspace);
     SYNFACE_LAUNCH(psi_sums, blocks_for(p.batch), kThreads, stream,
-                   static_cast<const double*>(workspace), p.batch, grad_psi);
+                   static_cast<const double*>(workspace), p.batch, to.psi);
   }
   return last_error();
 }

@@ -1,5 +1,5 @@
-// The product of bfloat16: that of cpu-inl.h, with pairs of neighbors along the depth in the place
-// of its elements. One instruction adds both products of a pair to a float32.
+// The bfloat16 GEMM: as in cpu-inl.h, with pairs of neighbors along the depth in place of its
+// elements. One instruction adds both products of a pair to a float32.
 
 namespace synface {
 namespace {
@@ -10,7 +10,8 @@ constexpr int64_t kColumns = kVectors * kLanes;
 
 inline __m512bh as_bf16(__m512i pairs) { return reinterpret_cast<__m512bh>(pairs); }
 
-// Rows × kColumns of C; `columns` of them exist. The last pair of an odd depth has one element.
+// Computes Rows × kColumns of C, of which `columns` exist. The last pair of an odd depth has one
+// element.
 template <int Rows>
 void block(const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t depth, float* c,
            int64_t c_row, int64_t columns, bool accumulate) {
@@ -90,7 +91,7 @@ void multiply(int64_t m, const uint16_t* a, int64_t a_row, const uint16_t* b, in
   }
 }
 
-// 16 vectors of 16 pairs, transposed.
+// Transposes 16 vectors of 16 pairs.
 inline void transpose(__m512i (&rows)[16]) {
   // Each of four stages is a perfect shuffle of all elements.
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -108,7 +109,7 @@ inline void transpose(__m512i (&rows)[16]) {
   }
 }
 
-// To bfloat16 in the lower halves of 32 bits; or what that takes off, likewise.
+// Rounds to bfloat16, in the lower 16 of each 32 bits; with Rest, the remainder likewise.
 template <bool Rest>
 inline __m512i rounded(__m512 values) {
   const __m512i bits = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
@@ -128,7 +129,7 @@ void narrow(const float* from, int64_t m, int64_t n, int64_t from_row, uint16_t*
   }
 }
 
-// Two rows of `from` are a row of pairs.
+// Rounds the transpose: two rows of `from` become a row of pairs.
 template <bool Rest>
 void narrow_transposed(const float* from, int64_t m, int64_t n, int64_t from_row, uint16_t* to,
                        int64_t to_row) {
@@ -154,8 +155,8 @@ void narrow_transposed(const float* from, int64_t m, int64_t n, int64_t from_row
   }
 }
 
-// Slices of kPairs pairs of rows, each of panels of kColumns columns; what the last panel, and the
-// last pair of an odd depth, lack is 0.
+// Packs slices of kPairs pairs of rows, each in panels of kColumns columns; the last panel, and the
+// last pair of an odd depth, are padded with 0.
 void fill(const uint16_t* from, int64_t k, int64_t n, int64_t row, int64_t column, uint16_t* to) {
   for (int64_t p = 0; p < k; p += kPairs * 2) {
     const int64_t depth = std::min(kPairs * 2, k - p), even = depth + depth % 2;

@@ -1,8 +1,8 @@
-// The register-blocked product. Included once per instruction set by simd/foreach_isa.h.
+// The register-blocked GEMM. Included once per instruction set by simd/foreach_isa.h.
 //
 // A block of kRows × kColumns sums stays in registers while p runs over the depth; each step loads
-// a row of B's panel and one element of A per row of the block. Tiles in the second cache keep
-// the multipliers busy all the same: a step's loads are few against its kRows·kVectors products.
+// a row of B's panel and one element of A per row of the block. Tiles in the L2 cache still keep
+// the multipliers busy: a step's loads are few against its kRows·kVectors multiplications.
 
 namespace synface {
 namespace {
@@ -46,14 +46,14 @@ inline void multiply_add(Vector<T>& sum, T a, Vector<T> b) {
 }
 #endif
 
-// Rows × kColumns of C; `columns` of them exist.
+// Computes Rows × kColumns of C, of which `columns` exist.
 template <class T, int Rows, bool Unit>
 void block(Left<T> a, const T* b, int64_t depth, T* c, int64_t c_row, int64_t columns,
            bool accumulate) {
   constexpr int lanes = Vectors<T>::lanes;
   Vector<T> sums[Rows][kVectors] = {};
 #pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) {  // what is stored last is fetched while the sums are made
+  for (int i = 0; i < Rows; ++i) {  // prefetched while the sums are computed
     for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + i * c_row + v * lanes, 1);
   }
   // One of the two strides is known, which spares the address arithmetic.
@@ -94,7 +94,7 @@ void block(Left<T> a, const T* b, int64_t depth, T* c, int64_t c_row, int64_t co
   }
 }
 
-// The block of a count of rows that is known at run time alone.
+// Computes a block whose number of rows is known only at run time.
 template <class T, bool Unit, int Rows = kRows>
 void block_of(int64_t rows, Left<T> a, const T* b, int64_t depth, T* c, int64_t c_row,
               int64_t columns, bool accumulate) {
@@ -134,10 +134,10 @@ void multiply(int64_t m, Left<T> a, const T* b, int64_t k, int64_t n, T* c, int6
                                                                  accumulate);
 }
 
-// Element l is that of a and b, one after the other, which `which` names.
+// Element l of the result is element which[l] of a and b concatenated.
 template <class T>
 Vector<T> shuffle(Vector<T> a, Vector<T> b, typename Vectors<T>::integer which) {
-#ifdef __clang__  // knows constants alone
+#ifdef __clang__  // its shuffle takes only constants
   Vector<T> picked;
   constexpr int lanes = Vectors<T>::lanes;
   for (int l = 0; l < lanes; ++l) picked[l] = which[l] < lanes ? a[which[l]] : b[which[l] - lanes];
@@ -147,7 +147,7 @@ Vector<T> shuffle(Vector<T> a, Vector<T> b, typename Vectors<T>::integer which) 
 #endif
 }
 
-// The transpose of a square as wide as a vector: `lanes` rows at `from`, and at `to`.
+// Transposes a square as wide as a vector: `lanes` rows at `from` into `lanes` rows at `to`.
 template <class T>
 void transpose(const T* from, int64_t from_row, T* to, int64_t to_row) {
   constexpr int lanes = Vectors<T>::lanes;
@@ -173,7 +173,7 @@ void transpose(const T* from, int64_t from_row, T* to, int64_t to_row) {
   for (int i = 0; i < lanes; ++i) std::memcpy(to + i * to_row, &rows[i], sizeof rows[i]);
 }
 
-// Slices of kDepth rows, each of panels of kColumns columns; what the last panel lacks is 0.
+// Packs slices of kDepth rows, each in panels of kColumns columns; the last panel is padded with 0.
 template <class T>
 void fill(const T* from, int64_t k, int64_t n, int64_t row, int64_t column, T* to) {
   constexpr int64_t width = kColumns<T>, lanes = Vectors<T>::lanes;

@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#include "common/runtime.h"
+
 namespace synface {
 
 template <class T>
@@ -27,12 +29,12 @@ struct Kernel<uint16_t> {
                    int64_t n, float* c, int64_t c_row, bool accumulate);
   using Narrow = void (*)(const float* from, int64_t m, int64_t n, int64_t from_row, uint16_t* to,
                           int64_t to_row);
-  Narrow narrow[2][2];  // [of what rounding takes off][transposed]
+  Narrow narrow[2][2];  // [of what rounding leaves][transposed]
 };
 
 namespace {
 
-// A slice of a row of A's blocks stays in the first cache.
+// Depth of a slice, in elements and in bf16 pairs: a slice of a row of A stays in the L1 cache.
 constexpr int64_t kDepth = 512, kPairs = 512;
 
 }  // namespace
@@ -82,7 +84,7 @@ void multiply_by_onednn(int64_t m, const uint16_t* a, int64_t a_row, const uint1
 
 template <class T>
 const Kernel<T>* pick() {
-  return &SYNFACE_PICK(kernel<T>);
+  return &SYNFACE_DISPATCH(kernel<T>);
 }
 template <>
 const Kernel<uint16_t>* pick() {
@@ -101,7 +103,7 @@ const Kernel<uint16_t>* pick() {
   if (isa() == Isa::avx512_bf16) return &ours;
   if (isa() == Isa::onednn_bf16 && brgemm) return &onednn;
 #endif
-  throw std::logic_error("no products of bfloat16 on this processor");
+  throw std::logic_error("this processor has no bfloat16 GEMM instructions");
 }
 
 // A panel has a whole number of pairs of rows.
@@ -113,7 +115,7 @@ int64_t room(int64_t k, int64_t n, int64_t width) {
 
 }  // namespace
 
-bool has_bf16_products() { return isa() >= Isa::avx512_bf16; }
+bool has_bf16_gemm() { return isa() >= Isa::avx512_bf16; }
 
 void set_brgemm(Brgemm given) { brgemm = given; }
 
@@ -129,30 +131,30 @@ void Packed<T>::fill(const T* from, int64_t k, int64_t n, int64_t row, int64_t c
 }
 
 template <class T>
-void multiply(int64_t m, Left<T> a, const Packed<T>& b, T* c, int64_t c_row, bool accumulate) {
-  b.kernel().multiply(m, a, b.data(), b.k(), b.n(), c, c_row, accumulate);
+void multiply(int64_t m, Left<T> a, const Packed<T>& b, const Output<T>& c) {
+  b.kernel().multiply(m, a, b.data(), b.k(), b.n(), c.data, c.stride, c.accumulate);
 }
 
-void multiply(int64_t m, const uint16_t* a, int64_t a_row, const Packed<uint16_t>& b, float* c,
-              int64_t c_row, bool accumulate) {
-  b.kernel().multiply(m, a, a_row, b.data(), b.k(), b.n(), c, c_row, accumulate);
+void multiply(int64_t m, Left<uint16_t> a, const Packed<uint16_t>& b, const Output<float>& c) {
+  b.kernel().multiply(m, a.data, a.row, b.data(), b.k(), b.n(), c.data, c.stride, c.accumulate);
 }
 
-void multiply(int64_t m, Halves a, int64_t a_row, const Packed<Halves>& b, float* c, int64_t c_row,
-              bool accumulate) {
-  multiply(m, a.high, a_row, b.high(), c, c_row, accumulate);
-  multiply(m, a.high, a_row, b.low(), c, c_row, true);
-  multiply(m, a.low, a_row, b.high(), c, c_row, true);
+void multiply(int64_t m, Left<SplitBf16> a, const Packed<SplitBf16>& b, const Output<float>& c) {
+  const Left<uint16_t> high{a.data.high, a.row}, low{a.data.low, a.row};
+  const Output<float> added{.data = c.data, .stride = c.stride, .accumulate = true};
+  multiply(m, high, b.high(), c);
+  multiply(m, high, b.low(), added);
+  multiply(m, low, b.high(), added);
 }
 
-void narrow(const float* from, int64_t m, int64_t n, int64_t from_row, bool transposed,
-            uint16_t* to, int64_t to_row, bool rest) {
-  pick<uint16_t>()->narrow[rest][transposed](from, m, n, from_row, to, to_row);
+void narrow(const Float32Matrix& from, const Bf16Matrix& to) {
+  pick<uint16_t>()->narrow[to.rest][from.transposed](from.data, from.rows, from.cols, from.stride,
+                                                     to.data, to.stride);
 }
 
 #define SYNFACE_INSTANTIATE(T) \
   template class Packed<T>;    \
-  template void multiply<T>(int64_t, Left<T>, const Packed<T>&, T*, int64_t, bool);
+  template void multiply<T>(int64_t, Left<T>, const Packed<T>&, const Output<T>&);
 SYNFACE_INSTANTIATE(float)
 SYNFACE_INSTANTIATE(double)
 template class Packed<uint16_t>;

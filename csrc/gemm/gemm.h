@@ -1,18 +1,18 @@
-// Matrix products of one thread on tiles that lie in its cache, where a vendor's product would
-// spend much of its time on packing what the caller could pack once, or keep as it is.
+// Single-threaded GEMMs on tiles that fit in the thread's cache. A vendor's GEMM would spend much
+// of its time packing operands that the caller can pack once or use unpacked.
 #pragma once
 
 #include <cstdint>
 
-#include "memory.h"
+#include "common/memory.h"
 
 namespace synface {
 
 template <class T>
 struct Kernel;  // an instruction set's version
 
-// The right operand of products, (k × n), in panels as wide as the registers take. T is float or
-// double, or uint16_t: the bits of bfloat16, where has_bf16_products().
+// Right operand of a GEMM, (k × n), in panels as wide as the registers take. T is float or double,
+// or uint16_t: the bits of bfloat16, if has_bf16_gemm().
 template <class T>
 class Packed {
  public:
@@ -31,36 +31,48 @@ class Packed {
   Buffer<T> data_;
 };
 
-// A left operand: element (i, p) is data[i·row + p·column], with one of the strides 1.
+// Left operand: element (i, p) is data[i·row + p·column], with one of the strides 1.
 template <class T>
 struct Left {
   const T* data;
-  int64_t row, column;
+  int64_t row, column = 1;
 };
 
-// Row-major C (m × n) = A·B, or C += it; k and n are B's.
+// Row-major result C; with `accumulate`, the GEMM is added to it.
 template <class T>
-void multiply(int64_t m, Left<T> a, const Packed<T>& b, T* c, int64_t c_row, bool accumulate);
+struct Output {
+  T* data;
+  int64_t stride;
+  bool accumulate = false;
+};
 
-// Whether the CPU has instructions for products of bfloat16, which are faster than of float32, and
-// SYNFACE_CPU_ISA lets us use them. Numbers below 2^-126 count as 0 there.
-bool has_bf16_products();
+// C (m × n) = A·B; k and n are B's.
+template <class T>
+void multiply(int64_t m, Left<T> a, const Packed<T>& b, const Output<T>& c);
 
-// The same of bfloat16, A's rows contiguous and a_row apart, with sums in float32.
-void multiply(int64_t m, const uint16_t* a, int64_t a_row, const Packed<uint16_t>& b, float* c,
-              int64_t c_row, bool accumulate);
+// Whether the CPU has bfloat16 GEMM instructions, which are faster than float32's, and
+// SYNFACE_CPU_ISA lets us use them. They treat numbers below 2^-126 as 0.
+bool has_bf16_gemm();
 
-// Matrices of float32, each element as the sum of two bfloat16: its own rounding, and that of what
-// it takes off. Their products leave out low·low, which is no more than 2^-18 of high·high, as
-// rounding twice takes 2^-18 off each factor.
-struct Halves {
+// The same for bfloat16 with sums in float32; A's rows are contiguous.
+void multiply(int64_t m, Left<uint16_t> a, const Packed<uint16_t>& b, const Output<float>& c);
+
+// A float32 matrix as the sum of two of bfloat16: `high` is its rounding, `low` that of the
+// remainder. GEMMs of splits leave out low·low, which is at most 2^-18 of high·high, as rounding
+// twice leaves 2^-18 of each factor.
+struct SplitBf16 {
   const uint16_t *high, *low;
 };
 template <>
-class Packed<Halves> {
+struct Left<SplitBf16> {
+  SplitBf16 data;
+  int64_t row, column = 1;
+};
+template <>
+class Packed<SplitBf16> {
  public:
   Packed(int64_t k, int64_t n) : high_(k, n), low_(k, n) {}
-  void fill(Halves from, int64_t k, int64_t n, int64_t row, int64_t column) {
+  void fill(SplitBf16 from, int64_t k, int64_t n, int64_t row, int64_t column) {
     high_.fill(from.high, k, n, row, column);
     low_.fill(from.low, k, n, row, column);
   }
@@ -72,24 +84,32 @@ class Packed<Halves> {
  private:
   Packed<uint16_t> high_, low_;
 };
-void multiply(int64_t m, Halves a, int64_t a_row, const Packed<Halves>& b, float* c, int64_t c_row,
-              bool accumulate);
+void multiply(int64_t m, Left<SplitBf16> a, const Packed<SplitBf16>& b, const Output<float>& c);
 
-// oneDNN's product of bfloat16, which torch brings, for Isa::onednn_bf16. B's rows stand in pairs,
-// an element of one beside that of the next: b_row pairs from one pair of rows to the next. k is
-// even.
+// oneDNN's bfloat16 GEMM, which torch ships, for Isa::onednn_bf16. B's rows are interleaved in
+// pairs, an element of one beside that of the next: b_row is the number of pairs from one pair of
+// rows to the next. k is even.
 using Brgemm = void (*)(int64_t m, int64_t n, int64_t k, int64_t a_row, int64_t b_row,
                         int64_t c_row, bool accumulate, const uint16_t* a, const uint16_t* b,
                         float* c);
 void set_brgemm(Brgemm brgemm);
 
-// float32 (m × n) to bfloat16, as it lies or transposed, for such products; or what that rounding
-// takes off, to bfloat16.
-void narrow(const float* from, int64_t m, int64_t n, int64_t from_row, bool transposed,
-            uint16_t* to, int64_t to_row, bool rest = false);
+// Conversion of float32 to bfloat16 operands, as stored or transposed; with `rest`, of what that
+// rounding leaves.
+struct Float32Matrix {
+  const float* data;
+  int64_t rows, cols, stride;
+  bool transposed = false;
+};
+struct Bf16Matrix {
+  uint16_t* data;
+  int64_t stride;
+  bool rest = false;
+};
+void narrow(const Float32Matrix& from, const Bf16Matrix& to);
 
-// A row stride of at least n for a tile that is read by columns: no power of two, which would put a
-// column's elements into the same few sets of the cache.
+// Row stride of at least n for a tile that is read by columns: not a power of two, which would map
+// a column's elements to the same few cache sets.
 template <class T>
 constexpr int64_t padded(int64_t n) {
   constexpr int64_t line = 64 / sizeof(T);

@@ -1,5 +1,5 @@
-// The loops over points and over rows of cosines. Included once per instruction set by
-// simd/foreach_isa.h; plain loops, which the compiler turns into that set's vectors.
+// Loops over points and over rows of cosines. Included once per instruction set by
+// simd/foreach_isa.h; plain loops, which the compiler vectorizes for that set.
 
 namespace synface::hypersphere_repulsion {
 namespace {
@@ -44,8 +44,8 @@ T maximum(const T* values, int64_t n) {
   return most;
 }
 
-// From `from` on, the first chunk with a value that reaches the row's threshold or its column's
-// (null: the row's alone); n if there is none.
+// Returns the begin of the first chunk, from `from` on, with a value that reaches the row's
+// threshold or its column's (null: the row's alone); n if there is none.
 template <class T>
 int64_t first_reaching(const T* values, T row, const T* columns, int64_t from, int64_t n) {
   for (int64_t begin = from; begin < n; begin += kChunk) {
@@ -63,7 +63,7 @@ int64_t first_reaching(const T* values, T row, const T* columns, int64_t from, i
   return n;
 }
 
-// How many values reach what first_reaching asks for.
+// Counts the values that reach the thresholds of first_reaching.
 template <class T>
 int64_t count_reaching(const T* values, T row, const T* columns, int64_t n) {
   int32_t count = 0;
@@ -127,8 +127,8 @@ void project(const V* v, const T* x, double inverse, double scale, T* to, int64_
   for (int64_t i = 0; i < n; ++i) to[i] = T(scale * (double(v[i]) - along * double(x[i])));
 }
 
-// Cosines to the derivatives of f by them, in place; returns Σ f. For pairs that are not close.
-// log_sum_exp: f = e^{a·(c − shift)}, its derivative without the factor a.
+// Replaces cosines by the derivatives of f with respect to them; returns Σ f. For pairs that are
+// not close. log_sum_exp: f = e^{a·(c − shift)}, its derivative without the factor a.
 template <Kind kind, class T>
 T derivatives(T* values, T a, T shift, bool linear, int64_t n) {
   T sum = 0;
@@ -158,22 +158,23 @@ T derivatives(T* values, T a, T shift, bool linear, int64_t n) {
 }
 
 template <class T>
-constexpr Loops<T> loops{dot_double<T>,
-                         multiply<T>,
-                         maximum<T>,
-                         first_reaching<T>,
-                         count_reaching<T>,
-                         round<T>,
-                         residual<T>,
-                         subtract<T>,
-                         add<T>,
-                         add<double>,
-                         project<T, T>,
-                         project<double, T>,
-                         {derivatives<Kind::log_sum_exp, T>, derivatives<Kind::riesz, T>,
-                          derivatives<Kind::log, T>, derivatives<Kind::hinge, T>},
-                         load<T>,
-                         store<T>};
+constexpr SimdKernels<T> simd_kernels{
+    .dot_double = dot_double<T>,
+    .multiply = multiply<T>,
+    .maximum = maximum<T>,
+    .first_reaching = first_reaching<T>,
+    .count_reaching = count_reaching<T>,
+    .round = round<T>,
+    .residual = residual<T>,
+    .subtract = subtract<T>,
+    .add = add<T>,
+    .add_double = add<double>,
+    .project = project<T, T>,
+    .project_double = project<double, T>,
+    .derivatives = {derivatives<Kind::log_sum_exp, T>, derivatives<Kind::riesz, T>,
+                    derivatives<Kind::log, T>, derivatives<Kind::hinge, T>},
+    .load = load<T>,
+    .store = store<T>};
 
 }  // namespace SYNFACE_ISA_NAMESPACE
 }  // namespace

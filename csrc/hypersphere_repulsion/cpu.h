@@ -1,22 +1,25 @@
-// Hypersphere repulsion on a CPU: see synface_kernels/ops/hypersphere_repulsion for what it
-// computes. T is float or double, the type of the products and of the gradients' sums.
+// Pairwise energies and nearest neighbors of points on the hypersphere, on a CPU;
+// synface_kernels/ops/hypersphere_repulsion defines them. T is float or double, the type of the
+// GEMMs and of the gradients' sums.
 #pragma once
 
 #include <cstdint>
 
-#include "runtime.h"
+#include "common/rows.h"
+#include "common/runtime.h"
 
 namespace synface::hypersphere_repulsion {
 
-// Points and their inverse norms. Rows of y are points of their own; without y (null), x repels
-// itself.
+// Points and their inverse norms.
 struct Points {
   Rows rows;
   const double* inverse;
 };
+
+// Pairs of points of x and of y; without y (null), pairs of two points of x.
 struct Problem {
   Points x;
-  const Points* y;
+  const Points* y = nullptr;
 };
 
 enum class Kind { log_sum_exp, riesz, log, hinge };
@@ -28,27 +31,42 @@ struct Potential {
   double r_min;
 };
 
-// 1/norm of each row. Returns the first row whose norm is at most 1e-12, above 2^100, where squares
-// or products might leave T's range, or not finite; or −1.
+// Gradients of the points, contiguous; a null one is not computed.
+template <class Data>
+struct Gradients {
+  Data* x = nullptr;
+  Data* y = nullptr;
+};
+
+// Writes 1/norm of each row. Returns the first row whose norm is at most kNormMin, above 2^100,
+// where squares or dot products might overflow T, or not finite; or −1.
 template <class T>
 int64_t inverse_norms(const Rows& rows, const Runtime& runtime, double* inverse);
 
-// Σ_pairs f(r), or log Σ_pairs exp(a·c). The gradients, contiguous and of the points' shapes, must
-// come zeroed; either may be null: then it is not computed.
+// Returns Σ_pairs f(r), or log Σ_pairs exp(a·c). Adds the gradients to what must be zeros.
 template <class T>
-double pairs(const Problem& problem, const Potential& potential, const Runtime& runtime, T* grad_x,
-             T* grad_y);
+double pairs(const Problem& problem, const Potential& potential, const Runtime& runtime,
+             const Gradients<T>& gradients);
 
-// square, index: (N, k), contiguous.
+// Squared distances to the k nearest points and these points' indices, (N, k), contiguous.
+struct Neighbors {
+  double* square;
+  int64_t* index;
+};
 template <class T>
-void nearest(const Problem& problem, int64_t k, const Runtime& runtime, double* square,
-             int64_t* index);
+void nearest(const Problem& problem, int64_t k, const Runtime& runtime, const Neighbors& out);
 
-// From grad_square (N, k). The gradients are contiguous and of their points' dtypes; either may be
-// null.
+// Indices of the k nearest points, and the gradient of the squared distances, (N, k).
+struct NearestUpstream {
+  int64_t k;
+  const int64_t* index;
+  const double* grad_square;
+  double r_min;
+};
+
+// The gradients are of their points' dtypes.
 template <class T>
-void nearest_backward(const Problem& problem, int64_t k, const int64_t* index,
-                      const double* grad_square, double r_min, const Runtime& runtime, void* grad_x,
-                      void* grad_y);
+void nearest_backward(const Problem& problem, const NearestUpstream& upstream,
+                      const Runtime& runtime, const Gradients<void>& gradients);
 
 }  // namespace synface::hypersphere_repulsion

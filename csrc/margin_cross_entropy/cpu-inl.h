@@ -1,5 +1,5 @@
-// The loops over one class's cosines or center. Included once per instruction set by
-// simd/foreach_isa.h; plain loops, which the compiler turns into that set's vectors.
+// Loops over one class's cosines or center. Included once per instruction set by
+// simd/foreach_isa.h; plain loops, which the compiler vectorizes for that set.
 
 namespace synface::margin_cross_entropy {
 namespace {
@@ -33,18 +33,18 @@ void add_tangent(T* y, double g, const T* a, double along, const T* b, int64_t n
 // The inverse norm comes in two parts: rounded to one, its error would be the same in all of a
 // class's cosines, and scale times as large in their exponentials.
 template <class T>
-inline T cosine(T product, Parts<T> inverse) {
-  return madd(product, inverse.high, product * inverse.low);
+inline T cosine(T dot, Parts<T> inverse) {
+  return madd(dot, inverse.high, dot * inverse.low);
 }
 
-// values *= factors, which come in two parts
+// values *= factors, given in two parts.
 template <class T>
 void scale_each(T* values, const T* high, const T* low, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) values[i] = madd(values[i], high[i], values[i] * low[i]);
 }
 
-// A row of products, one center against every embedding, to cosines
+// Scales a row of dot products, one center with every embedding, to cosines.
 template <class T>
 void cosines(T* values, Parts<T> inverse, int64_t n) {
 #pragma omp simd
@@ -58,8 +58,8 @@ void greatest(const T* values, T* most, int64_t n) {
   for (int64_t i = 0; i < n; ++i) most[i] = values[i] > most[i] ? values[i] : most[i];
 }
 
-// Of a class's sub-centers, rows of cosines `stride` apart, keeps the greatest, the first of
-// equals, and makes the others −∞. NaN stays.
+// Keeps the greatest cosine of a class's sub-centers, the first of equals, and sets the others to
+// −∞. Rows of cosines are `stride` apart. NaN stays.
 template <class T>
 void keep_greatest(T* values, int64_t stride, int64_t sub_centers, T* best, int64_t n) {
   constexpr T infinity = std::numeric_limits<T>::infinity();
@@ -71,12 +71,12 @@ void keep_greatest(T* values, int64_t stride, int64_t sub_centers, T* best, int6
     for (int64_t i = 0; i < n; ++i) {
       const bool less = row[i] < best[i], is_best = row[i] == best[i];
       row[i] = less ? -infinity : row[i];
-      best[i] = is_best ? infinity : best[i];  // what comes after is less
+      best[i] = is_best ? infinity : best[i];  // later ones are less
     }
   }
 }
 
-// What is above the limit becomes −∞, and is counted.
+// Sets values above the limit to −∞ and counts them.
 template <class T>
 void filter(T* values, T limit, T* count, int64_t n) {
 #pragma omp simd
@@ -106,8 +106,8 @@ void exponentials(T* values, T factor, T scale, const T* shift, T* sum, int64_t 
 }
 
 // values = coefficient·exp(scale·cosine − lse), and 0 where the coefficient is 0, whatever the
-// cosine. Cosines are those that the log-sum-exps were made of, to the last bit: so a probability
-// near 1 keeps all its digits.
+// cosine. Cosines equal those of the log-sum-exp bit for bit, so that a probability near 1 keeps
+// all its digits.
 template <class T>
 void probabilities(const T* cosines, T scale, const T* lse, const T* coefficient, T* values,
                    int64_t n) {
@@ -119,10 +119,20 @@ void probabilities(const T* cosines, T scale, const T* lse, const T* coefficient
 }
 
 template <class T>
-constexpr Loops<T> loops{dot<T>,        dot_double<T>, axpy_scale<T>,   add_tangent<T>,
-                         scale_each<T>, cosines<T>,    greatest<T>,     keep_greatest<T>,
-                         filter<T>,     add_scaled<T>, exponentials<T>, probabilities<T>,
-                         load<T>,       store<T>};
+constexpr SimdKernels<T> simd_kernels{.dot = dot<T>,
+                                      .dot_double = dot_double<T>,
+                                      .axpy_scale = axpy_scale<T>,
+                                      .add_tangent = add_tangent<T>,
+                                      .scale_each = scale_each<T>,
+                                      .cosines = cosines<T>,
+                                      .greatest = greatest<T>,
+                                      .keep_greatest = keep_greatest<T>,
+                                      .filter = filter<T>,
+                                      .add_scaled = add_scaled<T>,
+                                      .exponentials = exponentials<T>,
+                                      .probabilities = probabilities<T>,
+                                      .load = load<T>,
+                                      .store = store<T>};
 
 }  // namespace SYNFACE_ISA_NAMESPACE
 }  // namespace

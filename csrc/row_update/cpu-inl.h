@@ -1,6 +1,6 @@
-// The loops over a row's columns. Included once per instruction set by simd/foreach_isa.h; plain
-// loops, which the compiler turns into that set's vectors. Without fused multiply-adds, in the
-// order of reference.py: the same bits by every instruction set, and by torch.
+// Loops over a row's columns. Included once per instruction set by simd/foreach_isa.h; plain loops,
+// which the compiler vectorizes for that set. Without fused multiply-adds, in the order of
+// reference.py: results are bitwise equal on every instruction set, and equal to torch's.
 
 namespace synface::row_update {
 namespace {
@@ -68,7 +68,7 @@ void roots(const T* v, T* root, int64_t n) {
   for (int64_t i = 0; i < n; ++i) root[i] = std::sqrt(v[i]);
 }
 
-// sum += size/(root·factor + eps): what one step without a gradient takes off, over its moment.
+// sum += size/(root·factor + eps): a missed step's update, divided by its moment.
 template <class T>
 void add_quotients(T* sum, const T* root, T size, T factor, T eps, int64_t n) {
 #pragma omp simd
@@ -86,8 +86,8 @@ void adamw_missed(T* w, T* m, T* v, const T* sum, T keep, T beta1, T beta2, int6
   }
 }
 
-// To bf16, up with the chance of what is cut off: 16 random bits are added there. They are a hash
-// of the row's key and the column.
+// Rounds to bf16 stochastically: 16 random bits, a hash of the row's key and the column, are added
+// to the bits that are cut off.
 template <class T>
 void store_stochastic(const T* from, uint16_t* to, uint32_t low, uint32_t high, int64_t n) {
 #pragma omp simd
@@ -103,9 +103,18 @@ void store_stochastic(const T* from, uint16_t* to, uint32_t low, uint32_t high, 
 }
 
 template <class T>
-constexpr Loops<T> loops{sgd_plain<T>,    sgd_momentum<T>, sgd_nesterov<T>, scale<T>,
-                         linear<T>,       adamw_step<T>,   roots<T>,        add_quotients<T>,
-                         adamw_missed<T>, load<T>,         store<T>,        store_stochastic<T>};
+constexpr SimdKernels<T> simd_kernels{.sgd_plain = sgd_plain<T>,
+                                      .sgd_momentum = sgd_momentum<T>,
+                                      .sgd_nesterov = sgd_nesterov<T>,
+                                      .scale = scale<T>,
+                                      .linear = linear<T>,
+                                      .adamw_step = adamw_step<T>,
+                                      .roots = roots<T>,
+                                      .add_quotients = add_quotients<T>,
+                                      .adamw_missed = adamw_missed<T>,
+                                      .load = load<T>,
+                                      .store = store<T>,
+                                      .store_stochastic = store_stochastic<T>};
 
 }  // namespace SYNFACE_ISA_NAMESPACE
 }  // namespace

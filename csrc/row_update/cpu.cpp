@@ -6,9 +6,9 @@
 #include <cmath>
 #include <vector>
 
-#include "memory.h"
+#include "common/memory.h"
+#include "common/splitmix.h"
 #include "simd/scalar.h"
-#include "splitmix.h"
 
 namespace synface::row_update {
 namespace {
@@ -34,8 +34,9 @@ struct AdamWStep {
   T beta1, take1, beta2, take2, keep, size, root, eps;
 };
 
+// Vectorized loops of cpu-inl.h, compiled for one instruction set.
 template <class T>
-struct Loops {
+struct SimdKernels {
   void (*sgd_plain)(T* w, const T* g, const SgdStep<T>& s, int64_t n);
   void (*sgd_momentum)(T* w, T* b, const T* g, const SgdStep<T>& s, int64_t n);
   void (*sgd_nesterov)(T* w, T* b, const T* g, const SgdStep<T>& s, int64_t n);
@@ -59,73 +60,52 @@ struct Loops {
 namespace synface::row_update {
 namespace {
 
-constexpr int64_t kTasksPerThread = 4;
-constexpr int64_t kTaskElements = 1 << 14;  // that are worth a task
+constexpr int64_t kTaskElements = 1 << 14;  // elements of the smallest task
 
 uint64_t mix(uint64_t z) { return splitmix::mixed(z + splitmix::kGolden); }
 
-// One row at a time of a state, as T: in place where it is T already.
+// One row at a time of a state, opened as T and written back when it is closed.
 template <class T>
 class Row {
  public:
-  // `stream` tells the states of a problem apart.
-  Row(const Problem& p, const State& state, int64_t stream, const Loops<T>& loops)
+  // `stream` distinguishes the random streams of a problem's states.
+  Row(const Problem& p, const State& state, int64_t stream, const SimdKernels<T>& simd)
       : state_(state),
         cols_(p.cols),
         stochastic_(p.stochastic && state.dtype == Dtype::bf16),
         key_(mix(mix(p.seed) ^ uint64_t(4 * p.step + stream))),
-        loops_(loops),
-        copy_(state.data && state.dtype != dtype_of<T> ? cols_ : 0) {}
+        simd_(simd),
+        converter_(state.dtype, cols_, simd.load) {}
 
-  // null where there is no such state
+  // Null if there is no such state.
   T* open(int64_t row) {
-    if (!state_.data) return nullptr;
     row_ = row;
-    if (!copy_.get()) return static_cast<T*>(at());
-    loops_.load(at(), state_.dtype, copy_.get(), cols_);
-    return copy_.get();
+    opened_ = state_.data ? converter_.row(row_at(state_, row)) : nullptr;
+    return opened_;
   }
-  void close() {
-    if (!copy_.get()) return;
+  void close() const {
+    if (!opened_ || !converter_.copies()) return;
+    void* to = row_at(state_, row_);
     if (stochastic_) {
       const uint64_t key = mix(key_ ^ uint64_t(row_));
-      loops_.store_stochastic(copy_.get(), static_cast<uint16_t*>(at()), uint32_t(key),
-                              uint32_t(key >> 32), cols_);
+      simd_.store_stochastic(opened_, static_cast<uint16_t*>(to), uint32_t(key),
+                             uint32_t(key >> 32), cols_);
     } else {
-      loops_.store(copy_.get(), at(), state_.dtype, cols_);
+      simd_.store(opened_, to, state_.dtype, cols_);
     }
   }
 
  private:
-  void* at() const {
-    return static_cast<char*>(state_.data) +
-           size_t(row_) * size_t(state_.stride) * bytes(state_.dtype);
-  }
   State state_;
   int64_t cols_, row_ = 0;
   bool stochastic_;
   uint64_t key_;
-  const Loops<T>& loops_;
-  Buffer<T> copy_;
+  const SimdKernels<T>& simd_;
+  RowConverter<T> converter_;
+  T* opened_ = nullptr;
 };
 
-// The gradient's rows as T, in place where they are.
-template <class T>
-struct Gradient {
-  Gradient(const Problem& p, const Loops<T>& loops)
-      : rows(p.gradient), loops(loops), copy(rows.data && rows.dtype != dtype_of<T> ? p.cols : 0) {}
-  const T* row(int64_t i) {
-    if (!rows.data) return nullptr;
-    if (!copy.get()) return static_cast<const T*>(row_at(rows, i));
-    loops.load(row_at(rows, i), rows.dtype, copy.get(), rows.cols);
-    return copy.get();
-  }
-  const Rows& rows;
-  const Loops<T>& loops;
-  Buffer<T> copy;
-};
-
-// The step after which each row is up to date.
+// Steps up to which the rows are updated.
 class LastStep {
  public:
   explicit LastStep(const Problem& p) : p_(p) {}
@@ -145,12 +125,12 @@ class LastStep {
   }
 
  private:
-  // Where rows must have arrived before the gradient comes.
+  // Step up to which rows must be updated before the gradient is applied.
   int64_t due() const { return p_.gradient.data ? p_.step - 1 : p_.step; }
   const Problem& p_;
 };
 
-// run(begin, end) on ranges of the rows, in parallel
+// Calls run(range) on ranges of the rows, in parallel.
 template <class F>
 void over_rows(const Problem& p, const Runtime& runtime, F&& run) {
   const int64_t tasks =
@@ -174,7 +154,7 @@ Matrix power(Matrix base, int64_t exponent) {
   return result;
 }
 
-// What a step without a gradient makes of (weight, momentum): a linear map.
+// Returns a step without a gradient as a linear map of (weight, momentum).
 Matrix idle_step(const Sgd& o) {
   const double to_buffer = (1 - o.dampening) * o.weight_decay;
   if (o.nesterov) {
@@ -184,7 +164,8 @@ Matrix idle_step(const Sgd& o) {
   return {1 - o.lr * to_buffer, -o.lr * o.momentum, to_buffer, o.momentum};
 }
 
-// What `missed` steps without gradients take off a weight: m·Σ size/(√v·factor + eps), then decay.
+// Terms of `missed` steps without gradients: a weight loses m·Σ size/(√v·factor + eps), then
+// decays.
 template <class T>
 struct AdamWMissed {
   struct Term {
@@ -195,7 +176,7 @@ struct AdamWMissed {
         beta1(std::pow(o.beta1, double(missed))),
         beta2(std::pow(o.beta2, double(missed))) {
     const double decay = 1 - o.lr * o.weight_decay;
-    // Relative to its first, term k is at most ratio^k, up to bias corrections.
+    // Relative to the first term, term k is at most ratio^k, up to bias corrections.
     const double ratio = o.beta1 / (std::sqrt(o.beta2) * decay);
     const bool falls = decay > 0 && ratio < 1;
     const double negligible = std::is_same_v<T, float> ? 0x1p-26 : 0x1p-55;
@@ -221,28 +202,28 @@ struct AdamWMissed {
 
 template <class T>
 void sgd(const Problem& p, const State& momentum, const Sgd& o, const Runtime& runtime) {
-  const Loops<T>& loops = SYNFACE_PICK(loops<T>);
+  const SimdKernels<T>& simd = SYNFACE_DISPATCH(simd_kernels<T>);
   const SgdStep<T> step(o);
   const Matrix idle = idle_step(o);
   over_rows(p, runtime, [&](Range range) {
-    Row<T> weights(p, p.weight, 0, loops), buffers(p, momentum, 1, loops);
-    Gradient<T> gradient(p, loops);
+    Row<T> weights(p, p.weight, 0, simd), buffers(p, momentum, 1, simd);
+    const RowReader<T> gradient(p.gradient, simd.load);
     const LastStep last(p);
     for (int64_t i = range.begin; i < range.end; ++i) {
       const int64_t row = p.class_ids[i], missed = last.missed(row);
       T *w = weights.open(row), *b = buffers.open(row);
-      const T* g = gradient.row(i);
+      const T* g = p.gradient.data ? gradient.row(i) : nullptr;
       if (missed > 0 && b) {
         const Matrix a = power(idle, missed);
         const T to[4] = {T(a[0]), T(a[1]), T(a[2]), T(a[3])};
-        loops.linear(w, b, to, p.cols);
+        simd.linear(w, b, to, p.cols);
       } else if (missed > 0) {
-        loops.scale(w, T(std::pow(1 - o.lr * o.weight_decay, double(missed))), p.cols);
+        simd.scale(w, T(std::pow(1 - o.lr * o.weight_decay, double(missed))), p.cols);
       }
       if (g && b) {
-        (o.nesterov ? loops.sgd_nesterov : loops.sgd_momentum)(w, b, g, step, p.cols);
+        (o.nesterov ? simd.sgd_nesterov : simd.sgd_momentum)(w, b, g, step, p.cols);
       } else if (g) {
-        loops.sgd_plain(w, g, step, p.cols);
+        simd.sgd_plain(w, g, step, p.cols);
       }
       weights.close();
       buffers.close();
@@ -254,33 +235,33 @@ void sgd(const Problem& p, const State& momentum, const Sgd& o, const Runtime& r
 template <class T>
 void adamw(const Problem& p, const State& exp_avg, const State& exp_avg_sq, const AdamW& o,
            const Runtime& runtime) {
-  const Loops<T>& loops = SYNFACE_PICK(loops<T>);
+  const SimdKernels<T>& simd = SYNFACE_DISPATCH(simd_kernels<T>);
   const AdamWStep<T> step(o, p.step);
   over_rows(p, runtime, [&](Range range) {
-    Row<T> weights(p, p.weight, 0, loops), means(p, exp_avg, 1, loops),
-        squares(p, exp_avg_sq, 2, loops);
-    Gradient<T> gradient(p, loops);
+    Row<T> weights(p, p.weight, 0, simd), means(p, exp_avg, 1, simd),
+        squares(p, exp_avg_sq, 2, simd);
+    const RowReader<T> gradient(p.gradient, simd.load);
     const LastStep last(p);
     Buffer<T> root(p.last_step ? p.cols : 0), sum(p.last_step ? p.cols : 0);
     for (int64_t i = range.begin; i < range.end; ++i) {
       const int64_t row = p.class_ids[i], missed = last.missed(row);
       T *w = weights.open(row), *m = means.open(row), *v = squares.open(row);
-      const T* g = gradient.row(i);
+      const T* g = p.gradient.data ? gradient.row(i) : nullptr;
       if (missed > 0) {
         AdamWMissed<T> idle(o, last.of(row), missed);
-        // A row that was never touched only decays.
+        // A row without moments only decays.
         const bool moves = std::any_of(m, m + p.cols, [](T x) { return x != 0; });
         std::fill_n(sum.get(), p.cols, T(0));
         if (moves) {
-          loops.roots(v, root.get(), p.cols);
+          simd.roots(v, root.get(), p.cols);
           for (const auto& term : idle.terms) {
-            loops.add_quotients(sum.get(), root.get(), T(term.size), T(term.factor), T(o.eps),
-                                p.cols);
+            simd.add_quotients(sum.get(), root.get(), T(term.size), T(term.factor), T(o.eps),
+                               p.cols);
           }
         }
-        loops.adamw_missed(w, m, v, sum.get(), T(idle.keep), T(idle.beta1), T(idle.beta2), p.cols);
+        simd.adamw_missed(w, m, v, sum.get(), T(idle.keep), T(idle.beta1), T(idle.beta2), p.cols);
       }
-      if (g) loops.adamw_step(w, m, v, g, step, p.cols);
+      if (g) simd.adamw_step(w, m, v, g, step, p.cols);
       weights.close();
       means.close();
       squares.close();

@@ -1,31 +1,29 @@
-// Optimizer steps on some rows of a matrix on a CPU: see
-// synface_kernels/ops/row_update/reference.py for what they compute. T is float or double, the type
-// of all arithmetic.
+// Optimizer steps on some rows of a matrix, on a CPU;
+// synface_kernels/ops/row_update/reference.py defines them. T is float or double, the type of all
+// arithmetic.
 #pragma once
 
 #include <cstdint>
 
-#include "runtime.h"
+#include "common/rows.h"
+#include "common/runtime.h"
 
 namespace synface::row_update {
 
-// (C, D), rows contiguous, `stride` elements apart: f32, bf16, or f64 where T is double.
-struct State {
-  void* data;
-  Dtype dtype;
-  int64_t stride;
-};
+// A matrix (C, D) that is updated: the weight (f32, bf16, or f64 where T is double) or optimizer
+// state. Null data: there is no such state.
+using State = MutableRows;
 
 struct Problem {
   State weight;
-  Rows gradient;             // (S, D); data may be null: then rows only catch up
+  Rows gradient = {};        // (S, D); null data: rows only catch up on missed steps
   const int64_t* class_ids;  // (S,) distinct rows of the weight
   int64_t count, cols;       // S, D
   int64_t step;
-  void* last_step;  // (C,) int64 or int32; may be null: then rows do not catch up
-  bool long_steps;
-  bool stochastic;  // whether bf16 is rounded at random
-  uint64_t seed;
+  void* last_step = nullptr;  // (C,) int64 or int32; null: rows do not catch up
+  bool long_steps = false;    // whether last_step is int64
+  bool stochastic = false;    // whether bf16 is rounded stochastically
+  uint64_t seed = 0;
 };
 
 struct Sgd {
@@ -37,7 +35,6 @@ struct AdamW {
   double lr, beta1, beta2, eps, weight_decay;
 };
 
-// The momentum's data is null where there is none.
 template <class T>
 void sgd(const Problem& problem, const State& momentum, const Sgd& options, const Runtime& runtime);
 

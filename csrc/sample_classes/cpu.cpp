@@ -8,8 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "memory.h"
-#include "splitmix.h"
+#include "common/splitmix.h"
 
 #define SYNFACE_ISA_SOURCE "sample_classes/cpu-inl.h"
 #include "simd/foreach_isa.h"
@@ -17,8 +16,8 @@
 namespace synface::sample_classes {
 namespace {
 
-constexpr int64_t kBlock = 512;          // draws that are made together
-constexpr int64_t kTaskWords = 1 << 12;  // words of the bitmap that are worth a task
+constexpr int64_t kBlock = 512;          // draws made together
+constexpr int64_t kTaskWords = 1 << 12;  // words of the bitmap in the smallest task
 
 }  // namespace
 
@@ -45,7 +44,7 @@ Sample::Sample(const Problem& p)
 
   const int64_t into = size_ - positives, out_of = p.classes - size_;
   left_out_ = into > out_of;
-  const auto fill = SYNFACE_PICK(draws);
+  const auto fill = SYNFACE_DISPATCH(draws);
   uint32_t block[kBlock];
   for (int64_t first = 0, left = std::min(into, out_of); left > 0; first += kBlock) {
     fill(p.seed, uint64_t(first), uint64_t(p.classes), block, kBlock);
@@ -63,7 +62,7 @@ Sample::Sample(const Problem& p)
   }
 }
 
-// The i-th 64 classes, 1 for those in the sample.
+// Bits of the i-th 64 classes, 1 for those in the sample.
 uint64_t Sample::word(int64_t i) const {
   const uint64_t bits = bits_.get()[i];
   if (!left_out_) return bits;
@@ -72,7 +71,8 @@ uint64_t Sample::word(int64_t i) const {
 }
 
 void Sample::write(const Runtime& runtime, int64_t* class_ids, int64_t* remapped) const {
-  const int64_t parts = std::clamp<int64_t>(words_ / kTaskWords, 1, 4 * runtime.threads);
+  const int64_t parts =
+      std::clamp<int64_t>(words_ / kTaskWords, 1, kTasksPerThread * runtime.threads);
   std::vector<int64_t> begin(size_t(parts) + 1);
   runtime.parallel(int(parts), [&](int part) {
     const Range range = part_of(words_, parts, part);

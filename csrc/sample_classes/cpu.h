@@ -1,10 +1,10 @@
-// Sampled classes on a CPU: see synface_kernels/ops/sample_classes/reference.py for which they are.
+// Sampled classes on a CPU; synface_kernels/ops/sample_classes/reference.py defines which they are.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 
-#include "runtime.h"
+#include "common/runtime.h"
 
 namespace synface::sample_classes {
 
@@ -19,10 +19,10 @@ struct Problem {
 
 class Sample {
  public:
-  // Draws. Throws std::out_of_range for a label that is not a class.
+  // Draws the sample. Throws std::out_of_range for a label that is not a class.
   explicit Sample(const Problem& problem);
   int64_t size() const { return size_; }
-  // The classes, rising, and each label's place among them (ignored ones stay).
+  // Writes the classes, rising, and each label's index among them (ignored labels stay).
   void write(const Runtime& runtime, int64_t* class_ids, int64_t* remapped) const;
 
  private:
@@ -34,7 +34,7 @@ class Sample {
   Problem problem_;
   int64_t words_, size_;
   std::unique_ptr<uint64_t, Free> bits_;  // one per class
-  bool left_out_ = false;                 // whether the bits mark the classes that are left out
+  bool left_out_ = false;                 // whether the bits mark the classes outside the sample
 };
 
 }  // namespace synface::sample_classes

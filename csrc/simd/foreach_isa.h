@@ -61,12 +61,13 @@
 
 #undef SYNFACE_ISA_SOURCE
 
-// The ISA's version of a function, at run time: SYNFACE_PICK(kernels<float>)
+// Selects the instruction set's version of a function at run time:
+// SYNFACE_DISPATCH(kernels<float>).
 #if SYNFACE_X86
-#define SYNFACE_PICK(what)                                       \
+#define SYNFACE_DISPATCH(what)                                   \
   (::synface::isa() >= ::synface::Isa::avx512 ? isa_avx512::what \
    : ::synface::isa() == ::synface::Isa::avx2 ? isa_avx2::what   \
                                               : isa_base::what)
 #else
-#define SYNFACE_PICK(what) (isa_base::what)
+#define SYNFACE_DISPATCH(what) (isa_base::what)
 #endif

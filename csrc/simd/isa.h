@@ -1,4 +1,4 @@
-// Which instruction set the CPU kernels use. Chosen once per call, at run time.
+// The instruction set of the CPU kernels, chosen once per call, at run time.
 #pragma once
 
 #include <string>
@@ -12,23 +12,23 @@
 
 namespace synface {
 
-// The last two are avx512, and products of bfloat16: our own, or oneDNN's, which take AMX where the
+// The last two are avx512 with bfloat16 GEMMs: our own, or oneDNN's, which uses AMX where the
 // processor has it.
 enum class Isa { base, avx2, avx512, avx512_bf16, onednn_bf16 };
 
-// Says that oneDNN is there (torch brings it), and whether it is faster here than our own.
+// Makes oneDNN available (torch ships it); `faster`: whether its GEMM is faster here than our own.
 void offer_onednn(bool faster);
 
-// The fastest that this processor offers, or what SYNFACE_CPU_ISA=base|avx2|avx512|… names; an
-// error where the processor lacks it. Read anew at each call, so that a test can go through all of
-// them.
+// Returns the fastest that this processor offers, or the one that
+// SYNFACE_CPU_ISA=base|avx2|avx512|… names; throws where the processor lacks it. The variable is
+// read at each call, so that a test can go through all of them.
 Isa isa();
 
-// Whether products of float32 are faster as several of bfloat16, or SYNFACE_CPU_ISA names a set
-// that has those, so that they can be tested.
+// Whether a float32 GEMM is faster as several bfloat16 GEMMs, or SYNFACE_CPU_ISA names a set that
+// has those, so that they can be tested.
 bool prefers_bf16();
 
-// All that this processor offers, slowest first.
+// Returns all instruction sets that this processor offers, slowest first.
 std::vector<Isa> isas();
 
 const char* name(Isa isa);

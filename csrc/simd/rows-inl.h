@@ -1,4 +1,4 @@
-// Arithmetic and loops over rows that several ops need. Included inside the namespace of each
+// Arithmetic and loops over rows that several ops share. Included inside the namespace of each
 // instruction set, by an op's cpu-inl.h.
 
 #if SYNFACE_FMA

@@ -5,7 +5,7 @@
 #include <bit>
 #include <cstdint>
 
-#include "host_device.h"
+#include "common/host_device.h"
 
 namespace synface {
 

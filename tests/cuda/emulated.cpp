@@ -1,6 +1,6 @@
-// Runs csrc/domain_mixup/cuda.cu on the host, one thread after the other, and compares its bits
-// with the CPU kernel's. Its threads are independent of one another, so that this is what a GPU
-// computes.
+// Runs csrc/domain_mixup/cuda.cu on the host, one thread after the other, and compares its results
+// bitwise with the CPU kernel's. Its threads are independent of one another, so that a GPU computes
+// the same.
 #include <cstdint>
 #include <cmath>
 #include <cstdio>
@@ -43,15 +43,15 @@ namespace {
 
 std::mt19937 rng(0);
 
-int64_t bytes(Dtype dtype) {
+int64_t size_of(Dtype dtype) {
   return dtype == Dtype::u8 ? 1 : dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
 }
 
 // Values in [0, 1], or bytes. Aligned to 64 bytes, plus `shift` elements.
 struct Array {
-  Array(int64_t n, Dtype dtype, int shift) : store(size_t((n + shift) * bytes(dtype) + 64)) {
+  Array(int64_t n, Dtype dtype, int shift) : store(size_t((n + shift) * size_of(dtype) + 64)) {
     const auto address = reinterpret_cast<uintptr_t>(store.data());
-    data = store.data() + (-address & 63) + shift * bytes(dtype);
+    data = store.data() + (-address & 63) + shift * size_of(dtype);
     std::uniform_real_distribution<float> uniform;
     for (int64_t i = 0; i < n; ++i) {
       const float x = uniform(rng);
@@ -65,12 +65,6 @@ struct Array {
   std::vector<char> store;
   void* data;
 };
-
-Runtime serial() {
-  return {1, [](int tasks, const std::function<void(int)>& run) {
-            for (int task = 0; task < tasks; ++task) run(task);
-          }};
-}
 
 struct Case {
   int64_t batch, channels, height, width;
@@ -96,16 +90,16 @@ void check(const Case& c, Dtype in, Dtype out) {
     flips[0][b] = rng() & 1;
     flips[1][b] = rng() & 1;
   }
-  const Problem p{{synthetic.data, in, c.in_interleaved, sample},
-                  {real.data, in, c.in_interleaved, sample},
-                  psi.data(),
-                  affine.data(),
-                  c.flip ? flips[0] : nullptr,
-                  c.flip ? flips[1] : nullptr,
-                  c.batch,
-                  c.channels,
-                  c.height,
-                  c.width};
+  const Problem p{.synthetic = {synthetic.data, in, c.in_interleaved, sample},
+                  .real = {real.data, in, c.in_interleaved, sample},
+                  .psi = psi.data(),
+                  .affine = affine.data(),
+                  .flip_synthetic = c.flip ? flips[0] : nullptr,
+                  .flip_real = c.flip ? flips[1] : nullptr,
+                  .batch = c.batch,
+                  .channels = c.channels,
+                  .height = c.height,
+                  .width = c.width};
   const auto fail = [&](const char* what) {
     ++failures;
     std::printf("%s differs: (%d, %d, %d, %d) in %d %d out %d %d flip %d shift %d\n", what,
@@ -114,20 +108,22 @@ void check(const Case& c, Dtype in, Dtype out) {
   };
 
   Array expected(n, out, 0), got(n, out, 0);
-  forward(p, serial(), {expected.data, out, c.out_interleaved, sample});
+  forward(p, one_thread(), {expected.data, out, c.out_interleaved, sample});
   groups += launch_groups(p, {got.data, out, c.out_interleaved, sample}, nullptr);
   forward_cuda(p, {got.data, out, c.out_interleaved, sample}, nullptr);
-  if (std::memcmp(expected.data, got.data, size_t(n * bytes(out)))) fail("result");
+  if (std::memcmp(expected.data, got.data, size_t(n * size_of(out)))) fail("result");
 
   if (in == Dtype::u8) return;
   Array e_s(n, in, 0), e_r(n, in, 0), g_s(n, in, 0), g_r(n, in, 0);
   std::vector<double> e_psi(psi.size()), g_psi(psi.size()), workspace(size_t(psi_workspace(p)));
   const Images from{gradient.data, out, c.out_interleaved, sample};
   const auto image = [&](Array& a) { return MutableImages{a.data, in, c.in_interleaved, sample}; };
-  backward(p, serial(), from, image(e_s), image(e_r), e_psi.data());
-  backward_cuda(p, from, image(g_s), image(g_r), g_psi.data(), workspace.data(), nullptr);
-  if (std::memcmp(e_s.data, g_s.data, size_t(n * bytes(in)))) fail("grad_synthetic");
-  if (std::memcmp(e_r.data, g_r.data, size_t(n * bytes(in)))) fail("grad_real");
+  backward(p, one_thread(), from,
+           {.synthetic = image(e_s), .real = image(e_r), .psi = e_psi.data()});
+  backward_cuda(p, from, {.synthetic = image(g_s), .real = image(g_r), .psi = g_psi.data()},
+                workspace.data(), nullptr);
+  if (std::memcmp(e_s.data, g_s.data, size_t(n * size_of(in)))) fail("grad_synthetic");
+  if (std::memcmp(e_r.data, g_r.data, size_t(n * size_of(in)))) fail("grad_real");
   for (size_t b = 0; b < psi.size(); ++b) {  // another order of the sum
     if (std::abs(e_psi[b] - g_psi[b]) > 1e-12 * double(sample) * 10) fail("grad_psi");
   }
@@ -154,7 +150,7 @@ int main() {
     }
   }
   if (groups < 50) {
-    std::printf("only %d launches took 16 bytes at a time\n", groups);
+    std::printf("only %d launches read 16 bytes at a time\n", groups);
     ++failures;
   }
   std::printf("%d launches, %d failures\n", launches, failures);

@@ -1,4 +1,4 @@
-"""The CUDA source without a GPU: run on the host, and compiled within its budgets."""
+"""The CUDA source without a GPU: it runs on the host, and compiles within its budgets."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""How the CPU kernels are run: their instruction set, the number of threads."""
+"""Instruction set and number of threads of the CPU kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def cpu(isa: str | None = None, threads: int | None = None) -> Iterator[None]:
-    """None leaves it as it is."""
+    """Run the block with this instruction set and number of threads; None leaves one unchanged."""
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as environment:
         if isa is not None:

@@ -1,4 +1,4 @@
-// Marks what the host's and the device's compiler both compile.
+// Marks functions that the host's and the device's compiler both compile.
 #pragma once
 
 #ifdef __CUDACC__

@@ -1,4 +1,4 @@
-#include "result_memory.h"
+#include "torch/result_memory.h"
 
 #include <atomic>
 #include <charconv>
@@ -15,7 +15,7 @@
 namespace synface {
 namespace {
 
-constexpr size_t kHuge = size_t(2) << 20;  // of a huge page
+constexpr size_t kHuge = size_t(2) << 20;  // size of a huge page
 constexpr int64_t kDefaultMiB = 512;
 
 #ifdef __linux__
@@ -24,11 +24,11 @@ void advise(void* begin, size_t size) { madvise(begin, size, MADV_HUGEPAGE); }
 
 struct Block {
   void* data;
-  size_t size;  // a multiple of kHuge, at which data is aligned too
+  size_t size;  // a multiple of kHuge, to which data is aligned
 };
 
 Block* map(size_t size) {
-  // One huge page more, so that an aligned range is inside; what is around it goes back.
+  // Maps one huge page more, so that an aligned range is inside, and unmaps the rest.
   void* all =
       mmap(nullptr, size + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (all == MAP_FAILED) return nullptr;
@@ -46,53 +46,53 @@ void unmap(Block* block) {
   delete block;
 }
 
-// The blocks that are kept, a ring: what comes displaces what came first. Whoever exchanges a slot
-// for null owns its block alone: there is no lock that a fork could leave locked. Nothing is
+// The cached blocks, a ring: a new block displaces the oldest. Whoever exchanges a slot for null
+// owns its block exclusively, so there is no lock that a fork could leave locked. Nothing is
 // destroyed at exit, as tensors may be freed later.
 constexpr unsigned kSlots = 16;
 std::atomic<Block*> slots[kSlots];
 std::atomic<unsigned> next{0};
-std::atomic<int64_t> kept{0}, limit{kDefaultMiB << 20};
+std::atomic<int64_t> cached{0}, limit{kDefaultMiB << 20};
 
 Block* take(std::atomic<Block*>& slot) {
   Block* block = slot.load(std::memory_order_relaxed) ? slot.exchange(nullptr) : nullptr;
-  if (block) kept -= int64_t(block->size);
+  if (block) cached -= int64_t(block->size);
   return block;
 }
 
-// Lets blocks go, older ones first, until at most so many bytes are kept.
+// Unmaps blocks, oldest first, until at most this many bytes are cached.
 void shrink(int64_t most) {
   const unsigned first = next;
-  for (unsigned i = 0; i < kSlots && kept > most; ++i) {
+  for (unsigned i = 0; i < kSlots && cached > most; ++i) {
     if (Block* block = take(slots[(first + i) % kSlots])) unmap(block);
   }
 }
 
-// Keeps the block, rather than older ones; or lets it go where it is too large.
-void keep(Block* block) {
+// Caches the block, in place of older ones; unmaps it if it is larger than the cache.
+void cache(Block* block) {
   const int64_t size = int64_t(block->size), most = limit;
   if (size > most) return unmap(block);
   shrink(most - size);
-  if ((kept += size) > most) {  // another thread was faster
-    kept -= size;
+  if ((cached += size) > most) {  // another thread was faster
+    cached -= size;
     return unmap(block);
   }
   if (Block* older = slots[next++ % kSlots].exchange(block)) {
-    kept -= int64_t(older->size);
+    cached -= int64_t(older->size);
     unmap(older);
   }
 }
 
-// Puts a block that was taken from the slot there again, unless another thread has filled it.
+// Returns a block to the slot it was taken from; unmaps it if another thread has filled the slot.
 void put_back(std::atomic<Block*>& slot, Block* block) {
-  kept += int64_t(block->size);
+  cached += int64_t(block->size);
   Block* none = nullptr;
   if (slot.compare_exchange_strong(none, block)) return;
-  kept -= int64_t(block->size);
+  cached -= int64_t(block->size);
   unmap(block);
 }
 
-// The smallest kept block of at least `size`, and at most twice that; else null.
+// Takes the smallest cached block of at least `size` and at most twice that, or returns null.
 Block* find(size_t size) {
   Block* best = nullptr;
   std::atomic<Block*>* home = nullptr;
@@ -122,11 +122,11 @@ int64_t limit_from_environment() {
   return mib << 20;
 }
 
-void give_back(void* block) { keep(static_cast<Block*>(block)); }
+void give_back(void* block) { cache(static_cast<Block*>(block)); }
 
 struct ResultAllocator final : at::Allocator {
   at::DataPtr allocate(size_t bytes) override {
-    if (bytes < kHuge) return c10::GetCPUAllocator()->allocate(bytes);  // also of resize_
+    if (bytes < kHuge) return c10::GetCPUAllocator()->allocate(bytes);  // resize_ calls this too
     limit = limit_from_environment();
     shrink(limit);
     const size_t size = (bytes + kHuge - 1) / kHuge * kHuge;
@@ -173,7 +173,7 @@ void empty_cache() {
 
 int64_t cached_bytes() {
 #ifdef __linux__
-  return kept;
+  return cached;
 #else
   return 0;
 #endif

@@ -7,7 +7,7 @@ namespace synface::splitmix {
 
 constexpr uint64_t kGolden = 0x9e3779b97f4a7c15u;
 
-// The output for a state.
+// Returns the output for a state.
 constexpr uint64_t mixed(uint64_t z) {
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;

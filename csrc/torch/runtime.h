@@ -1,7 +1,7 @@
-// torch's threads, for the CPU kernels.
+// torch's threads as the runtime of the CPU kernels.
 #pragma once
 
-#include "runtime.h"
+#include "common/runtime.h"
 
 namespace synface {
 

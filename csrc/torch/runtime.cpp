@@ -1,4 +1,4 @@
-#include "torch_runtime.h"
+#include "torch/runtime.h"
 
 #include <algorithm>
 #include <atomic>
@@ -38,7 +38,7 @@ Runtime torch_runtime() {
             const int threads = std::min(tasks, at::get_num_threads());  // one: runs right here
             at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
               for (int task = next++; task < tasks; task = next++) run(task);
-              // A thread's AMX tiles are set up anew by whoever uses them next.
+              // The next user of a thread's AMX tiles configures them again.
               if (isa() == Isa::onednn_bf16) at::native::cpublas::brgemm_release();
             });
           }};

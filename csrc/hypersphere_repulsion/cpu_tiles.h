@@ -1,0 +1,252 @@
+// Tiles of cosines, and the distances of single pairs. A part of cpu.cpp.
+#pragma once
+
+#include "gemm/gemm.h"
+
+namespace synface::hypersphere_repulsion {
+namespace {
+
+// Points of a block: enough that GEMMs run at full speed, few enough that the cosines of two blocks
+// stay in a core's cache.
+constexpr int64_t kBlock = 512;
+constexpr int64_t kSmallBlock = 128;
+// Memory limit of all threads' blocks together.
+constexpr int64_t kScratchBytes = int64_t(48) << 20;
+constexpr double kNormMax = 0x1p100;
+// From this cosine on, 2 − 2c has lost too many digits: r² is computed from the coordinates'
+// differences.
+constexpr double kClose = 0.9375;
+
+// Distance and direction between two points.
+template <class T>
+class Pair {
+ public:
+  Pair(const Problem& p, const SimdKernels<T>& simd)
+      : x_(p.x),
+        y_(p.y ? *p.y : p.x),
+        symmetric_(!p.y),
+        simd_(simd),
+        from_x_(x_.rows, simd.load),
+        from_y_(y_.rows, simd.load),
+        difference_(x_.rows.cols) {}
+
+  // Returns r² = ‖x̂_i − ŷ_j‖², from the points as they came.
+  double square(int64_t i, int64_t j) const {
+    return simd_.subtract(from_x_.row(i), x_.inverse[i], from_y_.row(j), y_.inverse[j],
+                          difference_.get(), dim());
+  }
+
+  // Returns max(r, r_min), and sets `direction` to the unit vector from ŷ_j to x̂_i times that.
+  double apart(int64_t i, int64_t j, double r_min) const {
+    const double r = std::sqrt(square(i, j));
+    if (r == 0) {
+      std::fill_n(difference_.get(), dim(), 0.0);
+      const T* x = from_x_.row(i);
+      int64_t axis = (i + j) % dim();
+      if (std::abs(x[axis] * x_.inverse[i]) > 0.8) axis = (axis + 1) % dim();
+      difference_[axis] = symmetric_ && i > j ? -r_min : r_min;
+    } else if (r < r_min) {
+      for (int64_t d = 0; d < dim(); ++d) difference_[d] *= r_min / r;
+    }
+    return std::max(r, r_min);
+  }
+  const double* direction() const { return difference_.get(); }
+
+ private:
+  int64_t dim() const { return x_.rows.cols; }
+  const Points& x_;
+  const Points& y_;
+  bool symmetric_;
+  const SimdKernels<T>& simd_;
+  RowReader<T> from_x_, from_y_;
+  Buffer<double> difference_;
+};
+
+// Calls run(range) on ranges of n rows, in parallel.
+template <class F>
+void for_rows(const Runtime& runtime, int64_t n, F&& run) {
+  const int64_t tasks = std::min<int64_t>(n, kTasksPerThread * runtime.threads);
+  runtime.parallel(int(tasks), [&](int task) { run(part_of(n, tasks, task)); });
+}
+
+// Cosines of a block of points (rows) with another, or with itself (diagonal: only pairs i < j).
+template <class T>
+struct Tile {
+  Range rows, columns;
+  int64_t row_block, column_block;
+  const T* row_units;
+  const T* column_units;
+  T* cosines;
+  int64_t stride;     // of the cosines' rows
+  Packed<T>* packed;  // scratch for either block's points
+  bool diagonal;
+};
+
+// Visits all pairs of points in tiles. Tiles are scheduled in rounds in which no block occurs
+// twice, so a visitor may write to its two blocks' results, in an order that does not depend on
+// timing.
+template <class T>
+class Tiles {
+ public:
+  // `operands` is the number of blocks' points that a thread holds besides the cosines: by default
+  // both blocks', and one block's packed in two ways.
+  Tiles(const Problem& p, const Runtime& runtime, const SimdKernels<T>& simd, int operands = 4)
+      : p_(p), runtime_(runtime), simd_(simd), dim_(p.x.rows.cols) {
+    const double room = double(kScratchBytes) / double(sizeof(T)) / runtime.threads;
+    const double half = 0.5 * operands * double(dim_);
+    const auto most = int64_t(std::sqrt(half * half + room) - half);
+    const auto blocks = [&](int64_t n) {
+      const int64_t least = ceil_div(n, std::clamp<int64_t>(most, 16, kBlock));
+      return std::max(
+          {least, std::min(kTasksPerThread * runtime.threads, n / kSmallBlock), int64_t(1)});
+    };
+    row_blocks_ = blocks(rows());
+    column_blocks_ = p.y ? blocks(columns()) : row_blocks_;
+  }
+
+  int64_t row_blocks() const { return row_blocks_; }
+  int64_t column_blocks() const { return column_blocks_; }
+  int64_t most_rows() const { return ceil_div(rows(), row_blocks_); }
+  int64_t most_columns() const { return ceil_div(columns(), column_blocks_); }
+  Range row_block(int64_t b) const { return part_of(rows(), row_blocks_, b); }
+  Range column_block(int64_t b) const { return part_of(columns(), column_blocks_, b); }
+
+  // Calls visit(thread, tile), except for pairs of blocks that prefilter(thread, rows, columns,
+  // scratch for their cosines) has handled. It is not called for a block with itself.
+  template <class Visit, class Prefilter>
+  void run(const Visit& visit, Prefilter&& prefilter) const {
+    std::vector<Scratch> scratch;
+    for (int t = 0; t < runtime_.threads; ++t) {
+      scratch.emplace_back(most_rows(), most_columns(), dim_);
+    }
+    for (int64_t round = 0; round < rounds(); ++round) {
+      const std::vector<BlockPair> pairs = pairs_of(round);
+      std::atomic<size_t> next{0};
+      const int threads = std::min<int>(runtime_.threads, int(pairs.size()));
+      runtime_.parallel(threads, [&](int thread) {
+        for (size_t p = next++; p < pairs.size(); p = next++) {
+          const bool diagonal = !p_.y && pairs[p].row == pairs[p].column;
+          if (!diagonal && prefilter(thread, row_block(pairs[p].row), column_block(pairs[p].column),
+                                     scratch[thread].cosines.get())) {
+            continue;
+          }
+          visit_pair(thread, scratch[thread], pairs[p], visit);
+        }
+      });
+    }
+  }
+  template <class Visit>
+  void run(const Visit& visit) const {
+    run(visit, [](int, Range, Range, T*) { return false; });
+  }
+
+ private:
+  struct BlockPair {
+    int64_t row, column;
+  };
+  struct Scratch {
+    Scratch(int64_t rows, int64_t columns, int64_t dim)
+        : row_units(rows * dim),
+          column_units(columns * dim),
+          cosines(rows * padded<T>(columns)),
+          transposed(dim, columns),
+          packed(std::max(rows, columns), dim) {}
+    Buffer<T> row_units, column_units, cosines;
+    Packed<T> transposed, packed;
+  };
+
+  int64_t rows() const { return p_.x.rows.rows; }
+  int64_t columns() const { return p_.y ? p_.y->rows.rows : rows(); }
+
+  // Without y, a round-robin tournament: each block is paired with itself, then with each other
+  // block once.
+  int64_t rounds() const {
+    if (p_.y) return std::max(row_blocks_, column_blocks_);
+    return row_blocks_ + row_blocks_ % 2;
+  }
+  std::vector<BlockPair> pairs_of(int64_t round) const {
+    std::vector<BlockPair> pairs;
+    if (p_.y) {
+      for (int64_t i = 0; i < row_blocks_; ++i) {
+        const int64_t j = (i + round) % rounds();
+        if (j < column_blocks_) pairs.push_back({i, j});
+      }
+    } else if (round == 0) {
+      for (int64_t i = 0; i < row_blocks_; ++i) pairs.push_back({i, i});
+    } else {
+      const int64_t circle = rounds() - 1;  // the last block (or none) stays, the others rotate
+      for (int64_t step = 0; step < rounds() / 2; ++step) {
+        const int64_t a = (round + step) % circle;
+        const int64_t b = step == 0 ? circle : (round - step + circle) % circle;
+        if (std::max(a, b) < row_blocks_) pairs.push_back({std::min(a, b), std::max(a, b)});
+      }
+    }
+    return pairs;
+  }
+
+  void normalize(const Points& points, Range range, T* units) const {
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      T* unit = units + (i - range.begin) * dim_;
+      simd_.load(row_at(points.rows, i), points.rows.dtype, unit, dim_);
+      simd_.multiply(unit, T(points.inverse[i]), dim_);
+    }
+  }
+
+  template <class Visit>
+  void visit_pair(int thread, Scratch& scratch, BlockPair pair, const Visit& visit) const {
+    Tile<T> tile{.rows = row_block(pair.row),
+                 .columns = column_block(pair.column),
+                 .row_block = pair.row,
+                 .column_block = pair.column,
+                 .row_units = scratch.row_units.get(),
+                 .column_units = scratch.column_units.get(),
+                 .cosines = scratch.cosines.get(),
+                 .stride = padded<T>(column_block(pair.column).size()),
+                 .packed = &scratch.packed,
+                 .diagonal = false};
+    normalize(p_.x, tile.rows, scratch.row_units.get());
+    if (!p_.y && pair.row == pair.column) {
+      tile.column_units = tile.row_units;
+      visit_diagonal(thread, scratch, tile, visit);
+    } else {
+      normalize(p_.y ? *p_.y : p_.x, tile.columns, scratch.column_units.get());
+      visit_tile(thread, scratch, tile, visit);
+    }
+  }
+
+  template <class Visit>
+  void visit_tile(int thread, Scratch& scratch, const Tile<T>& tile, const Visit& visit) const {
+    scratch.transposed.fill(tile.column_units, dim_, tile.columns.size(), 1, dim_);
+    multiply(tile.rows.size(), Left<T>{tile.row_units, dim_}, scratch.transposed,
+             {.data = tile.cosines, .stride = tile.stride});
+    visit(thread, tile);
+  }
+
+  // Splits a block with itself recursively, so that little more than half of it is computed.
+  template <class Visit>
+  void visit_diagonal(int thread, Scratch& scratch, Tile<T> tile, const Visit& visit) const {
+    const auto [begin, end] = tile.rows;
+    if (end - begin <= kSmallBlock) {
+      tile.diagonal = true;
+      return visit_tile(thread, scratch, tile, visit);
+    }
+    const int64_t middle = (begin + end) / 2;
+    Tile<T> first = tile, second = tile, across = tile;
+    first.rows = first.columns = across.rows = {begin, middle};
+    second.rows = second.columns = across.columns = {middle, end};
+    second.row_units = second.column_units = across.column_units =
+        tile.row_units + (middle - begin) * dim_;
+    visit_diagonal(thread, scratch, first, visit);
+    visit_diagonal(thread, scratch, second, visit);
+    visit_tile(thread, scratch, across, visit);
+  }
+
+  const Problem& p_;
+  const Runtime& runtime_;
+  const SimdKernels<T>& simd_;
+  int64_t dim_, row_blocks_, column_blocks_;
+};
+
+}  // namespace
+
+}  // namespace synface::hypersphere_repulsion
