@@ -102,7 +102,7 @@ def test_a_preset_embeds_images_of_other_sizes():
 
 def test_a_preset_computes_what_the_configurable_network_does():
     """Their layers are the same in another order of construction."""
-    shape = dict(image_size=(16, 16), channels=1, embedding_size=8)
+    shape = {"image_size": (16, 16), "channels": 1, "embedding_size": 8}
     wanted = IResNet(**shape, widths=(64, 128, 256, 512), depths=PRESETS["iresnet18"])
     network = module.iresnet18(**shape)
     stages = [each for stage in (1, 2, 3, 4) for each in getattr(network, f"layer{stage}")]
