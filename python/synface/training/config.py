@@ -187,4 +187,7 @@ class TrainConfig:
                 f"a configuration with unknown or missing keys: {different}; another version of "
                 "synface wrote it, which can read it"
             )
-        return TrainConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        lists: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        return TrainConfig(**lists)

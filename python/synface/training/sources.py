@@ -83,7 +83,7 @@ class Source(Protocol):
 
 
 def fingerprint(domain: Domain) -> str:
-    """Return a digest of a set of images; of files, their names and sizes stand for their content."""
+    """Return a digest that identifies a set of images; for files, of their names and sizes."""
     if isinstance(domain, Faces):
         shape = tuple(domain.images.shape)
         digest = hashlib.sha256(repr((shape, domain.identities)).encode())
