@@ -1,6 +1,4 @@
-"""Training on several ranks: what one process makes of the same run, checkpoints that any number of
-ranks can resume, nobody left waiting.
-"""
+"""Training on several ranks: the results of one process, checkpoints for any number of ranks."""
 
 import json
 import math
@@ -22,21 +20,13 @@ from synface.common.files import CheckpointError
 from synface.data import embedded_faces
 from synface.evaluation.metrics import embed
 from synface.heads import ShardedMarginHead
-from synface.training.loop import TrainConfig, load_backbone, train
+from synface.training.loop import load_backbone, train
 
 from tests.helpers.ranks import on_ranks
+from tests.helpers.training import SMALL, same
 
-SMALL = TrainConfig(
-    epochs=5,
-    batch_size=32,
-    lr=0.05,
-    widths=(4, 8),
-    depths=(1, 1),
-    embedding_size=16,
-    dropout=0.0,
-    augment=0.0,
-    freeze_statistics=True,
-    checkpoint_every=1,
+SMALL = replace(
+    SMALL, epochs=5, batch_size=32, lr=0.05, dropout=0.0, augment=0.0, freeze_statistics=True
 )
 
 
@@ -69,7 +59,7 @@ class Job:
 
 
 def whole(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """All ranks' results as one; the backbones are the same."""
+    """Return all ranks' results as one, whose backbones must be the same."""
     for other in results[1:]:
         for name in other.keys() - {"centers"}:
             assert torch.equal(other[name], results[0][name]), name
@@ -77,14 +67,10 @@ def whole(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Of any tensor, relative to its greatest element where that is above 1."""
+    """Return the largest of all tensors, relative to its greatest element where that is over 1."""
     assert a.keys() == b.keys()
     sizes = {k: max(1.0, float(a[k].abs().max())) for k in a}
     return max(float((a[k].double() - b[k].double()).abs().max()) / sizes[k] for k in a)
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate": 3}, {"clip_norm": 0.5}], ids=str)

@@ -14,7 +14,7 @@ from rich.table import Table
 from ..common.check import check_folder
 from ..data import open_images
 from ..evaluation.sets import PairSet, TemplateSet, open_set
-from .options import RELABEL, refuse
+from .options import RelabelOption, refuse
 from .started import MEMORY, Started, command_of, located, read_faces, split_faces
 from .terminal import Bar, console, say
 
@@ -52,14 +52,14 @@ def eval_command(
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="With --set: folder of the images that it lists. Default: its own."),
+        typer.Option(help="Folder of the images that a --set lists. Default: its own."),
     ] = None,
     resize: Annotated[
         bool,
         typer.Option(
             "--resize",
-            help="With --set: resize images; else another size is an error. Those of --data "
-            "always are.",
+            help="Resize the images of a --set; else another size is an error. Images of --data "
+            "are always resized.",
         ),
     ] = False,
     flip: Annotated[bool, typer.Option(help="Add the embedding of the mirror image.")] = True,
@@ -88,7 +88,7 @@ def eval_command(
             min=0,
         ),
     ] = None,
-    relabel: Annotated[bool, typer.Option("--relabel", help=f"With --data: {RELABEL}")] = False,
+    relabel: RelabelOption = False,
 ) -> None:
     """Verify a trained network on pairs of images, beside raw pixels, or on verification sets."""
     from ..evaluation.report import SetResult

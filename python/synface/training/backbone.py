@@ -100,8 +100,13 @@ def check_embeddings(
     device = next((each.device for each in backbone.parameters()), torch.device("cpu"))
     images = torch.zeros(2, channels, height, width, dtype=torch.float32, device=device)
     training = backbone.training
-    with torch.no_grad():
-        found = backbone.eval()(images)
+    try:
+        with torch.no_grad():
+            found = backbone.eval()(images)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the backbone cannot embed images of shape {tuple(images.shape)}: {error}"
+        ) from error
     backbone.train(training)
     if not isinstance(found, Tensor) or found.shape != (2, embedding_size):
         raise ValueError(

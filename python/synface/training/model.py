@@ -113,7 +113,7 @@ def load_backbone(
     """
     found, tensors, state = read(path, _names_of_backbone)
     values = backbone_of(tensors)
-    network = backbone if isinstance(backbone, nn.Module) else network_of(found, state, backbone)
+    network = network_of(found, state, backbone)
     checkpoint.check_shapes(found / checkpoint.TENSORS, values, network.state_dict())
     if any(each.is_meta for each in network.parameters()):
         network.to_empty(device="cpu")
@@ -240,31 +240,35 @@ def recorded(found: Path, state: Mapping[str, Any]) -> TrainConfig:
         raise CheckpointError(f"{found / checkpoint.STATE}: {error}") from error
 
 
-def network_of(found: Path, state: Mapping[str, Any], function: str | None = None) -> nn.Module:
+def network_of(
+    found: Path, state: Mapping[str, Any], given: nn.Module | str | None = None
+) -> nn.Module:
     """Return the backbone of a checkpoint's state, without its parameters.
 
     A built-in one is on the device "meta".
 
     Args:
         found: the checkpoint, for messages.
-        function: the function that the user names to build it, as ``package.module:function``. No
-            other is imported.
+        given: a backbone of the user's, or the function that the user names to build it, as
+            ``package.module:function``. No other is imported.
 
     Raises:
-        CheckpointError: for a state that is damaged, a backbone that is not built in, or a function
-            that does not build one.
+        CheckpointError: for a state that is damaged, a backbone that is not built in, or a given
+            one that is no backbone for its images.
     """
     config = recorded(found, state)
-    if function is None and config.backbone not in BUILT_IN:
+    if given is None and config.backbone not in BUILT_IN:
         kind = "a module that train() was given" if config.backbone == MODULE else config.backbone
         raise CheckpointError(
             f"{found}: its backbone is {kind}, and code that a file names is not imported: give "
             "--backbone package.module:function (in Python, backbone=), if you trust it"
         )
-    if function is not None:
-        config = replace(config, backbone=function)
     try:
         shape = tuple(state["data"]["image_shape"])
+        if isinstance(given, nn.Module):
+            check_embeddings(given, shape, config.embedding_size)
+            return given
+        config = replace(config, backbone=given or config.backbone)
         if config.backbone in BUILT_IN:
             return shapes_of(config, shape)
         with seeded(seeds(config.seed, "parameters", 0)):
