@@ -1,4 +1,4 @@
-"""Sources of training batches, each of which is a function of the step alone."""
+"""What a run is trained on: batches that are a function of the step alone."""
 
 from __future__ import annotations
 
@@ -30,9 +30,8 @@ class Batch(NamedTuple):
     """A training batch.
 
     Attributes:
-        images: (N, C, H, W) float32, the network's input; the next batch may overwrite it.
-        target: (N,) or (N, K) int64 classes.
-        target_weight: (N, K) weights of K classes per image; None with one class per image.
+        images: (N, C, H, W) float32, the network's input; it may be written over by the next one.
+        target: (N,) or (N, K) int64. target_weight: (N, K) with the latter, else None.
     """
 
     images: Tensor
@@ -44,9 +43,8 @@ class Source(Protocol):
     """Training data.
 
     Attributes:
-        image_shape: (H, W, C) of the images.
-        num_classes: number of the head's classes.
-        timing: of the reading, once `batches` is iterated over; None where nothing is read.
+        image_shape: (H, W, C). num_classes: C of the head.
+        timing: of the reading, once `batches` was iterated over; None where nothing is read.
     """
 
     image_shape: tuple[int, int, int]
@@ -54,11 +52,11 @@ class Source(Protocol):
     timing: Timing | None
 
     def __len__(self) -> int:
-        """Return the number of images in an epoch."""
+        """Images in an epoch."""
         ...
 
     def description(self) -> dict[str, Any]:
-        """Return what identifies the data, in JSON's types; checkpoints record it."""
+        """What tells this data from other, in JSON's types; a checkpoint keeps it."""
         ...
 
     def batches(
@@ -68,22 +66,17 @@ class Source(Protocol):
         part: Part = WHOLE,
         device: torch.device | str = "cpu",
     ) -> Generator[tuple[int, Batch]]:
-        """Yield (step, batch) of every step of a run from the step ``first`` on.
+        """(step, batch) of every step of a run from the step ``first`` on; of each batch a part.
 
         A step's batch depends on the configuration and the step alone: a resumed run sees what an
-        uninterrupted one does. Closing the generator frees what it holds.
-
-        Args:
-            config: the configuration of the run.
-            first: the first step.
-            part: this rank's part of each batch.
-            device: the network's device; the images may be on it already.
+        uninterrupted one does. Closing the generator frees what it holds. The images may be on the
+        device already, which is where the network is.
         """
         ...
 
 
 def fingerprint(domain: Domain) -> str:
-    """Return a digest that identifies a set of images; for files, of their names and sizes."""
+    """Tells two sets of images apart; of files, by what is seen without reading the images."""
     if isinstance(domain, Faces):
         shape = tuple(domain.images.shape)
         digest = hashlib.sha256(repr((shape, domain.identities)).encode())
@@ -97,12 +90,12 @@ def fingerprint(domain: Domain) -> str:
 
 
 class FacesSource:
-    """A set of faces, augmented, in a new order each epoch.
+    """A set of faces, augmented; each epoch has an order of its own.
 
     Args:
-        faces: in memory, or an `ImageSet`, which worker processes decode batch by batch; the
-            batches are the same.
-        size, grayscale, workers: for an `ImageSet`; see `ImageLoader`.
+        faces: in memory, or an `ImageSet`, which worker processes decode batch by batch: the same
+            batches from either.
+        size, grayscale, workers: of an `ImageSet`; see `ImageLoader`.
 
     Raises:
         DataError: for an `ImageSet` that can be read in order only, and whose shape no file tells.
@@ -149,7 +142,7 @@ class FacesSource:
     def _reader(
         self, config: TrainConfig, first: int, part: Part, device: torch.device
     ) -> AbstractContextManager[Iterable[tuple[int, tuple[Tensor, Tensor]]]]:
-        """Return the reader of (step, (images, labels)) from the step ``first`` on."""
+        """(step, (images, labels)) from the step ``first`` on."""
         faces, size = self.faces, config.batch_size
         order = ShuffledOrder(len(self), config.seed)
         last = config.epochs * order.batches(size)
@@ -174,17 +167,16 @@ class FacesSource:
 
 
 class MixedSource:
-    """Synthetic images mixed with real ones, pixel by pixel, which worker processes decode.
+    """Synthetic images mixed with real ones, pixel by pixel, as worker processes decode them.
 
-    An epoch is one pass over the synthetic set. The classes are the synthetic identities, then the
-    real ones; each image has a label of either. For augmentation, each side of a pair is flipped
-    independently with probability 0.5 (0.5·augment below a strength of 1).
+    An epoch is one pass over the synthetic set; the classes are the synthetic identities, then the
+    real ones, and each image has one label of either. The augmentation is that each side of a pair
+    is mirrored by itself, with probability 0.5 (0.5·augment below a strength of 1).
 
     Args:
-        synthetic, real, size, grayscale, workers: as for `TwoDomainLoader`.
-        ratio: distribution of the synthetic share ψ.
-        per_sample: draw ψ for each image instead of each batch.
-        mix_in_workers: mix in the worker processes instead of the training process.
+        synthetic, real: see `TwoDomainLoader`, as for size, grayscale and workers.
+        ratio: of the synthetic share ψ. per_sample: a ψ for each image, else one for the batch.
+        mix_in_workers: mix there, on a thread in each, and not in the training process.
 
     Source: Qiu et al., "SynFace", ICCV 2021, section 3.3.
     """
