@@ -92,6 +92,7 @@ def test_two_ranks_are_one_rank(tmp_path, options):
         {"optimizer": "adamw", "sample_rate": 0.5},
         {"precision": "float16", "clip_norm": 1.0},
         {"fused_update": True, "sample_rate": 0.5},
+        {"freeze_statistics": False, "accumulate": 2},
     ],
     ids=str,
 )
@@ -104,7 +105,7 @@ def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path, options):
     )
     results = list(zip(*on_ranks(2, job, tmp_path / "2"), strict=True))
     assert same(whole(results[0]), whole(results[2]))
-    assert not same(whole(results[0]), whole(results[1]))
+    assert not same(results[0][0], results[1][0])
 
 
 def test_other_numbers_of_ranks_resume(tmp_path):

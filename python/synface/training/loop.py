@@ -295,6 +295,9 @@ class _Training:
         """Write a checkpoint after so many steps, and flush the log to the disk."""
         if self.leads:
             self.lines.flush()
+        if not self.alone:  # any rank may write them; the next forward pass would do this too
+            for buffer in self.backbone.buffers():
+                dist.broadcast(buffer, 0)
         parameters = list(self.model.modules.named_parameters())
         finite = torch.stack([parameter.isfinite().all() for _, parameter in parameters]).cpu()
         if any(self.total(~finite.all())):

@@ -86,8 +86,8 @@ def check_backbone(found: Path, theirs: dict[str, Tensor], ours: nn.Module) -> N
         checkpoint.check_shapes(found, theirs, ours.state_dict())
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; a run that begins with it needs its backbone, with its widths, depths, "
-            "embedding_size and image size"
+            f"{error}; a run that begins with it needs its widths, depths, embedding_size and "
+            "image size, or its backbone"
         ) from None
 
 
