@@ -1,4 +1,4 @@
-"""What a command writes to, and the networks that it builds, are checked before it reads images."""
+"""Output folders and the networks that a command builds are checked before it reads images."""
 
 import re
 import sys
@@ -17,7 +17,7 @@ from tests.helpers.command_line import refused
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """Make unreadable images and a file in a folder's place; the embedded faces fail the test."""
+    """Make unreadable images, and a file named "file"; the embedded faces fail the test."""
     for person in range(4):
         (tmp_path / "faces" / f"p{person}").mkdir(parents=True)
         for i in range(3):

@@ -171,7 +171,7 @@ def test_the_peak_of_memory_does_not_grow_with_the_set(tmp_path):
 
 
 def test_an_index_is_a_few_bytes_an_image(tmp_path):
-    """Of 100,000 records, while it is read too."""
+    """An index of 100,000 records takes little memory, while it is read too."""
     import tracemalloc
 
     count = 100_000

@@ -1,4 +1,4 @@
-"""What training can be told: precision, parts of a batch, clipping, sampling, schedules, logs."""
+"""Options of training: precision, parts of a batch, clipping, sampling, schedules, logs."""
 
 import json
 import math
@@ -84,7 +84,7 @@ def test_all_classes_sampled_are_all_classes(faces, tmp_path):
 
 @pytest.mark.parametrize("options", [SAMPLED | {"optimizer": "adamw"}, {}], ids=str)
 def test_centers_stepped_in_the_backward_pass_are_those_stepped_after_it(faces, tmp_path, options):
-    """Where both step row by row, to the last bit."""
+    """They are the same to the last bit where both step row by row."""
     config = replace(SMALL, **options, epochs=1, lr=0.02, warmup_epochs=0, freeze_statistics=True)
     apart = train(config, faces, tmp_path / "apart")
     fused = train(replace(config, fused_update=True), faces, tmp_path / "fused")

@@ -24,7 +24,7 @@ def people(identities=6, **options):
     return embedded_faces(images_per_identity=4, size=16, identities=identities, **options)
 
 
-# -- another place -------------------------------------------------------------------------------
+# -- another folder ------------------------------------------------------------------------------
 
 TINY = [*TINY, "--widths", "4,8", "--depths", "1,1"]
 
@@ -79,8 +79,8 @@ def test_both_domains_may_have_moved(there, monkeypatch):
     shown = refused("train", "--resume", "there/run", "--data", "there/real")
     assert re.search("--data .* differs from the run's None", shown)
     assert score(call("eval", "there/run", "--data", "there/real")) == found
-    places = ["--synthetic", "there/faces", "--real", "there/real"]
-    assert score(call("train", "--resume", "there/run", *places)) == found
+    paths = ["--synthetic", "there/faces", "--real", "there/real"]
+    assert score(call("train", "--resume", "there/run", *paths)) == found
     assert score(call("eval", "there/run")) == found
 
 

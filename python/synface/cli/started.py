@@ -1,4 +1,4 @@
-"""How a run was started, as its config.json records it, and the images that a command names."""
+"""The start of a run, as its config.json records it, and the images that a command names."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def _refuse_idle(context: typer.Context, run: Started, config: TrainConfig) -> N
 def _stored_run(
     context: typer.Context, folder: Path, run: Started, config: TrainConfig
 ) -> tuple[Started, TrainConfig]:
-    """Return how a run was started; raise unless the options given now agree with it.
+    """Return how a run was started; raise ValueError for a given option that differs from it.
 
     More epochs may be given, and other paths of the images, which `train` compares with the run's
     fingerprint.
@@ -212,5 +212,5 @@ def _stored_run(
             else f"{folder}: its backbone is a module that train() was given: resume it in Python, "
             "as train(..., resume=True, backbone=module)"
         )
-    places: Any = {name: located(folder, name, getattr(run, name)) for name in IMAGES}
-    return replace(run, **places), config
+    paths: Any = {name: located(folder, name, getattr(run, name)) for name in IMAGES}
+    return replace(run, **paths), config
