@@ -44,8 +44,8 @@ def here(tmp_path, monkeypatch):
         (["recipe", "hyperface", "--output"], "--output"),
         (["study", "--real", "faces", "--output"], "--output"),
         (["demo", "--output"], "--output"),
-        (["bench", "scale", "--identities", "10M", "--output"], "--output"),
-        (["bench", "scale", "--identities", "10M", "--directory"], "--directory"),
+        (["bench", "scale", "--identities", "1M", "--output"], "--output"),
+        (["bench", "scale", "--identities", "1M", "--directory"], "--directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -12,7 +12,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..common.check import check_folder
-from ..data import open_images
 from ..evaluation.sets import PairSet, TemplateSet, open_set
 from .options import RelabelOption, refuse
 from .started import MEMORY, Started, command_of, located, read_faces, split_faces
@@ -145,7 +144,7 @@ def _people(
 ) -> tuple[Faces, bool]:
     """Return the people to verify on, and whether they are proven to be new to the network."""
     from ..checkpoint import single as checkpoint
-    from ..data import Faces
+    from ..data import Faces, open_images
     from ..training.model import CONFIG
     from ..training.sources import fingerprint
 

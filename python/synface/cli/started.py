@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from ..common.textfiles import read_json
-from ..data import open_images
-from ..data.formats.images import ImageSet
 from ..training.config import NOT_NEGATIVE, TrainConfig, check_fields, option
 from .options import RELABEL, parse_size
 from .terminal import Bar
 
 if TYPE_CHECKING:  # they import torch, which takes longer than all else that --help needs
-    from ..data import Faces
+    from ..data import Faces, ImageSet
     from ..data.loading.loader import Domain
 
 EMBEDDED = "default"  # as a folder: the embedded faces
@@ -115,7 +113,7 @@ def read_faces(
     memory: int = 8 << 10,  # MiB
 ) -> Faces:
     """Return the faces of a folder or a set, or the embedded ones, decoded; memory is in MiB."""
-    from ..data import embedded_faces, read_folder
+    from ..data import ImageSet, embedded_faces, open_images, read_folder
 
     if data is None:
         if size is not None and size[0] != size[1]:
@@ -139,7 +137,7 @@ def split_faces(
 
     The former are in memory too if all, as RGB, take at most ``memory`` MiB.
     """
-    from ..data import read_folder
+    from ..data import open_images, read_folder
     from ..data.loading.loader import common_shape, opened
 
     images = open_images(data, relabel) if data else None

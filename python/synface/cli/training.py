@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..common.check import check_folder
-from ..data import open_images
 from ..training.config import BUILT_IN, TrainConfig
 from .options import ConfigOption, from_options, in_words, is_given, options_of, parse_size, refuse
 from .started import (
@@ -49,7 +48,7 @@ def _ratio(text: str) -> Ratio:
 
 def _mixed(run: Started, workers: int) -> tuple[Source, list[Domain], Faces]:
     """Return the mixture of a run's two domains, the domains, and the real people held out."""
-    from ..data import read_folder
+    from ..data import open_images, read_folder
     from ..training.sources import MixedSource
 
     if not (run.synthetic and run.real) or run.data:
