@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from synface.checkpoint import distributed as sharded
-from synface.checkpoint import single as checkpoint
+from synface import checkpoint
 from synface.common.files import CheckpointError
 from synface.data import embedded_faces
 from synface.evaluation.metrics import embed
@@ -234,7 +233,7 @@ def test_sigterm_ends_all_ranks_after_one_step(tmp_path):
     assert "143" in codes, output
     assert set(codes) <= {"143", "-15"}, output
     found = checkpoint.find(run)
-    assert sharded.load_state(found)["step"] == len(log.read_text().splitlines()) > 3
+    assert checkpoint.load_state(found)["step"] == len(log.read_text().splitlines()) > 3
 
 
 def test_centers_do_not_depend_on_the_number_of_ranks(tmp_path):

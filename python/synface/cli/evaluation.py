@@ -90,7 +90,7 @@ def eval_command(
     ] = False,
 ) -> None:
     """Verify a trained network on pairs of images, beside raw pixels, or on verification sets."""
-    from ..checkpoint import single as checkpoint
+    from .. import checkpoint
     from ..data import Faces
     from ..evaluation.report import SetResult
     from ..reporting.plots import check_matplotlib

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,17 +88,6 @@ def verify(file: Path, expected: object) -> None:
         )
 
 
-def verify_files(state: Mapping[str, Any], files: Iterable[Path], newest: object) -> None:
-    """Raise CheckpointError for the first file whose checksum is not the state's.
-
-    Only states of an earlier format than the newest may lack checksums.
-    """
-    if state["format"] == newest or "crc32" in state:
-        crc = state.get("crc32")
-        for file in files:
-            verify(file, crc.get(file.name) if isinstance(crc, dict) else crc)
-
-
 def sealed(state: Mapping[str, Any]) -> str:
     """Return a state as JSON, with a checksum of its content; `read_state` reads it."""
     content = json.loads(json.dumps(state))
@@ -109,20 +98,14 @@ def _content_checksum(content: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
-def check_names(state: Mapping[str, Any], reserved: Collection[str]) -> None:
-    """Raise ValueError where a caller's state has names that a checkpoint has itself."""
-    if taken := sorted(state.keys() & {*reserved, CHECKSUM}):
-        raise ValueError(
-            f"state must not hold {', '.join(taken)}, which every checkpoint has: rename them"
-        )
-
-
-def read_state(file: Path, *formats: object, most: int = MAX_BYTES) -> dict[str, Any]:
+def read_state(
+    file: Path, *formats: object, checked: int = 1, most: int = MAX_BYTES
+) -> dict[str, Any]:
     """Return a state that `sealed` wrote, without its checksum.
 
     Args:
-        formats: what its "format" may be, the newest one first. Only the others may lack the
-            checksum.
+        formats: accepted values of "format", the newest first.
+        checked: how many of the formats, from the newest on, must have the checksum.
         most: bytes that the file may have.
 
     Raises:
@@ -134,7 +117,9 @@ def read_state(file: Path, *formats: object, most: int = MAX_BYTES) -> dict[str,
         known = " or ".join(map(str, formats))
         raise CheckpointError(f"{file}: expected format {known}, got {came!r}")
     came = state.pop(CHECKSUM, None)
-    if (came is not None or state["format"] == formats[0]) and came != _content_checksum(state):
+    if (came is not None or state["format"] in formats[:checked]) and came != _content_checksum(
+        state
+    ):
         raise CheckpointError(
             f"{file} is damaged: its content has the checksum {_content_checksum(state)}, and it "
             f"names {came!r}; use an earlier checkpoint, or a copy"
