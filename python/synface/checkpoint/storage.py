@@ -86,7 +86,7 @@ class Shard(Tensor):
 
 
 class _Writer(dcp.HuggingFaceStorageWriter):
-    """A writer of the Hugging Face storage that copies no tensor; torch's serializes all at once."""
+    """A writer of safetensors files that copies no tensor; torch's serializes all of them first."""
 
     def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
         ranks = len(plans)
@@ -105,6 +105,20 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         done: Future[list[Any]] = Future()
         done.set_result([])
         return done
+
+
+class _Reader(dcp.HuggingFaceStorageReader):
+    """A reader that maps a file anew for every 64 MiB; torch's keeps all that it reads resident."""
+
+    def read_data(self, plan: Any, planner: Any) -> Future[None]:
+        batch, size = [], 0
+        for item in plan.items:
+            batch.append(item)
+            size += item.lengths.numel() * self.storage_data[item.storage_index].dtype.itemsize
+            if size >= 2**26:
+                super().read_data(replace(plan, items=batch), planner)
+                batch, size = [], 0
+        return super().read_data(replace(plan, items=batch), planner)
 
 
 def save(
@@ -209,7 +223,7 @@ def read_into(path: Path, tensors: Mapping[str, Tensor], group: Any = None) -> N
     Raises:
         CheckpointError: if they cannot be read.
     """
-    reader = dcp.HuggingFaceStorageReader(str(path))
+    reader = _Reader(str(path))
     try:
         with _torch_checkpoint(group):
             dcp.load(dict(tensors), storage_reader=reader, **_ranks(group))
