@@ -40,7 +40,7 @@ def build(kind: str) -> tuple[nn.ModuleDict, torch.optim.Optimizer]:
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
-    """Of all ranks."""
+    """Return the images and labels of all ranks."""
     g = torch.Generator().manual_seed(step)
     return torch.randn(N, 5, generator=g), torch.randint(C, (N,), generator=g)
 
@@ -95,7 +95,7 @@ def go_on(folder: Path, rank: int, ranks: int) -> dict[str, dict[str, Tensor]]:
 
 
 def whole(results: list[dict[str, dict[str, Tensor]]], kind: str) -> dict[str, Tensor]:
-    """All ranks' tensors put together: the head's rows one after the other, the rest as it is."""
+    """Return all ranks' tensors together: the head's rows concatenated, the rest as it is."""
     together = {}
     for name in results[0][kind]:
         parts = [result[kind][name] for result in results]
@@ -244,16 +244,15 @@ def damaged(found: Path, rank: int, ranks: int) -> None:
     file = next(iter(sorted(found.glob("*.safetensors"))))
     good = file.read_bytes()
     file.write_bytes(good[:-1])
-    refuses(rf"{file.name} is cut short or changed: expected \d+ bytes, got \d+")
+    refuses(rf"{file.name} is missing, cut short or .*: expected size \d+, got \d+;")
     file.write_bytes(b"\xff" * len(good))
     refuses(f"{file.name} is damaged: its CRC-32 is")
     file.unlink()
-    refuses(f"{file.name} is missing")
+    refuses(rf"{file.name} is missing, .*: expected size \d+, got no file")
     other_file = file.with_name("tensors.safetensors")
-    other_file.write_bytes(good)
-    refuses(f"{file.name} is missing")
     file.write_bytes(good)
-    refuses(f"{other_file.name} is not of this checkpoint")
+    other_file.write_bytes(good)
+    refuses(f"{other_file.name} is missing, cut short or not of this .*: expected size no file")
     other_file.unlink()
     file.write_bytes(good)
     state = found / checkpoint.STATE

@@ -6,7 +6,8 @@ however they split the classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..common.files import CheckpointError
-from .state import find, load_state, verify_files
-from .storage import Shard, read_into, save, share, stored, together
+from ..common.renamed import old_names
+from . import storage
+from .state import find
+from .storage import Shard, read_into, share, together, verify
 
 Optimizers = (
     Mapping[str, torch.optim.Optimizer]
@@ -25,6 +28,7 @@ Optimizers = (
     | torch.optim.Optimizer
     | None
 )
+__getattr__ = old_names(__name__, save="save_model", load="load_model")
 # States that have the shape of their parameter.
 _ELEMENTWISE = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -52,17 +56,18 @@ def save_model(
         group: process group of all ranks that call this. Default: all ranks.
 
     Raises:
-        ValueError, OSError, RuntimeError: as `save`.
+        ValueError, OSError, RuntimeError: as `storage.save`.
     """
-    tensors = _model_tensors(model)
-    names, shards = _names(model), _shards(model)
+    names, sharded = _names(model), _sharding(model)
+    tensors = {f"model.{name}": sharded(name, each) for name, each in model.state_dict().items()}
     for parameter, values in chain.from_iterable(o.state.items() for o in _several(optimizers)):
         name = names[parameter]
         for key, value in values.items():
-            value = _state_tensor(value)
-            by_row = name in shards and value.dim() and len(value) == len(parameter)
-            tensors[f"optimizer.{name}.{key}"] = Shard(value, *shards[name]) if by_row else value
-    return save(folder, step, tensors, state, _all_ranks(group))
+            if not isinstance(value, Tensor):
+                dtype = torch.float32 if isinstance(value, float) else None
+                value = torch.tensor(value, dtype=dtype, device="cpu")
+            tensors[f"optimizer.{name}.{key}"] = sharded(name, value)
+    return storage.save(folder, step, tensors, state, _all_ranks(group))
 
 
 def load_model(
@@ -83,23 +88,23 @@ def load_model(
 
     Raises:
         CheckpointError: if there is none, or it is damaged, or of another model or optimizer. The
-            model may have been overwritten in part only if its files changed while they were read.
+            model may have been overwritten in part then.
     """
     group = _all_ranks(group)
 
     def prepare() -> tuple[Path, dict[str, Any], dict[str, str], dict[str, Tensor]]:
         found = find(path)
-        state = load_state(found)
-        verify_files(found, state, share(group))
-        there = stored(found, state)
-        keys = _earlier_keys(there, model, optimizers) if state["format"] in (1, 2) else {}
-        there = {keys.get(key, key): value for key, value in there.items()}
+        state, there = verify(found, share(group))
+        keys = {key: key for key in there}
+        if state["format"] in (1, 2):
+            keys = _present_keys(there, model, optimizers)
+        there = {keys[key]: value for key, value in there.items()}
         return found, state, keys, _targets(found, model, _several(optimizers), there)
 
     found, state, keys, targets = together(prepare, group, CheckpointError)
-    now = {new: key for key, new in keys.items()}
-    read_into(found, {now.get(key, key): value for key, value in targets.items()}, group)
-    _restore(found, model, _several(optimizers), targets)
+    wanted = {key: targets[now] for key, now in keys.items() if now in targets}
+    read = {keys[key]: value for key, value in read_into(found, wanted, group).items()}
+    _restore(found, model, _several(optimizers), read)
     return state
 
 
@@ -145,29 +150,21 @@ def _names(model: nn.Module) -> dict[Tensor, str]:
     return {parameter: name for name, parameter in model.named_parameters()}
 
 
-def _shards(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return this rank's first row and the number of rows of each tensor spread over ranks."""
-    return {
-        f"{name}.weight" if name else "weight": (module.class_start, module.num_classes)
+def _sharding(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
+    """Return a function that makes a `Shard` of this rank's rows of a parameter or of its state."""
+    heads: dict[str, Any] = {
+        f"{name}.weight" if name else "weight": module
         for name, module in model.named_modules()
         if hasattr(module, "class_start")
     }
 
+    def sharded(name: str, value: Tensor) -> Tensor:
+        head = heads.get(name)
+        if head is None or value.shape[:1] != head.weight.shape[:1]:
+            return value
+        return Shard(value, head.class_start, head.num_classes)
 
-def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    shards = _shards(model)
-    return {
-        f"model.{name}": Shard(value, *shards[name]) if name in shards else value
-        for name, value in model.state_dict().items()
-    }
-
-
-def _state_tensor(value: Any) -> Tensor:
-    """Return an optimizer's state as a tensor, a number as a scalar on the CPU."""
-    if isinstance(value, Tensor):
-        return value
-    dtype = torch.float32 if isinstance(value, float) else None
-    return torch.tensor(value, dtype=dtype, device="cpu")
+    return sharded
 
 
 def _targets(
@@ -177,7 +174,8 @@ def _targets(
     there: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Return the tensors to read into: the model's own, and new ones for the optimizers' states."""
-    targets, shards, known = _model_tensors(model), _shards(model), _names(model)
+    known, sharded = _names(model), _sharding(model)
+    targets = {f"model.{name}": sharded(name, each) for name, each in model.state_dict().items()}
     owned = {known[p]: p for p in chain.from_iterable(map(_parameters, optimizers)) if p in known}
     states = {key: each for key, each in there.items() if key.startswith("optimizer.")}
     check_shapes(found, {k: v for k, v in there.items() if k not in states}, targets)
@@ -191,12 +189,11 @@ def _targets(
             raise CheckpointError(
                 f"{found}: {key} must be of shape {tuple(rows)}, got {tuple(value.shape)}"
             )
-        spread = name in shards and value.shape[:1] == whole[:1]
-        shape = (len(owned[name]), *value.shape[1:]) if spread else value.shape
+        by_row = value.dim() and value.shape[:1] == whole[:1]
+        shape = (len(owned[name]), *value.shape[1:]) if by_row else value.shape
         device = owned[name].device if value.dim() else "cpu"
-        targets[key] = torch.empty(shape, dtype=value.dtype, device=device)
-        if spread:
-            targets[key] = Shard(targets[key], *shards[name])
+        local = torch.empty(shape, dtype=value.dtype, device=device)
+        targets[key] = sharded(name, local) if by_row else local
     return targets
 
 
@@ -204,31 +201,27 @@ def _restore(
     found: Path,
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
-    targets: Mapping[str, Tensor],
+    read: Mapping[str, Tensor],
 ) -> None:
     """Give the model and the optimizers what was read."""
-    names = _names(model)
-    parts: dict[str, Tensor] = {}  # of the model; those that are its own memory, too, for its hooks
-    states: dict[str, dict[str, Tensor]] = {}
-    for key, value in targets.items():
-        kind, _, name = key.partition(".")
-        value = value.rows if isinstance(value, Shard) else value
-        if kind == "model":
-            parts[name] = value
-        else:
-            name, _, state = name.rpartition(".")
-            states.setdefault(name, {})[state] = value
-    model.load_state_dict(parts)
+    names, states = _names(model), defaultdict[str, dict[str, Tensor]](dict)
+    for key, value in read.items():
+        name, _, state = key.partition(".")[2].rpartition(".")
+        if key.startswith("optimizer."):
+            states[name][state] = value
+    # what was read into the model's own memory, too, for the sake of its hooks
+    own = {k.removeprefix("model."): v for k, v in read.items() if k.startswith("model.")}
+    model.load_state_dict(own)
     for optimizer in optimizers:
-        own = enumerate(_parameters(optimizer))
-        read = {index: states[names[p]] for index, p in own if names.get(p) in states}
+        parameters = enumerate(_parameters(optimizer))
+        known = {index: states[names[p]] for index, p in parameters if names.get(p) in states}
         try:
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": read})
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": known})
         except ValueError as error:
             raise CheckpointError(f"{found}: {error}") from error
 
 
-def _earlier_keys(
+def _present_keys(
     stored: Iterable[str], model: nn.Module, optimizers: Optimizers
 ) -> dict[str, str]:
     """Return the present key of each tensor of a checkpoint of format 1 or 2.
@@ -242,11 +235,11 @@ def _earlier_keys(
         prefix = f"optimizer.{name}" if recipe else name
         for index, parameter in enumerate(_parameters(optimizer)):
             places[f"{prefix}.{index}"] = f"optimizer.{names[parameter]}"
-    keys = {}
-    for key in stored:
+
+    def present(key: str) -> str:
         place, _, state = key.rpartition(".")
         if place in places:
-            keys[key] = f"{places[place]}.{state}"
-        elif recipe and not key.startswith("optimizer."):
-            keys[key] = f"model.{key}"
-    return keys
+            return f"{places[place]}.{state}"
+        return f"model.{key}" if recipe and not key.startswith("optimizer.") else key
+
+    return {key: present(key) for key in stored}

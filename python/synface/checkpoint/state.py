@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common.files import CHECKSUM, CheckpointError, read_state, verify
+from ..common.files import CheckpointError, read_state
 
 FORMAT = 3
 # One process wrote formats 1 and 2, several ranks sharded-1 and sharded-2.
@@ -51,14 +51,11 @@ def load_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / STATE}: step must be int and bytes a dict")
     sizes = {file.name: file.stat().st_size for file in tensor_files(path)}
     for name in sorted(sizes.keys() | state["bytes"].keys()):
-        came, expected = sizes.get(name), state["bytes"].get(name)
-        if came is None:
-            raise CheckpointError(f"{path / name} is missing: restore a copy of the checkpoint")
-        if expected is None:
-            raise CheckpointError(f"{path / name} is not of this checkpoint: remove it")
+        came, expected = sizes.get(name, "no file"), state["bytes"].get(name, "no file")
         if came != expected:
             raise CheckpointError(
-                f"{path / name} is cut short or changed: expected {expected} bytes, got {came}"
+                f"{path / name} is missing, cut short or not of this checkpoint: expected size "
+                f"{expected}, got {came}; use an earlier checkpoint, or a copy"
             )
     return state
 
@@ -68,35 +65,15 @@ def tensor_files(path: Path) -> list[Path]:
     return sorted(path.glob("*.safetensors"))
 
 
-def verify_files(path: Path, state: Mapping[str, Any], share: slice = slice(None)) -> None:
-    """Raise CheckpointError for the first file of tensors whose CRC-32 is not the state's.
-
-    Args:
-        share: which of the files, for ranks that share the work.
-    """
-    crc = state.get("crc32")
-    if crc is None and state["format"] in WITHOUT_CHECKSUMS:
-        return
-    for file in tensor_files(path)[share]:
-        verify(file, crc.get(file.name) if isinstance(crc, dict) else crc)
-
-
-def check_names(state: Mapping[str, Any]) -> None:
-    """Raise ValueError if a caller's state has keys that are reserved for the checkpoint."""
-    if taken := sorted(state.keys() & {"format", "step", "bytes", "crc32", CHECKSUM}):
-        raise ValueError(
-            f"state must not hold {', '.join(taken)}, which every checkpoint has: rename them"
-        )
-
-
 def check_same(found: Path, came: Any, wanted: Mapping[str, Any], part: str | None = None) -> None:
-    """Compare a checkpoint's description, or one part of it, with the expected one.
+    """Compare a checkpoint's description, or the named part of it, with the expected one.
 
     Raises:
         CheckpointError: for the first key that differs, or for a part that is no dict.
     """
     if not isinstance(came, Mapping):
-        raise CheckpointError(f"{found / STATE}: {part} must be dict, got {came!r}")
+        name = part or "the description"
+        raise CheckpointError(f"{found / STATE}: {name} must be dict, got {came!r}")
     for key, value in wanted.items():
         if came.get(key) != value:
             name = key if part is None else f"{part}'s {key}"

@@ -20,26 +20,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint import ChunkStorageMetadata, WriteItem, metadata, planner
 from torch.futures import Future
 
+from ..common import files
 from ..common.extras import extra
-from ..common.files import CheckpointError, checksum, sealed, sync, write_tensors, write_text
-from .state import (
-    FORMAT,
-    STATE,
-    TENSORS,
-    check_names,
-    checkpoints,
-    load_state,
-    tensor_files,
-    verify_files,
-)
+from ..common.files import CheckpointError
+from .state import FORMAT, STATE, TENSORS, WITHOUT_CHECKSUMS, checkpoints, load_state, tensor_files
 
 # Maps the shapes of a checkpoint's tensors to the names, and rows (None for all), to be read.
 Wanted = Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, slice | None]]
@@ -76,12 +63,12 @@ class Shard(Tensor):
         return [self._chunk()]
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        chunk = self._chunk()
-        properties = TensorProperties.create_from_tensor(self.rows)
-        data = TensorWriteData(chunk, properties, self.size())
-        return [WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
+        index = metadata.MetadataIndex(fqn, self._chunk().offsets)
+        properties = metadata.TensorProperties.create_from_tensor(self.rows)
+        data = planner.TensorWriteData(self._chunk(), properties, self.size())
+        return [WriteItem(index, planner.WriteItemType.SHARD, tensor_data=data)]
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+    def __get_tensor_shard__(self, index: object) -> Tensor:
         return self.rows
 
 
@@ -89,19 +76,19 @@ class _Writer(dcp.HuggingFaceStorageWriter):
     """A writer of safetensors files that copies no tensor; torch's serializes all of them first."""
 
     def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
-        ranks = len(plans)
-        names = [f"tensors-{rank + 1:05d}-of-{ranks:05d}.safetensors" for rank in range(ranks)]
-        names = names if ranks > 1 else [TENSORS]
-        return [replace(plan, storage_data=name) for plan, name in zip(plans, names, strict=True)]
+        if len(plans) == 1:
+            return [replace(plans[0], storage_data=TENSORS)]
+        name = f"tensors-%05d-of-{len(plans):05d}.safetensors"
+        return [replace(plan, storage_data=name % rank) for rank, plan in enumerate(plans, 1)]
 
     def write_data(self, plan: Any, planner: Any) -> Future[list[Any]]:
-        tensors = {item.index.fqn: planner.resolve_data(item) for item in plan.items}
-        offsets = {
-            item.index.fqn: {"saved_offsets": item.tensor_data.chunk.offsets} for item in plan.items
-        }
-        metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+        tensors, places = {}, {}
+        for item in plan.items:
+            tensors[item.index.fqn] = planner.resolve_data(item)
+            places[item.index.fqn] = {"saved_offsets": item.tensor_data.chunk.offsets}
         if tensors:
-            write_tensors(Path(self.path) / plan.storage_data, tensors, metadata)
+            info = {"DCP_SHARDING_INFO": json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
+            files.write_tensors(Path(self.path) / plan.storage_data, tensors, info)
         done: Future[list[Any]] = Future()
         done.set_result([])
         return done
@@ -150,7 +137,7 @@ def save(
             part.mkdir(parents=True)
 
     def checksums() -> dict[str, str]:
-        return {file.name: checksum(file) for file in tensor_files(part)[share(group)]}
+        return {file.name: files.checksum(file) for file in tensor_files(part)[share(group)]}
 
     def end() -> None:
         if not first:
@@ -163,19 +150,19 @@ def save(
                 "must see one folder"
             )
         content = {"format": FORMAT, "step": step, "bytes": sizes, "crc32": crc} | state
-        write_text(part / STATE, sealed(content))
+        files.write_text(part / STATE, files.sealed(content))
         shutil.rmtree(final, ignore_errors=True)  # the same step, written before a resume
         part.rename(final)
-        sync(folder)
+        files.sync(folder)
         for old in checkpoints(folder)[:-2]:
             shutil.rmtree(old)
 
-    together(lambda: check_names(state) if first else None, group, ValueError)
+    together(lambda: _check_names(state) if first else None, group, ValueError)
     try:
         together(begin, group, RuntimeError)
-        with _torch_checkpoint(group):
+        with _torch_checkpoint(group) as ranks:
             writer = _Writer(str(part), save_distributed=True)
-            dcp.save(dict(tensors), storage_writer=writer, **_ranks(group))
+            dcp.save(dict(tensors), storage_writer=writer, **ranks)
         sums = together(checksums, group, RuntimeError)
         crc = dict(sorted(chain.from_iterable(each.items() for each in _gathered(sums, group))))
         together(end, group, RuntimeError)
@@ -184,6 +171,14 @@ def save(
             shutil.rmtree(part, ignore_errors=True)
         raise
     return final
+
+
+def _check_names(state: Mapping[str, Any]) -> None:
+    """Raise ValueError if a caller's state has keys that are reserved for the checkpoint."""
+    if taken := sorted(state.keys() & {"format", "step", "bytes", "crc32", files.CHECKSUM}):
+        raise ValueError(
+            f"state must not hold {', '.join(taken)}, which every checkpoint has: rename them"
+        )
 
 
 def load(
@@ -202,9 +197,7 @@ def load(
 
     Memory: the tensors', and one more copy of the largest.
     """
-    state = load_state(path)
-    verify_files(path, state, verified)
-    there = stored(path, state)
+    state, there = verify(path, verified)
     shapes = {name: tuple(each.shape) for name, each in there.items()}
     tensors: dict[str, Tensor] = {}
     for name, rows in (dict.fromkeys(shapes) if wanted is None else wanted(shapes)).items():
@@ -213,38 +206,50 @@ def load(
         tensors[name] = torch.empty(shape, dtype=there[name].dtype, device="cpu")
         if rows is not None:
             tensors[name] = Shard(tensors[name], start, shapes[name][0])
-    read_into(path, tensors)
-    return {k: v.rows if isinstance(v, Shard) else v for k, v in tensors.items()}, state
+    return read_into(path, tensors), state
 
 
-def read_into(path: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
-    """Overwrite tensors and shards with those of the same names in a checkpoint.
+def read_into(path: Path, tensors: Mapping[str, Tensor], group: Any = None) -> dict[str, Tensor]:
+    """Overwrite tensors with those of the same names in a checkpoint, and return them.
+
+    Args:
+        tensors: tensors and shards. Of a shard, the rows are overwritten and returned.
+        group: process group of the ranks that call this. Default: this process alone.
 
     Raises:
         CheckpointError: if they cannot be read.
     """
-    reader = _Reader(str(path))
     try:
-        with _torch_checkpoint(group):
-            dcp.load(dict(tensors), storage_reader=reader, **_ranks(group))
+        with _torch_checkpoint(group) as ranks:
+            dcp.load(dict(tensors), storage_reader=_Reader(str(path)), **ranks)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return {name: each.rows if isinstance(each, Shard) else each for name, each in tensors.items()}
 
 
-def stored(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint on the device "meta": their names, dtypes and shapes.
+def verify(path: Path, share: slice = slice(None)) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Verify a checkpoint's files; return its state, and its tensors on the device "meta".
+
+    Args:
+        share: which of the files are compared with their checksums.
 
     Raises:
-        CheckpointError: if they cannot be read, or would exceed the size of the files.
+        CheckpointError: as `load_state`, for the first file whose CRC-32 is not the state's, and if
+            the tensors cannot be read or would exceed the size of the files.
     """
     with extra("train", "reading checkpoints"):
         import safetensors  # noqa: F401
 
+    state = load_state(path)
+    crc = state.get("crc32")
+    if crc is not None or state["format"] not in WITHOUT_CHECKSUMS:
+        for file in tensor_files(path)[share]:
+            files.verify(file, crc.get(file.name) if isinstance(crc, dict) else crc)
     try:
-        metadata = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        found: dict[str, Any] = _Reader(str(path)).read_metadata().state_dict_metadata
         tensors = {
             name: torch.empty(each.size, dtype=each.properties.dtype, device="meta")
-            for name, each in metadata.items()
+            for name, each in found.items()
         }
     except Exception as error:  # whatever a damaged file makes of torch's reader
         raise CheckpointError(f"{path} cannot be read: {error}") from error
@@ -254,7 +259,7 @@ def stored(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
             f"{path} cannot be read: its tensors would take {needed:,} bytes, and its files have "
             f"{there:,}"
         )
-    return tensors
+    return state, tensors
 
 
 # ---- ranks ---------------------------------------------------------------------------------------
@@ -298,17 +303,13 @@ def _gathered(value: Any, group: Any) -> list[Any]:
     return values
 
 
-def _ranks(group: Any) -> dict[str, Any]:
-    return {"process_group": group, "no_dist": group is None}
-
-
 @contextmanager
-def _torch_checkpoint(group: Any) -> Iterator[None]:
-    """Raise the error that torch wraps in its own, and be silent that one process is alone."""
+def _torch_checkpoint(group: Any) -> Iterator[dict[str, Any]]:
+    """Yield the ranks as torch takes them; raise the error that torch wraps in one of its own."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            yield
+            yield {"process_group": group, "no_dist": group is None}
     except dcp.CheckpointException as error:
         rank, (failure, _) = next(iter(error.failures.items()))
         if group is None or not isinstance(failure, Exception):

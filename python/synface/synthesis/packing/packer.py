@@ -425,7 +425,7 @@ class _Run:
         found = checkpoint.find(self.folder)
         tensors, state = checkpoint.load(found)
         for part, wanted in self._description().items():
-            checkpoint.check_same(found, state.get(part), wanted, part)
+            checkpoint.check_same(found, state.get(part), wanted)
         own = {"points": self.points, "best": self.best_points}
         own |= {f"optimizer.{k}": v for k, v in self.objective.tensors().items()}
         checkpoint.check_shapes(found, tensors, own)
