@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from synface import cli
-from synface.checkpoint import single as checkpoint
+from synface import checkpoint, cli
 from synface.common.files import CheckpointError
 from synface.common.rng import generator
 from synface.data import (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from synface.checkpoint import single as checkpoint
+from synface import checkpoint
 from synface.data import DataError, ImageLoader, convert, open_images, read_folder
 from synface.data.loading.sampler import WHOLE, Part, ShuffledOrder
 from synface.training.loop import TIMING, train

@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import synface.common.files
 import torch
-from synface.checkpoint import single as checkpoint
-from synface.checkpoint.single import STATE, TENSORS
+from synface import checkpoint
+from synface.checkpoint import STATE, TENSORS
 from synface.common.files import CheckpointError, checksum, sealed
 from synface.data import Faces, embedded_faces, read_folder
 from synface.evaluation.metrics import embed, pixel_embeddings, verify
@@ -150,21 +151,24 @@ def test_damaged_checkpoints_are_named(faces, tmp_path):
         renamed = {k: v[:-1].clone() if v.dim() == 2 else v for k, v in tensors.items()}
         save_file(renamed, folder / TENSORS)
         size = (folder / TENSORS).stat().st_size
-        write_state(folder, tensor_bytes=size, crc32={TENSORS: checksum(folder / TENSORS)})
+        write_state(folder, bytes={TENSORS: size}, crc32={TENSORS: checksum(folder / TENSORS)})
 
     def garbage(folder):
         size = (folder / TENSORS).stat().st_size
         (folder / TENSORS).write_bytes(os.urandom(size))
 
     for change, message in (
-        (cut, "cut short or changed: expected .* bytes, got"),
+        (cut, r"is missing, cut short .* expected size \d+, got \d+;"),
         (reshape, "is of another model: embed.3.weight: expected shape"),
         (garbage, "safetensors is damaged: its CRC-32 is"),
-        (lambda f: (f / TENSORS).unlink(), "cannot be read: No such file"),
+        (
+            lambda f: (f / TENSORS).unlink(),
+            f"{TENSORS} is missing, cut short .* expected size .*, got no file",
+        ),
         (lambda f: (f / STATE).unlink(), "cannot be read: No such file"),
         (lambda f: (f / STATE).write_text('{"format": 1, "st'), "is not whole JSON"),
-        (lambda f: (f / STATE).write_text("[]"), "expected format 2 or 1, got 'list'"),
-        (lambda f: (f / STATE).write_text('{"format": 9}'), "expected format 2 or 1, got 9"),
+        (lambda f: (f / STATE).write_text("[]"), "expected format 3 or .* 1, got 'list'"),
+        (lambda f: (f / STATE).write_text('{"format": 9}'), "expected format 3 or .* 1, got 9"),
         (
             lambda f: write_state(f, config={"epochs": 3}),
             "unknown or missing keys",
@@ -186,7 +190,7 @@ def test_a_checkpoint_that_cannot_be_written_loses_nothing(faces, tmp_path, monk
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "sync", full)
+    monkeypatch.setattr(synface.common.files, "sync", full)
     with pytest.raises(OSError, match="No space left"):
         train(SMALL, faces, tmp_path / "run", resume=True)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from synface.checkpoint import single as checkpoint
+from synface import checkpoint
 from synface.common.files import CheckpointError
 from synface.data import embedded_faces
 from synface.heads import MarginHead

@@ -143,7 +143,7 @@ def _people(
     run: Path, state: dict[str, Any], data: Path | None, holdout: int | None, relabel: bool
 ) -> tuple[Faces, bool]:
     """Return the people to verify on, and whether they are proven to be new to the network."""
-    from ..checkpoint import single as checkpoint
+    from .. import checkpoint
     from ..data import Faces, open_images
     from ..training.model import CONFIG
     from ..training.sources import fingerprint

@@ -1,15 +1,18 @@
-"""Module names of version 0.1, which can still be imported in 0.2, with a DeprecationWarning."""
+"""Names of version 0.1 that can still be used in 0.2, with a DeprecationWarning."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 # Where a module's names are now; the first place is the one that the warning names.
 RENAMED: dict[str, tuple[str, ...]] = {
@@ -54,7 +57,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
     "scale": ("bench.scale",),
     "set_report": ("evaluation.report",),
     "settings": ("common.toml",),
-    "sharded": ("checkpoint.distributed",),
+    "sharded": ("checkpoint.modules", "checkpoint.storage", "checkpoint.state"),
     "sources": ("training.sources", "synthesis.sources"),
     "synthesize": ("synthesis.dataset",),
     "timm_mixup": ("data.mixing.timm_mixup",),
@@ -78,11 +81,7 @@ class _Finder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__.removeprefix("synface.")
         new = [f"synface.{name}" for name in RENAMED[old]]
-        warnings.warn(
-            f"synface.{old} is {new[0]} now; the old name goes with the next release",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        _warn(f"synface.{old}", new[0])
 
         def get(name: str) -> Any:
             for each in map(import_module, new):
@@ -97,3 +96,43 @@ def install() -> None:
     """Let the old names be imported."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
+
+
+def old_names(module: str, **new: str) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a module whose definitions had other names before."""
+
+    def get(name: str) -> Any:
+        if name not in new:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        _warn(f"{module}.{name}", new[name])
+        return getattr(import_module(module), new[name])
+
+    return get
+
+
+def old_keywords(**new: str) -> Callable[[FunctionT], FunctionT]:
+    """Return a decorator for a function whose keyword arguments had other names before."""
+
+    def decorate(function: FunctionT) -> FunctionT:
+        @wraps(function)
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            for old in new.keys() & keywords.keys():
+                _warn(f"{old}= of {function.__qualname__}", f"{new[old]}=")
+                if new[old] in keywords:
+                    raise TypeError(
+                        f"{function.__qualname__} got both {old}= and {new[old]}=, its new name"
+                    )
+                keywords[new[old]] = keywords.pop(old)
+            return function(*arguments, **keywords)
+
+        return cast(FunctionT, call)
+
+    return decorate
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(
+        f"{old} is {new} now; the old name goes with the next release",
+        DeprecationWarning,
+        stacklevel=3,
+    )

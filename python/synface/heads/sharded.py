@@ -45,7 +45,7 @@ class ShardedMarginHead(FusedHead):
         impl: which implementation of the op to take. device, dtype: of the centers.
 
     State dict: ``weight`` (C_r, D), this rank's. For checkpoints that any number of ranks can go on
-    from see `synface.checkpoint.distributed`.
+    from see `synface.checkpoint.save_model`.
 
     Memory: C_r·D values, as much for their gradient, and ``workspace``. See docs/sharding.md.
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..checkpoint import single as checkpoint
+from .. import checkpoint
 from ..checkpoint.jsonl import Lines
 from ..common.interrupts import interruption, interrupts
 
@@ -63,6 +63,7 @@ def run_steps(
             checkpoint of it is written.
     """
     description = json.loads(json.dumps(description))
+    model = nn.ModuleDict(modules)
     checkpoints, log = folder / "checkpoints", Lines(folder / METRICS)
     history: list[dict[str, float]] = []
     if checkpoint.checkpoints(checkpoints):
@@ -70,13 +71,13 @@ def run_steps(
             raise FileExistsError(
                 f"{folder} holds a run already: resume it, or choose another output folder"
             )
-        history = log.steps(_restore(folder, description, modules, optimizers))
+        history = log.steps(_restore(folder, description, model, optimizers))
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(done: int) -> None:
         # The log first: a checkpoint without its rows could not be resumed from.
         log.rewrite(history)
-        checkpoint.save(checkpoints, done, _tensors(modules, optimizers), description)
+        checkpoint.save_model(checkpoints, done, model, optimizers, description)
 
     if progress:
         progress.start(total, len(history))
@@ -103,43 +104,15 @@ def run_steps(
     return history
 
 
-def _tensors(
-    modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
-) -> dict[str, Tensor]:
-    tensors = {}
-    for name, module in modules.items():
-        for key, value in module.state_dict().items():
-            tensors[f"{name}.{key}"] = value
-    for name, optimizer in optimizers.items():
-        tensors |= checkpoint.optimizer_tensors(f"optimizer.{name}", optimizer)
-    return tensors
-
-
 def _restore(
     folder: Path,
     description: dict[str, Any],
-    modules: Mapping[str, nn.Module],
+    modules: nn.ModuleDict,
     optimizers: Mapping[str, torch.optim.Optimizer],
 ) -> int:
-    """Loads the newest checkpoint; the steps that it has done."""
+    """Load the newest checkpoint; return how many steps it has done."""
     found = checkpoint.find(folder)
-    tensors, state = checkpoint.load(found)
+    state = checkpoint.load_state(found)
     for part in ("config", "data"):
-        checkpoint.check_same(found, state[part], description[part], part)
-    load_modules(found, tensors, modules)
-    for name, optimizer in optimizers.items():
-        checkpoint.restore_optimizer(found, f"optimizer.{name}", optimizer, tensors)
-    return state["step"]
-
-
-def load_modules(found: Path, tensors: dict[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
-    """Loads modules by name from a checkpoint's tensors; what else it holds is left alone.
-
-    Raises:
-        CheckpointError: naming the first tensors that are missing, unknown or of another shape.
-    """
-    for name, module in modules.items():
-        prefix = f"{name}."
-        values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        checkpoint.check_shapes(found / checkpoint.TENSORS, values, module.state_dict())
-        module.load_state_dict(values)
+        checkpoint.check_same(found, state.get(part), description[part], part)
+    return checkpoint.load_model(found, modules, optimizers)["step"]

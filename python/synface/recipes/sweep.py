@@ -14,7 +14,7 @@ import torch
 
 from synface_kernels import _env
 
-from ..checkpoint import single as checkpoint
+from .. import checkpoint
 from ..common.files import CheckpointError, write_text
 from ..common.textfiles import read_json
 from ..data import Faces

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import synface_kernels as sk
 
-from ..checkpoint import single as checkpoint
+from .. import checkpoint
 from ..checkpoint.jsonl import Lines
 from ..common.check import check_device
 from ..common.extras import extra

@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checkpoint import distributed as sharded
-from ..checkpoint import single as checkpoint
+from .. import checkpoint
 from ..common.check import check_folder, check_memory
 from ..common.extras import extra
 from ..common.files import CheckpointError
@@ -114,7 +113,7 @@ def load_backbone(
     found, tensors, state = read(path, _names_of_backbone)
     values = backbone_of(tensors)
     network = network_of(found, state, backbone)
-    checkpoint.check_shapes(found / checkpoint.TENSORS, values, network.state_dict())
+    checkpoint.check_shapes(found, values, network.state_dict())
     if any(each.is_meta for each in network.parameters()):
         network.to_empty(device="cpu")
     network.load_state_dict(values)
@@ -153,8 +152,7 @@ def started_as(output: Path) -> dict[str, Any] | None:
 def state_of(path: Path) -> tuple[Path, dict[str, Any]]:
     """Return the newest checkpoint of a run (or one checkpoint), and its state."""
     found = checkpoint.find(path)
-    load = sharded.load_state if sharded.is_sharded(found) else checkpoint.load_state
-    return found, load(found)
+    return found, checkpoint.load_state(found)
 
 
 def read(
@@ -167,8 +165,7 @@ def read(
         wanted, verified: as for `checkpoint.load`.
     """
     found = checkpoint.find(path)
-    load = sharded.read if sharded.is_sharded(found) else checkpoint.load
-    return found, *load(found, wanted, verified)
+    return found, *checkpoint.load(found, wanted, verified)
 
 
 def _names_of_backbone(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, slice | None]:
@@ -231,9 +228,8 @@ def recorded(found: Path, state: Mapping[str, Any]) -> TrainConfig:
     Raises:
         CheckpointError: for a state without one, or without a description of the data.
     """
-    for name in ("config", "data"):
-        if not isinstance(state.get(name), dict):
-            raise CheckpointError(f"{found / checkpoint.STATE}: {name} must be dict")
+    for part in ("config", "data"):
+        checkpoint.check_same(found, state.get(part), {}, part)
     try:
         return TrainConfig.from_json(state["config"])
     except (TypeError, ValueError) as error:
@@ -295,11 +291,7 @@ class Model:
 
     def save(self, folder: Path, steps: int, description: dict[str, Any]) -> None:
         state = description | {"scaler": self.scaler.state_dict()}
-        if isinstance(self.head, ShardedMarginHead):
-            optimizers = list(self.optimizers.values())
-            sharded.save(folder, steps, self.modules, optimizers, state)
-        else:
-            checkpoint.save(folder, steps, self._tensors(), state)
+        checkpoint.save_model(folder, steps, self.modules, self.optimizers, state)
 
     def load(self, found: Path, check: Callable[[dict[str, Any]], None]) -> int:
         """Load a checkpoint whose state `check` accepts, and return its number of steps.
@@ -307,14 +299,8 @@ class Model:
         Raises:
             CheckpointError: for one that is damaged, or of another model or optimizer.
         """
-        if isinstance(self.head, ShardedMarginHead):
-            state = sharded.load_state(found)
-            check(state)
-            sharded.load(found, self.modules, list(self.optimizers.values()))
-        else:
-            tensors, state = checkpoint.load(found)
-            check(state)
-            self._restore(found / checkpoint.TENSORS, tensors)
+        check(checkpoint.load_state(found))
+        state = checkpoint.load_model(found, self.modules, self.optimizers)
         scaler = state.get("scaler")
         if not isinstance(scaler, dict) or scaler.keys() != self.scaler.state_dict().keys():
             raise CheckpointError(f"{found / checkpoint.STATE}: scaler is {scaler!r}")
@@ -332,24 +318,8 @@ class Model:
         if not isinstance(head, ShardedMarginHead):
             return take_over(init, self.backbone, head.weight, num_classes)
         rows = head.weight, num_classes, head.class_start
-        read = partial(take_over, init, self.backbone, *rows, sharded.share(head.group))
-        return sharded.together(read, head.group, CheckpointError)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"model.{name}": value for name, value in self.modules.state_dict().items()}
-        for prefix, optimizer in self.optimizers.items():
-            tensors |= checkpoint.optimizer_tensors(prefix, optimizer)
-        return tensors
-
-    def _restore(self, file: Path, tensors: dict[str, Tensor]) -> None:
-        model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        checkpoint.check_shapes(file, model, self.modules.state_dict())
-        for key in tensors:
-            if key.partition(".")[0] not in ("model", *self.optimizers):
-                raise CheckpointError(f"{file} is of another model: {key} is unknown")
-        for prefix, optimizer in self.optimizers.items():
-            checkpoint.restore_optimizer(file, prefix, optimizer, tensors)
-        self.modules.load_state_dict(model)
+        read = partial(take_over, init, self.backbone, *rows, checkpoint.share(head.group))
+        return checkpoint.together(read, head.group, CheckpointError)
 
 
 def build_model(
