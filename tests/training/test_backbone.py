@@ -86,6 +86,29 @@ def test_a_module_trains_resumes_bitwise_and_is_read_back(faces, tmp_path, optio
     assert found["config"]["backbone"] == "module"
 
 
+class Tied(nn.Module):
+    """Two layers with one weight, which a checkpoint names twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(256, 256), nn.Linear(256, 256)
+        self.two.weight, self.last = self.one.weight, nn.Linear(256, 16)
+
+    def forward(self, images):
+        return self.last(self.two(self.one(images.flatten(1)).relu()))
+
+
+def test_tied_weights_resume_bitwise_and_stay_tied(faces, tmp_path):
+    config = replace(SMALL, lr=0.01)
+    whole = train(config, faces, tmp_path / "whole", backbone=Tied())
+    train(config, faces, tmp_path / "cut", backbone=Tied(), stop_after=2)
+    resumed = train(config, faces, tmp_path / "cut", backbone=Tied(), resume=True)
+    assert same(state(whole), state(resumed))
+    read, _ = load_backbone(tmp_path / "cut", Tied())
+    assert read.one.weight is read.two.weight
+    assert same(read.state_dict(), whole.backbone.state_dict())
+
+
 class Ranked:
     """Train a module on each rank, and once more with an interruption; return both backbones."""
 

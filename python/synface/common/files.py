@@ -56,6 +56,17 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors; safetensors wants each, of tied weights too, in its own memory."""
+    found, seen = {}, set()
+    for name, value in tensors.items():
+        value = value.detach().contiguous()
+        memory = value.untyped_storage()._cdata
+        found[name] = value.clone() if memory in seen else value
+        seen.add(memory)
+    return found
+
+
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
@@ -72,7 +83,7 @@ def write_tensors(
         with replacing(path) as part:
             part.touch()
             mode = stat.S_IMODE(part.stat().st_mode)  # what the umask leaves; safetensors' is 0600
-            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, metadata)
+            save_file(_separate(tensors), part, metadata)
             part.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
