@@ -91,6 +91,7 @@ class Tied(nn.Module):
 
     def __init__(self):
         super().__init__()
+        torch.manual_seed(1)
         self.one, self.two = nn.Linear(256, 256), nn.Linear(256, 256)
         self.two.weight, self.last = self.one.weight, nn.Linear(256, 16)
 
