@@ -310,8 +310,8 @@ def test_a_line_that_a_crash_cut_short_is_written_again(faces, tmp_path):
         assert logs[0] == logs[1]
 
 
+def test_checkpoints_and_verification_may_come_within_an_epoch(faces, tmp_path):
     """Every third of 4 steps an epoch writes a checkpoint; the newest 2 remain."""
-    """With 4 steps an epoch, every third one writes a checkpoint; the newest 2 remain."""
     config = replace(SMALL, epochs=2, checkpoint_every=0.75, batch_size=-(-len(faces) // 4))
     options = {"verify": lambda backbone: {"auc": 0.5}, "verify_every": 0.5}
     train(config, faces, tmp_path / "run", stop_after=6, **options)
