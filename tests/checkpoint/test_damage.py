@@ -10,9 +10,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from synface.checkpoint import distributed as sharded
-from synface.checkpoint import single as checkpoint
-from synface.checkpoint.single import STATE, TENSORS
+from synface import checkpoint
+from synface.checkpoint import STATE, TENSORS, load_model, save_model
 from synface.common.files import CHECKSUM, CheckpointError
 from synface.optim.centers import Centers, CentersConfig
 from synface.optim.centers.checksums import row_checksums
@@ -327,12 +326,12 @@ def test_damaged_sharded_checkpoints(tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     model(torch.randn(2, 6)).sum().backward()
     optimizer.step()
-    sound = sharded.save(tmp_path, 3, model, optimizer, {"config": {"lr": 0.1}})
+    sound = save_model(tmp_path, 3, model, optimizer, {"config": {"lr": 0.1}})
     target = nn.Linear(6, 5)
 
     def read(folder, number):
-        tensors, _ = sharded.read(folder)
-        state = sharded.load(folder, target, torch.optim.SGD(target.parameters(), 0.1))
+        tensors, _ = checkpoint.load(folder)
+        state = load_model(folder, target, torch.optim.SGD(target.parameters(), 0.1))
         assert torch.equal(tensors["model.weight"], target.weight)
         return tensors | {"state": state}
 
@@ -343,20 +342,23 @@ def test_damaged_sharded_checkpoints(tmp_path):
 def test_checkpoints_of_an_earlier_version_load(tmp_path, kind):
     if kind == "plain":
         found = sound_checkpoint(tmp_path)
-        read = checkpoint.load
     else:
-        found = sharded.save(tmp_path, 3, nn.Linear(6, 5), None, {})
-        read = sharded.read
-    tensors, _ = read(found)
+        found = save_model(tmp_path, 3, nn.Linear(6, 5), None, {})
+    tensors, _ = checkpoint.load(found)
     file = found / STATE
     state = json.loads(file.read_text())
     del state[CHECKSUM], state["crc32"]
-    file.write_text(json.dumps(state | {"format": 1 if kind == "plain" else "sharded-1"}))
-    for name, value in read(found)[0].items():
+    if kind == "plain":
+        earlier = {"format": 1, "tensor_bytes": state["bytes"][TENSORS]}
+    else:
+        earlier = {"format": "sharded-1"}
+    file.write_text(json.dumps(state | earlier))
+    for name, value in checkpoint.load(found)[0].items():
         assert torch.equal(value, tensors[name])
-    file.write_text(json.dumps(state))  # of this version, and without
-    with pytest.raises(CheckpointError, match=r"state\.json is damaged: .* it names None"):
-        read(found)
+    for checked in (3, 2, "sharded-2"):
+        file.write_text(json.dumps(state | earlier | {"format": checked}))
+        with pytest.raises(CheckpointError, match=r"state\.json is damaged: .* it names None"):
+            checkpoint.load(found)
 
 
 def test_the_tensors_and_not_the_state_are_named(tmp_path):

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from synface import checkpoint
 from synface.bench.plan import read_measured
-from synface.checkpoint import distributed as sharded
-from synface.checkpoint import single as checkpoint
+from synface.checkpoint import STATE, TENSORS, load_model, save_model
 from synface.checkpoint.jsonl import Lines
-from synface.checkpoint.single import STATE, TENSORS
 from synface.cli.options import parse_size
 from synface.common import config, toml
 from synface.common.check import check_memory
@@ -66,7 +65,7 @@ def test_all_that_is_written_follows_the_umask(tmp_path, mask):
             progress=lambda _: contextlib.nullcontext(Quiet()),
         )
         checkpoint.save(tmp_path / "made", 1, {"a": torch.ones(2)}, {"config": {}, "data": {}})
-        sharded.save(tmp_path / "made" / "sharded", 1, nn.Linear(2, 2), None, {})
+        save_model(tmp_path / "made" / "sharded", 1, nn.Linear(2, 2), None, {})
         faces = tmp_path / "made" / "faces"
         synthesize(torch.randn(3, 8), EigenfaceGenerator(8, 8), faces, 2)
         for form in ("folder", "recordio", "webdataset", "parquet", "arrow"):
@@ -92,7 +91,6 @@ def readers(folder):
         "toml": (folder / "a.toml", toml.read_toml),
         "recipe": (folder / "b.toml", lambda path: config.load(TrainConfig, path)),
         "state": (folder / "checkpoint" / STATE, lambda path: checkpoint.load_state(path.parent)),
-        "sharded": (folder / "checkpoint" / STATE, lambda path: sharded.load_state(path.parent)),
         "log": (folder / "log.jsonl", lambda path: Lines(path).read()),
         "result": (folder / "result.json", lambda path: cells._stored(path, made_of)),
         "manifest": (
@@ -105,7 +103,7 @@ def readers(folder):
     }
 
 
-NAMES = ["toml", "recipe", "state", "sharded", "log", "result", "manifest", "measured"]
+NAMES = ["toml", "recipe", "state", "log", "result", "manifest", "measured"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -286,7 +284,7 @@ def test_the_shapes_of_a_backbone_take_no_random_numbers():
 
 
 def test_tensors_of_a_sharded_checkpoint_fit_into_its_files(tmp_path):
-    found = sharded.save(tmp_path, 1, nn.Linear(2, 2), None, {})
+    found = save_model(tmp_path, 1, nn.Linear(2, 2), None, {})
     (file,) = found.glob("*.safetensors")
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -302,9 +300,9 @@ def test_tensors_of_a_sharded_checkpoint_fit_into_its_files(tmp_path):
     (found / STATE).write_text(sealed(state))
     message = r"its tensors would take 8,796,093,022,232 bytes, and its files have \d+"
     with pytest.raises(CheckpointError, match=message):
-        sharded.read(found)
+        checkpoint.load(found)
     with pytest.raises(CheckpointError, match=message):
-        sharded.load(found, nn.Linear(2, 2))
+        load_model(found, nn.Linear(2, 2))
 
 
 def test_names_of_tensors_come_from_the_file_alone(tmp_path):
@@ -319,5 +317,5 @@ def test_names_of_tensors_come_from_the_file_alone(tmp_path):
             read_embeddings(file)
     found = checkpoint.save(tmp_path, 1, {"a": torch.ones(2)}, {"config": {}, "data": {}})
     save_file({"a": torch.ones(2)}, found / TENSORS, {"more": "x"})
-    with pytest.raises(CheckpointError, match=f"{TENSORS} is cut short or changed"):
+    with pytest.raises(CheckpointError, match=f"{TENSORS} is missing, cut short or not of this"):
         checkpoint.load(found)

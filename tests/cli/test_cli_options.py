@@ -6,41 +6,22 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from synface import cli
 from synface.cli import evaluation, verification
 from synface.data import open_images, read_folder
 from synface.evaluation.embedding import embed
 from synface.evaluation.metrics import verify
 from synface.training.loop import load_backbone
-from typer.testing import CliRunner
 
-
-def call(*arguments: object):
-    return CliRunner().invoke(cli.app, list(map(str, arguments)))
-
-
-def error(*arguments: object) -> str:
-    done = call(*arguments)
-    assert done.exit_code == 1, done.output
-    return str(done.exception)
+from tests.helpers.command_line import call, refused
+from tests.helpers.training import folder as write_folder
 
 
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write six people, four images each."""
-    random = np.random.default_rng(0)
-    root = tmp_path_factory.mktemp("faces")
-    for person in range(6):
-        face = random.integers(0, 200, (20, 20))
-        (root / f"p{person}").mkdir()
-        for i in range(4):
-            pixels = (face + random.integers(0, 50, face.shape)).astype(np.uint8)
-            Image.fromarray(pixels).save(root / f"p{person}" / f"{i}.png")
-    return root
+    return write_folder(tmp_path_factory.mktemp("faces"), 6, 4)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +29,7 @@ def run(faces: Path) -> Path:
     """Train a run with three of them held out."""
     folder = faces.with_name(f"{faces.name}-run")
     options = ["--epochs", 1, "--size", "16x16", "--embedding-size", 8, "--holdout", 3]
-    done = call("train", "--data", faces, "--output", folder, *options)
-    assert done.exit_code == 0, done.output
+    call("train", "--data", faces, "--output", folder, *options)
     return folder
 
 
@@ -59,9 +39,8 @@ def run(faces: Path) -> Path:
 @pytest.mark.parametrize("flip", [False, True])
 def test_eval_reports_on_the_people_held_out(run, faces, tmp_path, flip):
     report = tmp_path / "new" / "report"
-    done = call("eval", run, "--output", report, "--flip" if flip else "--no-flip")
-    assert done.exit_code == 0, done.output
-    assert f"report: {report / 'index.html'}" in done.output
+    shown = call("eval", run, "--output", report, "--flip" if flip else "--no-flip")
+    assert f"report: {report / 'index.html'}" in shown
     held = read_folder(open_images(faces), (16, 16)).split(3)[1]
     rows = embed(load_backbone(run)[0], held.images, flip=flip)
     wanted = verify(rows, held.labels)
@@ -72,7 +51,7 @@ def test_eval_reports_on_the_people_held_out(run, faces, tmp_path, flip):
     assert found["about"]["flip"] is flip
     assert found["about"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
     assert found["about"]["people"] == "3 never trained on"
-    assert f"ROC-AUC: trained {wanted.auc:.4f}" in done.output
+    assert f"ROC-AUC: trained {wanted.auc:.4f}" in shown
     assert "raw pixels" in (report / "index.html").read_text()
     for name in ("roc.png", "det.png"):
         assert (report / name).stat().st_size > 1000
@@ -86,9 +65,9 @@ def test_eval_passes_on_the_batch_and_the_device(run, monkeypatch):
         return embed(model, images, batch_size, flip)
 
     monkeypatch.setattr(verification, "embed", spied)
-    assert call("eval", run, "--batch-size", 5, "--no-flip", "--device", "cpu").exit_code == 0
+    call("eval", run, "--batch-size", 5, "--no-flip", "--device", "cpu")
     assert calls == [(5, False, torch.device("cpu"))]
-    assert "device must be one that torch has here" in error("eval", run, "--device", "nope")
+    assert "device must be one that torch has here" in refused("eval", run, "--device", "nope")
     assert len(calls) == 1
 
 
@@ -111,15 +90,15 @@ def test_eval_runs_on_the_gpu_where_there_is_one(monkeypatch, there, wanted):
     ],
 )
 def test_eval_refuses_what_would_do_nothing(run, arguments, message):
-    assert message in error("eval", run, *arguments)
+    assert message in refused("eval", run, *arguments)
 
 
 def test_a_report_that_cannot_be_written_is_an_error_before_the_work(run, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(verification, "embed", None)  # it is not reached
     for folder in (tmp_path / "file", tmp_path / "file" / "report"):
-        message = error("eval", run, "--output", folder)
-        assert message.startswith("--output must be a folder that can be written to")
+        message = refused("eval", run, "--output", folder)
+        assert message.startswith("error: --output must be a folder that can be written to")
         assert f"got {folder}: " in message
 
 
@@ -166,7 +145,7 @@ def test_a_report_that_cannot_be_written_is_an_error_before_the_work(run, tmp_pa
 )
 def test_an_option_that_would_do_nothing_is_refused(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert message in error(*arguments)
+    assert message in refused(*arguments)
     assert os.listdir(tmp_path) == []
 
 
@@ -174,14 +153,14 @@ def test_a_resumed_run_refuses_another_folder_and_options_from_a_file(run):
     (run.parent / "other.toml").write_text("lr = 0.5\n")
     config = ("--config", run.parent / "other.toml")
     for option, value in (("--output", "x"), config):
-        message = error("train", "--resume", run, option, value)
-        assert message.startswith(f"{option} has no effect with --resume")
+        message = refused("train", "--resume", run, option, value)
+        assert message.startswith(f"error: {option} has no effect with --resume")
 
 
 def test_values_of_a_file_are_not_refused(run):
     """A run's config.toml holds all options, `power` for one."""
     values = (run / "config.toml").read_text()
     assert "power" in values
-    message = error("train", "--config", run / "config.toml", "--data", "nowhere")
+    message = refused("train", "--config", run / "config.toml", "--data", "nowhere")
     assert "nowhere does not exist" in message
     assert "has no effect" not in message

@@ -66,13 +66,13 @@ def test_one_that_nobody_was_told_of_is_raised_at_the_end(sent, error):
 
 def test_a_training_that_is_told_while_it_writes_its_last_checkpoint(tmp_path, monkeypatch):
     """It is whole; what would come after it does not begin."""
-    from synface.checkpoint import single as checkpoint
+    from synface import checkpoint
     from synface.data import embedded_faces
     from synface.training.loop import TrainConfig, train
 
     faces = embedded_faces(3, 16, identities=6)
     config = TrainConfig(1, 6, widths=(4, 8), depths=(1, 1), embedding_size=16)
-    before = checkpoint.save
+    before = checkpoint.save_model
 
     def save(folder, step, *rest):
         if step == 3:
@@ -80,7 +80,7 @@ def test_a_training_that_is_told_while_it_writes_its_last_checkpoint(tmp_path, m
         return before(folder, step, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save", save)
+        patched.setattr(checkpoint, "save_model", save)
         with pytest.raises(Terminated):
             train(config, faces, tmp_path)
     assert len(train(config, faces, tmp_path, resume=True).history) == 3
@@ -93,13 +93,13 @@ class ToldAtLast:
         self.output = output
 
     def __call__(self, rank, ranks):
-        from synface.checkpoint import distributed as sharded
+        from synface import checkpoint
         from synface.data import embedded_faces
         from synface.training.loop import TrainConfig, train
 
         faces = embedded_faces(3, 16, identities=6)
         config = TrainConfig(1, 6, widths=(4, 8), depths=(1, 1), embedding_size=16)
-        before = sharded.save
+        before = checkpoint.save_model
 
         def save(folder, step, *rest):
             if rank == 1 and step == 3:
@@ -107,7 +107,7 @@ class ToldAtLast:
             return before(folder, step, *rest)
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(sharded, "save", save)
+            patched.setattr(checkpoint, "save_model", save)
             with pytest.raises(Terminated):
                 train(config, faces, self.output)
         return len(train(config, faces, self.output, resume=True).history)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import synface.checkpoint.single
+import synface.checkpoint
 import torch
 from synface.heads import AdaFace, MarginHead, PartialFC
 from synface.optim.rows import RowAdamW, RowSGD
@@ -495,10 +495,7 @@ def test_fifty_steps_twice_give_the_same_centers():
 def test_kill_9_and_resume_give_the_same_centers(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
     deadline = time.monotonic() + 120
-    while (
-        not (found := synface.checkpoint.single.checkpoints(tmp_path))
-        or int(found[-1].name[5:]) < 10
-    ):
+    while not (found := synface.checkpoint.checkpoints(tmp_path)) or int(found[-1].name[5:]) < 10:
         assert child.poll() is None, "ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -1,33 +1,12 @@
-"""Head and backbone."""
+"""Backbones: their shapes, the published sizes, batches of one image, and bad arguments."""
+
+from importlib import import_module
 
 import pytest
 import torch
-from synface.heads import MarginHead
+from synface.models import PRESETS
+from synface.models import iresnet as module
 from synface.models.iresnet import IResNet
-
-import synface_kernels as sk
-
-
-def test_head_is_the_op():
-    head = MarginHead(8, 20, sk.CosFace())
-    x, target = torch.randn(4, 8), torch.tensor([0, 5, 19, 3])
-    expected = sk.margin_cross_entropy(x, head.weight, target, sk.CosFace(), reduction="none")
-    assert torch.equal(head(x, target, reduction="none"), expected)
-    loss, stats = head(x, target, return_stats=True, margin=sk.ArcFace())
-    assert torch.equal(loss, sk.margin_cross_entropy(x, head.weight, target))
-    assert stats.top1.shape == (4,)
-    mixed = head(x, torch.stack([target, target.flip(0)], 1), torch.full((4, 2), 0.5))
-    mixed.backward()
-    assert head.weight.grad is not None
-    assert head.weight.grad.isfinite().all()
-    assert "num_classes=20" in repr(head)
-
-
-def test_head_errors():
-    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
-        MarginHead(8, 0)
-    with pytest.raises(ValueError, match=r"\[0, 20\), got 20 in row 1|target must be in \[0, 20\)"):
-        MarginHead(8, 20)(torch.randn(2, 8), torch.tensor([0, 20]))
 
 
 @pytest.mark.parametrize(("size", "channels"), [((56, 46), 1), ((17, 33), 3)])
@@ -59,3 +38,82 @@ def test_a_last_batch_of_one(widths):
 def test_backbone_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         IResNet(**arguments)
+
+
+# -- the published sizes
+
+
+LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3)}
+# The parameters of insightface's arcface_torch at 112×112, 512 dimensions.
+PARAMETERS = {18: 24_025_600, 34: 34_139_328, 50: 43_590_848, 100: 65_156_160}
+
+
+def published(layers) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of arcface_torch's state dict, from the paper's definition."""
+    shapes = {}
+
+    def norm(name, channels):
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.{part}"] = (channels,)
+        shapes[f"{name}.num_batches_tracked"] = ()
+
+    shapes["conv1.weight"], shapes["prelu.weight"] = (64, 3, 3, 3), (64,)
+    norm("bn1", 64)
+    before = 64
+    for stage, (channels, blocks) in enumerate(zip((64, 128, 256, 512), layers, strict=True), 1):
+        for block in range(blocks):
+            name = f"layer{stage}.{block}"
+            shapes[f"{name}.conv1.weight"] = (channels, before, 3, 3)
+            shapes[f"{name}.conv2.weight"] = (channels, channels, 3, 3)
+            shapes[f"{name}.prelu.weight"] = (channels,)
+            norm(f"{name}.bn1", before)
+            norm(f"{name}.bn2", channels)
+            norm(f"{name}.bn3", channels)
+            if block == 0:
+                shapes[f"{name}.downsample.0.weight"] = (channels, before, 1, 1)
+                norm(f"{name}.downsample.1", channels)
+            before = channels
+    norm("bn2", 512)
+    shapes["fc.weight"], shapes["fc.bias"] = (512, 512 * 7 * 7), (512,)
+    norm("features", 512)
+    return shapes
+
+
+@pytest.mark.parametrize("size", LAYERS)
+def test_a_preset_is_the_published_network(size):
+    """Its state dict has insightface's names and shapes, so its weights load."""
+    with torch.device("meta"):
+        network = getattr(import_module("synface.models.iresnet"), f"iresnet{size}")()
+    found = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    assert found == published(LAYERS[size])
+    assert sum(each.numel() for each in network.parameters()) == PARAMETERS[size]
+    fixed = [name for name, each in network.named_parameters() if not each.requires_grad]
+    assert fixed == ["features.weight"]
+    assert PRESETS[f"iresnet{size}"] == LAYERS[size]
+
+
+def test_a_preset_embeds_images_of_other_sizes():
+    network = module.iresnet18((20, 33), channels=1, embedding_size=24, dropout=0.1)
+    assert network(torch.randn(2, 1, 20, 33)).shape == (2, 24)
+    assert network.dropout.p == 0.1
+    with pytest.raises(ValueError, match="at least 16 pixels a side for 4 stages, got 8×64"):
+        module.iresnet18((8, 64))
+
+
+def test_a_preset_computes_what_the_configurable_network_does():
+    """Their layers are the same in another order of construction."""
+    shape = {"image_size": (16, 16), "channels": 1, "embedding_size": 8}
+    wanted = IResNet(**shape, widths=(64, 128, 256, 512), depths=PRESETS["iresnet18"])
+    network = module.iresnet18(**shape)
+    stages = [each for stage in (1, 2, 3, 4) for each in getattr(network, f"layer{stage}")]
+    pairs = [(network.conv1, wanted.stem[0]), (network.bn1, wanted.stem[1])]
+    pairs += [(network.prelu, wanted.stem[2]), (network.bn2, wanted.embed[0])]
+    pairs += [(network.fc, wanted.embed[3]), (network.features, wanted.norm)]
+    for ours, theirs in zip(stages, wanted.stages, strict=True):
+        pairs += [(getattr(ours, n), t) for n, t in zip(ours.NAMES, theirs.body, strict=True)]
+        if ours.downsample is not None:
+            pairs.append((ours.downsample, theirs.shortcut))
+    for ours, theirs in pairs:
+        ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(3, 1, 16, 16)
+    assert torch.equal(network.eval()(images), wanted.eval()(images))

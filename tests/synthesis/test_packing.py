@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from synface.checkpoint import single as checkpoint
+from synface import checkpoint
 from synface.common.files import CheckpointError
 from synface.synthesis.packing import PackConfig, Packer, bounds, closest_pair, pack
 from synface.synthesis.packing.optimizer import SphereAdam

@@ -12,27 +12,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from synface.checkpoint import single as checkpoint
+from synface import checkpoint
 from synface.data import DataError, ImageLoader, convert, open_images, read_folder
 from synface.data.loading.sampler import WHOLE, RankSlice, ShuffledOrder
-from synface.training.loop import TIMING, TrainConfig, train
+from synface.training.loop import TIMING, train
 from synface.training.sources import FacesSource
+
+from tests.helpers.command_line import call
+from tests.helpers.training import SMALL, score
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers need a POSIX system")
 
 SIZE = (16, 14)
-SMALL = TrainConfig(
-    epochs=3,
-    batch_size=5,  # 12 images: batches of 5, 5 and 2
-    widths=(4, 8),
-    depths=(1, 1),
-    embedding_size=16,
-    checkpoint_every=1,
-)
+SMALL = replace(SMALL, epochs=3, batch_size=5)  # 12 images: batches of 5, 5 and 2
 
 
 def folder(root: Path, each: int) -> Path:
-    """PNG files of four people, of differing sizes, some in color."""
+    """Write PNG files of four people, of differing sizes, some in color."""
     random = np.random.default_rng(0)
     for person in range(4):
         (root / f"p{person}").mkdir(parents=True)
@@ -125,26 +121,19 @@ def test_shards_that_can_be_read_in_order_only(people, tmp_path):
         streamed(tmp_path / "tar")
 
 
-def synface(*arguments: object) -> str:
-    words = [sys.executable, "-m", "synface", *map(str, arguments)]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_the_command_line_streams_what_memory_does_not_hold(tmp_path):
     people = folder(tmp_path / "people", 6)
     tiny = ["--size", "16x18", "--embedding-size", "8", "--batch-size", "4", "--epochs", "1"]
     options = ["--data", people, "--holdout", "2", "--workers", "1", *tiny]
-    memory = synface("train", *options, "--output", tmp_path / "memory")
+    memory = call("train", *options, "--output", tmp_path / "memory")
     assert "workers" not in memory
-    stream = synface("train", *options, "--memory", "0", "--output", tmp_path / "stream")
+    stream = call("train", *options, "--memory", "0", "--output", tmp_path / "stream")
     assert " images/s; 1 workers, " in stream
     logs = [(tmp_path / run / "metrics.jsonl").read_text() for run in ("memory", "stream")]
     assert logs[0] == logs[1]
-    line = next(x for x in memory.splitlines() if x.startswith("ROC-AUC"))
+    line = score(memory)
     assert line in stream
-    again = synface("eval", tmp_path / "stream")
+    again = call("eval", tmp_path / "stream")
     assert line in again
     assert "2 people never trained on" in again
 
@@ -182,7 +171,7 @@ def test_the_peak_of_memory_does_not_grow_with_the_set(tmp_path):
 
 
 def test_an_index_is_a_few_bytes_an_image(tmp_path):
-    """Of 100,000 records, while it is read too."""
+    """An index of 100,000 records takes little memory, while it is read too."""
     import tracemalloc
 
     count = 100_000

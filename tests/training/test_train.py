@@ -11,23 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import synface.checkpoint.single
+import synface.common.files
 import torch
-from synface.checkpoint.single import STATE, TENSORS
+from synface import checkpoint
+from synface.checkpoint import STATE, TENSORS
 from synface.common.files import CheckpointError, checksum, sealed
 from synface.data import Faces, embedded_faces, read_folder
 from synface.evaluation.embedding import embed, pixel_embeddings
 from synface.evaluation.metrics import verify
 from synface.training.loop import TrainConfig, learning_rate, load_backbone, train
 
-SMALL = TrainConfig(
-    epochs=4,
-    batch_size=11,  # 24 images: batches of 11, 11 and 2
-    widths=(4, 8),
-    depths=(1, 1),
-    embedding_size=16,
-    checkpoint_every=1,
-)
+from tests.helpers.training import SMALL, same, state
+
+SMALL = replace(SMALL, epochs=4)
 ORL = Path(__file__).parents[2] / ".." / "shared" / "data" / "orl"
 
 
@@ -36,16 +32,8 @@ def faces() -> Faces:
     return embedded_faces(images_per_identity=4, size=16, identities=6)
 
 
-def parameters(result):
-    modules = (result.backbone, result.head)
-    return {f"{i}.{k}": v for i, m in enumerate(modules) for k, v in m.state_dict().items()}
-
-
 def assert_same(a, b):
-    a, b = parameters(a), parameters(b)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
+    assert same(state(a), state(b))
 
 
 def test_two_runs_are_the_same_and_leave_global_generators_alone(faces, tmp_path, monkeypatch):
@@ -88,8 +76,8 @@ def test_ctrl_c_loses_nothing(faces, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(config, faces, tmp_path / "run", progress=Impatient())
     assert signal.getsignal(signal.SIGINT) is handler
-    found = synface.checkpoint.single.find(tmp_path / "run")
-    assert synface.checkpoint.single.load_state(found)["step"] == 1
+    found = checkpoint.find(tmp_path / "run")
+    assert checkpoint.load_state(found)["step"] == 1
     resumed = train(config, faces, tmp_path / "run", resume=True)
     assert_same(train(config, faces, tmp_path / "whole"), resumed)
 
@@ -116,9 +104,9 @@ def test_the_loss_falls(faces, tmp_path):
 
 def test_a_trained_network_is_read_back(faces, tmp_path):
     result = train(SMALL, faces, tmp_path / "run")
-    backbone, state = load_backbone(tmp_path / "run")
+    backbone, about = load_backbone(tmp_path / "run")
     assert torch.equal(embed(backbone, faces.images), embed(result.backbone, faces.images))
-    assert state["step"] == 12
+    assert about["step"] == 12
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2  # the newest two
 
 
@@ -141,8 +129,8 @@ def test_resuming_another_run_is_refused(faces, tmp_path):
 
 def test_damaged_checkpoints_are_named(faces, tmp_path):
     train(SMALL, faces, tmp_path / "run", stop_after=3)
-    good = synface.checkpoint.single.find(tmp_path / "run")
-    tensors, state = synface.checkpoint.single.load(good)
+    good = checkpoint.find(tmp_path / "run")
+    tensors, about = checkpoint.load(good)
 
     def damaged(change):
         copy = tmp_path / "copy"
@@ -156,7 +144,7 @@ def test_damaged_checkpoints_are_named(faces, tmp_path):
         (folder / TENSORS).write_bytes(data[: len(data) // 2])
 
     def write_state(folder, **changes):
-        (folder / STATE).write_text(sealed(state | changes))
+        (folder / STATE).write_text(sealed(about | changes))
 
     def reshape(folder):
         from safetensors.torch import save_file
@@ -164,21 +152,24 @@ def test_damaged_checkpoints_are_named(faces, tmp_path):
         renamed = {k: v[:-1].clone() if v.dim() == 2 else v for k, v in tensors.items()}
         save_file(renamed, folder / TENSORS)
         size = (folder / TENSORS).stat().st_size
-        write_state(folder, tensor_bytes=size, crc32={TENSORS: checksum(folder / TENSORS)})
+        write_state(folder, bytes={TENSORS: size}, crc32={TENSORS: checksum(folder / TENSORS)})
 
     def garbage(folder):
         size = (folder / TENSORS).stat().st_size
         (folder / TENSORS).write_bytes(os.urandom(size))
 
     for change, message in (
-        (cut, "cut short or changed: expected .* bytes, got"),
+        (cut, r"is missing, cut short .* expected size \d+, got \d+;"),
         (reshape, "is of another model: embed.3.weight: expected shape"),
         (garbage, "safetensors is damaged: its CRC-32 is"),
-        (lambda f: (f / TENSORS).unlink(), "cannot be read: No such file"),
+        (
+            lambda f: (f / TENSORS).unlink(),
+            f"{TENSORS} is missing, cut short .* expected size .*, got no file",
+        ),
         (lambda f: (f / STATE).unlink(), "cannot be read: No such file"),
         (lambda f: (f / STATE).write_text('{"format": 1, "st'), "is not whole JSON"),
-        (lambda f: (f / STATE).write_text("[]"), "expected format 2 or 1, got 'list'"),
-        (lambda f: (f / STATE).write_text('{"format": 9}'), "expected format 2 or 1, got 9"),
+        (lambda f: (f / STATE).write_text("[]"), "expected format 3 or .* 1, got 'list'"),
+        (lambda f: (f / STATE).write_text('{"format": 9}'), "expected format 3 or .* 1, got 9"),
         (
             lambda f: write_state(f, config={"epochs": 3}),
             "unknown or missing keys",
@@ -200,7 +191,7 @@ def test_a_checkpoint_that_cannot_be_written_loses_nothing(faces, tmp_path, monk
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(synface.checkpoint.single, "sync", full)
+    monkeypatch.setattr(synface.common.files, "sync", full)
     with pytest.raises(OSError, match="No space left"):
         train(SMALL, faces, tmp_path / "run", resume=True)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
@@ -242,15 +233,15 @@ def test_kill_9_leaves_a_whole_checkpoint(faces, tmp_path, update):
     child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "run"), update])
     folder = tmp_path / "run" / "checkpoints"
     deadline = time.monotonic() + 120
-    while len(synface.checkpoint.single.checkpoints(folder)) < 2:
+    while len(checkpoint.checkpoints(folder)) < 2:
         assert child.poll() is None, "ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    found = synface.checkpoint.single.find(tmp_path / "run")
-    _, state = synface.checkpoint.single.load(found)
-    arguments = [str(tmp_path / "run"), str(tmp_path / "whole"), str(state["step"] + 3)]
+    found = checkpoint.find(tmp_path / "run")
+    _, about = checkpoint.load(found)
+    arguments = [str(tmp_path / "run"), str(tmp_path / "whole"), str(about["step"] + 3)]
     subprocess.run([sys.executable, "-c", RESUMED, *arguments, update], check=True)
 
 
@@ -258,7 +249,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(faces, tmp_path):
     config = replace(SMALL, optimizer="sgd", lr=1e30, warmup_epochs=0.0)
     with pytest.raises(FloatingPointError, match="lower lr"):
         train(config, faces, tmp_path / "run")
-    tensors, _ = synface.checkpoint.single.load(synface.checkpoint.single.find(tmp_path / "run"))
+    tensors, _ = checkpoint.load(checkpoint.find(tmp_path / "run"))
     assert all(values.isfinite().all() for values in tensors.values())
 
 
@@ -321,11 +312,11 @@ def test_a_line_that_a_crash_cut_short_is_written_again(faces, tmp_path):
 
 
 def test_checkpoints_and_verification_may_come_within_an_epoch(faces, tmp_path):
-    """Of 4 steps an epoch: a checkpoint after each 3 steps, of which the newest 2 are kept."""
+    """Every third of 4 steps an epoch writes a checkpoint; the newest 2 remain."""
     config = replace(SMALL, epochs=2, checkpoint_every=0.75, batch_size=-(-len(faces) // 4))
     options = {"verify": lambda backbone: {"auc": 0.5}, "verify_every": 0.5}
     train(config, faces, tmp_path / "run", stop_after=6, **options)
-    found = synface.checkpoint.single.checkpoints(tmp_path / "run" / "checkpoints")
-    assert sorted(synface.checkpoint.single.load_state(path)["step"] for path in found) == [3, 6]
+    found = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
+    assert sorted(checkpoint.load_state(path)["step"] for path in found) == [3, 6]
     lines = (tmp_path / "run" / "verification.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 6]

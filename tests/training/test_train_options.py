@@ -1,42 +1,24 @@
-"""What training can be told: precision, parts of a batch, clipping, sampling, schedules, logs."""
+"""Options of training: precision, parts of a batch, clipping, sampling, schedules, logs."""
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
-import torch
 from synface.common.files import CheckpointError
 from synface.data import Faces, embedded_faces
-from synface.training.loop import TrainConfig, learning_rate, train
+from synface.training.loop import learning_rate, train
 
-SMALL = TrainConfig(
-    epochs=2,
-    batch_size=11,  # 24 images: batches of 11, 11 and 2
-    widths=(4, 8),
-    depths=(1, 1),
-    embedding_size=16,
-    dropout=0.0,
-    checkpoint_every=1,
-)
+from tests.helpers.command_line import call, refused
+from tests.helpers.training import SMALL, largest_difference
+
+SMALL = replace(SMALL, dropout=0.0)
 SAMPLED = {"sample_rate": 0.5}
 
 
 @pytest.fixture(scope="module")
 def faces() -> Faces:
     return embedded_faces(images_per_identity=2, size=16, identities=12)
-
-
-def parameters(result) -> dict[str, torch.Tensor]:
-    modules = (result.backbone, result.head)
-    return {f"{i}.{k}": v for i, m in enumerate(modules) for k, v in m.state_dict().items()}
-
-
-def largest_difference(a, b) -> float:
-    a, b = parameters(a), parameters(b)
-    return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +84,7 @@ def test_all_classes_sampled_are_all_classes(faces, tmp_path):
 
 @pytest.mark.parametrize("options", [SAMPLED | {"optimizer": "adamw"}, {}], ids=str)
 def test_centers_stepped_in_the_backward_pass_are_those_stepped_after_it(faces, tmp_path, options):
-    """Where both step row by row, to the last bit."""
+    """They are the same to the last bit where both step row by row."""
     config = replace(SMALL, **options, epochs=1, lr=0.02, warmup_epochs=0, freeze_statistics=True)
     apart = train(config, faces, tmp_path / "apart")
     fused = train(replace(config, fused_update=True), faces, tmp_path / "fused")
@@ -186,27 +168,19 @@ def test_tensorboard_has_the_figures(faces, tmp_path):
     assert {event.step for event in events.Scalars("verification/auc")} == {2, 5}
 
 
-def synface(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "synface", *map(str, arguments)], capture_output=True, text=True
-    )
-
-
 def test_a_file_of_options(faces, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(
         'epochs = 2\nlr = 0.1\nwidths = [4, 8]\ndepths = [1, 1]\nsize = "16x16"\nholdout = 90\n'
         'schedule = "polynomial"\nfreeze_statistics = true\nverify_every = 1\nbatch_size = 7\n'
     )
-    done = synface("train", "--config", file, "--epochs", 1, "--output", tmp_path / "a")
-    assert done.returncode == 0, done.stdout + done.stderr
+    call("train", "--config", file, "--epochs", 1, "--output", tmp_path / "a")
     config = json.loads((tmp_path / "a" / "config.json").read_text())["config"]
     assert (config["epochs"], config["lr"], config["widths"]) == (1, 0.1, [4, 8])
     assert (config["schedule"], config["freeze_statistics"]) == ("polynomial", True)
     assert len((tmp_path / "a" / "verification.jsonl").read_text().splitlines()) == 1
 
-    done = synface("train", "--config", tmp_path / "a/config.toml", "--output", tmp_path / "b")
-    assert done.returncode == 0, done.stdout + done.stderr
+    call("train", "--config", tmp_path / "a/config.toml", "--output", tmp_path / "b")
     logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in "ab"]
     assert logs[0] == logs[1]
 
@@ -225,13 +199,11 @@ def test_a_file_of_options(faces, tmp_path):
 def test_a_bad_file_of_options_is_refused(tmp_path, text, message):
     file = tmp_path / "run.toml"
     file.write_text(text)
-    done = synface("train", "--config", file, "--output", tmp_path / "run")
-    assert done.returncode == 2
-    assert message in " ".join((done.stdout + done.stderr).replace("│", " ").split())
+    shown = refused("train", "--config", file, "--output", tmp_path / "run")
+    assert message in " ".join(shown.replace("│", " ").split())
     assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_file_of_options_is_named(tmp_path):
-    done = synface("train", "--config", tmp_path / "none.toml")
-    assert done.returncode == 2
-    assert "none.toml cannot be read: No such file" in " ".join(done.stdout.split())
+    shown = refused("train", "--config", tmp_path / "none.toml")
+    assert "none.toml cannot be read: No such file" in shown

@@ -1,1 +1,19 @@
-"""Checkpoints and the logs that go with them."""
+"""Checkpoints of any number of ranks, and the logs that go with them."""
+
+from typing import TYPE_CHECKING
+
+from ..common.files import CheckpointError  # noqa: F401
+from ..common.lazy import lazy
+from .state import STATE, TENSORS, check_same, checkpoints, find, load_state  # noqa: F401
+
+if TYPE_CHECKING:
+    from .modules import check_shapes, load_model, save_model  # noqa: F401
+    from .storage import Shard, Wanted, load, save, share, together  # noqa: F401
+
+__getattr__ = lazy(  # torch.distributed.checkpoint takes a second to import
+    __name__,
+    {
+        "modules": ("check_shapes", "load_model", "save_model"),
+        "storage": ("Shard", "Wanted", "load", "save", "share", "together"),
+    },
+)

@@ -1,4 +1,4 @@
-"""Logs of a run that a checkpoint goes with: a JSON object a line, one of them for each step."""
+"""Logs of a run in JSON Lines: one object per step, which a checkpoint refers to by its step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_BYTES = 2**32  # of a log
 
 
 class Lines:
-    """A log in a file."""
+    """A log in a JSON Lines file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -23,7 +23,7 @@ class Lines:
             lines.write(json.dumps(row) + "\n")
 
     def flush(self) -> None:
-        """Sees to it that all lines are on the disk."""
+        """Flush all lines to the disk."""
         if self.file.exists():
             sync(self.file)
 
@@ -31,7 +31,10 @@ class Lines:
         write_text(self.file, "".join(json.dumps(row) + "\n" for row in rows))
 
     def read(self, most: int | None = None) -> list[dict[str, float]]:
-        """The first so many lines, or all that are whole: a crash may cut the last one short.
+        """Return the complete lines; a crash may have cut the last one short.
+
+        Args:
+            most: return at most so many, from the first on.
 
         Raises:
             CheckpointError: for a file that cannot be read or is no such log.
@@ -44,10 +47,10 @@ class Lines:
             raise self._unfit(error) from error
 
     def steps(self, count: int) -> list[dict[str, float]]:
-        """The lines of steps 0 to count − 1, with which the log must begin.
+        """Return the lines of steps 0 to count - 1, with which the log must begin.
 
         Raises:
-            CheckpointError: where it does not.
+            CheckpointError: if it does not.
         """
         rows = self.read(count)
         if [row["step"] for row in rows] != list(range(count)):

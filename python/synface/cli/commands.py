@@ -1,4 +1,4 @@
-"""The commands of `synface`; torch is imported by those that compute, when they run."""
+"""The commands of `synface`; those that compute import torch when they run."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from ..common.check import check_folder
-from ..data import convert
 from ..data.formats.images import FORMATS
 from .options import RelabelOption, refuse
 from .terminal import Bar, say
@@ -34,6 +33,8 @@ def convert_command(
     if to in UNSHARDED:
         refuse(context, f"with --to {to}, which has no shards", "shard_size")
     check_folder("the destination's folder", destination.absolute().parent)
+    from ..data import convert
+
     with Bar(f"converting {source}") as bar:
         written = convert(
             source,

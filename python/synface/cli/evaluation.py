@@ -12,16 +12,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..common.check import check_folder
-from ..data import open_images
 from ..evaluation.sets import PairSet, TemplateSet, open_set
-from .options import refuse
-from .started import MEMORY, command_of, place, read_faces, split_faces
+from .options import RelabelOption, refuse
+from .started import MEMORY, Started, command_of, located, read_faces, split_faces
 from .terminal import Bar, console, say
 
 if TYPE_CHECKING:  # they import torch, which takes longer than all else that --help needs
     import torch
 
-    from ..data import ImageSet
+    from ..data import Faces, ImageSet
     from ..data.loading.loader import Domain
     from ..evaluation.report import SetResult
 
@@ -29,29 +28,37 @@ if TYPE_CHECKING:  # they import torch, which takes longer than all else that --
 def eval_command(
     context: typer.Context,
     run: Annotated[
-        Path | None, typer.Argument(help="A run's folder, or one checkpoint's.", show_default=False)
+        Path | None,
+        typer.Argument(help="Folder of a run, or of one checkpoint.", show_default=False),
     ] = None,
     checkpoint_: Annotated[
         Path | None, typer.Option("--checkpoint", help="The run, given as an option.")
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            help="Function that builds the run's backbone, as package.module:function; needed "
+            "where it is not built in, since code that a checkpoint names is not imported."
+        ),
     ] = None,
     sets: Annotated[
         list[Path] | None,
         typer.Option(
             "--set",
-            help="A verification set: insightface's .bin, LFW's pairs.txt, or a folder of IJB's "
-            "lists; several may be given, and nobody else is verified then.",
+            help="Verification set: insightface's .bin, LFW's pairs.txt, or a folder of IJB's "
+            "lists; several may be given, and held-out people are then skipped.",
         ),
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="With --set: the folder of the images that it lists. Default: its own."),
+        typer.Option(help="Folder of the images that a --set lists. Default: its own."),
     ] = None,
     resize: Annotated[
         bool,
         typer.Option(
             "--resize",
-            help="With --set: resize images; else another size is an error. Those of --data "
-            "always are.",
+            help="Resize the images of a --set; else another size is an error. Images of --data "
+            "are always resized.",
         ),
     ] = False,
     flip: Annotated[bool, typer.Option(help="Add the embedding of the mirror image.")] = True,
@@ -61,47 +68,37 @@ def eval_command(
             help="Device of the network: cpu, cuda, cuda:1 …; auto is cuda where there is one."
         ),
     ] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 256,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 256,
     output: Annotated[
         Path | None, typer.Option(help="Folder of a report (table, curves, JSON).")
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Image folder: other people, or where the run's images are now. Default: where "
-            "they were."
+            help="Image folder of other people, or the new path of the run's images. Default: "
+            "their recorded path."
         ),
     ] = None,
     holdout: Annotated[
         int | None,
         typer.Option(
-            help="Verify on this many last identities; 0: on all. Default: as in training where "
-            "the images are the run's, else on all.",
+            help="Number of last identities to verify on; 0 for all. Default: as in training where "
+            "the images are the run's, else all.",
             min=0,
         ),
     ] = None,
-    relabel: Annotated[
-        bool,
-        typer.Option(
-            "--relabel",
-            help="With --data: number the labels that have images from 0 on; else gaps are an "
-            "error.",
-        ),
-    ] = False,
+    relabel: RelabelOption = False,
 ) -> None:
     """Verify a trained network on pairs of images, beside raw pixels, or on verification sets."""
-    from ..checkpoint import single as checkpoint
-    from ..data import Faces
     from ..evaluation.report import SetResult
     from ..reporting.plots import check_matplotlib
-    from ..training.model import CONFIG, load_backbone
-    from ..training.sources import fingerprint
+    from ..training.model import load_backbone
     from .verification import print_verification, verify_network, verify_pixels
 
     if (run is None) == (checkpoint_ is None):
         raise ValueError("eval needs one run: its folder, or --checkpoint")
-    run = run or checkpoint_
-    assert run is not None
+    path = run or checkpoint_
+    assert path is not None
     if sets:
         if data is not None or holdout is not None:
             raise ValueError("--set goes without --data and --holdout")
@@ -111,63 +108,26 @@ def eval_command(
         refuse(context, "without --set: images get the network's size", "resize")
         if data is None:
             refuse(context, "without --data: the run's own is read as in training", "relabel")
-    backbone, state = load_backbone(run)
-    height, width, channels = state["data"]["image_shape"]
+    network, state = load_backbone(path, backbone)
     if output is not None:
         check_folder("--output", output)
         check_matplotlib()  # raises before the verification, not after it
     on = _device(device)
-    backbone.to(on)
-    about = {"run": str(run), "step": state["step"], "flip": flip, "device": str(on)}
+    network.to(on)
+    about = {"run": str(path), "step": state["step"], "flip": flip, "device": str(on)}
+    options: dict[str, Any] = {"batch_size": batch_size, "flip": flip}
     if sets:
-        opened_sets = [open_set(path, images) for path in sets]
-        results = _evaluate_sets(
-            backbone,
-            opened_sets,
-            (height, width, channels),
-            batch_size=batch_size,
-            flip=flip,
-            resize=resize,
-        )
+        opened_sets = [open_set(each, images) for each in sets]
+        height, width, channels = state["data"]["image_shape"]
+        shape = height, width, channels
+        results = _evaluate_sets(network, opened_sets, shape, resize=resize, **options)
         _report(output, results, about)
         return
-    config, memory = checkpoint.find(run).parent.parent / CONFIG, MEMORY
-    if data is None or config.exists():  # held in memory, or not, as in training
-        command = command_of(config)[0]
-        memory = command["memory"]
-    if data is None:
-        name = "real" if command["real"] else "data"
-        trained_on = place(run, name, command[name], "data")
-        data = Path(trained_on) if trained_on else None
-        holdout = command["holdout"] if holdout is None else holdout
-        relabel = command["relabel"]
-    splits = [(holdout, relabel)]
-    if holdout is None and data is not None and config.exists():
-        before = command["holdout"], relabel or command["relabel"]
-        if _may_be(open_images(data, before[1]), command, state["data"]):
-            splits.insert(0, before)
-    for holdout, relabel in splits:  # the run's own first, by which its images are known
-        rest: Domain | None = None
-        if holdout:
-            rest, held = split_faces(data, (height, width), channels == 1, relabel, holdout, memory)
-        else:
-            held = read_faces(data, (height, width), channels == 1, relabel)
-        if held.images.shape[3] != channels:
-            raise ValueError(
-                f"{run} was trained on images of {channels} channels, {held.source} has "
-                f"{held.images.shape[3]}"
-            )
-        # Only the split of the run itself proves that these people are new to the network.
-        wanted = state["data"]["fingerprint"].split()[-1]
-        unseen = rest is not None and fingerprint(rest) == wanted
-        if not unseen and isinstance(rest, Faces) and data is not None:  # as a mixed run knows it
-            unseen = fingerprint(open_images(data, relabel).split(holdout or 0)[0]) == wanted
-        if unseen:
-            break
+    held, unseen = _people(path, state, data, holdout, relabel)
     results = []
     for name, score in (
         ("raw pixels", lambda: verify_pixels(held)),
-        ("trained network", lambda: verify_network(backbone, held, batch_size, flip)),
+        ("trained network", lambda: verify_network(network, held, **options)),
     ):
         began = time.perf_counter()
         found = score()
@@ -177,6 +137,50 @@ def eval_command(
     print_verification(trained, pixels, held, unseen)
     people = f"{len(held.identities)}{' never trained on' if unseen else ''}"
     _report(output, results[::-1], about | {"people": people})
+
+
+def _people(
+    run: Path, state: dict[str, Any], data: Path | None, holdout: int | None, relabel: bool
+) -> tuple[Faces, bool]:
+    """Return the people to verify on, and whether they are proven to be new to the network."""
+    from .. import checkpoint
+    from ..data import Faces, open_images
+    from ..training.model import CONFIG
+    from ..training.sources import fingerprint
+
+    height, width, channels = state["data"]["image_shape"]
+    file = checkpoint.find(run).parent.parent / CONFIG
+    started = command_of(file)[0] if data is None or file.exists() else None
+    splits = [(holdout, relabel)]
+    if started is not None and data is None:
+        name = "real" if started.real else "data"
+        trained_on = located(run, name, getattr(started, name), "data")
+        data = Path(trained_on) if trained_on else None
+        splits = [(started.holdout if holdout is None else holdout, started.relabel)]
+    elif started is not None and data is not None and holdout is None:
+        before = started.holdout, relabel or started.relabel
+        if _may_be(open_images(data, before[1]), started, state["data"]):
+            splits.insert(0, before)
+    for count, renumber in splits:  # the run's own first, by which its images are known
+        rest: Domain | None = None
+        if count:
+            memory = MEMORY if started is None else started.memory  # as in training
+            rest, held = split_faces(data, (height, width), channels == 1, renumber, count, memory)
+        else:
+            held = read_faces(data, (height, width), channels == 1, renumber)
+        if held.images.shape[3] != channels:
+            raise ValueError(
+                f"{run} was trained on images of {channels} channels, {held.source} has "
+                f"{held.images.shape[3]}"
+            )
+        # Only the split of the run itself proves that these people are new to the network.
+        wanted = state["data"]["fingerprint"].split()[-1]
+        unseen = rest is not None and fingerprint(rest) == wanted
+        if not unseen and isinstance(rest, Faces) and data is not None:  # as a mixed run knows it
+            unseen = fingerprint(open_images(data, renumber).split(count or 0)[0]) == wanted
+        if unseen:
+            break
+    return held, unseen
 
 
 def _device(name: str) -> torch.device:
@@ -195,16 +199,16 @@ def _report(output: Path | None, results: Sequence[SetResult], about: dict[str, 
         say(f"report: {set_report.write(output, results, about)}")
 
 
-def _may_be(images: ImageSet, command: dict[str, Any], trained_on: dict[str, Any]) -> bool:
+def _may_be(images: ImageSet, started: Started, trained_on: dict[str, Any]) -> bool:
     """Return whether these may be a run's images, as far as that shows without decoding any."""
     from ..training.sources import fingerprint
 
-    people = len(images.identities) - command["holdout"]
-    if not command["holdout"] or people < 2:
+    people = len(images.identities) - started.holdout
+    if not started.holdout or people < 2:
         return False
-    if command["real"]:
+    if started.real:
         prints = trained_on["fingerprint"].split()
-        return fingerprint(images.split(command["holdout"])[0]) == prints[-1]
+        return fingerprint(images.split(started.holdout)[0]) == prints[-1]
     return people == trained_on["identities"]
 
 

@@ -1,53 +1,92 @@
-"""Options that several commands have."""
+"""Options that several commands have, and those that are the fields of a dataclass."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import Field, fields
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 import typer
 
 from ..common.toml import check_keys, read_toml
 from ..data.formats.decode import MAX_PIXELS
+from ..training.config import NOT_NEGATIVE
 
-DataOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="Image folder, one sub-folder per identity; or RecordIO, WebDataset shards, Parquet, "
-        "a folder of Hugging Face datasets. "
-        "Default: the 100 real faces that scikit-image ships, with style variation."
-    ),
-]
-RelabelOption = Annotated[
-    bool,
-    typer.Option(
-        "--relabel", help="Number the labels that have images from 0 on; else gaps are an error."
-    ),
-]
-HoldoutOption = Annotated[
-    int, typer.Option(help="Identities (the last ones) kept for verification.", min=0)
-]
-SizeOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Height×width in pixels, such as 112x112. "
-        "Default: 56x48 for a folder, 48x48 for the embedded faces."
-    ),
-]
-SeedOption = Annotated[int, typer.Option(help="Of everything random.", min=0)]
+T = TypeVar("T")
+Command = TypeVar("Command", bound=Callable[..., None])
+
+RELABEL = "Number the labels that have images from 0 on; else gaps are an error."
+RelabelOption = Annotated[bool, typer.Option("--relabel", help=RELABEL)]
+SeedOption = Annotated[int, typer.Option(help="Random seed.", min=0)]
+
+
+def options_of(first: type, last: type) -> Callable[[Command], Command]:
+    """Return a decorator that gives a command an option for each field of two dataclasses.
+
+    The command takes their values as ``**given``. The options of ``first`` come before its own in
+    the help, those of ``last`` after them. A field's metadata are those of
+    `synface.training.config.option`.
+    """
+
+    def decorate(command: Command) -> Command:
+        context, *own, _ = inspect.signature(command, eval_str=True).parameters.values()
+        added = [[_parameter(cls, each) for each in fields(cls)] for cls in (first, last)]
+        parameters = [context, *added[0], *own, *added[1]]
+        found: Any = command
+        found.__signature__ = inspect.Signature(parameters)
+        found.__annotations__ = {each.name: each.annotation for each in parameters}
+        return command
+
+    return decorate
+
+
+def _parameter(cls: type, field: Field[Any]) -> Parameter:
+    hint, default = get_type_hints(cls)[field.name], field.default
+    if get_origin(hint) is tuple:
+        hint, default = str, in_words(default)
+    names = [f"--{field.name.replace('_', '-')}"] if hint is bool else []  # no --no-…
+    least = 0 if field.metadata["must"] is NOT_NEGATIVE else None
+    option = typer.Option(*names, help=field.metadata["help"], min=least)
+    annotation: Any = Annotated[field.metadata["type"] or hint, option]
+    return Parameter(
+        field.name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation
+    )
+
+
+def from_options(cls: type[T], given: Mapping[str, Any]) -> T:
+    """Return the dataclass of the values that `options_of` gave a command."""
+    hints, values = get_type_hints(cls), {}
+    for name, hint in hints.items():
+        value = given[name]
+        if get_origin(hint) is tuple:
+            value = _integers(name, value)
+        values[name] = str(value) if isinstance(value, Path) else value
+    return cls(**values)
+
+
+def _integers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--{name} must be integers such as 16,32,64, got {text!r}") from None
+
+
+def in_words(value: Any) -> Any:
+    """Return a value as the command line takes it."""
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _from_file(context: typer.Context, file: Path | None) -> Path | None:
-    """Values of a TOML file, for options that the command line does not give."""
+    """Take from a TOML file the values of options that the command line does not give."""
     if file is not None:
         values = read_toml(file)
         check_keys(
             file, values, [p.name for p in context.command.params if p.name != "config_file"]
         )
-        context.default_map = {
-            name: ",".join(map(str, value)) if isinstance(value, list) else value
-            for name, value in values.items()
-        }
+        context.default_map = {name: in_words(value) for name, value in values.items()}
     return file
 
 
@@ -56,7 +95,7 @@ ConfigOption = Annotated[
     typer.Option(
         "--config",
         help="TOML file of options, by their names with _ for -, such as a run's config.toml; "
-        "the command line goes before it.",
+        "options of the command line replace them.",
         is_eager=True,
         callback=_from_file,
     ),
@@ -77,6 +116,7 @@ def refuse(context: typer.Context, why: str, *names: str) -> None:
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Return the (H, W) of a ``--size``; raise ValueError for another text."""
     if text is None:
         return None
     parts = text.lower().replace("×", "x").split("x")

@@ -1,4 +1,4 @@
-"""What commands write to a terminal, and their progress bars."""
+"""Terminal output of the commands, and their progress bars."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -25,11 +25,14 @@ from typer.core import TyperGroup
 
 from ..common.interrupts import Terminated
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 console = Console()
 
 
 def _encoded(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Bytes of a file's name as they are; other characters that a terminal lacks as escapes."""
+    """Encode the bytes of a file's name as they are, other characters as escapes."""
     assert isinstance(error, UnicodeEncodeError)
     error.end = error.start + 1
     try:
@@ -39,7 +42,7 @@ def _encoded(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def encode_anything() -> None:
-    """Let no output end in an error for want of a character in the terminal's encoding."""
+    """Make output with characters that the terminal's encoding lacks no error."""
     codecs.register_error("synface", _encoded)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # else it is not the interpreter's own
@@ -67,13 +70,13 @@ class Group(TyperGroup):
 
 
 def say(text: str) -> None:
-    """Prints a line as it is: no colors, markup or breaks, so that paths can be copied."""
+    """Print a line without colors, markup or breaks, so that paths can be copied."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
 def interrupts(text: str) -> Iterator[None]:
-    """On Ctrl-C and SIGTERM says how to go on, and ends with 130 or 143, as shells have it."""
+    """Say how to go on after Ctrl-C or SIGTERM, and exit with 130 or 143, as shells do."""
     try:
         yield
     except KeyboardInterrupt:
@@ -98,9 +101,9 @@ class Bar:
         )
         self.task = self.progress.add_task(escape(description), total=None, note="")
         self.images, self.began = 0, time.perf_counter()
-        self.before: int | None = None  # files that were there at the first call
+        self.before: int | None = None  # files done before the first call
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> Self:
         self.progress.start()
         return self
 
@@ -127,15 +130,11 @@ class Bar:
 
 
 class PackingBar(Bar):
-    """A share done, the worst cosine, how far it is above the bound, and the time left."""
+    """A progress bar with the worst cosine and its distance to the bound."""
 
     def __init__(self, objective: str, bound: float) -> None:
         super().__init__(f"packing, {objective}", TaskProgressColumn())
         self.bound = bound
-
-    def __enter__(self) -> PackingBar:
-        super().__enter__()
-        return self
 
     def update(self, done: float, seconds: float, worst: float | None) -> None:
         note = "" if worst is None else f"worst {worst:.4f}, bound + {worst - self.bound:.4f}"

@@ -1,1 +1,1 @@
-"""What every package may use: checks, files, random numbers. It imports nothing of ours."""
+"""Checks, files and random numbers for every package; it imports no other package of synface."""

@@ -1,4 +1,4 @@
-"""What the layer's argument checks share."""
+"""Checks of arguments that several packages make."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the command line checks folders, for which it need not wait
 
 
 def describe(value: object) -> str:
-    """A tensor's dtype, shape and device, or a value with its type."""
+    """Return a tensor's dtype, shape and device, or a value and its type, for an error message."""
     from torch import Tensor
 
     if not isinstance(value, Tensor):
@@ -25,7 +25,7 @@ def describe(value: object) -> str:
 
 
 def check_number(name: str, value: object, least: float, most: float = math.inf) -> None:
-    """Raises TypeError or ValueError unless value is a finite number in [least, most]."""
+    """Raise TypeError or ValueError unless value is a finite number in [least, most]."""
     bounds = f"in [{least:g}, {most:g}]" if most < math.inf else f"finite and ≥ {least:g}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number {bounds}, got {describe(value)}")
@@ -34,7 +34,7 @@ def check_number(name: str, value: object, least: float, most: float = math.inf)
 
 
 def check_integer(name: str, value: object, least: int) -> None:
-    """Raises TypeError or ValueError unless value is an integer ≥ least."""
+    """Raise TypeError or ValueError unless value is an integer ≥ least."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer ≥ {least}, got {describe(value)}")
     if value < least:
@@ -42,9 +42,12 @@ def check_integer(name: str, value: object, least: int) -> None:
 
 
 def check_rows(name: str, rows: Tensor) -> Tensor:
-    """The norms (N, 1) of rows (N, D), float64; raises ValueError unless all are finite and not 0.
+    """Return the norms (N, 1) of rows (N, D) in float64.
 
     Squares in float32 would overflow from 1e19 on, and vanish from 1e-23 on.
+
+    Raises:
+        ValueError: if a norm is zero or not finite.
     """
     import torch
 
@@ -60,9 +63,9 @@ def check_rows(name: str, rows: Tensor) -> Tensor:
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Raise OSError unless files can be written to a folder, or to one that is made there.
+    """Raise OSError unless files can be written to a folder, which may still have to be made.
 
-    Tried in the nearest folder that exists; nothing is left of it.
+    A temporary folder is made, and removed, in the nearest parent that exists.
     """
     there = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), Path())
     try:
@@ -76,7 +79,7 @@ def check_folder(name: str, folder: Path) -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes that the system could give to a process, where it says so."""
+    """Return how many bytes of memory are available; None if the system does not say."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -85,7 +88,7 @@ def available_memory() -> int | None:
 
 
 def check_memory(what: str, needed: int) -> None:
-    """Raise ValueError where something needs more bytes than the system could give."""
+    """Raise ValueError if something needs more bytes of memory than are available."""
     free = available_memory()
     if free is not None and needed > free:
         raise ValueError(
@@ -95,7 +98,7 @@ def check_memory(what: str, needed: int) -> None:
 
 
 def check_device(device: object) -> torch.device:
-    """The device, if torch can compute on it here; raises TypeError or ValueError if not."""
+    """Return the device; raise TypeError or ValueError unless torch can compute on it here."""
     import torch
 
     if not isinstance(device, (str, torch.device)):

@@ -1,4 +1,4 @@
-"""The processes that torchrun starts, as a process group."""
+"""The process group of a torchrun launch."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ if dist.is_available():
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among those that train together.
+    """A process among those that train together.
 
     Attributes:
-        rank, ranks: its number, and how many there are. device: the one that it trains on.
+        rank, ranks: its rank, and the number of ranks.
+        device: device that it trains on.
     """
 
     rank: int
@@ -37,7 +38,7 @@ class Rank:
         return self.rank == 0
 
     def agreed(self, value: Any) -> Any:
-        """The first rank's value, on all of them."""
+        """Return the first rank's value, on every rank."""
         values = [value]
         if dist.is_initialized():
             dist.broadcast_object_list(values)
@@ -46,14 +47,16 @@ class Rank:
 
 @contextmanager
 def joined(device: str = "auto") -> Iterator[Rank]:
-    """Joins the process group of a torchrun launch, and leaves it at the end; alone, does nothing.
+    """Join the process group of a torchrun launch, and leave it at the end.
+
+    A process that torchrun did not start is rank 0 of 1, and joins none.
 
     Args:
-        device: "cpu", "cuda" (of several GPUs the one with the process's local number), or "auto":
-            CUDA where there is any.
+        device: "cpu", "cuda" (of several GPUs, the one of the local rank), or "auto": CUDA if
+            there is any.
 
     Raises:
-        ValueError: for another device, or CUDA where there is none.
+        ValueError: for another device, or CUDA if there is none.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
@@ -75,13 +78,13 @@ def joined(device: str = "auto") -> Iterator[Rank]:
 
 
 def leave() -> None:
-    """Ends the default process group, if there is one, and gloo's threads with it.
+    """Destroy the default process group, if there is one, and gloo's threads with it.
 
-    These may still hold tensors of the last exchange, and need the interpreter's lock to drop them.
-    Where a `DistributedDataParallel` is the last to let go of the group, it waits for the threads
-    with the lock held: forever (pytorch issue 56297). Where nobody lets go before the interpreter
-    ends, such a thread aborts the process. So the modules go first: those in cycles, and those in
-    the frames of an error that is on its way. What the callers hold is theirs to let go of.
+    The threads may still hold tensors of the last collective, and need the interpreter's lock to
+    drop them. If a `DistributedDataParallel` holds the last reference to the group, it waits for
+    the threads with the lock held: forever (pytorch issue 56297). If references outlive the
+    interpreter, such a thread aborts the process. So modules in reference cycles, and in the frames
+    of an error being raised, are collected first; callers must drop those that they hold.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return

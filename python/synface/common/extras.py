@@ -11,12 +11,12 @@ def extra(name: str, what: object) -> Iterator[None]:
     """Make the imports inside raise an ImportError that says what to install.
 
     Args:
-        name: the extra of `synface-kernels` that has the packages.
-        what: what needs them, for the message: "drawing figures", or a file.
+        name: extra of `synface-kernels` that has the packages.
+        what: the feature that needs them, for the message: "drawing figures", or a file.
 
     Raises:
-        ImportError: in place of ModuleNotFoundError. A package that is there and fails to load
-            raises what it raises.
+        ImportError: in place of ModuleNotFoundError. An installed package that fails to import
+            raises its own error.
     """
     try:
         yield

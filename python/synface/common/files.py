@@ -6,7 +6,8 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ class CheckpointError(ValueError):
 
 
 def sync(path: Path) -> None:
-    """Flushes a file or a directory to the disk."""
+    """Flush a file or a directory to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -32,41 +33,60 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file so that it is there whole, or as it was before."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write a file to, which then replaces ``path``, flushed and atomically.
+
+    If an error is raised inside, ``path`` stays as it was.
+    """
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    sync(part)
-    part.replace(path)
-    sync(path.parent)
+    part.unlink(missing_ok=True)
+    try:
+        yield part
+        sync(part)
+        part.replace(path)
+        sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors; safetensors wants each, of tied weights too, in its own memory."""
+    found, seen = {}, set()
+    for name, value in tensors.items():
+        value = value.detach().contiguous()
+        memory = value.untyped_storage()._cdata
+        found[name] = value.clone() if memory in seen else value
+        seen.add(memory)
+    return found
 
 
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file so that it is there whole, or as it was before.
+    """Write a safetensors file atomically.
 
     Raises:
-        OSError: where it cannot be written (a full disk, say).
+        OSError: if it cannot be written (a full disk, say).
     """
     with extra("train", "writing checkpoints and embeddings"):
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)
     try:
-        part.touch()
-        mode = stat.S_IMODE(part.stat().st_mode)  # what the umask leaves; safetensors' is 0600
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, metadata)
-        part.chmod(mode)
-        sync(part)
-        part.replace(path)
-        sync(path.parent)
+        with replacing(path) as part:
+            part.touch()
+            mode = stat.S_IMODE(part.stat().st_mode)  # what the umask leaves; safetensors' is 0600
+            save_file(_separate(tensors), part, metadata)
+            part.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def checksum(file: Path) -> str:
@@ -79,24 +99,13 @@ def checksum(file: Path) -> str:
 
 
 def verify(file: Path, expected: object) -> None:
-    """Raise CheckpointError where a file's checksum is not what is expected."""
+    """Raise CheckpointError unless a file has the expected CRC-32."""
     came = checksum(file)
     if came != expected:
         raise CheckpointError(
             f"{file} is damaged: its CRC-32 is {came}, and was {expected} when it was written; "
             "use an earlier checkpoint, or a copy"
         )
-
-
-def verify_files(state: Mapping[str, Any], files: Iterable[Path], newest: object) -> None:
-    """Raise CheckpointError for the first file whose checksum is not the state's.
-
-    Only states of an earlier format than the newest may lack checksums.
-    """
-    if state["format"] == newest or "crc32" in state:
-        crc = state.get("crc32")
-        for file in files:
-            verify(file, crc.get(file.name) if isinstance(crc, dict) else crc)
 
 
 def sealed(state: Mapping[str, Any]) -> str:
@@ -109,20 +118,14 @@ def _content_checksum(content: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
-def check_names(state: Mapping[str, Any], reserved: Collection[str]) -> None:
-    """Raise ValueError where a caller's state has names that a checkpoint has itself."""
-    if taken := sorted(state.keys() & {*reserved, CHECKSUM}):
-        raise ValueError(
-            f"state must not hold {', '.join(taken)}, which every checkpoint has: rename them"
-        )
-
-
-def read_state(file: Path, *formats: object, most: int = MAX_BYTES) -> dict[str, Any]:
+def read_state(
+    file: Path, *formats: object, checked: int = 1, most: int = MAX_BYTES
+) -> dict[str, Any]:
     """Return a state that `sealed` wrote, without its checksum.
 
     Args:
-        formats: what its "format" may be, the newest one first. Only the others may lack the
-            checksum.
+        formats: accepted values of "format", the newest first.
+        checked: how many of the formats, from the newest on, must have the checksum.
         most: bytes that the file may have.
 
     Raises:
@@ -133,10 +136,10 @@ def read_state(file: Path, *formats: object, most: int = MAX_BYTES) -> dict[str,
         came = state.get("format") if isinstance(state, dict) else type(state).__name__
         known = " or ".join(map(str, formats))
         raise CheckpointError(f"{file}: expected format {known}, got {came!r}")
-    came = state.pop(CHECKSUM, None)
-    if (came is not None or state["format"] == formats[0]) and came != _content_checksum(state):
+    came, found = state.pop(CHECKSUM, None), _content_checksum(state)
+    if came != found and (came is not None or state["format"] in formats[:checked]):
         raise CheckpointError(
-            f"{file} is damaged: its content has the checksum {_content_checksum(state)}, and it "
-            f"names {came!r}; use an earlier checkpoint, or a copy"
+            f"{file} is damaged: its content has the checksum {found}, and it names {came!r}; use "
+            "an earlier checkpoint, or a copy"
         )
     return state

@@ -20,7 +20,7 @@ class Terminated(SystemExit):
 
 
 def interruption(signum: int) -> BaseException:
-    """Return what to raise where this signal ends a loop."""
+    """Return the exception to raise after a signal has ended a loop."""
     return Terminated() if signum == signal.SIGTERM else KeyboardInterrupt()
 
 
@@ -31,8 +31,8 @@ def _terminate(*_: object) -> None:
 def raise_on_sigterm() -> None:
     """Let SIGTERM raise `Terminated` from here on, as Ctrl-C raises KeyboardInterrupt.
 
-    So what is cleaned up after Ctrl-C is cleaned up after SIGTERM. For a command's process, which
-    is its own; a library leaves the signal to its caller.
+    So cleanup runs after either. It is for the process of a command; a library leaves the signal to
+    its caller.
     """
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
@@ -42,11 +42,11 @@ def raise_on_sigterm() -> None:
 def interrupts() -> Iterator[Callable[[], int]]:
     """Let Ctrl-C and SIGTERM wait for the end of a step; a second one does not wait.
 
-    SIGTERM is what SLURM, containers and `kill` send. A handler of the caller's for it stays.
+    SIGTERM is sent by SLURM, containers and `kill`. A caller's own handler for it stays.
 
-    Yields a function that returns the first signal's number, or 0 while none has come. A signal
-    that came after the last call is raised at the end, unless an error is on its way. Outside the
-    main thread, which alone gets signals, the function always returns 0.
+    Yields a function that returns the number of the first signal, or 0 before there is one. A
+    signal that came after the last call is raised at the end, unless an error is being raised.
+    Outside the main thread, which alone gets signals, the function always returns 0.
     """
     came, told, at = 0, 0, 0.0
     # torchrun passes SIGTERM on to ranks that a scheduler has sent it to already: one request

@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def labels_of(target: Any, keep_column: bool = False) -> Any:
-    """Return integer labels as int64, and (N, 1) as (N,) unless the column is to be kept.
+    """Return integer labels as int64, and (N, 1) as (N,) unless ``keep_column`` is set.
 
-    What is wrong stays as it came, for the caller to say so: with a process group on all ranks,
-    where a rank that raised by itself would leave the others waiting.
+    Invalid labels are returned as they are, for the caller to raise on all ranks of a process
+    group: a rank that raised alone would leave the others waiting.
     """
     if not isinstance(target, Tensor) or target.dtype == torch.bool:
         return target

@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are first asked for."""
+"""Packages that import their modules when a name is first used."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def lazy(package: str, modules: Mapping[str, tuple[str, ...]]) -> Callable[[str], Any]:
-    """Return a package's ``__getattr__``: importing the package then imports none of its modules.
+    """Return a package's ``__getattr__`` that imports a module when one of its names is first used.
 
     Args:
-        modules: by name of a module in the package, the names that the package takes from it.
+        modules: by module of the package, the names that the package exports from it.
     """
     homes = {name: module for module, names in modules.items() for name in names}
 

@@ -57,7 +57,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
     "scale": ("bench.scale",),
     "set_report": ("evaluation.report",),
     "settings": ("common.toml",),
-    "sharded": ("checkpoint.distributed",),
+    "sharded": ("checkpoint.modules", "checkpoint.storage", "checkpoint.state"),
     "sources": ("training.sources", "synthesis.sources"),
     "synthesize": ("synthesis.dataset",),
     "timm_mixup": ("data.mixing.timm_mixup",),

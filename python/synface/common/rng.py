@@ -1,4 +1,4 @@
-"""Random numbers without state: each purpose and step of a run has a generator of its own."""
+"""Stateless random numbers: each purpose and step of a run has its own generator."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 
 def seeds(seed: int, purpose: str, step: int) -> int:
-    """A seed of its own for each purpose and step."""
+    """Return the seed of a purpose and step."""
     words = [seed, step, *purpose.encode()]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def generator(seed: int, purpose: str, step: int) -> torch.Generator:
-    """On the CPU, at that seed."""
+    """Return a generator on the CPU with the seed of a purpose and step."""
     return torch.Generator().manual_seed(seeds(seed, purpose, step))
 
 
 def normals(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Float32 standard normal draws of a shape, whatever torch's default device and dtype are."""
+    """Return float32 standard normal draws, whatever torch's default device and dtype are."""
     return torch.randn(
         tuple(shape), generator=generator, dtype=torch.float32, device=generator.device
     )
@@ -32,7 +32,7 @@ def normals(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 def standard_defaults() -> Iterator[None]:
     """Make tensors float32 on the CPU by default, whatever torch's defaults are.
 
-    For building modules: their parameters are then the same in every program.
+    Modules built inside have the same parameters in every program.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -45,8 +45,9 @@ def standard_defaults() -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Torch's global generators of the CPU and of a GPU begin at a seed, and go back to what they
-    were; those of other GPUs are left alone, as `torch.manual_seed` would not.
+    """Seed torch's global generators of the CPU and of one GPU, and restore them at the end.
+
+    Other GPUs' generators are left alone, which `torch.manual_seed` would seed too.
     """
     gpus = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):

@@ -1,4 +1,4 @@
-"""Text and JSON files from outside: whatever they hold, an error names the file."""
+"""Text and JSON files from outside: errors name the file, whatever it holds."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def read_text(file: Path, kind: type[ValueError] = ValueError, most: int = MAX_B
     """Return the UTF-8 text of a regular file.
 
     Args:
-        kind: the exception that is raised.
+        kind: exception to raise.
         most: bytes that the file may have.
 
     Raises:
-        ValueError: of this kind, for a file that cannot be read, is a device or a pipe, is longer,
-            or is not UTF-8; it names the file.
+        ValueError: of this kind, naming the file, if it cannot be read, is a device or a pipe, is
+            longer, or is not UTF-8.
     """
     try:
         if not stat.S_ISREG(file.stat().st_mode):  # a device never ends, a pipe may never begin
@@ -39,9 +39,9 @@ def read_text(file: Path, kind: type[ValueError] = ValueError, most: int = MAX_B
 
 
 def read_up_to(file: BinaryIO, most: int) -> bytes:
-    """Return a file's next bytes, at most so many, in memory for those alone that are there.
+    """Return at most ``most`` of a file's next bytes.
 
-    ``file.read(most)`` takes memory for all of them first.
+    Memory: what is read; ``file.read(most)`` would allocate ``most`` bytes first.
     """
     content = io.BytesIO()
     while part := file.read(min(AT_ONCE, most - content.tell())):
@@ -50,7 +50,7 @@ def read_up_to(file: BinaryIO, most: int) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return what a JSON text holds; raise ValueError, not RecursionError, where it is too deep."""
+    """Return the value of a JSON text; raise ValueError, not RecursionError, if it is too deep."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -58,7 +58,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(file: Path, kind: type[ValueError] = ValueError, most: int = MAX_BYTES) -> Any:
-    """Return what a JSON file holds; raises as `read_text`, and for a file that is not JSON."""
+    """Return the value of a JSON file; raise as `read_text`, and if it is not JSON."""
     text = read_text(file, kind, most)
     try:
         return parse_json(text)

@@ -17,11 +17,11 @@ MAX_BYTES = 2**22  # of a file of settings
 
 
 def read_toml(file: Path) -> dict[str, Any]:
-    """The tables and values of a file.
+    """Return the tables and values of a file.
 
     Raises:
-        ValueError: for a file that cannot be read, is a device or a pipe, has more than 4 MiB or is
-            not TOML, naming it.
+        ValueError: naming the file, if it cannot be read, is a device or a pipe, has more than
+            4 MiB or is not TOML.
     """
     with extra("train", "reading TOML"):
         tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -35,9 +35,7 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def write_toml(file: Path, values: Mapping[str, Any]) -> None:
-    """Writes values, whole or not at all; those that are None, which TOML has no word for, are
-    left out.
-    """
+    """Write values atomically, without those that are None, for which TOML has no word."""
     with extra("train", "writing TOML"):
         import tomli_w
 
@@ -46,7 +44,7 @@ def write_toml(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def check_keys(where: object, keys: Iterable[str], known: Iterable[str]) -> None:
-    """Raises ValueError for the first key that is not known, with what may have been meant."""
+    """Raise ValueError for the first unknown key, with the known one that is most like it."""
     known = list(known)
     for key in keys:
         if key not in known:

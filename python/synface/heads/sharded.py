@@ -52,8 +52,8 @@ class ShardedMarginHead(FusedHead):
         seed: seed of the centers' initial values, which do not depend on the number of ranks.
         init_std, workspace, sparse, impl, device, dtype: as `MarginHead`.
 
-    State dict: ``weight`` (C_r, D), this rank's. `synface.checkpoint.distributed` writes
-    checkpoints that any number of ranks can resume from.
+    State dict: ``weight`` (C_r, D), this rank's. `synface.checkpoint.save_model` writes checkpoints
+    that any number of ranks can resume from.
 
     Memory: C_r·D values, as much for their gradient, and ``workspace``. See docs/sharding.md.
 

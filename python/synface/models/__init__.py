@@ -1,1 +1,9 @@
 """Backbones: networks that embed a face. This package imports nothing of ours."""
+
+# Residual blocks of each stage of the published IResNets, which `models.iresnet` builds.
+PRESETS = {
+    "iresnet18": (2, 2, 2, 2),
+    "iresnet34": (3, 4, 6, 3),
+    "iresnet50": (3, 4, 14, 3),
+    "iresnet100": (3, 13, 30, 3),
+}

@@ -1,20 +1,24 @@
-"""A residual network for face crops, after IResNet, small enough for a CPU."""
+"""Improved residual networks for face crops: a configurable one, and the published sizes."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import PRESETS
+
 MAX_BLOCKS = 1000
 
 
-class _TakesOneValue(nn.modules.batchnorm._BatchNorm):
-    """Batch normalization that takes a single value per channel.
+class _AnyBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalization that accepts a single value per channel.
 
-    One value has no variance: it is normalized by the running statistics, which stay as they are.
-    So a last batch of one image trains like any other.
+    A single value has no variance: it is normalized by the running statistics, which it does not
+    change. So a last batch of one image trains like any other.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -25,32 +29,68 @@ class _TakesOneValue(nn.modules.batchnorm._BatchNorm):
         return super().forward(x)
 
 
-class _Norm1d(_TakesOneValue, nn.BatchNorm1d):
+class _Norm1d(_AnyBatchNorm, nn.BatchNorm1d):
     pass
 
 
-class _Norm2d(_TakesOneValue, nn.BatchNorm2d):
+class _Norm2d(_AnyBatchNorm, nn.BatchNorm2d):
     pass
+
+
+def _residual(in_channels: int, channels: int, stride: int) -> list[nn.Module]:
+    return [
+        _Norm2d(in_channels),
+        nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
+        _Norm2d(channels),
+        nn.PReLU(channels),
+        nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False),
+        _Norm2d(channels),
+    ]
+
+
+def _projection(in_channels: int, channels: int, stride: int) -> nn.Module | None:
+    """Return the layers of a shortcut between different shapes; None for an identity."""
+    if stride == 1 and in_channels == channels:
+        return None
+    convolution = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+    return nn.Sequential(convolution, _Norm2d(channels))
+
+
+def _pixels_after(
+    image_size: tuple[int, int], widths: Sequence[int], depths: Sequence[int], embedding_size: int
+) -> int:
+    """Return the pixels that the last stage leaves of an image; raise ValueError for bad sizes."""
+    if len(widths) != len(depths) or not widths or min(*widths, *depths, embedding_size) < 1:
+        raise ValueError(
+            "widths and depths must be equally many and, like embedding_size, positive, "
+            f"got {list(widths)}, {list(depths)} and {embedding_size}"
+        )
+    if sum(depths) > MAX_BLOCKS:
+        raise ValueError(f"depths must be at most {MAX_BLOCKS:,} together, got {sum(depths):,}")
+    reduction = 2 ** len(widths)
+    height, width = image_size
+    if min(image_size) < reduction:
+        raise ValueError(
+            f"image_size must be at least {reduction} pixels a side for {len(widths)} stages, "
+            f"got {height}×{width}"
+        )
+    return -(-height // reduction) * -(-width // reduction)
+
+
+def _last_norm(embedding_size: int) -> _Norm1d:
+    """Return the last layer, whose scale is fixed at 1: the loss normalizes the embeddings."""
+    norm = _Norm1d(embedding_size)
+    norm.weight.requires_grad_(False)
+    return norm
 
 
 class Block(nn.Module):
-    """BN-Conv-BN-PReLU-Conv-BN and a shortcut, as in ArcFace's improved ResNet."""
+    """A residual block, BN-Conv-BN-PReLU-Conv-BN, as in ArcFace's improved ResNet."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            _Norm2d(in_channels),
-            nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
-            _Norm2d(channels),
-            nn.PReLU(channels),
-            nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False),
-            _Norm2d(channels),
-        )
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), _Norm2d(channels)
-            )
+        self.body = nn.Sequential(*_residual(in_channels, channels, stride))
+        self.shortcut = _projection(in_channels, channels, stride) or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x) + self.shortcut(x)
@@ -60,11 +100,11 @@ class IResNet(nn.Module):
     """(N, C, H, W) images to (N, embedding_size) embeddings, not normalized.
 
     Args:
-        image_size: (H, W) in pixels; each stage halves it.
-        channels: of the images, 1 or 3.
-        widths, depths: channels and blocks of each stage.
-        embedding_size: D.
-        dropout: share of features dropped before the last layer.
+        image_size: (H, W) in pixels; each stage halves both.
+        channels: C, 1 or 3.
+        widths, depths: channels and residual blocks of each stage.
+        embedding_size: dimension of the embeddings.
+        dropout: probability of dropping a feature before the last layer.
 
     Raises:
         ValueError: for sizes that do not fit together.
@@ -82,19 +122,7 @@ class IResNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if len(widths) != len(depths) or not widths or min(*widths, *depths, embedding_size) < 1:
-            raise ValueError(
-                "widths and depths must be equally many and, like embedding_size, positive, "
-                f"got {list(widths)}, {list(depths)} and {embedding_size}"
-            )
-        if sum(depths) > MAX_BLOCKS:
-            raise ValueError(f"depths must be at most {MAX_BLOCKS:,} together, got {sum(depths):,}")
-        reduction = 2 ** len(widths)
-        if min(image_size) < reduction:
-            raise ValueError(
-                f"image_size must be at least {reduction} pixels a side for {len(widths)} stages, "
-                f"got {image_size[0]}×{image_size[1]}"
-            )
+        pixels = _pixels_after(image_size, widths, depths, embedding_size)
         self.stem = nn.Sequential(
             nn.Conv2d(channels, widths[0], 3, padding=1, bias=False),
             _Norm2d(widths[0]),
@@ -107,18 +135,85 @@ class IResNet(nn.Module):
                 stages.append(Block(before, width, stride=2 if i == 0 else 1))
                 before = width
         self.stages = nn.Sequential(*stages)
-        height, width = image_size
-        for _ in widths:
-            height, width = -(-height // 2), -(-width // 2)
         self.embed = nn.Sequential(
             _Norm2d(before),
             nn.Flatten(),
             nn.Dropout(dropout),
-            nn.Linear(before * height * width, embedding_size),
+            nn.Linear(before * pixels, embedding_size),
         )
-        self.norm = _Norm1d(embedding_size)
-        nn.init.ones_(self.norm.weight)
-        self.norm.weight.requires_grad_(False)  # the loss is blind to a common scale
+        self.norm = _last_norm(embedding_size)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.norm(self.embed(self.stages(self.stem(images))))
+
+
+class PublishedBlock(nn.Module):
+    """A `Block` whose layers are named as in insightface."""
+
+    NAMES = ("bn1", "conv1", "bn2", "prelu", "conv2", "bn3")
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        for name, layer in zip(self.NAMES, _residual(in_channels, channels, stride), strict=True):
+            self.add_module(name, layer)
+        self.downsample = _projection(in_channels, channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x
+        for name in self.NAMES:
+            out = getattr(self, name)(out)
+        return out + (x if self.downsample is None else self.downsample(x))
+
+
+class PublishedIResNet(nn.Sequential):
+    """The IResNet of ArcFace's authors, with four stages of 64 to 512 channels.
+
+    The names of its state dict are those of insightface's arcface_torch, so that its weights load.
+
+    Args:
+        depths: residual blocks of each stage.
+        image_size, channels, embedding_size, dropout: as for `IResNet`.
+
+    Raises:
+        ValueError: for sizes that do not fit together.
+
+    Source: Deng et al., "ArcFace" (CVPR 2019); insightface, recognition/arcface_torch.
+    """
+
+    WIDTHS = (64, 128, 256, 512)
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        image_size: tuple[int, int] = (112, 112),
+        channels: int = 3,
+        embedding_size: int = 512,
+        dropout: float = 0.0,
+    ) -> None:
+        pixels = _pixels_after(image_size, self.WIDTHS, depths, embedding_size)
+        before, stages = self.WIDTHS[0], {}
+        for i, (width, depth) in enumerate(zip(self.WIDTHS, depths, strict=True), 1):
+            first = PublishedBlock(before, width, stride=2)
+            rest = (PublishedBlock(width, width, stride=1) for _ in range(1, depth))
+            stages[f"layer{i}"], before = nn.Sequential(first, *rest), width
+        super().__init__(
+            OrderedDict(
+                conv1=nn.Conv2d(channels, self.WIDTHS[0], 3, padding=1, bias=False),
+                bn1=_Norm2d(self.WIDTHS[0]),
+                prelu=nn.PReLU(self.WIDTHS[0]),
+                **stages,
+                bn2=_Norm2d(before),
+                flatten=nn.Flatten(),
+                dropout=nn.Dropout(dropout),
+                fc=nn.Linear(before * pixels, embedding_size),
+                features=_last_norm(embedding_size),
+            )
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.1)
+
+
+iresnet18, iresnet34, iresnet50, iresnet100 = (
+    partial(PublishedIResNet, depths) for depths in PRESETS.values()
+)

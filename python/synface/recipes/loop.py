@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import single as checkpoint
+from .. import checkpoint
 from ..checkpoint.jsonl import Lines
 from ..common.files import CheckpointError
 from ..common.interrupts import interruption, interrupts
@@ -77,6 +77,7 @@ def run_steps(
             checkpoint of it is written.
     """
     description = json.loads(json.dumps(description))
+    model = nn.ModuleDict(modules)
     checkpoints, log, total = folder / "checkpoints", Lines(folder / METRICS), stage.steps
     history: list[dict[str, float]] = []
     if checkpoint.checkpoints(checkpoints):
@@ -84,13 +85,13 @@ def run_steps(
             raise FileExistsError(
                 f"{folder} holds a run already: resume it, or choose another output folder"
             )
-        history = log.steps(_restore(folder, description, modules, optimizers))
+        history = log.steps(_restore(folder, description, model, optimizers))
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(done: int) -> None:
         # The log first: a checkpoint without its rows could not be resumed from.
         log.rewrite(history)
-        checkpoint.save(checkpoints, done, _tensors(modules, optimizers), description)
+        checkpoint.save_model(checkpoints, done, model, optimizers, description)
 
     if progress:
         progress.start(total, len(history))
@@ -130,41 +131,22 @@ def set_cosine_lr(optimizer: torch.optim.Optimizer, lr: float, step: int, steps:
         group["lr"] = lr * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
-def _tensors(
-    modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
-) -> dict[str, Tensor]:
-    tensors = {}
-    for name, module in modules.items():
-        for key, value in module.state_dict().items():
-            tensors[f"{name}.{key}"] = value
-    for name, optimizer in optimizers.items():
-        tensors |= checkpoint.optimizer_tensors(f"optimizer.{name}", optimizer)
-    return tensors
-
-
 def _restore(
     folder: Path,
     description: dict[str, Any],
-    modules: Mapping[str, nn.Module],
+    modules: nn.ModuleDict,
     optimizers: Mapping[str, torch.optim.Optimizer],
 ) -> int:
     """Load the newest checkpoint, and return the number of steps that it has done."""
     found = checkpoint.find(folder)
-    tensors, state = checkpoint.load(found)
+    state = checkpoint.load_state(found)
     try:
         state = _as_spelled_now(state)
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{found / checkpoint.STATE}: {error}") from error
     for part in ("config", "data"):
-        checkpoint.check_same(found, state[part], description[part], part)
-    for name, module in modules.items():
-        prefix = f"{name}."
-        values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        checkpoint.check_shapes(found / checkpoint.TENSORS, values, module.state_dict())
-        module.load_state_dict(values)
-    for name, optimizer in optimizers.items():
-        checkpoint.restore_optimizer(found, f"optimizer.{name}", optimizer, tensors)
-    return state["step"]
+        checkpoint.check_same(found, state.get(part), description[part], part)
+    return checkpoint.load_model(found, modules, optimizers)["step"]
 
 
 def _as_spelled_now(value: Any) -> Any:

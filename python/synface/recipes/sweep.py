@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import single as checkpoint
+from .. import checkpoint
 from ..common.files import CheckpointError, write_text
 from ..common.textfiles import read_json
 from ..data import Faces

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import single as checkpoint
+from .. import checkpoint
 from ..common.check import check_folder, check_rows, describe
 from ..common.extras import extra
 from ..common.files import write_text

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import synface_kernels as sk
 
-# What configurations had no name for at first; it then was as it now is by default.
+from ..models import PRESETS
+
+# Keys added later; older configurations use the defaults.
 LATER = {
     "accumulate",
     "precision",
@@ -17,72 +22,126 @@ LATER = {
     "freeze_statistics",
     "sample_rate",
     "fused_update",
+    "backbone",
 }
-PRECISIONS = ("float32", "bfloat16", "float16")  # of torch's dtypes
+PRECISIONS = ("float32", "bfloat16", "float16")  # torch's names
+BUILT_IN = ("iresnet", *PRESETS)  # backbones that are built without the user's code
+SPEC = re.compile(r"\w[\w.]*:\w[\w.]*")  # package.module:function
+MODULE = "module"  # the backbone of a run whose module was given to `train`
+# What a value must be, in words and as a test; NaN fails each of them.
+Rule = tuple[str, Callable[[Any], bool]]
+POSITIVE: Rule = ("be positive", lambda value: value > 0)
+NOT_NEGATIVE: Rule = ("not be negative", lambda value: value >= 0)
+
+
+def one_of(*names: str) -> Rule:
+    """Return the rule that a value is one of some names."""
+    return f"be one of {names}", lambda value: value in names
+
+
+def option(default: Any, help: str, must: Rule | None = None, **settings: Any) -> Any:
+    """Return a dataclass field that is an option of the command line too.
+
+    Args:
+        default: of both.
+        help: what the value is, for people who read the code or ``--help``.
+        must: what `check_fields` raises ValueError for.
+        **settings: further arguments of `dataclasses.field`; ``type`` is the option's type, where
+            that is not the field's.
+    """
+    metadata = {"help": help, "must": must, "type": settings.pop("type", None)}
+    return field(default=default, metadata=metadata, **settings)
+
+
+def check_fields(config: Any) -> None:
+    """Raise ValueError for the first field of a dataclass whose value breaks its rule."""
+    for each in fields(config):
+        rule, value = each.metadata["must"], getattr(config, each.name)
+        if rule is not None and not rule[1](value):
+            raise ValueError(f"{each.name} must {rule[0]}, got {value!r}")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What makes a run. Two runs of one configuration on one machine are bitwise the same.
+    """The configuration of a run. Two runs of one configuration on one machine are bitwise equal.
 
-    Attributes:
-        epochs, batch_size: the last, shorter batch of an epoch is trained on too.
-        accumulate: in how many parts a batch goes through the network, whose gradients are added
-            up: less memory, and batch statistics of a part each.
-        precision: of the network's arithmetic, by autocast: "float32", "bfloat16", or "float16"
-            with a scaled loss. Parameters, head and loss stay float32.
-        optimizer: "sgd" (Nesterov momentum 0.9) or "adamw"; lr, weight_decay: its settings.
-        schedule: "cosine", "polynomial" ((1 − t)^power), "step" (÷10 after 60 % and 85 % of the
-            steps) or "constant"; warmup_epochs of linear warm-up come first.
-        clip_norm: the network's gradient is cut to this norm; 0 leaves it.
-        freeze_statistics: normalize by the running statistics, not by a batch's.
-        sample_rate: share of the classes that take part in a step (Partial FC). Below 1 the
-            centers take their optimizer's steps row by row: `synface.optim`.
-        fused_update: the backward pass takes these steps on the centers itself, whose gradient
-            never exists; with accumulate 1.
-        scale, m1, m2, m3: of the margin, m2 in radians.
-        widths, depths, embedding_size, dropout: of the backbone.
-        augment: strength of the augmentation, 0 for none.
-        checkpoint_every: epochs between checkpoints, such as 0.1 where an epoch takes hours.
-        seed: of everything random.
+    Each field is an option of `synface train` and a key of its ``--config`` file; its meaning
+    stands beside it.
     """
 
-    epochs: int = 40
-    batch_size: int = 32
-    accumulate: int = 1
-    precision: str = "float32"
-    optimizer: str = "sgd"
-    lr: float = 0.2
-    weight_decay: float = 1e-3
-    schedule: str = "cosine"
-    power: float = 2.0
-    warmup_epochs: float = 2.0
-    clip_norm: float = 0.0
-    freeze_statistics: bool = False
-    sample_rate: float = 1.0
-    fused_update: bool = False
-    scale: float = 32.0
-    m1: float = 1.0
-    m2: float = 0.3
-    m3: float = 0.0
-    widths: tuple[int, ...] = (16, 32, 64, 128)
-    depths: tuple[int, ...] = (1, 1, 1, 1)
-    embedding_size: int = 128
-    dropout: float = 0.2
-    augment: float = 1.0
-    checkpoint_every: float = 5
-    seed: int = 0
+    epochs: int = option(40, "Passes over the training images.", POSITIVE)
+    batch_size: int = option(32, "Images per step, on all ranks together.", POSITIVE)
+    accumulate: int = option(
+        1,
+        "Parts of a batch that pass through the backbone in turn, with their gradients added up; "
+        "each has batch statistics of its own.",
+    )
+    precision: str = option(
+        "float32",
+        "Autocast dtype of the backbone: float32, bfloat16, or float16 with a scaled loss.",
+        one_of(*PRECISIONS),
+    )
+    optimizer: str = option(
+        "sgd", "Optimizer: sgd (Nesterov momentum 0.9) or adamw.", one_of("sgd", "adamw")
+    )
+    lr: float = option(0.2, "Learning rate after the warm-up.", POSITIVE)
+    weight_decay: float = option(1e-3, "Weight decay.", NOT_NEGATIVE)
+    schedule: str = option(
+        "cosine",
+        "Learning rate schedule: cosine, polynomial, step (divided by 10 after 60 % and 85 % of "
+        "the steps) or constant.",
+        one_of("cosine", "polynomial", "step", "constant"),
+    )
+    power: float = option(2.0, "Exponent of the polynomial schedule.", POSITIVE)
+    warmup_epochs: float = option(2.0, "Epochs of linear warm-up.", NOT_NEGATIVE)
+    clip_norm: float = option(
+        0.0, "Maximum norm of the backbone's gradient; 0 does not clip it.", NOT_NEGATIVE
+    )
+    freeze_statistics: bool = option(
+        False, "Normalize by the running statistics instead of a batch's."
+    )
+    sample_rate: float = option(
+        1.0,
+        "Share of the classes that take part in a step (Partial FC); below 1, the optimizer steps "
+        "the centers row by row.",
+        ("be in (0, 1]", lambda value: 0 < value <= 1),
+    )
+    fused_update: bool = option(
+        False, "Apply the centers' optimizer inside the backward pass, without their gradient."
+    )
+    scale: float = option(32.0, "Logit scale.")
+    m1: float = option(1.0, "Factor of the angle in the margin.")
+    m2: float = option(0.3, "Radians that the margin adds to the angle.")
+    m3: float = option(0.0, "Cosine that the margin subtracts.")
+    backbone: str = option(
+        "iresnet",
+        f"Backbone: iresnet with the given widths and depths, {', '.join(PRESETS)}, or a function "
+        "as package.module:function, which is called with image_size=(H, W), channels and "
+        "embedding_size.",
+        (
+            f"be one of {', '.join(BUILT_IN)} or a package.module:function",
+            lambda value: value in (*BUILT_IN, MODULE) or bool(SPEC.fullmatch(value)),
+        ),
+        kw_only=True,
+    )
+    widths: tuple[int, ...] = option((16, 32, 64, 128), "Channels of each stage of iresnet.")
+    depths: tuple[int, ...] = option((1, 1, 1, 1), "Residual blocks of each stage of iresnet.")
+    embedding_size: int = option(128, "Dimension of the embeddings.", POSITIVE)
+    dropout: float = option(
+        0.2,
+        "Dropout probability before the last layer of an iresnet.",
+        ("be in [0, 1)", lambda value: 0 <= value < 1),
+    )
+    augment: float = option(1.0, "Augmentation strength in [0, 2]; 0 for none.", NOT_NEGATIVE)
+    checkpoint_every: float = option(
+        5,
+        "Epochs between checkpoints; 0.1 is a tenth of one.",
+        ("be positive and finite", lambda value: 0 < value < math.inf),
+    )
+    seed: int = option(0, "Random seed.", NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.checkpoint_every):
-            raise ValueError(f"checkpoint_every must be finite, got {self.checkpoint_every}")
-        positive = ("epochs", "batch_size", "lr", "power", "embedding_size", "checkpoint_every")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_epochs", "clip_norm", "augment", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        check_fields(self)
         if not 1 <= self.accumulate <= self.batch_size:
             raise ValueError(
                 f"accumulate must be in [1, batch_size = {self.batch_size}], got {self.accumulate}"
@@ -92,33 +151,42 @@ class TrainConfig:
                 "fused_update steps the centers after each part of a batch: accumulate must be 1, "
                 f"got {self.accumulate}"
             )
-        if not 0 < self.sample_rate <= 1:
-            raise ValueError(f"sample_rate must be in (0, 1], got {self.sample_rate}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        for name, allowed in (
-            ("optimizer", ("sgd", "adamw")),
-            ("schedule", ("cosine", "polynomial", "step", "constant")),
-            ("precision", PRECISIONS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         from ..data import Augment
 
         self.margin()
         Augment(self.augment)
 
     def margin(self) -> sk.CombinedMargin:
+        """Return the margin of the head."""
         return sk.CombinedMargin(self.scale, self.m1, self.m2, self.m3)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what files record: all fields in JSON's types, without a default ``backbone``.
+
+        So the records of runs that need no such key compare equal to older ones.
+        """
+        values = json.loads(json.dumps(asdict(self)))
+        if self.backbone == "iresnet":
+            del values["backbone"]
+        return values
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> TrainConfig:
+        """Return the configuration that a file records.
+
+        Raises:
+            CheckpointError: for keys that are unknown or missing.
+            TypeError, ValueError: for a value that no configuration has.
+        """
         from ..common.files import CheckpointError
 
         known = {f.name for f in fields(TrainConfig)}
         different = sorted((values.keys() ^ known) - (LATER - values.keys()))
         if different:
-            raise CheckpointError(f"a configuration with unknown or missing keys: {different}")
+            raise CheckpointError(
+                f"a configuration with unknown or missing keys: {different}; another version of "
+                "synface wrote it, which can read it"
+            )
         lists: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }

@@ -1,10 +1,10 @@
-"""Training: a backbone, a margin head, checkpoints that resume bitwise the same.
+"""The training loop: a backbone, a margin head, and checkpoints that resume bitwise.
 
-On one process, or on the ranks of a `torch.distributed` process group if one is initialized: then
-each rank has its part of every batch and its share of the classes.
+It runs in one process, or on the ranks of a `torch.distributed` process group if one is
+initialized: then each rank has its part of every batch and its share of the classes.
 
-All randomness of a step is drawn from generators seeded by (seed, purpose, step). So a checkpoint
-holds no generator's state, and a resumed run draws what the uninterrupted one would have drawn.
+Every random number of a step comes from a generator seeded by (seed, purpose, step). So a
+checkpoint holds no generator's state, and a resumed run draws the numbers of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import synface_kernels as sk
 
-from ..checkpoint import single as checkpoint
+from .. import checkpoint
 from ..checkpoint.jsonl import Lines
 from ..common.check import check_device
 from ..common.extras import extra
@@ -36,7 +36,7 @@ from ..common.toml import write_toml
 from ..data import DataError, Faces, ImageSet
 from ..data.loading.sampler import WHOLE, Part
 from ..heads import MarginHead, ShardedMarginHead
-from ..models.iresnet import IResNet
+from .backbone import with_backbone
 from .config import TrainConfig
 from .model import (
     CHECKPOINTS,
@@ -46,17 +46,18 @@ from .model import (
     VERIFICATION,
     build_model,
     check_start,
+    recorded,
     started_as,
 )
 from .model import load_backbone as load_backbone  # public here
 from .schedule import learning_rate
 from .sources import Batch, FacesSource, Source
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the first one counts where ranks got different ones
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the first one wins where ranks got different ones
 
 
 class Progress(Protocol):
-    """What `train` tells while it runs."""
+    """A display of a run; `train` calls it at the start and after each step."""
 
     def start(self, total_steps: int, step: int) -> None: ...
 
@@ -65,13 +66,18 @@ class Progress(Protocol):
 
 @dataclass
 class Trained:
-    """A trained model, with what was logged at every step, and the timing of the reading if any.
+    """A trained model.
 
-    On several ranks the head is this rank's share of the classes. ``init`` says what was taken over
-    from another run.
+    Attributes:
+        backbone: in evaluation mode.
+        head: on several ranks, this rank's share of the classes.
+        config: the configuration that its checkpoints record.
+        history: the log's line of each step.
+        timing: of the reading; None where nothing is read.
+        init: a sentence on what was loaded from another run, if any.
     """
 
-    backbone: IResNet
+    backbone: nn.Module
     head: MarginHead | ShardedMarginHead
     config: TrainConfig
     history: list[dict[str, float]]
@@ -84,6 +90,7 @@ def train(
     data: Faces | ImageSet | Source,
     output: Path,
     *,
+    backbone: nn.Module | None = None,
     resume: bool = False,
     prolong: bool = False,
     init: Path | None = None,
@@ -95,35 +102,38 @@ def train(
     tensorboard: bool = False,
     device: torch.device | str = "cpu",
 ) -> Trained:
-    """Trains a backbone and a margin head on a set of faces or another source.
+    """Train a backbone and a margin head on a set of faces or another source.
 
     Where a `torch.distributed` process group is initialized, all of its ranks call this with the
     same arguments: each trains on its part of every batch, in a `DistributedDataParallel` backbone,
-    and holds its share of the classes. They see one ``output``, in which the first rank writes.
+    and holds its share of the classes. They share one ``output``, in which the first rank writes.
     Checkpoints are then written by all ranks, and any number of ranks can resume them.
 
     Args:
-        config: what to do.
+        config: the configuration of the run.
         data: at least two identities; those of an `ImageSet` are decoded when their batch is due.
         output: the run's folder: config.json, config.toml (the same, for ``synface train
-            --config``), metrics.jsonl (one line a step), checkpoints/, and
-            for a source that reads files timing.jsonl (one line each time that it was run).
+            --config``), metrics.jsonl (one line a step), checkpoints/, and for a source that reads
+            files timing.jsonl (one line each time that it was run).
+        backbone: the module to train, (B, C, H, W) images to (B, ``config.embedding_size``)
+            embeddings, in place of the one that ``config`` names. Checkpoints hold its parameters
+            and not its code: resume with ``backbone`` too, and give it to `load_backbone`.
         resume: go on from the newest checkpoint in ``output``. The result is bitwise that of a run
             that was never interrupted. The data may have moved; their fingerprint must be the same.
         prolong: with resume, ``config`` may have more epochs than the run had. From the checkpoint
             on, the learning rate is that of the longer schedule at the same step.
         init: a run (or one of its checkpoints) whose backbone a new run begins with, and whose
             class centers too where the data have as many identities, in the same order. Optimizer,
-            schedule and log begin anew; ``Trained.init`` says what was taken over.
-        progress: is told about every step.
+            schedule and log begin anew; ``Trained.init`` says what was loaded.
+        progress: a display that is called at every step.
         stop_after: end early, after this step, as an interruption would (the last checkpoint is
             what remains).
-        command: what else config.json is to remember of how the run was started.
-        verify: is given the backbone, in evaluation mode, after every ``verify_every`` epochs (0:
-            never); what it returns goes into verification.jsonl, a line each time.
+        command: what else config.json records of how the run was started.
+        verify: called with the backbone, in evaluation mode, after every ``verify_every`` epochs
+            (0: never); the figures that it returns go into verification.jsonl, a line each time.
         tensorboard: also write loss, accuracy, learning rate and verification to
             ``output``/tensorboard; needs the package of that name.
-        device: to train on, this rank's.
+        device: this rank's device.
 
     Raises:
         CheckpointError: for a checkpoint that is damaged, or of another configuration or data, and
@@ -131,8 +141,9 @@ def train(
         ValueError: for data that cannot be trained on, or a network that cannot be built.
         FileExistsError: where ``output`` holds a run already and ``resume`` is not set.
         OSError: where ``output`` cannot be written to.
-        DataError: where the source cannot go on (a damaged file, a worker that died); on one
-            process once a checkpoint of the last step is written, on several the last one stays.
+        DataError: where the source cannot go on (a damaged file, a worker that died); in one
+            process a checkpoint of the last step is written first, on several ranks the last one
+            stays.
         FloatingPointError: once a loss or a parameter is not finite; the last checkpoint stays.
         KeyboardInterrupt, Terminated: on Ctrl-C and on SIGTERM, once the step is done and a
             checkpoint of it is written; on any rank, all ranks end after the same step.
@@ -145,6 +156,7 @@ def train(
     if source.num_classes < 2:
         raise ValueError(f"training needs two identities or more, got {source.num_classes}")
     height, width, channels = source.image_shape
+    config = with_backbone(config, backbone)
     check_start(
         config,
         (height, width),
@@ -154,7 +166,7 @@ def train(
         init=init,
         tensorboard=tensorboard,
     )
-    run = _Run(config, source, output, check_device(device))
+    run = _Training(config, source, output, check_device(device), backbone)
     with ExitStack() as stack:
         interrupted = stack.enter_context(interrupts())
         first = run.resume(command, prolong) if resume else run.start(command or {}, init)
@@ -166,7 +178,7 @@ def train(
         if run.leads:
             stack.enter_context(_timed(source, output / TIMING, first))
         batches = stack.enter_context(closing(source.batches(config, first, run.part, run.device)))
-        for step, batch in _kept(batches, first, run.save if run.alone else None):
+        for step, batch in _saved_on_error(batches, first, run.save if run.alone else None):
             row, stop = run.step(step, batch, interrupted)
             done = step + 1
             if writer:
@@ -191,21 +203,23 @@ def train(
     return Trained(run.backbone, run.head, config, run.history, timing, run.init)
 
 
-class _Run:
-    """One run: its model, its folder, and what a step does."""
+class _Training:
+    """The state of a run: its model, its folder, its log."""
 
     def __init__(
-        self, config: TrainConfig, source: Source, output: Path, device: torch.device
+        self,
+        config: TrainConfig,
+        source: Source,
+        output: Path,
+        device: torch.device,
+        backbone: nn.Module | None,
     ) -> None:
         self.config, self.output, self.device = config, output, device
         self.alone = not (dist.is_available() and dist.is_initialized())
         self.part = WHOLE if self.alone else Part(dist.get_rank(), dist.get_world_size())
         self.leads = self.part.rank == 0
         self.folder = output / CHECKPOINTS
-        self.description = {
-            "config": json.loads(json.dumps(asdict(config))),
-            "data": source.description(),
-        }
+        self.description = {"config": config.to_json(), "data": source.description()}
         self.images, self.num_classes = len(source), source.num_classes
         self.steps_per_epoch = -(-self.images // config.batch_size)
         ranks, least = self.part.ranks, self.batch_size(self.steps_per_epoch - 1)
@@ -214,7 +228,7 @@ class _Run:
                 f"each of {ranks} ranks needs an image of every batch: an epoch's last one has "
                 f"{least} of {self.images} at batch_size {config.batch_size}; choose another"
             )
-        self.model = build_model(config, source, self.alone, device)
+        self.model = build_model(config, source, self.alone, device, backbone)
         self.backbone, self.head = self.model.backbone, self.model.head
         self.network: nn.Module = self.backbone
         if not self.alone:
@@ -228,32 +242,32 @@ class _Run:
         self._train_mode()
 
     def start(self, command: dict[str, Any], init: Path | None) -> int:
-        """Writes how the run begins; 0, the first step."""
+        """Write the files that a run begins with, and return its first step, 0."""
         if init is not None:
             self.init = self.model.begin_with(init, self.num_classes)
             command = command | {"init": str(init.absolute())}
-        self._wait()  # until all ranks have looked into the folder
+        self._barrier()  # all ranks have checked the folder
         if self.leads:
             self.output.mkdir(parents=True, exist_ok=True)
             self._write(command, None)
             self.lines.rewrite([])
-        self.save(0)  # so that there always is one to resume from
+        self.save(0)  # there is always one to resume from
         return 0
 
     def _write(self, command: dict[str, Any], before: dict[str, Any] | None) -> None:
-        """Writes how the run is started, if that is not what stands there."""
+        """Write how the run is started, unless the folder says so already."""
         started = json.loads(json.dumps({"command": command} | self.description))
         if started != before:
             write_text(self.output / CONFIG, json.dumps(started, indent=1))
             write_toml(self.output / "config.toml", started["command"] | started["config"])
 
     def resume(self, command: dict[str, Any] | None, prolong: bool) -> int:
-        """Takes up the newest checkpoint; the first step that is still to do."""
+        """Load the newest checkpoint, and return the first step that is left to do."""
         found = checkpoint.find(self.output)
         first = self.model.load(found, lambda state: self._check(found, state, prolong))
-        # the lines of steps after the checkpoint are written again
+        # Steps after the checkpoint are done again, and their lines written again.
         self.history, before = self.lines.steps(first), started_as(self.output)
-        self._wait()  # until all ranks have read them
+        self._barrier()  # all ranks have read them
         if self.leads:
             self._write((before or {}).get("command", {}) if command is None else command, before)
             self.lines.rewrite(self.history)
@@ -262,32 +276,28 @@ class _Run:
         return first
 
     def _check(self, found: Path, state: dict[str, Any], prolong: bool) -> None:
-        """Raises CheckpointError for a checkpoint of another run."""
-        for part in ("config", "data"):
-            came, wanted = state.get(part), self.description[part]
-            if not isinstance(came, dict):
-                raise CheckpointError(f"{found / checkpoint.STATE}: {part} must be dict")
-            if part == "config":  # what it does not name, because it is older, was as by default
-                try:
-                    came = json.loads(json.dumps(asdict(TrainConfig.from_json(came))))
-                except (TypeError, ValueError) as error:
-                    raise CheckpointError(f"{found / checkpoint.STATE}: {error}") from error
-                if prolong and came["epochs"] < wanted["epochs"]:
-                    wanted = wanted | {"epochs": came["epochs"]}
-            elif came.get("fingerprint") != wanted["fingerprint"]:
-                raise CheckpointError(
-                    f"{found} is of another run: its data's fingerprint is not that of "
-                    f"{wanted['source']}; give the images that it was trained on, wherever they "
-                    f"are now (then {came.get('source')})"
-                )
-            else:  # where they are is free
-                wanted = {name: value for name, value in wanted.items() if name != "source"}
-            checkpoint.check_same(found, came, wanted, part)
+        """Raise CheckpointError for a checkpoint of another run."""
+        came, wanted = asdict(recorded(found, state)), asdict(self.config)
+        if prolong and came["epochs"] < wanted["epochs"]:
+            wanted["epochs"] = came["epochs"]
+        checkpoint.check_same(found, came, wanted, "config")
+        came, wanted = state["data"], dict(self.description["data"])
+        if came.get("fingerprint") != wanted["fingerprint"]:
+            raise CheckpointError(
+                f"{found} is of another run: its data's fingerprint is not that of "
+                f"{wanted['source']}; give the images that it was trained on, wherever they "
+                f"are now (then {came.get('source')})"
+            )
+        del wanted["source"]  # the images may have moved
+        checkpoint.check_same(found, came, wanted, "data")
 
     def save(self, steps: int) -> None:
-        """Writes a checkpoint after so many steps, and sees the log on the disk."""
+        """Write a checkpoint after so many steps, and flush the log to the disk."""
         if self.leads:
             self.lines.flush()
+        if not self.alone:  # any rank may write them; the next forward pass would do this too
+            for buffer in self.backbone.buffers():
+                dist.broadcast(buffer, 0)
         parameters = list(self.model.modules.named_parameters())
         finite = torch.stack([parameter.isfinite().all() for _, parameter in parameters]).cpu()
         if any(self.total(~finite.all())):
@@ -300,36 +310,36 @@ class _Run:
         self.model.save(self.folder, steps, self.description)
 
     def batch_size(self, step: int) -> int:
-        """Images of a step, on all ranks together."""
+        """Return the number of images of a step, on all ranks together."""
         done = step % self.steps_per_epoch * self.config.batch_size
         return min(self.config.batch_size, self.images - done)
 
     def ended(self, epochs: float, steps: int) -> bool:
-        """Whether another so many epochs, or parts of one, end with these steps."""
+        """Return whether a number of steps completes a multiple of these epochs."""
         return steps % max(1, round(epochs * self.steps_per_epoch)) == 0
 
     def total(self, *numbers: Tensor) -> list[float]:
-        """Sums over the ranks."""
+        """Return the sums of numbers over the ranks."""
         own = torch.stack([number.detach().double().cpu() for number in numbers])
         if not self.alone:
             dist.all_reduce(own)
         return own.tolist()
 
     def stopped(self, interrupted: Callable[[], int], *numbers: Tensor) -> list[Any]:
-        """The signal that came to any rank, or 0; then the sums of numbers over the ranks."""
+        """Return the signal that any rank got, or 0; then the sums of numbers over the ranks."""
         came = interrupted()
         ended = (torch.tensor(came == each, device="cpu") for each in SIGNALS)
         term, interrupt, *sums = self.total(*ended, *numbers)
         return [SIGNALS[0] if term else SIGNALS[1] if interrupt else 0, *sums]
 
-    def _wait(self) -> None:
+    def _barrier(self) -> None:
         if not self.alone:
             dist.barrier()
 
     def step(
         self, step: int, batch: Batch, interrupted: Callable[[], int]
     ) -> tuple[dict[str, float], int]:
-        """One step of training, and its line in the log; the signal that came to any rank, or 0."""
+        """Train on a batch; return the step's line of the log, and any rank's signal, or 0."""
         config, optimizers, scaler = self.config, self.model.optimizers, self.model.scaler
         rate = learning_rate(config, step, self.steps_per_epoch)
         for optimizer in optimizers.values():
@@ -352,7 +362,7 @@ class _Run:
         with seeded(seed, self.device):
             for i in range(parts):
                 rows = Part(i, parts).of(len(images))
-                last = i + 1 == parts  # before it no gradient travels between the ranks
+                last = i + 1 == parts  # only then are gradients reduced over the ranks
                 with nullcontext() if self.alone or last else self.network.no_sync():  # type: ignore[operator]
                     part_loss, stats = self.head(
                         self._embed(images[rows]),
@@ -383,9 +393,9 @@ class _Run:
         if config.clip_norm > 0:
             scaler.unscale_(optimizers["optimizer"])
             norm = nn.utils.clip_grad_norm_(self.backbone.parameters(), config.clip_norm)
-            if norm.isfinite():  # else the scaler leaves this step out
+            if norm.isfinite():  # else the scaler skips this step
                 row["gradient_norm"] = norm.item()
-        with standard_defaults():  # where optimizers make their counters
+        with standard_defaults():  # the optimizers create their counters
             scaler.step(optimizers["optimizer"])
             scaler.update()
             optimizers["centers"].step()
@@ -395,7 +405,7 @@ class _Run:
         return row, stop
 
     def _sampled(self, step: int, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The classes of a step, and the target as the head then takes it."""
+        """Return the sampled classes of a step, and the target as indices into them."""
         seed, head = self.config.seed, self.head
         drawn = generator(seed, self.part.purpose("classes"), step)
         classes = head.weight.shape[0]
@@ -409,7 +419,7 @@ class _Run:
     def verify(
         self, steps: int, verify: Callable[[nn.Module], Mapping[str, float]]
     ) -> dict[str, float]:
-        """Figures of the backbone as it is; those of other ranks wait for the first."""
+        """Verify the backbone on the first rank, and return the figures; the others wait."""
         figures: dict[str, float] = {}
         if self.leads:
             self.backbone.eval()
@@ -417,7 +427,7 @@ class _Run:
             self._train_mode()
             epoch = steps / self.steps_per_epoch
             self.verified.append({"step": steps, "epoch": epoch} | figures)
-        self._wait()
+        self._barrier()
         return figures
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -438,7 +448,7 @@ class _Run:
 
 @contextmanager
 def _tensorboard(output: Path, first: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """A function that writes figures of a step; those of later steps, of an earlier run, go."""
+    """Yield a function that writes the figures of a step; earlier runs' later steps are purged."""
     with extra("tensorboard", "the log for TensorBoard"):
         from torch.utils.tensorboard import SummaryWriter
 
@@ -452,11 +462,12 @@ def _tensorboard(output: Path, first: int) -> Iterator[Callable[[int, Mapping[st
         yield write
 
 
-def _kept(
-    batches: Iterator[tuple[int, Batch]], first: int, keep: Callable[[int], None] | None
+def _saved_on_error(
+    batches: Iterator[tuple[int, Batch]], first: int, save: Callable[[int], None] | None
 ) -> Iterator[tuple[int, Batch]]:
-    """The batches; if they end in an error of the data, the steps that were done are kept. (Not by
-    one rank of several: the others do not know.)
+    """Yield the batches; if the data fail, first save the steps that were done.
+
+    One rank of several cannot save alone: ``save`` is None there.
     """
     done = first
     try:
@@ -464,14 +475,14 @@ def _kept(
             yield step, batch
             done = step + 1
     except DataError:
-        if keep is not None and done > first:
-            keep(done)
+        if save is not None and done > first:
+            save(done)
         raise
 
 
 @contextmanager
 def _timed(source: Source, file: Path, first: int) -> Iterator[None]:
-    """Adds a line on the source's timing to a file, however the run ends."""
+    """Append the source's timing to a file, however the run ends."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A training run's folder: its files, what is checked before it begins, its network read back.
+"""A training run's folder: its files, the checks before it begins, its network read back.
 
 Nothing here reads an image: a command calls `check_start` before it decodes any.
 """
@@ -6,7 +6,7 @@ Nothing here reads an image: a command calls `check_start` before it decodes any
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -16,70 +16,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checkpoint import distributed as sharded
-from ..checkpoint import single as checkpoint
+from .. import checkpoint
 from ..common.check import check_folder, check_memory
 from ..common.extras import extra
 from ..common.files import CheckpointError
 from ..common.rng import seeded, seeds, standard_defaults
 from ..common.textfiles import read_json
 from ..heads import MarginHead, ShardedMarginHead
-from ..models.iresnet import IResNet
 from ..optim import RowAdamW, RowSGD
-from .config import TrainConfig
+from .backbone import build_backbone, check_embeddings, shapes_of
+from .backbone import check_network as check_network
+from .config import BUILT_IN, MODULE, TrainConfig
 from .sources import Source
 
 CONFIG, METRICS, TIMING = "config.json", "metrics.jsonl", "timing.jsonl"
 VERIFICATION, CHECKPOINTS = "verification.jsonl", "checkpoints"
 BACKBONE, CENTERS = "model.backbone.", "model.head.weight"  # in a checkpoint
-
-
-def build_backbone(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet:
-    """The backbone of a configuration for (H, W, C) images.
-
-    Raises:
-        ValueError: where it cannot be built, or its parameters exceed the memory that is free.
-    """
-    check_network(config, image_shape)
-    with standard_defaults():
-        return _backbone(config, image_shape)
-
-
-def check_network(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet:
-    """Return the backbone for (H, W, C) images on the device "meta"; raises as `build_backbone`."""
-    network = shapes_of(config, image_shape)
-    height, width, _ = image_shape
-    check_memory(
-        f"a network of widths {list(config.widths)}, depths {list(config.depths)} and "
-        f"embedding_size {config.embedding_size} for images of {height}×{width}",
-        sum(4 * each.numel() for each in network.parameters()),
-    )
-    return network
-
-
-def shapes_of(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet:
-    """The backbone on the device "meta", whose shapes can be compared with what comes from outside.
-
-    Raises:
-        ValueError: where it cannot be built on any machine.
-    """
-    with standard_defaults(), torch.device("meta"):
-        try:
-            return _backbone(config, image_shape)
-        except RuntimeError as error:  # sizes over 2^63
-            raise ValueError(f"the backbone cannot be built: {error}") from error
-
-
-def _backbone(config: TrainConfig, image_shape: tuple[int, ...]) -> IResNet:
-    height, width, channels = image_shape
-    return IResNet(
-        (height, width),
-        channels,
-        config.widths,
-        config.depths,
-        config.embedding_size,
-        config.dropout,
-    )
 
 
 def check_start(
@@ -95,8 +47,9 @@ def check_start(
     """Raise what `train` would raise before its first step, as far as that needs no image.
 
     Args:
-        size: (H, W) of the images. channels: of them; None where they are not known yet.
-        config, output, resume, init, tensorboard: of `train`.
+        size: (H, W) of the images.
+        channels: C of the images; None where it is not known yet.
+        config, output, resume, init, tensorboard: as for `train`.
 
     Raises:
         ValueError: for a network that cannot be built.
@@ -110,46 +63,61 @@ def check_start(
         raise FileExistsError(
             f"{output} holds a run already: resume it, or choose another output folder"
         )
-    if init is None:
-        check_network(config, (*size, channels or 1))
-    elif resume:
-        raise ValueError(f"init begins a new run: give either init ({init}) or resume")
-    else:
+    theirs = None
+    if init is not None:
+        if resume:
+            raise ValueError(f"init begins a new run: give either init ({init}) or resume")
         found, state = state_of(init)
-        theirs = network_of(found, state)
-        channels = channels or state["data"]["image_shape"][2]
-        ours = check_network(config, (*size, channels or 1))
+        if recorded(found, state).backbone in BUILT_IN:
+            theirs = network_of(found, state)
+            channels = channels or state["data"]["image_shape"][2]
+    ours = check_network(config, (*size, channels or 1))
+    if theirs is not None and ours is not None:  # the user's code is compared once it is built
         check_backbone(found, theirs.state_dict(), ours)
     if tensorboard:
         with extra("tensorboard", "the log for TensorBoard"):
             import_module("torch.utils.tensorboard")
 
 
-def check_backbone(found: Path, theirs: dict[str, Tensor], ours: IResNet) -> None:
+def check_backbone(found: Path, theirs: dict[str, Tensor], ours: nn.Module) -> None:
     """Raise CheckpointError unless a backbone can begin with the parameters of a checkpoint's."""
     try:
         checkpoint.check_shapes(found, theirs, ours.state_dict())
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}; a run that begins with it needs its widths, depths, embedding_size and "
-            "image size"
+            "image size, or its backbone"
         ) from None
 
 
-def load_backbone(path: Path) -> tuple[IResNet, dict[str, Any]]:
-    """The backbone of a run's newest checkpoint (or of one checkpoint), in evaluation mode.
+def load_backbone(
+    path: Path, backbone: nn.Module | str | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the backbone of a run's newest checkpoint (or of one checkpoint), to evaluate it.
+
+    Args:
+        path: the folder of the run, or of one of its checkpoints.
+        backbone: what the parameters are loaded into, where that is not one of the built-in
+            backbones: a module, or the name of a function that builds it, as
+            ``package.module:function``. A checkpoint that names such a function does not get it
+            imported.
 
     Returns:
-        The backbone and the checkpoint's state: its configuration, data and step.
+        The backbone in evaluation mode, and the checkpoint's state: its configuration, data and
+        step.
 
     Raises:
-        CheckpointError: where there is none, or it is damaged.
+        CheckpointError: where there is none, it is damaged, or its backbone cannot be rebuilt or is
+            another one.
     """
     found, tensors, state = read(path, _names_of_backbone)
-    backbone, values = network_of(found, state), backbone_of(tensors)
-    checkpoint.check_shapes(found / checkpoint.TENSORS, values, backbone.state_dict())
-    backbone.to_empty(device="cpu").load_state_dict(values)
-    return backbone.eval(), state
+    values = backbone_of(tensors)
+    network = network_of(found, state, backbone)
+    checkpoint.check_shapes(found, values, network.state_dict())
+    if any(each.is_meta for each in network.parameters()):
+        network.to_empty(device="cpu")
+    network.load_state_dict(values)
+    return network.eval(), state
 
 
 def inherited(found: Path, theirs: int, ours: int) -> str:
@@ -182,21 +150,22 @@ def started_as(output: Path) -> dict[str, Any] | None:
 
 
 def state_of(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint of a run (or one checkpoint): where it is, and its state."""
+    """Return the newest checkpoint of a run (or one checkpoint), and its state."""
     found = checkpoint.find(path)
-    load = sharded.load_state if sharded.is_sharded(found) else checkpoint.load_state
-    return found, load(found)
+    return found, checkpoint.load_state(found)
 
 
 def read(
     path: Path, wanted: checkpoint.Wanted, verified: slice = slice(None)
 ) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
-    """The newest checkpoint of a run (or one checkpoint): where it is, what is wanted of its
-    tensors, its state; ``verified`` as in `checkpoint.load`.
+    """Return the newest checkpoint of a run (or one checkpoint), some tensors of it, and its state.
+
+    Args:
+        path: the folder of the run, or of one of its checkpoints.
+        wanted, verified: as for `checkpoint.load`.
     """
     found = checkpoint.find(path)
-    load = sharded.read if sharded.is_sharded(found) else checkpoint.load
-    return found, *load(found, wanted, verified)
+    return found, *checkpoint.load(found, wanted, verified)
 
 
 def _names_of_backbone(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, slice | None]:
@@ -205,23 +174,24 @@ def _names_of_backbone(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, slice
 
 def take_over(
     init: Path,
-    backbone: IResNet,
+    backbone: nn.Module,
     centers: Tensor,
     num_classes: int,
     start: int = 0,
     verified: slice = slice(None),
 ) -> str:
-    """Puts a checkpoint's backbone, and its centers where they are as many, into a model's.
+    """Load a checkpoint's backbone, and its centers where they are as many, into a model.
 
     Of the centers, only this rank's rows are read.
 
     Args:
         init: a run, or one of its checkpoints.
-        centers: rows of the model's centers from ``start`` on. num_classes: of all its centers.
-        verified: as in `checkpoint.load`.
+        centers: rows of the model's centers from ``start`` on.
+        num_classes: number of all its centers.
+        verified: as for `checkpoint.load`.
 
     Returns:
-        What was taken over, in words.
+        A sentence on what was loaded.
 
     Raises:
         CheckpointError: for a checkpoint that is damaged, or of a network of other shapes.
@@ -248,27 +218,69 @@ def take_over(
 
 
 def backbone_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The backbone's state dict among a checkpoint's tensors."""
+    """Return the backbone's state dict among a checkpoint's tensors."""
     return {k.removeprefix(BACKBONE): v for k, v in tensors.items() if k.startswith(BACKBONE)}
 
 
-def network_of(found: Path, state: Mapping[str, Any]) -> IResNet:
-    """The backbone that a checkpoint's state tells of, on the device "meta"."""
+def recorded(found: Path, state: Mapping[str, Any]) -> TrainConfig:
+    """Return the configuration that a checkpoint's state records.
+
+    Raises:
+        CheckpointError: for a state without one, or without a description of the data.
+    """
+    for part in ("config", "data"):
+        checkpoint.check_same(found, state.get(part), {}, part)
     try:
-        config = TrainConfig.from_json(state["config"])
-        return shapes_of(config, tuple(state["data"]["image_shape"]))
-    except (KeyError, TypeError, ValueError) as error:
+        return TrainConfig.from_json(state["config"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{found / checkpoint.STATE}: {error}") from error
+
+
+def network_of(
+    found: Path, state: Mapping[str, Any], given: nn.Module | str | None = None
+) -> nn.Module:
+    """Return the backbone of a checkpoint's state, without its parameters.
+
+    A built-in one is on the device "meta".
+
+    Args:
+        found: the checkpoint, for messages.
+        given: a backbone of the user's, or the function that the user names to build it, as
+            ``package.module:function``. No other is imported.
+
+    Raises:
+        CheckpointError: for a state that is damaged, a backbone that is not built in, or a given
+            one that is no backbone for its images.
+    """
+    config = recorded(found, state)
+    if given is None and config.backbone not in BUILT_IN:
+        kind = "a module that train() was given" if config.backbone == MODULE else config.backbone
+        raise CheckpointError(
+            f"{found}: its backbone is {kind}, and code that a file names is not imported: give "
+            "--backbone package.module:function (in Python, backbone=), if you trust it"
+        )
+    try:
+        shape = tuple(state["data"]["image_shape"])
+        if isinstance(given, nn.Module):
+            check_embeddings(given, shape, config.embedding_size)
+            return given
+        config = replace(config, backbone=given or config.backbone)
+        if config.backbone in BUILT_IN:
+            return shapes_of(config, shape)
+        with seeded(seeds(config.seed, "parameters", 0)):
+            return build_backbone(config, shape)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{found / checkpoint.STATE}: {error}") from error
 
 
 @dataclass
 class Model:
-    """What trains, and all that a checkpoint holds of it.
+    """The modules and optimizers of a run: all that its checkpoints hold.
 
     The loss scaler serves the backbone alone: its gradients are the ones that can leave float16.
     """
 
-    backbone: IResNet
+    backbone: nn.Module
     head: MarginHead | ShardedMarginHead
     optimizers: dict[str, torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
@@ -279,26 +291,16 @@ class Model:
 
     def save(self, folder: Path, steps: int, description: dict[str, Any]) -> None:
         state = description | {"scaler": self.scaler.state_dict()}
-        if isinstance(self.head, ShardedMarginHead):
-            optimizers = list(self.optimizers.values())
-            sharded.save(folder, steps, self.modules, optimizers, state)
-        else:
-            checkpoint.save(folder, steps, self._tensors(), state)
+        checkpoint.save_model(folder, steps, self.modules, self.optimizers, state)
 
     def load(self, found: Path, check: Callable[[dict[str, Any]], None]) -> int:
-        """Takes over a checkpoint whose state `check` accepts; the steps that were done.
+        """Load a checkpoint whose state `check` accepts, and return its number of steps.
 
         Raises:
             CheckpointError: for one that is damaged, or of another model or optimizer.
         """
-        if isinstance(self.head, ShardedMarginHead):
-            state = sharded.load_state(found)
-            check(state)
-            sharded.load(found, self.modules, list(self.optimizers.values()))
-        else:
-            tensors, state = checkpoint.load(found)
-            check(state)
-            self._restore(found / checkpoint.TENSORS, tensors)
+        check(checkpoint.load_state(found))
+        state = checkpoint.load_model(found, self.modules, self.optimizers)
         scaler = state.get("scaler")
         if not isinstance(scaler, dict) or scaler.keys() != self.scaler.state_dict().keys():
             raise CheckpointError(f"{found / checkpoint.STATE}: scaler is {scaler!r}")
@@ -307,7 +309,7 @@ class Model:
         return state["step"]
 
     def begin_with(self, init: Path, num_classes: int) -> str:
-        """Takes over another run's backbone, and its centers where they are as many; what it took.
+        """Load another run's backbone, and its centers where they are as many; say what was loaded.
 
         Raises:
             CheckpointError: for a checkpoint that is damaged, or of a network of other shapes.
@@ -316,31 +318,26 @@ class Model:
         if not isinstance(head, ShardedMarginHead):
             return take_over(init, self.backbone, head.weight, num_classes)
         rows = head.weight, num_classes, head.class_start
-        read = partial(take_over, init, self.backbone, *rows, sharded.share(head.group))
-        return sharded.together(read, head.group, CheckpointError)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"model.{name}": value for name, value in self.modules.state_dict().items()}
-        for prefix, optimizer in self.optimizers.items():
-            tensors |= checkpoint.optimizer_tensors(prefix, optimizer)
-        return tensors
-
-    def _restore(self, file: Path, tensors: dict[str, Tensor]) -> None:
-        model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        checkpoint.check_shapes(file, model, self.modules.state_dict())
-        for key in tensors:
-            if key.partition(".")[0] not in ("model", *self.optimizers):
-                raise CheckpointError(f"{file} is of another model: {key} is unknown")
-        for prefix, optimizer in self.optimizers.items():
-            checkpoint.restore_optimizer(file, prefix, optimizer, tensors)
-        self.modules.load_state_dict(model)
+        read = partial(take_over, init, self.backbone, *rows, checkpoint.share(head.group))
+        return checkpoint.together(read, head.group, CheckpointError)
 
 
-def build_model(config: TrainConfig, source: Source, alone: bool, device: torch.device) -> Model:
+def build_model(
+    config: TrainConfig,
+    source: Source,
+    alone: bool,
+    device: torch.device,
+    backbone: nn.Module | None = None,
+) -> Model:
+    """Return what a run trains, on its device: a given backbone, or the configuration's."""
     seed = seeds(config.seed, "parameters", 0)
     head: MarginHead | ShardedMarginHead
     with seeded(seed), standard_defaults():  # on the CPU: the same on every device
-        backbone = build_backbone(config, source.image_shape).to(device)
+        if backbone is None:
+            backbone = build_backbone(config, source.image_shape)
+        else:
+            check_embeddings(backbone, source.image_shape, config.embedding_size)
+        backbone = backbone.to(device)
         if alone or device.type == "cpu":  # shares on a GPU are made there
             ranks = 1 if alone else dist.get_world_size()
             needed = 4 * config.embedding_size * source.num_classes // ranks

@@ -1,4 +1,4 @@
-"""The learning rate of a step."""
+"""Learning rate schedules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Of one step, counted from 0."""
+    """Return the learning rate of a step, counted from 0."""
     total = config.epochs * steps_per_epoch
     warmup = min(int(config.warmup_epochs * steps_per_epoch), total - 1)
     if step < warmup:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import synface_kernels as sk
 
-from ...checkpoint import single as checkpoint
+from ... import checkpoint
 from ...common.check import check_integer
 from ...common.config import load
 from ...common.extras import extra

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from ...checkpoint import single as checkpoint
+from ... import checkpoint
 from ...common.check import check_folder
 from ...common.extras import extra
 from ...common.files import CheckpointError

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import synface_kernels as sk
 
-from ...checkpoint import single as checkpoint
+from ... import checkpoint
 from ...common.check import (
     check_device,
     check_folder,
@@ -430,9 +430,9 @@ class _Run:
         found = checkpoint.find(self.folder)
         tensors, state = checkpoint.load(found)
         for part, wanted in self._description().items():
-            checkpoint.check_same(found, state[part], wanted)
+            checkpoint.check_same(found, state.get(part), wanted, part)
         own = self._tensors()
-        checkpoint.check_shapes(found / checkpoint.TENSORS, tensors, own)
+        checkpoint.check_shapes(found, tensors, own)
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
         try:
