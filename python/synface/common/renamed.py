@@ -131,8 +131,12 @@ def old_keywords(**new: str) -> Callable[[FunctionT], FunctionT]:
 
 
 def _warn(old: str, new: str) -> None:
+    """Warn of an old name at the line, outside of this package, that uses it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_globals["__name__"].startswith(__package__) and frame.f_back:
+        frame, level = frame.f_back, level + 1
     warnings.warn(
         f"{old} is {new} now; the old name goes with the next release",
         DeprecationWarning,
-        stacklevel=3,
+        stacklevel=level,
     )

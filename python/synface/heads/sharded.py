@@ -44,8 +44,8 @@ class ShardedMarginHead(FusedHead):
         sparse: see `MarginHead`.
         impl: which implementation of the op to take. device, dtype: of the centers.
 
-    State dict: ``weight`` (C_r, D), this rank's. For checkpoints that any number of ranks can go on
-    from see `synface.checkpoint.save_model`.
+    State dict: ``weight`` (C_r, D), this rank's. `synface.checkpoint.save_model` writes
+    checkpoints that any number of ranks can resume from.
 
     Memory: C_r·D values, as much for their gradient, and ``workspace``. See docs/sharding.md.
 

@@ -1,4 +1,4 @@
-"""Names of version 0.1 import with a DeprecationWarning, and are those of the new modules."""
+"""Modules of version 0.1 import with a DeprecationWarning, and are those of the new modules."""
 
 import importlib
 import sys
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import synface
-from synface.common.renamed import RENAMED, old_keywords, old_names
+from synface.common.renamed import RENAMED
 
 # Imports that README, docs and examples of version 0.1 showed, and names that they referred to.
 PROMISED = {
@@ -124,26 +124,3 @@ def test_an_unknown_name_is_not_found():
         _ = old.Pages
     with pytest.raises(ImportError, match=r"cannot import name 'Pages' from 'synface\.lines'"):
         exec("from synface.lines import Pages")
-
-
-def test_old_names_of_definitions():
-    get = old_names("math", wurzel="sqrt")
-    with pytest.warns(DeprecationWarning, match=r"^math\.wurzel is sqrt now"):
-        assert get("wurzel")(4.0) == 2.0
-    with pytest.raises(AttributeError, match="module 'math' has no attribute 'cube'"):
-        get("cube")
-
-
-def test_old_keywords_of_functions():
-    @old_keywords(colour="color")
-    def paint(color, size=1):
-        return color, size
-
-    assert paint("red") == paint(color="red") == ("red", 1)
-    with pytest.warns(DeprecationWarning, match=r"^colour= of .*paint is color= now"):
-        assert paint(colour="red", size=2) == ("red", 2)
-    with (
-        pytest.warns(DeprecationWarning, match="colour"),
-        pytest.raises(TypeError, match="paint got both colour= and color=, its new name"),
-    ):
-        paint(colour="red", color="blue")
