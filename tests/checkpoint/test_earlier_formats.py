@@ -202,6 +202,9 @@ def test_one_process_and_several_ranks_resume_each_others(tmp_path):
     assert all(torch.equal(each, moment["backbone.weight"]) for each in rest)
     again, other = built(False)
     checkpoint.load_model(tmp_path / "several", again, other)
+    found = checkpoint.save_model(tmp_path / "again", 1, again, other, {})
+    for file in found.iterdir():  # equal states are equal files
+        assert file.read_bytes() == (tmp_path / "one" / found.name / file.name).read_bytes()
     assert_same(again.state_dict(), model.state_dict())
     one, two = optimizer.state_dict()["state"], other.state_dict()["state"]
     for index, values in one.items():

@@ -87,7 +87,8 @@ class _Writer(dcp.HuggingFaceStorageWriter):
             tensors[item.index.fqn] = planner.resolve_data(item)
             places[item.index.fqn] = {"saved_offsets": item.tensor_data.chunk.offsets}
         if tensors:
-            info = {"DCP_SHARDING_INFO": json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
+            # One entry, so that files are reproducible: safetensors writes several in random order.
+            info = {"DCP_SHARDING_INFO": json.dumps(places, sort_keys=True)}
             files.write_tensors(Path(self.path) / plan.storage_data, tensors, info)
         done: Future[list[Any]] = Future()
         done.set_result([])
