@@ -1,4 +1,4 @@
-"""What all tests share: seeds, threads, and the option --quick.
+"""Seeds, threads and the option --quick, for all tests.
 
 Random numbers are the same whether a test runs alone, after others, or once more.
 """

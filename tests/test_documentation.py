@@ -1,4 +1,4 @@
-"""What the documentation says is so."""
+"""The documentation's code runs, and its statements hold."""
 
 from __future__ import annotations
 

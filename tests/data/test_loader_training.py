@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from synface.checkpoint import single as checkpoint
+from synface import checkpoint
 from synface.common.files import CheckpointError
 from synface.data import (
     CycledOrder,

@@ -449,7 +449,7 @@ KILLED = (
 import sys
 from itertools import count
 from pathlib import Path
-from synface.checkpoint import single as checkpoint
+from synface import checkpoint
 torch.set_num_threads(1)  # so small a model waits for threads
 run = Run()
 for step in count():
@@ -460,7 +460,7 @@ for step in count():
 RESUMED = TRAINING + """
 import sys
 from pathlib import Path
-from synface.checkpoint import single as checkpoint
+from synface import checkpoint
 torch.set_num_threads(1)
 tensors, state = checkpoint.load(checkpoint.find(Path(sys.argv[1])))
 last = max(50, state["step"] + 5)

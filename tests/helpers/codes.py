@@ -36,19 +36,19 @@ def simplex(dim: int) -> Tensor:
 
 
 def orthoplex(dim: int) -> Tensor:
-    """±e_i."""
+    """Return the points ±e_i."""
     eye = torch.eye(dim, dtype=torch.float64)
     return torch.cat([eye, -eye])
 
 
 def icosahedron() -> Tensor:
-    """The cyclic permutations of (0, ±1, ±φ)."""
+    """Return the cyclic permutations of (0, ±1, ±φ)."""
     face = [(0.0, a, b * GOLDEN) for a in (-1, 1) for b in (-1, 1)]
     return _unit(_rows([p[i:] + p[:i] for p in face for i in range(3)]))
 
 
 def cell_600() -> Tensor:
-    """±e_i, (±1/2)^4 and the even permutations of (±φ, ±1, ±1/φ, 0)/2."""
+    """Return ±e_i, (±1/2)^4 and the even permutations of (±φ, ±1, ±1/φ, 0)/2."""
     even = [p for p in itertools.permutations(range(4)) if _inversions(p) % 2 == 0]
     halves = list(itertools.product((-0.5, 0.5), repeat=4))
     golden = [
@@ -60,7 +60,7 @@ def cell_600() -> Tensor:
 
 
 def e8() -> Tensor:
-    """The 240 roots: (±1, ±1, 0⁶) and (±1/2)⁸ with an even number of minus signs."""
+    """Return the 240 roots: (±1, ±1, 0⁶) and (±1/2)⁸ with an even number of minus signs."""
     short = []
     for i, j in itertools.combinations(range(8), 2):
         for a, b in itertools.product((-1.0, 1.0), repeat=2):
@@ -72,7 +72,7 @@ def e8() -> Tensor:
 
 
 def derived(code: Tensor) -> Tensor:
-    """The neighbors of the first point, seen from it: a code in one dimension less.
+    """Return the neighbors of the first point, seen from it: a code in one dimension less.
 
     E8 gives (56, 7), that (27, 6), that (16, 5).
     """
@@ -82,7 +82,7 @@ def derived(code: Tensor) -> Tensor:
 
 
 def kerdock_signs(m: int) -> Tensor:
-    """(2^(m−1), 2^m) float64 signs s_u, m even: the product of any two of them is bent.
+    """Return (2^(m−1), 2^m) float64 signs s_u, m even: the product of any two of them is bent.
 
     s_u(x, e) = (−1)^(Q(ux) + e·Tr(ux)) for x in GF(2^(m−1)), e a bit, and
     Q(x) = Σ_{i=1}^{(m−2)/2} Tr(x^(1+2^i)).
@@ -130,7 +130,7 @@ def hadamard(dim: int) -> Tensor:
 
 
 def kerdock(m: int) -> Tensor:
-    """2^m(2^m + 2) points in R^(2^m): ± of 2^(m−1) + 1 mutually unbiased bases."""
+    """Return 2^m(2^m + 2) points in R^(2^m): ± of 2^(m−1) + 1 mutually unbiased bases."""
     dim = 2**m
     bases = hadamard(dim) * kerdock_signs(m)[:, None] / dim**0.5
     half = torch.cat([torch.eye(dim, dtype=torch.float64), bases.flatten(0, 1)])
@@ -142,7 +142,7 @@ def _inversions(permutation: tuple[int, ...]) -> int:
 
 
 def _complement(normal: Tensor) -> Tensor:
-    """(d, d−1): an orthonormal basis of what is perpendicular to a vector."""
+    """Return an orthonormal basis (d, d−1) of the complement of a vector."""
     start = torch.cat([normal[:, None], torch.eye(len(normal), dtype=torch.float64)], 1)
     return torch.linalg.qr(start)[0][:, 1:]
 

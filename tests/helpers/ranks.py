@@ -16,7 +16,7 @@ IMPORTED = ["pytest", "torch._dynamo", "torch.distributed.checkpoint", "synface.
 
 
 def on_ranks(ranks: int, main: Callable[[int, int], Any], tmp_path: Path) -> list[Any]:
-    """What main(rank, ranks) returns on each rank: tensors and plain values."""
+    """Run ``main(rank, ranks)`` on each rank, and return its results: tensors and plain values."""
     tmp_path.mkdir(exist_ok=True)
     path = str(tmp_path / "group")
     mp.set_forkserver_preload(IMPORTED)

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..common.check import check_integer, check_number
 from ..common.rng import standard_defaults
 from ..common.textfiles import parse_json, read_text
+from ..models import PRESETS
 from ..models.iresnet import IResNet
 
 MIB, GIB = 2**20, 2**30
@@ -30,12 +31,7 @@ SHARE_FREE = 0.05  # of a device's memory, for the driver, its libraries and fra
 NAMES = ("float32", "bfloat16")
 BYTES = {"float32": 4, "bfloat16": 2}
 STATES = {"none": 0, "sgd": 1, "adamw": 2}  # tensors as large as the parameters
-DEPTHS = {
-    "r18": (2, 2, 2, 2),
-    "r34": (3, 4, 6, 3),
-    "r50": (3, 4, 14, 3),
-    "r100": (3, 13, 30, 3),
-}
+DEPTHS = {name.replace("iresnet", "r"): depths for name, depths in PRESETS.items()}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # they import torch, which takes longer than all else that --
     import torch
 
     from ..data import Faces, ImageSet
-    from ..data.loading.loader import Domain
+    from ..data.formats.image_set import LabeledImages
     from ..evaluation.report import SetResult
 
 
@@ -162,7 +162,7 @@ def _people(
         if _may_be(open_images(data, before[1]), started, state["data"]):
             splits.insert(0, before)
     for count, renumber in splits:  # the run's own first, by which its images are known
-        rest: Domain | None = None
+        rest: LabeledImages | None = None
         if count:
             memory = MEMORY if started is None else started.memory  # as in training
             rest, held = split_faces(data, (height, width), channels == 1, renumber, count, memory)

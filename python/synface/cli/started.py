@@ -15,7 +15,7 @@ from .terminal import Bar
 
 if TYPE_CHECKING:  # they import torch, which takes longer than all else that --help needs
     from ..data import Faces, ImageSet
-    from ..data.loading.loader import Domain
+    from ..data.formats.image_set import LabeledImages
 
 EMBEDDED = "default"  # as a folder: the embedded faces
 IMAGES = ("data", "synthetic", "real")  # options that say where images are
@@ -132,7 +132,7 @@ def split_faces(
     relabel: bool,
     holdout: int,
     memory: int,
-) -> tuple[Domain, Faces]:
+) -> tuple[LabeledImages, Faces]:
     """Return the faces to train on, and the last ones, held out.
 
     The former are in memory too if all, as RGB, take at most ``memory`` MiB.

@@ -26,7 +26,7 @@ from .terminal import Bar, console, interrupts, say
 
 if TYPE_CHECKING:  # they import torch, which takes longer than all else that --help needs
     from ..data import Faces
-    from ..data.loading.loader import Domain
+    from ..data.formats.image_set import LabeledImages
     from ..data.mixing import Ratio
     from ..training.sources import Source
 
@@ -46,7 +46,7 @@ def _ratio(text: str) -> Ratio:
         ) from error
 
 
-def _mixed(run: Started, workers: int) -> tuple[Source, list[Domain], Faces]:
+def _mixed(run: Started, workers: int) -> tuple[Source, list[LabeledImages], Faces]:
     """Return the mixture of a run's two domains, the domains, and the real people held out."""
     from ..data import open_images, read_folder
     from ..training.sources import MixedSource
@@ -71,7 +71,7 @@ def _mixed(run: Started, workers: int) -> tuple[Source, list[Domain], Faces]:
     return source, [source.synthetic, source.real], faces
 
 
-def _one_domain(run: Started, workers: int) -> tuple[Source, list[Domain], Faces]:
+def _one_domain(run: Started, workers: int) -> tuple[Source, list[LabeledImages], Faces]:
     """Return the source of a run's faces, the faces, and the people held out."""
     from ..training.sources import FacesSource
 

@@ -33,8 +33,9 @@ from ..common.files import CheckpointError, write_text
 from ..common.interrupts import interruption, interrupts
 from ..common.rng import generator, seeded, seeds, standard_defaults
 from ..common.toml import write_toml
-from ..data import DataError, Faces, ImageSet
-from ..data.loading.sampler import WHOLE, Part
+from ..data import DataError
+from ..data.formats.image_set import LabeledImages
+from ..data.loading.sampler import WHOLE, RankSlice
 from ..heads import MarginHead, ShardedMarginHead
 from .backbone import with_backbone
 from .config import TrainConfig
@@ -87,7 +88,7 @@ class Trained:
 
 def train(
     config: TrainConfig,
-    data: Faces | ImageSet | Source,
+    data: LabeledImages | Source,
     output: Path,
     *,
     backbone: nn.Module | None = None,
@@ -111,7 +112,8 @@ def train(
 
     Args:
         config: the configuration of the run.
-        data: at least two identities; those of an `ImageSet` are decoded when their batch is due.
+        data: `Faces`, an `ImageSet`, whose images are decoded on demand, or a `Source`; at least
+            two identities.
         output: the run's folder: config.json, config.toml (the same, for ``synface train
             --config``), metrics.jsonl (one line a step), checkpoints/, and for a source that reads
             files timing.jsonl (one line each time that it was run).
@@ -152,7 +154,7 @@ def train(
     """
     if not 0 <= verify_every < math.inf:
         raise ValueError(f"verify_every must be 0 or more epochs, got {verify_every}")
-    source: Source = FacesSource(data) if isinstance(data, Faces | ImageSet) else data
+    source: Source = FacesSource(data) if isinstance(data, LabeledImages) else data
     if source.num_classes < 2:
         raise ValueError(f"training needs two identities or more, got {source.num_classes}")
     height, width, channels = source.image_shape
@@ -216,7 +218,7 @@ class _Training:
     ) -> None:
         self.config, self.output, self.device = config, output, device
         self.alone = not (dist.is_available() and dist.is_initialized())
-        self.part = WHOLE if self.alone else Part(dist.get_rank(), dist.get_world_size())
+        self.part = WHOLE if self.alone else RankSlice(dist.get_rank(), dist.get_world_size())
         self.leads = self.part.rank == 0
         self.folder = output / CHECKPOINTS
         self.description = {"config": config.to_json(), "data": source.description()}
@@ -361,7 +363,7 @@ class _Training:
         seed = seeds(config.seed, self.part.purpose("dropout"), step)
         with seeded(seed, self.device):
             for i in range(parts):
-                rows = Part(i, parts).of(len(images))
+                rows = RankSlice(i, parts).of(len(images))
                 last = i + 1 == parts  # only then are gradients reduced over the ranks
                 with nullcontext() if self.alone or last else self.network.no_sync():  # type: ignore[operator]
                     part_loss, stats = self.head(
