@@ -40,6 +40,7 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # it compiles everything
 def test_a_wheel_from_the_source_distribution_works(tmp_path: Path) -> None:
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
