@@ -53,7 +53,7 @@ def train(args: argparse.Namespace) -> list[float]:
 
     margin_loss = CombinedMarginLoss(16, 1.0, 0.3, 0.0)
     module_partial_fc = PartialFC_V2(margin_loss, DIM, args.identities, args.sample_rate, args.fp16)
-    if args.sample_rate < 1:  # as theirs: rows that are not sampled still decay and keep momentum
+    if args.sample_rate < 1:  # as in insightface: all rows take decay and momentum
         module_partial_fc.sparse = False
     module_partial_fc.train()
     opt = torch.optim.SGD(

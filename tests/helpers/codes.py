@@ -72,7 +72,7 @@ def e8() -> Tensor:
 
 
 def derived(code: Tensor) -> Tensor:
-    """Return the neighbors of the first point, seen from it: a code in one dimension less.
+    """Return the derived code: the first point's neighbors, seen from it, in d − 1 dimensions.
 
     E8 gives (56, 7), that (27, 6), that (16, 5).
     """

@@ -96,7 +96,7 @@ class _Writer(dcp.HuggingFaceStorageWriter):
 
 
 class _Reader(dcp.HuggingFaceStorageReader):
-    """A reader that maps a file anew for every 64 MiB; torch's keeps all that it reads resident."""
+    """A reader that remaps a file every 64 MiB; in torch's reader all pages read stay resident."""
 
     def read_data(self, plan: Any, planner: Any) -> Future[None]:
         batch, size = [], 0
@@ -252,7 +252,7 @@ def verify(path: Path, share: slice = slice(None)) -> tuple[dict[str, Any], dict
             name: torch.empty(each.size, dtype=each.properties.dtype, device="meta")
             for name, each in found.items()
         }
-    except Exception as error:  # whatever a damaged file makes of torch's reader
+    except Exception as error:  # any exception that a damaged file causes in torch's reader
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     needed, there = sum(each.nbytes for each in tensors.values()), sum(state["bytes"].values())
     if needed > there:

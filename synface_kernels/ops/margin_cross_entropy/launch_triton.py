@@ -168,7 +168,7 @@ def forward(inputs: ForwardInputs) -> ForwardOutputs:
 def _find_targets(inputs: ForwardInputs | BackwardInputs, target_cosine: Tensor) -> Tensor:
     """Fill target_cosine (N, K); return each label's row of weight, as of centers (C·M, D).
 
-    A negative label stands for itself.
+    A negative label is returned as it is.
     """
     labels, class_ids = inputs.labels, inputs.class_ids
     n, d = inputs.input.shape
@@ -192,7 +192,7 @@ def _forward_fused(
     """Compute logits within the kernel, for a weight in the GEMM's dtype.
 
     In the kernel, a cast before `tl.dot` must not be, for then Triton 3.6 and 3.7 take TF32 on
-    compute capability 10, whatever input_precision says.
+    compute capability 10, for any input_precision.
     """
     (n, d), c = input.shape, weight.shape[0]
     gemm_dtype = weight.dtype
@@ -310,7 +310,7 @@ def backward(
     Returns:
         grad_input (N, D) in input's dtype, grad_rows (S, D) or (S, M, D) in weight's dtype; (0,)
         for one that is not needed. Rows without labels, or whose three gradients are all 0, give
-        and get no gradient, whatever they hold.
+        and get no gradient, even if they hold NaN.
 
     Memory above the gradients: as forward's tile, and 4·D more per class for a 16-bit weight.
 
