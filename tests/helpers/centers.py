@@ -28,8 +28,8 @@ class Centers:
         self.weight = normal(*shape, seed=0).to(dtype)
         self.rule, self.seed = rule, seed
         count = {"plain": 0, "nesterov": 1, "adamw": 2}[rule]
-        kept = F64 if dtype == F64 else F32
-        self.states = [torch.zeros(shape, dtype=kept) for _ in range(count)]
+        state_dtype = F64 if dtype == F64 else F32
+        self.states = [torch.zeros(shape, dtype=state_dtype) for _ in range(count)]
         self.last_step = torch.zeros(shape[0], dtype=torch.int64)
 
     def update(self, step: int) -> Any:

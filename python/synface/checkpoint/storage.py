@@ -82,13 +82,13 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         return [replace(plan, storage_data=name % rank) for rank, plan in enumerate(plans, 1)]
 
     def write_data(self, plan: Any, planner: Any) -> Future[list[Any]]:
-        tensors, places = {}, {}
+        tensors, offsets = {}, {}
         for item in plan.items:
             tensors[item.index.fqn] = planner.resolve_data(item)
-            places[item.index.fqn] = {"saved_offsets": item.tensor_data.chunk.offsets}
+            offsets[item.index.fqn] = {"saved_offsets": item.tensor_data.chunk.offsets}
         if tensors:
             # One entry, so that files are reproducible: safetensors writes several in random order.
-            info = {"DCP_SHARDING_INFO": json.dumps(places, sort_keys=True)}
+            info = {"DCP_SHARDING_INFO": json.dumps(offsets, sort_keys=True)}
             files.write_tensors(Path(self.path) / plan.storage_data, tensors, info)
         done: Future[list[Any]] = Future()
         done.set_result([])

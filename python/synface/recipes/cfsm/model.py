@@ -147,7 +147,7 @@ def identity_loss(original: Tensor, changed: Tensor, strength: Tensor) -> Tensor
 def adain(x: Tensor, scale: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """Apply adaptive instance normalization: scale · (x − mean)/√(var + eps) + bias.
 
-    Mean and (biased) variance are of each channel of each image. The memory format is kept.
+    Mean and (biased) variance are of each channel of each image. The memory format is preserved.
 
     Args:
         x: (N, C, H, W) floating. scale, bias: (N, C).
