@@ -118,7 +118,7 @@ def main() -> None:
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     train(args)
-    leave()  # dist.destroy_process_group(), after whatever holds the group is freed
+    leave()  # dist.destroy_process_group(), once all references to the group are freed
 
 
 if __name__ == "__main__":
