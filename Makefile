@@ -1,4 +1,4 @@
-# make demo and make test need nothing run before them: they make .venv and build into it.
+# make demo and make test make .venv and build into it first.
 TORCH  ?= torch==2.13.0
 # The Triton that this torch release is built against; a CUDA build of torch brings its own.
 TRITON ?= triton==3.7.1
@@ -36,7 +36,7 @@ test: build lint
 quick: build
 	$(PY) -m pytest -q --quick
 
-# The property tests alone, on many more examples than make test's, and others each time.
+# Only the property tests, on many more examples than in make test, and random ones.
 fuzz: build
 	$(PY) -m pytest -m hypothesis --hypothesis-profile=fuzz
 
@@ -53,11 +53,11 @@ format: build
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-# Tests first, then every op beside its peers; `python -m benchmarks.table` shows it in README.md.
+# Tests, then benchmarks of every op; `python -m benchmarks.table` writes the results to README.md.
 bench: build
 	$(PY) -m benchmarks.run
 
-# For a machine with a GPU: takes what is there, makes no .venv. DRY=1 tries it on the CPU.
+# For a machine with a GPU: uses the installed Python and torch, no .venv. DRY=1: a dry run on the CPU.
 PYTHON ?= python3
 gpu-evidence:
 	PYTHONPATH=".:python$${PYTHONPATH:+:$$PYTHONPATH}" \

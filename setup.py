@@ -23,7 +23,7 @@ from torch.version import cuda as torch_cuda
 
 
 def want_cuda() -> bool:
-    """Return whether the CUDA sources are built, as SYNFACE_CUDA and what is installed say."""
+    """Return whether to build the CUDA sources: by SYNFACE_CUDA, nvcc and torch."""
     choice = os.environ.get("SYNFACE_CUDA", "auto")
     if choice not in ("0", "1", "auto"):
         sys.exit(f"SYNFACE_CUDA must be 0, 1 or auto, got {choice!r}")
@@ -60,9 +60,9 @@ def name_architectures() -> None:
 # Ampere, Hopper, Blackwell: the ones whose budgets tools/cuda_check.py checks.
 ARCHITECTURES = (80, 90, 100)
 # One instruction set for the whole build: faster ones are chosen at run time, per function.
-# No contraction: the source names each fused multiply-add, so that the instruction sets agree
-# wherever they promise to. Floating-point exceptions and errno, which nothing reads, would keep
-# selects and square roots from being vectorized.
+# No contraction: the source names each fused multiply-add, so that results are the same
+# on all instruction sets where documented. Floating-point exceptions and errno, which nothing
+# reads, would prevent vectorized selects and square roots.
 CXX = ["-O3", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-fno-trapping-math"]
 CXX += ["-fno-math-errno", "-fvisibility=hidden", "-Wall"]
 NVCC = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
@@ -83,7 +83,7 @@ TorchExtension = CUDAExtension if cuda_sources else CppExtension
 
 
 class Build(BuildExtension):
-    """A build that keeps each extension's objects in a folder of its own.
+    """A build with a separate folder of objects for each extension.
 
     They are compiled with different flags, and would otherwise replace each other at every build.
     """

@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of one op; `STEPS` says what a step runs.
+    """One shape of one op; `STEPS` defines a step.
 
     Attributes:
         op: the op's name. suite: ``"cpu"``, ``"gpu"``, or ``"dry"`` (tiny shapes, for a dry run).

@@ -195,7 +195,7 @@ def _peak_cuda(step: Step, work: Workload) -> int:
 def measure_memory(case: Case, peer: Peer) -> dict[str, Any]:
     """Measure the peak resident memory of a step on the CPU, above that before it.
 
-    The warm-up steps load whatever stays in memory.
+    The warm-up steps load code and buffers that stay in memory.
     """
     device = torch.device("cpu")
     work, reason = _workload(case, device)

@@ -168,7 +168,7 @@ def arcface(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def arcface_one_hot(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Compute ArcFace as it is mostly written: the margin on all logits, and a one-hot mask."""
+    """Compute ArcFace as it is usually written: the margin on all logits, and a one-hot mask."""
     cosine = F.linear(F.normalize(input), F.normalize(weight))
     sine = (1 - cosine.square()).clamp(0, 1).sqrt()
     psi = cosine * math.cos(MARGIN) - sine * math.sin(MARGIN)

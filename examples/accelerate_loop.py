@@ -60,7 +60,7 @@ def main() -> None:
     accelerator = Accelerator(cpu=True, mixed_precision=args.mixed_precision)
     train(args, accelerator)
     accelerator.free_memory()
-    leave()  # after DDP is freed; end_training alone may wait forever for gloo's threads
+    leave()  # after DDP is freed; end_training alone may deadlock with gloo's threads
     accelerator.end_training()
 
 

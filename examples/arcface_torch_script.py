@@ -53,7 +53,7 @@ def train(args: argparse.Namespace) -> list[float]:
 
     margin_loss = CombinedMarginLoss(16, 1.0, 0.3, 0.0)
     module_partial_fc = PartialFC_V2(margin_loss, DIM, args.identities, args.sample_rate, args.fp16)
-    if args.sample_rate < 1:  # as theirs: rows that are not sampled still decay and keep momentum
+    if args.sample_rate < 1:  # as in insightface: all rows take decay and momentum
         module_partial_fc.sparse = False
     module_partial_fc.train()
     opt = torch.optim.SGD(
@@ -118,7 +118,7 @@ def main() -> None:
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     train(args)
-    leave()  # dist.destroy_process_group(), after whatever holds the group is freed
+    leave()  # dist.destroy_process_group(), once all references to the group are freed
 
 
 if __name__ == "__main__":

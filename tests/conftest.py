@@ -1,6 +1,6 @@
 """Seeds, threads and the option --quick, for all tests.
 
-Random numbers are the same whether a test runs alone, after others, or once more.
+A test's random numbers do not depend on the tests before it.
 """
 
 import os
@@ -13,7 +13,7 @@ import torch
 
 
 class TorchGenerator:
-    """Seeded before each example, as Hypothesis does by itself with Python's and NumPy's."""
+    """torch's generator, seeded before each example, as Hypothesis seeds NumPy's."""
 
     seed = staticmethod(torch.manual_seed)
     getstate = staticmethod(torch.get_rng_state)
@@ -48,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what --quick does, and say how much that is."""
+    """Deselect the tests that --quick omits, and report how many."""
     if not config.getoption("--quick"):
         return
     chosen, left, seen = [], [], set()
@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Share the cores among the processes of pytest-xdist: each takes its part of the threads."""
+    """Divide the cores' threads among the processes of pytest-xdist."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))

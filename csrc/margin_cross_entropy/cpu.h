@@ -1,5 +1,6 @@
-// Margin softmax statistics and gradients on a CPU; synface_kernels/ops/margin_cross_entropy/interface.py
-// defines the loss. T is float or double, the type of all arithmetic and of the statistics.
+// Margin softmax statistics and gradients on a CPU;
+// synface_kernels/ops/margin_cross_entropy/interface.py defines the loss. T is float or double, the
+// type of all arithmetic and of the statistics.
 #pragma once
 
 #include <cstdint>

@@ -157,18 +157,18 @@ def test_activations_are_what_autograd_keeps():
 
     network = IResNet((112, 112), 3, (64, 128, 256, 512), DEPTHS["r18"], 512)
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
+            saved[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         network(torch.zeros(2, 3, 112, 112)).sum()
     _, per_image, _ = module._backbone("r18", 512)
-    assert sum(s.nbytes() for s in kept.values()) == pytest.approx(2 * per_image, rel=0.02)
+    assert sum(s.nbytes() for s in saved.values()) == pytest.approx(2 * per_image, rel=0.02)
 
 
 @pytest.mark.parametrize(

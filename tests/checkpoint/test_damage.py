@@ -201,7 +201,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.parametrize("when", ["first", "again"])
 def test_rows_written_by_hand_outlive_a_kill(tmp_path, when):
-    """Rows written at the first look, or by a view from before the last checkpoint, are kept."""
+    """Rows written at the first access, or by a view older than the last checkpoint, survive."""
     folder = tmp_path / "c"
     Centers.create(CONFIG, folder).close()
     killed = subprocess.run([sys.executable, "-c", WRITE, folder, when])

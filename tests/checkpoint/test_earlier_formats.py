@@ -61,7 +61,7 @@ def write_earlier(found, form, rename):
 
 def by_index(*optimizers):
     """Return the renaming of states to OPTIMIZER.INDEX.STATE, of optimizers' parameters' names."""
-    places = {
+    states = {
         parameter: f"{prefix}.{index}"
         for prefix, parameters in optimizers
         for index, parameter in enumerate(parameters)
@@ -70,7 +70,7 @@ def by_index(*optimizers):
     def rename(key):
         kind, _, name = key.partition(".")
         parameter, _, state = name.rpartition(".")
-        return f"{places[parameter]}.{state}" if kind == "optimizer" else key
+        return f"{states[parameter]}.{state}" if kind == "optimizer" else key
 
     return rename
 

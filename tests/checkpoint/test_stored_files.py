@@ -289,8 +289,8 @@ def test_tensors_of_a_sharded_checkpoint_fit_into_its_files(tmp_path):
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    places = header["__metadata__"]["DCP_SHARDING_INFO"]  # as if another rank's rows came before
-    header["__metadata__"]["DCP_SHARDING_INFO"] = places.replace("[0, 0]", f"[{2**40}, 0]")
+    offsets = header["__metadata__"]["DCP_SHARDING_INFO"]  # as if another rank's rows came before
+    header["__metadata__"]["DCP_SHARDING_INFO"] = offsets.replace("[0, 0]", f"[{2**40}, 0]")
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
     state = json.loads((found / STATE).read_text())

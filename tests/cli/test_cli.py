@@ -1,4 +1,4 @@
-"""The command line, as a person calls it."""
+"""The command line, called as users call it."""
 
 import json
 import re

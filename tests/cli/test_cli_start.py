@@ -229,7 +229,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
 
 
 def test_every_import_of_an_extras_package_says_what_to_install():
-    """Those of typer and rich, which are the command line's, are all inside of one."""
+    """Imports of typer and rich, which the command line needs, are all inside one `extra` block."""
     from synface.common.toml import read_toml
 
     extras = read_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]

@@ -65,7 +65,7 @@ def test_one_that_nobody_was_told_of_is_raised_at_the_end(sent, error):
 
 
 def test_a_training_that_is_told_while_it_writes_its_last_checkpoint(tmp_path, monkeypatch):
-    """It is whole; what would come after it does not begin."""
+    """The checkpoint is complete, and the training ends after it."""
     from synface import checkpoint
     from synface.data import embedded_faces
     from synface.training.loop import TrainConfig, train
@@ -118,7 +118,7 @@ def test_all_ranks_end_where_one_is_told_in_its_last_checkpoint(tmp_path):
 
 
 def test_a_packing_that_is_told_while_it_writes_its_last_checkpoint(tmp_path, monkeypatch):
-    """The objectives that come after it do not begin."""
+    """The packing of further objectives does not begin."""
     from synface.synthesis.packing import PackConfig, Packer, packer
 
     config = PackConfig(12, 3, steps=4, restarts=1)

@@ -1,4 +1,4 @@
-"""The folder reader against files of every kind of wrong; the embedded faces; augmentation."""
+"""The folder reader on invalid files of every kind; the embedded faces; augmentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sets of images are read as other programs and people leave them."""
+"""Image sets as other programs write them are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two-domain loader: the same batches always, and no death or damage that goes unnoticed."""
+"""The two-domain loader: reproducible batches, and errors for dead workers and damaged files."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_the_documented_loop_runs():
 
 
 def test_workers_do_without_torch(synthetic, real):
-    """Workers import no torch, nor do those that mix: these use the kernels' NumPy binding."""
+    """Workers do not import torch, even where they mix, with the kernels' NumPy binding."""
     mixup = DomainMixup(4, 3)
     with TwoDomainLoader(synthetic, real, 5, mix_in_workers=mixup) as loader:
         for _ in range(4):

@@ -53,7 +53,7 @@ def weights(result) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("mix_in_workers", [False, True])
 def test_a_killed_worker_costs_nothing(synthetic, real, tmp_path, mix_in_workers):
-    """The step is kept, the file named, and the next batch is the very next one."""
+    """The step is saved, the file named, and training resumes with the next batch."""
     whole = train(SMALL, mixed(synthetic, real), tmp_path / "whole")
 
     class Killer:
@@ -176,7 +176,7 @@ def test_options_that_do_not_fit(tmp_path, options, message, monkeypatch):
     ids=["Ctrl-C", "SIGTERM"],
 )
 def test_ctrl_c_and_sigterm_go_to_the_trainer_alone(synthetic, real, tmp_path, sent, code, word):
-    """A signal to the whole group, as a terminal or SLURM sends it, is the trainer's alone."""
+    """Workers ignore a signal that a terminal or SLURM sends to the whole process group."""
     run = tmp_path / "run"
     arguments = [sys.executable, "-m", "synface", "train", "--synthetic", synthetic]
     arguments += ["--real", real, "--holdout", "0", "--size", "16x16", "--epochs", "100000"]

@@ -1,4 +1,4 @@
-"""The orientation in an image's metadata is obeyed, and nothing else of it matters."""
+"""The orientation in an image's metadata is applied, and all other metadata are ignored."""
 
 from __future__ import annotations
 

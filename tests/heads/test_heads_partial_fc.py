@@ -87,10 +87,10 @@ def test_insightfaces_convention(numbers, rate):
     )
     x, labels = batch()
     same = torch.Generator().manual_seed(1)
-    ids, places = torch.arange(C), labels
+    ids, indices = torch.arange(C), labels
     if rate < 1:
-        ids, places = sk.sample_classes(labels, C, max(1, int(rate * C)), same)
-    assert_equal(head, x, labels, lambda x, w: insightface(x, w[ids], places, margin))
+        ids, indices = sk.sample_classes(labels, C, max(1, int(rate * C)), same)
+    assert_equal(head, x, labels, lambda x, w: insightface(x, w[ids], indices, margin))
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
@@ -100,10 +100,10 @@ def test_insightfaces_filter(numbers, rate):
     margin = combined(*numbers, threshold=0.3)
     x, labels = batch()
     weight = torch.randn(C, D, dtype=torch.float64)
-    ids, places = torch.arange(C), labels
+    ids, indices = torch.arange(C), labels
     if rate < 1:
         same = torch.Generator().manual_seed(1)
-        ids, places = sk.sample_classes(labels, C, int(rate * C), same)
+        ids, indices = sk.sample_classes(labels, C, int(rate * C), same)
     cosine = normalize(x) @ normalize(weight[ids]).T
 
     def head(convention):
@@ -115,14 +115,14 @@ def test_insightfaces_filter(numbers, rate):
         return made
 
     zero, drop = head("insightface"), head("synface")
-    assert_equal(zero, x, labels, lambda x, w: insightface(x, w[ids], places, margin))
+    assert_equal(zero, x, labels, lambda x, w: insightface(x, w[ids], indices, margin))
     rows = drop(x, labels, reduction="none")
-    for i, place in enumerate(places.tolist()):
+    for i, index in enumerate(indices.tolist()):
         keep = cosine[i] <= 0.3
-        keep[place] = True
+        keep[index] = True
         assert not keep.all()
         left = weight[ids[keep]]
-        own = keep[:place].sum()[None]
+        own = keep[:index].sum()[None]
         alone = sk.margin_cross_entropy(x[i : i + 1], left, own, sk.CombinedMargin(*numbers))
         torch.testing.assert_close(rows[i], alone)
 
@@ -192,8 +192,8 @@ def test_mixed_labels_sample_all_their_classes():
     pairs = torch.stack([labels, labels.flip(0)], 1)
     shares = torch.full((N, 2), 0.5, dtype=torch.float64)
     ids = labels.unique()
-    places = torch.searchsorted(ids, pairs)
-    expected = sk.margin_cross_entropy(x, head.weight[ids], places, target_weight=shares)
+    indices = torch.searchsorted(ids, pairs)
+    expected = sk.margin_cross_entropy(x, head.weight[ids], indices, target_weight=shares)
     torch.testing.assert_close(head(x, pairs, target_weight=shares), expected)
 
 

@@ -1,4 +1,4 @@
-"""The margin head is the op over centers of its own."""
+"""The margin head is the op with centers as its parameter."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Class centers whose optimizer steps are taken in the backward pass, or after it."""
+"""Class centers with an optimizer step inside the backward pass, or after it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Centers:
         self.weight = normal(*shape, seed=0).to(dtype)
         self.rule, self.seed = rule, seed
         count = {"plain": 0, "nesterov": 1, "adamw": 2}[rule]
-        kept = F64 if dtype == F64 else F32
-        self.states = [torch.zeros(shape, dtype=kept) for _ in range(count)]
+        state_dtype = F64 if dtype == F64 else F32
+        self.states = [torch.zeros(shape, dtype=state_dtype) for _ in range(count)]
         self.last_step = torch.zeros(shape[0], dtype=torch.int64)
 
     def update(self, step: int) -> Any:
@@ -78,7 +78,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def batch(n: int, c: int, d: int, k: int, seed: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Embeddings, targets of which some are ignored, and their weights."""
+    """Return embeddings, targets of which some are ignored, and their weights."""
     g = torch.Generator().manual_seed(seed)
     target = torch.randint(0, c, (n, k), generator=g)
     weight = torch.rand(n, k, generator=g).softmax(1)
@@ -89,7 +89,7 @@ def batch(n: int, c: int, d: int, k: int, seed: int) -> tuple[Tensor, Tensor, di
 
 def assert_bits(rule: str, dtype: torch.dtype, *, c=700, d=40, m=1, k=1, seed=None, ids=False,
                 n=70, input_dtype=None, **options: Any) -> None:  # fmt: skip
-    """Three steps both ways."""
+    """Assert that three steps inside the backward pass and after it give the same bits."""
     shape = (c, d) if m == 1 else (c, m, d)
     one, two = (Centers(shape, dtype, rule, seed) for _ in range(2))
     before = one.weight.clone()

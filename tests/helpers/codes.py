@@ -50,13 +50,13 @@ def icosahedron() -> Tensor:
 def cell_600() -> Tensor:
     """Return ±e_i, (±1/2)^4 and the even permutations of (±φ, ±1, ±1/φ, 0)/2."""
     even = [p for p in itertools.permutations(range(4)) if _inversions(p) % 2 == 0]
-    halves = list(itertools.product((-0.5, 0.5), repeat=4))
+    tesseract = list(itertools.product((-0.5, 0.5), repeat=4))
     golden = [
         [(a * GOLDEN / 2, b / 2, c / GOLDEN / 2, 0.0)[i] for i in p]
         for p in even
         for a, b, c in itertools.product((-1, 1), repeat=3)
     ]
-    return torch.cat([orthoplex(4), _rows(halves), _rows(golden)])
+    return torch.cat([orthoplex(4), _rows(tesseract), _rows(golden)])
 
 
 def e8() -> Tensor:
@@ -72,7 +72,7 @@ def e8() -> Tensor:
 
 
 def derived(code: Tensor) -> Tensor:
-    """Return the neighbors of the first point, seen from it: a code in one dimension less.
+    """Return the derived code: the first point's neighbors, seen from it, in d − 1 dimensions.
 
     E8 gives (56, 7), that (27, 6), that (16, 5).
     """

@@ -1,4 +1,4 @@
-"""The command line, in the tests' own process or in one of its own."""
+"""Calls of the command line, in the tests' process or in a new one."""
 
 import io
 import subprocess
@@ -28,14 +28,14 @@ def call(*arguments: object, code: int = 0) -> str:
 
 
 def refused(*arguments: object) -> str:
-    """Run a command that ends with an error for its user, and return what it printed."""
+    """Run a command that must exit with a usage error (2), and return what it printed."""
     return call(*arguments, code=2)
 
 
 def synface(
     *arguments: object, code: int = 0, **options: object
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command in a process of its own, which must exit with ``code``, without a traceback."""
+    """Run a command in a new process, which must exit with ``code``, without a traceback."""
     command = [sys.executable, "-m", "synface", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, **options)
     assert done.returncode == code, done.stdout + done.stderr

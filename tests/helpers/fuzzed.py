@@ -1,7 +1,7 @@
-"""Throws mutated files at a reader, in a process of its own: fuzzed.py KIND SEED COUNT FOLDER.
+"""A fuzzer of the readers, run in a process of its own: fuzzed.py KIND SEED COUNT FOLDER.
 
-Prints a line of JSON: how many files were refused and how many read, by how much the peak memory
-grew, and what errors there were. Anything but the readers' own errors ends it.
+Prints a line of JSON: the numbers of files refused and read, the growth of the peak memory, and
+the errors. Any exception but the readers' own ends it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
 
 
 def hostile(marker: Path, draw: random.Random) -> bytes:
-    """Opcodes that have `pickle` touch a file."""
+    """Return opcodes that make `pickle` create a file."""
     command = f"touch {marker}".encode()
     return draw.choice(
         [
@@ -176,7 +176,7 @@ def read(kind: str, path: Path, file: Path) -> None:
 
 
 def peak() -> int:
-    """Bytes; getrusage's would be the parent's, where that is more."""
+    """Return the peak resident memory in bytes; getrusage's includes the parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 

@@ -1,4 +1,4 @@
-"""Batches for the tests of mixers, and what mixing makes of them by definition."""
+"""Batches for the tests of mixers, and their mixtures by definition."""
 
 import torch
 from torch import Tensor

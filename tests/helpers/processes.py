@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Fail if the block has not ended after the seconds, whatever it waits for."""
+    """Fail if the block has not ended after the seconds."""
 
     def late(*_: object) -> None:
         raise AssertionError(f"not done within {seconds} s")

@@ -1,4 +1,4 @@
-"""Small training runs: their configuration, their images, and what they learned."""
+"""Small training runs: configuration, images, and comparisons of their results."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""`python watched.py [--late-gloo] SCRIPT …`: run a script that is not waited for without end.
+"""`python watched.py [--late-gloo] SCRIPT …`: run a script with a time limit.
 
-After DEADLINE seconds every thread's stack is printed, and soon the process ends; so under torchrun
-each rank says where it stands. With --late-gloo, gloo's threads hold a tensor for a while after its
+After DEADLINE seconds every thread's stack is printed and the process ends; under torchrun on
+each rank. With --late-gloo, gloo's threads hold a tensor for a while after its
 all_reduce is done, as they may on a busy machine.
 """
 

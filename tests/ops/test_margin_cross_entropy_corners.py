@@ -103,7 +103,7 @@ def test_a_non_finite_row_spoils_itself_alone(value):
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_non_finite_row_that_nobody_asks_for_changes_nothing(value, name, impl):
-    """Not the other rows, nor the centers; nor does it where the margins of its row are NaN."""
+    """A row with a zero upstream gradient affects neither other rows nor the centers."""
     m = 2 if name == "sub-centers" else 1
     x, w, target, t, upstream = problem_of(6, 700, m, 8, 2, torch.float32)
     w = w if m > 1 else w.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""The margin softmax computes and holds no more than it must: workspace, class ids, memory."""
+"""Memory of the margin softmax: the workspace, class ids, peaks, and no needless work."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ WORKSPACE = {
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", WORKSPACE)
 def test_no_bit_depends_on_the_workspace(name, isa, monkeypatch):
-    """Ignored rows, and rows that hold NaN and that nobody asks for, included."""
+    """Ignored rows, and NaN rows with a zero upstream gradient, are included."""
     monkeypatch.setenv("SYNFACE_CPU_ISA", isa)
     option, more, dtype = WORKSPACE[name]
     options = {"margin": COMBINED, **OPTIONS[option], **more}

@@ -199,7 +199,7 @@ def test_no_step_without_a_backward_pass(setting: Any) -> None:
 
 
 def test_embeddings_that_are_given(setting: Any) -> None:
-    """The centers learn where nothing else does."""
+    """The centers are updated where the embeddings need no gradient."""
     x, weight, target, options = setting
     expected = weight.clone()
     sk.margin_cross_entropy(x, expected, target, **options).backward()
@@ -285,7 +285,7 @@ def test_opcheck(rule: str) -> None:
 
 
 def rank_main(rank: int, ranks: int) -> list[Tensor]:
-    """Three steps of a rank's classes, both ways, and on one rank of all."""
+    """Return the centers after three steps: fused and separate, sharded and in one process."""
     results: list[Tensor] = []
     c, ends = 21, [0, 8, 21]
     for rule in ("nesterov", "adamw"):

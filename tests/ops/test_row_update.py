@@ -267,7 +267,7 @@ def test_rows_never_touched_decay_alone_even_without_eps() -> None:
 
 
 def test_a_bound_where_the_series_of_missed_steps_does_not_fall() -> None:
-    """2^31 missed steps are in closed form, or too many: never one by one."""
+    """A closed form takes 2^31 missed steps, or they are refused; no loop takes them one by one."""
 
     def catch_up(missed: int, dtype: torch.dtype = F32, **options: Any) -> Tensor:
         weight, m = normal(2, 8, seed=0, dtype=dtype), normal(2, 8, seed=1, dtype=dtype)

@@ -158,7 +158,7 @@ def test_two_runs_are_the_same_and_an_interrupted_one_too(tmp_path, config):
 
 
 def test_a_run_of_version_0_1_goes_on(tmp_path, config, monkeypatch):
-    """It spelled the recognizer in another way: in its folder's name, and in its checkpoints."""
+    """Version 0.1 had the British spelling in the recognizer's folder and checkpoints."""
     whole = cfsm.run(config, tmp_path / "whole")
     with monkeypatch.context() as patched:
         for module in (style, guided):
@@ -269,7 +269,7 @@ def test_people_of_another_folder_as_targets(config):
 
 
 def test_the_page_is_so(tmp_path):
-    """Its code runs, and the figures that it links to are of the configuration that is shipped."""
+    """The page's code runs, and its figures come from the default configuration."""
     code = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs/recipes/cfsm.md").read_text(), re.DOTALL
     )

@@ -1,4 +1,4 @@
-"""No code is better than a bound, the best codes reach it, and chance is what is simulated."""
+"""No code beats a bound, the best codes attain it, and expected values agree with simulation."""
 
 import itertools
 import math

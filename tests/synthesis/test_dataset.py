@@ -69,7 +69,7 @@ def test_faces_depend_on_directions_alone(tmp_path, scale):
 
 
 class Careless(EigenfaceGenerator):
-    """Its images, changed."""
+    """An eigenface generator whose images are changed by a function."""
 
     def __init__(self, change):
         super().__init__(16, 24)

@@ -337,7 +337,7 @@ def test_resuming_does_not_replace_what_another_run_finished(tmp_path):
 
 
 def test_a_full_disk_loses_nothing(tmp_path):
-    """A limit on the size of files stands in for it: points fit, points with moments do not."""
+    """A file size limit simulates a full disk: points fit, points with moments do not."""
     code = (
         "import resource, sys; from pathlib import Path\n"
         "from synface.synthesis.packing import Packer, PackConfig\n"
@@ -453,7 +453,7 @@ def test_errors_are_one_line(tmp_path, arguments, message, monkeypatch):
     "blow", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda x: x.name
 )
 def test_a_blow_loses_at_most_what_came_after_the_checkpoint(blow, tmp_path):
-    """Checkpoints after every step, a blow at any time; then --resume ends as if it never fell."""
+    """A signal at any time, with checkpoints after every step; `--resume` gives the same bits."""
     arguments = ["pack", "--count", "40", "--dim", "6", "--steps", "200", "--seed", "3"]
     often = (
         "import sys, synface.synthesis.packing.packer as p; from synface.cli import main\n"

@@ -1,4 +1,4 @@
-"""Training on images that are decoded when their batch is due: the bits of training in memory."""
+"""Training on images decoded on demand gives the same bits as training in memory."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_every_image_comes_once_an_epoch(people):
 
 
 def test_training_on_files_is_training_in_memory_and_resumes(people, tmp_path):
-    """A file that cannot be read in the middle of an epoch costs nothing but its step."""
+    """A file that cannot be read in the middle of an epoch costs only its step."""
     whole = train(SMALL, read_folder(people, SIZE), tmp_path / "memory")
     source = streamed(people)
     file = Path(source.faces.name(int(ShuffledOrder(12, SMALL.seed).batch(2, 5)[0][1])))
@@ -183,9 +183,9 @@ def test_an_index_is_a_few_bytes_an_image(tmp_path):
     tracemalloc.start()
     try:
         images = open_images(tmp_path / "train.rec")
-        kept, peak = tracemalloc.get_traced_memory()
+        held, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert (len(images), len(images.identities)) == (count, 1000)
-    assert kept < 32 * count
+    assert held < 32 * count
     assert peak < 120 * count

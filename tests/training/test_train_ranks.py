@@ -107,7 +107,7 @@ def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path, options):
 
 
 def test_other_numbers_of_ranks_resume(tmp_path):
-    """3 ranks go on with what 2 wrote, and 1 with what 3 wrote; as if it had been 2 all along."""
+    """A run of 2 ranks resumes on 3, then on 1, with the result of 2 throughout."""
     first = replace(SMALL, epochs=3)
     begun = on_ranks(2, Job((first, tmp_path / "run", {"stop_after": 4})), tmp_path / "2")
     more = {"resume": True, "stop_after": 9}
@@ -204,7 +204,7 @@ def test_torchrun_after_kill_9_ends_in_the_same_run(tmp_path):
 
 
 def test_sigterm_ends_all_ranks_after_one_step(tmp_path):
-    """Torchrun passes it on; one rank alone gets it first, and the others learn of it."""
+    """One rank gets the signal first and tells the others; torchrun forwards it too."""
     run = tmp_path / "run"
     log = run / "metrics.jsonl"
     command = ["train", *OPTIONS[:-2], "--epochs", 100_000]

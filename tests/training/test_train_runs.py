@@ -1,4 +1,4 @@
-"""A run goes on wherever it and its images are, for more epochs, or as the start of another."""
+"""Runs resume after they or their images moved, for more epochs, and initialize other runs."""
 
 import json
 import re
@@ -85,7 +85,7 @@ def test_both_domains_may_have_moved(there, monkeypatch):
 
 
 def test_a_run_of_an_earlier_version_is_where_it_was(there, monkeypatch):
-    """Its folder names the images from the directory that it was started in."""
+    """Earlier versions stored paths relative to the directory of the command."""
     call("train", "--data", "faces", "--holdout", "2", *TINY, "--output", "run")
     file = there / "here" / "run" / "config.json"
     started = json.loads(file.read_text())

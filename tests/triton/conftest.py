@@ -1,4 +1,4 @@
-"""Triton reads TRITON_INTERPRET when it is imported: what needs it runs in a process of its own."""
+"""Triton reads TRITON_INTERPRET when imported, so interpreted tests run in their own processes."""
 
 import os
 

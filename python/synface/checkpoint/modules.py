@@ -230,16 +230,16 @@ def _present_keys(
     Recipes put "optimizer." before that, and no "model." before the model's tensors.
     """
     recipe = not any(key.startswith("model.") for key in stored)
-    names, places = _names(model), {}
+    names, renamed = _names(model), {}
     for name, optimizer in optimizers.items() if isinstance(optimizers, Mapping) else ():
         prefix = f"optimizer.{name}" if recipe else name
         for index, parameter in enumerate(_parameters(optimizer)):
-            places[f"{prefix}.{index}"] = f"optimizer.{names[parameter]}"
+            renamed[f"{prefix}.{index}"] = f"optimizer.{names[parameter]}"
 
     def present(key: str) -> str:
-        place, _, state = key.rpartition(".")
-        if place in places:
-            return f"{places[place]}.{state}"
+        parameter, _, state = key.rpartition(".")
+        if parameter in renamed:
+            return f"{renamed[parameter]}.{state}"
         return f"model.{key}" if recipe and not key.startswith("optimizer.") else key
 
     return {key: present(key) for key in stored}

@@ -82,13 +82,13 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         return [replace(plan, storage_data=name % rank) for rank, plan in enumerate(plans, 1)]
 
     def write_data(self, plan: Any, planner: Any) -> Future[list[Any]]:
-        tensors, places = {}, {}
+        tensors, offsets = {}, {}
         for item in plan.items:
             tensors[item.index.fqn] = planner.resolve_data(item)
-            places[item.index.fqn] = {"saved_offsets": item.tensor_data.chunk.offsets}
+            offsets[item.index.fqn] = {"saved_offsets": item.tensor_data.chunk.offsets}
         if tensors:
             # One entry, so that files are reproducible: safetensors writes several in random order.
-            info = {"DCP_SHARDING_INFO": json.dumps(places, sort_keys=True)}
+            info = {"DCP_SHARDING_INFO": json.dumps(offsets, sort_keys=True)}
             files.write_tensors(Path(self.path) / plan.storage_data, tensors, info)
         done: Future[list[Any]] = Future()
         done.set_result([])
@@ -96,7 +96,7 @@ class _Writer(dcp.HuggingFaceStorageWriter):
 
 
 class _Reader(dcp.HuggingFaceStorageReader):
-    """A reader that maps a file anew for every 64 MiB; torch's keeps all that it reads resident."""
+    """A reader that remaps a file every 64 MiB; in torch's reader all pages read stay resident."""
 
     def read_data(self, plan: Any, planner: Any) -> Future[None]:
         batch, size = [], 0
@@ -252,7 +252,7 @@ def verify(path: Path, share: slice = slice(None)) -> tuple[dict[str, Any], dict
             name: torch.empty(each.size, dtype=each.properties.dtype, device="meta")
             for name, each in found.items()
         }
-    except Exception as error:  # whatever a damaged file makes of torch's reader
+    except Exception as error:  # any exception that a damaged file causes in torch's reader
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     needed, there = sum(each.nbytes for each in tensors.values()), sum(state["bytes"].values())
     if needed > there:

@@ -1,4 +1,4 @@
-"""synface eval."""
+"""The command `synface eval`."""
 
 from __future__ import annotations
 

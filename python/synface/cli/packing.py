@@ -31,7 +31,7 @@ def pack_command(
         float | None, typer.Option(help="Minutes for each objective, in place of --steps.")
     ] = None,
     restarts: Annotated[
-        int, typer.Option(help="Number of random starting points; the best packing is kept.")
+        int, typer.Option(help="Number of random starting points; the best packing is saved.")
     ] = 1,
     batch: Annotated[
         int | None,

@@ -42,7 +42,7 @@ def _encoded(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def encode_anything() -> None:
-    """Make output with characters that the terminal's encoding lacks no error."""
+    """Escape characters that the terminal's encoding lacks."""
     codecs.register_error("synface", _encoded)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # else it is not the interpreter's own
@@ -76,7 +76,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def interrupts(text: str) -> Iterator[None]:
-    """Say how to go on after Ctrl-C or SIGTERM, and exit with 130 or 143, as shells do."""
+    """Print how to resume after Ctrl-C or SIGTERM, and exit with 130 or 143, as shells do."""
     try:
         yield
     except KeyboardInterrupt:

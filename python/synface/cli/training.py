@@ -1,4 +1,4 @@
-"""synface train."""
+"""The command `synface train`."""
 
 from __future__ import annotations
 

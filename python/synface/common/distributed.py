@@ -69,7 +69,7 @@ def joined(device: str = "auto") -> Iterator[Rank]:
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield Rank(0, 1, on)
         return
-    # sizes are exchanged through gloo, so that no GPU is waited for
+    # sizes are exchanged through gloo, without a GPU synchronization
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield Rank(dist.get_rank(), dist.get_world_size(), on)

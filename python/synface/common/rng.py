@@ -22,7 +22,7 @@ def generator(seed: int, purpose: str, step: int) -> torch.Generator:
 
 
 def normals(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Return float32 standard normal draws, whatever torch's default device and dtype are."""
+    """Return float32 standard normal draws, for any default device and dtype of torch."""
     return torch.randn(
         tuple(shape), generator=generator, dtype=torch.float32, device=generator.device
     )
@@ -30,7 +30,7 @@ def normals(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 @contextmanager
 def standard_defaults() -> Iterator[None]:
-    """Make tensors float32 on the CPU by default, whatever torch's defaults are.
+    """Make new tensors float32 on the CPU inside the block, for any defaults of torch.
 
     Modules built inside have the same parameters in every program.
     """

@@ -1,4 +1,4 @@
-"""Text and JSON files from outside: errors name the file, whatever it holds."""
+"""Readers of untrusted text and JSON files: every error names the file."""
 
 from __future__ import annotations
 

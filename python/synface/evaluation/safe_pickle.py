@@ -1,9 +1,9 @@
 """A reader of pickles of plain data that executes nothing.
 
-`pickle` calls whatever a pickle names. Here its opcodes are read one by one (`pickletools.genops`),
-and only those that build lists, tuples, bytes, text, booleans and integers have an effect.
-Functions are names that are never resolved; only the calls by which NumPy arrays and Python's bytes
-are pickled are interpreted, as data.
+`pickle` calls any function that a pickle names. Here its opcodes are read one by one
+(`pickletools.genops`), and only those that build lists, tuples, bytes, text, booleans and integers
+have an effect. Functions are names that are never resolved; only the calls by which NumPy arrays
+and Python's bytes are pickled are interpreted, as data.
 
 Source: CPython, `Lib/pickletools.py`, which describes every opcode.
 """

@@ -65,7 +65,7 @@ class MarginHead(FusedHead):
         MarginHead.reset_parameters(self)  # a subclass's own needs buffers that come later
 
     def reset_parameters(self) -> None:
-        """Draw the centers anew, and set the rest of the state dict to its initial values."""
+        """Redraw the centers, and set the rest of the state dict to its initial values."""
         nn.init.normal_(self.weight, std=self.init_std)
 
     def forward(
@@ -131,7 +131,7 @@ class AdaFace(MarginHead):
         options: as `MarginHead`.
 
     State dict: ``weight``, and the scalars ``norm_mean`` and ``norm_std``, which begin at 20 and
-    100, as in the authors' code. These are float32 whatever the module is cast to (float64 after
+    100, as in the authors' code. These stay float32 under casts of the module (float64 after
     ``.double()``): in 16 bits a hundredth of a batch would be rounded away.
 
     The authors' code also clips θ + g_angle to [1e-3, π − 1e-3] and lengths to [1e-3, 100]; the
@@ -169,7 +169,7 @@ class AdaFace(MarginHead):
         self.register_load_state_dict_pre_hook(_wide_statistics)
 
     def reset_parameters(self) -> None:
-        """Draw the centers anew, and reset the running statistics."""
+        """Redraw the centers, and reset the running statistics."""
         super().reset_parameters()
         self._reset_statistics()
 

@@ -113,7 +113,7 @@ class PartialFC(FusedHead):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the centers anew."""
+        """Redraw the centers."""
         start = None
         if self.group is not None and not self.weight.is_meta:
             seed = int(torch.randint(2**62, (), device="cpu")) + self.rank

@@ -181,7 +181,7 @@ class RowSGD(_RowOptimizer):
     """SGD on the rows that have a gradient, by `synface_kernels.row_sgd_`.
 
     Takes the sparse gradients (COO, sparse along the first dimension) that sampled heads return,
-    and dense ones. A step costs O(S·D) for S rows, whatever C is.
+    and dense ones. A step costs O(S·D) for S rows, for any C.
 
     Args:
         params: parameters of shape (C, D) or (C, S, D), contiguous: float32, bfloat16 or float64.

@@ -150,7 +150,7 @@ def _restore(
 
 
 def _as_spelled_now(value: Any) -> Any:
-    """Return a checkpoint's state with today's keys; a training configuration with all of them."""
+    """Return a checkpoint's state with present keys; a training configuration with all of them."""
     if not isinstance(value, dict):
         return value
     value = {EARLIER.get(key, key): _as_spelled_now(each) for key, each in value.items()}

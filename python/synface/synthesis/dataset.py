@@ -64,7 +64,7 @@ def synthesize(
         batch_size: images per call of the generator.
         workers: threads that encode and write; None for one per core.
         resume: go on in a folder that the same arguments began (or that does not exist yet).
-        overwrite: remove the identities in a folder that this function wrote, and begin anew.
+        overwrite: remove the identities in a folder that this function wrote, and start again.
         progress: called as progress(done, total) at the start and after each image.
 
     Returns:

@@ -60,7 +60,7 @@ def _read_npy(path: Path) -> Tensor:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError:
         raise
-    except Exception as error:  # NumPy lets through whatever a hostile header makes Python raise
+    except Exception as error:  # NumPy lets through any exception that an invalid header raises
         raise ValueError(f"{path} is not a whole .npy array: {error}") from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path} is an archive of arrays, expected one .npy array")

@@ -99,7 +99,7 @@ class EigenfaceGenerator:
         rotation = rotation * triangle.diagonal().sign()
         largest = eigenfaces.gather(1, eigenfaces.abs().argmax(1, keepdim=True))
         axes = (eigenfaces * largest.sign())[:rank] * deviations * math.sqrt(embedding_size)
-        # Numbers on a grid have sums that are exact in float64, whatever their order.
+        # Numbers on a grid have sums that are exact in float64, in any order.
         self._axes = _on_grid(rotation @ axes)
 
     def generate(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The backbone that a configuration names: an IResNet, or what a function of the user's returns.
 
 A function is imported only where the user names it. What a checkpoint or a run's folder names
-could be anyone's code, so nothing imports that by itself.
+could be anyone's code, so nothing imports it unasked.
 """
 
 from __future__ import annotations

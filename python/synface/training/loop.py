@@ -126,7 +126,7 @@ def train(
             on, the learning rate is that of the longer schedule at the same step.
         init: a run (or one of its checkpoints) whose backbone a new run begins with, and whose
             class centers too where the data have as many identities, in the same order. Optimizer,
-            schedule and log begin anew; ``Trained.init`` says what was loaded.
+            schedule and log start again; ``Trained.init`` names what was loaded.
         progress: a display that is called at every step.
         stop_after: end early, after this step, as an interruption would (the last checkpoint is
             what remains).

@@ -1,4 +1,4 @@
-"""A training run's folder: its files, the checks before it begins, its network read back.
+"""A training run's folder: its files, checks before the first step, loading of its network.
 
 Nothing here reads an image: a command calls `check_start` before it decodes any.
 """

@@ -1,4 +1,4 @@
-"""Sources of training batches, each a function of the configuration and the step alone."""
+"""Sources of training batches, each a function of only the configuration and the step."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def fingerprint(images: LabeledImages) -> str:
 
 
 class FacesSource:
-    """One set of faces, augmented; each epoch is shuffled anew.
+    """One set of faces, augmented and reshuffled in each epoch.
 
     Args:
         faces: in memory, or an `ImageSet`, which worker processes decode batch by batch; both

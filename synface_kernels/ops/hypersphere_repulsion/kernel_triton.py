@@ -482,7 +482,7 @@ def nearest(x: Points, y: Points | None, k: int) -> tuple[Tensor, Tensor]:
     """Return float64 squared distances (N, k) and indices (N, k): see op.py.
 
     The GEMM takes 16-bit rows as they are, with float32 sums, and float32 rows as torch is set to.
-    Each row keeps its next_power_of_2(k + 8) best candidates. If these may not be all that are
+    Each row has its next_power_of_2(k + 8) best candidates. If these may not be all that are
     within the GEMM's error of the k-th best, the row is searched again in float64.
 
     Memory above the results: a workspace of 64 MiB and O(N·k).

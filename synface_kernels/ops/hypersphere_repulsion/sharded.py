@@ -2,8 +2,8 @@
 
 Blocks of points are exchanged around a ring. In step s rank r receives the points of rank r + s,
 and returns its results about them: their gradient, or their neighbors. By symmetry ⌊P/2⌋ steps
-cover all pairs of P ranks. For an even P, both ranks of a pair meet in the last step: each computes
-one half of their pairs, or the neighbors of its own points.
+cover all pairs of P ranks. For an even P, both ranks of a pair take part in the last step: each
+computes one half of their pairs, or the neighbors of its own points.
 
 Every rank holds the whole gallery, so pairs with it need no ring.
 """
@@ -133,7 +133,7 @@ class Nearest(torch.autograd.Function):
                 *[None] * 4,
             )
         gradient, _ = meet(None, starts[rank], counts[rank])
-        # The neighbor relation is not symmetric: every rank meets all blocks.
+        # The neighbor relation is not symmetric: every rank visits all blocks.
         for ahead, behind, others in ring(x, counts, len(counts) - 1, group):
             own, back = meet(others, starts[ahead], counts[ahead])
             gradient += own

@@ -66,7 +66,7 @@ def statistics(
     return Statistics(*common, filtered, found.cosine_sum, torch.full_like(found.cosine_sum, count))
 
 
-@torch.compiler.assume_constant_result  # compiled anew where torch.set_float32_… changes it
+@torch.compiler.assume_constant_result  # recompiled where torch.set_float32_… changes it
 def _may_split_bf16() -> bool:
     """Return whether a CPU may multiply float32 as bf16 splits.
 
@@ -226,10 +226,10 @@ class _Updating(torch.autograd.Function):
 
 
 def _scattered(class_ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
-    """Return a gradient that is zero but for the rows class_ids, which were checked.
+    """Return a gradient that is zero outside of the rows class_ids, which were checked.
 
-    It is sparse, but dense in compiled graphs and torch.func, for Inductor's passes and vmap stop
-    at sparse tensors.
+    It is sparse, but dense in compiled graphs and torch.func, as Inductor and vmap do not support
+    sparse tensors.
     """
     if torch.compiler.is_compiling() or transforms_active():
         return rows.new_zeros(shape).index_copy(0, class_ids, rows)

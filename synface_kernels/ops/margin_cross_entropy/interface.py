@@ -1,7 +1,7 @@
 """Named structures that cross the layers of the margin softmax: public function, core, kernels.
 
 torch's custom ops take flat arguments. `ForwardInputs`, `BackwardInputs` and `OptimizerStep` hold
-runs of them in the order of the ops' schemas, and are taken apart and put together there alone.
+runs of them in the order of the ops' schemas, and are packed and unpacked only there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class ForwardInputs(NamedTuple):
 
     Attributes:
         input: (N, D); weight: (C, D) or (C, M, D); both float64 or neither.
-        class_ids: (S,) int64 rows of weight that take part; None: all, S = C.
+        class_ids: (S,) int64 rows of weight that are used; None: all, S = C.
         labels: (N, K) int64 in [0, S), distinct within a row, −1 where absent, −2 where a label's
             center is not in weight.
         scale: of the logits.
@@ -140,7 +140,7 @@ def split_backward(arguments: Sequence[Any]) -> tuple[BackwardInputs, Sequence[A
 
 
 def count_classes(weight: Tensor, class_ids: Tensor | None) -> int:
-    """Return how many classes take part."""
+    """Return the number of classes that are used."""
     return (weight if class_ids is None else class_ids).shape[0]
 
 

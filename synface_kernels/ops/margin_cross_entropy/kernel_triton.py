@@ -2,10 +2,10 @@
 
 Two designs share the arithmetic on a block of logits:
 
-- *fused* (`_fused_kernel`): no gradient of the input is asked for, and weight is taken as it is,
-  without filter or sums. The GEMM runs inside the kernel and logits never reach device memory.
+- *fused* (`_fused_kernel`): without a gradient of the input, a cast of weight, filter or sums. The
+  GEMM runs inside the kernel and logits never reach device memory.
 - *tiled* (training): cuBLAS writes the float32 logits of one tile of classes into a reused
-  workspace, one kernel turns them into a factor of the second GEMM, and cuBLAS takes that.
+  workspace, one kernel turns them into an operand of the next GEMM, by cuBLAS.
 
 In both, cos_ij = (x_i · w_j)·r_i·r_j with r = 1/norm in the epilogue, so nothing normalized is
 written and 16-bit inputs are not rounded twice. All sums have a fixed order.

@@ -168,7 +168,7 @@ def forward(inputs: ForwardInputs) -> ForwardOutputs:
 def _find_targets(inputs: ForwardInputs | BackwardInputs, target_cosine: Tensor) -> Tensor:
     """Fill target_cosine (N, K); return each label's row of weight, as of centers (C·M, D).
 
-    A negative label stands for itself.
+    A negative label is returned as it is.
     """
     labels, class_ids = inputs.labels, inputs.class_ids
     n, d = inputs.input.shape
@@ -192,7 +192,7 @@ def _forward_fused(
     """Compute logits within the kernel, for a weight in the GEMM's dtype.
 
     In the kernel, a cast before `tl.dot` must not be, for then Triton 3.6 and 3.7 take TF32 on
-    compute capability 10, whatever input_precision says.
+    compute capability 10, for any input_precision.
     """
     (n, d), c = input.shape, weight.shape[0]
     gemm_dtype = weight.dtype
@@ -310,7 +310,7 @@ def backward(
     Returns:
         grad_input (N, D) in input's dtype, grad_rows (S, D) or (S, M, D) in weight's dtype; (0,)
         for one that is not needed. Rows without labels, or whose three gradients are all 0, give
-        and get no gradient, whatever they hold.
+        and get no gradient, even if they hold NaN.
 
     Memory above the gradients: as forward's tile, and 4·D more per class for a 16-bit weight.
 
@@ -468,7 +468,7 @@ class _Tiles:
         self.logits, self.weight_r = new[:-1], new[-1]
 
     def factor(self, dtype: torch.dtype) -> Tensor:
-        """Return a buffer for the second GEMM's factor: the logits' own if the dtype allows."""
+        """Return a buffer for the next GEMM's operand: the logits' own if the dtype allows."""
         return self.logits if dtype == torch.float32 else torch.empty_like(self.logits, dtype=dtype)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
@@ -525,16 +525,16 @@ def _with_contiguous_rows(inputs: _Inputs) -> _Inputs:
 
 
 def _gemm_dtypes(input: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Return the dtypes of the logits GEMM and of the second one, by probabilities or gradients.
+    """Return the dtypes of the logits GEMM and of the GEMM by probabilities or gradients.
 
-    Those leave float16's range, so that float16 gives way to float32 there.
+    The latter leave float16's range, so their GEMM is float32 for float16 inputs.
     """
     gemm_dtype = input.dtype if input.dtype == weight.dtype else torch.float32
     return gemm_dtype, torch.float32 if gemm_dtype == torch.float16 else gemm_dtype
 
 
 def _bytes_per_center(input: Tensor, weight: Tensor, class_ids: Tensor | None) -> int:
-    """Return a tile's bytes: logits, inverse norms, second factor, copies of weight's rows."""
+    """Return a center's bytes in a tile: logits, inverse norm, next operand, copies of its row."""
     n, d = input.shape
     gemm_dtype, factor_dtype = _gemm_dtypes(input, weight)
     copies = gemm_dtype.itemsize if gemm_dtype != weight.dtype else 0

@@ -43,7 +43,7 @@ class CombinedMargin:
             larger plain cosine with it, presumably the same person under another label, are
             filtered. They get no gradient from that row, and do not count in its top1.
         interclass_filter_mode: ``"drop"`` leaves filtered classes out of the softmax; ``"zero"``
-            keeps them with logits of 0 (insightface's ``interclass_filtering_threshold``).
+            sets their logits to 0 (insightface's ``interclass_filtering_threshold``).
 
     Raises:
         ValueError: for a margin out of range (for example an angle in degrees).

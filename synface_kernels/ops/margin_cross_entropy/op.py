@@ -31,8 +31,8 @@ class MarginStats(NamedTuple):
             ``mix="separate"``, the mean over the labels by their weights.
         target_cosine: (N,), or (N, K) for (N, K) targets: plain cosine with the target's center;
             differentiable; 0 where ignored.
-        top1: (N,) bool: no other class has a higher plain cosine than the (best) target, but for
-            those that the margin's ``interclass_filter`` filters. Its mean is the training
+        top1: (N,) bool: no other class has a higher plain cosine than the (best) target,
+            those filtered by the margin's ``interclass_filter`` aside. Its mean is the training
             accuracy. False where ignored.
     """
 
@@ -69,35 +69,35 @@ def margin_cross_entropy(
       L_i = −Σ_j t_ij·log softmax(z_i)_j. SynFace's loss of mixed identities and domains.
     - ``mix="separate"``: L_i = Σ_k t_ik·CE_ik, where CE_ik has label k as its only target.
 
-    With one label per row both are ArcFace and its kin. With ``label_smoothing`` ε, the weights of
-    the logarithms (t, or 1 for label k of CE_ik) become (1 − ε)·t_ij + ε/C, as torch has it; the
-    logits keep their margins. The margin's ``interclass_filter`` takes classes out of the softmax.
+    With one label per row both are the usual margin softmax. With ``label_smoothing`` ε, the
+    weights of the logarithms (t, or 1 for label k of CE_ik) become (1 − ε)·t_ij + ε/C, as torch has
+    it, on logits with margins. The margin's ``interclass_filter`` removes classes from the softmax.
 
     Args:
         input: (N, D) embeddings: float32, bfloat16 or float16 (computed in float32), or float64
             together with ``weight``. They need not be normalized nor contiguous.
         weight: (C, D) class centers, likewise; C ≥ 1. Or (C, M, D), M sub-centers for each class:
-            its cosine is the greatest of theirs (the first of equals), and its gradient goes there.
-        target: (N,) int64 labels in [0, C), or (N, K) for K labels per row. A label that stands
-            twice in a row counts once, with the sum of its weights. With ``class_ids``, labels are
-            indices into it, in [0, S).
+            its cosine is their maximum (the first of equals), which receives the gradient.
+        target: (N,) int64 labels in [0, C), or (N, K) for K labels per row. A label that
+            occurs twice in a row counts once, with the sum of its weights. With ``class_ids``,
+            labels are indices into it, in [0, S).
         margin: an `ArcFace` (the default), `CosFace`, `SphereFace` or `CombinedMargin`. Angles are
             in radians.
         target_weight: (N, K) weights of (N, K) targets, ≥ 0, each row summing to 1; no gradient.
         mix: how several labels per row combine, see above.
-        class_ids: (S,) int64, rising strictly: the rows of weight that take part in this step, as
-            if there were no others. They must hold every label; `sample_classes` returns them,
+        class_ids: (S,) int64, strictly increasing: the rows of weight used in this step, as if
+            there were no others. They must include every label; `sample_classes` returns them,
             and the target as indices into them. Rows are read in place, not gathered. Weight's
             gradient then is a coalesced sparse COO tensor of weight's shape with S rows: indices
             ``class_ids``, values (S, D), which `torch.optim.SGD` takes as it is, and `row_sgd_` as
             ids and values. (``weight.grad`` loses torch's mark that it is coalesced; the result of
             `torch.autograd.grad` has it.) Under torch.compile, which cannot hold sparse tensors,
-            the gradient is dense: C·D numbers, zero but for those rows. With a group:
-            rows of this rank's weight, which must hold the labels of all ranks that are among its
-            classes (see `sample_classes`); all ranks give class_ids, or none, and the target
+            the gradient is dense: C·D numbers, zero outside of those rows. With a group:
+            rows of this rank's weight, which must include the labels of all ranks that are among
+            its classes (see `sample_classes`); all ranks give class_ids, or none, and the target
             remains in [0, C).
-        label_smoothing: ε in [0, 1), see above; C is the number of classes that take part. Neither
-            with sub-centers nor with an ``interclass_filter``.
+        label_smoothing: ε in [0, 1), see above; C is the number of classes used. Neither with
+            sub-centers nor with an ``interclass_filter``.
         group: a `torch.distributed` process group whose ranks each hold some of the classes, and
             a batch of their own: ``weight`` is (C_r, D), ``input`` (N_r, D), ``target`` is in
             [0, C), C = Σ C_r, N = Σ N_r. N_r may differ, and be 0; so may C_r ≥ 1. The loss and
@@ -110,23 +110,23 @@ def margin_cross_entropy(
         class_start: the first of this rank's classes. The ranks' classes must cover [0, C) without
             a hole or an overlap.
         update: an `SGDUpdate` or `AdamWUpdate`: the backward pass takes this step on ``weight``,
-            in place, and the weight's gradient is never held, only a tile of it. Centers and states
-            get the very bits that `row_sgd_` or `row_adamw_` would give them with the gradient
+            in place, and only a tile of the weight's gradient is stored. Centers and states get the
+            same bits as by `row_sgd_` or `row_adamw_` with the gradient
             (and with ``class_ids``, if given). Weight must not require grad, and be float32,
             bfloat16 or float64. Each forward pass has one backward pass, before the next: so
-            gradients cannot be accumulated, nor clipped by a norm, nor looked at before the step.
+            gradients can be neither accumulated, clipped nor inspected before the step.
             A factor of the loss, as of `torch.amp.GradScaler`, is one of the centers' gradient; a
             step cannot be skipped afterwards. Under no_grad there is no step. With a group each
-            rank gives the same rule, numbers and step, with its own rows' states and, where they
-            round stochastically, a seed of its own or none. Not inside `torch.compile`.
+            rank passes the same rule, hyperparameters and step, with its own rows' states and,
+            where they round stochastically, a seed of its own or none. Not inside `torch.compile`.
         ignore_index: a label to leave out. A valid row has other labels, beside which this one must
             have weight 0. Rows that are not valid are skipped: loss 0, gradient 0.
         reduction: ``"mean"`` over the valid rows (0 if there is none), ``"sum"``, ``"none"``.
         return_stats: also return `MarginStats`.
         workspace: bytes that the forward pass may save for the backward pass, ≥ 0: the cosines of
-            as many classes as fit, 4·N (8·N for float64) per center, which then are not computed
-            again: with all of them a step is three GEMMs, not four. No bit of the result depends
-            on it. Without effect where weight needs no gradient, and for ``"triton"`` and
+            as many classes as fit, 4·N (8·N for float64) per center, which then are not
+            recomputed: with all of them a step is three GEMMs, not four. The result has the same
+            bits. Without effect where weight needs no gradient, and for ``"triton"`` and
             ``"reference"``. With a group: each rank's own, where N is that of all ranks.
         impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``; see `explain`.
 
@@ -148,8 +148,8 @@ def margin_cross_entropy(
     (a loop), without ``group`` and ``update``. Second derivatives and forward mode raise.
 
     Memory above the inputs: forward O(N·(D + K)), buffers of at most 64 MiB, and ``workspace``,
-    which is held until the backward pass; backward the gradients, with ``update`` the input's
-    alone, and such buffers. Never N×C unless ``workspace`` allows it, except in
+    which is held until the backward pass; backward the gradients (with ``update`` only the
+    input's) and such buffers. Never N×C unless ``workspace`` allows it, except in
     ``impl="reference"``, which also holds the weight's gradient. With a group N is that of all
     ranks, and the embeddings of all of them, N·D, are held from forward to backward. On a CPU,
     gradients come from a caching allocator, capped at 512 MiB: see `empty_cache`.

@@ -35,7 +35,7 @@ class Shards:
     Attributes:
         counts: each rank's number of rows.
         start, classes: this rank's classes are start … start + classes − 1.
-        class_ids: those of them that take part, counted from start; None: all.
+        class_ids: those of them that are used, counted from start; None: all.
     """
 
     group: Any
@@ -64,7 +64,7 @@ class Shards:
     def _of_all_classes(self, partial: Statistics) -> Statistics:
         """Send each rank the partial statistics of its rows, and combine those of this rank's.
 
-        They travel as the columns of one float64 matrix, in the order of their names.
+        They are sent as the columns of one float64 matrix, in the order of their names.
         """
         every = partial._replace(negative_max=partial.negative_max.double())
         columns = [v if v.dim() == 2 else v[:, None] for v in every if v is not None]
@@ -131,7 +131,7 @@ def prepare_on_all_ranks(
     """Return how rows and classes are sharded, and this rank's checked arguments.
 
     Args:
-        prepare: checks this rank's arguments, but for labels' upper bound.
+        prepare: checks this rank's arguments, except for labels' upper bound.
         options: what else must be the same on all ranks.
 
     Raises:

@@ -1,7 +1,7 @@
-"""The margin softmax whose backward pass takes the centers' optimizer step itself.
+"""The margin softmax whose backward pass applies the optimizer to the centers.
 
-The gradient of the centers is computed a tile of classes at a time, and each tile goes straight
-into the row update: it is never held as a whole.
+The gradient of the centers is computed a tile of classes at a time, and the row
+update uses each tile at once, so the whole gradient is never stored.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def row_sgd_(
     With g = row_grad + weight_decay·w, as `torch.optim.SGD`: b ← momentum·b + (1 − dampening)·g,
     w ← w − lr·b; with ``nesterov`` w ← w − lr·(g + momentum·b); without momentum w ← w − lr·g.
 
-    Without ``last_step``, rows that are not in ``class_ids`` keep their weight and momentum, as
+    Without ``last_step``, the weight and momentum of rows not in ``class_ids`` are unchanged, as
     with `torch.optim.SparseAdam`: they get neither weight decay nor momentum steps.
 
     With ``last_step``, a row in ``class_ids`` first takes the steps that it missed: those that
@@ -135,9 +135,9 @@ def row_adamw_(
     As `torch.optim.AdamW`, with t = ``step``: m ← β₁·m + (1 − β₁)·g, v ← β₂·v + (1 − β₂)·g²,
     w ← (1 − lr·weight_decay)·w − lr·m/(1 − β₁^t) / (√(v/(1 − β₂^t)) + eps).
 
-    Without ``last_step``, rows that are not in ``class_ids`` keep their weight and moments, as with
-    `torch.optim.SparseAdam`; bias is corrected by the number of steps, not by how often a row was
-    updated.
+    Without ``last_step``, the weight and moments of rows not in ``class_ids`` are unchanged, as
+    with `torch.optim.SparseAdam`; bias is corrected by the number of steps, not by how often a row
+    was updated.
 
     With ``last_step``, a row in ``class_ids`` first takes the steps that it missed: those that
     `torch.optim.AdamW` would take with a gradient of zero. The decay of weight and moments has a

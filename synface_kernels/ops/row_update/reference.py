@@ -102,7 +102,7 @@ def _catch_up(rows: Rows, last: Tensor, until: int, idle: Callable[[Rows, Tensor
 
 
 def _write(update: Update, state: Tensor, rows: Tensor, stream: int) -> None:
-    """Write rows of a state in its dtype, rounded at random where the update has a seed."""
+    """Write rows of a state in its dtype, rounded stochastically where the update has a seed."""
     if update.seed is not None and state.dtype == torch.bfloat16:
         keys = row_keys(update.seed, update.step, stream, update.class_ids)
         rows = round_stochastically(rows, random_bits(keys, rows.shape[1]))

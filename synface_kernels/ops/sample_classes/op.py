@@ -14,7 +14,7 @@ from ..._select import always, needs_cpu_extension, register, resolve
 from . import kernel_torch, reference
 
 OP = "sample_classes"
-OTHER_RANKS = -1  # stands for labels that are not among this rank's classes
+OTHER_RANKS = -1  # marks labels that are not among this rank's classes
 register(OP, {"cpu": needs_cpu_extension, "torch": always, "reference": always})
 
 _RESULT = " -> (Tensor class_ids, Tensor remapped)"
@@ -39,7 +39,7 @@ def sample_classes(
     ignore_index: int = -100,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Sample the classes that take part in a training step: all positives, and random negatives.
+    """Sample the classes of a training step: all positives, and random negatives.
 
     The negatives are drawn uniformly, without replacement, from the classes that are not positives.
     They are a function of one number from the generator: the same on every device, by every

@@ -1,4 +1,4 @@
-"""Makes the interpreter round as the hardware does, and spares it most of its time."""
+"""Patches of Triton's interpreter: it rounds as the hardware does, and runs faster."""
 
 import inspect
 from functools import cache

@@ -115,7 +115,7 @@ def test_cosines_of_one() -> None:
 
 
 def test_targets_nearly_reached() -> None:
-    """There the input's gradient is a small difference, which float32 would lose."""
+    """Near its target an embedding's gradient is a small difference, which float32 would lose."""
     case = make_case(3, 4, 64, 1)
     weight = case.weight.clone()
     weight[:3] = case.input + 1e-4 * torch.randn(3, 64, generator=torch.Generator().manual_seed(1))

@@ -28,8 +28,8 @@ def convert(
 ) -> ImageSet:
     """Write a set of images in another format, without decoding or encoding any image again.
 
-    Labels, identities' names and the order are kept; but an image folder sorts identities by name,
-    so its labels change where that was not their order. Images in memory are encoded as PNG.
+    Labels, identities' names and the order are preserved; but an image folder sorts identities by
+    name, so its labels change where that was not their order. Images in memory are encoded as PNG.
 
     Args:
         source: a path for `open_images`, or a set.

@@ -1,4 +1,4 @@
-"""Decoding of image files, which are hostile until decoded; it needs NumPy and Pillow alone."""
+"""Decoding of untrusted image files; it needs only NumPy and Pillow."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXTENSIONS = frozenset(
     {".bmp", ".jpg", ".jpeg", ".png", ".pgm", ".ppm", ".pnm", ".tif", ".tiff", ".webp"}
 )
 SUFFIXES = {"BMP": "bmp", "PNG": "png", "PPM": "pnm", "TIFF": "tif", "WEBP": "webp"}  # else JPEG
-MAX_PIXELS = 1 << 26  # of one image; more is taken for a decompression bomb
+MAX_PIXELS = 1 << 26  # of one image; more counts as a decompression bomb
 NAMED = 5  # bad files that an error names
 READING = "reading images"  # in errors
 GRAYSCALE = ("1", "L", "LA")  # Pillow's modes without color

@@ -30,7 +30,7 @@ def read_folder(
     A folder's identities and files are read in natural order (s1, s2, ..., s10); files of other
     extensions are skipped with a warning, hidden ones without. Every image is decoded in full
     before this returns, turned by its EXIF orientation, stripped of alpha, converted, and resized
-    (antialiased, the aspect ratio is not kept).
+    (antialiased, the aspect ratio changes).
 
     Args:
         path: the folder, another path that `open_images` takes, or a set, also after a split.

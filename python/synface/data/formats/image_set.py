@@ -198,7 +198,7 @@ def label(scan: ScanResult, source: Path, relabel: bool = False) -> ImageSet:
 
     Args:
         relabel: number the labels that have images from 0 on, in their order, instead of raising.
-            Their names are kept; the name of a label without one is its number.
+            Their names stay; the name of a label without one is its number.
 
     Raises:
         DataError: for no image, a label out of range, labels without images, and names that are

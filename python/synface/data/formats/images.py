@@ -1,4 +1,4 @@
-"""Stores of images, whatever file format holds them, and which format a path is of.
+"""Stores of images in any file format, and detection of a path's format.
 
 A `Store` reads images by their index. Nothing here imports torch, so that the command line's help
 and the loaders' worker processes do without it; `image_set` adds labels, and makes a torch dataset

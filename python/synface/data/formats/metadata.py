@@ -1,4 +1,4 @@
-"""Metadata of image files, read for the orientation alone: damaged metadata break no image."""
+"""The orientation in image files' metadata; damaged metadata never make an image unreadable."""
 
 from __future__ import annotations
 

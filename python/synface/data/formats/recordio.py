@@ -1,7 +1,7 @@
 """insightface's RecordIO, read and written: train.rec, train.idx and property, framed as by MXNet.
 
 A record is a magic number, a word that holds its kind (3 bits) and length (29 bits), that many
-bytes and a padding to 4. Where the magic number stands in the bytes at a multiple of 4, the writer
+bytes and a padding to 4. Where the magic number occurs in the bytes at a multiple of 4, the writer
 left it out and began another part. The bytes are a header (flag, float32 label, two 64-bit
 numbers), `flag` float32 labels, and the image. insightface's record 0 has no image, and two labels:
 one more than the number of images, and one more than the last key of the records that follow them,
@@ -125,7 +125,7 @@ def _read(rec: Path, begin: int, which: str = "") -> tuple[NDArray[np.float32], 
 
 
 def _pack(labels: list[int], key: int, content: bytes) -> bytes:
-    """Return a record's bytes; one label stands in the header, more follow it."""
+    """Return a record's bytes; one label is in the header, more follow it."""
     if len(labels) == 1:
         return HEADER.pack(0, labels[0], key, 0) + content
     return HEADER.pack(len(labels), 0, key, 0) + struct.pack(f"<{len(labels)}f", *labels) + content
@@ -286,9 +286,7 @@ def _headers(
     for i in range(0, len(offsets), AT_ONCE):
         at = offsets[i : i + AT_ONCE]
         rows = slice(i, i + len(at))
-        raw = np.memmap(
-            rec, np.uint8, "r"
-        )  # mapped anew, so that the pages read before can be freed
+        raw = np.memmap(rec, np.uint8, "r")  # remapped, so that the pages read before can be freed
         words = raw[at[:, None] + np.arange(20)].view("<u4").astype(np.int64)
         magic, word, flag = words[:, 0], words[:, 1], words[:, 2]
         skipped = HEADER.size + 4 * flag

@@ -191,7 +191,7 @@ class WorkerPool(ABC):
 
     @abstractmethod
     def _image(self, ticket: int) -> str:
-        """Return the name of the image that a ticket stands for."""
+        """Return the name of a ticket's image."""
 
     def __enter__(self) -> Self:
         return self

@@ -23,7 +23,7 @@ from ...common.check import check_memory
 from ..formats import decode
 from ..formats.images import Store
 
-STARTING, IDLE, MIXING = -3, -2, -1  # tickets that stand for no image
+STARTING, IDLE, MIXING = -3, -2, -1  # tickets without an image
 
 
 class SharedArray:

@@ -205,7 +205,7 @@ class Centers:
     ) -> Any:
         """Return the margin softmax loss over the classes of ``target`` and random others.
 
-        The classes are drawn anew at each step, from the seed and the step. With ``catch_up``, the
+        The classes of each step are drawn from the seed and the step. With ``catch_up``, the
         drawn rows first take the steps that they missed (see `CentersConfig`).
 
         Args:

@@ -16,7 +16,7 @@ from .model import EPSILON, ORTHOGONALITY, DiscriminatorConfig, GeneratorConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The faces to train on, of the target domains, and to verify on."""
+    """The faces for training, target domains and verification."""
 
     faces: str = EMBEDDED
     target: str = EMBEDDED

@@ -1,4 +1,4 @@
-"""The faces of the CFSM recipe: to train on, of the target domains, and to verify on."""
+"""The faces of the CFSM recipe, for training, target domains and verification."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .degrade import degrade
 
 @dataclass(frozen=True)
 class People:
-    """The sets of faces: to train on, of the target domains before degradation, to verify on."""
+    """The sets of faces for training, target domains (before degradation) and verification."""
 
     source: Faces
     target: Faces

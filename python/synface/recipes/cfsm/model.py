@@ -147,7 +147,7 @@ def identity_loss(original: Tensor, changed: Tensor, strength: Tensor) -> Tensor
 def adain(x: Tensor, scale: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """Apply adaptive instance normalization: scale · (x − mean)/√(var + eps) + bias.
 
-    Mean and (biased) variance are of each channel of each image. The memory format is kept.
+    Mean and (biased) variance are of each channel of each image. The memory format is preserved.
 
     Args:
         x: (N, C, H, W) floating. scale, bias: (N, C).
@@ -196,7 +196,7 @@ class StyleSpace(nn.Module):
 def subspace_similarity(a: StyleSpace, b: StyleSpace) -> float:
     """Compute S(A, B) = (1/q)·Σ_i cos(u_A^i + μ_A, u_B^i + μ_B), in [−1, 1].
 
-    It compares column i with column i, so it is meaningful for spaces with the same start alone.
+    It compares column i with column i, so it needs spaces with the same initialization.
 
     Raises:
         ValueError: for spaces of different sizes.

@@ -1,6 +1,6 @@
 """SynFace: training on generated faces, mixed by identity and with a few real people.
 
-Five rows that differ in the batches alone: the generated faces as they are, with identity mixup,
+Five rows that differ only in their batches: the generated faces as they are, with identity mixup,
 with domain mixup, with both, and the few real people without any generated face.
 
 Source: Qiu, Yu, Gong, Li, Liu, Tao, "SynFace: Face Recognition with Synthetic Data", ICCV 2021.

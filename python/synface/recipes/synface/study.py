@@ -96,7 +96,7 @@ def load_config(file: Path | None = None) -> StudyConfig:
 
 
 class OneAttribute:
-    """A generator of eigenfaces whose styles vary in one attribute alone."""
+    """A generator of eigenfaces whose styles vary in a single attribute."""
 
     def __init__(self, generator: FaceGenerator, attribute: str) -> None:
         self.generator, self.attribute = generator, attribute

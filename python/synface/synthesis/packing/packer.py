@@ -56,7 +56,7 @@ class PackConfig:
         steps: number of steps of each restart, or
         minutes: length of the whole run. The annealing then follows the clock, so the result
             depends on the machine's speed. Neither: 500 steps.
-        restarts: runs from other random points; the best one is kept. Useful for few points.
+        restarts: runs from other random points; the best one is returned. Useful for few points.
         batch: points that repel each other in one step, each point drawn once per pass; None for
             all at once. See `Packer`.
         alpha: weight of the gallery.

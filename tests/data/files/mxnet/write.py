@@ -1,7 +1,7 @@
-"""Wrote train.rec, train.idx and property here, with MXNet 1.9.1 (and NumPy 1.23).
+"""The program that wrote train.rec, train.idx and property here, with MXNet 1.9.1 and NumPy 1.23.
 
-As insightface's sets are laid out: six images of two identities, some with two labels, and two with
-RecordIO's magic number among their bytes.
+They have the layout of insightface's sets: six images of two identities, some with two labels, and
+two with RecordIO's magic number among their bytes.
 
     python write.py FOLDER
 """
