@@ -33,15 +33,15 @@ OP = "margin_cross_entropy"
 _FORWARD = (
     "(Tensor input, Tensor weight, Tensor? class_ids, Tensor labels, float scale, float limit, "
     "bool needs_input_grad, bool needs_cosine_sum, SymInt workspace, "
-    "bool split_bf16{impl}) -> ("
+    "bool halves{impl}) -> ("
     "Tensor negative_lse, Tensor negative_max, Tensor target_cosine, Tensor filtered, "
-    "Tensor cosine_sum, Tensor mean_center, Tensor center_sum, Tensor saved)"
+    "Tensor cosine_sum, Tensor mean_center, Tensor center_sum, Tensor kept)"
 )
 _BACKWARD = (
     "(Tensor input, Tensor weight, Tensor? class_ids, Tensor labels, Tensor negative_lse, "
-    "Tensor mean_center, Tensor center_sum, Tensor saved, Tensor grad_negative_lse, "
+    "Tensor mean_center, Tensor center_sum, Tensor kept, Tensor grad_negative_lse, "
     "Tensor grad_target_cosine, Tensor grad_cosine_sum, float scale, float limit, "
-    "bool needs_input_grad, bool needs_weight_grad, bool split_bf16{impl}) -> ("
+    "bool needs_input_grad, bool needs_weight_grad, bool halves{impl}) -> ("
     "Tensor grad_input, Tensor grad_rows)"
 )
 for _name, _schema in ((f"{OP}_forward", _FORWARD), (f"{OP}_backward", _BACKWARD)):

@@ -23,9 +23,9 @@ from .interface import OptimizerStep, split_backward
 OP = "margin_cross_entropy_update"
 _SCHEMA = (
     "(Tensor input, Tensor(a!) weight, Tensor? class_ids, Tensor labels, Tensor negative_lse, "
-    "Tensor mean_center, Tensor center_sum, Tensor saved, Tensor grad_negative_lse, "
+    "Tensor mean_center, Tensor center_sum, Tensor kept, Tensor grad_negative_lse, "
     "Tensor grad_target_cosine, Tensor grad_cosine_sum, float scale, float limit, "
-    "bool needs_input_grad, bool split_bf16, str rule, Tensor(b!)[] states, Tensor(c!)? last_step, "
+    "bool needs_input_grad, bool halves, str rule, Tensor(b!)[] states, Tensor(c!)? last_step, "
     "float[] numbers, int step, int? seed{impl}) -> Tensor grad_input"
 )
 library.define(OP + _SCHEMA.format(impl=", str impl"))
