@@ -19,6 +19,7 @@ PROMISED = {
     "guided": ["Generator", "GeneratorConfig", "guided_styles"],
     "heads": ["AdaFace", "ArcFaceLoss", "MarginHead", "PartialFC", "ShardedMarginHead"],
     "mixing": ["Beta", "DomainMixup", "IdentityMixup", "Mixup", "TimmMixup"],
+    "mixing_parts": ["paste"],
     "optim": ["RowAdamW", "RowSGD"],
     "packing": ["PackConfig", "Packer"],
     "packing.bounds": [],

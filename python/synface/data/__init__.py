@@ -5,20 +5,20 @@ from typing import TYPE_CHECKING
 from ..common.lazy import lazy
 
 if TYPE_CHECKING:
-    from .embedded import embedded_faces as embedded_faces
-    from .formats.conversion import convert as convert
-    from .formats.decode import DataError as DataError
-    from .formats.folder import read_folder as read_folder
-    from .formats.image_set import Faces as Faces
-    from .formats.image_set import ImageSet as ImageSet
-    from .formats.image_set import list_folder as list_folder
-    from .formats.images import open_images as open_images
-    from .loading.augment import Augment as Augment
-    from .loading.augment import normalize as normalize
-    from .loading.loader import ImageLoader as ImageLoader
-    from .loading.loader import TwoDomainLoader as TwoDomainLoader
-    from .loading.sampler import CycledOrder as CycledOrder
+    from .embedded import embedded_faces
+    from .formats.conversion import convert
+    from .formats.decode import DataError
+    from .formats.folder import read_folder
+    from .formats.image_set import Faces, ImageSet, list_folder
+    from .formats.images import open_images
+    from .loading.augment import Augment, normalize
+    from .loading.loader import ImageLoader, TwoDomainLoader
+    from .loading.sampler import CycledOrder
 
+__all__ = [
+    "Augment", "CycledOrder", "DataError", "Faces", "ImageLoader", "ImageSet", "TwoDomainLoader",
+    "convert", "embedded_faces", "list_folder", "normalize", "open_images", "read_folder",
+]  # fmt: skip
 __getattr__ = lazy(
     __name__,
     {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,11 @@ def evaluate_set(
     data: PairSet | TemplateSet,
     image_shape: tuple[int, int, int],
     *,
+    batch_size: int = 256,
+    flip: bool = True,
+    resize: bool = False,
     fars: Sequence[float] = FARS,
-    **options: Any,
+    progress: Callable[[int, int], None] | None = None,
 ) -> SetResult:
     """Embed a set's images on the model's device, and verify its pairs.
 
@@ -55,15 +58,23 @@ def evaluate_set(
     gallery and the others as probes; in a `TemplateSet`, its gallery and probe lists.
 
     Args:
-        model, image_shape: as `embed_store`. fars: as `verify_pairs`.
-        options: of `embed_store` (``batch_size``, ``flip``, ``resize``, ``progress``).
+        model, image_shape, batch_size, flip, resize, progress: as `embed_store`.
+        fars: as `verify_pairs`.
 
     Raises: as `embed_store` and `verify_pairs`.
 
     Memory: the embeddings, (N, D) float32, and what `verify_pairs` takes.
     """
     began = time.perf_counter()
-    rows = embed_store(model, data.store, image_shape, **options)
+    rows = embed_store(
+        model,
+        data.store,
+        image_shape,
+        batch_size=batch_size,
+        flip=flip,
+        resize=resize,
+        progress=progress,
+    )
     seconds = time.perf_counter() - began
     fold, found = None, None
     if isinstance(data, TemplateSet):

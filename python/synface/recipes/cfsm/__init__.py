@@ -5,7 +5,7 @@ from ...common.lazy import lazy
 __getattr__ = lazy(
     __name__,
     {
-        "config": ("CfsmConfig", "load_config"),
+        "config": ("CfsmConfig", "DataConfig", "GuidedConfig", "StyleConfig", "load_config"),
         "faces": ("People", "degraded", "first_images", "read_people"),
         "guided": ("VARIANTS", "guided_gain", "train_guided"),
         "recipe": ("Results", "run"),

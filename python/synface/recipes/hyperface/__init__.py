@@ -2,6 +2,8 @@
 
 from ...common.lazy import lazy
 
-__getattr__ = lazy(
-    __name__, {"recipe": ("KINDS", "cells", "load_config", "measured", "packed", "run", "write")}
-)
+_RECIPE = (
+    "KINDS", "DataConfig", "HyperfaceConfig", "PackingConfig", "Results", "cell_name", "cells",
+    "load_config", "measured", "packed", "run", "write",
+)  # fmt: skip
+__getattr__ = lazy(__name__, {"recipe": _RECIPE})

@@ -2,6 +2,8 @@
 
 from ...common.lazy import lazy
 
-__getattr__ = lazy(
-    __name__, {"recipe": ("ROWS", "cells", "load_config", "measured", "run", "write")}
-)
+_RECIPE = (
+    "ROWS", "DataConfig", "Results", "SynfaceConfig", "cell_name", "cells", "load_config",
+    "measured", "run", "write",
+)  # fmt: skip
+__getattr__ = lazy(__name__, {"recipe": _RECIPE})

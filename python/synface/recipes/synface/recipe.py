@@ -29,6 +29,7 @@ from ...training.sources import FacesSource, Source
 from ..generated import FacesConfig, check_choices, check_seeds, identities
 from ..report import difference, machine, plot_seeds, shown, spread, write_report
 from ..sweep import (
+    Bars,
     Cell,
     SweepResults,
     for_steps,
@@ -123,14 +124,23 @@ class Results(SweepResults):
     real: Faces
 
 
-def run(config: SynfaceConfig, output: Path, **options: Any) -> Results:
+def run(
+    config: SynfaceConfig,
+    output: Path,
+    *,
+    resume: bool = False,
+    only: str | None = None,
+    progress: Bars | None = None,
+) -> Results:
     """Train and verify all cells below ``output``; options and errors are those of `run_cells`."""
     few, others = config.data.real_identities, config.data.held_out_identities
     generator, people = open_faces(config.data, config.train, few + others)
     rest, held = people.split(others)
     real = rest.split(len(rest.identities) - few)[0]
     pixels = verify_pixels(held)
-    found = run_cells(cells(config, generator, real), held, output, **options)
+    found = run_cells(
+        cells(config, generator, real), held, output, resume=resume, only=only, progress=progress
+    )
     return Results(config, generator, held, found, pixels, real)
 
 

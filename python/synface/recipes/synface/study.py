@@ -27,6 +27,7 @@ from ...training.config import TrainConfig
 from ..generated import EIGENFACES, FacesConfig, check_choices, check_seeds
 from ..report import machine, shown, write_report
 from ..sweep import (
+    Bars,
     Cell,
     SweepResults,
     for_steps,
@@ -153,11 +154,20 @@ class Results(SweepResults):
     config: StudyConfig
 
 
-def run(config: StudyConfig, output: Path, **options: Any) -> Results:
+def run(
+    config: StudyConfig,
+    output: Path,
+    *,
+    resume: bool = False,
+    only: str | None = None,
+    progress: Bars | None = None,
+) -> Results:
     """Train and verify all cells below ``output``; options and errors are those of `run_cells`."""
     generator, held = open_faces(config.data, config.train, 2)
     pixels = verify_pixels(held)
-    found = run_cells(cells(config, generator), held, output, **options)
+    found = run_cells(
+        cells(config, generator), held, output, resume=resume, only=only, progress=progress
+    )
     return Results(config, generator, held, found, pixels)
 
 
