@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..common.check import check_integer, check_number
+from ..common.check import check_integers, check_number
 from ..common.rng import standard_defaults
 from ..common.textfiles import parse_json, read_text
 from ..models import PRESETS
@@ -98,8 +98,7 @@ class Settings:
     device: str = "h100"
 
     def __post_init__(self) -> None:
-        for name in ("identities", "dim", "gpus", "batch", "labels"):
-            check_integer(name, getattr(self, name), 1)
+        check_integers(self, identities=1, dim=1, gpus=1, batch=1, labels=1)
         check_number("gpu_memory", self.gpu_memory, 1.0)
         check_number("sample_rate", self.sample_rate, 0.0, 1.0)
         if self.sample_rate == 0:

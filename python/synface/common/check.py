@@ -41,6 +41,12 @@ def check_integer(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_integers(config: object, **least: int) -> None:
+    """Check several attributes as `check_integer` does, each with its least value."""
+    for name, bound in least.items():
+        check_integer(name, getattr(config, name), bound)
+
+
 def check_rows(name: str, rows: Tensor) -> Tensor:
     """Return the norms (N, 1) of rows (N, D) in float64.
 

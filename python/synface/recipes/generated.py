@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.check import check_integer
+from ..common.check import check_integer, check_integers
 from ..common.rng import generator as draws
 from ..common.rng import normals
 from ..data import Faces, embedded_faces, read_folder
@@ -36,8 +36,7 @@ class FacesConfig:
     real: str = EMBEDDED
 
     def __post_init__(self) -> None:
-        check_integer("size", self.size, 8)
-        check_integer("embedding_size", self.embedding_size, 2)
+        check_integers(self, size=8, embedding_size=2)
 
     def face_generator(self) -> FaceGenerator:
         """Return the face generator; raises as `open_generator`."""

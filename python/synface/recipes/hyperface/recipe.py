@@ -24,7 +24,7 @@ from torch import Tensor
 import synface_kernels as sk
 
 from ... import checkpoint
-from ...common.check import check_integer
+from ...common.check import check_integers
 from ...common.config import load
 from ...common.extras import extra
 from ...data import read_folder
@@ -61,8 +61,7 @@ class DataConfig(FacesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_integer("identities", self.identities, 2)
-        check_integer("images_per_identity", self.images_per_identity, 1)
+        check_integers(self, identities=2, images_per_identity=1)
 
 
 @dataclass(frozen=True)
