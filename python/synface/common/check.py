@@ -37,6 +37,11 @@ def check_integer(name: str, value: object, least: int) -> None:
     """Raise TypeError or ValueError unless value is an integer ≥ least."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer ≥ {least}, got {describe(value)}")
+    check_least(name, value, least)
+
+
+def check_least(name: str, value: float, least: float) -> None:
+    """Raise ValueError unless value ≥ least."""
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 

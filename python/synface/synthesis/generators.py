@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.check import check_device, check_memory
+from ..common.check import check_device, check_least, check_memory
 from ..common.extras import extra
 from ..common.rng import normals, seeded
 from ..data.embedded import FACES, STYLES, enlarge, lfw_crops, restyle, to_bytes
@@ -82,8 +82,7 @@ class EigenfaceGenerator:
     style_size = STYLES
 
     def __init__(self, embedding_size: int, size: int = 48) -> None:
-        if embedding_size < 2:
-            raise ValueError(f"embedding_size must be at least 2, got {embedding_size}")
+        check_least("embedding_size", embedding_size, 2)
         if size < 8:
             raise ValueError(f"size must be at least 8 pixels, got {size}")
         self.embedding_size = embedding_size
@@ -351,8 +350,7 @@ def _size(path: Path, name: str, asked: int | None, inside: Any) -> int:
         raise ValueError(f"{name} of {path} is {inside}, got {asked}")
     size = inside if asked is None else asked
     assert size is not None
-    if size < 1:
-        raise ValueError(f"{name} must be at least 1, got {size}")
+    check_least(name, size, 1)
     return size
 
 
