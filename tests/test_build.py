@@ -61,7 +61,7 @@ def test_a_wheel_from_the_source_distribution_works(tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     with zipfile.ZipFile(file) as content:
         content.extractall(installed)
-    for pattern in ("recipes/*/*.toml", "recipes/*/*.md", "bench/*.md"):
+    for pattern in ("recipes/*/*.toml", "recipes/*/*.md", "bench/*.md", "evaluation/*.md"):
         beside = sorted(p.name for p in (ROOT / "python/synface").glob(pattern))
         assert beside
         assert sorted(p.name for p in (installed / "synface").glob(pattern)) == beside
