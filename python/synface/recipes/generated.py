@@ -63,6 +63,18 @@ class FacesConfig:
         return faces
 
 
+@dataclass(frozen=True)
+class DatasetConfig(FacesConfig):
+    """The generated faces to train on, of so many identities, and the real ones to verify on."""
+
+    identities: int = 10_000
+    images_per_identity: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integers(self, identities=2, images_per_identity=1)
+
+
 def identities(count: int, dim: int, seed: int) -> Tensor:
     """Return (count, dim) random identities, unit rows, float32."""
     return F.normalize(normals((count, dim), draws(seed, "identities", 0)))
