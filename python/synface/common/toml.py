@@ -34,13 +34,18 @@ def read_toml(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is nested too deeply") from error
 
 
-def write_toml(file: Path, values: Mapping[str, Any]) -> None:
-    """Write values atomically, without those that are None, for which TOML has no word."""
+def toml_text(values: Mapping[str, Any]) -> str:
+    """Return tables and values as TOML."""
     with extra("train", "writing TOML"):
         import tomli_w
 
+    return tomli_w.dumps(values)
+
+
+def write_toml(file: Path, values: Mapping[str, Any]) -> None:
+    """Write values atomically, without those that are None, for which TOML has no word."""
     kept = {name: value for name, value in values.items() if value is not None}
-    write_text(file, tomli_w.dumps(kept))
+    write_text(file, toml_text(kept))
 
 
 def check_keys(where: object, keys: Iterable[str], known: Iterable[str]) -> None:
