@@ -62,10 +62,10 @@ def test_a_wheel_from_the_source_distribution_works(tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     with zipfile.ZipFile(file) as content:
         content.extractall(installed)
-    for pattern in ("*/*.toml", "*/*.md"):
-        recipes = sorted(p.name for p in (ROOT / "python/synface/recipes").glob(pattern))
-        assert recipes
-        assert sorted(p.name for p in (installed / "synface/recipes").glob(pattern)) == recipes
+    for pattern in ("recipes/*/*.toml", "recipes/*/*.md", "bench/*.md", "evaluation/*.md"):
+        beside = sorted(p.name for p in (ROOT / "python/synface").glob(pattern))
+        assert beside
+        assert sorted(p.name for p in (installed / "synface").glob(pattern)) == beside
     for package in ("synface", "synface_kernels"):
         assert (installed / package / "py.typed").exists()
     where = run([sys.executable, "-W", "error", "-c", SMOKE], tmp_path, PYTHONPATH=str(installed))

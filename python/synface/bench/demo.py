@@ -85,42 +85,16 @@ def write(
     (folder / "report.json").write_text(json.dumps(result, indent=1))
     head, *rows = softmax_table(times, memory, implementation)
     gradients = (workload.n + workload.c) * workload.d * 4 / 2**20
-    text = f"""# From faces to a verified network
-
-Data: {escape(faces.source)}. Measured in this run ({seconds:.0f} s) on {escape(machine)}.
-
-## The faces
-
-![sample faces, one identity a row](faces.png)
-
-## Training
-
-![loss and training accuracy over the epochs](loss.png)
-
-## People never trained on
-
-![ROC of the trained network and raw pixels](roc.png)
-
-### Trained network
-
-```
-{trained.summary()}
-```
-
-### Raw pixels, centered cosine, the same pairs
-
-```
-{pixels.summary()}
-```
-
-## What the fused margin softmax saves
-
-N = {workload.n} embeddings of D = {workload.d}, C = {workload.c:,} identities, float32.
-
-{table(head, [[escape(cell) for cell in row] for row in rows])}
-
-Times: medians of the three methods, in turn in one process. Memory: peak resident memory above
-the inputs, each in a process of its own; the gradients alone take {gradients:.0f} MiB.
-"""
+    template = Path(__file__).with_name("demo.md").read_text(encoding="utf-8")
+    text = template.format(
+        source=escape(faces.source),
+        machine=escape(machine),
+        seconds=seconds,
+        trained=trained.summary(),
+        pixels=pixels.summary(),
+        workload=workload,
+        softmax=table(head, [[escape(cell) for cell in row] for row in rows]),
+        gradients=gradients,
+    )
     write_page(folder / "index.html", text)
     return folder / "index.html"

@@ -15,14 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from ..common.check import check_integer, check_number
-from ..common.rng import standard_defaults
+from ..common.check import check_integers, check_number
 from ..common.textfiles import parse_json, read_text
 from ..models import PRESETS
-from ..models.iresnet import IResNet
+from ..training.config import option
 
 MIB, GIB = 2**20, 2**30
 WORKSPACE = 64 * MIB  # upper bound of margin_cross_entropy's, beside its results
@@ -84,22 +80,21 @@ class Settings:
     """
 
     identities: int
-    dim: int = 512
-    gpus: int = 1
+    dim: int = option(512, "Dimension of the embeddings.", least=1)
+    gpus: int = option(1, "Number of GPUs; the classes are split among them.", least=1)
     gpu_memory: float = 80e9
-    batch: int = 1024
-    labels: int = 1
-    sample_rate: float = 1.0
-    fused_update: bool = False
-    centers: str = "float32"
-    optimizer: str = "sgd"
-    backbone: str | None = "r50"
-    precision: str = "bfloat16"
-    device: str = "h100"
+    batch: int = option(1024, "Images per step, on all GPUs together.")
+    labels: int = option(1, "Labels per image; mixing gives up to 3.", least=1)
+    sample_rate: float = option(1.0, "Share of the classes sampled in a step.", most=1.0)
+    fused_update: bool = option(False, "Step the centers in the backward pass.")
+    centers: str = option("float32", "Dtype of the class centers: float32 or bfloat16.")
+    optimizer: str = option("sgd", "Optimizer of the class centers: sgd, adamw or none.")
+    backbone: str | None = option("r50", "Backbone: r18, r34, r50 or r100 at 112x112, or none.")
+    precision: str = option("bfloat16", "Precision of the backbone: bfloat16 or float32.")
+    device: str = option("h100", "GPU: a100, h100, h200 or rtx4090.")
 
     def __post_init__(self) -> None:
-        for name in ("identities", "dim", "gpus", "batch", "labels"):
-            check_integer(name, getattr(self, name), 1)
+        check_integers(self, identities=1, dim=1, gpus=1, batch=1, labels=1)
         check_number("gpu_memory", self.gpu_memory, 1.0)
         check_number("sample_rate", self.sample_rate, 0.0, 1.0)
         if self.sample_rate == 0:
@@ -201,6 +196,12 @@ def _backbone(name: str, dim: int) -> tuple[int, float, float]:
     They are counted by running the network on the meta device, which neither computes nor
     allocates.
     """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ..common.rng import standard_defaults
+    from ..models.iresnet import IResNet
+
     with standard_defaults(), torch.device("meta"):
         network = IResNet(IMAGE, 3, (64, 128, 256, 512), DEPTHS[name], dim)
     own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}

@@ -24,7 +24,7 @@ from torch import Tensor
 from synface_kernels import _env
 
 from ..common.check import available_memory as available_memory  # public here
-from ..common.check import check_integer, check_number
+from ..common.check import check_integer, check_integers, check_number
 from ..common.files import write_text
 from ..common.interrupts import interrupts
 from ..common.rng import generator, normals, seeds
@@ -61,8 +61,7 @@ class ScaleConfig:
         check_number("sample_rate", self.sample_rate, 0, 1)
         if not self.sample_rate:
             raise ValueError("sample_rate must be in (0, 1], got 0")
-        for name in ("batch", "working_set"):
-            check_integer(name, getattr(self, name), 1)
+        check_integers(self, batch=1, working_set=1)
         if self.working_set > self.centers.num_classes:
             raise ValueError(
                 f"working_set must be at most the {self.centers.num_classes:,} identities, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -104,31 +104,23 @@ def scale_command(
     if directory is not None:
         check_folder("--directory", directory)
     with Bar("undoing" if resume else "creating") as bar:
-
-        def part(done: int, total: int) -> None:
-            bar.progress.update(bar.task, completed=done, total=total)
-
         if resume and directory is not None:
-            centers = Centers.open(directory, sync=sync, progress=part)
+            centers = Centers.open(directory, sync=sync, progress=bar.count)
         else:
             centers = Centers.create(
-                config.centers, directory, overwrite=overwrite, sync=sync, progress=part
+                config.centers, directory, overwrite=overwrite, sync=sync, progress=bar.count
             )
     kept = keep or resume
     try:
         with Bar("training") as bar:
-            bar.progress.update(bar.task, total=steps, completed=centers.step)
-
-            def step(row: dict[str, Any]) -> None:
-                bar.step(row["loss"], row["accuracy"], batch)
-
+            bar.start(steps, centers.step)
             result = scale.run(
                 config,
                 centers,
                 steps=steps,
                 minutes=minutes,
                 checkpoint_every=checkpoint_every,
-                progress=step,
+                progress=lambda row: bar.step(row["loss"], row["accuracy"], batch),
             )
         scale.write_report(result, output)
         if kept:

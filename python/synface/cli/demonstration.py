@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from ..common.check import check_folder
 from .options import SeedOption
-from .terminal import Bar, console, say
+from .terminal import Bar, print_table, say
 
 
 def info_command() -> None:
@@ -73,10 +72,7 @@ def demo_command(
         times = measure.time_all(work, 3, lambda method: bar.advance(f"time of {method}"))
     implementation = f"impl={sk.explain('margin_cross_entropy').impl}"
     header, *rows = demo.softmax_table(times, memory, implementation)
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    print_table(header, rows)
 
     seconds = time.perf_counter() - began
     page = demo.write(

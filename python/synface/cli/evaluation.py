@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from ..common.check import check_folder
 from ..evaluation.sets import PairSet, TemplateSet, open_set
 from .options import RelabelOption, refuse
 from .started import MEMORY, Started, command_of, located, read_faces, split_faces
-from .terminal import Bar, console, say
+from .terminal import Bar, print_table, say
 
 if TYPE_CHECKING:  # they import torch, which takes longer than all else that --help needs
     import torch
@@ -227,8 +226,5 @@ def _evaluate_sets(
                 set_report.evaluate_set(backbone, each, image_shape, progress=bar.files, **options)
             )
     header, *rows = set_report.table(results)
-    shown = Table(*header)
-    for row in rows:
-        shown.add_row(*map(escape, row))
-    console.print(shown)
+    print_table(header, [[escape(cell) for cell in row] for row in rows])
     return results

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from inspect import Parameter
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
@@ -13,7 +14,6 @@ import typer
 
 from ..common.toml import check_keys, read_toml
 from ..data.formats.decode import MAX_PIXELS
-from ..training.config import NOT_NEGATIVE
 
 T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -23,18 +23,22 @@ RelabelOption = Annotated[bool, typer.Option("--relabel", help=RELABEL)]
 SeedOption = Annotated[int, typer.Option(help="Random seed.", min=0)]
 
 
-def options_of(first: type, last: type) -> Callable[[Command], Command]:
-    """Return a decorator that gives a command an option for each field of two dataclasses.
+def options_of(first: type, *last: type) -> Callable[[Command], Command]:
+    """Return a decorator that gives a command an option for each field of dataclasses.
 
     The command takes their values as ``**given``. The options of ``first`` come before its own in
-    the help, those of ``last`` after them. A field's metadata are those of
-    `synface.training.config.option`.
+    the help, those of ``last`` after them; an own option of a field's name takes the field's place.
+    A field's metadata are those of `synface.training.config.option`.
     """
 
     def decorate(command: Command) -> Command:
-        context, *own, _ = inspect.signature(command, eval_str=True).parameters.values()
-        added = [[_parameter(cls, each) for each in fields(cls)] for cls in (first, last)]
-        parameters = [context, *added[0], *own, *added[1]]
+        context, *rest, _ = inspect.signature(command, eval_str=True).parameters.values()
+        own = {each.name: each for each in rest}
+        added = [
+            [own.pop(f.name) if f.name in own else _parameter(cls, f) for f in fields(cls)]
+            for cls in (first, *last)
+        ]
+        parameters = [context, *added[0], *own.values(), *chain.from_iterable(added[1:])]
         found: Any = command
         found.__signature__ = inspect.Signature(parameters)
         found.__annotations__ = {each.name: each.annotation for each in parameters}
@@ -48,9 +52,9 @@ def _parameter(cls: type, field: Field[Any]) -> Parameter:
     if get_origin(hint) is tuple:
         hint, default = str, in_words(default)
     names = [f"--{field.name.replace('_', '-')}"] if hint is bool else []  # no --no-…
-    least = 0 if field.metadata["must"] is NOT_NEGATIVE else None
-    option = typer.Option(*names, help=field.metadata["help"], min=least)
-    annotation: Any = Annotated[field.metadata["type"] or hint, option]
+    given = field.metadata
+    option = typer.Option(*names, help=given["help"], min=given["least"], max=given["most"])
+    annotation: Any = Annotated[given["type"] or hint, option]
     return Parameter(
         field.name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation
     )

@@ -3,81 +3,46 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..bench import plan
+from .options import from_options, options_of
 from .terminal import console, say
 
-if TYPE_CHECKING:
-    from ..bench.plan import Plan
 
-
+@options_of(plan.Settings)
 def plan_command(
+    context: typer.Context,
     identities: Annotated[str, typer.Option(help="Number of identities: 250000, 10M, 1.5B.")],
-    dim: Annotated[int, typer.Option(help="Dimension of the embeddings.", min=1)] = 512,
-    gpus: Annotated[
-        int, typer.Option(help="Number of GPUs; the classes are split among them.", min=1)
-    ] = 1,
     gpu_memory: Annotated[
         str | None, typer.Option(help="Memory per GPU: 80GB, 24GiB. Default: the device's.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Images per step, on all GPUs together.")] = 1024,
-    labels: Annotated[int, typer.Option(help="Labels per image; mixing gives up to 3.", min=1)] = 1,
-    sample_rate: Annotated[
-        float, typer.Option(help="Share of the classes sampled in a step.", max=1.0)
-    ] = 1.0,
-    fused_update: Annotated[
-        bool, typer.Option("--fused-update", help="Step the centers in the backward pass.")
-    ] = False,
-    centers: Annotated[
-        str, typer.Option(help="Dtype of the class centers: float32 or bfloat16.")
-    ] = "float32",
-    optimizer: Annotated[
-        str, typer.Option(help="Optimizer of the class centers: sgd, adamw or none.")
-    ] = "sgd",
-    backbone: Annotated[
-        str, typer.Option(help="Backbone: r18, r34, r50 or r100 at 112x112, or none.")
-    ] = "r50",
-    precision: Annotated[
-        str, typer.Option(help="Precision of the backbone: bfloat16 or float32.")
-    ] = "bfloat16",
-    device: Annotated[str, typer.Option(help="GPU: a100, h100, h200 or rtx4090.")] = "h100",
     measured: Annotated[
         Path | None,
         typer.Option(help="Rates measured on that device, as make gpu-evidence writes them."),
     ] = None,
+    **given: Any,
 ) -> None:
     """Estimate memory per GPU, bytes exchanged and time per step, and what makes a run fit."""
-    from ..bench import plan
-
+    device, backbone = given["device"], given["backbone"]
     if device not in plan.DEVICES:
         raise ValueError(f"--device must be one of {', '.join(plan.DEVICES)}, got {device!r}")
-    settings = plan.Settings(
-        identities=plan.parse_count("--identities", identities),
-        dim=dim,
-        gpus=gpus,
-        gpu_memory=(
-            plan.DEVICES[device].memory
-            if gpu_memory is None
-            else plan.parse_bytes("--gpu-memory", gpu_memory)
-        ),
-        batch=batch,
-        labels=labels,
-        sample_rate=sample_rate,
-        fused_update=fused_update,
-        centers=centers,
-        optimizer=optimizer,
-        backbone=None if backbone == "none" else backbone,
-        precision=precision,
-        device=device,
+    given["identities"] = plan.parse_count("--identities", identities)
+    given["gpu_memory"] = (
+        plan.DEVICES[device].memory
+        if gpu_memory is None
+        else plan.parse_bytes("--gpu-memory", gpu_memory)
     )
+    given["backbone"] = None if backbone == "none" else backbone
+    settings = from_options(plan.Settings, given)
     _print_plan(plan.plan(settings, None if measured is None else plan.read_measured(measured)))
 
 
-def _print_plan(found: Plan) -> None:
+def _print_plan(found: plan.Plan) -> None:
     def show(title: str, unit: str, rows: list[tuple[str, ...]]) -> None:
         table = Table(title, unit, *(["bound by"] if len(rows[0]) > 2 else []))
         table.columns[1].justify = "right"

@@ -40,11 +40,6 @@ CellOption = Annotated[
 FacesOption = Annotated[bool, typer.Option(help="Show some generated faces in the report.")]
 
 
-@app.callback()
-def recipe() -> None:
-    """Run a paper's recipe, from data to a report."""
-
-
 @app.command("cfsm")
 def cfsm_command(
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/cfsm"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from typer.core import TyperGroup
 
 from ..common.interrupts import Terminated
@@ -74,6 +75,14 @@ def say(text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table; its cells may have markup."""
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
 @contextmanager
 def interrupts(text: str) -> Iterator[None]:
     """Print how to resume after Ctrl-C or SIGTERM, and exit with 130 or 143, as shells do."""
@@ -110,8 +119,11 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def start(self, total_steps: int, step: int) -> None:
+    def start(self, total_steps: int | None, step: int) -> None:
         self.progress.update(self.task, total=total_steps, completed=step)
+
+    def count(self, done: int, total: int) -> None:
+        self.start(total, done)
 
     def step(self, loss: float, accuracy: float, images: int) -> None:
         self.images += images

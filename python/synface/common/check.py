@@ -37,8 +37,19 @@ def check_integer(name: str, value: object, least: int) -> None:
     """Raise TypeError or ValueError unless value is an integer ≥ least."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer ≥ {least}, got {describe(value)}")
+    check_least(name, value, least)
+
+
+def check_least(name: str, value: float, least: float) -> None:
+    """Raise ValueError unless value ≥ least."""
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_integers(config: object, **least: int) -> None:
+    """Check several attributes as `check_integer` does, each with its least value."""
+    for name, bound in least.items():
+        check_integer(name, getattr(config, name), bound)
 
 
 def check_rows(name: str, rows: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, get_type_hints
 
-from .extras import extra
-from .toml import check_keys, read_toml
+from .toml import check_keys, read_toml, toml_text
 
 T = TypeVar("T")
 
@@ -59,7 +58,4 @@ def _build(cls: type, table: dict[str, Any], where: str, earlier: Mapping[str, s
 
 def to_toml(config: Any) -> str:
     """Return the exact configuration, as `load` reads it."""
-    with extra("train", "writing TOML"):
-        import tomli_w
-
-    return tomli_w.dumps(asdict(config))
+    return toml_text(asdict(config))

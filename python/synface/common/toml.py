@@ -34,13 +34,18 @@ def read_toml(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is nested too deeply") from error
 
 
-def write_toml(file: Path, values: Mapping[str, Any]) -> None:
-    """Write values atomically, omitting None, which TOML cannot represent."""
+def toml_text(values: Mapping[str, Any]) -> str:
+    """Return tables and values as TOML."""
     with extra("train", "writing TOML"):
         import tomli_w
 
+    return tomli_w.dumps(values)
+
+
+def write_toml(file: Path, values: Mapping[str, Any]) -> None:
+    """Write values atomically, omitting None, which TOML cannot represent."""
     given = {name: value for name, value in values.items() if value is not None}
-    write_text(file, tomli_w.dumps(given))
+    write_text(file, toml_text(given))
 
 
 def check_keys(where: object, keys: Iterable[str], known: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synface.common.check import check_memory
+from synface.common.check import check_least, check_memory
 from synface.common.rng import normals
 from synface.data.formats.decode import DataError
 from synface.data.formats.image_set import Faces
@@ -46,8 +46,7 @@ def embedded_faces(
     Source: Huang, Mattar, Lee, Learned-Miller, "Learning to Align from Scratch", NIPS 2012;
         scikit-image's `data/lfw_subset.npy`.
     """
-    if images_per_identity < 1:
-        raise ValueError(f"images_per_identity must be at least 1, got {images_per_identity}")
+    check_least("images_per_identity", images_per_identity, 1)
     if size < 8:
         raise ValueError(f"size must be at least 8 pixels, got {size}")
     if not 2 <= identities <= FACES:

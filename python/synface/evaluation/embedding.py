@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from synface.common.check import describe
+from synface.common.check import check_least, describe
 from synface.data import normalize
 from synface.data.formats import decode
 from synface.data.formats.images import Store
@@ -48,8 +48,7 @@ def _embed(
     first: int,
 ) -> Tensor:
     """Embed images as `embed` does; errors call image i name(first + i)."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_least("batch_size", batch_size, 1)
     _check_images(images)
     parameter = next(model.parameters(), None)
     device = images.device if parameter is None else parameter.device
@@ -125,8 +124,7 @@ def embed_store(
 
     Memory: the result, and three batches of decoded images.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_least("batch_size", batch_size, 1)
     count, expected = len(store), None if resize else image_shape[:2]
 
     def read(pixels: np.ndarray, index: int) -> None:

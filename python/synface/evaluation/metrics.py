@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import synface_kernels as sk
-from synface.common.check import describe
+from synface.common.check import check_least, describe
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +98,7 @@ def verify(
     integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if labels.shape != (n,) or not integer:
         raise ValueError(f"labels must be integer of shape ({n},), got {describe(labels)}")
-    if folds < 2:
-        raise ValueError(f"folds must be at least 2, got {folds}")
+    check_least("folds", folds, 2)
     embeddings, labels = embeddings.detach().cpu().double(), labels.cpu()
     if bad := int((~embeddings.isfinite()).any(1).sum()):
         raise ValueError(f"embeddings must be finite, got {bad} of {n} rows with nan or inf")

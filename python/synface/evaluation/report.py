@@ -169,15 +169,10 @@ def write(folder: Path, results: Sequence[SetResult], about: Mapping[str, Any]) 
     ]
     (folder / "results.json").write_text(json.dumps({"about": dict(about), "sets": sets}, indent=1))
     head, *rows = table(results)
-    text = f"""# Verification sets
-
-{chr(10).join(f"- {page.escape(f'{key}: {value}')}" for key, value in about.items())}
-
-{page.table(head, [[page.escape(cell) for cell in row] for row in rows])}
-
-![ROC curves](roc.png)
-
-![DET curves](det.png)
-"""
+    template = Path(__file__).with_name("report.md").read_text(encoding="utf-8")
+    text = template.format(
+        about="\n".join(f"- {page.escape(f'{key}: {value}')}" for key, value in about.items()),
+        table=page.table(head, [[page.escape(cell) for cell in row] for row in rows]),
+    )
     page.write_page(folder / "index.html", text)
     return folder / "index.html"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.check import check_integer
+from ..common.check import check_integer, check_integers
 from ..common.rng import generator as draws
 from ..common.rng import normals
 from ..data import Faces, embedded_faces, read_folder
@@ -36,8 +36,7 @@ class FacesConfig:
     real: str = EMBEDDED
 
     def __post_init__(self) -> None:
-        check_integer("size", self.size, 8)
-        check_integer("embedding_size", self.embedding_size, 2)
+        check_integers(self, size=8, embedding_size=2)
 
     def face_generator(self) -> FaceGenerator:
         """Return the face generator; raises as `open_generator`."""
@@ -62,6 +61,18 @@ class FacesConfig:
                 f"{faces.source} must have {least} people or more, got {len(faces.identities)}"
             )
         return faces
+
+
+@dataclass(frozen=True)
+class DatasetConfig(FacesConfig):
+    """The generated faces to train on, of so many identities, and the real ones to verify on."""
+
+    identities: int = 10_000
+    images_per_identity: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integers(self, identities=2, images_per_identity=1)
 
 
 def identities(count: int, dim: int, seed: int) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.extras import extra
+from ..common.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,12 +37,8 @@ def figure(
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG file, atomically."""
-    part = path.with_name(path.name + ".part")
-    try:
+    with replacing(path) as part:
         figure.savefig(part, dpi=120, format="png")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def colors(count: int) -> list[Any]:

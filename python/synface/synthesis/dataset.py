@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -18,11 +17,11 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
-from ..common.check import check_folder, check_rows, describe
-from ..common.extras import extra
+from ..common.check import check_folder, check_least, check_rows, describe
 from ..common.files import write_text
 from ..common.rng import normals
 from ..common.textfiles import read_json
+from ..data.formats.decode import png
 from .embeddings import sha256_of_rows
 from .generators import FaceGenerator
 
@@ -78,14 +77,10 @@ def synthesize(
 
     Memory: three batches of images, and one byte per image of the folder.
     """
-    for name, value, least in (
-        ("images_per_identity", images_per_identity, 1),
-        ("seed", seed, 0),
-        ("batch_size", batch_size, 1),
-        ("workers", 1 if workers is None else workers, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    check_least("images_per_identity", images_per_identity, 1)
+    check_least("seed", seed, 0)
+    check_least("batch_size", batch_size, 1)
+    check_least("workers", 1 if workers is None else workers, 1)
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other")
     embeddings, unit = checked(embeddings, generator.embedding_size)
@@ -257,15 +252,10 @@ def _generate(
 
 def _write(file: Path, pixels: np.ndarray) -> None:
     """Write one PNG file atomically."""
-    with extra("train", "writing images"):
-        from PIL import Image
-
-    buffer = io.BytesIO()
-    grayscale = pixels.shape[2] == 1
-    Image.fromarray(pixels[:, :, 0] if grayscale else pixels).save(buffer, "png")
+    content = png(pixels)
     part = file.with_name(f".{file.name}.part")
     try:
-        part.write_bytes(buffer.getbuffer())
+        part.write_bytes(content)
         part.replace(file)
     except OSError:
         part.unlink(missing_ok=True)

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.check import check_device, check_memory
+from ..common.check import check_device, check_least, check_memory
 from ..common.extras import extra
 from ..common.rng import normals, seeded
 from ..data.embedded import FACES, STYLES, enlarge, lfw_crops, restyle, to_bytes
+
+SIZES = ("embedding_size", "style_size")
 
 
 class FaceGenerator(Protocol):
@@ -80,8 +82,7 @@ class EigenfaceGenerator:
     style_size = STYLES
 
     def __init__(self, embedding_size: int, size: int = 48) -> None:
-        if embedding_size < 2:
-            raise ValueError(f"embedding_size must be at least 2, got {embedding_size}")
+        check_least("embedding_size", embedding_size, 2)
         if size < 8:
             raise ValueError(f"size must be at least 8 pixels, got {size}")
         self.embedding_size = embedding_size
@@ -121,9 +122,11 @@ class EigenfaceGenerator:
 class _InFile:
     """A generator in a file: its sizes, and images from the model's output."""
 
-    def __init__(self, path: Path, kind: str, sizes: dict[str, tuple[int | None, Any]]) -> None:
+    def __init__(
+        self, path: Path, kind: str, asked: tuple[int | None, int | None], inside: list[Any]
+    ) -> None:
         self._path = path
-        found = {name: _size(path, name, *sizes[name]) for name in ("embedding_size", "style_size")}
+        found = {n: _size(path, n, *each) for n, *each in zip(SIZES, asked, inside, strict=True)}
         self.embedding_size, self.style_size = found.values()
         self.description = {"kind": kind, "sha256": sha256(path)} | found
         two = (
@@ -188,9 +191,8 @@ class TorchScriptGenerator(_InFile):
                 f"it takes {arguments} arguments"
             )
         self._seeded = arguments == 3
-        given = {"embedding_size": embedding_size, "style_size": style_size}
-        sizes = {name: (size, getattr(self._model, name, None)) for name, size in given.items()}
-        super().__init__(path, "torchscript", sizes)
+        inside = [getattr(self._model, name, None) for name in SIZES]
+        super().__init__(path, "torchscript", (embedding_size, style_size), inside)
 
     @torch.inference_mode()
     def _run(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
@@ -257,11 +259,8 @@ class OnnxGenerator(_InFile):
             )
         self._names = [x.name for x in inputs]
         self._batch = shapes[0][0] if isinstance(shapes[0][0], int) else None
-        sizes = {
-            "embedding_size": (embedding_size, shapes[0][1]),
-            "style_size": (style_size, shapes[1][1]),
-        }
-        super().__init__(path, "onnx", sizes)
+        inside = [shape[1] for shape in shapes[:2]]
+        super().__init__(path, "onnx", (embedding_size, style_size), inside)
 
     def _run(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
         count = len(seed)
@@ -351,8 +350,7 @@ def _size(path: Path, name: str, asked: int | None, inside: Any) -> int:
         raise ValueError(f"{name} of {path} is {inside}, got {asked}")
     size = inside if asked is None else asked
     assert size is not None
-    if size < 1:
-        raise ValueError(f"{name} must be at least 1, got {size}")
+    check_least(name, size, 1)
     return size
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..common.check import check_least
 from ..common.renamed import old_keywords
 from ..common.rng import generator as seeded
 from ..data import Augment, Faces
@@ -63,8 +64,7 @@ class GeneratedSource:
         ratio: Ratio | None = None,
         per_sample: bool = False,
     ) -> None:
-        if images_per_identity < 1:
-            raise ValueError(f"images_per_identity must be at least 1, got {images_per_identity}")
+        check_least("images_per_identity", images_per_identity, 1)
         self.embeddings = checked(embeddings, generator.embedding_size)[1]
         self.generator, self.images_per_identity, self.seed = generator, images_per_identity, seed
         self.identity_mixup, self.real = identity_mixup, real

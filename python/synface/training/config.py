@@ -39,17 +39,27 @@ def one_of(*names: str) -> Rule:
     return f"be one of {names}", lambda value: value in names
 
 
-def option(default: Any, help: str, must: Rule | None = None, **settings: Any) -> Any:
+def option(
+    default: Any,
+    help: str,
+    must: Rule | None = None,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    **settings: Any,
+) -> Any:
     """Return a dataclass field that is an option of the command line too.
 
     Args:
         default: of both.
         help: what the value is, for people who read the code or ``--help``.
         must: what `check_fields` raises ValueError for.
+        least, most: bounds that the command line checks; `NOT_NEGATIVE` has its own.
         **settings: further arguments of `dataclasses.field`; ``type`` is the option's type, where
             that is not the field's.
     """
     metadata = {"help": help, "must": must, "type": settings.pop("type", None)}
+    metadata |= {"least": 0 if must is NOT_NEGATIVE else least, "most": most}
     return field(default=default, metadata=metadata, **settings)
 
 

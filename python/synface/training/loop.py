@@ -178,7 +178,7 @@ def train(
         if progress:
             progress.start(run.total_steps, first)
         if run.leads:
-            stack.enter_context(_timed(source, output / TIMING, first))
+            stack.callback(_append_timing, source, output / TIMING, first)  # however it ends
         batches = stack.enter_context(closing(source.batches(config, first, run.part, run.device)))
         for step, batch in _saved_on_error(batches, first, run.save if run.alone else None):
             row, stop = run.step(step, batch, interrupted)
@@ -482,12 +482,7 @@ def _saved_on_error(
         raise
 
 
-@contextmanager
-def _timed(source: Source, file: Path, first: int) -> Iterator[None]:
-    """Append the source's timing to a file, however the run ends."""
-    try:
-        yield
-    finally:
-        if source.timing is not None:
-            with file.open("a") as lines:
-                lines.write(json.dumps({"first_step": first} | source.timing.report()) + "\n")
+def _append_timing(source: Source, file: Path, first: int) -> None:
+    if source.timing is not None:
+        with file.open("a") as lines:
+            lines.write(json.dumps({"first_step": first} | source.timing.report()) + "\n")

@@ -80,7 +80,51 @@ def fingerprint(images: LabeledImages) -> str:
     return digest.hexdigest()
 
 
-class FacesSource:
+class _ImagesSource:
+    """Training data that are decoded from sets of images; an epoch is one pass over the first."""
+
+    def __init__(
+        self,
+        *domains: LabeledImages,
+        size: tuple[int, int] | None,
+        grayscale: bool | None,
+        workers: int,
+    ) -> None:
+        self._domains, self.workers = domains, workers
+        self.image_shape = common_shape(domains, size, grayscale)
+        self.num_classes = sum(len(domain.identities) for domain in domains)
+        self.timing: Timing | None = None
+
+    def __len__(self) -> int:
+        return len(self._domains[0])
+
+    def description(self) -> dict[str, Any]:
+        return {
+            "source": ", mixed with ".join(domain.source for domain in self._domains),
+            "fingerprint": " ".join(map(fingerprint, self._domains)),
+            "image_shape": list(self.image_shape),
+            "identities": self.num_classes,
+        }
+
+    def _steps(self, config: TrainConfig) -> int:
+        """Return the number of steps of a run."""
+        return config.epochs * -(-len(self) // config.batch_size)
+
+    def _reading(self, config: TrainConfig, first: int, part: RankSlice) -> dict[str, Any]:
+        """Return the options that both loaders take, to read from the step ``first`` on."""
+        height, width, channels = self.image_shape
+        return {
+            "size": (height, width),
+            "grayscale": channels == 1,
+            "seed": config.seed,
+            "first_step": first,
+            "last_step": self._steps(config),
+            "workers": self.workers,
+            "part": part,
+        }
+
+
+class FacesSource(_ImagesSource):
     """One set of faces, augmented and reshuffled in each epoch.
 
     Args:
@@ -103,21 +147,7 @@ class FacesSource:
         workers: int = 2,
     ) -> None:
         (self.faces,) = opened(faces=faces)
-        self.image_shape = common_shape([faces], size, grayscale)
-        self.num_classes = len(faces.identities)
-        self.workers = workers
-        self.timing: Timing | None = None
-
-    def __len__(self) -> int:
-        return len(self.faces)
-
-    def description(self) -> dict[str, Any]:
-        return {
-            "source": self.faces.source,
-            "fingerprint": fingerprint(self.faces),
-            "image_shape": list(self.image_shape),
-            "identities": self.num_classes,
-        }
+        super().__init__(faces, size=size, grayscale=grayscale, workers=workers)
 
     def batches(
         self,
@@ -137,31 +167,19 @@ class FacesSource:
     ) -> AbstractContextManager[Iterable[tuple[int, tuple[Tensor, Tensor]]]]:
         """Return an iterable of (step, (images, labels)) from the step ``first`` on."""
         faces, size = self.faces, config.batch_size
-        order = ShuffledOrder(len(self), config.seed)
-        last = config.epochs * order.batches(size)
         if faces.store.pixels is not None:
             images = torch.from_numpy(faces.store.pixels)
             labels = torch.as_tensor(faces.labels, device="cpu")
-            rows = ((step, order.batch(step, size, part)[0]) for step in range(first, last))
+            order, steps = ShuffledOrder(len(self), config.seed), range(first, self._steps(config))
+            rows = ((step, order.batch(step, size, part)[0]) for step in steps)
             return nullcontext((step, (images[i], labels[i])) for step, i in rows)
-        height, width, channels = self.image_shape
-        loader = ImageLoader(
-            faces,
-            size,
-            size=(height, width),
-            grayscale=channels == 1,
-            seed=config.seed,
-            first_step=first,
-            last_step=last,
-            workers=self.workers,
-            pin=device.type == "cuda",
-            part=part,
-        )
+        pin = device.type == "cuda"
+        loader = ImageLoader(faces, size, pin=pin, **self._reading(config, first, part))
         self.timing = loader.timing
         return loader
 
 
-class MixedSource:
+class MixedSource(_ImagesSource):
     """Synthetic images mixed with real ones, pixel by pixel, decoded by worker processes.
 
     An epoch is one pass over the synthetic set; the classes are the synthetic identities, then the
@@ -190,25 +208,13 @@ class MixedSource:
         workers: int = 2,
         mix_in_workers: bool = False,
     ) -> None:
-        self.synthetic, self.real = synthetic, real
+        super().__init__(synthetic, real, size=size, grayscale=grayscale, workers=workers)
+        self.synthetic, self.real, self.mix_in_workers = synthetic, real, mix_in_workers
         self.ratio, self.per_sample = ratio or Grid(), per_sample
-        self.image_shape = common_shape((synthetic, real), size, grayscale)
-        self.num_classes = len(synthetic.identities) + len(real.identities)
-        self.workers, self.mix_in_workers = workers, mix_in_workers
-        self.timing: Timing | None = None
-
-    def __len__(self) -> int:
-        return len(self.synthetic)
 
     def description(self) -> dict[str, Any]:
-        fingerprints = [fingerprint(domain) for domain in (self.synthetic, self.real)]
-        return {
-            "source": f"{self.synthetic.source}, mixed with {self.real.source}",
-            "fingerprint": " ".join(fingerprints),
-            "image_shape": list(self.image_shape),
-            "identities": self.num_classes,
-            "ratio": f"{self.ratio!r}, {'per sample' if self.per_sample else 'per batch'}",
-        }
+        drawn = "per sample" if self.per_sample else "per batch"
+        return super().description() | {"ratio": f"{self.ratio!r}, {drawn}"}
 
     def batches(
         self,
@@ -232,15 +238,9 @@ class MixedSource:
             self.synthetic,
             self.real,
             config.batch_size,
-            size=(height, width),
-            grayscale=channels == 1,
-            seed=config.seed,
-            first_step=first,
-            last_step=config.epochs * -(-len(self) // config.batch_size),
-            workers=self.workers,
             mix_in_workers=mixup if self.mix_in_workers else None,
             pin=mixed.is_cuda,
-            part=part,
+            **self._reading(config, first, part),
         ) as loader:
             self.timing = loader.timing
             for step, batch in loader:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 
+from ...common.check import check_least
 from ..formats.decode import DataError
 from ..formats.images import Store
 from .worker import IDLE, MIXING, STARTING, Done, Setup, SharedArray, SharedStore, Task
@@ -143,14 +144,10 @@ class WorkerPool(ABC):
         schedule: Schedule,
     ) -> None:
         first_step, self._last, workers, prefetch, pin = schedule
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("first_step", first_step, 0),
-            ("workers", workers, 1),
-            ("prefetch", prefetch, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_least("batch_size", batch_size, 1)
+        check_least("first_step", first_step, 0)
+        check_least("workers", workers, 1)
+        check_least("prefetch", prefetch, 1)
         self.image_shape, self.batch_size, self.timing = image_shape, batch_size, Timing(workers)
         self._next = self._ahead = first_step  # to hand out; to give to a worker
         self._prefetch = prefetch

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 import synface_kernels as sk
 
-from ...common.check import check_integer, check_number, describe
+from ...common.check import check_integers, check_number, describe
 from .parts import (
     Mixed,
     Mixer,
@@ -58,8 +58,7 @@ class DomainMixup(Mixer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_integer("num_synthetic", self.num_synthetic, 1)
-        check_integer("num_real", self.num_real, 1)
+        check_integers(self, num_synthetic=1, num_real=1)
         check_number("flip", self.flip, 0, 1)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from ...common.check import check_integer, check_number
+from ...common.check import check_integers, check_number
 from ...common.config import load
 from ...training.config import TrainConfig
 from ..generated import EMBEDDED, check_choices
@@ -26,13 +26,8 @@ class DataConfig:
     held_out_identities: int = 25
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("size", 16),
-            ("images_per_identity", 2),
-            ("target_identities", 1 if self.target == EMBEDDED else 0),
-            ("held_out_identities", 2),
-        ):
-            check_integer(name, getattr(self, name), least)
+        check_integers(self, size=16, images_per_identity=2, held_out_identities=2)
+        check_integers(self, target_identities=1 if self.target == EMBEDDED else 0)
 
 
 @dataclass(frozen=True)
@@ -89,8 +84,7 @@ class GuidedConfig:
 
 
 def _check_steps(stage: StyleConfig | GuidedConfig) -> None:
-    for name in ("steps", "batch_size", "checkpoint_every"):
-        check_integer(name, getattr(stage, name), 1)
+    check_integers(stage, steps=1, batch_size=1, checkpoint_every=1)
     check_number("lr", stage.lr, 0.0)
 
 
@@ -109,7 +103,7 @@ class CfsmConfig:
     guided: GuidedConfig = field(default_factory=GuidedConfig)
 
     def __post_init__(self) -> None:
-        check_integer("seed", self.seed, 0)
+        check_integers(self, seed=0)
         check_choices("domains", self.domains, DOMAINS)
         if self.guided.domain not in self.domains:
             raise ValueError(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import synface_kernels as sk
 
-from ...common.check import check_integer, check_number, describe
+from ...common.check import check_integer, check_integers, check_number, describe
 
 EPSILON = 0.314  # of the authors' code
 ORTHOGONALITY = ("l1", "mean_square")
@@ -48,9 +48,7 @@ class GeneratorConfig:
     hidden: int = 256
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            least = 0 if field.name == "downsamplings" else 1
-            check_integer(field.name, getattr(self, field.name), least)
+        check_integers(self, styles=1, latent=1, width=1, downsamplings=0, blocks=1, hidden=1)
         if self.latent < self.styles:
             raise ValueError(
                 f"latent must be at least styles = {self.styles}, for orthogonal columns, "
@@ -72,8 +70,7 @@ class DiscriminatorConfig:
     scales: int = 3
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            check_integer(field.name, getattr(self, field.name), 1)
+        check_integers(self, width=1, layers=1, scales=1)
 
 
 def orthogonality_loss(basis: Tensor, kind: str = "l1") -> Tensor:

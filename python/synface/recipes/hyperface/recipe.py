@@ -24,7 +24,6 @@ from torch import Tensor
 import synface_kernels as sk
 
 from ... import checkpoint
-from ...common.check import check_integer
 from ...common.config import load
 from ...common.extras import extra
 from ...data import read_folder
@@ -38,7 +37,7 @@ from ...synthesis.generators import FaceGenerator
 from ...synthesis.packing import PackConfig, Packer
 from ...training.config import TrainConfig
 from ...training.sources import FacesSource, Source
-from ..generated import FacesConfig, check_seeds, identities
+from ..generated import DatasetConfig, check_seeds, identities
 from ..report import difference, machine, plot_seeds, shown, spread, write_report
 from ..sweep import Bars, Cell, SweepResults, no_bars, open_faces, run_cells, verify_pixels
 
@@ -52,17 +51,10 @@ KEYS = (  # of the cosines in the report
 
 
 @dataclass(frozen=True)
-class DataConfig(FacesConfig):
+class DataConfig(DatasetConfig):
     """The generated faces, and the real people to verify on; see hyperface.toml."""
 
     embedding_size: int = 512
-    identities: int = 10_000
-    images_per_identity: int = 50
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer("identities", self.identities, 2)
-        check_integer("images_per_identity", self.images_per_identity, 1)
 
 
 @dataclass(frozen=True)

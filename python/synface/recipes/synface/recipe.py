@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ...common.check import check_integer
+from ...common.check import check_integers
 from ...common.config import load
 from ...data import Faces
 from ...reporting.page import table
@@ -26,7 +26,7 @@ from ...synthesis.dataset import styles
 from ...synthesis.generators import FaceGenerator
 from ...training.config import TrainConfig
 from ...training.sources import FacesSource, Source
-from ..generated import FacesConfig, check_choices, check_seeds, identities
+from ..generated import DatasetConfig, check_choices, check_seeds, identities
 from ..report import difference, machine, plot_seeds, shown, spread, write_report
 from ..sweep import (
     Bars,
@@ -50,19 +50,15 @@ ROWS: dict[str, tuple[bool, bool] | None] = {
 
 
 @dataclass(frozen=True)
-class DataConfig(FacesConfig):
+class DataConfig(DatasetConfig):
     """The generated faces, and the real people to train and to verify on; see synface.toml."""
 
-    identities: int = 10_000
-    images_per_identity: int = 50
     real_identities: int = 2_000
     held_out_identities: int = 30
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_integer("images_per_identity", self.images_per_identity, 1)
-        for name in ("identities", "real_identities", "held_out_identities"):
-            check_integer(name, getattr(self, name), 2)
+        check_integers(self, real_identities=2, held_out_identities=2)
 
 
 @dataclass(frozen=True)
