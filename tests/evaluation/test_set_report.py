@@ -102,7 +102,7 @@ def test_an_image_of_another_size_or_none_is_named(tmp_path):
         evaluate_set(Flat(36), data, (6, 6, 1))
     assert evaluate_set(Flat(36), data, (6, 6, 1), resize=True).images == 8
     data.store.images[3] = b"no image"
-    with pytest.raises(DataError, match=r"1 of 8 images.*\n.*image 3, .*no image that can be read"):
+    with pytest.raises(DataError, match=r"1 of 8 images.*\n.*image 3, .*not a readable image"):
         evaluate_set(Flat(36), data, (6, 6, 1), resize=True)
 
 
@@ -238,7 +238,7 @@ def test_eval_reports_on_sets(tmp_path):
     for arguments, message in (
         ([], "eval needs one run"),
         ([run, "--checkpoint", run], "eval needs one run"),
-        ([run, "--set", same_bin, "--holdout", 2], "--set goes without"),
+        ([run, "--set", same_bin, "--holdout", 2], "--set cannot be combined"),
         ([run, "--set", same_bin, "--images", root], "holds its images"),
     ):
         assert message in refused("eval", *arguments)

@@ -37,9 +37,9 @@ def scale_command(
     steps: Annotated[
         int | None, typer.Option(help="Number of steps. Default: 100, unless --minutes is given.")
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Minutes, in place of --steps.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes, instead of --steps.")] = None,
     optimizer: Annotated[str, typer.Option(help="Optimizer of the centers: sgd or adamw.")] = "sgd",
-    momentum: Annotated[float, typer.Option(help="Momentum of sgd; 0 for none.")] = 0.9,
+    momentum: Annotated[float, typer.Option(help="SGD momentum; 0 for none.")] = 0.9,
     lr: Annotated[float, typer.Option(help="Learning rate, constant.")] = 0.02,
     working_set: Annotated[
         str | None,
@@ -61,7 +61,7 @@ def scale_command(
         int | None, typer.Option(help="Steps between checkpoints. Default: none.", min=1)
     ] = None,
     sync: Annotated[
-        bool, typer.Option("--sync", help="Flush checkpoints, so that they survive a power cut.")
+        bool, typer.Option("--sync", help="Flush checkpoints to disk, to survive a power failure.")
     ] = False,
     seed: SeedOption = 0,
     output: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("scale-report"),
@@ -103,7 +103,7 @@ def scale_command(
     check_folder("--output", output)
     if directory is not None:
         check_folder("--directory", directory)
-    with Bar("undoing" if resume else "creating") as bar:
+    with Bar("restoring" if resume else "creating") as bar:
 
         def part(done: int, total: int) -> None:
             bar.progress.update(bar.task, completed=done, total=total)

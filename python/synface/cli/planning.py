@@ -24,7 +24,7 @@ def plan_command(
     gpu_memory: Annotated[
         str | None, typer.Option(help="Memory per GPU: 80GB, 24GiB. Default: the device's.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Images per step, on all GPUs together.")] = 1024,
+    batch: Annotated[int, typer.Option(help="Images per step, over all GPUs.")] = 1024,
     labels: Annotated[int, typer.Option(help="Labels per image; mixing gives up to 3.", min=1)] = 1,
     sample_rate: Annotated[
         float, typer.Option(help="Share of the classes sampled in a step.", max=1.0)
@@ -47,10 +47,10 @@ def plan_command(
     device: Annotated[str, typer.Option(help="GPU: a100, h100, h200 or rtx4090.")] = "h100",
     measured: Annotated[
         Path | None,
-        typer.Option(help="Rates measured on that device, as make gpu-evidence writes them."),
+        typer.Option(help="Rates measured on that device: the result file of make gpu-evidence."),
     ] = None,
 ) -> None:
-    """Estimate memory per GPU, bytes exchanged and time per step, and what makes a run fit."""
+    """Estimate memory per GPU, bytes exchanged and time per step, and how to make a run fit."""
     from ..bench import plan
 
     if device not in plan.DEVICES:

@@ -42,10 +42,10 @@ def _encoded(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def encode_anything() -> None:
-    """Make output with characters that the terminal's encoding lacks no error."""
+    """Escape characters that the terminal's encoding lacks, instead of raising."""
     codecs.register_error("synface", _encoded)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # else it is not the interpreter's own
+        if hasattr(stream, "reconfigure"):  # a replaced stream may lack it
             stream.reconfigure(errors="synface")
 
 
@@ -57,7 +57,7 @@ def _untyped(params: list[Any]) -> list[Any]:
 
 
 class Group(TyperGroup):
-    """A group of commands whose help gives flags no type; newer typers put <bool> beside them."""
+    """A group of commands whose help shows no type for flags; newer typers show <bool>."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _untyped(super().get_params(ctx))
@@ -76,7 +76,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def interrupts(text: str) -> Iterator[None]:
-    """Say how to go on after Ctrl-C or SIGTERM, and exit with 130 or 143, as shells do."""
+    """Print how to continue after Ctrl-C or SIGTERM, and exit with 130 or 143, as shells do."""
     try:
         yield
     except KeyboardInterrupt:
@@ -96,7 +96,7 @@ class Bar:
             BarColumn(bar_width=14),
             done or MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),  # 80 columns hold no more
+            TimeRemainingColumn(),  # further columns would exceed 80 characters
             console=console,
         )
         self.task = self.progress.add_task(escape(description), total=None, note="")

@@ -1,4 +1,4 @@
-"""Face images: of many formats, in memory or as a stream, and mixed; or a small embedded set."""
+"""Face images: readers of many formats, loaders, mixers, and a small embedded set."""
 
 from typing import TYPE_CHECKING
 

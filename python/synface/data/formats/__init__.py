@@ -1,1 +1,1 @@
-"""Image sets in the formats that people have them in."""
+"""Readers and writers of image sets in common file formats."""

@@ -180,7 +180,7 @@ def memory_format_of(images: Tensor, layout: str) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-CHANNELS = (1, 3, 4)  # of gray, color, and color with alpha
+CHANNELS = (1, 3, 4)  # grayscale, RGB, RGBA
 
 
 def check_images(name: str, images: Tensor, layout: str) -> None:
@@ -195,7 +195,7 @@ def check_images(name: str, images: Tensor, layout: str) -> None:
     channels, elsewhere, other = (
         (last, first, "NCHW") if layout == "NHWC" else (first, last, "NHWC")
     )
-    # Square maps of many channels come from a layer, in the layout that was given.
+    # Square feature maps of many channels are accepted in the given layout.
     if channels not in CHANNELS and elsewhere in CHANNELS and (layout == "NHWC" or width != last):
         raise ValueError(
             f"{name} of shape {tuple(images.shape)} would have {channels} channels in "

@@ -2,8 +2,8 @@
 
 Replace ``from timm.data import Mixup`` by ``from synface.data.mixing.timm_mixup import Mixup``:
 arguments, their defaults, attributes, results and distributions are timm's (1.0.31). With
-``sparse=True`` targets come as `synface_kernels.margin_cross_entropy` takes them, and no (B, C)
-matrix is built.
+``sparse=True`` targets have the form that `synface_kernels.margin_cross_entropy` takes, without a
+(B, C) matrix.
 
 Different from timm's: a batch may be odd (its middle image is mixed with itself) or have one image;
 input images are never written to; wrong arguments are errors; numbers are drawn from a
@@ -355,7 +355,7 @@ class TimmMixup(Mixup):
     Args:
         dense: return targets as (B, C) float32 instead of (targets, weights).
         label_smoothing: of dense targets; with sparse ones, give it to the loss.
-        num_classes: C, at least 1; has to be given.
+        num_classes: C, at least 1; required.
 
     Raises:
         TypeError, ValueError: for a wrong argument, naming it.
@@ -403,4 +403,4 @@ def _stacked(images: Sequence[Any]) -> Tensor:
             )
     if kind is Tensor:
         return torch.stack(list(images))
-    return torch.from_numpy(np.stack(images))  # stacked first: read-only arrays would warn
+    return torch.from_numpy(np.stack(images))  # from_numpy would warn for read-only arrays
