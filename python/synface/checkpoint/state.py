@@ -1,4 +1,4 @@
-"""The folder of a checkpoint and its state.json, which say what a checkpoint is of."""
+"""A checkpoint's folder, and its state.json, which describes the run."""
 
 from __future__ import annotations
 

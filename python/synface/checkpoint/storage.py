@@ -82,13 +82,13 @@ class _Writer(dcp.HuggingFaceStorageWriter):
         return [replace(plan, storage_data=name % rank) for rank, plan in enumerate(plans, 1)]
 
     def write_data(self, plan: Any, planner: Any) -> Future[list[Any]]:
-        tensors, places = {}, {}
+        tensors, offsets = {}, {}
         for item in plan.items:
             tensors[item.index.fqn] = planner.resolve_data(item)
-            places[item.index.fqn] = {"saved_offsets": item.tensor_data.chunk.offsets}
+            offsets[item.index.fqn] = {"saved_offsets": item.tensor_data.chunk.offsets}
         if tensors:
             # One entry, so that files are reproducible: safetensors writes several in random order.
-            info = {"DCP_SHARDING_INFO": json.dumps(places, sort_keys=True)}
+            info = {"DCP_SHARDING_INFO": json.dumps(offsets, sort_keys=True)}
             files.write_tensors(Path(self.path) / plan.storage_data, tensors, info)
         done: Future[list[Any]] = Future()
         done.set_result([])
@@ -119,7 +119,7 @@ def save(
     Args:
         tensors: by name. On several ranks, each `Shard` is written by its rank, every other tensor
             by one of them.
-        state: content of state.json besides what every checkpoint has; the first rank's counts.
+        state: further content of state.json; the first rank's is written.
         group: process group of the ranks that call this with the same folder. Default: this
             process alone.
 
@@ -252,7 +252,7 @@ def verify(path: Path, share: slice = slice(None)) -> tuple[dict[str, Any], dict
             name: torch.empty(each.size, dtype=each.properties.dtype, device="meta")
             for name, each in found.items()
         }
-    except Exception as error:  # whatever a damaged file makes of torch's reader
+    except Exception as error:  # torch's reader may raise anything on a damaged file
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     needed, there = sum(each.nbytes for each in tensors.values()), sum(state["bytes"].values())
     if needed > there:
@@ -306,7 +306,7 @@ def _gathered(value: Any, group: Any) -> list[Any]:
 
 @contextmanager
 def _torch_checkpoint(group: Any) -> Iterator[dict[str, Any]]:
-    """Yield the ranks as torch takes them; raise the error that torch wraps in one of its own."""
+    """Yield torch's arguments for the ranks; raise the original of an error that torch wraps."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")

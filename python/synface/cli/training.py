@@ -121,7 +121,7 @@ def train_command(
     _refuse_idle(context, run, config)
     rank = context.with_resource(joined(device))
     console.quiet = not rank.leads
-    folder = output or rank.agreed(Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
+    folder = output or rank.broadcast(Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
     check_folder("--resume" if resume else "--output", folder)
     init = Path(run.init) if run.init and resume is None else None
     starts: Any = {"resume": resume is not None, "init": init, "tensorboard": tensorboard}

@@ -35,16 +35,16 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def write_toml(file: Path, values: Mapping[str, Any]) -> None:
-    """Write values atomically, without those that are None, for which TOML has no word."""
+    """Write values atomically, except those that are None, which TOML cannot represent."""
     with extra("train", "writing TOML"):
         import tomli_w
 
-    kept = {name: value for name, value in values.items() if value is not None}
-    write_text(file, tomli_w.dumps(kept))
+    given = {name: value for name, value in values.items() if value is not None}
+    write_text(file, tomli_w.dumps(given))
 
 
 def check_keys(where: object, keys: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ValueError for the first unknown key, with the known one that is most like it."""
+    """Raise ValueError for the first unknown key, and suggest the most similar known one."""
     known = list(known)
     for key in keys:
         if key not in known:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..common.check import check_memory, check_rows
 from ..common.extras import extra
 
-NAME = "embeddings"  # the tensor's name in a safetensors file of several
+NAME = "embeddings"  # the tensor's name in a safetensors file with several
 
 
 def read_embeddings(path: str | Path) -> Tensor:
@@ -60,7 +60,7 @@ def _read_npy(path: Path) -> Tensor:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError:
         raise
-    except Exception as error:  # NumPy lets through whatever a hostile header makes Python raise
+    except Exception as error:  # NumPy passes on any error that a malformed header causes
         raise ValueError(f"{path} is not a whole .npy array: {error}") from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path} is an archive of arrays, expected one .npy array")
