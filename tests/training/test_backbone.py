@@ -7,7 +7,7 @@ import pytest
 import torch
 from synface.common.files import CheckpointError
 from synface.data import embedded_faces
-from synface.evaluation.metrics import embed
+from synface.evaluation.embedding import embed
 from synface.training.loop import TrainConfig, load_backbone, train
 from synface.training.model import check_network
 from torch import nn

@@ -119,8 +119,8 @@ N = {workload.n} embeddings of D = {workload.d}, C = {workload.c:,} identities, 
 
 {table(head, [[escape(cell) for cell in row] for row in rows])}
 
-Times: medians of the three methods, in turn in one process. Memory: peak resident memory above
-the inputs, each in a process of its own; the gradients alone take {gradients:.0f} MiB.
+Times: medians of the three methods, alternating in one process. Memory: peak resident memory above
+the inputs, each in its own process; the gradients alone take {gradients:.0f} MiB.
 """
     write_page(folder / "index.html", text)
     return folder / "index.html"

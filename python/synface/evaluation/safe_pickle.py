@@ -1,9 +1,9 @@
 """A reader of pickles of plain data that executes nothing.
 
-`pickle` calls whatever a pickle names. Here its opcodes are read one by one (`pickletools.genops`),
-and only those that build lists, tuples, bytes, text, booleans and integers have an effect.
-Functions are names that are never resolved; only the calls by which NumPy arrays and Python's bytes
-are pickled are interpreted, as data.
+`pickle` calls any function that a pickle names. Here its opcodes are read one by one
+(`pickletools.genops`), and only those that build lists, tuples, bytes, text, booleans and integers
+have an effect. Functions are names that are never resolved; only the calls by which NumPy arrays
+and Python's bytes are pickled are interpreted, as data.
 
 Source: CPython, `Lib/pickletools.py`, which describes every opcode.
 """
@@ -153,11 +153,11 @@ class _Machine:
         except _Refused as error:
             raise DataError(
                 f"{self.path}, offset {at}: {error}; a pickle may hold lists, tuples, bytes, text, "
-                "booleans, integers and NumPy arrays of them, and nothing of it is run"
+                "booleans, integers and NumPy arrays of them, and is never executed"
             ) from None
         except Exception as error:  # damaged bytes may raise any error
-            raise DataError(f"{self.path}, offset {at}: no whole pickle: {error!r}") from None
-        raise DataError(f"{self.path}: no whole pickle")
+            raise DataError(f"{self.path}, offset {at}: not a whole pickle: {error!r}") from None
+        raise DataError(f"{self.path}: not a whole pickle")
 
     def step(self, name: str, argument: Any, at: int) -> None:
         stack, memo = self.stack, self.memo

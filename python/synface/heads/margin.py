@@ -65,7 +65,7 @@ class MarginHead(FusedHead):
         MarginHead.reset_parameters(self)  # a subclass's own needs buffers that come later
 
     def reset_parameters(self) -> None:
-        """Draw the centers anew, and set the rest of the state dict to its initial values."""
+        """Reinitialize the centers and all other entries of the state dict."""
         nn.init.normal_(self.weight, std=self.init_std)
 
     def forward(
@@ -81,7 +81,7 @@ class MarginHead(FusedHead):
 
         Args and errors: as `synface_kernels.margin_cross_entropy`, whose options (``mix``,
         ``reduction``, ``return_stats``, a per-batch ``margin``, …) may follow. `AdaFace` and
-        `MagFace` compute their margin, and take no other.
+        `MagFace` compute their margin, and accept no other.
         """
         target = labels_of(target, target_weight is not None)
         return self._loss(embeddings, target, options | {"target_weight": target_weight})
@@ -98,8 +98,8 @@ class MarginHead(FusedHead):
             and dist.get_world_size() > 1
         ):
             raise ValueError(
-                "a MarginHead that steps in its backward pass would step centers of its own on "
-                "each of several ranks: shard them (ShardedMarginHead, PartialFC)"
+                "a MarginHead that steps in its backward pass would step a separate copy of the "
+                "centers on each rank: shard them (ShardedMarginHead, PartialFC)"
             )
         return options
 
@@ -169,7 +169,7 @@ class AdaFace(MarginHead):
         self.register_load_state_dict_pre_hook(_wide_statistics)
 
     def reset_parameters(self) -> None:
-        """Draw the centers anew, and reset the running statistics."""
+        """Reinitialize the centers and the running statistics."""
         super().reset_parameters()
         self._reset_statistics()
 

@@ -79,7 +79,7 @@ class _Loss(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the centers anew by ``weight_init_func``."""
+        """Reinitialize the centers by ``weight_init_func``."""
         centers = torch.empty_like(transposed(self.weight), memory_format=torch.contiguous_format)
         self.weight_init_func(centers)  # as (D, C), so that a seed gives PML's values
         self.weight.copy_(untransposed(centers, self.weight))

@@ -175,7 +175,7 @@ def _read_beside(table: Path, name: str | None) -> bytes:
     if os.path.commonpath([folder, path]) != folder:
         raise OSError(f"the row's path {name!r:.200} leads out of {folder}, the table's folder")
     if "\0" in name or not os.path.isfile(path):  # opening a pipe would block
-        raise OSError(f"the row has no bytes, and its path {name!r:.200} is no file in {folder}")
+        raise OSError(f"the row has no bytes, and its path {name!r:.200} is not a file in {folder}")
     with open(path, "rb") as file:
         return read_at_most(file, MAX_BYTES)
 

@@ -48,8 +48,8 @@ class Centers:
     set.
 
     **Writes by the caller** to `weight`, `states` or `last_step` are saved by the next checkpoint.
-    The first access creates a marker file in the directory: if the process dies, `open` takes the
-    rows as they are, without checksums until the next checkpoint. `close` reads all rows, and
+    The first access creates a marker file in the directory: if the process dies, `open` accepts the
+    rows unverified, without checksums until the next checkpoint. `close` reads all rows, and
     removes the marker if none has changed since the last checkpoint.
 
     Attributes:
@@ -205,8 +205,8 @@ class Centers:
     ) -> Any:
         """Return the margin softmax loss over the classes of ``target`` and random others.
 
-        The classes are drawn anew at each step, from the seed and the step. With ``catch_up``, the
-        drawn rows first take the steps that they missed (see `CentersConfig`).
+        The classes are drawn at each step, from the seed and the step. With ``catch_up``, the drawn
+        rows first take the steps that they missed (see `CentersConfig`).
 
         Args:
             embeddings: (N, D) floating, on the CPU.

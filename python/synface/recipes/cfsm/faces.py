@@ -1,4 +1,4 @@
-"""The faces of the CFSM recipe: to train on, of the target domains, and to verify on."""
+"""The training, target-domain and verification faces of the CFSM recipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .degrade import degrade
 
 @dataclass(frozen=True)
 class People:
-    """The sets of faces: to train on, of the target domains before degradation, to verify on."""
+    """The training, target-domain (before degradation) and verification faces."""
 
     source: Faces
     target: Faces
@@ -35,10 +35,10 @@ class People:
 
 
 def read_people(config: DataConfig, seed: int) -> People:
-    """Read or make the faces, and split them by person.
+    """Read or generate the faces, and split them by person.
 
     Raises:
-        ValueError: where too few people are left to train on, or the channels differ.
+        ValueError: if too few people are left for training, or the channels differ.
         DataError: for a folder that cannot be read.
     """
     size = (config.size, config.size)
@@ -66,7 +66,7 @@ def first_images(faces: Faces, count: int) -> Tensor:
 
 
 def degraded(faces: Faces, domain: str, seed: int) -> Faces:
-    """Return the faces as a target domain has them, degraded 16 images at a time."""
+    """Return the faces degraded to a target domain, 16 images at a time."""
     batches = []
     for i, images in enumerate(faces.images.split(16)):
         x = degrade(normalize(images), domain, draws(seed, f"verify {domain}", i))

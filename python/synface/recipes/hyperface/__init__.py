@@ -1,4 +1,4 @@
-"""HyperFace: packed against random identities (ICLR 2025)."""
+"""HyperFace: packed identities, compared with random ones (ICLR 2025)."""
 
 from ...common.lazy import lazy
 

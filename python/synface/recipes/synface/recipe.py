@@ -1,7 +1,7 @@
 """SynFace: training on generated faces, mixed by identity and with a few real people.
 
-Five rows that differ in the batches alone: the generated faces as they are, with identity mixup,
-with domain mixup, with both, and the few real people without any generated face.
+Five rows that differ only in their batches: the generated faces unmixed, with identity mixup, with
+domain mixup, with both, and the few real people without any generated face.
 
 Source: Qiu, Yu, Gong, Li, Liu, Tao, "SynFace: Face Recognition with Synthetic Data", ICCV 2021.
 """
@@ -38,7 +38,7 @@ from ..sweep import (
     verify_pixels,
 )
 
-# By row: is the identity mixed, is the domain mixed. The real people alone have no such choice.
+# By row: whether identities, and domains, are mixed; None for the real people alone.
 ROWS: dict[str, tuple[bool, bool] | None] = {
     "synthetic": (False, False),
     "identity mixup": (True, False),
@@ -117,7 +117,7 @@ def _cell(
 
 @dataclass(frozen=True, eq=False)
 class Results(SweepResults):
-    """The figures of the recipe's cells, with the real people that were trained on."""
+    """The metrics of the recipe's training runs, with the real people that were trained on."""
 
     config: SynfaceConfig
     real: Faces
@@ -180,7 +180,7 @@ def _rows_plot(numbers: dict[str, Any], path: Path) -> None:
 
 
 def _faces_plot(results: Results, path: Path, count: int = 9) -> None:
-    """Draw two identities in several styles, and all between them in one style."""
+    """Draw two identities in several styles, and mixtures of both in one style."""
     data, generator = results.config.data, results.generator
     seed = results.config.seeds[0]
     pair = identities(data.identities, data.embedding_size, seed)[:2]
