@@ -73,7 +73,7 @@ def test_rank_1():
     gallery, probe = torch.eye(3), torch.tensor([[1.0, 0.2, 0], [0, 0.4, 0.5], [0, 1, 0]])
     found = identify(probe, torch.tensor([4, 5, 5]), gallery, torch.tensor([4, 5, 6]))
     assert (found.rank1, found.probes, found.gallery) == (pytest.approx(2 / 3), 3, 3)
-    with pytest.raises(ValueError, match="people of the gallery alone"):
+    with pytest.raises(ValueError, match="only hold people of the gallery"):
         identify(probe, torch.tensor([4, 5, 9]), gallery, torch.tensor([4, 5, 6]))
 
 

@@ -96,7 +96,7 @@ class _Writer(dcp.HuggingFaceStorageWriter):
 
 
 class _Reader(dcp.HuggingFaceStorageReader):
-    """A reader that maps a file anew for every 64 MiB; torch's keeps all that it reads resident."""
+    """A reader that remaps a file for every 64 MiB; torch's keeps all that it reads resident."""
 
     def read_data(self, plan: Any, planner: Any) -> Future[None]:
         batch, size = [], 0

@@ -114,7 +114,7 @@ def scale_command(
             centers = Centers.create(
                 config.centers, directory, overwrite=overwrite, sync=sync, progress=part
             )
-    kept = keep or resume
+    keep_files = keep or resume
     try:
         with Bar("training") as bar:
             bar.progress.update(bar.task, total=steps, completed=centers.step)
@@ -131,10 +131,10 @@ def scale_command(
                 progress=step,
             )
         scale.write_report(result, output)
-        if kept:
+        if keep_files:
             centers.checkpoint()
     finally:
-        if kept:
+        if keep_files:
             centers.close()
         else:
             centers.remove()

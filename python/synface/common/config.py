@@ -27,7 +27,7 @@ def load(cls: type[T], file: Path, earlier: Mapping[str, str] = MappingProxyType
     table = read_toml(file)
     for old, new in earlier.items():
         if old in table and new in table:
-            raise ValueError(f"{file}: {old} is the earlier name of {new}: give {new} alone")
+            raise ValueError(f"{file}: {old} is the earlier name of {new}: give only {new}")
     return _build(cls, table, str(file), earlier)
 
 

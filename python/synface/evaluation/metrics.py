@@ -209,7 +209,7 @@ def identify(
                 f"got {tuple(rows.shape)} and {tuple(people.shape)}"
             )
     if not torch.isin(probe_people, gallery_people).all():
-        raise ValueError("probe must hold people of the gallery alone")
+        raise ValueError("probe must only hold people of the gallery")
     nearest = sk.nearest_neighbors(probe, gallery, k=1)[1][:, 0].to(gallery_people.device)
     hits = gallery_people[nearest] == probe_people
     return Identification(float(hits.double().mean()), len(probe), len(gallery))

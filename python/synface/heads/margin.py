@@ -202,7 +202,7 @@ class AdaFace(MarginHead):
         quality = ((length - mean) * self.h / std.clamp_min(1e-3)).clamp(-1, 1)
         margin = replace(self.margin, m2=-self.m * quality, m3=self.m * quality + self.m)
         result = super()._loss(embeddings, target, options | {"margin": margin})
-        if self.training:  # only now: an error leaves the state as it was
+        if self.training:  # only now, so that an error does not change the state
             self.norm_mean.copy_(mean)
             self.norm_std.copy_(std)
         return result

@@ -181,7 +181,7 @@ class TorchScriptGenerator(_InFile):
         except (RuntimeError, ValueError, OSError, AttributeError) as error:
             raise ValueError(
                 f"{path} cannot be loaded as TorchScript on {device!r} ({_last_line(error)}); "
-                "expected a file that torch.jit.save wrote (weights alone are no generator)"
+                "expected a file that torch.jit.save wrote (weights alone are not enough)"
             ) from error
         if arguments not in (2, 3):
             raise ValueError(

@@ -93,7 +93,7 @@ def check_embeddings(
     for name, value in backbone.state_dict().items():
         if not isinstance(value, Tensor):
             raise ValueError(
-                f"the backbone's state_dict() must hold tensors alone, got {describe(value)} as "
+                f"the backbone's state_dict() must only hold tensors, got {describe(value)} as "
                 f"{name}"
             )
     height, width, channels = image_shape

@@ -118,7 +118,7 @@ def train(
             --config``), metrics.jsonl (one line per step), checkpoints/, and for a source that
             reads files timing.jsonl (one line per start).
         backbone: the module to train, (B, C, H, W) images to (B, ``config.embedding_size``)
-            embeddings, in place of the one that ``config`` names. Checkpoints hold its parameters
+            embeddings, instead of the one that ``config`` names. Checkpoints hold its parameters
             and not its code: resume with ``backbone`` too, and give it to `load_backbone`.
         resume: resume from the newest checkpoint in ``output``. The result is bitwise that of an
             uninterrupted run. The data may have moved; their fingerprint must be the same.

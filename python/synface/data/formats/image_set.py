@@ -115,11 +115,11 @@ class LabeledImages(Dataset[tuple[Tensor, int]]):
             ValueError: if holdout is negative, or leaves fewer than 2 identities in the first set.
         """
         count = len(self.identities)
-        kept = decode.keep(count, holdout)
-        train = np.asarray(self.labels) < kept
+        trained = decode.keep(count, holdout)
+        train = np.asarray(self.labels) < trained
         return (
-            self._take(np.flatnonzero(train), 0, kept),
-            self._take(np.flatnonzero(~train), kept, count),
+            self._take(np.flatnonzero(train), 0, trained),
+            self._take(np.flatnonzero(~train), trained, count),
         )
 
 

@@ -135,14 +135,14 @@ def strip(file: BinaryIO, whole: bool) -> tuple[BinaryIO, Mapping[Any, Any] | No
 
 def _jpeg(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]]:
     """Return a JPEG without APP1 to APP13, APP15 and comments, and their EXIF and XMP."""
-    kept = io.BytesIO()
-    kept.write(file.read(2))
+    stripped = io.BytesIO()
+    stripped.write(file.read(2))
     info: dict[str, bytes | str] = {}
     while (
         len(head := _marker(file)) == 4
         and head[0] == 0xFF
         and 0xC0 <= head[1] < 0xFF
-        and kept.tell() < MAX_PIXELS
+        and stripped.tell() < MAX_PIXELS
     ):
         kind, content = head[1], file.read(max(0, int.from_bytes(head[2:], "big") - 2))
         if kind == 0xE1:
@@ -151,15 +151,15 @@ def _jpeg(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]
             elif content.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
                 info.setdefault("xmp", content)
         if not (0xE1 <= kind <= 0xED or kind in (0xEF, 0xFE)):
-            kept.write(head + content)
+            stripped.write(head + content)
         if kind == 0xDA:  # the pixels follow
             head = b""
             break
-    kept.write(head)
+    stripped.write(head)
     if whole or head:
-        kept.write(read_up_to(file, MAX_PIXELS))
-    kept.seek(0)
-    return kept, info
+        stripped.write(read_up_to(file, MAX_PIXELS))
+    stripped.seek(0)
+    return stripped, info
 
 
 def _marker(file: BinaryIO) -> bytes:
@@ -172,21 +172,21 @@ def _marker(file: BinaryIO) -> bytes:
 
 def _png(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]]:
     """Return a PNG's critical chunks and transparency alone, and the others' EXIF and XMP."""
-    kept = io.BytesIO()
-    kept.write(PNG)
+    stripped = io.BytesIO()
+    stripped.write(PNG)
     info: dict[str, bytes | str] = {}
     pixels = False
     while len(head := file.read(8)) == 8:
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
         pixels |= kind == b"IDAT"
         if not kind[0] & 32 or kind == b"tRNS" or not kind.isalpha():
-            if kept.tell() + length > MAX_PIXELS:
+            if stripped.tell() + length > MAX_PIXELS:
                 raise OSError(f"a PNG of more than {MAX_PIXELS:,} bytes of pixels")
-            kept.write(head)
+            stripped.write(head)
             if pixels and not whole:
                 break
             content = file.read(length + 4)
-            kept.write(content)
+            stripped.write(content)
             if kind == b"IHDR" and content[8:9] == b"\x10":
                 raise OSError("more than 8 bits per channel (16)")
             if kind == b"IEND":
@@ -203,8 +203,8 @@ def _png(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]]
                 checksum = zlib.crc32(part, checksum)
                 length -= len(part)
             _check(file, checksum, kind, pixels)
-    kept.seek(0)
-    return kept, info
+    stripped.seek(0)
+    return stripped, info
 
 
 def _check(file: BinaryIO, checksum: int, kind: bytes, pixels: bool) -> None:

@@ -100,9 +100,9 @@ def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 class CycledOrder(Order):
     """The order that pairs each synthetic image with a real one, once per epoch.
 
-    The synthetic set is shuffled anew in each epoch. The real set is shuffled anew in each of its
-    own passes, which do not begin with the epochs: the pair at position p of epoch e is number
-    n = e·num_synthetic + p, and its real image is number n mod num_real of pass n // num_real. So a
+    The synthetic set is reshuffled in each epoch. The real set is reshuffled in each of its own
+    passes, which do not begin with the epochs: the pair at position p of epoch e is number n =
+    e·num_synthetic + p, and its real image is number n mod num_real of pass n // num_real. So a
     shorter real set is cycled to the synthetic one's length, a longer one is continued in the next
     epoch, and each real image is drawn once per pass.
 

@@ -15,9 +15,9 @@ from .parts import (
     check_labels,
     cutmix_boxes,
     image_size,
-    kept_share,
     paired_labels,
     paste,
+    share_outside,
 )
 from .ratios import permutation, send
 
@@ -129,7 +129,7 @@ class CutMix(_OneBatch):
     ) -> tuple[Tensor, Tensor]:
         height, width = image_size(images, self.layout)
         boxes = cutmix_boxes(height, width, self._shares(len(images), generator), generator)
-        share = send(kept_share(boxes, height, width), images.device).expand(len(images))
+        share = send(share_outside(boxes, height, width), images.device).expand(len(images))
         boxes = send(boxes, images.device)
         pasted = paste(images, images, order, boxes, self.layout)
         return self._mix(pasted, pasted.detach(), torch.ones_like(share), out), share

@@ -107,7 +107,7 @@ def cutmix_boxes_within(
     return torch.stack(spans)
 
 
-def kept_share(boxes: Tensor, height: int, width: int) -> Tensor:
+def share_outside(boxes: Tensor, height: int, width: int) -> Tensor:
     """Return the share of an image's pixels outside its box, (count,) float64."""
     top, bottom, left, right = boxes
     pixels = max(height * width, 1)

@@ -34,10 +34,10 @@ from .parts import (
     cutmix_boxes_within,
     exact_weights,
     image_size,
-    kept_share,
     memory_format_of,
     paired_labels,
     paste,
+    share_outside,
 )
 from .ratios import Beta, send, uniform
 
@@ -131,15 +131,15 @@ class _TimmCall:
         boxes = None
         if self.cutmix_alpha:
             cuts = mixes & (chance[1] < (self.switch_prob if self.mixup_alpha else 1.0))
-            kept = Beta(self.cutmix_alpha).sample(count, generator)
+            outside = Beta(self.cutmix_alpha).sample(count, generator)
             if self.cutmix_minmax is None:
-                boxes = cutmix_boxes(height, width, kept, generator, self._EVEN_BOXES)
+                boxes = cutmix_boxes(height, width, outside, generator, self._EVEN_BOXES)
             else:
                 boxes = cutmix_boxes_within(height, width, self.cutmix_minmax, count, generator)
             boxes = torch.where(cuts, boxes, 0)
             if self.correct_lam or self.cutmix_minmax is not None:
-                kept = kept_share(boxes, height, width)
-            label, pixel = torch.where(cuts, kept, label), torch.where(cuts, one, pixel)
+                outside = share_outside(boxes, height, width)
+            label, pixel = torch.where(cuts, outside, label), torch.where(cuts, one, pixel)
         if self.mode == "pair":
             image = torch.arange(batch, device=label.device)
             pair = torch.minimum(image, image.flip(0))
@@ -295,7 +295,7 @@ class FastCollateMixup(_TimmCall):
         mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, correct_lam, label_smoothing,
             num_classes, multi_label, sparse: as `Mixup` takes them.
         mode: ``"batch"``, ``"pair"`` or ``"elem"``, as `Mixup` takes it; or ``"half"``, which makes
-            one image of each pair (i, B − 1 − i), with draws of its own: (B + 1)//2 images.
+            one image of each pair (i, B − 1 − i), with its own draws: (B + 1)//2 images.
 
     Attributes:
         mixup_enabled: False turns mixing off; mode "half" still halves the batch.

@@ -299,7 +299,7 @@ class Centers:
     def checkpoint(self) -> None:
         """Write a checkpoint of this step, flushed to the disk, to which `open` returns.
 
-        Write the rest of a run (a network, say) under this step *before* the call, and keep the
+        Save a run's other state (a network, say) under this step *before* the call, and keep the
         one of the previous checkpoint's step until the call returns.
 
         Raises:

@@ -116,7 +116,7 @@ def levenshtein(count: int, dim: int) -> float:
     degree = 1
     while _design_size(dim, degree + 1) <= count:
         degree += 1
-    # degree τ = 2k−1 begins at the (1,1) zero of k−1 and ends at the (1,0) zero of k; 2k goes on.
+    # degree τ = 2k−1 begins at the (1,1) zero of k−1 and ends at the (1,0) zero of k; 2k follows.
     low = _interval_end(dim, degree - 1)
     high = _interval_end(dim, degree)
     for _ in range(100):
