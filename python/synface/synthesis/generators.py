@@ -296,7 +296,7 @@ def open_generator(
     Args:
         path: None for eigenfaces. A TorchScript file is a program that this runs.
         embedding_size: D.
-        style_size: S, where the file does not have it.
+        style_size: S, if the file does not state it.
         size: height and width of the eigenfaces' images in pixels; those of a file are fixed.
         device: the device that a file runs on.
 
@@ -344,7 +344,7 @@ def _check_arguments(
 
 
 def _size(path: Path, name: str, asked: int | None, inside: Any) -> int:
-    """Return D or S, from the file or as asked for; raise ValueError where these differ."""
+    """Return D or S, from the file or the argument; raise ValueError if these differ."""
     inside = inside if isinstance(inside, int) else None  # a name stands for any size in ONNX
     if inside is None and asked is None:
         raise ValueError(f"{path} does not state its {name}: give it")

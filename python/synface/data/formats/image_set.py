@@ -78,7 +78,7 @@ class LabeledImages(Dataset[tuple[Tensor, int]]):
         return self.store.name(index)
 
     def attempt(self, function: Callable[[int], T], index: int) -> T:
-        """Return ``function(index)``; where that fails, raise a DataError that names the image."""
+        """Return ``function(index)``; if it fails, raise a DataError that names the image."""
         result, problem = decode.attempt(function)(index)
         if problem:
             raise DataError(f"{self.name(index)}: {problem}; expected a readable, complete image")

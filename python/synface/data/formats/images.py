@@ -388,7 +388,7 @@ def open_images(path: str | Path, relabel: bool = False) -> ImageSet:
 
     Raises:
         DataError: for an unknown format, damaged files, and labels with gaps.
-        ImportError: where a format needs a package that is not installed (pyarrow).
+        ImportError: if a format needs a package that is not installed (pyarrow).
 
     Memory: about 30 bytes per image, and its path in an image folder.
     """

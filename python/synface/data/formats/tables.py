@@ -292,7 +292,7 @@ def list_images(path: Path) -> ScanResult:
 
 
 def _checked(chunk: pyarrow.Array, file: Path) -> NDArray[np.int64] | list[str]:
-    """Return the labels of a chunk, integers or strings; raise DataError where any is missing."""
+    """Return the labels of a chunk, integers or strings; raise DataError if any is missing."""
     pa = _arrow()
     chunk.validate(full=True)
     categorical = pa.types.is_dictionary(chunk.type)

@@ -101,7 +101,7 @@ class _Resources:
         return shared
 
     def pin(self, array: np.ndarray) -> None:
-        """Page-lock an array for copies to a GPU; warn where that fails."""
+        """Page-lock an array for copies to a GPU; warn if that fails."""
         address, size = array.ctypes.data, array.nbytes
         error = torch.cuda.cudart().cudaHostRegister(address, size, 0)
         if int(error):
@@ -212,7 +212,7 @@ class WorkerPool(ABC):
             DataError: for an image that cannot be decoded. WorkerDied: if any worker died.
         """
         self._give()
-        while self._receive(0.0):  # a worker's death is reported even where this batch is ready
+        while self._receive(0.0):  # a worker's death is reported even if this batch is ready
             pass
         while step not in self._done:
             self._receive(None)

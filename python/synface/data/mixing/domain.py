@@ -43,7 +43,7 @@ class DomainMixup(Mixer):
         ratio: the distribution of ψ; SynFace's grid by default.
         per_sample: draw a ψ for each image; SynFace draws one for the batch.
         flip: probability of flipping an image; each side of each pair is flipped independently.
-        mean, std, dtype, memory_format, layout, impl: as `synface_kernels.domain_mixup` takes them.
+        mean, std, dtype, memory_format, layout, impl: see `synface_kernels.domain_mixup`.
 
     Raises:
         TypeError, ValueError: for a wrong argument, naming it.

@@ -41,7 +41,7 @@ class Mixer:
         ratio: distribution of the shares: a `Grid`, a `Beta`, a `Constant`, or an object with
             their ``sample``.
         per_sample: draw a share for each image; otherwise one for the batch.
-        mean, std, dtype, memory_format, layout, impl: as `synface_kernels.domain_mixup` takes them.
+        mean, std, dtype, memory_format, layout, impl: see `synface_kernels.domain_mixup`.
     """
 
     ratio: Ratio = SYNFACE_GRID

@@ -293,8 +293,8 @@ class FastCollateMixup(_TimmCall):
 
     Args:
         mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, correct_lam, label_smoothing,
-            num_classes, multi_label, sparse: as `Mixup` takes them.
-        mode: ``"batch"``, ``"pair"`` or ``"elem"``, as `Mixup` takes it; or ``"half"``, which makes
+            num_classes, multi_label, sparse: see `Mixup`.
+        mode: ``"batch"``, ``"pair"`` or ``"elem"``, see `Mixup`; or ``"half"``, which makes
             one image of each pair (i, B − 1 − i), with its own draws: (B + 1)//2 images.
 
     Attributes:

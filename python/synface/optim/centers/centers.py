@@ -98,7 +98,7 @@ class Centers:
 
         Raises:
             FileExistsError: for a directory with other files, or with centers unless ``overwrite``.
-            OSError: where the disk has not enough room, before anything is written or replaced.
+            OSError: if the disk lacks room, before anything is written or replaced.
         """
         if directory is None:
             shape, dtype = (config.num_classes, config.width), DTYPES[config.dtype]
@@ -304,7 +304,7 @@ class Centers:
 
         Raises:
             ValueError: for centers in memory.
-            OSError: where the disk fails; the previous checkpoint stays valid.
+            OSError: if the disk fails; the previous checkpoint stays valid.
         """
         self._check_open()
         if self._files is None:

@@ -112,7 +112,7 @@ class OneAttribute:
 
 
 def size_name(width: int, depth: int, mixed: bool, seed: int) -> str:
-    """Return the name of a training run on so many identities with so many images each."""
+    """Return the name of a training run on ``width`` identities with ``depth`` images each."""
     return f"{width}x{depth}{'-mixup' if mixed else ''}-seed-{seed}"
 
 

@@ -164,7 +164,7 @@ class Packed:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raise FileExistsError where a file would be replaced, IsADirectoryError for a folder."""
+    """Raise FileExistsError if a file would be replaced, IsADirectoryError for a folder."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: choose another output")
     if path.exists() and not overwrite:
