@@ -216,7 +216,7 @@ HUGE = json.dumps({"ceilings": {"copy_gigabyte_per_second": 10**400}})
 def test_what_is_no_result_is_refused(tmp_path, text):
     file = tmp_path / "device.json"
     file.write_text(text, "latin-1")
-    what = "not UTF-8 text" if text == "\xff" else "no result of make gpu-evidence"
+    what = "not UTF-8 text" if text == "\xff" else "not a result of make gpu-evidence"
     with pytest.raises(ValueError, match=rf"device\.json is {what}"):
         read_measured(file)
 

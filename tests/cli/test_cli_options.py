@@ -82,11 +82,11 @@ def test_eval_runs_on_the_gpu_where_there_is_one(monkeypatch, there, wanted):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--resize"], "--resize has no effect without --set: images get the network's size"),
+        (["--resize"], "--resize has no effect without --set: images are resized"),
         (["--images", "x"], "--images has no effect without --set"),
         (["--relabel"], "--relabel has no effect without --data"),
         (["--set", "x.bin", "--relabel"], "--relabel has no effect with --set"),
-        (["--set", "x.bin", "--data", "x"], "--set goes without --data and --holdout"),
+        (["--set", "x.bin", "--data", "x"], "--set cannot be combined with --data or"),
     ],
 )
 def test_eval_refuses_what_would_do_nothing(run, arguments, message):

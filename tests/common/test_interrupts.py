@@ -202,7 +202,7 @@ def test_sigterm_ends_synthesize_and_convert_as_ctrl_c_does(tmp_path):
     options = ("synthesize", "--packed", "points.npy", "--output", "faces", "--size", "16x16")
     options += ("--images-per-identity", "2", "--batch-size", "2")
     shown = terminated(tmp_path, where, *options)
-    assert "terminated: the same command with --resume makes the rest" in shown
+    assert "terminated: run the same command with --resume to continue" in shown
     synface(*options, "--resume", cwd=tmp_path)
     assert len(list((tmp_path / "faces").glob("*/*.png"))) == 6
 

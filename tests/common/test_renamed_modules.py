@@ -66,7 +66,8 @@ def test_an_old_module_names_the_new_one(old):
     parent = old.rpartition(".")[0]
     if parent in RENAMED:
         imported(parent)
-    message = rf"^synface\.{old} is {new[0]} now; the old name goes with the next release$"
+    removed = "the old name will be removed in the next release"
+    message = rf"^synface\.{old} is deprecated: use {new[0]}; {removed}$"
     with pytest.warns(DeprecationWarning, match=message):
         module = importlib.import_module(f"synface.{old}")
     there = importlib.import_module(new[0])

@@ -253,8 +253,8 @@ def test_a_pipe_and_a_dangling_link_are_no_images(people):
     (people / "s9" / "link.jpg").symlink_to(people / "nowhere.jpg")
     with pytest.raises(DataError, match="2 of 8 images") as error:
         read_folder(people)
-    assert "s9/pipe.jpg: no regular file" in str(error.value)
-    assert "s9/link.jpg: no regular file" in str(error.value)
+    assert "s9/pipe.jpg: not a regular file" in str(error.value)
+    assert "s9/link.jpg: not a regular file" in str(error.value)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")

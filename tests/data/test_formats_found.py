@@ -118,7 +118,7 @@ def test_folds_of_a_list_that_is_sorted_by_kind_hold_both_kinds(few):
     [
         ("p0/0.png p0/1.png", "line 2: expected 'path path 0-or-1', got 'p0/0.png p0/1.png'"),
         ("p0/0.png p0/1.png 2", "line 2: expected 'path path 0-or-1'"),
-        ("p0/0.png p0/7.png 1", r"line 2: .*p0/7.png is no file; .*\(--images\)"),
+        ("p0/0.png p0/7.png 1", r"line 2: .*p0/7.png is not a file; .*\(--images\)"),
         ("../faces/p0/0.png p0/1.png 1", "line 2: '../faces/p0/0.png' is not inside of"),
         ("/etc/passwd p0/1.png 0", "line 2: '/etc/passwd' is not inside of"),
     ],
@@ -296,12 +296,12 @@ def test_tables_of_paths(few, tmp_path):
         ("../secret.png", r"x.parquet, row 1: the row's path '../secret.png' leads out of"),
         ("p0/../../secret.png", "leads out of"),
         ("/etc/passwd", "leads out of"),
-        ("", "is no file in"),
-        (".", "is no file in"),
-        ("p0", "is no file in"),
-        ("pipe.png", "is no file in"),
-        ("a\0b", "is no file in"),
-        ("x" * 5000, "is no file in"),
+        ("", "is not a file in"),
+        (".", "is not a file in"),
+        ("p0", "is not a file in"),
+        ("pipe.png", "is not a file in"),
+        ("a\0b", "is not a file in"),
+        ("x" * 5000, "is not a file in"),
         (None, "neither the bytes of an image nor a path"),
     ],
     ids=range(10),
@@ -373,7 +373,9 @@ def test_a_name_that_is_not_utf_8(few, tmp_path):
     for form in ("webdataset", "parquet", "arrow"):
         convert(few, tmp_path / form, form)
         assert sorted(contents(tmp_path / form)) == sorted(contents(few))
-    with pytest.raises(DataError, match=r"the identity 'Andr\\udce9' cannot stand in train.lst"):
+    with pytest.raises(
+        DataError, match=r"the identity 'Andr\\udce9' cannot be written to train.lst"
+    ):
         convert(few, tmp_path / "rec", "recordio")
     assert not (tmp_path / "rec").exists()
 

@@ -340,8 +340,8 @@ def test_slots_are_page_locked_where_cuda_is(synthetic, real, monkeypatch):
     ("damage", "message"),
     [
         (truncate, "truncated"),
-        (lambda file: file.write_bytes(b"MZ no image"), "no image that can be read"),
-        (Path.unlink, "no regular file, or a link to nothing"),
+        (lambda file: file.write_bytes(b"MZ no image"), "not a readable image"),
+        (Path.unlink, "not a regular file, or a broken link"),
         (lambda file: file.write_bytes(b"P5 60000 60000 255\n"), "bomb|over the limit"),
     ],
 )

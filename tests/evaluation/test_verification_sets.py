@@ -95,12 +95,12 @@ def test_a_pickle_that_calls_is_refused_and_nothing_runs(tmp_path, protocol):
         (b"\x80\x02}.", "opcode EMPTY_DICT"),
         (b"\x80\x02\x82\x01.", "opcode EXT1"),
         (b"\x80\x02Pabc\n.", "opcode PERSID"),
-        (b"\x80\x02]", "no whole pickle"),
-        (b"\x80\x02a.", "no whole pickle"),
-        (b"\x80\x02h\x05.", "no whole pickle"),
-        (b"\x80\x02(.", "hold two lists|no whole pickle"),
-        (b"\x80\x02T\xff\xff\xff\x7fab", "no whole pickle"),
-        (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7fab", "no whole pickle"),
+        (b"\x80\x02]", "not a whole pickle"),
+        (b"\x80\x02a.", "not a whole pickle"),
+        (b"\x80\x02h\x05.", "not a whole pickle"),
+        (b"\x80\x02(.", "hold two lists|not a whole pickle"),
+        (b"\x80\x02T\xff\xff\xff\x7fab", "not a whole pickle"),
+        (b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7fab", "not a whole pickle"),
         (b"", "is empty"),
         (b"\x80\x02K\x01.", "must hold two lists"),
         (pickle.dumps(([b"x"], [True])), "1 images for 1 pairs"),
@@ -180,7 +180,7 @@ def test_pairs_of_lfw(people):
         ("1\nBo 1 2", "has 1 pairs, its first line announces 1 x 2 x 1"),
         ("1\nBo 1 2\nBo 1 2", "line 3: expected 'name number name number', got 'Bo 1 2'"),
         ("1\nBo 1 9\nBo 1 Ann_Lee 1", "line 2: .*Bo has no image 9"),
-        ("1\nBo 1 2\nBo 1 Zoe 1", "Zoe is no folder"),
+        ("1\nBo 1 2\nBo 1 Zoe 1", "Zoe is not a person"),
         ("1\nBo 1 x\nBo 1 Ann_Lee 1", "line 2: 'x' is no number"),
         ("1\nBo 1 2\nBo 1 Bo 1", "line 3: 'Bo' twice, where people differ"),
         ("1\n../x 1 2\nBo 1 Ann_Lee 1", "'../x' cannot be the name of a person's folder"),
@@ -304,7 +304,7 @@ def test_paths_that_are_no_set(tmp_path):
     with pytest.raises(DataError, match=r"nowhere.bin does not exist"):
         open_set(tmp_path / "nowhere.bin")
     (tmp_path / "x.zip").write_bytes(b"")
-    with pytest.raises(DataError, match=r"x.zip is no verification set"):
+    with pytest.raises(DataError, match=r"x.zip is not a verification set"):
         open_set(tmp_path / "x.zip")
 
 

@@ -116,6 +116,6 @@ def test_what_cannot_be_fused() -> None:
 def test_the_old_name_warns() -> None:
     head = MarginHead(D, C)
     optimizer = RowSGD(head.parameters(), 0.1)
-    with pytest.deprecated_call(match="fuse is step_in_backward now"):
+    with pytest.deprecated_call(match="fuse is deprecated: use step_in_backward"):
         head.fuse(optimizer)
     assert head._optimizer is optimizer

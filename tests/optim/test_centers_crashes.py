@@ -165,7 +165,7 @@ def test_a_machine_that_went_down(tmp_path, monkeypatch):
         with Centers.create(SMALL, tmp_path / str(sync), sync=sync) as centers:
             train(centers, 3)
     monkeypatch.setattr(files, "_boot", lambda: b"another")
-    with pytest.raises(CheckpointError, match=r"machine went down .* sync=True"):
+    with pytest.raises(CheckpointError, match=r"machine crashed .* sync=True"):
         Centers.open(tmp_path / "False")
     with Centers.open(tmp_path / "True") as centers:
         assert centers.step == 0

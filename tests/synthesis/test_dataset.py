@@ -210,7 +210,7 @@ def test_what_is_there_is_not_lost_by_mistake(tmp_path):
         synthesize(unit(4, 16), generator, root, 2, overwrite=True)
     (root / MANIFEST).unlink()
     for options in ({}, {"resume": True}, {"overwrite": True}):
-        with pytest.raises(FileExistsError, match="was not synthesized"):
+        with pytest.raises(FileExistsError, match="were not synthesized"):
             synthesize(unit(4, 16), generator, root, 2, **options)
 
 

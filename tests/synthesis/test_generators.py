@@ -229,7 +229,7 @@ def test_a_torchscript_file_that_raises_anything(tmp_path, monkeypatch, error):
 
 def test_a_torchscript_file_that_changes_its_mind(tmp_path):
     generator = TorchScriptGenerator(scripted(Wrong("later"), tmp_path / "g.pt"), 8, 4)
-    with pytest.raises(ValueError, match=r"shape \(2, 4, 3\), before of \(4, 4, 3\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 4, 3\), earlier \(4, 4, 3\)"):
         generator.generate(*arguments(3, 8, 4))
 
 
@@ -240,7 +240,7 @@ class OneArgument(torch.nn.Module):
 
 def test_torchscript_files_that_cannot_be_used(tmp_path):
     path = scripted(Tiny(8, 4), tmp_path / "g.pt")
-    with pytest.raises(ValueError, match="does not say its embedding_size: give it"):
+    with pytest.raises(ValueError, match="does not state its embedding_size: give it"):
         TorchScriptGenerator(path)
     with pytest.raises(ValueError, match=r"style_size of .* is 4, got 5"):
         TorchScriptGenerator(path, 8, 5)
@@ -316,7 +316,7 @@ def test_onnx_files_that_cannot_be_used(tmp_path):
     path = onnx_file(tmp_path / "g.onnx")
     with pytest.raises(ValueError, match=r"embedding_size of .* is 8, got 9"):
         open_generator(path, 9)
-    with pytest.raises(ValueError, match="does not say its style_size: give it"):
+    with pytest.raises(ValueError, match="does not state its style_size: give it"):
         open_generator(onnx_file(tmp_path / "free.onnx", style="S"), 8)
     with pytest.raises(ValueError, match=r"failed on embedding \(2, 8\) and style \(2, 5\)"):
         open_generator(tmp_path / "free.onnx", 8, style_size=5)

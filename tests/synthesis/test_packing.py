@@ -381,7 +381,7 @@ def test_command_packs_and_checks(tmp_path, monkeypatch):
     shown = call("pack", "--count", 40, "--dim", 6, "--steps", 60, "--seed", 3)
     packed = Packer(SMALL).run()
     assert f"worst cosine {packed.worst:.6f}" in shown
-    assert f"none can have less than {packed.bound.cosine:.4f} (Levenshtein)" in shown
+    assert f"its lower bound {packed.bound.cosine:.4f} (Levenshtein)" in shown
     assert "worst 0." in shown
     checked = call("pack", "--check", "packed.safetensors")
     i, j = sorted(packed.pair)
@@ -470,10 +470,10 @@ def test_a_blow_loses_at_most_what_came_after_the_checkpoint(blow, tmp_path):
     shown = running.communicate(timeout=60)[0]
     if blow != signal.SIGKILL:
         assert running.returncode == 128 + blow
-        assert "--resume goes on" in shown
+        assert "with --resume to continue" in shown
     assert not (tmp_path / "packed.safetensors").exists()
     again = synface(*arguments, code=2, cwd=tmp_path)
-    assert "holds an interrupted run: --resume goes on with it" in again.stdout
+    assert "holds an interrupted run: --resume continues it" in again.stdout
     synface(*arguments, "--resume", cwd=tmp_path)
     whole = Packer(replace(SMALL, steps=200)).run()
     assert torch.equal(load_file(tmp_path / "packed.safetensors")["embeddings"], whole.points)

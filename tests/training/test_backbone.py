@@ -7,7 +7,7 @@ import pytest
 import torch
 from synface.common.files import CheckpointError
 from synface.data import embedded_faces
-from synface.evaluation.metrics import embed
+from synface.evaluation.embedding import embed
 from synface.training.loop import TrainConfig, load_backbone, train
 from synface.training.model import check_network
 from torch import nn
@@ -134,7 +134,7 @@ def test_ranks_train_a_module(tmp_path):
 
 def test_a_module_s_run_asks_for_the_module(faces, tmp_path):
     train(SMALL, faces, tmp_path / "run", backbone=net(), stop_after=0)
-    with pytest.raises(CheckpointError, match=r"is a module that train\(\) was given.*backbone="):
+    with pytest.raises(CheckpointError, match=r"is a module passed to train\(\).*backbone="):
         load_backbone(tmp_path / "run")
     with pytest.raises(CheckpointError, match="config's backbone is 'module', expected 'iresnet'"):
         train(SMALL, faces, tmp_path / "run", resume=True)
@@ -193,7 +193,7 @@ def test_a_function_trains_and_is_imported_only_where_it_is_named(tmp_path, nets
     other = refused("train", "--resume", run, "--backbone", f"{nets}:number")
     assert f"--backbone {nets}:number differs from the run's {spec}" in other
     begun = call("train", *given, "--init", run, "--output", tmp_path / "next")
-    assert "begins with the backbone" in begun
+    assert "starts from the backbone" in begun
     assert "another model" in refused("eval", run, "--backbone", "iresnet18")
 
 

@@ -212,7 +212,7 @@ def test_sigterm_ends_all_ranks_after_one_step(tmp_path):
         os.kill(children[-1], signal.SIGTERM)
         output, _ = running.communicate(timeout=120)
         assert running.returncode != 0
-    assert "terminated: synface train --resume" in output
+    assert "terminated: continue with synface train --resume" in output
     codes = re.findall(r"exitcode +: (-?\d+)", output)  # torchrun's table; it ends who lags behind
     assert len(codes) == 2, output
     assert "143" in codes, output

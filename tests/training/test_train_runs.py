@@ -49,7 +49,7 @@ def test_a_run_goes_on_from_another_folder_and_with_images_that_moved(there, mon
         assert score(call(*command)) == found
 
     (there / "here" / "faces").rename(moved)
-    missing = r"its images \(--data\) are not at .*here/faces now: say where they are with --data"
+    missing = r"its images \(--data\) are no longer at .*here/faces: give their path with --data"
     for command in (["train", "--resume", run], ["eval", run]):
         assert re.search(missing, refused(*command))
     shown = call("eval", run, "--data", "images")  # known by their fingerprint
@@ -75,7 +75,7 @@ def test_both_domains_may_have_moved(there, monkeypatch):
     (there / "here").rename(there / "there")
     monkeypatch.chdir(there)
     shown = refused("train", "--resume", "there/run", "--real", "there/real")
-    assert re.search(r"\(--synthetic\) are not at .*: say where", shown)
+    assert re.search(r"\(--synthetic\) are no longer at .*: give their path", shown)
     shown = refused("train", "--resume", "there/run", "--data", "there/real")
     assert re.search("--data .* differs from the run's None", shown)
     assert score(call("eval", "there/run", "--data", "there/real")) == found
@@ -96,7 +96,7 @@ def test_a_run_of_an_earlier_version_is_where_it_was(there, monkeypatch):
     call("eval", "run")
     monkeypatch.chdir(there)
     shown = refused("train", "--resume", "here/run")
-    assert re.search("not at .*/faces now: say where they are with --data", shown)
+    assert re.search("no longer at .*/faces: give their path with --data", shown)
     call("train", "--resume", "here/run", "--data", "here/faces")
     call("eval", "here/run")
 
@@ -155,7 +155,7 @@ def test_a_run_begins_with_another(tmp_path):
     config = replace(SMALL, lr=0.01, seed=5)
     again = train(config, people(seed=1), tmp_path / "b", init=tmp_path / "a", stop_after=1)
     assert same(first(tmp_path / "b"), trained)
-    assert again.init.startswith("begins with the backbone and the 6 class centers of")
+    assert again.init.startswith("starts from the backbone and the 6 class centers of")
     command = json.loads((tmp_path / "b" / "config.json").read_text())["command"]
     assert command == {"init": str(tmp_path / "a")}
 
@@ -280,7 +280,7 @@ def test_the_command_line_begins_with_a_run(there):
     call("train", "--data", "faces", "--holdout", "2", *TINY, "--output", "a")
     shown = call("train", "--data", "faces", "--holdout", "2", *TINY, "--init", "a",
                     "--output", "b")  # fmt: skip
-    assert "the run begins with the backbone and the 3 class centers of" in shown
+    assert "the run starts from the backbone and the 3 class centers of" in shown
     backbone, _ = load_backbone(there / "here" / "a")
     values = first(there / "here" / "b")
     assert torch.equal(values["model.backbone.stem.0.weight"], backbone.stem[0].weight)

@@ -43,7 +43,7 @@ class Workload:
 
 
 def arcface(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
-    """Return the ArcFace loss in plain torch, with N×C logits, as common training code has it."""
+    """Return the ArcFace loss in plain torch, with N×C logits, as in common training code."""
     cosine = F.linear(F.normalize(x), F.normalize(w)).clamp(-1 + 1e-7, 1 - 1e-7)
     own = cosine.gather(1, target[:, None])
     logits = cosine.scatter(1, target[:, None], (own.acos() + 0.5).cos())
@@ -67,7 +67,7 @@ def step(method: str, workload: Workload) -> Callable[[], tuple[Tensor, ...]]:
     return run
 
 
-def _agree(ours: tuple[Tensor, ...], eager: tuple[Tensor, ...]) -> bool:
+def _close(ours: tuple[Tensor, ...], eager: tuple[Tensor, ...]) -> bool:
     pairs = zip(ours, eager, strict=True)
     return all(bool((a - b).norm() <= 1e-3 * b.norm()) for a, b in pairs)
 
@@ -75,7 +75,7 @@ def _agree(ours: tuple[Tensor, ...], eager: tuple[Tensor, ...]) -> bool:
 def time_all(
     workload: Workload, rounds: int = 3, done: Callable[[str], None] = lambda method: None
 ) -> dict[str, Any]:
-    """Return each method's median seconds, interleaved in one process, or why there are none.
+    """Return each method's median seconds, interleaved in one process, or why it has none.
 
     A method whose loss or gradients differ from eager's by more than 1e-3 of their norm is not
     timed.
@@ -86,9 +86,9 @@ def time_all(
     for method in METHODS:
         try:
             steps[method] = step(method, workload)
-            if not _agree(steps[method](), expected):  # the first call also compiles
+            if not _close(steps[method](), expected):  # the first call also compiles
                 raise ArithmeticError("its loss or gradients differ from eager torch's")
-        except Exception as error:  # no C++ compiler or memory, say: report it, and time the others
+        except Exception as error:  # such as no C++ compiler: report it, and time the others
             steps.pop(method, None)
             result[method] = f"not measured: {type(error).__name__}: {str(error).splitlines()[0]}"
         done(method)

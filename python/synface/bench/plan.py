@@ -71,7 +71,7 @@ class Settings:
         gpu_memory: bytes of each. device: a name of `DEVICES`.
         batch: images of one step, over all ranks.
         labels: per image (3 for mixed identities and domains).
-        sample_rate: share of the classes sampled in a step (Partial FC).
+        sample_rate: share of the classes that a step samples (Partial FC).
         fused_update: whether the backward pass steps the centers, which then have no gradient.
         centers: dtype of the class centers, their gradient and their optimizer's state.
         optimizer: of the centers: ``"sgd"`` (momentum), ``"adamw"`` or ``"none"``.
@@ -334,7 +334,7 @@ def _remedies(settings: Settings) -> Iterator[Remedy]:
         yield remedy("no gradient of the centers: --fused-update", fused_update=True)
     if settings.centers == "float32":
         yield remedy(
-            "centers in bfloat16, rounded at random: --centers bfloat16", centers="bfloat16"
+            "centers in bfloat16, stochastically rounded: --centers bfloat16", centers="bfloat16"
         )
     thousandths = least(
         lambda k: needs(replace(settings, sample_rate=1 - k / 1000)) <= room, most=999
@@ -345,7 +345,7 @@ def _remedies(settings: Settings) -> Iterator[Remedy]:
     elif settings.sample_rate > 0.1:
         yield remedy("sample a tenth of the classes: --sample-rate 0.1", sample_rate=0.1)
     if settings.optimizer == "adamw":
-        yield remedy("one state a center instead of two: --optimizer sgd", optimizer="sgd")
+        yield remedy("one optimizer state instead of two: --optimizer sgd", optimizer="sgd")
     if settings.optimizer != "none":
         yield remedy("no momentum for the centers: --optimizer none", optimizer="none")
     if settings.backbone and settings.images > 1:
@@ -396,7 +396,7 @@ def read_measured(path: Path) -> dict[str, Any]:
                 raise ValueError(f"its {rate} must be above 0, got {result['ceilings'][rate]}")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path} is no result of make gpu-evidence: {reason}") from error
+        raise ValueError(f"{path} is not a result of make gpu-evidence: {reason}") from error
     return dict(result)
 
 

@@ -187,7 +187,8 @@ def run(
 
     Args:
         centers: of the configuration ``config.centers``.
-        steps: last step, counted from the centers' first. minutes: or the duration.
+        steps: last step, counted from the centers' first. minutes: the duration, instead of
+            ``steps``.
         checkpoint_every: in steps; only for centers in files.
         progress: called with each step's row of the history.
 

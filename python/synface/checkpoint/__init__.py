@@ -1,4 +1,4 @@
-"""Checkpoints of any number of ranks, and the logs that go with them."""
+"""Checkpoints of any number of ranks, and their logs."""
 
 from typing import TYPE_CHECKING
 

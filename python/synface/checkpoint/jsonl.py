@@ -9,7 +9,7 @@ from pathlib import Path
 from ..common.files import CheckpointError, sync, write_text
 from ..common.textfiles import parse_json, read_text
 
-MAX_BYTES = 2**32  # of a log
+MAX_BYTES = 2**32  # size limit of a log
 
 
 class Lines:
@@ -34,10 +34,10 @@ class Lines:
         """Return the complete lines; a crash may have cut the last one short.
 
         Args:
-            most: return at most so many, from the first on.
+            most: maximum number of lines, from the first on.
 
         Raises:
-            CheckpointError: for a file that cannot be read or is no such log.
+            CheckpointError: for a file that cannot be read or is not such a log.
         """
         try:
             whole = read_text(self.file, most=MAX_BYTES).split("\n")[:-1]

@@ -1,6 +1,6 @@
 """Checkpoints of a model and its optimizers, by the names of the model's parameters.
 
-One format serves one process and several ranks: any number of ranks can go on from a checkpoint,
+One format serves one process and several ranks: any number of ranks can resume from a checkpoint,
 however they split the classes.
 """
 
@@ -43,16 +43,16 @@ def save_model(
 ) -> Path:
     """Write ``folder/step-XXXXXXXX``, then remove all but the two newest checkpoints.
 
-    All ranks call it, with one folder that all of them see. The checkpoint is written atomically,
-    so a crash of any rank never damages the previous ones.
+    All ranks call it, with one shared folder. The checkpoint is written atomically, so a crash of
+    any rank never damages the previous ones.
 
     Args:
-        model: not wrapped in DistributedDataParallel (its ``.module`` is meant). The class centers
-            of a `ShardedMarginHead` or `PartialFC` in it are saved from each rank, everything else
-            from one.
+        model: not wrapped in DistributedDataParallel (pass its ``.module``). The class centers of a
+            `ShardedMarginHead` or `PartialFC` in it are saved from each rank, everything else from
+            one.
         optimizers: one, or several that share no parameter. Their states are saved by the names of
-            the model's parameters; their settings (learning rates and so on) are the caller's.
-        state: content of state.json besides what every checkpoint has; the first rank's counts.
+            the model's parameters; their settings (learning rates and so on) are not saved.
+        state: further content of state.json; the first rank's is written.
         group: process group of all ranks that call this. Default: all ranks.
 
     Raises:
@@ -75,8 +75,7 @@ def load_model(
 ) -> dict[str, Any]:
     """Load a checkpoint, or the newest one of a run, into a model and its optimizers.
 
-    All ranks call it; they may be more or fewer than those that saved it, and split the classes in
-    another way.
+    All ranks call it; their number, and their split of the classes, may differ from the saved ones.
 
     Args:
         path: a run, or one of its checkpoints.
@@ -203,13 +202,13 @@ def _restore(
     optimizers: Sequence[torch.optim.Optimizer],
     read: Mapping[str, Tensor],
 ) -> None:
-    """Give the model and the optimizers what was read."""
+    """Load the tensors that were read into the model and the optimizers."""
     names, states = _names(model), defaultdict[str, dict[str, Tensor]](dict)
     for key, value in read.items():
         name, _, state = key.partition(".")[2].rpartition(".")
         if key.startswith("optimizer."):
             states[name][state] = value
-    # what was read into the model's own memory, too, for the sake of its hooks
+    # including tensors that are in the model's memory already, so that its hooks run
     own = {k.removeprefix("model."): v for k, v in read.items() if k.startswith("model.")}
     model.load_state_dict(own)
     for optimizer in optimizers:
@@ -224,7 +223,7 @@ def _restore(
 def _present_keys(
     stored: Iterable[str], model: nn.Module, optimizers: Optimizers
 ) -> dict[str, str]:
-    """Return the present key of each tensor of a checkpoint of format 1 or 2.
+    """Return the current key of each tensor of a checkpoint of format 1 or 2.
 
     Training named a state OPTIMIZER.INDEX.STATE, with the parameter's index in the optimizer.
     Recipes put "optimizer." before that, and no "model." before the model's tensors.

@@ -1,4 +1,4 @@
-"""The folder of a checkpoint and its state.json, which say what a checkpoint is of."""
+"""A checkpoint's folder, and its state.json, which describes the run."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def check_same(found: Path, came: Any, wanted: Mapping[str, Any], part: str | No
     """Compare a checkpoint's description, or the named part of it, with the expected one.
 
     Raises:
-        CheckpointError: for the first key that differs, or for a part that is no dict.
+        CheckpointError: for the first key that differs, or for a part that is not a dict.
     """
     if not isinstance(came, Mapping):
         name = part or "the description"

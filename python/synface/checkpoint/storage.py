@@ -119,7 +119,7 @@ def save(
     Args:
         tensors: by name. On several ranks, each `Shard` is written by its rank, every other tensor
             by one of them.
-        state: content of state.json besides what every checkpoint has; the first rank's counts.
+        state: further content of state.json; the first rank's is written.
         group: process group of the ranks that call this with the same folder. Default: this
             process alone.
 
@@ -306,7 +306,7 @@ def _gathered(value: Any, group: Any) -> list[Any]:
 
 @contextmanager
 def _torch_checkpoint(group: Any) -> Iterator[dict[str, Any]]:
-    """Yield the ranks as torch takes them; raise the error that torch wraps in one of its own."""
+    """Yield torch's arguments for the ranks; raise the original of an error that torch wraps."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")

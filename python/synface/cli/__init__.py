@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Run the command line; an error that the user can act on is one line, without a traceback."""
+    """Run the command line; print expected errors as one line, without a traceback."""
     raise_on_sigterm()
     try:
         with extra("train", "the command line"):
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def __getattr__(name: str) -> object:
-    """Import `app` on its first use: its packages are an extra."""
+    """Import `app` on its first use, since it needs the packages of an extra."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .commands import app

@@ -37,9 +37,9 @@ def scale_command(
     steps: Annotated[
         int | None, typer.Option(help="Number of steps. Default: 100, unless --minutes is given.")
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Minutes, in place of --steps.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes, instead of --steps.")] = None,
     optimizer: Annotated[str, typer.Option(help="Optimizer of the centers: sgd or adamw.")] = "sgd",
-    momentum: Annotated[float, typer.Option(help="Momentum of sgd; 0 for none.")] = 0.9,
+    momentum: Annotated[float, typer.Option(help="SGD momentum; 0 for none.")] = 0.9,
     lr: Annotated[float, typer.Option(help="Learning rate, constant.")] = 0.02,
     working_set: Annotated[
         str | None,
@@ -61,7 +61,7 @@ def scale_command(
         int | None, typer.Option(help="Steps between checkpoints. Default: none.", min=1)
     ] = None,
     sync: Annotated[
-        bool, typer.Option("--sync", help="Flush checkpoints, so that they survive a power cut.")
+        bool, typer.Option("--sync", help="Flush checkpoints to disk, to survive a power failure.")
     ] = False,
     seed: SeedOption = 0,
     output: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("scale-report"),
@@ -110,7 +110,7 @@ def scale_command(
             centers = Centers.create(
                 config.centers, directory, overwrite=overwrite, sync=sync, progress=bar.count
             )
-    kept = keep or resume
+    keep_files = keep or resume
     try:
         with Bar("training") as bar:
             bar.start(steps, centers.step)
@@ -123,10 +123,10 @@ def scale_command(
                 progress=lambda row: bar.step(row["loss"], row["accuracy"], batch),
             )
         scale.write_report(result, output)
-        if kept:
+        if keep_files:
             centers.checkpoint()
     finally:
-        if kept:
+        if keep_files:
             centers.close()
         else:
             centers.remove()

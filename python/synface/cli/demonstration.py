@@ -14,7 +14,7 @@ from .terminal import Bar, print_table, say
 
 
 def info_command() -> None:
-    """Show versions, devices, and the implementation that each op takes."""
+    """Show versions, devices, and the implementation that each op uses."""
     from synface_kernels import _env
 
     say(_env.report())
@@ -52,7 +52,7 @@ def demo_command(
     held_out = max(2, identities // 5)
     learn, held = faces.split(held_out)
     say(
-        f"1. {faces.source}\n   training on {len(learn.identities)} people, verifying on the "
+        f"1. {faces.source}\n   training on {len(learn.identities)} people, verifying on "
         f"{held_out} others"
     )
     config = TrainConfig(epochs=epochs, seed=seed, checkpoint_every=max(1, epochs))

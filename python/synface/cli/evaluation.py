@@ -16,7 +16,7 @@ from .options import RelabelOption, refuse
 from .started import MEMORY, Started, command_of, located, read_faces, split_faces
 from .terminal import Bar, print_table, say
 
-if TYPE_CHECKING:  # they import torch, which takes longer than all else that --help needs
+if TYPE_CHECKING:  # they import torch, which --help must not wait for
     import torch
 
     from ..data import Faces, ImageSet
@@ -31,13 +31,13 @@ def eval_command(
         typer.Argument(help="Folder of a run, or of one checkpoint.", show_default=False),
     ] = None,
     checkpoint_: Annotated[
-        Path | None, typer.Option("--checkpoint", help="The run, given as an option.")
+        Path | None, typer.Option("--checkpoint", help="Folder of the run, as an option.")
     ] = None,
     backbone: Annotated[
         str | None,
         typer.Option(
-            help="Function that builds the run's backbone, as package.module:function; needed "
-            "where it is not built in, since code that a checkpoint names is not imported."
+            help="Function that builds the run's backbone, as package.module:function; required "
+            "if it is not built in, since code that a checkpoint names is not imported."
         ),
     ] = None,
     sets: Annotated[
@@ -56,15 +56,15 @@ def eval_command(
         bool,
         typer.Option(
             "--resize",
-            help="Resize the images of a --set; else another size is an error. Images of --data "
-            "are always resized.",
+            help="Resize the images of a --set; otherwise another size is an error. Images of "
+            "--data are always resized.",
         ),
     ] = False,
-    flip: Annotated[bool, typer.Option(help="Add the embedding of the mirror image.")] = True,
+    flip: Annotated[bool, typer.Option(help="Add the embedding of the flipped image.")] = True,
     device: Annotated[
         str,
         typer.Option(
-            help="Device of the network: cpu, cuda, cuda:1 …; auto is cuda where there is one."
+            help="Device of the network: cpu, cuda, cuda:1 …; auto uses cuda if available."
         ),
     ] = "auto",
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 256,
@@ -81,14 +81,14 @@ def eval_command(
     holdout: Annotated[
         int | None,
         typer.Option(
-            help="Number of last identities to verify on; 0 for all. Default: as in training where "
-            "the images are the run's, else all.",
+            help="Number of identities, the last ones, to verify on; 0 for all. Default: as in "
+            "training for the run's images, else all.",
             min=0,
         ),
     ] = None,
     relabel: RelabelOption = False,
 ) -> None:
-    """Verify a trained network on pairs of images, beside raw pixels, or on verification sets."""
+    """Verify a trained network on pairs of images, against raw pixels, or on verification sets."""
     from ..evaluation.report import SetResult
     from ..reporting.plots import check_matplotlib
     from ..training.model import load_backbone
@@ -100,13 +100,13 @@ def eval_command(
     assert path is not None
     if sets:
         if data is not None or holdout is not None:
-            raise ValueError("--set goes without --data and --holdout")
+            raise ValueError("--set cannot be combined with --data or --holdout")
         refuse(context, "with --set", "relabel")
     else:
         refuse(context, "without --set", "images")
-        refuse(context, "without --set: images get the network's size", "resize")
+        refuse(context, "without --set: images are resized to the network's size", "resize")
         if data is None:
-            refuse(context, "without --data: the run's own is read as in training", "relabel")
+            refuse(context, "without --data: the run's images are read as in training", "relabel")
     network, state = load_backbone(path, backbone)
     if output is not None:
         check_folder("--output", output)
@@ -160,7 +160,7 @@ def _people(
         before = started.holdout, relabel or started.relabel
         if _may_be(open_images(data, before[1]), started, state["data"]):
             splits.insert(0, before)
-    for count, renumber in splits:  # the run's own first, by which its images are known
+    for count, renumber in splits:  # the run's own first, which identifies its images
         rest: LabeledImages | None = None
         if count:
             memory = MEMORY if started is None else started.memory  # as in training
@@ -175,7 +175,7 @@ def _people(
         # Only the split of the run itself proves that these people are new to the network.
         wanted = state["data"]["fingerprint"].split()[-1]
         unseen = rest is not None and fingerprint(rest) == wanted
-        if not unseen and isinstance(rest, Faces) and data is not None:  # as a mixed run knows it
+        if not unseen and isinstance(rest, Faces) and data is not None:  # of a mixed run
             unseen = fingerprint(open_images(data, renumber).split(count or 0)[0]) == wanted
         if unseen:
             break
@@ -199,7 +199,7 @@ def _report(output: Path | None, results: Sequence[SetResult], about: dict[str, 
 
 
 def _may_be(images: ImageSet, started: Started, trained_on: dict[str, Any]) -> bool:
-    """Return whether these may be a run's images, as far as that shows without decoding any."""
+    """Return whether these may be a run's images, without decoding any."""
     from ..training.sources import fingerprint
 
     people = len(images.identities) - started.holdout

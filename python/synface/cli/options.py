@@ -1,4 +1,4 @@
-"""Options that several commands have, and those that are the fields of a dataclass."""
+"""Options that commands share, and options from the fields of a dataclass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..data.formats.decode import MAX_PIXELS
 T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., None])
 
-RELABEL = "Number the labels that have images from 0 on; else gaps are an error."
+RELABEL = "Renumber the labels that have images from 0; otherwise gaps are an error."
 RelabelOption = Annotated[bool, typer.Option("--relabel", help=RELABEL)]
 SeedOption = Annotated[int, typer.Option(help="Random seed.", min=0)]
 
@@ -79,12 +79,12 @@ def _integers(name: str, text: str) -> tuple[int, ...]:
 
 
 def in_words(value: Any) -> Any:
-    """Return a value as the command line takes it."""
+    """Return a value in the command line's syntax."""
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _from_file(context: typer.Context, file: Path | None) -> Path | None:
-    """Take from a TOML file the values of options that the command line does not give."""
+    """Read the values of options that the command line does not give from a TOML file."""
     if file is not None:
         values = read_toml(file)
         check_keys(
@@ -98,8 +98,8 @@ ConfigOption = Annotated[
     Path | None,
     typer.Option(
         "--config",
-        help="TOML file of options, by their names with _ for -, such as a run's config.toml; "
-        "options of the command line replace them.",
+        help="TOML file of option values, named with _ for -, such as a run's config.toml; "
+        "options on the command line override them.",
         is_eager=True,
         callback=_from_file,
     ),
@@ -113,14 +113,14 @@ def is_given(context: typer.Context, name: str) -> bool:
 
 
 def refuse(context: typer.Context, why: str, *names: str) -> None:
-    """Raise ValueError for an option of these that the command line gives and that does nothing."""
+    """Raise ValueError if the command line gives one of these options, which has no effect."""
     for param in context.command.params:
         if param.name in names and is_given(context, param.name):
             raise ValueError(f"{'/'.join(param.opts + param.secondary_opts)} has no effect {why}")
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """Return the (H, W) of a ``--size``; raise ValueError for another text."""
+    """Return the (H, W) of a ``--size``; raise ValueError for invalid text."""
     if text is None:
         return None
     parts = text.lower().replace("×", "x").split("x")

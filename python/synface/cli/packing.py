@@ -28,17 +28,17 @@ def pack_command(
         int | None, typer.Option(help="Steps of each objective and restart. Default: 500.")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Minutes for each objective, in place of --steps.")
+        float | None, typer.Option(help="Minutes for each objective, instead of --steps.")
     ] = None,
     restarts: Annotated[
         int, typer.Option(help="Number of random starting points; the best packing is saved.")
     ] = 1,
     batch: Annotated[
         int | None,
-        typer.Option(help="Random points per step, where N is too large for all at once."),
+        typer.Option(help="Random points per step, for large N. Default: all N."),
     ] = None,
     gallery: Annotated[
-        Path | None, typer.Option(help="Embeddings to stay close to: .safetensors or .npy.")
+        Path | None, typer.Option(help="Embeddings to keep close to: .safetensors or .npy.")
     ] = None,
     alpha: Annotated[float, typer.Option(help="Weight of the gallery term.")] = 0.5,
     start: Annotated[
@@ -47,18 +47,18 @@ def pack_command(
     lr: Annotated[float, typer.Option(help="Learning rate of the objective hyperface.")] = 0.001,
     seed: SeedOption = 0,
     output: Annotated[
-        Path, typer.Option(help="File of the points (.safetensors); a plot is beside it (.png).")
+        Path, typer.Option(help="Output file (.safetensors); a plot (.png) is written beside it.")
     ] = Path("packed.safetensors"),
     device: Annotated[str, typer.Option(help="Device to compute on.")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the checkpoints.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     check: Annotated[
         Path | None,
-        typer.Option(help="Embeddings whose exact worst pair is found; no points are packed."),
+        typer.Option(help="Embeddings to find the exact worst pair of, instead of packing."),
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option(help="Other embeddings for --check; pairs are of one from each file."),
+        typer.Option(help="Other embeddings for --check: each pair takes one from each file."),
     ] = None,
 ) -> None:
     """Pack N unit vectors in d dimensions, and report the gap to the bound; or check embeddings."""
@@ -94,11 +94,11 @@ def pack_command(
     ]
     bound = packers[0].bound
     say(
-        f"{count:,} points in {dim} dimensions: random ones have a worst cosine of about "
-        f"{packing.bounds.random_worst(count, dim):.4f}, none can have less than "
+        f"{count:,} points in {dim} dimensions: the worst cosine of random points is about "
+        f"{packing.bounds.random_worst(count, dim):.4f}, its lower bound "
         f"{bound.cosine:.4f} ({bound.name})"
     )
-    with interrupts("the same command with --resume goes on"):
+    with interrupts("run the same command with --resume to continue"):
         packings = packing.pack(
             packers,
             output,
@@ -149,12 +149,12 @@ def synthesize_command(
     generator: Annotated[
         Path | None,
         typer.Option(
-            help="Face generator, an ONNX (.onnx) or TorchScript file; the latter is a program "
-            "that is run: trust its author. Default: eigenfaces of scikit-image's faces."
+            help="Face generator, an ONNX (.onnx) or TorchScript file; TorchScript is a program: "
+            "run only trusted files. Default: eigenfaces of scikit-image's faces."
         ),
     ] = None,
     style_size: Annotated[
-        int | None, typer.Option(help="Size of the styles, where the generator's file lacks it.")
+        int | None, typer.Option(help="Dimension of the styles, if the generator's file lacks it.")
     ] = None,
     size: Annotated[
         str | None,
@@ -165,13 +165,13 @@ def synthesize_command(
     workers: Annotated[
         int | None, typer.Option(help="Threads that encode images. Default: one per core.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Device of a generator in a file.")] = "cpu",
-    resume: Annotated[bool, typer.Option("--resume", help="Make the missing images.")] = False,
+    device: Annotated[str, typer.Option(help="Device of the --generator file.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Generate the missing images.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the images of an earlier run.")
     ] = False,
 ) -> None:
-    """Generate images of packed identities, in an image folder that `train` takes."""
+    """Generate images of packed identities, into an image folder for `train`."""
     from ..synthesis.dataset import synthesize
     from ..synthesis.embeddings import read_embeddings
     from ..synthesis.generators import open_generator
@@ -191,7 +191,7 @@ def synthesize_command(
         device=device,
     )
     began = time.perf_counter()
-    with interrupts("the same command with --resume makes the rest"), Bar("synthesizing") as bar:
+    with interrupts("run the same command with --resume to continue"), Bar("synthesizing") as bar:
         made = synthesize(
             embeddings,
             faces,

@@ -23,7 +23,7 @@ def plan_command(
     ] = None,
     measured: Annotated[
         Path | None,
-        typer.Option(help="Rates measured on that device, as make gpu-evidence writes them."),
+        typer.Option(help="Rates measured on that device: the result file of make gpu-evidence."),
     ] = None,
     **given: Any,
 ) -> None:

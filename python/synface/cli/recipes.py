@@ -1,4 +1,4 @@
-"""The command line's recipes: synface recipe cfsm, synface, hyperface; and study."""
+"""The commands `synface recipe cfsm`, `synface` and `hyperface`, and `synface study`."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ ResumeOption = Annotated[bool, typer.Option("--resume", help="Resume the run in 
 CellOption = Annotated[
     str | None,
     typer.Option(
-        help="Run this one training run, without the report. Others may run in parallel; "
-        "--resume then writes the report of all."
+        help="Run only this training run, without the report. Others may run in parallel; "
+        "--resume then writes the report."
     ),
 ]
 FacesOption = Annotated[bool, typer.Option(help="Show some generated faces in the report.")]
@@ -68,7 +68,7 @@ def cfsm_command(
 
     _check_outputs(output, report)
     began = time.perf_counter()
-    with interrupts(f"{command} --output {output} --resume goes on"):
+    with interrupts(f"continue with {command} --output {output} --resume"):
         results = cfsm.run(settings, output, resume=resume, progress=Bar)
     numbers = cfsm.measured(results)
     for domain, found in numbers["style"].items():
@@ -105,7 +105,7 @@ def _run(
     """Run a recipe of several training runs, and write its report.
 
     Args:
-        module: of the recipe. called: the words of the command.
+        module: the recipe's module. called: the command's name.
     """
     if cell is not None:
         refuse(context, "with --cell, which writes no report", "report", "faces")
@@ -114,7 +114,7 @@ def _run(
     settings = replace(settings, data=replace(settings.data, **_paths(real=real)))
     command = _command(called, config=config, real=real)
     _check_outputs(output, report)
-    with interrupts(f"{command} --output {output} --resume goes on"):
+    with interrupts(f"continue with {command} --output {output} --resume"):
         results = recipe.run(settings, output, resume=resume, only=cell, progress=Bar)
     if cell is None:
         page = recipe.write(results, report or output / "report", command, **shown)
@@ -145,7 +145,7 @@ _register(
 )
 _register(
     "hyperface",
-    "Pack identities, draw their faces, train and verify, beside random ones (HyperFace).",
+    "Pack identities, generate faces, train and verify; compare with random ones (HyperFace).",
 )
 
 
@@ -158,7 +158,7 @@ def study_command(
     cell: CellOption = None,
     resume: ResumeOption = False,
 ) -> None:
-    """Measure accuracy over identities × images of each, and by attribute, with and without mixup.
+    """Measure accuracy by identities, images per identity and attribute, with and without mixup.
 
     Networks are trained on generated faces, and verified on real people.
     """

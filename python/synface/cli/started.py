@@ -1,4 +1,4 @@
-"""The start of a run, as its config.json records it, and the images that a command names."""
+"""The options that a run was started with, as config.json records them, and its images."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..training.config import NOT_NEGATIVE, TrainConfig, check_fields, option
 from .options import RELABEL, parse_size
 from .terminal import Bar
 
-if TYPE_CHECKING:  # they import torch, which takes longer than all else that --help needs
+if TYPE_CHECKING:  # they import torch, which --help must not wait for
     from ..data import Faces, ImageSet
     from ..data.formats.image_set import LabeledImages
 
-EMBEDDED = "default"  # as a folder: the embedded faces
+EMBEDDED = "default"  # folder name that stands for the embedded faces
 IMAGES = ("data", "synthetic", "real")  # options that say where images are
 # Options added later, with the values that older runs had.
 EARLIER = {
@@ -27,16 +27,16 @@ EARLIER = {
     "mix_ratio": "grid",
     "per_sample": False,
     "relabel": False,
-    "memory": 3 << 13,  # all that was trained on, were it grayscale
+    "memory": 3 << 13,  # RGB equivalent of the earlier limit, 8 GiB in grayscale
 }
 MEMORY = 1024  # MiB
-FOLDER_SIZE = (56, 48)  # height, width: what two cores train in a minute or two
+FOLDER_SIZE = (56, 48)  # height, width: small enough to train on two cores in a minute or two
 EMBEDDED_SIZE = (48, 48)  # of the embedded faces, unless --size says otherwise
 
 
 @dataclass(frozen=True)
 class Started:
-    """The options of `synface train` that say which images a run has, and which run it began with.
+    """The options of `synface train` for a run's images and its initial parameters.
 
     Paths are absolute: a run may be resumed from any directory.
     """
@@ -61,7 +61,7 @@ class Started:
         "Distribution of the synthetic share: grid (0, 0.05, … 1), beta:A or constant:V.",
     )
     per_sample: bool = option(False, "Draw a share for each image instead of each batch.")
-    holdout: int = option(10, "Identities (the last ones) held out for verification.", NOT_NEGATIVE)
+    holdout: int = option(10, "Identities, the last ones, held out for verification.", NOT_NEGATIVE)
     size: str | None = option(
         None,
         "Height×width in pixels, such as 112x112. Default: 56x48 for a folder, 48x48 for the "
@@ -70,14 +70,14 @@ class Started:
     relabel: bool = option(False, RELABEL)
     memory: int = option(
         MEMORY,
-        "MiB that the images of --data may take, decoded to RGB, to be held in memory; those of a "
-        "larger set are decoded while it trains.",
+        "MiB of memory for the images of --data, decoded to RGB; the images of a larger set are "
+        "decoded during training.",
         NOT_NEGATIVE,
     )
     init: str | None = option(
         None,
-        "Run whose backbone the new one begins with, and whose class centers too where the "
-        "identities are as many.",
+        "Run to load the initial backbone from, and the class centers too if it has the same "
+        "number of identities.",
         type=Path | None,
     )
 
@@ -90,7 +90,7 @@ class Started:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Started:
-        """Return what a config.json records; raise TypeError or ValueError for other values."""
+        """Return the options in a config.json; raise TypeError or ValueError for other values."""
         values, hints = EARLIER | values, get_type_hints(Started)
         if values.keys() != hints.keys() or not all(
             isinstance(values[name], hint) for name, hint in hints.items()
@@ -100,7 +100,7 @@ class Started:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(H, W) of the images that it trains on."""
+        """The (H, W) of the training images."""
         embedded = self.synthetic == EMBEDDED or not (self.data or self.real)
         return parse_size(self.size) or (EMBEDDED_SIZE if embedded else FOLDER_SIZE)
 
@@ -135,7 +135,7 @@ def split_faces(
 ) -> tuple[LabeledImages, Faces]:
     """Return the faces to train on, and the last ones, held out.
 
-    The former are in memory too if all, as RGB, take at most ``memory`` MiB.
+    The former are in memory too if all images, as RGB, need at most ``memory`` MiB.
     """
     from ..data import open_images, read_folder
     from ..data.loading.loader import common_shape, opened
@@ -151,17 +151,17 @@ def split_faces(
 
 
 def located(folder: Path, name: str, path: str | None, option: str | None = None) -> str | None:
-    """Return the path of a run's images; raise ValueError where there are none."""
+    """Return the path of a run's images; raise ValueError if it does not exist."""
     if path not in (None, EMBEDDED) and not Path(path).exists():
         raise ValueError(
-            f"{folder}: its images (--{name}) are not at {path} now: say where they are with "
+            f"{folder}: its images (--{name}) are no longer at {path}: give their path with "
             f"--{option or name}"
         )
     return path
 
 
 def command_of(file: Path) -> tuple[Started, TrainConfig]:
-    """Return how a run was started, and its configuration."""
+    """Return the options that a run was started with, and its configuration."""
     if not file.is_file():
         raise ValueError(f"{file.parent} holds no run to resume: there is no {file.name}")
     started = read_json(file)

@@ -46,7 +46,7 @@ def encode_anything() -> None:
     """Escape characters that the terminal's encoding lacks."""
     codecs.register_error("synface", _encoded)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # else it is not the interpreter's own
+        if hasattr(stream, "reconfigure"):  # a replaced stream may lack it
             stream.reconfigure(errors="synface")
 
 
@@ -58,7 +58,7 @@ def _untyped(params: list[Any]) -> list[Any]:
 
 
 class Group(TyperGroup):
-    """A group of commands whose help gives flags no type; newer typers put <bool> beside them."""
+    """A group of commands whose help shows no type for flags; newer typers show <bool>."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _untyped(super().get_params(ctx))
@@ -105,7 +105,7 @@ class Bar:
             BarColumn(bar_width=14),
             done or MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),  # 80 columns hold no more
+            TimeRemainingColumn(),  # further columns would exceed 80 characters
             console=console,
         )
         self.task = self.progress.add_task(escape(description), total=None, note="")

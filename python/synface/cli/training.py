@@ -24,7 +24,7 @@ from .started import (
 )
 from .terminal import Bar, console, interrupts, say
 
-if TYPE_CHECKING:  # they import torch, which takes longer than all else that --help needs
+if TYPE_CHECKING:  # they import torch, which --help must not wait for
     from ..data import Faces
     from ..data.formats.image_set import LabeledImages
     from ..data.mixing import Ratio
@@ -85,29 +85,29 @@ def _one_domain(run: Started, workers: int) -> tuple[Source, list[LabeledImages]
 @options_of(Started, TrainConfig)
 def train_command(
     context: typer.Context,
-    output: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
     resume: Annotated[
         Path | None,
         typer.Option(
-            help="Go on with the run in this folder, as it was configured. More --epochs prolong "
-            "it; --data, --synthetic and --real say where its images are now."
+            help="Resume the run in this folder, with its configuration. More --epochs extend it; "
+            "--data, --synthetic and --real give its images' new paths."
         ),
     ] = None,
     workers: Annotated[
-        int, typer.Option(help="Processes that decode images while it trains.", min=1)
+        int, typer.Option(help="Number of processes that decode images.", min=1)
     ] = 2,
     verify_every: Annotated[
         float,
-        typer.Option(help="Epochs between verifications; 0 for one at the end alone.", min=0),
+        typer.Option(help="Epochs between verifications; 0 for only one at the end.", min=0),
     ] = 0,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Also write the run's figures for TensorBoard.")
+        bool, typer.Option("--tensorboard", help="Also log the run's metrics for TensorBoard.")
     ] = False,
     device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     config_file: ConfigOption = None,
     **given: Any,
 ) -> None:
-    """Train on an image folder (or the embedded faces) and verify on people held out."""
+    """Train on an image folder (or the embedded faces) and verify on held-out people."""
     from ..common.distributed import joined
     from ..training.loop import train
     from ..training.model import check_start, inherited, state_of
@@ -115,13 +115,13 @@ def train_command(
 
     run, config = from_options(Started, given), from_options(TrainConfig, given)
     if resume is not None:
-        refuse(context, "with --resume: the run goes on as it was", "output", "config_file")
+        refuse(context, "with --resume: the run keeps its configuration", "output", "config_file")
         run, config = _stored_run(context, resume, run, config)
         output = resume
     _refuse_idle(context, run, config)
     rank = context.with_resource(joined(device))
     console.quiet = not rank.leads
-    folder = output or rank.agreed(Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
+    folder = output or rank.broadcast(Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
     check_folder("--resume" if resume else "--output", folder)
     init = Path(run.init) if run.init and resume is None else None
     starts: Any = {"resume": resume is not None, "init": init, "tensorboard": tensorboard}
@@ -136,7 +136,7 @@ def train_command(
         found, state = state_of(init)
         say(f"the run {inherited(found, state['data'].get('identities', 0), source.num_classes)}")
     pixels = verify_pixels(held) if held.identities else None  # an error, if any, before training
-    with interrupts(f"synface train --resume {folder} goes on"), Bar("training") as bar:
+    with interrupts(f"continue with synface train --resume {folder}"), Bar("training") as bar:
         result = train(
             config,
             source,
@@ -163,9 +163,9 @@ def train_command(
 
 
 def _refuse_idle(context: typer.Context, run: Started, config: TrainConfig) -> None:
-    """Raise ValueError for an option that the others keep from having any effect."""
+    """Raise ValueError for an option that has no effect with the others."""
     if run.synthetic or run.real:
-        refuse(context, "with --synthetic and --real: they are decoded while it trains", "memory")
+        refuse(context, "with --synthetic and --real: they are decoded during training", "memory")
     else:
         refuse(context, "without --synthetic and --real", "mix_ratio", "per_sample")
     if config.schedule != "polynomial":
@@ -174,15 +174,15 @@ def _refuse_idle(context: typer.Context, run: Started, config: TrainConfig) -> N
         idle = ["widths", "depths"] + ["dropout"] * (config.backbone not in BUILT_IN)
         refuse(context, f"with --backbone {config.backbone}", *idle)
     if not run.holdout:
-        refuse(context, "with --holdout 0: there is nobody to verify on", "verify_every")
+        refuse(context, "with --holdout 0: no people are held out to verify on", "verify_every")
 
 
 def _stored_run(
     context: typer.Context, folder: Path, run: Started, config: TrainConfig
 ) -> tuple[Started, TrainConfig]:
-    """Return how a run was started; raise ValueError for a given option that differs from it.
+    """Return a run's options and configuration; raise ValueError for an option that differs.
 
-    More epochs may be given, and other paths of the images, which `train` compares with the run's
+    More epochs and new paths of the images are allowed; `train` compares the images with the run's
     fingerprint.
     """
     from ..training.model import CONFIG
@@ -201,14 +201,14 @@ def _stored_run(
             raise ValueError(
                 f"--{name.replace('_', '-')} {in_words(value)} differs from the run's "
                 f"{in_words(stored)}: a resumed run keeps its configuration"
-                + (", but for more epochs" if name == "epochs" else "")
+                + (", except for more epochs" if name == "epochs" else "")
             )
     if config.backbone not in BUILT_IN and not is_given(context, "backbone"):
         raise ValueError(
             f"{folder}: its backbone is {config.backbone}, and code that a run's folder names is "
             f"not imported: give --backbone {config.backbone}, if you trust it"
             if ":" in config.backbone
-            else f"{folder}: its backbone is a module that train() was given: resume it in Python, "
+            else f"{folder}: its backbone is a module passed to train(): resume it in Python, "
             "as train(..., resume=True, backbone=module)"
         )
     paths: Any = {name: located(folder, name, getattr(run, name)) for name in IMAGES}

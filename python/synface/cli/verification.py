@@ -18,7 +18,7 @@ def verify_network(
 
 
 def figures(found: Verification) -> dict[str, float]:
-    """Return the figures of a verification that are known, by name."""
+    """Return the measured metrics of a verification, by name."""
     numbers = {"auc": found.auc, "accuracy": found.accuracy}
     numbers |= {f"tar_at_far_{far:g}": tar for far, tar in found.tar.items()}
     return {name: number for name, number in numbers.items() if number is not None}

@@ -1,1 +1,1 @@
-"""Checks, files and random numbers for every package; it imports no other package of synface."""
+"""Checks, files and random numbers for every package; imports no other package of synface."""

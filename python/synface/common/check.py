@@ -1,4 +1,4 @@
-"""Checks of arguments that several packages make."""
+"""Argument checks that several packages share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the command line checks folders, for which it need not wait for torch
+if TYPE_CHECKING:  # the command line checks folders without importing torch
     import torch
     from torch import Tensor
 
@@ -55,7 +55,7 @@ def check_integers(config: object, **least: int) -> None:
 def check_rows(name: str, rows: Tensor) -> Tensor:
     """Return the norms (N, 1) of rows (N, D) in float64.
 
-    Squares in float32 would overflow from 1e19 on, and vanish from 1e-23 on.
+    In float32, squares would overflow above 1e19 and underflow below 1e-23.
 
     Raises:
         ValueError: if a norm is zero or not finite.
@@ -74,9 +74,9 @@ def check_rows(name: str, rows: Tensor) -> Tensor:
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Raise OSError unless files can be written to a folder, which may still have to be made.
+    """Raise OSError unless files can be written to a folder, which need not exist yet.
 
-    A temporary folder is made, and removed, in the nearest parent that exists.
+    A temporary folder is created and removed in the nearest existing parent.
     """
     there = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), Path())
     try:
@@ -90,7 +90,7 @@ def check_folder(name: str, folder: Path) -> None:
 
 
 def available_memory() -> int | None:
-    """Return how many bytes of memory are available; None if the system does not say."""
+    """Return the bytes of available memory; None if the system does not tell."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -1,4 +1,4 @@
-"""Configurations: dataclasses of numbers, texts and further dataclasses, to and from TOML."""
+"""Configurations: nested dataclasses of numbers and strings, to and from TOML."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ T = TypeVar("T")
 
 
 def load(cls: type[T], file: Path, earlier: Mapping[str, str] = MappingProxyType({})) -> T:
-    """Return a configuration from a TOML file; a key that is left out keeps its default.
+    """Return a configuration from a TOML file; a missing key has its default.
 
     Args:
-        earlier: by key that is still read, the key that it was replaced by.
+        earlier: maps each old key that is still read to its new name.
 
     Raises:
-        ValueError: for a file that is not TOML, an unknown key, a value of another type or one
-            that the configuration does not take.
+        ValueError: for a file that is not TOML, an unknown key, and a value of a wrong type or out
+            of range.
     """
     table = read_toml(file)
     for old, new in earlier.items():
         if old in table and new in table:
-            raise ValueError(f"{file}: {old} is the earlier name of {new}: give {new} alone")
+            raise ValueError(f"{file}: {old} is the earlier name of {new}: give only {new}")
     return _build(cls, table, str(file), earlier)
 
 

@@ -15,18 +15,18 @@ import torch
 import torch.distributed as dist
 
 if dist.is_available():
-    # Its functions' defaults are the process group that there is when it is first imported, which
-    # torch does on its way, and would keep: so before there is one.
+    # Imported before there is a process group: its functions take the group at the first import,
+    # which torch may cause later, as their default, and would keep it alive.
     import torch.distributed.nn.functional
 
 
 @dataclass(frozen=True)
 class Rank:
-    """A process among those that train together.
+    """One process of a distributed training run.
 
     Attributes:
         rank, ranks: its rank, and the number of ranks.
-        device: device that it trains on.
+        device: its training device.
     """
 
     rank: int
@@ -37,7 +37,7 @@ class Rank:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def agreed(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return the first rank's value, on every rank."""
         values = [value]
         if dist.is_initialized():
@@ -53,10 +53,10 @@ def joined(device: str = "auto") -> Iterator[Rank]:
 
     Args:
         device: "cpu", "cuda" (of several GPUs, the one of the local rank), or "auto": CUDA if
-            there is any.
+            available.
 
     Raises:
-        ValueError: for another device, or CUDA if there is none.
+        ValueError: for another device, or "cuda" if it is not available.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {device!r}")
@@ -82,7 +82,7 @@ def leave() -> None:
 
     The threads may still hold tensors of the last collective, and need the interpreter's lock to
     drop them. If a `DistributedDataParallel` holds the last reference to the group, it waits for
-    the threads with the lock held: forever (pytorch issue 56297). If references outlive the
+    the threads with the lock held: a deadlock (pytorch issue 56297). If references outlive the
     interpreter, such a thread aborts the process. So modules in reference cycles, and in the frames
     of an error being raised, are collected first; callers must drop those that they hold.
     """

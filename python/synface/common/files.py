@@ -17,11 +17,11 @@ from .textfiles import MAX_BYTES, read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHECKSUM = "checksum"  # of the rest of a state
+CHECKSUM = "checksum"  # the key of a state's checksum
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or of another model or run."""
+    """Error for a checkpoint that is missing, damaged, or of another model or run."""
 
 
 def sync(path: Path) -> None:
@@ -35,9 +35,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write a file to, which then replaces ``path``, flushed and atomically.
+    """Yield a path to write a file to, which then replaces ``path`` atomically and is flushed.
 
-    If an error is raised inside, ``path`` stays as it was.
+    If an error is raised inside, ``path`` is not changed.
     """
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)
@@ -57,7 +57,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous tensors; safetensors wants each, of tied weights too, in its own memory."""
+    """Return contiguous tensors, each in its own memory, as safetensors requires of tied weights
+    too.
+    """
     found, seen = {}, set()
     for name, value in tensors.items():
         value = value.detach().contiguous()
@@ -125,11 +127,11 @@ def read_state(
 
     Args:
         formats: accepted values of "format", the newest first.
-        checked: how many of the formats, from the newest on, must have the checksum.
-        most: bytes that the file may have.
+        checked: number of formats, from the newest on, that must have the checksum.
+        most: maximum size of the file in bytes.
 
     Raises:
-        CheckpointError: for a file that is missing, not whole, of another format or damaged.
+        CheckpointError: for a file that is missing, incomplete, of another format or damaged.
     """
     state = read_json(file, CheckpointError, most)
     if not isinstance(state, dict) or state.get("format") not in formats:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that wait for the end of a step."""
+"""Handling of Ctrl-C and SIGTERM at the end of a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 
 class Terminated(SystemExit):
-    """The process was asked to end by SIGTERM; unhandled, it exits with 143 and no traceback."""
+    """Exception for SIGTERM; unhandled, the process exits with 143 and no traceback."""
 
     code = 128 + signal.SIGTERM
 
@@ -29,10 +29,9 @@ def _terminate(*_: object) -> None:
 
 
 def raise_on_sigterm() -> None:
-    """Let SIGTERM raise `Terminated` from here on, as Ctrl-C raises KeyboardInterrupt.
+    """Make SIGTERM raise `Terminated`, as Ctrl-C raises KeyboardInterrupt, so that cleanup runs.
 
-    So cleanup runs after either. It is for the process of a command; a library leaves the signal to
-    its caller.
+    Only commands call it; a library must not change its caller's signal handlers.
     """
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
@@ -40,16 +39,16 @@ def raise_on_sigterm() -> None:
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], int]]:
-    """Let Ctrl-C and SIGTERM wait for the end of a step; a second one does not wait.
+    """Defer Ctrl-C and SIGTERM to the end of a step; a second signal raises at once.
 
-    SIGTERM is sent by SLURM, containers and `kill`. A caller's own handler for it stays.
+    SIGTERM is sent by SLURM, containers and `kill`. A caller's own handler for it is not replaced.
 
     Yields a function that returns the number of the first signal, or 0 before there is one. A
     signal that came after the last call is raised at the end, unless an error is being raised.
-    Outside the main thread, which alone gets signals, the function always returns 0.
+    Outside the main thread, which alone receives signals, the function always returns 0.
     """
-    came, told, at = 0, 0, 0.0
-    # torchrun passes SIGTERM on to ranks that a scheduler has sent it to already: one request
+    came, returned, at = 0, 0, 0.0
+    # torchrun repeats a SIGTERM that the scheduler has sent to the ranks already: one request
     patience = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
 
     def on_signal(signum: int, _: object) -> None:
@@ -59,10 +58,10 @@ def interrupts() -> Iterator[Callable[[], int]]:
         if not came:
             came, at = signum, time.monotonic()
 
-    def tell() -> int:
-        nonlocal told
-        told = came
-        return told
+    def first_signal() -> int:
+        nonlocal returned
+        returned = came
+        return returned
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0
@@ -72,9 +71,9 @@ def interrupts() -> Iterator[Callable[[], int]]:
         caught.append(signal.SIGTERM)
     before = {each: signal.signal(each, on_signal) for each in caught}
     try:
-        yield tell
+        yield first_signal
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-    if came != told:
+    if came != returned:
         raise interruption(came)

@@ -12,7 +12,7 @@ def labels_of(target: Any, keep_column: bool = False) -> Any:
     """Return integer labels as int64, and (N, 1) as (N,) unless ``keep_column`` is set.
 
     Invalid labels are returned as they are, for the caller to raise on all ranks of a process
-    group: a rank that raised alone would leave the others waiting.
+    group: a rank that raised alone would deadlock the others.
     """
     if not isinstance(target, Tensor) or target.dtype == torch.bool:
         return target

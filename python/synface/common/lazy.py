@@ -11,7 +11,7 @@ def lazy(package: str, modules: Mapping[str, tuple[str, ...]]) -> Callable[[str]
     """Return a package's ``__getattr__`` that imports a module when one of its names is first used.
 
     Args:
-        modules: by module of the package, the names that the package exports from it.
+        modules: the names that the package exports, by the module that defines them.
     """
     homes = {name: module for module, names in modules.items() for name in names}
 

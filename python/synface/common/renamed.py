@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
-# Where a module's names are now; the first place is the one that the warning names.
+# The modules that now hold an old module's names; the warning names the first.
 RENAMED: dict[str, tuple[str, ...]] = {
     "backbone": ("models.iresnet",),
     "centers": ("optim.centers",),
@@ -77,7 +77,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Imports the modules of the table."""
+    """A finder and loader of the old modules in the table."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -85,7 +85,7 @@ class _Finder(MetaPathFinder, Loader):
         old = fullname.removeprefix("synface.")
         if old == fullname or old not in RENAMED:
             return None
-        return ModuleSpec(fullname, self, is_package=True)  # it may have modules in the table too
+        return ModuleSpec(fullname, self, is_package=True)  # the table may hold its submodules
 
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__.removeprefix("synface.")
@@ -102,13 +102,13 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Let the old names be imported."""
+    """Make the old module names importable."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
 
 
 def old_names(module: str, **new: str) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a module whose definitions had other names before."""
+    """Return the ``__getattr__`` of a module that still accepts old names of its definitions."""
 
     def get(name: str) -> Any:
         if name not in new:
@@ -120,7 +120,7 @@ def old_names(module: str, **new: str) -> Callable[[str], Any]:
 
 
 def old_keywords(**new: str) -> Callable[[FunctionT], FunctionT]:
-    """Return a decorator for a function whose keyword arguments had other names before."""
+    """Return a decorator that accepts old names of a function's keyword arguments."""
 
     def decorate(function: FunctionT) -> FunctionT:
         @wraps(function)
@@ -145,7 +145,7 @@ def _warn(old: str, new: str) -> None:
     while frame.f_globals["__name__"].startswith(__package__) and frame.f_back:
         frame, level = frame.f_back, level + 1
     warnings.warn(
-        f"{old} is {new} now; the old name goes with the next release",
+        f"{old} is deprecated: use {new}; the old name will be removed in the next release",
         DeprecationWarning,
         stacklevel=level,
     )

@@ -47,7 +47,7 @@ def standard_defaults() -> Iterator[None]:
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed torch's global generators of the CPU and of one GPU, and restore them at the end.
 
-    Other GPUs' generators are left alone, which `torch.manual_seed` would seed too.
+    Unlike `torch.manual_seed`, it does not seed other GPUs' generators.
     """
     gpus = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):

@@ -17,7 +17,7 @@ def read_text(file: Path, kind: type[ValueError] = ValueError, most: int = MAX_B
 
     Args:
         kind: exception to raise.
-        most: bytes that the file may have.
+        most: maximum size of the file in bytes.
 
     Raises:
         ValueError: of this kind, naming the file, if it cannot be read, is a device or a pipe, is
@@ -33,7 +33,7 @@ def read_text(file: Path, kind: type[ValueError] = ValueError, most: int = MAX_B
     if len(content) > most:
         raise kind(f"{file} must have at most {most:,} bytes, and has more")
     try:
-        return content.decode("utf-8-sig")  # editors add a mark
+        return content.decode("utf-8-sig")  # some editors add a byte order mark
     except UnicodeDecodeError as error:
         raise kind(f"{file} is not UTF-8 text: {error}") from error
 

@@ -49,7 +49,7 @@ def write_toml(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def check_keys(where: object, keys: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ValueError for the first unknown key, with the known one that is most like it."""
+    """Raise ValueError for the first unknown key, and suggest the most similar known one."""
     known = list(known)
     for key in keys:
         if key not in known:

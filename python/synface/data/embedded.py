@@ -24,16 +24,16 @@ BLUR = 1.5 / 48.0  # the largest standard deviation, in sides of the image
 def embedded_faces(
     images_per_identity: int = 20, size: int = 48, seed: int = 0, identities: int = FACES
 ) -> Faces:
-    """Return the 100 face crops of LFW that scikit-image ships, each as an identity of its own.
+    """Return the 100 face crops of LFW that scikit-image ships, each as one identity.
 
     Image 0 of each identity is the crop itself, enlarged from 25x25 pixels; the others vary its
     style: shift, rotation, scale, lighting (gain, bias and a gradient), blur and noise. Asking for
-    more images per identity leaves the first ones as they are.
+    more images per identity does not change the first ones.
 
     Args:
         images_per_identity: at least 1.
         size: height and width in pixels, at least 8.
-        seed: of the variation; the same seed gives the same images.
+        seed: random seed of the variation; the same seed gives the same images.
         identities: how many of the 100, in [2, 100].
 
     Returns:
@@ -51,7 +51,7 @@ def embedded_faces(
         raise ValueError(f"size must be at least 8 pixels, got {size}")
     if not 2 <= identities <= FACES:
         raise ValueError(f"identities must lie in [2, {FACES}], got {identities}")
-    # The bytes of all images, and a dozen float32 copies of one style's on the way.
+    # The uint8 images, and a dozen temporary float32 copies of those in one style.
     needed = identities * size**2 * (images_per_identity + 12 * 4)
     check_memory(f"{identities} faces of {size}x{size} pixels", needed)
     originals = enlarge(torch.from_numpy(lfw_crops()[:identities]), size)
@@ -124,7 +124,7 @@ def restyle(x: Tensor, random: Tensor, noise: Tensor) -> Tensor:
         noise: standard normal, of x's shape.
 
     Returns:
-        Of x's shape, in [0, 1].
+        Images of x's shape, in [0, 1].
     """
     side = x.shape[-1]
     signed = 2.0 * random - 1.0
@@ -147,9 +147,9 @@ def restyle(x: Tensor, random: Tensor, noise: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Blur each (B, 1, H, W) image by a Gaussian of its own width, in pixels.
+    """Blur each (B, 1, H, W) image by a Gaussian of the given width in pixels.
 
-    Shifted images are summed: a convolution's rounding would depend on the batch.
+    It sums shifted images, since a convolution's rounding would depend on the batch.
     """
     at = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
     taps = torch.softmax(-0.5 * (at / sigma.clamp_min(1e-3)[:, None]) ** 2, 1)

@@ -18,7 +18,7 @@ from synface.data.formats.images import Store
 
 
 def embed(model: nn.Module, images: Tensor, batch_size: int = 256, flip: bool = True) -> Tensor:
-    """Return the embeddings of images, with the model in evaluation mode meanwhile.
+    """Return the embeddings of images by a model in evaluation mode.
 
     Args:
         model: maps (B, C, H, W) float32 in [-1, 1] to floating embeddings (B, D), or to a tuple

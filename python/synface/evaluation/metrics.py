@@ -24,7 +24,7 @@ class Verification:
         accuracy: mean over the folds, by `verify` on as many genuine as impostor pairs (chance is
             0.5). Accuracy, deviation and threshold are None for pairs without folds.
         accuracy_std: standard deviation over the folds (divided by their number).
-        threshold: the folds' mean of the least cosine that is accepted as the same person.
+        threshold: mean over the folds of the least cosine that is accepted as the same person.
         auc: area under the ROC curve over all pairs, ties counted half.
         tar: for each requested false accept rate the highest true accept rate at a FAR not above
             it; None if there are too few impostor pairs to measure such a FAR.
@@ -73,16 +73,16 @@ def verify(
 ) -> Verification:
     """Verify all pairs of images by the cosine of their embeddings.
 
-    ROC-AUC and TAR are over all pairs. Accuracy is over as many genuine as impostor pairs: of the
-    more numerous kind a random subset, and both kinds spread evenly over the folds. To each fold
-    applies the threshold that is best on the other folds.
+    ROC-AUC and TAR are over all pairs. Accuracy is over as many genuine as impostor pairs: the more
+    numerous kind is subsampled at random, and both kinds are spread evenly over the folds. Each
+    fold uses the threshold that is best on the other folds.
 
     Args:
         embeddings: (N, D) floating, of any length (the cosine normalizes; a zero row has cosine 0).
         labels: (N,) integer.
         folds: number of folds, at least 2.
         fars: false accept rates in (0, 1].
-        seed: of the subset and the folds.
+        seed: random seed of the subset and the folds.
 
     Raises:
         ValueError: for wrong shapes or dtypes, non-finite embeddings, a kind of pair with fewer
@@ -208,7 +208,7 @@ def identify(
                 f"got {tuple(rows.shape)} and {tuple(people.shape)}"
             )
     if not torch.isin(probe_people, gallery_people).all():
-        raise ValueError("probe must hold people of the gallery alone")
+        raise ValueError("probe must only hold people of the gallery")
     nearest = sk.nearest_neighbors(probe, gallery, k=1)[1][:, 0].to(gallery_people.device)
     hits = gallery_people[nearest] == probe_people
     return Identification(float(hits.double().mean()), len(probe), len(gallery))

@@ -63,7 +63,7 @@ def evaluate_set(
 
     Raises: as `embed_store` and `verify_pairs`.
 
-    Memory: the embeddings, (N, D) float32, and what `verify_pairs` takes.
+    Memory: the embeddings, (N, D) float32, and that of `verify_pairs`.
     """
     began = time.perf_counter()
     rows = embed_store(

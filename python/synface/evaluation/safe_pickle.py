@@ -153,11 +153,11 @@ class _Machine:
         except _Refused as error:
             raise DataError(
                 f"{self.path}, offset {at}: {error}; a pickle may hold lists, tuples, bytes, text, "
-                "booleans, integers and NumPy arrays of them, and nothing of it is run"
+                "booleans, integers and NumPy arrays of them, and is never executed"
             ) from None
         except Exception as error:  # damaged bytes may raise any error
-            raise DataError(f"{self.path}, offset {at}: no whole pickle: {error!r}") from None
-        raise DataError(f"{self.path}: no whole pickle")
+            raise DataError(f"{self.path}, offset {at}: not a whole pickle: {error!r}") from None
+        raise DataError(f"{self.path}: not a whole pickle")
 
     def step(self, name: str, argument: Any, at: int) -> None:
         stack, memo = self.stack, self.memo

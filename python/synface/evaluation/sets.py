@@ -58,7 +58,7 @@ class PairSet:
         store: of the encoded images.
         first, second: (P,) int64, indices of each pair's images.
         same: (P,) bool. fold: (P,) int64 in [0, F), the protocol's.
-        people: (N,) int64, the person in each image; None if the set does not tell.
+        people: (N,) int64, the person in each image; None if the set does not identify people.
     """
 
     name: str
@@ -126,7 +126,7 @@ def open_set(path: str | Path, images: str | Path | None = None) -> PairSet | Te
         return read_bin(path)
     if path.suffix == ".txt":
         return read_pairs(path, path.parent if images is None else images)
-    raise DataError(f"{path} is no verification set: expected .bin, .txt or a folder")
+    raise DataError(f"{path} is not a verification set: expected .bin, .txt or a folder")
 
 
 def read_bin(path: str | Path) -> PairSet:
@@ -184,7 +184,7 @@ def _boolean(value: Any) -> bool:
 
 
 def _runs(count: int) -> NDArray[np.int64]:
-    """Return the folds of ten runs that differ in length by one at most, the longer ones first."""
+    """Return ten contiguous folds whose sizes differ by one at most, the larger ones first."""
     lengths = [len(part) for part in np.array_split(np.empty(count), FOLDS)]
     return np.repeat(np.arange(FOLDS), lengths)
 
@@ -253,7 +253,7 @@ def read_pairs(path: str | Path, images: str | Path) -> PairSet:
             raise DataError(f"{path}, line {line}: {row[0]!r:.80} twice, where people differ")
         for side, (name, number) in enumerate((first, second)):
             if not number.strip().isdecimal():
-                raise DataError(f"{path}, line {line}: {number!r:.80} is no number of an image")
+                raise DataError(f"{path}, line {line}: {number!r:.80} is not an image number")
             pairs[i, side] = image(name, number.strip(), line)
     fold = np.repeat(np.arange(folds), 2 * each)
     if folds == 1:
@@ -283,8 +283,8 @@ def _read_paths(path: Path, root: Path, lines: list[str]) -> PairSet:
         for file in files:
             if file not in index and not os.path.isfile(file):
                 raise DataError(
-                    f"{path}, line {line}: {file} is no file; are the images under another folder "
-                    "(--images)?"
+                    f"{path}, line {line}: {file} is not a file; are the images under another "
+                    "folder (--images)?"
                 )
             index.setdefault(file, len(index))
         rows.append([*(index[file] for file in files), int(words[2])])
@@ -314,9 +314,7 @@ def _stems(root: Path, name: str) -> dict[str, list[Path]]:
         raise DataError(f"{name!r:.80} cannot be the name of a person's folder in {root}")
     folder = root / name
     if not os.path.isdir(folder):
-        raise DataError(
-            f"{folder} is no folder of a person's images; is it under another (--images)?"
-        )
+        raise DataError(f"{folder} is not a person's image folder; is it under another (--images)?")
     files = [f for f in decode.entries(folder) if f.suffix.lower() in decode.EXTENSIONS]
     stems: dict[str, list[Path]] = {}
     for file in files:

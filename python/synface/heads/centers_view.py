@@ -37,9 +37,8 @@ class CentersView(nn.Parameter):
         weight = self._weight
         if self.data_ptr() != weight.data_ptr():
             raise RuntimeError(
-                "this W was taken before its loss moved to another device or dtype, and is the "
-                "loss's no more: make the optimizer afterwards, best of loss.weight or "
-                "loss.parameters()"
+                "this W is stale: its loss moved to another device or dtype since; make the "
+                "optimizer after the move, preferably of loss.weight or loss.parameters()"
             )
         return None if weight.grad is None else transposed(weight.grad)
 

@@ -23,7 +23,7 @@ Settled = TypeVar("Settled")
 
 
 class FusedHead(nn.Module):
-    """Class centers, ``weight``, over which the fused margin softmax is computed.
+    """Base class of heads: class centers, ``weight``, and the fused margin softmax over them.
 
     Args:
         shape: of the centers, (C, D) or (C, M, D).
@@ -57,7 +57,7 @@ class FusedHead(nn.Module):
     def _loss(
         self, embeddings: Tensor, target: Tensor, options: dict[str, Any], indices: Any = None
     ) -> Any:
-        """Return the margin softmax loss, with the head's settings where ``options`` has no others.
+        """Return the margin softmax loss, with the head's settings unless ``options`` has others.
 
         ``indices``: the target as indices into sampled classes, where classes are sampled.
         """
@@ -96,9 +96,10 @@ class FusedHead(nn.Module):
         self._optimizer = optimizer
 
     def fuse(self, optimizer: RowSGD | RowAdamW) -> None:
-        """Call `step_in_backward`, whose name this was in version 0.1, with a warning."""
+        """Call `step_in_backward` with a warning: this is its name in version 0.1."""
         warnings.warn(
-            "fuse is step_in_backward now; the old name goes with the next release",
+            "fuse is deprecated: use step_in_backward; the old name will be removed in the next "
+            "release",
             DeprecationWarning,
             stacklevel=2,
         )
@@ -107,7 +108,7 @@ class FusedHead(nn.Module):
     def _with_update(
         self, options: dict[str, Any], embeddings: Tensor, target: Tensor
     ) -> dict[str, Any]:
-        """Return the options, with the optimizer's next step where the backward pass takes one."""
+        """Return the options, with the optimizer's next step if the backward pass applies one."""
         optimizer = self._optimizer
         if optimizer is None or not self.training or "update" in options:
             return options
@@ -157,7 +158,7 @@ class FusedHead(nn.Module):
         batch = _fingerprint(embeddings, target)
         message = (
             f"{type(self).__name__} is recomputed in a backward pass {{}}, so its {name} cannot be "
-            "what they were: call the head outside of torch.utils.checkpoint (it holds no logits "
+            "restored: call the head outside of torch.utils.checkpoint (it holds no logits "
             "that would be saved), or run each backward pass before the next forward pass"
         )
         other = (
@@ -190,7 +191,7 @@ def _may_be_recomputed() -> bool:
 def raise_if_recomputed(value: Tensor) -> Tensor:
     """Return a copy of a compiled head's new state, but raise in a recomputed forward pass.
 
-    Compiled code cannot tell by itself whether it runs inside a backward pass.
+    Compiled code cannot tell whether it runs inside a backward pass.
     """
     if _TRACKER.is_bw:
         raise RuntimeError(

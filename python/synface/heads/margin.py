@@ -81,7 +81,7 @@ class MarginHead(FusedHead):
 
         Args and errors: as `synface_kernels.margin_cross_entropy`, whose options (``mix``,
         ``reduction``, ``return_stats``, a per-batch ``margin``, …) may follow. `AdaFace` and
-        `MagFace` compute their margin, and take no other.
+        `MagFace` compute their margin, and accept no other.
         """
         target = labels_of(target, target_weight is not None)
         return self._loss(embeddings, target, options | {"target_weight": target_weight})
@@ -98,8 +98,8 @@ class MarginHead(FusedHead):
             and dist.get_world_size() > 1
         ):
             raise ValueError(
-                "a MarginHead that steps in its backward pass would step centers of its own on "
-                "each of several ranks: shard them (ShardedMarginHead, PartialFC)"
+                "a MarginHead that steps in its backward pass would step a separate copy of the "
+                "centers on each rank: shard them (ShardedMarginHead, PartialFC)"
             )
         return options
 
@@ -202,7 +202,7 @@ class AdaFace(MarginHead):
         quality = ((length - mean) * self.h / std.clamp_min(1e-3)).clamp(-1, 1)
         margin = replace(self.margin, m2=-self.m * quality, m3=self.m * quality + self.m)
         result = super()._loss(embeddings, target, options | {"margin": margin})
-        if self.training:  # only now: an error leaves the state as it was
+        if self.training:  # only now, so that an error does not change the state
             self.norm_mean.copy_(mean)
             self.norm_std.copy_(std)
         return result

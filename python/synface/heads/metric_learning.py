@@ -119,7 +119,7 @@ class _Loss(nn.Module):
         self._margin = replace(self._margin, **changed)
 
     def __getattr__(self, name: str) -> Any:
-        """Return PML's default where no distance or reducer was given; the loss needs neither."""
+        """Return PML's default if no distance or reducer was given; the loss needs neither."""
         if name not in _DEFAULTS or name in self._modules:
             return super().__getattr__(name)
         kind = _DEFAULTS[name]

@@ -22,7 +22,7 @@ class PartialFC(FusedHead):
 
     Works without a process group too, on a CPU, with batches of any size, and with any optimizer.
     With a group of P ranks, each holds num_classes/P of the classes, the first ranks one more where
-    that is uneven, and has a batch of its own; the loss is over all ranks' rows and classes.
+    that is uneven, and has its own batch; the loss is over all ranks' rows and classes.
 
     Args:
         margin_loss: a margin of this library (`synface_kernels.ArcFace`, …), or an object with the

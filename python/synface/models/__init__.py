@@ -1,4 +1,4 @@
-"""Backbones: networks that embed a face. This package imports nothing of ours."""
+"""Backbones: networks that embed a face. The package imports no other one of synface."""
 
 # Residual blocks of each stage of the published IResNets, which `models.iresnet` builds.
 PRESETS = {

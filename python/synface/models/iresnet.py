@@ -59,7 +59,7 @@ def _projection(in_channels: int, channels: int, stride: int) -> nn.Module | Non
 def _pixels_after(
     image_size: tuple[int, int], widths: Sequence[int], depths: Sequence[int], embedding_size: int
 ) -> int:
-    """Return the pixels that the last stage leaves of an image; raise ValueError for bad sizes."""
+    """Return the number of pixels after the last stage; raise ValueError for bad sizes."""
     if len(widths) != len(depths) or not widths or min(*widths, *depths, embedding_size) < 1:
         raise ValueError(
             "widths and depths must be equally many and, like embedding_size, positive, "
@@ -97,7 +97,7 @@ class Block(nn.Module):
 
 
 class IResNet(nn.Module):
-    """(N, C, H, W) images to (N, embedding_size) embeddings, not normalized.
+    """An IResNet from (N, C, H, W) images to (N, embedding_size) embeddings, not normalized.
 
     Args:
         image_size: (H, W) in pixels; each stage halves both.

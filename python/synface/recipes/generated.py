@@ -25,7 +25,7 @@ class FacesConfig:
 
     Attributes:
         generator: "eigenfaces", or an ONNX or TorchScript file.
-        size: height and width of the eigenfaces' images; a file has its own.
+        size: height and width of the eigenfaces' images; those of a file are fixed.
         embedding_size: dimension of an identity's embedding.
         real: "embedded", or an image folder.
     """
@@ -81,7 +81,7 @@ def identities(count: int, dim: int, seed: int) -> Tensor:
 
 
 def check_seeds(seeds: tuple[int, ...]) -> None:
-    """Raise unless seeds are different integers from 0 on, at least one."""
+    """Raise unless there is at least one seed, and all are different integers ≥ 0."""
     for seed in seeds:
         check_integer("seeds", seed, 0)
     if not seeds or len(set(seeds)) < len(seeds):
@@ -89,6 +89,6 @@ def check_seeds(seeds: tuple[int, ...]) -> None:
 
 
 def check_choices(name: str, chosen: Sequence[str], known: Collection[str], least: int = 1) -> None:
-    """Raise ValueError unless so many names or more are chosen, all known and different."""
+    """Raise ValueError unless at least ``least`` names are chosen, all known and different."""
     if not set(chosen) <= set(known) or not least <= len(set(chosen)) == len(chosen):
-        raise ValueError(f"{name} must be different ones of {', '.join(known)}, got {list(chosen)}")
+        raise ValueError(f"{name} must be distinct names of {', '.join(known)}, got {list(chosen)}")

@@ -19,7 +19,7 @@ from ..common.interrupts import interruption, interrupts
 from ..training.config import TrainConfig
 
 METRICS = "metrics.jsonl"
-# Keys of earlier checkpoints and configurations that are spelled in another way now.
+# Former keys of checkpoints and configurations, with their current names.
 EARLIER = {"recogniser": "recognizer"}
 
 
@@ -55,15 +55,15 @@ def run_steps(
     """Run step(0), …, step(stage.steps − 1).
 
     A step must depend on its number, the modules and the optimizers alone, and draw from generators
-    that are seeded with its number. Then a resumed run is bitwise one that was never interrupted.
+    that are seeded with its number. Then a resumed run is bitwise equal to an uninterrupted one.
 
     Args:
-        folder: gets metrics.jsonl (the metrics that each step returned) and checkpoints/.
-        description: "config" and "data", JSON; a checkpoint of others is not resumed from.
+        folder: folder of metrics.jsonl (the metrics that each step returned) and checkpoints/.
+        description: "config" and "data", in JSON types; a checkpoint with others is rejected.
         modules, optimizers: the state of a checkpoint, by names without dots.
-        stage: the number of steps, and of those between checkpoints.
-        resume: go on from the newest checkpoint in the folder, if there is one.
-        progress: is updated after every step.
+        stage: the number of steps, and of steps between checkpoints.
+        resume: resume from the newest checkpoint in the folder, if there is one.
+        progress: display that is updated after every step.
         stop_after: end early, after this step, as an interruption would.
 
     Returns:
@@ -71,7 +71,7 @@ def run_steps(
 
     Raises:
         CheckpointError: for a checkpoint that is damaged, or of another configuration or data.
-        FileExistsError: where the folder holds a run already and ``resume`` is not set.
+        FileExistsError: if the folder holds a run already and ``resume`` is not set.
         FloatingPointError: once a step returns a number that is not finite.
         KeyboardInterrupt, Terminated: on Ctrl-C and on SIGTERM, once the step is done and a
             checkpoint of it is written.
@@ -89,7 +89,7 @@ def run_steps(
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(done: int) -> None:
-        # The log first: a checkpoint without its rows could not be resumed from.
+        # Write the log first: a checkpoint without its rows cannot be resumed.
         log.rewrite(history)
         checkpoint.save_model(checkpoints, done, model, optimizers, description)
 
@@ -141,7 +141,7 @@ def _restore(
     found = checkpoint.find(folder)
     state = checkpoint.load_state(found)
     try:
-        state = _as_spelled_now(state)
+        state = _with_current_keys(state)
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{found / checkpoint.STATE}: {error}") from error
     for part in ("config", "data"):
@@ -153,14 +153,14 @@ def _as_spelled_now(value: Any) -> Any:
     """Return a checkpoint's state with present keys; a training configuration with all of them."""
     if not isinstance(value, dict):
         return value
-    value = {EARLIER.get(key, key): _as_spelled_now(each) for key, each in value.items()}
+    value = {EARLIER.get(key, key): _with_current_keys(each) for key, each in value.items()}
     if "recognizer" in value:
         value["recognizer"] = current_training(value["recognizer"])
     return value
 
 
 def current_training(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a stored training configuration with the keys that were added since.
+    """Return a stored training configuration, with the keys that were added since then.
 
     Raises:
         AttributeError, TypeError, ValueError: for a configuration that this version does not know.

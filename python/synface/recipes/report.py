@@ -32,8 +32,8 @@ def write_report(
         template: NAME.md, the page in Markdown with {fields} of `str.format`.
         numbers: the content of NAME.json.
         figures: by name, a function that draws a figure into a file.
-        config: the recipe's, for the page; a template may use its fields, as it may the numbers'.
-        fields: further ones of the template.
+        config: the recipe's configuration; a template may use its fields, and the numbers'.
+        fields: further fields of the template.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{template.stem}.json").write_text(json.dumps(numbers, indent=1) + "\n")

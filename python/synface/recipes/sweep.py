@@ -1,4 +1,6 @@
-"""Sweeps of many training runs: each is verified, its figures are stored, and none runs twice."""
+"""Sweeps of training runs; each is verified, and its metrics are stored, so that none runs
+twice.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ Bars = Callable[[str], AbstractContextManager[Any]]  # a progress bar, from its 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One training run of a sweep. Its source is opened when it is run."""
+    """One training run of a sweep, whose source is opened when the run starts."""
 
     name: str
     config: TrainConfig
@@ -41,7 +43,7 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class SweepResults:
-    """The figures of a sweep's cells.
+    """The metrics of a sweep's training runs.
 
     Attributes:
         generator: the face generator of the training data. held: the people to verify on.
@@ -55,7 +57,7 @@ class SweepResults:
     pixels: dict[str, Any]
 
     def over_seeds(self, name: Callable[[int], str], *keys: str) -> dict[str, Any]:
-        """Return the `spread` of these figures over the seeds; ``name`` gives a seed's cell."""
+        """Return the `spread` of metrics over the seeds; ``name`` returns a seed's cell name."""
         found = [self.cells[name(seed)] for seed in self.config.seeds]
         return {key: spread([each[key] for each in found]) for key in keys}
 
@@ -72,10 +74,10 @@ class SweepResults:
 
 
 def open_faces(data: FacesConfig, training: TrainConfig, least: int) -> tuple[FaceGenerator, Faces]:
-    """Return the face generator and the real people of a sweep, at least so many.
+    """Return the face generator and the real people of a sweep, at least ``least`` people.
 
     Raises:
-        ValueError, ImportError, DataError: for a generator, faces or a network that cannot be had.
+        ValueError, ImportError, DataError: if a generator, faces or a network cannot be made.
     """
     generator = data.face_generator()
     check_network(training, generator.image_shape)
@@ -91,7 +93,7 @@ def generated_source(
     mixup: bool,
     real: Faces | None = None,
 ) -> GeneratedSource:
-    """Return the generated faces of random identities, as many with as many images, of a seed.
+    """Return a source of ``images`` generated faces of each of ``count`` random identities.
 
     Args:
         mixup: mix identities. real: faces to mix the generated ones with.
@@ -120,21 +122,21 @@ def run_cells(
     only: str | None = None,
     progress: Bars | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Train and verify each cell in ``output``/NAME; its figures are stored in result.json there.
+    """Train and verify each cell in ``output``/NAME; its metrics are stored in result.json there.
 
     Args:
         held: the people that all cells are verified on.
-        resume: take finished cells' figures, and go on with those that were begun.
-        only: run this cell alone: others may run in other processes, or on other machines.
+        resume: use the metrics of finished cells, and resume those that were begun.
+        only: run only this cell; others may run in other processes, or on other machines.
         progress: makes a progress bar for each cell from its description.
 
     Returns:
-        By cell: the figures of `verify` (without its curves), with the last epoch's "loss" and
+        By cell: the metrics of `verify` (without its curves), with the last epoch's "loss" and
         training "top1".
 
     Raises:
-        ValueError: for an ``only`` that is no cell.
-        FileExistsError: where a cell was begun and ``resume`` is not set.
+        ValueError: for an ``only`` that is not a cell.
+        FileExistsError: if a cell was begun and ``resume`` is not set.
         CheckpointError: for a result that is damaged or of another configuration or data.
     """
     names = [cell.name for cell in cells]
@@ -156,7 +158,7 @@ def no_bars(description: str) -> AbstractContextManager[Any]:
 def train_or_resume(
     config: TrainConfig, source: Source | Faces, folder: Path, resume: bool, shown: Any
 ) -> Trained:
-    """Train in a folder; with ``resume``, go on with the run in it, if there is one."""
+    """Train in a folder; with ``resume``, resume the run in it, if there is one."""
     resume = resume and (folder / CONFIG).exists()
     return train(config, source, folder, resume=resume, progress=shown)
 
@@ -188,7 +190,7 @@ def _run(
 
 
 def _stored(file: Path, made_of: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the figures in a file, once they are known to be of this configuration and data."""
+    """Return the metrics in a file, after checking that they are of this configuration and data."""
     stored = read_json(file, CheckpointError)
     try:
         found, before = stored["found"], stored["made_of"]
@@ -196,7 +198,7 @@ def _stored(file: Path, made_of: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged: {error!r}") from error
     wanted = _flat(made_of)
-    wanted.pop("data's source", None)  # where the images are is free
+    wanted.pop("data's source", None)  # the images may have moved
     checkpoint.check_same(file, before, wanted)
     return found
 
@@ -208,12 +210,12 @@ def _flat(made_of: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def for_steps(config: TrainConfig, images: int, steps: int) -> TrainConfig:
-    """Return the configuration with the number of epochs that comes nearest to so many steps.
+    """Return the configuration with the number of epochs that is nearest to ``steps`` steps.
 
     Warm-up and checkpoints keep their share of the run.
 
     Args:
-        images: in an epoch.
+        images: number of images in an epoch.
     """
     epochs = max(1, round(steps / -(-images // config.batch_size)))
     factor = epochs / config.epochs

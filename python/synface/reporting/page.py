@@ -31,7 +31,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write_page(path: Path, text: str) -> None:
     """Write a page in Markdown, or rendered as HTML if the path ends in .html.
 
-    The encoding is UTF-8 in every locale; file names that are no valid UTF-8 keep their bytes.
+    The encoding is UTF-8 in every locale; file names that are not valid UTF-8 keep their bytes.
     """
     if path.suffix == ".html":
         with extra("train", "writing pages"):

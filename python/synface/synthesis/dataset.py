@@ -46,8 +46,8 @@ def synthesize(
 
     Image k of identity i is ``output/00000i/00k.png``; its style and seed depend on (seed, i, k)
     alone. ``output/synthesis.json`` describes the folder. Images are written atomically, so every
-    image that exists is whole, however the process ended; ``resume=True`` makes the missing ones,
-    with the bits of a run that was never interrupted.
+    image that exists is whole, however the process ended; ``resume=True`` generates the missing
+    ones, bitwise as in an uninterrupted run.
 
     The generator always gets the same batches, so this holds for a model in a file as well, whose
     rounding may depend on the batch: the folder depends on ``batch_size``, though not on the number
@@ -67,11 +67,11 @@ def synthesize(
         progress: called as progress(done, total) at the start and after each image.
 
     Returns:
-        The number of images that were made: N * images_per_identity less those that existed.
+        The number of generated images: N * images_per_identity less those that existed.
 
     Raises:
         ValueError: for arguments out of range, embeddings that are zero or not finite, a generator
-            that returns anything but its images and, with resume, a folder made of something else.
+            that does not return its images and, with resume, a folder written with other arguments.
         FileExistsError: for a folder that is not empty.
         OSError: for a folder that cannot be written (a full disk, say); finished images stay.
 
@@ -137,8 +137,8 @@ def synthesize(
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{error.strerror or error}, after {done} of {total} images (these are whole, and "
-            "--resume makes the others)",
+            f"{error.strerror or error}, after {done} of {total} images (these are complete; "
+            "--resume generates the others)",
             str(root),
         ) from error
     finally:
@@ -176,7 +176,7 @@ def _begin(root: Path, manifest: dict[str, Any], resume: bool, overwrite: bool) 
     if stored is None:
         if any(entry.name != MANIFEST + ".part" for entry in root.iterdir()):
             raise FileExistsError(
-                f"{root} holds something that was not synthesized: choose another output folder"
+                f"{root} holds files that were not synthesized: choose another output folder"
             )
     elif resume:
         checkpoint.check_same(root, stored, dict.fromkeys(stored) | manifest)
@@ -221,7 +221,7 @@ def _missing(root: Path, identities: int, images: int) -> np.ndarray:
 def styles(
     seed: int, identity: np.ndarray, image: np.ndarray, style_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Return styles (B, S), and seeds (B,) of other randomness, from (seed, identity, image)."""
+    """Return styles (B, S), and seeds (B,) for other random draws, from (seed, identity, image)."""
     styles, seeds = [], []
     for words in zip(identity.tolist(), image.tolist(), strict=True):
         pair = np.random.SeedSequence([seed, *words]).generate_state(2, np.uint64) >> np.uint64(1)
@@ -234,7 +234,9 @@ def styles(
 def _generate(
     generator: FaceGenerator, embedding: Tensor, style: Tensor, seed: Tensor
 ) -> np.ndarray:
-    """Return a batch of images; raise ValueError unless it is as `FaceGenerator.generate` says."""
+    """Return a batch of images; raise ValueError unless it is as `FaceGenerator.generate`
+    requires.
+    """
     images = generator.generate(embedding, style, seed)
     shape = (len(seed), *generator.image_shape)
     if (

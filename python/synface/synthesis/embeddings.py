@@ -13,7 +13,7 @@ from torch import Tensor
 from ..common.check import check_memory, check_rows
 from ..common.extras import extra
 
-NAME = "embeddings"  # the tensor's name in a safetensors file of several
+NAME = "embeddings"  # the tensor's name in a safetensors file with several
 
 
 def read_embeddings(path: str | Path) -> Tensor:

@@ -61,10 +61,10 @@ class EigenfaceGenerator:
     cosines; past that Q is a random projection. Pixels weigh the leading eigenfaces most: they keep
     the order of the cosines on average, not for every pair.
 
-    The ten numbers of a style are put through the normal distribution function and then are
-    `synface.data.embedded.restyle`'s: rotation, zoom, shift, blur, light and noise.
+    The ten numbers of a style, mapped by the normal distribution function, are the arguments of
+    `synface.data.embedded.restyle`: rotation, zoom, shift, blur, light and noise.
 
-    An image depends on nothing else in its batch, to the last bit.
+    Each image is bitwise independent of the others in its batch.
 
     Args:
         embedding_size: D, at least 2.
@@ -96,7 +96,7 @@ class EigenfaceGenerator:
         deviations = singular[:rank, None] / math.sqrt(FACES - 1)
         gaussian = np.random.default_rng(0).standard_normal((embedding_size, rank))
         rotation, triangle = torch.linalg.qr(torch.from_numpy(gaussian))
-        # Signs are free in both factorisations: fixed, so that any LAPACK gives the same faces.
+        # Signs are free in both factorizations: fixed, so that any LAPACK gives the same faces.
         rotation = rotation * triangle.diagonal().sign()
         largest = eigenfaces.gather(1, eigenfaces.abs().argmax(1, keepdim=True))
         axes = (eigenfaces * largest.sign())[:rank] * deviations * math.sqrt(embedding_size)
@@ -120,7 +120,7 @@ class EigenfaceGenerator:
 
 
 class _InFile:
-    """A generator in a file: its sizes, and images from the model's output."""
+    """Base class of generators in files: sizes, and images from the model's output."""
 
     def __init__(
         self, path: Path, kind: str, asked: tuple[int | None, int | None], inside: list[Any]
@@ -148,13 +148,14 @@ class _InFile:
 
 
 class TorchScriptGenerator(_InFile):
-    """A generator in a TorchScript file (`torch.jit.save`). Its code is run: trust who wrote it.
+    """A generator in a TorchScript file (`torch.jit.save`). Its code is run: load trusted files
+    only.
 
     TorchScript is a program; nothing like `weights_only` limits what it does. It is called as
     ``model(embedding, style)`` or, if it takes three, ``model(embedding, style, seed)``, with the
     arguments of `FaceGenerator.generate`. It returns uint8 (B, H, W, C), or floating point
-    (B, C, H, W) in [-1, 1] (values outside are clamped, and refused past ±2). Torch's global
-    generator is seeded with the batch's first seed.
+    (B, C, H, W) in [-1, 1] (values outside are clamped, and values beyond ±2 rejected). Torch's
+    global generator is seeded with the batch's first seed.
 
     Args:
         path: the file.
@@ -183,7 +184,7 @@ class TorchScriptGenerator(_InFile):
         except (RuntimeError, ValueError, OSError, AttributeError) as error:
             raise ValueError(
                 f"{path} cannot be loaded as TorchScript on {device!r} ({_last_line(error)}); "
-                "expected a file that torch.jit.save wrote (weights alone are no generator)"
+                "expected a file that torch.jit.save wrote (weights alone are not enough)"
             ) from error
         if arguments not in (2, 3):
             raise ValueError(
@@ -209,8 +210,8 @@ class OnnxGenerator(_InFile):
 
     Its inputs are, in this order, the embedding, the style and, if there is a third, the seed
     (int64); its first output is what `TorchScriptGenerator` describes. A file exported for a fixed
-    batch is run in batches of that size, the last one padded. Operators that draw random numbers
-    have seeds in the file, or give other images each time.
+    batch is run in batches of that size, the last one padded. Random operators need seeds in the
+    file, or the images differ each time.
 
     Args:
         path: the file.
@@ -254,7 +255,7 @@ class OnnxGenerator(_InFile):
         if len(inputs) not in (2, 3) or len(shapes[0]) != 2 or len(shapes[1]) != 2:
             came = ", ".join(f"{x.name} {x.shape}" for x in inputs)
             raise ValueError(
-                f"{path}: the inputs must be embedding (B, D), style (B, S) and, at will, "
+                f"{path}: the inputs must be embedding (B, D), style (B, S) and, optionally, "
                 f"seed (B,), got {came}"
             )
         self._names = [x.name for x in inputs]
@@ -294,8 +295,8 @@ def open_generator(
     Args:
         path: None for eigenfaces. A TorchScript file is a program that this runs.
         embedding_size: D.
-        style_size: S, where the file does not have it.
-        size: height and width in pixels of the embedded generator's images; a file has its own.
+        style_size: S, if the file does not state it.
+        size: height and width of the eigenfaces' images in pixels; those of a file are fixed.
         device: the device that a file runs on.
 
     Raises:
@@ -307,7 +308,7 @@ def open_generator(
             raise ValueError(f"style_size of the eigenfaces is {STYLES}, got {style_size}")
         return EigenfaceGenerator(embedding_size, **({} if size is None else {"size": size}))
     if size is not None:
-        raise ValueError(f"size is for the eigenfaces: the images of {path} have their own")
+        raise ValueError(f"size is for the eigenfaces: that of {path} is fixed")
     kind = OnnxGenerator if Path(path).suffix.lower() == ".onnx" else TorchScriptGenerator
     return kind(path, embedding_size, style_size, device)
 
@@ -342,10 +343,10 @@ def _check_arguments(
 
 
 def _size(path: Path, name: str, asked: int | None, inside: Any) -> int:
-    """Return D or S, from the file or as asked for; raise ValueError where these differ."""
+    """Return D or S, from the file or the argument; raise ValueError if these differ."""
     inside = inside if isinstance(inside, int) else None  # a name stands for any size in ONNX
     if inside is None and asked is None:
-        raise ValueError(f"{path} does not say its {name}: give it")
+        raise ValueError(f"{path} does not state its {name}: give it")
     if inside is not None and asked not in (None, inside):
         raise ValueError(f"{name} of {path} is {inside}, got {asked}")
     size = inside if asked is None else asked
@@ -372,7 +373,7 @@ def _images(
         raise ValueError(f"{path} must return {expected}; got {came}")
     if shape is not None and images.shape[1:] != shape:
         raise ValueError(
-            f"{path} returned images of shape {tuple(images.shape[1:])}, before of {shape}"
+            f"{path} returned images of shape {tuple(images.shape[1:])}, earlier {shape}"
         )
     if not floating:
         return images

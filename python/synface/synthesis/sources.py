@@ -1,4 +1,4 @@
-"""Training on faces that are generated batch by batch."""
+"""A training source of faces that are generated batch by batch."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ from .generators import FaceGenerator
 class GeneratedSource:
     """Training data generated batch by batch, with identities and domains mixed.
 
-    An epoch is one pass over the images of all identities, in an order of its own. The classes are
-    the identities, then those of the real faces. Both sides of a pair are augmented independently.
+    An epoch is one pass over the images of all identities, reshuffled in each epoch. The classes
+    are the identities, then those of the real faces. Both sides of a pair are augmented
+    independently.
 
     Args:
-        embeddings: (N, D) floating, an identity each; finite, no row zero. Normalized here.
+        embeddings: (N, D) floating, one identity per row; finite, no row zero. Normalized here.
         generator: the face generator; ``painter`` is its earlier name.
-        images_per_identity: at least 1; image k of identity i has the style that
-            `synthesize.synthesize` gives it for this seed.
+        images_per_identity: at least 1; image k of identity i has the same style as from
+            `synface.synthesis.synthesize` with this seed.
         identity_mixup: generate φ·e + (1 − φ)·e' of two identities of the batch, normalized, with
             two labels; None generates each identity as it is.
         real: faces to mix each image with, cycled to the length of the epoch, or None.
-        ratio: distribution of the synthetic share ψ. per_sample: a ψ for each image, not one for
-            the batch.
+        ratio: distribution of the synthetic share ψ. per_sample: draw a ψ for each image, not one
+            for the batch.
 
     Raises:
         ValueError: for an argument out of range, or faces of another shape than the generator's.

@@ -1,4 +1,4 @@
-"""The backbone that a configuration names: an IResNet, or what a function of the user's returns.
+"""The backbone of a configuration: an IResNet, or the result of a user's function.
 
 A function is imported only where the user names it. What a checkpoint or a run's folder names
 could be anyone's code, so nothing imports it unasked.
@@ -23,16 +23,16 @@ from .config import BUILT_IN, MODULE, TrainConfig
 
 
 def with_backbone(config: TrainConfig, backbone: nn.Module | None) -> TrainConfig:
-    """Return the configuration of a run with a backbone, if one is given, in place of its own.
+    """Return the configuration of a run whose backbone is replaced by a module, if one is given.
 
     Raises:
-        ValueError: for a configuration that asks for a backbone which is not given.
+        ValueError: for a configuration that needs a module, which is not given.
     """
     if backbone is None and config.backbone == MODULE:
         raise ValueError(
             f"config.backbone is {MODULE!r}: give the module, as train(..., backbone=module)"
         )
-    if backbone is None or ":" in config.backbone:  # what that function returned, say
+    if backbone is None or ":" in config.backbone:  # a module of that function may be given
         return config
     return replace(config, backbone=MODULE)
 
@@ -41,7 +41,7 @@ def build_backbone(config: TrainConfig, image_shape: tuple[int, ...]) -> nn.Modu
     """Return the backbone of a configuration for (H, W, C) images.
 
     Raises:
-        ValueError: where it cannot be built, or its parameters exceed the memory that is free.
+        ValueError: if it cannot be built, or its parameters exceed the free memory.
     """
     check_network(config, image_shape)
     with standard_defaults():
@@ -51,8 +51,8 @@ def build_backbone(config: TrainConfig, image_shape: tuple[int, ...]) -> nn.Modu
 def check_network(config: TrainConfig, image_shape: tuple[int, ...]) -> nn.Module | None:
     """Return the backbone for (H, W, C) images on the device "meta"; raises as `build_backbone`.
 
-    A function of the user's is imported, but not called: the result is None then, as it is for a
-    module that `train` is given.
+    A user's function is imported but not called; None is returned for it, and for a module passed
+    to `train`.
     """
     if config.backbone not in BUILT_IN:
         if config.backbone != MODULE:
@@ -74,7 +74,7 @@ def shapes_of(config: TrainConfig, image_shape: tuple[int, ...]) -> nn.Module:
     """Return a built-in backbone on the device "meta": shapes to compare with those of a file.
 
     Raises:
-        ValueError: where it cannot be built on any machine.
+        ValueError: if it cannot be built on any machine.
     """
     with standard_defaults(), torch.device("meta"):
         try:
@@ -88,12 +88,12 @@ def check_embeddings(
 ) -> None:
     """Raise ValueError unless a module can be trained as a backbone for (H, W, C) images.
 
-    It embeds two images to find out, in evaluation mode.
+    The check embeds two images, in evaluation mode.
     """
     for name, value in backbone.state_dict().items():
         if not isinstance(value, Tensor):
             raise ValueError(
-                f"the backbone's state_dict() must hold tensors alone, got {describe(value)} as "
+                f"the backbone's state_dict() must only hold tensors, got {describe(value)} as "
                 f"{name}"
             )
     height, width, channels = image_shape

@@ -1,4 +1,4 @@
-"""Configuration of a training run, without an import of torch."""
+"""Configuration of a training run; importing it does not import torch."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ LATER = {
 PRECISIONS = ("float32", "bfloat16", "float16")  # torch's names
 BUILT_IN = ("iresnet", *PRESETS)  # backbones that are built without the user's code
 SPEC = re.compile(r"\w[\w.]*:\w[\w.]*")  # package.module:function
-MODULE = "module"  # the backbone of a run whose module was given to `train`
-# What a value must be, in words and as a test; NaN fails each of them.
+MODULE = "module"  # the backbone of a run whose module was passed to `train`
+# A requirement as text and as a predicate, which NaN fails.
 Rule = tuple[str, Callable[[Any], bool]]
 POSITIVE: Rule = ("be positive", lambda value: value > 0)
 NOT_NEGATIVE: Rule = ("not be negative", lambda value: value >= 0)
@@ -75,16 +75,16 @@ def check_fields(config: Any) -> None:
 class TrainConfig:
     """The configuration of a run. Two runs of one configuration on one machine are bitwise equal.
 
-    Each field is an option of `synface train` and a key of its ``--config`` file; its meaning
-    stands beside it.
+    Each field is an option of `synface train` and a key of its ``--config`` file; its help
+    describes it.
     """
 
     epochs: int = option(40, "Passes over the training images.", POSITIVE)
-    batch_size: int = option(32, "Images per step, on all ranks together.", POSITIVE)
+    batch_size: int = option(32, "Images per step, over all ranks.", POSITIVE)
     accumulate: int = option(
         1,
-        "Parts of a batch that pass through the backbone in turn, with their gradients added up; "
-        "each has batch statistics of its own.",
+        "Number of micro-batches per step, whose gradients are accumulated; each has its own "
+        "batch statistics.",
     )
     precision: str = option(
         "float32",
@@ -105,19 +105,19 @@ class TrainConfig:
     power: float = option(2.0, "Exponent of the polynomial schedule.", POSITIVE)
     warmup_epochs: float = option(2.0, "Epochs of linear warm-up.", NOT_NEGATIVE)
     clip_norm: float = option(
-        0.0, "Maximum norm of the backbone's gradient; 0 does not clip it.", NOT_NEGATIVE
+        0.0, "Maximum norm of the backbone's gradient; 0 for no clipping.", NOT_NEGATIVE
     )
     freeze_statistics: bool = option(
-        False, "Normalize by the running statistics instead of a batch's."
+        False, "Normalize by running statistics instead of the batch's."
     )
     sample_rate: float = option(
         1.0,
-        "Share of the classes that take part in a step (Partial FC); below 1, the optimizer steps "
-        "the centers row by row.",
+        "Share of the classes sampled in a step (Partial FC); below 1, the centers have a row "
+        "optimizer.",
         ("be in (0, 1]", lambda value: 0 < value <= 1),
     )
     fused_update: bool = option(
-        False, "Apply the centers' optimizer inside the backward pass, without their gradient."
+        False, "Apply the centers' optimizer inside the backward pass, storing no gradient."
     )
     scale: float = option(32.0, "Logit scale.")
     m1: float = option(1.0, "Factor of the angle in the margin.")
@@ -158,7 +158,7 @@ class TrainConfig:
             )
         if self.fused_update and self.accumulate > 1:
             raise ValueError(
-                "fused_update steps the centers after each part of a batch: accumulate must be 1, "
+                "fused_update steps the centers after each micro-batch: accumulate must be 1, "
                 f"got {self.accumulate}"
             )
         from ..data import Augment
@@ -171,9 +171,9 @@ class TrainConfig:
         return sk.CombinedMargin(self.scale, self.m1, self.m2, self.m3)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what files record: all fields in JSON's types, without a default ``backbone``.
+        """Return all fields in JSON types, for files, without a default ``backbone``.
 
-        So the records of runs that need no such key compare equal to older ones.
+        Without that key, records compare equal to those of older versions.
         """
         values = json.loads(json.dumps(asdict(self)))
         if self.backbone == "iresnet":
@@ -186,7 +186,7 @@ class TrainConfig:
 
         Raises:
             CheckpointError: for keys that are unknown or missing.
-            TypeError, ValueError: for a value that no configuration has.
+            TypeError, ValueError: for an invalid value.
         """
         from ..common.files import CheckpointError
 
@@ -194,8 +194,8 @@ class TrainConfig:
         different = sorted((values.keys() ^ known) - (LATER - values.keys()))
         if different:
             raise CheckpointError(
-                f"a configuration with unknown or missing keys: {different}; another version of "
-                "synface wrote it, which can read it"
+                f"a configuration with unknown or missing keys: {different}; it was "
+                "written by another version of synface: use that version"
             )
         lists: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()

@@ -54,11 +54,11 @@ from .model import load_backbone as load_backbone  # public here
 from .schedule import learning_rate
 from .sources import Batch, FacesSource, Source
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the first one wins where ranks got different ones
+SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the first one wins if ranks received different ones
 
 
 class Progress(Protocol):
-    """A display of a run; `train` calls it at the start and after each step."""
+    """A progress display of a run; `train` calls it at the start and after each step."""
 
     def start(self, total_steps: int, step: int) -> None: ...
 
@@ -73,8 +73,8 @@ class Trained:
         backbone: in evaluation mode.
         head: on several ranks, this rank's share of the classes.
         config: the configuration that its checkpoints record.
-        history: the log's line of each step.
-        timing: of the reading; None where nothing is read.
+        history: the log row of each step.
+        timing: the loader's timing; None if no files are read.
         init: a sentence on what was loaded from another run, if any.
     """
 
@@ -107,7 +107,7 @@ def train(
 
     Where a `torch.distributed` process group is initialized, all of its ranks call this with the
     same arguments: each trains on its part of every batch, in a `DistributedDataParallel` backbone,
-    and holds its share of the classes. They share one ``output``, in which the first rank writes.
+    and holds its share of the classes. They share one ``output``, to which the first rank writes.
     Checkpoints are then written by all ranks, and any number of ranks can resume them.
 
     Args:
@@ -115,24 +115,24 @@ def train(
         data: `Faces`, an `ImageSet`, whose images are decoded on demand, or a `Source`; at least
             two identities.
         output: the run's folder: config.json, config.toml (the same, for ``synface train
-            --config``), metrics.jsonl (one line a step), checkpoints/, and for a source that reads
-            files timing.jsonl (one line each time that it was run).
+            --config``), metrics.jsonl (one line per step), checkpoints/, and for a source that
+            reads files timing.jsonl (one line per start).
         backbone: the module to train, (B, C, H, W) images to (B, ``config.embedding_size``)
-            embeddings, in place of the one that ``config`` names. Checkpoints hold its parameters
+            embeddings, instead of the one that ``config`` names. Checkpoints hold its parameters
             and not its code: resume with ``backbone`` too, and give it to `load_backbone`.
-        resume: go on from the newest checkpoint in ``output``. The result is bitwise that of a run
-            that was never interrupted. The data may have moved; their fingerprint must be the same.
+        resume: resume from the newest checkpoint in ``output``. The result is bitwise that of an
+            uninterrupted run. The data may have moved; their fingerprint must be the same.
         prolong: with resume, ``config`` may have more epochs than the run had. From the checkpoint
             on, the learning rate is that of the longer schedule at the same step.
         init: a run (or one of its checkpoints) whose backbone a new run begins with, and whose
             class centers too where the data have as many identities, in the same order. Optimizer,
             schedule and log start again; ``Trained.init`` names what was loaded.
         progress: a display that is called at every step.
-        stop_after: end early, after this step, as an interruption would (the last checkpoint is
-            what remains).
-        command: what else config.json records of how the run was started.
+        stop_after: end early, after this step, as an interruption would (only the last checkpoint
+            remains).
+        command: further content of config.json: how the run was started.
         verify: called with the backbone, in evaluation mode, after every ``verify_every`` epochs
-            (0: never); the figures that it returns go into verification.jsonl, a line each time.
+            (0: never); the metrics that it returns are appended to verification.jsonl.
         tensorboard: also write loss, accuracy, learning rate and verification to
             ``output``/tensorboard; needs the package of that name.
         device: this rank's device.
@@ -140,17 +140,16 @@ def train(
     Raises:
         CheckpointError: for a checkpoint that is damaged, or of another configuration or data, and
             for an ``init`` whose network has other shapes.
-        ValueError: for data that cannot be trained on, or a network that cannot be built.
-        FileExistsError: where ``output`` holds a run already and ``resume`` is not set.
-        OSError: where ``output`` cannot be written to.
-        DataError: where the source cannot go on (a damaged file, a worker that died); in one
-            process a checkpoint of the last step is written first, on several ranks the last one
-            stays.
-        FloatingPointError: once a loss or a parameter is not finite; the last checkpoint stays.
+        ValueError: for unsuitable data, or a network that cannot be built.
+        FileExistsError: if ``output`` holds a run already and ``resume`` is not set.
+        OSError: if ``output`` cannot be written to.
+        DataError: if the source fails (a damaged file, a worker that died); in one process a
+            checkpoint of the last step is written first, on several ranks the previous one remains.
+        FloatingPointError: once a loss or a parameter is not finite; the last checkpoint remains.
         KeyboardInterrupt, Terminated: on Ctrl-C and on SIGTERM, once the step is done and a
             checkpoint of it is written; on any rank, all ranks end after the same step.
 
-    The global random state of torch is left as it was.
+    Torch's global random state is not changed.
     """
     if not 0 <= verify_every < math.inf:
         raise ValueError(f"verify_every must be 0 or more epochs, got {verify_every}")
@@ -198,7 +197,7 @@ def train(
                 raise interruption(stop)
             if stop_after is not None and step >= stop_after:
                 break
-        if stop := run.stopped(interrupted)[0]:  # it came while the last checkpoint was written
+        if stop := run.stopped(interrupted)[0]:  # received while the last checkpoint was written
             raise interruption(stop)
     run.backbone.eval()
     timing = source.timing.report() if source.timing else None
@@ -228,7 +227,7 @@ class _Training:
         if least < ranks:
             raise ValueError(
                 f"each of {ranks} ranks needs an image of every batch: an epoch's last one has "
-                f"{least} of {self.images} at batch_size {config.batch_size}; choose another"
+                f"{least} of {self.images}; choose another batch_size, got {config.batch_size}"
             )
         self.model = build_model(config, source, self.alone, device, backbone)
         self.backbone, self.head = self.model.backbone, self.model.head
@@ -244,7 +243,7 @@ class _Training:
         self._train_mode()
 
     def start(self, command: dict[str, Any], init: Path | None) -> int:
-        """Write the files that a run begins with, and return its first step, 0."""
+        """Write a new run's files, and return its first step, 0."""
         if init is not None:
             self.init = self.model.begin_with(init, self.num_classes)
             command = command | {"init": str(init.absolute())}
@@ -253,21 +252,21 @@ class _Training:
             self.output.mkdir(parents=True, exist_ok=True)
             self._write(command, None)
             self.lines.rewrite([])
-        self.save(0)  # there is always one to resume from
+        self.save(0)  # so that there is always one to resume from
         return 0
 
     def _write(self, command: dict[str, Any], before: dict[str, Any] | None) -> None:
-        """Write how the run is started, unless the folder says so already."""
+        """Write config.json and config.toml, unless they are the same already."""
         started = json.loads(json.dumps({"command": command} | self.description))
         if started != before:
             write_text(self.output / CONFIG, json.dumps(started, indent=1))
             write_toml(self.output / "config.toml", started["command"] | started["config"])
 
     def resume(self, command: dict[str, Any] | None, prolong: bool) -> int:
-        """Load the newest checkpoint, and return the first step that is left to do."""
+        """Load the newest checkpoint, and return the next step."""
         found = checkpoint.find(self.output)
         first = self.model.load(found, lambda state: self._check(found, state, prolong))
-        # Steps after the checkpoint are done again, and their lines written again.
+        # Steps after the checkpoint are repeated, and their log lines rewritten.
         self.history, before = self.lines.steps(first), started_as(self.output)
         self._barrier()  # all ranks have read them
         if self.leads:
@@ -287,14 +286,14 @@ class _Training:
         if came.get("fingerprint") != wanted["fingerprint"]:
             raise CheckpointError(
                 f"{found} is of another run: its data's fingerprint is not that of "
-                f"{wanted['source']}; give the images that it was trained on, wherever they "
-                f"are now (then {came.get('source')})"
+                f"{wanted['source']}; give the images that it was trained on, from their present "
+                f"path (formerly {came.get('source')})"
             )
         del wanted["source"]  # the images may have moved
         checkpoint.check_same(found, came, wanted, "data")
 
     def save(self, steps: int) -> None:
-        """Write a checkpoint after so many steps, and flush the log to the disk."""
+        """Write a checkpoint after the given number of steps, and flush the log to the disk."""
         if self.leads:
             self.lines.flush()
         if not self.alone:  # any rank may write them; the next forward pass would do this too
@@ -328,7 +327,7 @@ class _Training:
         return own.tolist()
 
     def stopped(self, interrupted: Callable[[], int], *numbers: Tensor) -> list[Any]:
-        """Return the signal that any rank got, or 0; then the sums of numbers over the ranks."""
+        """Return the signal that any rank received, or 0; then sums of numbers over the ranks."""
         came = interrupted()
         ended = (torch.tensor(came == each, device="cpu") for each in SIGNALS)
         term, interrupt, *sums = self.total(*ended, *numbers)
@@ -341,7 +340,7 @@ class _Training:
     def step(
         self, step: int, batch: Batch, interrupted: Callable[[], int]
     ) -> tuple[dict[str, float], int]:
-        """Train on a batch; return the step's line of the log, and any rank's signal, or 0."""
+        """Train on a batch; return the step's log row, and any rank's signal, or 0."""
         config, optimizers, scaler = self.config, self.model.optimizers, self.model.scaler
         rate = learning_rate(config, step, self.steps_per_epoch)
         for optimizer in optimizers.values():
@@ -421,7 +420,7 @@ class _Training:
     def verify(
         self, steps: int, verify: Callable[[nn.Module], Mapping[str, float]]
     ) -> dict[str, float]:
-        """Verify the backbone on the first rank, and return the figures; the others wait."""
+        """Verify the backbone on the first rank, and return the metrics; the others wait."""
         figures: dict[str, float] = {}
         if self.leads:
             self.backbone.eval()
@@ -450,7 +449,7 @@ class _Training:
 
 @contextmanager
 def _tensorboard(output: Path, first: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """Yield a function that writes the figures of a step; earlier runs' later steps are purged."""
+    """Yield a function that logs a step's metrics; logged steps from ``first`` on are purged."""
     with extra("tensorboard", "the log for TensorBoard"):
         from torch.utils.tensorboard import SummaryWriter
 
@@ -467,9 +466,9 @@ def _tensorboard(output: Path, first: int) -> Iterator[Callable[[int, Mapping[st
 def _saved_on_error(
     batches: Iterator[tuple[int, Batch]], first: int, save: Callable[[int], None] | None
 ) -> Iterator[tuple[int, Batch]]:
-    """Yield the batches; if the data fail, first save the steps that were done.
+    """Yield the batches; if reading fails, first save the completed steps.
 
-    One rank of several cannot save alone: ``save`` is None there.
+    On several ranks ``save`` is None, since one rank cannot save alone.
     """
     done = first
     try:

@@ -1,6 +1,6 @@
 """A training run's folder: its files, checks before the first step, loading of its network.
 
-Nothing here reads an image: a command calls `check_start` before it decodes any.
+No image is read here: a command calls `check_start` before it decodes any.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ def check_start(
     init: Path | None = None,
     tensorboard: bool = False,
 ) -> None:
-    """Raise what `train` would raise before its first step, as far as that needs no image.
+    """Raise the errors of `train` that can be found without reading an image.
 
     Args:
         size: (H, W) of the images.
-        channels: C of the images; None where it is not known yet.
+        channels: C of the images; None if it is not known yet.
         config, output, resume, init, tensorboard: as for `train`.
 
     Raises:
         ValueError: for a network that cannot be built.
         CheckpointError: for an ``init`` that is damaged, or of a network of other shapes.
-        OSError: for an output that cannot be written to.
-        FileExistsError: for one that holds a run, unless ``resume`` is set.
-        ImportError: where tensorboard is wanted and not installed.
+        OSError: if ``output`` cannot be written to.
+        FileExistsError: if ``output`` holds a run, unless ``resume`` is set.
+        ImportError: if ``tensorboard`` is set and the package is not installed.
     """
     check_folder("output", output)
     if not resume and (checkpoint.checkpoints(output / CHECKPOINTS) or (output / METRICS).exists()):
@@ -72,7 +72,7 @@ def check_start(
             theirs = network_of(found, state)
             channels = channels or state["data"]["image_shape"][2]
     ours = check_network(config, (*size, channels or 1))
-    if theirs is not None and ours is not None:  # the user's code is compared once it is built
+    if theirs is not None and ours is not None:  # a user's backbone is compared once it is built
         check_backbone(found, theirs.state_dict(), ours)
     if tensorboard:
         with extra("tensorboard", "the log for TensorBoard"):
@@ -80,12 +80,12 @@ def check_start(
 
 
 def check_backbone(found: Path, theirs: dict[str, Tensor], ours: nn.Module) -> None:
-    """Raise CheckpointError unless a backbone can begin with the parameters of a checkpoint's."""
+    """Raise CheckpointError unless a backbone can load a checkpoint's parameters."""
     try:
         checkpoint.check_shapes(found, theirs, ours.state_dict())
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; a run that begins with it needs its widths, depths, embedding_size and "
+            f"{error}; a run that starts from it needs its widths, depths, embedding_size and "
             "image size, or its backbone"
         ) from None
 
@@ -97,17 +97,16 @@ def load_backbone(
 
     Args:
         path: the folder of the run, or of one of its checkpoints.
-        backbone: what the parameters are loaded into, where that is not one of the built-in
-            backbones: a module, or the name of a function that builds it, as
-            ``package.module:function``. A checkpoint that names such a function does not get it
-            imported.
+        backbone: the module to load the parameters into, or the name of a function that builds it,
+            as ``package.module:function``; required if the run's is not built in. A function that
+            only the checkpoint names is not imported.
 
     Returns:
         The backbone in evaluation mode, and the checkpoint's state: its configuration, data and
         step.
 
     Raises:
-        CheckpointError: where there is none, it is damaged, or its backbone cannot be rebuilt or is
+        CheckpointError: if there is none, it is damaged, or its backbone cannot be rebuilt or is
             another one.
     """
     found, tensors, state = read(path, _names_of_backbone)
@@ -121,17 +120,17 @@ def load_backbone(
 
 
 def inherited(found: Path, theirs: int, ours: int) -> str:
-    """Say in words what a run takes from a checkpoint over as many or other identities."""
+    """Return a sentence on what a run loads from a checkpoint, given the numbers of identities."""
     if theirs == ours:
-        return f"begins with the backbone and the {ours:,} class centers of {found}"
+        return f"starts from the backbone and the {ours:,} class centers of {found}"
     return (
-        f"begins with the backbone of {found}; the head is new: that run has {theirs:,} "
+        f"starts from the backbone of {found}; the head is new: that run has {theirs:,} "
         f"identities, these data {ours:,}"
     )
 
 
 def started_as(output: Path) -> dict[str, Any] | None:
-    """Return how a run was started, as its folder has it; None where it does not say.
+    """Return how a run was started, from its config.json; None if there is no such file.
 
     Raises:
         CheckpointError: for a file that is damaged.
@@ -139,7 +138,7 @@ def started_as(output: Path) -> dict[str, Any] | None:
     file = output / CONFIG
     if not file.exists():
         return None
-    hint = "restore a copy, or move it away to go on without what else it remembers"
+    hint = "restore a copy, or move it away to continue without its other contents"
     try:
         started = read_json(file, CheckpointError)
     except CheckpointError as error:
@@ -180,14 +179,14 @@ def take_over(
     start: int = 0,
     verified: slice = slice(None),
 ) -> str:
-    """Load a checkpoint's backbone, and its centers where they are as many, into a model.
+    """Load a checkpoint's backbone, and its centers if their number is the same, into a model.
 
     Of the centers, only this rank's rows are read.
 
     Args:
         init: a run, or one of its checkpoints.
         centers: rows of the model's centers from ``start`` on.
-        num_classes: number of all its centers.
+        num_classes: number of the model's centers on all ranks.
         verified: as for `checkpoint.load`.
 
     Returns:
@@ -245,16 +244,16 @@ def network_of(
 
     Args:
         found: the checkpoint, for messages.
-        given: a backbone of the user's, or the function that the user names to build it, as
-            ``package.module:function``. No other is imported.
+        given: the user's backbone, or the name of a function that builds it, as
+            ``package.module:function``. No other function is imported.
 
     Raises:
         CheckpointError: for a state that is damaged, a backbone that is not built in, or a given
-            one that is no backbone for its images.
+            one that does not fit its images.
     """
     config = recorded(found, state)
     if given is None and config.backbone not in BUILT_IN:
-        kind = "a module that train() was given" if config.backbone == MODULE else config.backbone
+        kind = "a module passed to train()" if config.backbone == MODULE else config.backbone
         raise CheckpointError(
             f"{found}: its backbone is {kind}, and code that a file names is not imported: give "
             "--backbone package.module:function (in Python, backbone=), if you trust it"
@@ -275,9 +274,9 @@ def network_of(
 
 @dataclass
 class Model:
-    """The modules and optimizers of a run: all that its checkpoints hold.
+    """The modules and optimizers of a run, which its checkpoints hold.
 
-    The loss scaler serves the backbone alone: its gradients are the ones that can leave float16.
+    The loss scaler is for the backbone only, whose gradients can exceed float16's range.
     """
 
     backbone: nn.Module
@@ -309,7 +308,7 @@ class Model:
         return state["step"]
 
     def begin_with(self, init: Path, num_classes: int) -> str:
-        """Load another run's backbone, and its centers where they are as many; say what was loaded.
+        """Load another run's backbone, and its centers if their number fits; return a summary.
 
         Raises:
             CheckpointError: for a checkpoint that is damaged, or of a network of other shapes.
@@ -329,7 +328,7 @@ def build_model(
     device: torch.device,
     backbone: nn.Module | None = None,
 ) -> Model:
-    """Return what a run trains, on its device: a given backbone, or the configuration's."""
+    """Return a run's model on its device, with a given backbone or the configuration's."""
     seed = seeds(config.seed, "parameters", 0)
     head: MarginHead | ShardedMarginHead
     with seeded(seed), standard_defaults():  # on the CPU: the same on every device
@@ -338,7 +337,7 @@ def build_model(
         else:
             check_embeddings(backbone, source.image_shape, config.embedding_size)
         backbone = backbone.to(device)
-        if alone or device.type == "cpu":  # shares on a GPU are made there
+        if alone or device.type == "cpu":  # shards on a GPU are allocated there
             ranks = 1 if alone else dist.get_world_size()
             needed = 4 * config.embedding_size * source.num_classes // ranks
             check_memory("the class centers", needed)

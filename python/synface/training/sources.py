@@ -40,7 +40,7 @@ class Source(Protocol):
 
     Attributes:
         image_shape: (H, W, C). num_classes: C of the head.
-        timing: of the loader, once `batches` was iterated over; None where no file is read.
+        timing: the loader's, once `batches` is iterated over; None if no files are read.
     """
 
     image_shape: tuple[int, int, int]
@@ -52,7 +52,7 @@ class Source(Protocol):
         ...
 
     def description(self) -> dict[str, Any]:
-        """Return what identifies the data, in JSON's types, as checkpoints hold it."""
+        """Return a description that identifies the data, in JSON types, for checkpoints."""
         ...
 
     def batches(
@@ -72,7 +72,7 @@ class Source(Protocol):
 
 
 def fingerprint(images: LabeledImages) -> str:
-    """Return a digest that tells sets of images apart; of files, without reading the images."""
+    """Return a digest that identifies a set of images, without reading images from files."""
     pixels, names = images.store.pixels, images.identities
     digest = hashlib.sha256(repr(names if pixels is None else (pixels.shape, names)).encode())
     digest.update(np.asarray(images.labels).tobytes())
@@ -133,8 +133,8 @@ class FacesSource(_ImagesSource):
         size, grayscale, workers: of an `ImageSet`; see `ImageLoader`.
 
     Raises:
-        DataError: for an `ImageSet` that can be read in order only, or whose first file cannot be
-            decoded where that tells the size.
+        DataError: for an `ImageSet` that only supports sequential reads, or whose first file
+            determines the size and cannot be decoded.
     """
 
     @old_keywords(grey="grayscale")  # codespell:ignore grey
@@ -183,11 +183,11 @@ class MixedSource(_ImagesSource):
     """Synthetic images mixed with real ones, pixel by pixel, decoded by worker processes.
 
     An epoch is one pass over the synthetic set; the classes are the synthetic identities, then the
-    real ones, and each image has one label of either. For augmentation, each side of a pair is
+    real ones, and each image has one label from each. For augmentation, each side of a pair is
     flipped independently with probability 0.5 (0.5·augment below a strength of 1).
 
     Args:
-        synthetic, real, size, grayscale, workers: as `TwoDomainLoader` takes them.
+        synthetic, real, size, grayscale, workers: see `TwoDomainLoader`.
         ratio: distribution of the synthetic share ψ. per_sample: draw a ψ for each image, else one
             for the batch.
         mix_in_workers: mix in the workers, each on one thread, not in the training process.

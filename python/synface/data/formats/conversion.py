@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from .decode import DataError
 from .images import FORMATS, Sample, open_images
 
-if TYPE_CHECKING:  # it imports torch, which the command line's help does without
+if TYPE_CHECKING:  # it imports torch, which --help must not wait for
     from .image_set import ImageSet, LabeledImages
 
 
@@ -33,11 +33,11 @@ def convert(
 
     Args:
         source: a path for `open_images`, or a set.
-        destination: a folder that does not exist yet. It is written atomically: under another name
-            beside this one, and renamed at the end.
+        destination: a folder that does not exist yet. It is written atomically: under a temporary
+            name beside it, and renamed at the end.
         to: "folder", "recordio", "webdataset", "parquet" or "arrow".
-        relabel: as `open_images` takes it.
-        shard_bytes: size after which a new shard begins, where the format has shards.
+        relabel: see `open_images`.
+        shard_bytes: size at which a new shard begins, for formats with shards.
         progress: called as progress(done, total) after each image.
 
     Returns:
@@ -45,7 +45,7 @@ def convert(
 
     Raises:
         FileExistsError: if the destination exists.
-        DataError: for a source that cannot be read, and for what the format cannot hold.
+        DataError: for a source that cannot be read, and for data that the format cannot represent.
         ValueError: for an unknown format or a shard_bytes under 1.
         OSError: when writing fails, such as on a full disk.
 
@@ -71,7 +71,7 @@ def convert(
     form = FORMATS[to]
     write = getattr(import_module(f".{form.module}", __package__), form.writer)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    # Not by `tempfile`: its folders are private to their owner, whatever the umask.
+    # `tempfile` is not used: only the owner can access its folders, whatever the umask.
     partial = destination.with_name(f".{destination.name}-{secrets.token_hex(4)}.partial")
     partial.mkdir()
     try:

@@ -32,11 +32,11 @@ GRAYSCALE = ("1", "L", "LA")  # Pillow's modes without color
 
 
 class DataError(ValueError):
-    """Face images that cannot be used; the message names the files and what is wrong."""
+    """Error for unusable face images; the message names the files and the problem."""
 
 
 def keep(count: int, holdout: int) -> int:
-    """Return how many of `count` identities are left to train on.
+    """Return the number of identities left for training, of `count` in all.
 
     Raises:
         ValueError: if holdout is negative, or fewer than 2 are left.
@@ -50,12 +50,12 @@ def keep(count: int, holdout: int) -> int:
 
 
 def entries(folder: Path) -> list[Path]:
-    """Return a folder's entries in natural order, without hidden ones and macOS's own."""
+    """Return a folder's entries in natural order, without hidden entries and macOS metadata."""
     return [Path(entry.path) for entry in scan(folder)]
 
 
 def scan(folder: Path) -> list[os.DirEntry[str]]:
-    """Return the entries as `entries` does, with the file types that the folder itself records."""
+    """Return the entries as `entries` does, as `os.DirEntry` with cached file types."""
     try:
         with os.scandir(folder) as found:
             shown = [e for e in found if e.name[0] != "." and e.name != "__MACOSX"]
@@ -67,15 +67,15 @@ def scan(folder: Path) -> list[os.DirEntry[str]]:
 def natural(text: str) -> tuple[list[str | int], str]:
     """Return a sort key that puts s2 before s10."""
     # Digits have odd indices in the split, so numbers are only compared with numbers.
-    parts = re.split(r"([0-9]{1,4000})", text)  # Python converts no more to an integer
+    parts = re.split(r"([0-9]{1,4000})", text)  # Python's limit for int()
     return [int(p) if i % 2 else p.casefold() for i, p in enumerate(parts)], text
 
 
 def _open(file: BinaryIO, whole: bool = False) -> tuple[Image.Image, Mapping[Any, Any]]:
-    """Return an image, not decoded yet, and the metadata that hold its orientation.
+    """Return an image, not decoded yet, and the metadata with its orientation.
 
     Args:
-        whole: with the pixels, which a later decoding needs; otherwise the header alone.
+        whole: read the pixels too, which decoding needs; otherwise only the header.
     """
     with extra("train", READING):
         from PIL import Image
@@ -95,13 +95,13 @@ def mode(file: BinaryIO) -> str:
 
 
 def header(file: BinaryIO) -> tuple[str, tuple[int, int]]:
-    """Return the suffix of such a file's name, and (H, W), from the header."""
+    """Return the file name suffix of the image's format, and (H, W), from the header."""
     image = _open(file)[0]
     return SUFFIXES.get(str(image.format), "jpg"), (image.height, image.width)
 
 
 def decode(file: BinaryIO) -> Image.Image:
-    """Return the image, decoded in full and turned by its EXIF orientation."""
+    """Return the image, decoded in full and rotated to its EXIF orientation."""
     return metadata.upright(*_open(file, whole=True))
 
 
@@ -114,12 +114,12 @@ def pixels(
     """Decode an image to (H, W, C) bytes.
 
     Args:
-        size: (H, W) to resize to, antialiased; None leaves the image's own.
-        channels: 1 converts to grayscale, 3 to RGB; None does to what the image has.
-        expected: (H, W) that it must have before.
+        size: (H, W) to resize to, antialiased; None keeps the image's size.
+        channels: 1 converts to grayscale, 3 to RGB; None keeps the image's own.
+        expected: (H, W) required before resizing.
 
     Raises:
-        OSError: if it is not of the (H, W) that is expected.
+        OSError: if it does not have the expected (H, W).
     """
     with extra("train", READING):
         from PIL import Image
@@ -157,9 +157,9 @@ def png(image: NDArray[np.uint8]) -> bytes:
 
 
 def attempt(function: Callable) -> Callable:
-    """Return `function` made to return (result, None) or (None, what went wrong).
+    """Wrap `function` to return (result, None), or (None, error message) if it raises.
 
-    Decoders raise exceptions of any type on hostile bytes, so all are caught.
+    Decoders may raise any exception on malformed bytes, so all are caught.
     """
 
     def attempted(*arguments):
@@ -169,7 +169,7 @@ def attempt(function: Callable) -> Callable:
         try:
             return function(*arguments), None
         except UnidentifiedImageError:
-            return None, f"no image that can be read (known formats: {', '.join(FORMATS)})"
+            return None, f"not a readable image (known formats: {', '.join(FORMATS)})"
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             return None, f"a decompression bomb: {error}"
         except OSError as error:
@@ -181,7 +181,7 @@ def attempt(function: Callable) -> Callable:
 
 
 def raise_if(wrong: Mapping[str, str], of_what: str, expected: str) -> None:
-    """Raise a `DataError` that names the first of the wrong files, if there are any."""
+    """Raise a `DataError` that names the first bad files, if there are any."""
     if wrong:
         lines: Iterator[str] = (f"\n  {path}: {wrong[path]}" for path in list(wrong)[:NAMED])
         more = f"\n  and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""

@@ -1,4 +1,4 @@
-"""A reader of any set of images into memory."""
+"""A reader that loads an image set of any format into memory."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def read_folder(
     (antialiased, the aspect ratio changes).
 
     Args:
-        path: the folder, another path that `open_images` takes, or a set, also after a split.
+        path: the folder, another path that `open_images` accepts, or an image set.
         size: (H, W) in pixels; None takes the first image's.
-        grayscale: True for one channel, False for RGB; None is grayscale when every image is.
+        grayscale: True for one channel, False for RGB; None: grayscale if every image is.
         progress: called as progress(done, total) after each decoded image.
-        memory_limit: the most bytes that the decoded images may take together.
+        memory_limit: maximum size of all decoded images, in bytes.
 
     Returns:
         The `Faces`, (N, H, W, 1 or 3) uint8.
 
     Raises:
         DataError: for a missing or empty folder, fewer than 2 identities, an identity without
-            images or with folders inside, whatever else `open_images` refuses, more than
+            images or with folders inside, anything else that `open_images` rejects, more than
             `memory_limit` bytes, and images that are unreadable, truncated, over 2**26 pixels, not
-            of 8 bits per channel, or of another size than their format says: all are checked, and
+            of 8 bits per channel, or not of the size that the format declares: all are checked, and
             the first five bad ones are named.
-        ValueError: if size or memory_limit makes no sense.
+        ValueError: for an invalid size or memory_limit.
 
     Memory: N*H*W*C bytes, and one decoded file per thread (at most four).
     """
@@ -93,7 +93,7 @@ def read_folder(
             if progress is not None:
                 progress(done + 1, len(good))
     finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the rest
+        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for pending images
     named = {listed.name(index): wrong[index] for index in sorted(wrong)}
     what = f"of {count} images in {listed.source}"
     decode.raise_if(named, what, "readable, complete images")

@@ -27,10 +27,10 @@ T = TypeVar("T")
 
 
 class LabeledImages(Dataset[tuple[Tensor, int]]):
-    """A set of images with identity labels, as a map-style dataset of torch.
+    """A set of images with identity labels, as a map-style torch dataset.
 
     Item i is image i, (H, W, C) uint8 in its own size with 1 or 3 channels, and its label; a
-    `DataLoader` takes the set as it is where all images have one size.
+    `DataLoader` can batch the set if all images have the same size.
 
     Attributes:
         store: the images, without their labels.
@@ -46,7 +46,7 @@ class LabeledImages(Dataset[tuple[Tensor, int]]):
 
     @abstractmethod
     def _take(self, rows: NDArray[np.int64], first: int, last: int) -> Self:
-        """Return the images at some indices, whose labels lie in [first, last), labeled from 0."""
+        """Return the images at `rows`, whose labels in [first, last) are renumbered from 0."""
 
     def _check_labels(self, kind: str, count: int, note: str = "") -> None:
         labels, names = self.labels, len(self.identities)
@@ -74,11 +74,11 @@ class LabeledImages(Dataset[tuple[Tensor, int]]):
         return torch.from_numpy(pixels.copy()), int(self.labels[index])
 
     def name(self, index: int) -> str:
-        """Return where an image is: a file, a file and an offset, or its number in memory."""
+        """Return an image's location: a file, a file and an offset, or its index in memory."""
         return self.store.name(index)
 
     def attempt(self, function: Callable[[int], T], index: int) -> T:
-        """Return ``function(index)``; where that fails, raise a DataError that names the image."""
+        """Return ``function(index)``; if it fails, raise a DataError that names the image."""
         result, problem = decode.attempt(function)(index)
         if problem:
             raise DataError(f"{self.name(index)}: {problem}; expected a readable, complete image")
@@ -93,10 +93,10 @@ class LabeledImages(Dataset[tuple[Tensor, int]]):
         return self.attempt(self.store.read, index)
 
     def samples(self) -> Iterator[Sample]:
-        """Yield every image in order, with what its header says; no pixels are decoded.
+        """Yield every image in order, with its format and size from the header, without decoding.
 
         Raises:
-            DataError: as `read` does, and for what is no image of a known format.
+            DataError: as `read` does, and for files that are not images of a known format.
         """
 
         def sample(index: int) -> Sample:
@@ -115,17 +115,17 @@ class LabeledImages(Dataset[tuple[Tensor, int]]):
             ValueError: if holdout is negative, or leaves fewer than 2 identities in the first set.
         """
         count = len(self.identities)
-        kept = decode.keep(count, holdout)
-        train = np.asarray(self.labels) < kept
+        trained = decode.keep(count, holdout)
+        train = np.asarray(self.labels) < trained
         return (
-            self._take(np.flatnonzero(train), 0, kept),
-            self._take(np.flatnonzero(~train), kept, count),
+            self._take(np.flatnonzero(train), 0, trained),
+            self._take(np.flatnonzero(~train), trained, count),
         )
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(LabeledImages):
-    """Encoded images with labels, listed but not decoded; `open_images` makes one.
+    """Encoded images with labels, listed but not decoded, as returned by `open_images`.
 
     Attributes:
         store: reads the images.
@@ -134,7 +134,7 @@ class ImageSet(LabeledImages):
         source: the path, for reports.
 
     Raises:
-        ValueError: for labels that do not fit.
+        ValueError: for labels of a wrong dtype or shape, or out of range.
     """
 
     store: Store
@@ -152,7 +152,7 @@ class ImageSet(LabeledImages):
 
 @dataclass(frozen=True, eq=False)
 class Faces(LabeledImages):
-    """Decoded images with labels, all of one size, in memory; `read_folder` makes one.
+    """Decoded images with labels, all of one size, in memory, as returned by `read_folder`.
 
     Attributes:
         images: (N, H, W, C) uint8, C = 1 (grayscale) or 3 (RGB).
@@ -161,7 +161,7 @@ class Faces(LabeledImages):
         source: where the images come from, for reports.
 
     Raises:
-        ValueError: for another dtype or shape, or a label out of range.
+        ValueError: for a wrong dtype or shape, or a label out of range.
     """
 
     images: Tensor
@@ -194,15 +194,15 @@ def _kind(tensor: Tensor) -> str:
 
 
 def label(scan: ScanResult, source: Path, relabel: bool = False) -> ImageSet:
-    """Return an `ImageSet`, if the labels are 0, 1, … C-1 and each has an image.
+    """Return an `ImageSet` after checking that each label in 0, 1, … C-1 has an image.
 
     Args:
         relabel: number the labels that have images from 0 on, in their order, instead of raising.
             Their names stay; the name of a label without one is its number.
 
     Raises:
-        DataError: for no image, a label out of range, labels without images, and names that are
-            not one for each class or not distinct.
+        DataError: for an empty set, a label out of range, labels without images, and names that are
+            not distinct or not one per class.
     """
     labels, names = scan.labels, scan.names
     if not len(labels):
@@ -233,7 +233,7 @@ def label(scan: ScanResult, source: Path, relabel: bool = False) -> ImageSet:
         first = int(gaps[0]) if len(gaps) else len(present)
         raise DataError(
             f"{source}: {count - len(present):,} of {count:,} labels have no image, the first is "
-            f"{first}; relabel (--relabel) numbers those that have images from 0 on"
+            f"{first}; relabel (--relabel) renumbers the labels that have images from 0"
         )
     identities = [str(i) if names is None else names[i] for i in present]
     return ImageSet(scan.store, labels, identities, str(source))
@@ -242,8 +242,8 @@ def label(scan: ScanResult, source: Path, relabel: bool = False) -> ImageSet:
 def list_folder(path: str | Path) -> ImageSet:
     """List the images of a folder that holds one sub-folder per identity, in natural order.
 
-    Hidden files and macOS's own (``__MACOSX``) are ignored. Files of other extensions, and images
-    beside the sub-folders, are skipped with a warning that counts them. No file is opened.
+    Hidden files and macOS metadata (``__MACOSX``) are ignored. Files of other extensions, and
+    images beside the sub-folders, are skipped with a warning that counts them. No file is opened.
 
     Raises:
         DataError: for a missing or empty folder, fewer than 2 identities, and an identity without
@@ -262,7 +262,8 @@ def opened(**sources: LabeledImages | str | Path) -> tuple[LabeledImages, ...]:
     """Return named sets of images to train on; paths are opened by `open_images`.
 
     Raises:
-        DataError: for what `open_images` refuses, and for images that can only be read in order.
+        DataError: for paths that `open_images` rejects, and sets that only support sequential
+            reads.
         ValueError: for a set without images.
     """
     sets = tuple(
@@ -274,7 +275,7 @@ def opened(**sources: LabeledImages | str | Path) -> tuple[LabeledImages, ...]:
             raise ValueError(f"{name} holds no images ({images.source})")
         if images.store.streams:
             raise DataError(
-                f"{images.source} can be read in order only, and training shuffles; "
+                f"{images.source} only supports sequential reads, but training shuffles; "
                 "convert it first (synface convert)"
             )
     return sets
@@ -284,11 +285,11 @@ def opened(**sources: LabeledImages | str | Path) -> tuple[LabeledImages, ...]:
 def common_shape(
     sets: Sequence[LabeledImages], size: tuple[int, int] | None, grayscale: bool | None
 ) -> tuple[int, int, int]:
-    """Return (H, W, C) of the images of all sets, as `TwoDomainLoader` says.
+    """Return the (H, W, C) of the images of all sets; see `TwoDomainLoader`.
 
     Raises:
-        DataError: if the file that tells the size or the color cannot be decoded.
-        ValueError: if a set in memory is of another shape.
+        DataError: if the file that determines the size or the color cannot be decoded.
+        ValueError: if a set in memory has another shape.
     """
     in_memory = [
         (each, each.store.pixels.shape[1:]) for each in sets if each.store.pixels is not None

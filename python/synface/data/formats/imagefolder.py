@@ -18,7 +18,7 @@ from .images import Files, PackedPaths, Sample, ScanResult
 
 def list_images(root: Path) -> ScanResult:
     """List the images of a folder as `image_set.list_folder` does, without checking the labels."""
-    # os.path answers False where Path raises: without the right to look.
+    # os.path returns False where Path raises, if permission is missing.
     if not os.path.isdir(root):
         what = "is not a folder" if os.path.exists(root) else "does not exist or is not accessible"
         raise DataError(
@@ -68,29 +68,29 @@ def list_images(root: Path) -> ScanResult:
 
 
 def _counted(endings: Counter[str]) -> str:
-    """Return how many files have which ending."""
+    """Return the number of files of each suffix, as text."""
     common = [f"{count:,} {end}" for end, count in endings.most_common(decode.NAMED)]
     return ", ".join(common) + (", …" if len(endings) > decode.NAMED else "")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a folder; only a link costs a call of the system."""
+    """Return whether an entry is a folder; only a symbolic link needs a system call."""
     return os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
 
 
 def write(folder: Path, samples: Iterable[Sample], identities: list[str], shard_bytes: int) -> None:
-    """Write a sub-folder for each identity, with its images, numbered through the whole set.
+    """Write a sub-folder for each identity; images are numbered across the whole set.
 
     Raises:
-        DataError: for a name of an identity that cannot be that of a folder.
+        DataError: for an identity's name that is not a valid folder name.
     """
-    del shard_bytes  # a file for each image
+    del shard_bytes  # one file per image, without shards
     for name in identities:
         unfit = not name or name[0] == "." or not name.isprintable() or len(os.fsencode(name)) > 200
         if unfit or any(character in name for character in '/\\:*?"<>|'):
-            raise DataError(f"the identity {name!r} cannot be the name of a folder")
+            raise DataError(f"the identity {name!r} is not a valid folder name")
     if len({name.casefold() for name in identities}) < len(identities):
-        raise DataError("some names of identities differ in case alone: not by all file systems")
+        raise DataError("some identities' names differ only in case, as not all file systems do")
     for number, sample in enumerate(samples):
         person = folder / identities[sample.label]
         person.mkdir(exist_ok=True)

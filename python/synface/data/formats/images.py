@@ -1,7 +1,7 @@
 """Stores of images in any file format, and detection of a path's format.
 
-A `Store` reads images by their index. Nothing here imports torch, so that the command line's help
-and the loaders' worker processes do without it; `image_set` adds labels, and makes a torch dataset
+A `Store` reads images by their index. This module does not import torch, which the command line's
+help and the loaders' workers must not wait for; `image_set` adds labels, and makes a torch dataset
 of a store.
 """
 
@@ -28,15 +28,15 @@ from .decode import DataError
 if TYPE_CHECKING:
     from .image_set import ImageSet
 
-MAX_BYTES = 1 << 28  # of one encoded image, and of one file of names
-IDENTITIES = "identities.json"  # the classes' names, beside formats that have no place for them
+MAX_BYTES = 1 << 28  # per encoded image, and per file of names
+IDENTITIES = "identities.json"  # the classes' names, for formats that cannot store them
 
 
 class PackedPaths:
     """A list of paths in two arrays, which worker processes can share.
 
     Attributes:
-        text: (T,) uint8, all paths, concatenated. ends: (N,) int64, where in it each path ends.
+        text: (T,) uint8, all paths, concatenated. ends: (N,) int64, the end offset of each path.
     """
 
     def __init__(self, text: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
@@ -60,12 +60,12 @@ class PackedPaths:
 
 
 class Store(ABC):
-    """Images, read by index. A store can be pickled, and read by several threads.
+    """Images, read by index. A store can be pickled and is thread-safe.
 
     Attributes:
-        image_size: (H, W) that every image must decode to, where the format says so.
-        streams: whether images can only be read in order; in another order each takes a scan.
-        pixels: (N, H, W, C) uint8, all images, where they are decoded and in memory.
+        image_size: (H, W) that every image must decode to, if the format declares it.
+        streams: whether only sequential reads are fast; others decompress a shard from its start.
+        pixels: (N, H, W, C) uint8, all images if they are decoded in memory, else None.
     """
 
     image_size: tuple[int, int] | None = None
@@ -77,19 +77,19 @@ class Store(ABC):
 
     @abstractmethod
     def read(self, row: int) -> bytes:
-        """Return the encoded bytes of an image; raise OSError or DataError where they fail."""
+        """Return the encoded bytes of an image; raise OSError or DataError if that fails."""
 
     @abstractmethod
     def name(self, row: int) -> str:
-        """Return where an image is: a file, or a file and an offset."""
+        """Return an image's location: a file, or a file and an offset."""
 
     @abstractmethod
     def take(self, rows: NDArray[np.int64]) -> Store:
-        """Return a store of the images at some indices, in their order."""
+        """Return a store of the images at the given indices, in that order."""
 
     @abstractmethod
     def fingerprint(self) -> bytes | memoryview:
-        """Return bytes that tell this store from others; of files, without reading the images."""
+        """Return bytes that identify this store, without reading images from files."""
 
     def open(self, row: int) -> BinaryIO:
         """Return an image's encoded bytes as a file."""
@@ -118,7 +118,7 @@ class Store(ABC):
 
 
 class Files(Store):
-    """A file for each image."""
+    """A store with one file per image."""
 
     def __init__(self, paths: PackedPaths, rows: NDArray[np.int64] | None = None) -> None:
         self.paths = paths
@@ -137,7 +137,7 @@ class Files(Store):
     def open(self, row: int) -> BinaryIO:
         path = self.path(row)
         if not path.is_file():  # opening a pipe would block
-            raise OSError("no regular file, or a link to nothing")
+            raise OSError("not a regular file, or a broken link")
         return path.open("rb")
 
     def read(self, row: int) -> bytes:
@@ -153,7 +153,7 @@ class Files(Store):
             path = self.name(row)
             try:
                 size = os.path.getsize(path)
-            except OSError:  # for the loader to name, when it is read
+            except OSError:  # the loader reports it when it reads the file
                 size = -1
             name = os.sep.join(path.rsplit(os.sep, 2)[-2:])
             digest.update(f"{name}\0{size}\0".encode(errors="replace"))
@@ -161,10 +161,11 @@ class Files(Store):
 
 
 class FileRanges(Store):
-    """Byte ranges of a few files, one for each image.
+    """A store whose images are byte ranges of a few files.
 
     Attributes:
-        files: of the set. file: (N,) int32, each image's. begin, size: (N,) int64, in bytes.
+        files: paths of the files. file: (N,) int32, index of each image's file.
+        begin, size: (N,) int64, in bytes.
     """
 
     def __init__(
@@ -199,7 +200,7 @@ class FileRanges(Store):
 
 
 class DecodedImages(Store):
-    """Decoded images in memory.
+    """A store of decoded images in memory.
 
     Attributes:
         pixels: (N, H, W, C) uint8. source: where they come from, for messages.
@@ -238,7 +239,7 @@ class DecodedImages(Store):
 
 
 def read_range(file: BinaryIO, begin: int, size: int) -> bytes:
-    """Return exactly `size` bytes from `begin` on; raise OSError where the file ends before."""
+    """Return exactly `size` bytes from offset `begin`; raise OSError if the file is too short."""
     if size > MAX_BYTES:
         raise OSError(f"an image of {size:,} bytes, over the limit of {MAX_BYTES:,}")
     file.seek(begin)
@@ -249,7 +250,7 @@ def read_range(file: BinaryIO, begin: int, size: int) -> bytes:
 
 
 def read_at_most(file: BinaryIO, limit: int) -> bytes:
-    """Return all of a file; raise OSError where that is over the limit."""
+    """Return all of a file; raise OSError if it is over the limit."""
     content = read_up_to(file, limit + 1)
     if len(content) > limit:
         raise OSError(f"over the limit of {limit:,} bytes")
@@ -260,8 +261,8 @@ class Sample(NamedTuple):
     """An encoded image.
 
     Attributes:
-        label: from 0. content: the file's bytes.
-        extension: of the name of such a file. image_size: (H, W) before any turning.
+        label: identity, from 0. content: the file's bytes.
+        extension: of the file name. image_size: (H, W) before rotation to the orientation.
     """
 
     label: int
@@ -274,8 +275,8 @@ class ScanResult(NamedTuple):
     """A store and its labels as a format's reader finds them, before the labels are checked.
 
     Attributes:
-        labels: (N,) int64, as they are stored.
-        names: of the classes, where they are stored. classes: how many, where that is stored.
+        labels: (N,) int64, as stored.
+        names: of the classes, if stored. classes: number of classes, if stored.
     """
 
     store: Store
@@ -285,7 +286,7 @@ class ScanResult(NamedTuple):
 
 
 def read_names(folder: Path) -> list[str] | None:
-    """Return the classes' names beside files that have no place for them; None if none are there.
+    """Return the classes' names from a folder's identities.json; None if there is no such file.
 
     Raises:
         DataError: for a file that is not a list of strings.
@@ -311,9 +312,9 @@ class Format(NamedTuple):
     """A format of image sets, its reader and its writer.
 
     Attributes:
-        name: as `convert` takes it. title: for people.
-        module: holds its reader, ``list_images(path)``.
-        writer: name of its writer there, ``(folder, samples, identities, shard_bytes)``.
+        name: the value of `convert`'s ``to``. title: description for users.
+        module: the module of its reader, ``list_images(path)``.
+        writer: the writer in that module, ``(folder, samples, identities, shard_bytes)``.
     """
 
     name: str
@@ -382,14 +383,14 @@ def open_images(path: str | Path, relabel: bool = False) -> ImageSet:
     No image is decoded, and nothing that the files hold is executed.
 
     Args:
-        path: as `detect` takes it.
-        relabel: as `image_set.label` takes it; an image folder's labels have no gaps to close.
+        path: see `detect`.
+        relabel: see `image_set.label`; without effect on image folders, whose labels have no gaps.
 
     Raises:
-        DataError: for a path of no known format, damaged files, and labels with gaps.
-        ImportError: where a format needs a package that is not installed (pyarrow).
+        DataError: for an unknown format, damaged files, and labels with gaps.
+        ImportError: if a format needs a package that is not installed (pyarrow).
 
-    Memory: about 30 bytes per image, and its file's name in an image folder.
+    Memory: about 30 bytes per image, and its path in an image folder.
     """
     from .image_set import label
 

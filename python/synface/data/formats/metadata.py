@@ -20,15 +20,15 @@ ORIENTATION, BITS_PER_SAMPLE, XMP_PACKET = 0x0112, 0x0102, 0x02BC  # tags of TIF
 INTEGERS = {1: "B", 3: "H", 4: "I"}  # TIFF's types
 XMP, PROFILE = "XML:com.adobe.xmp", "Raw profile type exif"  # of PNG's texts
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
-MAX_PIXELS = 1 << 29  # bytes of encoded pixels; 2**26 with alpha, stored, are half of it
+MAX_PIXELS = 1 << 29  # bytes of encoded pixels; 2**26 uncompressed RGBA pixels are half of it
 MAX_INFO = 1 << 20  # bytes of a text or of EXIF in a PNG, decompressed
 
 
 def upright(image: Image.Image, info: Mapping[Any, Any]) -> Image.Image:
-    """Load an image, and turn it by its orientation.
+    """Load an image, and rotate or mirror it to its orientation.
 
-    Other metadata are ignored, so damage in them has no effect. An orientation that is unreadable
-    or not in [1, 8] turns nothing.
+    Other metadata is ignored, even if damaged. An orientation that is unreadable or not in [1, 8]
+    has no effect.
     """
     with extra("train", "reading images"):
         from PIL import Image
@@ -42,7 +42,7 @@ def upright(image: Image.Image, info: Mapping[Any, Any]) -> Image.Image:
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
     }
-    if image.format == "TIFF":  # Pillow turns it while it loads, and reads all of the metadata
+    if image.format == "TIFF":  # Pillow applies the orientation in load(), and reads all metadata
         exif = Image.Exif()
         tags: Mapping[int, Any] = image.tag_v2  # type: ignore[attr-defined]
         number = tags.get(ORIENTATION)
@@ -57,7 +57,7 @@ def upright(image: Image.Image, info: Mapping[Any, Any]) -> Image.Image:
 
 
 def _exif(info: Mapping[Any, Any]) -> bytes:
-    """Return the bytes of EXIF from their TIFF header on; empty without EXIF."""
+    """Return the EXIF bytes from the TIFF header on; empty without EXIF."""
     exif = info.get("exif")
     if exif is None and isinstance(text := info.get(PROFILE), str):
         try:  # ImageMagick's: a kind, a length and lines of hexadecimal digits
@@ -95,7 +95,7 @@ def _of_xmp(info: Mapping[Any, Any]) -> int:
 
 
 def deep(image: Image.Image) -> bool:
-    """Return whether an opened file has more than 8 bits per channel; Pillow cuts RGB to 8."""
+    """Return whether an opened file has more than 8 bits per channel; Pillow truncates RGB to 8."""
     if image.mode[0] in "IF":
         return True
     if image.format == "TIFF":
@@ -107,14 +107,14 @@ def deep(image: Image.Image) -> bool:
 
 
 def strip(file: BinaryIO, whole: bool) -> tuple[BinaryIO, Mapping[Any, Any] | None]:
-    """Return a file without the metadata that its pixels do not need, and what these held.
+    """Return a file without metadata that decoding does not need, and the orientation's metadata.
 
     Texts and profiles may be of any length and number, so they are not read as a whole; and Pillow
-    would refuse an image for damage in them.
+    would reject an image for damage in them.
 
     Args:
         file: at its beginning.
-        whole: with the pixels; otherwise up to them.
+        whole: include the pixels; otherwise stop before them.
 
     Returns:
         The file, and the metadata that hold the orientation. Files that are neither JPEG nor PNG
@@ -122,7 +122,7 @@ def strip(file: BinaryIO, whole: bool) -> tuple[BinaryIO, Mapping[Any, Any] | No
 
     Raises:
         OSError: for a PNG that has 16 bits per channel, over MAX_PIXELS bytes of pixels, or a wrong
-            checksum ahead of the pixels. Other damage is left to the decoder.
+            checksum before the pixels. Other damage is left to the decoder.
 
     Memory: the file's size without that metadata.
     """
@@ -135,14 +135,14 @@ def strip(file: BinaryIO, whole: bool) -> tuple[BinaryIO, Mapping[Any, Any] | No
 
 def _jpeg(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]]:
     """Return a JPEG without APP1 to APP13, APP15 and comments, and their EXIF and XMP."""
-    kept = io.BytesIO()
-    kept.write(file.read(2))
+    stripped = io.BytesIO()
+    stripped.write(file.read(2))
     info: dict[str, bytes | str] = {}
     while (
         len(head := _marker(file)) == 4
         and head[0] == 0xFF
         and 0xC0 <= head[1] < 0xFF
-        and kept.tell() < MAX_PIXELS
+        and stripped.tell() < MAX_PIXELS
     ):
         kind, content = head[1], file.read(max(0, int.from_bytes(head[2:], "big") - 2))
         if kind == 0xE1:
@@ -151,15 +151,15 @@ def _jpeg(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]
             elif content.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
                 info.setdefault("xmp", content)
         if not (0xE1 <= kind <= 0xED or kind in (0xEF, 0xFE)):
-            kept.write(head + content)
+            stripped.write(head + content)
         if kind == 0xDA:  # the pixels follow
             head = b""
             break
-    kept.write(head)
+    stripped.write(head)
     if whole or head:
-        kept.write(read_up_to(file, MAX_PIXELS))
-    kept.seek(0)
-    return kept, info
+        stripped.write(read_up_to(file, MAX_PIXELS))
+    stripped.seek(0)
+    return stripped, info
 
 
 def _marker(file: BinaryIO) -> bytes:
@@ -172,21 +172,21 @@ def _marker(file: BinaryIO) -> bytes:
 
 def _png(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]]:
     """Return a PNG's critical chunks and transparency alone, and the others' EXIF and XMP."""
-    kept = io.BytesIO()
-    kept.write(PNG)
+    stripped = io.BytesIO()
+    stripped.write(PNG)
     info: dict[str, bytes | str] = {}
     pixels = False
     while len(head := file.read(8)) == 8:
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
         pixels |= kind == b"IDAT"
         if not kind[0] & 32 or kind == b"tRNS" or not kind.isalpha():
-            if kept.tell() + length > MAX_PIXELS:
+            if stripped.tell() + length > MAX_PIXELS:
                 raise OSError(f"a PNG of more than {MAX_PIXELS:,} bytes of pixels")
-            kept.write(head)
+            stripped.write(head)
             if pixels and not whole:
                 break
             content = file.read(length + 4)
-            kept.write(content)
+            stripped.write(content)
             if kind == b"IHDR" and content[8:9] == b"\x10":
                 raise OSError("more than 8 bits per channel (16)")
             if kind == b"IEND":
@@ -203,12 +203,12 @@ def _png(file: BinaryIO, whole: bool) -> tuple[BinaryIO, dict[str, bytes | str]]
                 checksum = zlib.crc32(part, checksum)
                 length -= len(part)
             _check(file, checksum, kind, pixels)
-    kept.seek(0)
-    return kept, info
+    stripped.seek(0)
+    return stripped, info
 
 
 def _check(file: BinaryIO, checksum: int, kind: bytes, pixels: bool) -> None:
-    """Raise OSError where a chunk ahead of the pixels is damaged, and so the file."""
+    """Raise OSError if a chunk before the pixels is damaged."""
     if file.read(4) != checksum.to_bytes(4, "big") and not pixels:
         raise OSError(f"broken PNG file (wrong checksum or cut short in {kind.decode()})")
 

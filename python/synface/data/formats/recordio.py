@@ -44,12 +44,12 @@ WHOLE, FIRST, MIDDLE, LAST = range(4)  # kinds of parts
 FRAME, HEADER = struct.Struct("<II"), struct.Struct("<IfQQ")
 MAX_PART = (1 << 29) - 1
 EXACT = 1 << 24  # float32 holds the integers up to here
-BOM = b"\xef\xbb\xbf"  # which some editors write before UTF-8
-AT_ONCE = 1 << 12  # headers read together
+BOM = b"\xef\xbb\xbf"  # byte order mark, which some editors add
+AT_ONCE = 1 << 12  # headers per batch
 
 
 class Records(FileRanges):
-    """The images of a .rec file; `size` is -1 for a record of several parts, at `begin`."""
+    """The images of a .rec file; `size` is -1 for records of several parts, read from `begin`."""
 
     def read(self, row: int) -> bytes:
         if self.size[row] >= 0:
@@ -59,7 +59,7 @@ class Records(FileRanges):
 
 
 def _record(file: BinaryIO, begin: int) -> bytes:
-    """Return a record's bytes, of one part or several.
+    """Return a record's payload, joined from its parts.
 
     Raises:
         OSError: for wrong framing, a record cut short, and one over MAX_BYTES.
@@ -80,7 +80,7 @@ def _record(file: BinaryIO, begin: int) -> bytes:
 
 
 def _part(frame: bytes, at: int, inside: bool) -> tuple[int, int]:
-    """Return kind and length of the part at an offset; `inside` a record that began before it.
+    """Return a part's kind and length; `inside` tells whether it continues a record.
 
     Raises:
         OSError: for wrong framing.
@@ -98,7 +98,7 @@ def _unpack(record: bytes) -> tuple[NDArray[np.float32], bytes]:
     """Return a record's labels and image.
 
     Raises:
-        OSError: for one that is too short.
+        OSError: for a record that is too short.
     """
     if len(record) < HEADER.size:
         raise OSError(f"a record of {len(record)} bytes, expected at least {HEADER.size}")
@@ -154,10 +154,10 @@ def _frame(record: bytes) -> bytes:
 def list_images(path: Path) -> ScanResult:
     """List the images of a folder with one .rec file, or of a .rec file.
 
-    The .idx beside it holds the records' offsets; without one, the whole .rec is scanned, from one
-    record's length to the next, and the images are in its order.
-    Labels are read from the records, not from a .lst file. ``property`` (the number of classes, and
-    the images' height and width) and names of the classes are read where they exist.
+    The .idx beside it holds the records' offsets; without one, the whole .rec is scanned record by
+    record, and the images are in its order. Labels are read from the records, not from a .lst file.
+    ``property`` (the number of classes, and the images' height and width) and names of the classes
+    are read where they exist.
 
     Raises:
         DataError: for files that are missing, damaged or cut short, naming the file and offset.
@@ -186,7 +186,7 @@ def list_images(path: Path) -> ScanResult:
 
 
 def _indexed(rec: Path, size: int) -> NDArray[np.int64]:
-    """Return the offsets of the records of images, from the .idx."""
+    """Return the offsets of the image records, from the .idx."""
     keys, offsets = _read_index(rec.with_suffix(".idx"))
     if len(offsets) and not (offsets.min() >= 0 and offsets.max() <= size - 32):
         wrong = int(np.flatnonzero((offsets < 0) | (offsets > size - 32))[0])
@@ -198,11 +198,11 @@ def _indexed(rec: Path, size: int) -> NDArray[np.int64]:
 
 
 def _scanned(rec: Path, size: int) -> NDArray[np.int64]:
-    """Return the offsets of the records of images, by a scan; records of ranges hold no image.
+    """Return the offsets of the image records, by a scan that skips range records.
 
     Raises:
-        DataError: for bytes that are no record, a record cut short, and another number of images
-            than record 0 announces.
+        DataError: for bytes that are not a record, a truncated record, and a number of images that
+            differs from record 0's.
     """
     offsets = array("q")
     announced: float | None = None
@@ -262,12 +262,12 @@ def _read_index(idx: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def _without_ranges(
     rec: Path, keys: NDArray[np.int64], offsets: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Return the offsets of the records of images alone, where record 0 tells their keys."""
+    """Return the offsets without those of range records, if record 0 gives the images' keys."""
     if not len(keys) or keys[0] != 0:
         return offsets
     announced, content = _read(rec, int(offsets[0]), "record 0 at ")
     if len(content) or len(announced) < 2:
-        return offsets  # an image like the others
+        return offsets  # record 0 is an image
     images = (keys >= 1) & (keys < announced[0])
     if images.sum() != announced[0] - 1:
         raise DataError(
@@ -297,7 +297,7 @@ def _headers(
         sound = (magic == 0xCED7230A) & whole & (length >= skipped)
         sound &= at + FRAME.size + length <= total
         for j in np.flatnonzero(~sound | (flag > 0)):
-            # In several parts, with several labels, or damaged: rare, so read one by one.
+            # Records with several parts or labels, or damage, are rare: read one by one.
             labels[i + j] = _read(rec, int(at[j]))[0][0]
             if not whole[j]:
                 begin[i + j], sizes[i + j] = at[j], -1
@@ -336,22 +336,22 @@ def _read_property(file: Path) -> tuple[int | None, tuple[int, int] | None]:
 def write(folder: Path, samples: Iterable[Sample], identities: list[str], shard_bytes: int) -> None:
     """Write train.rec, train.idx, train.lst, property and the identities' names.
 
-    insightface's ranges of images are left out where an identity's images are not contiguous; its
-    trainers read without them. ``property`` has a height and width if all images have the same.
+    insightface's range records are omitted if an identity's images are not contiguous; its trainers
+    do not need them. ``property`` has a height and width if all images have the same.
 
     Raises:
-        DataError: for more images or classes than its float32 labels can count, and a name that
-            cannot stand in train.lst.
+        DataError: for more images or classes than float32 labels can represent, and a name that
+            train.lst cannot hold.
     """
-    del shard_bytes  # one file
+    del shard_bytes  # one file, without shards
     for name in identities:
         if any(character in "\t\r\n" or "\ud800" <= character <= "\udfff" for character in name):
             raise DataError(
-                f"the identity {name!r} cannot stand in train.lst, where names are UTF-8 without "
-                "tabs and line ends; rename its folder"
+                f"the identity {name!r} cannot be written to train.lst, where names are UTF-8 "
+                "without tabs and line ends; rename its folder"
             )
     if len(identities) > EXACT:
-        raise DataError(f"{len(identities):,} identities, RecordIO's float32 has {EXACT:,}")
+        raise DataError(f"{len(identities):,} identities, over RecordIO's limit of {EXACT:,}")
     sizes: set[tuple[int, int]] = set()
     ranges: list[tuple[int, int, int]] = []  # label, first key, last key + 1
     with (

@@ -1,10 +1,9 @@
 """Parquet files, and folders of Hugging Face datasets, read and written by pyarrow.
 
-A row is an image and its label. The image's column is binary, or a struct of ``bytes`` and ``path``
-(datasets' Image); where there are no bytes, the path is that of a file in the table's folder, and a
-column of such paths alone counts as images too. The label's column is one of integers (datasets'
-ClassLabel has names for them) or of strings, which are numbered in natural order; either may be
-categorical.
+A row is an image and its label. The image column is binary, or a struct of ``bytes`` and ``path``
+(datasets' Image). Without bytes, the path names a file in the table's folder; the image column may
+also be one of such paths. The label column has integers (named by datasets' ClassLabel) or strings,
+which are numbered in natural order; either may be categorical.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ if TYPE_CHECKING:
 LABELS = ("label", "labels", "identity", "identity_id", "class", "target", "y")
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp")
 PATHS = ("path", "file_name", "filename", "file", "image_path", "img_path")
-CACHED = 4  # groups of rows, and open files, in each process
-ROWS = 16  # images read from a Parquet file together
-GROUP_BYTES = 1 << 30  # of the images of a group
-AT_ONCE = 1 << 16  # labels read together
-PER_GROUP = 256  # rows of a written group
+CACHED = 4  # row groups, and open files, per process
+ROWS = 16  # images per read of a Parquet file
+GROUP_BYTES = 1 << 30  # limit of a row group's images
+AT_ONCE = 1 << 16  # labels per read
+PER_GROUP = 256  # rows per written row group
 SPLIT = re.compile(
     r"(?:.*-)?(train|test|validation|valid|val|dev)(?:-\d+-of-\d+)?\.(?:parquet|arrow)"
 )
@@ -55,12 +54,12 @@ def _arrow() -> Any:
 
 
 class Tables(Store):
-    """Images in groups of rows of files; groups are read as a whole, and the last few are cached.
+    """Images in row groups of files; groups are read as a whole, and the last few are cached.
 
     Attributes:
-        files: of the set. column: name of the images' column.
-        file, group: (G,) int32, each group's file, and its number there.
-        starts: (G + 1,) int64, rows before each group, and of all. rows: (N,) int64, of the images.
+        files: paths of the files. column: name of the image column.
+        file, group: (G,) int32, each group's file, and its index in that file.
+        starts: (G + 1,) int64, first row of each group, and the total. rows: (N,) int64, images.
     """
 
     def __init__(
@@ -93,13 +92,13 @@ class Tables(Store):
         return Tables(self.files, self.column, self.file, self.group, self.starts, self.rows[rows])
 
     def _index(self, row: int) -> tuple[int, int]:
-        """Return the group of an image, and its row there."""
+        """Return an image's row group, and its row in that group."""
         group = int(np.searchsorted(self.starts, self.rows[row], "right")) - 1
         return group, int(self.rows[row] - self.starts[group])
 
     def name(self, row: int) -> str:
         file = int(self.file[self._index(row)[0]])
-        first = int(np.searchsorted(self.file, file))  # group of the file
+        first = int(np.searchsorted(self.file, file))  # first group of the file
         return f"{self.files[file]}, row {self.rows[row] - self.starts[first]}"
 
     def fingerprint(self) -> bytes:
@@ -124,7 +123,7 @@ class Tables(Store):
 def _read_group(
     table: _ParquetFile | _ArrowFile, group: int, column: str, count: int
 ) -> tuple[pyarrow.ChunkedArray | None, ...]:
-    """Return the images of a group of rows, and their paths; None where there are none."""
+    """Return the images of a row group, and their paths; None for a missing column."""
     parts: list[tuple[pyarrow.Array | None, ...]] = []
     total = rows = 0
     for array in table.column(group, column, ROWS):
@@ -140,7 +139,7 @@ def _read_group(
 
 
 def _contents(column: pyarrow.Array) -> tuple[pyarrow.Array | None, pyarrow.Array | None]:
-    """Return the bytes of an image column, and its paths; None where it has no such part."""
+    """Return the bytes of an image column, and its paths; None for a missing part."""
     column.validate(full=True)  # offsets outside of the data would be followed
     parts = [column]
     if _arrow().types.is_struct(column.type):
@@ -163,11 +162,11 @@ def _is_text(kind: pyarrow.DataType) -> bool:
 
 
 def _read_beside(table: Path, name: str | None) -> bytes:
-    """Return the contents of a file that a row of a table names.
+    """Return the content of the image file that a row refers to.
 
     Raises:
-        OSError: for no name, one outside the table's folder (a table may be hostile), and a file
-            that cannot be read.
+        OSError: for a missing name, one outside the table's folder (tables are untrusted), and a
+            file that cannot be read.
     """
     if name is None:
         raise OSError("the row has neither the bytes of an image nor a path")
@@ -176,7 +175,7 @@ def _read_beside(table: Path, name: str | None) -> bytes:
     if os.path.commonpath([folder, path]) != folder:
         raise OSError(f"the row's path {name!r:.200} leads out of {folder}, the table's folder")
     if "\0" in name or not os.path.isfile(path):  # opening a pipe would block
-        raise OSError(f"the row has no bytes, and its path {name!r:.200} is no file in {folder}")
+        raise OSError(f"the row has no bytes, and its path {name!r:.200} is not a file in {folder}")
     with open(path, "rb") as file:
         return read_at_most(file, MAX_BYTES)
 
@@ -230,13 +229,13 @@ def _open_table(path: Path) -> _ParquetFile | _ArrowFile:
 def list_images(path: Path) -> ScanResult:
     """List the rows of Parquet files, or of a folder that ``save_to_disk`` wrote.
 
-    Of several splits, "train" is read; name another one's folder or file.
+    Of several splits, "train" is read; to read another, give its folder or file.
 
     Raises:
         DataError: for files that are damaged, whose columns differ or are not as expected.
         ImportError: without pyarrow.
 
-    Memory: 16 bytes per image, and up to four groups of rows once images are read.
+    Memory: 16 bytes per image, and up to four row groups once images are read.
     """
     _arrow()
     files = [path] if path.is_file() else _files(path)
@@ -252,7 +251,7 @@ def list_images(path: Path) -> ScanResult:
             if wanted is None:
                 wanted, column, names = (found, labels, classes), found, classes
             elif wanted != (found, labels, classes):
-                raise DataError(f"{file}: its columns are not those of {files[0]}")
+                raise DataError(f"{file}: its columns differ from those of {files[0]}")
             size = file.stat().st_size
             if not all(rows >= 0 for rows in table.rows) or sum(table.rows) > size:
                 raise DataError(f"{file}: {sum(table.rows):,} rows in {size:,} bytes")
@@ -293,7 +292,7 @@ def list_images(path: Path) -> ScanResult:
 
 
 def _checked(chunk: pyarrow.Array, file: Path) -> NDArray[np.int64] | list[str]:
-    """Return the labels of a chunk, integers or strings; raise DataError where any is missing."""
+    """Return the labels of a chunk, integers or strings; raise DataError if any is missing."""
     pa = _arrow()
     chunk.validate(full=True)
     categorical = pa.types.is_dictionary(chunk.type)
@@ -316,7 +315,7 @@ def _category(kind: pyarrow.DataType) -> pyarrow.DataType:
 
 
 def _files(path: Path) -> list[Path]:
-    """Return the files of a folder, those of "train" where there are several splits."""
+    """Return the files of a folder; of several splits, those of "train"."""
     if (path / "dataset_dict.json").is_file():
         splits = read_json(path / "dataset_dict.json", DataError, MAX_BYTES)
         splits = splits.get("splits") if isinstance(splits, dict) else None
@@ -350,7 +349,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _plain(name: str) -> bool:
-    """Return whether a name is that of an entry of a folder, not a path."""
+    """Return whether a name is a plain file name, not a path."""
     return name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
 
 
@@ -364,7 +363,7 @@ def _columns(schema: pyarrow.Schema, file: Path) -> tuple[str, str, list[str] | 
         features = stored.get("info", {}).get("features", {})
         kinds = {name: str(each.get("_type")) for name, each in features.items()}
     except (ValueError, AttributeError, RecursionError) as error:
-        raise DataError(f"{file}: the metadata of datasets is damaged: {error}") from None
+        raise DataError(f"{file}: the Hugging Face metadata is damaged: {error}") from None
 
     def is_image(field: Any) -> bool:
         if types.is_struct(field.type):
@@ -394,7 +393,7 @@ def _columns(schema: pyarrow.Schema, file: Path) -> tuple[str, str, list[str] | 
         raise DataError(f"{file}: which column holds the {what}? There are: {shown}")
 
     if len(set(schema.names)) < len(schema.names):
-        raise DataError(f"{file} has two columns of one name")
+        raise DataError(f"{file} has two columns of the same name")
     image = one(
         "images", "Image", (*IMAGES, *PATHS), is_image if any(map(is_image, schema)) else is_path
     )
@@ -403,7 +402,7 @@ def _columns(schema: pyarrow.Schema, file: Path) -> tuple[str, str, list[str] | 
     if names is not None and not (
         isinstance(names, list) and all(isinstance(name, str) for name in names)
     ):
-        raise DataError(f"{file}: the names of the classes of {label!r} are no list of strings")
+        raise DataError(f"{file}: the class names of {label!r} must be a list of strings")
     return image, label, names
 
 
@@ -425,7 +424,7 @@ def _schema(identities: list[str]) -> tuple[pyarrow.Schema, dict[str, Any]]:
 def _batches(
     schema: pyarrow.Schema, samples: Iterable[Sample], shard_bytes: int
 ) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
-    """Yield batches of rows, each with the number of its shard."""
+    """Yield batches of rows, each with its shard number."""
     pa = _arrow()
     rows: list[dict[str, Any]] = []
     shard = size = held = 0
@@ -455,7 +454,7 @@ def _write(
     name: str,
     writer: Callable[[str, pyarrow.Schema], Any],
 ) -> tuple[list[Path], dict[str, Any]]:
-    """Write shards, and name them once their number is known."""
+    """Write shards, and rename them once their number is known."""
     schema, features = _schema(identities)
     written: list[Path] = []
     for shard, batches in groupby(_batches(schema, samples, shard_bytes), itemgetter(1)):

@@ -40,10 +40,10 @@ from .images import (
 )
 
 MAX_TEXT = 1 << 16  # bytes of a label
-MAX_HEADER = 1 << 20  # bytes of an extended header; the standard library takes any number
+MAX_HEADER = 1 << 20  # bytes of an extended header; the standard library accepts any size
 
 
-# First bytes of compressed files. A tar begins with a name, such as BZhang.jpg.
+# Magic numbers of compressed files, long since a tar begins with a name, such as BZhang.jpg.
 COMPRESSED: tuple[tuple[bytes, Callable], ...] = (
     (rb"\x1f\x8b", gzip.open),
     (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", bz2.open),
@@ -52,7 +52,7 @@ COMPRESSED: tuple[tuple[bytes, Callable], ...] = (
 
 
 def _opener(path: Path) -> Callable | None:
-    """Return the decompressor of a shard, or None, by its first bytes: its suffix may be wrong."""
+    """Return a shard's decompressor, or None, by its magic number: its suffix may be wrong."""
     with path.open("rb") as file:
         begin = file.read(10)
     return next((opener for magic, opener in COMPRESSED if re.match(magic, begin)), None)
@@ -65,14 +65,14 @@ def _opened(path: Path) -> BinaryIO:
 
 
 class CompressedRanges(FileRanges):
-    """Images of compressed shards, read in order; one shard is open at a time."""
+    """Images in compressed shards, read sequentially; one shard is open at a time."""
 
     streams = True
 
     def __init__(self, *arrays: Any) -> None:
         super().__init__(*arrays)
         self._lock = Lock()
-        self._kept: tuple[int, BinaryIO] | None = None
+        self._opened: tuple[int, BinaryIO] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CompressedRanges, (self.files, self.file, self.begin, self.size)
@@ -80,15 +80,15 @@ class CompressedRanges(FileRanges):
     def read(self, row: int) -> bytes:
         number = int(self.file[row])
         with self._lock:
-            if self._kept is None or self._kept[0] != number:
-                if self._kept is not None:
-                    self._kept[1].close()
-                self._kept = number, _opened(self.files[number])
-            return read_range(self._kept[1], int(self.begin[row]), int(self.size[row]))
+            if self._opened is None or self._opened[0] != number:
+                if self._opened is not None:
+                    self._opened[1].close()
+                self._opened = number, _opened(self.files[number])
+            return read_range(self._opened[1], int(self.begin[row]), int(self.size[row]))
 
 
 class _Careful(io.RawIOBase):
-    """A file that limits reads, for `tarfile` reads as many bytes as a header announces."""
+    """A file that limits reads, since `tarfile` trusts the sizes in headers."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -108,11 +108,12 @@ class _Careful(io.RawIOBase):
 def list_images(path: Path) -> ScanResult:
     """List the images of a folder of shards, in natural order, or of one shard.
 
-    Every shard is scanned once; of a compressed one, all is decompressed.
+    Every shard is scanned once; a compressed one is decompressed completely.
 
     Raises:
         DataError: for shards that are damaged or cut short, samples without an image or a label or
-            whose members are apart, and members that are no files, naming the shard and offset.
+            whose members are not consecutive, and members that are not files, naming the shard and
+            offset.
 
     Memory: 28 bytes per image, and twice that while they are listed.
     """
@@ -132,7 +133,7 @@ def list_images(path: Path) -> ScanResult:
         except (
             Exception
         ) as error:  # hostile bytes make decompressors and `tarfile` raise errors of any type
-            raise DataError(f"{shard} is no whole tar file: {error or type(error)}") from error
+            raise DataError(f"{shard} is not a whole tar file: {error or type(error)}") from error
     file, begin, size, labels = np.frombuffer(rows, np.int64).reshape(-1, 4).T.copy()
     store = kind(PackedPaths.of(shards), file.astype(np.int32), begin, size)
     return ScanResult(store, labels, read_names(folder))
@@ -155,7 +156,7 @@ def _samples(shard: Path, file: BinaryIO) -> Iterator[tuple[int, int, int]]:
             tar.members.clear()  # type: ignore[attr-defined]
             if _split(later.name)[0] == key:
                 raise DataError(
-                    f"{shard}, offset {later.offset}: {later.name!r} is apart from the rest of "
+                    f"{shard}, offset {later.offset}: {later.name!r} does not follow the rest of "
                     f"sample {key!r}, before offset {at}; the members of a sample must follow one "
                     "another, as in an archive that is sorted by name (tar --sort=name)"
                 )
@@ -173,7 +174,7 @@ def _samples(shard: Path, file: BinaryIO) -> Iterator[tuple[int, int, int]]:
                 continue
             at = member.offset_data
             if not member.isreg() or member.issparse() or member.size < 0:
-                raise DataError(f"{where}: {member.name!r} is no plain file")
+                raise DataError(f"{where}: {member.name!r} is not a regular file")
             name, kind = _split(member.name)
             if name is None:
                 continue
@@ -198,7 +199,7 @@ def _samples(shard: Path, file: BinaryIO) -> Iterator[tuple[int, int, int]]:
 
 
 def _split(name: str) -> tuple[str | None, str]:
-    """Return a member's sample (None for a hidden file and macOS's own) and its suffix."""
+    """Return a member's sample (None for hidden files and macOS metadata) and its suffix."""
     parent, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     shown = stem and "__MACOSX" not in parent.split("/")
@@ -206,7 +207,7 @@ def _split(name: str) -> tuple[str | None, str]:
 
 
 def _label(kind: str, text: bytes, where: str) -> int | None:
-    """Return the label in a .cls file, or in a .json file, where None stands for none."""
+    """Return the label in a .cls or .json file; None if the JSON has none."""
     try:
         value = json.loads(text)
         if kind == ".json":

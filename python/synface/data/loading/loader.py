@@ -98,7 +98,7 @@ class _Loader(WorkerPool, Generic[BatchT]):
             labels = [of[index] for of, index in zip(self._labels, rows, strict=True)]
             count = rows.shape[1]
             batch = self._batch(slot[..., :count, :, :, :], labels, step)
-        except BaseException:  # an interrupt may leave half a message behind
+        except BaseException:  # an interrupt may leave a partial message in the pipe
             self.close()
             raise
         now = time.perf_counter()
@@ -112,7 +112,7 @@ class _Loader(WorkerPool, Generic[BatchT]):
         return np.stack(self.order.batch(step, self.batch_size, self._part))
 
     def _drawn(self, step: int, count: int) -> tuple[Tensor, Tensor | None]:
-        """Return ψ and flips of a step."""
+        """Return a step's mixing shares ψ and flips."""
         assert self._mixup is not None
         return self._mixup.draw(count, generator(self._seed, self._part.purpose("mixup"), step))
 
@@ -130,11 +130,11 @@ class _Loader(WorkerPool, Generic[BatchT]):
 
 
 class TwoDomainLoader(_Loader[Pairs | Mixed]):
-    """An iterator over batches of synthetic and real images, from any step on.
+    """An iterator over batches of synthetic and real images, which can start at any step.
 
-    It yields (step, `Pairs`), or with ``mix_in_workers`` (step, `Mixed`); steps are counted through
-    all epochs. The images are a view of shared memory, valid until the next batch is asked for
-    (wait for copies to a GPU before).
+    It yields (step, `Pairs`), or with ``mix_in_workers`` (step, `Mixed`); steps are counted across
+    epochs. The images are a view of shared memory, valid until the next batch is requested (finish
+    copies to a GPU first).
 
     The order is a `CycledOrder`, a function of (seed, epoch, position). So a loader that starts at
     a step yields the same bits as one that started at 0, with any number of workers. The last batch
@@ -144,33 +144,34 @@ class TwoDomainLoader(_Loader[Pairs | Mixed]):
         synthetic, real: a `Faces` in memory, an `ImageSet`, or a path for `open_images`. An epoch
             is one pass over the synthetic set.
         batch_size: pairs of images in a batch.
-        size: (H, W) in pixels, to which files are resized; None is the size of the domain in
-            memory, else that of the first synthetic file.
-        grayscale: True for one channel, False for RGB; None is what the domain in memory has, else
-            grayscale when every file of both domains is.
-        seed: of the order, and of the random numbers of ``mix_in_workers``.
-        first_step, last_step: the steps to yield, last excluded; None is without end.
-        workers: processes, at least 1. prefetch: batches that each decodes ahead, at most.
-        mix_in_workers: the workers mix by this, each on one thread. A step draws from
-            ``generator(seed, "mixup", step)``; the mixup called on the `Pairs` with that generator
-            returns the same bits.
-        pin: page-lock the memory of the batches for copies to a GPU; None does where CUDA is.
+        size: (H, W) in pixels, to which files are resized; None: the size of the domain in memory,
+            else that of the first synthetic file.
+        grayscale: True for one channel, False for RGB; None: as the domain in memory, else
+            grayscale if every file of both domains is.
+        seed: random seed of the order and of ``mix_in_workers``.
+        first_step, last_step: the steps to yield, last excluded; None: without end.
+        workers: processes, at least 1. prefetch: maximum number of batches that each decodes ahead.
+        mix_in_workers: mixup that the workers apply, each on one thread; None: they do not mix. A
+            step draws from ``generator(seed, "mixup", step)``; the mixup called on the `Pairs` with
+            that generator returns the same bits.
+        pin: page-lock the memory of the batches for copies to a GPU; None: if CUDA is available.
         part: the slice of every batch that one rank of several loads.
 
-    Use it in a ``with`` statement, or call `close`: it ends the workers and frees the memory. Needs
-    a POSIX system.
+    Use it in a ``with`` statement, or call `close`, which ends the workers and frees the memory.
+    Needs a POSIX system.
 
     Raises (also while iterating):
-        DataError: for paths that `open_images` refuses, and compressed shards, which can only be
-            read in order; for an unreadable or truncated image, named when its batch is due.
-        WorkerDied: a `DataError`, where any worker died: within a second while waiting for a batch,
-            else when the next batch is asked for.
+        DataError: for paths that `open_images` rejects, and compressed shards, which only support
+            sequential reads; for an unreadable or truncated image, named when its batch is
+            requested.
+        WorkerDied: a `DataError`, if a worker died: within a second while waiting for a batch, else
+            when the next batch is requested.
         ValueError: for domains of different size or channels, a number out of range, a mixup for
             fewer identities than there are, or whose result is not contiguous float32, and for a
-            loader that is closed.
+            closed loader.
 
     Memory: (workers·prefetch + 1) slots of 2·B·H·W·C bytes (4·B·C·H·W if the workers mix, which
-    then need 2·B·H·W·C each), a copy of the domains that are in memory, and the names of the files.
+    then need 2·B·H·W·C each), a copy of the domains that are in memory, and the paths of the files.
     """
 
     @old_keywords(grey="grayscale")  # codespell:ignore grey
@@ -213,20 +214,21 @@ class TwoDomainLoader(_Loader[Pairs | Mixed]):
 
 
 class ImageLoader(_Loader[Images]):
-    """An iterator over batches of one set of images, from any step on; see `TwoDomainLoader`.
+    """An iterator over batches of one set of images; see `TwoDomainLoader`.
 
     It yields (step, `Images`). An epoch is one pass over the set, in the seed's `ShuffledOrder`.
 
     Args:
         images: a `Faces` in memory, an `ImageSet`, or a path for `open_images`.
-        size: (H, W) in pixels, to which files are resized; None is the first file's.
-        grayscale: True for one channel, False for RGB; None is grayscale when every file is.
-        batch_size, seed, first_step, last_step, workers, prefetch, pin, part: as there.
+        size: (H, W) in pixels, to which files are resized; None: the first file's.
+        grayscale: True for one channel, False for RGB; None: grayscale if every file is.
+        batch_size, seed, first_step, last_step, workers, prefetch, pin, part: see
+            `TwoDomainLoader`.
 
     Raises: as `TwoDomainLoader` does.
 
     Memory: (workers·prefetch + 1) slots of B·H·W·C bytes, 16 bytes per image for the order, and
-    twice what `open_images` says.
+        twice the memory of `open_images`.
     """
 
     @old_keywords(grey="grayscale")  # codespell:ignore grey
@@ -261,7 +263,7 @@ class ImageLoader(_Loader[Images]):
 
 
 def _check_mixup(mixup: DomainMixup, domains: Sequence[LabeledImages]) -> None:
-    """Raise ValueError unless the workers can mix these domains so."""
+    """Raise ValueError unless the workers can mix these domains with this mixup."""
     wanted = (torch.float32, torch.contiguous_format, "NHWC")
     if (mixup.dtype, mixup.memory_format, mixup.layout) != wanted:
         raise ValueError(

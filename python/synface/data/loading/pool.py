@@ -1,7 +1,7 @@
-"""Worker processes that decode batches into slots of shared memory, which are used again and again.
+"""Worker processes that decode batches into reusable slots of shared memory.
 
-The workers are programs of their own, not started by `multiprocessing`: that would have each of
-them import the trainer's main module, and torch with it.
+The workers are started as programs, not by `multiprocessing`, which would import the trainer's main
+module, and torch with it, in each of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 
 class WorkerDied(DataError):
-    """A worker process ended unexpectedly; the message says how, and names its current image."""
+    """Error for a worker that ended unexpectedly; the message says how, and names its current
+    image.
+    """
 
 
 @dataclass
@@ -42,11 +44,11 @@ class Timing:
     """Counts and times of a loader's work so far.
 
     Attributes:
-        samples: handed out: images, or pairs of them.
-        seconds: since the loader was made, to the last batch.
-        decoding: seconds that the workers spent on reading files, all together.
+        samples: number of images, or pairs of them, returned.
+        seconds: from the loader's creation to the last batch.
+        decoding: seconds of decoding, summed over the workers.
         waiting: seconds that the caller waited for batches.
-        workers: how many.
+        workers: number of workers.
     """
 
     workers: int
@@ -86,7 +88,7 @@ class _Resources:
         if os.getpid() != self.owner:  # a fork of the trainer owns none of this
             return
         for worker in self.workers:
-            worker.process.kill()  # it holds nothing that could be lost
+            worker.process.kill()  # a worker has no state to lose
             worker.connection.close()
         for worker in self.workers:
             worker.process.wait()
@@ -100,7 +102,7 @@ class _Resources:
         return shared
 
     def pin(self, array: np.ndarray) -> None:
-        """Page-lock an array for copies to a GPU; warn where that fails."""
+        """Page-lock an array for copies to a GPU; warn if that fails."""
         address, size = array.ctypes.data, array.nbytes
         error = torch.cuda.cudart().cudaHostRegister(address, size, 0)
         if int(error):
@@ -114,7 +116,7 @@ class _Resources:
 
 
 class Schedule(NamedTuple):
-    """The steps of a pool, and the processes for them, as `TwoDomainLoader` takes them."""
+    """A pool's steps and settings of its workers; see `TwoDomainLoader`."""
 
     first_step: int
     last_step: int | None
@@ -126,13 +128,12 @@ class Schedule(NamedTuple):
 class WorkerPool(ABC):
     """Worker processes that decode the batches of consecutive steps, each into a slot.
 
-    The batch of a step lies in slot ``step % slots``, and there it stays until the caller asks for
-    the next one.
+    The batch of a step is in slot ``step % slots`` until the caller requests the next one.
 
     Args:
         stores: the images, one store for each domain.
         image_shape: (H, W, C) of all images.
-        mixing: (mean, std) with which the workers mix the domains; None leaves the images apart.
+        mixing: (mean, std) with which the workers mix the domains; None: they do not mix.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class WorkerPool(ABC):
         check_least("workers", workers, 1)
         check_least("prefetch", prefetch, 1)
         self.image_shape, self.batch_size, self.timing = image_shape, batch_size, Timing(workers)
-        self._next = self._ahead = first_step  # to hand out; to give to a worker
+        self._next = self._ahead = first_step  # the next to return; to assign
         self._prefetch = prefetch
         self._done: dict[int, Done] = {}
         height, width, channels = image_shape
@@ -184,7 +185,7 @@ class WorkerPool(ABC):
 
     @abstractmethod
     def _task(self, step: int) -> Task:
-        """Return what a worker is to do for a step."""
+        """Return a step's task for a worker."""
 
     @abstractmethod
     def _image(self, ticket: int) -> str:
@@ -208,7 +209,7 @@ class WorkerPool(ABC):
             DataError: for an image that cannot be decoded. WorkerDied: if any worker died.
         """
         self._give()
-        while self._receive(0.0):  # a worker's death is reported even where this batch is ready
+        while self._receive(0.0):  # a worker's death is reported even if this batch is ready
             pass
         while step not in self._done:
             self._receive(None)
@@ -228,7 +229,7 @@ class WorkerPool(ABC):
             self._raise_died(worker)
 
     def _give(self) -> None:
-        """Hand tasks to the workers that have fewest, as far as slots and steps go."""
+        """Assign tasks to the least loaded workers, while slots are free and steps remain."""
         end = self._next + len(self._slots.array)
         while self._ahead < (end if self._last is None else min(end, self._last)):
             worker = min(self._resources.workers, key=lambda w: w.tasks)
@@ -239,7 +240,7 @@ class WorkerPool(ABC):
             self._ahead += 1
 
     def _receive(self, timeout: float | None) -> bool:
-        """Take a batch of each worker that has one, and return whether there was any.
+        """Receive a batch from each worker that has one, and return whether any had.
 
         Args:
             timeout: in seconds; None waits for the first batch.
@@ -282,9 +283,9 @@ class WorkerPool(ABC):
 
 
 def _start(index: int, descriptors: list[int]) -> _Worker:
-    """Start a worker with this process's import path, and share some descriptors with it."""
+    """Start a worker with this process's import path and the given file descriptors."""
     ours, theirs = Pipe()
-    code = (  # sys.path first: it would begin with the current folder
+    code = (  # set sys.path first: it begins with the current folder
         f"import sys; sys.path[:] = {json.dumps([str(p) for p in sys.path])}; "
         f"from {__package__}.worker import main; main({theirs.fileno()})"
     )

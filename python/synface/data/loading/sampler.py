@@ -1,4 +1,4 @@
-"""Orders of reading images, as stateless functions of (seed, epoch, position)."""
+"""Samplers: orders of images as stateless functions of (seed, epoch, position)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WHOLE = RankSlice()
 
 
 class Order(ABC):
-    """An order of reading, without state but for a cache of the last shuffles."""
+    """A stateless order of images, with a cache of the last shuffles."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ class Order(ABC):
     ) -> tuple[NDArray[np.int64], ...]:
         """Return, for each set, the indices of a step's batch, or of a rank's slice of it.
 
-        Steps are counted through all epochs.
+        Steps are counted across epochs.
         """
         epoch, index = divmod(step, self.batches(batch_size))
         begin = index * batch_size
@@ -71,7 +71,7 @@ class ShuffledOrder(Order):
     """The order that reads a set once per epoch, with a new shuffle in each.
 
     Attributes:
-        num_images: in the set. seed: ≥ 0.
+        num_images: number of images in the set. seed: random seed, ≥ 0.
 
     Memory: 8 bytes per image of a shuffle, of which at most two are cached.
     """
@@ -88,7 +88,7 @@ class ShuffledOrder(Order):
 
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    import torch  # pairs' orders do without
+    import torch  # imported here, since `CycledOrder` does not need it
 
     from ...common.rng import generator
 
@@ -107,18 +107,18 @@ class CycledOrder(Order):
     shorter real set is cycled to the synthetic one's length, a longer one is continued in the next
     epoch, and each real image is drawn once per pass.
 
-    Only the last shuffles are cached: any process can ask for any position of any epoch, and gets
-    the same answer with any version of NumPy.
+    Only the last shuffles are cached: any process can compute any position of any epoch, with the
+    same result in any version of NumPy.
 
     Attributes:
         num_synthetic, num_real: images in each set, at least 1.
-        seed: ≥ 0.
+        seed: random seed, ≥ 0.
 
     Memory: 16 bytes per image of a shuffle, of which at most four of each domain are cached.
 
     Raises:
         ValueError: for a number out of range.
-        TypeError: for one that is no integer.
+        TypeError: for a value that is not an integer.
     """
 
     num_synthetic: int

@@ -1,7 +1,7 @@
 """A loader's worker process, which decodes images into memory that it shares with the trainer.
 
-It imports NumPy and Pillow alone (and pyarrow for Parquet and Arrow files), so it starts in a
-fraction of a second and takes a few tens of megabytes. It ends when its connection is closed.
+It only imports NumPy and Pillow (and pyarrow for Parquet and Arrow files), so it starts in a
+fraction of a second and needs a few tens of megabytes. It ends when its connection is closed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ STARTING, IDLE, MIXING = -3, -2, -1  # tickets without an image
 class SharedArray:
     """An array in anonymous shared memory, freed with the last process that maps it.
 
-    A child process that inherits the file descriptor maps it by unpickling this. The memory lives
-    until the last array over it is gone, `close` or not. Pages are allocated as they are written,
-    so a lack of memory shows only then.
+    A child process that inherits the file descriptor maps it by unpickling this. The memory is
+    freed with the last array over it, even without `close`. Pages are allocated when they are
+    written, so a lack of memory shows only then.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: DTypeLike, fd: int | None = None) -> None:
@@ -39,7 +39,7 @@ class SharedArray:
         size = max(1, count * np.dtype(dtype).itemsize)
         if fd is None:
             check_memory(f"an array of shape {shape}", size)
-        self.fd = _nameless(size) if fd is None else fd
+        self.fd = _anonymous_file(size) if fd is None else fd
         self.array: NDArray[Any] = np.frombuffer(
             mmap.mmap(self.fd, size), dtype, count=count
         ).reshape(shape)
@@ -60,8 +60,8 @@ class SharedArray:
         del self.array
 
 
-def _nameless(size: int) -> int:
-    if hasattr(os, "memfd_create"):  # Linux; unlike /dev/shm, of no fixed size
+def _anonymous_file(size: int) -> int:
+    if hasattr(os, "memfd_create"):  # Linux; unlike /dev/shm, not limited in size
         fd = os.memfd_create("synface")
     else:
         with tempfile.TemporaryFile() as file:
@@ -94,12 +94,12 @@ class Setup(NamedTuple):
     """The first message to a worker.
 
     Attributes:
-        worker: its index.
-        stores: of one domain, or of the synthetic and the real one.
-        slots: (S, domains, B, H, W, C) uint8, or (S, B, C, H, W) float32 if the worker is to mix.
+        worker: index of the worker.
+        stores: that of one domain, or those of the synthetic and the real one.
+        slots: (S, domains, B, H, W, C) uint8, or (S, B, C, H, W) float32 if the worker mixes.
         tickets: (workers,) int64, what each worker works on: an image, counted through all steps as
             (step·domains + its domain)·B + its index in the batch; or STARTING, IDLE or MIXING.
-        shape: (B, H, W, C) of a domain's batch. mixing: (mean, std) if the worker is to mix.
+        shape: (B, H, W, C) of a domain's batch. mixing: (mean, std) if the worker mixes.
     """
 
     worker: int
@@ -115,7 +115,7 @@ class Task(NamedTuple):
 
     Attributes:
         rows: (domains, n) int64, indices of the images of each domain.
-        psi: (n,) float64 if the worker is to mix. flip: (2, n) bool if any are to be mirrored.
+        psi: (n,) float64 if the worker mixes. flip: (2, n) bool if any are flipped.
     """
 
     step: int

@@ -1,4 +1,4 @@
-"""Mixers of batches: they draw the shares, mix the pixels in one pass, and return mixed labels.
+"""Batch mixers, which draw the shares, mix pixels in one pass, and return mixed labels.
 
 A mixed image has K labels with weights that sum to 1, in the form that
 `synface_kernels.margin_cross_entropy` takes: targets (N, K) and weights (N, K), never (N, C).

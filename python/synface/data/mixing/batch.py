@@ -15,9 +15,9 @@ from .parts import (
     check_labels,
     cutmix_boxes,
     image_size,
-    kept_share,
     paired_labels,
     paste,
+    share_outside,
 )
 from .ratios import permutation, send
 
@@ -89,7 +89,7 @@ class Mixup(_OneBatch):
         per_sample: draw a λ for each image, otherwise one for the batch.
         partner: ``"permutation"`` draws a partner for each image, ``"reverse"`` takes the batch in
             reverse order.
-        mean, std, dtype, memory_format, layout, impl: as `synface_kernels.domain_mixup` takes them.
+        mean, std, dtype, memory_format, layout, impl: see `synface_kernels.domain_mixup`.
 
     Memory above the inputs: the result, and a copy of the images in their own dtype.
 
@@ -116,7 +116,7 @@ class CutMix(_OneBatch):
         per_sample: draw λ and box for each image, otherwise once for the batch.
         partner: ``"permutation"`` draws a partner for each image, ``"reverse"`` takes the batch in
             reverse order.
-        mean, std, dtype, memory_format, layout, impl: as `synface_kernels.domain_mixup` takes them.
+        mean, std, dtype, memory_format, layout, impl: see `synface_kernels.domain_mixup`.
 
     Memory above the inputs: the result, and a copy of the images in their own dtype; on a GPU, or
     with gradients, two copies and a byte for each of their elements.
@@ -129,7 +129,7 @@ class CutMix(_OneBatch):
     ) -> tuple[Tensor, Tensor]:
         height, width = image_size(images, self.layout)
         boxes = cutmix_boxes(height, width, self._shares(len(images), generator), generator)
-        share = send(kept_share(boxes, height, width), images.device).expand(len(images))
+        share = send(share_outside(boxes, height, width), images.device).expand(len(images))
         boxes = send(boxes, images.device)
         pasted = paste(images, images, order, boxes, self.layout)
         return self._mix(pasted, pasted.detach(), torch.ones_like(share), out), share

@@ -34,7 +34,7 @@ class MixedIdentities(NamedTuple):
 
 @dataclass(frozen=True)
 class DomainMixup(Mixer):
-    """Mixup of a synthetic batch with a real one: ψ·X_S + (1 − ψ)·X_R, with a label of either.
+    """Mixup of a synthetic batch with a real one: ψ·X_S + (1 − ψ)·X_R, with one label from each.
 
     Real label i becomes num_synthetic + i. The classifier has ``num_classes`` classes.
 
@@ -43,7 +43,7 @@ class DomainMixup(Mixer):
         ratio: the distribution of ψ; SynFace's grid by default.
         per_sample: draw a ψ for each image; SynFace draws one for the batch.
         flip: probability of flipping an image; each side of each pair is flipped independently.
-        mean, std, dtype, memory_format, layout, impl: as `synface_kernels.domain_mixup` takes them.
+        mean, std, dtype, memory_format, layout, impl: see `synface_kernels.domain_mixup`.
 
     Raises:
         TypeError, ValueError: for a wrong argument, naming it.
@@ -119,7 +119,7 @@ class DomainMixup(Mixer):
     def draw(self, batch: int, generator: Generator | None = None) -> tuple[Tensor, Tensor | None]:
         """Draw a call's random numbers: ψ (B,) float64, and the images to flip, (2, B) or None.
 
-        They serve mixing elsewhere, as in workers by `synface_kernels.numpy.domain_mixup`.
+        Use them to mix elsewhere, such as in workers by `synface_kernels.numpy.domain_mixup`.
         """
         psi = self._shares(batch, generator).expand(batch)
         return psi, uniform((2, batch), generator) < self.flip if self.flip > 0 else None

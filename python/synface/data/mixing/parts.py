@@ -41,7 +41,7 @@ class Mixer:
         ratio: distribution of the shares: a `Grid`, a `Beta`, a `Constant`, or an object with
             their ``sample``.
         per_sample: draw a share for each image; otherwise one for the batch.
-        mean, std, dtype, memory_format, layout, impl: as `synface_kernels.domain_mixup` takes them.
+        mean, std, dtype, memory_format, layout, impl: see `synface_kernels.domain_mixup`.
     """
 
     ratio: Ratio = SYNFACE_GRID
@@ -107,7 +107,7 @@ def cutmix_boxes_within(
     return torch.stack(spans)
 
 
-def kept_share(boxes: Tensor, height: int, width: int) -> Tensor:
+def share_outside(boxes: Tensor, height: int, width: int) -> Tensor:
     """Return the share of an image's pixels outside its box, (count,) float64."""
     top, bottom, left, right = boxes
     pixels = max(height * width, 1)
@@ -180,7 +180,7 @@ def memory_format_of(images: Tensor, layout: str) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-CHANNELS = (1, 3, 4)  # of gray, color, and color with alpha
+CHANNELS = (1, 3, 4)  # grayscale, RGB, RGBA
 
 
 def check_images(name: str, images: Tensor, layout: str) -> None:
@@ -195,7 +195,7 @@ def check_images(name: str, images: Tensor, layout: str) -> None:
     channels, elsewhere, other = (
         (last, first, "NCHW") if layout == "NHWC" else (first, last, "NHWC")
     )
-    # Square maps of many channels come from a layer, in the layout that was given.
+    # Square feature maps of many channels are accepted in the given layout.
     if channels not in CHANNELS and elsewhere in CHANNELS and (layout == "NHWC" or width != last):
         raise ValueError(
             f"{name} of shape {tuple(images.shape)} would have {channels} channels in "

@@ -51,7 +51,7 @@ SYNFACE_GRID = Grid()
 
 @dataclass(frozen=True)
 class Beta:
-    """The distribution Beta(a, b); b None is a.
+    """The distribution Beta(a, b); b defaults to a.
 
     Raises:
         TypeError, ValueError: unless a and b are numbers in [1e-300, 1e300].

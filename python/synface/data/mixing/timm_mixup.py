@@ -2,8 +2,8 @@
 
 Replace ``from timm.data import Mixup`` by ``from synface.data.mixing.timm_mixup import Mixup``:
 arguments, their defaults, attributes, results and distributions are timm's (1.0.31). With
-``sparse=True`` targets come as `synface_kernels.margin_cross_entropy` takes them, and no (B, C)
-matrix is built.
+``sparse=True`` targets have the form that `synface_kernels.margin_cross_entropy` takes, without a
+(B, C) matrix.
 
 Different from timm's: a batch may be odd (its middle image is mixed with itself) or have one image;
 input images are never written to; wrong arguments are errors; numbers are drawn from a
@@ -34,10 +34,10 @@ from .parts import (
     cutmix_boxes_within,
     exact_weights,
     image_size,
-    kept_share,
     memory_format_of,
     paired_labels,
     paste,
+    share_outside,
 )
 from .ratios import Beta, send, uniform
 
@@ -131,15 +131,15 @@ class _TimmCall:
         boxes = None
         if self.cutmix_alpha:
             cuts = mixes & (chance[1] < (self.switch_prob if self.mixup_alpha else 1.0))
-            kept = Beta(self.cutmix_alpha).sample(count, generator)
+            outside = Beta(self.cutmix_alpha).sample(count, generator)
             if self.cutmix_minmax is None:
-                boxes = cutmix_boxes(height, width, kept, generator, self._EVEN_BOXES)
+                boxes = cutmix_boxes(height, width, outside, generator, self._EVEN_BOXES)
             else:
                 boxes = cutmix_boxes_within(height, width, self.cutmix_minmax, count, generator)
             boxes = torch.where(cuts, boxes, 0)
             if self.correct_lam or self.cutmix_minmax is not None:
-                kept = kept_share(boxes, height, width)
-            label, pixel = torch.where(cuts, kept, label), torch.where(cuts, one, pixel)
+                outside = share_outside(boxes, height, width)
+            label, pixel = torch.where(cuts, outside, label), torch.where(cuts, one, pixel)
         if self.mode == "pair":
             image = torch.arange(batch, device=label.device)
             pair = torch.minimum(image, image.flip(0))
@@ -293,9 +293,9 @@ class FastCollateMixup(_TimmCall):
 
     Args:
         mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, correct_lam, label_smoothing,
-            num_classes, multi_label, sparse: as `Mixup` takes them.
-        mode: ``"batch"``, ``"pair"`` or ``"elem"``, as `Mixup` takes it; or ``"half"``, which makes
-            one image of each pair (i, B − 1 − i), with draws of its own: (B + 1)//2 images.
+            num_classes, multi_label, sparse: see `Mixup`.
+        mode: ``"batch"``, ``"pair"`` or ``"elem"``, see `Mixup`; or ``"half"``, which makes
+            one image of each pair (i, B − 1 − i), with its own draws: (B + 1)//2 images.
 
     Attributes:
         mixup_enabled: False turns mixing off; mode "half" still halves the batch.
@@ -355,7 +355,7 @@ class TimmMixup(Mixup):
     Args:
         dense: return targets as (B, C) float32 instead of (targets, weights).
         label_smoothing: of dense targets; with sparse ones, give it to the loss.
-        num_classes: C, at least 1; has to be given.
+        num_classes: C, at least 1; required.
 
     Raises:
         TypeError, ValueError: for a wrong argument, naming it.
@@ -403,4 +403,4 @@ def _stacked(images: Sequence[Any]) -> Tensor:
             )
     if kind is Tensor:
         return torch.stack(list(images))
-    return torch.from_numpy(np.stack(images))  # stacked first: read-only arrays would warn
+    return torch.from_numpy(np.stack(images))  # from_numpy would warn for read-only arrays

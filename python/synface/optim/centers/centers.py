@@ -48,8 +48,8 @@ class Centers:
     set.
 
     **Writes by the caller** to `weight`, `states` or `last_step` are saved by the next checkpoint.
-    The first access creates a marker file in the directory: if the process dies, `open` takes the
-    rows as they are, without checksums until the next checkpoint. `close` reads all rows, and
+    The first access creates a marker file in the directory: if the process dies, `open` accepts the
+    rows unverified, without checksums until the next checkpoint. `close` reads all rows, and
     removes the marker if none has changed since the last checkpoint.
 
     Attributes:
@@ -98,7 +98,7 @@ class Centers:
 
         Raises:
             FileExistsError: for a directory with other files, or with centers unless ``overwrite``.
-            OSError: where the disk has not enough room, before anything is written or replaced.
+            OSError: if the disk lacks room, before anything is written or replaced.
         """
         if directory is None:
             shape, dtype = (config.num_classes, config.width), DTYPES[config.dtype]
@@ -299,12 +299,12 @@ class Centers:
     def checkpoint(self) -> None:
         """Write a checkpoint of this step, flushed to the disk, to which `open` returns.
 
-        Write the rest of a run (a network, say) under this step *before* the call, and keep the
+        Save a run's other state (a network, say) under this step *before* the call, and keep the
         one of the previous checkpoint's step until the call returns.
 
         Raises:
             ValueError: for centers in memory.
-            OSError: where the disk fails; the previous checkpoint stays valid.
+            OSError: if the disk fails; the previous checkpoint stays valid.
         """
         self._check_open()
         if self._files is None:

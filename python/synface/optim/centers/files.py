@@ -315,8 +315,8 @@ class CentersFiles:
         if wrong.any():
             raise CheckpointError(
                 f"{self.directory / ROWS} (or {LAST_STEP} beside it) is damaged: row "
-                f"{ids[wrong][0]} of {len(self.sums)} is not what was written; restore a copy of "
-                "the folder"
+                f"{ids[wrong][0]} of {len(self.sums)} does not match its checksum; restore a copy "
+                "of the folder"
             )
 
     def _computed(self, ids: Tensor | None) -> Iterator[tuple[Any, NDArray[np.uint32]]]:
@@ -422,7 +422,7 @@ class CentersFiles:
         if path.exists():
             with path.open("rb") as log:
                 frames = list(self._frames(log))
-                # Backwards: of a row that is there twice, the earlier one is the checkpoint's.
+                # Backwards: if a row is logged twice, the earlier entry is the checkpoint's.
                 for done, (start, count) in enumerate(reversed(frames), 1):
                     ids, steps, rows = self._read_frame(log, start, count)
                     self.records.index_copy_(0, ids, rows)
@@ -446,8 +446,8 @@ class CentersFiles:
             )
         if not sync and boot.rstrip(b"\0") != _boot():
             raise CheckpointError(
-                f"{log.name}: the machine went down between checkpoints, and these centers "
-                "were not opened with sync=True: rows may be neither old nor new"
+                f"{log.name}: the machine crashed between checkpoints, and these centers "
+                "were not opened with sync=True: rows may be partly written"
             )
         at = self.HEADER.size
         while at + self.FRAME.size <= size:
@@ -477,8 +477,8 @@ class CentersFiles:
             wrong = row_checksums(ids.numpy(), steps, rows) != self.sums[ids.numpy()]
             if wrong.any():
                 raise CheckpointError(
-                    f"{log.name} is damaged: what row {int(ids[int(wrong.argmax())])} held, in the "
-                    f"frame at byte {start}, is not what was written"
+                    f"{log.name} is damaged: row {int(ids[int(wrong.argmax())])}, in the frame at "
+                    f"byte {start}, does not match its checksum"
                 )
         return ids, steps, rows
 

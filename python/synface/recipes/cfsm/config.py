@@ -35,7 +35,7 @@ class StyleConfig:
     """Stage 1: the loss is Σ weight·L, over adversarial, orthogonality, identity and anchor.
 
     Attributes:
-        lr: of Adam(0.5, 0.999), falling to 0 along a cosine.
+        lr: learning rate of Adam(0.5, 0.999), with cosine decay to 0.
         orthogonality: the kind of `orthogonality_loss`.
     """
 
@@ -64,9 +64,9 @@ class GuidedConfig:
     """Stage 2: training on original images and on images redrawn in other styles.
 
     Attributes:
-        domain: the target domain whose styles are taken.
-        lr: of SGD with momentum 0.9, falling to 0 along a cosine.
-        originals: share of each batch that stays as it is. epsilon: ε.
+        domain: the target domain whose styles are used.
+        lr: learning rate of SGD with momentum 0.9, with cosine decay to 0.
+        originals: share of each batch that is not redrawn. epsilon: ε.
     """
 
     domain: str = "mixed"

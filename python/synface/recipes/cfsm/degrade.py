@@ -1,4 +1,4 @@
-"""Degradations that turn good images into target domains, for recipes without such data."""
+"""Degradations that turn good images into target domains, for recipes without real ones."""
 
 from __future__ import annotations
 
@@ -63,5 +63,5 @@ DOMAINS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 
 
 def degrade(images: Tensor, domain: str, random: torch.Generator) -> Tensor:
-    """Return (N, C, H, W) float32 images in [−1, 1] degraded as a domain's are; on the CPU."""
+    """Return (N, C, H, W) float32 images in [−1, 1] degraded to a domain, on the CPU."""
     return DOMAINS[domain](images, random).clamp(-1.0, 1.0)

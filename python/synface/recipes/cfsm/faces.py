@@ -35,10 +35,10 @@ class People:
 
 
 def read_people(config: DataConfig, seed: int) -> People:
-    """Read or make the faces, and split them by person.
+    """Read or generate the faces, and split them by person.
 
     Raises:
-        ValueError: where too few people are left to train on, or the channels differ.
+        ValueError: if too few people are left for training, or the channels differ.
         DataError: for a folder that cannot be read.
     """
     size = (config.size, config.size)
@@ -66,7 +66,7 @@ def first_images(faces: Faces, count: int) -> Tensor:
 
 
 def degraded(faces: Faces, domain: str, seed: int) -> Faces:
-    """Return the faces as a target domain has them, degraded 16 images at a time."""
+    """Return the faces degraded to a target domain, 16 images at a time."""
     batches = []
     for i, images in enumerate(faces.images.split(16)):
         x = degrade(normalize(images), domain, draws(seed, f"verify {domain}", i))

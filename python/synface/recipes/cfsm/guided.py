@@ -1,4 +1,4 @@
-"""Stage 2 of CFSM: training goes on with images in styles that raise the recognizer's loss."""
+"""Stage 2 of CFSM: continued training on images in styles that raise the recognizer's loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .config import CfsmConfig
 from .faces import People
 from .model import Generator, evaluating, guided_styles
 
-VARIANTS = ("originals", "random", "guided")  # the images beside the originals of a batch
+VARIANTS = ("originals", "random", "guided")  # of the images besides a batch's share of originals
 
 
 def train_guided(
@@ -37,9 +37,9 @@ def train_guided(
 
     Args:
         variant: "guided" redraws all but a share of each batch in guided styles, "random" in
-            styles o ~ N(0, I), "originals" leaves all as they are. Images, labels and o are drawn
-            alike in all three.
-        options: of `run_steps`.
+            styles o ~ N(0, I), "originals" redraws none. Images, labels and o are drawn alike in
+            all three.
+        options: see `run_steps`.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
@@ -82,7 +82,7 @@ def train_guided(
         {
             "config": {
                 "variant": variant,
-                # The parts before decide the result too; of the domains, this stage's alone.
+                # Earlier stages affect the result too; of the domains, only this stage's.
                 "recipe": asdict(config) | {"domains": [stage.domain]},
             },
             "data": people.fingerprints(),

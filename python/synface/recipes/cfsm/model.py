@@ -101,7 +101,7 @@ def identity_gap(
 ) -> Tensor:
     """Compute g(a), the cosine distance from the original that a style of strength a should have.
 
-    Linear, from ``least`` at a = 0 to ``most`` at a = ``strongest``, and on in the same line.
+    It is linear, from ``least`` at a = 0 to ``most`` at a = ``strongest``, and extrapolated beyond.
 
     Args:
         strength: a = ‖o‖, floating of any shape.
@@ -372,7 +372,7 @@ def guided_styles(
     The loss is `synface_kernels.margin_cross_entropy`. Its gradient is asked for the embeddings
     alone: none is computed for the class centers or for either network's parameters, and no
     ``.grad`` changes. The backbone runs in evaluation mode, so its statistics stay as they are
-    and nothing is random; modes are restored.
+    and nothing is random; the modes are restored.
 
     Args:
         generator: (images, o) to images. backbone: images to (N, D) embeddings.
@@ -410,7 +410,7 @@ def guided_styles(
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Set modules to evaluation mode for a while; each one's own mode is restored afterwards."""
+    """Set modules to evaluation mode temporarily; restore each one's own mode afterwards."""
     modes = [(each, each.training) for module in modules for each in module.modules()]
     for module in modules:
         module.eval()

@@ -1,8 +1,8 @@
 """CFSM from data to report: a recognizer, style subspaces, guided training, and verification.
 
-Of the source's people, the first train the recognizer and the generators, the next ones (or a
-folder of their own) are the unlabeled target domains once degraded, the last verify. Every part
-has a folder of its own below the output, with checkpoints, and can be resumed.
+The source's people are split: the first are for training the recognizer and the generators, the
+next (or a separate folder), degraded, are the unlabeled target domains, and the last are for
+verification. Each part has its own folder with checkpoints below the output, and can be resumed.
 
 Source: Liu, Kim, Jain, Liu, "Controllable and Guided Face Synthesis for Unconstrained Face
 Recognition", ECCV 2022.
@@ -64,7 +64,7 @@ def run(
     """Train everything below ``output``, and measure it.
 
     Args:
-        resume: go on with the run there; the result is bitwise that of an uninterrupted run.
+        resume: resume the run there; the result is bitwise that of an uninterrupted run.
         progress: makes a progress bar for each part from its description.
 
     Raises:
@@ -75,7 +75,7 @@ def run(
     device = check_device(config.device)
     _check_networks(config)
     people = read_people(config.data, config.seed)
-    earlier = output / "recogniser"  # as it was called in version 0.1
+    earlier = output / "recogniser"  # its name in version 0.1
     folder = earlier if earlier.exists() else output / "recognizer"
     with bar("recognizer") as shown:
         trained = train_or_resume(config.recognizer, people.source, folder, resume, shown)

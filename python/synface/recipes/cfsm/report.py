@@ -21,7 +21,7 @@ def write(results: Results, folder: Path, command: str, seconds: float | None) -
 
     Args:
         command: the command line that the page names.
-        seconds: the run's duration; None where it was resumed.
+        seconds: the run's duration; None if it was resumed.
     """
     numbers = measured(results) | {"machine": machine(), "seconds": seconds}
     faces = figures.portraits(results)

@@ -47,8 +47,8 @@ def learn_style(
     from the same parameters, so that their subspaces can be compared.
 
     Args:
-        recognizer: f, whose parameters and mode are left as they are.
-        options: of `run_steps`.
+        recognizer: f, whose parameters and mode are not changed.
+        options: see `run_steps`.
     """
     stage, device = config.style, check_device(config.device)
     with seeded(seeds(config.seed, "style parameters", 0)), standard_defaults():
@@ -113,7 +113,7 @@ def learn_style(
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Let a module's parameters have no gradients for a while."""
+    """Freeze a module's parameters temporarily."""
     learned = [p for p in module.parameters() if p.requires_grad]
     module.requires_grad_(False)
     try:
@@ -137,8 +137,8 @@ def strength_sweep(
         images: (N, C, H, W) in [−1, 1]. strengths: (A,).
 
     Returns:
-        "axes": (q, A), along each u_i; "random": (A,), along a direction of its own for each
-        image, the same at every strength.
+        "axes": (q, A), along each u_i; "random": (A,), along a random direction per image, the same
+        at every strength.
     """
     size = generator.config.styles
     directions = normals((len(images), size), draws(seed, "sweep", 0))

@@ -1,7 +1,7 @@
 """HyperFace from packing to verification: pack → synthesize → train → evaluate.
 
-Packed identities are compared with random ones: as many, with the same face generator, with
-the same styles and training.
+Packed identities are compared with the same number of random ones, with the same face generator,
+styles and training.
 
 Source: Shahreza, Marcel, "HyperFace: Generating Synthetic Face Recognition Datasets by Exploring
 Face Embedding Hypersphere", ICLR 2025.
@@ -99,7 +99,7 @@ def cell_name(kind: str, seed: int) -> str:
 
 
 class _Share:
-    """A packing's progress, a share, on a progress bar of steps."""
+    """An adapter that shows the progress of a packing, a share, on a progress bar of steps."""
 
     def __init__(self, bar: Any, steps: int) -> None:
         self.bar, self.steps = bar, steps
@@ -110,11 +110,11 @@ class _Share:
 
 
 def packed(config: HyperfaceConfig, output: Path, seed: int, resume: bool, bar: Bars) -> Tensor:
-    """Return (N, D) packed identities, from ``output``/packed-seed-N.safetensors if it is there.
+    """Return (N, D) packed identities, from ``output``/packed-seed-N.safetensors if it exists.
 
     Raises:
         ValueError: for a file that is damaged or was made by another configuration.
-        FileExistsError: where there is one and ``resume`` is not set.
+        FileExistsError: if there is one and ``resume`` is not set.
     """
     file, made_of = output / f"packed-seed-{seed}.safetensors", config.packing(seed)
     if resume and file.exists():
@@ -145,7 +145,7 @@ def packed(config: HyperfaceConfig, output: Path, seed: int, resume: bool, bar: 
 def cells(
     config: HyperfaceConfig, generator: FaceGenerator, output: Path, resume: bool, bar: Bars
 ) -> list[Cell]:
-    """Return a cell for each seed and kind, whose source packs and synthesizes what is missing."""
+    """Return a cell for each seed and kind, whose source packs and synthesizes the missing data."""
     return [
         Cell(
             cell_name(kind, seed),
@@ -183,13 +183,13 @@ def _faces(
         )
     grayscale = generator.image_shape[2] == 1
     faces = read_folder(folder, generator.image_shape[:2], grayscale)
-    source = f"{data.identities} {kind} identities, seed {seed}"  # not where the folder is
+    source = f"{data.identities} {kind} identities, seed {seed}"  # independent of the folder's path
     return FacesSource(replace(faces, source=source))
 
 
 @dataclass(frozen=True, eq=False)
 class Results(SweepResults):
-    """The figures of the recipe's cells, with the identities and their cosines.
+    """The metrics of the recipe's training runs, with the identities and their cosines.
 
     Attributes:
         points: by kind, for each seed: the (N, D) identities.

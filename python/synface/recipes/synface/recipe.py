@@ -39,7 +39,7 @@ from ..sweep import (
     verify_pixels,
 )
 
-# By row: is the identity mixed, is the domain mixed. The real people alone have no such choice.
+# By row: whether identities, and domains, are mixed; None for the real people alone.
 ROWS: dict[str, tuple[bool, bool] | None] = {
     "synthetic": (False, False),
     "identity mixup": (True, False),
@@ -114,7 +114,7 @@ def _cell(
 
 @dataclass(frozen=True, eq=False)
 class Results(SweepResults):
-    """The figures of the recipe's cells, with the real people that were trained on."""
+    """The metrics of the recipe's training runs, with the real people that were trained on."""
 
     config: SynfaceConfig
     real: Faces
@@ -186,7 +186,7 @@ def _rows_plot(numbers: dict[str, Any], path: Path) -> None:
 
 
 def _faces_plot(results: Results, path: Path, count: int = 9) -> None:
-    """Draw two identities in several styles, and all between them in one style."""
+    """Draw two identities in several styles, and mixtures of both in one style."""
     data, generator = results.config.data, results.generator
     seed = results.config.seeds[0]
     pair = identities(data.identities, data.embedding_size, seed)[:2]

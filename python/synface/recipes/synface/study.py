@@ -2,7 +2,7 @@
 
 Networks trained on generated faces alone, with and without identity mixup, are verified on real
 people: over identities × images per identity, and with one attribute of the embedded generator
-varied at a time, the others held still. Every cell trains for the same number of steps.
+varied at a time, the others fixed. Every cell trains for the same number of steps.
 
 Source: Qiu et al., "SynFace", ICCV 2021, section 4.3, which varies expression, pose and light of
 its own generator; the embedded one has other attributes.
@@ -37,7 +37,7 @@ from ..sweep import (
     verify_pixels,
 )
 
-# The numbers of an eigenface's style, of ten, that each attribute has; see `restyle`.
+# For each attribute, the indices of its numbers in an eigenface's style; see `restyle`.
 ATTRIBUTES = {
     "none": (),
     "placement": (0, 1, 2, 3),
@@ -82,11 +82,11 @@ class StudyConfig:
             for value in values:
                 check_integer(name, value, least)
             if not values or list(values) != sorted(set(values)):
-                raise ValueError(f"{name} must rise, and be at least one, got {list(values)}")
+                raise ValueError(f"{name} must be increasing and not empty, got {list(values)}")
         check_choices("attributes", self.attributes, ATTRIBUTES, 0)
         if self.attributes and self.data.generator != EIGENFACES:
             raise ValueError(
-                f"attributes are known of {EIGENFACES} alone: leave them empty ([]) for "
+                f"attributes are defined for {EIGENFACES} only: leave them empty ([]) for "
                 f"{self.data.generator}"
             )
 
@@ -113,7 +113,7 @@ class OneAttribute:
 
 
 def size_name(width: int, depth: int, mixed: bool, seed: int) -> str:
-    """Return the name of a training run on so many identities with so many images each."""
+    """Return the name of a training run on ``width`` identities with ``depth`` images each."""
     return f"{width}x{depth}{'-mixup' if mixed else ''}-seed-{seed}"
 
 
@@ -149,7 +149,7 @@ def cells(config: StudyConfig, generator: FaceGenerator) -> list[Cell]:
 
 @dataclass(frozen=True, eq=False)
 class Results(SweepResults):
-    """The figures of the study's cells."""
+    """The metrics of the study's training runs."""
 
     config: StudyConfig
 

@@ -1,7 +1,7 @@
 """Lower bounds on the worst cosine of N points on the sphere of R^d, and that of random points.
 
-Some two of N unit vectors always have a cosine of at least `best`: a packing's gap to it is the
-most that could still be gained, and the gap to `random_worst` is the gain of packing.
+Any N unit vectors include two with a cosine of at least `best`: a packing's gap to it limits what
+could still be gained, and the gap to `random_worst` is the gain of packing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from ...common.extras import extra
 
-STATISTICS = "statistics of points on a sphere"  # in errors
+STATISTICS = "statistics of points on a sphere"  # for error messages
 
 
 class Bound(NamedTuple):
@@ -34,7 +34,7 @@ def _check(count: int, dim: int) -> None:
 def best(count: int, dim: int) -> Bound:
     """Return the highest of this module's bounds on the worst cosine of ``count`` points.
 
-    `welch` is not among them: it bounds absolute cosines. In the plane the bound is attained.
+    `welch` is not included, since it bounds absolute cosines. In the plane the bound is attained.
 
     Raises:
         TypeError, ValueError: unless both are integers of at least 2; so do all functions here.
@@ -116,7 +116,7 @@ def levenshtein(count: int, dim: int) -> float:
     degree = 1
     while _design_size(dim, degree + 1) <= count:
         degree += 1
-    # degree τ = 2k−1 begins at the (1,1) zero of k−1 and ends at the (1,0) zero of k; 2k goes on.
+    # degree τ = 2k−1 begins at the (1,1) zero of k−1 and ends at the (1,0) zero of k; 2k follows.
     low = _interval_end(dim, degree - 1)
     high = _interval_end(dim, degree)
     for _ in range(100):

@@ -35,18 +35,18 @@ def pack(
     Checkpoints are in NAME-OBJECTIVE.checkpoints beside the output until all is written.
 
     Args:
-        packers: of one (N, d), with objectives that differ.
+        packers: of one (N, d), each with another objective.
         output: a .safetensors file.
-        resume: go on from the checkpoints.
+        resume: resume from the checkpoints.
         overwrite: replace files of these names and, unless resume is set, discard checkpoints.
         progress: makes the progress bar of an objective.
 
     Raises:
         ValueError: for an output of another suffix, or an objective twice.
-        FileExistsError: where a file or checkpoints would be lost.
-        CheckpointError: where there is nothing to resume, or it is of another run.
-        OSError: where a file cannot be written: before the first step if the folder shows it,
-            otherwise (a full disk, say) checkpoints stay.
+        FileExistsError: if a file or checkpoints would be lost.
+        CheckpointError: if there is nothing to resume, or it is of another run.
+        OSError: if a file cannot be written: before the first step if the folder is not writable,
+            otherwise (a full disk, say) checkpoints remain.
         KeyboardInterrupt, Terminated: on Ctrl-C and on SIGTERM, with a checkpoint written.
     """
     names = [packer.config.objective for packer in packers]
@@ -73,7 +73,7 @@ def pack(
                 shutil.rmtree(folder, ignore_errors=True)
             elif checkpoint.checkpoints(folder):
                 raise FileExistsError(
-                    f"{folder} holds an interrupted run: --resume goes on with it, "
+                    f"{folder} holds an interrupted run: --resume continues it, "
                     "--overwrite discards it"
                 )
     packings = []

@@ -34,7 +34,7 @@ from .optimizer import SphereAdam
 
 OBJECTIVES = ("lse", "hyperface", "langevin")
 CHECK_EVERY = 25  # steps between evaluations of the exact worst cosine, or
-LOOKS = 50  # evaluations in a run limited by time
+TIMED_CHECKS = 50  # evaluations in a run limited by time
 CHECKPOINT_SECONDS = 120.0
 DEFAULT_STEPS = 500
 DOUBLE_UP_TO = 1000  # points: few enough that float64 costs nothing
@@ -107,7 +107,7 @@ class PackConfig:
             raise ValueError(f"batch needs the objective 'lse', got {self.objective!r}")
 
     def metadata(self) -> dict[str, str]:
-        """Return the fields as the metadata of a file; texts are not quoted."""
+        """Return the fields as the metadata of a file; strings are not quoted."""
         values = asdict(self).items()
         return {name: v if isinstance(v, str) else json.dumps(v) for name, v in values}
 
@@ -127,7 +127,7 @@ class Packed:
         points: (N, d) unit vectors, float32 or (up to 1000 points) float64.
         worst: the largest cosine between two of them, exact.
         pair: the indices of these two.
-        bound: no N points have a lower worst cosine.
+        bound: lower bound on the worst cosine of N points.
         history: (seconds, steps, worst cosine) of every exact evaluation.
         config: the packing's configuration.
     """
@@ -148,8 +148,8 @@ class Packed:
         """Write a safetensors file of "embeddings" (N, d), with the other attributes as metadata.
 
         Raises:
-            FileExistsError: where the file exists and ``overwrite`` is not set.
-            OSError: where it cannot be written (a full disk, say); an earlier file stays.
+            FileExistsError: if the file exists and ``overwrite`` is not set.
+            OSError: if it cannot be written (a full disk, say); an earlier file is not changed.
         """
         check_output(path, overwrite)
         metadata = {
@@ -164,7 +164,7 @@ class Packed:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raise FileExistsError where a file would be replaced, IsADirectoryError for a folder."""
+    """Raise FileExistsError if a file would be replaced, IsADirectoryError for a folder."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: choose another output")
     if path.exists() and not overwrite:
@@ -184,7 +184,7 @@ def closest_pair(points: Tensor, other: Tensor | None = None) -> tuple[float, tu
 class Packer:
     """Packing of N points on the unit sphere of R^d that minimizes their worst cosine.
 
-    Objectives, over f, the share of the run that is done:
+    Objectives, annealed over the run:
 
     - "lse": (1/t)·log Σ_{i<j} exp(t·c_ij), a soft maximum of the cosines, with t rising
       exponentially from √d/2 to 75·max(1, 1000/N)·√d (both divided by 1 − bound), and steps of
@@ -196,9 +196,9 @@ class Packer:
     A gallery (M, d) adds α·(1/N)·Σ_i min_g (1 − x_i·y_g), which keeps points near it.
 
     Every pair counts in every step, unless ``batch`` is set; then a step moves ``batch`` points by
-    their own pairs alone, and a pair meets in about batch/N of the passes over the points. Every
-    worst cosine reported is exact, over all pairs; with ``batch`` it is computed at the end of each
-    restart only.
+    their own pairs only, and includes a given pair in about batch/N of the passes over the points.
+    Every worst cosine reported is exact, over all pairs; with ``batch`` it is computed at the end
+    of each restart only.
 
     Args:
         config: the configuration.
@@ -248,19 +248,20 @@ class Packer:
         """Pack the points.
 
         Args:
-            folder: for checkpoints: every two minutes, on Ctrl-C and at the end; None for none.
-            resume: go on from the newest one. With ``steps`` in the configuration, the result is
-                bitwise that of a run that was never interrupted.
-            progress: is updated after every step.
+            folder: folder of checkpoints, written every two minutes, on Ctrl-C and at the end;
+                None: no checkpoints.
+            resume: resume from the newest checkpoint. With ``steps`` in the configuration, the
+                result is bitwise that of an uninterrupted run.
+            progress: display that is updated after every step.
             stop_after: end early, after this step, as Ctrl-C would.
 
         Raises:
             CheckpointError: for a checkpoint that is damaged or of another run.
-            FileExistsError: where ``folder`` holds checkpoints and ``resume`` is not set.
+            FileExistsError: if ``folder`` holds checkpoints and ``resume`` is not set.
             FloatingPointError: once the points are not finite.
             KeyboardInterrupt, Terminated: on Ctrl-C and on SIGTERM, once the step is done and a
                 checkpoint of it is written.
-            OSError: where a checkpoint cannot be written; earlier ones stay.
+            OSError: if a checkpoint cannot be written; earlier ones remain.
         """
         with interrupts() as interrupted:
             return _Run(self, folder, progress).run(
@@ -325,7 +326,7 @@ class _Run:
                 if restart == self.config.restarts:
                     break
                 self._begin(restart)
-            if self.config.batch is None and self._due():
+            if self.config.batch is None and self._check_needed():
                 self._check()
             self.objective.step(self.points, self.step, done)
             self.step += 1
@@ -364,12 +365,14 @@ class _Run:
         position = self._share() * self.config.restarts
         return int(position), position % 1
 
-    def _due(self) -> bool:
-        """Return whether to evaluate: every 25 steps, or by time, for at most a sixth of it."""
+    def _check_needed(self) -> bool:
+        """Return whether to evaluate: every 25 steps, or in a timed run for at most a sixth of the
+        time.
+        """
         if self.config.minutes is None or not self.history:
             return self.step % CHECK_EVERY == 0
         since = self.seconds - self.history[-1][0]
-        return since >= max(self.config.minutes * 60 / LOOKS, 5 * self.check_seconds)
+        return since >= max(self.config.minutes * 60 / TIMED_CHECKS, 5 * self.check_seconds)
 
     def _begin(self, restart: int) -> None:
         self.restart = restart
@@ -544,7 +547,9 @@ class _Langevin(_Annealed):
 
 
 class _HyperFace:
-    """The closest pair alone, Adam on the coordinates, then renormalization, as in the paper."""
+    """HyperFace's objective: the closest pair only, with Adam and renormalization as in the
+    paper.
+    """
 
     def __init__(self, packer: Packer) -> None:
         self.packer = packer
