@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_states_of_another_optimizer_are_refused(tmp_path):
 
 @pytest.mark.parametrize("form", [1, 2])
 def test_runs_of_recipes_resume(tmp_path, form):
-    def steps(folder, **options):
+    def steps(folder, checkpoint_every=100, **options):
         torch.manual_seed(0)
         modules = {"generator": nn.Linear(4, 3), "critic": nn.Linear(3, 1)}
         optimizers = {name: torch.optim.Adam(each.parameters()) for name, each in modules.items()}
@@ -140,7 +141,8 @@ def test_runs_of_recipes_resume(tmp_path, form):
             return {"loss": judged.sum().item()}
 
         description = {"config": {"lr": 1}, "data": {}}
-        run_steps(folder, description, modules, optimizers, step, 6, **options)
+        stage = SimpleNamespace(steps=6, checkpoint_every=checkpoint_every)
+        run_steps(folder, description, modules, optimizers, step, stage, **options)
         return {k: v for each in modules.values() for k, v in each.state_dict().items()}
 
     expected = steps(tmp_path / "whole")

@@ -26,6 +26,7 @@ from torch.futures import Future
 from ..common import files
 from ..common.extras import extra
 from ..common.files import CheckpointError
+from ..common.rng import standard_defaults
 from .state import FORMAT, STATE, TENSORS, WITHOUT_CHECKSUMS, checkpoints, load_state, tensor_files
 
 # Maps the shapes of a checkpoint's tensors to the names, and rows (None for all), to be read.
@@ -161,7 +162,7 @@ def save(
     together(lambda: _check_names(state) if first else None, group, ValueError)
     try:
         together(begin, group, RuntimeError)
-        with _torch_checkpoint(group) as ranks:
+        with standard_defaults(), _torch_checkpoint(group) as ranks:
             writer = _Writer(str(part), save_distributed=True)
             dcp.save(dict(tensors), storage_writer=writer, **ranks)
         sums = together(checksums, group, RuntimeError)
@@ -221,7 +222,7 @@ def read_into(path: Path, tensors: Mapping[str, Tensor], group: Any = None) -> d
         CheckpointError: if they cannot be read.
     """
     try:
-        with _torch_checkpoint(group) as ranks:
+        with standard_defaults(), _torch_checkpoint(group) as ranks:
             dcp.load(dict(tensors), storage_reader=_Reader(str(path)), **ranks)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

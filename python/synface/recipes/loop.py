@@ -149,7 +149,7 @@ def _restore(
     return checkpoint.load_model(found, modules, optimizers)["step"]
 
 
-def _as_spelled_now(value: Any) -> Any:
+def _with_current_keys(value: Any) -> Any:
     """Return a checkpoint's state with present keys; a training configuration with all of them."""
     if not isinstance(value, dict):
         return value

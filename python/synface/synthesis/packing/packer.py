@@ -433,7 +433,7 @@ class _Run:
         found = checkpoint.find(self.folder)
         tensors, state = checkpoint.load(found)
         for part, wanted in self._description().items():
-            checkpoint.check_same(found, state.get(part), wanted, part)
+            checkpoint.check_same(found, state.get(part), wanted)
         own = self._tensors()
         checkpoint.check_shapes(found, tensors, own)
         for name, tensor in own.items():
