@@ -30,7 +30,7 @@ demo: build
 	$(BIN)/synface demo
 
 test: build lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist worksteal
 
 # Each test function once, without the slow ones.
 quick: build
