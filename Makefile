@@ -34,7 +34,7 @@ test: build lint
 
 # Each test function once, without the slow ones.
 quick: build
-	$(PY) -m pytest -q --quick
+	$(PY) -m pytest -q --quick -n auto --dist worksteal
 
 # Only the property tests, on many more examples than in make test, and random ones.
 fuzz: build
