@@ -331,6 +331,7 @@ def test_each_op_has_a_table_of_its_own(tmp_path, monkeypatch):
     assert "| ours | 1 (2 ms, 88% of the copy) |" in mixup
 
 
+@pytest.mark.slow
 def test_gpu_evidence_dry_run(tmp_path):
     output = tmp_path / "evidence.json"
     ran = subprocess.run(

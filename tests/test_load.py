@@ -60,6 +60,7 @@ def here() -> list[str]:
         ("_C.so", "file too short"),
     ],
 )
+@pytest.mark.slow
 def test_an_extension_that_does_not_load_is_named_once(
     tmp_path: Path, here: list[str], extension: str | None, cause: str
 ) -> None:

@@ -65,6 +65,7 @@ def test_heads(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MARGINS)
+@pytest.mark.slow
 def test_margins_of_symbolic_floats(name: str) -> None:
     x, w, target = torch.randn(6, D, requires_grad=True), torch.randn(C, D), torch.arange(6)
 

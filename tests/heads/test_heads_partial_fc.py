@@ -492,6 +492,7 @@ def test_fifty_steps_twice_give_the_same_centers():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+@pytest.mark.slow
 def test_kill_9_and_resume_give_the_same_centers(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
     deadline = time.monotonic() + 120

@@ -452,6 +452,7 @@ def test_errors_are_one_line(tmp_path, arguments, message, monkeypatch):
 @pytest.mark.parametrize(
     "blow", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda x: x.name
 )
+@pytest.mark.slow
 def test_a_blow_loses_at_most_what_came_after_the_checkpoint(blow, tmp_path):
     """A signal at any time, with checkpoints after every step; `--resume` gives the same bits."""
     arguments = ["pack", "--count", "40", "--dim", "6", "--steps", "200", "--seed", "3"]

@@ -229,6 +229,7 @@ assert resumed.history == whole.history
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 @pytest.mark.parametrize("update", ["apart", "fused"])
+@pytest.mark.slow
 def test_kill_9_leaves_a_whole_checkpoint(faces, tmp_path, update):
     child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "run"), update])
     folder = tmp_path / "run" / "checkpoints"
@@ -290,6 +291,7 @@ def test_one_identity_is_too_few(tmp_path):
 
 
 @pytest.mark.skipif(not ORL.is_dir(), reason="../shared/data/orl (the ORL faces) is not there")
+@pytest.mark.slow
 def test_orl_people_never_trained_on(tmp_path):
     """A short run; docs/training.md has the full one."""
     faces, held = read_folder(ORL, (56, 48)).split(10)

@@ -180,6 +180,7 @@ def running_ranks(steps, run, *arguments):
             running.communicate(timeout=60)
 
 
+@pytest.mark.slow
 def test_torchrun_after_kill_9_ends_in_the_same_run(tmp_path):
     done = torchrun(2, "train", *OPTIONS, "--output", tmp_path / "whole")
     output, _ = done.communicate(timeout=300)
@@ -203,6 +204,7 @@ def test_torchrun_after_kill_9_ends_in_the_same_run(tmp_path):
     assert all(math.isfinite(json.loads(line)["loss"]) for line in log.read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_sigterm_ends_all_ranks_after_one_step(tmp_path):
     """One rank gets the signal first and tells the others; torchrun forwards it too."""
     run = tmp_path / "run"

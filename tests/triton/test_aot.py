@@ -56,6 +56,7 @@ def reports(op: str, all_reports: Reports) -> Reports:
     return [compiled for compiled in all_reports if compiled["op"] == op]
 
 
+@pytest.mark.slow
 def test_every_kernel_is_launched(op: str, reports: Reports) -> None:
     source = HERE.parents[1] / f"synface_kernels/ops/{op}/kernel_triton.py"
     kernels = {
@@ -69,11 +70,13 @@ def test_every_kernel_is_launched(op: str, reports: Reports) -> None:
     }
 
 
+@pytest.mark.slow
 def test_shared_memory_fits(reports: Reports) -> None:
     for compiled in reports:
         assert compiled["shared"] <= ARCHITECTURES[compiled["capability"]][0], compiled
 
 
+@pytest.mark.slow
 def test_registers_suffice(reports: Reports, limits: ModuleType) -> None:
     for compiled in reports:
         if "PRECISION" not in compiled["config"]:
@@ -82,12 +85,14 @@ def test_registers_suffice(reports: Reports, limits: ModuleType) -> None:
         assert compiled["local"] == 0, compiled
 
 
+@pytest.mark.slow
 def test_nothing_is_fused_that_must_not_be(reports: Reports, limits: ModuleType) -> None:
     for compiled in reports:
         assert limits.NOT_FUSED is None or compiled["fused"][limits.NOT_FUSED] == 0, compiled
 
 
 @pytest.mark.parametrize("op", ["margin_cross_entropy"], indirect=True)
+@pytest.mark.slow
 def test_gemms_use_tensor_cores(reports: Reports) -> None:
     kinds = set()
     for compiled in reports:
@@ -105,6 +110,7 @@ def test_gemms_use_tensor_cores(reports: Reports) -> None:
 
 
 @pytest.mark.parametrize("op", ["margin_cross_entropy"], indirect=True)
+@pytest.mark.slow
 def test_two_gemms_fit_on_a_multiprocessor(reports: Reports) -> None:
     for compiled in reports:
         if "PRECISION" in compiled["config"]:

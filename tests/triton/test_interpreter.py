@@ -48,6 +48,7 @@ def children(
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem.removeprefix("test_"))
+@pytest.mark.slow
 def test_interpreted_kernels(file: Path, children: dict[Path, Child]) -> None:
     process, report, output = children[file]
     code = process.wait()
