@@ -95,16 +95,20 @@ def test_checkpoints_of_several_ranks_are_saved_by_their_old_names():
 
     sharded = imported("sharded")
     for old, new in (("save", "save_model"), ("load", "load_model")):
-        with pytest.warns(DeprecationWarning, match=f"{old} is {new} now"):
+        with pytest.warns(DeprecationWarning, match=f"{old} is deprecated: use {new};"):
             assert getattr(sharded, old) is getattr(checkpoint, new)
     assert sharded.Shard is checkpoint.Shard
     assert sharded.load_state is checkpoint.load_state
 
 
 def test_a_name_is_imported_from_its_old_module():
-    with pytest.warns(DeprecationWarning, match=r"synface\.lines is synface\.checkpoint\.jsonl"):
+    with pytest.warns(
+        DeprecationWarning, match=r"synface\.lines .*: use synface\.checkpoint\.jsonl"
+    ):
         from synface.lines import Lines
-    with pytest.warns(DeprecationWarning, match=r"synface\.ranks is synface\.common\.distributed"):
+    with pytest.warns(
+        DeprecationWarning, match=r"synface\.ranks .*: use synface\.common\.distributed"
+    ):
         from synface import ranks
     from synface.checkpoint import jsonl
     from synface.common import distributed

@@ -181,7 +181,7 @@ def test_pairs_of_lfw(people):
         ("1\nBo 1 2\nBo 1 2", "line 3: expected 'name number name number', got 'Bo 1 2'"),
         ("1\nBo 1 9\nBo 1 Ann_Lee 1", "line 2: .*Bo has no image 9"),
         ("1\nBo 1 2\nBo 1 Zoe 1", "Zoe is not a person"),
-        ("1\nBo 1 x\nBo 1 Ann_Lee 1", "line 2: 'x' is no number"),
+        ("1\nBo 1 x\nBo 1 Ann_Lee 1", "line 2: 'x' is not an image number"),
         ("1\nBo 1 2\nBo 1 Bo 1", "line 3: 'Bo' twice, where people differ"),
         ("1\n../x 1 2\nBo 1 Ann_Lee 1", "'../x' cannot be the name of a person's folder"),
         ("99999999 99999999", "announces 99999999"),

@@ -229,7 +229,7 @@ def test_what_W_cannot_be_names_the_weight():
         loss.W.register_hook(print)
     steps = torch.optim.SGD([loss.W], 0.1)
     loss.double()(*batch()).backward()
-    with pytest.raises(RuntimeError, match=r"taken before its loss moved.*loss.weight"):
+    with pytest.raises(RuntimeError, match=r"W is stale: its loss moved.*loss.weight"):
         steps.step()
 
 

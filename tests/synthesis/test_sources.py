@@ -105,7 +105,7 @@ def test_bad_sources_are_named():
 
 def test_the_earlier_name_of_the_generator(tmp_path):
     points, generator = identities(4, 8, seed=1), EigenfaceGenerator(8, 16)
-    with pytest.warns(DeprecationWarning, match="painter= of GeneratedSource.* is generator= now"):
+    with pytest.warns(DeprecationWarning, match="painter= of GeneratedSource.*: use generator="):
         source = GeneratedSource(points, painter=generator, images_per_identity=2)
     assert source.generator is generator
     with pytest.raises(TypeError, match="both painter= and generator="), pytest.warns():

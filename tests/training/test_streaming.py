@@ -117,7 +117,9 @@ def test_shards_that_can_be_read_in_order_only(people, tmp_path):
     convert(people, tmp_path / "tar", "webdataset")
     (shard,) = (tmp_path / "tar").glob("*.tar")
     subprocess.run(["gzip", shard], check=True)
-    with pytest.raises(DataError, match="in order only, and training shuffles; convert it first"):
+    with pytest.raises(
+        DataError, match="sequential reads, but training shuffles; convert it first"
+    ):
         streamed(tmp_path / "tar")
 
 
