@@ -198,7 +198,7 @@ def test_ctrl_c_and_sigterm_go_to_the_trainer_alone(synthetic, real, tmp_path, s
             if trainer.poll() is None:
                 os.killpg(trainer.pid, signal.SIGKILL)
     assert trainer.returncode == code, text
-    assert f"{word}: synface train --resume" in text
+    assert f"{word}: continue with synface train --resume" in text
     assert "Traceback" not in text
     assert "killed" not in text
     state = checkpoint.load_state(checkpoint.find(run))
