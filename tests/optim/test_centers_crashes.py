@@ -72,7 +72,7 @@ def run_child(folder, until, kill="", sync=""):
 
 @pytest.mark.slow
 def test_fifty_steps_twice_and_after_kill_9(tmp_path):
-    """The same seeds give the same bits: twice, and after kills while rows or log are written."""
+    """Equal seeds give equal bits, in a second run and after kills during writes of rows or log."""
     for name in ("once", "twice"):
         assert run_child(tmp_path / name, 50) == (0, 0)
     once = torch.load(tmp_path / "once.pt", weights_only=True)

@@ -169,9 +169,11 @@ def test_a_run_begins_with_a_module_s(faces, tmp_path):
     ids=["another dimension", "images", "other channels"],
 )
 def test_a_module_that_does_not_embed_is_refused_before_the_run(faces, tmp_path, module, message):
+    modes = [each.train(i > 0).training for i, each in enumerate(module.modules())]
     with pytest.raises(ValueError, match=message):
         train(SMALL, faces, tmp_path / "run", backbone=module)
     assert not (tmp_path / "run").exists()
+    assert [each.training for each in module.modules()] == modes
 
 
 def test_a_function_trains_and_is_imported_only_where_it_is_named(tmp_path, nets):

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synface.common.check import check_least, check_memory
-from synface.common.rng import normals
-from synface.data.formats.decode import DataError
-from synface.data.formats.image_set import Faces
-from synface.data.loading.augment import warp
+from ..common.check import check_least, check_memory
+from ..common.rng import normals
+from .formats.decode import DataError
+from .formats.image_set import Faces
+from .loading.augment import warp
 
 FACES = 100  # of the file's 200 crops, the first 100 show faces
 STYLES = 10  # numbers that `restyle` takes for each image

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from synface.common.check import check_least, describe
-from synface.data import normalize
-from synface.data.formats import decode
-from synface.data.formats.images import Store
+from ..common.check import check_least, describe
+from ..common.modes import evaluating
+from ..data import normalize
+from ..data.formats import decode
+from ..data.formats.images import Store
 
 
 def embed(model: nn.Module, images: Tensor, batch_size: int = 256, flip: bool = True) -> Tensor:
@@ -52,10 +53,8 @@ def _embed(
     _check_images(images)
     parameter = next(model.parameters(), None)
     device = images.device if parameter is None else parameter.device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        rows = []
+    rows = []
+    with evaluating(model):
         for batch in images.split(batch_size):
             x = normalize(batch.to(device))
             y = _output(model(x), len(x))
@@ -63,9 +62,6 @@ def _embed(
                 y = y + _output(model(x.flip(-1)), len(x))
             # In float64, where no square of a float32 overflows, on the CPU.
             rows.append(F.normalize(y.cpu().double()).float())
-    finally:
-        for module, training in modes:
-            module.training = training
     embeddings = torch.cat(rows)
     bad = (~embeddings.isfinite()).any(1).nonzero()[:, 0].tolist()
     if bad:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import synface_kernels as sk
-from synface.common.check import check_least, describe
+
+from ..common.check import check_least, describe
 
 
 @dataclass(frozen=True, eq=False)

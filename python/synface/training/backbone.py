@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.check import check_memory, describe
+from ..common.modes import evaluating
 from ..common.rng import standard_defaults
 from ..models import PRESETS
 from ..models.iresnet import IResNet, PublishedIResNet
@@ -99,15 +100,13 @@ def check_embeddings(
     height, width, channels = image_shape
     device = next((each.device for each in backbone.parameters()), torch.device("cpu"))
     images = torch.zeros(2, channels, height, width, dtype=torch.float32, device=device)
-    training = backbone.training
     try:
-        with torch.no_grad():
-            found = backbone.eval()(images)
+        with torch.no_grad(), evaluating(backbone):
+            found = backbone(images)
     except RuntimeError as error:
         raise ValueError(
             f"the backbone cannot embed images of shape {tuple(images.shape)}: {error}"
         ) from error
-    backbone.train(training)
     if not isinstance(found, Tensor) or found.shape != (2, embedding_size):
         raise ValueError(
             f"the backbone must map (B, {channels}, {height}, {width}) images to "

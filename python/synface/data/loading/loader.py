@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from synface.common.renamed import old_keywords, old_names
-from synface.common.rng import generator
-from synface.data.mixing import DomainMixup, Mixed
-
+from ...common.renamed import old_keywords, old_names
+from ...common.rng import generator
 from ..formats.image_set import LabeledImages, common_shape, opened
+from ..mixing import DomainMixup, Mixed
 from .pool import Schedule, WorkerPool
 from .pool import Timing as Timing
 from .pool import WorkerDied as WorkerDied

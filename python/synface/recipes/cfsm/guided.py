@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...common.check import check_device
+from ...common.modes import evaluating
 from ...common.rng import generator as draws
 from ...common.rng import normals, seeded, seeds
 from ...data import Augment, Faces, normalize
@@ -18,7 +19,7 @@ from ...heads import MarginHead
 from ..loop import descend, run_steps, set_cosine_lr
 from .config import CfsmConfig
 from .faces import People
-from .model import Generator, evaluating, guided_styles
+from .model import Generator, guided_styles
 
 VARIANTS = ("originals", "random", "guided")  # of the images besides a batch's share of originals
 

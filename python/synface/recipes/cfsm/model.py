@@ -12,8 +12,7 @@ Translation" (MUNIT), ECCV 2018. AdaIN: Huang and Belongie, ICCV 2017.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 import synface_kernels as sk
 
 from ...common.check import check_integer, check_integers, check_number, describe
+from ...common.modes import evaluating
 
 EPSILON = 0.314  # of the authors' code
 ORTHOGONALITY = ("l1", "mean_square")
@@ -406,19 +406,6 @@ def guided_styles(
         (gradient,) = torch.autograd.grad(loss, moved)
     # The sum may round beyond ε.
     return (start + epsilon * gradient.sign()).clamp(start - epsilon, start + epsilon)
-
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Set modules to evaluation mode temporarily; restore each one's own mode afterwards."""
-    modes = [(each, each.training) for module in modules for each in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for each, training in modes:
-            each.training = training
 
 
 def _require_rows(name: str, value: Tensor, columns: int | None) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...common.check import check_device
+from ...common.modes import evaluating
 from ...common.rng import generator as draws
 from ...common.rng import normals, seeded, seeds, standard_defaults
 from ...data import normalize
@@ -24,7 +25,6 @@ from .model import (
     ORTHOGONALITY,
     Discriminator,
     Generator,
-    evaluating,
     identity_loss,
     lsgan_loss,
     orthogonality_loss,
