@@ -62,7 +62,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Divide the cores' threads among the processes of pytest-xdist."""
+    """Divide the threads among the processes of pytest-xdist, at least two each, which races need.
+
+    Waiting threads sleep: spinning, they would keep the other processes' from the cores.
+    """
+    if getattr(config.option, "numprocesses", None):
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the processes inherit it
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+        torch.set_num_threads(max(2, torch.get_num_threads() // workers))
