@@ -57,6 +57,8 @@ def save_model(
 
     Raises:
         ValueError, OSError, RuntimeError: as `storage.save`.
+
+    Memory: on a CPU no copy of a tensor; from a GPU, this rank's tensors once on the CPU.
     """
     names, sharded = _names(model), _sharding(model)
     tensors = {f"model.{name}": sharded(name, each) for name, each in model.state_dict().items()}
@@ -88,6 +90,8 @@ def load_model(
     Raises:
         CheckpointError: if there is none, or it is damaged, or of another model or optimizer. The
             model may have been overwritten in part then.
+
+    Memory: the optimizers' new states, and one more copy of the largest tensor.
     """
     group = _all_ranks(group)
 

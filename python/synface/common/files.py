@@ -57,9 +57,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous tensors, each in its own memory, as safetensors requires of tied weights
-    too.
-    """
+    """Return contiguous tensors, each in its own memory, as safetensors requires."""
     found, seen = {}, set()
     for name, value in tensors.items():
         value = value.detach().contiguous()

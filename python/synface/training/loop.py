@@ -150,6 +150,9 @@ def train(
             checkpoint of it is written; on any rank, all ranks end after the same step.
 
     Torch's global random state is not changed.
+
+    Memory: the network and its activations, and the centers with their gradient and optimizer state
+    (`synface plan` estimates it), and the images of `Faces` or a few batches of an `ImageSet`.
     """
     if not 0 <= verify_every < math.inf:
         raise ValueError(f"verify_every must be 0 or more epochs, got {verify_every}")
