@@ -9,6 +9,7 @@ from synface.bench.measure import METHODS, Workload
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.slow
 def test_the_gradients_count_as_memory():
     work = Workload(n=8, d=64, c=100_000)
     gradients = 4 * work.d * (work.n + work.c)

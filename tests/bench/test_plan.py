@@ -84,6 +84,7 @@ print(peak_bytes(lambda: train(classes, 2)))
         ("bfloat16", "adamw", 0.05, False),
     ],
 )
+@pytest.mark.slow
 def test_the_memory_model_is_what_is_measured(centers, optimizer, sample_rate, fused):
     settings = Settings(
         1_000_000,

@@ -191,6 +191,7 @@ def dies_in_a_save(folder: Path, path: str, rank: int) -> None:
         os._exit(3)
 
 
+@pytest.mark.slow
 def test_an_interrupted_save_leaves_the_last_checkpoint_whole(tmp_path):
     folder, path = tmp_path / "run", str(tmp_path / "killed")
     context = mp.get_context("spawn")

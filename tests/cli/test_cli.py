@@ -69,6 +69,7 @@ def test_info():
     assert "margin_cross_entropy on cpu, float32: cpu" in call("info")
 
 
+@pytest.mark.slow
 def test_demo(tmp_path):
     arguments = ["--epochs", "1", "--identities", "10", "--images", "4", "--classes", "2000"]
     shown = call("demo", "--output", tmp_path / "report", *arguments)

@@ -108,6 +108,7 @@ def test_no_terminal_is_too_narrow_for_help_and_errors(tmp_path, locale):
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_bytes_of_a_name_come_back_where_the_locale_knows_no_better(tmp_path):
     """Names are shown and taken with the bytes that the shell has for them."""
     folder = tmp_path / "é"

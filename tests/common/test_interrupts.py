@@ -193,6 +193,7 @@ def terminated(folder, where, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_sigterm_ends_synthesize_and_convert_as_ctrl_c_does(tmp_path):
     """Files written before a signal are whole, and nothing half done is left."""
     import numpy as np

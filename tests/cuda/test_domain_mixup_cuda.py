@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_runs_on_the_host_with_the_cpus_bits(tmp_path: Path) -> None:
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
@@ -25,6 +26,7 @@ def test_runs_on_the_host_with_the_cpus_bits(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_kernels_compile_within_budget() -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")

@@ -333,6 +333,7 @@ def test_memory(energy):
 
 
 @pytest.mark.parametrize(("energy", "gradients"), [("MaxCosine()", 1), ("LogSumExp()", 2)])
+@pytest.mark.slow
 def test_memory_of_gradients(energy, gradients):
     """Energies of all pairs hold two: the saved one, and the one that backward returns."""
     n, d = 5000, 6000

@@ -395,6 +395,7 @@ def widowed(rank: int, path: str) -> None:
             os._exit(3)
 
 
+@pytest.mark.slow
 def test_when_a_rank_dies_the_others_say_so(tmp_path):
     path = str(tmp_path / "group")
     context = mp.get_context("spawn")

@@ -108,6 +108,7 @@ def test_from_data_to_a_report(tmp_path, config):
         cfsm.run(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_runs_are_the_same_and_an_interrupted_one_too(tmp_path, config):
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -157,6 +158,7 @@ def test_two_runs_are_the_same_and_an_interrupted_one_too(tmp_path, config):
         cfsm.run(config, tmp_path / "cut", resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_of_version_0_1_goes_on(tmp_path, config, monkeypatch):
     """Version 0.1 had the British spelling in the recognizer's folder and checkpoints."""
     whole = cfsm.run(config, tmp_path / "whole")
@@ -186,6 +188,7 @@ def test_a_configuration_of_version_0_1_is_read(tmp_path, config):
     assert load_config(file) == config
 
 
+@pytest.mark.slow
 def test_the_orthogonality_falls(tmp_path, config):
     config = replace(config, style=replace(config.style, steps=150, lr=0.01))
     people = cfsm.read_people(config.data, config.seed)

@@ -35,6 +35,7 @@ checkpoint_every = 1
 """
 
 
+@pytest.mark.slow
 def test_from_cells_to_a_report(tmp_path, file):
     command = ["study", "--config", file, "--output", tmp_path / "run"]
     call(*command, "--cell", "4x2-mixup-seed-0")

@@ -168,6 +168,7 @@ def test_tensorboard_has_the_figures(faces, tmp_path):
     assert {event.step for event in events.Scalars("verification/auc")} == {2, 5}
 
 
+@pytest.mark.slow
 def test_a_file_of_options(faces, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(
