@@ -256,6 +256,13 @@ def test_verification_counts_and_decides(tmp_path):
     assert not outcome("@pytest.mark.skip\ndef test_a(): pass").speaks_for(MARGIN)
 
 
+def test_an_op_is_verified_by_every_file_of_its_tests(monkeypatch):
+    monkeypatch.setattr(verify, "run_tests", lambda files: [Path(file).name for file in files])
+    files = verify.verify(MARGIN)
+    assert {f"test_{MARGIN}.py", f"test_{MARGIN}_options.py", f"test_{MARGIN}_bf16.py"} <= {*files}
+    assert verify.verify("row_update") == ["test_row_update.py"]
+
+
 def test_the_machine_without_names_or_paths():
     found = machine.describe(CPU)
     assert {"processor", "cores", "instruction_set", "torch", "triton"} <= found.keys()
