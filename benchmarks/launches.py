@@ -1,0 +1,195 @@
+"""A recorder of what an op launches on a GPU, for a machine that has none.
+
+Ops run on meta tensors, which have shapes and no data, through their own public functions, launchers
+and autograd. Kernels are not launched but recorded, with their grids, arguments and constants; so
+are the GEMMs and the other operators of torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from synface_kernels import _select
+
+# Preferred implementations on a GPU; domain_mixup has one in CUDA too, with the same traffic.
+_ON_GPU = {"sample_classes": "torch"}
+# Operators that allocate, or look at a tensor, and launch nothing.
+_FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "alias", "detach"}
+_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+
+class Region(NamedTuple):
+    """The memory that a launch may touch of one tensor.
+
+    Attributes:
+        storage: a number for each allocation. start: the first byte in it. span: bytes from the
+            first element to the last. nbytes: bytes of the distinct elements.
+        shape, dtype: the tensor's.
+    """
+
+    storage: int
+    start: int
+    span: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel, GEMM, or other operator of torch.
+
+    Attributes:
+        name: "op.kernel", "torch.mm", "torch.where", …
+        arguments: by parameter: a `Region` for a tensor, numbers, and compile-time constants. A
+            torch operator's tensors are "in0", "in1", … and "out0", ….
+        grid: programs by axis; () for torch's.
+        options: num_warps, num_stages and the like.
+        call: the kernel and its arguments, for a compiler; None for torch's.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    grid: tuple[int, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    call: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = field(default=None, compare=False)
+
+    def __getitem__(self, name: str) -> Any:
+        """Return an argument."""
+        return self.arguments[name]
+
+    @property
+    def is_triton(self) -> bool:
+        """Whether it is a Triton kernel."""
+        return self.call is not None
+
+    @property
+    def programs(self) -> int:
+        """The number of programs of the grid."""
+        return int(torch.Size(self.grid).numel())
+
+
+class Recorder(TorchDispatchMode):
+    """Records the launches of what runs within it, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+        self._storages: dict[int, int] = {}
+        self._alive: list[Any] = []  # so that no two storages have one address
+
+    def region(self, tensor: Tensor) -> Region:
+        """Describe a tensor's memory."""
+        storage, item = tensor.untyped_storage(), tensor.element_size()
+        key = storage._cdata
+        if key not in self._storages:
+            self._storages[key] = len(self._storages)
+            self._alive.append(storage)
+        distinct, span = 1, 1
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            distinct *= size if stride else 1
+            span += (size - 1) * stride
+        if tensor.numel() == 0:
+            distinct = span = 0
+        start = tensor.storage_offset() * item
+        return Region(
+            self._storages[key], start, span * item, distinct * item, tuple(tensor.shape), tensor.dtype
+        )
+
+    def add_kernel(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **config: Any) -> None:
+        """Record a kernel in place of `JITFunction.run`."""
+        names = list(inspect.signature(kernel.fn).parameters)
+        given = dict(zip(names, args, strict=False)) | {k: config[k] for k in names if k in config}
+        known = {k: self.region(v) if isinstance(v, Tensor) else v for k, v in given.items()}
+        op = kernel.fn.__module__.split(".")[-2]
+        options = {k: v for k, v in config.items() if k not in names}
+        self.launches.append(
+            Launch(f"{op}.{kernel.__name__}", known, tuple(grid), options, (kernel, args, config))
+        )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "synface_kernels":
+            with self:
+                return func.redispatch(_CUDA, *args, **kwargs)
+        if func is torch.ops.aten.mm.dtype_out or func is torch.ops.aten.addmm.dtype_out:
+            result = kwargs["out"]  # on meta tensors torch has none
+        else:
+            result = func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        if name not in _FREE:
+            self._add_operator(name, func, args, kwargs, result)
+        return result
+
+    def _add_operator(self, name: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        given = list(_tensors([*args, *kwargs.values()]))
+        if any(tensor.device.type != "meta" for tensor in given):
+            return  # the host's own arithmetic
+        old = {tensor.untyped_storage()._cdata for tensor in given}
+        writes = any(r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns)
+        returned = list(_tensors([result]))
+        is_view = returned and all(t.untyped_storage()._cdata in old for t in returned)
+        if is_view and not writes:
+            return
+        if not returned and not given:
+            return
+        known: dict[str, Any] = {f"in{i}": self.region(t) for i, t in enumerate(given)}
+        known |= {f"out{i}": self.region(t) for i, t in enumerate(returned)}
+        known["beta"] = kwargs.get("beta", 1)
+        self.launches.append(Launch(f"torch.{name.strip('_')}", known))
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+@contextmanager
+def as_on_gpu(recorder: Recorder, capability: int, multiprocessors: int) -> Iterator[None]:
+    """Record kernels instead of launching them, and take meta tensors for those of a GPU."""
+    from triton.runtime import JITFunction
+
+    def run(kernel: Any, *args: Any, **config: Any) -> None:
+        recorder.add_kernel(kernel, *args, **config)
+
+    registry = {op: {_ON_GPU.get(op, "triton"): _select.always} for op in _select.ops()}
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(_select._REGISTRY, registry))
+        stack.enter_context(mock.patch.object(JITFunction, "run", run))
+        stack.enter_context(_properties(capability, multiprocessors))
+        stack.enter_context(recorder)
+        yield
+
+
+def _properties(capability: int, multiprocessors: int) -> Any:
+    from synface_kernels.ops.margin_cross_entropy import launch_triton
+
+    return mock.patch.object(
+        launch_triton, "_properties", return_value=(capability, multiprocessors)
+    )
+
+
+def record(step: Callable[[], Any], capability: int, multiprocessors: int) -> list[Launch]:
+    """Return what a step on meta tensors would launch on such a GPU.
+
+    Raises:
+        RuntimeError: where Triton interprets its kernels.
+    """
+    if _select.interpreting():
+        raise RuntimeError("launches are recorded without TRITON_INTERPRET=1 only")
+    recorder = Recorder()
+    with as_on_gpu(recorder, capability, multiprocessors):
+        step()
+    return recorder.launches
