@@ -19,8 +19,9 @@ from synface_kernels.testing import peak_bytes
 
 from . import machine
 from .cases import Case, cases
-from .peers import PEERS, WORKLOADS, Peer, Step, Workload, find
+from .peers import PEERS, Peer, find
 from .process import ROUNDS, write_json
+from .workloads import WORKLOADS, Step, Workload
 
 
 def measure_time(
