@@ -8,8 +8,8 @@ are the GEMMs and the other operators of torch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from unittest import mock
@@ -79,11 +79,17 @@ class Launch:
 
 
 class Recorder(TorchDispatchMode):
-    """Records the launches of what runs within it, in order."""
+    """Records the launches of what runs within it, in order.
+
+    Attributes:
+        launches: the launches so far.
+        kept: the storages of tensors that outlive a step: see `keep`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.launches: list[Launch] = []
+        self.kept: set[int] = set()
         self._storages: dict[int, int] = {}
         self._alive: list[Any] = []  # so that no two storages have one address
 
@@ -104,6 +110,10 @@ class Recorder(TorchDispatchMode):
         return Region(
             self._storages[key], start, span * item, distinct * item, tuple(tensor.shape), tensor.dtype
         )
+
+    def keep(self, values: Iterable[Any]) -> None:
+        """Note tensors among values that exist before a step or are left by it."""
+        self.kept |= {self.region(tensor).storage for tensor in tensors_in(values)}
 
     def add_kernel(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **config: Any) -> None:
         """Record a kernel in place of `JITFunction.run`."""
@@ -131,12 +141,12 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _add_operator(self, name: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        given = list(_tensors([*args, *kwargs.values()]))
+        given = list(tensors_in([*args, *kwargs.values()]))
         if any(tensor.device.type != "meta" for tensor in given):
             return  # the host's own arithmetic
         old = {tensor.untyped_storage()._cdata for tensor in given}
         writes = any(r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns)
-        returned = list(_tensors([result]))
+        returned = list(tensors_in([result]))
         is_view = returned and all(t.untyped_storage()._cdata in old for t in returned)
         if is_view and not writes:
             return
@@ -148,17 +158,36 @@ class Recorder(TorchDispatchMode):
         self.launches.append(Launch(f"torch.{name.strip('_')}", known))
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the strided tensors among values and lists of them; of sparse ones, their parts."""
     for value in values:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.layout == torch.strided:
             yield value
+        elif isinstance(value, Tensor):
+            yield from (value._indices(), value._values())
         elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 @contextmanager
-def as_on_gpu(recorder: Recorder, capability: int, multiprocessors: int) -> Iterator[None]:
-    """Record kernels instead of launching them, and take meta tensors for those of a GPU."""
+def as_on_gpu(
+    recorder: Recorder,
+    capability: int,
+    multiprocessors: int,
+    l2_bytes: int,
+    autocast: torch.dtype | None = None,
+) -> Iterator[None]:
+    """Record kernels instead of launching them, and take meta tensors for those of a GPU.
+
+    Args:
+        capability: ten times the compute capability. multiprocessors, l2_bytes: the GPU's.
+        autocast: the dtype of autocast, of which there is none for meta tensors.
+
+    Raises:
+        RuntimeError: where Triton interprets its kernels.
+    """
+    if _select.interpreting():
+        raise RuntimeError("launches are recorded without TRITON_INTERPRET=1 only")
     from triton.runtime import JITFunction
 
     def run(kernel: Any, *args: Any, **config: Any) -> None:
@@ -168,28 +197,17 @@ def as_on_gpu(recorder: Recorder, capability: int, multiprocessors: int) -> Iter
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(_select._REGISTRY, registry))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
-        stack.enter_context(_properties(capability, multiprocessors))
+        for module, name, value in _stand_ins(capability, multiprocessors, l2_bytes, autocast):
+            stack.enter_context(mock.patch.object(module, name, value))
         stack.enter_context(recorder)
         yield
 
 
-def _properties(capability: int, multiprocessors: int) -> Any:
+def _stand_ins(
+    capability: int, multiprocessors: int, l2_bytes: int, autocast: torch.dtype | None
+) -> Iterator[tuple[Any, str, Any]]:
+    """Yield (module, name, value) of what asks torch about a GPU or about autocast."""
     from synface_kernels.ops.margin_cross_entropy import launch_triton
 
-    return mock.patch.object(
-        launch_triton, "_properties", return_value=(capability, multiprocessors)
-    )
-
-
-def record(step: Callable[[], Any], capability: int, multiprocessors: int) -> list[Launch]:
-    """Return what a step on meta tensors would launch on such a GPU.
-
-    Raises:
-        RuntimeError: where Triton interprets its kernels.
-    """
-    if _select.interpreting():
-        raise RuntimeError("launches are recorded without TRITON_INTERPRET=1 only")
-    recorder = Recorder()
-    with as_on_gpu(recorder, capability, multiprocessors):
-        step()
-    return recorder.launches
+    yield launch_triton, "_properties", lambda device: (capability, multiprocessors)
+    yield torch, "autocast", lambda *args, **kwargs: nullcontext()

@@ -1,12 +1,13 @@
 """Compiles, without a GPU, the kernels that the launchers of ops would launch.
 
-Runs the launchers on meta tensors (`launch` of aot_<op>.py) and compiles each launch for the given
-architectures, with the signature, divisibility and configuration that it would have there. One JSON
-object per line: the op, the kernel, its configuration, and what the compiler says of it; or all in
-one Markdown table.
+Records the launches of each op's steps (`launch` of aot_<op>.py, and the ledger's cases) on meta
+tensors, and compiles each for the given architectures, with the signature, divisibility and
+configuration that it would have there. Prints one JSON object per line: the op, the kernel, its
+configuration, and what the compiler says of it. With `--write`, benchmarks/compiled.json, which
+docs/gpu.md shows, gets the rows of this Triton.
 
     python tests/triton/aot.py margin_cross_entropy 80 90 100
-    python tests/triton/aot.py --table margin_cross_entropy 80 90 100
+    python tests/triton/aot.py --write
 """
 
 from __future__ import annotations
@@ -21,16 +22,22 @@ from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime import JITFunction
 
-SIZES = ("num_warps", "num_stages")
-OPTIONS = (*SIZES, "enable_fp_fusion")
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+from benchmarks import compiled, ledger  # noqa: E402
+from benchmarks.cases import cases  # noqa: E402
+from benchmarks.devices import DEVICES  # noqa: E402
+from benchmarks.launches import Launch, Recorder, as_on_gpu  # noqa: E402
+
+OPS = sorted(file.stem.removeprefix("aot_") for file in HERE.glob("aot_*.py"))
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -38,21 +45,24 @@ POINTERS = {
     torch.float64: "*fp64",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int8: "*i8",
     torch.uint8: "*u8",
 }
 
 
-class Launch:
+class Variant:
     """A kernel with what the compiler is to know of its arguments."""
 
-    def __init__(self, kernel: Any, args: tuple[Any, ...], config: dict[str, Any]) -> None:
-        self.kernel = kernel
+    def __init__(self, launch: Launch) -> None:
+        assert launch.call is not None
+        self.launch = launch
+        self.kernel, args, config = launch.call
         self.options = {k: v for k, v in config.items() if k in OPTIONS}
         constants = {k: v for k, v in config.items() if k not in OPTIONS}
         self.signature: dict[str, str] = {}
         self.constants: dict[str, Any] = {}
         self.attributes: dict[tuple[int, ...], Any] = {}
-        for i, name in enumerate(kernel.arg_names):
+        for i, name in enumerate(self.kernel.arg_names):
             value = constants[name] if name in constants else args[i]
             if name in constants or (isinstance(value, int) and value == 1):
                 self.signature[name] = "constexpr"
@@ -71,26 +81,39 @@ class Launch:
 
     def key(self) -> str:
         return repr(
-            (self.kernel.__name__, *(vars(self)[k] for k in sorted(vars(self)) if k != "kernel"))
+            (self.launch.name, self.options, self.signature, self.constants, self.attributes)
         )
 
     def compile(self, capability: int) -> dict[str, Any]:
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
-        compiled = triton.compile(
+        made = triton.compile(
             source, target=GPUTarget("cuda", capability, 32), options=self.options
         )
+        kernel, dtypes, blocks = compiled.key(self.launch)
+        ptx = made.asm["ptx"]
         return {
-            "kernel": self.kernel.__name__,
+            "kernel": kernel,
+            "dtypes": dtypes,
+            "blocks": blocks,
             "capability": capability,
             "config": {k: str(v) for k, v in self.constants.items()} | self.options,
-            "pointers": sorted({v for v in self.signature.values() if v.startswith("*")}),
             "instructions": sorted(
-                set(re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", compiled.asm["ptx"]))
+                set(re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx))
             ),
-            "fused": {k: compiled.asm["ptx"].count(f"fma.rn.{k}") for k in ("f32", "f64")},
-            "shared": compiled.metadata.shared,
-            **resources(compiled.asm["cubin"]),
+            "dots": dots(made.asm["ttir"]),
+            "fused": {k: ptx.count(f"fma.rn.{k}") for k in ("f32", "f64")},
+            "warps": made.metadata.num_warps,
+            "shared": made.metadata.shared,
+            **resources(made.asm["cubin"]),
         }
+
+
+def dots(ttir: str) -> list[str]:
+    """Return the rows, the factors' dtype and the precision of each `tl.dot`."""
+    found = re.findall(r"tt\.dot ([^:\n]*) : tensor<(\d+)x\d+x(\w+)>", ttir)
+    return sorted(
+        {f"{rows} {dtype} {'tf32' if 'tf32' in how else 'ieee'}" for how, rows, dtype in found}
+    )
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -108,49 +131,39 @@ def resources(cubin: bytes) -> dict[str, int]:
     }
 
 
-def launches(op: str, capability: int) -> Iterable[Launch]:
+def variants(op: str, capability: int) -> Iterable[Variant]:
     """Return every distinct launch of an op's cases on such a device."""
-    distinct: dict[str, Launch] = {}
-
-    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **config: Any) -> None:
-        launch = Launch(kernel, args, config)
-        distinct.setdefault(launch.key(), launch)
-
-    with mock.patch.object(JITFunction, "run", record):
+    gpu = DEVICES["H100"]
+    recorder = Recorder()
+    with as_on_gpu(recorder, capability, gpu.multiprocessors, gpu.l2_bytes):
         import_module(f"aot_{op}").launch(capability)
+    launches = list(recorder.launches)
+    for case in cases("gpu", op):
+        recorder = ledger.recorded(case, capability, gpu.multiprocessors, gpu.l2_bytes)
+        launches += recorder.launches
+    distinct: dict[str, Variant] = {}
+    for launch in launches:
+        if launch.is_triton:
+            variant = Variant(launch)
+            distinct.setdefault(variant.key(), variant)
     return distinct.values()
 
 
-def table(reports: list[dict[str, Any]]) -> str:
-    """Make a table of a line per kernel, dtypes, blocks and architecture: its variants' maxima."""
-    lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for report in reports:
-        config = report["config"]
-        dtypes = ", ".join(p[1:] for p in report["pointers"] if p != "*i64")
-        blocks = "×".join(str(v) for k, v in config.items() if k.startswith("BLOCK"))
-        blocks += "".join(f", {config[k]} {k[4:]}" for k in SIZES if k in config)
-        kernel, precision = report["kernel"].strip("_"), config.get("PRECISION", "")
-        key = (kernel, f"{dtypes} {precision}".strip(), blocks, f"sm_{report['capability']}")
-        lines.setdefault(key, []).append(report)
-    text = [
-        "| kernel | dtypes | blocks | for | instruction | registers | shared | stack |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for key, variants in sorted(lines.items()):
-        instructions = ", ".join(sorted({i for v in variants for i in v["instructions"]}))
-        most = [str(max(v[name] for v in variants)) for name in ("registers", "shared", "stack")]
-        text.append("| " + " | ".join((*key, instructions or "–", *most)) + " |")
-    return "\n".join(text)
+def reports(ops: Iterable[str], capabilities: Iterable[int]) -> Iterable[dict[str, Any]]:
+    for op, capability in product(ops, capabilities):
+        for variant in variants(op, capability):
+            yield {"op": op, **variant.compile(capability)}
 
 
 if __name__ == "__main__":
-    words = [word for word in sys.argv[1:] if word != "--table"]
-    ops = [word for word in words if not word.isdecimal()]
-    reports = []
-    for op, capability in product(ops, (int(word) for word in words if word.isdecimal())):
-        for launch in launches(op, capability):
-            reports.append({"op": op, **launch.compile(capability)})
-            if "--table" not in sys.argv:
-                print(json.dumps(reports[-1]), flush=True)
-    if "--table" in sys.argv:
-        print(table(reports))
+    words = [word for word in sys.argv[1:] if word != "--write"]
+    ops = [word for word in words if not word.isdecimal()] or OPS
+    capabilities = [int(word) for word in words if word.isdecimal()] or [*compiled.INSTRUCTIONS]
+    found = []
+    for report in reports(ops, capabilities):
+        print(json.dumps(report), flush=True)
+        found.append(report)
+    if "--write" in sys.argv:
+        if words:
+            sys.exit("--write takes all ops and architectures: name none")
+        compiled.save(triton.__version__, compiled.rows(found))
