@@ -110,22 +110,20 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, (workspace, _, impl) = split_forward(arguments)
     n, d = inputs.input.shape
     new, dtype = inputs.input.new_empty, statistics_dtype(inputs.input)
-    saved = 0
-    if impl == "cpu":
-        centers = math.prod(inputs.weight.shape[1:-1])  # of a class
-        saved = centers * torch.sym_min(
-            count_classes(inputs.weight, inputs.class_ids),
-            workspace // torch.sym_max(1, centers * n * dtype.itemsize),
-        )
+    cpu, count = impl == "cpu", count_classes(inputs.weight, inputs.class_ids)
+    centers = math.prod(inputs.weight.shape[1:-1])  # of a class
+    saved = centers * torch.sym_min(
+        count, workspace // torch.sym_max(1, centers * n * dtype.itemsize)
+    )
     return ForwardOutputs(
         negative_lse=new((n,), dtype=torch.float64),
         negative_max=new((n,), dtype=dtype),
         target_cosine=new(inputs.labels.shape, dtype=torch.float64),
         filtered=new((n if inputs.limit < math.inf else 0,), dtype=torch.float64),
         cosine_sum=new((n if inputs.needs_cosine_sum else 0,), dtype=torch.float64),
-        mean_center=new((n, d) if inputs.needs_input_grad else (0,), dtype=dtype),
-        center_sum=new((d if inputs.needs_cosine_sum else 0,), dtype=torch.float64),
-        saved=new((saved, n), dtype=dtype),
+        mean_center=new((n, d) if cpu and inputs.needs_input_grad else (0,), dtype=dtype),
+        center_sum=new((d if cpu and inputs.needs_cosine_sum else 0,), dtype=torch.float64),
+        saved=new((saved, n) if cpu else (centers * count,), dtype=dtype),
     )
 
 
@@ -149,7 +147,7 @@ def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) 
     for_backward = found.mean_center, found.center_sum, found.saved
     ctx.mark_non_differentiable(found.negative_max, found.filtered, *for_backward)
     ctx.set_materialize_grads(False)  # else zeros as large as the workspace, read by nobody
-    ctx.scale, ctx.limit = given.scale, given.limit
+    ctx.scale, ctx.limit, ctx.has_cosine_sum = given.scale, given.limit, given.needs_cosine_sum
     ctx.save_for_backward(
         given.input, given.weight, given.class_ids, given.labels, found.negative_lse,
         *for_backward,
@@ -180,7 +178,7 @@ def _backward_inputs(
         saved=saved,
         grad_negative_lse=or_zeros(by.negative_lse, *negative_lse.shape),
         grad_target_cosine=or_zeros(by.target_cosine, *labels.shape),
-        grad_cosine_sum=or_zeros(by.cosine_sum, len(labels) if len(center_sum) else 0),
+        grad_cosine_sum=or_zeros(by.cosine_sum, len(labels) if ctx.has_cosine_sum else 0),
         scale=ctx.scale,
         limit=ctx.limit,
         needs_input_grad=needs_input_grad,

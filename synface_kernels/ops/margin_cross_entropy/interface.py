@@ -48,10 +48,11 @@ class ForwardOutputs(NamedTuple):
         target_cosine: (N, K) float64 cosines with the row's own labels.
         filtered: (N,) float64, how many classes the limit leaves out.
         cosine_sum: (N,) float64 sum of the cosines with all classes.
-        mean_center: (N, D) normalized centers, averaged by the other classes' probabilities.
-        center_sum: (D,) float64 sum of all normalized centers.
-        saved: (S', N) cosines of the first classes' centers, saved for the backward pass in the
-            workspace.
+        mean_center: (N, D) normalized centers, averaged by the other classes' probabilities; on a
+            GPU (0,), for the backward pass computes the input's gradient.
+        center_sum: (D,) float64 sum of all normalized centers, likewise.
+        saved: for the backward pass. On a CPU (S', N) cosines of the first classes' centers, in the
+            workspace; on a GPU (S·M,) inverse norms of the centers.
     """
 
     negative_lse: Tensor
