@@ -94,7 +94,7 @@ class _Negatives(NamedTuple):
     center_sum: Tensor
 
 
-def forward(inputs: ForwardInputs) -> ForwardOutputs:
+def forward(inputs: ForwardInputs, *, gemm_dtype: torch.dtype | None = None) -> ForwardOutputs:
     """Return statistics of the classes that are not a row's labels; no cosines are saved.
 
     Args:
@@ -297,7 +297,11 @@ def _forward_tiled(inputs: ForwardInputs, input_r: Tensor) -> _Negatives:
 
 
 def backward(
-    inputs: BackwardInputs, needs_weight_grad: bool, on_grad_tile: GradTileCallback | None = None
+    inputs: BackwardInputs,
+    needs_weight_grad: bool,
+    on_grad_tile: GradTileCallback | None = None,
+    *,
+    gemm_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return gradients by input and weight from those by the forward pass's outputs.
 
@@ -349,7 +353,9 @@ def backward(
     return grad_input, grad_rows
 
 
-def update(inputs: BackwardInputs, step: OptimizerStep) -> Tensor:
+def update(
+    inputs: BackwardInputs, step: OptimizerStep, *, gemm_dtype: torch.dtype | None = None
+) -> Tensor:
     """Compute the gradients, and take an optimizer's step on the centers a tile at a time.
 
     Args:
