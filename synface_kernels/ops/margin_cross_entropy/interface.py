@@ -131,13 +131,28 @@ class Prepared(NamedTuple):
 def split_forward(arguments: Sequence[Any]) -> tuple[ForwardInputs, Sequence[Any]]:
     """Return a forward op's arguments by their names, and the rest of them."""
     count = len(ForwardInputs._fields)
-    return ForwardInputs(*arguments[:count]), arguments[count:]
+    return ForwardInputs(*arguments[:count]), _filled(arguments[count:], 4)
 
 
 def split_backward(arguments: Sequence[Any]) -> tuple[BackwardInputs, Sequence[Any]]:
     """Return a backward op's arguments by their names, and the rest of them."""
     count = len(BackwardInputs._fields)
-    return BackwardInputs(*arguments[:count]), arguments[count:]
+    return BackwardInputs(*arguments[:count]), _filled(arguments[count:], 4)
+
+
+def split_update(arguments: Sequence[Any]) -> tuple[BackwardInputs, OptimizerStep, Sequence[Any]]:
+    """Return an update op's arguments by their names, and the rest of them."""
+    count, step = len(BackwardInputs._fields), len(OptimizerStep._fields)
+    split_bf16, *rest = arguments[count:]
+    others = [split_bf16, *rest[step:]]
+    return (
+        BackwardInputs(*arguments[:count]), OptimizerStep(*rest[:step]), _filled(others, 3)
+    )  # fmt: skip
+
+
+def _filled(options: Sequence[Any], count: int) -> Sequence[Any]:
+    """Return an op's last arguments; the dispatcher leaves out a GEMM dtype of None, the last."""
+    return [*options, None] if len(options) < count else options
 
 
 def count_classes(weight: Tensor, class_ids: Tensor | None) -> int:
