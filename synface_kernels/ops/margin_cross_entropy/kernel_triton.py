@@ -448,32 +448,50 @@ def _project_rows_kernel(
 
 
 @triton.jit
-def _grad_input_kernel(
-    input, weight, target_rows, inverse_norms, negatives, unscale, grad_target, has_grad,
-    grad_input, input_stride, weight_stride, D: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr,
+def _target_gradients_kernel(
+    input, weight, target_rows, inverse_norms, factor_scale, grad_target, has_grad, sums,
+    input_stride, weight_stride, D: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write r_i·(V_i − (x̂_i·V_i)·x̂_i), one row per program; 0 where all its gradients are 0.
+    """Write the labels' part of Σ_j F_ij·w_j, projected to the row's tangent, one row per program.
 
-    negatives is Σ_j F_ij·w_j over the classes that are not labels. In float64, for near cos θ = ±1
-    a margin's slope is large and the projected target small.
+    In float64, for near cos θ = ±1 a margin's slope is large and the projected target small.
     """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
-    r_i = tl.load(inverse_norms + row).to(tl.float64)
-    v = tl.load(negatives + row * D + d, mask=in_d, other=0.0) * tl.load(unscale)
-    v = v.to(tl.float64)
-    if UNIT:
-        v *= r_i
     x = tl.load(input + row * input_stride + d, mask=in_d, other=0.0).to(tl.float64)
-    exact_r = _inverse_norm(tl.sum(x * x, 0))
+    v = tl.zeros((BLOCK_D,), tl.float64)
     for k in tl.static_range(K):
         target = tl.load(target_rows + row * K + k)
         w = tl.load(weight + target * weight_stride + d, mask=(target >= 0) & in_d, other=0.0)
         w = w.to(tl.float64)
-        g = tl.load(grad_target + row * K + k)
-        v += exact_r * g * _inverse_norm(tl.sum(w * w, 0)) * w
-    grad = tangent(v, x * exact_r, 1.0)
-    grad = tl.where(tl.load(has_grad + row) != 0, grad, 0.0).to(tl.float32)
+        v += tl.load(grad_target + row * K + k) * _inverse_norm(tl.sum(w * w, 0)) * w
+    scale = tl.load(factor_scale).to(tl.float64)
+    if not UNIT:
+        scale *= tl.load(inverse_norms + row)
+    v = tangent(v, x * _inverse_norm(tl.sum(x * x, 0)), scale)
+    v = tl.where(tl.load(has_grad + row) != 0, v, 0.0).to(tl.float32)
+    tl.store(sums + row * D + d, v, mask=in_d)
+
+
+@triton.jit
+def _grad_input_kernel(
+    input, inverse_norms, sums, unscale, has_grad, grad_input, input_stride, D: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write V_i − (x̂_i·V_i)·x̂_i for V_i = Σ_j F_ij·w_j, one row per program; 0 without gradients.
+
+    F has r_i as a factor unless UNIT.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    in_d = d < D
+    r_i = tl.load(inverse_norms + row)
+    v = tl.load(sums + row * D + d, mask=in_d, other=0.0) * tl.load(unscale)
+    if UNIT:
+        v *= r_i
+    x = tl.load(input + row * input_stride + d, mask=in_d, other=0.0).to(tl.float32)
+    grad = tangent(v, x * r_i, 1.0)
+    grad = tl.where(tl.load(has_grad + row) != 0, grad, 0.0)
     tl.store(grad_input + row * D + d, grad, mask=in_d)

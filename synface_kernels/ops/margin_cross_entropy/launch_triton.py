@@ -330,30 +330,32 @@ class _Gradients:
         has_grad = (by_lse != 0) | (by_target != 0).any(1)
         if self.sums:
             has_grad |= by_sum != 0
-        self.has_grad = has_grad & (labels != -1).any(1)
+        has_grad &= (labels != -1).any(1)
         # exp(logit − ∞) is 0 at any scale: where the softmax is empty, or its gradient is 0.
-        in_softmax = self.has_grad & (by_lse != 0) & (inputs.negative_lse != -math.inf)
+        in_softmax = has_grad & (by_lse != 0) & (inputs.negative_lse != -math.inf)
         self.negative_lse = torch.where(in_softmax, inputs.negative_lse.float(), math.inf)
-        self.input = torch.where(self.has_grad[:, None], input, 0)
+        self.input = torch.where(has_grad[:, None], input, 0)
         self.input_r = self.negative_lse.new_empty(self.n)
         prepare_rows(self.input, norms=self.input_r)
         self.rows = as_rows(self.input, self.input_r, gemms, for_gradient=True)
 
         by_lse = by_lse * inputs.scale
-        factor_scale = self._factor_scale(by_lse, by_target, by_sum)
+        self.has_grad = has_grad.to(torch.int32)
+        self.unit_sums = gemms.plain or gemms.unit_input
+        most = by_lse.abs().maximum(by_target.abs().amax(1))
+        if self.sums:
+            most = most + by_sum.abs()
+        factor_scale = self.factor_scale = self._scale_for(torch.where(has_grad, most, 0))
         self.unscale = 1 / factor_scale
         self.grad_lse, self.grad_sum = by_lse * factor_scale, by_sum * factor_scale
         self.grad_target = (by_target * factor_scale).contiguous()
 
-    def _factor_scale(self, by_lse: Tensor, by_target: Tensor, by_sum: Tensor) -> Tensor:
+    def _scale_for(self, most: Tensor) -> Tensor:
         """Return a power of two (1,) for the factor, whose largest element then is at most 2^14.
 
-        float16 needs it, and so do long rows, whose inverse norms are factors.
+        float16 needs it, and so do long rows, whose inverse norms are factors. ``most`` (N,) bounds
+        the rows' gradients by cosines.
         """
-        most = torch.maximum(by_lse.abs(), by_target.abs().amax(1))
-        if self.sums:
-            most = most + by_sum.abs()
-        most = torch.where(self.has_grad, most, 0)
         if not self.gemms.plain:
             most = most * self.rows.scale
         largest = most.amax(0, keepdim=True)
@@ -401,13 +403,13 @@ class _Gradients:
         self.center_sums = new((self.row_blocks, stride) if gemms.fused else 0)
         self.sums_of_rows = new(0 if gemms.fused or in_place else (stride, d))
         tile_rows = weight.new_empty(0 if on_grad_tile is None else (stride, d))
-        negatives = new((n, d)).zero_() if for_input else None
+        sums = self._target_gradients() if for_input else None
         for tile in tiles:
             centers = len(tile.gemm)
             self._write_factor(tile)
             factor = self.factor[:, :centers]
-            if negatives is not None:
-                mm(factor, tile.gradient, negatives, accumulate=True)
+            if sums is not None:
+                mm(factor, tile.gradient, sums, accumulate=True)
             if for_weight:
                 first = tile.start * m
                 out = tile_rows[:centers]
@@ -417,8 +419,8 @@ class _Gradients:
                 if on_grad_tile is not None:
                     on_grad_tile(tile.start, out)
         if grad_input is not None:
-            assert negatives is not None
-            self._grad_by_input(negatives, grad_input)
+            assert sums is not None
+            self._grad_by_input(sums, grad_input)
 
     def _write_factor(self, tile: Tile) -> None:
         inputs, gemms, rows = self.inputs, self.gemms, self.rows
@@ -469,12 +471,22 @@ class _Gradients:
             tile.centers.stride(0), **own, **config,
         )  # fmt: skip
 
-    def _grad_by_input(self, negatives: Tensor, grad_input: Tensor) -> None:
+    def _target_gradients(self) -> Tensor:
+        """Return the labels' part of the sums for the input's gradient, before an update."""
         inputs, centers = self.inputs, centers_of(self.inputs.weight)
+        sums = self.input_r.new_empty((self.n, self.d))
+        launch(
+            kernels._target_gradients_kernel, (self.n,),
+            self.input, centers, self.target_rows, self.input_r, self.factor_scale,
+            inputs.grad_target_cosine.contiguous(), self.has_grad, sums, self.input.stride(0),
+            centers.stride(0), D=self.d, K=inputs.labels.shape[1], UNIT=self.unit_sums,
+            **one_row_config(self.d),
+        )  # fmt: skip
+        return sums
+
+    def _grad_by_input(self, sums: Tensor, grad_input: Tensor) -> None:
         launch(
             kernels._grad_input_kernel, (self.n,),
-            self.input, centers, self.target_rows, self.input_r, negatives, self.unscale,
-            inputs.grad_target_cosine.contiguous(), self.has_grad.to(torch.int8), grad_input,
-            self.input.stride(0), centers.stride(0), D=self.d, K=inputs.labels.shape[1],
-            UNIT=self.gemms.plain or self.gemms.unit_input, **one_row_config(self.d),
+            self.input, self.input_r, sums, self.unscale, self.has_grad, grad_input,
+            self.input.stride(0), D=self.d, UNIT=self.unit_sums, **one_row_config(self.d),
         )  # fmt: skip
