@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 
 #include "common/rows.h"
 #include "common/runtime.h"
@@ -26,6 +27,9 @@ struct Problem {
   // Whether a float32 GEMM may be computed from bf16 splits, see gemm.h: cosines are off by 2^-16
   // at most.
   bool split_bf16 = false;
+  // bf16 or f16: GEMM operands of another dtype are normalized, then rounded to it, and so are the
+  // factors of the gradients' GEMMs; sums and the targets' cosines are not. None: nothing is.
+  std::optional<Dtype> gemm_dtype = {};
 };
 
 // Cosines of the first classes with all embeddings, saved by forward so that backward need not

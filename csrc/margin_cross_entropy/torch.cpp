@@ -30,7 +30,18 @@ struct Arguments {
   const Tensor& labels;
   double scale, limit;
   bool split_bf16;
+  std::optional<at::ScalarType> gemm_dtype;
 };
+
+// The dtype that GEMM operands are rounded to; none: as the tensors' dtypes have it.
+std::optional<Dtype> gemm_dtype_of(const Arguments& a) {
+  if (!a.gemm_dtype) return std::nullopt;
+  const bool is_half = *a.gemm_dtype == at::kBFloat16 || *a.gemm_dtype == at::kHalf;
+  TORCH_CHECK_VALUE(is_half && a.input.scalar_type() != at::kDouble,
+                    "gemm_dtype must be bfloat16 or float16, and None for float64 tensors, got ",
+                    *a.gemm_dtype, " for ", a.input.scalar_type());
+  return *a.gemm_dtype == at::kHalf ? Dtype::f16 : Dtype::bf16;
+}
 
 // Tensors of the forward pass, in the memory order that the kernel takes.
 struct Inputs {
@@ -42,7 +53,8 @@ struct Inputs {
         labels(a.labels.contiguous()),
         scale(a.scale),
         limit(a.limit),
-        split_bf16(a.split_bf16) {
+        split_bf16(a.split_bf16),
+        gemm_dtype(gemm_dtype_of(a)) {
     TORCH_CHECK_VALUE(
         labels.dim() == 2 && labels.scalar_type() == at::kLong && labels.size(0) == input.size(0),
         "labels must be int64 (N, K), got ", labels.scalar_type(), " ", labels.sizes());
@@ -63,25 +75,28 @@ struct Inputs {
             .labels_per_row = labels.size(1),
             .scale = scale,
             .limit = limit,
-            .split_bf16 = split_bf16};
+            .split_bf16 = split_bf16,
+            .gemm_dtype = gemm_dtype};
   }
   int64_t sub_centers;
   Tensor input, weight, class_ids, labels;
   double scale, limit;
   bool split_bf16;
+  std::optional<Dtype> gemm_dtype;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_of(
     const Tensor& input, const Tensor& weight, const OptionalTensor& class_ids,
     const Tensor& labels, double scale, double limit, bool needs_input_grad, bool needs_cosine_sum,
-    int64_t workspace, bool split_bf16) {
+    int64_t workspace, bool split_bf16, std::optional<at::ScalarType> gemm_dtype) {
   const Inputs in({.input = input,
                    .weight = weight,
                    .class_ids = class_ids,
                    .labels = labels,
                    .scale = scale,
                    .limit = limit,
-                   .split_bf16 = split_bf16});
+                   .split_bf16 = split_bf16,
+                   .gemm_dtype = gemm_dtype});
   const int64_t n = input.size(0), d = input.size(1);
   const at::TensorOptions statistics = input.options().dtype(compute_dtype(input)),
                           exact = statistics.dtype(at::kDouble);
@@ -167,14 +182,16 @@ std::tuple<Tensor, Tensor> backward_of(
     const Tensor& labels, const Tensor& negative_lse, const Tensor& mean_center,
     const Tensor& center_sum, const Tensor& saved, const Tensor& grad_negative_lse,
     const Tensor& grad_target_cosine, const Tensor& grad_cosine_sum, double scale, double limit,
-    bool needs_input_grad, bool needs_weight_grad, bool split_bf16) {
+    bool needs_input_grad, bool needs_weight_grad, bool split_bf16,
+    std::optional<at::ScalarType> gemm_dtype) {
   const Backward backward({.input = input,
                            .weight = weight,
                            .class_ids = class_ids,
                            .labels = labels,
                            .scale = scale,
                            .limit = limit,
-                           .split_bf16 = split_bf16},
+                           .split_bf16 = split_bf16,
+                           .gemm_dtype = gemm_dtype},
                           {.negative_lse = negative_lse,
                            .mean_center = mean_center,
                            .center_sum = center_sum,
@@ -235,14 +252,16 @@ Tensor update_of(const Tensor& input, const Tensor& weight, const OptionalTensor
                  const Tensor& grad_target_cosine, const Tensor& grad_cosine_sum, double scale,
                  double limit, bool needs_input_grad, bool split_bf16, std::string_view rule,
                  at::TensorList states, const OptionalTensor& last_step,
-                 at::ArrayRef<double> numbers, int64_t step, std::optional<int64_t> seed) {
+                 at::ArrayRef<double> numbers, int64_t step, std::optional<int64_t> seed,
+                 std::optional<at::ScalarType> gemm_dtype) {
   const Backward backward({.input = input,
                            .weight = weight,
                            .class_ids = class_ids,
                            .labels = labels,
                            .scale = scale,
                            .limit = limit,
-                           .split_bf16 = split_bf16},
+                           .split_bf16 = split_bf16,
+                           .gemm_dtype = gemm_dtype},
                           {.negative_lse = negative_lse,
                            .mean_center = mean_center,
                            .center_sum = center_sum,

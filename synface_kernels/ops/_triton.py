@@ -30,10 +30,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> Non
         kernel[grid](*args, **config)
 
 
-def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """Write the GEMM a @ b into float32 ``out``, whatever the factors' dtype; return it."""
-    if a.dtype == torch.float32:
-        return torch.mm(a, b, out=out)
-    if a.device.type == "cpu":  # under the interpreter; no such overload
-        return torch.mm(a.float(), b.float(), out=out)
-    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+def mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
+    """Write the GEMM a @ b into float32 ``out``, or add it; whatever the factors' dtype."""
+    if a.device.type == "cpu":  # under the interpreter; there is no GEMM of two dtypes
+        a, b = a.float(), b.float()
+    narrow = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
+    if accumulate:
+        return torch.addmm(out, a, b, out=out, **narrow)
+    return torch.mm(a, b, out=out, **narrow)

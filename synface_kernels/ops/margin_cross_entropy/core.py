@@ -33,7 +33,7 @@ OP = "margin_cross_entropy"
 _FORWARD = (
     "(Tensor input, Tensor weight, Tensor? class_ids, Tensor labels, float scale, float limit, "
     "bool needs_input_grad, bool needs_cosine_sum, SymInt workspace, "
-    "bool halves{impl}) -> ("
+    "bool halves{impl}, ScalarType? gemm_dtype=None) -> ("
     "Tensor negative_lse, Tensor negative_max, Tensor target_cosine, Tensor filtered, "
     "Tensor cosine_sum, Tensor mean_center, Tensor center_sum, Tensor kept)"
 )
@@ -41,7 +41,8 @@ _BACKWARD = (
     "(Tensor input, Tensor weight, Tensor? class_ids, Tensor labels, Tensor negative_lse, "
     "Tensor mean_center, Tensor center_sum, Tensor kept, Tensor grad_negative_lse, "
     "Tensor grad_target_cosine, Tensor grad_cosine_sum, float scale, float limit, "
-    "bool needs_input_grad, bool needs_weight_grad, bool halves{impl}) -> ("
+    "bool needs_input_grad, bool needs_weight_grad, bool halves{impl}, "
+    "ScalarType? gemm_dtype=None) -> ("
     "Tensor grad_input, Tensor grad_rows)"
 )
 for _name, _schema in ((f"{OP}_forward", _FORWARD), (f"{OP}_backward", _BACKWARD)):
@@ -50,10 +51,17 @@ for _name, _schema in ((f"{OP}_forward", _FORWARD), (f"{OP}_backward", _BACKWARD
 
 
 def statistics(
-    inputs: ForwardInputs, workspace: int, impl: str, update: RowUpdate | None
+    inputs: ForwardInputs,
+    workspace: int,
+    impl: str,
+    update: RowUpdate | None,
+    gemm_dtype: torch.dtype | None = None,
 ) -> Statistics:
-    """Return differentiable statistics of the rows; with an update, backward takes its step."""
-    arguments = (*inputs, workspace, _may_split_bf16(), impl)
+    """Return differentiable statistics of the rows; with an update, backward takes its step.
+
+    The GEMMs of both passes are in ``gemm_dtype``; None: as the tensors' dtypes have it.
+    """
+    arguments = (*inputs, workspace, _may_split_bf16(), impl, gemm_dtype)
     if update is None:
         found = ForwardOutputs(*_forward(*arguments))
     else:
@@ -81,22 +89,24 @@ def _may_split_bf16() -> bool:
 
 
 def _run_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (*cpu_options, impl) = split_forward(arguments)
+    inputs, (*cpu_options, impl, gemm_dtype) = split_forward(arguments)
     if impl == "triton":  # saves no cosines, and splits no bf16
         from . import launch_triton
 
-        return launch_triton.forward(inputs)
-    return torch.ops.synface_kernels.margin_cross_entropy_forward_cpu(*inputs, *cpu_options)
+        return launch_triton.forward(inputs, gemm_dtype=gemm_dtype)
+    return torch.ops.synface_kernels.margin_cross_entropy_forward_cpu(
+        *inputs, *cpu_options, gemm_dtype
+    )
 
 
 def _run_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    inputs, (needs_weight_grad, split_bf16, impl) = split_backward(arguments)
+    inputs, (needs_weight_grad, split_bf16, impl, gemm_dtype) = split_backward(arguments)
     if impl == "triton":
         from . import launch_triton
 
-        return launch_triton.backward(inputs, needs_weight_grad)
+        return launch_triton.backward(inputs, needs_weight_grad, gemm_dtype=gemm_dtype)
     return torch.ops.synface_kernels.margin_cross_entropy_backward_cpu(
-        *inputs, needs_weight_grad, split_bf16
+        *inputs, needs_weight_grad, split_bf16, gemm_dtype
     )
 
 
@@ -107,25 +117,23 @@ for _key in ("CPU", "CUDA"):
 
 @torch.library.register_fake(f"synface_kernels::{OP}_forward")
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, (workspace, _, impl) = split_forward(arguments)
+    inputs, (workspace, _, impl, _) = split_forward(arguments)
     n, d = inputs.input.shape
     new, dtype = inputs.input.new_empty, statistics_dtype(inputs.input)
-    saved = 0
-    if impl == "cpu":
-        centers = math.prod(inputs.weight.shape[1:-1])  # of a class
-        saved = centers * torch.sym_min(
-            count_classes(inputs.weight, inputs.class_ids),
-            workspace // torch.sym_max(1, centers * n * dtype.itemsize),
-        )
+    cpu, count = impl == "cpu", count_classes(inputs.weight, inputs.class_ids)
+    centers = math.prod(inputs.weight.shape[1:-1])  # of a class
+    saved = centers * torch.sym_min(
+        count, workspace // torch.sym_max(1, centers * n * dtype.itemsize)
+    )
     return ForwardOutputs(
         negative_lse=new((n,), dtype=torch.float64),
         negative_max=new((n,), dtype=dtype),
         target_cosine=new(inputs.labels.shape, dtype=torch.float64),
         filtered=new((n if inputs.limit < math.inf else 0,), dtype=torch.float64),
         cosine_sum=new((n if inputs.needs_cosine_sum else 0,), dtype=torch.float64),
-        mean_center=new((n, d) if inputs.needs_input_grad else (0,), dtype=dtype),
-        center_sum=new((d if inputs.needs_cosine_sum else 0,), dtype=torch.float64),
-        saved=new((saved, n), dtype=dtype),
+        mean_center=new((n, d) if cpu and inputs.needs_input_grad else (0,), dtype=dtype),
+        center_sum=new((d if cpu and inputs.needs_cosine_sum else 0,), dtype=torch.float64),
+        saved=new((saved, n) if cpu else (centers * count,), dtype=dtype),
     )
 
 
@@ -144,12 +152,12 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
-    given, (_, ctx.split_bf16, ctx.impl) = split_forward(inputs)
+    given, (_, ctx.split_bf16, ctx.impl, ctx.gemm_dtype) = split_forward(inputs)
     found = ForwardOutputs(*output)
     for_backward = found.mean_center, found.center_sum, found.saved
     ctx.mark_non_differentiable(found.negative_max, found.filtered, *for_backward)
     ctx.set_materialize_grads(False)  # else zeros as large as the workspace, read by nobody
-    ctx.scale, ctx.limit = given.scale, given.limit
+    ctx.scale, ctx.limit, ctx.has_cosine_sum = given.scale, given.limit, given.needs_cosine_sum
     ctx.save_for_backward(
         given.input, given.weight, given.class_ids, given.labels, found.negative_lse,
         *for_backward,
@@ -180,7 +188,7 @@ def _backward_inputs(
         saved=saved,
         grad_negative_lse=or_zeros(by.negative_lse, *negative_lse.shape),
         grad_target_cosine=or_zeros(by.target_cosine, *labels.shape),
-        grad_cosine_sum=or_zeros(by.cosine_sum, len(labels) if len(center_sum) else 0),
+        grad_cosine_sum=or_zeros(by.cosine_sum, len(labels) if ctx.has_cosine_sum else 0),
         scale=ctx.scale,
         limit=ctx.limit,
         needs_input_grad=needs_input_grad,
@@ -190,7 +198,9 @@ def _backward_inputs(
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     needs_input_grad, needs_weight_grad, *others = ctx.needs_input_grad
     inputs = _backward_inputs(ctx, grads, needs_input_grad)
-    grad_input, grad_rows = _backward(*inputs, needs_weight_grad, ctx.split_bf16, ctx.impl)
+    grad_input, grad_rows = _backward(
+        *inputs, needs_weight_grad, ctx.split_bf16, ctx.impl, ctx.gemm_dtype
+    )
     grad_weight = grad_rows if needs_weight_grad else None
     if needs_weight_grad and inputs.class_ids is not None:
         grad_weight = _scattered(inputs.class_ids, grad_rows, inputs.weight.shape)
@@ -220,7 +230,7 @@ class _Updating(torch.autograd.Function):
         _, needs_input_grad, *others = ctx.needs_input_grad
         inputs = _backward_inputs(ctx, grads, needs_input_grad)._replace(weight=ctx.weight)
         grad_input = torch.ops.synface_kernels.margin_cross_entropy_update(
-            *inputs, ctx.split_bf16, *fused.optimizer_step(ctx.update), ctx.impl
+            *inputs, ctx.split_bf16, *fused.optimizer_step(ctx.update), ctx.impl, ctx.gemm_dtype
         )
         return None, grad_input if needs_input_grad else None, *[None] * len(others)
 

@@ -48,10 +48,11 @@ class ForwardOutputs(NamedTuple):
         target_cosine: (N, K) float64 cosines with the row's own labels.
         filtered: (N,) float64, how many classes the limit leaves out.
         cosine_sum: (N,) float64 sum of the cosines with all classes.
-        mean_center: (N, D) normalized centers, averaged by the other classes' probabilities.
-        center_sum: (D,) float64 sum of all normalized centers.
-        saved: (S', N) cosines of the first classes' centers, saved for the backward pass in the
-            workspace.
+        mean_center: (N, D) normalized centers, averaged by the other classes' probabilities; on a
+            GPU (0,), for the backward pass computes the input's gradient.
+        center_sum: (D,) float64 sum of all normalized centers, likewise.
+        saved: for the backward pass. On a CPU (S', N) cosines of the first classes' centers, in the
+            workspace; on a GPU (S·M,) inverse norms of the centers.
     """
 
     negative_lse: Tensor
@@ -130,13 +131,28 @@ class Prepared(NamedTuple):
 def split_forward(arguments: Sequence[Any]) -> tuple[ForwardInputs, Sequence[Any]]:
     """Return a forward op's arguments by their names, and the rest of them."""
     count = len(ForwardInputs._fields)
-    return ForwardInputs(*arguments[:count]), arguments[count:]
+    return ForwardInputs(*arguments[:count]), _filled(arguments[count:], 4)
 
 
 def split_backward(arguments: Sequence[Any]) -> tuple[BackwardInputs, Sequence[Any]]:
     """Return a backward op's arguments by their names, and the rest of them."""
     count = len(BackwardInputs._fields)
-    return BackwardInputs(*arguments[:count]), arguments[count:]
+    return BackwardInputs(*arguments[:count]), _filled(arguments[count:], 4)
+
+
+def split_update(arguments: Sequence[Any]) -> tuple[BackwardInputs, OptimizerStep, Sequence[Any]]:
+    """Return an update op's arguments by their names, and the rest of them."""
+    count, step = len(BackwardInputs._fields), len(OptimizerStep._fields)
+    split_bf16, *rest = arguments[count:]
+    others = [split_bf16, *rest[step:]]
+    return (
+        BackwardInputs(*arguments[:count]), OptimizerStep(*rest[:step]), _filled(others, 3)
+    )  # fmt: skip
+
+
+def _filled(options: Sequence[Any], count: int) -> Sequence[Any]:
+    """Return an op's last arguments; the dispatcher leaves out a GEMM dtype of None, the last."""
+    return [*options, None] if len(options) < count else options
 
 
 def count_classes(weight: Tensor, class_ids: Tensor | None) -> int:

@@ -2,13 +2,12 @@
 
 Two designs share the arithmetic on a block of logits:
 
-- *fused* (`_fused_kernel`): without a gradient of the input, a cast of weight, filter or sums. The
-  GEMM runs inside the kernel and logits never reach device memory.
-- *tiled* (training): cuBLAS writes the float32 logits of one tile of classes into a reused
-  workspace, one kernel turns them into an operand of the next GEMM, by cuBLAS.
+- *fused* (FUSED): the GEMM is inside the kernel, and no logit reaches device memory.
+- *tiled*: a GEMM by cuBLAS writes a tile's float32 dot products first, and the kernel reads them.
 
-In both, cos_ij = (x_i · w_j)·r_i·r_j with r = 1/norm in the epilogue, so nothing normalized is
-written and 16-bit inputs are not rounded twice. All sums have a fixed order.
+An operand of the GEMMs is *raw*, as it was given, or *unit*: its rows were normalized before they
+were rounded. cos_ij = ⟨x_i, w_j⟩·a_i·b_j, where a and b are inverse norms of raw operands and 1 for
+unit ones, so that 16-bit inputs are not rounded twice. All sums have a fixed order.
 """
 
 from __future__ import annotations
@@ -23,68 +22,50 @@ _NORM_MIN = tl.constexpr(1e-12)  # as in reference.py
 _LONG, _SHRINK = tl.constexpr(LONG), tl.constexpr(2.0**-80)
 
 
+# ---- rows ----------------------------------------------------------------------------------------
+
+
 @triton.jit
 def _inverse_norm(square):
-    """Return 1/norm from a sum of squares; 0 for a zero row."""
-    norm = tl.sqrt(square)
-    return tl.where(norm <= _NORM_MIN, 0.0, 1.0 / norm)
+    """Return 1/norm, correctly rounded, from a sum of squares; 0 for a zero row."""
+    if square.dtype == tl.float32:  # whose plain root and quotient are approximations
+        norm = tl.sqrt_rn(square)
+        inverse = tl.div_rn(1.0, norm)
+    else:
+        norm = tl.sqrt(square)
+        inverse = 1.0 / norm
+    return tl.where(norm <= _NORM_MIN, 0.0, inverse)
 
 
 @triton.jit
-def _is_label(labels, rows, in_rows, classes, k, K: tl.constexpr):
-    """Return where a class (column) is label k of its row."""
-    label = tl.load(labels + rows * K + k, mask=in_rows, other=-1).to(tl.int32)
-    return classes[None, :] == label[:, None]
+def _prepare_rows_kernel(
+    matrix, ids, rows, inverse_norms, count, stride, D: tl.constexpr, M: tl.constexpr,
+    IDS: tl.constexpr, COPY: tl.constexpr, UNIT: tl.constexpr, NORMS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write a block of rows' inverse norms (NORMS), and their copies in the GEMM's dtype (COPY).
 
-
-@triton.jit
-def _only_negatives(cosine, labels, rows, in_rows, classes, C, K: tl.constexpr):
-    """Replace the cosines by −∞ at a row's labels and past the last class."""
-    cosine = tl.where(classes[None, :] < C, cosine, float("-inf"))
-    for k in tl.static_range(K):
-        match = _is_label(labels, rows, in_rows, classes, k, K)
-        cosine = tl.where(match, float("-inf"), cosine)
-    return cosine
-
-
-@triton.jit
-def _tile_cosines(
-    logits, stride, input_r, weight_r, rows, in_rows, columns, in_columns, M: tl.constexpr
-):
-    """Return classes' cosines from a block of a tile's dot products, and each one's sub-center.
-
-    It is the one with the greatest cosine, the first of equals.
+    With IDS row i is that of class ids[i // M]; copies are normalized where UNIT.
     """
-    mask = in_rows[:, None] & in_columns[None, :]
-    r_i = tl.load(input_r + rows, mask=in_rows, other=0.0)
-    for m in tl.static_range(M):
-        centers = columns * M + m
-        product = tl.load(logits + rows[:, None] * stride + centers[None, :], mask=mask, other=0.0)
-        r_j = tl.load(weight_r + centers, mask=in_columns, other=0.0)
-        cosine = product * r_i[:, None] * r_j[None, :]
-        if m == 0:
-            best = cosine
-            nearest = tl.zeros_like(cosine).to(tl.int32)
-        else:
-            better = (cosine > best) | (cosine != cosine)
-            best = tl.where(better, cosine, best)
-            nearest = tl.where(better, m, nearest)
-    return best, nearest
-
-
-@triton.jit
-def _inverse_norms_kernel(
-    matrix, out, count, stride, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Write a block of rows' inverse norms."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_rows = row < count
+    source = row
+    if IDS:
+        source = tl.load(ids + row // M, mask=in_rows, other=0) * M + row % M
     d = tl.arange(0, BLOCK_D)
-    mask = (rows < count)[:, None] & (d < D)[None, :]
-    x = tl.load(matrix + rows[:, None] * stride + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    mask = in_rows[:, None] & (d < D)[None, :]
+    given = tl.load(matrix + source[:, None] * stride + d[None, :], mask=mask, other=0.0)
+    given = given.to(tl.float32)
     # Squares of long rows would overflow.
-    shrink = tl.where(tl.max(tl.abs(x), 1) > _LONG, _SHRINK, 1.0)
-    x = x * shrink[:, None]
-    tl.store(out + rows, _inverse_norm(tl.sum(x * x, 1)) * shrink, mask=rows < count)
+    shrink = tl.where(tl.max(tl.abs(given), 1) > _LONG, _SHRINK, 1.0)
+    short = given * shrink[:, None]
+    inverse = _inverse_norm(tl.sum(short * short, 1))
+    if NORMS:
+        tl.store(inverse_norms + row, inverse * shrink, mask=in_rows)
+    if COPY:
+        if UNIT:
+            given = short * inverse[:, None]
+        tl.store(rows + row[:, None] * D + d[None, :], given, mask=mask)
 
 
 @triton.jit
@@ -121,219 +102,396 @@ def _target_cosines_kernel(
         tl.store(target_rows + row * K + k, target)
 
 
+# ---- blocks of dot products ----------------------------------------------------------------------
+
+
 @triton.jit
-def _fused_kernel(
-    input, weight, labels, input_r, weight_r, maximum, total, N, C, classes_per_split,
-    input_stride, weight_stride, scale, D: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+def _multiply(
+    x, w, rows, in_rows, centers, first_in, second_in, x_stride, w_stride, D: tl.constexpr,
+    STEP: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Reduce a block of rows over one split of classes: maximum, Σ exp(scale·(cos − maximum))."""
+    """Return the dot products of a block of rows with H = 1 or 2 blocks of centers.
+
+    The second block's centers are STEP further on. Two accumulators share each load of x, in fewer
+    registers than one of twice the width: the epilogue takes one after the other.
+    """
+    d = tl.arange(0, BLOCK_D)
+    first = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    second = first
+    x_rows = x + rows[:, None] * x_stride
+    w_rows = w + centers.to(tl.int64)[None, :] * w_stride
+    for start in range(0, D, BLOCK_D):
+        at = start + d
+        x_mask, first_mask, second_mask = in_rows[:, None], first_in[None, :], second_in[None, :]
+        if D % BLOCK_D != 0:
+            x_mask &= (at < D)[None, :]
+            first_mask &= (at < D)[:, None]
+            second_mask &= (at < D)[:, None]
+        a = tl.load(x_rows + at[None, :], mask=x_mask, other=0.0)
+        b = tl.load(w_rows + at[:, None], mask=first_mask, other=0.0)
+        if UPCAST:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        first = tl.dot(a, b, first, input_precision=PRECISION)
+        if H == 2:
+            b = tl.load(w_rows + STEP * w_stride + at[:, None], mask=second_mask, other=0.0)
+            if UPCAST:
+                b = b.to(tl.float32)
+            second = tl.dot(a, b, second, input_precision=PRECISION)
+    return first, second
+
+
+@triton.jit
+def _dot_products(
+    x, w, products, rows, in_rows, column, columns, x_stride, w_stride, stride, m,
+    D: tl.constexpr, M: tl.constexpr, FUSED: tl.constexpr, H: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return dot products with sub-center m of H blocks of classes: computed, or a tile's."""
+    centers = column * M + m
+    if FUSED:
+        first, second = _multiply(
+            x, w, rows, in_rows, centers, column < columns, column + BLOCK_C < columns, x_stride,
+            w_stride, D, BLOCK_C * M, H, PRECISION, UPCAST, BLOCK_N, BLOCK_C, BLOCK_D,
+        )  # fmt: skip
+    else:
+        first = tl.load(
+            products + rows[:, None] * stride + centers[None, :],
+            mask=in_rows[:, None] & (column < columns)[None, :],
+            other=0.0,
+        )
+        second = first
+    return first, second
+
+
+@triton.jit
+def _is_label(labels, rows, in_rows, classes, k, K: tl.constexpr):
+    """Return where a class (column) is label k of its row."""
+    label = tl.load(labels + rows * K + k, mask=in_rows, other=-1).to(tl.int32)
+    return classes[None, :] == label[:, None]
+
+
+# ---- forward -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _lse_kernel(
+    x, w, products, labels, a, b, maximum, total, filtered, cosine_sum, N, columns,
+    columns_per_split, x_stride, w_stride, stride, start_class, scale, limit, D: tl.constexpr,
+    K: tl.constexpr, M: tl.constexpr, FILTER: tl.constexpr, SUM: tl.constexpr, FUSED: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, H: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Reduce a block of rows over one split of a tile's classes.
+
+    Updates the split's maximum and total = Σ exp(scale·(cos − maximum)) over classes that are not
+    the row's labels; FILTER leaves out, and counts, cosines above the limit; SUM adds all cosines.
+    Reads N·D of x and, for each block of rows, columns·M·D of w.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     in_rows = rows < N
-    d = tl.arange(0, BLOCK_D)
-    r_i = tl.load(input_r + rows, mask=in_rows, other=0.0)
-    row_maximum = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    row_total = tl.zeros((BLOCK_N,), tl.float32)
-
-    # A while loop: with numpy 2.4, Triton 3.6's interpreter takes no tensor for a bound of range().
-    start = split * classes_per_split
-    end = min(start + classes_per_split, C)
-    while start < end:
-        classes = start + tl.arange(0, BLOCK_C)
-        in_classes = classes < C
-        product = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-        for d_start in range(0, D, BLOCK_D):
-            in_d = d_start + d < D
-            x = tl.load(
-                input + rows[:, None] * input_stride + (d_start + d)[None, :],
-                mask=in_rows[:, None] & in_d[None, :],
-                other=0.0,
-            )
-            w = tl.load(
-                weight + classes.to(tl.int64)[None, :] * weight_stride + (d_start + d)[:, None],
-                mask=in_classes[None, :] & in_d[:, None],
-                other=0.0,
-            )
-            product = tl.dot(x, w, product, input_precision=PRECISION)
-        r_j = tl.load(weight_r + classes, mask=in_classes, other=0.0)
-        cosine = product * r_i[:, None] * r_j[None, :]
-        cosine = _only_negatives(cosine, labels, rows, in_rows, classes, C, K)
-
-        new_maximum = tl.maximum(row_maximum, tl.max(cosine, 1))
-        reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        row_total *= tl.exp(scale * (row_maximum - reference))
-        row_total += tl.sum(tl.exp(scale * (cosine - reference[:, None])), 1)
-        row_maximum = new_maximum
-        start += BLOCK_C
-
-    tl.store(maximum + split * N + rows, row_maximum, mask=in_rows)
-    tl.store(total + split * N + rows, row_total, mask=in_rows)
-
-
-@triton.jit
-def _tile_statistics_kernel(
-    logits, probabilities, labels, input_r, weight_r, shift, maximum, total, filtered, N, columns,
-    stride, start, chunk, scale, limit, K: tl.constexpr, M: tl.constexpr, FILTER: tl.constexpr,
-    MAXIMUM_ONLY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Reduce one chunk of a tile's columns, which are classes of M centers.
-
-    Raises maximum and, unless MAXIMUM_ONLY, adds exp(logit − shift) to total and writes it times
-    r_j, the mean center's factor (in place where dtypes agree). With FILTER, cosines above the
-    limit are left out, and counted.
-    """
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_rows = rows < N
-    row_shift = tl.load(shift + rows, mask=in_rows, other=0.0)
-    c = tl.program_id(1) * chunk
-    slot = tl.program_id(1) * N + rows
+    a_i = tl.load(a + rows, mask=in_rows, other=0.0)
+    slot = split * N + rows
     row_maximum = tl.load(maximum + slot, mask=in_rows, other=float("-inf"))
     row_total = tl.load(total + slot, mask=in_rows, other=0.0)
     if FILTER:
         row_filtered = tl.load(filtered + slot, mask=in_rows, other=0)
-    end = min(c + chunk, columns)
-    while c < end:
-        column = c + tl.arange(0, BLOCK_C)
-        in_columns = column < columns
-        cosine, nearest = _tile_cosines(
-            logits, stride, input_r, weight_r, rows, in_rows, column, in_columns, M
-        )
-        cosine = _only_negatives(cosine, labels, rows, in_rows, start + column, start + columns, K)
-        if FILTER:
-            above = cosine > limit
-            cosine = tl.where(above, float("-inf"), cosine)
-            if not MAXIMUM_ONLY:
+    if SUM:
+        row_sum = tl.load(cosine_sum + slot, mask=in_rows, other=0.0)
+
+    # A while loop: with numpy 2.4, Triton 3.6's interpreter takes no tensor for a bound of range().
+    start = split * columns_per_split
+    end = min(start + columns_per_split, columns)
+    while start < end:
+        block = start + tl.arange(0, BLOCK_C)
+        for m in tl.static_range(M):
+            first, second = _dot_products(
+                x, w, products, rows, in_rows, block, columns, x_stride, w_stride, stride, m, D, M,
+                FUSED, H, PRECISION, UPCAST, BLOCK_N, BLOCK_C, BLOCK_D,
+            )  # fmt: skip
+            if M > 1:
+                b_j = tl.load(b + block * M + m, mask=block < columns, other=0.0)
+                cosine = first * a_i[:, None] * b_j[None, :]
+                if m == 0:
+                    best = cosine
+                else:
+                    best = tl.where((cosine > best) | (cosine != cosine), cosine, best)
+        for h in tl.static_range(H):
+            column = block + h * BLOCK_C
+            in_columns = column < columns
+            if M == 1:
+                b_j = tl.load(b + column, mask=in_columns, other=0.0)
+                best = (first if h == 0 else second) * a_i[:, None] * b_j[None, :]
+            cosine = tl.where(in_columns[None, :], best, float("-inf"))
+            if SUM:
+                row_sum += tl.sum(tl.where(in_columns[None, :], best, 0.0), 1)
+            for k in tl.static_range(K):
+                match = _is_label(labels, rows, in_rows, start_class + column, k, K)
+                cosine = tl.where(match, float("-inf"), cosine)
+            if FILTER:
+                above = cosine > limit
+                cosine = tl.where(above, float("-inf"), cosine)
                 row_filtered += tl.sum(above.to(tl.int32), 1)
-        row_maximum = tl.maximum(row_maximum, tl.max(cosine, 1))
-        if not MAXIMUM_ONLY:
-            p = tl.exp(scale * cosine - row_shift[:, None])
-            row_total += tl.sum(p, 1)
-            for m in tl.static_range(M):
-                centers = column * M + m
-                r_j = tl.load(weight_r + centers, mask=in_columns, other=0.0)
-                share = p * r_j[None, :]
-                if M > 1:
-                    share = tl.where(nearest == m, share, 0.0)
-                out = probabilities + rows[:, None] * stride + centers[None, :]
-                tl.store(out, share, mask=in_rows[:, None] & in_columns[None, :])
-        c += BLOCK_C
+            new_maximum = tl.maximum(row_maximum, tl.max(cosine, 1))
+            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+            row_total *= tl.exp(scale * (row_maximum - shift))
+            row_total += tl.sum(tl.exp(scale * (cosine - shift[:, None])), 1)
+            row_maximum = new_maximum
+        start += H * BLOCK_C
+
     tl.store(maximum + slot, row_maximum, mask=in_rows)
     tl.store(total + slot, row_total, mask=in_rows)
     if FILTER:
         tl.store(filtered + slot, row_filtered, mask=in_rows)
+    if SUM:
+        tl.store(cosine_sum + slot, row_sum, mask=in_rows)
+
+
+# ---- backward ------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _tile_gradient_kernel(
-    logits, gradient, labels, target_rows, input_r, weight_r, negative_lse, grad_negative_lse,
-    grad_target_cosine, N, columns, stride, start, scale, limit, K: tl.constexpr, M: tl.constexpr,
-    FILTER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+def _write_factor(
+    product, cosine, nearest, a_i, labels, target_rows, b, negative_lse, grad_lse, grad_target,
+    grad_sum, factor, center_sums, rows, in_rows, N, column, columns, stride, start_class, scale,
+    limit, K: tl.constexpr, M: tl.constexpr, FILTER: tl.constexpr, SUM: tl.constexpr,
+    PLAIN: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """Write a block of G_ij·r_i, where G is the loss's gradient by the cosines.
-
-    In place where dtypes agree; columns are classes of M centers.
-    """
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_rows = rows < N
-    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """Write one block of the gradient factor, see `_factor_kernel`."""
     in_columns = column < columns
-    cosine, nearest = _tile_cosines(
-        logits, stride, input_r, weight_r, rows, in_rows, column, in_columns, M
-    )
-
+    mask = in_rows[:, None] & in_columns[None, :]
     lse = tl.load(negative_lse + rows, mask=in_rows, other=0.0)
-    g = tl.load(grad_negative_lse + rows, mask=in_rows, other=0.0) * scale
-    gradient_ij = tl.exp(scale * cosine - lse[:, None]) * g[:, None]
+    g = tl.load(grad_lse + rows, mask=in_rows, other=0.0)
+    gradient = tl.exp(scale * cosine - lse[:, None]) * g[:, None]
     if FILTER:
-        gradient_ij = tl.where(cosine > limit, 0.0, gradient_ij)
+        gradient = tl.where(cosine > limit, 0.0, gradient)
     for k in tl.static_range(K):
-        target = tl.load(grad_target_cosine + rows * K + k, mask=in_rows, other=0.0)
-        match = _is_label(labels, rows, in_rows, start + column, k, K)
-        gradient_ij = tl.where(match, target[:, None], gradient_ij)
+        match = _is_label(labels, rows, in_rows, start_class + column, k, K)
+        target = tl.load(grad_target + rows * K + k, mask=in_rows, other=0.0)
+        gradient = tl.where(match, target[:, None], gradient)
+        if k == 0:
+            is_label = match
+        else:
+            is_label |= match
         if M > 1:  # the label's sub-center was chosen in float64
             center = tl.load(target_rows + rows * K + k, mask=in_rows, other=0) % M
             nearest = tl.where(match, center.to(tl.int32)[:, None], nearest)
-    r_i = tl.load(input_r + rows, mask=in_rows, other=0.0)
-    scaled = gradient_ij * r_i[:, None]
+    g_sum = 0.0
+    if SUM:
+        g_sum = tl.load(grad_sum + rows, mask=in_rows, other=0.0)[:, None]
+        gradient += g_sum
     for m in tl.static_range(M):
         centers = column * M + m
-        own = scaled
+        scale_ij = 1.0
+        if not PLAIN:
+            b_j = tl.load(b + centers, mask=in_columns, other=0.0)
+            scale_ij = a_i[:, None] * b_j[None, :]
+        own = gradient * scale_ij
         if M > 1:
-            own = tl.where(nearest == m, scaled, 0.0)
-        out = gradient + rows[:, None] * stride + centers[None, :]
-        tl.store(out, own, mask=in_rows[:, None] & in_columns[None, :])
+            own = tl.where(nearest == m, own, 0.0)
+        own = own.to(factor.dtype.element_ty)
+        without_labels = tl.where(is_label, g_sum * scale_ij, own)
+        tl.store(factor + rows[:, None] * stride + centers[None, :], without_labels, mask=mask)
+        if FUSED:
+            # Σ G·cos, of the rounded factor as the GEMM has it, so that the projection is exact.
+            sums = tl.sum(own.to(tl.float32) * (cosine if PLAIN else product), 0)
+            tl.store(center_sums + tl.program_id(0) * stride + centers, sums, mask=in_columns)
 
 
 @triton.jit
-def _center_sums_kernel(
-    own, weight_r, center_sums, count, stride, per_program, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Add a program's part of Σ r_j·w_j over a tile's centers to its row, in float64."""
-    d = tl.arange(0, BLOCK_D)
-    slot = center_sums + tl.program_id(0) * D + d
-    total = tl.load(slot, mask=d < D, other=0.0)
-    row = tl.program_id(0).to(tl.int64) * per_program
-    end = tl.minimum(row + per_program, count)
-    while row < end:
-        w = tl.load(own + row * stride + d, mask=d < D, other=0.0).to(tl.float64)
-        total += w * tl.load(weight_r + row)
-        row += 1
-    tl.store(slot, total, mask=d < D)
+def _factor_kernel(
+    x, w, products, labels, target_rows, a, b, negative_lse, grad_lse, grad_target, grad_sum,
+    factor, center_sums, N, columns, x_stride, w_stride, stride, start_class, scale, limit,
+    D: tl.constexpr, K: tl.constexpr, M: tl.constexpr, FILTER: tl.constexpr, SUM: tl.constexpr,
+    PLAIN: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write a block of the gradient factor F_ij = G_ij·a_i·b_j (PLAIN: G_ij), 0 at labels.
+
+    G is the loss's gradient by the cosines, in units of the factor's scale; grad_lse is times the
+    softmax's scale. With FUSED also the block's part of Σ_i G_ij·cos_ij per center, labels
+    included; else F may be written over the dot products.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = rows < N
+    block = tl.program_id(1) * (H * BLOCK_C) + tl.arange(0, BLOCK_C)
+    a_i = tl.load(a + rows, mask=in_rows, other=0.0)
+    for m in tl.static_range(M):
+        first, second = _dot_products(
+            x, w, products, rows, in_rows, block, columns, x_stride, w_stride, stride, m, D, M,
+            FUSED, H, PRECISION, UPCAST, BLOCK_N, BLOCK_C, BLOCK_D,
+        )  # fmt: skip
+        if M > 1:
+            b_j = tl.load(b + block * M + m, mask=block < columns, other=0.0)
+            cosine = first * a_i[:, None] * b_j[None, :]
+            if m == 0:
+                best, product = cosine, first
+                nearest = tl.zeros_like(cosine).to(tl.int32)
+            else:
+                better = (cosine > best) | (cosine != cosine)
+                best = tl.where(better, cosine, best)
+                product = tl.where(better, first, product)
+                nearest = tl.where(better, m, nearest)
+    for h in tl.static_range(H):
+        column = block + h * BLOCK_C
+        if M == 1:
+            product = first if h == 0 else second
+            b_j = tl.load(b + column, mask=column < columns, other=0.0)
+            best = product * a_i[:, None] * b_j[None, :]
+            nearest = 0
+        _write_factor(
+            product, best, nearest, a_i, labels, target_rows, b, negative_lse, grad_lse,
+            grad_target, grad_sum, factor, center_sums, rows, in_rows, N, column, columns, stride,
+            start_class, scale, limit, K, M, FILTER, SUM, PLAIN, FUSED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _target_factor_kernel(
+    factor, labels, target_rows, a, b, grad_target, grad_sum, N, columns, stride, start_class,
+    K: tl.constexpr, M: tl.constexpr, SUM: tl.constexpr, PLAIN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Write the factor at the labels of a block of rows, after the input's gradient was taken."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = rows < N
+    a_i = tl.load(a + rows, mask=in_rows, other=0.0)
+    for k in tl.static_range(K):
+        label = tl.load(labels + rows * K + k, mask=in_rows, other=-1) - start_class
+        here = in_rows & (label >= 0) & (label < columns)
+        center = tl.load(target_rows + rows * K + k, mask=here, other=0) % M
+        at = label * M + center
+        value = tl.load(grad_target + rows * K + k, mask=here, other=0.0)
+        if SUM:
+            value += tl.load(grad_sum + rows, mask=here, other=0.0)
+        if not PLAIN:
+            value = value * a_i * tl.load(b + at, mask=here, other=0.0)
+        tl.store(factor + rows * stride + at, value, mask=here)
+
+
+@triton.jit
+def _project(sum_ij, center_sum, r_j, w, unscale, UNIT: tl.constexpr):
+    """Return gradients by rows of w from Σ_i F_ij·x_i, F's own r_j aside, and Σ_i G_ij·cos_ij."""
+    tangential = sum_ij * unscale
+    if UNIT:
+        tangential *= r_j[:, None]
+    return tangential - (center_sum * unscale * r_j)[:, None] * (w * r_j[:, None])
 
 
 @triton.jit
 def _grad_weight_kernel(
-    weight, weight_r, product, grad_weight, count, weight_stride, D: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    factor, x, weight, ids, inverse_norms, center_sums, unscale, grad_weight, N, count, row_blocks,
+    stride, x_stride, weight_stride, D: tl.constexpr, M: tl.constexpr, IDS: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write r_j·(A_j − (ŵ_j·A_j)·ŵ_j) for rows A of product (in place where dtypes agree)."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """Write a block of the gradient by a tile's centers: Fᵀx, projected to their tangents."""
+    center = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_centers, in_d = center < count, d < D
+    total = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        row = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        f = tl.load(
+            factor + row[None, :] * stride + center[:, None],
+            mask=in_centers[:, None] & (row < N)[None, :],
+            other=0.0,
+        )
+        own = tl.load(
+            x + row[:, None] * x_stride + d[None, :],
+            mask=(row < N)[:, None] & in_d[None, :],
+            other=0.0,
+        )
+        if UPCAST:
+            f, own = f.to(tl.float32), own.to(tl.float32)
+        total = tl.dot(f, own, total, input_precision=PRECISION)
+    center_sum = tl.zeros((BLOCK_C,), tl.float32)
+    block = 0
+    while block < row_blocks:
+        center_sum += tl.load(center_sums + block * stride + center, mask=in_centers, other=0.0)
+        block += 1
+    r_j = tl.load(inverse_norms + center, mask=in_centers, other=0.0)
+    source = center.to(tl.int64)
+    if IDS:
+        source = tl.load(ids + center // M, mask=in_centers, other=0) * M + center % M
+    mask = in_centers[:, None] & in_d[None, :]
+    w = tl.load(weight + source[:, None] * weight_stride + d[None, :], mask=mask, other=0.0)
+    grad = _project(total, center_sum, r_j, w.to(tl.float32), tl.load(unscale), UNIT)
+    tl.store(grad_weight + center.to(tl.int64)[:, None] * D + d[None, :], grad, mask=mask)
+
+
+@triton.jit
+def _project_rows_kernel(
+    weight, ids, inverse_norms, product, unscale, grad_weight, count, weight_stride,
+    D: tl.constexpr, M: tl.constexpr, IDS: tl.constexpr, UNIT: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient by a block of rows of weight from Σ_i F_ij·x_i (in place if it may be)."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_rows = row < count
     d = tl.arange(0, BLOCK_D)
-    mask = (rows < count)[:, None] & (d < D)[None, :]
-    r = tl.load(weight_r + rows, mask=rows < count, other=0.0)[:, None]
-    w = tl.load(weight + rows[:, None] * weight_stride + d[None, :], mask=mask, other=0.0)
-    unit = w.to(tl.float32) * r
-    out = rows[:, None] * D + d[None, :]
-    a = tl.load(product + out, mask=mask, other=0.0)
-    grad = r * (a - tl.sum(unit * a, 1)[:, None] * unit)
+    mask = in_rows[:, None] & (d < D)[None, :]
+    source = row
+    if IDS:
+        source = tl.load(ids + row // M, mask=in_rows, other=0) * M + row % M
+    r_j = tl.load(inverse_norms + row, mask=in_rows, other=0.0)[:, None]
+    w = tl.load(weight + source[:, None] * weight_stride + d[None, :], mask=mask, other=0.0)
+    unit = w.to(tl.float32) * r_j
+    out = row[:, None] * D + d[None, :]
+    total = tl.load(product + out, mask=mask, other=0.0) * tl.load(unscale)
+    if UNIT:
+        total *= r_j
+    grad = total - tl.sum(unit * total, 1)[:, None] * unit
     tl.store(grad_weight + out, grad, mask=mask)
 
 
 @triton.jit
-def _grad_input_kernel(
-    input, weight, target_rows, mean_center, center_sum, grad_negative_lse, grad_target_cosine,
-    grad_cosine_sum, grad_input, input_stride, weight_stride, scale, D: tl.constexpr,
-    K: tl.constexpr, SUM: tl.constexpr, BLOCK_D: tl.constexpr,
+def _target_gradients_kernel(
+    input, weight, target_rows, inverse_norms, factor_scale, grad_target, has_grad, sums,
+    input_stride, weight_stride, D: tl.constexpr, K: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write r_i·(V_i − (x̂_i·V_i)·x̂_i), one row per program; 0 where all its gradients are 0.
+    """Write the labels' part of Σ_j F_ij·w_j, projected to the row's tangent, one row per program.
 
     In float64, for near cos θ = ±1 a margin's slope is large and the projected target small.
     """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
-    v = tl.load(mean_center + row * D + d, mask=in_d, other=0.0).to(tl.float64)
-    g = tl.load(grad_negative_lse + row)
-    v *= g * scale
-    has_grad = g != 0
-    if SUM:
-        g_sum = tl.load(grad_cosine_sum + row)
-        v += g_sum * tl.load(center_sum + d, mask=in_d, other=0.0)
-        has_grad |= g_sum != 0
-    valid = False
+    x = tl.load(input + row * input_stride + d, mask=in_d, other=0.0).to(tl.float64)
+    v = tl.zeros((BLOCK_D,), tl.float64)
     for k in tl.static_range(K):
         target = tl.load(target_rows + row * K + k)
-        present = target >= 0
-        valid |= target != -1
-        w = tl.load(weight + target * weight_stride + d, mask=present & in_d, other=0.0)
+        w = tl.load(weight + target * weight_stride + d, mask=(target >= 0) & in_d, other=0.0)
         w = w.to(tl.float64)
-        g_k = tl.load(grad_target_cosine + row * K + k)
-        v += g_k * _inverse_norm(tl.sum(w * w, 0)) * w
-        has_grad |= g_k != 0
-    x = tl.load(input + row * input_stride + d, mask=in_d, other=0.0).to(tl.float64)
-    r_i = _inverse_norm(tl.sum(x * x, 0))
-    unit = x * r_i
-    grad = tangent(v, unit, r_i)
-    grad = tl.where(valid & has_grad, grad, 0.0).to(tl.float32)
+        v += tl.load(grad_target + row * K + k) * _inverse_norm(tl.sum(w * w, 0)) * w
+    scale = tl.load(factor_scale).to(tl.float64)
+    if not UNIT:
+        scale *= tl.load(inverse_norms + row)
+    v = tangent(v, x * _inverse_norm(tl.sum(x * x, 0)), scale)
+    v = tl.where(tl.load(has_grad + row) != 0, v, 0.0).to(tl.float32)
+    tl.store(sums + row * D + d, v, mask=in_d)
+
+
+@triton.jit
+def _grad_input_kernel(
+    input, inverse_norms, sums, unscale, has_grad, grad_input, input_stride, D: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write V_i − (x̂_i·V_i)·x̂_i for V_i = Σ_j F_ij·w_j, one row per program; 0 without gradients.
+
+    F has r_i as a factor unless UNIT.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    in_d = d < D
+    r_i = tl.load(inverse_norms + row)
+    v = tl.load(sums + row * D + d, mask=in_d, other=0.0) * tl.load(unscale)
+    if UNIT:
+        v *= r_i
+    x = tl.load(input + row * input_stride + d, mask=in_d, other=0.0).to(tl.float32)
+    grad = tangent(v, x * r_i, 1.0)
+    grad = tl.where(tl.load(has_grad + row) != 0, grad, 0.0)
     tl.store(grad_input + row * D + d, grad, mask=in_d)

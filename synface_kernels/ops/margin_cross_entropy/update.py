@@ -18,7 +18,7 @@ from ..._check import describe, require_apart
 from ..._load import library
 from ..row_update.op import check_last_step, check_states, mark_written, take_step
 from ..row_update.updates import AdamWUpdate, RowUpdate, SGDUpdate, most_missed
-from .interface import OptimizerStep, split_backward
+from .interface import OptimizerStep, split_update
 
 OP = "margin_cross_entropy_update"
 _SCHEMA = (
@@ -26,7 +26,7 @@ _SCHEMA = (
     "Tensor mean_center, Tensor center_sum, Tensor kept, Tensor grad_negative_lse, "
     "Tensor grad_target_cosine, Tensor grad_cosine_sum, float scale, float limit, "
     "bool needs_input_grad, bool halves, str rule, Tensor(b!)[] states, Tensor(c!)? last_step, "
-    "float[] numbers, int step, int? seed{impl}) -> Tensor grad_input"
+    "float[] numbers, int step, int? seed{impl}, ScalarType? gemm_dtype=None) -> Tensor grad_input"
 )
 library.define(OP + _SCHEMA.format(impl=", str impl"))
 library.define(f"{OP}_cpu" + _SCHEMA.format(impl=""))  # implemented in C++
@@ -34,18 +34,20 @@ _ARGUMENTS = torch.ops.synface_kernels.margin_cross_entropy_update.default._sche
 
 
 def _run(*arguments: Any) -> Tensor:
-    inputs, (split_bf16, *step, impl) = split_backward(arguments)
+    inputs, step, (split_bf16, impl, gemm_dtype) = split_update(arguments)
     if impl == "triton":
         from . import launch_triton
 
-        return launch_triton.update(inputs, OptimizerStep(*step))
-    return torch.ops.synface_kernels.margin_cross_entropy_update_cpu(*inputs, split_bf16, *step)
+        return launch_triton.update(inputs, step, gemm_dtype=gemm_dtype)
+    return torch.ops.synface_kernels.margin_cross_entropy_update_cpu(
+        *inputs, split_bf16, *step, gemm_dtype
+    )
 
 
 def _mark_written(keys: Any, *arguments: Any) -> Tensor:
     written = [
         value
-        for argument, value in zip(_ARGUMENTS, arguments, strict=True)
+        for argument, value in zip(_ARGUMENTS, arguments, strict=False)  # without trailing defaults
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
     return mark_written(OP, tree_leaves(written), keys, *arguments)
@@ -58,7 +60,7 @@ library.impl(OP, _mark_written, "ADInplaceOrView", with_keyset=True)
 
 @torch.library.register_fake(f"synface_kernels::{OP}")
 def _fake(*arguments: Any) -> Tensor:
-    inputs, _ = split_backward(arguments)
+    inputs, *_ = split_update(arguments)
     return inputs.input.new_empty(inputs.input.shape if inputs.needs_input_grad else (0,))
 
 

@@ -8,9 +8,14 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from synface_kernels.ops.margin_cross_entropy import launch_triton
-from synface_kernels.ops.margin_cross_entropy.interface import ForwardInputs
+from synface_kernels.ops.margin_cross_entropy import (
+    config_triton,
+    launch_triton,
+    operands_triton,
+)
+from synface_kernels.ops.margin_cross_entropy.interface import BackwardInputs, ForwardInputs
 from tests.helpers.margin_core import (
     BF16,
     F16,
@@ -26,6 +31,13 @@ from tests.helpers.margin_core import (
     make_case,
     run,
 )
+
+
+@pytest.fixture(params=["fused", "tiled"], autouse=True)
+def design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("SYNFACE_MARGIN_DESIGN", request.param)
+    return request.param
+
 
 # ---- against float64 -----------------------------------------------------------------------------
 
@@ -54,7 +66,7 @@ def test_mixed_dtypes_are_float32(dtypes: tuple) -> None:
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32)], ids=str)
 @pytest.mark.parametrize("scale", [64.0, 200.0])
 def test_many_tiles(scale: float, dtypes: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_triton, "WORKSPACE_BYTES", 1)  # the least: 128 classes
+    monkeypatch.setattr(config_triton, "WORKSPACE_BYTES", 1)  # the least: 128 classes
     check(make_case(6, 300, 16, 2, scale, dtypes))
 
 
@@ -64,7 +76,7 @@ def test_all_negatives_at_one_cosine(
     cosine: float, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shift by a constant would underflow or overflow here."""
-    monkeypatch.setattr(launch_triton, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(config_triton, "WORKSPACE_BYTES", 1)
     weight = torch.zeros(200, 2)
     weight[:, 0], weight[:, 1] = cosine, math.sqrt(1 - cosine**2)
     weight[7] = -weight[7]
@@ -83,7 +95,7 @@ def test_all_negatives_at_one_cosine(
 @pytest.mark.parametrize("scale", [64.0, 200.0])
 def test_maximum_in_the_last_tile(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sums so far, about e^-scale, must give way to one of e^scale."""
-    monkeypatch.setattr(launch_triton, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(config_triton, "WORKSPACE_BYTES", 1)
     case = make_case(5, 300, 4, 1, scale)
     weight = -case.input[:1].repeat(300, 1) + 0.01 * torch.randn(300, 4)
     weight[299] = case.input[0]
@@ -129,8 +141,7 @@ def test_rows_without_negatives() -> None:
     actual = check(case)
     assert actual.negative_lse[0] == -math.inf
     assert actual.negative_max[0] == -math.inf
-    assert not actual.mean_center[0].any()
-    for name in ("target_cosine", "mean_center", "grad_input", "grad_weight"):
+    for name in ("target_cosine", "grad_input", "grad_weight"):
         assert getattr(actual, name).isfinite().all(), name
 
 
@@ -178,12 +189,10 @@ def test_a_bad_row_spoils_its_own_statistics_only(bad: float) -> None:
     input = case.input.clone()
     input[4, 2] = bad
     others = torch.arange(6) != 4
-    for needs_input_grad in (False, True):
-        dirty = forward(case._replace(input=input), needs_input_grad)
-        for name, a, b in zip(Core._fields, clean, dirty, strict=False):
-            if b.numel():
-                torch.testing.assert_close(a[others], b[others], rtol=1e-5, atol=1e-5)
-                assert b[4].isnan().all(), name
+    dirty = forward(case._replace(input=input))
+    for name, a, b in zip(Core._fields[:3], clean, dirty, strict=False):
+        torch.testing.assert_close(a[others], b[others], rtol=1e-5, atol=1e-5)
+        assert b[4].isnan().all(), name
 
 
 # ---- some rows of weight -------------------------------------------------------------------------
@@ -191,7 +200,7 @@ def test_a_bad_row_spoils_its_own_statistics_only(bad: float) -> None:
 
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32)], ids=str)
 def test_class_ids(dtypes: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_triton, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(config_triton, "WORKSPACE_BYTES", 1)
     case = make_case(6, 300, 16, 2, dtypes=dtypes)
     ids = torch.randperm(700, generator=torch.Generator().manual_seed(0))[:300].sort().values
     weight = torch.full((700, 16), math.nan, dtype=dtypes[1])  # the others are not read
@@ -202,10 +211,6 @@ def test_class_ids(dtypes: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
         Core._fields, run(case._replace(weight=weight), ids), expected, strict=True
     ):
         assert torch.equal(a, b), name
-    fused = forward(case._replace(weight=weight), False, class_ids=ids)._asdict()
-    assert fused.pop("mean_center").shape == (0,)
-    for name, value in fused.items():
-        assert torch.equal(value, getattr(expected, name))
 
 
 # ---- layouts, sizes and what is asked for --------------------------------------------------------
@@ -215,8 +220,7 @@ def test_no_rows() -> None:
     none = torch.empty(0, 2)
     case = Case(torch.empty(0, 3), torch.randn(5, 3), none.long(), none[:, 0], none, 64.0)
     outputs = forward(case)
-    assert [t.shape for t in outputs] == [(0,), (0,), (0, 2), (0, 3)]
-    assert forward(case, False).mean_center.shape == (0,)
+    assert [t.shape for t in outputs] == [(0,), (0,), (0, 2), (5,)]
     grad_input, grad_weight = backward(case, outputs)
     assert grad_input.shape == (0, 3)
     assert torch.equal(grad_weight, torch.zeros(5, 3))
@@ -224,9 +228,8 @@ def test_no_rows() -> None:
 
 def test_only_what_is_asked_for() -> None:
     case = make_case(5, 20, 8, 2)
-    full = run(case)
+    full, outputs = run(case), forward(case)
     for asked in ((True, False), (False, True), (False, False)):
-        outputs = full if asked[0] else full._replace(mean_center=torch.empty(0))
         grads = backward(case, outputs, *asked)
         expected = (full.grad_input, full.grad_weight)
         for wanted, grad, e in zip(asked, grads, expected, strict=True):
@@ -261,13 +264,11 @@ def test_expanded_gradients() -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_same_answer_twice(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_triton, "WORKSPACE_BYTES", 1)
-    monkeypatch.setattr(launch_triton, "_properties", lambda device: (80, 3))
+    monkeypatch.setattr(config_triton, "WORKSPACE_BYTES", 1)
+    chip = config_triton.Chip(80, 3, 2)
+    monkeypatch.setattr(launch_triton, "chip_of", lambda device: chip)
     case = make_case(20, 400, 16, 3, dtypes=(dtype, dtype))
     for first, second in zip(check(case), run(case), strict=True):
-        assert torch.equal(first, second)
-    fused = [forward(case, False) for _ in range(2)]
-    for first, second in zip(*fused, strict=True):
         assert torch.equal(first, second)
 
 
@@ -299,15 +300,37 @@ def test_float64_is_an_error(name: str) -> None:
         forward(case)
 
 
-def test_the_workspace_is_bounded() -> None:
-    """Tiles fit 64 MiB wherever 128 classes do, and cover all classes in equal parts."""
-    for n, d, c in ((1, 1, 10**8), (512, 512, 10**6), (512, 512, 5), (8192, 512, 10**6)):
-        for dtypes in ((F32, F32), (BF16, BF16), (F16, F16), (BF16, F32)):
-            x = torch.empty(n, d, dtype=dtypes[0], device="meta")
-            per_class = launch_triton._bytes_per_center(
-                x, torch.empty(1, d, dtype=dtypes[1], device="meta"), None
-            )
-            tile = launch_triton._tile_classes(c, per_class)
-            assert tile % 128 == 0
-            assert tile * per_class <= launch_triton.WORKSPACE_BYTES
-            assert (-(-c // tile)) * tile < c + tile
+def test_the_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers take half of the L2 cache at most, wherever 128 classes do."""
+    chip = config_triton.Chip(90, 132, 50 << 20)
+    monkeypatch.setattr(launch_triton, "chip_of", lambda device: chip)
+    allocated: list[int] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.new_empty.default, torch.ops.aten.empty.memory_format):
+                allocated.append(out.nbytes)
+            return out
+
+    for n, c, dtypes in (
+        (512, 10**6, (BF16, BF16)), (512, 10**6, (F32, F32)), (4096, 10**6, (BF16, BF16)),
+        (64, 10**7, (F16, F16)), (512, 10**6, (BF16, F32)),
+    ):  # fmt: skip
+        x, w = (
+            torch.empty(r, 64, dtype=t, device="meta") for r, t in zip((n, c), dtypes, strict=True)
+        )
+        labels = torch.empty(n, 1, dtype=torch.int64, device="meta")
+        for module in (launch_triton, operands_triton):
+            monkeypatch.setattr(module, "launch", lambda *_, **__: None)
+        given = ForwardInputs(x, w, None, labels, 64.0, math.inf, True, False)
+        found = launch_triton.forward(given)
+        known = given._asdict() | found._asdict()
+        known |= {f"grad_{name}": value for name, value in found._asdict().items()}
+        inputs = BackwardInputs(**{name: known[name] for name in BackwardInputs._fields})
+        allocated.clear()
+        with Count():
+            launch_triton.backward(inputs, True)
+        own = x.nbytes + w.nbytes  # the gradients
+        others = 16 * n * 64 * 4  # copies of the input, its gradient's sums
+        assert sum(allocated) <= own + others + (25 << 20) * 1.05, (n, c, dtypes)

@@ -11,9 +11,17 @@ import torch
 from torch import Tensor
 
 import synface_kernels as sk
-from synface_kernels.ops.margin_cross_entropy import launch_triton, op
+from synface_kernels.ops._triton import mm
+from synface_kernels.ops.margin_cross_entropy import config_triton, launch_triton, op
 from tests.helpers.centers import assert_bits
 from tests.helpers.margin_core import BF16, F32, check_public, make_case, public
+
+
+@pytest.fixture(params=["fused", "tiled"], autouse=True)
+def design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("SYNFACE_MARGIN_DESIGN", request.param)
+    return request.param
+
 
 MARGINS: list[Callable[[], sk.CombinedMargin]] = [
     sk.ArcFace,
@@ -52,19 +60,27 @@ def test_public_function_with_class_ids() -> None:
     check_public(case, None, class_ids=ids, margin=sk.ArcFace())
 
 
-def test_public_function_without_gradients_is_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fused_design_multiplies_in_its_kernels_alone(
+    design: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = make_case(7, 129, 33, 1)
     target = torch.where(case.labels >= 0, case.labels, -100)[:, 0]
-
-    def forbidden(*args: object) -> None:
-        raise AssertionError("no gradient was asked for")
-
-    monkeypatch.setattr(launch_triton, "_forward_tiled", forbidden)
+    used: list[object] = []
+    monkeypatch.setattr(launch_triton, "mm", lambda *given, **_: used.append(given) or mm(*given))
     actual = sk.margin_cross_entropy(case.input, case.weight, target, impl="triton")
     exact = sk.margin_cross_entropy(
         case.input.double(), case.weight.double(), target, impl="reference"
     )
     assert actual.item() == pytest.approx(exact.item(), rel=1e-6)
+    assert bool(used) == (design == "tiled")
+
+
+def test_an_unknown_design_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNFACE_MARGIN_DESIGN", "best")
+    with pytest.raises(ValueError, match=r"SYNFACE_MARGIN_DESIGN must be one of .*got 'best'"):
+        sk.margin_cross_entropy(
+            torch.ones(2, 4), torch.ones(3, 4), torch.tensor([0, 1]), impl="triton"
+        )
 
 
 # ---- a backward pass that steps the centers ------------------------------------------------------
@@ -113,7 +129,7 @@ def test_public_options(
     weighted: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(launch_triton, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(config_triton, "WORKSPACE_BYTES", 1)
     k = 2 if weighted else 1
     case = make_case(7, 300 * sub_centers, 16, k, dtypes=dtypes)
     options = {"mix": mix, **options}
@@ -127,7 +143,8 @@ def test_public_options(
         labels=torch.where(case.labels >= 0, case.labels % count, -1),
     )
     k_hot = weights if weighted else None
-    gemm_dtype = launch_triton._gemm_dtypes(case.input, case.weight)[1]
+    same = case.input.dtype == case.weight.dtype
+    gemm_dtype = case.input.dtype if same else F32
 
     def plain() -> tuple[Tensor, ...]:
         with monkeypatch.context() as patch:

@@ -1,0 +1,175 @@
+"""Configurations of the margin softmax's Triton kernels: dtypes, design, blocks and tiles."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .._triton import WORKSPACE_BYTES
+
+# Tiles are a multiple of this many classes, so that rows of the workspace stay aligned.
+TILE_ALIGNMENT = 128
+DESIGNS = ("auto", "fused", "tiled")
+
+
+def chosen_design(gemm_dtype: torch.dtype, precision: str) -> str:
+    """Return "fused", where the GEMMs of logits are inside the kernels, or "tiled".
+
+    Exact float32 has no tensor cores, and cuBLAS is the faster there. The environment variable
+    SYNFACE_MARGIN_DESIGN overrides the choice.
+
+    Raises:
+        ValueError: if the variable has another value.
+    """
+    design = os.environ.get("SYNFACE_MARGIN_DESIGN") or "auto"
+    if design not in DESIGNS:
+        raise ValueError(f"SYNFACE_MARGIN_DESIGN must be one of {DESIGNS}, got {design!r}")
+    if design != "auto":
+        return design
+    return "tiled" if gemm_dtype == torch.float32 and precision == "ieee" else "fused"
+
+
+class Gemms(NamedTuple):
+    """How operands enter the GEMMs.
+
+    Attributes:
+        dtype: the operands'; they are accumulated in float32.
+        unit_input, unit_weight: whether rows are normalized before they are rounded to dtype.
+        plain: whether the gradient factor is without inverse norms, and both gradients' GEMMs take
+            unit operands: float16 has no room for norms.
+        precision: of float32 operands, as `tl.dot` names it.
+        design: "fused" or "tiled".
+    """
+
+    dtype: torch.dtype
+    unit_input: bool
+    unit_weight: bool
+    plain: bool
+    precision: str
+    design: str
+
+    @property
+    def fused(self) -> bool:
+        return self.design == "fused"
+
+
+def choose_gemms(input: Tensor, weight: Tensor, gemm_dtype: torch.dtype | None) -> Gemms:
+    """Return how input and weight are multiplied; gemm_dtype is autocast's, if it is on."""
+    if gemm_dtype is None:
+        gemm_dtype = input.dtype if input.dtype == weight.dtype else torch.float32
+    precision = _float32_precision() if gemm_dtype == torch.float32 else "ieee"
+    narrow = gemm_dtype != torch.float32
+    return Gemms(
+        dtype=gemm_dtype,
+        unit_input=narrow and input.dtype != gemm_dtype,
+        unit_weight=narrow and weight.dtype != gemm_dtype,
+        plain=gemm_dtype == torch.float16,
+        precision=precision,
+        design=chosen_design(gemm_dtype, precision),
+    )
+
+
+def _float32_precision() -> str:
+    """Return the precision of torch's own float32 GEMMs, as `tl.dot` names it."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+class Chip(NamedTuple):
+    """What configurations depend on: ten times the compute capability, and sizes."""
+
+    capability: int
+    multiprocessors: int
+    l2_bytes: int
+
+
+def chip_of(device: torch.device) -> Chip:
+    if device.type != "cuda":  # the interpreter
+        return Chip(90, 1, 2 * WORKSPACE_BYTES)
+    found = torch.cuda.get_device_properties(device)
+    return Chip(10 * found.major + found.minor, found.multi_processor_count, found.L2_cache_size)
+
+
+def gemm_config(gemms: Gemms, n: int, variant: bool, chip: Chip) -> dict[str, int]:
+    """Return the largest blocks of rows and classes that do not spill; see docs/gpu.md.
+
+    Args:
+        variant: whether there are several labels, sub-centers, a filter or sums, which take
+            registers.
+    """
+    block_n = min(128, max(16, triton.next_power_of_2(n)))
+    if gemms.dtype == torch.float32 and gemms.precision == "ieee":  # no tensor cores
+        return {
+            "H": 1, "BLOCK_N": min(64, block_n), "BLOCK_C": 64, "BLOCK_D": 32,
+            "num_warps": 8, "num_stages": 2,
+        }  # fmt: skip
+    block_d = 128 // gemms.dtype.itemsize
+    two = block_n == 128 and not variant and chip.capability >= 90
+    if two and chip.capability >= 100:
+        return {
+            "H": 2, "BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_D": block_d,
+            "num_warps": 8, "num_stages": 3,
+        }  # fmt: skip
+    return {
+        "H": 2 if two else 1, "BLOCK_N": block_n, "BLOCK_C": 128, "BLOCK_D": block_d,
+        "num_warps": 8 if block_n == 128 else 4, "num_stages": 3,
+    }  # fmt: skip
+
+
+def tile_config(n: int) -> dict[str, int]:
+    """Return the blocks of the kernels that read a tile of dot products."""
+    block_n = min(4, triton.next_power_of_2(n))
+    return {
+        "H": 1, "BLOCK_N": block_n, "BLOCK_C": 2048 // block_n, "BLOCK_D": 16, "num_warps": 4,
+        "num_stages": 1,
+    }  # fmt: skip
+
+
+def grad_weight_config(gemms: Gemms, n: int, d: int, chip: Chip) -> dict[str, int]:
+    """Return the blocks of the weight gradient's GEMM: centers, elements, rows per step."""
+    if gemms.dtype == torch.float32 and gemms.precision == "ieee":
+        return {"BLOCK_C": 64, "BLOCK_D": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    block_d = min(256 if chip.capability < 100 else 128, max(16, triton.next_power_of_2(d)))
+    block_n = min(128 // gemms.dtype.itemsize, max(16, triton.next_power_of_2(n)))
+    return {
+        "BLOCK_C": 128, "BLOCK_D": block_d, "BLOCK_N": block_n, "num_warps": 8, "num_stages": 3,
+    }  # fmt: skip
+
+
+def row_config(d: int) -> dict[str, int]:
+    """Return the blocks of the kernels that hold several whole rows of D elements."""
+    block_d = triton.next_power_of_2(d)
+    return {"BLOCK_R": max(1, 2048 // block_d), "BLOCK_D": block_d, "num_warps": 4}
+
+
+def one_row_config(d: int) -> dict[str, int]:
+    """Return the blocks of the kernels that hold one row of D elements."""
+    block_d = triton.next_power_of_2(d)
+    return {"BLOCK_D": block_d, "num_warps": min(8, max(1, block_d // 128))}
+
+
+def round_up(value: int, multiple: int) -> int:
+    return triton.cdiv(value, multiple) * multiple
+
+
+def tile_classes(count: int, bytes_per_class: int, quantum: int, programs: int, chip: Chip) -> int:
+    """Return the classes per tile: what fits half of the L2 cache, in whole waves of programs.
+
+    Args:
+        quantum: a tile is a multiple of so many classes, for which a kernel has ``programs``
+            programs.
+    """
+    budget = min(WORKSPACE_BYTES, chip.l2_bytes // 2)
+    fits = max(1, budget // bytes_per_class // quantum)
+    if fits * quantum >= count:
+        return round_up(count, quantum)
+
+    def occupancy(quanta: int) -> tuple[float, int]:
+        waves = programs * quanta / chip.multiprocessors
+        return round(waves / math.ceil(waves), 2), quanta
+
+    return quantum * max(range((fits + 1) // 2, fits + 1), key=occupancy)
