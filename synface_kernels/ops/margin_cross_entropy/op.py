@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._autocast import gemm_dtype, suspended
 from ..._check import integer, number
 from ..._derivatives import check_tangents, once, transforms_active
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
@@ -193,7 +194,7 @@ def margin_cross_entropy(
         )
         if update is not None:
             update = fused.checked(update, input, weight, class_ids)
-        return Prepared(resolve(OP, impl, (input, weight)), labels, label_weight)
+        return Prepared(resolve(OP, impl, (input, weight)), labels, label_weight, gemm_dtype(input))
 
     if update is not None and torch.compiler.is_compiling():
         raise NotImplementedError(
@@ -227,56 +228,69 @@ def margin_cross_entropy(
             reduction=reduction,
             update=fused.must_match(update),
         )
-    chosen, labels, label_weight = prepared
+    chosen, labels, label_weight, autocast = prepared
     if not torch.is_grad_enabled():
         update = None
     dtype = statistics_dtype(input)
     if chosen == "reference" or update is not None:
         input = once(OP, input)
-    if chosen == "reference":
-        if update is None:
-            weight = once(OP, weight)
+    with suspended(labels.device):
+        if chosen == "reference":
+            if update is None:
+                weight = once(OP, weight)
+            else:
+                input, weight = fused.Reference.apply(fused.grad_anchor(), input, weight, update)
+            if class_ids is not None:
+                weight = core.SelectRows.apply(weight, class_ids)
+            rounded_to = None
+            if autocast is not None:
+                rounded_to = (
+                    None if input.dtype == autocast else autocast,
+                    None if weight.dtype == autocast else autocast,
+                )
+            loss, lse, cosine, top1 = reference.margin_cross_entropy(
+                input.to(dtype),
+                weight.to(dtype),
+                labels,
+                label_weight.to(dtype),
+                margin,
+                mix,
+                label_smoothing,
+                rounded_to,
+            )
         else:
-            input, weight = fused.Reference.apply(fused.grad_anchor(), input, weight, update)
-        if class_ids is not None:
-            weight = core.SelectRows.apply(weight, class_ids)
-        loss, lse, cosine, top1 = reference.margin_cross_entropy(
-            input.to(dtype),
-            weight.to(dtype),
-            labels,
-            label_weight.to(dtype),
-            margin,
-            mix,
-            label_smoothing,
-        )
-    else:
-        # Within a transform of torch.func, requires_grad does not show what an outer one
-        # differentiates.
-        recorded = torch.is_grad_enabled()
-        needs_input_grad = transformed or (recorded and input.requires_grad)
-        needs_weight_grad = transformed or update is not None or (recorded and weight.requires_grad)
-
-        def of_rows(input: Tensor, labels: Tensor) -> Statistics:
-            return core.statistics(
-                ForwardInputs(
-                    input=input,
-                    weight=weight,
-                    class_ids=class_ids,
-                    labels=labels,
-                    scale=margin.scale,
-                    limit=margin.limit,
-                    needs_input_grad=needs_input_grad,
-                    needs_cosine_sum=label_smoothing > 0,
-                ),
-                workspace if needs_weight_grad else 0,
-                chosen,
-                update,
+            # Within a transform of torch.func, requires_grad does not show what an outer one
+            # differentiates.
+            recorded = torch.is_grad_enabled()
+            needs_input_grad = transformed or (recorded and input.requires_grad)
+            needs_weight_grad = (
+                transformed or update is not None or (recorded and weight.requires_grad)
             )
 
-        compute = of_rows if shards is None else partial(shards.statistics, of_rows)
-        statistics = compute(input, labels)
-        loss, lse = targets.losses(statistics, labels, label_weight, margin, mix, label_smoothing)
-        cosine, top1 = statistics.target_cosine, targets.hits(statistics, labels)
+            def of_rows(input: Tensor, labels: Tensor) -> Statistics:
+                return core.statistics(
+                    ForwardInputs(
+                        input=input,
+                        weight=weight,
+                        class_ids=class_ids,
+                        labels=labels,
+                        scale=margin.scale,
+                        limit=margin.limit,
+                        needs_input_grad=needs_input_grad,
+                        needs_cosine_sum=label_smoothing > 0,
+                    ),
+                    workspace if needs_weight_grad else 0,
+                    chosen,
+                    update,
+                    autocast,
+                )
+
+            compute = of_rows if shards is None else partial(shards.statistics, of_rows)
+            statistics = compute(input, labels)
+            loss, lse = targets.losses(
+                statistics, labels, label_weight, margin, mix, label_smoothing
+            )
+            cosine, top1 = statistics.target_cosine, targets.hits(statistics, labels)
 
     result = loss
     if reduction != "none":
