@@ -8,7 +8,6 @@ The energies are torch code on the results of these two, under ordinary autograd
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -45,8 +44,6 @@ OP = "hypersphere_repulsion"
 _DEFAULT = LogSumExp()
 # A row whose norm is at most this is refused as zero.
 NORM_MIN = 1e-12
-# Dot products in float32 of vectors no longer than this do not overflow.
-LONGEST_PRODUCT = 1e18
 register(OP, {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always})
 
 library.define(f"{OP}_check(Tensor rows, str name) -> ()")
@@ -391,8 +388,8 @@ def _check_rows(rows: Tensor, name: str) -> None:
     _norms(rows, name)
 
 
-def _norms(rows: Tensor, name: str, most: float = math.inf) -> Tensor:
-    """Return norms (N,) in double; raise if one is zero, not finite or greater than ``most``.
+def _norms(rows: Tensor, name: str) -> Tensor:
+    """Return norms (N,) in double; raise if one is zero or not finite.
 
     On a GPU an asynchronous assertion fails instead.
     """
@@ -401,11 +398,9 @@ def _norms(rows: Tensor, name: str, most: float = math.inf) -> Tensor:
         unit = length_unit(rows).squeeze(1)
         rows = rows / unit[:, None]
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    valid = (norms > NORM_MIN) & norms.isfinite() & (norms <= most)
+    valid = (norms > NORM_MIN) & norms.isfinite()
     norms = norms * unit
     message = f"{name} must have finite, non-zero rows"
-    if most < math.inf:
-        message += f", no longer than {most:g} for impl='triton'"
     if rows.device.type != "cpu":
         torch._assert_async(valid.all(), message)
     elif not bool(valid.all()):
@@ -426,12 +421,11 @@ def _run(name: str, x: Tensor, y: Tensor | None, *args: Any) -> Any:
     """Run an op on an implementation, with the arguments that its schema lists after x and y."""
     *rest, impl = args
     if impl == "triton":
-        from . import kernel_triton
+        from . import launch_triton
 
-        most = LONGEST_PRODUCT if name == "nearest" else math.inf
-        points = kernel_triton.Points(x, _norms(x, "x", most))
-        gallery = None if y is None else kernel_triton.Points(y, _norms(y, "y", most))
-        return getattr(kernel_triton, name)(points, gallery, *rest)
+        points = launch_triton.Points(x, _norms(x, "x"))
+        gallery = None if y is None else launch_triton.Points(y, _norms(y, "y"))
+        return getattr(launch_triton, name)(points, gallery, *rest)
     return getattr(torch.ops.synface_kernels, f"{OP}_{name}_cpu")(x, y, *rest)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import synface_kernels as sk
-from synface_kernels.ops.hypersphere_repulsion import kernel_triton
+from synface_kernels.ops.hypersphere_repulsion import launch_triton
 from synface_kernels.testing import assert_as_exact_as_torch
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -23,9 +23,10 @@ NEIGHBOR = [sk.MaxCosine(topk=2), sk.KoLeo(), sk.ClosestPair()]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make several blocks of few points, for the interpreter is slow."""
-    monkeypatch.setattr(kernel_triton, "BLOCK_ALIGNMENT", 8)
-    monkeypatch.setattr(kernel_triton, "_block", lambda d: 8)
+    """Make several blocks of few points, of four tiles each, for the interpreter is slow."""
+    monkeypatch.setattr(launch_triton, "TILE", 8)
+    monkeypatch.setattr(launch_triton, "GROUP", 4)
+    monkeypatch.setattr(launch_triton, "_most", lambda width, dtype, weights: 16)
 
 
 def points(n: int, m: int | None, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -114,14 +115,19 @@ def test_bad_rows() -> None:
         sk.hypersphere_repulsion(x, impl="triton")
 
 
-def test_the_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_the_workspace_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, weights: bool
+) -> None:
     monkeypatch.undo()
-    for d in (2, 512, 4096):
-        block = kernel_triton._block(d)
-        assert block % 128 == 0
-        assert 4 * block * (block + 2 * d) <= kernel_triton.WORKSPACE_BYTES
+    for width in (16, 512, 4096):
+        most = launch_triton._most(width, dtype, weights)
+        per_pair = dtype.itemsize if weights else 8 / launch_triton.GROUP
+        per_point = 2 * (width * dtype.itemsize + 4)
+        assert most**2 * per_pair + most * per_point <= launch_triton.WORKSPACE_BYTES
         for n in (1, 127, 10_000, 1_000_003):
-            blocks = kernel_triton._blocks(n, block)
-            assert max(b.stop - b.start for b in blocks) <= block
-            assert [b.start for b in blocks[1:]] == [b.stop for b in blocks[:-1]]
-            assert (blocks[0].start, blocks[-1].stop) == (0, n)
+            size = launch_triton._size(n, most)
+            assert size % launch_triton.TILE == 0
+            assert size <= most
+            assert -(-n // size) <= -(-n // most) + 1
