@@ -393,7 +393,7 @@ def test_tables_of_a_gpu(tmp_path, monkeypatch):
         "date": "2026-01-01",
         "command": "make gpu-evidence",
         "ceilings": {"copy_gigabyte_per_second": 3000.0, "product_tflop_per_second": 800.0}
-        | {"product": "bfloat16"},
+        | {"product": "bfloat16", "float32_tflop_per_second": 50.0},
         "cases": [case],
     }
     case["peers"][0]["share_of_product"] = 0.625
@@ -401,7 +401,8 @@ def test_tables_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     text = table.render()
     assert text.startswith("On a CPU: not measured.")
-    for part in ("GPU X", "3000 GB/s", "800 TFLOP/s", "1 (2 ms, 62% of the bf16 product), 3 MiB"):
+    shown = "1 (2 ms, 62% of the float32 product), 3 MiB"
+    for part in ("GPU X", "3000 GB/s", "800 TFLOP/s, in float32 at 50.", shown):
         assert part in text
     assert "| eager | 2.50×, 3.0 GiB |" in text
     assert "`margin_cross_entropy`, forward and backward:" in text

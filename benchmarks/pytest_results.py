@@ -1,0 +1,54 @@
+"""A pytest plugin that writes each test's result as soon as it is known, one JSON object a line.
+
+``python -m pytest -p benchmarks.pytest_results --results FILE``: a run that is ended leaves the
+results until then. With pytest-xdist the controlling process writes them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+# Characters of a failure's message that are kept.
+MESSAGE_MAX = 600
+
+
+def pytest_addoption(parser: Any) -> None:
+    parser.addoption("--results", type=Path, help="File to write each test's result to.")
+
+
+def pytest_configure(config: Any) -> None:
+    file = config.getoption("--results")
+    if file is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Writer(file), "benchmarks_results")
+
+
+class _Writer:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        file.write_text("")
+
+    def _write(self, report: Any, outcome: str) -> None:
+        line = {"test": report.nodeid, "outcome": outcome}
+        line["seconds"] = round(getattr(report, "duration", 0.0), 2)
+        if outcome == "failed":
+            line["message"] = _message(report.longrepr)
+        with self.file.open("a") as opened:
+            opened.write(json.dumps(line) + "\n")
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" or not report.passed:
+            self._write(report, report.outcome)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self._write(report, "failed")
+
+
+def _message(failure: Any) -> str:
+    """Return the error of a failed test, with its place, or the end of what pytest shows."""
+    crash = getattr(failure, "reprcrash", None)
+    if crash is None:
+        return str(failure).strip()[-MESSAGE_MAX:]
+    return f"{Path(crash.path).name}:{crash.lineno}: {crash.message}"[:MESSAGE_MAX]
