@@ -23,6 +23,8 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "
 INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SHARED_PER_PROGRAM = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
+KEY = ("kernel", "dtypes", "blocks", "capability")
+
 Row = dict[str, Any]
 
 
@@ -45,11 +47,11 @@ def rows(reports: Iterable[Row]) -> list[Row]:
     """Return one row for each key and architecture, with the most of its variants."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for report in reports:
-        group = tuple(report[name] for name in ("kernel", "dtypes", "blocks", "capability"))
+        group = tuple(report[name] for name in KEY)
         found.setdefault(group, []).append(report)
     table = []
     for group, variants in sorted(found.items()):
-        row = dict(zip(("kernel", "dtypes", "blocks", "capability"), group, strict=True))
+        row = dict(zip(KEY, group, strict=True))
         for name in ("instructions", "dots"):
             row[name] = sorted({value for variant in variants for value in variant[name]})
         for name in ("warps", "registers", "shared", "stack", "local"):
@@ -64,9 +66,12 @@ def load() -> dict[str, list[Row]]:
     return json.loads(PATH.read_text()) if PATH.exists() else {}
 
 
-def save(triton: str, table: list[Row]) -> None:
-    """Replace the rows of one Triton, or add them."""
-    tables = load() | {triton: table}
+def save(triton: str, ops: list[str], table: list[Row]) -> None:
+    """Replace the rows of some ops and one Triton, or add them."""
+    load.cache_clear()
+    tables = dict(load())
+    others = [row for row in tables.get(triton, []) if row["kernel"].split(".")[0] not in ops]
+    tables[triton] = sorted(others + table, key=lambda row: [row[name] for name in KEY])
     lines = [
         f' "{name}": [\n' + ",\n".join(f"  {json.dumps(row)}" for row in tables[name]) + "\n ]"
         for name in sorted(tables)

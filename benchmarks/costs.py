@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class Work:
         block: a program's GEMM. flops: of all of them, both operations of a multiply-add.
         vector, special, double: of all programs, 32-bit operations, results of the special function
             unit (exp, conversions to and from 64 bits), and float64 operations.
-        programs: the grid's, or those of a library's kernel.
+        programs: those that do it; 0 for all of the grid.
         pipelined: whether programs' first loads overlap with the program before, as in a library.
         kernels: how many kernels the launch is.
     """
@@ -62,7 +62,7 @@ class Work:
     vector: float = 0.0
     special: float = 0.0
     double: float = 0.0
-    programs: int = 1
+    programs: int = 0
     pipelined: bool = False
     kernels: int = 1
 
@@ -83,7 +83,7 @@ def work_of(launch: Launch) -> Work:
             f"kernel {launch.name} has no cost function: add one to COSTS in benchmarks/costs.py"
         )
     work = COSTS[launch.name](launch)
-    work.programs = launch.programs
+    work.programs = work.programs or launch.programs
     return work
 
 
@@ -216,38 +216,102 @@ def _project_rows(launch: Launch) -> Work:
     return Work(reads, written, flops=6.0 * count * d, vector=9.0 * count * d)
 
 
-def _grad_input(launch: Launch) -> Work:
+def _target_gradients(launch: Launch) -> Work:
     n, d, k = launch.programs, launch["D"], launch["K"]
     centers = float(n * k * d)
     return Work(
-        _bytes(launch, "input", "negatives", "target_rows")
+        _bytes(launch, "input", "target_rows", "grad_target")
         | _part(launch, weight=centers * _item(launch, "weight")),
-        _bytes(launch, "grad_input"),
+        _bytes(launch, "sums"),
         flops=6.0 * n * d, double=(8.0 + 5.0 * k) * n * d, special=(2.0 + k) * n * d,
+    )  # fmt: skip
+
+
+def _grad_input(launch: Launch) -> Work:
+    count = float(launch.programs * launch["D"])
+    return Work(
+        _bytes(launch, "input", "inverse_norms", "sums"), _bytes(launch, "grad_input"),
+        flops=6 * count, vector=9 * count,
     )  # fmt: skip
 
 
 # ---- repulsion -----------------------------------------------------------------------------------
 
 
-def _row_maximum(launch: Launch) -> Work:
-    count = float(launch.programs * launch["columns"])
-    return Work(_bytes(launch, "tile"), _part(launch, out=4.0 * launch.programs), vector=4 * count)
-
-
-def _derivatives(launch: Launch) -> Work:
-    count = float(launch.programs * launch["columns"])
+def _prepare_block(launch: Launch) -> Work:
+    rows, width = launch["out"].shape
+    count = float(rows * width)
     return Work(
-        _bytes(launch, "tile"), _bytes(launch, "tile", "row_sum"), vector=14 * count,
-        special=count * (1 if launch["KIND"] in (0, 2) else 2),
+        _bytes(launch, "rows", "inverse"), _bytes(launch, "out", "scale"), vector=5 * count,
+        double=3.0 * launch.programs * launch["BLOCK_R"],
     )  # fmt: skip
 
 
-def _close_columns(launch: Launch) -> Work:
-    # Only rows with close pairs are read, of which random points have next to none.
+def _cosines(launch: Launch) -> dict[str, Any]:
+    """Return the part of a kernel's work that makes a tile of cosines in each program."""
+    width, item = launch["WIDTH"], _item(launch, "x")
+    rows, columns = (math.ceil(launch[name] / 128) * 128 for name in ("x_count", "y_count"))
+    block_n, block_c = launch["BLOCK_N"], launch["BLOCK_C"]
+    programs = math.ceil(rows / block_n) * math.ceil(columns / block_c)
+    if launch["DIAGONAL"]:  # programs below it end at once
+        programs = (programs + math.ceil(rows / block_n)) // 2
+    reads = {"x": float(rows * width * item), "x_scale": 4.0 * rows}
+    if not launch["DIAGONAL"]:
+        reads |= {"y": float(columns * width * item), "y_scale": 4.0 * columns}
+    loaded = programs * (block_n + block_c) * width * item
+    return {
+        "reads": reads, "again": max(0.0, loaded - sum(reads.values())), "programs": programs,
+        "block": Block(
+            block_n, block_c, width, launch["x"].dtype, launch["PRECISION"] == "ieee", block_c
+        ),
+        "flops": 2.0 * programs * block_n * block_c * width,
+    }  # fmt: skip
+
+
+def _pairs(launch: Launch) -> Work:
+    if launch["REPEAT"]:  # every program reads all maxima, and ends: the weights' units sufficed
+        read = 4.0 * launch["TILES"]
+        return Work(
+            {"tile_maximum": read}, {}, again=read * launch.programs,
+            vector=3.0 * launch["TILES"] * launch.programs,
+        )  # fmt: skip
+    tiles = _cosines(launch)
+    count = float(tiles["programs"] * launch["BLOCK_N"] * launch["BLOCK_C"])
+    written = {"tile_sum": 8.0 * tiles["programs"]}
+    if launch["GRADIENT"]:
+        sides = 2 if launch["DIAGONAL"] else 1
+        written["weights"] = sides * count * _item(launch, "weights")
+    # Two norms, valid, close and plain (6), maximum, exponent (2), sums (4), weight (6), stored.
+    special = count * (2 if launch["KIND"] == 1 else 1)
+    return Work(**tiles, writes=written, vector=(14 + 8 * launch["GRADIENT"]) * count,
+                special=special)  # fmt: skip
+
+
+def _gradient(launch: Launch) -> Work:
+    d, width, item = launch["D"], launch["WIDTH"], _item(launch, "weights")
+    depth = launch["SIZE_X"] if launch["TRANSPOSED"] else launch["SIZE_Y"]
+    block_n, block_d = launch["BLOCK_N"], launch["BLOCK_D"]
+    count = float(launch["count"])
+    reads = {
+        "weights": count * depth * item, "other": float(depth * width * item),
+        "gradient": 4.0 * count * d, "own_scale": 4.0 * count,
+    }  # fmt: skip
+    again = launch.programs * depth * (block_n + block_d) * item
+    again -= reads["weights"] + reads["other"]
+    exact = launch["PRECISION"] == "ieee"
     return Work(
-        _bytes(launch, "row_close"), {}, again=4.0 * launch.programs * launch["rows"],
-        vector=4.0 * launch.programs * launch["rows"],
+        reads, {"gradient": 4.0 * count * d}, again=max(0.0, again),
+        block=Block(block_n, block_d, depth, launch["weights"].dtype, exact),
+        flops=2.0 * count * depth * d, vector=6 * count * d,
+    )  # fmt: skip
+
+
+def _close(launch: Launch) -> Work:
+    # Random points have next to no close pairs: a program reads its tiles' counts, and ends.
+    read = 4.0 * launch["TILES"]
+    return Work(
+        _bytes(launch, "tile_close"), {}, again=read * launch.programs,
+        vector=4.0 * launch["TILES"] * launch.programs,
     )  # fmt: skip
 
 
@@ -259,21 +323,30 @@ def _project(launch: Launch) -> Work:
     )  # fmt: skip
 
 
+def _maxima(launch: Launch) -> Work:
+    tiles = _cosines(launch)
+    count = float(tiles["programs"] * launch["BLOCK_N"] * launch["BLOCK_C"])
+    written = {"row_maxima": 4 * count / launch["GROUP"]}
+    if launch["COLUMNS"]:
+        written["column_maxima"] = 4 * count / launch["GROUP"]
+    # Two norms, valid (3), and a maximum for each side.
+    return Work(**tiles, writes=written, vector=(6 + launch["COLUMNS"]) * count)
+
+
 def _collect(launch: Launch) -> Work:
-    count = float(launch["owners"] * launch["others"])
+    count = float(launch["owners"] * math.ceil(launch["others"] / launch["GROUP"]))
     keys = 8.0 * launch["owners"] * launch["ROOM"]
-    # Keys of 64 bits: two norms, three for the order of bits, six to combine, eight to compare.
-    return Work(
-        _bytes(launch, "tile") | {"keys": keys}, {"keys": keys}, flops=2 * count, vector=19 * count
-    )
+    # Keys of 64 bits: three for the order of bits, six to combine, eight to compare.
+    return Work({"maxima": 4 * count, "keys": keys}, {"keys": keys}, vector=17 * count)
 
 
 def _select(launch: Launch) -> Work:
-    points, d = float(launch.programs), launch["D"]
-    rows = points * (launch["ROOM"] + launch["K"])
+    # Of random points, only the K best groups are within the GEMM's error of the K-th best.
+    rows = float(launch.programs * launch["K"] * launch["GROUP"])
+    d = launch["D"]
     return Work(
         _bytes(launch, "x", "y", "keys"), _bytes(launch, "square", "index"),
-        again=rows * d * _item(launch, "y"), flops=3 * rows * d, double=4 * rows * d,
+        again=rows * d * _item(launch, "y"), flops=3 * rows * d, double=5 * rows * d,
         special=2 * rows * d,
     )  # fmt: skip
 
@@ -303,7 +376,7 @@ def _mixup_forward(launch: Launch) -> Work:
 def _mixup_backward(launch: Launch) -> Work:
     count = float(math.prod(launch["gradient"].shape))
     reads = _bytes(launch, "gradient")
-    writes = {}
+    writes: dict[str, float] = {}
     for needed, name in (("GRAD_S", "grad_synthetic"), ("GRAD_R", "grad_real")):
         if launch[needed]:
             writes |= _bytes(launch, name)
@@ -317,8 +390,7 @@ def _mixup_backward(launch: Launch) -> Work:
 
 def _row_step(launch: Launch, states: list[str], operations: int, special: int) -> Work:
     """Return the work of a step on rows; ``states`` with the weight are read and written."""
-    rows, columns = launch["count"], launch["columns"]
-    elements = float(rows * columns)
+    elements = float(math.prod(launch["ids"].shape) * launch["columns"])
     touched = {name: elements * _item(launch, name) for name in ["weight", *states]}
     reads = touched | _bytes(launch, "ids")
     if launch["GRADIENT"]:
@@ -347,11 +419,14 @@ COSTS: dict[str, Cost] = {
     "margin_cross_entropy._target_factor_kernel": _target_factor,
     "margin_cross_entropy._grad_weight_kernel": _grad_weight,
     "margin_cross_entropy._project_rows_kernel": _project_rows,
+    "margin_cross_entropy._target_gradients_kernel": _target_gradients,
     "margin_cross_entropy._grad_input_kernel": _grad_input,
-    "hypersphere_repulsion._row_maximum_kernel": _row_maximum,
-    "hypersphere_repulsion._derivatives_kernel": _derivatives,
-    "hypersphere_repulsion._close_columns_kernel": _close_columns,
+    "hypersphere_repulsion._prepare_kernel": _prepare_block,
+    "hypersphere_repulsion._pairs_kernel": _pairs,
+    "hypersphere_repulsion._gradient_kernel": _gradient,
+    "hypersphere_repulsion._close_kernel": _close,
     "hypersphere_repulsion._project_kernel": _project,
+    "hypersphere_repulsion._maxima_kernel": _maxima,
     "hypersphere_repulsion._collect_kernel": _collect,
     "hypersphere_repulsion._select_kernel": _select,
     "hypersphere_repulsion._nearest_backward_kernel": _nearest_backward,
@@ -431,14 +506,21 @@ def library_works(launch: Launch) -> list[Work]:
                 continue
             blocks = math.ceil(m / rows) * math.ceil(n / columns) * split
             depth = math.ceil(k / split)
-            again = blocks * (rows + columns) * depth * item - a.nbytes - b.nbytes
+            # A cluster of two blocks shares the loads of the larger side.
+            loads = blocks * (min(rows, columns) + max(rows, columns) / 2) * depth * item
+            again = loads - a.nbytes - b.nbytes
             partial = 8.0 * m * n * split if split > 1 else 0.0
             found.append(
                 Work(
-                    dict(reads), {"out0": float(out.nbytes)}, again=max(0.0, again) + partial,
-                    block=Block(rows, columns, depth, a.dtype, exact), flops=2.0 * m * n * k,
-                    vector=(3.0 + 2.0 * accumulates) * blocks * rows * columns, programs=blocks,
-                    pipelined=True, kernels=1 + (split > 1),
-                )  # fmt: skip
+                    dict(reads),
+                    {"out0": float(out.nbytes)},
+                    again=max(0.0, again) + partial,
+                    block=Block(rows, columns, depth, a.dtype, exact),
+                    flops=2.0 * m * n * k,
+                    vector=(3.0 + 2.0 * accumulates) * blocks * rows * columns,
+                    programs=blocks,
+                    pipelined=True,
+                    kernels=1 + (split > 1),
+                )
             )
     return found

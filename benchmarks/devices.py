@@ -1,9 +1,8 @@
-"""What GPUs can do: NVIDIA's data sheets, ceilings measured here, and the assumptions beside them."""
+"""What GPUs can do: NVIDIA's data sheets, measured ceilings, and assumptions beside them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ class Device:
 
 
 # Lanes of a multiprocessor, that is results per clock (CUDA C++ Programming Guide, table of
-# arithmetic throughput, compute capability 9.0), and bytes of shared memory that it moves per clock.
+# arithmetic throughput, compute capability 9.0), and bytes that its shared memory moves per clock.
 FLOAT32_LANES, FLOAT64_LANES, SPECIAL_LANES, SHARED_BYTES = 128, 64, 16, 128
 # A multiprocessor's registers, warps, and shared memory (the same guide); a block's own overhead.
 REGISTERS, WARPS, SHARED, SHARED_RESERVED = 65536, 64, 228 * 1024, 1024
@@ -55,8 +54,9 @@ REGISTERS, WARPS, SHARED, SHARED_RESERVED = 65536, 64, 228 * 1024, 1024
 SUSTAINED_TENSOR = 790 / 989
 # A copy reaches nine tenths of the memory's rate.
 SUSTAINED_COPY = 0.9
-# Bytes a second out of L2 to all multiprocessors.
-L2_RATE = 5.5e12
+# Bytes per clock out of the L2 to all multiprocessors: the A100's, of its white paper; that of the
+# H100 is not published.
+L2_BYTES = 5120
 # The L2 is in two halves, and lines that multiprocessors of both read may be held twice.
 L2_SHARE = 0.5
 # Clocks until a program's first operands have come from L2 or memory, and its pipeline is full.
@@ -78,9 +78,7 @@ def _hopper(name: str, memory_rate: float) -> Device:
 
 
 # NVIDIA H100 Tensor Core GPU data sheet (SXM5, HBM3) and NVIDIA H200 data sheet (SXM, HBM3e).
-DEVICES = {
-    device.name: device for device in (_hopper("H100", 3.35e12), _hopper("H200", 4.8e12))
-}
+DEVICES = {device.name: device for device in (_hopper("H100", 3.35e12), _hopper("H200", 4.8e12))}
 
 
 def device(name: str) -> Device:
@@ -98,24 +96,24 @@ def device(name: str) -> Device:
 
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return, by a device's name, the result file of a measurement on such a GPU."""
-    found = {}
+    """Return, by a device's name, the result of a measurement on such a GPU, an SXM module."""
+    found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
         words = result.get("machine", {}).get("device", "").split()
-        found |= {name: result for name in DEVICES if name in words}
+        if not {"PCIe", "NVL"} & set(words):
+            found |= {name: result for name in DEVICES if name in words}
     return found
 
 
-def with_ceilings(device: Device, results: Iterable[dict[str, Any]]) -> Device:
-    """Return a device with the ceilings of such a GPU's results instead of the assumed ones."""
-    for result in results:
-        ceilings = result.get("ceilings", {})
-        if {"copy_gigabyte_per_second", "product_tflop_per_second"} <= ceilings.keys():
-            device = replace(
-                device,
-                copy_rate=ceilings["copy_gigabyte_per_second"] * 1e9,
-                tensor_rate=ceilings["product_tflop_per_second"] * 1e12,
-                measured=True,
-            )
-    return device
+def with_ceilings(device: Device, result: dict[str, Any] | None) -> Device:
+    """Return a device with the ceilings of such a GPU's result instead of the assumed ones."""
+    ceilings = (result or {}).get("ceilings", {})
+    if not {"copy_gigabyte_per_second", "product_tflop_per_second"} <= ceilings.keys():
+        return device
+    return replace(
+        device,
+        copy_rate=ceilings["copy_gigabyte_per_second"] * 1e9,
+        tensor_rate=ceilings["product_tflop_per_second"] * 1e12,
+        measured=True,
+    )

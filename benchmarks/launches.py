@@ -1,13 +1,14 @@
 """A recorder of what an op launches on a GPU, for a machine that has none.
 
-Ops run on meta tensors, which have shapes and no data, through their own public functions, launchers
-and autograd. Kernels are not launched but recorded, with their grids, arguments and constants; so
+Ops run on meta tensors, which have shapes and no data, through their own public functions,
+launchers and autograd. Kernels are not launched but recorded, with their grids, arguments and constants; so
 are the GEMMs and the other operators of torch.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,7 +24,15 @@ from synface_kernels import _select
 # Preferred implementations on a GPU; domain_mixup has one in CUDA too, with the same traffic.
 _ON_GPU = {"sample_classes": "torch"}
 # Operators that allocate, or look at a tensor, and launch nothing.
-_FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "alias", "detach"}
+_FREE = {
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty_strided",
+    "alias",
+    "detach",
+}
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 
@@ -106,9 +115,14 @@ class Recorder(TorchDispatchMode):
             span += (size - 1) * stride
         if tensor.numel() == 0:
             distinct = span = 0
-        start = tensor.storage_offset() * item
+        start = int(tensor.storage_offset()) * item
         return Region(
-            self._storages[key], start, span * item, distinct * item, tuple(tensor.shape), tensor.dtype
+            self._storages[key],
+            start,
+            span * item,
+            distinct * item,
+            tuple(tensor.shape),
+            tensor.dtype,
         )
 
     def keep(self, values: Iterable[Any]) -> None:
@@ -145,7 +159,9 @@ class Recorder(TorchDispatchMode):
         if any(tensor.device.type != "meta" for tensor in given):
             return  # the host's own arithmetic
         old = {tensor.untyped_storage()._cdata for tensor in given}
-        writes = any(r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns)
+        writes = any(
+            r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns
+        )
         returned = list(tensors_in([result]))
         is_view = returned and all(t.untyped_storage()._cdata in old for t in returned)
         if is_view and not writes:
@@ -203,11 +219,30 @@ def as_on_gpu(
         yield
 
 
+@contextmanager
+def float32_precision(precision: str) -> Iterator[None]:
+    """Set torch's precision of float32 GEMMs, "ieee" or "tf32", and restore it."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def _stand_ins(
     capability: int, multiprocessors: int, l2_bytes: int, autocast: torch.dtype | None
 ) -> Iterator[tuple[Any, str, Any]]:
     """Yield (module, name, value) of what asks torch about a GPU or about autocast."""
-    from synface_kernels.ops.margin_cross_entropy import launch_triton
+    from synface_kernels import _autocast
+    from synface_kernels.ops.margin_cross_entropy import config_triton
 
-    yield launch_triton, "_properties", lambda device: (capability, multiprocessors)
+    chip = config_triton.Chip(capability, multiprocessors, l2_bytes)
     yield torch, "autocast", lambda *args, **kwargs: nullcontext()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("synface_kernels.ops."):
+            if getattr(module, "chip_of", None) is config_triton.chip_of:
+                yield module, "chip_of", lambda device: chip
+            if getattr(module, "gemm_dtype", None) is _autocast.gemm_dtype:
+                yield module, "gemm_dtype", lambda tensor: autocast

@@ -1,307 +1,276 @@
 """A ledger of the GPU kernels: FLOP, bytes by level, launches, and the time that follows.
 
-`python -m benchmarks.ledger` prints it for an H100; `--write` writes docs/gpu.md, `--check` says by
-the exit status whether that page is current. Nothing runs on a GPU: ops run on meta tensors, their
-launches are recorded (`launches`), each kernel's cost is counted (`costs`), and a device's rates
-(`devices`) give a time: the most of its compute, L2 and memory times, and a gap between kernels.
+`python -m benchmarks.ledger` prints it, of one op with `--op`, for one device with `--device`.
+`--write` writes docs/gpu.md from it, from the compiler's reports and from committed measurements;
+`--check` says by the exit status whether that page is current. Nothing runs on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections import OrderedDict
+import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
-from unittest import mock
 
-import torch
-from torch import Tensor
+from . import compiled, devices
+from .cases import CASES, STEPS, Case, cases
+from .devices import DEVICES, Device
+from .predict import Account, Entry, account, recorded
+from .process import RESULTS, ROOT
+from .table import duration, markdown
 
-from . import compiled, costs
-from .cases import Case, cases
-from .costs import Block, Work
-from .devices import (
-    DEVICES,
-    FILL_CLOCKS,
-    FLOAT32_LANES,
-    FLOAT64_LANES,
-    HOST_SECONDS,
-    L2_RATE,
-    L2_SHARE,
-    LAUNCH_GAP,
-    SHARED_BYTES,
-    SPECIAL_LANES,
-    Device,
-    device,
-    results,
-    with_ceilings,
-)
-from .launches import Launch, Recorder, Region, as_on_gpu
-from .peers import PEERS
-from .process import RESULTS
-from .workloads import WORKLOADS
-
-PAGE_BYTES = 1 << 19
-# mma.sync, for fewer than 64 rows, reaches this share of wgmma's rate on Hopper (Luo et al., 2024,
-# "Benchmarking and dissecting the NVIDIA Hopper GPU architecture", arXiv:2402.13499).
-SYNCHRONOUS_SHARE = 0.62
-_GENERATOR = torch.Generator("cpu")
+PAGE = ROOT / "docs" / "gpu.md"
+# Kernels that take less than this share of a step are one line together.
+SMALL_SHARE = 0.01
+UNITS = (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")
 
 
-# ---- bytes by level ------------------------------------------------------------------------------
+def quantity(number: float, unit: str) -> str:
+    """Return a number with three digits, a prefix and its unit."""
+    for scale, prefix in UNITS:
+        if number >= scale:
+            return f"{number / scale:.3g} {prefix}{unit}"
+    return f"{number:.3g} {unit}"
 
 
-class Cache:
-    """A write-back L2 of least recently used pages; counts what each launch moves from memory."""
-
-    def __init__(self, capacity: float) -> None:
-        self.capacity, self.held = capacity, 0.0
-        # (storage, page) → (bytes, the launch that wrote it or None)
-        self._pages: OrderedDict[tuple[int, int], tuple[float, int | None]] = OrderedDict()
-        self.written: dict[int, float] = {}
-
-    def touch(self, region: Region, nbytes: float, writer: int | None) -> float:
-        """Read a region, or write it; return the bytes that come from memory."""
-        if region.span == 0 or nbytes == 0:
-            return 0.0
-        first = region.start // PAGE_BYTES
-        last = (region.start + region.span - 1) // PAGE_BYTES
-        share = nbytes / (last - first + 1)
-        missed = 0.0
-        for page in range(first, last + 1):
-            size, owner = self._pages.pop((region.storage, page), (0.0, None))
-            if writer is None:
-                missed += max(0.0, share - size)
-            if writer is not None and owner is not None:
-                owner = writer  # overwritten before it went to memory
-            most = max(size, share)
-            self.held += most - size
-            self._pages[region.storage, page] = (most, owner if writer is None else writer)
-        while self.held > self.capacity:
-            self._evict()
-        return missed
-
-    def _evict(self) -> None:
-        _, (size, owner) = self._pages.popitem(last=False)
-        self.held -= size
-        if owner is not None:
-            self.written[owner] = self.written.get(owner, 0.0) + size
-
-    def flush(self) -> None:
-        """Write all that is not in memory yet."""
-        while self._pages:
-            self._evict()
+def gpus(names: Iterable[str]) -> list[Device]:
+    """Return devices by their names, with ceilings measured on such GPUs where there are any."""
+    measured = devices.results(RESULTS)
+    return [devices.with_ceilings(devices.device(name), measured.get(name)) for name in names]
 
 
-# ---- time ----------------------------------------------------------------------------------------
+def measured_seconds(case: Case, gpu: Device) -> float | None:
+    """Return the time of a case in the committed results of such a GPU, or None."""
+    for row in devices.results(RESULTS).get(gpu.name, {}).get("cases", []):
+        if (row["op"], row["name"]) == (case.op, case.name):
+            ours = [peer for peer in row["peers"] if peer["peer"] == "ours"]
+            return ours[0].get("seconds") if ours else None
+    return None
 
 
-def block_clocks(block: Block, device: Device, warps: int) -> float:
-    """Return a multiprocessor's clocks for one m×n×k block, its first loads and epilogue aside.
-
-    On tensor cores, per 32 bytes of k: m·n multiply-adds at the instruction's rate, or the shared
-    memory's traffic if that takes longer: each group of 64 rows reads its rows and all columns of
-    one accumulator, and both operands are written once. Else the float32 lanes' multiply-adds, and
-    one load of 16 bytes per four operands of a thread's square of accumulators.
-    """
-    item = block.dtype.itemsize
-    if not block.on_tensor_cores:
-        side = math.sqrt(block.m * block.n / (32 * warps))
-        loads = 1 + 1 / (2 * side)
-        return loads * block.m * block.n * block.k / FLOAT32_LANES
-    steps = block.k * item / 32
-    flop = 2 * block.m * block.n * 32 / item
-    clocks = flop / (device.tensor_flop * 2 / item)
-    if block.m < 64:
-        clocks /= SYNCHRONOUS_SHARE
-    width = min(block.n, block.width)
-    read = max(1.0, block.m / 64) * (block.n / width) * (min(64, block.m) + width) * 32
-    written = (block.m + block.n) * 32
-    return steps * max(clocks, (read + written) / SHARED_BYTES)
+def _measured(case: Case, gpu: Device) -> str:
+    seconds = measured_seconds(case, gpu)
+    return "not measured" if seconds is None else duration(seconds)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One launch's line: what it moves and computes, and for how long."""
-
-    name: str
-    kernels: int
-    flops: float
-    memory: float
-    l2: float
-    compute_seconds: float
-    memory_seconds: float
-    l2_seconds: float
-    host_seconds: float
-
-    @property
-    def seconds(self) -> float:
-        """The time on the device, with the gap to the next kernel."""
-        longest = max(self.compute_seconds, self.memory_seconds, self.l2_seconds)
-        return longest + self.kernels * LAUNCH_GAP
-
-    @property
-    def bound(self) -> str:
-        """What takes the longest."""
-        times = {
-            "compute": self.compute_seconds, "memory": self.memory_seconds, "L2": self.l2_seconds,
-            "gap": self.kernels * LAUNCH_GAP,
-        }  # fmt: skip
-        return max(times, key=lambda name: times[name])
+# ---- tables --------------------------------------------------------------------------------------
 
 
-def compute_seconds(work: Work, device: Device, warps: int, together: int) -> float:
-    """Return the time on the busiest multiprocessor, if no bytes had to be waited for.
-
-    Its programs follow one another, ``together`` at a time. One takes the clocks of its loads'
-    latency, its GEMM and its epilogue one after the other; together they share the pipes.
-    """
-    each = 1 / max(1, work.programs)
-    epilogue = each * max(
-        work.vector / FLOAT32_LANES, work.special / SPECIAL_LANES, work.double / FLOAT64_LANES
-    )
-    gemm, fills, clock = 0.0, 1.0, device.boost
-    if work.block is not None:
-        fills = work.block.count
-        gemm = fills * block_clocks(work.block, device, warps)
-        if work.block.on_tensor_cores:
-            clock = device.tensor_clock
-    alone = gemm + epilogue + (0.0 if work.pipelined else fills * FILL_CLOCKS)
-    clocks = math.ceil(work.programs / device.multiprocessors) * max(
-        gemm, epilogue, alone / together
-    )
-    return (clocks + (FILL_CLOCKS if work.pipelined else 0)) / clock
-
-
-def _entry(launch: Launch, work: Work, device: Device, memory: float) -> Entry:
-    traffic = sum(work.reads.values()) + sum(work.writes.values()) + work.again
-    warps, together = 8, 1
-    if launch.is_triton:
-        warps = launch.options.get("num_warps", 4)
-        together = compiled.programs_together(launch, device.capability)
-        kind = "triton"
-    else:
-        kind = "mm" if launch.name in costs.GEMMS else "other"
-    return Entry(
-        name=launch.name,
-        kernels=work.kernels,
-        flops=work.flops,
-        memory=memory,
-        l2=traffic,
-        compute_seconds=compute_seconds(work, device, warps, together),
-        memory_seconds=memory / device.copy_rate,
-        l2_seconds=traffic / L2_RATE,
-        host_seconds=HOST_SECONDS[kind],
-    )
+def one_op(op: str, gpus: list[Device]) -> str:
+    """Return a table of an op's cases: what a step costs, and predicted and measured times."""
+    head = ["case", "FLOP", "memory", "L2", "launches"]
+    if op == "margin_cross_entropy":
+        head.append("workspace per logit")
+    for gpu in gpus:
+        head += [f"{gpu.name}: kernels", "host", "floor", "predicted", "measured"]
+    rows = [head]
+    for case in cases("gpu", op):
+        accounts = [account(case, gpu) for gpu in gpus]
+        first = accounts[0]
+        row = [
+            case.name,
+            quantity(sum(entry.flops for entry in first.entries), ""),
+            quantity(sum(entry.memory for entry in first.entries), "B"),
+            quantity(sum(entry.l2 for entry in first.entries), "B"),
+            f"{sum(entry.kernels for entry in first.entries):,}",
+        ]
+        if op == "margin_cross_entropy":
+            row.append(f"{first.bytes_per_logit:.1f} B")
+        for found, gpu in zip(accounts, gpus, strict=True):
+            row += [
+                duration(found.device_seconds),
+                duration(found.host_seconds),
+                duration(found.floor_seconds),
+                f"{duration(found.seconds)} ({found.floor_seconds / found.seconds:.0%})",
+                _measured(case, gpu),
+            ]
+        rows.append(row)
+    return markdown(rows)
 
 
-def _work(launch: Launch, device: Device) -> Work:
-    """Return a launch's work; of the ways that cuBLAS has, the fastest."""
-    if launch.name not in costs.GEMMS:
-        return costs.work_of(launch)
-
-    def seconds(work: Work) -> float:
-        traffic = sum(work.reads.values()) + sum(work.writes.values()) + work.again
-        time = compute_seconds(work, device, 8, 1)
-        return max(time, traffic / L2_RATE) + work.kernels * LAUNCH_GAP
-
-    return min(costs.library_works(launch), key=seconds)
-
-
-def entries(recorder: Recorder, device: Device) -> tuple[list[Entry], float]:
-    """Return the lines of a step, and the bytes through tensors that it makes and drops."""
-    cache = Cache(device.l2_bytes * L2_SHARE)
-    works, missed, dropped = [], [], 0.0
-    for number, launch in enumerate(recorder.launches):
-        work = _work(launch, device)
-        missed.append(
-            sum(cache.touch(launch[name], size, None) for name, size in work.reads.items())
-        )
-        for name, size in work.writes.items():
-            cache.touch(launch[name], size, number)
-        dropped += sum(
-            size
-            for name, size in [*work.reads.items(), *work.writes.items()]
-            if launch[name].storage not in recorder.kept
-        )
-        works.append((launch, work))
-    cache.flush()
-    lines = [
-        _entry(launch, work, device, missed[i] + cache.written.get(i, 0.0))
-        for i, (launch, work) in enumerate(works)
+def _resources(case: Case, name: str, gpu: Device) -> list[str]:
+    """Return instruction, registers, shared memory and spills of a kernel's launches in a case."""
+    if name.startswith("torch."):
+        return ["", "", "", ""]
+    launches = recorded(case, gpu.capability, gpu.multiprocessors, gpu.l2_bytes).launches
+    rows = [compiled.find(launch, gpu.capability) for launch in launches if launch.name == name]
+    words = sorted({word for row in rows for word in row["instructions"]})
+    return [
+        ", ".join(words) or "–",
+        str(max(row["registers"] for row in rows)),
+        f"{max(row['shared'] for row in rows) / 1024:.3g} KiB",
+        str(max(row["stack"] + row["local"] for row in rows)),
     ]
-    return lines, dropped
 
 
-# ---- cases ---------------------------------------------------------------------------------------
+def _line(name: str, entries: list[Entry], resources: list[str]) -> list[str]:
+    bounds = [entry.bound for entry in entries]
+    return [
+        name,
+        f"{sum(entry.kernels for entry in entries):,}",
+        quantity(sum(entry.flops for entry in entries), ""),
+        quantity(sum(entry.memory for entry in entries), "B"),
+        quantity(sum(entry.l2 for entry in entries), "B"),
+        duration(sum(entry.seconds for entry in entries)),
+        max(bounds, key=bounds.count),
+        *resources,
+    ]
 
 
-@dataclass(frozen=True)
-class Account:
-    """A case's ledger: its lines, and the bytes through tensors that a step makes and drops."""
-
-    case: Case
-    device: Device
-    entries: list[Entry]
-    dropped_bytes: float
-
-    @property
-    def device_seconds(self) -> float:
-        """The kernels' time, one after the other."""
-        return sum(entry.seconds for entry in self.entries)
-
-    @property
-    def host_seconds(self) -> float:
-        """The host's time to launch them, which a captured graph takes once."""
-        return sum(entry.host_seconds for entry in self.entries)
-
-    @property
-    def seconds(self) -> float:
-        """The predicted time of a step: the device waits for the host, or the host for it."""
-        return max(self.device_seconds, self.host_seconds)
-
-    @property
-    def bytes_per_logit(self) -> float:
-        """The bytes through tensors that a step makes and drops, by the logits of its classes."""
-        shape = self.case.shape
-        return self.dropped_bytes / (shape["N"] * shape.get("S", shape["C"]))
-
-    @property
-    def floor_seconds(self) -> float:
-        """The time of the case's least FLOP or least bytes at the device's ceilings."""
-        rate = self.device.tensor_rate * 2 / max(2, _gemm_item(self.case))
-        return max(self.case.flops / rate, self.case.bytes / self.device.copy_rate)
-
-    def by_kernel(self) -> dict[str, list[Entry]]:
-        """Return the lines of each kernel, in order of their first launch."""
-        found: dict[str, list[Entry]] = {}
-        for entry in self.entries:
-            found.setdefault(entry.name, []).append(entry)
-        return found
+def one_case(found: Account) -> str:
+    """Return a table of a case's kernels: what each costs, and what the compiler made of it."""
+    head = ["kernel", "launches", "FLOP", "memory", "L2", "time", "bound by", "instruction"]
+    rows = [[*head, "registers", "shared", "spills"]]
+    small: list[Entry] = []
+    for name, entries in found.by_kernel().items():
+        seconds = sum(entry.seconds for entry in entries)
+        if seconds < SMALL_SHARE * found.device_seconds:
+            small += entries
+        else:
+            short = name.removeprefix(f"{found.case.op}.").strip("_").removesuffix("_kernel")
+            rows.append(_line(short, entries, _resources(found.case, name, found.device)))
+    if small:
+        rows.append(_line("others", small, [""] * 4))
+    return markdown(rows)
 
 
-def _gemm_item(case: Case) -> int:
-    return case.gemm_dtype.itemsize if case.gemm_dtype.is_floating_point else 2
+def compiler_table(rows: list[dict[str, Any]]) -> str:
+    """Return a table of one Triton's rows: a line per kernel, dtypes and blocks."""
+    lines: dict[tuple[str, str, str], dict[int, str]] = {}
+    for row in rows:
+        cell = f"{row['registers']}, {row['shared'] / 1024:.3g} KiB, {row['stack'] + row['local']}"
+        cell += "".join(f", {word.split('.')[0]}" for word in row["instructions"])
+        key = row["kernel"], row["dtypes"], row["blocks"]
+        lines.setdefault(key, {})[row["capability"]] = cell
+    table = [["kernel", "dtypes", "blocks", *(f"sm_{name}" for name in compiled.INSTRUCTIONS)]]
+    for (kernel, dtypes, blocks), cells in sorted(lines.items()):
+        op, name = kernel.split(".")
+        name = f"{op}: {name.strip('_').removesuffix('_kernel')}"
+        table.append(
+            [name, dtypes, blocks, *(cells.get(each, "") for each in compiled.INSTRUCTIONS)]
+        )
+    return markdown(table)
 
 
-def recorded(case: Case, capability: int, multiprocessors: int, l2_bytes: int) -> Recorder:
-    """Run our step of a case on meta tensors; return what it launched on such a GPU."""
-    with mock.patch.object(torch, "Generator", lambda _: _GENERATOR):  # none on meta tensors
-        work = WORKLOADS[case.op](case, torch.device("meta"))
-    step = PEERS[case.op][0].build(work)
-    recorder = Recorder()
-    recorder.keep(vars(work).values())
-    with as_on_gpu(recorder, capability, multiprocessors, l2_bytes, case.autocast):
-        step()
-    recorder.keep(parameter.grad for parameter in work.parameters)
-    return recorder
+# ---- the page ------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
-def account(case: Case, device: Device) -> Account:
-    """Return a case's ledger on a device."""
-    recorder = recorded(case, device.capability, device.multiprocessors, device.l2_bytes)
-    return Account(case, device, *entries(recorder, device))
+INTRODUCTION = """\
+The ledger runs each op's step on tensors without data, records what it launches, and counts FLOP,
+bytes and operations of every kernel (`benchmarks/costs.py`). The time follows from the rates below.
+*Memory* is what comes from or goes to device memory, *L2* all that goes through the L2 cache,
+*floor* the time of the least FLOP or bytes that the case needs (three GEMMs for the margin
+softmax), and the percentage the floor's share of the predicted time."""
+
+
+def _ceilings(gpus: list[Device]) -> str:
+    rows = [["", "multiprocessors", "L2", "memory", "a copy", "16-bit GEMMs", "copy and GEMM are"]]
+    for gpu in gpus:
+        rows.append(
+            [
+                gpu.name,
+                str(gpu.multiprocessors),
+                f"{gpu.l2_bytes >> 20} MiB",
+                quantity(gpu.memory_rate, "B/s"),
+                quantity(gpu.copy_rate, "B/s"),
+                quantity(gpu.tensor_rate, "FLOP/s"),
+                "measured" if gpu.measured else "assumed",
+            ]
+        )
+    return markdown(rows)
+
+
+def _assumptions() -> str:
+    host = ", ".join(
+        f"{duration(seconds)} per {what}"
+        for what, seconds in zip(
+            ("Triton kernel", "GEMM", "other operator"), devices.HOST_SECONDS.values(), strict=True
+        )
+    )
+    return f"""\
+- A large 16-bit GEMM sustains {devices.SUSTAINED_TENSOR:.0%} of the data sheet's rate, for power
+  limits the clock; a copy {devices.SUSTAINED_COPY:.0%} of the memory's rate.
+- The L2 gives {devices.L2_BYTES:,} bytes per clock (the A100's white paper; the H100's rate is not
+  published), and holds {devices.L2_SHARE:.0%} of its size, for multiprocessors of both its halves
+  read most data. It is simulated: pages, the least recently used of which are written back.
+- A tile's GEMM takes the tensor cores' time or that of the shared memory, whichever is longer
+  ({devices.SHARED_BYTES} bytes per clock; each 64 rows read the columns anew). Loads' latency, GEMM
+  and epilogue follow one another in a program; programs that fit a multiprocessor together (by
+  registers and shared memory, as compiled) overlap.
+- The latency is {devices.FILL_CLOCKS:,} clocks. The epilogue is counted in operations per element,
+  of which a multiprocessor does {devices.FLOAT32_LANES} per clock ({devices.SPECIAL_LANES}
+  exponentials, {devices.FLOAT64_LANES} in float64).
+- The busiest multiprocessor has ⌈programs / multiprocessors⌉ of a grid's programs.
+- cuBLAS takes the fastest of six blocks and six splits of the sum, in clusters of two.
+- {duration(devices.LAUNCH_GAP)} between kernels; the host needs {host}, which a captured graph
+  takes once. A step takes the longer of the two."""
+
+
+def page(gpus: list[Device]) -> str:
+    """Return docs/gpu.md."""
+    found = {name: result for name, result in devices.results(RESULTS).items() if result}
+    state = "Measured on a GPU: nothing yet. Every time on this page is predicted."
+    if found:
+        state = "Measured: " + "; ".join(
+            f"{name} ({result['date']}, torch {result['machine']['torch']})"
+            for name, result in found.items()
+        )
+    parts = [
+        "# The GPU kernels: counted, compiled, measured",
+        "Written by `python -m benchmarks.ledger --write`; `--check` says whether it is current.",
+        state,
+        INTRODUCTION,
+        "## Rates and assumptions",
+        _ceilings(gpus),
+        "Data sheets: NVIDIA H100 (SXM5) and H200 (SXM). Until they are measured, these hold:",
+        _assumptions(),
+        "## Predictions",
+    ]
+    for op in CASES:
+        parts += [f"`{op}`, {STEPS[op]}:", one_op(op, gpus)]
+    parts.append(f"## Kernels, on an {gpus[0].name}")
+    parts.append(
+        "Registers, shared memory and spilled bytes are for sm_"
+        f"{gpus[0].capability}, by Triton {max(compiled.load())}."
+    )
+    for op in CASES:
+        for case in cases("gpu", op):
+            parts += [f"`{op}`, {case.name}:", one_case(account(case, gpus[0]))]
+    parts.append("## The compiler's report")
+    parts.append(
+        "Registers, shared memory, spilled bytes per thread and tensor cores' instruction of each"
+        " kernel, the most of its variants. `python tests/triton/aot.py --write` compiles them,"
+        " without a GPU; `tests/test_ledger.py` holds the limits."
+    )
+    for triton, rows in compiled.load().items():
+        parts += [f"Triton {triton}:", compiler_table(rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--op", choices=list(CASES), help="Print one op alone.")
+    parser.add_argument("--device", default="H100", help=f"GPU: {', '.join(DEVICES)}.")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--write", action="store_true", help="Write docs/gpu.md.")
+    action.add_argument("--check", action="store_true", help="Check that docs/gpu.md is current.")
+    args = parser.parse_args()
+    if args.write:
+        PAGE.write_text(page(gpus(DEVICES)))
+        return
+    if args.check:
+        if not PAGE.exists() or PAGE.read_text() != page(gpus(DEVICES)):
+            sys.exit("docs/gpu.md is not current: run python -m benchmarks.ledger --write")
+        return
+    try:
+        chosen = gpus([args.device])
+    except ValueError as error:
+        sys.exit(str(error))
+    for op in [args.op] if args.op else CASES:
+        print(f"\n{op}, {STEPS[op]}\n\n{one_op(op, chosen)}")
+        for case in cases("gpu", op):
+            print(f"\n{case.name}\n\n{one_case(account(case, chosen[0]))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@ Records the launches of each op's steps (`launch` of aot_<op>.py, and the ledger
 tensors, and compiles each for the given architectures, with the signature, divisibility and
 configuration that it would have there. Prints one JSON object per line: the op, the kernel, its
 configuration, and what the compiler says of it. With `--write`, benchmarks/compiled.json, which
-docs/gpu.md shows, gets the rows of this Triton.
+docs/gpu.md shows, gets the rows of these ops and this Triton.
 
     python tests/triton/aot.py margin_cross_entropy 80 90 100
     python tests/triton/aot.py --write
@@ -31,13 +31,15 @@ from triton.compiler import ASTSource
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from benchmarks import compiled, ledger  # noqa: E402
+from benchmarks import compiled, predict  # noqa: E402
 from benchmarks.cases import cases  # noqa: E402
 from benchmarks.devices import DEVICES  # noqa: E402
 from benchmarks.launches import Launch, Recorder, as_on_gpu  # noqa: E402
 
 OPS = sorted(file.stem.removeprefix("aot_") for file in HERE.glob("aot_*.py"))
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+# Constants of which one value is compiled: they bound loops, and registers hardly depend on them.
+SIZES = {"SIZE_X", "SIZE_Y", "TILES"}
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -64,7 +66,8 @@ class Variant:
         self.attributes: dict[tuple[int, ...], Any] = {}
         for i, name in enumerate(self.kernel.arg_names):
             value = constants[name] if name in constants else args[i]
-            if name in constants or (isinstance(value, int) and value == 1):
+            specialized = not self.kernel.params[i].do_not_specialize
+            if name in constants or (specialized and isinstance(value, int) and value == 1):
                 self.signature[name] = "constexpr"
                 self.constants[name] = value
                 continue
@@ -76,13 +79,12 @@ class Variant:
                 multiple = value % 16 == 0
             else:
                 self.signature[name], multiple = "fp32", False
-            if multiple:
+            if multiple and specialized:
                 self.attributes[(i,)] = [["tt.divisibility", 16]]
 
     def key(self) -> str:
-        return repr(
-            (self.launch.name, self.options, self.signature, self.constants, self.attributes)
-        )
+        constants = {k: v for k, v in self.constants.items() if k not in SIZES}
+        return repr((self.launch.name, self.options, self.signature, constants))
 
     def compile(self, capability: int) -> dict[str, Any]:
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
@@ -132,21 +134,28 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def variants(op: str, capability: int) -> Iterable[Variant]:
-    """Return every distinct launch of an op's cases on such a device."""
+    """Yield the distinct launches of an op's cases on such a device.
+
+    Of those that differ in what is known to be a multiple of 16 alone, the two extremes.
+    """
     gpu = DEVICES["H100"]
     recorder = Recorder()
     with as_on_gpu(recorder, capability, gpu.multiprocessors, gpu.l2_bytes):
         import_module(f"aot_{op}").launch(capability)
     launches = list(recorder.launches)
     for case in cases("gpu", op):
-        recorder = ledger.recorded(case, capability, gpu.multiprocessors, gpu.l2_bytes)
+        recorder = predict.recorded(case, capability, gpu.multiprocessors, gpu.l2_bytes)
         launches += recorder.launches
-    distinct: dict[str, Variant] = {}
+    distinct: dict[str, list[Variant]] = {}
     for launch in launches:
         if launch.is_triton:
             variant = Variant(launch)
-            distinct.setdefault(variant.key(), variant)
-    return distinct.values()
+            distinct.setdefault(variant.key(), []).append(variant)
+    for same in distinct.values():
+        same.sort(key=lambda variant: len(variant.attributes))
+        yield same[0]
+        if len(same[-1].attributes) > len(same[0].attributes):
+            yield same[-1]
 
 
 def reports(ops: Iterable[str], capabilities: Iterable[int]) -> Iterable[dict[str, Any]]:
@@ -164,6 +173,6 @@ if __name__ == "__main__":
         print(json.dumps(report), flush=True)
         found.append(report)
     if "--write" in sys.argv:
-        if words:
-            sys.exit("--write takes all ops and architectures: name none")
-        compiled.save(triton.__version__, compiled.rows(found))
+        if capabilities != [*compiled.INSTRUCTIONS]:
+            sys.exit("--write takes all architectures: name none")
+        compiled.save(triton.__version__, ops, compiled.rows(found))

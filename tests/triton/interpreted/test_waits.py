@@ -28,7 +28,9 @@ def here(tensor: Tensor) -> Tensor:
     return tensor.to("cuda", non_blocking=True)
 
 
-def check(setup: Callable[[Callable[[Tensor], Tensor]], Callable[[], Any]], **tolerance: Any) -> None:
+def check(
+    setup: Callable[[Callable[[Tensor], Tensor]], Callable[[], Any]], **tolerance: Any
+) -> None:
     """Run a step twice on the stand-in: the second, as any later one, neither waits nor uploads.
 
     Args:
@@ -206,7 +208,9 @@ def test_sample_classes(wanted: int) -> None:
 
 def test_domain_mixup() -> None:
     def setup(to: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
-        s, r = (to(torch.rand(3, 4, 5, 3, generator=torch.Generator().manual_seed(i))) for i in (0, 1))
+        s, r = (
+            to(torch.rand(3, 4, 5, 3, generator=torch.Generator().manual_seed(i))) for i in (0, 1)
+        )
         psi, flip = to(torch.tensor([0.25, 0.5, 1.0])), to(torch.tensor([[True, False, True]] * 2))
         leaves = [t.requires_grad_() for t in (s, r, psi)]
 
@@ -312,11 +316,16 @@ def test_a_capture_with_what_no_graph_replays_is_refused() -> None:
         target = here(torch.arange(N))
         rows, grad, ids = rows_of(here, False, True), here(normal(3, D)), here(torch.arange(3))
         gpu.capturing = True
-        with pytest.raises(RuntimeError, match="generator must be on .*cuda:0, got one on cpu, .*captured"):
+        with pytest.raises(
+            RuntimeError, match="generator must be on .*cuda:0, got one on cpu, .*captured"
+        ):
             sk.sample_classes(target, C, 20, torch.Generator())
         with pytest.raises(RuntimeError, match="num_sampled .* captur"):
             sk.sample_classes(target, C, 3)
-        for options in ({"seed": 1, "step": 1}, {"last_step": rows["options"]["last_step"], "step": 1}):
+        for options in (
+            {"seed": 1, "step": 1},
+            {"last_step": rows["options"]["last_step"], "step": 1},
+        ):
             with pytest.raises(RuntimeError, match="step .* captur"):
                 sk.row_sgd_(rows["weight"], grad, ids, lr=0.1, **options)
         rows = rows_of(here, True, False)
