@@ -473,7 +473,8 @@ def _torch(launch: Launch) -> Work:
         steps = math.ceil(math.log2(max(2, math.prod(tensors["in0"].shape))))
         again = 32.0 * steps * math.prod(tensors["out0"].shape)
     return Work(inputs, outputs, again=again, vector=4.0 * elements, kernels=kernels,
-                programs=max(1, elements // 512))  # fmt: skip
+                programs=max(1, elements // 512),
+        pipelined=True)  # fmt: skip
 
 
 # Blocks that cuBLAS chooses from, rows × columns, and splits of the sum.

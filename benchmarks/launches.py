@@ -1,8 +1,8 @@
 """A recorder of what an op launches on a GPU, for a machine that has none.
 
 Ops run on meta tensors, which have shapes and no data, through their own public functions,
-launchers and autograd. Kernels are not launched but recorded, with their grids, arguments and constants; so
-are the GEMMs and the other operators of torch.
+launchers and autograd. Kernels are not launched but recorded, with their grids, arguments and
+constants; so are the GEMMs and the other operators of torch.
 """
 
 from __future__ import annotations
@@ -92,13 +92,11 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         launches: the launches so far.
-        kept: the storages of tensors that outlive a step: see `keep`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.launches: list[Launch] = []
-        self.kept: set[int] = set()
         self._storages: dict[int, int] = {}
         self._alive: list[Any] = []  # so that no two storages have one address
 
@@ -125,10 +123,6 @@ class Recorder(TorchDispatchMode):
             tensor.dtype,
         )
 
-    def keep(self, values: Iterable[Any]) -> None:
-        """Note tensors among values that exist before a step or are left by it."""
-        self.kept |= {self.region(tensor).storage for tensor in tensors_in(values)}
-
     def add_kernel(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **config: Any) -> None:
         """Record a kernel in place of `JITFunction.run`."""
         names = list(inspect.signature(kernel.fn).parameters)
@@ -140,29 +134,34 @@ class Recorder(TorchDispatchMode):
             Launch(f"{op}.{kernel.__name__}", known, tuple(grid), options, (kernel, args, config))
         )
 
+    def add_gemm(self, a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
+        """Record a GEMM in place of `ops._triton.mm`, of which meta tensors have no 16-bit one."""
+        given = (out, a, b) if accumulate else (a, b)
+        known: dict[str, Any] = {f"in{i}": self.region(t) for i, t in enumerate(given)}
+        known["out0"] = self.region(out)
+        self.launches.append(Launch("torch.addmm" if accumulate else "torch.mm", known))
+        return out
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "synface_kernels":
             with self:
                 return func.redispatch(_CUDA, *args, **kwargs)
-        if func is torch.ops.aten.mm.dtype_out or func is torch.ops.aten.addmm.dtype_out:
-            result = kwargs["out"]  # on meta tensors torch has none
-        else:
-            result = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         if name not in _FREE:
             self._add_operator(name, func, args, kwargs, result)
         return result
 
     def _add_operator(self, name: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        given = list(tensors_in([*args, *kwargs.values()]))
+        given = list(_tensors([*args, *kwargs.values()]))
         if any(tensor.device.type != "meta" for tensor in given):
             return  # the host's own arithmetic
         old = {tensor.untyped_storage()._cdata for tensor in given}
         writes = any(
             r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns
         )
-        returned = list(tensors_in([result]))
+        returned = list(_tensors([result]))
         is_view = returned and all(t.untyped_storage()._cdata in old for t in returned)
         if is_view and not writes:
             return
@@ -170,11 +169,10 @@ class Recorder(TorchDispatchMode):
             return
         known: dict[str, Any] = {f"in{i}": self.region(t) for i, t in enumerate(given)}
         known |= {f"out{i}": self.region(t) for i, t in enumerate(returned)}
-        known["beta"] = kwargs.get("beta", 1)
         self.launches.append(Launch(f"torch.{name.strip('_')}", known))
 
 
-def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     """Yield the strided tensors among values and lists of them; of sparse ones, their parts."""
     for value in values:
         if isinstance(value, Tensor) and value.layout == torch.strided:
@@ -182,7 +180,7 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
         elif isinstance(value, Tensor):
             yield from (value._indices(), value._values())
         elif isinstance(value, (list, tuple)):
-            yield from tensors_in(value)
+            yield from _tensors(value)
 
 
 @contextmanager
@@ -213,7 +211,8 @@ def as_on_gpu(
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(_select._REGISTRY, registry))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
-        for module, name, value in _stand_ins(capability, multiprocessors, l2_bytes, autocast):
+        chip = (capability, multiprocessors, l2_bytes)
+        for module, name, value in _stand_ins(recorder, chip, autocast):
             stack.enter_context(mock.patch.object(module, name, value))
         stack.enter_context(recorder)
         yield
@@ -232,17 +231,21 @@ def float32_precision(precision: str) -> Iterator[None]:
 
 
 def _stand_ins(
-    capability: int, multiprocessors: int, l2_bytes: int, autocast: torch.dtype | None
+    recorder: Recorder, chip: tuple[int, int, int], autocast: torch.dtype | None
 ) -> Iterator[tuple[Any, str, Any]]:
-    """Yield (module, name, value) of what asks torch about a GPU or about autocast."""
+    """Yield (module, name, value) of what asks torch about a GPU or autocast, or calls cuBLAS."""
     from synface_kernels import _autocast
+    from synface_kernels.ops import _triton
     from synface_kernels.ops.margin_cross_entropy import config_triton
 
-    chip = config_triton.Chip(capability, multiprocessors, l2_bytes)
+    gpu = config_triton.Chip(*chip)
+    chip_of, gemm_dtype, mm = config_triton.chip_of, _autocast.gemm_dtype, _triton.mm
     yield torch, "autocast", lambda *args, **kwargs: nullcontext()
     for name, module in list(sys.modules.items()):
         if name.startswith("synface_kernels.ops."):
-            if getattr(module, "chip_of", None) is config_triton.chip_of:
-                yield module, "chip_of", lambda device: chip
-            if getattr(module, "gemm_dtype", None) is _autocast.gemm_dtype:
+            if getattr(module, "chip_of", None) is chip_of:
+                yield module, "chip_of", lambda device: gpu
+            if getattr(module, "gemm_dtype", None) is gemm_dtype:
                 yield module, "gemm_dtype", lambda tensor: autocast
+            if getattr(module, "mm", None) is mm:
+                yield module, "mm", recorder.add_gemm

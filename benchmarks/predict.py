@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -35,6 +36,8 @@ from .peers import PEERS
 from .workloads import WORKLOADS
 
 PAGE_BYTES = 1 << 19
+# The fewest classes of a tile, by which matrices of logits are known from those of targets.
+LOGIT_COLUMNS = 128
 # mma.sync, for fewer than 64 rows, reaches this share of wgmma's rate on Hopper (Luo et al., 2024,
 # "Benchmarking and dissecting the NVIDIA Hopper GPU architecture", arXiv:2402.13499).
 SYNCHRONOUS_SHARE = 0.62
@@ -44,41 +47,57 @@ _GENERATOR = torch.Generator("cpu")
 # ---- bytes by level ------------------------------------------------------------------------------
 
 
+@dataclass
+class _Page:
+    """Bytes of a page that are in the cache, those of them to be written, and who wrote them."""
+
+    size: float = 0.0
+    dirty: float = 0.0
+    writer: int = -1
+
+
 class Cache:
-    """A write-back L2 of least recently used pages; counts what each launch moves from memory."""
+    """A write-back L2 of least recently used pages; counts what each launch moves from memory.
+
+    Attributes:
+        written: by the number of a launch, the bytes that it wrote and that went to memory since.
+    """
 
     def __init__(self, capacity: float) -> None:
         self.capacity, self.held = capacity, 0.0
-        # (storage, page) → (bytes, the launch that wrote it or None)
-        self._pages: OrderedDict[tuple[int, int], tuple[float, int | None]] = OrderedDict()
+        self._pages: OrderedDict[tuple[int, int], _Page] = OrderedDict()
         self.written: dict[int, float] = {}
 
-    def touch(self, region: Region, nbytes: float, writer: int | None) -> float:
-        """Read a region, or write it; return the bytes that come from memory."""
-        if region.span == 0 or nbytes == 0:
-            return 0.0
+    def _touched(self, region: Region, nbytes: float) -> Iterator[tuple[_Page, float]]:
+        """Yield a region's pages, as the latest used, with their shares of the bytes."""
         first = region.start // PAGE_BYTES
-        last = (region.start + region.span - 1) // PAGE_BYTES
+        last = (region.start + max(1, region.span) - 1) // PAGE_BYTES
         share = nbytes / (last - first + 1)
-        missed = 0.0
-        for page in range(first, last + 1):
-            size, owner = self._pages.pop((region.storage, page), (0.0, None))
-            if writer is None:
-                missed += max(0.0, share - size)
-            most = max(size, share)
-            self.held += most - size
-            if writer is not None and (owner is None or 2 * share >= size):
-                owner = writer  # what it overwrites never goes to memory
-            self._pages[region.storage, page] = (most, owner)
+        for number in range(first, last + 1):
+            page = self._pages.setdefault((region.storage, number), _Page())
+            self._pages.move_to_end((region.storage, number))
+            yield page, share
+            self.held += max(0.0, share - page.size)
+            page.size = max(page.size, share)
         while self.held > self.capacity:
             self._evict()
-        return missed
+
+    def read(self, region: Region, nbytes: float) -> float:
+        """Read bytes of a region; return how many of them come from memory."""
+        return sum(max(0.0, share - page.size) for page, share in self._touched(region, nbytes))
+
+    def write(self, region: Region, nbytes: float, launch: int) -> None:
+        """Write bytes of a region; what they overwrite never goes to memory."""
+        for page, share in self._touched(region, nbytes):
+            if 2 * share >= page.dirty:
+                page.writer = launch
+            page.dirty = max(page.dirty, share)
 
     def _evict(self) -> None:
-        _, (size, owner) = self._pages.popitem(last=False)
-        self.held -= size
-        if owner is not None:
-            self.written[owner] = self.written.get(owner, 0.0) + size
+        _, page = self._pages.popitem(last=False)
+        self.held -= page.size
+        if page.dirty:
+            self.written[page.writer] = self.written.get(page.writer, 0.0) + page.dirty
 
     def flush(self) -> None:
         """Write all that is not in memory yet."""
@@ -210,29 +229,35 @@ def _work(launch: Launch, device: Device) -> Work:
     return min(costs.library_works(launch), key=seconds)
 
 
-def entries(recorder: Recorder, device: Device) -> tuple[list[Entry], float]:
-    """Return the lines of a step, and the bytes through tensors that it makes and drops."""
+def entries(launches: list[Launch], device: Device) -> list[Entry]:
+    """Return the lines of a step, whose launches follow one another."""
     cache = Cache(device.l2_bytes * L2_SHARE)
-    works, missed, dropped = [], [], 0.0
-    for number, launch in enumerate(recorder.launches):
+    works, missed = [], []
+    for number, launch in enumerate(launches):
         work = _work(launch, device)
-        missed.append(
-            sum(cache.touch(launch[name], size, None) for name, size in work.reads.items())
-        )
+        missed.append(sum(cache.read(launch[name], size) for name, size in work.reads.items()))
         for name, size in work.writes.items():
-            cache.touch(launch[name], size, number)
-        dropped += sum(
-            size
-            for name, size in [*work.reads.items(), *work.writes.items()]
-            if launch[name].storage not in recorder.kept
-        )
+            cache.write(launch[name], size, number)
         works.append((launch, work))
     cache.flush()
-    lines = [
+    return [
         _entry(launch, work, device, missed[i] + cache.written.get(i, 0.0))
         for i, (launch, work) in enumerate(works)
     ]
-    return lines, dropped
+
+
+def logit_bytes(launches: list[Launch], n: int, d: int) -> float:
+    """Return the bytes through matrices that are N rows of many columns when first touched."""
+    shapes: dict[int, tuple[int, ...]] = {}
+    total = 0.0
+    for launch in launches:
+        work = costs.work_of(launch)
+        for name, size in [*work.reads.items(), *work.writes.items()]:
+            region = launch[name]
+            first = shapes.setdefault(region.storage, region.shape)
+            if len(first) == 2 and first[0] == n and first[1] >= LOGIT_COLUMNS and first[1] != d:
+                total += size
+    return total
 
 
 # ---- cases ---------------------------------------------------------------------------------------
@@ -240,12 +265,15 @@ def entries(recorder: Recorder, device: Device) -> tuple[list[Entry], float]:
 
 @dataclass(frozen=True)
 class Account:
-    """A case's ledger: its lines, and the bytes through tensors that a step makes and drops."""
+    """A case's ledger: its lines, and for the margin softmax the bytes per logit.
+
+    These go through matrices of logits, or of their gradients: N rows, a column for each class.
+    """
 
     case: Case
     device: Device
     entries: list[Entry]
-    dropped_bytes: float
+    bytes_per_logit: float | None
 
     @property
     def device_seconds(self) -> float:
@@ -261,12 +289,6 @@ class Account:
     def seconds(self) -> float:
         """The predicted time of a step: the device waits for the host, or the host for it."""
         return max(self.device_seconds, self.host_seconds)
-
-    @property
-    def bytes_per_logit(self) -> float:
-        """The bytes through tensors that a step makes and drops, by the logits of its classes."""
-        shape = self.case.shape
-        return self.dropped_bytes / (shape["N"] * shape.get("S", shape["C"]))
 
     @property
     def floor_seconds(self) -> float:
@@ -293,19 +315,21 @@ def recorded(case: Case, capability: int, multiprocessors: int, l2_bytes: int) -
     """Run our step of a case on meta tensors; return what it launched on such a GPU."""
     key = (case.op, case.name, capability, multiprocessors, l2_bytes)
     if key not in _RECORDED:
-        with mock.patch.object(torch, "Generator", lambda _: _GENERATOR):  # none on meta tensors
+        with mock.patch.object(torch, "Generator", return_value=_GENERATOR):  # none on meta tensors
             work = WORKLOADS[case.op](case, torch.device("meta"))
         step = PEERS[case.op][0].build(work)
         recorder = Recorder()
-        recorder.keep(vars(work).values())
         with as_on_gpu(recorder, capability, multiprocessors, l2_bytes, case.autocast):
             step()
-        recorder.keep(parameter.grad for parameter in work.parameters)
         _RECORDED[key] = recorder
     return _RECORDED[key]
 
 
 def account(case: Case, device: Device) -> Account:
     """Return a case's ledger on a device."""
-    recorder = recorded(case, device.capability, device.multiprocessors, device.l2_bytes)
-    return Account(case, device, *entries(recorder, device))
+    launches = recorded(case, device.capability, device.multiprocessors, device.l2_bytes).launches
+    per_logit, shape = None, case.shape
+    if case.op == "margin_cross_entropy":
+        count = shape["N"] * shape.get("S", shape["C"])
+        per_logit = logit_bytes(launches, shape["N"], shape["D"]) / count
+    return Account(case, device, entries(launches, device), per_logit)
