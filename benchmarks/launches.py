@@ -8,10 +8,11 @@ constants; so are the GEMMs and the other operators of torch.
 from __future__ import annotations
 
 import inspect
-import sys
+import pkgutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -234,18 +235,19 @@ def _stand_ins(
     recorder: Recorder, chip: tuple[int, int, int], autocast: torch.dtype | None
 ) -> Iterator[tuple[Any, str, Any]]:
     """Yield (module, name, value) of what asks torch about a GPU or autocast, or calls cuBLAS."""
-    from synface_kernels import _autocast
+    from synface_kernels import _autocast, ops
     from synface_kernels.ops import _triton
     from synface_kernels.ops.margin_cross_entropy import config_triton
 
     gpu = config_triton.Chip(*chip)
     chip_of, gemm_dtype, mm = config_triton.chip_of, _autocast.gemm_dtype, _triton.mm
     yield torch, "autocast", lambda *args, **kwargs: nullcontext()
-    for name, module in list(sys.modules.items()):
-        if name.startswith("synface_kernels.ops."):
-            if getattr(module, "chip_of", None) is chip_of:
-                yield module, "chip_of", lambda device: gpu
-            if getattr(module, "gemm_dtype", None) is gemm_dtype:
-                yield module, "gemm_dtype", lambda tensor: autocast
-            if getattr(module, "mm", None) is mm:
-                yield module, "mm", recorder.add_gemm
+    # All are imported first: one that is imported later would keep the stand-ins.
+    names = [found.name for found in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}.")]
+    for module in [import_module(name) for name in names]:
+        if getattr(module, "chip_of", None) is chip_of:
+            yield module, "chip_of", lambda device: gpu
+        if getattr(module, "gemm_dtype", None) is gemm_dtype:
+            yield module, "gemm_dtype", lambda tensor: autocast
+        if getattr(module, "mm", None) is mm:
+            yield module, "mm", recorder.add_gemm
