@@ -54,7 +54,8 @@ class Launch:
         self.attributes: dict[tuple[int, ...], Any] = {}
         for i, name in enumerate(kernel.arg_names):
             value = constants[name] if name in constants else args[i]
-            if name in constants or (isinstance(value, int) and value == 1):
+            special = not kernel.params[i].do_not_specialize
+            if name in constants or (isinstance(value, int) and value == 1 and special):
                 self.signature[name] = "constexpr"
                 self.constants[name] = value
                 continue
@@ -63,7 +64,7 @@ class Launch:
                 multiple = value.storage_offset() * value.element_size() % 16 == 0
             elif isinstance(value, int):
                 self.signature[name] = "i32" if value < 2**31 else "i64"
-                multiple = value % 16 == 0
+                multiple = value % 16 == 0 and special
             else:
                 self.signature[name], multiple = "fp32", False
             if multiple:

@@ -3,57 +3,89 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 from unittest import mock
 
 import torch
-import triton
+from torch import Tensor
 
-from synface_kernels.ops.margin_cross_entropy import launch_triton
+from synface_kernels.ops.margin_cross_entropy import config_triton, launch_triton
 from synface_kernels.ops.margin_cross_entropy.interface import BackwardInputs, ForwardInputs
 
 # Of all kernels but the GEMMs, whose share of a multiprocessor is checked instead.
 REGISTERS = 128
-# Bytes that a thread may spill, outside of the innermost loops.
-STACK = 16 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 72
+# Bytes that a thread may spill.
+STACK = 0
 NOT_FUSED = None
-# N, C, K and the dtypes. The last tile of an odd C has its own variants.
-CASES = [
-    *(
-        (n, c, k, dtype, dtype)
-        for n, c, k in ((512, 1_000_000, 1), (512, 999_983, 3), (7, 1_000_000, 2))
-        for dtype in (torch.float32, torch.bfloat16)
-    ),
-    (512, 1_000_000, 1, torch.float16, torch.float16),
-    (512, 1_000_000, 1, torch.bfloat16, torch.float32),
-]
-# Of them: also with sums of cosines, with a limit, with sub-centers.
-VARIED = [(512, 1_000_000, torch.float32), (512, 1_000_000, torch.bfloat16)]
 D = 512
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+class Case(NamedTuple):
+    """A training step's sizes, dtypes and options."""
+
+    n: int
+    c: int
+    k: int
+    input: torch.dtype
+    weight: torch.dtype
+    gemm_dtype: torch.dtype | None = None
+    precision: str = "ieee"
+    design: str = "auto"
+    sub_centers: int = 1
+    limit: float = math.inf
+    sums: bool = False
+    ids: bool = False
+
+
+def cases() -> Iterator[Case]:
+    """Yield every kind of step; the last tile of an odd C has its own variants."""
+    for n, c, k in ((512, 1_000_000, 1), (512, 999_983, 3), (7, 1_000_000, 2)):
+        yield Case(n, c, k, BF16, BF16)
+        yield Case(n, c, k, F32, F32)
+        yield Case(n, c, k, F32, F32, precision="tf32")
+    yield Case(512, 1_000_000, 1, F16, F16)
+    yield Case(512, 1_000_000, 1, BF16, F32)
+    for gemm_dtype in (BF16, F16):
+        yield Case(512, 1_000_000, 1, BF16, F32, gemm_dtype)
+        yield Case(512, 1_000_000, 1, F32, F32, gemm_dtype)
+    for options in ({"sums": True}, {"limit": 0.4}, {"sub_centers": 2}, {"ids": True}):
+        yield Case(512, 1_000_000, 1, BF16, BF16, **options)
+        yield Case(512, 1_000_000, 1, F32, F32, **options)
+        yield Case(512, 1_000_000, 1, BF16, F32, BF16, **options)
+    yield Case(512, 1_000_000, 1, BF16, BF16, design="tiled")
+    yield Case(512, 1_000_000, 1, BF16, BF16, design="tiled", sub_centers=2)
+
+
+def run(case: Case) -> None:
+    """Launch forward and backward of a case on meta tensors."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    w = empty(case.c, D, dtype=case.weight)
+    if case.sub_centers > 1:
+        w = w.view(-1, case.sub_centers, D)
+    ids = empty(case.c // 10) if case.ids else None
+    inputs = ForwardInputs(
+        empty(case.n, D, dtype=case.input), w, ids, empty(case.n, case.k), 64.0, case.limit, True,
+        case.sums,
+    )  # fmt: skip
+    outputs = launch_triton.forward(inputs, gemm_dtype=case.gemm_dtype)
+    known = inputs._asdict() | outputs._asdict()
+    known |= {f"grad_{name}": value for name, value in outputs._asdict().items()}
+    given = BackwardInputs(**{name: known[name] for name in BackwardInputs._fields})
+    launch_triton.backward(given, True, gemm_dtype=case.gemm_dtype)
 
 
 def launch(capability: int) -> None:
-    """Launch forward with and without gradients, and backward, for all cases."""
-    with mock.patch.object(launch_triton, "_properties", return_value=(capability, 132)):
-        for n, c, k, input_dtype, weight_dtype in CASES:
-            x = torch.empty((n, D), dtype=input_dtype, device="meta")
-            w = torch.empty((c, D), dtype=weight_dtype, device="meta")
-            labels = torch.empty((n, k), dtype=torch.int64, device="meta")
-            for precision in ("ieee", "tf32") if weight_dtype == torch.float32 else ("ieee",):
-                with mock.patch.object(launch_triton, "_float32_precision", return_value=precision):
-                    launch_triton.forward(
-                        ForwardInputs(x, w, None, labels, 64.0, math.inf, False, False)
-                    )
-            variants = [(w, 64.0, math.inf, False), (w, 128.0, math.inf, False)]
-            if (n, c, input_dtype) in VARIED:
-                variants += [
-                    (w, 64.0, math.inf, True),
-                    (w, 64.0, 0.4, False),
-                    (w.view(-1, 2, D), 64.0, math.inf, False),
-                ]
-            for weight, scale, limit, sums in variants:
-                inputs = ForwardInputs(x, weight, None, labels, scale, limit, True, sums)
-                outputs = launch_triton.forward(inputs)
-                known = inputs._asdict() | outputs._asdict()
-                known |= {f"grad_{name}": value for name, value in outputs._asdict().items()}
-                given = {name: known[name] for name in BackwardInputs._fields}
-                launch_triton.backward(BackwardInputs(**given), True)
+    """Launch forward and backward for all cases."""
+    chip = config_triton.Chip(capability, 132, 50 << 20)
+    for case in cases():
+        with (
+            mock.patch.object(launch_triton, "chip_of", return_value=chip),
+            mock.patch.object(config_triton, "_float32_precision", return_value=case.precision),
+            mock.patch.dict("os.environ", SYNFACE_MARGIN_DESIGN=case.design),
+        ):
+            run(case)
