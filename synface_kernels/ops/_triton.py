@@ -45,7 +45,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> Non
 
 def mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
     """Write the GEMM a @ b into float32 ``out``, or add it; whatever the factors' dtype."""
-    if a.device.type == "cpu":  # under the interpreter; there is no GEMM of two dtypes
+    if a.device.type != "cuda":  # the interpreter's CPU has no GEMM of two dtypes
         a, b = a.float(), b.float()
     narrow = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
     if accumulate:

@@ -94,12 +94,11 @@ def chip_of(device: torch.device) -> Chip:
     return Chip(10 * found.major + found.minor, found.multi_processor_count, found.L2_cache_size)
 
 
-def gemm_config(gemms: Gemms, n: int, variant: bool, chip: Chip) -> dict[str, int]:
+def gemm_config(gemms: Gemms, n: int, sub_centers: int, plain: bool, chip: Chip) -> dict[str, int]:
     """Return the largest blocks of rows and classes that do not spill; see docs/gpu.md.
 
     Args:
-        variant: whether there are several labels, sub-centers, a filter or sums, which take
-            registers.
+        plain: whether there is one label, no filter and no sums, which take registers.
     """
     block_n = min(128, max(16, triton.next_power_of_2(n)))
     if gemms.dtype == torch.float32 and gemms.precision == "ieee":  # no tensor cores
@@ -107,16 +106,13 @@ def gemm_config(gemms: Gemms, n: int, variant: bool, chip: Chip) -> dict[str, in
             "H": 1, "BLOCK_N": min(64, block_n), "BLOCK_C": 64, "BLOCK_D": 32,
             "num_warps": 8, "num_stages": 2,
         }  # fmt: skip
-    block_d = 128 // gemms.dtype.itemsize
-    two = block_n == 128 and not variant and chip.capability >= 90
-    if two and chip.capability >= 100:
-        return {
-            "H": 2, "BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_D": block_d,
-            "num_warps": 8, "num_stages": 3,
-        }  # fmt: skip
+    two = block_n == 128 and sub_centers == 1 and plain and chip.capability >= 90
+    two = two and gemms.dtype.itemsize == 2
+    narrow = sub_centers > 1 or (two and chip.capability >= 100)
     return {
-        "H": 2 if two else 1, "BLOCK_N": block_n, "BLOCK_C": 128, "BLOCK_D": block_d,
-        "num_warps": 8 if block_n == 128 else 4, "num_stages": 3,
+        "H": 2 if two else 1, "BLOCK_N": block_n, "BLOCK_C": 64 if narrow else 128,
+        "BLOCK_D": 128 // gemms.dtype.itemsize, "num_warps": 8 if block_n == 128 else 4,
+        "num_stages": 3,
     }  # fmt: skip
 
 
@@ -129,14 +125,20 @@ def tile_config(n: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def grad_weight_config(gemms: Gemms, n: int, d: int, chip: Chip) -> dict[str, int]:
+def grad_weight_config(
+    gemms: Gemms, weight_dtype: torch.dtype, n: int, d: int, chip: Chip
+) -> dict[str, int]:
     """Return the blocks of the weight gradient's GEMM: centers, elements, rows per step."""
     if gemms.dtype == torch.float32 and gemms.precision == "ieee":
-        return {"BLOCK_C": 64, "BLOCK_D": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-    block_d = min(256 if chip.capability < 100 else 128, max(16, triton.next_power_of_2(d)))
-    block_n = min(128 // gemms.dtype.itemsize, max(16, triton.next_power_of_2(n)))
+        return {
+            "H": 1, "BLOCK_C": 64, "BLOCK_D": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2,
+        }  # fmt: skip
+    block_d = min(128, max(16, triton.next_power_of_2(d)))
     return {
-        "BLOCK_C": 128, "BLOCK_D": block_d, "BLOCK_N": block_n, "num_warps": 8, "num_stages": 3,
+        "H": 2 if d > 128 and weight_dtype.itemsize == 2 and chip.capability == 90 else 1,
+        "BLOCK_C": 128, "BLOCK_D": block_d,
+        "BLOCK_N": min(128 // gemms.dtype.itemsize, max(16, triton.next_power_of_2(n))),
+        "num_warps": 8, "num_stages": 3,
     }  # fmt: skip
 
 

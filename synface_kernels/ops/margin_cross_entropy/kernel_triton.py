@@ -19,6 +19,8 @@ from ..._norms import LONG
 from .._triton import tangent
 
 _NORM_MIN = tl.constexpr(1e-12)  # as in reference.py
+# One compiled kernel serves every tile, the last and narrower one too.
+_SIZES = ["N", "count", "columns", "start_class"]
 _LONG, _SHRINK = tl.constexpr(LONG), tl.constexpr(2.0**-80)
 
 
@@ -175,7 +177,7 @@ def _is_label(labels, rows, in_rows, classes, k, K: tl.constexpr):
 # ---- forward -------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _lse_kernel(
     x, w, products, labels, a, b, maximum, total, filtered, cosine_sum, N, columns,
     columns_per_split, x_stride, w_stride, stride, start_class, scale, limit, D: tl.constexpr,
@@ -254,53 +256,57 @@ def _lse_kernel(
 
 @triton.jit
 def _write_factor(
-    product, cosine, nearest, a_i, labels, target_rows, b, negative_lse, grad_lse, grad_target,
-    grad_sum, factor, center_sums, rows, in_rows, N, column, columns, stride, start_class, scale,
-    limit, K: tl.constexpr, M: tl.constexpr, FILTER: tl.constexpr, SUM: tl.constexpr,
-    PLAIN: tl.constexpr, FUSED: tl.constexpr,
+    product, b_j, nearest, labels, target_rows, a, negative_lse, grad_lse, grad_target, grad_sum,
+    factor, center_sums, rows, in_rows, column, columns, stride, start_class, scale, limit,
+    K: tl.constexpr, M: tl.constexpr, FILTER: tl.constexpr, SUM: tl.constexpr,
+    PLAIN: tl.constexpr, FUSED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write one block of the gradient factor, see `_factor_kernel`."""
     in_columns = column < columns
-    mask = in_rows[:, None] & in_columns[None, :]
+    a_i = tl.load(a + rows, mask=in_rows, other=0.0)
     lse = tl.load(negative_lse + rows, mask=in_rows, other=0.0)
-    g = tl.load(grad_lse + rows, mask=in_rows, other=0.0)
-    gradient = tl.exp(scale * cosine - lse[:, None]) * g[:, None]
+    own_a = 1.0 if PLAIN else a_i
+    g = tl.load(grad_lse + rows, mask=in_rows, other=0.0) * own_a
+    gradient = product * b_j
     if FILTER:
-        gradient = tl.where(cosine > limit, 0.0, gradient)
+        kept = gradient * a_i[:, None] <= limit
+    gradient = tl.exp(gradient * (a_i * scale)[:, None] - lse[:, None]) * g[:, None]
+    if FILTER:
+        gradient = tl.where(kept, gradient, 0.0)
     for k in tl.static_range(K):
         match = _is_label(labels, rows, in_rows, start_class + column, k, K)
-        target = tl.load(grad_target + rows * K + k, mask=in_rows, other=0.0)
+        target = tl.load(grad_target + rows * K + k, mask=in_rows, other=0.0) * own_a
         gradient = tl.where(match, target[:, None], gradient)
-        if k == 0:
-            is_label = match
-        else:
-            is_label |= match
         if M > 1:  # the label's sub-center was chosen in float64
             center = tl.load(target_rows + rows * K + k, mask=in_rows, other=0) % M
             nearest = tl.where(match, center.to(tl.int32)[:, None], nearest)
-    g_sum = 0.0
     if SUM:
-        g_sum = tl.load(grad_sum + rows, mask=in_rows, other=0.0)[:, None]
-        gradient += g_sum
+        gradient += (tl.load(grad_sum + rows, mask=in_rows, other=0.0) * own_a)[:, None]
+    if not PLAIN:
+        gradient *= b_j
     for m in tl.static_range(M):
-        centers = column * M + m
-        scale_ij = 1.0
-        if not PLAIN:
-            b_j = tl.load(b + centers, mask=in_columns, other=0.0)
-            scale_ij = a_i[:, None] * b_j[None, :]
-        own = gradient * scale_ij
+        own = gradient
         if M > 1:
             own = tl.where(nearest == m, own, 0.0)
         own = own.to(factor.dtype.element_ty)
-        without_labels = tl.where(is_label, g_sum * scale_ij, own)
-        tl.store(factor + rows[:, None] * stride + centers[None, :], without_labels, mask=mask)
+        centers = column * M + m
         if FUSED:
             # Σ G·cos, of the rounded factor as the GEMM has it, so that the projection is exact.
-            sums = tl.sum(own.to(tl.float32) * (cosine if PLAIN else product), 0)
+            if PLAIN:
+                sums = tl.sum(own.to(tl.float32) * (product * b_j * a_i[:, None]), 0)
+            else:
+                sums = tl.sum(own.to(tl.float32) * product, 0)
             tl.store(center_sums + tl.program_id(0) * stride + centers, sums, mask=in_columns)
+        # One 64-bit address for all, and 32-bit offsets.
+        out = factor + tl.program_id(0).to(tl.int64) * BLOCK_N * stride
+        out += tl.arange(0, BLOCK_N)[:, None] * stride + centers[None, :]
+        if FUSED:  # there is room for whole blocks
+            tl.store(out, own)
+        else:
+            tl.store(out, own, mask=in_rows[:, None] & in_columns[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _factor_kernel(
     x, w, products, labels, target_rows, a, b, negative_lse, grad_lse, grad_target, grad_sum,
     factor, center_sums, N, columns, x_stride, w_stride, stride, start_class, scale, limit,
@@ -308,118 +314,121 @@ def _factor_kernel(
     PLAIN: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write a block of the gradient factor F_ij = G_ij·a_i·b_j (PLAIN: G_ij), 0 at labels.
+    """Write a block of the gradient factor F_ij = G_ij·a_i·b_j (PLAIN: G_ij).
 
     G is the loss's gradient by the cosines, in units of the factor's scale; grad_lse is times the
-    softmax's scale. With FUSED also the block's part of Σ_i G_ij·cos_ij per center, labels
-    included; else F may be written over the dot products.
+    softmax's scale. With FUSED also the block's part of Σ_i G_ij·cos_ij per center; else F may be
+    written over the dot products.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < N
     block = tl.program_id(1) * (H * BLOCK_C) + tl.arange(0, BLOCK_C)
-    a_i = tl.load(a + rows, mask=in_rows, other=0.0)
     for m in tl.static_range(M):
         first, second = _dot_products(
             x, w, products, rows, in_rows, block, columns, x_stride, w_stride, stride, m, D, M,
             FUSED, H, PRECISION, UPCAST, BLOCK_N, BLOCK_C, BLOCK_D,
         )  # fmt: skip
         if M > 1:
-            b_j = tl.load(b + block * M + m, mask=block < columns, other=0.0)
-            cosine = first * a_i[:, None] * b_j[None, :]
+            own_b = tl.load(b + block * M + m, mask=block < columns, other=0.0)[None, :]
             if m == 0:
-                best, product = cosine, first
-                nearest = tl.zeros_like(cosine).to(tl.int32)
+                product, b_j = first, tl.broadcast_to(own_b, (BLOCK_N, BLOCK_C))
+                nearest = tl.zeros((BLOCK_N, BLOCK_C), tl.int32)
             else:
-                better = (cosine > best) | (cosine != cosine)
-                best = tl.where(better, cosine, best)
+                better = (first * own_b > product * b_j) | (first != first)
                 product = tl.where(better, first, product)
+                b_j = tl.where(better, own_b, b_j)
                 nearest = tl.where(better, m, nearest)
     for h in tl.static_range(H):
         column = block + h * BLOCK_C
         if M == 1:
             product = first if h == 0 else second
-            b_j = tl.load(b + column, mask=column < columns, other=0.0)
-            best = product * a_i[:, None] * b_j[None, :]
+            b_j = tl.load(b + column, mask=column < columns, other=0.0)[None, :]
             nearest = 0
         _write_factor(
-            product, best, nearest, a_i, labels, target_rows, b, negative_lse, grad_lse,
-            grad_target, grad_sum, factor, center_sums, rows, in_rows, N, column, columns, stride,
-            start_class, scale, limit, K, M, FILTER, SUM, PLAIN, FUSED,
+            product, b_j, nearest, labels, target_rows, a, negative_lse, grad_lse, grad_target,
+            grad_sum, factor, center_sums, rows, in_rows, column, columns, stride,
+            start_class, scale, limit, K, M, FILTER, SUM, PLAIN, FUSED, BLOCK_N,
         )  # fmt: skip
 
 
-@triton.jit
-def _target_factor_kernel(
-    factor, labels, target_rows, a, b, grad_target, grad_sum, N, columns, stride, start_class,
-    K: tl.constexpr, M: tl.constexpr, SUM: tl.constexpr, PLAIN: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+@triton.jit(do_not_specialize=_SIZES)
+def _clear_targets_kernel(
+    factor, labels, target_rows, a, b, grad_sum, N, columns, stride, start_class, K: tl.constexpr,
+    M: tl.constexpr, SUM: tl.constexpr, PLAIN: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write the factor at the labels of a block of rows, after the input's gradient was taken."""
+    """Take the labels' own gradients out of the factor; the input's has them in float64."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < N
-    a_i = tl.load(a + rows, mask=in_rows, other=0.0)
     for k in tl.static_range(K):
         label = tl.load(labels + rows * K + k, mask=in_rows, other=-1) - start_class
         here = in_rows & (label >= 0) & (label < columns)
-        center = tl.load(target_rows + rows * K + k, mask=here, other=0) % M
-        at = label * M + center
-        value = tl.load(grad_target + rows * K + k, mask=here, other=0.0)
+        at = label * M + tl.load(target_rows + rows * K + k, mask=here, other=0) % M
+        value = tl.zeros((BLOCK_N,), tl.float32)
         if SUM:
             value += tl.load(grad_sum + rows, mask=here, other=0.0)
-        if not PLAIN:
-            value = value * a_i * tl.load(b + at, mask=here, other=0.0)
+            if not PLAIN:
+                value *= tl.load(a + rows, mask=here, other=0.0)
+                value *= tl.load(b + at, mask=here, other=0.0)
         tl.store(factor + rows * stride + at, value, mask=here)
 
 
-@triton.jit
-def _project(sum_ij, center_sum, r_j, w, unscale, UNIT: tl.constexpr):
-    """Return gradients by rows of w from Σ_i F_ij·x_i, F's own r_j aside, and Σ_i G_ij·cos_ij."""
-    tangential = sum_ij * unscale
-    if UNIT:
-        tangential *= r_j[:, None]
-    return tangential - (center_sum * unscale * r_j)[:, None] * (w * r_j[:, None])
-
-
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _grad_weight_kernel(
     factor, x, weight, ids, inverse_norms, center_sums, unscale, grad_weight, N, count, row_blocks,
     stride, x_stride, weight_stride, D: tl.constexpr, M: tl.constexpr, IDS: tl.constexpr,
-    UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, H: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write a block of the gradient by a tile's centers: Fᵀx, projected to their tangents."""
+    """Write H blocks of the gradient by a tile's centers: Fᵀx, projected to their tangents.
+
+    F has r_j as a factor unless UNIT.
+    """
     center = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_centers, in_d = center < count, d < D
-    total = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
+    d = tl.program_id(1) * (H * BLOCK_D) + tl.arange(0, BLOCK_D)
+    in_centers = center < count
+    first = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
+    second = first
+    step = tl.arange(0, BLOCK_N)
+    f_block = factor + step.to(tl.int64)[None, :] * stride + center[:, None]
+    x_block = x + step.to(tl.int64)[:, None] * x_stride + d[None, :]
+    f_step = tl.full((), BLOCK_N, tl.int64) * stride
     for start in range(0, N, BLOCK_N):
-        row = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        f = tl.load(
-            factor + row[None, :] * stride + center[:, None],
-            mask=in_centers[:, None] & (row < N)[None, :],
-            other=0.0,
-        )
-        own = tl.load(
-            x + row[:, None] * x_stride + d[None, :],
-            mask=(row < N)[:, None] & in_d[None, :],
-            other=0.0,
-        )
+        in_rows = start + step < N
+        f = tl.load(f_block)  # there is room for whole blocks, zeros past the last row
+        own = tl.load(x_block, mask=in_rows[:, None] & (d < D)[None, :], other=0.0)
         if UPCAST:
             f, own = f.to(tl.float32), own.to(tl.float32)
-        total = tl.dot(f, own, total, input_precision=PRECISION)
+        first = tl.dot(f, own, first, input_precision=PRECISION)
+        if H == 2:
+            in_block = in_rows[:, None] & (d + BLOCK_D < D)[None, :]
+            own = tl.load(x_block + BLOCK_D, mask=in_block, other=0.0)
+            if UPCAST:
+                own = own.to(tl.float32)
+            second = tl.dot(f, own, second, input_precision=PRECISION)
+        f_block += f_step
+        x_block += x_stride * BLOCK_N
+
     center_sum = tl.zeros((BLOCK_C,), tl.float32)
     block = 0
     while block < row_blocks:
         center_sum += tl.load(center_sums + block * stride + center, mask=in_centers, other=0.0)
         block += 1
     r_j = tl.load(inverse_norms + center, mask=in_centers, other=0.0)
+    scale = tl.load(unscale)
+    center_sum *= scale * r_j
     source = center.to(tl.int64)
     if IDS:
         source = tl.load(ids + center // M, mask=in_centers, other=0) * M + center % M
-    mask = in_centers[:, None] & in_d[None, :]
-    w = tl.load(weight + source[:, None] * weight_stride + d[None, :], mask=mask, other=0.0)
-    grad = _project(total, center_sum, r_j, w.to(tl.float32), tl.load(unscale), UNIT)
-    tl.store(grad_weight + center.to(tl.int64)[:, None] * D + d[None, :], grad, mask=mask)
+    for h in tl.static_range(H):
+        at = d + h * BLOCK_D
+        mask = in_centers[:, None] & (at < D)[None, :]
+        w = tl.load(weight + source[:, None] * weight_stride + at[None, :], mask=mask, other=0.0)
+        grad = (first if h == 0 else second) * scale
+        if UNIT:
+            grad *= r_j[:, None]
+        grad -= center_sum[:, None] * (w.to(tl.float32) * r_j[:, None])
+        out = grad_weight + center.to(tl.int64)[:, None] * D + at[None, :]
+        tl.store(out, grad, mask=mask)
 
 
 @triton.jit

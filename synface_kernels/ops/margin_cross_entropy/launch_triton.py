@@ -179,9 +179,9 @@ class _Statistics:
             "SUM": inputs.needs_cosine_sum, "FUSED": gemms.fused, "PRECISION": gemms.precision,
             "UPCAST": rows.gemm.device.type == "cpu" and gemms.dtype != torch.float32,
         }  # fmt: skip
-        variant = k > 1 or m > 1 or self.options["FILTER"] or self.options["SUM"]
+        plain = k == 1 and not (self.options["FILTER"] or self.options["SUM"])
         self.config = (
-            gemm_config(gemms, self.n, variant, chip) if gemms.fused else tile_config(self.n)
+            gemm_config(gemms, self.n, m, plain, chip) if gemms.fused else tile_config(self.n)
         )
         self.row_blocks = triton.cdiv(self.n, self.config["BLOCK_N"])
 
@@ -315,9 +315,11 @@ class _Gradients:
         self.m, k, self.chip = sub_centers_of(weight), labels.shape[1], chip_of(input.device)
         self.filters, self.sums = inputs.limit < math.inf, inputs.grad_cosine_sum.numel() > 0
         self.upcast = input.device.type == "cpu" and gemms.dtype != torch.float32
-        variant = k > 1 or self.m > 1 or self.filters or self.sums
+        plain = k == 1 and not (self.filters or self.sums)
         self.config = (
-            gemm_config(gemms, self.n, variant, self.chip) if gemms.fused else tile_config(self.n)
+            gemm_config(gemms, self.n, self.m, plain, self.chip)
+            if gemms.fused
+            else tile_config(self.n)
         )
         self.block = self.config["H"] * self.config["BLOCK_C"]
         self.row_blocks = triton.cdiv(self.n, self.config["BLOCK_N"])
@@ -396,10 +398,10 @@ class _Gradients:
 
         new, stride = self.input_r.new_empty, tiles.stride
         self.products = new(0 if gemms.fused else (n, stride))
+        self.factor = self.products
         if gemms.fused or gemms.dtype != torch.float32:
-            self.factor = new((n, stride), dtype=gemms.dtype)
-        else:
-            self.factor = self.products
+            whole_blocks = round_up(n, self.config["BLOCK_N"])
+            self.factor = new((whole_blocks, stride), dtype=gemms.dtype)
         self.center_sums = new((self.row_blocks, stride) if gemms.fused else 0)
         self.sums_of_rows = new(0 if gemms.fused or in_place else (stride, d))
         tile_rows = weight.new_empty(0 if on_grad_tile is None else (stride, d))
@@ -407,17 +409,17 @@ class _Gradients:
         for tile in tiles:
             centers = len(tile.gemm)
             self._write_factor(tile)
-            factor = self.factor[:, :centers]
-            if sums is not None:
-                mm(factor, tile.gradient, sums, accumulate=True)
             if for_weight:
                 first = tile.start * m
                 out = tile_rows[:centers]
                 if grad_rows is not None:
                     out = grad_rows[first : first + centers]
                 self._grad_by_centers(tile, out)
-                if on_grad_tile is not None:
-                    on_grad_tile(tile.start, out)
+            if sums is not None:
+                self._clear_targets(tile)
+                mm(self.factor[:n, :centers], tile.gradient, sums, accumulate=True)
+            if on_grad_tile is not None:
+                on_grad_tile(tile.start, out)
         if grad_input is not None:
             assert sums is not None
             self._grad_by_input(sums, grad_input)
@@ -437,23 +439,28 @@ class _Gradients:
             **self.config,
         )  # fmt: skip
 
-    def _grad_by_centers(self, tile: Tile, out: Tensor) -> None:
-        inputs, gemms, rows, n, d = self.inputs, self.gemms, self.rows, self.n, self.d
-        centers, stride, block_n = len(tile.gemm), self.factor.stride(0), 128
+    def _clear_targets(self, tile: Tile) -> None:
+        block_n = 128
         launch(
-            kernels._target_factor_kernel, (triton.cdiv(n, block_n),),
-            self.factor, inputs.labels, self.target_rows, rows.scale, tile.scale, self.grad_target,
-            self.grad_sum, n, tile.columns, stride, tile.start, K=inputs.labels.shape[1], M=self.m,
-            SUM=self.sums, PLAIN=gemms.plain, BLOCK_N=block_n, num_warps=4,
+            kernels._clear_targets_kernel, (triton.cdiv(self.n, block_n),),
+            self.factor, self.inputs.labels, self.target_rows, self.rows.scale, tile.scale,
+            self.grad_sum, self.n, tile.columns, self.factor.stride(0), tile.start,
+            K=self.inputs.labels.shape[1], M=self.m, SUM=self.sums, PLAIN=self.gemms.plain,
+            BLOCK_N=block_n, num_warps=4,
         )  # fmt: skip
+
+    def _grad_by_centers(self, tile: Tile, out: Tensor) -> None:
+        gemms, rows, n, d = self.gemms, self.rows, self.n, self.d
+        centers, stride = len(tile.gemm), self.factor.stride(0)
         ids = tile.centers if tile.ids is None else tile.ids
         own: dict[str, Any] = {
             "D": d, "M": self.m, "IDS": tile.ids is not None,
             "UNIT": gemms.plain or gemms.unit_weight,
         }  # fmt: skip
         if gemms.fused:
-            config = grad_weight_config(gemms, n, d, self.chip)
-            grid = triton.cdiv(centers, config["BLOCK_C"]), triton.cdiv(d, config["BLOCK_D"])
+            config = grad_weight_config(gemms, out.dtype, n, d, self.chip)
+            width = config["H"] * config["BLOCK_D"]
+            grid = triton.cdiv(centers, config["BLOCK_C"]), triton.cdiv(d, width)
             launch(
                 kernels._grad_weight_kernel, grid,
                 self.factor, rows.gradient, tile.centers, ids, tile.norms, self.center_sums,
@@ -463,7 +470,7 @@ class _Gradients:
             )  # fmt: skip
             return
         product = self.sums_of_rows[:centers] if len(self.sums_of_rows) else out
-        mm(self.factor[:, :centers].t(), rows.gradient, product)
+        mm(self.factor[:n, :centers].t(), rows.gradient, product)
         config = row_config(d)
         launch(
             kernels._project_rows_kernel, (triton.cdiv(centers, config["BLOCK_R"]),),
