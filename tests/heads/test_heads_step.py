@@ -77,7 +77,7 @@ def test_a_step_compiles_as_one_graph(name):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_autocast(name):
-    """Embeddings are bfloat16; logits are not rounded to it."""
+    """Embeddings are bfloat16, and so are the GEMMs' centers; sums and logits are not."""
     head = HEADS[name]()
     same = copy.deepcopy(head)
     net = torch.nn.Linear(10, D)
@@ -91,9 +91,13 @@ def test_autocast(name):
     loss.backward()
     assert net.weight.grad.isfinite().all()
     assert head.weight.grad.dtype == torch.float32
-    torch.manual_seed(1)
-    expected = same(embeddings.detach().float(), labels)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for impl, tolerance in (("cpu", 1e-3), ("reference", 1e-5)):  # not under autocast, under it
+        torch.manual_seed(1)
+        same.impl, on = impl, impl == "reference"
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            expected = copy.deepcopy(same)(embeddings.detach(), labels)
+        torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
+        assert on or not torch.equal(loss, expected)
 
 
 @pytest.mark.parametrize("name", HEADS)

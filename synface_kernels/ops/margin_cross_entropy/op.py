@@ -242,12 +242,6 @@ def margin_cross_entropy(
                 input, weight = fused.Reference.apply(fused.grad_anchor(), input, weight, update)
             if class_ids is not None:
                 weight = core.SelectRows.apply(weight, class_ids)
-            rounded_to = None
-            if autocast is not None:
-                rounded_to = (
-                    None if input.dtype == autocast else autocast,
-                    None if weight.dtype == autocast else autocast,
-                )
             loss, lse, cosine, top1 = reference.margin_cross_entropy(
                 input.to(dtype),
                 weight.to(dtype),
@@ -256,7 +250,10 @@ def margin_cross_entropy(
                 margin,
                 mix,
                 label_smoothing,
-                rounded_to,
+                (
+                    None if input.dtype == autocast else autocast,
+                    None if weight.dtype == autocast else autocast,
+                ),
             )
         else:
             # Within a transform of torch.func, requires_grad does not show what an outer one
