@@ -329,6 +329,14 @@ def test_no_bit_depends_on_the_workspace_or_on_class_ids(isa):
         assert all(bits((*actual[:3], actual[3][ids]), expected))
 
 
+def test_the_default_is_one_of_the_instruction_sets():
+    """The last one, or float32 GEMMs where those of bfloat16 are slower."""
+    case = problem(40, 900, 64)
+    default = run(case, "cpu", "")
+    same = [all(bits(run(case, "cpu", isa), default)) for isa in ISAS]
+    assert same[-1] or (ISAS[-1].endswith("bf16") and same[ISAS.index("avx512")])
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_same_bits_twice(threads):
     before = torch.get_num_threads()
