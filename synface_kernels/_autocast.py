@@ -1,4 +1,4 @@
-"""What `torch.autocast` asks of the ops, which compute in dtypes of their own otherwise."""
+"""Support for `torch.autocast`: its dtype for the ops' GEMMs, none of it for their plain torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,17 @@ def gemm_dtype(tensor: Tensor) -> torch.dtype | None:
 
 def suspended(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which autocast does not alter plain torch on the device."""
-    return torch.autocast(device.type, enabled=False) if _enabled(device.type) else nullcontext()
+    return off(device) if _enabled(device.type) else nullcontext()
+
+
+def off(device: torch.device) -> AbstractContextManager[object]:
+    """Return `suspended` for a backward pass, which compiles where autocast is off and runs later.
+
+    A compiled graph has no autocast to suspend at the time when it is traced.
+    """
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _enabled(device: str) -> bool:

@@ -141,6 +141,12 @@ def margin_cross_entropy(
     float32. The backward pass uses the forward pass's setting. ``"triton"`` follows torch's
     settings for TF32.
 
+    Under `torch.autocast` GEMMs are in its dtype, bfloat16 or float16, unless the tensors are
+    float64. A matrix of another dtype is normalized in float32 and rounded, as autocast makes of
+    ``F.linear(F.normalize(input), F.normalize(weight))``; one of that dtype is multiplied as it is.
+    Sums, logits and the labels' own cosines are as without autocast. The backward pass uses the
+    forward pass's dtype.
+
     A vector no longer than 1e-12 counts as zero: its cosines are 0 and its gradient is 0. At
     cos θ = ±1 the slope of the margin is finite, see `CombinedMargin`. A row with a non-finite
     element has a non-finite loss of its own. Gradients have their input's dtype.
@@ -156,8 +162,8 @@ def margin_cross_entropy(
     gradients come from a caching allocator, capped at 512 MiB: see `empty_cache`.
 
     Raises:
-        ValueError: for a wrong dtype, shape, device, label or weight. On a GPU labels and weights
-            are checked there, by an asynchronous assertion.
+        ValueError: for a wrong dtype, shape, device, label or weight, or another dtype of autocast.
+            On a GPU labels and weights are checked there, by an asynchronous assertion.
         TypeError: for an argument of a wrong Python type.
         NotImplementedError: for combinations that are not built, and forward-mode derivatives.
         RuntimeError: for an ``impl`` that cannot run here, naming the reason; where a rank of the
@@ -242,12 +248,6 @@ def margin_cross_entropy(
                 input, weight = fused.Reference.apply(fused.grad_anchor(), input, weight, update)
             if class_ids is not None:
                 weight = core.SelectRows.apply(weight, class_ids)
-            rounded_to = None
-            if autocast is not None:
-                rounded_to = (
-                    None if input.dtype == autocast else autocast,
-                    None if weight.dtype == autocast else autocast,
-                )
             loss, lse, cosine, top1 = reference.margin_cross_entropy(
                 input.to(dtype),
                 weight.to(dtype),
@@ -256,7 +256,10 @@ def margin_cross_entropy(
                 margin,
                 mix,
                 label_smoothing,
-                rounded_to,
+                (
+                    None if input.dtype == autocast else autocast,
+                    None if weight.dtype == autocast else autocast,
+                ),
             )
         else:
             # Within a transform of torch.func, requires_grad does not show what an outer one

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._autocast import suspended
+from ..._autocast import off
 from ..._norms import shortened
 from .margins import CombinedMargin
 
@@ -33,7 +33,7 @@ def margin_cross_entropy(
     margin: CombinedMargin,
     mix: str,
     label_smoothing: float = 0.0,
-    rounded_to: tuple[torch.dtype | None, torch.dtype | None] | None = None,
+    rounded_to: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the loss per row, log-sum-exp, target cosines and top-1 from dense logits.
 
@@ -45,8 +45,8 @@ def margin_cross_entropy(
         input: (N, D); weight: (C, D), or (C, M, D) with M sub-centers per class; floating point.
         labels: (N, K) int64, distinct within a row, −1 where absent; label_weight: (N, K), 0 there.
         margin, mix, label_smoothing: as in `synface_kernels.margin_cross_entropy`.
-        rounded_to: under autocast, the dtypes to which embeddings and centers are rounded: its
-            dtype, or None for those that were given in it.
+        rounded_to: autocast's dtype for embeddings and for centers, or None for those that were
+            given in it, and without autocast.
 
     Returns:
         loss (N,), lse (N,), target_cosine (N, K), top1 (N,) bool. All 0 (False) for a row that is
@@ -66,10 +66,8 @@ def margin_cross_entropy(
             return cosine
         return cosine.unflatten(1, weight.shape[:2]).max(2).values  # the first of equals
 
-    if rounded_to is None:
-        cosine = others = of_classes(embedding @ centers.T)
-    else:
-        cosine = of_classes(_Product.apply(embedding, centers, None, None))
+    cosine = others = of_classes(_Product.apply(embedding, centers, None, None))
+    if rounded_to != (None, None):
         others = of_classes(_Product.apply(embedding, centers, *rounded_to))
     psi = margin.target_cosine(cosine)
     share = torch.zeros_like(cosine).scatter_add(1, label, label_weight)
@@ -79,10 +77,7 @@ def margin_cross_entropy(
 
     def cross_entropy(own: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
         logits = torch.where(filtered, instead, margin.scale * own)
-        summed = logits
-        if rounded_to is not None:
-            summed = torch.where(is_label | filtered, logits, margin.scale * others)
-        lse = summed.logsumexp(1)
+        lse = torch.where(is_label | filtered, logits, margin.scale * others).logsumexp(1)
         q = (1 - label_smoothing) * share + label_smoothing / cosine.shape[1]
         return -torch.where(q > 0, q * (logits - lse[:, None]), 0).sum(1), lse
 
@@ -125,7 +120,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         embeddings, centers = map(_rounded, ctx.saved_tensors, ctx.dtypes)
-        with suspended(grad.device):  # it may be on where the backward pass runs
+        with off(grad.device):  # it may be on where the backward pass runs
             return grad @ centers, grad.T @ embeddings, None, None
 
 
