@@ -230,6 +230,22 @@ class StandInGpu(TorchDispatchMode):
         _MODES.pop()
 
 
+class _Event:
+    """A `torch.cuda.Event` of the stand-in, which is never behind."""
+
+    def __init__(self, blocking: bool = False) -> None:
+        self.recorded = False
+
+    def record(self, stream: Any = None) -> None:
+        self.recorded = True
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        assert self.recorded
+
+
 def _interpreted(run: Callable[..., Any]) -> Callable[..., Any]:
     """Return the interpreter's run(), given the values of the stand-in's tensors."""
 
@@ -255,6 +271,7 @@ def stand_in_gpu() -> Iterator[StandInGpu]:
             torch.cuda, "is_current_stream_capturing", lambda: mode.capturing
         ),
     ]
+    patches.append(mock.patch.object(torch.cuda, "Event", _Event))
     for name in ("tensor", "as_tensor", "scalar_tensor", "sparse_coo_tensor"):
         created = _created(getattr(torch, name), waits=name != "sparse_coo_tensor")
         patches.append(mock.patch.object(torch, name, created))

@@ -5,12 +5,16 @@ are held against the definition's on the CPU.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from synface.common.rng import seeded
+from synface.data import embedded_faces
 from synface.heads import AdaFace, MagFace, MarginHead, PartialFC
 from synface.optim import RowAdamW, RowSGD
+from synface.training import TrainConfig, loop, train
 from torch import Tensor
 
 import synface_kernels as sk
@@ -324,3 +328,61 @@ def test_a_capture_with_what_no_graph_replays_is_refused() -> None:
             sk.row_adamw_(rows["weight"], grad, ids, step=1, **rows["options"])
         rows = rows_of(here, False, False)
         sk.row_sgd_(rows["weight"], grad, ids, **rows["options"])
+
+
+# ---- the training loop ---------------------------------------------------------------------------
+
+
+class Watched:
+    """A progress display that keeps its figures."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def start(self, total_steps: int, step: int) -> None: ...
+
+    def step(self, loss: float, accuracy: float, images: int) -> None:
+        self.losses.append(loss)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "clipped": {"clip_norm": 1.0, "accumulate": 2},
+    "sampled": {"sample_rate": 0.9, "optimizer": "adamw"},
+    "fused": {"fused_update": True},
+    "sampled and fused": {"sample_rate": 0.9, "fused_update": True},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_training_loop(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps but those with a checkpoint."""
+    faces = embedded_faces(4, 16, identities=12)
+    small = {"embedding_size": 8, "widths": (4, 8), "depths": (1, 1)}
+    config = TrainConfig(epochs=1, batch_size=8, **small, **SETTINGS[name])
+    expected = train(config, faces, tmp_path / "cpu")
+    monkeypatch.setattr(loop, "check_device", lambda device: torch.device(device, 0))
+    monkeypatch.setattr(loop, "seeded", lambda seed, device: seeded(seed))
+    waits: list[str] = []
+    take, save = loop._Training.step, loop._Training.save
+
+    def step(self: Any, *args: Any) -> Any:
+        gpu.waits.clear()
+        result = take(self, *args)
+        waits.extend(gpu.waits)
+        return result
+
+    monkeypatch.setattr(loop._Training, "step", step)
+    monkeypatch.setattr(loop._Training, "save", lambda self, steps: self.finish())
+    shown = Watched()
+    with stand_in_gpu() as gpu:
+        found = train(config, faces, tmp_path / "gpu", progress=shown, device="cuda")
+        assert found.head.weight.device.type == "cuda"
+        assert not gpu.waits  # the last batch's reading included
+    assert not waits
+    assert save is not None
+    assert len(found.history) == len(expected.history) == 6
+    assert shown.losses == [row["loss"] for row in found.history]
+    for row, other in zip(found.history, expected.history, strict=True):
+        assert row.keys() == other.keys()
+        assert list(row.values()) == pytest.approx(list(other.values()), rel=1e-2, abs=1e-2)
