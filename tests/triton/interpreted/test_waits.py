@@ -12,9 +12,11 @@ import pytest
 import torch
 from synface.common.rng import seeded
 from synface.data import embedded_faces
+from synface.data.loading import pool
 from synface.heads import AdaFace, MagFace, MarginHead, PartialFC
 from synface.optim import RowAdamW, RowSGD
 from synface.training import TrainConfig, loop, train
+from synface.training.sources import MixedSource
 from torch import Tensor
 
 import synface_kernels as sk
@@ -32,7 +34,9 @@ def here(tensor: Tensor) -> Tensor:
     return tensor.to("cuda", non_blocking=True)
 
 
-def check(setup: Callable[[Callable[[Tensor], Tensor]], Callable[[], Any]], **tolerance: Any) -> None:
+def check(
+    setup: Callable[[Callable[[Tensor], Tensor]], Callable[[], Any]], **tolerance: Any
+) -> None:
     """Run a step twice on the stand-in: the second, as any later one, neither waits nor uploads.
 
     Args:
@@ -210,7 +214,9 @@ def test_sample_classes(wanted: int) -> None:
 
 def test_domain_mixup() -> None:
     def setup(to: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
-        s, r = (to(torch.rand(3, 4, 5, 3, generator=torch.Generator().manual_seed(i))) for i in (0, 1))
+        s, r = (
+            to(torch.rand(3, 4, 5, 3, generator=torch.Generator().manual_seed(i))) for i in (0, 1)
+        )
         psi, flip = to(torch.tensor([0.25, 0.5, 1.0])), to(torch.tensor([[True, False, True]] * 2))
         leaves = [t.requires_grad_() for t in (s, r, psi)]
 
@@ -316,15 +322,20 @@ def test_a_capture_with_what_no_graph_replays_is_refused() -> None:
         target = here(torch.arange(N))
         rows, grad, ids = rows_of(here, False, True), here(normal(3, D)), here(torch.arange(3))
         gpu.capturing = True
-        with pytest.raises(RuntimeError, match="generator must be on .*cuda:0, got one on cpu, .*captured"):
+        with pytest.raises(
+            RuntimeError, match=r"generator must be on .*cuda:0, got one on cpu, .*captured"
+        ):
             sk.sample_classes(target, C, 20, torch.Generator())
-        with pytest.raises(RuntimeError, match="num_sampled .* captur"):
+        with pytest.raises(RuntimeError, match=r"num_sampled .* captur"):
             sk.sample_classes(target, C, 3)
-        for options in ({"seed": 1, "step": 1}, {"last_step": rows["options"]["last_step"], "step": 1}):
-            with pytest.raises(RuntimeError, match="step .* captur"):
+        for options in (
+            {"seed": 1, "step": 1},
+            {"last_step": rows["options"]["last_step"], "step": 1},
+        ):
+            with pytest.raises(RuntimeError, match=r"step .* captur"):
                 sk.row_sgd_(rows["weight"], grad, ids, lr=0.1, **options)
         rows = rows_of(here, True, False)
-        with pytest.raises(RuntimeError, match="step .* captur"):
+        with pytest.raises(RuntimeError, match=r"step .* captur"):
             sk.row_adamw_(rows["weight"], grad, ids, step=1, **rows["options"])
         rows = rows_of(here, False, False)
         sk.row_sgd_(rows["weight"], grad, ids, **rows["options"])
@@ -354,35 +365,35 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [*SETTINGS, "mixed"])
 def test_the_training_loop(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All steps but those with a checkpoint."""
+    """All of it, from the first step on, but for writing checkpoints."""
     faces = embedded_faces(4, 16, identities=12)
-    small = {"embedding_size": 8, "widths": (4, 8), "depths": (1, 1)}
-    config = TrainConfig(epochs=1, batch_size=8, **small, **SETTINGS[name])
-    expected = train(config, faces, tmp_path / "cpu")
-    monkeypatch.setattr(loop, "check_device", lambda device: torch.device(device, 0))
+    data: Any = faces
+    if name == "mixed":
+        data = MixedSource(faces, embedded_faces(4, 16, seed=1, identities=3), workers=1)
+    small: Any = {"embedding_size": 8, "widths": (4, 8), "depths": (1, 1)}
+    config = TrainConfig(epochs=1, batch_size=8, **small, **SETTINGS.get(name, {}))
+    expected = train(config, data, tmp_path / "cpu")
+    monkeypatch.setattr(loop, "check_device", torch.device)
     monkeypatch.setattr(loop, "seeded", lambda seed, device: seeded(seed))
-    waits: list[str] = []
-    take, save = loop._Training.step, loop._Training.save
+    monkeypatch.setattr(pool._Resources, "pin", lambda self, array: None)
+    take = loop._Training.step
 
-    def step(self: Any, *args: Any) -> Any:
-        gpu.waits.clear()
-        result = take(self, *args)
-        waits.extend(gpu.waits)
-        return result
+    def step(self: Any, number: int, *args: Any) -> Any:
+        if number == 0:
+            gpu.waits.clear()
+        return take(self, number, *args)
 
     monkeypatch.setattr(loop._Training, "step", step)
     monkeypatch.setattr(loop._Training, "save", lambda self, steps: self.finish())
     shown = Watched()
     with stand_in_gpu() as gpu:
-        found = train(config, faces, tmp_path / "gpu", progress=shown, device="cuda")
+        found = train(config, data, tmp_path / "gpu", progress=shown, device="cuda")
         assert found.head.weight.device.type == "cuda"
-        assert not gpu.waits  # the last batch's reading included
-    assert not waits
-    assert save is not None
+        assert not gpu.waits
     assert len(found.history) == len(expected.history) == 6
     assert shown.losses == [row["loss"] for row in found.history]
     for row, other in zip(found.history, expected.history, strict=True):
         assert row.keys() == other.keys()
-        assert list(row.values()) == pytest.approx(list(other.values()), rel=1e-2, abs=1e-2)
+        assert list(row.values()) == pytest.approx(list(other.values()), rel=1e-3, abs=1e-3)
