@@ -71,7 +71,7 @@ class Source(Protocol):
         ...
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on a device, without waiting for a GPU; its memory may still be read."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
@@ -165,10 +165,10 @@ class FacesSource(_ImagesSource):
         with self._reader(config, first, part, device) as reader:
             for step, (images, labels) in reader:
                 varied = generator(config.seed, part.purpose("augment"), step)
-                images = _sent(images, device)
+                images = sent(images, device)
                 if isinstance(reader, ImageLoader):
                     reader.sent(device)
-                yield step, Batch(augment(images, varied), _sent(labels, device), None)
+                yield step, Batch(augment(images, varied), sent(labels, device), None)
 
     def _reader(
         self, config: TrainConfig, first: int, part: RankSlice, device: torch.device
@@ -252,7 +252,7 @@ class MixedSource(_ImagesSource):
         ) as loader:
             self.timing = loader.timing
             for step, batch in loader:
-                batch = type(batch)(*(_sent(each, mixed.device) for each in batch))
+                batch = type(batch)(*(sent(each, mixed.device) for each in batch))
                 loader.sent(mixed.device)
                 if isinstance(batch, Pairs):
                     draws = generator(config.seed, part.purpose("mixup"), step)

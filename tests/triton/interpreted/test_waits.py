@@ -13,13 +13,17 @@ import torch
 from synface.common.rng import seeded
 from synface.data import embedded_faces
 from synface.data.loading import pool
+from synface.data.mixing import IdentityMixup
 from synface.heads import AdaFace, MagFace, MarginHead, PartialFC
 from synface.optim import RowAdamW, RowSGD
+from synface.recipes.generated import identities
+from synface.synthesis import EigenfaceGenerator, GeneratedSource
 from synface.training import TrainConfig, loop, train
 from synface.training.sources import MixedSource
 from torch import Tensor
 
 import synface_kernels as sk
+from tests.helpers.generators import people
 from tests.helpers.stand_in_gpu import cpu, stand_in_gpu
 
 N, C, D = 6, 40, 16
@@ -397,3 +401,21 @@ def test_the_training_loop(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     for row, other in zip(found.history, expected.history, strict=True):
         assert row.keys() == other.keys()
         assert list(row.values()) == pytest.approx(list(other.values()), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_generated_faces_are_augmented_and_mixed_on_the_device(mixed: bool) -> None:
+    points, generator = identities(4, 8, seed=1), EigenfaceGenerator(8, 16)
+    options: Any = {"real": people(3, 2), "identity_mixup": IdentityMixup()} if mixed else {}
+    source = GeneratedSource(points, generator, 3, **options)
+    config = TrainConfig(epochs=1, batch_size=5)
+    expected = list(source.batches(config, 0))
+    with stand_in_gpu() as gpu:
+        found = list(source.batches(config, 0, device="cuda"))
+        assert not gpu.waits
+    for (step, batch), (number, other) in zip(found, expected, strict=True):
+        assert step == number
+        for tensor, wanted in zip(batch, other, strict=True):
+            if wanted is not None:
+                assert tensor.device.type == "cuda"
+                torch.testing.assert_close(cpu(tensor), wanted)
