@@ -147,7 +147,7 @@ def _logits(launch: Launch, rows: str, centers: str, products: str) -> dict[str,
 
 def _variants(launch: Launch) -> int:
     """Return operations per logit of labels, filter, sums and sub-centers."""
-    operations = 3 * launch["K"] + 3 * launch["FILTER"] + 2 * launch["SUM"]
+    operations = 2 * launch["K"] + 3 * launch["FILTER"] + 2 * launch["SUM"]
     return operations + 4 * (launch["M"] - 1)
 
 
@@ -170,25 +170,24 @@ def _factor(launch: Launch) -> Work:
     written = {"factor": count * m * _item(launch, "factor")}
     if launch["FUSED"]:
         written["center_sums"] = 4.0 * math.ceil(n / launch["BLOCK_N"]) * columns * m
-    # Two norms, scale and shift, ex2's factor, times g, two norms again, at labels, rounded and
-    # back, times the cosine and sum, to another layout, stored.
+    # Norm, exponent, ex2's factor, times g, norm, rounded and back, times the product and summed, to
+    # another layout and stored.
     return Work(
-        **logits, writes=written, vector=count * (13 + _variants(launch)), special=count
+        **logits, writes=written, vector=count * (8 + _variants(launch)), special=count
     )  # fmt: skip
 
 
-def _target_factor(launch: Launch) -> Work:
+def _clear_targets(launch: Launch) -> Work:
     count, item = float(launch["N"] * launch["K"]), _item(launch, "factor")
     return Work(
-        _bytes(launch, "labels", "target_rows", "a", "grad_target"), {"factor": count * item},
-        vector=12 * count,
-    )  # fmt: skip
+        _bytes(launch, "labels", "target_rows"), {"factor": count * item}, vector=10 * count
+    )
 
 
 def _grad_weight(launch: Launch) -> Work:
     n, count, d = launch["N"], launch["count"], launch["D"]
-    block_c, block_d = launch["BLOCK_C"], launch["BLOCK_D"]
-    item = _item(launch, "factor")
+    block_c, width = launch["BLOCK_C"], launch["BLOCK_D"]
+    block_d, item = width * launch["H"], _item(launch, "factor")
     reads = {
         "factor": float(n * count * item),
         "x": float(n * d * item),
@@ -200,7 +199,7 @@ def _grad_weight(launch: Launch) -> Work:
     exact = launch["PRECISION"] == "ieee"
     return Work(
         reads, {"grad_weight": float(count * d * _item(launch, "grad_weight"))},
-        again=max(0.0, again), block=Block(block_c, block_d, n, launch["factor"].dtype, exact),
+        again=max(0.0, again), block=Block(block_c, block_d, n, launch["factor"].dtype, exact, width),
         # Unscale, two norms, center, multiply and subtract, convert and store.
         flops=2.0 * n * count * d, vector=8.0 * count * d,
     )  # fmt: skip
@@ -416,7 +415,7 @@ COSTS: dict[str, Cost] = {
     "margin_cross_entropy._target_cosines_kernel": _target_cosines,
     "margin_cross_entropy._lse_kernel": _lse,
     "margin_cross_entropy._factor_kernel": _factor,
-    "margin_cross_entropy._target_factor_kernel": _target_factor,
+    "margin_cross_entropy._clear_targets_kernel": _clear_targets,
     "margin_cross_entropy._grad_weight_kernel": _grad_weight,
     "margin_cross_entropy._project_rows_kernel": _project_rows,
     "margin_cross_entropy._target_gradients_kernel": _target_gradients,

@@ -44,7 +44,9 @@ class OnGpu(torch.Tensor):
     def __new__(cls, inner: Tensor) -> OnGpu:
         shape: Any = inner.shape
         layout = {} if inner.layout != torch.strided else {"strides": inner.stride()}
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=inner.dtype, device="meta", **layout)  # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=inner.dtype, device="meta", **layout
+        )  # type: ignore[attr-defined]
         made.inner = inner
         return made
 
@@ -114,9 +116,9 @@ def _created(make: Callable[..., Any], waits: bool) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         device = kwargs.get("device")
-        if device is None or torch.device(device).type != "cuda" or isinstance(args[0], OnGpu):
-            if not any(isinstance(value, OnGpu) for value in args):
-                return make(*args, **kwargs)
+        elsewhere = device is None or torch.device(device).type != "cuda"
+        if elsewhere and not any(isinstance(value, OnGpu) for value in args):
+            return make(*args, **kwargs)
         if waits:
             _MODES[-1].note(f"{make.__name__}(…, device={device})")
         return OnGpu(make(*map(_inner, args), **(kwargs | {"device": "cpu"})))
@@ -156,10 +158,11 @@ class StandInGpu(TorchDispatchMode):
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         here = any(isinstance(tensor, OnGpu) for tensor in tensors)
+        name = func.overloadpacket.__name__
         device = kwargs.get("device")
         wanted = None if device is None else torch.device(device).type
-        wanted = "cuda" if wanted == "meta" else wanted  # what C++ takes the stand-in's for
-        name = func.overloadpacket.__name__
+        if wanted == "meta" and (here or name == "scalar_tensor"):
+            wanted = "cuda"  # C++ asks for the device that it takes the stand-in's for
         if func.namespace.startswith("synface"):
             if not here:
                 return func(*args, **kwargs)
@@ -215,7 +218,11 @@ class StandInGpu(TorchDispatchMode):
             self.note(name)
         else:
             for tensor in tensors:
-                if not isinstance(tensor, OnGpu) and tensor.dim() and tensor.layout == torch.strided:
+                if (
+                    not isinstance(tensor, OnGpu)
+                    and tensor.dim()
+                    and tensor.layout == torch.strided
+                ):
                     raise RuntimeError(
                         f"{func} takes tensors on different devices: {tuple(tensor.shape)} is on "
                         "the CPU"
@@ -228,6 +235,22 @@ class StandInGpu(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         _MODES.pop()
+
+
+class _Event:
+    """A `torch.cuda.Event` of the stand-in, which is never behind."""
+
+    def __init__(self, blocking: bool = False) -> None:
+        self.recorded = False
+
+    def record(self, stream: Any = None) -> None:
+        self.recorded = True
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        assert self.recorded
 
 
 def _interpreted(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -244,16 +267,17 @@ def _interpreted(run: Callable[..., Any]) -> Callable[..., Any]:
 def stand_in_gpu() -> Iterator[StandInGpu]:
     """Run the block with a stand-in for a GPU, as ``device="cuda"``."""
     mode = StandInGpu()
+    stream = SimpleNamespace(cuda_stream=id(mode))
+    functions: dict[str, Callable[..., Any]] = {
+        "_lazy_init": lambda: None,
+        "device_of": lambda tensor: nullcontext(),
+        "get_device_properties": lambda device: PROPERTIES,
+        "current_stream": lambda device=None: stream,
+        "is_current_stream_capturing": lambda: mode.capturing,
+        "Event": _Event,
+    }
     patches: list[Any] = [
-        mock.patch.object(torch.cuda, "_lazy_init", lambda: None),
-        mock.patch.object(torch.cuda, "device_of", lambda tensor: nullcontext()),
-        mock.patch.object(torch.cuda, "get_device_properties", lambda device: PROPERTIES),
-        mock.patch.object(
-            torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=id(mode))
-        ),
-        mock.patch.object(
-            torch.cuda, "is_current_stream_capturing", lambda: mode.capturing
-        ),
+        mock.patch.object(torch.cuda, name, function) for name, function in functions.items()
     ]
     for name in ("tensor", "as_tensor", "scalar_tensor", "sparse_coo_tensor"):
         created = _created(getattr(torch, name), waits=name != "sparse_coo_tensor")

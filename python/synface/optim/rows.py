@@ -307,7 +307,7 @@ def _remember_coalesced(parameter: Tensor) -> None:
 
     def after(own: Tensor) -> None:
         if coalesced[0] and own.grad is not None and own.grad.is_sparse:
-            own.grad._coalesced_(True)  # type: ignore[operator]
+            own.grad._coalesced_(True)
 
     parameter.register_hook(before)
     parameter.register_post_accumulate_grad_hook(after)

@@ -17,6 +17,7 @@ from .._triton import launch
 from .reference import Operands
 
 BLOCK = 1024
+MOST_ELEMENTS = 2**31  # of a sample, that are counted in int32
 _FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -130,7 +131,7 @@ def _launch(
     # Fused multiply-adds would give other bits than the definition.
     launch(
         kernel, (batch * blocks,), *tensors, blocks, channels, width, pixels, size, *args, **config,
-        WIDE=size + BLOCK > 2**31, BLOCK=BLOCK, enable_fp_fusion=False,
+        WIDE=size + BLOCK > MOST_ELEMENTS, BLOCK=BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def _first_new(draws: Tensor, count: int | Tensor, known: Tensor, num_classes: i
 
 
 class _Sample(NamedTuple):
-    """A sample of ``size`` of the classes: ``known``, positives sorted, ``most`` at most, and draws."""
+    """A sample of ``size`` classes: the positives, ``known``, sorted, and negatives."""
 
     seed: Tensor
     num_classes: int

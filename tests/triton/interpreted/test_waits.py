@@ -5,15 +5,25 @@ are held against the definition's on the CPU.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from synface.common.rng import seeded
+from synface.data import embedded_faces
+from synface.data.loading import pool
+from synface.data.mixing import IdentityMixup
 from synface.heads import AdaFace, MagFace, MarginHead, PartialFC
 from synface.optim import RowAdamW, RowSGD
+from synface.recipes.generated import identities
+from synface.synthesis import EigenfaceGenerator, GeneratedSource
+from synface.training import TrainConfig, loop, train
+from synface.training.sources import MixedSource
 from torch import Tensor
 
 import synface_kernels as sk
+from tests.helpers.generators import people
 from tests.helpers.stand_in_gpu import cpu, stand_in_gpu
 
 N, C, D = 6, 40, 16
@@ -317,19 +327,95 @@ def test_a_capture_with_what_no_graph_replays_is_refused() -> None:
         rows, grad, ids = rows_of(here, False, True), here(normal(3, D)), here(torch.arange(3))
         gpu.capturing = True
         with pytest.raises(
-            RuntimeError, match="generator must be on .*cuda:0, got one on cpu, .*captured"
+            RuntimeError, match=r"generator must be on .*cuda:0, got one on cpu, .*captured"
         ):
             sk.sample_classes(target, C, 20, torch.Generator())
-        with pytest.raises(RuntimeError, match="num_sampled .* captur"):
+        with pytest.raises(RuntimeError, match=r"num_sampled .* captur"):
             sk.sample_classes(target, C, 3)
         for options in (
             {"seed": 1, "step": 1},
             {"last_step": rows["options"]["last_step"], "step": 1},
         ):
-            with pytest.raises(RuntimeError, match="step .* captur"):
+            with pytest.raises(RuntimeError, match=r"step .* captur"):
                 sk.row_sgd_(rows["weight"], grad, ids, lr=0.1, **options)
         rows = rows_of(here, True, False)
-        with pytest.raises(RuntimeError, match="step .* captur"):
+        with pytest.raises(RuntimeError, match=r"step .* captur"):
             sk.row_adamw_(rows["weight"], grad, ids, step=1, **rows["options"])
         rows = rows_of(here, False, False)
         sk.row_sgd_(rows["weight"], grad, ids, **rows["options"])
+
+
+# ---- the training loop ---------------------------------------------------------------------------
+
+
+class Watched:
+    """A progress display that keeps its figures."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def start(self, total_steps: int, step: int) -> None: ...
+
+    def step(self, loss: float, accuracy: float, images: int) -> None:
+        self.losses.append(loss)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "clipped": {"clip_norm": 1.0, "accumulate": 2},
+    "sampled": {"sample_rate": 0.9, "optimizer": "adamw"},
+    "fused": {"fused_update": True},
+    "sampled and fused": {"sample_rate": 0.9, "fused_update": True},
+}
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, "mixed"])
+def test_the_training_loop(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, from the first step on, but for writing checkpoints."""
+    faces = embedded_faces(4, 16, identities=12)
+    data: Any = faces
+    if name == "mixed":
+        data = MixedSource(faces, embedded_faces(4, 16, seed=1, identities=3), workers=1)
+    small: Any = {"embedding_size": 8, "widths": (4, 8), "depths": (1, 1)}
+    config = TrainConfig(epochs=1, batch_size=8, **small, **SETTINGS.get(name, {}))
+    expected = train(config, data, tmp_path / "cpu")
+    monkeypatch.setattr(loop, "check_device", torch.device)
+    monkeypatch.setattr(loop, "seeded", lambda seed, device: seeded(seed))
+    monkeypatch.setattr(pool._Resources, "pin", lambda self, array: None)
+    take = loop._Training.step
+
+    def step(self: Any, number: int, *args: Any) -> Any:
+        if number == 0:
+            gpu.waits.clear()
+        return take(self, number, *args)
+
+    monkeypatch.setattr(loop._Training, "step", step)
+    monkeypatch.setattr(loop._Training, "save", lambda self, steps: self.finish())
+    shown = Watched()
+    with stand_in_gpu() as gpu:
+        found = train(config, data, tmp_path / "gpu", progress=shown, device="cuda")
+        assert found.head.weight.device.type == "cuda"
+        assert not gpu.waits
+    assert len(found.history) == len(expected.history) == 6
+    assert shown.losses == [row["loss"] for row in found.history]
+    for row, other in zip(found.history, expected.history, strict=True):
+        assert row.keys() == other.keys()
+        assert list(row.values()) == pytest.approx(list(other.values()), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_generated_faces_are_augmented_and_mixed_on_the_device(mixed: bool) -> None:
+    points, generator = identities(4, 8, seed=1), EigenfaceGenerator(8, 16)
+    options: Any = {"real": people(3, 2), "identity_mixup": IdentityMixup()} if mixed else {}
+    source = GeneratedSource(points, generator, 3, **options)
+    config = TrainConfig(epochs=1, batch_size=5)
+    expected = list(source.batches(config, 0))
+    with stand_in_gpu() as gpu:
+        found = list(source.batches(config, 0, device="cuda"))
+        assert not gpu.waits
+    for (step, batch), (number, other) in zip(found, expected, strict=True):
+        assert step == number
+        for tensor, wanted in zip(batch, other, strict=True):
+            if wanted is not None:
+                assert tensor.device.type == "cuda"
+                torch.testing.assert_close(cpu(tensor), wanted)
