@@ -28,6 +28,10 @@ NO_KEY = -(2**63)
 _NO_KEY = tl.constexpr(NO_KEY)
 # Exponents of the weights' units may be off by this much from the greatest one.
 _SLACK = tl.constexpr(40.0)
+# References are this far apart: 16 bytes, as Triton compiles anew for other alignments.
+REFERENCE = tl.constexpr(4)
+# Stands for the cosine of what is no pair.
+_NO_PAIR = tl.constexpr(-2.0)
 # A prepared row's norm is in (128, 256].
 _LENGTH = tl.constexpr(256.0)
 
@@ -52,7 +56,7 @@ def _dot(a, b, product, PRECISION: tl.constexpr):
     return tl.dot(a, b, product, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _prepare_kernel(
     rows, inverse, out, scale, count, stride, D: tl.constexpr, WIDTH: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -78,7 +82,7 @@ def _prepare_kernel(
 
 @triton.jit
 def _cosines(
-    x, y, r_i, r_j, row, column, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, x_scale, y_scale, row, column, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Return a tile of cosines of two prepared blocks."""
@@ -88,7 +92,7 @@ def _cosines(
     product = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
     for start in range(0, WIDTH, BLOCK_D):
         product = _dot(tl.load(x + start), tl.load(y + start), product, PRECISION)
-    return product * r_i[:, None] * r_j[None, :]
+    return product * tl.load(x_scale + row)[:, None] * tl.load(y_scale + column)[None, :]
 
 
 # ---- sums over pairs -----------------------------------------------------------------------------
@@ -123,7 +127,7 @@ def _rescaling(before, after, a):
     return tl.where(before == after, 1.0, tl.exp(a * (before - after)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_count", "y_count"])
 def _pairs_kernel(
     x, y, x_scale, y_scale, weights, tile_maximum, tile_close, tile_sum, tile_shift, reference,
     x_count, y_count, a, KIND: tl.constexpr, POWER: tl.constexpr, DIAGONAL: tl.constexpr,
@@ -141,8 +145,8 @@ def _pairs_kernel(
     written to both sides.
 
     LOG_SUM_EXP's weights are in units of e^{a·reference}. With REPEAT, the second launch, they are
-    written again only where the tiles' greatest cosine is too far above it; reference[1] is what
-    holds then.
+    written again only where the tiles' greatest cosine is too far above it; the next reference is
+    what holds then.
     """
     n, c = tl.program_id(0), tl.program_id(1)
     TILES_C: tl.constexpr = SIZE_Y // BLOCK_C
@@ -156,34 +160,34 @@ def _pairs_kernel(
             repeat = a * (most - units) > _SLACK
             units = tl.where(repeat, most, units)
             if tile == 0:
-                tl.store(reference + 1, units)
+                tl.store(reference + REFERENCE, units)
             if not repeat:
                 return
-    if DIAGONAL:
+    if DIAGONAL:  # noqa: SIM102 (compiled only then)
         if n > c:
             return
     row, column = n * BLOCK_N + tl.arange(0, BLOCK_N), c * BLOCK_C + tl.arange(0, BLOCK_C)
-    r_i, r_j = tl.load(x_scale + row), tl.load(y_scale + column)
-    cosine = _cosines(x, y, r_i, r_j, row, column, WIDTH, PRECISION, BLOCK_D)
+    cosine = _cosines(x, y, x_scale, y_scale, row, column, WIDTH, PRECISION, BLOCK_D)
     valid = (row < x_count)[:, None] & (column < y_count)[None, :]
     if DIAGONAL:
         valid &= row[:, None] != column[None, :]
-    close = valid & (cosine >= _CLOSE)
-    plain = valid & (cosine < _CLOSE)
-
+    # Masks are found again in the values, as they would not fit the registers beside them.
+    cosine = tl.where(valid, cosine, _NO_PAIR)
     most = 0.0
     if KIND == LOG_SUM_EXP:
-        greatest = tl.max(tl.where(valid, cosine, float("-inf")), 1)
-        greatest = tl.max(greatest, 0)
-        most = tl.where(greatest == float("-inf"), 0.0, greatest)
+        greatest = tl.max(tl.max(cosine, 1), 0)
+        most = tl.where(greatest > _NO_PAIR, greatest, 0.0)
+        greatest = tl.where(greatest > _NO_PAIR, greatest, float("-inf"))
+    plain = (cosine > _NO_PAIR) & (cosine < _CLOSE)
+    marked = tl.where(cosine >= _CLOSE, -1.0, 0.0)
     cosine = tl.where(plain, cosine, most)
     f, slope = _potential(cosine, 2.0 - 2.0 * cosine, most, a, KIND, POWER)
+    slope = tl.where(plain, slope, marked)
+    number = tl.sum(tl.sum((slope < 0).to(tl.int32), 1), 0)
     if not REPEAT:
-        counted = plain
+        total = tl.sum(tl.sum(tl.where(plain, f, 0.0), 1), 0).to(tl.float64)
         if DIAGONAL:
-            counted &= column[None, :] > row[:, None]
-        total = tl.sum(tl.sum(tl.where(counted, f, 0.0), 1), 0).to(tl.float64)
-        number = tl.sum(tl.sum(close.to(tl.int32), 1), 0)
+            total *= tl.where(n == c, 0.5, 1.0)  # both halves are there
         tl.store(tile_close + tile, number)
         before = tl.load(tile_sum + tile)
         if KIND == LOG_SUM_EXP:
@@ -201,23 +205,23 @@ def _pairs_kernel(
     at = weights + row[:, None] * SIZE_Y + column[None, :]
     mark = tl.full((), -(2**31), tl.int32).to(tl.float32, bitcast=True)  # a literal −0 becomes 0
     if GRADIENT:
-        weight = slope * r_i[:, None] * r_j[None, :]
+        weight = slope * tl.load(x_scale + row)[:, None] * tl.load(y_scale + column)[None, :]
         if KIND == LOG_SUM_EXP:
             weight *= tl.exp(a * (most - units))
         if PRECISION == "tf32":
             weight = _round_to_tf32(weight)
-        weight = tl.where(close, mark, tl.where(plain, weight, 0.0))
-        weight = weight.to(weights.dtype.element_ty)
+        weight = tl.where(slope < 0, mark, weight).to(weights.dtype.element_ty)
         tl.store(at, weight)
-        if DIAGONAL:
+        if DIAGONAL:  # noqa: SIM102
             if n < c:
                 at = weights + column[:, None] * SIZE_Y + row[None, :]
                 tl.store(at, tl.trans(weight))
     else:
-        tl.store(at, tl.where(close, mark, 0.0).to(weights.dtype.element_ty), mask=number > 0)
+        marks = tl.where(slope < 0, mark, 0.0).to(weights.dtype.element_ty)
+        tl.store(at, marks, mask=number > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _gradient_kernel(
     weights, other, own_scale, gradient, before, after, count, a, D: tl.constexpr,
     SIZE_X: tl.constexpr, SIZE_Y: tl.constexpr, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -226,13 +230,17 @@ def _gradient_kernel(
 ):  # fmt: skip
     """Add the GEMM weights @ other (TRANSPOSED: weights.T @ other) to count×D of the gradient.
 
-    Reads BLOCK_N×SIZE_Y weights and SIZE_Y×BLOCK_D of the other block's points (TRANSPOSED: SIZE_X);
-    reads and writes BLOCK_N×BLOCK_D float32 of the gradient. EXPONENTIAL: its units go from
-    e^{a·before} to e^{a·after} first.
+    Reads BLOCK_N×SIZE_Y weights and SIZE_Y×BLOCK_D of the other block's points (TRANSPOSED:
+    SIZE_X); reads and writes BLOCK_N×BLOCK_D float32 of the gradient. EXPONENTIAL: its units go
+    from e^{a·before} to e^{a·after} first.
     """
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    k = tl.arange(0, BLOCK_K)
+    start_row, start_d = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_D
+    row, d, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
+    if TRANSPOSED:
+        weights += start_row
+    else:
+        weights += start_row * SIZE_Y
+    other += start_d
     product = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, SIZE_X if TRANSPOSED else SIZE_Y, BLOCK_K):
         if TRANSPOSED:
@@ -241,12 +249,12 @@ def _gradient_kernel(
             w = tl.load(weights + row[:, None] * SIZE_Y + (start + k)[None, :])
         v = tl.load(other + (start + k)[:, None] * WIDTH + d[None, :])
         product = _dot(w, v, product, PRECISION)
-    at = gradient + row.to(tl.int64)[:, None] * D + d[None, :]
-    mask = (row < count)[:, None] & (d < D)[None, :]
+    at = gradient + start_row * D + start_d + row[:, None] * D + d[None, :]
+    mask = (start_row + row < count)[:, None] & (start_d + d < D)[None, :]
     old = tl.load(at, mask=mask, other=0.0)
     if EXPONENTIAL:
         old *= _rescaling(tl.load(before), tl.load(after), a)
-    tl.store(at, old + product / tl.load(own_scale + row)[:, None], mask=mask)
+    tl.store(at, old + product / tl.load(own_scale + start_row + row)[:, None], mask=mask)
 
 
 @triton.jit
@@ -294,8 +302,8 @@ def _close_kernel(
     """Add the close pairs of one point (a row of the weights, or a column), one after the other.
 
     Reads a number for each of the point's tiles of BLOCK_C, and, only where these have close pairs,
-    its weights in them, of which −0 marks a close pair, and both points of each. Adds F to the point's pair_sum (for LOG_SUM_EXP in units of e^{a·pair_shift}), and D float32 to its
-    gradient.
+    its weights in them, of which −0 marks a close pair, and both points of each. Adds F to the
+    point's pair_sum (for LOG_SUM_EXP in units of e^{a·pair_shift}), and D float32 to its gradient.
     """
     own = tl.program_id(0)
     slot = tl.arange(0, TILES)
@@ -309,10 +317,7 @@ def _close_kernel(
         return
     d = tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_C)
-    if OWNER_IS_Y:
-        i = (y_start + own).to(tl.int64)
-    else:
-        i = (x_start + own).to(tl.int64)
+    i = ((y_start if OWNER_IS_Y else x_start) + own).to(tl.int64)
     units = tl.zeros((), tl.float64)
     shift = tl.zeros((), tl.float64)
     total = tl.zeros((), tl.float64)
@@ -414,7 +419,7 @@ def _cosine_of(key):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_count", "y_count"])
 def _maxima_kernel(
     x, y, x_scale, y_scale, row_maxima, column_maxima, x_count, y_count, DIAGONAL: tl.constexpr,
     COLUMNS: tl.constexpr, SIZE_X: tl.constexpr, SIZE_Y: tl.constexpr, WIDTH: tl.constexpr,
@@ -427,12 +432,11 @@ def _maxima_kernel(
     GROUP cosines. With DIAGONAL the two blocks are one, as are the two results.
     """
     n, c = tl.program_id(0), tl.program_id(1)
-    if DIAGONAL:
+    if DIAGONAL:  # noqa: SIM102 (compiled only then)
         if n > c:
             return
     row, column = n * BLOCK_N + tl.arange(0, BLOCK_N), c * BLOCK_C + tl.arange(0, BLOCK_C)
-    r_i, r_j = tl.load(x_scale + row), tl.load(y_scale + column)
-    cosine = _cosines(x, y, r_i, r_j, row, column, WIDTH, PRECISION, BLOCK_D)
+    cosine = _cosines(x, y, x_scale, y_scale, row, column, WIDTH, PRECISION, BLOCK_D)
     valid = (row < x_count)[:, None] & (column < y_count)[None, :]
     if DIAGONAL:
         valid &= row[:, None] != column[None, :]
@@ -446,7 +450,7 @@ def _maxima_kernel(
         tl.store(column_maxima + column[None, :] * (SIZE_X // GROUP) + group[:, None], most)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["owners", "others"])
 def _collect_kernel(
     maxima, keys, own_start, other_start, owners, others, SIZE: tl.constexpr, GROUP: tl.constexpr,
     ROOM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -482,7 +486,7 @@ def _collect_kernel(
     tl.store(slots, best, mask=in_rows[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["others"])
 def _select_kernel(
     x, y, x_inverse, y_inverse, x_stride, y_stride, keys, square, index, others, margin,
     D: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, ROOM: tl.constexpr,

@@ -14,6 +14,7 @@ from .._triton import WORKSPACE_BYTES, launch
 from .kernel_triton import (
     KINDS,
     NO_KEY,
+    REFERENCE,
     _close_kernel,
     _collect_kernel,
     _gradient_kernel,
@@ -62,7 +63,7 @@ class Plan:
         """Return the plan for a GEMM of x and y, with weights for another one or group maxima."""
         dtype, precision = _gemm_dtype(x.rows.dtype, y.rows.dtype, weights)
         d = x.rows.shape[1]
-        block_d = min(_block_d(dtype), max(16, triton.next_power_of_2(d)))
+        block_d = min(_depth(dtype, precision), max(16, triton.next_power_of_2(d)))
         width = triton.cdiv(d, block_d) * block_d
         most = _most(width, dtype, weights)
         return cls(dtype, precision, width, _size(len(x), most), _size(len(y), most))
@@ -70,21 +71,18 @@ class Plan:
     @property
     def tiles(self) -> dict[str, Any]:
         """The configuration of the kernels that compute tiles of cosines."""
-        shape = {"BLOCK_N": TILE, "BLOCK_C": TILE, "BLOCK_D": min(_block_d(self.dtype), self.width)}
-        return shape | {"num_warps": 8, "num_stages": 3 if self.precise else 2}
+        block_d = min(_depth(self.dtype, self.precision), self.width)
+        stages = 4 if _on_cores(self.dtype, self.precision) else 2
+        shape = {"BLOCK_N": TILE, "BLOCK_C": TILE, "BLOCK_D": block_d}
+        return shape | {"num_warps": 8, "num_stages": stages}
 
     @property
     def gemm(self) -> dict[str, Any]:
         """The configuration of the gradient's GEMM."""
-        block_d = min(128, self.width & -self.width)
-        block_k = min(_block_d(self.dtype), TILE)
-        shape = {"BLOCK_N": TILE, "BLOCK_K": block_k, "BLOCK_D": block_d}
-        return shape | {"num_warps": 8, "num_stages": 3 if self.precise else 2}
-
-    @property
-    def precise(self) -> bool:
-        """True where tensor cores multiply."""
-        return self.dtype != torch.float32 or self.precision != "ieee"
+        on_cores = _on_cores(self.dtype, self.precision)
+        block_k = min(128 // self.dtype.itemsize if on_cores else 16, TILE)
+        shape = {"BLOCK_N": TILE, "BLOCK_K": block_k, "BLOCK_D": min(128, self.width & -self.width)}
+        return shape | {"num_warps": 8, "num_stages": 3 if on_cores else 2}
 
     def buffers(self, like: Tensor) -> tuple[Block, Block]:
         """Return memory for a block of x and one of y."""
@@ -158,7 +156,7 @@ def pairs(
     tile_maximum = new(slots, dtype=torch.float32)
     tile_close = new(slots, dtype=torch.int32)
     # The units of the gradient's weights before each strip, and after the last one.
-    references = new(len(strips) + 1, dtype=torch.float32).fill_(-math.inf)
+    references = new((len(strips) + 1, REFERENCE.value), dtype=torch.float32).fill_(-math.inf)
     unit_x = [0] * blocks_x
     unit_y = unit_x if symmetric else [0] * blocks_y
 
@@ -214,7 +212,7 @@ def pairs(
         if gradient.numel():
             factor = total.new_ones(len(units))
             if exponential:
-                reference = torch.stack([references[unit] for unit in units]).double()
+                reference = torch.stack([references[unit, 0] for unit in units]).double()
                 factor = a / total * (a * (reference - shift)).exp()
             launch(
                 _project_kernel, (len(points),),
@@ -243,9 +241,7 @@ def nearest(x: Points, y: Points | None, k: int) -> tuple[Tensor, Tensor]:
     square, index = new((len(x), k)), new((len(x), k), dtype=torch.int64)
     plan = Plan.make(x, y, weights=False)
     block_x, block_y = plan.buffers(x.inverse)
-    of_x, of_y = (
-        new(plan.size_x * plan.size_y // GROUP, dtype=torch.float32) for _ in range(2)
-    )
+    of_x, of_y = (new(plan.size_x * plan.size_y // GROUP, dtype=torch.float32) for _ in range(2))
     grid = plan.size_x // TILE, plan.size_y // TILE
     block_r = max(1, min(32, 512 // room))
     block_c = min(128, 1024 // block_r)
@@ -323,13 +319,22 @@ def _gemm_dtype(x: torch.dtype, y: torch.dtype, weights: bool) -> tuple[torch.dt
         return x, "ieee"
     if torch.float32 not in (x, y):
         return torch.float32, "tf32"
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return torch.float32, "tf32" if tf32 else "ieee"
+    return torch.float32, _float32_precision()
 
 
-def _block_d(dtype: torch.dtype) -> int:
-    """Return the coordinates that a GEMM multiplies at a time."""
-    return 128 // dtype.itemsize
+def _float32_precision() -> str:
+    """Return the precision of float32 GEMMs, as torch is set to for CUDA."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _on_cores(dtype: torch.dtype, precision: str) -> bool:
+    """Return whether tensor cores multiply."""
+    return dtype != torch.float32 or precision != "ieee"
+
+
+def _depth(dtype: torch.dtype, precision: str) -> int:
+    """Return the coordinates that a tile's GEMM multiplies at a time; more would spill."""
+    return 32 if _on_cores(dtype, precision) else 16
 
 
 def _most(width: int, dtype: torch.dtype, weights: bool) -> int:

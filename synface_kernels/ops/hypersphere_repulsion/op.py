@@ -23,7 +23,7 @@ from ..._derivatives import (
     under_vmap,
 )
 from ..._derivatives import register as register_autograd
-from ..._distributed import Gather, Replicated, check_group, validate_on_all_ranks
+from ..._distributed import Gather, Replicated, check_group, gathered, validate_on_all_ranks
 from ..._load import library
 from ..._norms import length_unit
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
@@ -310,21 +310,25 @@ def _prepare(
             "loss.backward() outside of them"
         )
     check_group(group)
-    chosen = ""
+    chosen, checksum = "", None
 
     def prepare_shard() -> tuple[list[int], dict[str, Any]]:
-        nonlocal chosen
+        nonlocal chosen, checksum
         chosen = prepare()
         if chosen == "reference":
             raise ValueError("impl must be 'cpu' or 'triton' with a group, got 'reference'")
         _check_values(x, y)
+        if y is not None:
+            checksum = sharded.checksum(y)
+        on_cpu = x.device.type == "cpu"  # else nothing waits for the device
         recorded = torch.is_grad_enabled()
         must_match = {
             "D": x.shape[1],
             "dtype of x": x.dtype,
             **options,
             "requires_grad of x": recorded and x.requires_grad,
-            "y": None if y is None else (tuple(y.shape), y.dtype, sharded.checksum(y)),
+            "y": None if y is None else (tuple(y.shape), y.dtype),
+            "checksum of y": checksum.item() if checksum is not None and on_cpu else None,
             "requires_grad of y": recorded and y is not None and y.requires_grad,
         }
         return [x.shape[0]], must_match
@@ -335,6 +339,9 @@ def _prepare(
         raise ValueError(
             f"x must have at least {least} rows, on all ranks together, got {sum(counts)}"
         )
+    if checksum is not None and checksum.device.type != "cpu":
+        checksums = gathered(checksum, group)
+        torch._assert_async((checksums == checksums[0]).all(), "y must be the same on all ranks")
     return Call(chosen, counts, group)
 
 
