@@ -256,7 +256,7 @@ def test_autocast_is_as_exact_as_eager_torch_under_autocast(gemm_dtype, dtypes):
         assert_as_exact_as_torch(*values, atol=1e-5, name=name)
 
 
-# ---- memory, and offsets --------------------------------------------------------------------------
+# ---- memory, offsets -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
