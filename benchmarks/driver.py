@@ -21,6 +21,7 @@ from . import machine
 from .cases import Case, cases
 from .peers import PEERS, Peer, find
 from .process import ROUNDS, write_json
+from .pytest_results import without_folders
 from .workloads import WORKLOADS, Step, Workload
 
 # In a GPU's tests of minutes, rounds end after so many seconds, if there were that many.
@@ -136,7 +137,7 @@ def _too_large(needed: int, available: int) -> str:
 
 def brief(error: Exception) -> str:
     """Return an error's type and the first line of its message."""
-    message = str(error).strip().split("\n")[0][:200]
+    message = without_folders(str(error)).strip().split("\n")[0][:200]
     return message if type(error) is MemoryError else f"{type(error).__name__}: {message}"
 
 

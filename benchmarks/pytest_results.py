@@ -7,6 +7,7 @@ results until then. With pytest-xdist the controlling process writes them.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ class _Writer:
         file.write_text("")
 
     def _write(self, report: Any, outcome: str) -> None:
-        line = {"test": report.nodeid, "outcome": outcome}
+        name = report.nodeid or Path(str(report.fspath)).name
+        line = {"test": name, "outcome": outcome}
         line["seconds"] = round(getattr(report, "duration", 0.0), 2)
         if outcome == "failed":
             line["message"] = _message(report.longrepr)
@@ -50,5 +52,11 @@ def _message(failure: Any) -> str:
     """Return the error of a failed test, with its place, or the end of what pytest shows."""
     crash = getattr(failure, "reprcrash", None)
     if crash is None:
-        return str(failure).strip()[-MESSAGE_MAX:]
-    return f"{Path(crash.path).name}:{crash.lineno}: {crash.message}"[:MESSAGE_MAX]
+        return without_folders(str(failure).strip())[-MESSAGE_MAX:]
+    message = f"{Path(crash.path).name}:{crash.lineno}: {crash.message}"
+    return without_folders(message)[:MESSAGE_MAX]
+
+
+def without_folders(text: str) -> str:
+    """Return a text whose absolute paths are only names: results are published."""
+    return re.sub(r"(?<![\w.])/(?:[\w.+@-]+/)+", "", text)

@@ -25,7 +25,6 @@ Save = Callable[[dict[str, Any]], None]
 # The environment variable that chooses the margin softmax's design on a GPU.
 DESIGN = "SYNFACE_MARGIN_DESIGN"
 DESIGNS = ("fused", "tiled")
-WORKSPACES_MIB = (16, 32, 64, 128, 256)
 # Characters of a kernel's name that are kept.
 NAME_MAX = 120
 TOP_KERNELS = 40

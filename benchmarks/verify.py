@@ -136,7 +136,9 @@ def run_gpu_tests(
     if workers > 1 and find_spec("xdist") is not None:
         arguments += ["-n", str(workers), "--dist", "worksteal"]
     # One thread each: the processes share the cores.
-    environment = {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if interpreted else {})
+    environment = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "0"}
+    if interpreted:
+        environment["TRITON_INTERPRET"] = "1"
     outcomes: dict[str, Outcome] = {}
     lock = Lock()
 

@@ -109,6 +109,7 @@ def main() -> None:
     os.dup2(2, 1)
     import torch
 
+    from .pytest_results import without_folders
     from .tasks import TASKS
 
     device = torch.device(sys.argv[1])
@@ -124,7 +125,7 @@ def main() -> None:
             result = TASKS[task](device, save=save, **request)
             save(result | {"task_seconds": round(time.monotonic() - began, 1)})
         except Exception as error:
-            message = f"{type(error).__name__}: {str(error).strip()[:400]}"
+            message = f"{type(error).__name__}: {without_folders(str(error)).strip()[:400]}"
             print(f"{task} failed: {message}", file=sys.stderr)
             kept = json.loads(output.read_text()) if output.exists() else {}
             save({**kept, "not_measured": message})
