@@ -69,6 +69,11 @@ STAND_IN ?= build/stand-in
 stand-in:
 	$(PYTHON) tools/stand_in.py $(STAND_IN)
 
+# Compiles the Triton kernels without a GPU, with this Triton, and writes what follows to docs/gpu.md.
+gpu-ledger: build
+	$(PY) tests/triton/aot.py --write > /dev/null
+	$(PY) -m benchmarks.ledger --write
+
 cuda-check: build
 	$(PY) tools/cuda_check.py
 

@@ -170,8 +170,8 @@ def _factor(launch: Launch) -> Work:
     written = {"factor": count * m * _item(launch, "factor")}
     if launch["FUSED"]:
         written["center_sums"] = 4.0 * math.ceil(n / launch["BLOCK_N"]) * columns * m
-    # Norm, exponent, ex2's factor, times g, norm, rounded and back, times the product and summed, to
-    # another layout and stored.
+    # Norm, exponent, ex2's factor, times g, norm, rounded and back, times the product and summed,
+    # to another layout and stored.
     return Work(
         **logits, writes=written, vector=count * (8 + _variants(launch)), special=count
     )  # fmt: skip
@@ -197,9 +197,10 @@ def _grad_weight(launch: Launch) -> Work:
     }
     again = launch.programs * n * (block_c + block_d) * item - reads["factor"] - reads["x"]
     exact = launch["PRECISION"] == "ieee"
+    block = Block(block_c, block_d, n, launch["factor"].dtype, exact, width)
     return Work(
         reads, {"grad_weight": float(count * d * _item(launch, "grad_weight"))},
-        again=max(0.0, again), block=Block(block_c, block_d, n, launch["factor"].dtype, exact, width),
+        again=max(0.0, again), block=block,
         # Unscale, two norms, center, multiply and subtract, convert and store.
         flops=2.0 * n * count * d, vector=8.0 * count * d,
     )  # fmt: skip

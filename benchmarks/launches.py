@@ -7,7 +7,6 @@ constants; so are the GEMMs and the other operators of torch.
 
 from __future__ import annotations
 
-import inspect
 import pkgutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -126,7 +125,7 @@ class Recorder(TorchDispatchMode):
 
     def add_kernel(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **config: Any) -> None:
         """Record a kernel in place of `JITFunction.run`."""
-        names = list(inspect.signature(kernel.fn).parameters)
+        names = kernel.arg_names
         given = dict(zip(names, args, strict=False)) | {k: config[k] for k in names if k in config}
         known = {k: self.region(v) if isinstance(v, Tensor) else v for k, v in given.items()}
         op = kernel.fn.__module__.split(".")[-2]
