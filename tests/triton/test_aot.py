@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import compiled
+from benchmarks import compiled, costs
 
 triton = pytest.importorskip("triton")
 
@@ -108,6 +108,17 @@ def test_gemms_of_16_bits_and_tf32_use_tensor_cores_on_every_architecture() -> N
         (name, each) for name in compiled.load() for each in compiled.INSTRUCTIONS
     }
     assert all(found == wanted for found in kinds.values()), kinds
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_launch_has_a_cost(op: str) -> None:
+    for variant in import_module("aot").variants(op, 90):
+        work = costs.work_of(variant.launch)
+        moved = [*work.reads.values(), *work.writes.values()]
+        assert min(moved) >= 0, variant.launch
+        assert sum(moved) > 0, variant.launch
+        assert work.programs >= 1, variant.launch
+        assert min(work.again, work.flops, work.vector, work.special, work.double) >= 0
 
 
 # ---- compiled again ------------------------------------------------------------------------------
