@@ -1,4 +1,4 @@
-"""What one launch of each kernel costs: bytes by argument, FLOP, and operations of each pipe.
+"""Cost functions of the kernels: bytes by argument, FLOP, and operations of each pipe.
 
 To add a kernel, add its function to `COSTS`. Counts of operations per element follow the kernel's
 source line by line; a compiler may do a little better or worse.
@@ -35,13 +35,13 @@ class Block:
 
     @property
     def on_tensor_cores(self) -> bool:
-        """Whether tensor cores have an instruction for it."""
+        """True if tensor cores have an instruction for it."""
         return self.dtype != torch.float32 or not self.exact
 
 
 @dataclass
 class Work:
-    """What a launch does.
+    """The work of one launch.
 
     Attributes:
         reads, writes: bytes of each argument that some program touches, once each.

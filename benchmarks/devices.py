@@ -1,4 +1,4 @@
-"""What GPUs can do: NVIDIA's data sheets, measured ceilings, and assumptions beside them."""
+"""Rates of GPUs: NVIDIA's data sheets, measured ceilings, and assumptions beside them."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Launch:
 
     @property
     def is_triton(self) -> bool:
-        """Whether it is a Triton kernel."""
+        """True for a Triton kernel."""
         return self.call is not None
 
     @property

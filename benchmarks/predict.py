@@ -154,7 +154,7 @@ class Entry:
 
     @property
     def bound(self) -> str:
-        """What takes the longest."""
+        """The resource that takes the longest."""
         times = {
             "compute": self.compute_seconds, "memory": self.memory_seconds, "L2": self.l2_seconds,
             "gap": self.kernels * LAUNCH_GAP,
