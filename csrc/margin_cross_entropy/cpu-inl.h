@@ -37,6 +37,13 @@ inline T cosine(T dot, Parts<T> inverse) {
   return madd(dot, inverse.high, dot * inverse.low);
 }
 
+// to = factor·from, which may be the same row.
+template <class T>
+void normalize(const T* from, double factor, T* to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = T(double(from[i]) * factor);
+}
+
 // values *= factors, given in two parts.
 template <class T>
 void scale_each(T* values, const T* high, const T* low, int64_t n) {
@@ -123,6 +130,7 @@ constexpr SimdKernels<T> simd_kernels{.dot = dot<T>,
                                       .dot_double = dot_double<T>,
                                       .axpy_scale = axpy_scale<T>,
                                       .add_tangent = add_tangent<T>,
+                                      .normalize = normalize<T>,
                                       .scale_each = scale_each<T>,
                                       .cosines = cosines<T>,
                                       .greatest = greatest<T>,

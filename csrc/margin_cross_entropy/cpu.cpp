@@ -34,6 +34,7 @@ struct SimdKernels {
   double (*dot_double)(const T* a, const T* b, int64_t n);
   void (*axpy_scale)(T* y, T a, const T* x, T scale, int64_t n);
   void (*add_tangent)(T* y, double g, const T* a, double along, const T* b, int64_t n);
+  void (*normalize)(const T* from, double factor, T* to, int64_t n);
   void (*scale_each)(T* values, const T* high, const T* low, int64_t n);
   void (*cosines)(T* values, Parts<T> inverse, int64_t n);
   void (*greatest)(const T* values, T* most, int64_t n);
@@ -64,7 +65,9 @@ template <class T, class F>
 void with_operand(const Problem& p, F&& run) {
   if constexpr (std::is_same_v<T, float>) {
     if (uses_bf16_gemm(p)) return run(std::type_identity<uint16_t>());
-    if (p.split_bf16 && prefers_bf16()) return run(std::type_identity<SplitBf16>());
+    if (p.split_bf16 && !p.gemm_dtype && prefers_bf16_splits()) {
+      return run(std::type_identity<SplitBf16>());
+    }
   }
   run(std::type_identity<T>());
 }

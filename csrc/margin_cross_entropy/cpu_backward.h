@@ -196,8 +196,8 @@ void backward_by(const Problem& p, const Runtime& runtime, const Upstream<T>& fr
     const SoftmaxTerms<T> softmax(p, x, from);
     for (int64_t i = 0; i < x.count(); ++i) {  // a row without a gradient may hold NaN
       if (softmax.spread[i] == 0) x.clear(i);
-      // The operands of a bfloat16 GEMM are not unit vectors.
-      if (is_bf16<Operand>) softmax.spread[i] *= x.high[i];
+      // The operands of a GEMM of bfloat16 embeddings are not unit vectors.
+      if (x.high.get()) softmax.spread[i] *= x.high[i];
     }
     const Range rows{0, x.count()};
     const std::vector<Packed<Operand>> blocks = pack_blocks<Operand>(x, rows, false),

@@ -85,10 +85,19 @@ double square_norm(const SimdKernels<T>& simd, T* values, int64_t n, double& shr
   return simd.dot_double(values, values, n);
 }
 
+// Whether a matrix is normalized and rounded before the GEMM.
+bool is_rounded(const Problem& p, const Rows& rows) {
+  return p.gemm_dtype && rows.dtype != *p.gemm_dtype;
+}
+
 // GEMM operands are of T or, where both matrices are bfloat16 and the CPU has instructions for it,
-// of bfloat16 with sums in float32. Then nothing is rounded before the GEMM: centers are taken as
-// they are, and embeddings are scaled by powers of two.
+// or where they are to be rounded to it and that is faster, of bfloat16 with sums in float32.
+// A matrix that is bfloat16 is not rounded before the GEMM: centers are taken as they are, and
+// embeddings are scaled by powers of two.
 bool uses_bf16_gemm(const Problem& p) {
+  if (is_rounded(p, p.input) || is_rounded(p, p.weight)) {
+    return *p.gemm_dtype == Dtype::bf16 && prefers_bf16();
+  }
   return p.input.dtype == Dtype::bf16 && p.weight.dtype == Dtype::bf16 && has_bf16_gemm();
 }
 
@@ -105,14 +114,22 @@ void split_row(const float* from, int64_t n, uint16_t* high, uint16_t* low) {
          {.data = low, .stride = n, .rest = true});
 }
 
+// A row rounded to a 16-bit dtype, as T.
+template <class T>
+void round_row(const SimdKernels<T>& simd, const T* from, int64_t n, Dtype dtype, uint16_t* bits,
+               T* to) {
+  simd.store(from, bits, dtype, n);
+  simd.load(bits, dtype, to, n);
+}
+
 // Valid rows of the input, normalized, with their row numbers in the input. A bfloat16 GEMM takes
-// `bits` instead, and a unit vector is (high + low)·bits; a GEMM of bf16 splits takes `bits` (the
-// high part) and `rest` (the low part).
+// `bits` instead, and a unit vector is (high + low)·bits, or is rounded to bits; a GEMM of bf16
+// splits takes `bits` (the high part) and `rest` (the low part); one of T `rounded`, if not empty.
 template <class T>
 struct Embeddings {
   template <class Operand>
   Embeddings(const Problem& p, const SimdKernels<T>& simd, std::type_identity<Operand>)
-      : dim(p.input.cols), unit(0), inverse(0), bits(0), rest(0), high(0), low(0) {
+      : dim(p.input.cols), unit(0), inverse(0), rounded(0), bits(0), rest(0), high(0), low(0) {
     const int64_t k = p.labels_per_row;
     for (int64_t i = 0; i < p.input.rows; ++i) {
       const int64_t* labels = p.labels + i * k;
@@ -121,9 +138,12 @@ struct Embeddings {
     unit = Buffer<T>(count() * dim);
     inverse = Buffer<T>(count());
     constexpr bool bf16 = is_bf16<Operand>;
+    const bool rounds = is_rounded(p, p.input), scales = bf16 && !rounds;
     if (bf16 || is_split<Operand>) bits = Buffer<uint16_t>(count() * dim);
     if (is_split<Operand>) rest = Buffer<uint16_t>(count() * dim);
-    if (bf16) {
+    if (rounds && !bf16) rounded = Buffer<T>(count() * dim);
+    Buffer<uint16_t> half(rounds && !bf16 ? dim : 0);
+    if (scales) {
       high = Buffer<T>(count());
       low = Buffer<T>(count());
     }
@@ -132,10 +152,14 @@ struct Embeddings {
       simd.load(row_at(p.input, source[i]), p.input.dtype, to, dim);
       double shrink;
       const double scale = inverse_norm(square_norm(simd, to, dim, shrink));
-      if (bf16) set_bits(i, to, scale);
-      for (int64_t d = 0; d < dim; ++d) to[d] = T(to[d] * scale);
+      if (scales) set_bits(i, to, scale);
+      simd.normalize(to, scale, to, dim);
       inverse[i] = T(scale * shrink);
       if constexpr (is_split<Operand>) set_split(i);
+      if (rounds && bf16) simd.store(to, bits.get() + i * dim, Dtype::bf16, dim);
+      if (rounds && !bf16) {
+        round_row(simd, to, dim, *p.gemm_dtype, half.get(), rounded.get() + i * dim);
+      }
     }
   }
   int64_t count() const { return int64_t(source.size()); }
@@ -147,11 +171,12 @@ struct Embeddings {
     else if constexpr (is_bf16<Operand>)
       return static_cast<const uint16_t*>(bits.get() + i * dim);
     else
-      return row(i);
+      return rounded.get() ? static_cast<const T*>(rounded.get() + i * dim) : row(i);
   }
   // Sets the row and its operands to zero.
   void clear(int64_t i) const {
     std::fill_n(unit.get() + i * dim, dim, T(0));
+    if (rounded.get()) std::fill_n(rounded.get() + i * dim, dim, T(0));
     if (bits.get()) std::fill_n(bits.get() + i * dim, dim, uint16_t(0));
     if (rest.get()) std::fill_n(rest.get() + i * dim, dim, uint16_t(0));
     if (high.get()) high[i] = low[i] = T(0);
@@ -159,9 +184,9 @@ struct Embeddings {
 
   int64_t dim;
   std::vector<int64_t> source;  // row numbers in the input
-  Buffer<T> unit, inverse;
+  Buffer<T> unit, inverse, rounded;
   Buffer<uint16_t> bits, rest;
-  Buffer<T> high, low;
+  Buffer<T> high, low;  // empty where operands are unit vectors
 
  private:
   void set_split(int64_t i) const {
@@ -210,8 +235,8 @@ std::vector<Packed<Operand>> pack_blocks(const Embeddings<T>& x, Range rows, boo
 }
 
 // A tile of centers as T with their inverse norms, and as GEMM operands: as they came, or
-// normalized where the operands are bf16 splits. Centers that are contiguous and of T already are
-// not copied, except in a tile that holds a long one, which is shortened there.
+// normalized where the operands are bf16 splits or rounded. Centers that are contiguous and of T
+// already are not copied, except in a tile that holds a long one, which is shortened there.
 template <class T, class Operand>
 class Centers {
  public:
@@ -220,11 +245,15 @@ class Centers {
         simd_(simd),
         most_(most),
         gathers_(p.class_ids || p.weight.dtype != dtype_of<T>),
+        rounds_(is_rounded(p, p.weight)),
         copy_(gathers_ ? most * p.weight.cols : 0),
-        bits_copy_(is_split<Operand> || (p.class_ids && is_bf16<Operand>) ? most * p.weight.cols
-                                                                          : 0),
+        bits_copy_(is_split<Operand> || (is_bf16<Operand> && (p.class_ids || rounds_))
+                       ? most * p.weight.cols
+                       : 0),
         rest_copy_(is_split<Operand> ? most * p.weight.cols : 0),
-        unit_(is_split<Operand> ? p.weight.cols : 0),
+        rounded_(std::is_same_v<T, Operand> && rounds_ ? most * p.weight.cols : 0),
+        unit_(normalizes() ? p.weight.cols : 0),
+        half_(std::is_same_v<T, Operand> && rounds_ ? p.weight.cols : 0),
         inverse_(most) {}
 
   void read(Range centers) {
@@ -241,7 +270,9 @@ class Centers {
     }
     shrink_.assign(any_long ? size_ : 0, 1.0);
     if (any_long) shorten_long(centers);
-    if constexpr (is_bf16<Operand>) {
+    if (normalizes()) {
+      for (int64_t j = 0; j < size_; ++j) normalize(j);
+    } else if constexpr (is_bf16<Operand>) {
       const bool copies = p_.class_ids || any_long;
       if (copies && !bits_copy_.get()) bits_copy_ = Buffer<uint16_t>(most_ * dim);
       for (int64_t j = 0; copies && j < size_; ++j) {
@@ -256,12 +287,6 @@ class Centers {
           copies ? bits_copy_.get() : static_cast<const uint16_t*>(center_at(p_, centers.begin));
       bits_stride_ = copies ? dim : p_.weight.stride;
     }
-    if constexpr (is_split<Operand>) {
-      for (int64_t j = 0; j < size_; ++j) {
-        for (int64_t d = 0; d < dim; ++d) unit_[d] = T(row(j)[d] * inverse_[j]);
-        split_row(unit_.get(), dim, bits_copy_.get() + j * dim, rest_copy_.get() + j * dim);
-      }
-    }
   }
   int64_t size() const { return size_; }
   int64_t stride() const { return copied_ ? p_.weight.cols : p_.weight.stride; }
@@ -273,22 +298,29 @@ class Centers {
     if constexpr (is_split<Operand>)
       return SplitBf16{bits_copy_.get(), rest_copy_.get()};
     else if constexpr (is_bf16<Operand>)
-      return bits_;
+      return rounds_ ? static_cast<const uint16_t*>(bits_copy_.get()) : bits_;
     else
-      return data_;
+      return rounds_ ? static_cast<const T*>(rounded_.get()) : data_;
   }
   int64_t operand_stride() const {
-    if constexpr (is_split<Operand>)
-      return p_.weight.cols;
-    else if constexpr (is_bf16<Operand>)
-      return bits_stride_;
-    else
-      return stride();
+    if (normalizes()) return p_.weight.cols;
+    return is_bf16<Operand> ? bits_stride_ : stride();
   }
-  // Factor that normalizes an operand.
-  double factor(int64_t j) const { return is_split<Operand> ? 1 : inverse_[j]; }
+  // Whether operands are unit vectors; else `factor` normalizes them.
+  bool normalizes() const { return is_split<Operand> || rounds_; }
+  double factor(int64_t j) const { return normalizes() ? 1 : inverse_[j]; }
 
  private:
+  void normalize(int64_t j) {
+    const int64_t dim = p_.weight.cols, at = j * dim;
+    simd_.normalize(row(j), inverse_[j], unit_.get(), dim);
+    if constexpr (is_split<Operand>)
+      split_row(unit_.get(), dim, bits_copy_.get() + at, rest_copy_.get() + at);
+    else if constexpr (is_bf16<Operand>)
+      simd_.store(unit_.get(), bits_copy_.get() + at, Dtype::bf16, dim);
+    else
+      round_row(simd_, unit_.get(), dim, *p_.gemm_dtype, half_.get(), rounded_.get() + at);
+  }
   void copy(Range centers) {
     const int64_t dim = p_.weight.cols;
     for (int64_t j = 0; j < size_; ++j) {
@@ -311,10 +343,11 @@ class Centers {
   const Problem& p_;
   const SimdKernels<T>& simd_;
   int64_t most_;
-  bool gathers_, copied_ = false;
+  bool gathers_, rounds_, copied_ = false;
   Buffer<T> copy_;
   Buffer<uint16_t> bits_copy_, rest_copy_;
-  Buffer<T> unit_;
+  Buffer<T> rounded_, unit_;
+  Buffer<uint16_t> half_;
   Buffer<double> inverse_;
   const T* data_ = nullptr;
   const uint16_t* bits_ = nullptr;
@@ -346,7 +379,7 @@ class TileGemms {
     const int64_t n = centers.size();
     multiply(n, left(centers.operands(), centers.operand_stride()), embeddings,
              {.data = tile, .stride = stride});
-    for (int64_t j = 0; is_bf16<Operand> && j < n; ++j) {
+    for (int64_t j = 0; x_.high.get() && j < n; ++j) {
       simd_.scale_each(tile + j * stride, x_.high.get() + r0, x_.low.get() + r0, embeddings.n());
     }
   }

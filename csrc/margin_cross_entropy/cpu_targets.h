@@ -38,7 +38,7 @@ class Negatives {
             Range rows) {
     const int64_t count = rows.size(), m = p_.sub_centers, k = p_.labels_per_row;
     gemms_.logits(centers, block, rows.begin, tile_.get(), stride_);
-    for (int64_t j = 0; j < centers.size(); ++j) {
+    for (int64_t j = 0; !centers.normalizes() && j < centers.size(); ++j) {
       simd_.cosines(row(j), Parts<T>(centers.factor(j)), count);
     }
     for (int64_t j = 0; m > 1 && j < centers.size(); j += m) {

@@ -46,10 +46,17 @@ const char* name(Isa isa) {
   }
 }
 
-bool prefers_bf16() {
+bool prefers_bf16_splits() {
   const char* set = std::getenv("SYNFACE_CPU_ISA");
   const bool named = set != nullptr && *set != '\0';
   return isa() >= Isa::avx512_bf16 && (named || onednn == OneDnn::faster);
+}
+
+bool prefers_bf16() {
+#if SYNFACE_X86
+  if (isa() >= Isa::avx512_bf16 && __builtin_cpu_is("amd")) return true;
+#endif
+  return prefers_bf16_splits();
 }
 
 Isa isa() {

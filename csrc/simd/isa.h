@@ -24,9 +24,11 @@ void offer_onednn(bool faster);
 // read at each call, so that a test can go through all of them.
 Isa isa();
 
-// Whether a float32 GEMM is faster as several bfloat16 GEMMs, or SYNFACE_CPU_ISA names a set that
-// has those, so that they can be tested.
+// Whether a bfloat16 GEMM, or (splits) several of them, are faster than a float32 GEMM; or
+// SYNFACE_CPU_ISA names a set that has them, so that they can be tested. Without AMX an Intel
+// processor has half as many bfloat16 products per cycle as float32's, AMD's twice as many.
 bool prefers_bf16();
+bool prefers_bf16_splits();
 
 // Returns all instruction sets that this processor offers, slowest first.
 std::vector<Isa> isas();

@@ -1,6 +1,7 @@
 """A training step of backbone and head: compiled, under autocast, on strided embeddings."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from synface.heads import (
     SubCenterArcFaceLoss,
 )
 from synface.models.iresnet import IResNet
+from synface.optim import RowSGD
+from torch.utils.checkpoint import checkpoint
 
 import synface_kernels as sk
 
@@ -77,7 +80,7 @@ def test_a_step_compiles_as_one_graph(name):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_autocast(name):
-    """Embeddings are bfloat16; logits are not rounded to it."""
+    """Embeddings are bfloat16, and so are the GEMMs' centers; sums and logits are not."""
     head = HEADS[name]()
     same = copy.deepcopy(head)
     net = torch.nn.Linear(10, D)
@@ -91,9 +94,38 @@ def test_autocast(name):
     loss.backward()
     assert net.weight.grad.isfinite().all()
     assert head.weight.grad.dtype == torch.float32
-    torch.manual_seed(1)
-    expected = same(embeddings.detach().float(), labels)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for impl, tolerance in (("cpu", 1e-3), ("reference", 1e-5)):  # not under autocast, under it
+        torch.manual_seed(1)
+        same.impl, on = impl, impl == "reference"
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            expected = copy.deepcopy(same)(embeddings.detach(), labels)
+        torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
+        assert on or not torch.equal(loss, expected)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_autocast_of_a_recomputed_pass_and_of_a_step_in_the_backward_pass(name):
+    """They have the bits of a pass under autocast, wherever the backward pass runs."""
+    first = HEADS[name]()
+    images, labels = torch.randn(N, D), torch.randint(C, (N,))
+
+    def step(wrap, fused=False):
+        head, x = copy.deepcopy(first), images.clone().requires_grad_()
+        optimizer = RowSGD(head.parameters(), lr=0.5)
+        if fused:
+            head.step_in_backward(optimizer)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = wrap(head, x, labels)
+        loss.backward()
+        optimizer.step()
+        return loss, x.grad, head.weight.detach()
+
+    plain = step(lambda head, *batch: head(*batch))
+    again = step(partial(checkpoint, use_reentrant=False))
+    assert all(map(torch.equal, plain, again))
+    if isinstance(first, (MarginHead, PartialFC)) and first.sparse:
+        assert all(map(torch.equal, plain, step(lambda head, *batch: head(*batch), True)))
 
 
 @pytest.mark.parametrize("name", HEADS)

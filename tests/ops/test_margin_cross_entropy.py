@@ -82,8 +82,8 @@ def test_mixed_dtypes_and_autocast():
     x, w, target, _, _ = problem(9, 50, 16, 1, torch.bfloat16)
     x16, w32 = x.bfloat16().requires_grad_(), w.float().requires_grad_()
     exact = sk.margin_cross_entropy(x, w, target, impl="reference")
+    loss = sk.margin_cross_entropy(x16, w32, target)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = sk.margin_cross_entropy(x16, w32, target)
         linear = torch.nn.Linear(16, 16)
         sk.margin_cross_entropy(linear(x16), w32, target).backward()
     assert loss.dtype == torch.float32

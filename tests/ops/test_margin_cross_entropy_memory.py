@@ -194,15 +194,18 @@ w = torch.randn(c, d, requires_grad=True)
 t = torch.randint(0, c, (n,))
 sk.margin_cross_entropy(x[:2], w[:2], t[:2] * 0).backward()
 x.grad = w.grad = None
-peak = peak_bytes(lambda: sk.margin_cross_entropy(x, w, t, workspace=WORKSPACE << 20).backward())
+with torch.autocast("cpu", torch.bfloat16, enabled=AUTOCAST):
+    peak = peak_bytes(
+        lambda: sk.margin_cross_entropy(x, w, t, workspace=WORKSPACE << 20).backward()
+    )
 print(peak / 2**20, (n + c) * d * 4 / 2**20)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("workspace", [0, 100])
-def test_peak_memory_is_the_gradients_the_workspace_and_64_mib(workspace):
-    code = MEMORY.replace("WORKSPACE", str(workspace))
+@pytest.mark.parametrize(("workspace", "autocast"), [(0, False), (100, False), (0, True)])
+def test_peak_memory_is_the_gradients_the_workspace_and_64_mib(workspace, autocast):
+    code = MEMORY.replace("WORKSPACE", str(workspace)).replace("AUTOCAST", str(autocast))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     peak, gradients = map(float, done.stdout.split())

@@ -141,13 +141,15 @@ def test_ranks_equal_one(ranks, tmp_path):
 
 def others(rank: int, ranks: int) -> list[list]:
     """Run everything that two ranks are enough for, as starting processes takes longer."""
-    mains = (low_precision, sampled, nothing, one_bad_row, mistakes, training)
+    mains = (low_precision, autocast, sampled, nothing, one_bad_row, mistakes, training)
     return [main(rank, ranks) for main in mains]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> dict[str, list[list]]:
-    names = ("low_precision", "sampled", "nothing", "one_bad_row", "mistakes", "training")
+    names = (
+        "low_precision", "autocast", "sampled", "nothing", "one_bad_row", "mistakes", "training",
+    )  # fmt: skip
     results = on_ranks(2, others, tmp_path_factory.mktemp("ranks"))
     return dict(zip(names, zip(*results, strict=True), strict=True))
 
@@ -172,6 +174,33 @@ def test_bfloat16(two_ranks):
         got = torch.cat(got)
         assert got.dtype == torch.bfloat16
         assert_same(got.double(), expected.double(), 2**-7, ())
+
+
+AUTOCAST = [torch.bfloat16, torch.float16]
+
+
+def autocast(rank: int, ranks: int) -> list[list[Tensor]]:
+    rows, own = slice(rank * 12, rank * 12 + 12), slice(rank * 20, rank * 20 + 20)
+    results = []
+    for dtype in AUTOCAST:
+        with torch.autocast("cpu", dtype):
+            case = (torch.float32, "combined", 3, "joint", "mean")
+            results.append(step(case, rows, own, group=dist.group.WORLD, class_start=rank * 20))
+    return results
+
+
+def test_autocast(two_ranks):
+    case = (torch.float32, "combined", 3, "joint", "mean")
+    for at, dtype in enumerate(AUTOCAST):
+        plain = step(case, slice(0, N), slice(0, C))
+        with torch.autocast("cpu", dtype):
+            expected = step(case, slice(0, N), slice(0, C))
+        losses, *parts = zip(*(rank[at] for rank in two_ranks["autocast"]), strict=True)
+        assert torch.equal(*losses)
+        assert_same(losses[0], expected[0], 1e-5, ())
+        assert (plain[0] - expected[0]).abs() > 1e-5 * plain[0].abs()
+        for got, right in zip(parts, expected[1:], strict=True):
+            assert_same(torch.cat(got), right, 2**-7, ())
 
 
 TAKEN = [0, 1, 3, 4, 6, 11, 17, 18, 20, 25, 28, 30, 36]  # of the C classes, in a sampled step
@@ -286,6 +315,7 @@ BAD = [
     ("requires_grad of weight must be the same on all ranks, got [False, True]", ValueError),
     ("margin must be the same on all ranks", ValueError),
     ("reduction must be the same on all ranks, got ['mean', 'sum']", ValueError),
+    ("dtype of autocast must be the same on all ranks, got [None, torch.bfloat16]", ValueError),
     ("class_start: the ranks' classes must follow each other from 0, without a hole or an "
      "overlap, got [0, 3), [4, 7) on ranks 0, 1, …", ValueError),
     ("class_start: the ranks' classes must follow each other from 0, without a hole or an "
@@ -313,6 +343,7 @@ def mistakes(rank: int, ranks: int) -> list[str]:
         {"weight": w.clone().requires_grad_(wrong)},
         {"margin": sk.ArcFace(margin=0.4 + rank / 10)},
         {"reduction": "sum" if wrong else "mean"},
+        {"autocast": wrong},
         {"class_start": 4 if wrong else 0},
         {"class_start": 2 if wrong else 0},
         {"class_start": 0},
@@ -323,7 +354,8 @@ def mistakes(rank: int, ranks: int) -> list[str]:
     messages = []
     for call, (_, kind) in zip(calls, BAD, strict=True):
         usual = {"input": x, "weight": w, "target": target, "class_start": start}
-        with pytest.raises(kind) as error:
+        on = torch.autocast("cpu", torch.bfloat16, enabled=call.pop("autocast", False))
+        with on, pytest.raises(kind) as error:
             sk.margin_cross_entropy(**(usual | call), group=dist.group.WORLD)
         messages.append(str(error.value))
     # and the ranks still understand each other

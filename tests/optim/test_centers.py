@@ -130,6 +130,25 @@ def test_loss_falls_and_embeddings_get_their_gradient():
     assert losses[-1] < losses[0] / 4
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_autocast(dtype):
+    """GEMMs are in its dtype, as the definition has it; a step in float32 is another one."""
+    embeddings, labels = batch(0)
+    stepped = []
+    for on, impl in ((True, "auto"), (True, "reference"), (False, "auto")):
+        centers = Centers.create(replace(SMALL, dtype=dtype))
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            loss = centers.loss(embeddings, labels, num_sampled=150, impl=impl)
+        loss.backward()
+        before = centers.weight.float()
+        centers.update(0.05)
+        stepped.append((loss.detach(), centers.weight.float() - before))
+    (loss, moved), (right, wanted), (plain, _) = stepped
+    torch.testing.assert_close(loss, right, rtol=1e-5, atol=1e-5)
+    assert (moved - wanted).norm() <= 2**-6 * wanted.norm()
+    assert (loss - plain).abs() > 1e-5 * plain
+
+
 def test_several_labels_and_ignored_ones():
     centers = Centers.create(SMALL)
     embeddings, labels = batch(0)

@@ -5,10 +5,12 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from synface.common.files import CheckpointError
 from synface.data import Faces, embedded_faces
 from synface.training.loop import learning_rate, train
 
+import synface_kernels as sk
 from tests.helpers.command_line import call, refused
 from tests.helpers.training import SMALL, largest_difference
 
@@ -46,6 +48,29 @@ def test_every_option_resumes_bitwise(faces, tmp_path, options):
     assert largest_difference(whole, resumed) == 0
     assert whole.history == resumed.history
     assert all(math.isfinite(row["loss"]) for row in whole.history)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("options", [{}, SAMPLED, {"fused_update": True}], ids=str)
+def test_the_head_multiplies_in_the_precision(faces, tmp_path, monkeypatch, precision, options):
+    """float16 embeddings are float32 for the head, whose gradient is scaled before it is cast."""
+    real, seen = sk.margin_cross_entropy, set()
+
+    def spy(embeddings, *arguments, **keywords):
+        on = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+        seen.add((embeddings.dtype, on))
+        return real(embeddings, *arguments, **keywords)
+
+    monkeypatch.setattr(sk, "margin_cross_entropy", spy)
+    train(replace(SMALL, precision=precision, **options), faces, tmp_path, stop_after=2)
+    assert (
+        seen
+        == {
+            "float32": {(torch.float32, False)},
+            "bfloat16": {(torch.bfloat16, torch.bfloat16)},
+            "float16": {(torch.float32, torch.float16)},
+        }[precision]
+    )
 
 
 def test_every_option_is_another_run(faces, tmp_path):

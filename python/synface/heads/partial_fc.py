@@ -32,8 +32,8 @@ class PartialFC(FusedHead):
         embedding_size: D. num_classes: C, over all ranks.
         sample_rate: in (0, 1]: below 1, each step samples this share of the classes, including
             every positive.
-        fp16: accepted without effect: embeddings keep their dtype (autocast's, for example), and
-            sums are float32. For 16-bit centers give ``dtype``.
+        fp16: accepted without effect. GEMMs are in autocast's dtype where the head is called under
+            `torch.autocast`, and sums are float32. For 16-bit centers give ``dtype``.
         convention: how the attributes of an insightface object are interpreted:
 
             - ``"synface"``: as the arguments of this library's margins: the true gradient, cos θ

@@ -88,7 +88,7 @@ class TrainConfig:
     )
     precision: str = option(
         "float32",
-        "Autocast dtype of the backbone: float32, bfloat16, or float16 with a scaled loss.",
+        "Autocast dtype of backbone and head: float32, bfloat16, or float16 with a scaled loss.",
         one_of(*PRECISIONS),
     )
     optimizer: str = option(

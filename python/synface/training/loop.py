@@ -368,14 +368,16 @@ class _Training:
                 rows = RankSlice(i, parts).of(len(images))
                 last = i + 1 == parts  # only then are gradients reduced over the ranks
                 with nullcontext() if self.alone or last else self.network.no_sync():  # type: ignore[operator]
-                    part_loss, stats = self.head(
-                        self._embed(images[rows]),
-                        target[rows],
-                        None if weight is None else weight[rows],
-                        class_ids=class_ids,
-                        reduction="sum",
-                        return_stats=True,
-                    )
+                    embeddings = self._embed(images[rows])
+                    with self._autocast():
+                        part_loss, stats = self.head(
+                            embeddings,
+                            target[rows],
+                            None if weight is None else weight[rows],
+                            class_ids=class_ids,
+                            reduction="sum",
+                            return_stats=True,
+                        )
                     part_loss = part_loss / count
                     loss += part_loss.detach()
                     hits += stats.top1.sum()
@@ -434,10 +436,15 @@ class _Training:
         self._barrier()
         return figures
 
-    def _embed(self, images: Tensor) -> Tensor:
+    def _autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.config.precision)
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            embeddings = self.network(images).float()
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        with self._autocast():
+            embeddings: Tensor = self.network(images)
+        if self.config.precision != "bfloat16" or embeddings.dtype != torch.bfloat16:
+            embeddings = embeddings.float()  # float16 gradients are rounded after they are scaled
         if self.model.scaler.is_enabled():
             embeddings.register_hook(self.model.scaler.scale)
         return embeddings

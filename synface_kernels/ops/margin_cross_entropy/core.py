@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..._autocast import suspended
 from ..._derivatives import register, transforms_active
 from ..._load import library
 from ..row_update.updates import RowUpdate
@@ -93,7 +94,8 @@ def _run_forward(*arguments: Any) -> tuple[Tensor, ...]:
     if impl == "triton":  # saves no cosines, and splits no bf16
         from . import launch_triton
 
-        return launch_triton.forward(inputs, gemm_dtype=gemm_dtype)
+        with suspended(inputs.input.device):
+            return launch_triton.forward(inputs, gemm_dtype=gemm_dtype)
     return torch.ops.synface_kernels.margin_cross_entropy_forward_cpu(
         *inputs, *cpu_options, gemm_dtype
     )
@@ -104,7 +106,8 @@ def _run_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     if impl == "triton":
         from . import launch_triton
 
-        return launch_triton.backward(inputs, needs_weight_grad, gemm_dtype=gemm_dtype)
+        with suspended(inputs.input.device):
+            return launch_triton.backward(inputs, needs_weight_grad, gemm_dtype=gemm_dtype)
     return torch.ops.synface_kernels.margin_cross_entropy_backward_cpu(
         *inputs, needs_weight_grad, split_bf16, gemm_dtype
     )

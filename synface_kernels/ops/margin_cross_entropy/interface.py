@@ -121,11 +121,15 @@ class Statistics(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """Checked arguments: the implementation, labels (N, K), −1 where absent, and their weights."""
+    """Checked arguments: the implementation, labels (N, K), −1 where absent, and their weights.
+
+    ``gemm_dtype``: autocast's; None without it.
+    """
 
     impl: str
     labels: Tensor
     label_weight: Tensor
+    gemm_dtype: torch.dtype | None
 
 
 def split_forward(arguments: Sequence[Any]) -> tuple[ForwardInputs, Sequence[Any]]:

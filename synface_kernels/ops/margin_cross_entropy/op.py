@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._autocast import gemm_dtype, suspended
 from ..._check import integer, number
 from ..._derivatives import check_tangents, once, transforms_active
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
@@ -140,6 +141,12 @@ def margin_cross_entropy(
     float32. The backward pass uses the forward pass's setting. ``"triton"`` follows torch's
     settings for TF32.
 
+    Under `torch.autocast` GEMMs are in its dtype, bfloat16 or float16, unless the tensors are
+    float64. A matrix of another dtype is normalized in float32 and rounded, as autocast makes of
+    ``F.linear(F.normalize(input), F.normalize(weight))``; one of that dtype is multiplied as it is.
+    Sums, logits and the labels' own cosines are as without autocast. The backward pass uses the
+    forward pass's dtype.
+
     A vector no longer than 1e-12 counts as zero: its cosines are 0 and its gradient is 0. At
     cos θ = ±1 the slope of the margin is finite, see `CombinedMargin`. A row with a non-finite
     element has a non-finite loss of its own. Gradients have their input's dtype.
@@ -155,8 +162,8 @@ def margin_cross_entropy(
     gradients come from a caching allocator, capped at 512 MiB: see `empty_cache`.
 
     Raises:
-        ValueError: for a wrong dtype, shape, device, label or weight. On a GPU labels and weights
-            are checked there, by an asynchronous assertion.
+        ValueError: for a wrong dtype, shape, device, label or weight, or another dtype of autocast.
+            On a GPU labels and weights are checked there, by an asynchronous assertion.
         TypeError: for an argument of a wrong Python type.
         NotImplementedError: for combinations that are not built, and forward-mode derivatives.
         RuntimeError: for an ``impl`` that cannot run here, naming the reason; where a rank of the
@@ -193,7 +200,7 @@ def margin_cross_entropy(
         )
         if update is not None:
             update = fused.checked(update, input, weight, class_ids)
-        return Prepared(resolve(OP, impl, (input, weight)), labels, label_weight)
+        return Prepared(resolve(OP, impl, (input, weight)), labels, label_weight, gemm_dtype(input))
 
     if update is not None and torch.compiler.is_compiling():
         raise NotImplementedError(
@@ -227,56 +234,66 @@ def margin_cross_entropy(
             reduction=reduction,
             update=fused.must_match(update),
         )
-    chosen, labels, label_weight = prepared
+    chosen, labels, label_weight, autocast = prepared
     if not torch.is_grad_enabled():
         update = None
     dtype = statistics_dtype(input)
     if chosen == "reference" or update is not None:
         input = once(OP, input)
-    if chosen == "reference":
-        if update is None:
-            weight = once(OP, weight)
-        else:
-            input, weight = fused.Reference.apply(fused.grad_anchor(), input, weight, update)
-        if class_ids is not None:
-            weight = core.SelectRows.apply(weight, class_ids)
-        loss, lse, cosine, top1 = reference.margin_cross_entropy(
-            input.to(dtype),
-            weight.to(dtype),
-            labels,
-            label_weight.to(dtype),
-            margin,
-            mix,
-            label_smoothing,
-        )
-    else:
-        # Within a transform of torch.func, requires_grad does not show what an outer one
-        # differentiates.
-        recorded = torch.is_grad_enabled()
-        needs_input_grad = transformed or (recorded and input.requires_grad)
-        needs_weight_grad = transformed or update is not None or (recorded and weight.requires_grad)
-
-        def of_rows(input: Tensor, labels: Tensor) -> Statistics:
-            return core.statistics(
-                ForwardInputs(
-                    input=input,
-                    weight=weight,
-                    class_ids=class_ids,
-                    labels=labels,
-                    scale=margin.scale,
-                    limit=margin.limit,
-                    needs_input_grad=needs_input_grad,
-                    needs_cosine_sum=label_smoothing > 0,
+    with suspended(labels.device):
+        if chosen == "reference":
+            if update is None:
+                weight = once(OP, weight)
+            else:
+                input, weight = fused.Reference.apply(fused.grad_anchor(), input, weight, update)
+            if class_ids is not None:
+                weight = core.SelectRows.apply(weight, class_ids)
+            loss, lse, cosine, top1 = reference.margin_cross_entropy(
+                input.to(dtype),
+                weight.to(dtype),
+                labels,
+                label_weight.to(dtype),
+                margin,
+                mix,
+                label_smoothing,
+                (
+                    None if input.dtype == autocast else autocast,
+                    None if weight.dtype == autocast else autocast,
                 ),
-                workspace if needs_weight_grad else 0,
-                chosen,
-                update,
+            )
+        else:
+            # Within a transform of torch.func, requires_grad does not show what an outer one
+            # differentiates.
+            recorded = torch.is_grad_enabled()
+            needs_input_grad = transformed or (recorded and input.requires_grad)
+            needs_weight_grad = (
+                transformed or update is not None or (recorded and weight.requires_grad)
             )
 
-        compute = of_rows if shards is None else partial(shards.statistics, of_rows)
-        statistics = compute(input, labels)
-        loss, lse = targets.losses(statistics, labels, label_weight, margin, mix, label_smoothing)
-        cosine, top1 = statistics.target_cosine, targets.hits(statistics, labels)
+            def of_rows(input: Tensor, labels: Tensor) -> Statistics:
+                return core.statistics(
+                    ForwardInputs(
+                        input=input,
+                        weight=weight,
+                        class_ids=class_ids,
+                        labels=labels,
+                        scale=margin.scale,
+                        limit=margin.limit,
+                        needs_input_grad=needs_input_grad,
+                        needs_cosine_sum=label_smoothing > 0,
+                    ),
+                    workspace if needs_weight_grad else 0,
+                    chosen,
+                    update,
+                    autocast,
+                )
+
+            compute = of_rows if shards is None else partial(shards.statistics, of_rows)
+            statistics = compute(input, labels)
+            loss, lse = targets.losses(
+                statistics, labels, label_weight, margin, mix, label_smoothing
+            )
+            cosine, top1 = statistics.target_cosine, targets.hits(statistics, labels)
 
     result = loss
     if reduction != "none":

@@ -157,6 +157,7 @@ def prepare_on_all_ranks(
             "requires_grad of input": recorded and input.requires_grad,
             "requires_grad of weight": recorded and weight.requires_grad,
             "whether there are class_ids": class_ids is not None,
+            "dtype of autocast": prepared.gemm_dtype,
             "margin": {  # except for margins per row
                 name: None if isinstance(value, Tensor) else value
                 for name, value in vars(margin).items()

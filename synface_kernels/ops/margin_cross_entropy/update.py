@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
+from ..._autocast import suspended
 from ..._check import describe, require_apart
 from ..._load import library
 from ..row_update.op import check_last_step, check_states, mark_written, take_step
@@ -38,7 +39,8 @@ def _run(*arguments: Any) -> Tensor:
     if impl == "triton":
         from . import launch_triton
 
-        return launch_triton.update(inputs, step, gemm_dtype=gemm_dtype)
+        with suspended(inputs.input.device):
+            return launch_triton.update(inputs, step, gemm_dtype=gemm_dtype)
     return torch.ops.synface_kernels.margin_cross_entropy_update_cpu(
         *inputs, split_bf16, *step, gemm_dtype
     )
