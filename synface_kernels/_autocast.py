@@ -7,6 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+# Asked once, for torch.compile traces the question in newer versions of torch alone.
+_DEVICES = [each for each in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(each)]
+
 
 def gemm_dtype(tensor: Tensor) -> torch.dtype | None:
     """Return the dtype of GEMMs under autocast on the tensor's device; None without it.
@@ -36,10 +39,8 @@ def off(device: torch.device) -> AbstractContextManager[object]:
 
     A compiled graph has no autocast to suspend at the time when it is traced.
     """
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if device.type in _DEVICES else nullcontext()
 
 
 def _enabled(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in _DEVICES and torch.is_autocast_enabled(device)

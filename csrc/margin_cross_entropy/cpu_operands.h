@@ -129,14 +129,7 @@ template <class T>
 struct Embeddings {
   template <class Operand>
   Embeddings(const Problem& p, const SimdKernels<T>& simd, std::type_identity<Operand>)
-      : dim(p.input.cols),
-        unit(0),
-        inverse(0),
-        rounded(0),
-        bits(0),
-        rest(0),
-        high(0),
-        low(0) {
+      : dim(p.input.cols), unit(0), inverse(0), rounded(0), bits(0), rest(0), high(0), low(0) {
     const int64_t k = p.labels_per_row;
     for (int64_t i = 0; i < p.input.rows; ++i) {
       const int64_t* labels = p.labels + i * k;
@@ -242,8 +235,8 @@ std::vector<Packed<Operand>> pack_blocks(const Embeddings<T>& x, Range rows, boo
 }
 
 // A tile of centers as T with their inverse norms, and as GEMM operands: as they came, or
-// normalized where the operands are bf16 splits or rounded. Centers that are contiguous and of T already are
-// not copied, except in a tile that holds a long one, which is shortened there.
+// normalized where the operands are bf16 splits or rounded. Centers that are contiguous and of T
+// already are not copied, except in a tile that holds a long one, which is shortened there.
 template <class T, class Operand>
 class Centers {
  public:

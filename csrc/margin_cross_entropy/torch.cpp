@@ -177,13 +177,15 @@ struct Backward {
   Tensor lse, mean, center_sum, cosines, grad_lse, grad_cosine, grad_sum, grad_input;
 };
 
-std::tuple<Tensor, Tensor> backward_of(
-    const Tensor& input, const Tensor& weight, const OptionalTensor& class_ids,
-    const Tensor& labels, const Tensor& negative_lse, const Tensor& mean_center,
-    const Tensor& center_sum, const Tensor& saved, const Tensor& grad_negative_lse,
-    const Tensor& grad_target_cosine, const Tensor& grad_cosine_sum, double scale, double limit,
-    bool needs_input_grad, bool needs_weight_grad, bool split_bf16,
-    std::optional<at::ScalarType> gemm_dtype) {
+std::tuple<Tensor, Tensor> backward_of(const Tensor& input, const Tensor& weight,
+                                       const OptionalTensor& class_ids, const Tensor& labels,
+                                       const Tensor& negative_lse, const Tensor& mean_center,
+                                       const Tensor& center_sum, const Tensor& saved,
+                                       const Tensor& grad_negative_lse,
+                                       const Tensor& grad_target_cosine,
+                                       const Tensor& grad_cosine_sum, double scale, double limit,
+                                       bool needs_input_grad, bool needs_weight_grad,
+                                       bool split_bf16, std::optional<at::ScalarType> gemm_dtype) {
   const Backward backward({.input = input,
                            .weight = weight,
                            .class_ids = class_ids,

@@ -106,6 +106,8 @@ def gemm_config(gemms: Gemms, n: int, sub_centers: int, plain: bool, chip: Chip)
             "H": 1, "BLOCK_N": min(64, block_n), "BLOCK_C": 64, "BLOCK_D": 32,
             "num_warps": 8, "num_stages": 2,
         }  # fmt: skip
+    if sub_centers > 1:
+        block_n = min(64, block_n)
     two = block_n == 128 and sub_centers == 1 and plain and chip.capability >= 90
     two = two and gemms.dtype.itemsize == 2
     narrow = sub_centers > 1 or (two and chip.capability >= 100)
@@ -126,18 +128,23 @@ def tile_config(n: int) -> dict[str, int]:
 
 
 def grad_weight_config(
-    gemms: Gemms, weight_dtype: torch.dtype, n: int, d: int, chip: Chip
+    gemms: Gemms, weight_dtype: torch.dtype, block_n: int, d: int, chip: Chip
 ) -> dict[str, int]:
-    """Return the blocks of the weight gradient's GEMM: centers, elements, rows per step."""
+    """Return the blocks of the weight gradient's GEMM: centers, elements, rows per step.
+
+    Args:
+        block_n: the factor's, in whose blocks the rows per step fit.
+    """
     if gemms.dtype == torch.float32 and gemms.precision == "ieee":
         return {
-            "H": 1, "BLOCK_C": 64, "BLOCK_D": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2,
+            "H": 1, "BLOCK_C": 64, "BLOCK_D": 64, "BLOCK_N": min(32, block_n), "num_warps": 8,
+            "num_stages": 2,
         }  # fmt: skip
     block_d = min(128, max(16, triton.next_power_of_2(d)))
     return {
         "H": 2 if d > 128 and weight_dtype.itemsize == 2 and chip.capability == 90 else 1,
         "BLOCK_C": 128, "BLOCK_D": block_d,
-        "BLOCK_N": min(128 // gemms.dtype.itemsize, max(16, triton.next_power_of_2(n))),
+        "BLOCK_N": min(128 // gemms.dtype.itemsize, block_n),
         "num_warps": 8, "num_stages": 3,
     }  # fmt: skip
 

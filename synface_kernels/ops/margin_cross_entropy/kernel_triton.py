@@ -267,12 +267,14 @@ def _write_factor(
     lse = tl.load(negative_lse + rows, mask=in_rows, other=0.0)
     own_a = 1.0 if PLAIN else a_i
     g = tl.load(grad_lse + rows, mask=in_rows, other=0.0) * own_a
-    gradient = product * b_j
+    if factor.dtype.element_ty == tl.float32 or PLAIN or FILTER:
+        # Rounded as in the forward pass: the scale makes a last bit's difference count.
+        cosine = product * a_i[:, None] * b_j
+        gradient = tl.exp(scale * cosine - lse[:, None]) * g[:, None]
+    else:  # bfloat16's rounding of G hides it; fewer registers
+        gradient = tl.exp(product * b_j * (a_i * scale)[:, None] - lse[:, None]) * g[:, None]
     if FILTER:
-        kept = gradient * a_i[:, None] <= limit
-    gradient = tl.exp(gradient * (a_i * scale)[:, None] - lse[:, None]) * g[:, None]
-    if FILTER:
-        gradient = tl.where(kept, gradient, 0.0)
+        gradient = tl.where(cosine > limit, 0.0, gradient)
     for k in tl.static_range(K):
         match = _is_label(labels, rows, in_rows, start_class + column, k, K)
         target = tl.load(grad_target + rows * K + k, mask=in_rows, other=0.0) * own_a
@@ -293,7 +295,7 @@ def _write_factor(
         if FUSED:
             # Σ G·cos, of the rounded factor as the GEMM has it, so that the projection is exact.
             if PLAIN:
-                sums = tl.sum(own.to(tl.float32) * (product * b_j * a_i[:, None]), 0)
+                sums = tl.sum(own.to(tl.float32) * cosine, 0)
             else:
                 sums = tl.sum(own.to(tl.float32) * product, 0)
             tl.store(center_sums + tl.program_id(0) * stride + centers, sums, mask=in_columns)
@@ -329,12 +331,13 @@ def _factor_kernel(
             FUSED, H, PRECISION, UPCAST, BLOCK_N, BLOCK_C, BLOCK_D,
         )  # fmt: skip
         if M > 1:
+            a_i = tl.load(a + rows, mask=in_rows, other=0.0)[:, None]
             own_b = tl.load(b + block * M + m, mask=block < columns, other=0.0)[None, :]
             if m == 0:
                 product, b_j = first, tl.broadcast_to(own_b, (BLOCK_N, BLOCK_C))
                 nearest = tl.zeros((BLOCK_N, BLOCK_C), tl.int32)
             else:
-                better = (first * own_b > product * b_j) | (first != first)
+                better = (first * a_i * own_b > product * a_i * b_j) | (first != first)
                 product = tl.where(better, first, product)
                 b_j = tl.where(better, own_b, b_j)
                 nearest = tl.where(better, m, nearest)

@@ -458,7 +458,8 @@ class _Gradients:
             "UNIT": gemms.plain or gemms.unit_weight,
         }  # fmt: skip
         if gemms.fused:
-            config = grad_weight_config(gemms, out.dtype, n, d, self.chip)
+            block_n = self.config["BLOCK_N"]
+            config = grad_weight_config(gemms, out.dtype, block_n, d, self.chip)
             width = config["H"] * config["BLOCK_D"]
             grid = triton.cdiv(centers, config["BLOCK_C"]), triton.cdiv(d, width)
             launch(
