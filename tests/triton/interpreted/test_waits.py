@@ -345,6 +345,37 @@ def test_a_capture_with_what_no_graph_replays_is_refused() -> None:
         sk.row_sgd_(rows["weight"], grad, ids, **rows["options"])
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_whole_step_can_be_captured(fused: bool) -> None:
+    """Its first call already: mixup, sampling, loss and a step of SGD on the sampled centers."""
+    generator = torch.Generator().manual_seed(0)
+    with stand_in_gpu() as gpu:
+        images = [here(torch.rand(N, 4, 4, 3, generator=generator)) for _ in range(2)]
+        psi, target = here(torch.rand(N, generator=generator)), here(torch.arange(N))
+        network = here(normal(48, D)).requires_grad_()
+        weight, momentum = here(normal(C, D, seed=1)), here(torch.zeros(C, D))
+        before = cpu(weight).clone()
+        gpu.uploads.clear()
+        gpu.capturing = True
+        mixed = sk.domain_mixup(*images, psi)
+        ids, indices = sk.sample_classes(target, C, 12)
+        x = mixed.flatten(1) @ network
+        step: Any = {"lr": 0.1, "momentum": 0.9, "momentum_buffer": momentum}
+        if fused:
+            update = sk.SGDUpdate(**step)
+            sk.margin_cross_entropy(x, weight, indices, class_ids=ids, update=update).backward()
+        else:
+            weight.requires_grad_()
+            sk.margin_cross_entropy(x, weight, indices, class_ids=ids).backward()
+            grad, weight = weight.grad._values(), weight.detach()
+            sk.row_sgd_(weight, grad, ids, **step)
+        assert not gpu.waits
+        assert not gpu.uploads
+        assert network.grad is not None
+    moved = set((cpu(weight) != before).any(1).nonzero()[:, 0].tolist())
+    assert set(range(N)) <= moved <= set(cpu(ids).tolist())  # some negatives are too far away
+
+
 # ---- the training loop ---------------------------------------------------------------------------
 
 
