@@ -30,22 +30,20 @@ PACKAGES = [
 ]
 ABSENT = [
     *("webdataset", "tomli_w", "pytorch_metric_learning", "faiss", "pykeops", "liger_kernel"),
-    *("cut_cross_entropy", "hypothesis", "expecttest"),
+    *("cut_cross_entropy", "expecttest"),
 ]
 # Read by Python when it starts, where its folder is on PYTHONPATH.
 BLOCKER = """
-import sys
+from importlib.machinery import PathFinder
+
+usual = PathFinder.find_spec
 
 
-class Absent:
-    names = {names!r}
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.names:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in {names!r} else usual(name, path, target)
 
 
-sys.meta_path.insert(0, Absent())
+PathFinder.find_spec = find_spec
 """
 
 
