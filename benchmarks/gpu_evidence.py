@@ -57,7 +57,7 @@ class Job(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What is measured, for messages."""
+        """The task and the case, for messages."""
         return f"{self.task} of {self.case.op}, {self.case.name}"
 
 

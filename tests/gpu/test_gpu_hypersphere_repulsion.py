@@ -13,7 +13,6 @@ from synface_kernels.testing import assert_as_exact_as_torch
 from tests.gpu.on_device import (
     BF16,
     DEVICE,
-    DRY,
     EPS,
     F16,
     F32,
@@ -45,15 +44,6 @@ N, M, D = pick((700, 300, 129), (13, 10, 5))
 each_energy = pytest.mark.parametrize("energy", PAIRS + NEIGHBORS, ids=str)
 FEW = [sk.LogSumExp(100.0), sk.Log(), sk.MaxCosine(topk=2)]
 each_kind = pytest.mark.parametrize("energy", FEW, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Make several blocks of few points in the interpreter."""
-    if DRY:
-        name = "synface_kernels.ops.hypersphere_repulsion.kernel_triton"
-        monkeypatch.setattr(f"{name}.BLOCK_ALIGNMENT", 8)
-        monkeypatch.setattr(f"{name}._block", lambda d: 8)
 
 
 def points(n: int, m: int | None, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
