@@ -30,7 +30,7 @@ from .worker import Worker
 
 BUDGET_SECONDS, DRY_SECONDS = 420.0, 2400.0
 # The shares of the budget that building and testing may take.
-BUILD_SHARE, TEST_SHARE = 0.4, 0.25
+BUILD_SHARE, TEST_SHARE = 0.4, 0.3
 # The most that one measurement takes while others wait, and what is left to each of these.
 MOST_SECONDS, LEAST_SECONDS = 40.0, 3.0
 OPTIONAL = ["triton", "xdist", "pytorch_metric_learning", "liger_kernel", "cut_cross_entropy"]
@@ -57,7 +57,7 @@ class Job(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What is measured, for messages."""
+        """The task and the case, for messages."""
         return f"{self.task} of {self.case.op}, {self.case.name}"
 
 

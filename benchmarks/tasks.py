@@ -1,4 +1,4 @@
-"""What a process of `make gpu-evidence` measures: each task returns a JSON object."""
+"""Tasks of a measuring process of `make gpu-evidence`; each returns a JSON object."""
 
 from __future__ import annotations
 

@@ -132,11 +132,12 @@ def run_gpu_tests(
     cores = len(os.sched_getaffinity(0))
     together = min(len(files), cores) or 1
     arguments = ["-p", "no:cacheprovider", f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml")]
-    workers = min(WORKERS_MAX, cores // together)
+    workers = min(WORKERS_MAX, 3 * cores // (2 * together))  # they also wait for the GPU
     if workers > 1 and find_spec("xdist") is not None:
         arguments += ["-n", str(workers), "--dist", "worksteal"]
-    # One thread each: the processes share the cores.
-    environment = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "0"}
+    # The processes share the cores.
+    environment = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment["TORCH_COMPILE_DISABLE"] = "0"
     if interpreted:
         environment["TRITON_INTERPRET"] = "1"
     outcomes: dict[str, Outcome] = {}

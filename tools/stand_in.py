@@ -13,6 +13,7 @@ the machine it does not use it.
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import os
 import shutil
@@ -30,22 +31,20 @@ PACKAGES = [
 ]
 ABSENT = [
     *("webdataset", "tomli_w", "pytorch_metric_learning", "faiss", "pykeops", "liger_kernel"),
-    *("cut_cross_entropy", "hypothesis", "expecttest"),
+    *("cut_cross_entropy", "expecttest"),
 ]
 # Read by Python when it starts, where its folder is on PYTHONPATH.
 BLOCKER = """
-import sys
+from importlib.machinery import PathFinder
+
+usual = PathFinder.find_spec
 
 
-class Absent:
-    names = {names!r}
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.names:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+def find_spec(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in {names!r} else usual(name, path, target)
 
 
-sys.meta_path.insert(0, Absent())
+PathFinder.find_spec = classmethod(find_spec)
 """
 
 
@@ -70,7 +69,7 @@ def make_environment(folder: Path) -> Path:
 
 
 def copy_sources(to: Path) -> None:
-    """Copy the working tree as it is, with its times; leave what was built there."""
+    """Copy the files of the working tree that changed; leave what was built there."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -83,9 +82,9 @@ def copy_sources(to: Path) -> None:
             file.unlink()
     for name in wanted:
         target = to / name
-        if not target.exists() or target.stat().st_mtime != (ROOT / name).stat().st_mtime:
+        if not target.exists() or not filecmp.cmp(ROOT / name, target, shallow=False):
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target)
+            shutil.copy(ROOT / name, target)
 
 
 def environment(python: Path, blocked: Path) -> dict[str, str]:
