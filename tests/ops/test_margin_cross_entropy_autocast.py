@@ -213,7 +213,7 @@ def test_an_update_has_the_bits_of_gradient_and_step(impl, isa, name, dtypes):
     ids = options.get("class_ids", torch.arange(len(case.w)))
     stepped, momentum = case.w.clone().flatten(1), torch.zeros_like(case.w).flatten(1)
     sk.row_sgd_(
-        stepped, dw.flatten(1)[ids], ids, lr=0.1, momentum=0.9, momentum_buffer=momentum, impl="cpu"
+        stepped, dw.flatten(1)[ids], ids, lr=0.1, momentum=0.9, momentum_buffer=momentum, impl=impl
     )
     x, w = case.x.clone().requires_grad_(), case.w.clone()
     update = sk.SGDUpdate(lr=0.1, momentum=0.9, momentum_buffer=torch.zeros_like(w))
