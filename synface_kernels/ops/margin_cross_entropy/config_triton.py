@@ -111,10 +111,11 @@ def gemm_config(gemms: Gemms, n: int, sub_centers: int, plain: bool, chip: Chip)
         block_n = min(64, block_n)
     two = block_n == 128 and sub_centers == 1 and plain and chip.capability >= 90
     two = two and gemms.dtype.itemsize == 2
-    narrow = sub_centers > 1 or chip.capability >= 100
+    narrow = sub_centers > 1 or chip.capability >= 100 or (chip.capability < 90 and not plain)
     return {
         "H": 2 if two else 1, "BLOCK_N": block_n, "BLOCK_C": 64 if narrow else 128,
-        "BLOCK_D": 128 // gemms.dtype.itemsize, "num_warps": 8 if block_n == 128 else 4,
+        "BLOCK_D": 128 // gemms.dtype.itemsize,
+        "num_warps": 8 if block_n == 128 or (sub_centers > 1 and block_n == 64) else 4,
         "num_stages": 3,
     }  # fmt: skip
 
