@@ -71,11 +71,18 @@ def interpreting() -> bool:
 
 
 def needs_triton(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
-    """Require Triton, and tensors that its kernels take: on a GPU, or interpreted; no float64."""
+    """Require Triton, and tensors that its kernels take: on a GPU, or interpreted; no float64.
+
+    The GPU must have compute capability 8.0, for bfloat16.
+    """
     if torch.float64 in dtypes:
         return "has no float64 kernel"
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return f"runs on CUDA tensors (on CPU tensors only under TRITON_INTERPRET=1), got {device}"
+    if device.type == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"needs compute capability 8.0 or later, {device} has {major}.{minor}"
     try:
         import triton  # noqa: F401
     except ImportError as error:
