@@ -18,6 +18,8 @@ VARIABLES = {
     "SYNFACE_CPU_ISA": "base, avx2, avx512, avx512_bf16 or onednn_bf16: the CPU kernels' "
     "instruction set (default: the best)",
     "SYNFACE_CUDA": "0, 1 or auto: whether a build compiles the CUDA sources (default: auto)",
+    "SYNFACE_MARGIN_DESIGN": "fused, tiled or auto: whether Triton's margin softmax multiplies in "
+    "its kernels or by cuBLAS (default: auto, fused but for exact float32)",
     "TRITON_INTERPRET": "1: Triton interprets its kernels on CPU tensors (slow; for tests)",
 }
 

@@ -13,8 +13,11 @@ from . import _load
 
 # Returns why an implementation cannot run on such tensors, or None if it can.
 Requirement = Callable[[torch.device, Sequence[torch.dtype]], "str | None"]
+# Says how an implementation works on tensors of such dtypes.
+Note = Callable[[Sequence[torch.dtype]], str]
 # op -> implementation -> requirement, in the order in which `auto` prefers them
 _REGISTRY: dict[str, dict[str, Requirement]] = {}
+_NOTES: dict[tuple[str, str], Note] = {}
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,16 @@ class Choice:
         return "\n".join(lines)
 
 
-def register(op: str, implementations: dict[str, Requirement]) -> None:
-    """Register an op's implementations, in the order in which ``impl="auto"`` prefers them."""
+def register(
+    op: str, implementations: dict[str, Requirement], notes: dict[str, Note] | None = None
+) -> None:
+    """Register an op's implementations, in the order in which ``impl="auto"`` prefers them.
+
+    Args:
+        notes: what `explain` adds to the reason for an implementation.
+    """
     _REGISTRY[op] = implementations
+    _NOTES.update({(op, name): note for name, note in (notes or {}).items()})
 
 
 def ops() -> list[str]:
@@ -61,11 +71,18 @@ def interpreting() -> bool:
 
 
 def needs_triton(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
-    """Require Triton, and tensors that its kernels take: on a GPU, or interpreted; no float64."""
+    """Require Triton, and tensors that its kernels take: on a GPU, or interpreted; no float64.
+
+    The GPU must have compute capability 8.0, for bfloat16.
+    """
     if torch.float64 in dtypes:
         return "has no float64 kernel"
     if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
         return f"runs on CUDA tensors (on CPU tensors only under TRITON_INTERPRET=1), got {device}"
+    if device.type == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"needs compute capability 8.0 or later, {device} has {major}.{minor}"
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -85,7 +102,10 @@ def choose(op: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> Choi
         problem = requirement(device, dtypes)
         if problem is None:
             kinds = ", ".join(sorted({str(d).removeprefix("torch.") for d in dtypes}))
-            return Choice(op, name, f"the first that runs for {kinds} on {device}", rejected)
+            reason = f"the first that runs for {kinds} on {device}"
+            if (op, name) in _NOTES:
+                reason += f"; {_NOTES[op, name](dtypes)}"
+            return Choice(op, name, reason, rejected)
         rejected[name] = problem
     raise RuntimeError(f"no implementation of {op} runs on {device}: {rejected}")
 

@@ -14,6 +14,7 @@ from .._triton import WORKSPACE_BYTES
 
 # Tiles are a multiple of this many classes, so that rows of the workspace stay aligned.
 TILE_ALIGNMENT = 128
+DESIGN_VARIABLE = "SYNFACE_MARGIN_DESIGN"
 DESIGNS = ("auto", "fused", "tiled")
 
 
@@ -26,9 +27,9 @@ def chosen_design(gemm_dtype: torch.dtype, precision: str) -> str:
     Raises:
         ValueError: if the variable has another value.
     """
-    design = os.environ.get("SYNFACE_MARGIN_DESIGN") or "auto"
+    design = os.environ.get(DESIGN_VARIABLE) or "auto"
     if design not in DESIGNS:
-        raise ValueError(f"SYNFACE_MARGIN_DESIGN must be one of {DESIGNS}, got {design!r}")
+        raise ValueError(f"{DESIGN_VARIABLE} must be one of {DESIGNS}, got {design!r}")
     if design != "auto":
         return design
     return "tiled" if gemm_dtype == torch.float32 and precision == "ieee" else "fused"
@@ -110,10 +111,11 @@ def gemm_config(gemms: Gemms, n: int, sub_centers: int, plain: bool, chip: Chip)
         block_n = min(64, block_n)
     two = block_n == 128 and sub_centers == 1 and plain and chip.capability >= 90
     two = two and gemms.dtype.itemsize == 2
-    narrow = sub_centers > 1 or (two and chip.capability >= 100)
+    narrow = sub_centers > 1 or chip.capability >= 100 or (chip.capability < 90 and not plain)
     return {
         "H": 2 if two else 1, "BLOCK_N": block_n, "BLOCK_C": 64 if narrow else 128,
-        "BLOCK_D": 128 // gemms.dtype.itemsize, "num_warps": 8 if block_n == 128 else 4,
+        "BLOCK_D": 128 // gemms.dtype.itemsize,
+        "num_warps": 8 if block_n == 128 or (sub_centers > 1 and block_n == 64) else 4,
         "num_stages": 3,
     }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +22,22 @@ from .margins import ArcFace, CombinedMargin
 
 OP = "margin_cross_entropy"
 _ARCFACE = ArcFace()
-register(OP, {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always})
+
+
+def _design(dtypes: Sequence[torch.dtype]) -> str:
+    """Return what `explain` says of the Triton kernels' design for such tensors."""
+    from .config_triton import DESIGN_VARIABLE, choose_gemms
+
+    tensors = [torch.empty((0, 0), dtype=dtype, device="meta") for dtype in dtypes]
+    gemms = choose_gemms(tensors[0], tensors[-1], None)
+    return f"the {gemms.design} design, which {DESIGN_VARIABLE} overrides"
+
+
+register(
+    OP,
+    {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always},
+    {"triton": _design},
+)
 
 
 class MarginStats(NamedTuple):

@@ -48,7 +48,7 @@ SHAPES = [
     (7, 5, 7, 3),
     (7, 700, 129, 2),
     (5, 129, 64, 3),
-    (130, 64, 5, 1),
+    (130, 300, 5, 1),
 ]
 
 
@@ -280,15 +280,6 @@ def test_offsets_pass_32_bits() -> None:
     weight.copy_(case.weight)
     check(case._replace(weight=weight), run(case._replace(weight=weight)))
     for a, b in zip(run(case._replace(weight=weight)), run(case), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_autocast_changes_nothing() -> None:
-    case = make_case(6, 30, 8, 2)
-    expected = run(case)
-    with torch.autocast("cpu", dtype=BF16):
-        actual = run(case)
-    for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
 
 

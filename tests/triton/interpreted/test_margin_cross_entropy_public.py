@@ -14,7 +14,7 @@ import synface_kernels as sk
 from synface_kernels.ops._triton import mm
 from synface_kernels.ops.margin_cross_entropy import config_triton, launch_triton, op
 from tests.helpers.centers import assert_bits
-from tests.helpers.margin_core import BF16, F32, check_public, make_case, public
+from tests.helpers.margin_core import BF16, F16, F32, check_public, make_case, public
 
 
 @pytest.fixture(params=["fused", "tiled"], autouse=True)
@@ -95,6 +95,9 @@ def test_an_unknown_design_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         ("nesterov", BF16, {"seed": 3, "input_dtype": BF16}),
         ("adamw", BF16, {"seed": 3, "ids": True}),
         ("nesterov", F32, {"n": 0}),
+        ("adamw", F32, {"k": 3, "input_dtype": BF16}),
+        ("nesterov", F32, {"k": 3, "input_dtype": F16, "ids": True, "m": 2}),
+        ("plain", BF16, {"input_dtype": BF16, "k": 2, "label_smoothing": 0.1}),
     ],
     ids=str,
 )
@@ -105,56 +108,74 @@ def test_the_bits_of_backward_and_update(rule: str, dtype: torch.dtype, options:
 # ---- sub-centers, filter, smoothing, rows of NaN -------------------------------------------------
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("mix", ["joint", "separate"])
-@pytest.mark.parametrize(
-    ("sub_centers", "options"),
-    [
-        (2, {}),
-        (3, {"ids": True}),
-        (3, {"margin": sk.ArcFace(interclass_filter=0.1)}),
-        (1, {"margin": sk.ArcFace(interclass_filter=0.1)}),
-        (1, {"margin": sk.CosFace(interclass_filter=0.0, interclass_filter_mode="zero")}),
-        (1, {"margin": sk.ArcFace(100.0, interclass_filter=0.2)}),  # the shift follows the maximum
-        (1, {"label_smoothing": 0.1}),
-        (1, {"label_smoothing": 0.3, "ids": True}),
-    ],
-)
-@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32)], ids=str)
+OPTIONS: list[tuple[int, dict]] = [
+    (2, {}),
+    (3, {"ids": True}),
+    (3, {"margin": sk.ArcFace(interclass_filter=0.1)}),
+    (1, {"margin": sk.ArcFace(interclass_filter=0.1)}),
+    (1, {"margin": sk.CosFace(interclass_filter=0.0, interclass_filter_mode="zero")}),
+    (1, {"margin": sk.ArcFace(100.0, interclass_filter=0.2)}),
+    (1, {"label_smoothing": 0.1}),
+    (1, {"label_smoothing": 0.3, "ids": True}),
+]
+
+
+def check_options(dtypes: tuple, k: int, mix: str, sub_centers: int, options: dict) -> Callable:
+    """Check the public function against float64; return a function that runs it once more."""
+    case = make_case(7, 150 * sub_centers, 16, k, dtypes=dtypes)
+    options = {"mix": mix, **options}
+    if options.pop("ids", False):
+        options["class_ids"] = torch.arange(1, 150, 2)
+    count = len(options.get("class_ids", range(150)))
+    weights = torch.where(case.labels >= 0, 1.0, 0.0)
+    weights = weights / weights.sum(1, keepdim=True).clamp_min(1)
+    case = case._replace(
+        weight=case.weight.reshape(150, sub_centers, 16) if sub_centers > 1 else case.weight,
+        labels=torch.where(case.labels >= 0, case.labels % count, -1),
+    )
+    k_hot = weights if k > 1 else None
+    dtype = case.input.dtype if case.input.dtype == case.weight.dtype != F16 else F32
+
+    def plain() -> tuple[Tensor, ...]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(op, "statistics_dtype", lambda input: dtype)
+            return public(case, "reference", None, k_hot, **options)
+
+    check_public(case, k_hot, plain, **options)
+    return lambda: public(case, "triton", None, k_hot, **options)
+
+
+@pytest.mark.parametrize(("k", "mix"), [(1, "joint"), (2, "joint"), (2, "separate"), (3, "joint")])
+@pytest.mark.parametrize(("sub_centers", "options"), OPTIONS)
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32)], ids=str)
 def test_public_options(
     dtypes: tuple,
     sub_centers: int,
     options: dict,
+    k: int,
     mix: str,
-    weighted: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(config_triton, "WORKSPACE_BYTES", 1)
-    k = 2 if weighted else 1
-    case = make_case(7, 300 * sub_centers, 16, k, dtypes=dtypes)
-    options = {"mix": mix, **options}
-    if options.pop("ids", False):
-        options["class_ids"] = torch.arange(1, 300, 2)
-    count = len(options.get("class_ids", range(300)))
-    weights = torch.where(case.labels >= 0, 1.0, 0.0)
-    weights = weights / weights.sum(1, keepdim=True).clamp_min(1)
-    case = case._replace(
-        weight=case.weight.reshape(300, sub_centers, 16) if sub_centers > 1 else case.weight,
-        labels=torch.where(case.labels >= 0, case.labels % count, -1),
-    )
-    k_hot = weights if weighted else None
-    same = case.input.dtype == case.weight.dtype
-    gemm_dtype = case.input.dtype if same else F32
-
-    def plain() -> tuple[Tensor, ...]:
-        with monkeypatch.context() as patch:
-            patch.setattr(op, "statistics_dtype", lambda input: gemm_dtype)
-            return public(case, "reference", None, k_hot, **options)
-
-    check_public(case, k_hot, plain, **options)
-    twice = (public(case, "triton", None, k_hot, **options) for _ in range(2))
-    for a, b in zip(*twice, strict=True):
+    again = check_options(dtypes, k, mix, sub_centers, options)
+    for a, b in zip(again(), again(), strict=True):
         assert torch.equal(*(v.to_dense() if v.is_sparse else v for v in (a, b)))
+
+
+@pytest.mark.parametrize("design", ["fused"], indirect=True)
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize(("sub_centers", "options"), [(1, {}), *OPTIONS[3:]])
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F16)], ids=str)
+def test_two_accumulators(
+    dtypes: tuple,
+    sub_centers: int,
+    options: dict,
+    k: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blocks = {"H": 2, "BLOCK_N": 16, "BLOCK_C": 16, "BLOCK_D": 16}
+    monkeypatch.setattr(launch_triton, "gemm_config", lambda *_: blocks)
+    check_options(dtypes, k, "joint", sub_centers, options)
 
 
 def test_the_first_of_equal_sub_centers_gets_the_gradient() -> None:
