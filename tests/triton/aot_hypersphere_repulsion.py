@@ -23,7 +23,10 @@ def launch(capability: int) -> None:
     ):
         x = _points(10_240, 512, dtype)
         y = _points(5_120, 512, dtype) if gallery else None
-        with mock.patch.object(launch_triton, "_float32_precision", return_value=precision):
+        with (
+            mock.patch.object(launch_triton, "_float32_precision", return_value=precision),
+            mock.patch.object(launch_triton, "_capability", return_value=capability),
+        ):
             launch_triton.pairs(x, y, *kinds[0], 2, 1e-6, False, False)
             for kind, a in kinds:
                 launch_triton.pairs(x, y, kind, a, 2, 1e-6, True, gallery)

@@ -105,8 +105,8 @@ def _potential(c, square, shift, a, KIND: tl.constexpr, POWER: tl.constexpr):
         f = tl.exp(a * (c - shift))
         slope = f
     elif KIND == RIESZ:
-        f = tl.exp(-0.5 * a * tl.log(square))
-        slope = a * f / square
+        slope = a * tl.exp(-(0.5 * a + 1) * tl.log(square))
+        f = slope * square * (1 / a)
     elif KIND == LOG:
         f = -0.5 * tl.log(square)
         slope = 1.0 / square
@@ -214,8 +214,7 @@ def _pairs_kernel(
         tl.store(at, weight)
         if DIAGONAL:  # noqa: SIM102
             if n < c:
-                at = weights + column[:, None] * SIZE_Y + row[None, :]
-                tl.store(at, tl.trans(weight))
+                tl.store(weights + column[None, :] * SIZE_Y + row[:, None], weight)
     else:
         marks = tl.where(slope < 0, mark, 0.0).to(weights.dtype.element_ty)
         tl.store(at, marks, mask=number > 0)
