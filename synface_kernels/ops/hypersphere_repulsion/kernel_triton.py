@@ -175,7 +175,7 @@ def _pairs_kernel(
     cosine = tl.where(valid, cosine, _NO_PAIR)
     most = 0.0
     if KIND == LOG_SUM_EXP:
-        greatest = tl.max(tl.max(cosine, 1), 0)
+        greatest = tl.max(cosine)
         most = tl.where(greatest > _NO_PAIR, greatest, 0.0)
         greatest = tl.where(greatest > _NO_PAIR, greatest, float("-inf"))
     plain = (cosine > _NO_PAIR) & (cosine < _CLOSE)
@@ -183,9 +183,9 @@ def _pairs_kernel(
     cosine = tl.where(plain, cosine, most)
     f, slope = _potential(cosine, 2.0 - 2.0 * cosine, most, a, KIND, POWER)
     slope = tl.where(plain, slope, marked)
-    number = tl.sum(tl.sum((slope < 0).to(tl.int32), 1), 0)
+    number = tl.sum((slope < 0).to(tl.int32))
     if not REPEAT:
-        total = tl.sum(tl.sum(tl.where(plain, f, 0.0), 1), 0).to(tl.float64)
+        total = tl.sum(tl.where(plain, f, 0.0)).to(tl.float64)
         if DIAGONAL:
             total *= tl.where(n == c, 0.5, 1.0)  # both halves are there
         tl.store(tile_close + tile, number)
