@@ -105,8 +105,8 @@ def _potential(c, square, shift, a, KIND: tl.constexpr, POWER: tl.constexpr):
         f = tl.exp(a * (c - shift))
         slope = f
     elif KIND == RIESZ:
-        f = tl.exp(-0.5 * a * tl.log(square))
-        slope = a * f / square
+        slope = a * tl.exp(-(0.5 * a + 1) * tl.log(square))
+        f = slope * square * (1 / a)
     elif KIND == LOG:
         f = -0.5 * tl.log(square)
         slope = 1.0 / square
@@ -175,7 +175,7 @@ def _pairs_kernel(
     cosine = tl.where(valid, cosine, _NO_PAIR)
     most = 0.0
     if KIND == LOG_SUM_EXP:
-        greatest = tl.max(tl.max(cosine, 1), 0)
+        greatest = tl.max(cosine)
         most = tl.where(greatest > _NO_PAIR, greatest, 0.0)
         greatest = tl.where(greatest > _NO_PAIR, greatest, float("-inf"))
     plain = (cosine > _NO_PAIR) & (cosine < _CLOSE)
@@ -183,9 +183,9 @@ def _pairs_kernel(
     cosine = tl.where(plain, cosine, most)
     f, slope = _potential(cosine, 2.0 - 2.0 * cosine, most, a, KIND, POWER)
     slope = tl.where(plain, slope, marked)
-    number = tl.sum(tl.sum((slope < 0).to(tl.int32), 1), 0)
+    number = tl.sum((slope < 0).to(tl.int32))
     if not REPEAT:
-        total = tl.sum(tl.sum(tl.where(plain, f, 0.0), 1), 0).to(tl.float64)
+        total = tl.sum(tl.where(plain, f, 0.0)).to(tl.float64)
         if DIAGONAL:
             total *= tl.where(n == c, 0.5, 1.0)  # both halves are there
         tl.store(tile_close + tile, number)
@@ -214,8 +214,7 @@ def _pairs_kernel(
         tl.store(at, weight)
         if DIAGONAL:  # noqa: SIM102
             if n < c:
-                at = weights + column[:, None] * SIZE_Y + row[None, :]
-                tl.store(at, tl.trans(weight))
+                tl.store(weights + column[None, :] * SIZE_Y + row[:, None], weight)
     else:
         marks = tl.where(slope < 0, mark, 0.0).to(weights.dtype.element_ty)
         tl.store(at, marks, mask=number > 0)

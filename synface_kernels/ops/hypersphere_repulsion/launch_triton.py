@@ -50,6 +50,7 @@ class Plan:
         dtype: the prepared points' dtype. precision: "ieee" or "tf32", of its GEMMs.
         width: coordinates of a prepared point, a multiple of BLOCK_D.
         size_x, size_y: points of a block, multiples of TILE.
+        capability: of the device, as 90.
     """
 
     dtype: torch.dtype
@@ -57,6 +58,7 @@ class Plan:
     width: int
     size_x: int
     size_y: int
+    capability: int
 
     @classmethod
     def make(cls, x: Points, y: Points, *, weights: bool) -> Plan:
@@ -66,7 +68,8 @@ class Plan:
         block_d = min(_depth(dtype, precision), max(16, triton.next_power_of_2(d)))
         width = triton.cdiv(d, block_d) * block_d
         most = _most(width, dtype, weights)
-        return cls(dtype, precision, width, _size(len(x), most), _size(len(y), most))
+        sizes = _size(len(x), most), _size(len(y), most)
+        return cls(dtype, precision, width, *sizes, _capability(x.rows.device))
 
     @property
     def tiles(self) -> dict[str, Any]:
@@ -74,7 +77,9 @@ class Plan:
         block_d = min(_depth(self.dtype, self.precision), self.width)
         stages = 4 if _on_cores(self.dtype, self.precision) else 2
         shape = {"BLOCK_N": TILE, "BLOCK_C": TILE, "BLOCK_D": block_d}
-        return shape | {"num_warps": 8, "num_stages": stages}
+        # With 8 warps some energies' registers spill, but tcgen05 takes no more.
+        warps = 16 if stages == 4 and self.capability < 100 else 8
+        return shape | {"num_warps": warps, "num_stages": stages}
 
     @property
     def gemm(self) -> dict[str, Any]:
@@ -168,6 +173,9 @@ def pairs(
         if strip == 0 or strips[strip - 1][0] != i:
             block_x.prepare(x, i, plan)
         own, other = block_x, block_x if diagonal else block_y.prepare(y, j, plan)
+        # On sm_90 a 16-bit block with itself spills with 16 warps.
+        narrow = diagonal and plan.capability >= 90 and plan.dtype != torch.float32
+        warps = {"num_warps": 8} if narrow else {}
         before, after = references[strip:], references[strip + 1 :]
         for repeat in (False, True) if exponential and needs_grad else (False,):
             launch(
@@ -175,7 +183,7 @@ def pairs(
                 own.points, other.points, own.scale, other.scale, weights, tile_maximum, tile_close,
                 sums, shifts, before, own.count, other.count, a, DIAGONAL=diagonal, REPEAT=repeat,
                 GRADIENT=needs_grad, TILES=triton.next_power_of_2(slots), **potential, **common,
-                **plan.tiles,
+                **plan.tiles | warps,
             )  # fmt: skip
         for owner_is_y, block, across, gradient, units, number in (
             (False, own, other, grad_x, unit_x, i), (True, other, own, column_grad, unit_y, j),
@@ -335,6 +343,14 @@ def _on_cores(dtype: torch.dtype, precision: str) -> bool:
 def _depth(dtype: torch.dtype, precision: str) -> int:
     """Return the coordinates that a tile's GEMM multiplies at a time; more would spill."""
     return 32 if _on_cores(dtype, precision) else 16
+
+
+def _capability(device: torch.device) -> int:
+    """Return a GPU's compute capability, as 90; that of an H100 for other devices."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _most(width: int, dtype: torch.dtype, weights: bool) -> int:

@@ -318,17 +318,17 @@ def _prepare(
         if chosen == "reference":
             raise ValueError("impl must be 'cpu' or 'triton' with a group, got 'reference'")
         _check_values(x, y)
+        bits = None
         if y is not None:
             checksum = sharded.checksum(y)
-        on_cpu = x.device.type == "cpu"  # else nothing waits for the device
+            bits = checksum.item() if y.device.type == "cpu" else None  # a GPU compares below
         recorded = torch.is_grad_enabled()
         must_match = {
             "D": x.shape[1],
             "dtype of x": x.dtype,
             **options,
             "requires_grad of x": recorded and x.requires_grad,
-            "y": None if y is None else (tuple(y.shape), y.dtype),
-            "checksum of y": checksum.item() if checksum is not None and on_cpu else None,
+            "y": None if y is None else (tuple(y.shape), y.dtype, bits),
             "requires_grad of y": recorded and y is not None and y.requires_grad,
         }
         return [x.shape[0]], must_match

@@ -62,7 +62,7 @@ class _Annealed:
             gradient = _gradient(self.packer, points, self.energy(done))
             self.optimizer.step(points, gradient, length)
         else:
-            gradient = _gradient(self.packer, points[rows], self.energy(done))
+            gradient = _gradient(self.packer, points.index_select(0, rows), self.energy(done))
             self.optimizer.step_rows(points, rows, gradient, length)
 
     def _rows(self, step: int) -> Tensor | None:

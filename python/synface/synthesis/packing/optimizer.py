@@ -55,10 +55,10 @@ class SphereAdam:
     def step_rows(self, points: Tensor, rows: Tensor, gradient: Tensor, length: float) -> None:
         """Move ``points[rows]``, in place, against their gradient."""
         state = (self.mean, self.square, self.steps)
-        x, mean, square, steps = (tensor[rows] for tensor in (points, *state))
+        x, mean, square, steps = (tensor.index_select(0, rows) for tensor in (points, *state))
         self._step((x, gradient, mean, square, steps), length)
         for whole, part in zip((points, *state), (x, mean, square, steps), strict=True):
-            whole[rows] = part
+            whole.index_copy_(0, rows, part)
 
     def _step(self, block: tuple[Tensor, ...], length: float) -> None:
         x, gradient, mean, square, steps = block
