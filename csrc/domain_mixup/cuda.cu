@@ -195,6 +195,36 @@ __device__ uint16_t estimate(uint32_t synthetic, uint32_t real, Split psi, const
   return uint16_t(inward >> 16);
 }
 
+// Stores 16 bytes at an aligned address at once; of plain stores, the compiler splits some.
+__device__ void store_vector(void* to, const Vector& vector) {
+#ifdef __CUDA_ARCH__
+  const auto [a, b, c, d] = vector.words;
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c),
+               "r"(d));
+#else
+  *static_cast<Vector*>(to) = vector;
+#endif
+}
+
+// Returns the 16 bytes of an array, word by word.
+template <class Storage, int kCount>
+__device__ Vector packed(const Storage (&part)[kCount]) {
+  static_assert(sizeof(part) == sizeof(Vector));
+  Vector vector;
+#pragma unroll
+  for (int word = 0; word < 4; ++word) {
+    if constexpr (sizeof(Storage) == 2) {
+      vector.words[word] = part[2 * word] | uint32_t(part[2 * word + 1]) << 16;
+    } else if constexpr (sizeof(Storage) == 4) {
+      vector.words[word] = std::bit_cast<uint32_t>(part[word]);
+    } else {
+      const uint64_t bits = std::bit_cast<uint64_t>(part[word / 2]);
+      vector.words[word] = uint32_t(bits >> (word % 2 * 32));
+    }
+  }
+  return vector;
+}
+
 // Mixes bytes into any type, 16 aligned pixels per thread, of kChannels interleaved channels or of
 // one plane. Reads and writes 16 bytes at a time.
 template <class Out, int kChannels, bool kInterleavedOut>
@@ -227,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 5) mix_groups(Sides p, View out) {
     Storage* target = static_cast<Storage*>(const_cast<void*>(out.data)) + offset(out, e, e.pixel);
 #pragma unroll
     for (int first = 0; first < kGroup * kChannels; first += kPerVector) {
-      alignas(16) Storage part[kPerVector];
+      Storage part[kPerVector];
       const auto for_part = [&](auto&& visit) {
 #pragma unroll
         for (int i = 0; i < kPerVector; ++i) {
@@ -255,8 +285,7 @@ __global__ void __launch_bounds__(kThreads, 5) mix_groups(Sides p, View out) {
       }
       const int channel = kInterleavedOut ? 0 : first / kGroup;
       const int rest = kInterleavedOut ? first : first % kGroup;
-      *reinterpret_cast<Vector*>(target + channel * out.channel + rest) =
-          *reinterpret_cast<const Vector*>(part);
+      store_vector(target + channel * out.channel + rest, packed(part));
     }
   }
 }

@@ -127,11 +127,13 @@ def _launch(
 ) -> None:
     batch, channels, height, width = images.shape
     pixels, size = height * width, channels * height * width
-    blocks = triton.cdiv(size, BLOCK)
+    blocks, wide = triton.cdiv(size, BLOCK), size + BLOCK > MOST_ELEMENTS
     # Fused multiply-adds would give other bits than the definition.
     launch(
         kernel, (batch * blocks,), *tensors, blocks, channels, width, pixels, size, *args, **config,
-        WIDE=size + BLOCK > MOST_ELEMENTS, BLOCK=BLOCK, enable_fp_fusion=False,
+        # With 4 warps, ptxas spills some of the forward kernels, and wide ones.
+        num_warps=8 if wide or kernel is _forward_kernel else 4,
+        WIDE=wide, BLOCK=BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
 
 
