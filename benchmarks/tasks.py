@@ -6,9 +6,10 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -111,28 +112,26 @@ def profile(
 def margin_settings(design: str | None, workspace_mib: int | None) -> Iterator[None]:
     """Run the margin softmax by one design and with one workspace, as far as it has these settings.
 
-    Modules that imported the size by name are changed too.
+    Modules that imported the size by name are changed too, and a chip's L2 cache, half of which
+    may bound the workspace, counts as twice the size.
     """
-    modules: list[Any] = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith("synface_kernels.") and hasattr(module, "WORKSPACE_BYTES")
-    ]
-    sizes, given = [module.WORKSPACE_BYTES for module in modules], os.environ.get(DESIGN)
-    try:
-        if workspace_mib is not None:
-            for module in modules:
-                module.WORKSPACE_BYTES = workspace_mib << 20
+    with ExitStack() as changed:
         if design is not None:
-            os.environ[DESIGN] = design
+            changed.enter_context(mock.patch.dict(os.environ, {DESIGN: design}))
+        size = None if workspace_mib is None else workspace_mib << 20
+        for name, module in list(sys.modules.items()):
+            if size is None or not name.startswith("synface_kernels."):
+                continue
+            if hasattr(module, "WORKSPACE_BYTES"):
+                changed.enter_context(mock.patch.object(module, "WORKSPACE_BYTES", size))
+            if f".{MARGIN_OP}." in name and hasattr(module, "chip_of"):
+                sized = _with_cache(module.chip_of, 2 * size)
+                changed.enter_context(mock.patch.object(module, "chip_of", sized))
         yield
-    finally:
-        for module, size in zip(modules, sizes, strict=True):
-            module.WORKSPACE_BYTES = size
-        if given is None:
-            os.environ.pop(DESIGN, None)
-        else:
-            os.environ[DESIGN] = given
+
+
+def _with_cache(chip_of: Callable[..., Any], size: int) -> Callable[..., Any]:
+    return lambda device: chip_of(device)._replace(l2_bytes=size)
 
 
 def has_designs() -> bool:
