@@ -10,7 +10,8 @@ from synface_kernels.ops.hypersphere_repulsion import launch_triton
 
 REGISTERS, STACK = 128, 16
 NOT_FUSED = None
-KINDS = (("log_sum_exp", 40.0), ("riesz", 2.5), ("log", 0.5), ("hinge", 0.1))
+# The potentials, their parameter, and the power of the hinge.
+KINDS = (("log_sum_exp", 40.0, 0), ("riesz", 2.5, 0), ("log", 0.5, 0), ("hinge", 0.1, 2))
 
 
 def launch(capability: int) -> None:
@@ -27,9 +28,9 @@ def launch(capability: int) -> None:
             mock.patch.object(launch_triton, "_float32_precision", return_value=precision),
             mock.patch.object(launch_triton, "_capability", return_value=capability),
         ):
-            launch_triton.pairs(x, y, *kinds[0], 2, 1e-6, False, False)
-            for kind, a in kinds:
-                launch_triton.pairs(x, y, kind, a, 2, 1e-6, True, gallery)
+            launch_triton.pairs(x, y, *kinds[0], 1e-6, False, False)
+            for kind, a, power in kinds:
+                launch_triton.pairs(x, y, kind, a, power, 1e-6, True, gallery)
             square, index = launch_triton.nearest(x, y, k)
         launch_triton.nearest_backward(x, y, index, square, 1e-6, True, gallery)
 
