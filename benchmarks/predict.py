@@ -293,7 +293,9 @@ class Account:
     @property
     def floor_seconds(self) -> float:
         """The time of the case's least FLOP or least bytes at the device's ceilings."""
-        rate = self.device.tensor_rate * 2 / max(2, _gemm_item(self.case))
+        rate = self.device.tensor_rate
+        if self.case.gemm_dtype == torch.float32:  # no tensor cores, but for TF32
+            rate = 2 * FLOAT32_LANES * self.device.multiprocessors * self.device.boost
         return max(self.case.flops / rate, self.case.bytes / self.device.copy_rate)
 
     def by_kernel(self) -> dict[str, list[Entry]]:
@@ -302,10 +304,6 @@ class Account:
         for entry in self.entries:
             found.setdefault(entry.name, []).append(entry)
         return found
-
-
-def _gemm_item(case: Case) -> int:
-    return case.gemm_dtype.itemsize if case.gemm_dtype.is_floating_point else 2
 
 
 _RECORDED: dict[tuple[Any, ...], Recorder] = {}
