@@ -320,12 +320,12 @@ def nearest_backward(
 def _gemm_dtype(x: torch.dtype, y: torch.dtype, weights: bool) -> tuple[torch.dtype, str]:
     """Return the dtype that points are prepared in, and the precision of its GEMMs.
 
-    Weights have the range of float32, so float16 points are multiplied with them as TF32, which
-    holds each float16 and bfloat16 number exactly.
+    Weights have the range of float32, and float16 gradients need more bits of them than TF32 has.
+    The search multiplies two 16-bit dtypes as TF32, which holds each of their numbers exactly.
     """
     if x == y and x in ((torch.bfloat16,) if weights else (torch.bfloat16, torch.float16)):
         return x, "ieee"
-    if torch.float32 not in (x, y):
+    if not weights and torch.float32 not in (x, y):
         return torch.float32, "tf32"
     return torch.float32, _float32_precision()
 
