@@ -50,6 +50,15 @@ def _shown(value: object) -> str:
     return describe(value) if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
 
 
+def capturing(tensor: Tensor) -> bool:
+    """Return whether a CUDA graph captures what is done with the tensor, outside of compilers."""
+    return (
+        tensor.device.type == "cuda"
+        and not torch.compiler.is_compiling()
+        and torch.cuda.is_current_stream_capturing()
+    )
+
+
 def require(condition: Tensor, message: str, values: Tensor) -> None:
     """Raise ValueError unless a condition holds everywhere; on a GPU, assert asynchronously.
 

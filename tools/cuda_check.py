@@ -1,5 +1,8 @@
 """Compile every csrc/*/cuda.cu by itself and check its kernels' resources against budgets.
 
+Of domain mixup's fast kernels, also the instructions: that all images are read and written 16 bytes
+at a time, and how much float64 arithmetic bytes take on their way to bfloat16.
+
     python tools/cuda_check.py        # exit status 1 where a kernel is over
 
 No GPU and no torch are needed, only nvcc: on PATH, or named by NVCC.
@@ -7,6 +10,7 @@ No GPU and no torch are needed, only nvcc: on PATH, or named by NVCC.
 
 from __future__ import annotations
 
+import heapq
 import os
 import re
 import shutil
@@ -21,6 +25,9 @@ FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]  # as in setup.py
 # Budgets of a thread: with 128 registers, 512 threads fit on a multiprocessor.
 REGISTERS = 128
 STACK = SPILLS = 0
+# Float64 instructions per element of bfloat16: cards have as few as 1/64 of float32's units. They
+# split the constants of 16 pixels; each element itself is computed in float32.
+FLOAT64 = 1.0
 
 
 def nvcc() -> str | None:
@@ -58,6 +65,91 @@ def over_budget(kernel: dict[str, int | str]) -> bool:
     return any(int(kernel[what]) > limit for what, limit in limits.items())
 
 
+def ptx(source: Path, architecture: int) -> str:
+    """Return the file's PTX code."""
+    compiler = nvcc()
+    assert compiler is not None
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [compiler, *FLAGS, f"-I{ROOT / 'csrc'}", f"-arch=sm_{architecture}", "-ptx",
+             "-o", f"{folder}/out.ptx", str(source)],
+            check=True,
+        )  # fmt: skip
+        return Path(folder, "out.ptx").read_text()
+
+
+def blocks(body: str) -> list[tuple[list[str], list[int]]]:
+    """Return a kernel's basic blocks: their instructions, and which may follow."""
+    parts: list[list[str]] = [[]]
+    labels: dict[str, int] = {}
+    for line in map(str.strip, body.splitlines()):
+        if label := re.fullmatch(r"(\$\w+):", line):
+            parts.append([])
+            labels[label[1]] = len(parts) - 1
+        elif line and not line.startswith((".", "//")):
+            parts[-1].append(line)
+            if re.match(r"(@\S+ )?(bra|ret)", line):
+                parts.append([])
+    found = []
+    for index, part in enumerate(parts):
+        last = part[-1] if part else ""
+        follow = [labels[name] for name in re.findall(r"bra\S*\s+(\$\w+)", last)]
+        if not re.match(r"(bra|ret)", last) and index + 1 < len(parts):
+            follow.append(index + 1)
+        found.append((part, follow))
+    return found
+
+
+def least_float64(body: str) -> int:
+    """Return the least number of float64 instructions from a kernel's first wide load to its end.
+
+    That is the path of elements that float32 determines.
+    """
+    graph = blocks(body)
+    costs = [
+        sum(".f64" in line and re.match(r"ld|st|mov", line) is None for line in part)
+        for part, _ in graph
+    ]
+    start = next(i for i, (part, _) in enumerate(graph) if any("ld.global.v4" in x for x in part))
+    queue, best = [(costs[start], start)], {start: costs[start]}
+    while queue:
+        cost, index = heapq.heappop(queue)
+        part, follow = graph[index]
+        if any(line.startswith("ret") for line in part):
+            return cost
+        for after in follow:
+            if cost + costs[after] < best.get(after, cost + costs[after] + 1):
+                best[after] = cost + costs[after]
+                heapq.heappush(queue, (best[after], after))
+    raise ValueError("the kernel has no end")
+
+
+def mixup_problems(code: str) -> list[str]:
+    """Return what is wrong with the instructions of domain mixup's fast kernels."""
+    problems, count = [], 0
+    for name, body in re.findall(r"\.entry (\w+)\(.*?\n\{(.*?)\n\}", code, re.DOTALL):
+        kind = re.search(r"mix_groupsINS0_\d+([A-Z][a-z]+\d+)ELi(\d)ELb", name)
+        if kind is None:
+            continue
+        count += 1
+        elements = 16 * int(kind[2])
+        size = {"Bfloat16": 2, "Float16": 2, "Float32": 4, "Float64": 8}[kind[1]]
+        wide = {
+            "loads": (len(re.findall(r"ld\.global\.v4\.\w32", body)), 2 * int(kind[2])),
+            "stores": (len(re.findall(r"st\.global\.v(?:4\.\w32|2\.\w64)", body)),
+                       elements * size // 16),
+        }  # fmt: skip
+        for what, (came, wanted) in wide.items():
+            if came < wanted:
+                problems.append(f"{name}: {came} {what} of 16 bytes, expected {wanted}")
+        float64 = least_float64(body) / elements
+        if kind[1] == "Bfloat16" and float64 > FLOAT64:
+            problems.append(f"{name}: {float64:.2f} float64 instructions per element")
+    if count != 12:
+        problems.append(f"{count} fast kernels of domain mixup, expected 12")
+    return problems
+
+
 def main() -> int:
     if nvcc() is None:
         sys.exit("nvcc is not on PATH, and NVCC does not name it")
@@ -72,7 +164,9 @@ def main() -> int:
             for kernel in failed:
                 print(f"  {kernel}")
             failures += len(failed)
-    return int(failures > 0)
+    problems = mixup_problems(ptx(ROOT / "csrc/domain_mixup/cuda.cu", ARCHITECTURES[0]))
+    print(f"domain mixup's instructions: {len(problems)} problems", *problems, sep="\n  ")
+    return int(failures + len(problems) > 0)
 
 
 if __name__ == "__main__":

@@ -37,31 +37,6 @@ struct Chunk {
   int64_t sample, begin, end;
 };
 
-// Bytes become bfloat16 by float32 arithmetic (`estimate`) wherever that provably gives what the
-// exact arithmetic does. With u = 2^-24 and d = ψ·s + (1 − ψ)·r − shift, so that x = d·scale:
-//
-// - ψ and shift are split into multiples of 2^-16 and a rest of at most 2^-17. As 0 <= ψ <= 1 and
-//   0 <= shift <= 255, all that is computed of the former are multiples of 2^-16 up to 255: float32
-//   holds them exactly. The rests give at most 255·2^-17 + 2^-17, with three roundings (or two,
-//   where a multiply-add is fused): an error below u·2^-7.
-// - Adding the two, rounding scale and multiplying by it are off by 3·u relatively, to first order.
-// - The result in float64 is itself off by less than u·2^-18 before the multiplication, and then by
-//   less than u·2^-28 relatively.
-//
-// Where |d| >= 2^-6, u·2^-7 is at most u·|d|/2; so the two differ by less than 5·u·|x|, less than
-// five units in x's last place (as scale is far from the least and the greatest floats). Move x by
-// kOff = 8 units inwards and outwards: if both round to the same bfloat16, so does all in between,
-// as rounding is monotonic; a tie cannot be in between, as it would have told the two apart.
-//
-// Without rests, as at ψ = 1/2 and mean 1/2, d is exact, in float64 too, and no |d| is too small.
-constexpr uint32_t kOff = 8;
-
-struct Split {
-  explicit Split(double x)
-      : high(float(std::nearbyint(x * 0x1p16) * 0x1p-16)), low(float(x - double(high))) {}
-  float high, low;
-};
-
 // Normalization constants of elements: exact ones, and those of estimates.
 struct Constants {
   const double *shift, *scale;

@@ -3,6 +3,8 @@
 // with the CPU kernel (tests/cuda/emulated.cpp, which defines SYNFACE_LAUNCH).
 #include "domain_mixup/cuda.h"
 
+#include <type_traits>
+
 #ifndef SYNFACE_LAUNCH
 #include <cuda_runtime.h>
 #define SYNFACE_LAUNCH(kernel, blocks, threads, stream, ...) \
@@ -106,33 +108,127 @@ __global__ void mix_elements(Sides p, View out, bool interleaved) {
   }
 }
 
-// The bytes of 16 interleaved pixels, loaded 16 bytes at a time. They stay in registers, as all
-// indices are constant once the loops are unrolled.
+// The bytes of 16 interleaved pixels, loaded 16 bytes at a time, and turned if they are flipped.
+// They stay in registers, as all indices are constant once the loops are unrolled.
 template <int kChannels>
 struct Group {
-  __device__ Group(const uint8_t* from, bool flip) : flip(flip) {
+  __device__ Group(const uint8_t* from, bool flip) {
     static_assert(sizeof(Vector) == kGroup);
 #pragma unroll
     for (int part = 0; part < kChannels; ++part) {
       vectors[part] = reinterpret_cast<const Vector*>(from)[part];
     }
+    if (flip) turn();
   }
-  __device__ uint32_t byte(int i) const {
+  __device__ void turn() {
+    Vector turned[kChannels] = {};
+#pragma unroll
+    for (int i = 0; i < kGroup * kChannels; ++i) {
+      const uint32_t value = at(kGroup - 1 - i / kChannels, i % kChannels);
+      turned[i / 16].words[i % 16 / 4] |= value << (i % 4 * 8);
+    }
+#pragma unroll
+    for (int part = 0; part < kChannels; ++part) vectors[part] = turned[part];
+  }
+  __device__ uint32_t at(int pixel, int channel) const {
+    const int i = pixel * kChannels + channel;
     return vectors[i / 16].words[i % 16 / 4] >> (i % 4 * 8) & 255u;
   }
-  __device__ double at(int pixel, int channel) const {
-    const uint32_t forwards = byte(pixel * kChannels + channel);
-    const uint32_t backwards = byte((kGroup - 1 - pixel) * kChannels + channel);
-    return flip ? backwards : forwards;
-  }
   Vector vectors[kChannels];
-  bool flip;
 };
+
+// Makes the compiler forget where a pointer points to, so that it loads from there only now.
+template <class T>
+__device__ void hide(T*& pointer) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+l"(pointer));
+#endif
+}
+
+// Returns a byte as a float, above 2^23: the difference of two is that of the bytes, without the
+// slow conversions of integers.
+__device__ float above_2_23(uint32_t byte) { return std::bit_cast<float>(0x4b000000u | byte); }
+
+// A channel's constants for estimates in float32, for a share ψ.
+struct Near {
+  __device__ Near(Split psi, Affine affine)
+      : shift(affine.shift), scale(float(affine.scale)), least(0x7fffffff) {
+    // What the proof covers; all else is computed exactly, as nothing reaches that least.
+    const bool estimable = psi.high >= 0 && psi.high <= 1 && shift.high >= 0 &&
+                           shift.high <= 255 && scale > 0x1p-59f && scale < 0x1p59f;
+    if (!estimable) return;
+    const bool exact = psi.low == 0 && shift.low == 0;
+    least = exact ? 0 : std::bit_cast<int32_t>(0x1p-6f * scale) + int32_t(kOff);
+  }
+  Split shift;
+  float scale;
+  int32_t least;  // the bits of the least |x| for which an estimate is valid
+};
+
+template <int kChannels>
+struct Nears {
+  __device__ Nears(Split psi, const Affine* affine) : first(psi, affine[0]), rest(psi, affine + 1) {}
+  __device__ const Near& operator[](int channel) const {
+    return channel == 0 ? first : rest[channel - 1];
+  }
+  Near first;
+  Nears<kChannels - 1> rest;
+};
+template <>
+struct Nears<1> {
+  __device__ Nears(Split psi, const Affine* affine) : first(psi, affine[0]) {}
+  __device__ const Near& operator[](int) const { return first; }
+  Near first;
+};
+
+// Returns the bfloat16 of an element, and sets bits of `unsure` where float32 does not determine it.
+__device__ uint16_t estimate(uint32_t synthetic, uint32_t real, Split psi, const Near& near,
+                             uint32_t& unsure) {
+  const float minus = above_2_23(synthetic) - above_2_23(real);
+  const float plus = above_2_23(real) - 0x1p23f;
+  const float high = psi.high * minus + (plus - near.shift.high);
+  const float low = psi.low * minus - near.shift.low;
+  const uint32_t bits = std::bit_cast<uint32_t>((high + low) * near.scale);
+  const int32_t above_least = int32_t(bits & 0x7fffffffu) - near.least;
+  const uint32_t inward = bits + 0x8000u - kOff, outward = bits + 0x8000u + kOff;
+  unsure |= (inward ^ outward) >> 16 | uint32_t(above_least) >> 31;
+  return uint16_t(inward >> 16);
+}
+
+// Stores 16 bytes at an aligned address at once; of plain stores, the compiler splits some.
+__device__ void store_vector(void* to, const Vector& vector) {
+#ifdef __CUDA_ARCH__
+  const auto [a, b, c, d] = vector.words;
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c),
+               "r"(d));
+#else
+  *static_cast<Vector*>(to) = vector;
+#endif
+}
+
+// Returns the 16 bytes of an array, word by word.
+template <class Storage, int kCount>
+__device__ Vector packed(const Storage (&part)[kCount]) {
+  static_assert(sizeof(part) == sizeof(Vector));
+  Vector vector;
+#pragma unroll
+  for (int word = 0; word < 4; ++word) {
+    if constexpr (sizeof(Storage) == 2) {
+      vector.words[word] = part[2 * word] | uint32_t(part[2 * word + 1]) << 16;
+    } else if constexpr (sizeof(Storage) == 4) {
+      vector.words[word] = std::bit_cast<uint32_t>(part[word]);
+    } else {
+      const uint64_t bits = std::bit_cast<uint64_t>(part[word / 2]);
+      vector.words[word] = uint32_t(bits >> (word % 2 * 32));
+    }
+  }
+  return vector;
+}
 
 // Mixes bytes into any type, 16 aligned pixels per thread, of kChannels interleaved channels or of
 // one plane. Reads and writes 16 bytes at a time.
 template <class Out, int kChannels, bool kInterleavedOut>
-__global__ void __launch_bounds__(kThreads) mix_groups(Sides p, View out) {
+__global__ void __launch_bounds__(kThreads, 5) mix_groups(Sides p, View out) {
   using Storage = typename Out::Storage;
   constexpr int kPerVector = sizeof(Vector) / sizeof(Storage);
   const int64_t planes = kChannels == 1 ? p.channels : 1;
@@ -140,7 +236,6 @@ __global__ void __launch_bounds__(kThreads) mix_groups(Sides p, View out) {
   for (int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; index < count;
        index += int64_t(gridDim.x) * blockDim.x) {
     const Element e{index / (planes * groups), index / groups % planes, index % groups * kGroup};
-    const Blend blend{p.psi[e.sample], 1 - p.psi[e.sample]};
     const bool flip_synthetic = flips(p.flip_synthetic, e.sample);
     const bool flip_real = flips(p.flip_real, e.sample);
     // A flip takes an aligned group to an aligned group, its pixels backwards.
@@ -150,24 +245,47 @@ __global__ void __launch_bounds__(kThreads) mix_groups(Sides p, View out) {
     };
     const Group<kChannels> synthetic(start(p.synthetic, flip_synthetic), flip_synthetic);
     const Group<kChannels> real(start(p.real, flip_real), flip_real);
-    const auto value = [&](int channel, int pixel) {
-      return Out::rounded(mix(synthetic.at(pixel, channel), real.at(pixel, channel), blend,
-                              p.affine[e.channel + channel]));
+    const auto value = [&](int channel, int pixel, const double* psi, const Affine* affine) {
+      return Out::rounded(mix(double(synthetic.at(pixel, channel)),
+                              double(real.at(pixel, channel)), Blend{*psi, 1 - *psi},
+                              affine[channel]));
     };
+    const double* exact_psi = p.psi + e.sample;
+    const Affine* exact_affine = p.affine + e.channel;
+    const Split psi(*exact_psi);
+    const Nears<kChannels> near(psi, exact_affine);
     Storage* target = static_cast<Storage*>(const_cast<void*>(out.data)) + offset(out, e, e.pixel);
 #pragma unroll
     for (int first = 0; first < kGroup * kChannels; first += kPerVector) {
-      alignas(16) Storage part[kPerVector];
+      Storage part[kPerVector];
+      const auto for_part = [&](auto&& visit) {
 #pragma unroll
-      for (int i = 0; i < kPerVector; ++i) {
-        const int at = first + i;
-        part[i] = kInterleavedOut ? value(at % kChannels, at / kChannels)
-                                  : value(at / kGroup, at % kGroup);
+        for (int i = 0; i < kPerVector; ++i) {
+          const int at = first + i;
+          kInterleavedOut ? visit(i, at % kChannels, at / kChannels)
+                          : visit(i, at / kGroup, at % kGroup);
+        }
+      };
+      const auto exactly = [&](int i, int channel, int pixel) {
+        part[i] = value(channel, pixel, exact_psi, exact_affine);
+      };
+      if constexpr (std::is_same_v<Out, Bfloat16>) {
+        uint32_t unsure = 0;
+        for_part([&](int i, int channel, int pixel) {
+          part[i] = estimate(synthetic.at(pixel, channel), real.at(pixel, channel), psi,
+                             near[channel], unsure);
+        });
+        if (unsure) {  // seldom: its constants should take no registers otherwise
+          hide(exact_psi);
+          hide(exact_affine);
+          for_part(exactly);
+        }
+      } else {
+        for_part(exactly);
       }
       const int channel = kInterleavedOut ? 0 : first / kGroup;
       const int rest = kInterleavedOut ? first : first % kGroup;
-      *reinterpret_cast<Vector*>(target + channel * out.channel + rest) =
-          *reinterpret_cast<const Vector*>(part);
+      store_vector(target + channel * out.channel + rest, packed(part));
     }
   }
 }

@@ -11,6 +11,8 @@ from torch import Tensor
 
 # What a launcher may hold at a time, beside its inputs and results.
 WORKSPACE_BYTES = 64 << 20
+# CUDA's limits of a grid along x, y and z.
+GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
 
 @triton.jit
@@ -22,10 +24,21 @@ def tangent(vector, unit, scale):
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **config: Any) -> None:
     """Launch a kernel on the device of its first argument, whatever device is current.
 
+    Every launch of this library comes through here.
+
     Args:
         kernel: a `triton.jit` function.
+        grid: the number of programs along each axis.
         args, config: its arguments, of which the first is a tensor, and its options.
+
+    Raises:
+        ValueError: for more programs along an axis than a GPU takes.
     """
+    if any(programs > limit for programs, limit in zip(grid, GRID_LIMITS, strict=False)):
+        raise ValueError(
+            f"{kernel.__name__} would need a grid of {grid} programs, more than {GRID_LIMITS}: "
+            "split the batch"
+        )
     with torch.cuda.device_of(args[0]):
         kernel[grid](*args, **config)
 

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from synface.bench.plan import (
 )
 from synface.models.iresnet import IResNet
 
+from benchmarks.machine import describe
 from tests.helpers.command_line import call
 
 STEP = """
@@ -200,7 +203,12 @@ def test_remedies_do_what_they_say(settings):
 def test_measured_rates_replace_the_data_sheet(tmp_path):
     file = tmp_path / "device.json"
     ceilings = {"copy_gigabyte_per_second": 3350 / 2, "product_tflop_per_second": 989 / 2}
-    file.write_text(json.dumps({"machine": {"gpu": "H100"}, "ceilings": ceilings}))
+    properties = SimpleNamespace(
+        name="H100", total_memory=80 << 30, multi_processor_count=132, major=9, minor=0
+    )
+    with mock.patch.object(torch.cuda, "get_device_properties", return_value=properties):
+        described = describe(torch.device("cuda", 0))
+    file.write_text(json.dumps({"machine": described, "ceilings": ceilings}))
     settings = Settings(10_000_000)
     sheet, measured = plan(settings), plan(settings, read_measured(file))
     assert measured.seconds == pytest.approx(2 * sheet.seconds)

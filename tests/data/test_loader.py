@@ -310,6 +310,35 @@ def test_workers_end_with_the_trainer(synthetic, real):
     wait_for(lambda: not any(is_running(pid) for pid in pids))
 
 
+class Copy:
+    """Copies to a GPU that end when they are waited for, or at once."""
+
+    def __init__(self, done: bool) -> None:
+        self.done, self.waited = done, 0
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        self.done, self.waited = True, self.waited + 1
+
+
+def test_a_slot_is_kept_until_the_copies_out_of_it_are_done(synthetic, real):
+    options = {"size": (16, 14), "workers": 2, "prefetch": 1}  # three slots
+    with TwoDomainLoader(synthetic, real, 5, **options) as loader:
+        held: list[tuple[Copy, torch.Tensor, torch.Tensor]] = []
+        for step in range(9):
+            images = next(loader)[1].synthetic
+            copy = Copy(done=step >= 5)
+            loader.hold(copy)
+            held.append((copy, images, images.clone()))
+            time.sleep(0.05)  # workers write to what they may
+            assert all(torch.equal(now, then) for copy, now, then in held if not copy.done)
+        # Waited for only where no other slot was left.
+        assert [copy.waited for copy, *_ in held[:6]] == [1, 1, 1, 1, 1, 0]
+    assert held[-1][0].waited == 1  # before its memory was released
+
+
 def test_slots_are_page_locked_where_cuda_is(synthetic, real, monkeypatch):
     locked: dict[int, int] = {}
 

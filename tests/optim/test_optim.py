@@ -6,6 +6,8 @@ import pytest
 import torch
 from synface.optim.rows import RowAdamW, RowSGD
 
+import synface_kernels as sk
+
 C, D, STEPS = 40, 6, 12
 
 DENSE = {
@@ -246,3 +248,26 @@ def test_states_of_others_are_refused_and_nothing_is_loaded():
     refused("different number of parameter groups", {"state": {}, "param_groups": []})
     two = RowSGD([weight, small], momentum=0.9)
     refused("doesn't match the size", two.state_dict())
+
+
+def test_a_gradient_of_one_pass_is_not_looked_at(monkeypatch):
+    """A look at its indices would wait for a GPU; the sum of two passes is coalesced."""
+    weight, expected = parameter(torch.float32), parameter(torch.float32)
+    ours, dense = RowSGD([weight], lr=0.1), torch.optim.SGD([expected], lr=0.1)
+    x, target = torch.randn(4, D, generator=generator(1)), torch.arange(4)
+    for count in (1, 2, 1):
+        for optimizer in (ours, dense):
+            optimizer.zero_grad()
+        for start in range(count):
+            ids = torch.arange(start, C, 3)
+            sk.margin_cross_entropy(x, weight, target, class_ids=ids).backward()
+            sk.margin_cross_entropy(x, expected[ids], target).backward()
+        with monkeypatch.context() as patch:
+            if count == 1:
+                assert weight.grad.is_coalesced()
+                patch.setattr(torch.Tensor, "diff", None)
+                patch.setattr(torch.Tensor, "coalesce", None)
+            ours.step()
+        dense.step()
+    ours.catch_up()
+    torch.testing.assert_close(weight, expected)

@@ -14,7 +14,7 @@ NOT_FUSED = "f64"  # a fused multiply-add would give other bits than the definit
 
 
 def launch(capability: int) -> None:
-    """Launch for NHWC images, flipped."""
+    """Launch for NHWC images, flipped, and for images of more than 2^31 elements."""
     flip = torch.empty(64, dtype=torch.bool, device="meta")
     psi = torch.empty(64, dtype=torch.float64, device="meta")
     affine = torch.empty(3, 2, dtype=torch.float64, device="meta")
@@ -30,3 +30,7 @@ def launch(capability: int) -> None:
         kernel_triton.forward(operands, y)
         images = (None, None) if source == torch.uint8 else (torch.empty_like(x),) * 2
         kernel_triton.backward(y, operands, *images, psi)
+    wide = torch.empty(2, 3, 32768, 32768, device="meta")
+    operands = Operands(wide, wide, psi[:2], affine, flip[:2], flip[:2])
+    kernel_triton.forward(operands, wide)
+    kernel_triton.backward(wide, operands, wide, wide, psi[:2])

@@ -277,7 +277,7 @@ def _rates(settings: Settings, measured: Mapping[str, Any] | None) -> tuple[Devi
         bandwidth=float(ceilings["copy_gigabyte_per_second"]) * 1e9,
         gemm={name: rate * factor for name, rate in device.gemm.items()},
     )
-    name = (measured or {}).get("machine", {}).get("gpu", "this device")
+    name = (measured or {}).get("machine", {}).get("device", "this device")
     return device, True, f"a copy and a bfloat16 GEMM measured on {name}"
 
 

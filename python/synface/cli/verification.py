@@ -13,8 +13,10 @@ from .terminal import console
 def verify_network(
     backbone: torch.nn.Module, held: Faces, batch_size: int = 256, flip: bool = True
 ) -> Verification:
-    """Return how well a network's embeddings verify people."""
-    return verify(embed(backbone, held.images, batch_size, flip), held.labels)
+    """Return how well a network's embeddings verify people, computed on the network's device."""
+    device = next((parameter.device for parameter in backbone.parameters()), held.images.device)
+    embeddings = embed(backbone, held.images, batch_size, flip, device=device)
+    return verify(embeddings, held.labels)
 
 
 def figures(found: Verification) -> dict[str, float]:

@@ -18,7 +18,14 @@ from ..data.formats import decode
 from ..data.formats.images import Store
 
 
-def embed(model: nn.Module, images: Tensor, batch_size: int = 256, flip: bool = True) -> Tensor:
+def embed(
+    model: nn.Module,
+    images: Tensor,
+    batch_size: int = 256,
+    flip: bool = True,
+    *,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Return the embeddings of images by a model in evaluation mode.
 
     Args:
@@ -27,16 +34,18 @@ def embed(model: nn.Module, images: Tensor, batch_size: int = 256, flip: bool = 
         images: (N, H, W, C) uint8, N at least 1, on any device.
         batch_size: images per call of the model, on the device of its first parameter.
         flip: add the embedding of the horizontally flipped image before normalizing.
+        device: of the result.
 
     Returns:
-        (N, D) float32 unit rows, on the CPU.
+        (N, D) float32 unit rows.
 
     Raises:
         TypeError: if the model returns something else.
         ValueError: for images of another dtype or shape, no images, a batch size under 1, and
             embeddings that are not finite, naming the images by their index.
     """
-    return _embed(model, images, batch_size, flip, lambda index: f"image {index}", 0)
+    rows = _embed(model, images, batch_size, flip, lambda index: f"image {index}", 0)
+    return rows.to(device)
 
 
 @torch.no_grad()
@@ -60,9 +69,9 @@ def _embed(
             y = _output(model(x), len(x))
             if flip:
                 y = y + _output(model(x.flip(-1)), len(x))
-            # In float64, where no square of a float32 overflows, on the CPU.
-            rows.append(F.normalize(y.cpu().double()).float())
-    embeddings = torch.cat(rows)
+            # In float64, where no square of a float32 overflows.
+            rows.append(F.normalize(doubled(y)).float())
+    embeddings = torch.cat(rows).cpu()  # waits for a GPU once
     bad = (~embeddings.isfinite()).any(1).nonzero()[:, 0].tolist()
     if bad:
         shown = ", ".join(name(first + i) for i in bad[: decode.NAMED])
@@ -72,6 +81,11 @@ def _embed(
             f"(NaN or infinite): {shown}; check the network's weights and precision"
         )
     return embeddings
+
+
+def doubled(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, on its device if that is a GPU, else on the CPU."""
+    return (tensor if tensor.device.type == "cuda" else tensor.cpu()).double()
 
 
 def _output(found: object, count: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 import synface_kernels as sk
 
 from ..common.check import check_least, describe
+from .embedding import doubled
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,8 @@ def verify(
 
     Args:
         embeddings: (N, D) floating, of any length (the cosine normalizes; a zero row has cosine 0).
-        labels: (N,) integer.
+            The cosines are computed there if they are on a GPU, the rest on the CPU.
+        labels: (N,) integer, on any device.
         folds: number of folds, at least 2.
         fars: false accept rates in (0, 1].
         seed: random seed of the subset and the folds.
@@ -89,7 +91,8 @@ def verify(
         ValueError: for wrong shapes or dtypes, non-finite embeddings, a kind of pair with fewer
             members than folds, or folds or fars out of range.
 
-    Memory: about 8*N*N bytes for the cosines (float64) and 8*N*N more to sort them.
+    Memory: about 8*N*N bytes for the cosines (float64), on the embeddings' device, and 8*N*N more
+    to sort them.
     """
     if embeddings.ndim != 2 or not embeddings.is_floating_point():
         raise ValueError(
@@ -100,16 +103,17 @@ def verify(
     if labels.shape != (n,) or not integer:
         raise ValueError(f"labels must be integer of shape ({n},), got {describe(labels)}")
     check_least("folds", folds, 2)
-    embeddings, labels = embeddings.detach().cpu().double(), labels.cpu()
+    embeddings = doubled(embeddings.detach())
+    labels = labels.to(embeddings.device)
     if bad := int((~embeddings.isfinite()).any(1).sum()):
         raise ValueError(f"embeddings must be finite, got {bad} of {n} rows with nan or inf")
 
     unit = F.normalize(embeddings)
     cosines = unit @ unit.T
-    upper = torch.ones(n, n, dtype=torch.bool, device="cpu").triu_(1)
+    upper = torch.ones(n, n, dtype=torch.bool, device=embeddings.device).triu_(1)
     same = labels[:, None] == labels
-    genuine = cosines[upper & same].numpy()
-    impostor = cosines[upper & ~same].numpy()
+    genuine = cosines[upper & same].cpu().numpy()
+    impostor = cosines[upper & ~same].cpu().numpy()
     for name, scores in (("genuine", genuine), ("impostor", impostor)):
         if len(scores) < folds:
             raise ValueError(

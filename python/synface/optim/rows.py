@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -38,12 +39,16 @@ class _RowOptimizer(torch.optim.Optimizer):
                     "params must be contiguous and have rows, shape (C, D) or (C, S, D), "
                     f"got {describe(parameter)}"
                 )
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.requires_grad:
+                _remember_coalesced(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Step the rows in a sparse gradient, or all rows of a dense one.
 
-        Parameters without a gradient take no step, and their step count stays.
+        Parameters without a gradient take no step, and their step count stays. A step waits for a
+        GPU only where a sparse gradient is the sum of several passes'.
         """
         loss = None
         if closure is not None:
@@ -288,6 +293,26 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor.detach().view(tensor.shape[0], -1)
 
 
+def _remember_coalesced(parameter: Tensor) -> None:
+    """Mark a parameter's sparse gradient of one pass as coalesced if the pass returned it so.
+
+    torch forgets it, and to look at the indices waits for a GPU.
+    """
+    weak, coalesced = ref(parameter), [False]
+
+    def before(grad: Tensor) -> None:
+        own = weak()
+        first = own is not None and own.grad is None
+        coalesced[0] = first and grad.is_sparse and grad.is_coalesced()
+
+    def after(own: Tensor) -> None:
+        if coalesced[0] and own.grad is not None and own.grad.is_sparse:
+            own.grad._coalesced_(True)
+
+    parameter.register_hook(before)
+    parameter.register_post_accumulate_grad_hook(after)
+
+
 def _rows(parameter: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows in a parameter's gradient, strictly increasing, and their gradients."""
     grad = parameter.grad
@@ -300,7 +325,7 @@ def _rows(parameter: Tensor) -> tuple[Tensor, Tensor]:
             f"got sparse_dim {grad.sparse_dim()} for shape {tuple(grad.shape)}"
         )
     class_ids = grad._indices()[0]
-    if not bool((class_ids.diff() > 0).all()):  # torch forgets that a gradient is coalesced
+    if not grad.is_coalesced() and not bool((class_ids.diff() > 0).all()):
         grad = grad.coalesce()
         class_ids = grad._indices()[0]
     return class_ids, _matrix(grad._values())

@@ -18,7 +18,7 @@ from ..data.loading.loader import Timing
 from ..data.loading.sampler import WHOLE, CycledOrder, RankSlice
 from ..data.mixing import DomainMixup, Grid, IdentityMixup, Ratio
 from ..training.config import TrainConfig
-from ..training.sources import Batch, fingerprint
+from ..training.sources import Batch, fingerprint, sent
 from .dataset import checked, styles
 from .embeddings import sha256_of_rows
 from .generators import FaceGenerator
@@ -119,8 +119,8 @@ class GeneratedSource:
         part: RankSlice = WHOLE,
         device: torch.device | str = "cpu",
     ) -> Generator[tuple[int, Batch]]:
-        """Yield batches as `Source.batches` does."""
-        del device  # generated and mixed on the CPU
+        """Yield batches as `Source.batches` does; augmented and mixed on the device."""
+        device = torch.device(device)
         order = CycledOrder(len(self), len(self.real) if self.real else 1, config.seed)
         augment = Augment(config.augment)
         for step in range(first, config.epochs * order.batches(config.batch_size)):
@@ -129,7 +129,8 @@ class GeneratedSource:
             def draws(purpose: str, step: int = step) -> torch.Generator:
                 return seeded(config.seed, part.purpose(purpose), step)
 
-            yield step, self._batch(torch.from_numpy(rows), torch.from_numpy(real), augment, draws)
+            indices = torch.from_numpy(rows), torch.from_numpy(real)
+            yield step, self._batch(*indices, augment, draws, device)
 
     def _batch(
         self,
@@ -137,6 +138,7 @@ class GeneratedSource:
         real_rows: Tensor,
         augment: Augment,
         draws: Callable[[str], torch.Generator],
+        device: torch.device,
     ) -> Batch:
         target, weight = rows // self.images_per_identity, None
         embeddings = self.embeddings[target]
@@ -146,14 +148,16 @@ class GeneratedSource:
             )
             embeddings = F.normalize(embeddings)
         generated = self.generator.generate(embeddings, self._styles[rows], self._seeds[rows])
-        images = augment(generated, draws("augment"))
+        images = augment(sent(generated, device), draws("augment"))
+        target = sent(target, device)
+        weight = None if weight is None else sent(weight, device)
         if self.real is None or self.domain_mixup is None:
             return Batch(images, target, weight)
         mixed = self.domain_mixup(
             images,
             target,
-            augment(self.real.images[real_rows], draws("augment real")),
-            self.real.labels[real_rows],
+            augment(sent(self.real.images[real_rows], device), draws("augment real")),
+            sent(self.real.labels[real_rows], device),
             synthetic_weights=weight,
             generator=draws("mixup"),
         )

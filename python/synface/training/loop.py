@@ -5,6 +5,9 @@ initialized: then each rank has its part of every batch and its share of the cla
 
 Every random number of a step comes from a generator seeded by (seed, purpose, step). So a
 checkpoint holds no generator's state, and a resumed run draws the numbers of an uninterrupted one.
+
+On a GPU no step waits for its own results: they are copied to the host behind the step, and read
+once the next step is under way.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from ..data.loading.sampler import WHOLE, RankSlice
 from ..heads import MarginHead, ShardedMarginHead
 from .backbone import with_backbone
 from .config import TrainConfig
+from .figures import Figures, deterministic
 from .model import (
     CHECKPOINTS,
     CONFIG,
@@ -58,7 +62,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the first one wins if ranks receive
 
 
 class Progress(Protocol):
-    """A progress display of a run; `train` calls it at the start and after each step."""
+    """A progress display of a run; `train` calls it at the start and for each finished step."""
 
     def start(self, total_steps: int, step: int) -> None: ...
 
@@ -145,11 +149,13 @@ def train(
         OSError: if ``output`` cannot be written to.
         DataError: if the source fails (a damaged file, a worker that died); in one process a
             checkpoint of the last step is written first, on several ranks the previous one remains.
-        FloatingPointError: once a loss or a parameter is not finite; the last checkpoint remains.
+        FloatingPointError: once a loss or a parameter is not finite, on a GPU a step later; the
+            last checkpoint remains.
         KeyboardInterrupt, Terminated: on Ctrl-C and on SIGTERM, once the step is done and a
             checkpoint of it is written; on any rank, all ranks end after the same step.
 
-    Torch's global random state is not changed.
+    Torch's global random state is not changed. On a GPU, cuDNN is restricted to deterministic
+    algorithms meanwhile.
 
     Memory: the network and its activations, and the centers with their gradient and optimizer state
     (`synface plan` estimates it), and the images of `Faces` or a few batches of an `ImageSet`.
@@ -174,21 +180,26 @@ def train(
     with ExitStack() as stack:
         interrupted = stack.enter_context(interrupts())
         first = run.resume(command, prolong) if resume else run.start(command or {}, init)
+        stack.enter_context(deterministic(run.device))
         writer = None
         if tensorboard and run.leads:
             writer = stack.enter_context(_tensorboard(output, first))
         if progress:
             progress.start(run.total_steps, first)
-        if run.leads:
-            stack.callback(_append_timing, source, output / TIMING, first)  # however it ends
-        batches = stack.enter_context(closing(source.batches(config, first, run.part, run.device)))
-        for step, batch in _saved_on_error(batches, first, run.save if run.alone else None):
-            row, stop = run.step(step, batch, interrupted)
-            done = step + 1
+
+        def report(step: int, row: dict[str, float]) -> None:
             if writer:
                 writer(step, row)
             if progress:
                 progress.step(row["loss"], row["accuracy"], run.batch_size(step))
+
+        run.report = report
+        if run.leads:
+            stack.callback(_append_timing, source, output / TIMING, first)  # however it ends
+        batches = stack.enter_context(closing(source.batches(config, first, run.part, run.device)))
+        for step, batch in _saved_on_error(batches, first, run.save if run.alone else None):
+            stop = run.step(step, batch, interrupted)
+            done = step + 1
             stop = stop or (interrupted() if run.alone else 0)
             if verify and verify_every and run.ended(verify_every, done):
                 figures = run.verify(done, verify)
@@ -200,6 +211,7 @@ def train(
                 raise interruption(stop)
             if stop_after is not None and step >= stop_after:
                 break
+        run.finish()
         if stop := run.stopped(interrupted)[0]:  # received while the last checkpoint was written
             raise interruption(stop)
     run.backbone.eval()
@@ -240,6 +252,10 @@ class _Training:
             self.network = DistributedDataParallel(self.backbone, device_ids=devices)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.history: list[dict[str, float]] = []
+        self.report: Callable[[int, dict[str, float]], None] = lambda step, row: None
+        # Steps whose figures may still be on their way: (step, learning rate, figures).
+        self._unread: list[tuple[int, float, Figures]] = []
+        self.delay = 1 if device.type == "cuda" else 0  # steps until figures are read
         self.init: str | None = None
         self.lines = Lines(output / METRICS)
         self.verified = Lines(output / VERIFICATION)
@@ -297,6 +313,7 @@ class _Training:
 
     def save(self, steps: int) -> None:
         """Write a checkpoint after the given number of steps, and flush the log to the disk."""
+        self.finish()
         if self.leads:
             self.lines.flush()
         if not self.alone:  # any rank may write them; the next forward pass would do this too
@@ -304,7 +321,7 @@ class _Training:
                 dist.broadcast(buffer, 0)
         parameters = list(self.model.modules.named_parameters())
         finite = torch.stack([parameter.isfinite().all() for _, parameter in parameters]).cpu()
-        if any(self.total(~finite.all())):
+        if any(self.total(float(not finite.all()))):
             wrong = [name for (name, _), fine in zip(parameters, finite, strict=True) if not fine]
             raise FloatingPointError(
                 f"{wrong[0] if wrong else 'a parameter of another rank'} is not finite after "
@@ -322,17 +339,17 @@ class _Training:
         """Return whether a number of steps completes a multiple of these epochs."""
         return steps % max(1, round(epochs * self.steps_per_epoch)) == 0
 
-    def total(self, *numbers: Tensor) -> list[float]:
+    def total(self, *numbers: float) -> list[float]:
         """Return the sums of numbers over the ranks."""
-        own = torch.stack([number.detach().double().cpu() for number in numbers])
+        own = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         if not self.alone:
             dist.all_reduce(own)
         return own.tolist()
 
-    def stopped(self, interrupted: Callable[[], int], *numbers: Tensor) -> list[Any]:
+    def stopped(self, interrupted: Callable[[], int], *numbers: float) -> list[Any]:
         """Return the signal that any rank received, or 0; then sums of numbers over the ranks."""
         came = interrupted()
-        ended = (torch.tensor(came == each, device="cpu") for each in SIGNALS)
+        ended = (float(came == each) for each in SIGNALS)
         term, interrupt, *sums = self.total(*ended, *numbers)
         return [SIGNALS[0] if term else SIGNALS[1] if interrupt else 0, *sums]
 
@@ -340,10 +357,11 @@ class _Training:
         if not self.alone:
             dist.barrier()
 
-    def step(
-        self, step: int, batch: Batch, interrupted: Callable[[], int]
-    ) -> tuple[dict[str, float], int]:
-        """Train on a batch; return the step's log row, and any rank's signal, or 0."""
+    def step(self, step: int, batch: Batch, interrupted: Callable[[], int]) -> int:
+        """Train on a batch; return any rank's signal, or 0.
+
+        The step's log row is finished at once on a CPU, and on a GPU by the next step, or `finish`.
+        """
         config, optimizers, scaler = self.config, self.model.optimizers, self.model.scaler
         rate = learning_rate(config, step, self.steps_per_epoch)
         for optimizer in optimizers.values():
@@ -381,34 +399,53 @@ class _Training:
                     part_loss = part_loss / count
                     loss += part_loss.detach()
                     hits += stats.top1.sum()
-                    if part_loss.isfinite():
+                    # A GPU's step is taken blindly: its figures are checked by the next one.
+                    if self.delay or part_loss.isfinite():
                         part_loss.backward()
-        stop, right = self.stopped(interrupted, hits)
-        row = {
-            "step": step,
-            "epoch": step / self.steps_per_epoch,
-            "loss": loss.item(),
-            "accuracy": right / count,
-            "lr": rate,
-        }
-        if not math.isfinite(row["loss"]):
-            raise FloatingPointError(
-                f"the loss is {row['loss']} at step {step}: lower lr (now {config.lr:g}); "
-                f"earlier checkpoints are in {self.folder}"
-            )
+        numbers = {"loss": loss, "hits": hits}
         if config.clip_norm > 0:
             scaler.unscale_(optimizers["optimizer"])
-            norm = nn.utils.clip_grad_norm_(self.backbone.parameters(), config.clip_norm)
-            if norm.isfinite():  # else the scaler skips this step
-                row["gradient_norm"] = norm.item()
+            parameters = self.backbone.parameters()
+            numbers["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         with standard_defaults():  # the optimizers create their counters
             scaler.step(optimizers["optimizer"])
             scaler.update()
             optimizers["centers"].step()
+        self._unread.append((step, rate, Figures(**numbers)))
+        if len(self._unread) <= self.delay:
+            return self.stopped(interrupted)[0]
+        return self._log(interrupted)
+
+    def finish(self) -> None:
+        """Log the steps whose figures are not read yet."""
+        while self._unread:
+            self._log(lambda: 0)
+
+    def _log(self, interrupted: Callable[[], int]) -> int:
+        """Log the first step whose figures are not read yet; return any rank's signal, or 0."""
+        step, rate, figures = self._unread.pop(0)
+        numbers = figures.read()
+        stop, right = self.stopped(interrupted, numbers["hits"])
+        row = {
+            "step": step,
+            "epoch": step / self.steps_per_epoch,
+            "loss": numbers["loss"],
+            "accuracy": right / self.batch_size(step),
+            "lr": rate,
+        }
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(
+                f"the loss is {row['loss']} at step {step}: lower lr (now {self.config.lr:g}); "
+                f"earlier checkpoints are in {self.folder}"
+            )
+        norm = numbers.get("gradient_norm", math.nan)
+        if math.isfinite(norm):  # else the scaler has skipped this step
+            row["gradient_norm"] = norm
         self.history.append(row)
         if self.leads:
             self.lines.append(row)
-        return row, stop
+        self.report(step, row)
+        return stop
 
     def _sampled(self, step: int, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sampled classes of a step, and the target as indices into them."""
@@ -427,6 +464,7 @@ class _Training:
     ) -> dict[str, float]:
         """Verify the backbone on the first rank, and return the metrics; the others wait."""
         figures: dict[str, float] = {}
+        self.finish()
         if self.leads:
             self.backbone.eval()
             figures = dict(verify(self.backbone))

@@ -71,6 +71,11 @@ class Source(Protocol):
         ...
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, without waiting for a GPU; its memory may still be read."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def fingerprint(images: LabeledImages) -> str:
     """Return a digest that identifies a set of images, without reading images from files."""
     pixels, names = images.store.pixels, images.identities
@@ -156,11 +161,14 @@ class FacesSource(_ImagesSource):
         part: RankSlice = WHOLE,
         device: torch.device | str = "cpu",
     ) -> Generator[tuple[int, Batch]]:
-        augment = Augment(config.augment)
-        with self._reader(config, first, part, torch.device(device)) as reader:
+        augment, device = Augment(config.augment), torch.device(device)
+        with self._reader(config, first, part, device) as reader:
             for step, (images, labels) in reader:
                 varied = generator(config.seed, part.purpose("augment"), step)
-                yield step, Batch(augment(images.to(device), varied), labels, None)
+                images = sent(images, device)
+                if isinstance(reader, ImageLoader):
+                    reader.sent(device)
+                yield step, Batch(augment(images, varied), sent(labels, device), None)
 
     def _reader(
         self, config: TrainConfig, first: int, part: RankSlice, device: torch.device
@@ -244,8 +252,9 @@ class MixedSource(_ImagesSource):
         ) as loader:
             self.timing = loader.timing
             for step, batch in loader:
+                batch = type(batch)(*(sent(each, mixed.device) for each in batch))
+                loader.sent(mixed.device)
                 if isinstance(batch, Pairs):
-                    batch = Pairs(*(each.to(device) for each in batch))
                     draws = generator(config.seed, part.purpose("mixup"), step)
                     out = mixed[: len(batch.real)]
                     batch = Mixed(*mixup(*batch, generator=draws, out=out))

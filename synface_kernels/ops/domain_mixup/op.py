@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._check import describe, require_apart
+from ..._check import capturing, describe, require_apart
 from ..._derivatives import transformed
 from ..._load import library
 from ..._select import always, needs_cpu_extension, register, resolve
@@ -222,12 +222,17 @@ class Inputs(NamedTuple):
     def operands(self, traced: bool = False) -> Operands:
         """Return the inputs of an implementation: affine (C, 2) in place of mean and std.
 
-        Where operations may be ``traced``, affine belongs to the trace and is not cached.
+        Where operations may be ``traced``, affine belongs to the trace and is not cached; nor
+        where a CUDA graph is captured, which computes it at its replays.
         """
-        make = _affine if traced else _cached_affine
-        affine = make(
-            tuple(self.mean), tuple(self.std), self.synthetic.dtype, self.synthetic.device
-        )
+        images = self.synthetic
+        arguments = tuple(self.mean), tuple(self.std), images.dtype, images.device
+        if traced or capturing(images):
+            affine = _affine(*arguments)
+        else:  # on a GPU, other streams would have to wait for its values
+            on_gpu = images.device.type == "cuda"
+            stream = torch.cuda.current_stream(images.device).cuda_stream if on_gpu else 0
+            affine = _cached_affine(*arguments, stream)
         return Operands(
             self.synthetic, self.real, self.psi, affine, self.flip_synthetic, self.flip_real
         )
@@ -244,10 +249,30 @@ def _affine(
 ) -> Tensor:
     """Return each channel's shift and scale, (C, 2) float64."""
     pairs = reference.affine(mean, std, dtype)
-    return torch.tensor(pairs, dtype=torch.float64, device=device).view(-1, 2)
+    if device.type == "cpu":
+        return torch.tensor(pairs, dtype=torch.float64, device=device).view(-1, 2)
+
+    # Fills take their values as arguments; a copy from the host would wait for the GPU.
+    def filled(value: float) -> Tensor:
+        return torch.full((), value, dtype=torch.float64, device=device)
+
+    if len(set(pairs)) == 1:  # channels alike
+        return torch.stack([filled(value) for value in pairs[0]]).repeat(len(pairs), 1)
+    if not pairs:
+        return torch.empty((0, 2), dtype=torch.float64, device=device)
+    return torch.stack([filled(value) for pair in pairs for value in pair]).view(-1, 2)
 
 
-_cached_affine = lru_cache(maxsize=64)(_affine)  # copying it to a GPU would wait for it
+@lru_cache(maxsize=64)
+def _cached_affine(
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    stream: int,
+) -> Tensor:
+    """Return `_affine`'s result for the work of one stream, from a cache."""
+    return _affine(mean, std, dtype, device)
 
 
 def _is_channels_last(images: Tensor) -> bool:

@@ -119,7 +119,7 @@ class CombinedMargin:
 
         The value follows the margins too, so a margin that requires a gradient gets one.
         """
-        m1, m2, m3 = (self._per_row(m, cosine) for m in (self.m1, self.m2, self.m3))
+        m1, m2, m3 = (self._per_row(name, cosine) for name in ("m1", "m2", "m3"))
         if self._is(m1, 1.0) and self._is(m2, 0.0):
             return cosine - m3
 
@@ -144,13 +144,13 @@ class CombinedMargin:
             slope = torch.where(without, torch.ones_like(slope), slope)
         return psi + slope.detach() * (cosine - cosine.detach()) - m3
 
-    @staticmethod
-    def _per_row(value: Margin, cosine: Tensor) -> Margin:
+    def _per_row(self, name: str, cosine: Tensor) -> Margin:
+        value: Margin = getattr(self, name)
         if not isinstance(value, Tensor):
             return value
         if value.shape[0] != cosine.shape[0] or value.device != cosine.device:
             raise ValueError(
-                f"a margin given as a tensor must be of shape ({cosine.shape[0]},) on "
+                f"margin's {name} must, as a tensor, be of shape ({cosine.shape[0]},) on "
                 f"{cosine.device}, got {tuple(value.shape)} on {value.device}"
             )
         return value.to(cosine.dtype).unsqueeze(1)

@@ -2,10 +2,14 @@
 
 No fused multiply-adds, and correctly rounded roots and quotients: the same bits as the definition,
 except for missed steps, which are in closed form as in C++ (docs/kernels/row_update.md).
+
+A step is one launch and, with ``last_step``, one more to write it. Nothing is copied to the GPU:
+numbers of the step are the kernels' arguments, and powers of float64 numbers are computed there.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any
 
@@ -14,15 +18,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import Update, row_keys
+from .._triton import launch
+from .reference import Update, key_base
 from .updates import NEGLIGIBLE
 from .updates import terms as series_terms
 
 BLOCK = 512
+# Arguments that change from step to step: no variant of a kernel is compiled for their values.
+_CHANGING = ["until", "key0", "key1"]
 
 
 @triton.jit
-def _store(state, at, mask, value, key, column, FORMAT: tl.constexpr):
+def _float64(high, middle, low):
+    """Return the sum of three parts, see `_parts`."""
+    return ((tl.zeros((), tl.float64) + high) + middle) + low
+
+
+@triton.jit
+def _power(base, exponent):
+    """Return base^exponent, float64, by repeated squaring."""
+    result = tl.full((), 1.0, tl.float64)
+    while exponent > 0:
+        result = tl.where((exponent & 1) == 1, result * base, result)
+        base = base * base
+        exponent = exponent >> 1
+    return result
+
+
+@triton.jit
+def _matrix_power(a, b, c, d, exponent):
+    """Return the power of a 2 × 2 matrix, float64, by repeated squaring."""
+    p, q = tl.full((), 1.0, tl.float64), tl.full((), 0.0, tl.float64)
+    r, s = tl.full((), 0.0, tl.float64), tl.full((), 1.0, tl.float64)
+    while exponent > 0:
+        odd = (exponent & 1) == 1
+        pa, pb, ra, rb = p * a + q * c, p * b + q * d, r * a + s * c, r * b + s * d
+        p, q = tl.where(odd, pa, p), tl.where(odd, pb, q)
+        r, s = tl.where(odd, ra, r), tl.where(odd, rb, s)
+        aa, ab, ca, cb = a * a + b * c, a * b + b * d, c * a + d * c, c * b + d * d
+        a, b, c, d = aa, ab, ca, cb
+        exponent = exponent >> 1
+    return p, q, r, s
+
+
+@triton.jit
+def _row_key(base, row):
+    """Return a row's key, as `reference.row_keys`."""
+    z = (base.to(tl.int64) ^ row).to(tl.uint64, bitcast=True)
+    z += tl.full((), 0x9E3779B97F4A7C15, tl.uint64)
+    z = (z ^ (z >> 30)) * tl.full((), 0xBF58476D1CE4E5B9, tl.uint64)
+    z = (z ^ (z >> 27)) * tl.full((), 0x94D049BB133111EB, tl.uint64)
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def _store(state, at, mask, value, key_base, row, column, FORMAT: tl.constexpr):
     """Store float32 (FORMAT 0), or bfloat16, rounded to nearest (1) or as reference.py does (2)."""
     if FORMAT == 0:
         tl.store(state + at, value, mask=mask)
@@ -31,7 +81,8 @@ def _store(state, at, mask, value, key, column, FORMAT: tl.constexpr):
         if FORMAT == 1:
             rounded = bits + 0x7FFF + ((bits >> 16) & 1)
         else:
-            low, high = (key & 0xFFFFFFFF).to(tl.uint32), ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
+            key = _row_key(key_base, row)
+            low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
             golden = tl.full((), 0x9E3779B9, tl.uint32)
             x = column.to(tl.uint32) * golden + low
             x = (x ^ (x >> 16)) * tl.full((), 0x21F0AAAD, tl.uint32) ^ high
@@ -46,10 +97,11 @@ def _load(state, at, mask):
     return tl.load(state + at, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def _sgd_kernel(
-    weight, gradient, ids, buffer, maps, keys, count, columns, s_weight, s_gradient, s_buffer,
-    lr, momentum, decay, take,
+    weight, gradient, ids, buffer, last_step, columns, s_weight, s_gradient, s_buffer,
+    until, key0, key1, lr, momentum, decay, take,
+    a0, a1, a2, b0, b1, b2, c0, c1, c2, d0, d1, d2,
     GRADIENT: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, LAZY: tl.constexpr,
     W_FORMAT: tl.constexpr, B_FORMAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -63,9 +115,14 @@ def _sgd_kernel(
     if MOMENTUM:
         b = _load(buffer, at_b, mask)
     if LAZY:  # (w, b) ← A·(w, b), A the power for the missed steps
+        missed = until.to(tl.int64) - tl.load(last_step + row).to(tl.int64)
+        w_w, w_b, b_w, b_b = _matrix_power(
+            _float64(a0, a1, a2), _float64(b0, b1, b2), _float64(c0, c1, c2), _float64(d0, d1, d2),
+            missed,
+        )  # fmt: skip
         old = w
-        w = tl.load(maps + 4 * i) * old + tl.load(maps + 4 * i + 1) * b
-        b = tl.load(maps + 4 * i + 2) * old + tl.load(maps + 4 * i + 3) * b
+        w = w_w.to(tl.float32) * old + w_b.to(tl.float32) * b
+        b = b_w.to(tl.float32) * old + b_b.to(tl.float32) * b
     if GRADIENT:
         g = _load(gradient, i * s_gradient + column, mask) + decay * w
         if MOMENTUM:
@@ -73,16 +130,17 @@ def _sgd_kernel(
             w = w - lr * (g + momentum * b if NESTEROV else b)
         else:
             w = w - lr * g
-    _store(weight, at_w, mask, w, tl.load(keys + i), column, W_FORMAT)
+    _store(weight, at_w, mask, w, key0, row, column, W_FORMAT)
     if MOMENTUM:
-        _store(buffer, at_b, mask, b, tl.load(keys + count + i), column, B_FORMAT)
+        _store(buffer, at_b, mask, b, key1, row, column, B_FORMAT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_CHANGING, "key2", "terms"])
 def _adamw_kernel(
-    weight, gradient, ids, mean, square, missed, last_powers, constants, keys, count, columns,
-    s_weight, s_gradient, s_mean, s_square, terms,
+    weight, gradient, ids, mean, square, last_step, columns,
+    s_weight, s_gradient, s_mean, s_square, until, key0, key1, key2, terms,
     keep, beta1, take1, beta2, take2, size, root, eps,
+    lr0, lr1, lr2, keep0, keep1, keep2, first0, first1, first2, second0, second1, second2,
     GRADIENT: tl.constexpr, LAZY: tl.constexpr, W_FORMAT: tl.constexpr, M_FORMAT: tl.constexpr,
     V_FORMAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -93,17 +151,24 @@ def _adamw_kernel(
     at_w, at_m, at_v = row * s_weight + column, row * s_mean + column, row * s_square + column
     w, m, v = _load(weight, at_w, mask), _load(mean, at_m, mask), _load(square, at_v, mask)
     if LAZY:
-        steps = tl.load(missed + i)
-        if steps > 0:
-            # lr, β₁, β₂ and 1/(1 − lr·weight_decay), float64; their powers are running products.
-            rate, b1 = tl.load(constants), tl.load(constants + 1)
-            b2, grow = tl.load(constants + 2), tl.load(constants + 3)
-            power1, power2 = tl.load(last_powers + 5 * i), tl.load(last_powers + 5 * i + 1)
-            later = tl.load(last_powers + 5 * i + 2)  # (1 − lr·weight_decay)^missed
-            moment1, moment2 = rate * 0.0 + 1.0, rate * 0.0 + 1.0
+        last = tl.load(last_step + row).to(tl.int64)
+        missed = until.to(tl.int64) - last
+        if missed > 0:
+            rate, b1, b2 = (
+                _float64(lr0, lr1, lr2),
+                _float64(first0, first1, first2),
+                _float64(second0, second1, second2),
+            )
+            kept = _float64(keep0, keep1, keep2)  # 1 − lr·weight_decay
+            grow = 1.0 / kept
+            # Powers of the terms are running products.
+            power1, power2 = _power(b1, last), _power(b2, last)
+            later = _power(kept, missed)
+            moment1, moment2 = tl.full((), 1.0, tl.float64), tl.full((), 1.0, tl.float64)
             total, start = tl.zeros_like(w), tl.sqrt_rn(v)
             decayed = later
-            for _ in range(tl.minimum(steps, terms)):
+            left = tl.minimum(missed, terms.to(tl.int64))
+            while left > 0:  # not range(), which no tensor bounds in Triton 3.6's interpreter
                 power1 *= b1
                 power2 *= b2
                 moment1 *= b1
@@ -113,55 +178,62 @@ def _adamw_kernel(
                 factor = tl.sqrt(moment2 / (1.0 - power2))
                 denominator = start * factor.to(tl.float32) + eps
                 total += tl.div_rn(tl.zeros_like(w) + step_size.to(tl.float32), denominator)
+                left -= 1
             total = tl.where(m == 0, 0.0, total)
             w = later.to(tl.float32) * w - m * total
-            m = m * tl.load(last_powers + 5 * i + 3).to(tl.float32)
-            v = v * tl.load(last_powers + 5 * i + 4).to(tl.float32)
+            m = m * _power(b1, missed).to(tl.float32)
+            v = v * _power(b2, missed).to(tl.float32)
     if GRADIENT:
         g = _load(gradient, i * s_gradient + column, mask)
         m = beta1 * m + take1 * g
         v = beta2 * v + take2 * g * g
         w = keep * w - size * tl.div_rn(m, tl.sqrt_rn(v) * root + eps)
-    _store(weight, at_w, mask, w, tl.load(keys + i), column, W_FORMAT)
-    _store(mean, at_m, mask, m, tl.load(keys + count + i), column, M_FORMAT)
-    _store(square, at_v, mask, v, tl.load(keys + 2 * count + i), column, V_FORMAT)
+    _store(weight, at_w, mask, w, key0, row, column, W_FORMAT)
+    _store(mean, at_m, mask, m, key1, row, column, M_FORMAT)
+    _store(square, at_v, mask, v, key2, row, column, V_FORMAT)
 
 
 def _format(state: Tensor, seed: int | None) -> int:
     return 0 if state.dtype == torch.float32 else 1 if seed is None else 2
 
 
-def _keys(update: Update, streams: int) -> Tensor:
-    _, _, ids, _, step, seed = update
-    if seed is None:
-        return ids.new_empty((streams, ids.numel()))  # loaded but not used
-    return torch.stack([row_keys(seed, step, stream, ids) for stream in range(streams)])
+def _keys(update: Update, streams: int) -> list[int]:
+    """Return the numbers that the rows' keys are derived from, one for each state."""
+    if update.seed is None:
+        return [0] * streams
+    return [key_base(update.seed, update.step, stream) for stream in range(streams)]
 
 
-def _powers(matrix: Tensor, exponents: Tensor, most: int) -> Tensor:
-    """Return powers (S, 2, 2) of a float64 matrix by repeated squaring; no exponent is > most."""
-    result = torch.eye(2, dtype=torch.float64, device=exponents.device).expand(len(exponents), 2, 2)
-    for bit in range(most.bit_length()):
-        base = matrix.to(exponents.device)
-        odd = (exponents >> bit & 1).bool()[:, None, None]
-        result = torch.where(odd, result @ base, result)
-        matrix = matrix @ matrix
-    return result
+def _parts(value: float) -> tuple[float, float, float]:
+    """Split a number into three of float32 whose sum it is: Triton passes floats as float32."""
+    high = ctypes.c_float(value).value
+    middle = ctypes.c_float(value - high).value
+    return high, middle, value - high - middle
 
 
-def _launch(kernel: Any, class_ids: Tensor, columns: int, *args: Any, **config: Any) -> None:
-    if class_ids.numel() and columns:
-        grid = (class_ids.numel(), triton.cdiv(columns, BLOCK))
+def _launch(kernel: Any, update: Update, *args: Any, **config: Any) -> None:
+    count, columns = update.class_ids.numel(), update.weight.shape[1]
+    if count and columns:
         # Fused multiply-adds would give other bits than the definition.
-        kernel[grid](*args, **config, BLOCK=BLOCK, enable_fp_fusion=False)
+        launch(
+            kernel, (count, triton.cdiv(columns, BLOCK)), *args, **config, BLOCK=BLOCK,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    if update.last_step is not None:
+        update.last_step.index_fill_(0, update.class_ids, update.step)
 
 
-def _contiguous(update: Update) -> tuple[Update, Tensor]:
-    """Return the update with contiguous ids, and a gradient of contiguous rows or a placeholder."""
+def _contiguous(update: Update) -> tuple[Update, Tensor, Tensor]:
+    """Return the update with contiguous ids; a gradient of contiguous rows; the last steps.
+
+    Where there are none, placeholders take the place of the last two.
+    """
     gradient = update.weight if update.row_grad is None else update.row_grad
     if gradient.stride(1) != 1:
         gradient = gradient.contiguous()
-    return update._replace(class_ids=update.class_ids.contiguous()), gradient
+    ids = update.class_ids.contiguous()
+    last = ids if update.last_step is None else update.last_step
+    return update._replace(class_ids=ids), gradient, last
 
 
 def sgd(
@@ -174,31 +246,24 @@ def sgd(
     nesterov: bool,
 ) -> None:
     """Take a step of SGD; arguments as for `reference.sgd`."""
-    update, gradient = _contiguous(update)
-    weight, row_grad, ids, last_step, step, seed = update
+    update, gradient, last = _contiguous(update)
+    weight, row_grad, ids, last_step, _, seed = update
     buffer = weight if momentum_buffer is None else momentum_buffer
-    maps = weight
-    if last_step is not None:
-        into = (1 - dampening) * weight_decay
-        fast = lr * (weight_decay + momentum * into) if nesterov else lr * into
-        coast = lr * momentum * (momentum if nesterov else 1)
-        if momentum_buffer is None:
-            fast, into, coast = lr * weight_decay, 0.0, 0.0
-        idle = torch.tensor(
-            [[1 - fast, -coast], [into, momentum]], dtype=torch.float64, device="cpu"
-        )
-        missed = update.until - last_step.index_select(0, ids).long()
-        maps = _powers(idle, missed, step).float().contiguous()
+    into = (1 - dampening) * weight_decay
+    fast = lr * (weight_decay + momentum * into) if nesterov else lr * into
+    coast = lr * momentum * (momentum if nesterov else 1)
+    if momentum_buffer is None:
+        fast, into, coast = lr * weight_decay, 0.0, 0.0
+    idle = (1 - fast, -coast, into, momentum)  # a step without gradient, as a 2 × 2 matrix
     _launch(
-        _sgd_kernel, ids, weight.shape[1],
-        weight, gradient, ids, buffer, maps, _keys(update, 2), ids.numel(),
-        weight.shape[1], weight.stride(0), gradient.stride(0), buffer.stride(0),
-        lr, momentum, weight_decay, 1 - dampening,
+        _sgd_kernel, update,
+        weight, gradient, ids, buffer, last, weight.shape[1],
+        weight.stride(0), gradient.stride(0), buffer.stride(0),
+        update.until, *_keys(update, 2), lr, momentum, weight_decay, 1 - dampening,
+        *(part for number in idle for part in _parts(number)),
         GRADIENT=row_grad is not None, MOMENTUM=momentum_buffer is not None, NESTEROV=nesterov,
         LAZY=last_step is not None, W_FORMAT=_format(weight, seed), B_FORMAT=_format(buffer, seed),
     )  # fmt: skip
-    if last_step is not None:
-        last_step.index_fill_(0, ids, step)
 
 
 def adamw(
@@ -212,36 +277,25 @@ def adamw(
     weight_decay: float,
 ) -> None:
     """Take a step of AdamW; arguments as for `reference.adamw`."""
-    update, gradient = _contiguous(update)
+    update, gradient, last = _contiguous(update)
     weight, row_grad, ids, last_step, step, seed = update
-    missed, powers, constants, terms = ids, weight, weight, 0
     keep = 1 - lr * weight_decay
+    terms = 0
     if last_step is not None:
         if keep <= 0:
             raise NotImplementedError(
                 f"last_step with impl='triton' needs lr·weight_decay < 1, got {lr * weight_decay}"
             )
-        last = last_step.index_select(0, ids).long()
-        missed = update.until - last
-        powers = torch.stack(
-            [
-                *(base ** last.double() for base in (beta1, beta2)),
-                *(base ** missed.double() for base in (keep, beta1, beta2)),
-            ],
-            dim=1,
-        )
-        constants = ids.new_tensor([lr, beta1, beta2, 1 / keep], dtype=torch.float64)
         terms = series_terms(lr, beta1, beta2, weight_decay, NEGLIGIBLE[0])
     size, root = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
     _launch(
-        _adamw_kernel, ids, weight.shape[1],
-        weight, gradient, ids, exp_avg, exp_avg_sq, missed, powers, constants,
-        _keys(update, 3), ids.numel(), weight.shape[1], weight.stride(0),
-        gradient.stride(0), exp_avg.stride(0), exp_avg_sq.stride(0), terms,
+        _adamw_kernel, update,
+        weight, gradient, ids, exp_avg, exp_avg_sq, last, weight.shape[1], weight.stride(0),
+        gradient.stride(0), exp_avg.stride(0), exp_avg_sq.stride(0), update.until,
+        *_keys(update, 3), terms,
         keep, beta1, 1 - beta1, beta2, 1 - beta2, size, root, eps,
+        *(part for number in (lr, keep, beta1, beta2) for part in _parts(number)),
         GRADIENT=row_grad is not None, LAZY=last_step is not None,
         W_FORMAT=_format(weight, seed), M_FORMAT=_format(exp_avg, seed),
         V_FORMAT=_format(exp_avg_sq, seed),
     )  # fmt: skip
-    if last_step is not None:
-        last_step.index_fill_(0, ids, step)

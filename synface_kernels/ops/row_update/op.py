@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._check import describe, require, require_apart
+from ..._check import capturing, describe, require, require_apart
 from ..._load import library
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
 from . import reference
@@ -207,7 +207,12 @@ def take_step(
 
 
 def check_states(update: RowUpdate, weight: Tensor) -> None:
-    """Raise TypeError or ValueError unless an update fits a weight (C, D)."""
+    """Raise TypeError or ValueError unless an update fits a weight (C, D).
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured, for an update that depends on the step's
+            number: each replay would take the same step.
+    """
     states = {"weight": weight, **update.states}
     tensors = {**states, "last_step": update.last_step}
     for name, tensor in tensors.items():
@@ -218,6 +223,15 @@ def check_states(update: RowUpdate, weight: Tensor) -> None:
             raise ValueError(
                 f"{name} must be on weight's device {weight.device}, got {describe(tensor)}"
             )
+    of_step = {"last_step": update.last_step, "seed": update.seed}
+    names = [name for name, value in of_step.items() if value is not None]
+    if capturing(weight) and (names or update.rule == "adamw"):
+        raise RuntimeError(
+            f"step must not change the result of a row update while a CUDA graph is captured, got "
+            f"{' and '.join(names) or 'AdamW, whose bias correction it sets'}: each replay would "
+            "take the captured step again; capture SGD without them, or leave the row update "
+            "outside of the graph"
+        )
     stored = _storage_dtypes(weight)
     for name, state in states.items():
         if state is None:

@@ -22,10 +22,14 @@ def _mix(z: Tensor) -> Tensor:
     return mixed(z + signed(GOLDEN))
 
 
+def key_base(seed: int, step: int, stream: int) -> int:
+    """Return the int64 that all rows' keys are derived from, computed on the host."""
+    return int(_mix(_mix(torch.tensor(seed, device="cpu")) ^ (4 * step + stream)))
+
+
 def row_keys(seed: int, step: int, stream: int, class_ids: Tensor) -> Tensor:
     """Return int64 keys (S,) of the rows' random bits; each state of an optimizer has a stream."""
-    base = _mix(torch.tensor(seed, device="cpu")) ^ (4 * step + stream)
-    return _mix(_mix(base).to(class_ids.device) ^ class_ids)
+    return _mix(key_base(seed, step, stream) ^ class_ids)
 
 
 def random_bits(keys: Tensor, columns: int) -> Tensor:

@@ -1,12 +1,13 @@
 """Class sampling in plain torch, on any device: the same classes as the definition samples.
 
-All shapes are known beforehand, so nothing waits for a GPU, except in two cases: where fewer
-classes are to be sampled than the target has elements, or about half of all (see `sample`).
+All shapes are known beforehand, so nothing waits for a GPU, except where fewer classes are to be
+sampled than the target has elements: then their number depends on the labels.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +54,37 @@ def _first_new(draws: Tensor, count: int | Tensor, known: Tensor, num_classes: i
     return draws.where(by_draw & (rank <= count), num_classes)
 
 
+class _Sample(NamedTuple):
+    """A sample of ``size`` classes: the positives, ``known``, sorted, and negatives."""
+
+    seed: Tensor
+    num_classes: int
+    size: int
+    known: Tensor
+    positives: int | Tensor
+    most: int
+
+    def by_taking(self) -> Tensor:
+        """Return the positives and the first negatives drawn, sorted: (S,)."""
+        draws = _draws(self.seed, _enough(self.size, self.num_classes), self.num_classes)
+        wanted = self.size - self.positives
+        drawn = _first_new(draws, wanted, self.known, self.num_classes)
+        return torch.cat([self.known, drawn]).sort().values[: self.size].contiguous()
+
+    def by_leaving_out(self) -> Tensor:
+        """Return all but the first negatives drawn, sorted: (S,)."""
+        size, num_classes, device = self.size, self.num_classes, self.seed.device
+        sampled = torch.ones(num_classes + 1, dtype=torch.bool, device=device)
+        if (out_of := num_classes - size) > 0:
+            draws = _draws(self.seed, _enough(out_of + self.most, num_classes), num_classes)
+            sampled.index_fill_(0, _first_new(draws, out_of, self.known, num_classes), False)
+        sampled[num_classes] = False
+        to = torch.where(sampled, sampled.cumsum(0) - 1, size)
+        ids = to.new_empty(size + 1)
+        ids.scatter_(0, to, torch.arange(num_classes + 1, device=device))
+        return ids[:size]
+
+
 def sample(
     target: Tensor, num_classes: int, num_sampled: int, seed: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
@@ -62,24 +94,18 @@ def sample(
     known = _distinct(torch.cat([labels, labels.new_full((1,), num_classes)]), num_classes)
     positives: int | Tensor = (known < num_classes).sum()
     most = labels.numel()  # bound of the number of positives
-    # Draw the smaller set: negatives to take, or to leave out. S − P > C − S ⟺ P < 2S − C.
-    if num_sampled < most or 0 < 2 * num_sampled - num_classes <= most:
+    if num_sampled < most:
         positives = most = int(positives)  # waits for a GPU
-    size = max(num_sampled, most) if isinstance(positives, int) else num_sampled
-    out_of = num_classes - size
-    if 2 * size - num_classes > most:
-        sampled = torch.ones(num_classes + 1, dtype=torch.bool, device=target.device)
-        if out_of > 0:
-            draws = _draws(seed, _enough(out_of + most, num_classes), num_classes)
-            sampled[_first_new(draws, out_of, known, num_classes)] = False
-        sampled[num_classes] = False
-        to = torch.where(sampled, sampled.cumsum(0) - 1, size)
-        ids = to.new_empty(size + 1)
-        ids.scatter_(0, to, torch.arange(num_classes + 1, device=target.device))
-        ids = ids[:size]
+    size = max(num_sampled, most)
+    drawing = _Sample(seed, num_classes, size, known, positives, most)
+    # Draw the smaller set: negatives to take, or to leave out. S − P > C − S ⟺ P < 2S − C. Where
+    # the labels decide, do both rather than wait to know.
+    excess = 2 * size - num_classes
+    if excess > most or size == num_classes:
+        ids = drawing.by_leaving_out()
+    elif excess <= 0 or isinstance(positives, int):
+        ids = drawing.by_taking()
     else:
-        draws = _draws(seed, _enough(size, num_classes), num_classes)
-        drawn = _first_new(draws, size - positives, known, num_classes)
-        ids = torch.cat([known, drawn]).sort().values[:size].contiguous()
+        ids = torch.where(positives < excess, drawing.by_leaving_out(), drawing.by_taking())
     remapped = torch.searchsorted(ids, target)
     return ids, remapped.where(target != ignore_index, ignore_index)

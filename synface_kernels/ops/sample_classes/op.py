@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._check import describe, integer, require
+from ..._check import capturing, describe, integer, require
 from ..._distributed import check_group, gather_rows, validate_on_all_ranks
 from ..._load import library
 from ..._select import always, needs_cpu_extension, register, resolve
@@ -67,7 +67,8 @@ def sample_classes(
 
     Time: O(N·K·log S + S), and one pass over a bit per class on the CPU. On a GPU a few operations
     on S elements, sorting among them, without synchronization unless ``num_sampled`` is less than
-    N·K, or between C/2 and (C + N·K)/2.
+    N·K: then S depends on the labels. Between C/2 and (C + N·K)/2 they take twice the time. A CUDA
+    graph can capture them with a generator of the GPU, without a group.
 
     Memory above the results: on the CPU one bit per class; else O(S + N·K).
 
@@ -75,7 +76,8 @@ def sample_classes(
         ValueError: for a wrong dtype, shape or value; labels on a GPU are checked by an
             asynchronous assertion.
         TypeError: for an argument of a wrong Python type.
-        RuntimeError: for an ``impl`` that cannot run here, naming the reason.
+        RuntimeError: for an ``impl`` that cannot run here, naming the reason; while a CUDA graph is
+            captured, for a generator of the CPU, ``num_sampled`` below N·K, and a group.
 
     Source: An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face
     Recognition CNNs by Partial FC", CVPR 2022. SplitMix64: Steele et al., OOPSLA 2014.
@@ -111,6 +113,8 @@ def sample_classes(
             raise ValueError(
                 f"generator must be on the CPU or on target's device {target.device}, got {device}"
             )
+        if capturing(target):
+            _check_capture(target, num_sampled, device, group)
         if class_start < 0:
             raise ValueError(f"class_start must not be negative, got {class_start}")
         return target.numel()
@@ -131,15 +135,37 @@ def sample_classes(
     chosen = resolve(OP, impl, (target,))
     device = target.device if generator is None else generator.device
     seed = torch.randint(2**63 - 1, (), generator=generator, device=device)
+    if seed.device != target.device:  # an argument of a kernel: nothing is copied
+        seed = torch.full((), int(seed), dtype=torch.int64, device=target.device)
     class_ids, remapped = torch.ops.synface_kernels.sample_classes_draw(
         labels,
         num_classes,
         num_sampled,
-        seed.to(target.device),
+        seed,
         ignore_index if group is None else OTHER_RANKS,
         chosen,
     )
     return class_ids, remapped if group is None else target
+
+
+def _check_capture(target: Tensor, num_sampled: int, device: torch.device, group: Any) -> None:
+    """Raise RuntimeError for a call that a replayed CUDA graph would not repeat."""
+    if group is not None:
+        raise RuntimeError(
+            "group must be None while a CUDA graph is captured: with it the ranks' arguments are "
+            "compared on the host"
+        )
+    if device != target.device:
+        raise RuntimeError(
+            f"generator must be on target's device {target.device}, got one on {device}, while a "
+            "CUDA graph is captured: each replay would sample the same classes"
+        )
+    if num_sampled < target.numel():
+        raise RuntimeError(
+            f"num_sampled must be at least {target.numel()}, the number of labels, got "
+            f"{num_sampled}, while a CUDA graph is captured: the number of sampled classes would "
+            "depend on the labels"
+        )
 
 
 def _draw(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import synface_kernels as sk
+from synface_kernels.ops.domain_mixup import kernel_triton
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -62,6 +63,21 @@ def test_backward(dtype: torch.dtype) -> None:
     for got, expected in zip(results[0][:2], results[1][:2], strict=True):
         assert torch.equal(got, expected)
     torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-6, atol=0)
+
+
+def test_images_too_large_for_int32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variant for them, on small ones."""
+    rng = torch.Generator().manual_seed(0)
+    inputs = [images((2, 30, 40, 3), F32, rng) for _ in range(2)]
+    psi = torch.rand(2, generator=rng)
+    results = []
+    for most in (2**31, 0):
+        monkeypatch.setattr(kernel_triton, "MOST_ELEMENTS", most)
+        leaves = [t.clone().requires_grad_() for t in (*inputs, psi)]
+        mixed = sk.domain_mixup(*leaves, impl="triton")
+        mixed.square().sum().backward()
+        results.append([mixed, *(leaf.grad for leaf in leaves)])
+    assert all(map(torch.equal, *results))
 
 
 def test_ties_round_once() -> None:

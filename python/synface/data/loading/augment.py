@@ -85,7 +85,7 @@ class Augment:
         s = self.strength
         random = torch.rand(
             len(x), 12, generator=generator, dtype=torch.float32, device=generator.device
-        ).to(x.device)
+        ).to(x.device, non_blocking=x.device.type == "cuda")
         signed = (2.0 * random - 1.0) * s
         x = warp(
             x,

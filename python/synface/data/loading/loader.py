@@ -132,8 +132,9 @@ class TwoDomainLoader(_Loader[Pairs | Mixed]):
     """An iterator over batches of synthetic and real images, which can start at any step.
 
     It yields (step, `Pairs`), or with ``mix_in_workers`` (step, `Mixed`); steps are counted across
-    epochs. The images are a view of shared memory, valid until the next batch is requested (finish
-    copies to a GPU first).
+    epochs. The images are a view of shared memory, valid until the next batch is requested. Tell
+    copies to a GPU that do not wait (``non_blocking=True``) by ``loader.sent(device)``: their batch
+    stays valid until they are done.
 
     The order is a `CycledOrder`, a function of (seed, epoch, position). So a loader that starts at
     a step yields the same bits as one that started at 0, with any number of workers. The last batch

@@ -16,10 +16,11 @@ import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -67,6 +68,18 @@ class Timing:
         }
 
 
+class Copied(Protocol):
+    """The end of copies to a GPU: a `torch.cuda.Event` that was recorded behind them."""
+
+    def query(self) -> bool:
+        """Return whether they are done."""
+        ...
+
+    def synchronize(self) -> object:
+        """Wait for them."""
+        ...
+
+
 @dataclass
 class _Worker:
     index: int
@@ -82,6 +95,7 @@ class _Resources:
     workers: list[_Worker] = field(default_factory=list)
     shared: list[SharedArray] = field(default_factory=list)
     pinned: list[int] = field(default_factory=list)
+    copies: dict[int, Copied] = field(default_factory=dict)  # out of slots, by their index
     owner: int = field(default_factory=os.getpid)
 
     def release(self) -> None:
@@ -92,6 +106,9 @@ class _Resources:
             worker.connection.close()
         for worker in self.workers:
             worker.process.wait()
+        for copied in self.copies.values():  # a GPU may still read the memory
+            with suppress(RuntimeError):  # it has failed, and reads nothing
+                copied.synchronize()
         for address in self.pinned:
             torch.cuda.cudart().cudaHostUnregister(address)
         for shared in self.shared:
@@ -128,7 +145,8 @@ class Schedule(NamedTuple):
 class WorkerPool(ABC):
     """Worker processes that decode the batches of consecutive steps, each into a slot.
 
-    The batch of a step is in slot ``step % slots`` until the caller requests the next one.
+    The batch of a step is in slot ``step % slots`` until the caller requests the next one, and the
+    copies that it told `hold` of are done.
 
     Args:
         stores: the images, one store for each domain.
@@ -222,6 +240,30 @@ class WorkerPool(ABC):
         self._next += 1
         return self._slots.array[step % len(self._slots.array)]
 
+    def hold(self, copied: Copied) -> None:
+        """Keep the last batch's slot until copies out of it are done.
+
+        The next batch may be requested before: no worker writes to the slot meanwhile.
+        """
+        self._resources.copies[(self._next - 1) % len(self._slots.array)] = copied
+
+    def sent(self, device: torch.device) -> None:
+        """Call `hold` for the copies to a device that are queued on its current stream."""
+        if device.type == "cuda":
+            event = torch.cuda.Event(blocking=True)
+            event.record(torch.cuda.current_stream(device))
+            self.hold(event)
+
+    def _is_free(self, slot: int) -> bool:
+        """Return whether no copy reads a slot; wait for it if workers have nothing else to do."""
+        copied = self._resources.copies.get(slot)
+        if copied is not None and not copied.query():
+            if self._ahead > self._next:
+                return False
+            copied.synchronize()
+        self._resources.copies.pop(slot, None)
+        return True
+
     def _send(self, worker: _Worker, message: Setup | Task) -> None:
         try:
             worker.connection.send(message)
@@ -230,10 +272,11 @@ class WorkerPool(ABC):
 
     def _give(self) -> None:
         """Assign tasks to the least loaded workers, while slots are free and steps remain."""
-        end = self._next + len(self._slots.array)
+        slots = len(self._slots.array)
+        end = self._next + slots
         while self._ahead < (end if self._last is None else min(end, self._last)):
             worker = min(self._resources.workers, key=lambda w: w.tasks)
-            if worker.tasks == self._prefetch:
+            if worker.tasks == self._prefetch or not self._is_free(self._ahead % slots):
                 return
             self._send(worker, self._task(self._ahead))
             worker.tasks += 1
