@@ -11,7 +11,7 @@ export PATH := $(BIN):$(PATH)
 CSRC := $(shell git ls-files 'csrc/*' 2>/dev/null || find csrc -type f)
 BUILT := $(VENV)/.built
 
-.PHONY: build demo test quick fuzz lint format bench gpu-evidence cuda-check clean
+.PHONY: build demo test quick fuzz lint format bench gpu-evidence stand-in cuda-check clean
 
 build: $(BUILT)
 
@@ -58,10 +58,16 @@ bench: build
 	$(PY) -m benchmarks.run
 
 # For a machine with a GPU: uses the installed Python and torch, no .venv. DRY=1: a dry run on the CPU.
+# EVIDENCE: further options.
 PYTHON ?= python3
 gpu-evidence:
 	PYTHONPATH=".:python$${PYTHONPATH:+:$$PYTHONPATH}" \
-		$(PYTHON) -m benchmarks.gpu_evidence $(if $(DRY),--dry)
+		$(PYTHON) -m benchmarks.gpu_evidence $(if $(DRY),--dry) $(EVIDENCE)
+
+# Its dry run with the software of such a machine, in the folder STAND_IN; see tools/stand_in.py.
+STAND_IN ?= build/stand-in
+stand-in:
+	$(PYTHON) tools/stand_in.py $(STAND_IN)
 
 cuda-check: build
 	$(PY) tools/cuda_check.py

@@ -15,7 +15,8 @@ import torch
 from . import run, table, verify
 from .cases import Case, cases, domain_mixup
 from .driver import prepare, seconds_of, under_pytest
-from .peers import PEERS, MixupWorkload, Peer, find
+from .peers import PEERS, Peer, find
+from .workloads import MixupWorkload
 
 OP = "domain_mixup"
 

@@ -17,30 +17,10 @@ from synface_kernels.testing import peak_bytes
 
 from . import table, verify
 from .interleave import medians
+from .peers import SGD, indexed_adamw, indexed_sgd
 
 OP = "row_update"
-LR, MOMENTUM, DECAY = 0.1, 0.9, 5e-4
-
-
-def indexed(weight: Tensor, grad: Tensor, ids: Tensor, buffer: Tensor) -> None:
-    """Take a step of SGD with momentum on some rows with torch's indexing."""
-    w, b = weight[ids].float(), buffer[ids].float()
-    b.mul_(MOMENTUM).add_(grad.float() + DECAY * w)
-    weight.index_copy_(0, ids, w.sub_(b, alpha=LR).to(weight.dtype))
-    buffer.index_copy_(0, ids, b.to(buffer.dtype))
-
-
-def indexed_adamw(
-    weight: Tensor, grad: Tensor, ids: Tensor, mean: Tensor, square: Tensor, step: int
-) -> None:
-    """Take a step of AdamW on some rows with torch's indexing."""
-    w, m, v, g = weight[ids].float(), mean[ids].float(), square[ids].float(), grad.float()
-    m.lerp_(g, 0.1)
-    v.mul_(0.999).addcmul_(g, g, value=0.001)
-    denominator = v.sqrt().div_((1 - 0.999**step) ** 0.5).add_(1e-8)
-    w.mul_(1 - 1e-3 * 1e-2).addcdiv_(m, denominator, value=-1e-3 / (1 - 0.9**step))
-    for state, rows in ((weight, w), (mean, m), (square, v)):
-        state.index_copy_(0, ids, rows.to(state.dtype))
+LR, MOMENTUM, DECAY = SGD["lr"], SGD["momentum"], SGD["weight_decay"]
 
 
 def rows(classes: int, touched: int, dim: int, rounds: int) -> str:
@@ -63,7 +43,7 @@ def rows(classes: int, touched: int, dim: int, rounds: int) -> str:
             "row_sgd_, momentum": (
                 ours,
                 partial(ours, step=1, seed=0),
-                partial(indexed, weight, grad, ids, buffer),
+                partial(indexed_sgd, weight, grad, ids, buffer),
             ),
             "row_adamw_": (
                 adamw,

@@ -9,25 +9,13 @@ import argparse
 from functools import partial
 
 import torch
-from torch import Tensor
 
 import synface_kernels as sk
 
-from . import table, verify
+from . import margin_peers, table, verify
 from .interleave import medians
 
 OP = "sample_classes"
-
-
-def insightface(target: Tensor, num_classes: int, num_sampled: int) -> tuple[Tensor, Tensor]:
-    """Sample as insightface's Partial FC does: positives score 2, the others below 1."""
-    positive = target.unique(sorted=True)
-    if num_sampled < positive.numel():
-        return positive, torch.searchsorted(positive, target)
-    perm = torch.rand(num_classes)
-    perm[positive] = 2.0
-    index = torch.topk(perm, k=num_sampled)[1].sort()[0]
-    return index, torch.searchsorted(index, target)
 
 
 def rows(num_classes: int, labels: int, rounds: int) -> str:
@@ -42,7 +30,7 @@ def rows(num_classes: int, labels: int, rounds: int) -> str:
                 "in plain torch": partial(
                     sk.sample_classes, target, num_classes, wanted, impl="torch"
                 ),
-                "rand + topk + sort": partial(insightface, target, num_classes, wanted),
+                "rand + topk + sort": partial(margin_peers.sample, target, num_classes, wanted),
             },
             rounds,
         )

@@ -1,9 +1,10 @@
-"""Measurement of a device's two ceilings: memory bandwidth and GEMM throughput."""
+"""Measurement of a device's ceilings: memory bandwidth and GEMM throughput by precision."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,44 @@ from .driver import seconds_of
 from .process import write_json
 
 
-def measure(device: torch.device, copy_bytes: int, size: int, rounds: int = 20) -> dict:
-    """Measure a copy and a bfloat16 GEMM of random matrices; return the medians.
+def measure(
+    device: torch.device, copy_bytes: int = 2**31, size: int = 8192, rounds: int = 20
+) -> dict[str, Any]:
+    """Measure a copy, and GEMMs of random matrices in three precisions; return the medians.
 
     Args:
         copy_bytes: how many bytes the copy reads, and writes. size: the matrices' rows and columns.
+
+    Returns:
+        Rates of the copy and of GEMMs of bfloat16 (``product``), float32, and float32 under torch's
+        precision "high" (``tf32``), which on a GPU is TF32.
     """
     source = torch.randint(0, 256, (copy_bytes,), dtype=torch.uint8, device=device)
     to = torch.empty_like(source)
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    out = torch.empty_like(a)
 
-    def median(step: Any) -> float:
+    def median(step: Callable[[], object]) -> float:
         for _ in range(3):
             step()
         return statistics.median(seconds_of(step, device) for _ in range(rounds))
 
-    copy, gemm = median(lambda: to.copy_(source)), median(lambda: torch.mm(a, b, out=out))
+    def gemm(dtype: torch.dtype, precision: str) -> float:
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            return 2 * size**3 / median(lambda: torch.mm(a, b, out=out)) / 1e12
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    copy = median(lambda: to.copy_(source))
     return {
         "copy_bytes": 2 * copy_bytes,
         "copy_gigabyte_per_second": 2 * copy_bytes / copy / 1e9,
         "product": f"bfloat16, {size}×{size}×{size}",
-        "product_tflop_per_second": 2 * size**3 / gemm / 1e12,
+        "product_tflop_per_second": gemm(torch.bfloat16, "highest"),
+        "float32_tflop_per_second": gemm(torch.float32, "highest"),
+        "tf32_tflop_per_second": gemm(torch.float32, "high"),
     }
 
 

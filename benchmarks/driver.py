@@ -19,8 +19,13 @@ from synface_kernels.testing import peak_bytes
 
 from . import machine
 from .cases import Case, cases
-from .peers import PEERS, WORKLOADS, Peer, Step, Workload, find
+from .peers import PEERS, Peer, find
 from .process import ROUNDS, write_json
+from .pytest_results import without_folders
+from .workloads import WORKLOADS, Step, Workload
+
+# In a GPU's tests of minutes, rounds end after so many seconds, if there were that many.
+MEASURING_SECONDS, ROUNDS_MIN = 6.0, 5
 
 
 def measure_time(
@@ -34,7 +39,8 @@ def measure_time(
     """Time a step of every peer of a case, interleaved, in this process.
 
     Args:
-        rounds: how often each peer runs, after two warm-up runs. seconds: the time limit.
+        rounds: how often each peer runs, after two warm-up runs; less often where that takes long.
+        seconds: the time limit.
         save: is called with the result so far after every round.
 
     Returns:
@@ -47,7 +53,8 @@ def measure_time(
     def left() -> float:
         return seconds - (time.monotonic() - start)
 
-    idle = machine.idle_check()
+    # A GPU's time hardly depends on other programs' use of the processors.
+    idle = machine.idle_check(0.1 if device.type == "cuda" else 1.0)
     if not idle["idle"]:
         print(f"WARNING: other programs keep {idle['busy_cores']} cores busy", file=sys.stderr)
     peers = PEERS[case.op]
@@ -60,18 +67,20 @@ def measure_time(
             why_not[peer.name] = reason
             continue
         try:
-            with _time_limit(0.6 * left()):
+            with time_limit(0.6 * left()):
                 steps[peer.name] = prepare(peer, case, work, device)
                 if device.type == "cuda":
-                    memory[peer.name] = _peak_cuda(steps[peer.name], work)
+                    memory[peer.name] = peak_cuda(steps[peer.name], work)
         except Exception as error:  # a peer's failure is reported, and the others continue
             steps.pop(peer.name, None)
-            why_not[peer.name] = _brief(error)
+            why_not[peer.name] = brief(error)
         work.release()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
     samples: dict[str, list[float]] = {name: [] for name in steps}
     result: dict[str, Any] = {}
-    done, slowest = 0, 0.0
+    done, slowest, spent = 0, 0.0, 0.0
     while True:
         result = {
             "op": case.op,
@@ -82,12 +91,14 @@ def measure_time(
             "implementation": sk.explain(case.op, device=device, dtype=case.torch_dtype).impl,
             "flops": case.flops,
             "bytes": case.bytes,
+            "gemm_dtype": str(case.gemm_dtype).removeprefix("torch."),
             "rounds": done,
             **idle,
             "peers": [_row(peer, case, samples, memory, why_not) for peer in peers],
         }
         save(result)
-        if work is None or not steps or done == rounds or left() < 1.2 * slowest:
+        enough = done == rounds or (done >= ROUNDS_MIN and spent > MEASURING_SECONDS)
+        if work is None or not steps or enough or left() < 1.2 * slowest:
             return result
         began = time.monotonic()
         names = list(steps)
@@ -96,7 +107,8 @@ def measure_time(
             samples[name].append(seconds_of(steps[name], device))
             work.clear_gradients()
         done += 1
-        slowest = max(slowest, time.monotonic() - began)
+        taken = time.monotonic() - began
+        slowest, spent = max(slowest, taken), spent + taken
 
 
 def _workload(case: Case, device: torch.device) -> tuple[Workload | None, str]:
@@ -110,9 +122,7 @@ def _workload(case: Case, device: torch.device) -> tuple[Workload | None, str]:
 def prepare(peer: Peer, case: Case, work: Workload, device: torch.device) -> Step:
     """Return a peer's step after two warm-up runs; raise if it is missing or would not fit."""
     needed, available = peer.needs(case), machine.available_memory(device)
-    if device.type == "cuda":  # unused memory in torch's allocator
-        available += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if needed > available:
+    if needed > available and device.type != "cuda":  # a GPU's allocator raises
         raise MemoryError(_too_large(needed, available))
     step = peer.build(work)
     for _ in range(2):
@@ -125,9 +135,10 @@ def _too_large(needed: int, available: int) -> str:
     return f"would need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} are free"
 
 
-def _brief(error: Exception) -> str:
-    message = str(error).strip().split("\n")[0][:200]
-    return message if isinstance(error, MemoryError) else f"{type(error).__name__}: {message}"
+def brief(error: Exception) -> str:
+    """Return an error's type and the first line of its message."""
+    message = without_folders(str(error)).strip().split("\n")[0][:200]
+    return message if type(error) is MemoryError else f"{type(error).__name__}: {message}"
 
 
 def _row(
@@ -182,7 +193,8 @@ def seconds_of(step: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _peak_cuda(step: Step, work: Workload) -> int:
+def peak_cuda(step: Step, work: Workload) -> int:
+    """Return the peak of torch's memory on the GPU in a step, above that before it."""
     work.release()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -206,11 +218,11 @@ def measure_memory(case: Case, peer: Peer) -> dict[str, Any]:
         work.release()
         return {"peak_bytes": peak_bytes(step)}
     except Exception as error:
-        return {"not_measured": _brief(error)}
+        return {"not_measured": brief(error)}
 
 
 @contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in the block once the time is over."""
     if seconds == float("inf"):
         yield

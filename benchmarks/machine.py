@@ -84,9 +84,9 @@ def busy_cores(seconds: float = 1.0) -> float:
     return (ticks() - before) / os.sysconf("SC_CLK_TCK") / (time.perf_counter() - start)
 
 
-def idle_check() -> dict[str, Any]:
+def idle_check(seconds: float = 1.0) -> dict[str, Any]:
     """Measure whether the machine is idle; the load average is only reported, because it lags."""
-    busy = busy_cores()
+    busy = busy_cores(seconds)
     return {
         "busy_cores": round(busy, 2),
         "load_average": round(os.getloadavg()[0], 2),

@@ -1,6 +1,6 @@
-"""The peers of each op, and the workload that they share.
+"""The peers of each op.
 
-To add an op, add its workload to `WORKLOADS` and its peers to `PEERS`: ours first, then the floor.
+To add an op, add its peers to `PEERS`: ours first, then the floor.
 """
 
 from __future__ import annotations
@@ -20,86 +20,22 @@ from torch import Tensor
 import synface_kernels as sk
 from synface_kernels._load import cpu_isas
 
+from . import margin_peers
 from .cases import Case
+from .margin_peers import MARGIN, SCALE
+from .workloads import (
+    MarginWorkload,
+    MixupWorkload,
+    RepulsionWorkload,
+    RowUpdateWorkload,
+    SampleWorkload,
+    Step,
+    backward,
+)
 
-SCALE, MARGIN = 64.0, 0.5
 PSI = 0.35
 SHARPNESS = 100.0
-
-
-class Workload:
-    """The tensors that all peers of a case share, and the buffers that a step leaves behind."""
-
-    def __init__(self, parameters: list[Tensor]) -> None:
-        self.parameters = parameters
-        self.buffers: dict[str, Tensor] = {}
-
-    def buffer(self, name: str, *shape: int) -> Tensor:
-        """Return memory reused from step to step, of the first parameter's dtype and device."""
-        if name not in self.buffers:
-            self.buffers[name] = self.parameters[0].new_empty(shape)
-        return self.buffers[name]
-
-    def clear_gradients(self) -> None:
-        """Clear gradients as ``optimizer.zero_grad()`` does before each training step."""
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def release(self) -> None:
-        """Free everything but the inputs."""
-        self.clear_gradients()
-        self.buffers.clear()
-
-
-class MarginWorkload(Workload):
-    """Random embeddings (N, D), centers (C, D) and labels (N,)."""
-
-    def __init__(self, case: Case, device: torch.device) -> None:
-        n, d, c = case.shape["N"], case.shape["D"], case.shape["C"]
-        generator = torch.Generator(device).manual_seed(0)
-        options: dict[str, Any] = {"device": device, "dtype": case.torch_dtype}
-        self.input = torch.randn(n, d, generator=generator, **options).requires_grad_()
-        self.weight = torch.randn(c, d, generator=generator, **options).requires_grad_()
-        self.target = torch.randint(c, (n,), generator=generator, device=device)
-        super().__init__([self.input, self.weight])
-
-
-class MixupWorkload(Workload):
-    """Two random uint8 batches (B, H, W, C), and a tensor (B, C, H, W) for results."""
-
-    def __init__(self, case: Case, device: torch.device) -> None:
-        b, h, w, c = (case.shape[name] for name in "BHWC")
-        generator = torch.Generator(device).manual_seed(0)
-        self.synthetic, self.real = (
-            torch.randint(
-                0, 256, (b, h, w, c), generator=generator, device=device, dtype=torch.uint8
-            )
-            for _ in range(2)
-        )
-        channels_last = "channels_last" in case.options
-        self.format = torch.channels_last if channels_last else torch.contiguous_format
-        self.dtype, self.fresh, self.bytes = case.torch_dtype, "fresh" in case.options, case.bytes
-        self.out = torch.empty(
-            (b, c, h, w), device=device, dtype=self.dtype, memory_format=self.format
-        ).zero_()
-        super().__init__([])
-
-
-class RepulsionWorkload(Workload):
-    """Random points (N, D)."""
-
-    def __init__(self, case: Case, device: torch.device) -> None:
-        n, d = case.shape["N"], case.shape["D"]
-        generator = torch.Generator(device).manual_seed(0)
-        self.points = torch.randn(
-            n, d, generator=generator, device=device, dtype=case.torch_dtype
-        ).requires_grad_()
-        self.row_max = "row-max" in case.options
-        super().__init__([self.points])
-
-
-# A step runs the op once and returns the loss or the result, or None if it has neither.
-Step = Callable[[], "Tensor | None"]
+SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 
 
 @dataclass(frozen=True)
@@ -123,80 +59,99 @@ def _matrices(case: Case, logits: float, weights: float) -> int:
     return int(case.torch_dtype.itemsize * (logits * n * c + weights * c * d + 4 * n * d))
 
 
-def _backward(loss: Tensor) -> Tensor:
-    loss.backward()
-    return loss.detach()
-
-
 def _ours(work: MarginWorkload) -> Step:
     margin = sk.ArcFace(SCALE, MARGIN)
-    return lambda: _backward(sk.margin_cross_entropy(work.input, work.weight, work.target, margin))
+
+    def loss(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        ids = None
+        if work.sampled is not None:
+            ids, target = sk.sample_classes(target, len(weight), work.sampled, work.generator)
+        return sk.margin_cross_entropy(input, weight, target, margin, class_ids=ids)
+
+    return work.step(loss)
 
 
 def _ours_with_workspace(work: MarginWorkload) -> Step:
+    _all_classes(work)
     if work.input.device.type != "cpu":
         raise NotImplementedError("a workspace has no effect on a GPU")
     margin = sk.ArcFace(SCALE, MARGIN)
     workspace = 4 * work.input.shape[0] * work.weight.shape[0]  # all cosines, in float32
-    return lambda: _backward(
-        sk.margin_cross_entropy(work.input, work.weight, work.target, margin, workspace=workspace)
+    return work.step(
+        lambda input, weight, target: sk.margin_cross_entropy(
+            input, weight, target, margin, workspace=workspace
+        )
     )
 
 
+def _all_classes(work: MarginWorkload) -> None:
+    if work.sampled is not None:
+        raise NotImplementedError("computes all classes")
+
+
 def _three_gemms(work: MarginWorkload) -> Step:
-    x, w = work.input.detach(), work.weight.detach()
+    # Operands in the dtype of the GEMMs, as autocast would cast them in each step.
+    x, w = (v.detach().to(work.gemm_dtype) for v in (work.input, work.weight))
+    w = w[: work.sampled]  # None: all of them
     (n, d), c = x.shape, w.shape[0]
 
+    def buffer(name: str, *shape: int) -> Tensor:
+        return work.buffer(name, *shape, dtype=work.gemm_dtype)
+
     def step() -> None:
-        logits = torch.mm(x, w.T, out=work.buffer("logits", n, c))
-        torch.mm(logits, w, out=work.buffer("grad_input", n, d))
-        torch.mm(logits.T, x, out=work.buffer("grad_weight", c, d))
+        logits = torch.mm(x, w.T, out=buffer("logits", n, c))
+        torch.mm(logits, w, out=buffer("grad_input", n, d))
+        torch.mm(logits.T, x, out=buffer("grad_weight", c, d))
 
     return step
 
 
-def arcface(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Compute ArcFace over dense logits, the margin applied only at the targets."""
-    cosine = F.linear(F.normalize(input), F.normalize(weight))
-    at_target = cosine.gather(1, target[:, None])
-    theta = at_target.float().clamp(-1 + 1e-7, 1 - 1e-7).acos()
-    psi = torch.where(
-        theta + MARGIN > math.pi, at_target - MARGIN * math.sin(MARGIN), (theta + MARGIN).cos()
-    )
-    logits = SCALE * cosine.scatter(1, target[:, None], psi.to(cosine.dtype))
-    return F.cross_entropy(logits, target)
+def _in_torch(work: MarginWorkload, function: Callable[..., Tensor], compiled: bool) -> Step:
+    _all_classes(work)
+    return work.step(torch.compile(function, dynamic=False) if compiled else function)
 
 
-def arcface_one_hot(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Compute ArcFace as it is usually written: the margin on all logits, and a one-hot mask."""
-    cosine = F.linear(F.normalize(input), F.normalize(weight))
-    sine = (1 - cosine.square()).clamp(0, 1).sqrt()
-    psi = cosine * math.cos(MARGIN) - sine * math.sin(MARGIN)
-    past_pi = cosine <= math.cos(math.pi - MARGIN)
-    psi = torch.where(past_pi, cosine - MARGIN * math.sin(MARGIN), psi)
-    one_hot = torch.zeros_like(cosine).scatter_(1, target[:, None], 1)
-    logits = SCALE * (one_hot * psi + (1 - one_hot) * cosine)
-    return F.cross_entropy(logits, target)
+def _chunked(work: MarginWorkload) -> Step:
+    _all_classes(work)
+    rows = margin_peers.rows_per_chunk(len(work.weight))
+    return work.step(lambda *tensors: margin_peers.Chunked.apply(*tensors, rows, work.gemm_dtype))
 
 
-def _eager(work: MarginWorkload, one_hot: bool) -> Step:
-    function = arcface_one_hot if one_hot else arcface
-    return lambda: _backward(function(work.input, work.weight, work.target))
+def _partial_fc(work: MarginWorkload) -> Step:
+    def loss(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        ids = None
+        if work.sampled is not None:
+            ids, target = margin_peers.sample(target, len(weight), work.sampled)
+        return margin_peers.partial_fc(input, weight, target, ids)
 
-
-def _compiled(work: MarginWorkload) -> Step:
-    compiled = torch.compile(arcface, dynamic=False)
-    return lambda: _backward(compiled(work.input, work.weight, work.target))
+    return work.step(loss)
 
 
 def _linear_cross_entropy(work: MarginWorkload) -> Step:
+    _all_classes(work)
     function = getattr(F, "linear_cross_entropy", None)
     if function is None:
         raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy")
-    return lambda: _backward(function(work.input, work.weight, work.target))
+    return work.step(function)
+
+
+def _liger(work: MarginWorkload) -> Step:
+    _all_classes(work)
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss()
+    return work.step(lambda input, weight, target: loss(weight, input, target))
+
+
+def _cut_cross_entropy(work: MarginWorkload) -> Step:
+    _all_classes(work)
+    from cut_cross_entropy import linear_cross_entropy
+
+    return work.step(linear_cross_entropy)
 
 
 def _pytorch_metric_learning(work: MarginWorkload) -> Step:
+    _all_classes(work)
     from pytorch_metric_learning.losses import ArcFaceLoss
 
     n_features = work.input.shape[1]
@@ -204,7 +159,7 @@ def _pytorch_metric_learning(work: MarginWorkload) -> Step:
     loss.num_classes = work.weight.shape[0]
     loss.W = torch.nn.Parameter(work.weight.detach().T)  # its centers are columns
     work.parameters.append(loss.W)
-    return lambda: _backward(loss(work.input, work.target))
+    return work.step(lambda input, _weight, target: loss(input, target))
 
 
 def _points(case: Case, copies: float) -> int:
@@ -230,8 +185,8 @@ def _our_mixup(work: MixupWorkload) -> Step:
     )
 
 
-def _copy(work: MixupWorkload, size: int) -> Step:
-    source, target = (torch.ones(size, dtype=torch.uint8, device=work.out.device) for _ in range(2))
+def _copy(device: torch.device, size: int) -> Step:
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
     return lambda: target.copy_(source)
 
 
@@ -260,7 +215,7 @@ def _mixup_into(work: MixupWorkload) -> Step:
 
 def _our_repulsion(work: RepulsionWorkload) -> Step:
     energy = sk.MaxCosine() if work.row_max else sk.LogSumExp(SHARPNESS)
-    return lambda: _backward(sk.hypersphere_repulsion(work.points, energy=energy))
+    return lambda: backward(sk.hypersphere_repulsion(work.points, energy=energy))
 
 
 def _our_neighbors(work: RepulsionWorkload) -> Step:
@@ -317,7 +272,7 @@ def log_sum_exp(points: Tensor) -> Tensor:
 def _dense_repulsion(work: RepulsionWorkload, compiled: bool) -> Step:
     energy = row_max if work.row_max else log_sum_exp
     function = torch.compile(energy, dynamic=False) if compiled else energy
-    return lambda: _backward(function(work.points))
+    return lambda: backward(function(work.points))
 
 
 def _faiss(work: RepulsionWorkload) -> Step:
@@ -350,16 +305,61 @@ def _keops(work: RepulsionWorkload) -> Step:
         # The greatest two, of which the first is the point itself.
         distance = -(LazyTensor(x[:, None, :]) | LazyTensor(x[None, :, :]))
         index = distance.argKmin(K=2, dim=1)[:, 1]
-        return _backward((x * x[index]).sum(1).mean())
+        return backward((x * x[index]).sum(1).mean())
 
     return step
 
 
-WORKLOADS: dict[str, Callable[[Case, torch.device], Workload]] = {
-    "margin_cross_entropy": MarginWorkload,
-    "domain_mixup": MixupWorkload,
-    "hypersphere_repulsion": RepulsionWorkload,
-}
+def _our_rows(work: RowUpdateWorkload) -> Step:
+    if work.adamw:
+        mean, square = work.states
+        return lambda: sk.row_adamw_(work.weight, work.grad, work.ids, mean, square, step=10)
+    return lambda: sk.row_sgd_(
+        work.weight, work.grad, work.ids, momentum_buffer=work.states[0], **SGD
+    )
+
+
+def _indexed_rows(work: RowUpdateWorkload, compiled: bool) -> Step:
+    function: Callable[..., None] = indexed_adamw if work.adamw else indexed_sgd
+    if compiled:
+        function = torch.compile(function, dynamic=False)
+    numbers = {"step": 10} if work.adamw else {}
+    return lambda: function(work.weight, work.grad, work.ids, *work.states, **numbers)
+
+
+def indexed_sgd(weight: Tensor, grad: Tensor, ids: Tensor, buffer: Tensor) -> None:
+    """Take a step of SGD with momentum on some rows with torch's indexing."""
+    w, b = weight[ids].float(), buffer[ids].float()
+    b.mul_(SGD["momentum"]).add_(grad.float() + SGD["weight_decay"] * w)
+    weight.index_copy_(0, ids, w.sub_(b, alpha=SGD["lr"]).to(weight.dtype))
+    buffer.index_copy_(0, ids, b.to(buffer.dtype))
+
+
+def indexed_adamw(
+    weight: Tensor, grad: Tensor, ids: Tensor, mean: Tensor, square: Tensor, step: int
+) -> None:
+    """Take a step of AdamW on some rows with torch's indexing."""
+    w, m, v, g = weight[ids].float(), mean[ids].float(), square[ids].float(), grad.float()
+    m.lerp_(g, 0.1)
+    v.mul_(0.999).addcmul_(g, g, value=0.001)
+    denominator = v.sqrt().div_((1 - 0.999**step) ** 0.5).add_(1e-8)
+    w.mul_(1 - 1e-3 * 1e-2).addcdiv_(m, denominator, value=-1e-3 / (1 - 0.9**step))
+    for state, rows in ((weight, w), (mean, m), (square, v)):
+        state.index_copy_(0, ids, rows.to(state.dtype))
+
+
+def _our_samples(work: SampleWorkload) -> Step:
+    return lambda: sk.sample_classes(work.target, work.classes, work.sampled, work.generator)[0]
+
+
+def _insightface_samples(work: SampleWorkload) -> Step:
+    return lambda: margin_peers.sample(work.target, work.classes, work.sampled)[0]
+
+
+def _copy_bytes(work: RowUpdateWorkload | SampleWorkload) -> Step:
+    device = work.target.device if isinstance(work, SampleWorkload) else work.weight.device
+    return _copy(device, work.bytes // 2)
+
 
 PEERS: dict[str, list[Peer]] = {
     "margin_cross_entropy": [
@@ -379,21 +379,52 @@ PEERS: dict[str, list[Peer]] = {
         Peer(
             "eager torch",
             "ArcFace over dense logits as it is mostly written, with a one-hot matrix",
-            partial(_eager, one_hot=True),
+            partial(_in_torch, function=margin_peers.arcface_one_hot, compiled=False),
             lambda c: _matrices(c, 14, 3.2),
         ),
         Peer(
             "eager torch, lean",
             "the margin at the targets alone",
-            partial(_eager, one_hot=False),
+            partial(_in_torch, function=margin_peers.arcface, compiled=False),
             lambda c: _matrices(c, 5, 3.2),
         ),
-        Peer("torch.compile", "the lean one, compiled", _compiled, lambda c: _matrices(c, 5, 3.2)),
+        Peer(
+            "torch.compile",
+            "the lean one, compiled",
+            partial(_in_torch, function=margin_peers.arcface, compiled=True),
+            lambda c: _matrices(c, 5, 3.2),
+        ),
+        Peer(
+            "chunked, after Liger",
+            "in plain torch, with normalization and margin: the logits of some rows at a time "
+            "become gradients at once",
+            _chunked,
+            lambda c: _matrices(c, 0, 4.2) + 8 * margin_peers.CHUNK_LOGITS,
+        ),
+        Peer(
+            "Partial FC's steps",
+            "insightface's, in plain torch: (sampled) centers, normalization, GEMM, margin, "
+            "softmax in place; the margin has its gradient",
+            _partial_fc,
+            lambda c: _matrices(c, 6 if "S" not in c.shape else 1, 3.2),
+        ),
         Peer(
             "F.linear_cross_entropy",
             "torch's, as called by default: no margin, no normalization",
             _linear_cross_entropy,
             lambda c: _matrices(c, 4, 1.2),
+        ),
+        Peer(
+            "Liger",
+            "LigerFusedLinearCrossEntropyLoss: no margin, no normalization",
+            _liger,
+            lambda c: _matrices(c, 1, 2.2),
+        ),
+        Peer(
+            "CCE",
+            "cut_cross_entropy.linear_cross_entropy: no margin, no normalization",
+            _cut_cross_entropy,
+            lambda c: _matrices(c, 0, 1.2),
         ),
         Peer(
             "pytorch-metric-learning",
@@ -413,13 +444,13 @@ PEERS: dict[str, list[Peer]] = {
             "copy_ that moves as many bytes",
             "torch copy_ of a uint8 tensor of half the bytes that the op moves: it reads one half "
             "and writes the other",
-            lambda work: _copy(work, work.bytes // 2),
+            lambda work: _copy(work.out.device, work.bytes // 2),
             lambda c: c.bytes,
         ),
         Peer(
             "copy_ that moves twice as many",
             "torch copy_ of a uint8 tensor of as many bytes as the op reads and writes together",
-            lambda work: _copy(work, work.bytes),
+            lambda work: _copy(work.out.device, work.bytes),
             lambda c: 2 * c.bytes,
         ),
         Peer(
@@ -482,6 +513,52 @@ PEERS: dict[str, list[Peer]] = {
         Peer("FAISS", "IndexFlatIP, the nearest two: no gradient", _faiss, lambda c: _points(c, 4)),
         Peer(
             "KeOps", "arg-min over a LazyTensor, the nearest two", _keops, lambda c: _points(c, 4)
+        ),
+    ],
+    "row_update": [
+        Peer(
+            "ours",
+            "synface_kernels.row_sgd_ or row_adamw_",
+            _our_rows,
+            lambda c: 64 * c.shape["S"],
+        ),
+        Peer(
+            "copy_ that moves as many bytes",
+            "torch copy_ of a uint8 tensor of half the bytes that the op moves",
+            _copy_bytes,
+            lambda c: c.bytes,
+        ),
+        Peer(
+            "eager torch",
+            "indexing, arithmetic in float32, index_copy_",
+            partial(_indexed_rows, compiled=False),
+            lambda c: 24 * c.shape["S"] * c.shape["D"],
+        ),
+        Peer(
+            "torch.compile",
+            "the same, compiled",
+            partial(_indexed_rows, compiled=True),
+            lambda c: 24 * c.shape["S"] * c.shape["D"],
+        ),
+    ],
+    "sample_classes": [
+        Peer(
+            "ours",
+            "synface_kernels.sample_classes",
+            _our_samples,
+            lambda c: c.shape["C"] // 8 + 64 * c.shape["S"],
+        ),
+        Peer(
+            "copy_ that moves as many bytes",
+            "torch copy_ of a uint8 tensor of half the bytes that the op moves",
+            _copy_bytes,
+            lambda c: c.bytes,
+        ),
+        Peer(
+            "insightface's",
+            "random numbers for all classes, topk, sort",
+            _insightface_samples,
+            lambda c: 16 * c.shape["C"] + 32 * c.shape["S"],
         ),
     ],
 }

@@ -57,7 +57,8 @@ def one_case(case: dict[str, Any]) -> str:
         memory = "not measured" if peak is None else _size(peak)
         rows.append([row["peer"], ratio, spread, duration(row["seconds"]), memory, row["label"]])
     if not case["peers"]:
-        rows.append([f"not measured: {case['not_measured']}", "", "", "", "", ""])
+        reason = case.get("not_measured") or case.get("problem")
+        rows.append([f"not measured: {reason}", "", "", "", "", ""])
     rounds = case.get("rounds", 0)
     head = f"{case['op']}, {case['name']}: {rounds} rounds, {_state(case)}"
     if "implementation" in case:
@@ -71,7 +72,8 @@ def _cell(case: dict[str, Any], peer: str) -> str:
         return "not measured"
     time = f"{row['ratio']:.2f}×"
     if peer == "ours":
-        ceilings = {"share_of_product": "the bf16 product", "share_of_copy": "the copy"}
+        gemm = "float32" if case.get("gemm_dtype") == "float32" else "bf16"
+        ceilings = {"share_of_product": f"the {gemm} product", "share_of_copy": "the copy"}
         shares = [(row[key], what) for key, what in ceilings.items() if key in row]
         time = f"1 ({duration(row['seconds'])}"
         if shares:  # the ceiling that is nearer
@@ -104,8 +106,12 @@ def one_machine(result: dict[str, Any]) -> str:
         text += (
             f" Measured there: a copy at {ceilings['copy_gigabyte_per_second']:.0f} GB/s, "
             f"a product ({ceilings['product']}) at "
-            f"{ceilings['product_tflop_per_second']:.0f} TFLOP/s."
+            f"{ceilings['product_tflop_per_second']:.0f} TFLOP/s"
         )
+        for kind in ("float32", "tf32"):
+            if f"{kind}_tflop_per_second" in ceilings:
+                text += f", in {kind} at {ceilings[f'{kind}_tflop_per_second']:.0f}"
+        text += "."
     for op in dict.fromkeys(case["op"] for case in result["cases"]):
         text += "\n\n" + _one_op(op, [case for case in result["cases"] if case["op"] == op])
     return text

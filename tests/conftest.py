@@ -6,10 +6,14 @@ A test's random numbers do not depend on the tests before it.
 import os
 import random
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
+
+try:  # the tests on GPUs run without it
+    import hypothesis
+except ModuleNotFoundError:
+    hypothesis = None
 
 
 class TorchGenerator:
@@ -21,15 +25,16 @@ class TorchGenerator:
 
 
 TORCH = TorchGenerator()  # Hypothesis itself refers to it weakly
-hypothesis.register_random(TORCH)
-
-# Others use the machine too: how long an example takes decides nothing.
-UNHURRIED = hypothesis.settings(
-    deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.register_profile("tests", UNHURRIED, max_examples=150, derandomize=True)
-hypothesis.settings.register_profile("fuzz", UNHURRIED, max_examples=5000, print_blob=True)
-hypothesis.settings.load_profile("tests")
+if hypothesis is not None:
+    hypothesis.register_random(TORCH)
+    # Others use the machine too: how long an example takes decides nothing.
+    unhurried = hypothesis.settings(
+        deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    profile = hypothesis.settings.register_profile
+    profile("tests", unhurried, max_examples=150, derandomize=True)
+    profile("fuzz", unhurried, max_examples=5000, print_blob=True)
+    hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,9 +73,10 @@ def test_a_wheel_from_the_source_distribution_works(tmp_path: Path) -> None:
     assert Path(where.strip()).is_relative_to(installed)
 
 
-# A CUDA build of torch that sees no GPU, and an nvcc, as when an image is built elsewhere.
-WITHOUT_GPU = """
-import json, runpy
+# Runs setup.py up to its build under each of the environments in the last argument, with a CUDA
+# build of torch that sees no GPU, and toolkits in the folder of the first argument alone.
+SETUP = """
+import contextlib, glob, io, json, os, runpy, sys
 import torch, torch.version
 torch.version.cuda = "13.0"
 torch.cuda._is_compiled = lambda: True
@@ -82,34 +84,156 @@ torch.cuda.is_available = lambda: False
 torch.cuda.device_count = lambda: 0
 import setuptools
 setuptools.setup = lambda **options: None
-runpy.run_path("setup.py")
-from torch.utils.cpp_extension import _get_cuda_arch_flags
-print(json.dumps(_get_cuda_arch_flags(["-O3"])))
+from torch.utils import cpp_extension
+root, usual, plain = sys.argv[1], glob.glob, dict(os.environ)
+def redirected(pattern):
+    return usual(root + pattern if pattern.startswith(("/usr/local", "/opt")) else pattern)
+glob.glob = redirected
+results = []
+for environment in json.loads(sys.argv[2]):
+    os.environ.clear()
+    os.environ.update(plain | environment)
+    printed, found = io.StringIO(), {"home": None, "flags": [], "error": None}
+    with contextlib.redirect_stdout(printed):
+        try:
+            made = runpy.run_path("setup.py")
+            if made["WITH_CUDA"]:
+                found["home"] = cpp_extension.CUDA_HOME
+                found["flags"] = cpp_extension._get_cuda_arch_flags(["-O3"])
+            BUILD
+        except (SystemExit, RuntimeError) as error:
+            found["error"] = str(error)
+    results.append(found | {"printed": printed.getvalue()})
+print(json.dumps(results))
 """
 
 
-@pytest.mark.parametrize(
-    ("given", "offered", "expected"),
-    [
+def set_up(root: Path, *environments: dict[str, str], build: str = "pass") -> list[dict[str, Any]]:
+    """Return what setup.py finds and prints under each environment, and how it ends."""
+    left_out = ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "SYNFACE_CUDA")
+    plain = {name: value for name, value in os.environ.items() if name not in left_out}
+    done = subprocess.run(
+        [sys.executable, "-c", SETUP.replace("BUILD", build), str(root), json.dumps(environments)],
+        cwd=ROOT,
+        env=plain | {"PATH": f"{root}/path/bin:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def toolkit(folder: Path, offered: str = "compute_90", release: str = "13.0") -> Path:
+    """Write a CUDA toolkit whose nvcc answers two questions."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "include").mkdir()
+    (folder / "include" / "cuda_runtime.h").write_text("")
+    nvcc = folder / "bin" / "nvcc"
+    listed = f"printf '%s\\n' {offered}" if offered else "exit 1"
+    nvcc.write_text(
+        f'#!/bin/sh\nif [ "$1" = --version ]; then echo "Cuda release {release}, V{release}.1"\n'
+        f"else {listed}\nfi\n"
+    )
+    nvcc.chmod(0o755)
+    return folder
+
+
+def wrapper(folder: Path) -> Path:
+    """Write an nvcc in a folder that is no toolkit, as a script that calls another."""
+    (folder / "bin").mkdir(parents=True)
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    return folder
+
+
+def test_a_build_without_a_gpu_names_the_architectures(tmp_path: Path) -> None:
+    cases = [
         ("", "compute_80 compute_90 compute_100", ["80", "90", "100", "100+PTX"]),
         ("native", "compute_75 compute_80 compute_86 compute_90", ["80", "90", "90+PTX"]),
         ("8.6", "compute_75 compute_80 compute_86 compute_90", ["86"]),
+    ]
+    homes = [toolkit(tmp_path / str(i), offered) for i, (_, offered, _) in enumerate(cases)]
+    environments = [
+        {"CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": given, "SYNFACE_CUDA": "1"}
+        for home, (given, _, _) in zip(homes, cases, strict=True)
+    ]
+    results = set_up(tmp_path, *environments)
+    for home, (_, _, expected), found in zip(homes, cases, results, strict=True):
+        assert found["error"] is None
+        assert found["home"] == str(home)
+        assert set(found["flags"]) == {
+            f"-gencode=arch=compute_{name.split('+')[0]},code="
+            + (f"compute_{name[:-4]}" if name.endswith("+PTX") else f"sm_{name}")
+            for name in expected
+        }
+
+
+def test_an_nvcc_that_is_only_a_script_is_passed_over(tmp_path: Path) -> None:
+    """The toolkit has headers and torch's version; one without a version in its name is first."""
+    wrapper(tmp_path / "path")
+    older = toolkit(tmp_path / "usr/local/cuda-12.4", release="12.4")
+    first, newest = (toolkit(tmp_path / f"usr/local/cuda-13.{n}") for n in (0, 2))
+    results = set_up(
+        tmp_path,
+        {},
+        {"CUDA_HOME": str(older), "SYNFACE_CUDA": "1"},
+        {"CUDA_PATH": str(first)},
+        {"TORCH_CUDA_ARCH_LIST": "9.0"},
+    )
+    assert [found["home"] for found in results] == [*map(str, (newest, newest, first, newest))]
+    named = tmp_path / "usr/local/cuda"
+    named.symlink_to(first)
+    assert set_up(tmp_path, {})[0]["home"] == str(named)
+
+
+@pytest.mark.parametrize(
+    ("release", "offered", "message"),
+    [
+        ("12.4", "compute_90", "has CUDA 12.4, torch is of 13.0"),
+        ("13.0", "compute_52", "none of the architectures (80, 90, 100)"),
+        ("13.0", "", "--list-gpu-arch fails"),
+        (None, "", "path has no include/cuda_runtime.h"),
     ],
 )
-def test_a_build_without_a_gpu_names_the_architectures(
-    tmp_path: Path, given: str, offered: str, expected: list[str]
+def test_without_a_toolkit_the_build_is_without_cuda(
+    tmp_path: Path, release: str | None, offered: str, message: str
 ) -> None:
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text(f"#!/bin/sh\nprintf '%s\\n' {offered}\n")
-    nvcc.chmod(0o755)
-    arguments = [sys.executable, "-c", WITHOUT_GPU]
-    printed = run(
-        arguments, ROOT, CUDA_HOME=str(tmp_path), TORCH_CUDA_ARCH_LIST=given, SYNFACE_CUDA="1"
-    )
-    flags = {
-        f"-gencode=arch=compute_{name.split('+')[0]},code="
-        + (f"compute_{name[:-4]}" if name.endswith("+PTX") else f"sm_{name}")
-        for name in expected
-    }
-    assert set(json.loads(printed.splitlines()[-1])) == flags
+    wrapper(tmp_path / "path")
+    if release is not None:
+        toolkit(tmp_path / "usr/local/cuda", offered, release)
+    automatic, forced, without = set_up(tmp_path, {}, {"SYNFACE_CUDA": "1"}, {"SYNFACE_CUDA": "0"})
+    assert automatic["error"] is automatic["home"] is None
+    assert automatic["printed"].startswith("building as with SYNFACE_CUDA=0, without CUDA: ")
+    assert message in automatic["printed"]
+    assert forced["error"].startswith("SYNFACE_CUDA=1: ")
+    assert message in forced["error"]
+    assert without == {"home": None, "flags": [], "error": None, "printed": ""}
+
+
+# BuildExtension compiles no CUDA sources.
+FAILING = """
+            def build(self):
+                cuda = sum(source.endswith(".cu") for source in self.extensions[0].sources)
+                print("sources", cuda)
+                if cuda:
+                    raise RuntimeError("Error compiling objects")
+            cpp_extension.BuildExtension.build_extensions = build
+            extension = made["torch_extension"](True)
+            command = made["Build"](setuptools.Distribution({"ext_modules": [extension]}))
+            extension._full_name = "set by setuptools"
+            command.extensions = [extension]
+            command.build_extensions()
+            assert extension._full_name == "set by setuptools"
+            assert not extension.define_macros
+            assert not any("cuda" in library for library in extension.libraries)
+"""
+
+
+def test_cuda_sources_that_do_not_compile_are_left_out(tmp_path: Path) -> None:
+    toolkit(tmp_path / "usr/local/cuda")
+    automatic, forced = set_up(tmp_path, {}, {"SYNFACE_CUDA": "1"}, build=FAILING.strip())
+    assert automatic["error"] is None
+    assert "sources 1\nWARNING: with CUDA the build fails (Error compi" in automatic["printed"]
+    assert automatic["printed"].endswith("sources 0\n")
+    assert forced["error"] == "Error compiling objects"

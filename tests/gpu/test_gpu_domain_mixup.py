@@ -1,16 +1,28 @@
-"""Domain mixup on a GPU, against its definition on the CPU. Run by `make gpu-evidence`."""
+"""Domain and identity mixup on a GPU, against their definitions. Run by `make gpu-evidence`."""
 
 import pytest
 import torch
 
 import synface_kernels as sk
+from tests.gpu.on_device import (
+    BF16,
+    DEVICE,
+    F16,
+    F32,
+    F64,
+    assert_no_host_sync,
+    assert_same,
+    compiled,
+    needs_device,
+    normal,
+    on_another_device,
+    peak_bytes,
+    pick,
+    replayed,
+)
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
-]
-DEVICE = "cuda"
-U8, F32, BF16, F16, F64 = torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64
+pytestmark = needs_device
+U8 = torch.uint8
 # Triton compiles a kernel for nearly every combination, so only some are tried.
 TYPES = [
     (U8, F32),
@@ -22,7 +34,7 @@ TYPES = [
     (F16, F16),
     (F64, F32),
 ]
-FACES = (3, 112, 112, 3)
+FACES = (3, *pick((112, 112), (11, 12)), 3)
 # odd sizes; one channel; many; more than a block in a row
 SHAPES = [(2, 7, 5, 3), (2, 9, 33, 1), (1, 2, 2, 300), (1, 1, 3000, 3)]
 
@@ -32,6 +44,8 @@ def impl(request):
     choice = sk.explain("domain_mixup", device=DEVICE)
     if request.param in choice.rejected:
         pytest.skip(choice.rejected[request.param])
+    if request.param == "cuda" and DEVICE == "cpu":
+        pytest.skip("needs a GPU")
     return request.param
 
 
@@ -114,10 +128,11 @@ def test_two_runs_agree_bitwise(impl):
 
 
 def test_every_pair_of_bytes(impl):
-    """256 × 256 pairs under each of SynFace's 21 ψ."""
-    byte = torch.arange(256, dtype=U8)
-    s = byte[:, None].expand(256, 256).reshape(1, 256, 256, 1).repeat(21, 1, 1, 1)
-    r = byte[None, :].expand(256, 256).reshape(1, 256, 256, 1).repeat(21, 1, 1, 1)
+    """256 × 256 pairs under each of SynFace's 21 ψ (in the interpreter every fifth byte)."""
+    byte = torch.arange(0, 256, pick(1, 5), dtype=U8)
+    n = len(byte)
+    s = byte[:, None].expand(n, n).reshape(1, n, n, 1).repeat(21, 1, 1, 1)
+    r = byte[None, :].expand(n, n).reshape(1, n, n, 1).repeat(21, 1, 1, 1)
     psi = torch.arange(21, dtype=F64) / 20
     for dtype in (F32, BF16, F16):
         expected = sk.domain_mixup(s, r, psi, dtype=dtype, impl="reference")
@@ -126,19 +141,66 @@ def test_every_pair_of_bytes(impl):
 
 
 def test_auto_writes_into_out_without_more_memory():
-    assert sk.explain("domain_mixup", device=DEVICE).impl in ("cuda", "triton")
-    s, r = there(*(torch.zeros(64, 112, 112, 3, dtype=U8) for _ in range(2)))
-    out = torch.empty(64, 3, 112, 112, device=DEVICE)
+    wanted = pick(("cuda", "triton"), ("cpu",))
+    assert sk.explain("domain_mixup", device=DEVICE).impl in wanted
+    b, h, w = pick((64, 112, 112), (2, 8, 8))
+    s, r = there(*(torch.zeros(b, h, w, 3, dtype=U8) for _ in range(2)))
+    out = torch.empty(b, 3, h, w, device=DEVICE)
     sk.domain_mixup(s, r, 0.3, out=out)  # the constants are cached
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    sk.domain_mixup(s, r, 0.3, out=out)
-    assert torch.cuda.max_memory_allocated() - before < 1 << 20
+    assert peak_bytes(lambda: sk.domain_mixup(s, r, 0.3, out=out)) < 1 << 20
 
 
-def test_compile_fullgraph():
-    s, r = there(*(images((2, 8, 8, 3), U8, torch.Generator().manual_seed(i)) for i in range(2)))
-    psi = torch.tensor([0.3, 0.6], device=DEVICE)
-    compiled = torch.compile(lambda: sk.domain_mixup(s, r, psi), fullgraph=True)
-    assert torch.equal(compiled(), sk.domain_mixup(s, r, psi))
+def batch(device=DEVICE):
+    s, r = (images((2, 8, 8, 3), U8, torch.Generator().manual_seed(i)) for i in range(2))
+    return s.to(device), r.to(device), torch.tensor([0.3, 0.6], device=device)
+
+
+def test_compile_fullgraph(impl):
+    s, r, psi = batch()
+    function = compiled(lambda s, r, psi: sk.domain_mixup(s, r, psi, impl=impl))
+    assert torch.equal(function(s, r, psi), sk.domain_mixup(s, r, psi, impl=impl))
+
+
+def test_a_replayed_step_is_the_eager_one(impl):
+    problem = there(*gradient_problem(F32, "NHWC"))
+    expected = gradients(*problem, "NHWC", impl)
+    assert_same(replayed(lambda: gradients(*problem, "NHWC", impl)), expected)
+    s, r, psi = batch()
+
+    def mixed():
+        return [sk.domain_mixup(s, r, psi, std=[0.21, 0.31, 0.41], impl=impl)]
+
+    assert_same(replayed(mixed), mixed())
+
+
+def test_a_step_never_waits_for_the_gpu(impl):
+    problem = there(*gradient_problem(F32, "NHWC"))
+    assert_no_host_sync(lambda: gradients(*problem, "NHWC", impl))
+    s, r, psi = batch()
+    assert_no_host_sync(lambda: sk.domain_mixup(s, r, psi, impl=impl))
+    assert_no_host_sync(lambda: sk.domain_mixup(s, r, 0.3, impl=impl))
+
+
+def test_another_device(impl):
+    on_another_device(lambda device: [sk.domain_mixup(*batch(device), impl=impl)])
+
+
+@pytest.mark.parametrize("share", ["numbers", 0.3])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_identity_mixup(dtype, share):
+    first, second = (normal(5, 512, seed=i, dtype=dtype).requires_grad_() for i in (1, 2))
+    phi = torch.rand(5, device=DEVICE) if share == "numbers" else share
+
+    def step():
+        mixed = sk.identity_mixup(first, second, phi)
+        return [mixed.detach(), *torch.autograd.grad(mixed.sum(), (first, second))]
+
+    exact = phi.double()[:, None] if share == "numbers" else share
+    expected = exact * first.double() + (1 - exact) * second.double()
+    got, *grads = step()
+    assert got.dtype == dtype
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got.double(), expected.detach(), rtol=tolerance, atol=tolerance)
+    assert_same(step(), [got, *grads])
+    assert_same(replayed(step), [got, *grads])
+    assert_no_host_sync(step)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,49 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def toml_text(values: Mapping[str, Any]) -> str:
-    """Return tables and values as TOML."""
-    with extra("train", "writing TOML"):
-        import tomli_w
+    """Return tables and values as TOML: plain values first, then each table under its header.
 
-    return tomli_w.dumps(values)
+    Raises:
+        TypeError: naming the key, for a value that is not a string, boolean, number, list or table.
+    """
+    return "\n".join(_tables(values, ())).lstrip("\n") + "\n" if values else ""
+
+
+def _tables(values: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
+    plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    if path and (plain or not values):
+        yield f"\n[{'.'.join(map(_key, path))}]"
+    for key, value in plain.items():
+        yield f"{_key(key)} = {_value(value, '.'.join((*path, key)))}"
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _tables(value, (*path, key))
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _string(key)
+
+
+def _string(text: str) -> str:
+    # JSON's escapes are TOML's, which also wants U+007F escaped; a lone surrogate has no UTF-8.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _value(value: object, where: str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return _string(value)
+    if isinstance(value, int):
+        return str(int(value))
+    if isinstance(value, float):
+        return repr(float(value))  # TOML writes infinities and NaN as Python does
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_value(item, where) for item in value)}]"
+    if isinstance(value, Mapping):  # a table in a list
+        pairs = (f"{_key(key)} = {_value(item, f'{where}.{key}')}" for key, item in value.items())
+        return f"{{ {', '.join(pairs)} }}" if value else "{}"
+    raise TypeError(f"{where} must be a string, boolean, number, list or table, got {value!r}")
 
 
 def write_toml(file: Path, values: Mapping[str, Any]) -> None:

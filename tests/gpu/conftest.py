@@ -1,0 +1,9 @@
+"""Patches of Triton's interpreter, where it runs the GPU tests on the CPU."""
+
+from tests.gpu.on_device import DRY
+
+if DRY:
+    from tests.triton.interpreted.conftest import (  # noqa: F401
+        _look_for_builtins_once,
+        _round_to_nearest,
+    )

@@ -1,0 +1,253 @@
+"""`make gpu-evidence` measures what it can, whatever else fails, and says what failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from benchmarks import gpu_evidence, tasks, verify, worker
+from benchmarks.cases import CASES, cases
+from benchmarks.gpu_evidence import LEAST_SECONDS, MOST_SECONDS, allowance, jobs
+from benchmarks.process import ROOT
+from benchmarks.pytest_results import without_folders
+from benchmarks.worker import Worker
+from tools.stand_in import ABSENT, block, unmeasured
+
+MARGIN = "margin_cross_entropy"
+
+
+def test_time_goes_to_those_who_need_it():
+    assert allowance(1000, 0) == MOST_SECONDS
+    assert allowance(100, 1000 // 40) == 100 - LEAST_SECONDS * 25
+    assert allowance(30, 29) == 1
+    assert allowance(-1, 5) < 0
+    for needed in (0.5, MOST_SECONDS * 2):  # all finish early, or none does
+        left, waiting = 240.0, 35
+        while waiting >= 0:
+            granted = allowance(left, waiting)
+            assert 0 < granted <= left
+            left, waiting = left - min(needed, granted), waiting - 1
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_the_first_jobs_are_each_ops_first_case(dry):
+    found = jobs(dry)
+    suite = "dry" if dry else "gpu"
+    timed = [job.case for job in found if job.task == "case"]
+    assert timed[: len(CASES)] == [cases(suite, op)[0] for op in CASES]
+    assert sorted(timed, key=id) == sorted(cases(suite), key=id)
+    for kind in ("profile", "sweep", "replay"):
+        assert any(job.task == kind for job in found)
+    if not dry:
+        sizes = {job.case.shape["N"] for job in found if job.task == "profile"}
+        assert sizes == {512, 4096}
+        (sweep, *_) = (job for job in found if job.task == "sweep")
+        assert sweep.arguments["workspaces_mib"] == [16, 32, 64, 128, 256]
+
+
+def test_gemms_are_held_against_their_own_precision():
+    ceilings = {
+        "product_tflop_per_second": 800.0,
+        "float32_tflop_per_second": 50.0,
+        "copy_gigabyte_per_second": 3000.0,
+    }
+    for dtype, share in (("float32", 0.5), ("bfloat16", 25 / 800), ("float16", 25 / 800)):
+        row = {"tflop_per_second": 25.0, "gigabyte_per_second": 30.0}
+        gpu_evidence._add_shares({"gemm_dtype": dtype, "peers": [row]}, ceilings)
+        assert row["share_of_product"] == share
+        assert row["share_of_copy"] == 0.01
+    row = {"tflop_per_second": 0.0, "gigabyte_per_second": 30.0}
+    gpu_evidence._add_shares({"gemm_dtype": "int64", "peers": [row]}, ceilings)
+    assert "share_of_product" not in row
+
+
+def test_published_messages_have_no_paths():
+    text = 'at /a/b-c/d.py:3: 1/2 of bf16/float32, "/root/x/y.py"; no file'
+    assert without_folders(text) == 'at d.py:3: 1/2 of bf16/float32, "y.py"; no file'
+
+
+# ---- tests of each op ----------------------------------------------------------------------------
+
+STUBS = {
+    "domain_mixup": "def test_a(): pass",
+    "hypersphere_repulsion": "import pytest\n@pytest.mark.skip\ndef test_a(): pass",
+    MARGIN: "def test_a(): pass",
+    f"{MARGIN}_steps": "def test_b(): pass",
+    "row_update": "def test_a(): pass\ndef test_b(): assert [1] == [2], 'planted'",
+    "sample_classes": "import nothing_of_that_name",
+}
+
+
+def stubs(folder: Path, **more: str) -> Path:
+    for name, text in {**STUBS, **more}.items():
+        (folder / f"test_gpu_{name}.py").write_text(text + "\n")
+    return folder
+
+
+@pytest.mark.slow
+def test_each_op_has_a_verdict_of_its_own(tmp_path):
+    hangs = "def test_a(): pass\ndef test_b():\n    import time; time.sleep(600)"
+    folder, reports = stubs(tmp_path, row_update_hangs=hangs), []
+    outcomes = verify.run_gpu_tests(
+        30, folder=folder, report=lambda found: reports.append(len(found))
+    )
+    assert reports[-1] == len(outcomes) == len(CASES)
+    margin = outcomes[MARGIN]  # of two files
+    assert (margin.passed, margin.failed, margin.problem) == (2, 0, None)
+    assert outcomes["domain_mixup"].passed == 1
+    assert outcomes["hypersphere_repulsion"].skipped == 1
+    rows = outcomes["row_update"]
+    assert (rows.passed, rows.failed) == (2, 1)  # those before the one that hangs, too
+    assert "the process was ended after 30 s" in rows.problem
+    (failure,) = rows.failures
+    assert failure["test"].endswith("test_b")
+    assert "planted" in failure["message"]
+    uncollected = outcomes["sample_classes"]
+    assert (uncollected.passed, uncollected.failed) == (0, 1)
+    assert "No module named 'nothing_of_that_name'" in uncollected.failures[0]["message"]
+    assert "/" not in uncollected.failures[0]["test"]
+
+
+def test_each_op_has_gpu_tests():
+    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    assert {verify.op_of(file) for file in files} == {*CASES}
+    assert verify.op_of(Path("test_gpu_another_op.py")) == "another_op"
+
+
+# ---- the measuring process -----------------------------------------------------------------------
+
+
+def test_a_task_that_fails_leaves_the_process(capfd):
+    with Worker("cpu") as process:
+        failed = process.run("case", 30, op=MARGIN, suite="dry", index=99, rounds=1)
+        pid = process._process.pid
+        assert failed == {"not_measured": "IndexError: list index out of range"}
+        assert process.run("machine", 30)["torch"] == str(torch.__version__)
+        assert process._process.pid == pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_process_that_hangs_or_dies_is_replaced(monkeypatch):
+    monkeypatch.setattr(worker, "GRACE_SECONDS", 2)
+    with Worker("cpu") as process:
+        assert "torch" in process.run("machine", 60)
+        os.kill(process._process.pid, signal.SIGSTOP)
+        began = time.monotonic()
+        stopped = process.run("machine", 1)
+        assert stopped == {"not_measured": "the process was ended after 3 s"}
+        assert time.monotonic() - began < 10
+        assert "torch" in process.run("machine", 60)
+        os.kill(process._process.pid, signal.SIGKILL)
+        process._process.wait()
+        assert "torch" in process.run("machine", 60)
+
+
+def test_settings_of_the_margin_softmax_are_put_back(monkeypatch):
+    from synface_kernels.ops import _triton
+    from synface_kernels.ops.margin_cross_entropy import launch_triton
+
+    class Chip(NamedTuple):
+        l2_bytes: int = 50 << 20
+
+    chooser = types.SimpleNamespace(chip_of=lambda device: Chip())
+    name = "synface_kernels.ops.margin_cross_entropy.chooser"
+    monkeypatch.setitem(sys.modules, name, chooser)
+    monkeypatch.delenv(tasks.DESIGN, raising=False)
+    before = _triton.WORKSPACE_BYTES
+    with tasks.margin_settings("tiled", 16):
+        assert chooser.chip_of("cuda") == Chip(32 << 20)
+        assert _triton.WORKSPACE_BYTES == 16 << 20
+        assert getattr(launch_triton, "WORKSPACE_BYTES", 16 << 20) == 16 << 20
+        assert os.environ[tasks.DESIGN] == "tiled"
+    assert before == _triton.WORKSPACE_BYTES
+    assert chooser.chip_of("cuda") == Chip()
+    assert tasks.DESIGN not in os.environ
+
+
+# ---- the whole -----------------------------------------------------------------------------------
+
+
+def evidence(output: Path, tests: Path | None = None) -> tuple[int, str, dict]:
+    """Run a dry run where the packages that a GPU machine lacks cannot be imported."""
+    blocked = block(output.parent / "blocked")
+    command = [sys.executable, "-m", "benchmarks.gpu_evidence", "--dry", "--output", str(output)]
+    done = subprocess.run(
+        command + (["--tests", str(tests)] if tests else []),
+        cwd=ROOT,
+        # torch.compile would take minutes, and its times for tiny shapes do not matter.
+        env={
+            **os.environ,
+            "PYTHONPATH": f".:python:{blocked}",
+            "TORCH_COMPILE_DISABLE": "1",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert output.exists(), done.stdout
+    return done.returncode, done.stdout, json.loads(output.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_dry_run_measures_every_case_of_every_op(tmp_path):
+    code, printed, result = evidence(tmp_path / "evidence.json")
+    assert code == 0, printed
+    assert result["build"]["problem"] is None
+    assert "pytorch_metric_learning" in result["cannot_import"]
+    assert set(result["tests"]["ops"]) == {*CASES}
+    for outcome in result["tests"]["ops"].values():
+        assert outcome["passed"] > 10
+        assert outcome["failed"] == 0
+    for kind in ("copy_gigabyte", "product_tflop", "float32_tflop", "tf32_tflop"):
+        assert result["ceilings"][f"{kind}_per_second"] > 0
+    assert [(case["op"], case["name"]) for case in result["cases"]] == [
+        (case.op, case.name) for case in cases("dry")
+    ]
+    for case in result["cases"]:
+        ours = case["peers"][0]
+        assert case["rounds"] == 3
+        assert ours["seconds"] > 0
+        assert ours["share_of_copy"] > 0
+    assert unmeasured(result) == []
+    assert "unverified" not in result
+    assert {row["op"] for row in result["replays"]} == {*CASES}
+    for name in ABSENT:
+        assert f"No module named '{name}'" not in json.dumps(result["tests"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_failure_in_one_op_leaves_the_others_measured(tmp_path):
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    code, printed, result = evidence(
+        tmp_path / "evidence.json",
+        stubs(tests, hypersphere_repulsion="def test_a(): pass"),
+    )
+    assert code == 1
+    assert "row_update: 1 of its tests failed" in printed
+    assert "sample_classes: 1 of its tests failed, none passed" in printed
+    assert "domain_mixup:" not in printed.split("not all went well:")[1]
+    failed = {"row_update", "sample_classes"}
+    for case in result["cases"]:
+        assert (case["op"] in failed) == ("not_measured" in case), case
+        assert (case["op"] in failed) != bool(case["peers"])
+    for kept in ("profiles", "sweeps", "replays"):
+        assert result[kept]
+        assert not failed & {row["op"] for row in result[kept]}
+    apart = result["unverified"]["cases"]
+    assert {case["op"] for case in apart} == failed
+    assert all(case["peers"][0]["seconds"] > 0 for case in apart)
