@@ -16,9 +16,11 @@ def seeds(seed: int, purpose: str, step: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def generator(seed: int, purpose: str, step: int) -> torch.Generator:
-    """Return a generator on the CPU with the seed of a purpose and step."""
-    return torch.Generator().manual_seed(seeds(seed, purpose, step))
+def generator(
+    seed: int, purpose: str, step: int, device: str | torch.device = "cpu"
+) -> torch.Generator:
+    """Return a generator with the seed of a purpose and step; on a GPU it draws other numbers."""
+    return torch.Generator(device).manual_seed(seeds(seed, purpose, step))
 
 
 def normals(shape: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -1,36 +1,101 @@
-"""Hypersphere repulsion in Triton: kernels, launchers and their default configurations.
+"""The Triton kernels of the hypersphere repulsion; `launch_triton` launches them.
 
-A cuBLAS GEMM writes the cosines of two blocks of points into a reused workspace, and kernels turn
-them into derivatives or collect neighbors from them. Without a gallery each pair of blocks is taken
-once, for both its sides. Every sum has one owner and a fixed order: a program owns a row, or a
-column, of the workspace; blocks follow each other on the stream.
+Points are compared block by block. A block is prepared first: its rows times powers of two, so that
+no GEMM overflows and none of a 16-bit point's bits is lost, padded with zeros. The cosines of two
+blocks are computed tile by tile with `tl.dot` and never stored: sums over pairs turn a tile into
+its sum and the weights of the gradient's GEMM, the search into the greatest cosine of each group of
+points. Every sum has one owner and a fixed order; blocks follow each other on the stream.
+
+Names: SIZE_X and SIZE_Y are the (padded) points of a block, WIDTH their (padded) coordinates, D the
+coordinates, BLOCK_* a program's part.
 """
 
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .._triton import WORKSPACE_BYTES, launch, mm, tangent
+from ..._select import interpreting
+from .._triton import tangent
 
-BLOCK_ALIGNMENT = 128
+_INTERPRETED = tl.constexpr(interpreting())
 
 # From this cosine on, r² is computed from the coordinates' differences.
-_CLOSE = tl.constexpr(0.9375)
-# Marks a close pair in the workspace, whose derivative is added separately.
-_MARK = tl.constexpr(-1e-30)
+CLOSE = 0.9375
+_CLOSE = tl.constexpr(CLOSE)
 # Less than the key of any cosine, with 2^32 to spare.
-_NO_KEY = tl.constexpr(-(2**63))
+NO_KEY = -(2**63)
+_NO_KEY = tl.constexpr(NO_KEY)
+# Exponents of the weights' units may be off by this much from the greatest one.
+_SLACK = tl.constexpr(40.0)
+# References are this far apart: 16 bytes, as Triton compiles anew for other alignments.
+REFERENCE = tl.constexpr(4)
+# Stands for the cosine of what is no pair.
+_NO_PAIR = tl.constexpr(-2.0)
+# A prepared row's norm is in (128, 256].
+_LENGTH = tl.constexpr(256.0)
 
 LOG_SUM_EXP, RIESZ, LOG, HINGE = (tl.constexpr(i) for i in range(4))
 KINDS = {"log_sum_exp": 0, "riesz": 1, "log": 2, "hinge": 3}
 
 
-# ---- kernels: sums over pairs --------------------------------------------------------------------
+# ---- tiles of cosines ----------------------------------------------------------------------------
+
+
+@triton.jit
+def _round_to_tf32(x):
+    """Round float32 to TF32's ten bits; the hardware would cut them off."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot(a, b, product, PRECISION: tl.constexpr):
+    """Return a @ b + product, with float32 sums."""
+    if _INTERPRETED:  # whose dot takes bfloat16 for integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, product, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _prepare_kernel(
+    rows, inverse, out, scale, count, stride, D: tl.constexpr, WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write a block's rows times powers of two, padded with zeros, and their inverse norms.
+
+    Reads count×D points and count float64 inverse norms; writes BLOCK_R×BLOCK_D a program.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    factor = tl.load(inverse + row, mask=row < count, other=1.0)
+    power = (factor.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
+    power *= _LENGTH
+    mask = (row < count)[:, None] & (d < D)[None, :]
+    x = tl.load(rows + row[:, None] * stride + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    x *= power.to(tl.float32)[:, None]
+    if PRECISION == "tf32":
+        x = _round_to_tf32(x)
+    tl.store(out + row[:, None] * WIDTH + d[None, :], x.to(out.dtype.element_ty))
+    if tl.program_id(1) == 0:
+        tl.store(scale + row, (factor / power).to(tl.float32))
+
+
+@triton.jit
+def _cosines(
+    x, y, x_scale, y_scale, row, column, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of cosines of two prepared blocks."""
+    d = tl.arange(0, BLOCK_D)
+    x += row[:, None] * WIDTH + d[None, :]
+    y += column[None, :] * WIDTH + d[:, None]
+    product = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
+    for start in range(0, WIDTH, BLOCK_D):
+        product = _dot(tl.load(x + start), tl.load(y + start), product, PRECISION)
+    return product * tl.load(x_scale + row)[:, None] * tl.load(y_scale + column)[None, :]
+
+
+# ---- sums over pairs -----------------------------------------------------------------------------
 
 
 @triton.jit
@@ -40,8 +105,8 @@ def _potential(c, square, shift, a, KIND: tl.constexpr, POWER: tl.constexpr):
         f = tl.exp(a * (c - shift))
         slope = f
     elif KIND == RIESZ:
-        f = tl.exp(-0.5 * a * tl.log(square))
-        slope = a * f / square
+        slope = a * tl.exp(-(0.5 * a + 1) * tl.log(square))
+        f = slope * square * (1 / a)
     elif KIND == LOG:
         f = -0.5 * tl.log(square)
         slope = 1.0 / square
@@ -54,6 +119,141 @@ def _potential(c, square, shift, a, KIND: tl.constexpr, POWER: tl.constexpr):
             f = 0.5 * over * over
             slope = over
     return f, slope
+
+
+@triton.jit
+def _rescaling(before, after, a):
+    """Return the factor from e^{a·before} to e^{a·after} as units; −∞ has no terms yet."""
+    return tl.where(before == after, 1.0, tl.exp(a * (before - after)))
+
+
+@triton.jit(do_not_specialize=["x_count", "y_count"])
+def _pairs_kernel(
+    x, y, x_scale, y_scale, weights, tile_maximum, tile_close, tile_sum, tile_shift, reference,
+    x_count, y_count, a, KIND: tl.constexpr, POWER: tl.constexpr, DIAGONAL: tl.constexpr,
+    REPEAT: tl.constexpr, GRADIENT: tl.constexpr, SIZE_X: tl.constexpr, SIZE_Y: tl.constexpr,
+    WIDTH: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Reduce a tile of two blocks' pairs, and write the weights of the gradient's GEMM.
+
+    Reads the two prepared blocks, BLOCK_N×WIDTH and BLOCK_C×WIDTH a program. Adds the tile's Σ f to
+    its own slot of tile_sum (for LOG_SUM_EXP in units of e^{a·tile_shift}, the greatest cosine so
+    far), and writes its number of close pairs and BLOCK_N×BLOCK_C weights: slope times both inverse
+    norms; −0 for a close pair, which `_close_kernel` adds. Without GRADIENT only tiles with close
+    pairs are written, for these. With DIAGONAL the two blocks are one: tiles above the diagonal are
+    written to both sides.
+
+    LOG_SUM_EXP's weights are in units of e^{a·reference}. With REPEAT, the second launch, they are
+    written again only where the tiles' greatest cosine is too far above it; the next reference is
+    what holds then.
+    """
+    n, c = tl.program_id(0), tl.program_id(1)
+    TILES_C: tl.constexpr = SIZE_Y // BLOCK_C
+    tile = n * TILES_C + c
+    if KIND == LOG_SUM_EXP:
+        units = tl.load(reference)
+        if REPEAT:
+            slot = tl.arange(0, TILES)
+            mask = slot < SIZE_X // BLOCK_N * TILES_C
+            most = tl.max(tl.load(tile_maximum + slot, mask=mask, other=float("-inf")), 0)
+            repeat = a * (most - units) > _SLACK
+            units = tl.where(repeat, most, units)
+            if tile == 0:
+                tl.store(reference + REFERENCE, units)
+            if not repeat:
+                return
+    if DIAGONAL:  # noqa: SIM102 (compiled only then)
+        if n > c:
+            return
+    row, column = n * BLOCK_N + tl.arange(0, BLOCK_N), c * BLOCK_C + tl.arange(0, BLOCK_C)
+    cosine = _cosines(x, y, x_scale, y_scale, row, column, WIDTH, PRECISION, BLOCK_D)
+    valid = (row < x_count)[:, None] & (column < y_count)[None, :]
+    if DIAGONAL:
+        valid &= row[:, None] != column[None, :]
+    # Masks are found again in the values, as they would not fit the registers beside them.
+    cosine = tl.where(valid, cosine, _NO_PAIR)
+    most = 0.0
+    if KIND == LOG_SUM_EXP:
+        greatest = tl.max(cosine)
+        most = tl.where(greatest > _NO_PAIR, greatest, 0.0)
+        greatest = tl.where(greatest > _NO_PAIR, greatest, float("-inf"))
+    plain = (cosine > _NO_PAIR) & (cosine < _CLOSE)
+    marked = tl.where(cosine >= _CLOSE, -1.0, 0.0)
+    cosine = tl.where(plain, cosine, most)
+    f, slope = _potential(cosine, 2.0 - 2.0 * cosine, most, a, KIND, POWER)
+    slope = tl.where(plain, slope, marked)
+    number = tl.sum((slope < 0).to(tl.int32))
+    if not REPEAT:
+        total = tl.sum(tl.where(plain, f, 0.0)).to(tl.float64)
+        if DIAGONAL:
+            total *= tl.where(n == c, 0.5, 1.0)  # both halves are there
+        tl.store(tile_close + tile, number)
+        before = tl.load(tile_sum + tile)
+        if KIND == LOG_SUM_EXP:
+            tl.store(tile_maximum + tile, greatest)
+            old = tl.load(tile_shift + tile)
+            new = tl.maximum(old, greatest)
+            before *= _rescaling(old, new, a)
+            total *= _rescaling(greatest, new, a)
+            tl.store(tile_shift + tile, new)
+        tl.store(tile_sum + tile, before + total)
+        if DIAGONAL and GRADIENT:
+            tl.store(tile_close + c * TILES_C + n, number)
+            if KIND == LOG_SUM_EXP:
+                tl.store(tile_maximum + c * TILES_C + n, greatest)
+    at = weights + row[:, None] * SIZE_Y + column[None, :]
+    mark = tl.full((), -(2**31), tl.int32).to(tl.float32, bitcast=True)  # a literal −0 becomes 0
+    if GRADIENT:
+        weight = slope * tl.load(x_scale + row)[:, None] * tl.load(y_scale + column)[None, :]
+        if KIND == LOG_SUM_EXP:
+            weight *= tl.exp(a * (most - units))
+        if PRECISION == "tf32":
+            weight = _round_to_tf32(weight)
+        weight = tl.where(slope < 0, mark, weight).to(weights.dtype.element_ty)
+        tl.store(at, weight)
+        if DIAGONAL:  # noqa: SIM102
+            if n < c:
+                tl.store(weights + column[None, :] * SIZE_Y + row[:, None], weight)
+    else:
+        marks = tl.where(slope < 0, mark, 0.0).to(weights.dtype.element_ty)
+        tl.store(at, marks, mask=number > 0)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _gradient_kernel(
+    weights, other, own_scale, gradient, before, after, count, a, D: tl.constexpr,
+    SIZE_X: tl.constexpr, SIZE_Y: tl.constexpr, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add the GEMM weights @ other (TRANSPOSED: weights.T @ other) to count×D of the gradient.
+
+    Reads BLOCK_N×SIZE_Y weights and SIZE_Y×BLOCK_D of the other block's points (TRANSPOSED:
+    SIZE_X); reads and writes BLOCK_N×BLOCK_D float32 of the gradient. EXPONENTIAL: its units go
+    from e^{a·before} to e^{a·after} first.
+    """
+    start_row, start_d = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_D
+    row, d, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
+    if TRANSPOSED:
+        weights += start_row
+    else:
+        weights += start_row * SIZE_Y
+    other += start_d
+    product = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start in range(0, SIZE_X if TRANSPOSED else SIZE_Y, BLOCK_K):
+        if TRANSPOSED:
+            w = tl.load(weights + (start + k)[None, :] * SIZE_Y + row[:, None])
+        else:
+            w = tl.load(weights + row[:, None] * SIZE_Y + (start + k)[None, :])
+        v = tl.load(other + (start + k)[:, None] * WIDTH + d[None, :])
+        product = _dot(w, v, product, PRECISION)
+    at = gradient + start_row * D + start_d + row[:, None] * D + d[None, :]
+    mask = (start_row + row < count)[:, None] & (start_d + d < D)[None, :]
+    old = tl.load(at, mask=mask, other=0.0)
+    if EXPONENTIAL:
+        old *= _rescaling(tl.load(before), tl.load(after), a)
+    tl.store(at, old + product / tl.load(own_scale + start_row + row)[:, None], mask=mask)
 
 
 @triton.jit
@@ -82,134 +282,121 @@ def _apart(x, y, i, j, r_min, D: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_D:
 
 
 @triton.jit
-def _close_pair(
-    x, y, x_inverse, y_inverse, x_stride, y_stride, i, j, shift, a, r_min, D: tl.constexpr,
-    KIND: tl.constexpr, POWER: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Return F of one pair, and slope·direction: its gradient by ŷ_j, and minus that by x̂_i."""
-    x_i = _unit(x, x_inverse, x_stride, i, D, BLOCK_D)
-    y_j = _unit(y, y_inverse, y_stride, j, D, BLOCK_D)
-    r, direction = _apart(x_i, y_j, i, j, r_min, D, SYMMETRIC, BLOCK_D)
-    f, slope = _potential(1 - 0.5 * r * r, r * r, shift.to(tl.float64), a, KIND, POWER)
-    return f, slope * direction
+def _is_marked(weight):
+    """Return where weights are −0."""
+    if weight.dtype.primitive_bitwidth == 16:
+        return weight.to(tl.int16, bitcast=True) == -(2**15)
+    else:
+        return weight.to(tl.int32, bitcast=True) == -(2**31)
 
 
 @triton.jit
-def _row_maximum_kernel(tile, out, columns, stride, DIAGONAL: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Write the greatest cosine of each row (of its pairs i < j on the diagonal)."""
-    row = tl.program_id(0).to(tl.int64)
-    most = tl.full((BLOCK_C,), float("-inf"), tl.float32)
-    start = 0
-    while start < columns:
-        column = start + tl.arange(0, BLOCK_C)
-        valid = column < columns
-        if DIAGONAL:
-            valid &= column > row
-        c = tl.load(tile + row * stride + column, mask=valid, other=float("-inf"))
-        most = tl.maximum(most, c)
-        start += BLOCK_C
-    tl.store(out + row, tl.max(most, 0))
-
-
-@triton.jit
-def _derivatives_kernel(
-    tile, x, y, x_inverse, y_inverse, x_stride, y_stride, shift, grad_x, row_sum, row_close,
-    row_start, column_start, columns, stride, a, r_min, D: tl.constexpr, KIND: tl.constexpr,
-    POWER: tl.constexpr, DIAGONAL: tl.constexpr, SYMMETRIC: tl.constexpr, GRADIENT: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+def _close_kernel(
+    weights, tile_close, x, y, x_inverse, y_inverse, x_stride, y_stride, reference, gradient,
+    pair_sum, pair_shift, x_start, y_start, a, r_min, D: tl.constexpr, KIND: tl.constexpr,
+    POWER: tl.constexpr, OWNER_IS_Y: tl.constexpr, DIAGONAL: tl.constexpr,
+    SYMMETRIC: tl.constexpr, VALUE: tl.constexpr, GRADIENT: tl.constexpr, SIZE_X: tl.constexpr,
+    SIZE_Y: tl.constexpr, TILES: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Turn a row of cosines into derivatives, in place, and sum its f.
+    """Add the close pairs of one point (a row of the weights, or a column), one after the other.
 
-    Close pairs add their gradient by the row's point here, one after the other, and are counted in
-    row_close.
+    Reads a number for each of the point's tiles of BLOCK_C, and, only where these have close pairs,
+    its weights in them, of which −0 marks a close pair, and both points of each. Adds F to the
+    point's pair_sum (for LOG_SUM_EXP in units of e^{a·pair_shift}), and D float32 to its gradient.
     """
-    row = tl.program_id(0).to(tl.int64)
-    i = row_start + row
-    unit = tl.load(shift)
-    total = tl.zeros((), tl.float64)
-    any_close = 0
+    own = tl.program_id(0)
+    slot = tl.arange(0, TILES)
+    SIZE: tl.constexpr = SIZE_X if OWNER_IS_Y else SIZE_Y
+    if OWNER_IS_Y:
+        at = tile_close + slot * (SIZE_Y // BLOCK_C) + own // BLOCK_C
+    else:
+        at = tile_close + own // BLOCK_C * (SIZE_Y // BLOCK_C) + slot
+    counts = tl.load(at, mask=slot < SIZE // BLOCK_C, other=0)
+    if tl.sum(counts, 0) == 0:
+        return
     d = tl.arange(0, BLOCK_D)
+    k = tl.arange(0, BLOCK_C)
+    i = ((y_start if OWNER_IS_Y else x_start) + own).to(tl.int64)
+    units = tl.zeros((), tl.float64)
+    shift = tl.zeros((), tl.float64)
+    total = tl.zeros((), tl.float64)
+    push = tl.zeros((BLOCK_D,), tl.float64)
+    if VALUE:
+        total = tl.load(pair_sum + i)
+    if KIND == LOG_SUM_EXP:
+        if GRADIENT:
+            units = tl.load(reference).to(tl.float64)
+        if VALUE:
+            shift = tl.load(pair_shift + i)
     start = 0
-    while start < columns:
-        column = start + tl.arange(0, BLOCK_C)
-        valid = column < columns
-        if DIAGONAL:
-            valid &= column > row
-        c = tl.load(tile + row * stride + column, mask=valid, other=0.0)
-        close = valid & (c >= _CLOSE)
-        plain = valid & (c < _CLOSE)
-        c = tl.where(plain, c, 0.0)
-        f, slope = _potential(c, 2.0 - 2.0 * c, unit, a, KIND, POWER)
-        total += tl.sum(tl.where(plain, f, 0.0), 0).to(tl.float64)
-        slope = tl.where(plain, slope, tl.where(close, _MARK, 0.0))
-        tl.store(tile + row * stride + column, slope, mask=column < columns)
-        left = tl.sum(close.to(tl.int32), 0)
-        any_close += left
+    while start < SIZE:
+        left = tl.sum(tl.where(slot == start // BLOCK_C, counts, 0), 0)
+        marked = (k + start < SIZE) & (left > 0)
+        if OWNER_IS_Y:
+            w = tl.load(weights + (start + k) * SIZE_Y + own, mask=marked, other=0.0)
+        else:
+            w = tl.load(weights + own * SIZE_Y + start + k, mask=marked, other=0.0)
+        marked = _is_marked(w)
+        left = tl.sum(marked.to(tl.int32), 0)
         while left > 0:
-            next_column = tl.min(tl.where(close, column, columns), 0)
-            close &= column != next_column
-            pair_f, push = _close_pair(
-                x, y, x_inverse, y_inverse, x_stride, y_stride, i, column_start + next_column,
-                unit, a, r_min, D, KIND, POWER, SYMMETRIC, BLOCK_D,
-            )  # fmt: skip
-            total += pair_f
-            if GRADIENT:
-                to = grad_x + i * D + d
-                before = tl.load(to, mask=d < D, other=0.0)
-                tl.store(to, (before - push).to(tl.float32), mask=d < D)
+            first = tl.min(tl.where(marked, k, BLOCK_C), 0)
+            marked &= k != first
+            if OWNER_IS_Y:
+                j = (x_start + start + first).to(tl.int64)
+                x_i = _unit(x, x_inverse, x_stride, j, D, BLOCK_D)
+                y_j = _unit(y, y_inverse, y_stride, i, D, BLOCK_D)
+                r, direction = _apart(x_i, y_j, j, i, r_min, D, SYMMETRIC, BLOCK_D)
+                direction = -direction
+            else:
+                j = (y_start + start + first).to(tl.int64)
+                x_i = _unit(x, x_inverse, x_stride, i, D, BLOCK_D)
+                y_j = _unit(y, y_inverse, y_stride, j, D, BLOCK_D)
+                r, direction = _apart(x_i, y_j, i, j, r_min, D, SYMMETRIC, BLOCK_D)
+            c = 1 - 0.5 * r * r
+            f, slope = _potential(c, r * r, units, a, KIND, POWER)
+            push += slope * direction
+            if VALUE:
+                counted = True
+                if DIAGONAL:
+                    counted = j > i
+                if counted:
+                    if KIND == LOG_SUM_EXP:
+                        higher = tl.maximum(shift, c)
+                        total *= _rescaling(shift, higher, a)
+                        total += tl.exp(a * (c - higher))
+                        shift = higher
+                    else:
+                        total += f
             left -= 1
         start += BLOCK_C
-    tl.store(row_sum + row, total)
-    tl.store(row_close + row, any_close)
-
-
-@triton.jit
-def _close_columns_kernel(
-    tile, x, y, x_inverse, y_inverse, x_stride, y_stride, shift, grad_y, row_close, row_start,
-    column_start, rows, stride, a, r_min, D: tl.constexpr, KIND: tl.constexpr,
-    POWER: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Add the close pairs' gradients by one column's point."""
-    column = tl.program_id(0).to(tl.int64)
-    j = column_start + column
-    unit = tl.load(shift)
-    d = tl.arange(0, BLOCK_D)
-    to = grad_y + j * D + d
-    start = 0
-    while start < rows:
-        row = start + tl.arange(0, BLOCK_R)
-        close = tl.load(row_close + row, mask=row < rows, other=0) > 0
-        if tl.sum(close.to(tl.int32), 0) > 0:
-            slope = tl.load(tile + row.to(tl.int64) * stride + column, mask=close, other=0.0)
-            close &= slope == _MARK
-            left = tl.sum(close.to(tl.int32), 0)
-            while left > 0:
-                next_row = tl.min(tl.where(close, row, rows), 0)
-                close &= row != next_row
-                f, push = _close_pair(
-                    x, y, x_inverse, y_inverse, x_stride, y_stride, row_start + next_row, j,
-                    unit, a, r_min, D, KIND, POWER, SYMMETRIC, BLOCK_D,
-                )  # fmt: skip
-                before = tl.load(to, mask=d < D, other=0.0)
-                tl.store(to, (before + push).to(tl.float32), mask=d < D)
-                left -= 1
-        start += BLOCK_R
+    if VALUE:
+        tl.store(pair_sum + i, total)
+        if KIND == LOG_SUM_EXP:
+            tl.store(pair_shift + i, shift)
+    if GRADIENT:
+        to = gradient + i * D + d
+        old = tl.load(to, mask=d < D, other=0.0)
+        tl.store(to, (old - push).to(tl.float32), mask=d < D)
 
 
 @triton.jit
 def _project_kernel(
-    gradient, points, inverse, factor, stride, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Project a gradient in place, one row per program: factor/‖x‖·(g − (g·x̂)·x̂)."""
+    gradient, points, inverse, factor, stride, D: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Project a gradient in place, one row per program: factor/‖x‖·(g − (g·x̂)·x̂).
+
+    Reads a point and D float32, and writes D float32; factor holds one number per block.
+    """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     x = _unit(points, inverse, stride, row, D, BLOCK_D)
     g = tl.load(gradient + row * D + d, mask=d < D, other=0.0).to(tl.float64)
-    out = tangent(g, x, tl.load(factor) * tl.load(inverse + row))
+    out = tangent(g, x, tl.load(factor + row // SIZE) * tl.load(inverse + row))
     tl.store(gradient + row * D + d, out.to(tl.float32), mask=d < D)
 
 
-# ---- kernels: nearest neighbors -----------------------------------------------------------------
+# ---- nearest neighbors ---------------------------------------------------------------------------
 
 
 @triton.jit
@@ -231,32 +418,60 @@ def _cosine_of(key):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
-@triton.jit
-def _collect_kernel(
-    tile, keys, own_inverse, other_inverse, own_start, other_start, owners, others, own_stride,
-    other_stride, EXCLUDE_SELF: tl.constexpr, ROOM: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+@triton.jit(do_not_specialize=["x_count", "y_count"])
+def _maxima_kernel(
+    x, y, x_scale, y_scale, row_maxima, column_maxima, x_count, y_count, DIAGONAL: tl.constexpr,
+    COLUMNS: tl.constexpr, SIZE_X: tl.constexpr, SIZE_Y: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Merge a tile's cosines into the ROOM best of each owner (a row, or a column)."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """Write the greatest cosine of each row with each GROUP of columns; with COLUMNS, vice versa.
+
+    Reads the two prepared blocks, BLOCK_N×WIDTH and BLOCK_C×WIDTH a program; writes one number for
+    GROUP cosines. With DIAGONAL the two blocks are one, as are the two results.
+    """
+    n, c = tl.program_id(0), tl.program_id(1)
+    if DIAGONAL:  # noqa: SIM102 (compiled only then)
+        if n > c:
+            return
+    row, column = n * BLOCK_N + tl.arange(0, BLOCK_N), c * BLOCK_C + tl.arange(0, BLOCK_C)
+    cosine = _cosines(x, y, x_scale, y_scale, row, column, WIDTH, PRECISION, BLOCK_D)
+    valid = (row < x_count)[:, None] & (column < y_count)[None, :]
+    if DIAGONAL:
+        valid &= row[:, None] != column[None, :]
+    cosine = tl.where(valid, cosine, float("-inf"))
+    most = tl.max(tl.reshape(cosine, (BLOCK_N, BLOCK_C // GROUP, GROUP)), 2)
+    group = c * (BLOCK_C // GROUP) + tl.arange(0, BLOCK_C // GROUP)
+    tl.store(row_maxima + row[:, None] * (SIZE_Y // GROUP) + group[None, :], most)
+    if COLUMNS:
+        most = tl.max(tl.reshape(cosine, (BLOCK_N // GROUP, GROUP, BLOCK_C)), 1)
+        group = n * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)
+        tl.store(column_maxima + column[None, :] * (SIZE_X // GROUP) + group[:, None], most)
+
+
+@triton.jit(do_not_specialize=["owners", "others"])
+def _collect_kernel(
+    maxima, keys, own_start, other_start, owners, others, SIZE: tl.constexpr, GROUP: tl.constexpr,
+    ROOM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Merge a block's maxima into the ROOM best groups of each point.
+
+    Reads SIZE / GROUP float32 a point; reads and writes its ROOM keys.
+    """
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_rows = row < owners
-    own = own_start + row
+    own = own_start + row.to(tl.int64)
     slots = keys + own[:, None] * ROOM + tl.arange(0, ROOM)[None, :]
     best = tl.load(slots, mask=in_rows[:, None], other=_NO_KEY)
-    r_i = tl.load(own_inverse + own, mask=in_rows, other=0.0).to(tl.float32)
     worst = tl.min(best, 1)
     start = 0
-    while start < others:
-        column = start + tl.arange(0, BLOCK_C).to(tl.int64)
-        other = other_start + column
-        valid = in_rows[:, None] & (column < others)[None, :]
-        if EXCLUDE_SELF:
-            valid &= other[None, :] != own[:, None]
-        at = tile + row[:, None] * own_stride + column[None, :] * other_stride
-        product = tl.load(at, mask=valid, other=0.0)
-        r_j = tl.load(other_inverse + other, mask=column < others, other=0.0).to(tl.float32)
-        key = _key(product * r_i[:, None] * r_j[None, :], other[None, :])
-        key = tl.where(valid, key, _NO_KEY)
+    while start * GROUP < others:
+        group = start + tl.arange(0, BLOCK_C)
+        valid = in_rows[:, None] & (group < SIZE // GROUP)[None, :]
+        at = maxima + row[:, None] * (SIZE // GROUP) + group[None, :]
+        most = tl.load(at, mask=valid, other=float("-inf"))
+        key = _key(most, (other_start // GROUP + group)[None, :])
+        key = tl.where(most > float("-inf"), key, _NO_KEY)
         first = tl.max(key, 1)
         left = tl.sum((first > worst).to(tl.int32), 0)
         while left > 0:
@@ -270,51 +485,73 @@ def _collect_kernel(
     tl.store(slots, best, mask=in_rows[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["others"])
 def _select_kernel(
     x, y, x_inverse, y_inverse, x_stride, y_stride, keys, square, index, others, margin,
-    D: tl.constexpr, K: tl.constexpr, ROOM: tl.constexpr, SYMMETRIC: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, SLOTS: tl.constexpr, ROOM: tl.constexpr,
+    GROUP: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Choose the K best of a row's candidates in float64, one row per program.
+    """Choose the K best of a point's candidate groups in float64, one point per program.
 
-    All points are searched where the K best might not be among the candidates.
+    Reads its ROOM keys, and GROUP×D points for each group whose maximum is within the margin of the
+    K-th best. All points are searched where there may be more such groups than keys. Writes K
+    squared distances and indices.
     """
     i = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, ROOM)
     candidates = tl.load(keys + i * ROOM + slot)
-    x_i = _unit(x, x_inverse, x_stride, i, D, BLOCK_D)
-
     kth = candidates
     for _ in range(K - 1):
         kth = tl.where(kth == tl.max(kth, 0), _NO_KEY, kth)
+    best_key = tl.max(kth, 0)
+    threshold = _cosine_of(best_key) - margin
+    threshold = tl.where(best_key < _NO_KEY + ROOM, float("-inf"), threshold)
     least = tl.min(candidates, 0)
-    enough = (least < _NO_KEY + ROOM) | (_cosine_of(least) < _cosine_of(tl.max(kth, 0)) - margin)
-    count = tl.where(enough, ROOM, others)
+    enough = (least < _NO_KEY + ROOM) | (_cosine_of(least) < threshold)
+    count = tl.where(enough, ROOM, (others + GROUP - 1) // GROUP)
 
-    best = _NO_KEY + slot.to(tl.int64)
+    lane = tl.arange(0, GROUP)
+    d = tl.arange(0, BLOCK_D)
+    r_i = tl.load(x_inverse + i)
+    best = _NO_KEY + tl.arange(0, SLOTS).to(tl.int64)
+    squares = tl.zeros((SLOTS,), tl.float64)
     c = 0
     while c < count:
         candidate = tl.max(tl.where(slot == c, candidates, _NO_KEY), 0)
-        j = tl.where(enough, _index_of(candidate), c)
-        valid = tl.where(enough, candidate >= _NO_KEY + ROOM, True)
-        if SYMMETRIC:
-            valid &= j != i
-        if valid:
-            difference = x_i - _unit(y, y_inverse, y_stride, j, D, BLOCK_D)
-            cosine = 1 - 0.5 * tl.sum(difference * difference, 0)
-            key = _key(cosine.to(tl.float32), j)
-            worst = tl.min(best, 0)
-            best = tl.where((key > worst) & (best == worst), key, best)
+        group = tl.where(enough, _index_of(candidate), c)
+        wanted = (candidate >= _NO_KEY + ROOM) & (_cosine_of(candidate) >= threshold)
+        if wanted | (enough == 0):
+            j = group * GROUP + lane
+            valid = j < others
+            if SYMMETRIC:
+                valid &= j != i
+            r_j = tl.load(y_inverse + j, mask=valid, other=0.0)
+            total = tl.zeros((GROUP,), tl.float64)
+            for start in range(0, D, BLOCK_D):
+                in_d = start + d < D
+                x_i = tl.load(x + i * x_stride + start + d, mask=in_d, other=0.0)
+                y_j = tl.load(
+                    y + j[:, None] * y_stride + (start + d)[None, :],
+                    mask=valid[:, None] & in_d[None, :],
+                    other=0.0,
+                )
+                difference = (x_i.to(tl.float64) * r_i)[None, :] - y_j.to(tl.float64) * r_j[:, None]
+                total += tl.sum(difference * difference, 1)
+            key = tl.where(valid, _key((1 - 0.5 * total).to(tl.float32), j), _NO_KEY)
+            first, worst = tl.max(key, 0), tl.min(best, 0)
+            while first > worst:
+                replaced = best == worst
+                best = tl.where(replaced, first, best)
+                squares = tl.where(replaced, tl.sum(tl.where(key == first, total, 0.0), 0), squares)
+                key = tl.where(key == first, _NO_KEY, key)
+                first, worst = tl.max(key, 0), tl.min(best, 0)
         c += 1
 
     for k in range(K):
         first = tl.max(best, 0)
+        tl.store(square + i * K + k, tl.sum(tl.where(best == first, squares, 0.0), 0))
+        tl.store(index + i * K + k, _index_of(first))
         best = tl.where(best == first, _NO_KEY, best)
-        j = _index_of(first)
-        difference = x_i - _unit(y, y_inverse, y_stride, j, D, BLOCK_D)
-        tl.store(square + i * K + k, tl.sum(difference * difference, 0))
-        tl.store(index + i * K + k, j)
 
 
 @triton.jit
@@ -323,7 +560,10 @@ def _nearest_backward_kernel(
     r_min, D: tl.constexpr, K: tl.constexpr, SYMMETRIC: tl.constexpr, AS_X: tl.constexpr,
     AS_Y: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sum the gradients by one point per program: of its neighbors, and of pairs that it is in."""
+    """Sum the gradients by one point per program: of its neighbors, and of pairs that it is in.
+
+    Reads the other point of each of its pairs (2·K of them on average), and writes D float32.
+    """
     own = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float64)
@@ -350,232 +590,3 @@ def _nearest_backward_kernel(
             at += 1
     out = tangent(total, unit, inverse)
     tl.store(gradient + own * D + d, out.to(tl.float32), mask=d < D)
-
-
-# ---- launchers -----------------------------------------------------------------------------------
-
-
-class Points:
-    """Rows with their float64 inverse norms (N,)."""
-
-    def __init__(self, rows: Tensor, norms: Tensor) -> None:
-        self.rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        self.inverse = 1 / norms
-
-    def __len__(self) -> int:
-        return self.rows.shape[0]
-
-    def units(self, block: slice) -> Tensor:
-        """Return a block's normalized rows, float32."""
-        return (self.rows[block] * self.inverse[block, None]).float()
-
-
-def pairs(
-    x: Points,
-    y: Points | None,
-    kind: str,
-    a: float,
-    power: int,
-    r_min: float,
-    needs_x_grad: bool,
-    needs_y_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Σ_pairs f, or log Σ_pairs exp, in float64, and its float32 gradients: see op.py.
-
-    Memory above the gradients: a workspace of 64 MiB and O(N).
-    """
-    symmetric, d = y is None, x.rows.shape[1]
-    y = x if y is None else y
-    new = x.inverse.new_empty
-    grad_x = new((len(x), d) if needs_x_grad else 0, dtype=torch.float32).zero_()
-    grad_y = new((len(y), d) if needs_y_grad else 0, dtype=torch.float32).zero_()
-    column_grad = grad_x if symmetric else grad_y
-    exponential = kind == "log_sum_exp"
-    block = _block(d)
-    blocks_x, blocks_y = _blocks(len(x), block), _blocks(len(y), block)
-    # Each block's sum, and its shift: the sum is in units of e^{a·shift}.
-    none = -math.inf if exponential else 0.0
-    shift_x, shift_y = ([new(()).fill_(none) for _ in b] for b in (blocks_x, blocks_y))
-    shift_y = shift_x if symmetric else shift_y
-    sums = [new(()).zero_() for _ in blocks_x]
-    row_sum, row_close = new(block), new(block, dtype=torch.int32)
-    workspace = new(block * block, dtype=torch.float32)
-    row_maximum = new(block, dtype=torch.float32)
-
-    def scaling(before: Tensor, after: Tensor) -> Tensor:
-        """Return the factor from one shift's units to another's; a shift of −∞ has no terms yet."""
-        return torch.where(before == after, 1.0, (a * (before - after)).exp())
-
-    def raise_shift(shifts: list[Tensor], gradient: Tensor, at: int, rows: slice, to: Tensor):
-        factor = scaling(shifts[at], to)
-        if gradient.numel():
-            gradient[rows].mul_(factor)
-        shifts[at] = to
-        return factor
-
-    config = {"D": d, "BLOCK_D": triton.next_power_of_2(d)}
-    potential = {"KIND": KINDS[kind], "POWER": power, "SYMMETRIC": symmetric}
-    for i, rows in enumerate(blocks_x):
-        units = x.units(rows)
-        for j in range(i if symmetric else 0, len(blocks_y)):
-            columns, diagonal = blocks_y[j], symmetric and i == j
-            others = units if diagonal else y.units(columns)
-            n, m = len(units), len(others)
-            tile = workspace[: n * m].view(n, m)
-            torch.mm(units, others.t(), out=tile)
-            if exponential:
-                launch(
-                    _row_maximum_kernel, (n,),
-                    tile, row_maximum, m, m, DIAGONAL=diagonal,
-                    BLOCK_C=1024, num_warps=4,
-                )  # fmt: skip
-                most = torch.maximum(row_maximum[:n].max().double(), shift_x[i])
-                if column_grad.numel():
-                    most = torch.maximum(most, shift_y[j])
-                sums[i] *= raise_shift(shift_x, grad_x, i, rows, most)
-                if not diagonal and column_grad.numel():
-                    factor = raise_shift(shift_y, column_grad, j, columns, most)
-                    if symmetric:
-                        sums[j] *= factor
-            args = (
-                tile, x.rows, y.rows, x.inverse, y.inverse, x.rows.stride(0), y.rows.stride(0),
-                shift_x[i],
-            )  # fmt: skip
-            launch(
-                _derivatives_kernel, (n,),
-                *args, grad_x, row_sum, row_close, rows.start,
-                columns.start, m, m, a, r_min, DIAGONAL=diagonal, GRADIENT=needs_x_grad,
-                **potential, **config, BLOCK_C=1024, num_warps=4,
-            )  # fmt: skip
-            sums[i] += row_sum[:n].sum()
-            if column_grad.numel():
-                launch(
-                    _close_columns_kernel, (m,),
-                    *args, column_grad, row_close, rows.start,
-                    columns.start, n, m, a, r_min, **potential, **config, BLOCK_R=1024,
-                    num_warps=4,
-                )  # fmt: skip
-                column_grad[columns].addmm_(tile.t(), units)
-            if needs_x_grad:
-                grad_x[rows].addmm_(tile, others)
-    if exponential:
-        shift = torch.stack(shift_x).max()
-        terms = [s * scaling(m, shift) for s, m in zip(sums, shift_x, strict=True)]
-    else:
-        shift, terms = shift_x[0], sums
-    total = torch.stack(terms).sum()
-    for points, blocks, shifts, gradient in (
-        (x, blocks_x, shift_x, grad_x), (y, blocks_y, shift_y, grad_y),
-    ):  # fmt: skip
-        for rows, own in zip(blocks if gradient.numel() else (), shifts, strict=False):
-            factor = a / total * scaling(own, shift) if exponential else torch.ones_like(total)
-            count = rows.stop - rows.start
-            launch(
-                _project_kernel, (count,),
-                gradient[rows], points.rows[rows],
-                points.inverse[rows], factor, points.rows.stride(0), **config, num_warps=4,
-            )  # fmt: skip
-    return a * shift + total.log() if exponential else total, grad_x, grad_y
-
-
-def nearest(x: Points, y: Points | None, k: int) -> tuple[Tensor, Tensor]:
-    """Return float64 squared distances (N, k) and indices (N, k): see op.py.
-
-    The GEMM takes 16-bit rows as they are, with float32 sums, and float32 rows as torch is set to.
-    Each row has its next_power_of_2(k + 8) best candidates. If these may not be all that are
-    within the GEMM's error of the k-th best, the row is searched again in float64.
-
-    Memory above the results: a workspace of 64 MiB and O(N·k).
-    """
-    symmetric, d = y is None, x.rows.shape[1]
-    y = x if y is None else y
-    room = triton.next_power_of_2(k + 8)
-    new = x.inverse.new_empty
-    keys = new((len(x), room), dtype=torch.int64)
-    keys.copy_(torch.arange(room, device=keys.device) + _NO_KEY.value)
-    square, index = new((len(x), k)), new((len(x), k), dtype=torch.int64)
-    dtype = x.rows.dtype if x.rows.dtype == y.rows.dtype else torch.float32
-    block = _block(d)
-    workspace = new(block * block, dtype=torch.float32)
-    blocks_x, blocks_y = _blocks(len(x), block), _blocks(len(y), block)
-    config = {"ROOM": room, "BLOCK_R": 16, "BLOCK_C": 64, "num_warps": 4}
-    for i, rows in enumerate(blocks_x):
-        for j in range(i if symmetric else 0, len(blocks_y)):
-            columns, diagonal = blocks_y[j], symmetric and i == j
-            n, m = rows.stop - rows.start, columns.stop - columns.start
-            tile = workspace[: n * m].view(n, m)
-            mm(x.rows[rows].to(dtype), y.rows[columns].to(dtype).t(), tile)
-            launch(
-                _collect_kernel, (triton.cdiv(n, 16),),
-                tile, keys, x.inverse, y.inverse,
-                rows.start, columns.start, n, m, m, 1, EXCLUDE_SELF=diagonal, **config,
-            )  # fmt: skip
-            if symmetric and not diagonal:
-                launch(
-                    _collect_kernel, (triton.cdiv(m, 16),),
-                    tile, keys, y.inverse, x.inverse,
-                    columns.start, rows.start, m, n, 1, m, EXCLUDE_SELF=False, **config,
-                )  # fmt: skip
-    launch(
-        _select_kernel, (len(x),),
-        x.rows, y.rows, x.inverse, y.inverse, x.rows.stride(0),
-        y.rows.stride(0), keys, square, index, len(y), 2 * _cosine_error(d, dtype), D=d, K=k,
-        ROOM=room, SYMMETRIC=symmetric, BLOCK_D=triton.next_power_of_2(d), num_warps=4,
-    )  # fmt: skip
-    return square, index
-
-
-def nearest_backward(
-    x: Points,
-    y: Points | None,
-    index: Tensor,
-    grad_square: Tensor,
-    r_min: float,
-    needs_x_grad: bool,
-    needs_y_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return gradients in their points' dtypes: see op.py."""
-    symmetric, d = y is None, x.rows.shape[1]
-    y = x if y is None else y
-    grad_x = x.rows.new_empty((len(x), d) if needs_x_grad else 0)
-    grad_y = y.rows.new_empty((len(y), d) if needs_y_grad else 0)
-    index, grad_square = index.contiguous(), grad_square.contiguous()
-    # For each point the pairs in which it is the neighbor, in order.
-    chosen, chosen_by = index.flatten().sort(stable=True)
-    begin = torch.searchsorted(chosen, torch.arange(len(y) + 1, device=chosen.device))
-    for gradient, as_x, as_y in ((grad_x, True, symmetric), (grad_y, False, True)):
-        if gradient.numel():
-            out = torch.empty_like(gradient, dtype=torch.float32)
-            launch(
-                _nearest_backward_kernel, (len(gradient),),
-                x.rows, y.rows, x.inverse,
-                y.inverse, x.rows.stride(0), y.rows.stride(0), index, grad_square, chosen_by,
-                begin, out, r_min, D=d, K=index.shape[1], SYMMETRIC=symmetric, AS_X=as_x,
-                AS_Y=as_y, BLOCK_D=triton.next_power_of_2(d), num_warps=4,
-            )  # fmt: skip
-            gradient.copy_(out)
-    return grad_x, grad_y
-
-
-def _block(d: int) -> int:
-    """Return the points of a block: two blocks' units and their cosines fit the workspace."""
-    most = math.isqrt(d * d + WORKSPACE_BYTES // 4) - d
-    return max(1, most // BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
-
-
-def _blocks(n: int, block: int) -> list[slice]:
-    """Return blocks of about equal size, beginning at multiples of the alignment."""
-    size = triton.cdiv(triton.cdiv(n, triton.cdiv(n, block)), BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
-
-
-def _cosine_error(d: int, dtype: torch.dtype) -> float:
-    """Return the greatest error of a dot product times two inverse norms.
-
-    Products of 16-bit numbers are exact; float32 sums, rounded or truncated, in any order, lose at
-    most (d + 8)·2⁻²³ of Σ|x̂_d·ŷ_d| ≤ 1. TF32 keeps 10 bits of each float32 factor.
-    """
-    error = (d + 8) * 2.0**-23
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        error += 2.0**-9
-    return error

@@ -8,7 +8,6 @@ The energies are torch code on the results of these two, under ordinary autograd
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -24,7 +23,7 @@ from ..._derivatives import (
     under_vmap,
 )
 from ..._derivatives import register as register_autograd
-from ..._distributed import Gather, Replicated, check_group, validate_on_all_ranks
+from ..._distributed import Gather, Replicated, check_group, gathered, validate_on_all_ranks
 from ..._load import library
 from ..._norms import length_unit
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
@@ -45,8 +44,6 @@ OP = "hypersphere_repulsion"
 _DEFAULT = LogSumExp()
 # A row whose norm is at most this is refused as zero.
 NORM_MIN = 1e-12
-# Dot products in float32 of vectors no longer than this do not overflow.
-LONGEST_PRODUCT = 1e18
 register(OP, {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always})
 
 library.define(f"{OP}_check(Tensor rows, str name) -> ()")
@@ -313,21 +310,25 @@ def _prepare(
             "loss.backward() outside of them"
         )
     check_group(group)
-    chosen = ""
+    chosen, checksum = "", None
 
     def prepare_shard() -> tuple[list[int], dict[str, Any]]:
-        nonlocal chosen
+        nonlocal chosen, checksum
         chosen = prepare()
         if chosen == "reference":
             raise ValueError("impl must be 'cpu' or 'triton' with a group, got 'reference'")
         _check_values(x, y)
+        bits = None
+        if y is not None:
+            checksum = sharded.checksum(y)
+            bits = checksum.item() if y.device.type == "cpu" else None  # a GPU compares below
         recorded = torch.is_grad_enabled()
         must_match = {
             "D": x.shape[1],
             "dtype of x": x.dtype,
             **options,
             "requires_grad of x": recorded and x.requires_grad,
-            "y": None if y is None else (tuple(y.shape), y.dtype, sharded.checksum(y)),
+            "y": None if y is None else (tuple(y.shape), y.dtype, bits),
             "requires_grad of y": recorded and y is not None and y.requires_grad,
         }
         return [x.shape[0]], must_match
@@ -338,6 +339,9 @@ def _prepare(
         raise ValueError(
             f"x must have at least {least} rows, on all ranks together, got {sum(counts)}"
         )
+    if checksum is not None and checksum.device.type != "cpu":
+        checksums = gathered(checksum, group)
+        torch._assert_async((checksums == checksums[0]).all(), "y must be the same on all ranks")
     return Call(chosen, counts, group)
 
 
@@ -391,8 +395,8 @@ def _check_rows(rows: Tensor, name: str) -> None:
     _norms(rows, name)
 
 
-def _norms(rows: Tensor, name: str, most: float = math.inf) -> Tensor:
-    """Return norms (N,) in double; raise if one is zero, not finite or greater than ``most``.
+def _norms(rows: Tensor, name: str) -> Tensor:
+    """Return norms (N,) in double; raise if one is zero or not finite.
 
     On a GPU an asynchronous assertion fails instead.
     """
@@ -401,11 +405,9 @@ def _norms(rows: Tensor, name: str, most: float = math.inf) -> Tensor:
         unit = length_unit(rows).squeeze(1)
         rows = rows / unit[:, None]
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-    valid = (norms > NORM_MIN) & norms.isfinite() & (norms <= most)
+    valid = (norms > NORM_MIN) & norms.isfinite()
     norms = norms * unit
     message = f"{name} must have finite, non-zero rows"
-    if most < math.inf:
-        message += f", no longer than {most:g} for impl='triton'"
     if rows.device.type != "cpu":
         torch._assert_async(valid.all(), message)
     elif not bool(valid.all()):
@@ -426,12 +428,11 @@ def _run(name: str, x: Tensor, y: Tensor | None, *args: Any) -> Any:
     """Run an op on an implementation, with the arguments that its schema lists after x and y."""
     *rest, impl = args
     if impl == "triton":
-        from . import kernel_triton
+        from . import launch_triton
 
-        most = LONGEST_PRODUCT if name == "nearest" else math.inf
-        points = kernel_triton.Points(x, _norms(x, "x", most))
-        gallery = None if y is None else kernel_triton.Points(y, _norms(y, "y", most))
-        return getattr(kernel_triton, name)(points, gallery, *rest)
+        points = launch_triton.Points(x, _norms(x, "x"))
+        gallery = None if y is None else launch_triton.Points(y, _norms(y, "y"))
+        return getattr(launch_triton, name)(points, gallery, *rest)
     return getattr(torch.ops.synface_kernels, f"{OP}_{name}_cpu")(x, y, *rest)
 
 

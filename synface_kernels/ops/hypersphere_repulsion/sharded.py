@@ -24,9 +24,9 @@ from .energies import R_MIN, Potential
 from .reference import Neighbors
 
 
-def checksum(rows: Tensor) -> int:
+def checksum(rows: Tensor) -> Tensor:
     """Return a sum of the rows' bits, which is the same on every machine."""
-    return int(rows.detach().contiguous().view(torch.int16).sum(dtype=torch.int64))
+    return rows.detach().contiguous().view(torch.int16).sum(dtype=torch.int64)
 
 
 def turned(rows: Tensor, shift: int, flip: bool, *, back: bool = False) -> Tensor:
@@ -153,11 +153,8 @@ class PairSum(torch.autograd.Function):
         exponential = potential.is_exponential
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         x = x.detach().contiguous()
-        nothing = torch.full(
-            (), -torch.inf if exponential else 0.0, dtype=torch.float64, device="cpu"
-        )
-        nothing = nothing.to(x.device)
-        total = nothing
+        none = -torch.inf if exponential else 0.0
+        total = nothing = x.new_full((), none, dtype=torch.float64)
         # Each block's log-sum-exp has a gradient of its own scale; the sum is in units of e^−unit.
         gradient, unit = torch.zeros_like(x, dtype=dtype), nothing
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import synface_kernels as sk
-from synface_kernels.ops.hypersphere_repulsion import kernel_triton
+from synface_kernels.ops.hypersphere_repulsion import launch_triton
 from synface_kernels.testing import assert_as_exact_as_torch
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -23,18 +23,20 @@ NEIGHBOR = [sk.MaxCosine(topk=2), sk.KoLeo(), sk.ClosestPair()]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make several blocks of few points, for the interpreter is slow."""
-    monkeypatch.setattr(kernel_triton, "BLOCK_ALIGNMENT", 8)
-    monkeypatch.setattr(kernel_triton, "_block", lambda d: 8)
+    """Make several blocks of few points, of four tiles each, for the interpreter is slow."""
+    monkeypatch.setattr(launch_triton, "TILE", 8)
+    monkeypatch.setattr(launch_triton, "GROUP", 4)
+    monkeypatch.setattr(launch_triton, "_most", lambda width, dtype, weights: 16)
 
 
 def points(n: int, m: int | None, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     g = torch.Generator().manual_seed(n + d)
     x = torch.randn(n, d, generator=g).to(dtype)
-    x[n // 2] = 2 * x[1]  # the same point, in another block
+    if dtype != F16:  # whose gradients might overflow, as the reference's would
+        x[n // 2] = 2 * x[1]  # the same point, in another block
     x[n - 1] = x[0] + 0.01 * x[2]
     y = None if m is None else torch.randn(m, d, generator=g).to(dtype)
-    if y is not None:
+    if y is not None and dtype != F16:
         y[m // 2] = x[3]
     return x, y
 
@@ -45,11 +47,11 @@ def run(x: Tensor, y: Tensor | None, energy: object, dtype: torch.dtype, impl: s
     return loss.detach(), *torch.autograd.grad(loss, inputs)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("energy", PAIR + NEIGHBOR, ids=str)
 @pytest.mark.parametrize("gallery", [False, True])
 def test_matches_float64(energy: object, gallery: bool, dtype: torch.dtype) -> None:
-    for n, m, d in ((5, 4, 2), (21, 18, 5)) if dtype == F32 else ((11, 5, 3),):
+    for n, m, d in ((5, 4, 2), (21, 18, 5)) if dtype == F32 else ((19, 5, 3),):
         x, y = points(n, m if gallery else None, d, dtype)
         exact = run(x, y, energy, torch.float64, "reference")
         plain = run(x, y, energy, dtype, "reference")
@@ -98,13 +100,73 @@ def test_exponentials_neither_vanish_nor_overflow(t: float) -> None:
         assert x.grad.isfinite().all()
 
 
-def test_two_runs_agree_bitwise() -> None:
-    x, y = points(19, 6, 3, F32)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_two_runs_agree_bitwise(dtype: torch.dtype) -> None:
+    x, y = points(19, 6, 3, dtype)
     for energy in (sk.LogSumExp(), sk.Log(), sk.MaxCosine()):
-        for a, b in zip(
-            run(x, y, energy, F32, "triton"), run(x, y, energy, F32, "triton"), strict=True
-        ):
-            assert torch.equal(a, b)
+        for gallery in (None, y):
+            first, second = (run(x, gallery, energy, dtype, "triton") for _ in range(2))
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("energy", [sk.LogSumExp(), sk.KoLeo()], ids=str)
+@pytest.mark.parametrize("dtypes", [(F32, BF16), (BF16, F16)], ids=str)
+def test_a_gallery_of_another_dtype(energy: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    """The GEMMs take the points' own bits, so the values are those of float32 points."""
+    x, y = points(11, 9, 3, F32)
+    inputs = [v.to(dtype).requires_grad_() for v, dtype in zip((x, y), dtypes, strict=True)]
+    loss = sk.hypersphere_repulsion(*inputs, energy=energy, impl="triton")
+    exact = [v.detach().double().requires_grad_() for v in inputs]
+    expected = sk.hypersphere_repulsion(*exact, energy=energy, impl="reference")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for given, actual, e in zip(
+        inputs, torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, exact), strict=True
+    ):
+        assert actual.dtype == given.dtype
+        eps = torch.finfo(given.dtype).eps + 20 * EPS
+        assert (actual.double() - e).abs().max() <= eps * e.abs().max()
+
+
+@pytest.mark.parametrize("y", [False, True])
+def test_one_gradient_alone(y: bool) -> None:
+    inputs = list(points(19, 18, 3, BF16))
+    inputs[y].requires_grad_()
+    for energy in (sk.LogSumExp(), sk.Hinge(0.1), sk.KoLeo()):
+        both = [v.detach().clone().requires_grad_() for v in inputs]
+        (one,) = torch.autograd.grad(
+            sk.hypersphere_repulsion(*inputs, energy=energy, impl="triton"), inputs[y]
+        )
+        expected = torch.autograd.grad(
+            sk.hypersphere_repulsion(*both, energy=energy, impl="triton"), both
+        )
+        assert torch.equal(one, expected[y])
+
+
+@pytest.mark.parametrize("t", [10.0, 1e4])
+@pytest.mark.parametrize("descending", [False, True])
+def test_weights_whose_units_change_from_block_to_block(t: float, descending: bool) -> None:
+    """Each block's pairs are nearer, or farther, than those of the block before."""
+    turn = torch.linspace(0.0, 1.4, 40).flip(0) if descending else torch.linspace(0.0, 1.4, 40)
+    side = 1 - 2 * (torch.arange(40) % 2)
+    x = torch.stack([turn.cos() * side, turn.sin()], 1)
+    exact = run(x, None, sk.LogSumExp(t), torch.float64, "reference")
+    plain = run(x, None, sk.LogSumExp(t), F32, "reference")
+    actual = run(x, None, sk.LogSumExp(t), F32, "triton")
+    for a, e, p in zip(actual, exact, plain, strict=True):
+        assert_as_exact_as_torch(a, e, p, atol=4 * EPS * t * max(e.abs().max().item(), 1 / 40))
+
+
+def test_tf32_rounds_points_and_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten bits remain, rounded: the interpreter's GEMM then has TF32's error, and no more."""
+    monkeypatch.setattr(launch_triton, "_float32_precision", lambda: "tf32")
+    x, _ = points(19, None, 5, F32)
+    loss, grad = run(x, None, sk.LogSumExp(), F32, "triton")
+    exact, exact_grad = run(x, None, sk.LogSumExp(), torch.float64, "reference")
+    assert 0 < abs(loss.item() - exact.item()) <= 2**-10
+    assert (grad - exact_grad).abs().max() <= 40 * 2**-9 * exact_grad.abs().max()
+    for k in (1, 3):  # the search stays exact
+        found = sk.nearest_neighbors(x, k=k, impl="triton")[1]
+        assert torch.equal(found, sk.nearest_neighbors(x, k=k, impl="reference")[1])
 
 
 def test_bad_rows() -> None:
@@ -114,14 +176,19 @@ def test_bad_rows() -> None:
         sk.hypersphere_repulsion(x, impl="triton")
 
 
-def test_the_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_the_workspace_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, weights: bool
+) -> None:
     monkeypatch.undo()
-    for d in (2, 512, 4096):
-        block = kernel_triton._block(d)
-        assert block % 128 == 0
-        assert 4 * block * (block + 2 * d) <= kernel_triton.WORKSPACE_BYTES
+    for width in (16, 512, 4096):
+        most = launch_triton._most(width, dtype, weights)
+        per_pair = dtype.itemsize if weights else 8 / launch_triton.GROUP
+        per_point = 2 * (width * dtype.itemsize + 4)
+        assert most**2 * per_pair + most * per_point <= launch_triton.WORKSPACE_BYTES
         for n in (1, 127, 10_000, 1_000_003):
-            blocks = kernel_triton._blocks(n, block)
-            assert max(b.stop - b.start for b in blocks) <= block
-            assert [b.start for b in blocks[1:]] == [b.stop for b in blocks[:-1]]
-            assert (blocks[0].start, blocks[-1].stop) == (0, n)
+            size = launch_triton._size(n, most)
+            assert size % launch_triton.TILE == 0
+            assert size <= most
+            assert -(-n // size) <= -(-n // most) + 1

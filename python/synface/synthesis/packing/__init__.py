@@ -3,7 +3,8 @@
 from ...common.renamed import old_names
 from . import bounds
 from .files import pack
-from .packer import OBJECTIVES, PackConfig, Packed, Packer, PackingProgress, closest_pair
+from .objectives import closest_pair
+from .packer import OBJECTIVES, PackConfig, Packed, Packer, PackingProgress
 
 __all__ = [
     "OBJECTIVES",

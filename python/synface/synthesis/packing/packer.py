@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-
-import synface_kernels as sk
 
 from ... import checkpoint
 from ...common.check import (
@@ -27,23 +27,17 @@ from ...common.check import (
 )
 from ...common.files import CheckpointError, write_tensors
 from ...common.interrupts import interruption, interrupts
-from ...common.rng import generator
 from ..embeddings import NAME, sha256_of_rows
 from . import bounds
-from .optimizer import SphereAdam
+from .objectives import STEPS, draws, evaluation
 
 OBJECTIVES = ("lse", "hyperface", "langevin")
 CHECK_EVERY = 25  # steps between evaluations of the exact worst cosine, or
 TIMED_CHECKS = 50  # evaluations in a run limited by time
 CHECKPOINT_SECONDS = 120.0
 DEFAULT_STEPS = 500
-DOUBLE_UP_TO = 1000  # points: few enough that float64 costs nothing
-
-# Parameters of "lse", found by trials at N = 600 to 3000, d = 8 to 512 with 100 to 300 steps.
-FIRST_STEP = 0.2  # in units of the angle that the bound leaves between neighbors
-FIRST_SHARPNESS = 0.5  # t, in units of √d: the cosines of random points spread by 1/√d
-LAST_SHARPNESS = 75.0  # likewise; sharper for few points, in proportion
-FEW = 1000
+DOUBLE_UP_TO = 1000  # points on a CPU: few enough that float64 costs nothing
+QUEUED_STEPS = 2  # steps that the host may be ahead of a GPU, so that the clock is right
 
 
 @dataclass(frozen=True)
@@ -124,7 +118,7 @@ class Packed:
     """A packing.
 
     Attributes:
-        points: (N, d) unit vectors, float32 or (up to 1000 points) float64.
+        points: (N, d) unit vectors, float32 or (up to 1000 points on a CPU) float64.
         worst: the largest cosine between two of them, exact.
         pair: the indices of these two.
         bound: lower bound on the worst cosine of N points.
@@ -171,16 +165,6 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{path} exists: choose another output, or --overwrite")
 
 
-def closest_pair(points: Tensor, other: Tensor | None = None) -> tuple[float, tuple[int, int]]:
-    """Return the largest cosine of two rows (of points and of other, if given), and their indices.
-
-    Exact. Memory: as `sk.nearest_neighbors`.
-    """
-    cosine, index = sk.nearest_neighbors(points, other)
-    row = int(cosine[:, 0].argmax())
-    return cosine[row, 0].item(), (row, int(index[row, 0]))
-
-
 class Packer:
     """Packing of N points on the unit sphere of R^d that minimizes their worst cosine.
 
@@ -205,14 +189,20 @@ class Packer:
         gallery: (M, d) embeddings, rows finite and not zero; normalized here.
         start: (N, d) embeddings to start from, likewise, instead of random points (with one
             restart).
-        device: the device to compute on.
+        device: the device to compute on. A step on a GPU moves all points at once and draws its
+            noise there, and the host does not wait for it: only every evaluation does.
+        group: process group whose ranks share the pairs of a step and of an evaluation; every rank
+            holds all points and returns the same packing. Needs ``steps``, N ≥ ranks (and batch,
+            likewise), and GPUs of one model.
 
     Raises:
         TypeError: for a gallery, start or device of another Python type.
         ValueError: for a gallery or start of another dtype or shape, or with a zero or non-finite
-            row, a device that torch does not have, and more points than the memory holds.
+            row, a device that torch does not have, more points than the memory holds, and a group
+            with ``minutes`` or with fewer points than ranks.
 
-    Memory: 5·N·d numbers (points, best so far, gradient, moment, scratch) and the op's 64 MiB.
+    Memory: 5·N·d numbers (points, best so far, gradient, moment, scratch), on a GPU 7·N·d, and the
+    op's 64 MiB.
     Sources: Shahreza and Marcel, "HyperFace", ICLR 2025; Geissbühler et al., "Synthetic face
     datasets generation via latent space exploration from Brownian identity diffusion", 2024.
     """
@@ -224,11 +214,16 @@ class Packer:
         gallery: Tensor | None = None,
         start: Tensor | None = None,
         device: str | torch.device = "cpu",
+        group: Any = None,
     ) -> None:
         self.config = config
         self.device = check_device(device)
-        self.dtype = torch.float64 if config.count <= DOUBLE_UP_TO else torch.float32
-        if self.device.type == "cpu":
+        on_cpu = self.device.type == "cpu"
+        self.dtype = torch.float64 if on_cpu and config.count <= DOUBLE_UP_TO else torch.float32
+        self.group = group
+        if group is not None:
+            self._check_group()
+        if on_cpu:
             needed = 5 * config.count * config.dim * self.dtype.itemsize
             check_memory(f"packing {config.count:,} points in {config.dim} dimensions", needed)
         self.bound = bounds.best(config.count, config.dim)
@@ -268,6 +263,14 @@ class Packer:
                 resume, lambda step: interrupted() or step == stop_after
             )
 
+    def _check_group(self) -> None:
+        ranks, config = dist.get_world_size(self.group), self.config
+        if config.minutes is not None:
+            raise ValueError(f"a group needs steps, not minutes, got minutes = {config.minutes}")
+        for name, points in (("count", config.count), ("batch", config.batch)):
+            if points is not None and points < ranks:
+                raise ValueError(f"{name} must be at least the {ranks} ranks, got {points}")
+
     def _unit(self, name: str, rows: Tensor, count: int | None) -> Tensor:
         dim = self.config.dim
         if not isinstance(rows, Tensor):
@@ -303,7 +306,7 @@ class _Run:
         shape = (self.config.count, self.config.dim)
         self.points = torch.zeros(shape, dtype=packer.dtype, device=packer.device)
         self.best_points = self.points.clone()
-        self.objective = _OBJECTIVES[self.config.objective](packer)
+        self.objective = STEPS[self.config.objective](packer)
 
     def run(self, resume: bool, stop: Callable[[int], int]) -> Packed:
         if resume:
@@ -316,6 +319,7 @@ class _Run:
             check_folder("folder", self.folder)
         began = time.perf_counter() - self.seconds
         saved = time.perf_counter()
+        queue = _Queue(self.packer.device)
         while True:
             restart, done = self._where()
             if restart != self.restart:
@@ -329,13 +333,15 @@ class _Run:
             if self.config.batch is None and self._check_needed():
                 self._check()
             self.objective.step(self.points, self.step, done)
+            queue.push()
             self.step += 1
             self.seconds = time.perf_counter() - began
             if self.progress:
                 worst = self.history[-1][2] if self.history else None
                 self.progress.update(self._share(), self.seconds, worst)
-            stopped = stop(self.step)
-            if stopped or time.perf_counter() - saved > CHECKPOINT_SECONDS:
+            late = time.perf_counter() - saved > CHECKPOINT_SECONDS
+            stopped, due = _greatest((stop(self.step), late), self.packer.group)
+            if stopped or due:
                 self._save()
                 saved = time.perf_counter()
             if stopped:
@@ -379,9 +385,10 @@ class _Run:
         if self.packer.start is not None:
             self.points = self.packer.start.clone()
         else:
-            points = _draws(self.config, self.points, "points", restart)
+            points = draws(self.config, self.points, "points", restart, "cpu")
+            points = points.to(self.packer.device)  # the same on every device
             self.points = points / torch.linalg.vector_norm(points, dim=1, keepdim=True)
-        self.objective = _OBJECTIVES[self.config.objective](self.packer)
+        self.objective = STEPS[self.config.objective](self.packer)
 
     def _check(self) -> None:
         """Evaluate the exact worst cosine, and save the best points so far.
@@ -391,10 +398,10 @@ class _Run:
         if not self.points.isfinite().all():
             raise FloatingPointError(f"points are not finite after {self.step} steps")
         began = time.perf_counter()
-        worst, pair = closest_pair(self.points)
+        worst, pair, term = evaluation(self.packer, self.points)
         self.check_seconds = max(self.check_seconds, time.perf_counter() - began)
         self.history.append((self.seconds, self.step, worst))
-        score = worst + float(_gallery_term(self.packer, self.points))
+        score = worst + term
         if score < self.score:
             self.score, self.worst, self.pair = score, worst, pair
             self.best_points.copy_(self.points)
@@ -425,6 +432,7 @@ class _Run:
             self.step,
             {k: v.cpu() for k, v in self._tensors().items()},
             self._description() | state,
+            self.packer.group,
         )
 
     def _load(self) -> None:
@@ -450,132 +458,26 @@ class _Run:
             raise CheckpointError(f"{found / checkpoint.STATE} is damaged: {error!r}") from error
 
 
-# ---- objectives: one step each, at the share `done` of a restart ---------------------------------
+def _greatest(values: tuple[int, ...], group: Any) -> tuple[int, ...]:
+    """Return the greatest of each value on all ranks."""
+    if group is None:
+        return values
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, values, group=group)
+    return tuple(max(each) for each in zip(*every, strict=True))
 
 
-class _Annealed:
-    """An annealed energy of all pairs, or of a batch's, minimized by `SphereAdam`."""
+class _Queue:
+    """Steps that a GPU has yet to do: the host waits while there are more than a few."""
 
-    def __init__(self, packer: Packer) -> None:
-        self.packer, self.config = packer, packer.config
-        self.angle = math.acos(packer.bound.cosine)
-        self.optimizer = SphereAdam(self.config.count, self.config.dim, packer.dtype, packer.device)
-        self.batches: tuple[int, tuple[Tensor, ...]] = (-1, ())
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.ends: deque[torch.cuda.Event] = deque()
 
-    def tensors(self) -> dict[str, Tensor]:
-        return self.optimizer.tensors()
-
-    def energy(self, done: float) -> sk.LogSumExp | sk.Hinge:
-        raise NotImplementedError
-
-    def length(self, done: float) -> float:
-        """Return the length of a step, in radians."""
-        return FIRST_STEP * self.angle * (1 - done)
-
-    def step(self, points: Tensor, step: int, done: float) -> None:
-        rows, length = self._rows(step), self.length(done)
-        if rows is None:
-            gradient = _gradient(self.packer, points, self.energy(done))
-            self.optimizer.step(points, gradient, length)
-        else:
-            gradient = _gradient(self.packer, points[rows], self.energy(done))
-            self.optimizer.step_rows(points, rows, gradient, length)
-
-    def _rows(self, step: int) -> Tensor | None:
-        """Return the points of a step's batch; each point is drawn once per pass."""
-        if self.config.batch is None:
-            return None
-        parts = self.config.count // self.config.batch
-        epoch, part = divmod(step, parts)
-        if epoch != self.batches[0]:
-            random = generator(self.config.seed, "batches", epoch)
-            order = torch.randperm(self.config.count, generator=random, device="cpu").to(
-                self.packer.device
-            )
-            self.batches = (epoch, order.tensor_split(parts))
-        return self.batches[1][part]
-
-
-def _draws(config: PackConfig, points: Tensor, purpose: str, step: int) -> Tensor:
-    """Return standard normal numbers of the points' shape, dtype and device."""
-    random = generator(config.seed, purpose, step)
-    numbers = torch.randn(points.shape, dtype=points.dtype, generator=random, device="cpu")
-    return numbers.to(points.device)
-
-
-def _gradient(packer: Packer, points: Tensor, energy: Any) -> Tensor:
-    x = points.detach().requires_grad_()
-    loss = sk.hypersphere_repulsion(x, energy=energy)
-    return torch.autograd.grad(loss + _gallery_term(packer, x), x)[0]
-
-
-def _gallery_term(packer: Packer, x: Tensor) -> Tensor | float:
-    if packer.gallery is None:
-        return 0.0
-    nearest = sk.hypersphere_repulsion(x, packer.gallery, energy=sk.MaxCosine())
-    return packer.config.alpha * (1 - nearest)
-
-
-class _LogSumExp(_Annealed):
-    def sharpness(self, done: float) -> float:
-        """Return t·(1 − bound)/√d."""
-        last = LAST_SHARPNESS * max(1.0, FEW / self.config.count)
-        return FIRST_SHARPNESS * (last / FIRST_SHARPNESS) ** done
-
-    def energy(self, done: float) -> sk.LogSumExp:
-        t = self.sharpness(done) * self.config.dim**0.5 / (1 - self.packer.bound.cosine)
-        return sk.LogSumExp(min(t, 1e6))  # its sharpest
-
-    def length(self, done: float) -> float:
-        return min(super().length(done), self.angle / self.sharpness(done))
-
-
-class _Langevin(_Annealed):
-    NOISE = 0.1  # length of the noise, in units of a step's length
-
-    def energy(self, done: float) -> sk.Hinge:
-        low = self.packer.bound.cosine
-        high = bounds.random_worst(self.config.count, self.config.dim)
-        return sk.Hinge(min(high + (low - high) * done, math.nextafter(1, 0)))
-
-    def step(self, points: Tensor, step: int, done: float) -> None:
-        super().step(points, step, done)
-        noise = _draws(self.config, points, "noise", step)
-        length = self.NOISE * self.length(done) * (1 - done)
-        points.add_(noise, alpha=length / self.config.dim**0.5)
-        points.div_(torch.linalg.vector_norm(points, dim=1, keepdim=True))
-
-
-class _HyperFace:
-    """HyperFace's objective: the closest pair only, with Adam and renormalization as in the
-    paper.
-    """
-
-    def __init__(self, packer: Packer) -> None:
-        self.packer = packer
-        shape = (packer.config.count, packer.config.dim)
-        self.parameter = torch.zeros(shape, dtype=packer.dtype, device=packer.device)
-        self.optimizer = torch.optim.Adam([self.parameter], packer.config.lr, fused=True)
-        self.parameter.grad = torch.zeros_like(self.parameter)
-        self.optimizer.state[self.parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=packer.device),
-            "exp_avg": torch.zeros_like(self.parameter),
-            "exp_avg_sq": torch.zeros_like(self.parameter),
-        }
-
-    def tensors(self) -> dict[str, Tensor]:
-        return dict(self.optimizer.state[self.parameter])
-
-    def step(self, points: Tensor, step: int, done: float) -> None:
-        gradient = _gradient(self.packer, points, sk.ClosestPair())
-        self.parameter.data = points  # the same memory
-        self.parameter.grad = gradient
-        self.optimizer.step()
-        points.div_(torch.linalg.vector_norm(points, dim=1, keepdim=True))
-
-
-_OBJECTIVES: dict[str, Callable[[Packer], Any]] = {
-    "lse": _LogSumExp,
-    "hyperface": _HyperFace,
-    "langevin": _Langevin,
-}
+    def push(self) -> None:
+        """Queue the step that was launched last."""
+        if self.device.type != "cuda":
+            return
+        self.ends.append(torch.cuda.current_stream(self.device).record_event())
+        if len(self.ends) > QUEUED_STEPS:
+            self.ends.popleft().synchronize()
