@@ -188,13 +188,12 @@ def as_on_gpu(
     recorder: Recorder,
     capability: int,
     multiprocessors: int,
-    l2_bytes: int,
     autocast: torch.dtype | None = None,
 ) -> Iterator[None]:
     """Record kernels instead of launching them, and take meta tensors for those of a GPU.
 
     Args:
-        capability: ten times the compute capability. multiprocessors, l2_bytes: the GPU's.
+        capability: ten times the compute capability. multiprocessors: the GPU's.
         autocast: the dtype of autocast, of which there is none for meta tensors.
 
     Raises:
@@ -211,7 +210,7 @@ def as_on_gpu(
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(_select._REGISTRY, registry))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
-        chip = (capability, multiprocessors, l2_bytes)
+        chip = (capability, multiprocessors)
         for module, name, value in _stand_ins(recorder, chip, autocast):
             stack.enter_context(mock.patch.object(module, name, value))
         stack.enter_context(recorder)
@@ -231,7 +230,7 @@ def float32_precision(precision: str) -> Iterator[None]:
 
 
 def _stand_ins(
-    recorder: Recorder, chip: tuple[int, int, int], autocast: torch.dtype | None
+    recorder: Recorder, chip: tuple[int, int], autocast: torch.dtype | None
 ) -> Iterator[tuple[Any, str, Any]]:
     """Yield (module, name, value) of what asks torch about a GPU or autocast, or calls cuBLAS."""
     from synface_kernels import _autocast, ops

@@ -92,7 +92,7 @@ def _resources(case: Case, name: str, gpu: Device) -> list[str]:
     """Return instruction, registers, shared memory and spills of a kernel's launches in a case."""
     if name.startswith("torch."):
         return ["", "", "", ""]
-    launches = recorded(case, gpu.capability, gpu.multiprocessors, gpu.l2_bytes).launches
+    launches = recorded(case, gpu.capability, gpu.multiprocessors).launches
     rows = [compiled.find(launch, gpu.capability) for launch in launches if launch.name == name]
     words = sorted({word for row in rows for word in row["instructions"]})
     return [

@@ -309,15 +309,15 @@ class Account:
 _RECORDED: dict[tuple[Any, ...], Recorder] = {}
 
 
-def recorded(case: Case, capability: int, multiprocessors: int, l2_bytes: int) -> Recorder:
+def recorded(case: Case, capability: int, multiprocessors: int) -> Recorder:
     """Run our step of a case on meta tensors; return what it launched on such a GPU."""
-    key = (case.op, case.name, capability, multiprocessors, l2_bytes)
+    key = (case.op, case.name, capability, multiprocessors)
     if key not in _RECORDED:
         with mock.patch.object(torch, "Generator", return_value=_GENERATOR):  # none on meta tensors
             work = WORKLOADS[case.op](case, torch.device("meta"))
         step = PEERS[case.op][0].build(work)
         recorder = Recorder()
-        with as_on_gpu(recorder, capability, multiprocessors, l2_bytes, case.autocast):
+        with as_on_gpu(recorder, capability, multiprocessors, case.autocast):
             step()
         _RECORDED[key] = recorder
     return _RECORDED[key]
@@ -325,7 +325,7 @@ def recorded(case: Case, capability: int, multiprocessors: int, l2_bytes: int) -
 
 def account(case: Case, device: Device) -> Account:
     """Return a case's ledger on a device."""
-    launches = recorded(case, device.capability, device.multiprocessors, device.l2_bytes).launches
+    launches = recorded(case, device.capability, device.multiprocessors).launches
     per_logit, shape = None, case.shape
     if case.op == "margin_cross_entropy":
         count = shape["N"] * shape.get("S", shape["C"])

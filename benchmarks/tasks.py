@@ -112,8 +112,7 @@ def profile(
 def margin_settings(design: str | None, workspace_mib: int | None) -> Iterator[None]:
     """Run the margin softmax by one design and with one workspace, as far as it has these settings.
 
-    Modules that imported the size by name are changed too, and a chip's L2 cache, half of which
-    may bound the workspace, counts as twice the size.
+    Modules that imported the size by name are changed too.
     """
     with ExitStack() as changed:
         if design is not None:
@@ -124,14 +123,7 @@ def margin_settings(design: str | None, workspace_mib: int | None) -> Iterator[N
                 continue
             if hasattr(module, "WORKSPACE_BYTES"):
                 changed.enter_context(mock.patch.object(module, "WORKSPACE_BYTES", size))
-            if f".{MARGIN_OP}." in name and hasattr(module, "chip_of"):
-                sized = _with_cache(module.chip_of, 2 * size)
-                changed.enter_context(mock.patch.object(module, "chip_of", sized))
         yield
-
-
-def _with_cache(chip_of: Callable[..., Any], size: int) -> Callable[..., Any]:
-    return lambda device: chip_of(device)._replace(l2_bytes=size)
 
 
 def has_designs() -> bool:

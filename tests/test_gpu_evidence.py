@@ -8,9 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -155,23 +153,14 @@ def test_a_process_that_hangs_or_dies_is_replaced(monkeypatch):
 
 def test_settings_of_the_margin_softmax_are_put_back(monkeypatch):
     from synface_kernels.ops import _triton
-    from synface_kernels.ops.margin_cross_entropy import launch_triton
+    from synface_kernels.ops.margin_cross_entropy import config_triton
 
-    class Chip(NamedTuple):
-        l2_bytes: int = 50 << 20
-
-    chooser = types.SimpleNamespace(chip_of=lambda device: Chip())
-    name = "synface_kernels.ops.margin_cross_entropy.chooser"
-    monkeypatch.setitem(sys.modules, name, chooser)
     monkeypatch.delenv(tasks.DESIGN, raising=False)
     before = _triton.WORKSPACE_BYTES
     with tasks.margin_settings("tiled", 16):
-        assert chooser.chip_of("cuda") == Chip(32 << 20)
-        assert _triton.WORKSPACE_BYTES == 16 << 20
-        assert getattr(launch_triton, "WORKSPACE_BYTES", 16 << 20) == 16 << 20
+        assert _triton.WORKSPACE_BYTES == config_triton.WORKSPACE_BYTES == 16 << 20
         assert os.environ[tasks.DESIGN] == "tiled"
-    assert before == _triton.WORKSPACE_BYTES
-    assert chooser.chip_of("cuda") == Chip()
+    assert before == _triton.WORKSPACE_BYTES == config_triton.WORKSPACE_BYTES
     assert tasks.DESIGN not in os.environ
 
 

@@ -47,7 +47,7 @@ def mm(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor
     """Write the GEMM a @ b into float32 ``out``, or add it; whatever the factors' dtype."""
     if a.device.type != "cuda":  # the interpreter's CPU has no GEMM of two dtypes
         a, b = a.float(), b.float()
-    narrow = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
+    narrow: dict[str, Any] = {} if a.dtype == torch.float32 else {"out_dtype": torch.float32}
     if accumulate:
         return torch.addmm(out, a, b, out=out, **narrow)
     return torch.mm(a, b, out=out, **narrow)

@@ -140,11 +140,11 @@ def variants(op: str, capability: int) -> Iterable[Variant]:
     """
     gpu = DEVICES["H100"]
     recorder = Recorder()
-    with as_on_gpu(recorder, capability, gpu.multiprocessors, gpu.l2_bytes):
+    with as_on_gpu(recorder, capability, gpu.multiprocessors):
         import_module(f"aot_{op}").launch(capability)
     launches = list(recorder.launches)
     for case in cases("gpu", op):
-        recorder = predict.recorded(case, capability, gpu.multiprocessors, gpu.l2_bytes)
+        recorder = predict.recorded(case, capability, gpu.multiprocessors)
         launches += recorder.launches
     distinct: dict[str, list[Variant]] = {}
     for launch in launches:

@@ -81,7 +81,7 @@ def run(case: Case) -> None:
 
 def launch(capability: int) -> None:
     """Launch forward and backward for all cases."""
-    chip = config_triton.Chip(capability, 132, 50 << 20)
+    chip = config_triton.Chip(capability, 132)
     for case in cases():
         with (
             mock.patch.object(launch_triton, "chip_of", return_value=chip),

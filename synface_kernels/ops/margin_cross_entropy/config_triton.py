@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ def chosen_design(gemm_dtype: torch.dtype, precision: str) -> str:
 
 
 class Gemms(NamedTuple):
-    """How operands enter the GEMMs.
+    """The dtypes and the design of a step's GEMMs.
 
     Attributes:
         dtype: the operands'; they are accumulated in float32.
@@ -81,18 +82,17 @@ def _float32_precision() -> str:
 
 
 class Chip(NamedTuple):
-    """What configurations depend on: ten times the compute capability, and sizes."""
+    """A GPU's compute capability, times ten, and its number of multiprocessors."""
 
     capability: int
     multiprocessors: int
-    l2_bytes: int
 
 
 def chip_of(device: torch.device) -> Chip:
     if device.type != "cuda":  # the interpreter
-        return Chip(90, 1, 2 * WORKSPACE_BYTES)
+        return Chip(90, 1)
     found = torch.cuda.get_device_properties(device)
-    return Chip(10 * found.major + found.minor, found.multi_processor_count, found.L2_cache_size)
+    return Chip(10 * found.major + found.minor, found.multi_processor_count)
 
 
 def gemm_config(gemms: Gemms, n: int, sub_centers: int, plain: bool, chip: Chip) -> dict[str, int]:
@@ -167,20 +167,41 @@ def round_up(value: int, multiple: int) -> int:
     return triton.cdiv(value, multiple) * multiple
 
 
-def tile_classes(count: int, bytes_per_class: int, quantum: int, programs: int, chip: Chip) -> int:
-    """Return the classes per tile: what fits half of the L2 cache, in whole waves of programs.
+def tile_classes(
+    count: int,
+    bytes_per_class: int,
+    quantum: int,
+    programs: Callable[[int], Sequence[int]],
+    chip: Chip,
+) -> int:
+    """Return the classes per tile: what fits the workspace, in whole waves of programs.
 
     Args:
-        quantum: a tile is a multiple of so many classes, for which a kernel has ``programs``
-            programs.
+        quantum: a tile is a multiple of so many classes.
+        programs: returns how many programs each kernel has for a tile of so many classes.
     """
-    budget = min(WORKSPACE_BYTES, chip.l2_bytes // 2)
-    fits = max(1, budget // bytes_per_class // quantum)
+    fits = max(1, WORKSPACE_BYTES // bytes_per_class // quantum)
     if fits * quantum >= count:
         return round_up(count, quantum)
 
     def occupancy(quanta: int) -> tuple[float, int]:
-        waves = programs * quanta / chip.multiprocessors
-        return round(waves / math.ceil(waves), 2), quanta
+        share = math.prod(_full_waves(each, chip) for each in programs(quanta * quantum))
+        return round(share, 2), quanta
 
     return quantum * max(range((fits + 1) // 2, fits + 1), key=occupancy)
+
+
+def class_splits(blocks: int, row_blocks: int, chip: Chip) -> int:
+    """Return into how many splits the forward pass cuts blocks of classes, in whole waves."""
+    most = min(blocks, triton.cdiv(8 * chip.multiprocessors, row_blocks))
+
+    def occupancy(splits: int) -> tuple[float, int]:
+        even = blocks / (triton.cdiv(blocks, splits) * splits)
+        return round(even * _full_waves(row_blocks * splits, chip), 2), splits
+
+    return max(range((most + 1) // 2, most + 1), key=occupancy)
+
+
+def _full_waves(programs: int, chip: Chip) -> float:
+    """Return the share of the multiprocessors' time that so many equal programs use."""
+    return programs / (triton.cdiv(programs, chip.multiprocessors) * chip.multiprocessors)

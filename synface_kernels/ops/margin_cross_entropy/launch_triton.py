@@ -23,6 +23,7 @@ from .config_triton import (
     Gemms,
     chip_of,
     choose_gemms,
+    class_splits,
     gemm_config,
     grad_weight_config,
     one_row_config,
@@ -90,7 +91,7 @@ def forward(inputs: ForwardInputs, *, gemm_dtype: torch.dtype | None = None) -> 
 
     Memory above inputs and outputs, in bytes:
         8·N·(splits + 1), splits ≤ ⌈4·SMs/⌈N/128⌉⌉; for class_ids and where weight is not in the
-        GEMMs' dtype a tile of at most max(min(64 MiB, half of the L2 cache), 128 classes), which in
+        GEMMs' dtype a tile of at most max(64 MiB, 128 classes), which in
         the tiled design also has 4·N per center. An input or weight whose rows are not contiguous
         is copied.
 
@@ -192,10 +193,10 @@ class _Statistics:
         self.classes = count
         if per_center > 0:
             self.classes = tile_classes(
-                count, m * per_center, TILE_ALIGNMENT, self.row_blocks, chip
+                count, m * per_center, TILE_ALIGNMENT, lambda classes: [], chip
             )
         blocks = triton.cdiv(self.classes, block)
-        splits = min(blocks, triton.cdiv(4 * chip.multiprocessors, self.row_blocks))
+        splits = class_splits(blocks, self.row_blocks, chip)
         self.per_split = triton.cdiv(blocks, splits) * block
         shape = (triton.cdiv(self.classes, self.per_split), self.n)
         new, none = rows.scale.new_full, (0,)
@@ -244,7 +245,7 @@ def backward(
         and get no gradient, even if they hold NaN.
 
     Memory above the gradients, in bytes:
-        at most max(min(64 MiB, half of the L2 cache), 128 classes) of tile, at N·(2, or 4 for
+        at most max(64 MiB, 128 classes) of tile, at N·(2, or 4 for
         float32) per center, and what copies of its rows take; 4·N more in the tiled design; 4·N·D
         for the input's gradient, and two copies of the input.
 
@@ -323,6 +324,9 @@ class _Gradients:
         )
         self.block = self.config["H"] * self.config["BLOCK_C"]
         self.row_blocks = triton.cdiv(self.n, self.config["BLOCK_N"])
+        self.grad_weight_config = grad_weight_config(
+            gemms, weight.dtype, self.config["BLOCK_N"], self.d, self.chip
+        )
         self.target_rows = find_targets(inputs, input.new_empty(labels.shape, dtype=torch.float64))
 
         # A row without labels, or with zero gradients only, may hold NaN, which must not reach the
@@ -388,9 +392,8 @@ class _Gradients:
             per_center += 0 if in_place else 4 * d
         per_center += 0 if on_grad_tile is None else weight.itemsize * d
         quantum = round_up(TILE_ALIGNMENT, self.block) if gemms.fused else TILE_ALIGNMENT
-        programs = self.row_blocks * triton.cdiv(quantum, self.block)
         count = count_classes(weight, inputs.class_ids)
-        classes = tile_classes(count, m * per_center, quantum, programs, self.chip)
+        classes = tile_classes(count, m * per_center, quantum, self._programs, self.chip)
         tiles = Tiles(
             weight, inputs.class_ids, gemms, inputs.saved, classes,
             write_norms=False, for_gradient=for_input,
@@ -423,6 +426,18 @@ class _Gradients:
         if grad_input is not None:
             assert sums is not None
             self._grad_by_input(sums, grad_input)
+
+    def _programs(self, classes: int) -> list[int]:
+        """Return how many programs the fused kernels have for a tile of so many classes."""
+        if not self.gemms.fused:
+            return []
+        factor = self.row_blocks * triton.cdiv(classes, self.block)
+        return [factor, math.prod(self._grad_weight_grid(classes * self.m))]
+
+    def _grad_weight_grid(self, centers: int) -> tuple[int, int]:
+        config = self.grad_weight_config
+        width = config["H"] * config["BLOCK_D"]
+        return triton.cdiv(centers, config["BLOCK_C"]), triton.cdiv(self.d, width)
 
     def _write_factor(self, tile: Tile) -> None:
         inputs, gemms, rows = self.inputs, self.gemms, self.rows
@@ -458,16 +473,12 @@ class _Gradients:
             "UNIT": gemms.plain or gemms.unit_weight,
         }  # fmt: skip
         if gemms.fused:
-            block_n = self.config["BLOCK_N"]
-            config = grad_weight_config(gemms, out.dtype, block_n, d, self.chip)
-            width = config["H"] * config["BLOCK_D"]
-            grid = triton.cdiv(centers, config["BLOCK_C"]), triton.cdiv(d, width)
             launch(
-                kernels._grad_weight_kernel, grid,
+                kernels._grad_weight_kernel, self._grad_weight_grid(centers),
                 self.factor, rows.gradient, tile.centers, ids, tile.norms, self.center_sums,
                 self.unscale, out, n, centers, self.row_blocks, stride, rows.gradient.stride(0),
                 tile.centers.stride(0), PRECISION=gemms.precision, UPCAST=self.upcast, **own,
-                **config,
+                **self.grad_weight_config,
             )  # fmt: skip
             return
         product = self.sums_of_rows[:centers] if len(self.sums_of_rows) else out

@@ -265,7 +265,7 @@ def test_expanded_gradients() -> None:
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_same_answer_twice(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_triton, "WORKSPACE_BYTES", 1)
-    chip = config_triton.Chip(80, 3, 2)
+    chip = config_triton.Chip(80, 3)
     monkeypatch.setattr(launch_triton, "chip_of", lambda device: chip)
     case = make_case(20, 400, 16, 3, dtypes=(dtype, dtype))
     for first, second in zip(check(case), run(case), strict=True):
@@ -292,8 +292,8 @@ def test_float64_is_an_error(name: str) -> None:
 
 
 def test_the_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buffers take half of the L2 cache at most, wherever 128 classes do."""
-    chip = config_triton.Chip(90, 132, 50 << 20)
+    """Buffers take 64 MiB at most, wherever 128 classes do."""
+    chip = config_triton.Chip(90, 132)
     monkeypatch.setattr(launch_triton, "chip_of", lambda device: chip)
     allocated: list[int] = []
 
@@ -324,4 +324,4 @@ def test_the_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             launch_triton.backward(inputs, True)
         own = x.nbytes + w.nbytes  # the gradients
         others = 16 * n * 64 * 4  # copies of the input, its gradient's sums
-        assert sum(allocated) <= own + others + (25 << 20) * 1.05, (n, c, dtypes)
+        assert sum(allocated) <= own + others + (64 << 20) * 1.02, (n, c, dtypes)
