@@ -1,8 +1,7 @@
 """Launchers of the margin softmax's Triton kernels, and their default configurations.
 
 Forward computes log-sum-exps alone. Backward goes through the classes in tiles: the gradient
-factor F of a tile is written to a workspace that fits the L2 cache, and both gradients are GEMMs
-with it.
+factor F of a tile is written to a workspace, and both gradients are GEMMs with it.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ def forward(inputs: ForwardInputs, *, gemm_dtype: torch.dtype | None = None) -> 
 
     Memory above inputs and outputs, in bytes:
         8·N·(splits + 1), splits ≤ ⌈4·SMs/⌈N/128⌉⌉; for class_ids and where weight is not in the
-        GEMMs' dtype a tile of at most max(64 MiB, 128 classes), which in
+        GEMMs' dtype a tile of at most max(80 MiB, 128 classes), which in
         the tiled design also has 4·N per center. An input or weight whose rows are not contiguous
         is copied.
 
@@ -245,7 +244,7 @@ def backward(
         and get no gradient, even if they hold NaN.
 
     Memory above the gradients, in bytes:
-        at most max(64 MiB, 128 classes) of tile, at N·(2, or 4 for
+        at most max(80 MiB, 128 classes) of tile, at N·(2, or 4 for
         float32) per center, and what copies of its rows take; 4·N more in the tiled design; 4·N·D
         for the input's gradient, and two copies of the input.
 

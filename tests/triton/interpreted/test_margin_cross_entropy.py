@@ -292,7 +292,7 @@ def test_float64_is_an_error(name: str) -> None:
 
 
 def test_the_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buffers take 64 MiB at most, wherever 128 classes do."""
+    """Buffers take 80 MiB at most, wherever 128 classes do."""
     chip = config_triton.Chip(90, 132)
     monkeypatch.setattr(launch_triton, "chip_of", lambda device: chip)
     allocated: list[int] = []
@@ -324,4 +324,4 @@ def test_the_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             launch_triton.backward(inputs, True)
         own = x.nbytes + w.nbytes  # the gradients
         others = 16 * n * 64 * 4  # copies of the input, its gradient's sums
-        assert sum(allocated) <= own + others + (64 << 20) * 1.02, (n, c, dtypes)
+        assert sum(allocated) <= own + others + (80 << 20) * 1.02, (n, c, dtypes)
