@@ -69,6 +69,13 @@ def test_a_logit_takes_at_most_8_bytes() -> None:
             assert 2 <= per_logit <= 8, case.name
 
 
+@pytest.mark.parametrize(("n", "milliseconds"), [(512, 5), (2048, 16), (4096, 32)])
+def test_a_step_of_a_million_classes_keeps_its_budget_of_time(n: int, milliseconds: int) -> None:
+    wanted = {"N": n, "D": 512, "C": 1_000_000}
+    case = case_of("margin_cross_entropy", shape=wanted, gemm_dtype=torch.bfloat16, autocast=None)
+    assert account(case, H100).seconds <= milliseconds / 1000
+
+
 def test_a_mixup_moves_what_the_case_needs() -> None:
     for case in cases("gpu", "domain_mixup"):
         moved = memory(account(case, H100))

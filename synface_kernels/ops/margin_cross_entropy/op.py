@@ -170,12 +170,12 @@ def margin_cross_entropy(
     There is one derivative, in reverse mode: by autograd, or by `torch.func`'s grad, vjp and vmap
     (a loop), without ``group`` and ``update``. Second derivatives and forward mode raise.
 
-    Memory above the inputs: forward O(N·(D + K)), buffers of at most 64 MiB (80 MiB
-    for ``"triton"``), and ``workspace``, which is held until the backward pass; backward the gradients (with ``update`` only the
-    input's) and such buffers. Never N×C unless ``workspace`` allows it, except in
-    ``impl="reference"``, which also holds the weight's gradient. With a group N is that of all
-    ranks, and the embeddings of all of them, N·D, are held from forward to backward. On a CPU,
-    gradients come from a caching allocator, capped at 512 MiB: see `empty_cache`.
+    Memory above the inputs: forward O(N·(D + K)), buffers of at most 64 MiB (80 MiB for
+    ``"triton"``), and ``workspace``, which is held until the backward pass; backward the gradients
+    (with ``update`` only the input's) and such buffers. Never N×C unless ``workspace`` allows it,
+    except in ``impl="reference"``, which also holds the weight's gradient. With a group N is that
+    of all ranks, and the embeddings of all of them, N·D, are held from forward to backward. On a
+    CPU, gradients come from a caching allocator, capped at 512 MiB: see `empty_cache`.
 
     Raises:
         ValueError: for a wrong dtype, shape, device, label or weight, or another dtype of autocast.
