@@ -29,6 +29,8 @@ IMPLS = [("reference", ISAS[-1]), *(("cpu", isa) for isa in ISAS)]
 FASTEST = [("reference", ISAS[-1]), *(("cpu", isa) for isa in ISAS[-3:])]
 if interpreting():  # tests/triton/interpreted runs some of these tests
     IMPLS = FASTEST = [("triton", ISAS[-1])]
+ROWS = 20 if interpreting() else 40
+SHAPES = [(1, 2, 1), (5, 33, 3), (64, 1500, 129), (530, 700, 64)]
 PAIRS = [(F32, F32), (BF16, F32), (F32, BF16)]
 MARGIN = sk.ArcFace(64.0, 0.5)
 UNIT = {
@@ -154,7 +156,7 @@ def assert_close(
 
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
 @pytest.mark.parametrize(("impl", "isa"), IMPLS)
-@pytest.mark.parametrize(("n", "c", "d"), [(1, 2, 1), (5, 33, 3), (64, 1500, 129), (530, 700, 64)])
+@pytest.mark.parametrize(("n", "c", "d"), SHAPES[:3] if interpreting() else SHAPES)
 def test_matches_float64(impl, isa, n, c, d, dtypes):
     case = problem(n, c, d).to(dtypes)
     assert_close(case, run(case, impl, isa), exact(case))
@@ -185,7 +187,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def of_option(name: str, k: int, dtypes: tuple[torch.dtype, torch.dtype]) -> Case:
-    case = problem(40, 400, 65, k, sub_centers=3 if name == "sub-centers" else 1)
+    case = problem(ROWS, 400, 65, k, sub_centers=3 if name == "sub-centers" else 1)
     if name == "class_ids":  # the same centers, among others
         w = torch.randn(800, 65)
         w[1::2] = case.w

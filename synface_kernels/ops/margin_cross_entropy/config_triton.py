@@ -131,9 +131,7 @@ def tile_config(n: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def grad_weight_config(
-    gemms: Gemms, weight_dtype: torch.dtype, block_n: int, d: int, chip: Chip
-) -> dict[str, int]:
+def grad_weight_config(gemms: Gemms, block_n: int, d: int, chip: Chip) -> dict[str, int]:
     """Return the blocks of the weight gradient's GEMM: centers, elements, rows per step.
 
     Args:
@@ -144,12 +142,11 @@ def grad_weight_config(
             "H": 1, "BLOCK_C": 64, "BLOCK_D": 64, "BLOCK_N": min(32, block_n), "num_warps": 8,
             "num_stages": 2,
         }  # fmt: skip
-    block_d = min(128, max(16, triton.next_power_of_2(d)))
+    two = d > 128 and gemms.dtype.itemsize == 2 and chip.capability == 90
     return {
-        "H": 2 if d > 128 and weight_dtype.itemsize == 2 and chip.capability == 90 else 1,
-        "BLOCK_C": 128, "BLOCK_D": block_d,
-        "BLOCK_N": min(128 // gemms.dtype.itemsize, block_n),
-        "num_warps": 8, "num_stages": 3,
+        "H": 2 if two else 1, "BLOCK_C": 128,
+        "BLOCK_D": min(128, max(16, triton.next_power_of_2(d))),
+        "BLOCK_N": min(128 // gemms.dtype.itemsize, block_n), "num_warps": 8, "num_stages": 3,
     }  # fmt: skip
 
 

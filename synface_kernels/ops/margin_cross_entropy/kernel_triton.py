@@ -259,7 +259,7 @@ def _write_factor(
     product, b_j, nearest, labels, target_rows, a, negative_lse, grad_lse, grad_target, grad_sum,
     factor, center_sums, rows, in_rows, column, columns, stride, start_class, scale, limit,
     K: tl.constexpr, M: tl.constexpr, FILTER: tl.constexpr, SUM: tl.constexpr,
-    PLAIN: tl.constexpr, FUSED: tl.constexpr, BLOCK_N: tl.constexpr,
+    PLAIN: tl.constexpr, FUSED: tl.constexpr, CENTER_SUMS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write one block of the gradient factor, see `_factor_kernel`."""
     in_columns = column < columns
@@ -292,7 +292,7 @@ def _write_factor(
             own = tl.where(nearest == m, own, 0.0)
         own = own.to(factor.dtype.element_ty)
         centers = column * M + m
-        if FUSED:
+        if CENTER_SUMS:
             # Σ G·cos, of the rounded factor as the GEMM has it, so that the projection is exact.
             if PLAIN:
                 sums = tl.sum(own.to(tl.float32) * cosine, 0)
@@ -313,14 +313,15 @@ def _factor_kernel(
     x, w, products, labels, target_rows, a, b, negative_lse, grad_lse, grad_target, grad_sum,
     factor, center_sums, N, columns, x_stride, w_stride, stride, start_class, scale, limit,
     D: tl.constexpr, K: tl.constexpr, M: tl.constexpr, FILTER: tl.constexpr, SUM: tl.constexpr,
-    PLAIN: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    PLAIN: tl.constexpr, FUSED: tl.constexpr, CENTER_SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write a block of the gradient factor F_ij = G_ij·a_i·b_j (PLAIN: G_ij).
 
     G is the loss's gradient by the cosines, in units of the factor's scale; grad_lse is times the
-    softmax's scale. With FUSED also the block's part of Σ_i G_ij·cos_ij per center; else F may be
-    written over the dot products.
+    softmax's scale. With CENTER_SUMS also the block's part of Σ_i G_ij·cos_ij per center. Unless
+    FUSED, F may be written over the dot products.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = rows < N
@@ -350,7 +351,7 @@ def _factor_kernel(
         _write_factor(
             product, b_j, nearest, labels, target_rows, a, negative_lse, grad_lse, grad_target,
             grad_sum, factor, center_sums, rows, in_rows, column, columns, stride,
-            start_class, scale, limit, K, M, FILTER, SUM, PLAIN, FUSED, BLOCK_N,
+            start_class, scale, limit, K, M, FILTER, SUM, PLAIN, FUSED, CENTER_SUMS, BLOCK_N,
         )  # fmt: skip
 
 

@@ -323,8 +323,11 @@ class _Gradients:
         )
         self.block = self.config["H"] * self.config["BLOCK_C"]
         self.row_blocks = triton.cdiv(self.n, self.config["BLOCK_N"])
+        # A rounded center is not quite along its row, to whose tangent a kernel of whole rows
+        # projects after cuBLAS.
+        self.fused_grad = gemms.fused and not gemms.unit_weight
         self.grad_weight_config = grad_weight_config(
-            gemms, weight.dtype, self.config["BLOCK_N"], self.d, self.chip
+            gemms, self.config["BLOCK_N"], self.d, self.chip
         )
         self.target_rows = find_targets(inputs, input.new_empty(labels.shape, dtype=torch.float64))
 
@@ -384,11 +387,10 @@ class _Gradients:
         per_center += n * gemms.dtype.itemsize
         # In the tiled design the dot products, and the GEMM's float32 rows.
         in_place = weight.dtype == torch.float32
-        if gemms.fused:
-            per_center += 4 * self.row_blocks
-        else:
-            per_center += 0 if gemms.dtype == torch.float32 else 4 * n
-            per_center += 0 if in_place else 4 * d
+        center_sums = for_weight and self.fused_grad
+        per_center += 4 * self.row_blocks if center_sums else 0
+        per_center += 0 if gemms.fused or gemms.dtype == torch.float32 else 4 * n
+        per_center += 0 if self.fused_grad or in_place else 4 * d
         per_center += 0 if on_grad_tile is None else weight.itemsize * d
         quantum = round_up(TILE_ALIGNMENT, self.block) if gemms.fused else TILE_ALIGNMENT
         count = count_classes(weight, inputs.class_ids)
@@ -404,8 +406,8 @@ class _Gradients:
         if gemms.fused or gemms.dtype != torch.float32:
             whole_blocks = round_up(n, self.config["BLOCK_N"])
             self.factor = new((whole_blocks, stride), dtype=gemms.dtype)
-        self.center_sums = new((self.row_blocks, stride) if gemms.fused else 0)
-        self.sums_of_rows = new(0 if gemms.fused or in_place else (stride, d))
+        self.center_sums = new((self.row_blocks, stride) if center_sums else 0)
+        self.sums_of_rows = new(0 if self.fused_grad or in_place else (stride, d))
         tile_rows = weight.new_empty(0 if on_grad_tile is None else (stride, d))
         sums = self._target_gradients() if for_input else None
         for tile in tiles:
@@ -431,6 +433,8 @@ class _Gradients:
         if not self.gemms.fused:
             return []
         factor = self.row_blocks * triton.cdiv(classes, self.block)
+        if not self.fused_grad:
+            return [factor]
         return [factor, math.prod(self._grad_weight_grid(classes * self.m))]
 
     def _grad_weight_grid(self, centers: int) -> tuple[int, int]:
@@ -449,7 +453,8 @@ class _Gradients:
             self.factor, self.center_sums, self.n, tile.columns, rows.gemm.stride(0),
             tile.gemm.stride(0), self.factor.stride(0), tile.start, inputs.scale, inputs.limit,
             D=self.d, K=inputs.labels.shape[1], M=self.m, FILTER=self.filters, SUM=self.sums,
-            PLAIN=gemms.plain, FUSED=gemms.fused, PRECISION=gemms.precision, UPCAST=self.upcast,
+            PLAIN=gemms.plain, FUSED=gemms.fused,
+            CENTER_SUMS=len(self.center_sums) > 0, PRECISION=gemms.precision, UPCAST=self.upcast,
             **self.config,
         )  # fmt: skip
 
@@ -471,7 +476,7 @@ class _Gradients:
             "D": d, "M": self.m, "IDS": tile.ids is not None,
             "UNIT": gemms.plain or gemms.unit_weight,
         }  # fmt: skip
-        if gemms.fused:
+        if self.fused_grad:
             launch(
                 kernels._grad_weight_kernel, self._grad_weight_grid(centers),
                 self.factor, rows.gradient, tile.centers, ids, tile.norms, self.center_sums,
