@@ -1,5 +1,6 @@
 """All kernels are launched by one function, on their tensors' device, in grids that GPUs take."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from triton.runtime import JITFunction
 from synface_kernels.ops import _triton
 from synface_kernels.ops.domain_mixup import kernel_triton as domain_mixup
 from synface_kernels.ops.domain_mixup.reference import Operands
+from synface_kernels.ops.margin_cross_entropy import launch_triton as margin_cross_entropy
+from synface_kernels.ops.margin_cross_entropy.interface import BackwardInputs
 from synface_kernels.ops.row_update import kernel_triton as row_update
 from synface_kernels.ops.row_update.reference import Update
 
@@ -99,6 +102,34 @@ def test_millions_of_rows_are_updated() -> None:
     launched = grids(lambda: row_update.sgd(update, rows, 0.1, 0.9, 0.1, 0.0, False))
     launched += grids(lambda: row_update.adamw(update, rows, rows, 0.1, 0.9, 0.999, 1e-8, 0.1))
     assert [grid for grid, _ in launched] == [(10**7, 2)] * 2
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_few_rows_meet_millions_of_classes(n: int) -> None:
+    """A tile that fits the workspace has no more blocks than a grid's second axis."""
+    empty = torch.empty
+    weight = empty(20_000_000, 8, dtype=torch.bfloat16, device="meta")
+    statistics = empty(n, dtype=torch.float64, device="meta")
+    labels = empty(n, 1, dtype=torch.int64, device="meta")
+    inputs = BackwardInputs(
+        input=empty(n, 8, dtype=torch.bfloat16, device="meta"),
+        weight=weight,
+        class_ids=None,
+        labels=labels,
+        negative_lse=statistics,
+        mean_center=statistics[:0],
+        center_sum=statistics[:0],
+        saved=empty(len(weight), device="meta"),
+        grad_negative_lse=statistics,
+        grad_target_cosine=labels.double(),
+        grad_cosine_sum=statistics[:0],
+        scale=64.0,
+        limit=math.inf,
+        needs_input_grad=True,
+    )
+    launched = grids(lambda: margin_cross_entropy.backward(inputs, True))
+    blocks = [grid[1] for grid, config in launched if "PLAIN" in config and len(grid) > 1]
+    assert 20_000_000 / 128 <= sum(blocks) <= 20_000_000 / 128 + len(blocks)
 
 
 def test_a_later_step_compiles_nothing_anew() -> None:

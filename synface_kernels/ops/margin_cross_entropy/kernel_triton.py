@@ -419,7 +419,7 @@ def _grad_weight_kernel(
         block += 1
     r_j = tl.load(inverse_norms + center, mask=in_centers, other=0.0)
     scale = tl.load(unscale)
-    center_sum *= scale * r_j
+    center_sum = center_sum * scale * r_j  # scale·r_j alone underflows for long centers
     source = center.to(tl.int64)
     if IDS:
         source = tl.load(ids + center // M, mask=in_centers, other=0) * M + center % M

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._triton import launch, mm
+from .._triton import GRID_LIMITS, launch, mm
 from ..row_update import kernel_triton as row_update
 from . import kernel_triton as kernels
 from .config_triton import (
@@ -331,8 +331,8 @@ class _Gradients:
         )
         self.target_rows = find_targets(inputs, input.new_empty(labels.shape, dtype=torch.float64))
 
-        # A row without labels, or with zero gradients only, may hold NaN, which must not reach the
-        # sums over rows.
+        # A row without labels, or with zero gradients only, may hold NaN, as may the gradients of
+        # one without labels: none of it must reach the sums over rows.
         grads = inputs.grad_negative_lse, inputs.grad_target_cosine, inputs.grad_cosine_sum
         by_lse, by_target, by_sum = (grad.float() for grad in grads)
         has_grad = (by_lse != 0) | (by_target != 0).any(1)
@@ -355,7 +355,10 @@ class _Gradients:
             most = most + by_sum.abs()
         factor_scale = self.factor_scale = self._scale_for(torch.where(has_grad, most, 0))
         self.unscale = 1 / factor_scale
-        self.grad_lse, self.grad_sum = by_lse * factor_scale, by_sum * factor_scale
+        self.grad_lse = torch.where(has_grad, by_lse, 0) * factor_scale
+        if self.sums:
+            by_sum = torch.where(has_grad, by_sum, 0)
+        self.grad_sum = by_sum * factor_scale
         self.grad_target = (by_target * factor_scale).contiguous()
 
     def _scale_for(self, most: Tensor) -> Tensor:
@@ -394,7 +397,10 @@ class _Gradients:
         per_center += 0 if on_grad_tile is None else weight.itemsize * d
         quantum = round_up(TILE_ALIGNMENT, self.block) if gemms.fused else TILE_ALIGNMENT
         count = count_classes(weight, inputs.class_ids)
-        classes = tile_classes(count, m * per_center, quantum, self._programs, self.chip)
+        most = GRID_LIMITS[1] * self.block // quantum * quantum if gemms.fused else count
+        classes = tile_classes(
+            min(count, most), m * per_center, quantum, self._programs, self.chip
+        )
         tiles = Tiles(
             weight, inputs.class_ids, gemms, inputs.saved, classes,
             write_norms=False, for_gradient=for_input,

@@ -18,12 +18,21 @@ def rows(n: int, length: float, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
+@pytest.mark.parametrize("design", ["fused", "tiled"])
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "of_x", "of_w"),
     [(torch.float32, 1e30, 1.0), (torch.float32, 1e-5, 1e30), (torch.bfloat16, 1e20, 1e15)],
 )
-def test_margin_cross_entropy(dtype: torch.dtype, of_x: float, of_w: float, sampled: bool) -> None:
+def test_margin_cross_entropy(
+    dtype: torch.dtype,
+    of_x: float,
+    of_w: float,
+    sampled: bool,
+    design: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SYNFACE_MARGIN_DESIGN", design)
     target = torch.arange(N)
     ids = torch.arange(C) if sampled else None
 
@@ -42,6 +51,24 @@ def test_margin_cross_entropy(dtype: torch.dtype, of_x: float, of_w: float, samp
         assert value.isfinite().all()
         error = (value.double() - exact) * length
         assert error.abs().max() <= tolerance * (exact * length).abs().max()
+
+
+@pytest.mark.parametrize("design", ["fused", "tiled"])
+@pytest.mark.parametrize(("of_x", "of_w"), [(1.0, 1e18), (1.0, 1e30), (1e10, 1e14)])
+def test_gradients_by_centers_that_are_all_long(
+    of_x: float, of_w: float, design: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SYNFACE_MARGIN_DESIGN", design)
+    x, w = torch.randn(N, D) * of_x, torch.randn(C, D) * of_w
+
+    def gradient(w: Tensor, x: Tensor, impl: str) -> Tensor:
+        w = w.clone().requires_grad_()
+        loss = sk.margin_cross_entropy(x, w, torch.arange(N), impl=impl)
+        return torch.autograd.grad(loss, w)[0]
+
+    found = gradient(w, x, "triton").double() * of_w
+    expected = gradient(w.double(), x.double(), "reference") * of_w
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_pair_energies() -> None:
