@@ -246,8 +246,17 @@ def test_kill_9_leaves_a_whole_checkpoint(faces, tmp_path, update):
     subprocess.run([sys.executable, "-c", RESUMED, *arguments, update], check=True)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(faces, tmp_path):
-    config = replace(SMALL, optimizer="sgd", lr=1e30, warmup_epochs=0.0)
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_a_loss_that_is_not_finite_stops_the_run(faces, tmp_path, precision, clip_norm):
+    config = replace(
+        SMALL,
+        optimizer="sgd",
+        lr=1e30,
+        warmup_epochs=0.0,
+        precision=precision,
+        clip_norm=clip_norm,
+    )
     with pytest.raises(FloatingPointError, match="lower lr"):
         train(config, faces, tmp_path / "run")
     tensors, _ = checkpoint.load(checkpoint.find(tmp_path / "run"))

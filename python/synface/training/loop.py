@@ -403,14 +403,15 @@ class _Training:
                     if self.delay or part_loss.isfinite():
                         part_loss.backward()
         numbers = {"loss": loss, "hits": hits}
-        if config.clip_norm > 0:
-            scaler.unscale_(optimizers["optimizer"])
-            parameters = self.backbone.parameters()
-            numbers["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        with standard_defaults():  # the optimizers create their counters
-            scaler.step(optimizers["optimizer"])
-            scaler.update()
-            optimizers["centers"].step()
+        if self.delay or loss.isfinite():
+            if config.clip_norm > 0:
+                scaler.unscale_(optimizers["optimizer"])
+                parameters = self.backbone.parameters()
+                numbers["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            with standard_defaults():  # the optimizers create their counters
+                scaler.step(optimizers["optimizer"])
+                scaler.update()
+                optimizers["centers"].step()
         self._unread.append((step, rate, Figures(**numbers)))
         if len(self._unread) <= self.delay:
             return self.stopped(interrupted)[0]
