@@ -16,6 +16,7 @@ from triton.runtime import JITFunction
 from synface_kernels.ops import _triton
 from synface_kernels.ops.domain_mixup import kernel_triton as domain_mixup
 from synface_kernels.ops.domain_mixup.reference import Operands
+from synface_kernels.ops.margin_cross_entropy import config_triton
 from synface_kernels.ops.margin_cross_entropy import launch_triton as margin_cross_entropy
 from synface_kernels.ops.margin_cross_entropy.interface import BackwardInputs
 from synface_kernels.ops.row_update import kernel_triton as row_update
@@ -130,6 +131,19 @@ def test_few_rows_meet_millions_of_classes(n: int) -> None:
     launched = grids(lambda: margin_cross_entropy.backward(inputs, True))
     blocks = [grid[1] for grid, config in launched if "PLAIN" in config and len(grid) > 1]
     assert 20_000_000 / 128 <= sum(blocks) <= 20_000_000 / 128 + len(blocks)
+
+
+def test_a_later_step_chooses_no_tiles_anew() -> None:
+    """The host would take milliseconds for each."""
+    config_triton._quanta_in_whole_waves.cache_clear()
+    config_triton.class_splits.cache_clear()
+    chip = config_triton.Chip(90, 132)
+    for _ in range(3):
+        programs = config_triton.Programs(1, 128, 1, 128, 2)
+        assert config_triton.tile_classes(10**6, 132, 128, programs, chip) % 128 == 0
+        config_triton.class_splits(7813, 1, chip)
+    for choice in (config_triton._quanta_in_whole_waves, config_triton.class_splits):
+        assert choice.cache_info().misses == 1
 
 
 def test_a_later_step_compiles_nothing_anew() -> None:

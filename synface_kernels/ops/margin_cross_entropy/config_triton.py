@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -166,6 +168,35 @@ def round_up(value: int, multiple: int) -> int:
     return triton.cdiv(value, multiple) * multiple
 
 
+@dataclass(frozen=True)
+class Programs:
+    """Numbers of programs of the fused backward kernels, for a tile of so many classes.
+
+    Attributes:
+        row_blocks, block: the factor's blocks of rows, and classes per block.
+        sub_centers, center_block, width_blocks: the weight gradient's centers per class and per
+            block, and blocks of elements; 0 of these where that GEMM is cuBLAS's.
+    """
+
+    row_blocks: int
+    block: int
+    sub_centers: int
+    center_block: int
+    width_blocks: int
+
+    def __call__(self, classes: int) -> list[int]:
+        factor = self.row_blocks * triton.cdiv(classes, self.block)
+        if self.width_blocks == 0:
+            return [factor]
+        centers = triton.cdiv(classes * self.sub_centers, self.center_block)
+        return [factor, centers * self.width_blocks]
+
+
+def no_programs(classes: int) -> list[int]:
+    """Return an empty list: tiles whose kernels are not fused need no whole waves."""
+    return []
+
+
 def tile_classes(
     count: int,
     bytes_per_class: int,
@@ -177,19 +208,29 @@ def tile_classes(
 
     Args:
         quantum: a tile is a multiple of so many classes.
-        programs: returns how many programs each kernel has for a tile of so many classes.
+        programs: returns how many programs each kernel has for a tile of so many classes;
+            hashable by value, for the choice is cached.
     """
     fits = max(1, WORKSPACE_BYTES // bytes_per_class // quantum)
     if fits * quantum >= count:
         return round_up(count, quantum)
+    return quantum * _quanta_in_whole_waves(fits, quantum, programs, chip)
+
+
+@lru_cache(maxsize=256)  # of thousands of candidates, a choice takes milliseconds
+def _quanta_in_whole_waves(
+    most: int, quantum: int, programs: Callable[[int], Sequence[int]], chip: Chip
+) -> int:
+    """Return the number of quanta per tile, at most so many, that fills whole waves best."""
 
     def occupancy(quanta: int) -> tuple[float, int]:
         share = math.prod(_full_waves(each, chip) for each in programs(quanta * quantum))
         return round(share, 2), quanta
 
-    return quantum * max(range((fits + 1) // 2, fits + 1), key=occupancy)
+    return max(range((most + 1) // 2, most + 1), key=occupancy)
 
 
+@lru_cache(maxsize=256)
 def class_splits(blocks: int, row_blocks: int, chip: Chip) -> int:
     """Return into how many splits the forward pass cuts blocks of classes, in whole waves."""
     most = min(blocks, triton.cdiv(8 * chip.multiprocessors, row_blocks))

@@ -7,7 +7,7 @@ factor F of a tile is written to a workspace, and both gradients are GEMMs with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,11 +20,13 @@ from . import kernel_triton as kernels
 from .config_triton import (
     TILE_ALIGNMENT,
     Gemms,
+    Programs,
     chip_of,
     choose_gemms,
     class_splits,
     gemm_config,
     grad_weight_config,
+    no_programs,
     one_row_config,
     round_up,
     row_config,
@@ -191,9 +193,7 @@ class _Statistics:
         per_center += 0 if gemms.fused else 4 * self.n
         self.classes = count
         if per_center > 0:
-            self.classes = tile_classes(
-                count, m * per_center, TILE_ALIGNMENT, lambda classes: [], chip
-            )
+            self.classes = tile_classes(count, m * per_center, TILE_ALIGNMENT, no_programs, chip)
         blocks = triton.cdiv(self.classes, block)
         splits = class_splits(blocks, self.row_blocks, chip)
         self.per_split = triton.cdiv(blocks, splits) * block
@@ -398,9 +398,7 @@ class _Gradients:
         quantum = round_up(TILE_ALIGNMENT, self.block) if gemms.fused else TILE_ALIGNMENT
         count = count_classes(weight, inputs.class_ids)
         most = GRID_LIMITS[1] * self.block // quantum * quantum if gemms.fused else count
-        classes = tile_classes(
-            min(count, most), m * per_center, quantum, self._programs, self.chip
-        )
+        classes = tile_classes(min(count, most), m * per_center, quantum, self._programs, self.chip)
         tiles = Tiles(
             weight, inputs.class_ids, gemms, inputs.saved, classes,
             write_norms=False, for_gradient=for_input,
@@ -434,14 +432,17 @@ class _Gradients:
             assert sums is not None
             self._grad_by_input(sums, grad_input)
 
-    def _programs(self, classes: int) -> list[int]:
-        """Return how many programs the fused kernels have for a tile of so many classes."""
+    @property
+    def _programs(self) -> Callable[[int], Sequence[int]]:
         if not self.gemms.fused:
-            return []
-        factor = self.row_blocks * triton.cdiv(classes, self.block)
-        if not self.fused_grad:
-            return [factor]
-        return [factor, math.prod(self._grad_weight_grid(classes * self.m))]
+            return no_programs
+        return Programs(
+            row_blocks=self.row_blocks,
+            block=self.block,
+            sub_centers=self.m,
+            center_block=self.grad_weight_config["BLOCK_C"],
+            width_blocks=self._grad_weight_grid(0)[1] if self.fused_grad else 0,
+        )
 
     def _grad_weight_grid(self, centers: int) -> tuple[int, int]:
         config = self.grad_weight_config
