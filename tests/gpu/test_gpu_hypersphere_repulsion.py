@@ -98,7 +98,8 @@ def test_float16_matches_float64(energy):
 
 @pytest.mark.parametrize("energy", [sk.LogSumExp(100.0), sk.MaxCosine()], ids=str)
 def test_many_points_match_float64(energy):
-    check(*points(*pick((6000, None, 512), (19, None, 16)), BF16), energy)
+    # The definition's gradient takes N·N·D float64 on a GPU, where torch.cdist's does.
+    check(*points(*pick((6000, None, 32), (19, None, 16)), BF16), energy)
 
 
 @pytest.mark.parametrize("gallery", [False, True])

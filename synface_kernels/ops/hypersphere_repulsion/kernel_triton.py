@@ -206,8 +206,8 @@ def _pairs_kernel(
     mark = tl.full((), -(2**31), tl.int32).to(tl.float32, bitcast=True)  # a literal −0 becomes 0
     if GRADIENT:
         weight = slope * tl.load(x_scale + row)[:, None] * tl.load(y_scale + column)[None, :]
-        if KIND == LOG_SUM_EXP:
-            weight *= tl.exp(a * (most - units))
+        if KIND == LOG_SUM_EXP:  # a tile without pairs may be far above all others' cosines
+            weight *= tl.where(greatest > float("-inf"), tl.exp(a * (most - units)), 0.0)
         if PRECISION == "tf32":
             weight = _round_to_tf32(weight)
         weight = tl.where(slope < 0, mark, weight).to(weights.dtype.element_ty)
@@ -311,7 +311,10 @@ def _close_kernel(
         at = tile_close + slot * (SIZE_Y // BLOCK_C) + own // BLOCK_C
     else:
         at = tile_close + own // BLOCK_C * (SIZE_Y // BLOCK_C) + slot
-    counts = tl.load(at, mask=slot < SIZE // BLOCK_C, other=0)
+    here = slot < SIZE // BLOCK_C
+    if DIAGONAL and not GRADIENT:  # the tiles before are not written, as their pairs are others'
+        here &= slot >= own // BLOCK_C
+    counts = tl.load(at, mask=here, other=0)
     if tl.sum(counts, 0) == 0:
         return
     d = tl.arange(0, BLOCK_D)

@@ -90,6 +90,7 @@ def test_exponentials_neither_vanish_nor_overflow(t: float) -> None:
     for cosine, x in (
         (-1.0, torch.tensor([[1.0, 0.0], [-2.0, 0.0]])),
         (0.0, torch.eye(9)),
+        (-1 / 8, torch.eye(9) - 1 / 9),  # the last tile has one point, and no pair
         (0.3, torch.tensor([[1.0, 0.0], [0.3, math.sqrt(1 - 0.09)]])),
     ):
         x = x.clone().requires_grad_()
