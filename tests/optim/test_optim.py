@@ -271,3 +271,21 @@ def test_a_gradient_of_one_pass_is_not_looked_at(monkeypatch):
         dense.step()
     ours.catch_up()
     torch.testing.assert_close(weight, expected)
+
+
+def test_a_gradient_that_a_hook_replaced_is_looked_at():
+    weight, expected = parameter(torch.float32), parameter(torch.float32)
+    ours, dense = RowSGD([weight], lr=0.1), torch.optim.SGD([expected], lr=0.1)
+
+    def twice(grad):
+        rows, values = torch.cat([grad._indices()] * 2, 1), torch.cat([grad._values()] * 2)
+        return torch.sparse_coo_tensor(rows, values, grad.shape, check_invariants=True)
+
+    weight.register_hook(twice)
+    ids = torch.arange(0, C, 3)
+    x, target = torch.randn(4, D, generator=generator(1)), torch.arange(4)
+    sk.margin_cross_entropy(x, weight, target, class_ids=ids).backward()
+    (2 * sk.margin_cross_entropy(x, expected[ids], target)).backward()
+    ours.step()
+    dense.step()
+    torch.testing.assert_close(weight, expected)

@@ -296,18 +296,23 @@ def _matrix(tensor: Tensor) -> Tensor:
 def _remember_coalesced(parameter: Tensor) -> None:
     """Mark a parameter's sparse gradient of one pass as coalesced if the pass returned it so.
 
-    torch forgets it, and to look at the indices waits for a GPU.
+    torch forgets it, and to look at the indices waits for a GPU. A gradient that another hook has
+    replaced has other indices, and is looked at.
     """
-    weak, coalesced = ref(parameter), [False]
+    weak, indices = ref(parameter), [0]  # the address of coalesced ones
 
     def before(grad: Tensor) -> None:
         own = weak()
         first = own is not None and own.grad is None
-        coalesced[0] = first and grad.is_sparse and grad.is_coalesced()
+        known = first and grad.is_sparse and grad.is_coalesced()
+        indices[0] = grad._indices().data_ptr() if known else 0
 
     def after(own: Tensor) -> None:
-        if coalesced[0] and own.grad is not None and own.grad.is_sparse:
-            own.grad._coalesced_(True)
+        grad = own.grad
+        if indices[0] and grad is not None and grad.is_sparse:
+            if grad._indices().data_ptr() == indices[0]:
+                grad._coalesced_(True)
+            indices[0] = 0
 
     parameter.register_hook(before)
     parameter.register_post_accumulate_grad_hook(after)
