@@ -11,7 +11,7 @@ export PATH := $(BIN):$(PATH)
 CSRC := $(shell git ls-files 'csrc/*' 2>/dev/null || find csrc -type f)
 BUILT := $(VENV)/.built
 
-.PHONY: build demo test quick fuzz lint format bench gpu-evidence stand-in cuda-check clean
+.PHONY: build demo test quick fuzz lint format bench gpu-evidence stand-in gpu-ledger cuda-check clean
 
 build: $(BUILT)
 

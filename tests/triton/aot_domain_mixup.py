@@ -9,7 +9,7 @@ import torch
 from synface_kernels.ops.domain_mixup import kernel_triton
 from synface_kernels.ops.domain_mixup.reference import Operands
 
-REGISTERS, STACK = 160, 0
+REGISTERS = 160
 NOT_FUSED = "f64"  # a fused multiply-add would give other bits than the definition
 
 

@@ -8,7 +8,7 @@ import torch
 
 from synface_kernels.ops.hypersphere_repulsion import launch_triton
 
-REGISTERS, STACK = 128, 16
+REGISTERS = 128
 NOT_FUSED = None
 # The potentials, their parameter, and the power of the hinge.
 KINDS = (("log_sum_exp", 40.0, 0), ("riesz", 2.5, 0), ("log", 0.5, 0), ("hinge", 0.1, 2))

@@ -15,8 +15,6 @@ from synface_kernels.ops.margin_cross_entropy.interface import BackwardInputs, F
 
 # Of all kernels but the GEMMs, whose share of a multiprocessor is checked instead.
 REGISTERS = 128
-# Bytes that a thread may spill.
-STACK = 0
 NOT_FUSED = None
 D = 512
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -10,7 +10,7 @@ from torch import Tensor
 from synface_kernels.ops.row_update import kernel_triton
 from synface_kernels.ops.row_update.reference import Update
 
-REGISTERS, STACK = 128, 0
+REGISTERS = 128
 NOT_FUSED = "f32"  # a fused multiply-add would give other bits than the definition
 
 
