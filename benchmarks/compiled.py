@@ -7,6 +7,7 @@ most that any variant takes: labels, filters and the like are other variants of 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -66,6 +67,15 @@ def load() -> dict[str, list[Row]]:
     return json.loads(PATH.read_text()) if PATH.exists() else {}
 
 
+def newest() -> str:
+    """Return the newest Triton that there are rows of."""
+    return [*load()][-1]
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
+
+
 def save(triton: str, ops: list[str], table: list[Row]) -> None:
     """Replace the rows of some ops and one Triton, or add them."""
     load.cache_clear()
@@ -74,7 +84,7 @@ def save(triton: str, ops: list[str], table: list[Row]) -> None:
     tables[triton] = sorted(others + table, key=lambda row: [row[name] for name in KEY])
     lines = [
         f' "{name}": [\n' + ",\n".join(f"  {json.dumps(row)}" for row in tables[name]) + "\n ]"
-        for name in sorted(tables)
+        for name in sorted(tables, key=_numbers)
     ]
     PATH.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     load.cache_clear()
@@ -83,10 +93,9 @@ def save(triton: str, ops: list[str], table: list[Row]) -> None:
 @cache
 def _found(capability: int) -> dict[tuple[str, str, str], Row]:
     tables = load()
-    newest = tables[max(tables)] if tables else []
     return {
         (row["kernel"], row["dtypes"], row["blocks"]): row
-        for row in newest
+        for row in (tables[newest()] if tables else [])
         if row["capability"] == capability
     }
 

@@ -231,7 +231,7 @@ def page(gpus: list[Device]) -> str:
     parts.append(f"## Kernels, on an {gpus[0].name}")
     parts.append(
         "Registers, shared memory and spilled bytes are for sm_"
-        f"{gpus[0].capability}, by Triton {max(compiled.load())}."
+        f"{gpus[0].capability}, by Triton {compiled.newest()}."
     )
     for op in CASES:
         for case in cases("gpu", op):

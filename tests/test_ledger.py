@@ -191,3 +191,14 @@ def test_the_page_is_current() -> None:
     assert ledger.PAGE.read_text() == ledger.page(ledger.gpus(DEVICES)), (
         "run python -m benchmarks.ledger --write"
     )
+
+
+def test_the_newest_triton_is_the_one_of_the_greatest_number(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(compiled, "PATH", tmp_path / "compiled.json")
+    try:
+        for version in ("3.10.0", "3.9.1"):
+            compiled.save(version, [], [])
+        assert [*compiled.load()] == ["3.9.1", "3.10.0"]
+        assert compiled.newest() == "3.10.0"
+    finally:
+        compiled.load.cache_clear()
