@@ -156,11 +156,11 @@ def test_settings_of_the_margin_softmax_are_put_back(monkeypatch):
     from synface_kernels.ops.margin_cross_entropy import config_triton
 
     monkeypatch.delenv(tasks.DESIGN, raising=False)
-    before = _triton.WORKSPACE_BYTES
+    before = _triton.WORKSPACE_BYTES, config_triton.WORKSPACE_BYTES
     with tasks.margin_settings("tiled", 16):
         assert _triton.WORKSPACE_BYTES == config_triton.WORKSPACE_BYTES == 16 << 20
         assert os.environ[tasks.DESIGN] == "tiled"
-    assert before == _triton.WORKSPACE_BYTES == config_triton.WORKSPACE_BYTES
+    assert before == (_triton.WORKSPACE_BYTES, config_triton.WORKSPACE_BYTES)
     assert tasks.DESIGN not in os.environ
 
 

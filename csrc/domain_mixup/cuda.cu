@@ -154,8 +154,8 @@ struct Near {
   __device__ Near(Split psi, Affine affine)
       : shift(affine.shift), scale(float(affine.scale)), least(0x7fffffff) {
     // What the proof covers; all else is computed exactly, as nothing reaches that least.
-    const bool estimable = psi.high >= 0 && psi.high <= 1 && shift.high >= 0 &&
-                           shift.high <= 255 && scale > 0x1p-59f && scale < 0x1p59f;
+    const bool estimable = psi.high >= 0 && psi.high <= 1 && shift.high >= 0 && shift.high <= 255 &&
+                           scale > 0x1p-59f && scale < 0x1p59f;
     if (!estimable) return;
     const bool exact = psi.low == 0 && shift.low == 0;
     least = exact ? 0 : std::bit_cast<int32_t>(0x1p-6f * scale) + int32_t(kOff);
@@ -167,7 +167,8 @@ struct Near {
 
 template <int kChannels>
 struct Nears {
-  __device__ Nears(Split psi, const Affine* affine) : first(psi, affine[0]), rest(psi, affine + 1) {}
+  __device__ Nears(Split psi, const Affine* affine)
+      : first(psi, affine[0]), rest(psi, affine + 1) {}
   __device__ const Near& operator[](int channel) const {
     return channel == 0 ? first : rest[channel - 1];
   }
@@ -181,7 +182,8 @@ struct Nears<1> {
   Near first;
 };
 
-// Returns the bfloat16 of an element, and sets bits of `unsure` where float32 does not determine it.
+// Returns the bfloat16 of an element, and sets bits of `unsure` where float32 does not determine
+// it.
 __device__ uint16_t estimate(uint32_t synthetic, uint32_t real, Split psi, const Near& near,
                              uint32_t& unsure) {
   const float minus = above_2_23(synthetic) - above_2_23(real);
@@ -246,9 +248,8 @@ __global__ void __launch_bounds__(kThreads, 5) mix_groups(Sides p, View out) {
     const Group<kChannels> synthetic(start(p.synthetic, flip_synthetic), flip_synthetic);
     const Group<kChannels> real(start(p.real, flip_real), flip_real);
     const auto value = [&](int channel, int pixel, const double* psi, const Affine* affine) {
-      return Out::rounded(mix(double(synthetic.at(pixel, channel)),
-                              double(real.at(pixel, channel)), Blend{*psi, 1 - *psi},
-                              affine[channel]));
+      return Out::rounded(mix(double(synthetic.at(pixel, channel)), double(real.at(pixel, channel)),
+                              Blend{*psi, 1 - *psi}, affine[channel]));
     };
     const double* exact_psi = p.psi + e.sample;
     const Affine* exact_affine = p.affine + e.channel;

@@ -7,7 +7,7 @@ Every random number of a step comes from a generator seeded by (seed, purpose, s
 checkpoint holds no generator's state, and a resumed run draws the numbers of an uninterrupted one.
 
 On a GPU no step waits for its own results: they are copied to the host behind the step, and read
-once the next step is under way.
+once the next step is under way. float16's `GradScaler` alone waits, to skip steps that overflow.
 """
 
 from __future__ import annotations

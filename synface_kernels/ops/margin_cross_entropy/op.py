@@ -29,7 +29,8 @@ def _design(dtypes: Sequence[torch.dtype]) -> str:
     from .config_triton import DESIGN_VARIABLE, choose_gemms
 
     tensors = [torch.empty((0, 0), dtype=dtype, device="meta") for dtype in dtypes]
-    gemms = choose_gemms(tensors[0], tensors[-1], None)
+    autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    gemms = choose_gemms(tensors[0], tensors[-1], autocast)
     return f"the {gemms.design} design, which {DESIGN_VARIABLE} overrides"
 
 
@@ -160,8 +161,9 @@ def margin_cross_entropy(
     Under `torch.autocast` GEMMs are in its dtype, bfloat16 or float16, unless the tensors are
     float64. A matrix of another dtype is normalized in float32 and rounded, as autocast makes of
     ``F.linear(F.normalize(input), F.normalize(weight))``; one of that dtype is multiplied as it is.
-    Sums, logits and the labels' own cosines are as without autocast. The backward pass uses the
-    forward pass's dtype.
+    Sums, logits and the labels' own cosines are as without autocast, but for label smoothing's sum
+    of cosines in ``"triton"``, which is of the rounded ones. The backward pass uses the forward
+    pass's dtype.
 
     A vector no longer than 1e-12 counts as zero: its cosines are 0 and its gradient is 0. At
     cos θ = ±1 the slope of the margin is finite, see `CombinedMargin`. A row with a non-finite
