@@ -60,9 +60,10 @@ def test_eval_reports_on_the_people_held_out(run, faces, tmp_path, flip):
 def test_eval_passes_on_the_batch_and_the_device(run, monkeypatch):
     calls = []
 
-    def spied(model, images, batch_size, flip):
-        calls.append((batch_size, flip, next(model.parameters()).device))
-        return embed(model, images, batch_size, flip)
+    def spied(model, images, batch_size, flip, device):
+        assert next(model.parameters()).device == device
+        calls.append((batch_size, flip, device))
+        return embed(model, images, batch_size, flip, device=device)
 
     monkeypatch.setattr(verification, "embed", spied)
     call("eval", run, "--batch-size", 5, "--no-flip", "--device", "cpu")
