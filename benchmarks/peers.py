@@ -361,6 +361,14 @@ def _copy_bytes(work: RowUpdateWorkload | SampleWorkload) -> Step:
     return _copy(device, work.bytes // 2)
 
 
+# The floor of ops that only move bytes.
+_COPY = Peer(
+    "copy_ that moves as many bytes",
+    "torch copy_ of a uint8 tensor of half the bytes that the op moves",
+    _copy_bytes,
+    lambda c: c.bytes,
+)
+
 PEERS: dict[str, list[Peer]] = {
     "margin_cross_entropy": [
         Peer("ours", "synface_kernels.margin_cross_entropy", _ours, lambda c: _matrices(c, 0, 1.2)),
@@ -522,12 +530,7 @@ PEERS: dict[str, list[Peer]] = {
             _our_rows,
             lambda c: 64 * c.shape["S"],
         ),
-        Peer(
-            "copy_ that moves as many bytes",
-            "torch copy_ of a uint8 tensor of half the bytes that the op moves",
-            _copy_bytes,
-            lambda c: c.bytes,
-        ),
+        _COPY,
         Peer(
             "eager torch",
             "indexing, arithmetic in float32, index_copy_",
@@ -548,12 +551,7 @@ PEERS: dict[str, list[Peer]] = {
             _our_samples,
             lambda c: c.shape["C"] // 8 + 64 * c.shape["S"],
         ),
-        Peer(
-            "copy_ that moves as many bytes",
-            "torch copy_ of a uint8 tensor of half the bytes that the op moves",
-            _copy_bytes,
-            lambda c: c.bytes,
-        ),
+        _COPY,
         Peer(
             "insightface's",
             "random numbers for all classes, topk, sort",

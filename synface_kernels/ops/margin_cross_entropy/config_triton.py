@@ -99,12 +99,20 @@ def chip_of(device: torch.device) -> Chip:
     return Chip(10 * found.major + found.minor, found.multi_processor_count)
 
 
-def gemm_config(gemms: Gemms, n: int, sub_centers: int, plain: bool, chip: Chip) -> dict[str, int]:
-    """Return the largest blocks of rows and classes that do not spill; see docs/gpu.md.
+def block_config(gemms: Gemms, n: int, sub_centers: int, plain: bool, chip: Chip) -> dict[str, int]:
+    """Return the blocks of rows and classes of the kernels that take logits.
+
+    Those that compute dot products take the largest blocks that do not spill; see docs/gpu.md.
 
     Args:
         plain: whether there is one label, no filter and no sums, which take registers.
     """
+    if not gemms.fused:
+        block_n = min(4, triton.next_power_of_2(n))
+        return {
+            "H": 1, "BLOCK_N": block_n, "BLOCK_C": 2048 // block_n, "BLOCK_D": 16, "num_warps": 4,
+            "num_stages": 1,
+        }  # fmt: skip
     block_n = min(128, max(16, triton.next_power_of_2(n)))
     if gemms.dtype == torch.float32 and gemms.precision == "ieee":  # no tensor cores
         return {
@@ -121,15 +129,6 @@ def gemm_config(gemms: Gemms, n: int, sub_centers: int, plain: bool, chip: Chip)
         "BLOCK_D": 128 // gemms.dtype.itemsize,
         "num_warps": 8 if block_n == 128 or (sub_centers > 1 and block_n == 64) else 4,
         "num_stages": 3,
-    }  # fmt: skip
-
-
-def tile_config(n: int) -> dict[str, int]:
-    """Return the blocks of the kernels that read a tile of dot products."""
-    block_n = min(4, triton.next_power_of_2(n))
-    return {
-        "H": 1, "BLOCK_N": block_n, "BLOCK_C": 2048 // block_n, "BLOCK_D": 16, "num_warps": 4,
-        "num_stages": 1,
     }  # fmt: skip
 
 

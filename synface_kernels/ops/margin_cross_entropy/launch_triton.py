@@ -21,17 +21,16 @@ from .config_triton import (
     TILE_ALIGNMENT,
     Gemms,
     Programs,
+    block_config,
     chip_of,
     choose_gemms,
     class_splits,
-    gemm_config,
     grad_weight_config,
     no_programs,
     one_row_config,
     round_up,
     row_config,
     tile_classes,
-    tile_config,
 )
 from .interface import (
     BackwardInputs,
@@ -46,7 +45,6 @@ from .operands_triton import (
     Tiles,
     as_rows,
     centers_of,
-    prepare_rows,
     sub_centers_of,
 )
 
@@ -120,9 +118,7 @@ def forward(inputs: ForwardInputs, *, gemm_dtype: torch.dtype | None = None) -> 
         )
     find_targets(inputs, target_cosine)
     gemms = choose_gemms(input, weight, gemm_dtype)
-    input_r = new(n, dtype=torch.float32)
-    prepare_rows(input, norms=input_r)
-    rows = as_rows(input, input_r, gemms, for_gradient=False)
+    rows = as_rows(input, gemms, for_gradient=False)
     found = _Statistics(inputs, rows, gemms)
     for tile in Tiles(
         weight, inputs.class_ids, gemms, norms, found.classes, write_norms=True, for_gradient=False
@@ -182,9 +178,7 @@ class _Statistics:
             "UPCAST": rows.gemm.device.type == "cpu" and gemms.dtype != torch.float32,
         }  # fmt: skip
         plain = k == 1 and not (self.options["FILTER"] or self.options["SUM"])
-        self.config = (
-            gemm_config(gemms, self.n, m, plain, chip) if gemms.fused else tile_config(self.n)
-        )
+        self.config = block_config(gemms, self.n, m, plain, chip)
         self.row_blocks = triton.cdiv(self.n, self.config["BLOCK_N"])
 
         block = self.config["H"] * self.config["BLOCK_C"]
@@ -316,11 +310,7 @@ class _Gradients:
         self.filters, self.sums = inputs.limit < math.inf, inputs.grad_cosine_sum.numel() > 0
         self.upcast = input.device.type == "cpu" and gemms.dtype != torch.float32
         plain = k == 1 and not (self.filters or self.sums)
-        self.config = (
-            gemm_config(gemms, self.n, self.m, plain, self.chip)
-            if gemms.fused
-            else tile_config(self.n)
-        )
+        self.config = block_config(gemms, self.n, self.m, plain, self.chip)
         self.block = self.config["H"] * self.config["BLOCK_C"]
         self.row_blocks = triton.cdiv(self.n, self.config["BLOCK_N"])
         # A rounded center is not quite along its row, to whose tangent a kernel of whole rows
@@ -343,9 +333,7 @@ class _Gradients:
         in_softmax = has_grad & (by_lse != 0) & (inputs.negative_lse != -math.inf)
         self.negative_lse = torch.where(in_softmax, inputs.negative_lse.float(), math.inf)
         self.input = torch.where(has_grad[:, None], input, 0)
-        self.input_r = self.negative_lse.new_empty(self.n)
-        prepare_rows(self.input, norms=self.input_r)
-        self.rows = as_rows(self.input, self.input_r, gemms, for_gradient=True)
+        self.rows = as_rows(self.input, gemms, for_gradient=True)
 
         by_lse = by_lse * inputs.scale
         self.has_grad = has_grad.to(torch.int32)
@@ -404,7 +392,7 @@ class _Gradients:
             write_norms=False, for_gradient=for_input,
         )  # fmt: skip
 
-        new, stride = self.input_r.new_empty, tiles.stride
+        new, stride = self.rows.norms.new_empty, tiles.stride
         self.products = new(0 if gemms.fused else (n, stride))
         self.factor = self.products
         if gemms.fused or gemms.dtype != torch.float32:
@@ -504,10 +492,10 @@ class _Gradients:
     def _target_gradients(self) -> Tensor:
         """Return the labels' part of the sums for the input's gradient, before an update."""
         inputs, centers = self.inputs, centers_of(self.inputs.weight)
-        sums = self.input_r.new_empty((self.n, self.d))
+        sums = self.rows.norms.new_empty((self.n, self.d))
         launch(
             kernels._target_gradients_kernel, (self.n,),
-            self.input, centers, self.target_rows, self.input_r, self.factor_scale,
+            self.input, centers, self.target_rows, self.rows.norms, self.factor_scale,
             inputs.grad_target_cosine.contiguous(), self.has_grad, sums, self.input.stride(0),
             centers.stride(0), D=self.d, K=inputs.labels.shape[1], UNIT=self.unit_sums,
             **one_row_config(self.d),
@@ -517,6 +505,6 @@ class _Gradients:
     def _grad_by_input(self, sums: Tensor, grad_input: Tensor) -> None:
         launch(
             kernels._grad_input_kernel, (self.n,),
-            self.input, self.input_r, sums, self.unscale, self.has_grad, grad_input,
+            self.input, self.rows.norms, sums, self.unscale, self.has_grad, grad_input,
             self.input.stride(0), D=self.d, UNIT=self.unit_sums, **one_row_config(self.d),
         )  # fmt: skip

@@ -52,24 +52,27 @@ class Rows(NamedTuple):
     Attributes:
         gemm: (N, D) for the logits' GEMM; scale: (N,) what its dot products are multiplied by.
         gradient: (N, D) for the weight gradient's GEMM.
+        norms: (N,) inverse norms.
     """
 
     gemm: Tensor
     scale: Tensor
     gradient: Tensor
+    norms: Tensor
 
 
-def as_rows(input: Tensor, norms: Tensor, gemms: Gemms, for_gradient: bool) -> Rows:
-    """Return embeddings as operands, from their inverse norms."""
+def as_rows(input: Tensor, gemms: Gemms, for_gradient: bool) -> Rows:
+    """Return embeddings as operands, with their inverse norms."""
+    norms = input.new_empty(len(input), dtype=torch.float32)
     unit = None
     if gemms.unit_input or (gemms.plain and for_gradient):
         unit = torch.empty_like(input, dtype=gemms.dtype, memory_format=torch.contiguous_format)
-        prepare_rows(input, copy=unit, unit=True)
+    prepare_rows(input, norms=norms, copy=unit, unit=unit is not None)
     if gemms.unit_input:
         assert unit is not None
-        return Rows(unit, torch.ones_like(norms), unit)
+        return Rows(unit, torch.ones_like(norms), unit, norms)
     gemm = input.to(gemms.dtype)
-    return Rows(gemm, norms, gemm if unit is None else unit)
+    return Rows(gemm, norms, gemm if unit is None else unit, norms)
 
 
 class Tile(NamedTuple):

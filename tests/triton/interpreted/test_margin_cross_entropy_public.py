@@ -178,7 +178,7 @@ def test_two_accumulators(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     blocks = {"H": 2, "BLOCK_N": 16, "BLOCK_C": 16, "BLOCK_D": 16}
-    monkeypatch.setattr(launch_triton, "gemm_config", lambda *_: blocks)
+    monkeypatch.setattr(launch_triton, "block_config", lambda *_: blocks)
     check_options(dtypes, k, "joint", sub_centers, options)
 
 
