@@ -36,6 +36,9 @@ if hypothesis is not None:
     profile("fuzz", unhurried, max_examples=5000, print_blob=True)
     hypothesis.settings.load_profile("tests")
 
+# Without it torch only warns of an op that returns a tensor twice.
+os.environ["TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING"] = "1"
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

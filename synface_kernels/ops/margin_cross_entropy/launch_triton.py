@@ -102,18 +102,22 @@ def forward(inputs: ForwardInputs, *, gemm_dtype: torch.dtype | None = None) -> 
     n, filters, sums = input.shape[0], inputs.limit < math.inf, inputs.needs_cosine_sum
     count, m = count_classes(weight, inputs.class_ids), sub_centers_of(weight)
     new = input.new_empty
-    none = new(0, dtype=torch.float64)
     norms = new(count * m, dtype=torch.float32)
     target_cosine = new(labels.shape, dtype=torch.float64)
+
+    def none(dtype: torch.dtype = torch.float64) -> Tensor:
+        # Each output is a tensor of its own: no op may return one twice.
+        return new(0, dtype=dtype)
+
     if n == 0:
         return ForwardOutputs(
-            negative_lse=none,
-            negative_max=new(0, dtype=torch.float32),
+            negative_lse=none(),
+            negative_max=none(torch.float32),
             target_cosine=target_cosine,
-            filtered=none.clone(),
-            cosine_sum=none.clone(),
-            mean_center=new(0, dtype=torch.float32),
-            center_sum=none.clone(),
+            filtered=none(),
+            cosine_sum=none(),
+            mean_center=none(torch.float32),
+            center_sum=none(),
             saved=norms.zero_(),
         )
     find_targets(inputs, target_cosine)
@@ -136,10 +140,10 @@ def forward(inputs: ForwardInputs, *, gemm_dtype: torch.dtype | None = None) -> 
         negative_lse=torch.where(valid, negative_lse, 0).double(),
         negative_max=torch.where(valid, negative_max, 0),
         target_cosine=target_cosine,
-        filtered=torch.where(valid, found.filtered.sum(0).double(), 0) if filters else none,
-        cosine_sum=torch.where(valid, found.cosine_sum.double().sum(0), 0) if sums else none,
-        mean_center=new(0, dtype=torch.float32),
-        center_sum=none.clone(),
+        filtered=torch.where(valid, found.filtered.sum(0).double(), 0) if filters else none(),
+        cosine_sum=torch.where(valid, found.cosine_sum.double().sum(0), 0) if sums else none(),
+        mean_center=none(torch.float32),
+        center_sum=none(),
         saved=norms,
     )
 
