@@ -56,7 +56,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the tests that --quick omits, and report how many."""
+    """Run slow tests first, or the last would run alone; deselect those that --quick omits."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not config.getoption("--quick"):
         return
     chosen, left, seen = [], [], set()
