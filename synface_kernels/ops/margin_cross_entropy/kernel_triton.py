@@ -380,12 +380,14 @@ def _clear_targets_kernel(
 def _grad_weight_kernel(
     factor, x, weight, ids, inverse_norms, center_sums, unscale, grad_weight, N, count, row_blocks,
     stride, x_stride, weight_stride, D: tl.constexpr, M: tl.constexpr, IDS: tl.constexpr,
-    UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, H: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr,
+    H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write H blocks of the gradient by a tile's centers: Fᵀx, projected to their tangents.
 
-    F has r_j as a factor unless UNIT.
+    F has r_j as a factor unless UNIT. ROWS is N in the interpreter, and None where compiled: a
+    `for` loop is pipelined, and with numpy 2.5, Triton 3.6's interpreter takes no tensor for the
+    bound of one.
     """
     center = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     d = tl.program_id(1) * (H * BLOCK_D) + tl.arange(0, BLOCK_D)
@@ -396,7 +398,7 @@ def _grad_weight_kernel(
     f_block = factor + step.to(tl.int64)[None, :] * stride + center[:, None]
     x_block = x + step.to(tl.int64)[:, None] * x_stride + d[None, :]
     f_step = tl.full((), BLOCK_N, tl.int64) * stride
-    for start in range(0, N, BLOCK_N):
+    for start in range(0, N if ROWS is None else ROWS, BLOCK_N):
         in_rows = start + step < N
         f = tl.load(f_block)  # there is room for whole blocks, zeros past the last row
         own = tl.load(x_block, mask=in_rows[:, None] & (d < D)[None, :], other=0.0)

@@ -480,8 +480,8 @@ class _Gradients:
                 kernels._grad_weight_kernel, self._grad_weight_grid(centers),
                 self.factor, rows.gradient, tile.centers, ids, tile.norms, self.center_sums,
                 self.unscale, out, n, centers, self.row_blocks, stride, rows.gradient.stride(0),
-                tile.centers.stride(0), PRECISION=gemms.precision, UPCAST=self.upcast, **own,
-                **self.grad_weight_config,
+                tile.centers.stride(0), PRECISION=gemms.precision, UPCAST=self.upcast,
+                ROWS=n if out.device.type == "cpu" else None, **own, **self.grad_weight_config,
             )  # fmt: skip
             return
         product = self.sums_of_rows[:centers] if len(self.sums_of_rows) else out
