@@ -289,3 +289,10 @@ def test_a_gradient_that_a_hook_replaced_is_looked_at():
     ours.step()
     dense.step()
     torch.testing.assert_close(weight, expected)
+
+
+def test_optimizers_of_one_weight_share_its_hooks():
+    weight = parameter(torch.float32)
+    for _ in range(3):
+        RowSGD([weight])
+    assert len(weight._backward_hooks) == len(weight._post_accumulate_grad_hooks) == 1

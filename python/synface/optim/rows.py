@@ -8,12 +8,14 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 import synface_kernels as sk
 
 from ..common.check import check_integer, describe
 
 _ODD = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits; spreads the parameters' seeds
+_WATCHED = WeakTensorKeyDictionary()  # the parameters with hooks, which all optimizers share
 
 
 class _RowOptimizer(torch.optim.Optimizer):
@@ -299,6 +301,9 @@ def _remember_coalesced(parameter: Tensor) -> None:
     torch forgets it, and to look at the indices waits for a GPU. A gradient that another hook has
     replaced has other indices, and is looked at.
     """
+    if parameter in _WATCHED:
+        return
+    _WATCHED[parameter] = None
     weak, indices = ref(parameter), [0]  # the address of coalesced ones
 
     def before(grad: Tensor) -> None:

@@ -17,8 +17,9 @@ from ..data import Augment, Faces
 from ..data.loading.loader import Timing
 from ..data.loading.sampler import WHOLE, CycledOrder, RankSlice
 from ..data.mixing import DomainMixup, Grid, IdentityMixup, Ratio
+from ..data.mixing.ratios import send
 from ..training.config import TrainConfig
-from ..training.sources import Batch, fingerprint, sent
+from ..training.sources import Batch, fingerprint
 from .dataset import checked, styles
 from .embeddings import sha256_of_rows
 from .generators import FaceGenerator
@@ -148,16 +149,16 @@ class GeneratedSource:
             )
             embeddings = F.normalize(embeddings)
         generated = self.generator.generate(embeddings, self._styles[rows], self._seeds[rows])
-        images = augment(sent(generated, device), draws("augment"))
-        target = sent(target, device)
-        weight = None if weight is None else sent(weight, device)
+        images = augment(send(generated, device), draws("augment"))
+        target = send(target, device)
+        weight = None if weight is None else send(weight, device)
         if self.real is None or self.domain_mixup is None:
             return Batch(images, target, weight)
         mixed = self.domain_mixup(
             images,
             target,
-            augment(sent(self.real.images[real_rows], device), draws("augment real")),
-            sent(self.real.labels[real_rows], device),
+            augment(send(self.real.images[real_rows], device), draws("augment real")),
+            send(self.real.labels[real_rows], device),
             synthetic_weights=weight,
             generator=draws("mixup"),
         )

@@ -19,6 +19,7 @@ from ..data.loading.loader import ImageLoader, Pairs, TwoDomainLoader
 from ..data.loading.pool import Timing
 from ..data.loading.sampler import WHOLE, RankSlice, ShuffledOrder
 from ..data.mixing import DomainMixup, Grid, Mixed, Ratio
+from ..data.mixing.ratios import send
 from .config import TrainConfig
 
 
@@ -69,11 +70,6 @@ class Source(Protocol):
         may be on the network's device already.
         """
         ...
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device, without waiting for a GPU; its memory may still be read."""
-    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def fingerprint(images: LabeledImages) -> str:
@@ -165,10 +161,10 @@ class FacesSource(_ImagesSource):
         with self._reader(config, first, part, device) as reader:
             for step, (images, labels) in reader:
                 varied = generator(config.seed, part.purpose("augment"), step)
-                images = sent(images, device)
+                images = send(images, device)
                 if isinstance(reader, ImageLoader):
                     reader.sent(device)
-                yield step, Batch(augment(images, varied), sent(labels, device), None)
+                yield step, Batch(augment(images, varied), send(labels, device), None)
 
     def _reader(
         self, config: TrainConfig, first: int, part: RankSlice, device: torch.device
@@ -252,7 +248,7 @@ class MixedSource(_ImagesSource):
         ) as loader:
             self.timing = loader.timing
             for step, batch in loader:
-                batch = type(batch)(*(sent(each, mixed.device) for each in batch))
+                batch = type(batch)(*(send(each, mixed.device) for each in batch))
                 loader.sent(mixed.device)
                 if isinstance(batch, Pairs):
                     draws = generator(config.seed, part.purpose("mixup"), step)

@@ -107,8 +107,9 @@ def device_of(generator: Generator | None) -> torch.device:
     return torch.device("cpu") if generator is None else generator.device
 
 
-def send(drawn: Tensor, device: torch.device) -> Tensor:
-    return drawn.to(device, non_blocking=device.type != "cpu")
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, without waiting for a GPU; its memory may still be read."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def uniform(shape: tuple[int, ...], generator: Generator | None) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 import synface_kernels as sk
 
 from ...common.rng import generator
+from ...data.loading.sampler import RankSlice
 from . import bounds
 from .optimizer import SphereAdam
 
@@ -128,12 +128,11 @@ def evaluation(packer: Packer, points: Tensor) -> tuple[float, tuple[int, int], 
 
 def _own(packer: Packer, points: Tensor) -> tuple[slice, list[int]]:
     """Return the rows that this rank computes, and the number of each rank's."""
-    if packer.group is None:
-        return slice(0, len(points)), [len(points)]
-    rank, ranks = dist.get_rank(packer.group), dist.get_world_size(packer.group)
-    starts = [len(points) * each // ranks for each in range(ranks + 1)]
-    counts = [end - start for start, end in pairwise(starts)]
-    return slice(starts[rank], starts[rank + 1]), counts
+    rank, ranks = 0, 1
+    if packer.group is not None:
+        rank, ranks = dist.get_rank(packer.group), dist.get_world_size(packer.group)
+    parts = [RankSlice(each, ranks).of(len(points)) for each in range(ranks)]
+    return parts[rank], [part.stop - part.start for part in parts]
 
 
 class _LogSumExp(_Annealed):

@@ -462,9 +462,12 @@ def _greatest(values: tuple[int, ...], group: Any) -> tuple[int, ...]:
     """Return the greatest of each value on all ranks."""
     if group is None:
         return values
-    every: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(every, values, group=group)
-    return tuple(max(each) for each in zip(*every, strict=True))
+    # The group's CPU backend, if it has one, does not make this wait for a GPU.
+    has_cpu = "cpu:" in dist.get_backend_config(group)
+    device = torch.device("cpu") if has_cpu else torch.device("cuda", torch.cuda.current_device())
+    most = torch.tensor(values, dtype=torch.int64, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    return tuple(most.tolist())
 
 
 class _Queue:
