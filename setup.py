@@ -15,6 +15,7 @@ from glob import glob
 
 import torch
 from setuptools import Extension, setup
+from torch.utils import cpp_extension
 from torch.version import cuda as torch_cuda
 
 # Ampere, Hopper, Blackwell: the ones whose budgets tools/cuda_check.py checks.
@@ -125,17 +126,12 @@ def prepare_cuda() -> bool:
         if torch_cuda is not None:
             print(f"building as with SYNFACE_CUDA=0, without CUDA: {problem}")
         return False
-    os.environ["CUDA_HOME"] = home
+    cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"] = home
     return True
 
 
 CHOICE = os.environ.get("SYNFACE_CUDA", "auto")
 WITH_CUDA = prepare_cuda()
-
-from torch.utils import cpp_extension  # noqa: E402, since it reads CUDA_HOME when imported
-
-if WITH_CUDA:
-    cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]
 
 # One instruction set for the whole build: faster ones are chosen at run time, per function.
 # No contraction: the source names each fused multiply-add, so that results are the same

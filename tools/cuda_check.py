@@ -34,23 +34,29 @@ def nvcc() -> str | None:
     return os.environ.get("NVCC") or shutil.which("nvcc")
 
 
-def compile_kernels(source: Path, architecture: int) -> list[dict[str, int | str]]:
-    """Return each kernel of the file with its registers, and bytes of stack and spills."""
+def run_nvcc(source: Path, architecture: int, output: str, *options: str) -> str:
+    """Compile the file; return what the compiler reports."""
     compiler = nvcc()
     assert compiler is not None
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [compiler, *FLAGS, f"-I{ROOT / 'csrc'}", f"-arch=sm_{architecture}", "-Xptxas=-v",
-             "-cubin", "-o", f"{folder}/out.cubin", str(source)],
-            capture_output=True, text=True,
-        )  # fmt: skip
+    done = subprocess.run(
+        [compiler, *FLAGS, f"-I{ROOT / 'csrc'}", f"-arch=sm_{architecture}", *options, "-o", output,
+         str(source)],
+        capture_output=True, text=True,
+    )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{source.relative_to(ROOT)} does not compile for sm_{architecture}:\n"
                            + done.stderr)  # fmt: skip
+    return done.stderr
+
+
+def compile_kernels(source: Path, architecture: int) -> list[dict[str, int | str]]:
+    """Return each kernel of the file with its registers, and bytes of stack and spills."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = run_nvcc(source, architecture, f"{folder}/out.cubin", "-Xptxas=-v", "-cubin")
     kernels = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers",
-        done.stderr,
+        report,
         re.DOTALL,
     )
     return [
@@ -67,14 +73,8 @@ def over_budget(kernel: dict[str, int | str]) -> bool:
 
 def ptx(source: Path, architecture: int) -> str:
     """Return the file's PTX code."""
-    compiler = nvcc()
-    assert compiler is not None
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [compiler, *FLAGS, f"-I{ROOT / 'csrc'}", f"-arch=sm_{architecture}", "-ptx",
-             "-o", f"{folder}/out.ptx", str(source)],
-            check=True,
-        )  # fmt: skip
+        run_nvcc(source, architecture, f"{folder}/out.ptx", "-ptx")
         return Path(folder, "out.ptx").read_text()
 
 

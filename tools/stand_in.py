@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHON = (3, 12)
+PYTHON = "python3.12"
 PACKAGES = [
     *("torch==2.11.0", "triton==3.6.0", "numpy==2.5.*"),
     *("pytest>=8", "pytest-xdist", "setuptools>=77", "wheel", "pybind11>=2.13", "ninja"),
@@ -59,9 +59,9 @@ def make_environment(folder: Path) -> Path:
     """Install the machine's packages into a new virtual environment; return its Python."""
     python = folder / "bin" / "python"
     if not python.exists():
-        base = shutil.which("python{}.{}".format(*PYTHON))
+        base = shutil.which(PYTHON)
         if base is None:
-            sys.exit("needs python{}.{} on PATH, or --python".format(*PYTHON))
+            sys.exit(f"needs {PYTHON} on PATH, or --python")
         subprocess.run([base, "-m", "venv", str(folder)], check=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, *PACKAGES], check=True)
