@@ -235,13 +235,10 @@ def _stand_ins(
     """Yield (module, name, value) of what asks torch about a GPU or autocast, or calls cuBLAS."""
     from synface_kernels import _autocast, ops
     from synface_kernels.ops import _triton
-    from synface_kernels.ops.hypersphere_repulsion import launch_triton
-    from synface_kernels.ops.margin_cross_entropy import config_triton
 
-    gpu = config_triton.Chip(*chip)
-    chip_of, gemm_dtype, mm = config_triton.chip_of, _autocast.gemm_dtype, _triton.mm
+    gpu = _triton.Chip(*chip)
+    chip_of, gemm_dtype, mm = _triton.chip_of, _autocast.gemm_dtype, _triton.mm
     yield torch, "autocast", lambda *args, **kwargs: nullcontext()
-    yield launch_triton, "_capability", lambda device: gpu.capability
     # All are imported first: one that is imported later would keep the stand-ins.
     names = [found.name for found in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}.")]
     for module in [import_module(name) for name in names]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -103,8 +103,6 @@ def choose(op: str, device: torch.device, dtypes: Sequence[torch.dtype]) -> Choi
         if problem is None:
             kinds = ", ".join(sorted({str(d).removeprefix("torch.") for d in dtypes}))
             reason = f"the first that runs for {kinds} on {device}"
-            if (op, name) in _NOTES:
-                reason += f"; {_NOTES[op, name](dtypes)}"
             return Choice(op, name, reason, rejected)
         rejected[name] = problem
     raise RuntimeError(f"no implementation of {op} runs on {device}: {rejected}")
@@ -147,5 +145,9 @@ def explain(
         raise ValueError(f"op must be one of {ops()}, got {name!r}")
     if tensors:
         floating = [t.dtype for t in tensors if t.is_floating_point()]
-        return choose(name, tensors[0].device, floating or [tensors[0].dtype])
-    return choose(name, torch.device(device), [dtype])
+        where, dtypes = tensors[0].device, floating or [tensors[0].dtype]
+    else:
+        where, dtypes = torch.device(device), [dtype]
+    choice = choose(name, where, dtypes)
+    note = _NOTES.get((name, choice.impl))
+    return choice if note is None else replace(choice, reason=f"{choice.reason}; {note(dtypes)}")

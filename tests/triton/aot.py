@@ -141,7 +141,7 @@ def variants(op: str, capability: int) -> Iterable[Variant]:
     gpu = DEVICES["H100"]
     recorder = Recorder()
     with as_on_gpu(recorder, capability, gpu.multiprocessors):
-        import_module(f"aot_{op}").launch(capability)
+        import_module(f"aot_{op}").launch()
     launches = list(recorder.launches)
     for case in cases("gpu", op):
         recorder = predict.recorded(case, capability, gpu.multiprocessors)

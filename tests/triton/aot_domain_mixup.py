@@ -13,7 +13,7 @@ REGISTERS = 160
 NOT_FUSED = "f64"  # a fused multiply-add would give other bits than the definition
 
 
-def launch(capability: int) -> None:
+def launch() -> None:
     """Launch for NHWC images, flipped, and for images of more than 2^31 elements."""
     flip = torch.empty(64, dtype=torch.bool, device="meta")
     psi = torch.empty(64, dtype=torch.float64, device="meta")

@@ -14,7 +14,7 @@ NOT_FUSED = None
 KINDS = (("log_sum_exp", 40.0, 0), ("riesz", 2.5, 0), ("log", 0.5, 0), ("hinge", 0.1, 2))
 
 
-def launch(capability: int) -> None:
+def launch() -> None:
     """Launch for points alone and with a gallery."""
     for dtype, gallery, kinds, k, precision in (
         (torch.float32, False, KINDS[:1], 1, "ieee"),
@@ -24,10 +24,7 @@ def launch(capability: int) -> None:
     ):
         x = _points(10_240, 512, dtype)
         y = _points(5_120, 512, dtype) if gallery else None
-        with (
-            mock.patch.object(launch_triton, "_float32_precision", return_value=precision),
-            mock.patch.object(launch_triton, "_capability", return_value=capability),
-        ):
+        with mock.patch.object(launch_triton, "float32_precision", return_value=precision):
             launch_triton.pairs(x, y, *kinds[0], 1e-6, False, False)
             for kind, a, power in kinds:
                 launch_triton.pairs(x, y, kind, a, power, 1e-6, True, gallery)

@@ -77,13 +77,11 @@ def run(case: Case) -> None:
     launch_triton.backward(given, True, gemm_dtype=case.gemm_dtype)
 
 
-def launch(capability: int) -> None:
+def launch() -> None:
     """Launch forward and backward for all cases."""
-    chip = config_triton.Chip(capability, 132)
     for case in cases():
         with (
-            mock.patch.object(launch_triton, "chip_of", return_value=chip),
-            mock.patch.object(config_triton, "_float32_precision", return_value=case.precision),
+            mock.patch.object(config_triton, "float32_precision", return_value=case.precision),
             mock.patch.dict("os.environ", SYNFACE_MARGIN_DESIGN=case.design),
         ):
             run(case)

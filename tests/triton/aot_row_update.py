@@ -14,7 +14,7 @@ REGISTERS = 128
 NOT_FUSED = "f32"  # a fused multiply-add would give other bits than the definition
 
 
-def launch(capability: int) -> None:
+def launch() -> None:
     """Launch plain steps, and those that catch up, with stochastic rounding where there is any."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

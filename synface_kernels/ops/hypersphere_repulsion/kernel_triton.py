@@ -15,14 +15,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..._select import interpreting
-from .._triton import tangent
-
-_INTERPRETED = tl.constexpr(interpreting())
+from .._triton import dot, tangent
 
 # From this cosine on, r² is computed from the coordinates' differences.
-CLOSE = 0.9375
-_CLOSE = tl.constexpr(CLOSE)
+_CLOSE = tl.constexpr(0.9375)
 # Less than the key of any cosine, with 2^32 to spare.
 NO_KEY = -(2**63)
 _NO_KEY = tl.constexpr(NO_KEY)
@@ -46,14 +42,6 @@ KINDS = {"log_sum_exp": 0, "riesz": 1, "log": 2, "hinge": 3}
 def _round_to_tf32(x):
     """Round float32 to TF32's ten bits; the hardware would cut them off."""
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _dot(a, b, product, PRECISION: tl.constexpr):
-    """Return a @ b + product, with float32 sums."""
-    if _INTERPRETED:  # whose dot takes bfloat16 for integers
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, product, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -82,17 +70,25 @@ def _prepare_kernel(
 
 @triton.jit
 def _cosines(
-    x, y, x_scale, y_scale, row, column, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    x, y, x_scale, y_scale, n, c, x_count, y_count, DIAGONAL: tl.constexpr, WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile of cosines of two prepared blocks."""
+    """Return rows and columns of tile (n, c) of two prepared blocks, cosines, and which are pairs.
+
+    With DIAGONAL the two blocks are one.
+    """
+    row, column = n * BLOCK_N + tl.arange(0, BLOCK_N), c * BLOCK_C + tl.arange(0, BLOCK_C)
     d = tl.arange(0, BLOCK_D)
     x += row[:, None] * WIDTH + d[None, :]
     y += column[None, :] * WIDTH + d[:, None]
-    product = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
+    product = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for start in range(0, WIDTH, BLOCK_D):
-        product = _dot(tl.load(x + start), tl.load(y + start), product, PRECISION)
-    return product * tl.load(x_scale + row)[:, None] * tl.load(y_scale + column)[None, :]
+        product = dot(tl.load(x + start), tl.load(y + start), product, PRECISION)
+    cosine = product * tl.load(x_scale + row)[:, None] * tl.load(y_scale + column)[None, :]
+    valid = (row < x_count)[:, None] & (column < y_count)[None, :]
+    if DIAGONAL:
+        valid &= row[:, None] != column[None, :]
+    return row, column, cosine, valid
 
 
 # ---- sums over pairs -----------------------------------------------------------------------------
@@ -166,11 +162,10 @@ def _pairs_kernel(
     if DIAGONAL:  # noqa: SIM102 (compiled only then)
         if n > c:
             return
-    row, column = n * BLOCK_N + tl.arange(0, BLOCK_N), c * BLOCK_C + tl.arange(0, BLOCK_C)
-    cosine = _cosines(x, y, x_scale, y_scale, row, column, WIDTH, PRECISION, BLOCK_D)
-    valid = (row < x_count)[:, None] & (column < y_count)[None, :]
-    if DIAGONAL:
-        valid &= row[:, None] != column[None, :]
+    row, column, cosine, valid = _cosines(
+        x, y, x_scale, y_scale, n, c, x_count, y_count, DIAGONAL, WIDTH, PRECISION, BLOCK_N,
+        BLOCK_C, BLOCK_D,
+    )  # fmt: skip
     # Masks are found again in the values, as they would not fit the registers beside them.
     cosine = tl.where(valid, cosine, _NO_PAIR)
     most = 0.0
@@ -247,7 +242,7 @@ def _gradient_kernel(
         else:
             w = tl.load(weights + row[:, None] * SIZE_Y + (start + k)[None, :])
         v = tl.load(other + (start + k)[:, None] * WIDTH + d[None, :])
-        product = _dot(w, v, product, PRECISION)
+        product = dot(w, v, product, PRECISION)
     at = gradient + start_row * D + start_d + row[:, None] * D + d[None, :]
     mask = (start_row + row < count)[:, None] & (start_d + d < D)[None, :]
     old = tl.load(at, mask=mask, other=0.0)
@@ -346,15 +341,15 @@ def _close_kernel(
             marked &= k != first
             if OWNER_IS_Y:
                 j = (x_start + start + first).to(tl.int64)
-                x_i = _unit(x, x_inverse, x_stride, j, D, BLOCK_D)
-                y_j = _unit(y, y_inverse, y_stride, i, D, BLOCK_D)
-                r, direction = _apart(x_i, y_j, j, i, r_min, D, SYMMETRIC, BLOCK_D)
-                direction = -direction
+                x_at, y_at = j, i
             else:
                 j = (y_start + start + first).to(tl.int64)
-                x_i = _unit(x, x_inverse, x_stride, i, D, BLOCK_D)
-                y_j = _unit(y, y_inverse, y_stride, j, D, BLOCK_D)
-                r, direction = _apart(x_i, y_j, i, j, r_min, D, SYMMETRIC, BLOCK_D)
+                x_at, y_at = i, j
+            x_i = _unit(x, x_inverse, x_stride, x_at, D, BLOCK_D)
+            y_j = _unit(y, y_inverse, y_stride, y_at, D, BLOCK_D)
+            r, direction = _apart(x_i, y_j, x_at, y_at, r_min, D, SYMMETRIC, BLOCK_D)
+            if OWNER_IS_Y:
+                direction = -direction
             c = 1 - 0.5 * r * r
             f, slope = _potential(c, r * r, units, a, KIND, POWER)
             push += slope * direction
@@ -437,11 +432,10 @@ def _maxima_kernel(
     if DIAGONAL:  # noqa: SIM102 (compiled only then)
         if n > c:
             return
-    row, column = n * BLOCK_N + tl.arange(0, BLOCK_N), c * BLOCK_C + tl.arange(0, BLOCK_C)
-    cosine = _cosines(x, y, x_scale, y_scale, row, column, WIDTH, PRECISION, BLOCK_D)
-    valid = (row < x_count)[:, None] & (column < y_count)[None, :]
-    if DIAGONAL:
-        valid &= row[:, None] != column[None, :]
+    row, column, cosine, valid = _cosines(
+        x, y, x_scale, y_scale, n, c, x_count, y_count, DIAGONAL, WIDTH, PRECISION, BLOCK_N,
+        BLOCK_C, BLOCK_D,
+    )  # fmt: skip
     cosine = tl.where(valid, cosine, float("-inf"))
     most = tl.max(tl.reshape(cosine, (BLOCK_N, BLOCK_C // GROUP, GROUP)), 2)
     group = c * (BLOCK_C // GROUP) + tl.arange(0, BLOCK_C // GROUP)

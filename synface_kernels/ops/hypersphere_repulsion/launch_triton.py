@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._triton import WORKSPACE_BYTES, launch
+from .._triton import WORKSPACE_BYTES, chip_of, float32_precision, launch, round_up
 from .kernel_triton import (
     KINDS,
     NO_KEY,
@@ -66,10 +66,10 @@ class Plan:
         dtype, precision = _gemm_dtype(x.rows.dtype, y.rows.dtype, weights)
         d = x.rows.shape[1]
         block_d = min(_depth(dtype, precision), max(16, triton.next_power_of_2(d)))
-        width = triton.cdiv(d, block_d) * block_d
+        width = round_up(d, block_d)
         most = _most(width, dtype, weights)
         sizes = _size(len(x), most), _size(len(y), most)
-        return cls(dtype, precision, width, *sizes, _capability(x.rows.device))
+        return cls(dtype, precision, width, *sizes, chip_of(x.rows.device).capability)
 
     @property
     def tiles(self) -> dict[str, Any]:
@@ -166,6 +166,8 @@ def pairs(
     unit_y = unit_x if symmetric else [0] * blocks_y
 
     sizes = {"SIZE_X": plan.size_x, "SIZE_Y": plan.size_y}
+    tiles, gemm = plan.tiles, plan.gemm
+    most_slots, most_tiles = triton.next_power_of_2(slots), triton.next_power_of_2(max(grid))
     potential = {"KIND": KINDS[kind], "POWER": power}
     common = {**sizes, "WIDTH": plan.width, "PRECISION": plan.precision}
     for strip, (i, j) in enumerate(strips):
@@ -182,8 +184,7 @@ def pairs(
                 _pairs_kernel, grid,
                 own.points, other.points, own.scale, other.scale, weights, tile_maximum, tile_close,
                 sums, shifts, before, own.count, other.count, a, DIAGONAL=diagonal, REPEAT=repeat,
-                GRADIENT=needs_grad, TILES=triton.next_power_of_2(slots), **potential, **common,
-                **plan.tiles | warps,
+                GRADIENT=needs_grad, TILES=most_slots, **potential, **common, **tiles | warps,
             )  # fmt: skip
         for owner_is_y, block, across, gradient, units, number in (
             (False, own, other, grad_x, unit_x, i), (True, other, own, column_grad, unit_y, j),
@@ -193,25 +194,24 @@ def pairs(
             if gradient.numel():
                 launch(
                     _gradient_kernel,
-                    (triton.cdiv(block.count, TILE), plan.width // plan.gemm["BLOCK_D"]),
+                    (triton.cdiv(block.count, TILE), plan.width // gemm["BLOCK_D"]),
                     weights, across.points, block.scale, gradient[block.start :],
                     references[units[number] :], after, block.count, a, D=d, TRANSPOSED=owner_is_y,
-                    EXPONENTIAL=exponential, **common, **plan.gemm,
+                    EXPONENTIAL=exponential, **common, **gemm,
                 )  # fmt: skip
                 units[number] = strip + 1
-            tiles = triton.next_power_of_2(max(grid))
             launch(
                 _close_kernel, (block.count,),
                 weights, tile_close, x.rows, y.rows, x.inverse, y.inverse, x.rows.stride(0),
                 y.rows.stride(0), after, gradient, sums[slots:], shifts[slots:], own.start,
                 other.start, a, r_min, D=d, OWNER_IS_Y=owner_is_y, DIAGONAL=diagonal,
                 SYMMETRIC=symmetric, VALUE=not owner_is_y, GRADIENT=gradient.numel() > 0,
-                TILES=tiles, BLOCK_C=TILE, BLOCK_D=triton.next_power_of_2(d), num_warps=4,
+                TILES=most_tiles, BLOCK_C=TILE, BLOCK_D=triton.next_power_of_2(d), num_warps=4,
                 **potential, **sizes,
             )  # fmt: skip
 
-    shift = shifts.max()
     if exponential:
+        shift = shifts.max()
         sums = torch.where(sums > 0, sums * (a * (shifts - shift)).exp(), 0.0)
     total = sums.sum()
     for points, gradient, units, size in (
@@ -327,12 +327,7 @@ def _gemm_dtype(x: torch.dtype, y: torch.dtype, weights: bool) -> tuple[torch.dt
         return x, "ieee"
     if not weights and torch.float32 not in (x, y):
         return torch.float32, "tf32"
-    return torch.float32, _float32_precision()
-
-
-def _float32_precision() -> str:
-    """Return the precision of float32 GEMMs, as torch is set to for CUDA."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return torch.float32, float32_precision()
 
 
 def _on_cores(dtype: torch.dtype, precision: str) -> bool:
@@ -343,14 +338,6 @@ def _on_cores(dtype: torch.dtype, precision: str) -> bool:
 def _depth(dtype: torch.dtype, precision: str) -> int:
     """Return the coordinates that a tile's GEMM multiplies at a time; more would spill."""
     return 32 if _on_cores(dtype, precision) else 16
-
-
-def _capability(device: torch.device) -> int:
-    """Return a GPU's compute capability, as 90; that of an H100 for other devices."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def _most(width: int, dtype: torch.dtype, weights: bool) -> int:
@@ -369,7 +356,7 @@ def _size(n: int, most: int) -> int:
     """
     size = triton.cdiv(n, triton.cdiv(n, most))
     step = 4 * TILE if size > 8 * TILE else TILE
-    return min(most, triton.cdiv(size, step) * step)
+    return min(most, round_up(size, step))
 
 
 def _cosine_error(d: int, plan: Plan) -> float:

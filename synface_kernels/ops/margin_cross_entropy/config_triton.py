@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor
+
+from .._triton import Chip, float32_precision, round_up
 
 # Holds whole waves of 132 multiprocessors for both kernels that share a tile: 8,448 classes at
 # N = 4096, twice as many at 2048. Tiles that fit the L2 cache would be slower, for their last wave;
@@ -64,39 +64,20 @@ class Gemms(NamedTuple):
         return self.design == "fused"
 
 
-def choose_gemms(input: Tensor, weight: Tensor, gemm_dtype: torch.dtype | None) -> Gemms:
+def choose_gemms(input: torch.dtype, weight: torch.dtype, gemm_dtype: torch.dtype | None) -> Gemms:
     """Return how input and weight are multiplied; gemm_dtype is autocast's, if it is on."""
     if gemm_dtype is None:
-        gemm_dtype = input.dtype if input.dtype == weight.dtype else torch.float32
-    precision = _float32_precision() if gemm_dtype == torch.float32 else "ieee"
+        gemm_dtype = input if input == weight else torch.float32
+    precision = float32_precision() if gemm_dtype == torch.float32 else "ieee"
     narrow = gemm_dtype != torch.float32
     return Gemms(
         dtype=gemm_dtype,
-        unit_input=narrow and input.dtype != gemm_dtype,
-        unit_weight=narrow and weight.dtype != gemm_dtype,
+        unit_input=narrow and input != gemm_dtype,
+        unit_weight=narrow and weight != gemm_dtype,
         plain=gemm_dtype == torch.float16,
         precision=precision,
         design=chosen_design(gemm_dtype, precision),
     )
-
-
-def _float32_precision() -> str:
-    """Return the precision of torch's own float32 GEMMs, as `tl.dot` names it."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-class Chip(NamedTuple):
-    """A GPU's compute capability, times ten, and its number of multiprocessors."""
-
-    capability: int
-    multiprocessors: int
-
-
-def chip_of(device: torch.device) -> Chip:
-    if device.type != "cuda":  # the interpreter
-        return Chip(90, 1)
-    found = torch.cuda.get_device_properties(device)
-    return Chip(10 * found.major + found.minor, found.multi_processor_count)
 
 
 def block_config(gemms: Gemms, n: int, sub_centers: int, plain: bool, chip: Chip) -> dict[str, int]:
@@ -163,10 +144,6 @@ def one_row_config(d: int) -> dict[str, int]:
     return {"BLOCK_D": block_d, "num_warps": min(8, max(1, block_d // 128))}
 
 
-def round_up(value: int, multiple: int) -> int:
-    return triton.cdiv(value, multiple) * multiple
-
-
 @dataclass(frozen=True)
 class Programs:
     """Numbers of programs of the fused backward kernels, for a tile of so many classes.
@@ -191,35 +168,25 @@ class Programs:
         return [factor, centers * self.width_blocks]
 
 
-def no_programs(classes: int) -> list[int]:
-    """Return an empty list: tiles whose kernels are not fused need no whole waves."""
-    return []
-
-
 def tile_classes(
-    count: int,
-    bytes_per_class: int,
-    quantum: int,
-    programs: Callable[[int], Sequence[int]],
-    chip: Chip,
+    count: int, bytes_per_class: int, quantum: int, programs: Programs | None, chip: Chip
 ) -> int:
     """Return the classes per tile: what fits the workspace, in whole waves of programs.
 
     Args:
         quantum: a tile is a multiple of so many classes.
-        programs: returns how many programs each kernel has for a tile of so many classes;
-            hashable by value, for the choice is cached.
+        programs: None where the kernels are not fused, and need no whole waves.
     """
     fits = max(1, WORKSPACE_BYTES // bytes_per_class // quantum)
     if fits * quantum >= count:
         return round_up(count, quantum)
+    if programs is None:
+        return fits * quantum
     return quantum * _quanta_in_whole_waves(fits, quantum, programs, chip)
 
 
 @lru_cache(maxsize=256)  # of thousands of candidates, a choice takes milliseconds
-def _quanta_in_whole_waves(
-    most: int, quantum: int, programs: Callable[[int], Sequence[int]], chip: Chip
-) -> int:
+def _quanta_in_whole_waves(most: int, quantum: int, programs: Programs, chip: Chip) -> int:
     """Return the number of quanta per tile, at most so many, that fills whole waves best."""
 
     def occupancy(quanta: int) -> tuple[float, int]:

@@ -147,11 +147,9 @@ def split_backward(arguments: Sequence[Any]) -> tuple[BackwardInputs, Sequence[A
 def split_update(arguments: Sequence[Any]) -> tuple[BackwardInputs, OptimizerStep, Sequence[Any]]:
     """Return an update op's arguments by their names, and the rest of them."""
     count, step = len(BackwardInputs._fields), len(OptimizerStep._fields)
-    split_bf16, *rest = arguments[count:]
-    others = [split_bf16, *rest[step:]]
-    return (
-        BackwardInputs(*arguments[:count]), OptimizerStep(*rest[:step]), _filled(others, 3)
-    )  # fmt: skip
+    split_bf16, *rest = _filled(arguments[count:], step + 3)
+    optimizer_step = OptimizerStep(*rest[:step])
+    return BackwardInputs(*arguments[:count]), optimizer_step, [split_bf16, *rest[step:]]
 
 
 def _filled(options: Sequence[Any], count: int) -> Sequence[Any]:

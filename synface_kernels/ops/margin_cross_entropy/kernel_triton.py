@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..._norms import LONG
-from .._triton import tangent
+from .._triton import dot, tangent
 
 _NORM_MIN = tl.constexpr(1e-12)  # as in reference.py
 # One compiled kernel serves every tile, the last and narrower one too.
@@ -110,7 +110,7 @@ def _target_cosines_kernel(
 @triton.jit
 def _multiply(
     x, w, rows, in_rows, centers, first_in, second_in, x_stride, w_stride, D: tl.constexpr,
-    STEP: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    STEP: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Return the dot products of a block of rows with H = 1 or 2 blocks of centers.
@@ -132,14 +132,10 @@ def _multiply(
             second_mask &= (at < D)[:, None]
         a = tl.load(x_rows + at[None, :], mask=x_mask, other=0.0)
         b = tl.load(w_rows + at[:, None], mask=first_mask, other=0.0)
-        if UPCAST:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        first = tl.dot(a, b, first, input_precision=PRECISION)
+        first = dot(a, b, first, PRECISION)
         if H == 2:
             b = tl.load(w_rows + STEP * w_stride + at[:, None], mask=second_mask, other=0.0)
-            if UPCAST:
-                b = b.to(tl.float32)
-            second = tl.dot(a, b, second, input_precision=PRECISION)
+            second = dot(a, b, second, PRECISION)
     return first, second
 
 
@@ -147,7 +143,7 @@ def _multiply(
 def _dot_products(
     x, w, products, rows, in_rows, column, columns, x_stride, w_stride, stride, m,
     D: tl.constexpr, M: tl.constexpr, FUSED: tl.constexpr, H: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Return dot products with sub-center m of H blocks of classes: computed, or a tile's."""
@@ -155,7 +151,7 @@ def _dot_products(
     if FUSED:
         first, second = _multiply(
             x, w, rows, in_rows, centers, column < columns, column + BLOCK_C < columns, x_stride,
-            w_stride, D, BLOCK_C * M, H, PRECISION, UPCAST, BLOCK_N, BLOCK_C, BLOCK_D,
+            w_stride, D, BLOCK_C * M, H, PRECISION, BLOCK_N, BLOCK_C, BLOCK_D,
         )  # fmt: skip
     else:
         first = tl.load(
@@ -182,7 +178,7 @@ def _lse_kernel(
     x, w, products, labels, a, b, maximum, total, filtered, cosine_sum, N, columns,
     columns_per_split, x_stride, w_stride, stride, start_class, scale, limit, D: tl.constexpr,
     K: tl.constexpr, M: tl.constexpr, FILTER: tl.constexpr, SUM: tl.constexpr, FUSED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, H: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, H: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Reduce a block of rows over one split of a tile's classes.
@@ -203,7 +199,7 @@ def _lse_kernel(
     if SUM:
         row_sum = tl.load(cosine_sum + slot, mask=in_rows, other=0.0)
 
-    # A while loop: with numpy 2.4, Triton 3.6's interpreter takes no tensor for a bound of range().
+    # A while loop: since numpy 2.4, Triton 3.6's interpreter takes no tensor to bound range().
     start = split * columns_per_split
     end = min(start + columns_per_split, columns)
     while start < end:
@@ -211,7 +207,7 @@ def _lse_kernel(
         for m in tl.static_range(M):
             first, second = _dot_products(
                 x, w, products, rows, in_rows, block, columns, x_stride, w_stride, stride, m, D, M,
-                FUSED, H, PRECISION, UPCAST, BLOCK_N, BLOCK_C, BLOCK_D,
+                FUSED, H, PRECISION, BLOCK_N, BLOCK_C, BLOCK_D,
             )  # fmt: skip
             if M > 1:
                 b_j = tl.load(b + block * M + m, mask=block < columns, other=0.0)
@@ -314,7 +310,7 @@ def _factor_kernel(
     factor, center_sums, N, columns, x_stride, w_stride, stride, start_class, scale, limit,
     D: tl.constexpr, K: tl.constexpr, M: tl.constexpr, FILTER: tl.constexpr, SUM: tl.constexpr,
     PLAIN: tl.constexpr, FUSED: tl.constexpr, CENTER_SUMS: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write a block of the gradient factor F_ij = G_ij·a_i·b_j (PLAIN: G_ij).
@@ -329,7 +325,7 @@ def _factor_kernel(
     for m in tl.static_range(M):
         first, second = _dot_products(
             x, w, products, rows, in_rows, block, columns, x_stride, w_stride, stride, m, D, M,
-            FUSED, H, PRECISION, UPCAST, BLOCK_N, BLOCK_C, BLOCK_D,
+            FUSED, H, PRECISION, BLOCK_N, BLOCK_C, BLOCK_D,
         )  # fmt: skip
         if M > 1:
             a_i = tl.load(a + rows, mask=in_rows, other=0.0)[:, None]
@@ -380,13 +376,13 @@ def _clear_targets_kernel(
 def _grad_weight_kernel(
     factor, x, weight, ids, inverse_norms, center_sums, unscale, grad_weight, N, count, row_blocks,
     stride, x_stride, weight_stride, D: tl.constexpr, M: tl.constexpr, IDS: tl.constexpr,
-    UNIT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
     H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write H blocks of the gradient by a tile's centers: Fᵀx, projected to their tangents.
 
     F has r_j as a factor unless UNIT. ROWS is N in the interpreter, and None where compiled: a
-    `for` loop is pipelined, and with numpy 2.5, Triton 3.6's interpreter takes no tensor for the
+    `for` loop is pipelined, and since numpy 2.4, Triton 3.6's interpreter takes no tensor for the
     bound of one.
     """
     center = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -402,15 +398,11 @@ def _grad_weight_kernel(
         in_rows = start + step < N
         f = tl.load(f_block)  # there is room for whole blocks, zeros past the last row
         own = tl.load(x_block, mask=in_rows[:, None] & (d < D)[None, :], other=0.0)
-        if UPCAST:
-            f, own = f.to(tl.float32), own.to(tl.float32)
-        first = tl.dot(f, own, first, input_precision=PRECISION)
+        first = dot(f, own, first, PRECISION)
         if H == 2:
             in_block = in_rows[:, None] & (d + BLOCK_D < D)[None, :]
             own = tl.load(x_block + BLOCK_D, mask=in_block, other=0.0)
-            if UPCAST:
-                own = own.to(tl.float32)
-            second = tl.dot(f, own, second, input_precision=PRECISION)
+            second = dot(f, own, second, PRECISION)
         f_block += f_step
         x_block += x_stride * BLOCK_N
 

@@ -7,14 +7,14 @@ factor F of a tile is written to a workspace, and both gradients are GEMMs with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
-from .._triton import GRID_LIMITS, launch, mm
+from .._triton import GRID_LIMITS, chip_of, launch, mm, round_up
 from ..row_update import kernel_triton as row_update
 from . import kernel_triton as kernels
 from .config_triton import (
@@ -22,13 +22,10 @@ from .config_triton import (
     Gemms,
     Programs,
     block_config,
-    chip_of,
     choose_gemms,
     class_splits,
     grad_weight_config,
-    no_programs,
     one_row_config,
-    round_up,
     row_config,
     tile_classes,
 )
@@ -121,9 +118,8 @@ def forward(inputs: ForwardInputs, *, gemm_dtype: torch.dtype | None = None) -> 
             saved=norms.zero_(),
         )
     find_targets(inputs, target_cosine)
-    gemms = choose_gemms(input, weight, gemm_dtype)
-    rows = as_rows(input, gemms, for_gradient=False)
-    found = _Statistics(inputs, rows, gemms)
+    gemms = choose_gemms(input.dtype, weight.dtype, gemm_dtype)
+    found = _Statistics(inputs, gemms)
     for tile in Tiles(
         weight, inputs.class_ids, gemms, norms, found.classes, write_norms=True, for_gradient=False
     ):
@@ -148,7 +144,9 @@ def forward(inputs: ForwardInputs, *, gemm_dtype: torch.dtype | None = None) -> 
     )
 
 
-def find_targets(inputs: ForwardInputs | BackwardInputs, target_cosine: Tensor) -> Tensor:
+def find_targets(
+    inputs: ForwardInputs | BackwardInputs, target_cosine: Tensor | None = None
+) -> Tensor:
     """Fill target_cosine (N, K); return each label's row of weight, as of centers (C·M, D).
 
     A negative label is returned as it is.
@@ -156,10 +154,14 @@ def find_targets(inputs: ForwardInputs | BackwardInputs, target_cosine: Tensor) 
     labels, class_ids = inputs.labels, inputs.class_ids
     n, d = inputs.input.shape
     centers = centers_of(inputs.weight)
-    target_rows = torch.empty_like(labels)
     classes = labels
     if class_ids is not None:
         classes = torch.where(labels >= 0, class_ids[labels.clamp_min(0)], labels)
+    if target_cosine is None:
+        if sub_centers_of(inputs.weight) == 1:
+            return classes
+        target_cosine = torch.empty_like(labels, dtype=torch.float64)
+    target_rows = torch.empty_like(labels)
     launch(
         kernels._target_cosines_kernel, (n,),
         inputs.input, centers, classes, target_cosine, target_rows,
@@ -169,46 +171,59 @@ def find_targets(inputs: ForwardInputs | BackwardInputs, target_cosine: Tensor) 
     return target_rows
 
 
-class _Statistics:
-    """Statistics of all rows, also of those without labels, (splits, N) each, summed by tiles."""
+class _Pass:
+    """What both passes tell the kernels that take logits."""
 
-    def __init__(self, inputs: ForwardInputs, rows: Rows, gemms: Gemms) -> None:
-        self.inputs, self.rows, self.gemms = inputs, rows, gemms
-        self.n, chip = len(rows.gemm), chip_of(rows.gemm.device)
-        m, k = sub_centers_of(inputs.weight), inputs.labels.shape[1]
+    rows: Rows
+    products: Tensor
+
+    def __init__(self, inputs: ForwardInputs | BackwardInputs, gemms: Gemms, sums: bool) -> None:
+        input, k = inputs.input, inputs.labels.shape[1]
+        self.gemms, self.chip = gemms, chip_of(input.device)
+        (self.n, self.d), self.m = input.shape, sub_centers_of(inputs.weight)
+        self.filters, self.sums = inputs.limit < math.inf, sums
         self.options: dict[str, Any] = {
-            "D": rows.gemm.shape[1], "K": k, "M": m, "FILTER": inputs.limit < math.inf,
-            "SUM": inputs.needs_cosine_sum, "FUSED": gemms.fused, "PRECISION": gemms.precision,
-            "UPCAST": rows.gemm.device.type == "cpu" and gemms.dtype != torch.float32,
+            "D": self.d, "K": k, "M": self.m, "FILTER": self.filters, "SUM": sums,
+            "FUSED": gemms.fused, "PRECISION": gemms.precision,
         }  # fmt: skip
-        plain = k == 1 and not (self.options["FILTER"] or self.options["SUM"])
-        self.config = block_config(gemms, self.n, m, plain, chip)
+        plain = k == 1 and not (self.filters or sums)
+        self.config = block_config(gemms, self.n, self.m, plain, self.chip)
+        self.block = self.config["H"] * self.config["BLOCK_C"]
         self.row_blocks = triton.cdiv(self.n, self.config["BLOCK_N"])
 
-        block = self.config["H"] * self.config["BLOCK_C"]
+    def multiply(self, tile: Tile) -> None:
+        """Compute a tile's dot products by cuBLAS, unless the kernels do."""
+        if not self.gemms.fused:
+            mm(self.rows.gemm, tile.gemm.t(), self.products[:, : len(tile.gemm)])
+
+
+class _Statistics(_Pass):
+    """Statistics of all rows, also of those without labels, (splits, N) each, summed by tiles."""
+
+    def __init__(self, inputs: ForwardInputs, gemms: Gemms) -> None:
+        super().__init__(inputs, gemms, sums=inputs.needs_cosine_sum)
+        self.inputs, self.rows = inputs, as_rows(inputs.input, gemms, for_gradient=False)
         count = count_classes(inputs.weight, inputs.class_ids)
         per_center = Tiles.bytes_per_center(inputs.weight, inputs.class_ids, gemms, False)
         per_center += 0 if gemms.fused else 4 * self.n
         self.classes = count
         if per_center > 0:
-            self.classes = tile_classes(count, m * per_center, TILE_ALIGNMENT, no_programs, chip)
-        blocks = triton.cdiv(self.classes, block)
-        splits = class_splits(blocks, self.row_blocks, chip)
-        self.per_split = triton.cdiv(blocks, splits) * block
+            self.classes = tile_classes(count, self.m * per_center, TILE_ALIGNMENT, None, self.chip)
+        blocks = triton.cdiv(self.classes, self.block)
+        splits = class_splits(blocks, self.row_blocks, self.chip)
+        self.per_split = triton.cdiv(blocks, splits) * self.block
         shape = (triton.cdiv(self.classes, self.per_split), self.n)
-        new, none = rows.scale.new_full, (0,)
+        new, none = self.rows.scale.new_full, (0,)
         self.maximum, self.total = new(shape, -torch.inf), new(shape, 0)
-        self.filtered = new(shape if self.options["FILTER"] else none, 0, dtype=torch.int32)
-        self.cosine_sum = new(shape if self.options["SUM"] else none, 0)
-        products = none if gemms.fused else (self.n, self.classes * m)
-        self.products = rows.scale.new_empty(products)
+        self.filtered = new(shape if self.filters else none, 0, dtype=torch.int32)
+        self.cosine_sum = new(shape if self.sums else none, 0)
+        products = none if gemms.fused else (self.n, self.classes * self.m)
+        self.products = self.rows.scale.new_empty(products)
 
     def add(self, tile: Tile) -> None:
         """Add a tile's classes."""
-        rows, inputs = self.rows, self.inputs
-        products = self.products
-        if not self.gemms.fused:
-            mm(rows.gemm, tile.gemm.t(), products[:, : len(tile.gemm)])
+        rows, inputs, products = self.rows, self.inputs, self.products
+        self.multiply(tile)
         launch(
             kernels._lse_kernel, (self.row_blocks, triton.cdiv(tile.columns, self.per_split)),
             rows.gemm, tile.gemm, products, inputs.labels, rows.scale, tile.scale, self.maximum,
@@ -257,7 +272,7 @@ def backward(
     if len(input) == 0:
         return grad_input, grad_rows.zero_()
     if inputs.needs_input_grad or needs_weight_grad or on_grad_tile is not None:
-        step = _Gradients(inputs, choose_gemms(input, weight, gemm_dtype))
+        step = _Gradients(inputs, choose_gemms(input.dtype, weight.dtype, gemm_dtype))
         step.run(
             grad_input if inputs.needs_input_grad else None,
             centers_of(grad_rows) if needs_weight_grad else None,
@@ -303,27 +318,19 @@ def update(
     return backward(inputs, False, step_tile, gemm_dtype=gemm_dtype)[0]
 
 
-class _Gradients:
+class _Gradients(_Pass):
     """The gradients of one step, summed by tiles of classes."""
 
     def __init__(self, inputs: BackwardInputs, gemms: Gemms) -> None:
-        self.inputs, self.gemms = inputs, gemms
-        input, weight, labels = inputs.input, inputs.weight, inputs.labels
-        self.n, self.d = input.shape
-        self.m, k, self.chip = sub_centers_of(weight), labels.shape[1], chip_of(input.device)
-        self.filters, self.sums = inputs.limit < math.inf, inputs.grad_cosine_sum.numel() > 0
-        self.upcast = input.device.type == "cpu" and gemms.dtype != torch.float32
-        plain = k == 1 and not (self.filters or self.sums)
-        self.config = block_config(gemms, self.n, self.m, plain, self.chip)
-        self.block = self.config["H"] * self.config["BLOCK_C"]
-        self.row_blocks = triton.cdiv(self.n, self.config["BLOCK_N"])
+        super().__init__(inputs, gemms, sums=inputs.grad_cosine_sum.numel() > 0)
+        self.inputs = inputs
         # A rounded center is not quite along its row, to whose tangent a kernel of whole rows
         # projects after cuBLAS.
         self.fused_grad = gemms.fused and not gemms.unit_weight
         self.grad_weight_config = grad_weight_config(
             gemms, self.config["BLOCK_N"], self.d, self.chip
         )
-        self.target_rows = find_targets(inputs, input.new_empty(labels.shape, dtype=torch.float64))
+        self.target_rows = find_targets(inputs)
 
         # A row without labels, or with zero gradients only, may hold NaN, as may the gradients of
         # one without labels: none of it must reach the sums over rows.
@@ -332,11 +339,11 @@ class _Gradients:
         has_grad = (by_lse != 0) | (by_target != 0).any(1)
         if self.sums:
             has_grad |= by_sum != 0
-        has_grad &= (labels != -1).any(1)
+        has_grad &= (inputs.labels != -1).any(1)
         # exp(logit − ∞) is 0 at any scale: where the softmax is empty, or its gradient is 0.
         in_softmax = has_grad & (by_lse != 0) & (inputs.negative_lse != -math.inf)
         self.negative_lse = torch.where(in_softmax, inputs.negative_lse.float(), math.inf)
-        self.input = torch.where(has_grad[:, None], input, 0)
+        self.input = torch.where(has_grad[:, None], inputs.input, 0)
         self.rows = as_rows(self.input, gemms, for_gradient=True)
 
         by_lse = by_lse * inputs.scale
@@ -389,7 +396,7 @@ class _Gradients:
         per_center += 0 if on_grad_tile is None else weight.itemsize * d
         quantum = round_up(TILE_ALIGNMENT, self.block) if gemms.fused else TILE_ALIGNMENT
         count = count_classes(weight, inputs.class_ids)
-        most = GRID_LIMITS[1] * self.block // quantum * quantum if gemms.fused else count
+        most = GRID_LIMITS[1] * self.block // quantum * quantum
         classes = tile_classes(min(count, most), m * per_center, quantum, self._programs, self.chip)
         tiles = Tiles(
             weight, inputs.class_ids, gemms, inputs.saved, classes,
@@ -425,9 +432,9 @@ class _Gradients:
             self._grad_by_input(sums, grad_input)
 
     @property
-    def _programs(self) -> Callable[[int], Sequence[int]]:
+    def _programs(self) -> Programs | None:
         if not self.gemms.fused:
-            return no_programs
+            return None
         return Programs(
             row_blocks=self.row_blocks,
             block=self.block,
@@ -442,18 +449,15 @@ class _Gradients:
         return triton.cdiv(centers, config["BLOCK_C"]), triton.cdiv(self.d, width)
 
     def _write_factor(self, tile: Tile) -> None:
-        inputs, gemms, rows = self.inputs, self.gemms, self.rows
-        if not gemms.fused:
-            mm(rows.gemm, tile.gemm.t(), self.products[:, : len(tile.gemm)])
+        inputs, rows = self.inputs, self.rows
+        self.multiply(tile)
         launch(
             kernels._factor_kernel, (self.row_blocks, triton.cdiv(tile.columns, self.block)),
             rows.gemm, tile.gemm, self.products, inputs.labels, self.target_rows, rows.scale,
             tile.scale, self.negative_lse, self.grad_lse, self.grad_target, self.grad_sum,
             self.factor, self.center_sums, self.n, tile.columns, rows.gemm.stride(0),
             tile.gemm.stride(0), self.factor.stride(0), tile.start, inputs.scale, inputs.limit,
-            D=self.d, K=inputs.labels.shape[1], M=self.m, FILTER=self.filters, SUM=self.sums,
-            PLAIN=gemms.plain, FUSED=gemms.fused,
-            CENTER_SUMS=len(self.center_sums) > 0, PRECISION=gemms.precision, UPCAST=self.upcast,
+            PLAIN=self.gemms.plain, CENTER_SUMS=len(self.center_sums) > 0, **self.options,
             **self.config,
         )  # fmt: skip
 
@@ -480,7 +484,7 @@ class _Gradients:
                 kernels._grad_weight_kernel, self._grad_weight_grid(centers),
                 self.factor, rows.gradient, tile.centers, ids, tile.norms, self.center_sums,
                 self.unscale, out, n, centers, self.row_blocks, stride, rows.gradient.stride(0),
-                tile.centers.stride(0), PRECISION=gemms.precision, UPCAST=self.upcast,
+                tile.centers.stride(0), PRECISION=gemms.precision,
                 ROWS=n if out.device.type == "cpu" else None, **own, **self.grad_weight_config,
             )  # fmt: skip
             return

@@ -28,9 +28,8 @@ def _design(dtypes: Sequence[torch.dtype]) -> str:
     """Return what `explain` says of the Triton kernels' design for such tensors."""
     from .config_triton import DESIGN_VARIABLE, choose_gemms
 
-    tensors = [torch.empty((0, 0), dtype=dtype, device="meta") for dtype in dtypes]
     autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    gemms = choose_gemms(tensors[0], tensors[-1], autocast)
+    gemms = choose_gemms(dtypes[0], dtypes[-1], autocast)
     return f"the {gemms.design} design, which {DESIGN_VARIABLE} overrides"
 
 

@@ -64,15 +64,19 @@ class Rows(NamedTuple):
 def as_rows(input: Tensor, gemms: Gemms, for_gradient: bool) -> Rows:
     """Return embeddings as operands, with their inverse norms."""
     norms = input.new_empty(len(input), dtype=torch.float32)
-    unit = None
-    if gemms.unit_input or (gemms.plain and for_gradient):
-        unit = torch.empty_like(input, dtype=gemms.dtype, memory_format=torch.contiguous_format)
-    prepare_rows(input, norms=norms, copy=unit, unit=unit is not None)
-    if gemms.unit_input:
-        assert unit is not None
-        return Rows(unit, torch.ones_like(norms), unit, norms)
-    gemm = input.to(gemms.dtype)
-    return Rows(gemm, norms, gemm if unit is None else unit, norms)
+    as_given = input.dtype == gemms.dtype
+    unit = gemms.unit_input or (gemms.plain and for_gradient)
+    copy = None
+    if unit or not as_given:
+        copy = torch.empty_like(input, dtype=gemms.dtype, memory_format=torch.contiguous_format)
+    prepare_rows(input, norms=norms, copy=copy, unit=unit)
+    gradient = input if copy is None else copy
+    return Rows(
+        gemm=input if as_given else gradient,
+        scale=torch.ones_like(norms) if gemms.unit_input else norms,
+        gradient=gradient,
+        norms=norms,
+    )
 
 
 class Tile(NamedTuple):
@@ -96,6 +100,14 @@ class Tile(NamedTuple):
     norms: Tensor
 
 
+def _buffers(
+    weight: Tensor, class_ids: Tensor | None, gemms: Gemms, for_gradient: bool
+) -> tuple[bool, bool]:
+    """Return whether a tile's centers are copied, and whether unit rows are held beside them."""
+    copies = class_ids is not None or weight.dtype != gemms.dtype
+    return copies, gemms.plain and for_gradient and not gemms.unit_weight
+
+
 class Tiles:
     """The centers in tiles of classes, copied to a buffer where they cannot be read in place.
 
@@ -116,15 +128,14 @@ class Tiles:
         for_gradient: bool,
     ) -> None:
         self.weight, self.class_ids, self.gemms, self.norms = weight, class_ids, gemms, norms
-        self.write_norms, self.for_gradient = write_norms, for_gradient
+        self.write_norms = write_norms
         self.sub_centers = sub_centers_of(weight)
         self.count, self.classes = count_classes(weight, class_ids), classes
-        self.copies = class_ids is not None or weight.dtype != gemms.dtype
+        self.copies, unit = _buffers(weight, class_ids, gemms, for_gradient)
         self.stride = classes * self.sub_centers
         shape = (min(classes, self.count) * self.sub_centers, weight.shape[-1])
         empty = weight.new_empty
         self.rows = empty(shape if self.copies else 0, dtype=gemms.dtype)
-        unit = gemms.plain and for_gradient and not gemms.unit_weight
         self.unit = empty(shape if unit else 0, dtype=gemms.dtype)
         self.ones = torch.ones_like(norms[: shape[0]] if gemms.unit_weight else norms[:0])
 
@@ -133,9 +144,8 @@ class Tiles:
         weight: Tensor, class_ids: Tensor | None, gemms: Gemms, for_gradient: bool
     ) -> int:
         """Return what the buffers take for each center of a tile."""
-        copies = int(class_ids is not None or weight.dtype != gemms.dtype)
-        copies += int(gemms.plain and for_gradient and not gemms.unit_weight)
-        return copies * weight.shape[-1] * gemms.dtype.itemsize
+        buffers = sum(_buffers(weight, class_ids, gemms, for_gradient))
+        return buffers * weight.shape[-1] * gemms.dtype.itemsize
 
     def __iter__(self) -> Iterator[Tile]:
         m, gemms = self.sub_centers, self.gemms

@@ -159,7 +159,7 @@ def test_weights_whose_units_change_from_block_to_block(t: float, descending: bo
 
 def test_tf32_rounds_points_and_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten bits remain, rounded: the interpreter's GEMM then has TF32's error, and no more."""
-    monkeypatch.setattr(launch_triton, "_float32_precision", lambda: "tf32")
+    monkeypatch.setattr(launch_triton, "float32_precision", lambda: "tf32")
     x, _ = points(19, None, 5, F32)
     loss, grad = run(x, None, sk.LogSumExp(), F32, "triton")
     exact, exact_grad = run(x, None, sk.LogSumExp(), torch.float64, "reference")
