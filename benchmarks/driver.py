@@ -243,13 +243,11 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure one case.")
+    parser = argparse.ArgumentParser(description="Measure one case on the CPU.")
     parser.add_argument("op")
     parser.add_argument("suite")
     parser.add_argument("index", type=int)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--memory-of", metavar="PEER")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -261,8 +259,7 @@ def main() -> None:
     if args.memory_of:
         save(measure_memory(case, find(case.op, args.memory_of)))
     else:
-        device = torch.device(args.device)
-        measure_time(case, device, rounds=args.rounds, seconds=args.seconds, save=save)
+        measure_time(case, torch.device("cpu"), rounds=args.rounds, save=save)
 
 
 if __name__ == "__main__":
