@@ -7,21 +7,17 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-import synface_kernels as sk
-
 from . import ceilings, driver, machine
 from .cases import Case, cases
-from .peers import MARGIN, SCALE, find
-from .workloads import WORKLOADS, MarginWorkload, Step, Workload
+from .peers import find
+from .workloads import WORKLOADS, Step, Workload
 
-MARGIN_OP = "margin_cross_entropy"
 Save = Callable[[dict[str, Any]], None]
 # The environment variable that chooses the margin softmax's design on a GPU.
 DESIGN = "SYNFACE_MARGIN_DESIGN"
@@ -109,27 +105,18 @@ def profile(
 
 
 @contextmanager
-def margin_settings(design: str | None, workspace_mib: int | None) -> Iterator[None]:
-    """Run the margin softmax by one design and with one workspace, as far as it has these settings.
+def margin_settings(design: str, workspace_mib: int) -> Iterator[None]:
+    """Run the margin softmax by one design and with one workspace.
 
     Modules that imported the size by name are changed too.
     """
     with ExitStack() as changed:
-        if design is not None:
-            changed.enter_context(mock.patch.dict(os.environ, {DESIGN: design}))
-        size = None if workspace_mib is None else workspace_mib << 20
+        changed.enter_context(mock.patch.dict(os.environ, {DESIGN: design}))
+        size = workspace_mib << 20
         for name, module in list(sys.modules.items()):
-            if size is None or not name.startswith("synface_kernels."):
-                continue
-            if hasattr(module, "WORKSPACE_BYTES"):
+            if name.startswith("synface_kernels.") and hasattr(module, "WORKSPACE_BYTES"):
                 changed.enter_context(mock.patch.object(module, "WORKSPACE_BYTES", size))
         yield
-
-
-def has_designs() -> bool:
-    """Return whether the installed margin softmax reads the choice of a design."""
-    package = Path(sk.__file__).parent
-    return any(DESIGN in file.read_text() for file in package.rglob("*.py"))
 
 
 def sweep(
@@ -137,6 +124,7 @@ def sweep(
     *,
     save: Save,
     seconds: float,
+    op: str,
     suite: str,
     index: int,
     rounds: int,
@@ -145,13 +133,12 @@ def sweep(
     """Time our margin step by design and workspace; the results, and the fastest."""
     from synface_kernels.ops.margin_cross_entropy import launch_triton  # noqa: F401, its settings
 
-    case, work, step = _our_step(device, MARGIN_OP, suite, index)
-    designs = DESIGNS if has_designs() else (None,)
-    result: dict[str, Any] = {"op": MARGIN_OP, "name": case.name, "settings": []}
+    case, work, step = _our_step(device, op, suite, index)
+    result: dict[str, Any] = {"op": op, "name": case.name, "settings": []}
     with driver.time_limit(seconds):
-        for design in designs:
+        for design in DESIGNS:
             for size in workspaces_mib:
-                row: dict[str, Any] = {"design": design or "not chosen", "workspace_mib": size}
+                row: dict[str, Any] = {"design": design, "workspace_mib": size}
                 try:
                     with margin_settings(design, size):
                         row["seconds"] = _medians({"step": step}, work, device, rounds)["step"]
@@ -250,12 +237,8 @@ def _our_step(device: torch.device, op: str, suite: str, index: int) -> tuple[Ca
     """
     case = cases(suite, op)[index]
     work = WORKLOADS[op](case, device)
-    step = find(op, "ours").build(work)
-    if isinstance(work, MarginWorkload):
-        margin = sk.ArcFace(SCALE, MARGIN)
-        step = work.step(
-            lambda x, w, target: sk.margin_cross_entropy(x, w, target, margin, impl="triton")
-        )
+    options = {"impl": "triton"} if op == "margin_cross_entropy" else {}
+    step = find(op, "ours").build(work, **options)
     for _ in range(2):
         work.clear_gradients()
         step()
