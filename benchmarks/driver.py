@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import synface_kernels as sk
-from synface_kernels.testing import peak_bytes
+from synface_kernels.testing import peak_bytes, peak_cuda_bytes
 
 from . import machine
 from .cases import Case, cases
@@ -70,7 +70,8 @@ def measure_time(
             with time_limit(0.6 * left()):
                 steps[peer.name] = prepare(peer, case, work, device)
                 if device.type == "cuda":
-                    memory[peer.name] = peak_cuda(steps[peer.name], work)
+                    work.release()
+                    memory[peer.name] = peak_cuda_bytes(steps[peer.name])
         except Exception as error:  # a peer's failure is reported, and the others continue
             steps.pop(peer.name, None)
             why_not[peer.name] = brief(error)
@@ -191,17 +192,6 @@ def seconds_of(step: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
-
-
-def peak_cuda(step: Step, work: Workload) -> int:
-    """Return the peak of torch's memory on the GPU in a step, above that before it."""
-    work.release()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def measure_memory(case: Case, peer: Peer) -> dict[str, Any]:

@@ -13,8 +13,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from synface_kernels.testing import peak_cuda_bytes
+
 from . import ceilings, driver, machine
 from .cases import Case, cases
+from .interleave import samples
 from .peers import find
 from .workloads import WORKLOADS, Step, Workload
 
@@ -63,7 +66,7 @@ def profile(
 ) -> dict[str, Any]:
     """Measure the time of each kernel of our step, its launches, and the step's own time."""
     case, work, step = _our_step(device, op, suite, index)
-    median = _medians({"step": step}, work, device, 5)["step"]
+    median = _median(step, work, device, 5)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -141,9 +144,10 @@ def sweep(
                 row: dict[str, Any] = {"design": design, "workspace_mib": size}
                 try:
                     with margin_settings(design, size):
-                        row["seconds"] = _medians({"step": step}, work, device, rounds)["step"]
+                        row["seconds"] = _median(step, work, device, rounds)
                         if device.type == "cuda":
-                            row["peak_bytes"] = driver.peak_cuda(step, work)
+                            work.release()
+                            row["peak_bytes"] = peak_cuda_bytes(step)
                 except TimeoutError:
                     raise
                 except Exception as error:
@@ -196,12 +200,12 @@ def replay(
         for parameter, grad in zip(work.parameters, kept, strict=True):
             parameter.grad = grad
 
-    medians = _medians({"eager": eager, "replay": again}, None, device, rounds)
+    times = samples({"eager": eager, "replay": again}, rounds, device)
     return {
         "op": op,
         "name": case.name,
-        "eager_seconds": medians["eager"],
-        "replay_seconds": medians["replay"],
+        "eager_seconds": statistics.median(times["eager"]),
+        "replay_seconds": statistics.median(times["replay"]),
         "same_bits_as_eager": equal,
     }
 
@@ -246,21 +250,9 @@ def _our_step(device: torch.device, op: str, suite: str, index: int) -> tuple[Ca
     return case, work, step
 
 
-def _medians(
-    steps: dict[str, Callable[[], object]],
-    work: Workload | None,
-    device: torch.device,
-    rounds: int,
-) -> dict[str, float]:
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, step in steps.items():
-            taken = driver.seconds_of(step, device)
-            if work is not None:
-                work.clear_gradients()
-            if turn > 0:  # the first warms up
-                samples[name].append(taken)
-    return {name: statistics.median(times) for name, times in samples.items()}
+def _median(step: Step, work: Workload, device: torch.device, rounds: int) -> float:
+    found = samples({"step": step}, rounds, device, work.clear_gradients)
+    return statistics.median(found["step"])
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
