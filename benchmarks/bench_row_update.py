@@ -20,7 +20,6 @@ from .interleave import medians
 from .peers import SGD, indexed_adamw, indexed_sgd
 
 OP = "row_update"
-LR, MOMENTUM, DECAY = SGD["lr"], SGD["momentum"], SGD["weight_decay"]
 
 
 def rows(classes: int, touched: int, dim: int, rounds: int) -> str:
@@ -34,10 +33,7 @@ def rows(classes: int, touched: int, dim: int, rounds: int) -> str:
         )
         square.abs_()
         grad = torch.randn(touched, dim, generator=rng, dtype=dtype)
-        ours = partial(
-            sk.row_sgd_, weight, grad, ids,
-            lr=LR, momentum=MOMENTUM, weight_decay=DECAY, momentum_buffer=buffer,
-        )  # fmt: skip
+        ours = partial(sk.row_sgd_, weight, grad, ids, momentum_buffer=buffer, **SGD)
         adamw = partial(sk.row_adamw_, weight, grad, ids, buffer, square, 10)
         kinds = {
             "row_sgd_, momentum": (
@@ -70,8 +66,7 @@ def catching_up(touched: int, dim: int, rounds: int) -> str:
 
         def sgd(step: dict[str, Any] = step) -> None:
             last.zero_()
-            sk.row_sgd_(weight, grad, ids, lr=LR, momentum=MOMENTUM, momentum_buffer=buffer,
-                        weight_decay=DECAY, **step)  # fmt: skip
+            sk.row_sgd_(weight, grad, ids, momentum_buffer=buffer, **SGD, **step)
 
         def adamw(step: dict[str, Any] = step) -> None:
             last.zero_()
@@ -106,10 +101,7 @@ def steps_of_training(classes: int, batch: int, dim: int, rounds: int) -> str:
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.randn(classes, dim, generator=rng, dtype=dtype)
         tensors = (embeddings.to(dtype).requires_grad_(), weight, target)
-        rule: dict[str, Any] = {
-            "lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY,
-            "momentum_buffer": torch.zeros_like(weight), "step": 1, "seed": 0,
-        }  # fmt: skip
+        rule = SGD | {"momentum_buffer": torch.zeros_like(weight), "step": 1, "seed": 0}
         steps = {
             "update=": partial(in_backward, *tensors, **rule),
             "backward, row_sgd_": partial(after_backward, *tensors, **rule),

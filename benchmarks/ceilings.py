@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .driver import seconds_of
-from .process import write_json
 
 
 def measure(
@@ -53,18 +50,3 @@ def measure(
         "float32_tflop_per_second": gemm(torch.float32, "highest"),
         "tf32_tflop_per_second": gemm(torch.float32, "high"),
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--copy-bytes", type=int, default=2**31)
-    parser.add_argument("--size", type=int, default=8192)
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    write_json(args.output, measure(device, args.copy_bytes, args.size))
-
-
-if __name__ == "__main__":
-    main()

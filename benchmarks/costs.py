@@ -66,6 +66,11 @@ class Work:
     pipelined: bool = False
     kernels: int = 1
 
+    @property
+    def traffic(self) -> float:
+        """Bytes through the L2."""
+        return sum(self.reads.values()) + sum(self.writes.values()) + self.again
+
 
 Cost = Callable[[Launch], Work]
 

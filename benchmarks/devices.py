@@ -15,7 +15,7 @@ class Device:
     """A GPU as the ledger sees it.
 
     Attributes:
-        name, architecture, capability: "H100", "Hopper", 90.
+        name, capability: "H100", 90.
         multiprocessors, l2_bytes, memory_rate: from the data sheet; bytes a second.
         boost: the clock in Hz that the data sheet's rates are given at.
         tensor_flop: dense 16-bit FLOP per clock and multiprocessor; TF32 has half.
@@ -26,7 +26,6 @@ class Device:
     """
 
     name: str
-    architecture: str
     capability: int
     multiprocessors: int
     l2_bytes: int
@@ -71,7 +70,7 @@ def _hopper(name: str, memory_rate: float) -> Device:
     # H100 SXM and H200 SXM: 132 multiprocessors, 989.4 TFLOP/s dense in bfloat16 at 1,830 MHz,
     # which is 4,096 FLOP per clock and multiprocessor; float32 67 TFLOP/s at 1,980 MHz.
     return Device(
-        name=name, architecture="Hopper", capability=90, multiprocessors=132, l2_bytes=50 * MEBI,
+        name=name, capability=90, multiprocessors=132, l2_bytes=50 * MEBI,
         memory_rate=memory_rate, boost=1.98e9, tensor_flop=4096,
         tensor_rate=989e12 * SUSTAINED_TENSOR, copy_rate=memory_rate * SUSTAINED_COPY,
     )  # fmt: skip

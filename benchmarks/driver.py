@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import synface_kernels as sk
-from synface_kernels.testing import peak_bytes
+from synface_kernels.testing import peak_bytes, peak_cuda_bytes
 
 from . import machine
 from .cases import Case, cases
@@ -70,7 +70,8 @@ def measure_time(
             with time_limit(0.6 * left()):
                 steps[peer.name] = prepare(peer, case, work, device)
                 if device.type == "cuda":
-                    memory[peer.name] = peak_cuda(steps[peer.name], work)
+                    work.release()
+                    memory[peer.name] = peak_cuda_bytes(steps[peer.name])
         except Exception as error:  # a peer's failure is reported, and the others continue
             steps.pop(peer.name, None)
             why_not[peer.name] = brief(error)
@@ -193,17 +194,6 @@ def seconds_of(step: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def peak_cuda(step: Step, work: Workload) -> int:
-    """Return the peak of torch's memory on the GPU in a step, above that before it."""
-    work.release()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def measure_memory(case: Case, peer: Peer) -> dict[str, Any]:
     """Measure the peak resident memory of a step on the CPU, above that before it.
 
@@ -243,13 +233,11 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure one case.")
+    parser = argparse.ArgumentParser(description="Measure one case on the CPU.")
     parser.add_argument("op")
     parser.add_argument("suite")
     parser.add_argument("index", type=int)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--memory-of", metavar="PEER")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -261,8 +249,7 @@ def main() -> None:
     if args.memory_of:
         save(measure_memory(case, find(case.op, args.memory_of)))
     else:
-        device = torch.device(args.device)
-        measure_time(case, device, rounds=args.rounds, seconds=args.seconds, save=save)
+        measure_time(case, torch.device("cpu"), rounds=args.rounds, save=save)
 
 
 if __name__ == "__main__":

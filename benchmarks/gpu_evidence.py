@@ -226,8 +226,6 @@ def jobs(dry: bool) -> list[Job]:
 
     def job(task: str, case: Case, kept_in: str, **arguments: Any) -> Job:
         place = {"op": case.op, "suite": suite, "index": cases(suite, case.op).index(case)}
-        if task == "sweep":
-            del place["op"]
         return Job(task, case, kept_in, {**place, **arguments})
 
     firsts, *others = zip_longest(*(cases(suite, op) for op in CASES))

@@ -217,18 +217,6 @@ def as_on_gpu(
         yield
 
 
-@contextmanager
-def float32_precision(precision: str) -> Iterator[None]:
-    """Set torch's precision of float32 GEMMs, "ieee" or "tf32", and restore it."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 def _stand_ins(
     recorder: Recorder, chip: tuple[int, int], autocast: torch.dtype | None
 ) -> Iterator[tuple[Any, str, Any]]:

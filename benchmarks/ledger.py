@@ -208,7 +208,7 @@ def _assumptions() -> str:
 
 def page(gpus: list[Device]) -> str:
     """Return docs/gpu.md."""
-    found = {name: result for name, result in devices.results(RESULTS).items() if result}
+    found = devices.results(RESULTS)
     state = "Measured on a GPU: nothing yet. Every time on this page is predicted."
     if found:
         state = "Measured: " + "; ".join(

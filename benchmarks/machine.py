@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from synface_kernels import _env, _load
-
-from .process import write_json
 
 # Where other programs keep more cores busy than this, results are marked as from a busy machine.
 BUSY_CORES_MAX = 0.15
@@ -92,15 +88,3 @@ def idle_check(seconds: float = 1.0) -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 2),
         "idle": busy <= BUSY_CORES_MAX,
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Describe the machine.")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
-    write_json(args.output, describe(torch.device(args.device)))
-
-
-if __name__ == "__main__":
-    main()

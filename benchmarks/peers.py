@@ -44,13 +44,13 @@ class Peer:
 
     Attributes:
         name: the short name in tables. label: what it is, and what it omits.
-        build: makes the step; raises where the peer is not available.
+        build: makes a workload's step; raises where the peer is not available.
         needs: approximate bytes above the inputs; a case that would not fit is skipped.
     """
 
     name: str
     label: str
-    build: Callable[[Any], Step]
+    build: Callable[..., Step]
     needs: Callable[[Case], int]
 
 
@@ -59,14 +59,14 @@ def _matrices(case: Case, logits: float, weights: float) -> int:
     return int(case.torch_dtype.itemsize * (logits * n * c + weights * c * d + 4 * n * d))
 
 
-def _ours(work: MarginWorkload) -> Step:
+def _ours(work: MarginWorkload, **options: Any) -> Step:
     margin = sk.ArcFace(SCALE, MARGIN)
 
     def loss(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         ids = None
         if work.sampled is not None:
             ids, target = sk.sample_classes(target, len(weight), work.sampled, work.generator)
-        return sk.margin_cross_entropy(input, weight, target, margin, class_ids=ids)
+        return sk.margin_cross_entropy(input, weight, target, margin, class_ids=ids, **options)
 
     return work.step(loss)
 
@@ -75,13 +75,8 @@ def _ours_with_workspace(work: MarginWorkload) -> Step:
     _all_classes(work)
     if work.input.device.type != "cpu":
         raise NotImplementedError("a workspace has no effect on a GPU")
-    margin = sk.ArcFace(SCALE, MARGIN)
     workspace = 4 * work.input.shape[0] * work.weight.shape[0]  # all cosines, in float32
-    return work.step(
-        lambda input, weight, target: sk.margin_cross_entropy(
-            input, weight, target, margin, workspace=workspace
-        )
-    )
+    return _ours(work, workspace=workspace)
 
 
 def _all_classes(work: MarginWorkload) -> None:

@@ -11,7 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 from unittest import mock
 
 import torch
@@ -42,6 +42,8 @@ LOGIT_COLUMNS = 128
 # "Benchmarking and dissecting the NVIDIA Hopper GPU architecture", arXiv:2402.13499).
 SYNCHRONOUS_SHARE = 0.62
 _GENERATOR = torch.Generator("cpu")
+# A step's launches and the work of each.
+Works = list[tuple[Launch, Work]]
 
 
 # ---- bytes by level ------------------------------------------------------------------------------
@@ -170,8 +172,7 @@ def clock_of(work: Work, device: Device) -> float:
 
 def l2_seconds(work: Work, device: Device) -> float:
     """Return the time of all that goes through the L2."""
-    traffic = sum(work.reads.values()) + sum(work.writes.values()) + work.again
-    return traffic / (L2_BYTES * clock_of(work, device))
+    return work.traffic / (L2_BYTES * clock_of(work, device))
 
 
 def compute_seconds(work: Work, device: Device, warps: int, together: int) -> float:
@@ -196,7 +197,6 @@ def compute_seconds(work: Work, device: Device, warps: int, together: int) -> fl
 
 
 def _entry(launch: Launch, work: Work, device: Device, memory: float) -> Entry:
-    traffic = sum(work.reads.values()) + sum(work.writes.values()) + work.again
     warps, together = 8, 1
     if launch.is_triton:
         warps = launch.options.get("num_warps", 4)
@@ -209,7 +209,7 @@ def _entry(launch: Launch, work: Work, device: Device, memory: float) -> Entry:
         kernels=work.kernels,
         flops=work.flops,
         memory=memory,
-        l2=traffic,
+        l2=work.traffic,
         compute_seconds=compute_seconds(work, device, warps, together),
         memory_seconds=memory / device.copy_rate,
         l2_seconds=l2_seconds(work, device),
@@ -229,29 +229,26 @@ def _work(launch: Launch, device: Device) -> Work:
     return min(costs.library_works(launch), key=seconds)
 
 
-def entries(launches: list[Launch], device: Device) -> list[Entry]:
+def entries(works: Works, device: Device) -> list[Entry]:
     """Return the lines of a step, whose launches follow one another."""
-    cache = Cache(device.l2_bytes * L2_SHARE)
-    works, missed = [], []
-    for number, launch in enumerate(launches):
-        work = _work(launch, device)
-        missed.append(sum(cache.read(launch[name], size) for name, size in work.reads.items()))
+    l2 = Cache(device.l2_bytes * L2_SHARE)
+    missed = []
+    for number, (launch, work) in enumerate(works):
+        missed.append(sum(l2.read(launch[name], size) for name, size in work.reads.items()))
         for name, size in work.writes.items():
-            cache.write(launch[name], size, number)
-        works.append((launch, work))
-    cache.flush()
+            l2.write(launch[name], size, number)
+    l2.flush()
     return [
-        _entry(launch, work, device, missed[i] + cache.written.get(i, 0.0))
+        _entry(launch, work, device, missed[i] + l2.written.get(i, 0.0))
         for i, (launch, work) in enumerate(works)
     ]
 
 
-def logit_bytes(launches: list[Launch], n: int, d: int) -> float:
+def logit_bytes(works: Works, n: int, d: int) -> float:
     """Return the bytes through matrices that are N rows of many columns when first touched."""
     shapes: dict[int, tuple[int, ...]] = {}
     total = 0.0
-    for launch in launches:
-        work = costs.work_of(launch)
+    for launch, work in works:
         for name, size in [*work.reads.items(), *work.writes.items()]:
             region = launch[name]
             first = shapes.setdefault(region.storage, region.shape)
@@ -306,28 +303,25 @@ class Account:
         return found
 
 
-_RECORDED: dict[tuple[Any, ...], Recorder] = {}
-
-
+@cache
 def recorded(case: Case, capability: int, multiprocessors: int) -> Recorder:
     """Run our step of a case on meta tensors; return what it launched on such a GPU."""
-    key = (case.op, case.name, capability, multiprocessors)
-    if key not in _RECORDED:
-        with mock.patch.object(torch, "Generator", return_value=_GENERATOR):  # none on meta tensors
-            work = WORKLOADS[case.op](case, torch.device("meta"))
-        step = PEERS[case.op][0].build(work)
-        recorder = Recorder()
-        with as_on_gpu(recorder, capability, multiprocessors, case.autocast):
-            step()
-        _RECORDED[key] = recorder
-    return _RECORDED[key]
+    with mock.patch.object(torch, "Generator", return_value=_GENERATOR):  # none on meta tensors
+        work = WORKLOADS[case.op](case, torch.device("meta"))
+    step = PEERS[case.op][0].build(work)
+    recorder = Recorder()
+    with as_on_gpu(recorder, capability, multiprocessors, case.autocast):
+        step()
+    return recorder
 
 
+@cache
 def account(case: Case, device: Device) -> Account:
     """Return a case's ledger on a device."""
     launches = recorded(case, device.capability, device.multiprocessors).launches
+    works = [(launch, _work(launch, device)) for launch in launches]
     per_logit, shape = None, case.shape
     if case.op == "margin_cross_entropy":
         count = shape["N"] * shape.get("S", shape["C"])
-        per_logit = logit_bytes(launches, shape["N"], shape["D"]) / count
-    return Account(case, device, entries(launches, device), per_logit)
+        per_logit = logit_bytes(works, shape["N"], shape["D"]) / count
+    return Account(case, device, entries(works, device), per_logit)

@@ -1,4 +1,4 @@
-"""Processes for the cases: one each, with a time limit, so that none affects the others.
+"""Child processes: one for each case on the CPU, so that none affects the others.
 
 This module does not import the library, which may not be built yet.
 """
@@ -15,8 +15,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .cases import Case, cases
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,15 +24,12 @@ ROUNDS = 7
 GRACE_SECONDS = 15
 
 
-def run_child(arguments: list[str], seconds: float = float("inf")) -> dict[str, Any]:
-    """Run ``python -m arguments --output FILE`` and return the JSON that it wrote.
-
-    It and its children are killed after so many seconds; what it wrote until then is returned.
-    """
+def run_child(arguments: list[str]) -> dict[str, Any]:
+    """Run ``python -m arguments --output FILE`` and return the JSON that it wrote."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         command = [sys.executable, "-m", *arguments, "--output", str(output)]
-        ended = run_limited(command, seconds, stdout=sys.stderr)
+        ended = run_limited(command, float("inf"), stdout=sys.stderr)
         if output.exists():
             result = json.loads(output.read_text())
             return result if ended is None else {**result, "problem": ended}
@@ -62,31 +57,17 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def run_case(
-    case: Case,
-    device: torch.device,
-    *,
-    rounds: int = ROUNDS,
-    seconds: float = float("inf"),
-    cpu_memory: bool = False,
-) -> dict[str, Any]:
-    """Time a case in a process of its own.
-
-    A GPU's memory is measured there too; with ``cpu_memory``, the CPU's in one process per peer.
-    """
+def run_case(case: Case, rounds: int) -> dict[str, Any]:
+    """Time a case on the CPU in a process of its own, and measure memory in one per peer."""
     index = cases(case.suite, case.op).index(case)
     this = ["benchmarks.driver", case.op, case.suite, str(index)]
-    timed = run_child(
-        [*this, "--device", device.type, "--rounds", str(rounds), "--seconds", str(seconds)],
-        seconds + GRACE_SECONDS,
-    )
+    timed = run_child([*this, "--rounds", str(rounds)])
     if "peers" not in timed:
         return {"op": case.op, "name": case.name, "peers": [], **timed}
-    if cpu_memory:
-        for row in timed["peers"]:
-            if "not_measured" not in row:
-                found = run_child([*this, "--memory-of", row["peer"]])
-                row["peak_bytes"] = found.get("peak_bytes")
+    for row in timed["peers"]:
+        if "not_measured" not in row:
+            found = run_child([*this, "--memory-of", row["peer"]])
+            row["peak_bytes"] = found.get("peak_bytes")
     return timed
 
 

@@ -118,9 +118,13 @@ def one_machine(result: dict[str, Any]) -> str:
 
 
 def render() -> str:
-    """Return README.md's text between the marks: every committed result, CPUs first."""
+    """Return README.md's text between the marks: every committed result, CPUs first.
+
+    Results of runs that ended before they described their machine are left out.
+    """
     paths = sorted(path for path in RESULTS.glob("*.json") if path.stem != "dry-run")
     results = [json.loads(path.read_text()) for path in paths]
+    results = [result for result in results if "not_measured" not in result["machine"]]
     cpus = [result for result in results if "device" not in result["machine"]]
     gpus = [result for result in results if "device" in result["machine"]]
     parts = [one_machine(result) for result in cpus + gpus]

@@ -7,21 +7,20 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-import synface_kernels as sk
+from synface_kernels.testing import peak_cuda_bytes
 
 from . import ceilings, driver, machine
 from .cases import Case, cases
-from .peers import MARGIN, SCALE, find
-from .workloads import WORKLOADS, MarginWorkload, Step, Workload
+from .interleave import samples
+from .peers import find
+from .workloads import WORKLOADS, Step, Workload
 
-MARGIN_OP = "margin_cross_entropy"
 Save = Callable[[dict[str, Any]], None]
 # The environment variable that chooses the margin softmax's design on a GPU.
 DESIGN = "SYNFACE_MARGIN_DESIGN"
@@ -67,7 +66,7 @@ def profile(
 ) -> dict[str, Any]:
     """Measure the time of each kernel of our step, its launches, and the step's own time."""
     case, work, step = _our_step(device, op, suite, index)
-    median = _medians({"step": step}, work, device, 5)["step"]
+    median = _median(step, work, device, 5)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -109,27 +108,18 @@ def profile(
 
 
 @contextmanager
-def margin_settings(design: str | None, workspace_mib: int | None) -> Iterator[None]:
-    """Run the margin softmax by one design and with one workspace, as far as it has these settings.
+def margin_settings(design: str, workspace_mib: int) -> Iterator[None]:
+    """Run the margin softmax by one design and with one workspace.
 
     Modules that imported the size by name are changed too.
     """
     with ExitStack() as changed:
-        if design is not None:
-            changed.enter_context(mock.patch.dict(os.environ, {DESIGN: design}))
-        size = None if workspace_mib is None else workspace_mib << 20
+        changed.enter_context(mock.patch.dict(os.environ, {DESIGN: design}))
+        size = workspace_mib << 20
         for name, module in list(sys.modules.items()):
-            if size is None or not name.startswith("synface_kernels."):
-                continue
-            if hasattr(module, "WORKSPACE_BYTES"):
+            if name.startswith("synface_kernels.") and hasattr(module, "WORKSPACE_BYTES"):
                 changed.enter_context(mock.patch.object(module, "WORKSPACE_BYTES", size))
         yield
-
-
-def has_designs() -> bool:
-    """Return whether the installed margin softmax reads the choice of a design."""
-    package = Path(sk.__file__).parent
-    return any(DESIGN in file.read_text() for file in package.rglob("*.py"))
 
 
 def sweep(
@@ -137,6 +127,7 @@ def sweep(
     *,
     save: Save,
     seconds: float,
+    op: str,
     suite: str,
     index: int,
     rounds: int,
@@ -145,18 +136,18 @@ def sweep(
     """Time our margin step by design and workspace; the results, and the fastest."""
     from synface_kernels.ops.margin_cross_entropy import launch_triton  # noqa: F401, its settings
 
-    case, work, step = _our_step(device, MARGIN_OP, suite, index)
-    designs = DESIGNS if has_designs() else (None,)
-    result: dict[str, Any] = {"op": MARGIN_OP, "name": case.name, "settings": []}
+    case, work, step = _our_step(device, op, suite, index)
+    result: dict[str, Any] = {"op": op, "name": case.name, "settings": []}
     with driver.time_limit(seconds):
-        for design in designs:
+        for design in DESIGNS:
             for size in workspaces_mib:
-                row: dict[str, Any] = {"design": design or "not chosen", "workspace_mib": size}
+                row: dict[str, Any] = {"design": design, "workspace_mib": size}
                 try:
                     with margin_settings(design, size):
-                        row["seconds"] = _medians({"step": step}, work, device, rounds)["step"]
+                        row["seconds"] = _median(step, work, device, rounds)
                         if device.type == "cuda":
-                            row["peak_bytes"] = driver.peak_cuda(step, work)
+                            work.release()
+                            row["peak_bytes"] = peak_cuda_bytes(step)
                 except TimeoutError:
                     raise
                 except Exception as error:
@@ -209,12 +200,12 @@ def replay(
         for parameter, grad in zip(work.parameters, kept, strict=True):
             parameter.grad = grad
 
-    medians = _medians({"eager": eager, "replay": again}, None, device, rounds)
+    times = samples({"eager": eager, "replay": again}, rounds, device)
     return {
         "op": op,
         "name": case.name,
-        "eager_seconds": medians["eager"],
-        "replay_seconds": medians["replay"],
+        "eager_seconds": statistics.median(times["eager"]),
+        "replay_seconds": statistics.median(times["replay"]),
         "same_bits_as_eager": equal,
     }
 
@@ -250,12 +241,8 @@ def _our_step(device: torch.device, op: str, suite: str, index: int) -> tuple[Ca
     """
     case = cases(suite, op)[index]
     work = WORKLOADS[op](case, device)
-    step = find(op, "ours").build(work)
-    if isinstance(work, MarginWorkload):
-        margin = sk.ArcFace(SCALE, MARGIN)
-        step = work.step(
-            lambda x, w, target: sk.margin_cross_entropy(x, w, target, margin, impl="triton")
-        )
+    options = {"impl": "triton"} if op == "margin_cross_entropy" else {}
+    step = find(op, "ours").build(work, **options)
     for _ in range(2):
         work.clear_gradients()
         step()
@@ -263,21 +250,9 @@ def _our_step(device: torch.device, op: str, suite: str, index: int) -> tuple[Ca
     return case, work, step
 
 
-def _medians(
-    steps: dict[str, Callable[[], object]],
-    work: Workload | None,
-    device: torch.device,
-    rounds: int,
-) -> dict[str, float]:
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, step in steps.items():
-            taken = driver.seconds_of(step, device)
-            if work is not None:
-                work.clear_gradients()
-            if turn > 0:  # the first warms up
-                samples[name].append(taken)
-    return {name: statistics.median(times) for name, times in samples.items()}
+def _median(step: Step, work: Workload, device: torch.device, rounds: int) -> float:
+    found = samples({"step": step}, rounds, device, work.clear_gradients)
+    return statistics.median(found["step"])
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {

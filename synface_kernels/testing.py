@@ -66,6 +66,16 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return status("VmHWM") - before
 
 
+def peak_cuda_bytes(run: Callable[[], object]) -> int:
+    """Return the peak of torch's memory on the GPU during run(), above that before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def status(field: str) -> int:
     """Return a field of Linux's process status in bytes: VmRSS (resident) or VmHWM (its peak)."""
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -17,6 +17,7 @@ import synface_kernels as sk
 from benchmarks import (
     bench_domain_mixup,
     driver,
+    gpu_evidence,
     machine,
     margin_peers,
     peers,
@@ -426,3 +427,14 @@ def test_each_op_has_a_table_of_its_own(tmp_path, monkeypatch):
     assert "| time ÷ ours, memory | a |" in margin
     assert "| time ÷ ours, memory | b |" in mixup
     assert "| ours | 1 (2 ms, 88% of the copy) |" in mixup
+
+
+def test_a_run_that_ended_early_has_no_table(tmp_path, monkeypatch):
+    machine = {"processor": "P", "cores": 2, "instruction_set": "avx2", "torch": "2.13"}
+    result = {"machine": machine, "date": "2026-01-01", "command": "make bench", "cases": []}
+    (tmp_path / "cpu.json").write_text(json.dumps(result))
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    complete = table.render()
+    gpu_evidence.Run(False, tmp_path / "gpu.json", 1.0).save()
+    assert table.render() == complete
+    assert complete.endswith("On a GPU: not measured.")

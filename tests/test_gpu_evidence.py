@@ -125,7 +125,7 @@ def test_each_op_has_gpu_tests():
 # ---- the measuring process -----------------------------------------------------------------------
 
 
-def test_a_task_that_fails_leaves_the_process(capfd):
+def test_a_task_that_fails_leaves_the_process():
     with Worker("cpu") as process:
         failed = process.run("case", 30, op=MARGIN, suite="dry", index=99, rounds=1)
         pid = process._process.pid

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from synface_kernels.testing import peak_cuda_bytes
+
 T = TypeVar("T")
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 EPS = torch.finfo(F32).eps
@@ -111,12 +113,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
     if DRY:
         step()
         return 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return peak_cuda_bytes(step)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

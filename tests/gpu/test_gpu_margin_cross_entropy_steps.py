@@ -5,6 +5,7 @@ Run by `make gpu-evidence`.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import pytest
@@ -180,8 +181,8 @@ class Updating:
     def after(self, number: int = 1) -> list[Tensor]:
         """Take the step after the backward pass, with the gradient."""
         leaf = self.step.w.detach().requires_grad_()
-        step = Step.__new__(Step)
-        step.__dict__ = {**self.step.__dict__, "w": leaf}
+        step = copy(self.step)
+        step.w = leaf
         loss = step.loss()
         grad_x, grad = torch.autograd.grad(loss, (step.x, leaf))
         ids = torch.arange(C, device=DEVICE)

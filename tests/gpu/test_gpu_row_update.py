@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import pytest
@@ -66,8 +67,7 @@ class Rows:
 
     def double(self) -> Rows:
         """Return the same rows in float64, for the definition."""
-        other = Rows.__new__(Rows)
-        other.__dict__ = dict(self.__dict__)
+        other = copy(self)
         other.weight = self.weight.double()
         other.states = [state.double() for state in self.states]
         other.last = self.last.clone()
@@ -91,6 +91,10 @@ class Rows:
         if not catch_up:
             grad = normal(len(ids), D, seed=number, dtype=self.grad_dtype).to(self.device)
             grad = grad.to(F64 if self.weight.dtype == F64 else grad.dtype)
+        return self.apply(grad, ids, number)
+
+    def apply(self, grad: Tensor | None, ids: Tensor, number: int) -> list[Tensor]:
+        """Take a step on these rows; without a gradient, the steps that they missed."""
         if self.rule == "adamw":
             sk.row_adamw_(self.weight, grad, ids, *self.states, number, **self.shared)
         else:
@@ -149,15 +153,7 @@ def test_random_rounding_is_to_a_neighbor_and_unbiased(rule):
     assert error.abs().max() > 0.5  # beyond rounding to nearest
     assert error.mean().abs() < 5 * 0.5 / error.numel() ** 0.5
     theirs = Rows(*rule, (BF16, F32, F32), impl="reference", seed=11, device="cpu")
-    ids, grad = ours.ids(1).cpu(), normal(len(rows), D, seed=1).cpu()
-    theirs.weight = normal(C, D, seed=1, dtype=BF16).cpu()
-    theirs.ids, theirs.device = lambda number: ids, "cpu"
-    if rule[0] == "adamw":
-        sk.row_adamw_(theirs.weight, grad, ids, *theirs.states, 1, **theirs.shared)
-    else:
-        sk.row_sgd_(
-            theirs.weight, grad, ids, momentum_buffer=theirs.states[0], step=1, **theirs.shared
-        )
+    theirs.step(1)
     # The random bits are those of the CPU; arithmetic may differ in a last bit.
     assert (theirs.weight != ours.weight.cpu()).double().mean() < 1e-3
 
@@ -180,33 +176,14 @@ def test_a_replayed_step_is_the_eager_one(rule, seed):
         for tensor, value in zip(one.tensors, initial, strict=True):
             tensor.copy_(value)
 
-    def step(rows: Rows) -> list[Tensor]:
-        if rows.rule == "adamw":
-            sk.row_adamw_(rows.weight, grad, ids, *rows.states, 3, **rows.shared)
-        else:
-            sk.row_sgd_(
-                rows.weight, grad, ids, momentum_buffer=rows.states[0], step=3, **rows.shared
-            )
-        return rows.tensors
-
-    assert_same(replayed(lambda: step(one), restore), step(two))
+    assert_same(replayed(lambda: one.apply(grad, ids, 3), restore), two.apply(grad, ids, 3))
 
 
 @pytest.mark.parametrize("rule", [MOMENTUM, ADAMW], ids=str)
 def test_a_step_never_waits_for_the_gpu(rule):
     rows = Rows(*rule, track=True)
     grad, ids, numbers = normal(len(rows.ids(1)), D), rows.ids(1), iter((1, 2))
-
-    def step() -> None:
-        number = next(numbers)
-        if rows.rule == "adamw":
-            sk.row_adamw_(rows.weight, grad, ids, *rows.states, number, **rows.shared)
-        else:
-            sk.row_sgd_(
-                rows.weight, grad, ids, momentum_buffer=rows.states[0], step=number, **rows.shared
-            )
-
-    assert_no_host_sync(step)
+    assert_no_host_sync(lambda: rows.apply(grad, ids, next(numbers)))
 
 
 @pytest.mark.parametrize("rule", [MOMENTUM, ADAMW], ids=str)

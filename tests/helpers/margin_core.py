@@ -106,9 +106,7 @@ class Forward(NamedTuple):
     saved: Tensor
 
 
-def forward(
-    case: Case, needs_input_grad: bool = True, *, class_ids: Tensor | None = None
-) -> Forward:
+def forward(case: Case, *, class_ids: Tensor | None = None) -> Forward:
     """Run forward's launcher without filter and sums."""
     outputs = launch_triton.forward(
         ForwardInputs(
@@ -118,7 +116,7 @@ def forward(
             labels=case.labels,
             scale=case.scale,
             limit=math.inf,
-            needs_input_grad=needs_input_grad,
+            needs_input_grad=True,
             needs_cosine_sum=False,
         )
     )

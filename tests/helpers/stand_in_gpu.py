@@ -173,7 +173,7 @@ class StandInGpu(TorchDispatchMode):
         if here:
             self._notice(func, name, args, kwargs, tensors, wanted)
         elif name == "_to_copy" and wanted == "cuda":
-            self._upload(name, args[0], kwargs)
+            self._upload(name, not kwargs.get("non_blocking"))
         if wanted == "cuda":
             kwargs = kwargs | {"device": torch.device("cpu")}
         plain_args, plain_kwargs = tree_map_only(OnGpu, _inner, (args, kwargs))
@@ -186,9 +186,9 @@ class StandInGpu(TorchDispatchMode):
                 return return_and_correct_aliasing(func, args, kwargs, result)
         return result
 
-    def _upload(self, name: str, source: Tensor, kwargs: dict[str, Any]) -> None:
+    def _upload(self, name: str, blocking: bool) -> None:
         self.note(f"{name} from the CPU", upload=True)
-        if not kwargs.get("non_blocking"):
+        if blocking:
             self.note(f"{name} from the CPU")
 
     def _notice(
@@ -203,7 +203,7 @@ class StandInGpu(TorchDispatchMode):
             if not isinstance(args[1], OnGpu):
                 if args[1].dim():
                     blocking = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
-                    self._upload(name, args[1], {"non_blocking": not blocking})
+                    self._upload(name, blocking)
             elif not isinstance(args[0], OnGpu):
                 self.note("copy_ to the CPU")  # no pinned memory here
         elif name in ("index", "index_put", "index_put_", "_index_put_impl_"):

@@ -11,6 +11,13 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
+@pytest.fixture(params=["fused", "tiled"])
+def design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the margin softmax by each of its designs."""
+    monkeypatch.setenv("SYNFACE_MARGIN_DESIGN", request.param)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton 3.6's and 3.7's interpreters cut float32 off to bfloat16; compiled code rounds."""

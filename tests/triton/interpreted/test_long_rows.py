@@ -18,21 +18,13 @@ def rows(n: int, length: float, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-@pytest.mark.parametrize("design", ["fused", "tiled"])
+@pytest.mark.usefixtures("design")
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "of_x", "of_w"),
     [(torch.float32, 1e30, 1.0), (torch.float32, 1e-5, 1e30), (torch.bfloat16, 1e20, 1e15)],
 )
-def test_margin_cross_entropy(
-    dtype: torch.dtype,
-    of_x: float,
-    of_w: float,
-    sampled: bool,
-    design: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("SYNFACE_MARGIN_DESIGN", design)
+def test_margin_cross_entropy(dtype: torch.dtype, of_x: float, of_w: float, sampled: bool) -> None:
     target = torch.arange(N)
     ids = torch.arange(C) if sampled else None
 
@@ -53,12 +45,9 @@ def test_margin_cross_entropy(
         assert error.abs().max() <= tolerance * (exact * length).abs().max()
 
 
-@pytest.mark.parametrize("design", ["fused", "tiled"])
+@pytest.mark.usefixtures("design")
 @pytest.mark.parametrize(("of_x", "of_w"), [(1.0, 1e18), (1.0, 1e30), (1e10, 1e14)])
-def test_gradients_by_centers_that_are_all_long(
-    of_x: float, of_w: float, design: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SYNFACE_MARGIN_DESIGN", design)
+def test_gradients_by_centers_that_are_all_long(of_x: float, of_w: float) -> None:
     x, w = torch.randn(N, D) * of_x, torch.randn(C, D) * of_w
 
     def gradient(w: Tensor, x: Tensor, impl: str) -> Tensor:

@@ -32,12 +32,7 @@ from tests.helpers.margin_core import (
     run,
 )
 
-
-@pytest.fixture(params=["fused", "tiled"], autouse=True)
-def design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("SYNFACE_MARGIN_DESIGN", request.param)
-    return request.param
-
+pytestmark = pytest.mark.usefixtures("design")
 
 # ---- against float64 -----------------------------------------------------------------------------
 

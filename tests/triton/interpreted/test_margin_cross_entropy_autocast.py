@@ -16,8 +16,4 @@ from tests.ops.test_margin_cross_entropy_autocast import (  # noqa: F401
     test_what_autocast_changes,
 )
 
-
-@pytest.fixture(params=["fused", "tiled"], autouse=True)
-def design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("SYNFACE_MARGIN_DESIGN", request.param)
-    return request.param
+pytestmark = pytest.mark.usefixtures("design")

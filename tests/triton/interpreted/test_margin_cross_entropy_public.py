@@ -16,13 +16,7 @@ from synface_kernels.ops.margin_cross_entropy import config_triton, launch_trito
 from tests.helpers.centers import assert_bits
 from tests.helpers.margin_core import BF16, F16, F32, check_public, make_case, public
 
-
-@pytest.fixture(params=["fused", "tiled"], autouse=True)
-def design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("SYNFACE_MARGIN_DESIGN", request.param)
-    return request.param
-
-
+pytestmark = pytest.mark.usefixtures("design")
 MARGINS: list[Callable[[], sk.CombinedMargin]] = [
     sk.ArcFace,
     sk.CosFace,
