@@ -172,7 +172,7 @@ def find_targets(
 
 
 class _Pass:
-    """What both passes tell the kernels that take logits."""
+    """Sizes, options and blocks that both passes give the kernels that take logits."""
 
     rows: Rows
     products: Tensor
