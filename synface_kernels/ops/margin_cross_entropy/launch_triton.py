@@ -147,7 +147,7 @@ def forward(inputs: ForwardInputs, *, gemm_dtype: torch.dtype | None = None) -> 
 def find_targets(
     inputs: ForwardInputs | BackwardInputs, target_cosine: Tensor | None = None
 ) -> Tensor:
-    """Fill target_cosine (N, K); return each label's row of weight, as of centers (C·M, D).
+    """Fill target_cosine (N, K), if given; return each label's row of centers (C·M, D).
 
     A negative label is returned as it is.
     """
