@@ -13,9 +13,10 @@ from ..common.check import check_integer, check_integers
 from ..common.rng import generator as draws
 from ..common.rng import normals
 from ..data import Faces, embedded_faces, read_folder
+from ..synthesis.generators import EMBEDDED as EMBEDDED_GENERATORS
 from ..synthesis.generators import FaceGenerator, open_generator
 
-EIGENFACES, EMBEDDED = "eigenfaces", "embedded"
+EMBEDDED = "embedded"
 EMBEDDED_IMAGES = 10  # images per embedded identity
 
 
@@ -24,14 +25,19 @@ class FacesConfig:
     """The face generator, and the real faces to verify on.
 
     Attributes:
-        generator: "eigenfaces", or an ONNX or TorchScript file.
-        size: height and width of the eigenfaces' images; those of a file are fixed.
+        generator: "heads" or "eigenfaces", or an ONNX or TorchScript file.
+        size: height and width of an embedded generator's images; those of a file are fixed.
+        channels: 1 (grayscale) or 3 (RGB), of the heads.
+        columns: which columns of a file's input are which, see `open_generator`; "" for a file that
+            takes embedding and style, or says it itself.
         embedding_size: dimension of an identity's embedding.
         real: "embedded", or an image folder.
     """
 
-    generator: str = EIGENFACES
+    generator: str = "heads"
     size: int = 112
+    channels: int = 1
+    columns: str = ""
     embedding_size: int = 64
     real: str = EMBEDDED
 
@@ -40,9 +46,11 @@ class FacesConfig:
 
     def face_generator(self) -> FaceGenerator:
         """Return the face generator; raises as `open_generator`."""
-        if self.generator == EIGENFACES:
-            return open_generator(None, self.embedding_size, size=self.size)
-        return open_generator(self.generator, self.embedding_size)
+        if self.generator in EMBEDDED_GENERATORS:
+            return open_generator(
+                self.generator, self.embedding_size, size=self.size, channels=self.channels
+            )
+        return open_generator(self.generator, self.embedding_size, columns=self.columns or None)
 
     def real_people(self, image_shape: tuple[int, int, int], least: int) -> Faces:
         """Return the real faces as images of shape (H, W, C).

@@ -220,7 +220,7 @@ class HeadGenerator:
         thickness = number(1.0 / (0.030 * torch.exp(0.22 * looks["brow thickness"])))
         brow = bell((at.v - brow_height(at.side)) * thickness) * at.brow
         # Eyes: an almond between the lids, which close it.
-        opened = number((1.0 - closed).clamp(0.0, 1.2))
+        opened = number((1.0 - closed).clamp(0.0, 1.3))
         wide = number(1.0 / (0.088 * torch.exp(0.10 * looks["eye size"])))
         high = number(0.036 * torch.exp(0.14 * looks["eye size"]))
         across = (at.side - EYE_X) * wide
@@ -315,7 +315,7 @@ def _expression(by: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         1.2 * (positive["frown"] - 0.2).clamp_min(0.0),
         1.5 * (positive["pucker"] - 0.5).clamp_min(0.0),
     )
-    closed = ((half["eyelids"] - 0.7) / 0.24).clamp(0.0, 1.0) + 0.125 * half["eyelids"]
+    closed = ((half["eyelids"] - 0.7) / 0.24).clamp(0.0, 1.0) + 0.3 * half["eyelids"].clamp(max=0.0)
     return on_grid(torch.cat(amounts, 1), 12), closed
 
 
