@@ -82,8 +82,8 @@ def cfsm_command(
     for name in ("random", "guided"):
         more = loss[f"{name} above style"]
         say(
-            f"{name} images raise the loss by {more['mean']:.3f} ± {more['std']:.3f} "
-            f"({loss['batches']} batches)"
+            f"{name} images raise the loss by {more['mean']:.3f} (standard deviation over "
+            f"{loss['batches']} batches: {more['std']:.3f})"
         )
     seconds = None if resume else time.perf_counter() - began
     page = cfsm.write(results, report or output / "report", command, seconds)

@@ -24,7 +24,7 @@ from torch import Tensor
 import synface_kernels as sk
 
 from ... import checkpoint
-from ...common.config import load
+from ...common.config import load_recipe
 from ...common.extras import extra
 from ...data import read_folder
 from ...evaluation.embedding import pixel_embeddings
@@ -88,9 +88,9 @@ class HyperfaceConfig:
         )
 
 
-def load_config(file: Path | None = None) -> HyperfaceConfig:
-    """Return a configuration from TOML, by default hyperface.toml; raises as `load`."""
-    return load(HyperfaceConfig, file or Path(__file__).with_name("hyperface.toml"))
+def load_config(file: Path | None = None, *, quick: bool = False) -> HyperfaceConfig:
+    """Return a configuration from TOML, by default hyperface.toml; see `load_recipe`."""
+    return load_recipe(HyperfaceConfig, Path(__file__).with_name("hyperface.toml"), file, quick)
 
 
 def cell_name(kind: str, seed: int) -> str:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ...common.check import check_integers
-from ...common.config import load
+from ...common.config import load_recipe
 from ...data import Faces
 from ...reporting.page import table
 from ...reporting.plots import figure, image_grid, save
@@ -75,9 +75,9 @@ class SynfaceConfig:
         check_choices("rows", self.rows, ROWS)
 
 
-def load_config(file: Path | None = None) -> SynfaceConfig:
-    """Return a configuration from TOML, by default synface.toml; raises as `load`."""
-    return load(SynfaceConfig, file or Path(__file__).with_name("synface.toml"))
+def load_config(file: Path | None = None, *, quick: bool = False) -> SynfaceConfig:
+    """Return a configuration from TOML, by default synface.toml; see `load_recipe`."""
+    return load_recipe(SynfaceConfig, Path(__file__).with_name("synface.toml"), file, quick)
 
 
 def cells(config: SynfaceConfig, generator: FaceGenerator, real: Faces) -> list[Cell]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...common.check import check_integer
-from ...common.config import load
+from ...common.config import load_recipe
 from ...reporting.page import table
 from ...reporting.plots import ACCENT, INK, QUIET, figure, finish, save
 from ...synthesis.generators import FaceGenerator
@@ -91,9 +91,9 @@ class StudyConfig:
             )
 
 
-def load_config(file: Path | None = None) -> StudyConfig:
-    """Return a configuration from TOML, by default study.toml; raises as `load`."""
-    return load(StudyConfig, file or Path(__file__).with_name("study.toml"))
+def load_config(file: Path | None = None, *, quick: bool = False) -> StudyConfig:
+    """Return a configuration from TOML, by default study.toml; see `load_recipe`."""
+    return load_recipe(StudyConfig, Path(__file__).with_name("study.toml"), file, quick)
 
 
 class OneAttribute:
@@ -288,7 +288,7 @@ def _fields(config: StudyConfig, numbers: dict[str, Any]) -> dict[str, Any]:
         ]
         head = ["varied", *(f"{f}, {kind}" for f in ("accuracy", "ROC-AUC") for kind in MIXUP)]
         attributes = f"{table(head, rows)}\n\n![ROC-AUC by attribute](study-attributes.png)"
-    over = "Mean and standard deviation over the seeds" if len(config.seeds) > 1 else "One seed:"
+    over = "Mean ± 95 % interval over the seeds" if len(config.seeds) > 1 else "One seed:"
     return tables | {
         "over": over,
         "better": sum(gain > 0 for gain in gains),
