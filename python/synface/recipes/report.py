@@ -52,7 +52,7 @@ def write_report(
     return page
 
 
-def machine(threads: int | None = None) -> str:
+def machine(threads: int | str | None = None) -> str:
     """Return the processor, the number of threads and the versions that results depend on.
 
     Args:
