@@ -56,7 +56,7 @@ def open_cells(
         Cell(f"{kind}-{i}", config, partial(_source, kind, i), 24, **options)
         for i, kind in enumerate(kinds)
     ]
-    return cells, faces(3, 3, 99)
+    return cells, faces(5, 4, 99)
 
 
 def unopened() -> tuple[list[Cell], Faces]:

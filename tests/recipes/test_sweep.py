@@ -127,7 +127,7 @@ def test_a_cell_that_fails_stops_the_others(tmp_path, kinds, error, message):
 
 
 def test_an_error_is_named_in_this_process_too_and_is_itself(tmp_path):
-    with pytest.raises(ValueError, match="^broken-1: no faces here$"):
+    with pytest.raises(ValueError, match=r"^broken-1: no faces here$"):
         run(partial(open_cells, ("plain", "broken")), tmp_path)
     cells, held = open_cells(("plain", "plain"))
     with pytest.raises(FileNotFoundError, match="nobody") as raised:
@@ -136,6 +136,7 @@ def test_an_error_is_named_in_this_process_too_and_is_itself(tmp_path):
     assert "in unopened" in str(raised.value.__cause__)  # the worker's traceback
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_of_two_workers_goes_on(tmp_path):
     opened = partial(open_cells, ("slow", "slow"), replace(CONFIG, epochs=20, checkpoint_every=20))
     whole = run(opened, tmp_path / "whole")
@@ -268,7 +269,7 @@ def test_a_run_is_repeated_until_it_reaches_its_target(tmp_path):
     reached = run(soon, tmp_path / "soon", workers=2)["plain-0"]
     assert reached["reached"]
     assert reached["tries"] == found["tries"][: len(reached["tries"])]
-    with pytest.raises(CheckpointError, match="its target_top1 is 1.0, expected"):
+    with pytest.raises(CheckpointError, match=r"its target_top1 is 1\.0, expected"):
         run(soon, tmp_path / "never", resume=True)
 
 
@@ -281,8 +282,10 @@ def test_tries_grow_by_half_up_to_the_limit():
 def test_the_estimate_grows_with_steps_and_images():
     class Generator:
         embedding_size, style_size, image_shape = 8, 2, (16, 16, 1)
-        description = {"kind": "slow"}
         calls = 0
+
+        def __init__(self) -> None:
+            self.description = {"kind": "slow"}
 
         def generate(self, embedding, style, seed):
             self.calls += 1
@@ -342,7 +345,9 @@ def test_options_that_exclude_each_other(tmp_path):
         assert "--workers has no effect with --cell" in text
     short = tmp_path / "short.toml"
     short.write_text(RECIPE.replace("2000", "1"))
-    text = call("recipe", "synface", "--config", short, "--output", tmp_path / "run")
+    text = call(
+        "recipe", "synface", "--config", short, "--output", tmp_path / "run", "--workers", 1
+    )
     assert "2 training runs, about " in text
     stored = json.loads((tmp_path / "run/synthetic-seed-0/result.json").read_text())
     assert stored["took"]["threads"] == 1

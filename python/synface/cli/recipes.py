@@ -129,7 +129,8 @@ def _run(
     recipe = import_module(f"synface.recipes.{module}")
     settings = recipe.load_config(config, quick=quick)
     settings = replace(settings, data=replace(settings.data, **_paths(real=real)))
-    command = _command(called, config=config, real=real) + (" --quick" if quick else "")
+    command = _command(called, config=config, real=real, workers=workers)
+    command += " --quick" if quick else ""
     hint = "" if quick or config or cell else " (--quick: about two minutes)"
     progress = partial(SweepBar, hint=hint)
     _check_outputs(output, report)

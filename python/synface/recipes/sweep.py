@@ -364,7 +364,7 @@ def _prepare(
 
 def _made_of(cell: Cell, source: Source, held: Faces) -> dict[str, Any]:
     """Return what a result depends on, in JSON types."""
-    found = {
+    found: dict[str, Any] = {
         "config": asdict(cell.config),
         "data": source.description(),
         "held": fingerprint(held),

@@ -99,8 +99,8 @@ def run_named(
                     processes.append(process)
                     _assign(pipe, process, waiting.pop(0), busy)
             while busy:
-                for pipe in wait(list(busy), POLL):
-                    assert isinstance(pipe, Connection)
+                ready: Sequence[Any] = wait(list(busy), POLL)
+                for pipe in ready:
                     process, name = busy.pop(pipe)
                     results[name] = _received(pipe, process, name)
                     if waiting:
@@ -176,7 +176,7 @@ def _serve(pipe: Connection, prepare: Prepare, threads: int, counts: Any, number
             return
         while True:
             try:
-                message = run(name), None, ""
+                message: tuple[Any, Exception | None, str] = run(name), None, ""
             except Exception as error:
                 message = _failed(error)
             pipe.send(message)
