@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ...common.check import check_integers
-from ...common.config import load
+from ...common.config import load_recipe
 from ...data import Faces
 from ...reporting.page import table
 from ...reporting.plots import figure, image_grid, save
@@ -27,7 +27,7 @@ from ...synthesis.generators import FaceGenerator
 from ...training.config import TrainConfig
 from ...training.sources import FacesSource, Source
 from ..generated import DatasetConfig, check_choices, check_seeds, identities
-from ..report import difference, machine, plot_seeds, shown, spread, write_report
+from ..report import difference, plot_seeds, shown, spread, write_report
 from ..sweep import (
     Bars,
     Cell,
@@ -36,6 +36,7 @@ from ..sweep import (
     generated_source,
     open_faces,
     run_cells,
+    run_times,
     verify_pixels,
 )
 
@@ -75,9 +76,9 @@ class SynfaceConfig:
         check_choices("rows", self.rows, ROWS)
 
 
-def load_config(file: Path | None = None) -> SynfaceConfig:
-    """Return a configuration from TOML, by default synface.toml; raises as `load`."""
-    return load(SynfaceConfig, file or Path(__file__).with_name("synface.toml"))
+def load_config(file: Path | None = None, *, quick: bool = False) -> SynfaceConfig:
+    """Return a configuration from TOML, by default synface.toml; see `load_recipe`."""
+    return load_recipe(SynfaceConfig, Path(__file__).with_name("synface.toml"), file, quick)
 
 
 def cells(config: SynfaceConfig, generator: FaceGenerator, real: Faces) -> list[Cell]:
@@ -96,20 +97,22 @@ def _cell(
     config: SynfaceConfig, generator: FaceGenerator, real: Faces, row: str, seed: int
 ) -> Cell:
     data, training = config.data, replace(config.train, seed=seed)
-    mixing = ROWS[row]
+    mixing, images = ROWS[row], data.identities * data.images_per_identity
     if mixing is None:
-        images = data.identities * data.images_per_identity
         steps = training.epochs * -(-images // training.batch_size)
         training = for_steps(training, len(real), steps)
 
     def source() -> Source:
         if mixing is None:
             return FacesSource(real)
-        count, images, (identity, domain) = data.identities, data.images_per_identity, mixing
+        count, each, (identity, domain) = data.identities, data.images_per_identity, mixing
         others = real if domain else None
-        return generated_source(data, generator, count, images, seed, identity, others)
+        return generated_source(data, generator, count, each, seed, identity, others)
 
-    return Cell(cell_name(row, seed), training, source)
+    name = cell_name(row, seed)
+    if mixing is None:
+        return Cell(name, training, source, len(real))
+    return Cell(name, training, source, images, generator)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,17 +130,36 @@ def run(
     resume: bool = False,
     only: str | None = None,
     progress: Bars | None = None,
+    workers: int | None = 1,
 ) -> Results:
     """Train and verify all cells below ``output``; options and errors are those of `run_cells`."""
+    generator, real, held = _opened(config)
+    pixels = verify_pixels(held)
+    found = run_cells(
+        cells(config, generator, real),
+        held,
+        output,
+        resume=resume,
+        only=only,
+        progress=progress,
+        workers=workers,
+        open_cells=partial(_open_cells, config),
+    )
+    return Results(config, generator, held, found, pixels, real, took=run_times(output, found))
+
+
+def _opened(config: SynfaceConfig) -> tuple[FaceGenerator, Faces, Faces]:
+    """Return the face generator, the real people to train on, and those to verify on."""
     few, others = config.data.real_identities, config.data.held_out_identities
     generator, people = open_faces(config.data, config.train, few + others)
     rest, held = people.split(others)
-    real = rest.split(len(rest.identities) - few)[0]
-    pixels = verify_pixels(held)
-    found = run_cells(
-        cells(config, generator, real), held, output, resume=resume, only=only, progress=progress
-    )
-    return Results(config, generator, held, found, pixels, real)
+    return generator, rest.split(len(rest.identities) - few)[0], held
+
+
+def _open_cells(config: SynfaceConfig) -> tuple[list[Cell], Faces]:
+    """Return the cells and the people to verify on, in a worker."""
+    generator, real, held = _opened(config)
+    return cells(config, generator, real), held
 
 
 # -- report --------------------------------------------------------------------------------------
@@ -168,7 +190,7 @@ def write(results: Results, folder: Path, command: str, *, faces: bool = True) -
     Args:
         command: the command line that the page names. faces: show some of the generated faces.
     """
-    numbers = measured(results) | {"machine": machine()}
+    numbers = measured(results) | {"machine": results.machine()}
     figures = {"rows": partial(_rows_plot, numbers)}
     if faces:
         figures["faces"] = partial(_faces_plot, results)

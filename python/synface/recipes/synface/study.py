@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from ...common.check import check_integer
-from ...common.config import load
+from ...common.config import load_recipe
+from ...data import Faces
 from ...reporting.page import table
 from ...reporting.plots import ACCENT, INK, QUIET, figure, finish, save
 from ...synthesis.generators import FaceGenerator
 from ...training.config import TrainConfig
 from ..generated import EIGENFACES, FacesConfig, check_choices, check_seeds
-from ..report import machine, shown, write_report
+from ..report import shown, write_report
 from ..sweep import (
     Bars,
     Cell,
@@ -34,6 +35,7 @@ from ..sweep import (
     generated_source,
     open_faces,
     run_cells,
+    run_times,
     verify_pixels,
 )
 
@@ -91,9 +93,9 @@ class StudyConfig:
             )
 
 
-def load_config(file: Path | None = None) -> StudyConfig:
-    """Return a configuration from TOML, by default study.toml; raises as `load`."""
-    return load(StudyConfig, file or Path(__file__).with_name("study.toml"))
+def load_config(file: Path | None = None, *, quick: bool = False) -> StudyConfig:
+    """Return a configuration from TOML, by default study.toml; see `load_recipe`."""
+    return load_recipe(StudyConfig, Path(__file__).with_name("study.toml"), file, quick)
 
 
 class OneAttribute:
@@ -133,7 +135,7 @@ def cells(config: StudyConfig, generator: FaceGenerator) -> list[Cell]:
     ) -> None:
         training = replace(for_steps(config.train, width * depth, steps), seed=seed)
         source = partial(generated_source, config.data, generator, width, depth, seed, mixed)
-        found.append(Cell(name, training, source))
+        found.append(Cell(name, training, source, width * depth, generator))
 
     few, images = config.attribute_identities, config.attribute_images
     for seed in config.seeds:
@@ -161,14 +163,28 @@ def run(
     resume: bool = False,
     only: str | None = None,
     progress: Bars | None = None,
+    workers: int | None = 1,
 ) -> Results:
     """Train and verify all cells below ``output``; options and errors are those of `run_cells`."""
     generator, held = open_faces(config.data, config.train, 2)
     pixels = verify_pixels(held)
     found = run_cells(
-        cells(config, generator), held, output, resume=resume, only=only, progress=progress
+        cells(config, generator),
+        held,
+        output,
+        resume=resume,
+        only=only,
+        progress=progress,
+        workers=workers,
+        open_cells=partial(_open_cells, config),
     )
-    return Results(config, generator, held, found, pixels)
+    return Results(config, generator, held, found, pixels, took=run_times(output, found))
+
+
+def _open_cells(config: StudyConfig) -> tuple[list[Cell], Faces]:
+    """Return the cells and the people to verify on, in a worker."""
+    generator, held = open_faces(config.data, config.train, 2)
+    return cells(config, generator), held
 
 
 # -- report --------------------------------------------------------------------------------------
@@ -205,7 +221,7 @@ def write(results: Results, folder: Path, command: str) -> Path:
     Args:
         command: the command line that the page names.
     """
-    numbers = measured(results) | {"machine": machine()}
+    numbers = measured(results) | {"machine": results.machine()}
     figures = {"sizes": partial(_sizes_plot, results.config, numbers)}
     if results.config.attributes:
         figures["attributes"] = partial(_attributes_plot, numbers)
@@ -288,7 +304,7 @@ def _fields(config: StudyConfig, numbers: dict[str, Any]) -> dict[str, Any]:
         ]
         head = ["varied", *(f"{f}, {kind}" for f in ("accuracy", "ROC-AUC") for kind in MIXUP)]
         attributes = f"{table(head, rows)}\n\n![ROC-AUC by attribute](study-attributes.png)"
-    over = "Mean and standard deviation over the seeds" if len(config.seeds) > 1 else "One seed:"
+    over = "Mean ± 95 % interval over the seeds" if len(config.seeds) > 1 else "One seed:"
     return tables | {
         "over": over,
         "better": sum(gain > 0 for gain in gains),
