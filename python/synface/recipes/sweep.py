@@ -53,6 +53,7 @@ class Cell:
         generated: number of images that it generates; None: those of all steps.
         target_top1: the training accuracy to reach in the last epoch. While it is not reached, the
             run is repeated from the start with half more epochs, up to ``max_steps`` steps.
+        held: the people that this cell alone is verified on; None: those of all cells.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Cell:
     generated: int | None = None
     target_top1: float | None = None
     max_steps: int | None = None
+    held: Faces | None = None
 
     def __post_init__(self) -> None:
         if self.target_top1 is None and self.max_steps is None:
@@ -160,11 +162,13 @@ def generated_source(
     seed: int,
     mixup: bool,
     real: Faces | None = None,
+    keep_epochs: int | None = None,
 ) -> GeneratedSource:
     """Return a source of ``images`` generated faces of each of ``count`` random identities.
 
     Args:
-        mixup: mix identities. real: faces to mix the generated ones with.
+        mixup: mix identities. real: faces to mix the generated ones with. keep_epochs: see
+            `GeneratedSource`.
     """
     return GeneratedSource(
         identities(count, data.embedding_size, seed),
@@ -173,6 +177,7 @@ def generated_source(
         seed=seed,
         identity_mixup=IdentityMixup() if mixup else None,
         real=real,
+        keep_epochs=keep_epochs,
     )
 
 
@@ -367,7 +372,7 @@ def _made_of(cell: Cell, source: Source, held: Faces) -> dict[str, Any]:
     found: dict[str, Any] = {
         "config": asdict(cell.config),
         "data": source.description(),
-        "held": fingerprint(held),
+        "held": fingerprint(cell.held or held),
     }
     if cell.target_top1 is not None:
         found |= {"target_top1": cell.target_top1, "max_steps": cell.max_steps}
@@ -392,7 +397,8 @@ def _run(cell: Cell, held: Faces, output: Path, resume: bool, shown: Any) -> dic
             tries.append({"steps": len(trained.history), "top1": top1})
             if cell.target_top1 is None or top1 >= cell.target_top1:
                 break
-        found = verify(embed(trained.backbone, held.images), held.labels).to_json()
+        people = cell.held or held
+        found = verify(embed(trained.backbone, people.images), people.labels).to_json()
         found |= {"loss": sum(row["loss"] for row in last) / len(last)} | tries[-1]
         if cell.target_top1 is not None:
             found |= {"tries": tries, "reached": top1 >= cell.target_top1}
