@@ -70,13 +70,8 @@ def test_the_quick_size_is_smaller_and_for_the_default_alone(tmp_path, recipe):
         (study, "images = []", r"images must be increasing and not empty, got \[\]"),
         (
             study,
-            "attributes = ['pose']",
-            r"attributes must be distinct names of none, .*\['pose'\]",
-        ),
-        (
-            study,
-            "[data]\ngenerator = 'x.onnx'",
-            r"attributes are defined for eigenfaces only.*x\.onnx",
+            "attributes = ['pose', 'pose']",
+            r"attributes must be distinct, got \['pose', 'pose'\]",
         ),
         (study, "[train]\nlr = -1", r"\[train\]: lr must be positive"),
         (synface, "sead = 1", "tiny.toml: unknown key 'sead'; did you mean 'seeds'"),

@@ -114,6 +114,19 @@ class GeneratedSource:
     def __len__(self) -> int:
         return len(self.embeddings) * self.images_per_identity
 
+    def faces(self) -> Faces:
+        """Return the images of an epoch in memory, with their labels; not for mixed identities.
+
+        Raises:
+            ValueError: for a source with ``identity_mixup``.
+        """
+        if self.identity_mixup:
+            raise ValueError("identity_mixup must be None: mixed identities have two labels")
+        every = torch.arange(len(self), device="cpu")
+        names = [f"generated {i}" for i in range(len(self.embeddings))]
+        made = self._generate(every, seeded(self.seed, "identity mixup", 0), KEPT_BATCH)
+        return Faces(made.images, made.target, names, "generated")
+
     def description(self) -> dict[str, Any]:
         """Return what identifies the data, as `Source.description` does."""
         fingerprints = [sha256_of_rows(self.embeddings)]
@@ -154,30 +167,32 @@ class GeneratedSource:
             indices = torch.from_numpy(rows), torch.from_numpy(real)
             yield step, self._batch(epoch, *indices, augment, draws, device)
 
-    def _generate(self, rows: Tensor, generator: torch.Generator) -> _Generated:
-        """Generate the images of some rows, whose identities are mixed with each other."""
+    def _generate(
+        self, rows: Tensor, generator: torch.Generator, at_once: int | None = None
+    ) -> _Generated:
+        """Generate the images of some rows, whose identities are mixed with each other.
+
+        Args:
+            at_once: images per call of the face generator; None for all.
+        """
         target, weight = rows // self.images_per_identity, None
         embeddings = self.embeddings[target]
         if self.identity_mixup:
             embeddings, target, weight = self.identity_mixup(embeddings, target, generator)
             embeddings = F.normalize(embeddings)
-        images = [
-            self.generator.generate(
-                embeddings[part], self._styles[rows[part]], self._seeds[rows[part]]
-            )
-            for part in torch.arange(len(rows), device="cpu").split(
-                len(rows) if self.keep_epochs is None else KEPT_BATCH
-            )
-        ]
+        arguments = embeddings, self._styles[rows], self._seeds[rows]
+        parts = zip(*(x.split(at_once or len(rows)) for x in arguments), strict=True)
+        images = [self.generator.generate(*part) for part in parts]
         return _Generated(torch.cat(images), target, weight)
 
     def _kept_epoch(self, epoch: int) -> _Generated:
         """Return all images of an epoch, generated at its first use."""
         if epoch not in self._kept:
-            shape, count = self.image_shape, len(self)
-            check_memory(f"an epoch of {count:,} generated images", math.prod(shape) * count)
+            count = len(self)
+            check_memory(f"an epoch of {count:,} images", math.prod(self.image_shape) * count)
             every = torch.arange(count, device="cpu")
-            self._kept[epoch] = self._generate(every, seeded(self.seed, "identity mixup", epoch))
+            mixing = seeded(self.seed, "identity mixup", epoch)
+            self._kept[epoch] = self._generate(every, mixing, KEPT_BATCH)
         return self._kept[epoch]
 
     def _batch(
