@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -131,27 +131,6 @@ def both_sets(generated: Faces, real: Faces) -> Faces:
 def identities(count: int, dim: int, seed: int) -> Tensor:
     """Return (count, dim) random identities, unit rows, float32."""
     return F.normalize(normals((count, dim), draws(seed, "identities", 0)))
-
-
-def rotated(people: Faces, count: int, seed: int) -> tuple[Faces, Faces]:
-    """Return ``count`` people to train on with a seed, and all others to verify on.
-
-    The first are those from number ``count * seed`` on, modulo the number of people: consecutive
-    seeds train on different people until all have had their turn.
-
-    Raises:
-        ValueError: unless two people or more are left for each part.
-    """
-    total = len(people.identities)
-    if not 2 <= count <= total - 2:
-        raise ValueError(
-            f"the people to train on must be 2 or more, and leave 2 of the {total} of "
-            f"{people.source} to verify on, got {count}"
-        )
-    first = count * seed % total
-    names = people.identities[first:] + people.identities[:first]
-    turned = replace(people, labels=(people.labels - first) % total, identities=names)
-    return turned.split(total - count)
 
 
 def check_seeds(seeds: tuple[int, ...]) -> None:

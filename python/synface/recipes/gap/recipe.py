@@ -27,7 +27,7 @@ from ...data import Faces
 from ...evaluation.embedding import embed
 from ...reporting.page import table
 from ...reporting.plots import ACCENT, INK, QUIET, figure, finish, image_grid, save
-from ...synthesis.controls import Vary, check_controls, controls_of
+from ...synthesis.controls import Vary, controls_of
 from ...synthesis.dataset import styles
 from ...synthesis.generators import FaceGenerator
 from ...training.config import BUILT_IN, TrainConfig
@@ -65,6 +65,7 @@ BATCH = 64  # images per call of the generator
 class DataConfig(DatasetConfig):
     """The generated faces, and the real people to train and to verify on; see gap.toml."""
 
+    keep_epochs: int = 1
     real_identities: int = 10
 
     def __post_init__(self) -> None:
@@ -78,7 +79,6 @@ class GapConfig:
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     strengths: tuple[float, ...] = (0.5, 1.0, 1.5)
-    controls: tuple[str, ...] = ()
     samples: tuple[int, ...] = (10, 2)
     pictured: int = 8
     data: DataConfig = field(default_factory=DataConfig)
@@ -117,7 +117,7 @@ def load_config(file: Path | None = None, *, quick: bool = False) -> GapConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """What the networks of a row are trained on.
+    """The training data of a row.
 
     Attributes:
         strength: of the generated faces' variation; None: no generated faces.
@@ -144,10 +144,10 @@ def cell_name(row: str, seed: int) -> str:
 
 
 def varied(generator: FaceGenerator, config: GapConfig, strength: float) -> FaceGenerator:
-    """Return a face generator whose chosen controls vary by a strength, the others as before.
+    """Return a face generator whose controls vary by a strength.
 
     Raises:
-        ValueError: for a control that the generator lacks, or a generator without controls.
+        ValueError: for a generator without controls.
     """
     known = controls_of(generator)
     if not known:
@@ -155,9 +155,7 @@ def varied(generator: FaceGenerator, config: GapConfig, strength: float) -> Face
             f"generator = {config.data.generator!r} names no controls, whose variation the "
             "strengths scale: say which columns of its input are which (columns)"
         )
-    check_controls("controls", config.controls, generator)
-    chosen = config.controls or tuple(known)
-    return Vary(generator, {name: strength if name in chosen else 1.0 for name in known})
+    return Vary(generator, dict.fromkeys(config.data.controls or known, strength))
 
 
 def first_images(people: Faces, count: int) -> Faces:
@@ -205,9 +203,11 @@ def _cell(
     others = None if row.samples is None else real
 
     def source() -> Source:
-        return generated_source(data, scaled_by, count, each, seed, False, others, keep_epochs=1)
+        keep = data.keep_epochs or None
+        return generated_source(data, scaled_by, count, each, seed, False, others, keep)
 
-    return Cell(called, training, source, images, scaled_by, images, held=held)
+    kept = images * data.keep_epochs or None
+    return Cell(called, training, source, images, scaled_by, kept, held=held)
 
 
 @dataclass(frozen=True, eq=False)
@@ -374,7 +374,11 @@ def write(results: Results, folder: Path, command: str, *, faces: bool = True) -
 
 def _rows_plot(numbers: dict[str, Any], path: Path) -> None:
     new, axes = figure(15, 4, 1, 2)
-    aucs = {row: found["auc"] for row, found in numbers["rows"].items()}
+    # Labels break at spaces, but not within "S = 10".
+    aucs = {
+        row.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"): found["auc"]
+        for row, found in numbers["rows"].items()
+    }
     plot_seeds(axes[0], aucs, numbers["raw pixels"]["auc"]["mean"], "ROC-AUC")
     gains = {name: found["auc"] for name, found in numbers["differences"].items()}
     plot_differences(axes[1], gains, "difference in ROC-AUC")
@@ -488,7 +492,7 @@ def _fields(results: Results, numbers: dict[str, Any]) -> dict[str, Any]:
         "others": people - config.data.real_identities,
         "genuine": first["genuine"],
         "impostor": first["impostor"],
-        "controls": ", ".join(config.controls or controls_of(results.generator)),
+        "controls": ", ".join(config.data.controls or controls_of(results.generator)),
         "best": best,
     }
 
