@@ -335,6 +335,7 @@ def measured(results: Results) -> dict[str, Any]:
     }
     wider = {
         name: {key: unpaired(x[key], faces["real"][key]) for key in ("within", "between")}
+        | {"to real": unpaired(x["to real"], faces["real"]["between"])}
         for name, x in faces.items()
         if name != "real"
     }
@@ -506,6 +507,11 @@ def _conclusions(config: GapConfig, numbers: dict[str, Any]) -> str:
     for name, found in numbers["above real"].items():
         lines.append(
             f"- Spread within identities at {name} against real faces: {verdict(found['within'])}."
+        )
+    for name, found in numbers["above real"].items():
+        lines.append(
+            f"- Distance of identities at {name} to real ones, against that between real ones: "
+            f"{verdict(found['to real'])}."
         )
     nearest = min(numbers["above real"].items(), key=lambda item: abs(item[1]["within"]["mean"]))
     lines.append(f"- Nearest to the spread of real faces: {nearest[0]}.")
