@@ -2,11 +2,11 @@
 
 import pytest
 from synface.common.config import to_toml
-from synface.recipes import cfsm, hyperface, synface
+from synface.recipes import cfsm, gap, hyperface, synface
 from synface.recipes.synface import study
 
 
-@pytest.mark.parametrize("recipe", [cfsm, hyperface, study, synface], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("recipe", [cfsm, gap, hyperface, study, synface], ids=lambda x: x.__name__)
 def test_the_default_is_read_and_written_back(tmp_path, recipe):
     config = recipe.load_config()
     file = tmp_path / "copy.toml"
@@ -14,7 +14,7 @@ def test_the_default_is_read_and_written_back(tmp_path, recipe):
     assert recipe.load_config(file) == config
 
 
-@pytest.mark.parametrize("recipe", [hyperface, study, synface], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("recipe", [gap, hyperface, study, synface], ids=lambda x: x.__name__)
 def test_the_quick_size_is_smaller_and_for_the_default_alone(tmp_path, recipe):
     quick, whole = recipe.load_config(quick=True), recipe.load_config()
     assert quick != whole
@@ -46,6 +46,13 @@ def test_the_quick_size_is_smaller_and_for_the_default_alone(tmp_path, recipe):
         (cfsm, "[recogniser]\n[recognizer]", "recogniser is the earlier name of recognizer: give"),
         (cfsm, "[generator]\nlatent = 3", "latent must be at least styles = 10"),
         (cfsm, "seed = ", "tiny.toml is not TOML"),
+        (gap, "strengths = [0.5]", r"one of them 1, .*, got \[0.5\]"),
+        (gap, "strengths = [1, 1.0]", r"strengths must be different, .*, got \[1, 1.0\]"),
+        (gap, "strengths = [1, -1]", "strengths must"),
+        (gap, "samples = [1]", r"one of them at least 2, got \[1\]"),
+        (gap, "samples = []", r"one of them at least 2, got \[\]"),
+        (gap, "samples = [2, 0]", "samples must be at least 1, got 0"),
+        (gap, "[data]\nreal_identities = 1", "real_identities must be at least 2, got 1"),
         (hyperface, "[pack]\nstep = 1", r"\[pack\]: unknown key 'step'; did you mean 'steps'"),
         (hyperface, "[pack]\nsteps = 0", "steps must be at least 1, got 0"),
         (hyperface, "[pack]\nobjective = 'best'", "objective must be one of .*, got 'best'"),

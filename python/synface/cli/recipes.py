@@ -1,4 +1,4 @@
-"""The commands `synface recipe cfsm`, `synface` and `hyperface`, and `synface study`."""
+"""The commands `synface recipe cfsm`, `synface`, `gap` and `hyperface`, and `synface study`."""
 
 from __future__ import annotations
 
@@ -178,6 +178,7 @@ def _register(name: str, summary: str) -> None:
 _register(
     "synface", "Train on generated faces, mixed by identity and with a few real people (SynFace)."
 )
+_register("gap", "Compare generated faces with real ones, by embeddings and networks (SynFace).")
 _register(
     "hyperface",
     "Pack identities, generate faces, train and verify; compare with random ones (HyperFace).",
