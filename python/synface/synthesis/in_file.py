@@ -67,7 +67,7 @@ class _InFile:
 
     @property
     def _takes_latent(self) -> bool:
-        """Whether the model takes λ, with the identity among its columns."""
+        """True if the model takes λ, with the identity among its columns."""
         return self._columns is not None and IDENTITY in self._columns
 
     def _inputs(self, embedding: Tensor, style: Tensor) -> list[Tensor]:

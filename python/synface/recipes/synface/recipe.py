@@ -55,7 +55,7 @@ from .merged import Merged
 
 @dataclass(frozen=True)
 class Row:
-    """What a row of the table is trained on.
+    """The images that a row of the table is trained on.
 
     Attributes:
         identity, domain: whether identities, and domains, are mixed.

@@ -1,4 +1,4 @@
-"""What is painted on the head: constant masks, and the fine detail of real faces."""
+"""Masks of what is painted on the head, and the fine detail of real faces."""
 
 from __future__ import annotations
 

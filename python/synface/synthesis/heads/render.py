@@ -1,4 +1,4 @@
-"""From points to pixels: pose, projection and depth, shading of the visible points, the sensor."""
+"""Rendering of points to pixels: pose, projection with depth, shading, and the sensor."""
 
 from __future__ import annotations
 
