@@ -26,6 +26,7 @@ from ..synthesis import open_generator, packing
 from .measure import METHODS, Workload
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the first identity, and of the synthetic image
+MIXED_SIZE = 64  # pixels of mixed faces
 IDENTITY_SIZE = 64  # dimension of the generated identities' embeddings
 
 
@@ -152,12 +153,10 @@ class Softmax:
 
 def softmax_table(softmax: Softmax) -> list[list[str]]:
     """Return rows of: method, milliseconds, ratio to the fused op, rows/s, MiB above the inputs."""
-    rows = [
-        ["margin softmax, forward + backward", "time", "against fused", "rows/s", "peak memory"]
-    ]
+    rows = [["forward + backward", "time", "against fused", "rows/s", "peak memory"]]
     fused = softmax.times.get("fused")
     for method in METHODS:
-        label = f"fused (this library, {softmax.implementation})" if method == "fused" else method
+        label = f"fused ({softmax.implementation})" if method == "fused" else method
         seconds, peak = softmax.times.get(method), softmax.memory.get(method)
         ratio = throughput = "not measured"
         if isinstance(seconds, float):
@@ -209,19 +208,21 @@ def _mixing_grid(mixed: MixedFaces, path: Path) -> None:
 def _packing_histogram(points: PackedPoints, path: Path) -> None:
     bound = points.packed.bound
     cosines = {"packed": points.nearest, "random": points.random_nearest}
-    edges = {name: np.histogram_bin_edges(x, 40) for name, x in cosines.items()}
+    width = 0.005
+    low, high = (
+        round(function([function(x) for x in cosines.values()]) / width) for function in (min, max)
+    )
+    edges = np.arange(low - 1, high + 2) * width  # the same for both
     plots.densities(
         {
-            f"{name}: worst {x.max():.4f}": (
-                np.histogram(x, edges[name], density=True)[0],
-                edges[name],
-            )
+            f"{name}: worst {x.max():.4f}": (np.histogram(x, edges, density=True)[0], edges)
             for name, x in cosines.items()
         },
         path,
         title="{:,} points in {} dimensions".format(*points.packed.points.shape),
         x="cosine to the nearest neighbor",
         lines={f"{bound.name} bound {bound.cosine:.4f} of the worst cosine": bound.cosine},
+        log=True,  # the packed points' are nearly all the same
     )
 
 

@@ -61,10 +61,11 @@ def demo_command(
     held_out = max(2, identities // 5)
     learn, held = faces.split(held_out)
 
-    mixed = demo.mix_faces(held.images[0], seed)
+    photographs = embedded_faces(1, demo.MIXED_SIZE, identities=identities)
+    mixed = demo.mix_faces(photographs.images[-held_out], seed)
     say(
         f"1. identity and domain mixup: two generated identities and a real face, mixed in "
-        f"{len(demo.SHARES)} x {len(demo.SHARES)} shares"
+        f"{len(demo.SHARES)}×{len(demo.SHARES)} shares"
     )
 
     bound = packing.bounds.best(points, PACKED_DIM)

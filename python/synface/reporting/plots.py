@@ -169,6 +169,7 @@ def densities(
     title: str,
     x: str,
     lines: Mapping[str, float] | None = None,
+    log: bool = False,
 ) -> None:
     """Draw histograms as densities, and vertical lines, with a legend below them.
 
@@ -176,6 +177,7 @@ def densities(
         curves: densities (B,), of area 1, and edges (B + 1,) of their bins, by label.
         x: the label of the horizontal axis, which covers the bins that are not empty.
         lines: where vertical lines are drawn, by label.
+        log: scale the densities logarithmically.
     """
     new, axes = figure(6.4, 4.2)
     used: list[float] = [*(lines or {}).values()]
@@ -188,7 +190,10 @@ def densities(
     if used:
         margin = 0.03 * (max(used) - min(used)) + 1e-6
         axes.set_xlim(min(used) - margin, max(used) + margin)
-    finish(axes, title, x, "density", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    if log:
+        axes.set_yscale("log")
+    y = "density (logarithmic)" if log else "density"
+    finish(axes, title, x, y, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     save(new, path)
 
 
