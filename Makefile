@@ -1,4 +1,4 @@
-# make demo and make test make .venv and build into it first.
+# make demo and make test make .venv and build into it first; make demo installs less.
 TORCH  ?= torch==2.13.0
 # The Triton that this torch release is built against; a CUDA build of torch brings its own.
 TRITON ?= triton==3.7.1
@@ -9,6 +9,7 @@ PY  := $(BIN)/python
 export PATH := $(BIN):$(PATH)
 
 CSRC := $(shell git ls-files 'csrc/*' 2>/dev/null || find csrc -type f)
+EXTENSION := $(VENV)/.extension
 BUILT := $(VENV)/.built
 
 .PHONY: build demo test quick fuzz lint format bench gpu-evidence stand-in gpu-ledger cuda-check clean
@@ -21,12 +22,18 @@ $(VENV)/.deps: pyproject.toml
 	$(PY) -m pip install --quiet "$(TORCH)" "$(TRITON)"
 	touch $@
 
-$(BUILT): $(VENV)/.deps setup.py $(CSRC)
-	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev]"
+# What the demo needs, compiled on all cores.
+$(EXTENSION): $(VENV)/.deps setup.py $(CSRC)
+	$(PY) -m pip install --quiet --no-build-isolation --editable ".[train]"
+	touch $@
+
+# The package is there already; this adds what the tests need, and compiles nothing.
+$(BUILT): $(EXTENSION)
+	$(PY) -m pip install --quiet "synface-kernels[dev]"
 	$(PY) -m pip install --quiet --no-deps "timm>=1.0.31"  # for its mixup, without torchvision
 	touch $@
 
-demo: build
+demo: $(EXTENSION)
 	$(BIN)/synface demo
 
 test: build lint
@@ -78,4 +85,4 @@ cuda-check: build
 	$(PY) tools/cuda_check.py
 
 clean:
-	rm -rf build $(VENV)/.built synface_kernels/*.so
+	rm -rf build $(BUILT) $(EXTENSION) synface_kernels/*.so

@@ -92,7 +92,8 @@ def test_demo(tmp_path):
     assert 0 <= found["trained"]["auc"] <= 1
     kinds = found["hardest_pairs"]
     assert all(len(set(pair["people"])) == 1 for pair in kinds["genuine"])
-    assert all(len(set(pair["people"])) == 2 for pair in kinds["impostor"])
+    shown = [tuple(sorted(pair["people"])) for pair in kinds["impostor"]]
+    assert len(shown) == len(set(shown)) == 1  # of two people
     assert len(found["score_densities"]["edges"]) == len(found["score_densities"]["genuine"]) + 1
     seconds, peak = (result["margin softmax"][k] for k in ("seconds", "peak_bytes"))
     assert seconds["fused"] > 0

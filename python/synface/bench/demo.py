@@ -26,6 +26,8 @@ from ..synthesis import open_generator, packing
 from .measure import METHODS, Workload
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the first identity, and of the synthetic image
+HARDEST = 5  # pairs shown of each kind,
+HARDEST_OF = 10_000  # the hardest of so many, since one person may have hundreds
 MIXED_SIZE = 64  # pixels of mixed faces
 IDENTITY_SIZE = 64  # dimension of the generated identities' embeddings
 
@@ -227,27 +229,31 @@ def _packing_histogram(points: PackedPoints, path: Path) -> None:
 
 
 def _hardest(found: Recognition, path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Draw the hardest pairs, and return them."""
-    held, groups = found.held, {}
-    kinds: dict[str, list[ScoredPair]] = {}
-    kinds["genuine"], kinds["impostor"] = hardest_pairs(found.embeddings, held.labels)
+    """Draw the hardest pairs, one of each person or two people, and return them."""
+    held = found.held
     people = [held.identities[label] for label in held.labels.tolist()]
-    listed: dict[str, list[dict[str, Any]]] = {}
-    for kind, pairs in kinds.items():
+    kinds = zip(
+        ("genuine", "impostor"),
+        hardest_pairs(found.embeddings, held.labels, HARDEST_OF),
+        strict=True,
+    )
+    groups, listed = {}, {}
+    for kind, pairs in kinds:
+        one_each: dict[tuple[str, ...], ScoredPair] = {}
+        for pair in pairs:
+            both = sorted({people[pair.first], people[pair.second]})
+            one_each.setdefault(tuple(both), pair)
+        shown = list(one_each.items())[:HARDEST]
         groups[kind] = [
-            (
-                held.images[i].numpy(),
-                held.images[j].numpy(),
-                f"{score:.3f}\n{people[i]}" + (f", {people[j]}" if kind == "impostor" else ""),
-            )
-            for score, i, j in pairs
+            (held.images[i].numpy(), held.images[j].numpy(), f"{score:.3f}\n{', '.join(both)}")
+            for both, (score, i, j) in shown
         ]
         listed[kind] = [
             {"score": score, "images": [i, j], "people": [people[i], people[j]]}
-            for score, i, j in pairs
+            for _, (score, i, j) in shown
         ]
-    title = "Genuine pairs of the lowest scores, impostor pairs of the highest"
-    plots.image_pairs(groups, title, path)
+    title = "Genuine pairs of the lowest scores, one per person; impostor pairs of the highest"
+    plots.image_pairs(groups, f"{title}, one per two people", path)
     return listed
 
 
