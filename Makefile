@@ -6,6 +6,8 @@ VENV   ?= .venv
 BASE_PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 PY  := $(BIN)/python
+# Python compiles modules when they are imported; most of torch's never are.
+PIP := $(PY) -m pip install --quiet --no-compile
 export PATH := $(BIN):$(PATH)
 
 CSRC := $(shell git ls-files 'csrc/*' 2>/dev/null || find csrc -type f)
@@ -18,19 +20,19 @@ build: $(BUILT)
 
 $(VENV)/.deps: pyproject.toml
 	test -x $(PY) || $(BASE_PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --upgrade "setuptools>=77" wheel "pybind11>=2.13" ninja
-	$(PY) -m pip install --quiet "$(TORCH)" "$(TRITON)"
+	$(PIP) --upgrade "setuptools>=77" wheel "pybind11>=2.13" ninja
+	$(PIP) "$(TORCH)" "$(TRITON)"
 	touch $@
 
 # What the demo needs, compiled on all cores.
 $(EXTENSION): $(VENV)/.deps setup.py $(CSRC)
-	$(PY) -m pip install --quiet --no-build-isolation --editable ".[train]"
+	$(PIP) --no-build-isolation --editable ".[train]"
 	touch $@
 
 # The package is there already; this adds what the tests need, and compiles nothing.
 $(BUILT): $(EXTENSION)
-	$(PY) -m pip install --quiet "synface-kernels[dev]"
-	$(PY) -m pip install --quiet --no-deps "timm>=1.0.31"  # for its mixup, without torchvision
+	$(PIP) "synface-kernels[dev]"
+	$(PIP) --no-deps "timm>=1.0.31"  # for its mixup, without torchvision
 	touch $@
 
 demo: $(EXTENSION)
