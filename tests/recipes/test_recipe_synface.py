@@ -45,7 +45,7 @@ def test_from_data_to_a_report(tmp_path, file):
     report = tmp_path / "run" / "report"
     page = (report / "synface.md").read_text()
     shown = re.findall(r"!\[.*\]\((.*)\)", page)
-    assert shown == ["synface-rows.png", "synface-faces.png"]
+    assert shown == ["synface-rows.png", "synface-differences.png", "synface-faces.png"]
     assert all((report / name).stat().st_size > 1000 for name in shown)
     assert f"`synface recipe synface --config {file}`" in page
     block = re.search(r"```toml\n(.*)```", page, re.DOTALL)
@@ -63,12 +63,13 @@ def test_from_data_to_a_report(tmp_path, file):
 
     # All is there: nothing is trained again, and no faces are shown where none are wanted.
     logs = {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("metrics.jsonl")}
-    assert len(logs) == 10
+    assert len(logs) == 12
     other = tmp_path / "report"
     call(*command, "--resume", "--report", other, "--no-faces")
     assert {f: f.stat().st_mtime_ns for f in logs} == logs
     assert json.loads((other / "synface.json").read_text()) == figures
     assert sorted(f.name for f in other.iterdir()) == [
+        "synface-differences.png",
         "synface-rows.png",
         "synface.json",
         "synface.md",
@@ -123,6 +124,7 @@ def test_the_real_row_trains_for_as_many_steps(file):
     for cell in found[: len(config.rows)]:
         length = len(cell.source())
         steps[cell.name] = cell.config.epochs * -(-length // cell.config.batch_size)
+    assert steps.pop("merged-seed-0") == 3  # one epoch of more images: the nearest to 4
     assert set(steps.values()) == {4}
     real = found[config.rows.index("real")].config
     assert (real.epochs, real.warmup_epochs, real.checkpoint_every) == (4, 1.0, 2)

@@ -14,6 +14,7 @@ from synface.evaluation.metrics import verify
 from synface.synthesis import synthesize
 from synface.synthesis.generators import (
     EigenfaceGenerator,
+    HeadGenerator,
     OnnxGenerator,
     TorchScriptGenerator,
     open_generator,
@@ -112,9 +113,27 @@ def test_sizes_that_are_wrong():
     with pytest.raises(ValueError, match="size must be at least 8 pixels, got 7"):
         EigenfaceGenerator(8, 7)
     with pytest.raises(ValueError, match="style_size of the eigenfaces is 10, got 3"):
+        open_generator("eigenfaces", 8, style_size=3)
+    with pytest.raises(ValueError, match="style_size of the heads is 21, got 3"):
         open_generator(None, 8, style_size=3)
+    with pytest.raises(ValueError, match="channels of the eigenfaces is 1, got 3"):
+        open_generator("eigenfaces", 8, channels=3)
+    with pytest.raises(ValueError, match="embedding_size of the heads must be given"):
+        open_generator("heads")
+    with pytest.raises(ValueError, match="columns are for generators in files"):
+        open_generator("heads", 8, columns="identity=0:8")
+    with pytest.raises(ValueError, match="channels is for the eigenfaces and the heads"):
+        open_generator("x.pt", 8, channels=3)
     with pytest.raises(ValueError, match="size is for the eigenfaces"):
         open_generator("x.pt", 8, size=48)
+
+
+def test_embedded_generators_by_name():
+    assert isinstance(open_generator("eigenfaces", 8, size=16), EigenfaceGenerator)
+    heads = open_generator(None, 8, size=16, channels=3)
+    assert isinstance(heads, HeadGenerator)
+    assert heads.image_shape == (16, 16, 3)
+    assert open_generator("heads", 8, size=16).description["kind"] == "heads"
 
 
 # -- TorchScript
@@ -261,6 +280,8 @@ def test_torchscript_files_that_cannot_be_used(tmp_path):
             TorchScriptGenerator(path, 8, device=device)
         with pytest.raises(ValueError, match=f"device must be one that .* got '{device}'"):
             open_generator(None, 8, device=device)
+        with pytest.raises(ValueError, match=f"device must be one that .* got '{device}'"):
+            open_generator("eigenfaces", 8, device=device)
 
 
 # -- ONNX

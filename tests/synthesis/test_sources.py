@@ -110,3 +110,55 @@ def test_the_earlier_name_of_the_generator(tmp_path):
     assert source.generator is generator
     with pytest.raises(TypeError, match="both painter= and generator="), pytest.warns():
         GeneratedSource(points, painter=generator, generator=generator, images_per_identity=2)
+
+
+@pytest.mark.parametrize("mixup", [None, IdentityMixup()])
+def test_kept_epochs_are_generated_once_and_repeated(mixup):
+    """Epoch e shows the images and labels of epoch e mod 2; a resumed run has the same."""
+    calls = []
+
+    class Counted(EigenfaceGenerator):
+        def generate(self, embedding, style, seed):
+            calls.append(len(seed))
+            return super().generate(embedding, style, seed)
+
+    points = identities(5, 8, seed=1)
+    config = replace(CONFIG, epochs=4)
+
+    def source():
+        return GeneratedSource(points, Counted(8, 16), 3, identity_mixup=mixup, keep_epochs=2)
+
+    def shown(batches):
+        rows = set()
+        for batch in batches:
+            weight = batch.target_weight
+            weight = torch.ones(len(batch.images), 1) if weight is None else weight
+            target = batch.target.view(len(weight), -1)
+            joined = torch.cat([target, weight, batch.images.flatten(1)], 1)
+            rows |= {tuple(row) for row in joined.tolist()}
+        return rows
+
+    batches = [batch for _, batch in source().batches(config, 0)]
+    assert sum(calls) == 2 * 15
+    epochs = [shown(batches[i : i + 3]) for i in range(0, 12, 3)]
+    assert all(len(epoch) == 15 for epoch in epochs)
+    assert epochs[0] == epochs[2]
+    assert epochs[1] == epochs[3]
+    assert (epochs[0] == epochs[1]) == (mixup is None)
+    later = [batch for _, batch in source().batches(config, 7)]
+    for one, other in zip(batches[7:], later, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.target, other.target)
+    assert source().description()["keep_epochs"] == 2
+    assert "keep_epochs" not in GeneratedSource(points, Counted(8, 16), 3).description()
+    with pytest.raises(ValueError, match="keep_epochs must be at least 1, got 0"):
+        GeneratedSource(points, Counted(8, 16), 3, keep_epochs=0)
+
+
+def test_a_kept_epoch_without_mixup_has_the_images_of_any_other():
+    points, generator = identities(4, 8, seed=1), EigenfaceGenerator(8, 16)
+    fresh = GeneratedSource(points, generator, 3, seed=7).batches(CONFIG, 0)
+    kept = GeneratedSource(points, generator, 3, seed=7, keep_epochs=1).batches(CONFIG, 0)
+    for (_, one), (_, other) in zip(fresh, kept, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.target, other.target)

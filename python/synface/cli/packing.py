@@ -142,30 +142,44 @@ def _check_embeddings(file: Path, against: Path | None) -> None:
 def synthesize_command(
     context: typer.Context,
     packed: Annotated[
-        Path, typer.Option(help="Embeddings (N, D), one identity per row: .safetensors or .npy.")
-    ],
-    output: Annotated[Path, typer.Option(help="Image folder to write.")],
+        Path | None,
+        typer.Option(help="Embeddings (N, D), one identity per row: .safetensors or .npy."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Image folder to write.")] = None,
     images_per_identity: Annotated[int, typer.Option(help="Images per identity.", min=1)] = 20,
     generator: Annotated[
-        Path | None,
+        Path,
         typer.Option(
-            help="Face generator, an ONNX (.onnx) or TorchScript file; TorchScript is a program: "
-            "run only trusted files. Default: eigenfaces of scikit-image's faces."
+            help="Face generator: heads, eigenfaces, or an ONNX (.onnx) or TorchScript file. "
+            "TorchScript is a program: run only trusted files."
         ),
-    ] = None,
+    ] = Path("heads"),
     style_size: Annotated[
         int | None, typer.Option(help="Dimension of the styles, if the generator's file lacks it.")
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(help="Size of the eigenfaces' images, such as 112x112. Default: 48x48."),
+        typer.Option(help="Size of an embedded generator's images (32x32). Default: 48x48."),
+    ] = None,
+    color: Annotated[bool, typer.Option("--color", help="Draw the heads in color.")] = False,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            help="Which columns of a file's input are which, as identity=0:160,expression=160:224."
+        ),
+    ] = None,
+    preview: Annotated[
+        Path | None,
+        typer.Option(
+            help="PNG file to draw what each control does; with it, no --output is needed."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the styles.", min=0)] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per call of the generator.")] = 64,
     workers: Annotated[
         int | None, typer.Option(help="Threads that encode images. Default: one per core.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Device of the --generator file.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device that draws.")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Generate the missing images.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the images of an earlier run.")
@@ -175,21 +189,37 @@ def synthesize_command(
     from ..synthesis.dataset import synthesize
     from ..synthesis.embeddings import read_embeddings
     from ..synthesis.generators import open_generator
+    from ..synthesis.preview import preview as draw
+    from ..synthesis.preview import random_identities
 
-    if generator is None:
-        refuse(context, "without --generator: eigenfaces are drawn on the CPU", "device")
-    check_folder("--output", output)
-    embeddings = read_embeddings(packed)
+    if str(generator) == "eigenfaces":
+        refuse(context, "with --generator eigenfaces, drawn on the CPU in gray", "device", "color")
+    if output is None:
+        if preview is None:
+            raise typer.BadParameter("give --output FOLDER, --preview FILE.png, or both")
+        refuse(context, "without --output", "resume", "overwrite", "images_per_identity")
+    else:
+        if packed is None:
+            raise typer.BadParameter("--output needs the identities: give --packed FILE")
+        check_folder("--output", output)
+    embeddings = random_identities(seed) if packed is None else read_embeddings(packed)
     asked = parse_size(size)
     if asked is not None and asked[0] != asked[1]:
-        raise ValueError(f"the eigenfaces are square, got --size {size}")
+        raise ValueError(f"the heads and the eigenfaces are square, got --size {size}")
     faces = open_generator(
         generator,
         embeddings.shape[1],
         style_size=style_size,
         size=asked[0] if asked else None,
+        channels=3 if color else None,
         device=device,
+        columns=columns,
     )
+    if preview is not None:
+        draw(faces, embeddings, preview, seed=seed)
+        say(f"what each control does: {preview}")
+    if output is None:
+        return
     began = time.perf_counter()
     with interrupts("run the same command with --resume to continue"), Bar("synthesizing") as bar:
         made = synthesize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ import typer
 
 from ..common.check import check_folder
 from .options import refuse
-from .terminal import Bar, Group, interrupts, say
+from .terminal import Bar, Group, SweepBar, interrupts, say
 
 app = typer.Typer(
     cls=Group, help="The papers' recipes, from data to a report.", no_args_is_help=True
@@ -36,6 +37,17 @@ CellOption = Annotated[
         help="Run only this training run, without the report. Others may run in parallel; "
         "--resume then writes the report."
     ),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Processes that train, with an equal share of the cores each; 1: this process. "
+        "Default: one per core with 1 GiB of memory.",
+    ),
+]
+QuickOption = Annotated[
+    bool, typer.Option("--quick", help="Take a size of about two minutes, for a first look.")
 ]
 FacesOption = Annotated[bool, typer.Option(help="Show some generated faces in the report.")]
 
@@ -82,8 +94,8 @@ def cfsm_command(
     for name in ("random", "guided"):
         more = loss[f"{name} above style"]
         say(
-            f"{name} images raise the loss by {more['mean']:.3f} ± {more['std']:.3f} "
-            f"({loss['batches']} batches)"
+            f"{name} images raise the loss by {more['mean']:.3f} (standard deviation over "
+            f"{loss['batches']} batches: {more['std']:.3f})"
         )
     seconds = None if resume else time.perf_counter() - began
     page = cfsm.write(results, report or output / "report", command, seconds)
@@ -100,6 +112,8 @@ def _run(
     report: Path | None,
     cell: str | None,
     resume: bool,
+    workers: int | None,
+    quick: bool,
     **shown: bool,
 ) -> None:
     """Run a recipe of several training runs, and write its report.
@@ -109,13 +123,21 @@ def _run(
     """
     if cell is not None:
         refuse(context, "with --cell, which writes no report", "report", "faces")
+        refuse(context, "with --cell, which trains in this process", "workers")
+    if quick:
+        refuse(context, "with --quick, which has a configuration of its own", "config")
     recipe = import_module(f"synface.recipes.{module}")
-    settings = recipe.load_config(config)
+    settings = recipe.load_config(config, quick=quick)
     settings = replace(settings, data=replace(settings.data, **_paths(real=real)))
-    command = _command(called, config=config, real=real)
+    command = _command(called, config=config, real=real, workers=workers)
+    command += " --quick" if quick else ""
+    hint = "" if quick or config or cell else " (--quick: about two minutes)"
+    progress = partial(SweepBar, hint=hint)
     _check_outputs(output, report)
     with interrupts(f"continue with {command} --output {output} --resume"):
-        results = recipe.run(settings, output, resume=resume, only=cell, progress=Bar)
+        results = recipe.run(
+            settings, output, resume=resume, only=cell, progress=progress, workers=workers
+        )
     if cell is None:
         page = recipe.write(results, report or output / "report", command, **shown)
         say(f"report: {page}")
@@ -134,9 +156,22 @@ def _register(name: str, summary: str) -> None:
         faces: FacesOption = True,
         cell: CellOption = None,
         resume: ResumeOption = False,
+        workers: WorkersOption = None,
+        quick: QuickOption = False,
     ) -> None:
         _run(
-            context, name, f"recipe {name}", output, config, real, report, cell, resume, faces=faces
+            context,
+            name,
+            f"recipe {name}",
+            output,
+            config,
+            real,
+            report,
+            cell,
+            resume,
+            workers,
+            quick,
+            faces=faces,
         )
 
 
@@ -157,12 +192,26 @@ def study_command(
     report: ReportOption = None,
     cell: CellOption = None,
     resume: ResumeOption = False,
+    workers: WorkersOption = None,
+    quick: QuickOption = False,
 ) -> None:
     """Measure accuracy by identities, images per identity and attribute, with and without mixup.
 
     Networks are trained on generated faces, and verified on real people.
     """
-    _run(context, "synface.study", "study", output, config, real, report, cell, resume)
+    _run(
+        context,
+        "synface.study",
+        "study",
+        output,
+        config,
+        real,
+        report,
+        cell,
+        resume,
+        workers,
+        quick,
+    )
 
 
 def _check_outputs(output: Path, report: Path | None) -> None:

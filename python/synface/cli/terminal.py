@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from typer.core import TyperGroup
 
+from ..common.durations import duration
 from ..common.interrupts import Terminated
 
 if TYPE_CHECKING:
@@ -99,13 +100,18 @@ def interrupts(text: str) -> Iterator[None]:
 class Bar:
     """A rich progress bar with images/s and loss."""
 
-    def __init__(self, description: str, done: ProgressColumn | None = None) -> None:
+    def __init__(
+        self,
+        description: str,
+        done: ProgressColumn | None = None,
+        left: ProgressColumn | None = None,
+    ) -> None:
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=14),
             done or MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),  # further columns would exceed 80 characters
+            left or TimeRemainingColumn(),  # further columns would exceed 80 characters
             console=console,
         )
         self.task = self.progress.add_task(escape(description), total=None, note="")
@@ -139,6 +145,40 @@ class Bar:
 
     def advance(self, note: str) -> None:
         self.progress.update(self.task, advance=1, note=note)
+
+
+class SweepBar(Bar):
+    """A progress bar over the steps of many training runs, which first prints how many, how long.
+
+    Args:
+        description: printed, with ``hint`` after it.
+    """
+
+    def __init__(self, description: str, hint: str = "") -> None:
+        say(f"{description}{hint}")
+        super().__init__("training runs", TaskProgressColumn(), TextColumn(""))
+        self.first: int | None = None  # steps done before the first of this process
+
+    def cells(self, done: int, total: int) -> None:
+        self.progress.update(self.task, description=f"cells {done} of {total}")
+
+    def start(self, total_steps: int | None, step: int) -> None:
+        if self.first is None:
+            self.first, self.began = step, time.perf_counter()
+        self.progress.update(self.task, total=total_steps, completed=step)
+        self._left()
+
+    def step(self, loss: float, accuracy: float, images: int) -> None:
+        self.progress.update(self.task, advance=1)
+        self._left()
+
+    def _left(self) -> None:
+        """Show the time left, at the mean rate so far."""
+        task = self.progress.tasks[0]
+        done = task.completed - (self.first or 0)
+        if done > 0 and task.total is not None:
+            left = (task.total - task.completed) * (time.perf_counter() - self.began) / done
+            self.progress.update(self.task, note=f"· {duration(left)} left" if left else "")
 
 
 class PackingBar(Bar):

@@ -13,10 +13,16 @@ from .toml import check_keys, read_toml, toml_text
 T = TypeVar("T")
 
 
-def load(cls: type[T], file: Path, earlier: Mapping[str, str] = MappingProxyType({})) -> T:
+def load(
+    cls: type[T],
+    file: Path,
+    earlier: Mapping[str, str] = MappingProxyType({}),
+    over: Path | None = None,
+) -> T:
     """Return a configuration from a TOML file; a missing key has its default.
 
     Args:
+        over: a TOML file whose values replace those of ``file``.
         earlier: maps each old key that is still read to its new name.
 
     Raises:
@@ -24,10 +30,37 @@ def load(cls: type[T], file: Path, earlier: Mapping[str, str] = MappingProxyType
             of range.
     """
     table = read_toml(file)
+    if over is not None:
+        table = _replaced(table, read_toml(over))
+        file = over
     for old, new in earlier.items():
         if old in table and new in table:
             raise ValueError(f"{file}: {old} is the earlier name of {new}: give only {new}")
     return _build(cls, table, str(file), earlier)
+
+
+def load_recipe(cls: type[T], default: Path, file: Path | None, quick: bool) -> T:
+    """Return a recipe's configuration from a file, by default ``default``, NAME.toml.
+
+    Args:
+        quick: replace the default's values by those in NAME.quick.toml beside it.
+
+    Raises:
+        ValueError: as `load`, and for ``quick`` with a file.
+    """
+    if not quick:
+        return load(cls, file or default)
+    if file is not None:
+        raise ValueError(f"quick changes the default configuration, and has no effect on {file}")
+    return load(cls, default, over=default.with_suffix(".quick.toml"))
+
+
+def _replaced(table: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table with some values replaced, also in the tables in it."""
+    return {**table} | {
+        key: _replaced(table.get(key, {}), value) if isinstance(value, dict) else value
+        for key, value in values.items()
+    }
 
 
 def _build(cls: type, table: dict[str, Any], where: str, earlier: Mapping[str, str]) -> Any:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import parent_process
 
 
 class Terminated(SystemExit):
@@ -48,8 +49,10 @@ def interrupts() -> Iterator[Callable[[], int]]:
     Outside the main thread, which alone receives signals, the function always returns 0.
     """
     came, returned, at = 0, 0, 0.0
-    # torchrun repeats a SIGTERM that the scheduler has sent to the ranks already: one request
-    patience = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+    # torchrun, or the parent of worker processes, repeats a SIGTERM that the scheduler has sent to
+    # all processes already: one request
+    repeated = "TORCHELASTIC_RUN_ID" in os.environ or parent_process() is not None
+    patience = 1.0 if repeated else 0.0
 
     def on_signal(signum: int, _: object) -> None:
         nonlocal came, at

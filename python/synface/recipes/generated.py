@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,9 +14,11 @@ from ..common.check import check_integer, check_integers
 from ..common.rng import generator as draws
 from ..common.rng import normals
 from ..data import Faces, embedded_faces, read_folder
+from ..synthesis.controls import Vary
+from ..synthesis.generators import EMBEDDED as EMBEDDED_GENERATORS
 from ..synthesis.generators import FaceGenerator, open_generator
 
-EIGENFACES, EMBEDDED = "eigenfaces", "embedded"
+EMBEDDED = "embedded"
 EMBEDDED_IMAGES = 10  # images per embedded identity
 
 
@@ -24,14 +27,21 @@ class FacesConfig:
     """The face generator, and the real faces to verify on.
 
     Attributes:
-        generator: "eigenfaces", or an ONNX or TorchScript file.
-        size: height and width of the eigenfaces' images; those of a file are fixed.
+        generator: "heads" or "eigenfaces", or an ONNX or TorchScript file.
+        size: height and width of an embedded generator's images; those of a file are fixed.
+        channels: 1 (grayscale) or 3 (RGB), of the heads.
+        controls: the controls of the generator to vary, the others being held neutral; empty: all.
+        columns: which columns of a file's input are which, see `open_generator`; "" for a file that
+            takes embedding and style, or says it itself.
         embedding_size: dimension of an identity's embedding.
         real: "embedded", or an image folder.
     """
 
-    generator: str = EIGENFACES
+    generator: str = "heads"
     size: int = 112
+    channels: int = 1
+    controls: tuple[str, ...] = ()
+    columns: str = ""
     embedding_size: int = 64
     real: str = EMBEDDED
 
@@ -39,10 +49,17 @@ class FacesConfig:
         check_integers(self, size=8, embedding_size=2)
 
     def face_generator(self) -> FaceGenerator:
-        """Return the face generator; raises as `open_generator`."""
-        if self.generator == EIGENFACES:
-            return open_generator(None, self.embedding_size, size=self.size)
-        return open_generator(self.generator, self.embedding_size)
+        """Return the face generator; raises as `open_generator`, and for controls it lacks."""
+        generator = self.whole_generator()
+        return Vary(generator, self.controls) if self.controls else generator
+
+    def whole_generator(self) -> FaceGenerator:
+        """Return the face generator with all of its controls; raises as `open_generator`."""
+        if self.generator in EMBEDDED_GENERATORS:
+            return open_generator(
+                self.generator, self.embedding_size, size=self.size, channels=self.channels
+            )
+        return open_generator(self.generator, self.embedding_size, columns=self.columns or None)
 
     def real_people(self, image_shape: tuple[int, int, int], least: int) -> Faces:
         """Return the real faces as images of shape (H, W, C).
@@ -65,14 +82,50 @@ class FacesConfig:
 
 @dataclass(frozen=True)
 class DatasetConfig(FacesConfig):
-    """The generated faces to train on, of so many identities, and the real ones to verify on."""
+    """The generated faces to train on, of so many identities, and the real ones to verify on.
+
+    Attributes:
+        keep_epochs: number of epochs whose images are generated once and repeated; 0: each epoch's
+            are generated anew.
+    """
 
     identities: int = 10_000
     images_per_identity: int = 50
+    keep_epochs: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_integers(self, identities=2, images_per_identity=1)
+        check_integers(self, identities=2, images_per_identity=1, keep_epochs=0)
+
+
+def rotated(people: Faces, count: int, seed: int) -> tuple[Faces, Faces]:
+    """Return ``count`` of the people, and all others; a seed begins where the one before ended.
+
+    Raises:
+        ValueError: unless both parts have two people or more.
+    """
+    total = len(people.identities)
+    if not 2 <= count <= total - 2:
+        raise ValueError(
+            f"{people.source} must have {count + 2} people or more to train on {count} and verify "
+            f"others, got {total}"
+        )
+    label = (people.labels - count * seed) % total
+    start = count * seed % total
+    names = people.identities[start:] + people.identities[:start]
+    order = torch.argsort(label, stable=True)
+    turned = Faces(people.images[order], label[order], names, people.source)
+    return turned.split(total - count)
+
+
+def both_sets(generated: Faces, real: Faces) -> Faces:
+    """Return the images of both sets as one, the identities of the second after the first's."""
+    return Faces(
+        torch.cat([generated.images, real.images]),
+        torch.cat([generated.labels, real.labels + len(generated.identities)]),
+        [*generated.identities, *real.identities],
+        f"{generated.source} and {real.source}",
+    )
 
 
 def identities(count: int, dim: int, seed: int) -> Tensor:

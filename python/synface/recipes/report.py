@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +15,12 @@ import torch
 from synface_kernels import _env
 
 from ..common.config import to_toml
+from ..common.extras import extra
 from ..reporting.page import write_page
 from ..reporting.plots import ACCENT, INK, QUIET, finish
+
+# The sentence of a report of the quick size; a template has it as {quick}.
+QUICK = "This is the quick size: too few seeds and steps for conclusions. "
 
 
 def write_report(
@@ -33,12 +38,13 @@ def write_report(
         numbers: the content of NAME.json.
         figures: by name, a function that draws a figure into a file.
         config: the recipe's configuration; a template may use its fields, and the numbers'.
-        fields: further fields of the template.
+        fields: further fields of the template; a ``command`` with --quick sets its {quick}.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{template.stem}.json").write_text(json.dumps(numbers, indent=1) + "\n")
     for figure, draw in figures.items():
         draw(folder / f"{template.stem}-{figure}.png")
+    fields["quick"] = QUICK if "--quick" in str(fields.get("command", "")).split() else ""
     fields |= {"numbers": numbers, "config": config, "toml": to_toml(config)}
     text = template.read_text(encoding="utf-8").format(**fields)
     page = folder / template.name
@@ -46,44 +52,130 @@ def write_report(
     return page
 
 
-def machine() -> str:
-    """Return the processor, the number of threads and the versions that results depend on."""
+def machine(threads: int | str | None = None) -> str:
+    """Return the processor, the number of threads and the versions that results depend on.
+
+    Args:
+        threads: of each training run; by default torch's number in this process.
+    """
     return (
-        f"{_env.processor()}, threads: {torch.get_num_threads()}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}"
+        f"{_env.processor()}, threads: {threads or torch.get_num_threads()}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}"
     )
 
 
+# -- statistics ----------------------------------------------------------------------------------
+
+
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Return mean, standard deviation (None for one value) and the values themselves."""
+    """Return mean, standard deviation, confidence interval and the values themselves.
+
+    Returns:
+        "mean", "values"; "std" and "ci95", the half-width of the mean's 95 % interval by Student's
+        t distribution: both None for one value.
+    """
     tensor = torch.tensor(values, dtype=torch.float64, device="cpu")
-    std = tensor.std().item() if len(values) > 1 else None
-    return {"mean": tensor.mean().item(), "std": std, "values": list(values)}
+    std = ci95 = None
+    if len(values) > 1:
+        std = tensor.std().item()
+        ci95 = float(_student().ppf(0.975, len(values) - 1)) * std / math.sqrt(len(values))
+    return {"mean": tensor.mean().item(), "std": std, "ci95": ci95, "values": list(values)}
 
 
 def difference(of: Mapping[str, Any], less: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `spread` of the differences of two spreads, seed by seed."""
-    return spread([a - b for a, b in zip(of["values"], less["values"], strict=True)])
+    """Return the `spread` of the differences of two spreads, seed by seed, and their "p".
+
+    Returns:
+        As `spread`; "p" is that of the two-sided paired t-test: None for one seed, and where all
+        differences are zero.
+    """
+    found = spread([a - b for a, b in zip(of["values"], less["values"], strict=True)])
+    mean, std, count = found["mean"], found["std"], len(found["values"])
+    found["p"] = None
+    if std is not None and any(found["values"]):
+        t = abs(mean) * math.sqrt(count) / std if std else math.inf
+        found["p"] = 2 * float(_student().sf(t, count - 1))
+    return found
+
+
+def verdict(difference: Mapping[str, Any]) -> str:
+    """Return "higher", "lower" or "not resolved", where a difference's 95 % interval contains 0.
+
+    Without an interval, the text is "one seed: no interval".
+    """
+    mean, ci95 = difference["mean"], difference["ci95"]
+    if ci95 is None:
+        return "one seed: no interval"
+    if abs(mean) <= ci95:
+        return "not resolved"
+    return "higher" if mean > 0 else "lower"
+
+
+def _student() -> Any:
+    """Return Student's t distribution."""
+    with extra("train", "statistics of training runs"):
+        from scipy.stats import t
+
+    return t
 
 
 def shown(number: Mapping[str, Any] | float | None, digits: int = 4) -> str:
-    """Return a number or a `spread` as text for a table; None as "not measured"."""
+    """Return a number or a `spread`, mean ± 95 % interval, as text; None as "not measured"."""
     if number is None:
         return "not measured"
     if not isinstance(number, Mapping):
         return f"{number:.{digits}f}"
-    std = "" if number["std"] is None else f" ± {number['std']:.{digits}f}"
-    return f"{number['mean']:.{digits}f}{std}"
+    return f"{number['mean']:.{digits}f}{_interval(number, digits)}"
+
+
+def shown_difference(difference: Mapping[str, Any], digits: int = 4) -> str:
+    """Return a `difference` for a table, as +0.0213 ± 0.0102, p = 0.002."""
+    text = f"{difference['mean']:+.{digits}f}{_interval(difference, digits)}"
+    p = difference["p"]
+    if p is None:
+        return text
+    return f"{text}, p = {p:.2g}" if p >= 0.001 else f"{text}, p < 0.001"
+
+
+def _interval(number: Mapping[str, Any], digits: int) -> str:
+    return "" if number["ci95"] is None else f" ± {number['ci95']:.{digits}f}"
+
+
+# -- plots ---------------------------------------------------------------------------------------
 
 
 def plot_seeds(
     axes: Any, spreads: Mapping[str, Mapping[str, Any]], baseline: float, label: str
 ) -> None:
-    """Draw each seed's value as a point, the means as lines, and raw pixels' as a dashed line."""
+    """Draw each seed's value as a point, the means with their 95 % intervals, and raw pixels' as a
+    dashed line.
+    """
     for i, found in enumerate(spreads.values()):
-        axes.scatter([i] * len(found["values"]), found["values"], color=INK, s=14, zorder=3)
-        axes.hlines(found["mean"], i - 0.3, i + 0.3, color=ACCENT, linewidth=2)
+        values = found["values"]
+        axes.scatter([i - 0.12] * len(values), values, color=INK, s=14, zorder=3)
+        axes.errorbar(i + 0.12, found["mean"], yerr=found["ci95"], **_MEAN)
     axes.axhline(baseline, color=QUIET, linestyle="--", linewidth=1)
     axes.set_xticks(range(len(spreads)), [name.replace(" ", "\n") for name in spreads], fontsize=8)
-    title = "Seeds and mean; dashed: raw pixels"
+    title = "Seeds, mean and 95 % interval; dashed: raw pixels"
     finish(axes, title, y=f"{label} on real people", grid="y")
+
+
+def plot_differences(
+    axes: Any, differences: Mapping[str, Mapping[str, Any]], label: str, title: str = ""
+) -> None:
+    """Draw paired differences with their 95 % intervals, one row each, and a line at zero.
+
+    Args:
+        label: of the horizontal axis.
+    """
+    for i, found in enumerate(differences.values()):
+        values = found["values"]
+        axes.scatter(values, [i - 0.15] * len(values), color=INK, s=10, alpha=0.5)
+        axes.errorbar(found["mean"], i + 0.1, xerr=found["ci95"], **_MEAN)
+    axes.axvline(0, color=QUIET, linewidth=1)
+    axes.set_yticks(range(len(differences)), list(differences), fontsize=8)
+    axes.set_ylim(len(differences) - 0.5, -0.5)  # the first on top
+    finish(axes, title or "Paired differences, mean and 95 % interval", x=label, grid="x")
+
+
+_MEAN = {"color": ACCENT, "marker": "o", "markersize": 5, "capsize": 4, "linewidth": 1.5}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.check import check_least
+from ..common.check import check_least, check_memory
 from ..common.renamed import old_keywords
 from ..common.rng import generator as seeded
 from ..data import Augment, Faces
@@ -23,6 +24,16 @@ from ..training.sources import Batch, fingerprint
 from .dataset import checked, styles
 from .embeddings import sha256_of_rows
 from .generators import FaceGenerator
+
+KEPT_BATCH = 64  # images per call of the generator, where epochs are kept
+
+
+class _Generated(NamedTuple):
+    """Generated images (B, H, W, C) uint8, their labels, and the labels' weights, if mixed."""
+
+    images: Tensor
+    target: Tensor
+    weight: Tensor | None
 
 
 class GeneratedSource:
@@ -42,11 +53,16 @@ class GeneratedSource:
         real: faces to mix each image with, cycled to the length of the epoch, or None.
         ratio: distribution of the synthetic share ψ. per_sample: draw a ψ for each image, not one
             for the batch.
+        keep_epochs: generate the images of this many epochs once, keep them in memory and repeat
+            them; identities are then mixed over the whole set instead of the batch. None generates
+            each epoch's images anew. Without ``identity_mixup`` all epochs have the same images, so
+            1 changes nothing but speed.
 
     Raises:
         ValueError: for an argument out of range, or faces of another shape than the generator's.
 
-    Memory: the styles, 4·N·images_per_identity·generator.style_size bytes, and the real faces.
+    Memory: the styles, 4·N·images_per_identity·generator.style_size bytes, the real faces, and
+        keep_epochs·N·images_per_identity images of H·W·C bytes, on each rank.
 
     Source: Qiu et al., "SynFace", ICCV 2021, sections 3.2 and 3.3.
     """
@@ -65,8 +81,10 @@ class GeneratedSource:
         real: Faces | None = None,
         ratio: Ratio | None = None,
         per_sample: bool = False,
+        keep_epochs: int | None = None,
     ) -> None:
         check_least("images_per_identity", images_per_identity, 1)
+        check_least("keep_epochs", 1 if keep_epochs is None else keep_epochs, 1)
         self.embeddings = checked(embeddings, generator.embedding_size)[1]
         self.generator, self.images_per_identity, self.seed = generator, images_per_identity, seed
         self.identity_mixup, self.real = identity_mixup, real
@@ -90,9 +108,24 @@ class GeneratedSource:
             )
         identity, image = np.divmod(np.arange(len(self)), images_per_identity)
         self._styles, self._seeds = styles(seed, identity, image, generator.style_size)
+        self.keep_epochs = keep_epochs
+        self._kept: dict[int, _Generated] = {}
 
     def __len__(self) -> int:
         return len(self.embeddings) * self.images_per_identity
+
+    def faces(self) -> Faces:
+        """Return the images of an epoch in memory, with their labels; not for mixed identities.
+
+        Raises:
+            ValueError: for a source with ``identity_mixup``.
+        """
+        if self.identity_mixup:
+            raise ValueError("identity_mixup must be None: mixed identities have two labels")
+        every = torch.arange(len(self), device="cpu")
+        names = [f"generated {i}" for i in range(len(self.embeddings))]
+        made = self._generate(every, seeded(self.seed, "identity mixup", 0), KEPT_BATCH)
+        return Faces(made.images, made.target, names, "generated")
 
     def description(self) -> dict[str, Any]:
         """Return what identifies the data, as `Source.description` does."""
@@ -111,7 +144,7 @@ class GeneratedSource:
             "seed": self.seed,
             "identity_mixup": repr(self.identity_mixup),
             "ratio": psi,
-        }
+        } | ({} if self.keep_epochs is None else {"keep_epochs": self.keep_epochs})
 
     def batches(
         self,
@@ -130,25 +163,53 @@ class GeneratedSource:
             def draws(purpose: str, step: int = step) -> torch.Generator:
                 return seeded(config.seed, part.purpose(purpose), step)
 
+            epoch = step // order.batches(config.batch_size)
             indices = torch.from_numpy(rows), torch.from_numpy(real)
-            yield step, self._batch(*indices, augment, draws, device)
+            yield step, self._batch(epoch, *indices, augment, draws, device)
+
+    def _generate(
+        self, rows: Tensor, generator: torch.Generator, at_once: int | None = None
+    ) -> _Generated:
+        """Generate the images of some rows, whose identities are mixed with each other.
+
+        Args:
+            at_once: images per call of the face generator; None for all.
+        """
+        target, weight = rows // self.images_per_identity, None
+        embeddings = self.embeddings[target]
+        if self.identity_mixup:
+            embeddings, target, weight = self.identity_mixup(embeddings, target, generator)
+            embeddings = F.normalize(embeddings)
+        arguments = embeddings, self._styles[rows], self._seeds[rows]
+        parts = zip(*(x.split(at_once or len(rows)) for x in arguments), strict=True)
+        images = [self.generator.generate(*part) for part in parts]
+        return _Generated(torch.cat(images), target, weight)
+
+    def _kept_epoch(self, epoch: int) -> _Generated:
+        """Return all images of an epoch, generated at its first use."""
+        if epoch not in self._kept:
+            count = len(self)
+            check_memory(f"an epoch of {count:,} images", math.prod(self.image_shape) * count)
+            every = torch.arange(count, device="cpu")
+            mixing = seeded(self.seed, "identity mixup", epoch)
+            self._kept[epoch] = self._generate(every, mixing, KEPT_BATCH)
+        return self._kept[epoch]
 
     def _batch(
         self,
+        epoch: int,
         rows: Tensor,
         real_rows: Tensor,
         augment: Augment,
         draws: Callable[[str], torch.Generator],
         device: torch.device,
     ) -> Batch:
-        target, weight = rows // self.images_per_identity, None
-        embeddings = self.embeddings[target]
-        if self.identity_mixup:
-            embeddings, target, weight = self.identity_mixup(
-                embeddings, target, draws("identity mixup")
-            )
-            embeddings = F.normalize(embeddings)
-        generated = self.generator.generate(embeddings, self._styles[rows], self._seeds[rows])
+        if self.keep_epochs is None:
+            generated, target, weight = self._generate(rows, draws("identity mixup"))
+        else:
+            kept = self._kept_epoch(epoch % self.keep_epochs)
+            generated, target = kept.images[rows], kept.target[rows]
+            weight = None if kept.weight is None else kept.weight[rows]
         images = augment(send(generated, device), draws("augment"))
         target = send(target, device)
         weight = None if weight is None else send(weight, device)

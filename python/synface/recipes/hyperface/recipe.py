@@ -24,9 +24,9 @@ from torch import Tensor
 import synface_kernels as sk
 
 from ... import checkpoint
-from ...common.config import load
+from ...common.config import load_recipe
 from ...common.extras import extra
-from ...data import read_folder
+from ...data import Faces, read_folder
 from ...evaluation.embedding import pixel_embeddings
 from ...reporting.page import table
 from ...reporting.plots import ACCENT, INK, QUIET, figure, finish, image_grid, save
@@ -38,8 +38,17 @@ from ...synthesis.packing import PackConfig, Packer
 from ...training.config import TrainConfig
 from ...training.sources import FacesSource, Source
 from ..generated import DatasetConfig, check_seeds, identities
-from ..report import difference, machine, plot_seeds, shown, spread, write_report
-from ..sweep import Bars, Cell, SweepResults, no_bars, open_faces, run_cells, verify_pixels
+from ..report import difference, plot_seeds, shown, spread, write_report
+from ..sweep import (
+    Bars,
+    Cell,
+    SweepResults,
+    no_bars,
+    open_faces,
+    run_cells,
+    run_times,
+    verify_pixels,
+)
 
 KINDS = ("packed", "random")
 KEYS = (  # of the cosines in the report
@@ -88,9 +97,9 @@ class HyperfaceConfig:
         )
 
 
-def load_config(file: Path | None = None) -> HyperfaceConfig:
-    """Return a configuration from TOML, by default hyperface.toml; raises as `load`."""
-    return load(HyperfaceConfig, file or Path(__file__).with_name("hyperface.toml"))
+def load_config(file: Path | None = None, *, quick: bool = False) -> HyperfaceConfig:
+    """Return a configuration from TOML, by default hyperface.toml; see `load_recipe`."""
+    return load_recipe(HyperfaceConfig, Path(__file__).with_name("hyperface.toml"), file, quick)
 
 
 def cell_name(kind: str, seed: int) -> str:
@@ -146,11 +155,15 @@ def cells(
     config: HyperfaceConfig, generator: FaceGenerator, output: Path, resume: bool, bar: Bars
 ) -> list[Cell]:
     """Return a cell for each seed and kind, whose source packs and synthesizes the missing data."""
+    images = config.data.identities * config.data.images_per_identity
     return [
         Cell(
             cell_name(kind, seed),
             replace(config.train, seed=seed),
             partial(_faces, config, generator, output, kind, seed, resume, bar),
+            images,
+            generator,
+            generated=images,
         )
         for seed in config.seeds
         for kind in KINDS
@@ -210,27 +223,37 @@ def run(
     resume: bool = False,
     only: str | None = None,
     progress: Bars | None = None,
+    workers: int | None = 1,
 ) -> Results:
     """Pack, synthesize, train and verify below ``output``; see `run_cells`."""
-    bar, data = progress or no_bars, config.data
+    data = config.data
     generator, held = open_faces(data, config.train, 2)
     pixels = verify_pixels(held)
     found = run_cells(
-        cells(config, generator, output, resume, bar),
+        cells(config, generator, output, resume, no_bars),
         held,
         output,
         resume=resume,
         only=only,
-        progress=bar,
+        progress=progress,
+        workers=workers,
+        open_cells=partial(_open_cells, config, output, resume),
     )
     seeds = config.seeds if only is None else ()
     points = {
-        "packed": [F.normalize(packed(config, output, seed, True, bar)) for seed in seeds],
+        "packed": [F.normalize(packed(config, output, seed, True, no_bars)) for seed in seeds],
         "random": [identities(data.identities, data.embedding_size, seed) for seed in seeds],
     }
     faces = {kind: [_in_one_style(generator, x) for x in points[kind]] for kind in KINDS}
     cosines = _nearest(points), _nearest(faces)
-    return Results(config, generator, held, found, pixels, points, *cosines)
+    took = run_times(output, found)
+    return Results(config, generator, held, found, pixels, points, *cosines, took=took)
+
+
+def _open_cells(config: HyperfaceConfig, output: Path, resume: bool) -> tuple[list[Cell], Faces]:
+    """Return the cells and the people to verify on, in a worker."""
+    generator, held = open_faces(config.data, config.train, 2)
+    return cells(config, generator, output, resume, no_bars), held
 
 
 def _in_one_style(generator: FaceGenerator, points: Tensor) -> Tensor:
@@ -278,7 +301,7 @@ def write(results: Results, folder: Path, command: str, *, faces: bool = True) -
         command: the command line that the page names.
         faces: show some of the packed identities' faces.
     """
-    numbers = measured(results) | {"machine": machine()}
+    numbers = measured(results) | {"machine": results.machine()}
     figures = {"kinds": partial(_plot, results, numbers)}
     if faces:
         figures["faces"] = partial(_faces_plot, results)

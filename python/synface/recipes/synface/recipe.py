@@ -1,24 +1,26 @@
 """SynFace: training on generated faces, mixed by identity and with a few real people.
 
-Five rows that differ only in their batches: the generated faces as they are, with identity mixup,
-with domain mixup, with both, and the few real people without any generated face.
+Six rows that differ only in their batches: the generated faces as they are, with identity mixup,
+with domain mixup, with both; generated and real faces merged without mixup, the control of domain
+mixup; and the few real people without any generated face.
 
 Source: Qiu, Yu, Gong, Li, Liu, Tao, "SynFace: Face Recognition with Synthetic Data", ICCV 2021.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ...common.check import check_integers
-from ...common.config import load
+from ...common.config import load_recipe
 from ...data import Faces
 from ...reporting.page import table
 from ...reporting.plots import figure, image_grid, save
@@ -26,8 +28,17 @@ from ...synthesis.dataset import styles
 from ...synthesis.generators import FaceGenerator
 from ...training.config import TrainConfig
 from ...training.sources import FacesSource, Source
-from ..generated import DatasetConfig, check_choices, check_seeds, identities
-from ..report import difference, machine, plot_seeds, shown, spread, write_report
+from ..generated import DatasetConfig, check_choices, check_seeds, identities, rotated
+from ..report import (
+    difference,
+    plot_differences,
+    plot_seeds,
+    shown,
+    shown_difference,
+    spread,
+    verdict,
+    write_report,
+)
 from ..sweep import (
     Bars,
     Cell,
@@ -36,25 +47,60 @@ from ..sweep import (
     generated_source,
     open_faces,
     run_cells,
+    run_times,
     verify_pixels,
 )
+from .merged import Merged
 
-# By row: whether identities, and domains, are mixed; None for the real people alone.
-ROWS: dict[str, tuple[bool, bool] | None] = {
-    "synthetic": (False, False),
-    "identity mixup": (True, False),
-    "domain mixup": (False, True),
-    "both": (True, True),
-    "real": None,
+
+@dataclass(frozen=True)
+class Row:
+    """What a row of the table is trained on.
+
+    Attributes:
+        identity, domain: whether identities, and domains, are mixed.
+        generated, real: whether generated, and real, images are in the batches.
+    """
+
+    meaning: str
+    identity: bool = False
+    domain: bool = False
+    generated: bool = True
+    real: bool = False
+
+
+ROWS = {
+    "synthetic": Row("the generated faces alone"),
+    "identity mixup": Row(
+        "φ·α₁ + (1 − φ)·α₂ of two identities, normalized, with two labels", identity=True
+    ),
+    "domain mixup": Row(
+        "ψ·synthetic + (1 − ψ)·real, pixel by pixel, with two labels", domain=True, real=True
+    ),
+    "both": Row("both mixups, with three labels", identity=True, domain=True, real=True),
+    "merged": Row(
+        "the generated and the same real images side by side, unmixed: what the real images bring "
+        "without mixup",
+        real=True,
+    ),
+    "real": Row("the few real people alone", generated=False, real=True),
 }
 
 
 @dataclass(frozen=True)
 class DataConfig(DatasetConfig):
-    """The generated faces, and the real people to train and to verify on; see synface.toml."""
+    """The generated faces, and the real people to train and to verify on; see synface.toml.
+
+    Attributes:
+        real_identities: number of people to train on: the first ones.
+        held_out_identities: number of people to verify on: the last ones.
+        rotate: train each seed on other people, `rotated`, and verify on all the others; then
+            ``held_out_identities`` is the least number of these.
+    """
 
     real_identities: int = 2_000
     held_out_identities: int = 30
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,16 +121,35 @@ class SynfaceConfig:
         check_choices("rows", self.rows, ROWS)
 
 
-def load_config(file: Path | None = None) -> SynfaceConfig:
-    """Return a configuration from TOML, by default synface.toml; raises as `load`."""
-    return load(SynfaceConfig, file or Path(__file__).with_name("synface.toml"))
+def load_config(file: Path | None = None, *, quick: bool = False) -> SynfaceConfig:
+    """Return a configuration from TOML, by default synface.toml; see `load_recipe`."""
+    return load_recipe(SynfaceConfig, Path(__file__).with_name("synface.toml"), file, quick)
 
 
-def cells(config: SynfaceConfig, generator: FaceGenerator, real: Faces) -> list[Cell]:
-    """Return a cell for each seed and row."""
+def cells(
+    config: SynfaceConfig,
+    generator: FaceGenerator,
+    real: Faces,
+    splits: Mapping[int, Split] | None = None,
+) -> list[Cell]:
+    """Return a cell for each seed and row.
+
+    Args:
+        real: the people to train on. splits: by seed, other people to train and to verify on.
+    """
+    own = {} if splits is None else splits
     return [
-        _cell(config, generator, real, row, seed) for seed in config.seeds for row in config.rows
+        _cell(config, generator, own.get(seed, Split(real, None)), row, seed)
+        for seed in config.seeds
+        for row in config.rows
     ]
+
+
+class Split(NamedTuple):
+    """Real people to train on, and to verify on; None: those that all seeds have."""
+
+    real: Faces
+    held: Faces | None
 
 
 def cell_name(row: str, seed: int) -> str:
@@ -93,31 +158,56 @@ def cell_name(row: str, seed: int) -> str:
 
 
 def _cell(
-    config: SynfaceConfig, generator: FaceGenerator, real: Faces, row: str, seed: int
+    config: SynfaceConfig, generator: FaceGenerator, split: Split, row: str, seed: int
 ) -> Cell:
-    data, training = config.data, replace(config.train, seed=seed)
-    mixing = ROWS[row]
-    if mixing is None:
-        images = data.identities * data.images_per_identity
-        steps = training.epochs * -(-images // training.batch_size)
-        training = for_steps(training, len(real), steps)
+    data, training, made = config.data, replace(config.train, seed=seed), ROWS[row]
+    images = data.identities * data.images_per_identity
+    generated: int | None = images
+    steps = training.epochs * -(-images // training.batch_size)
+    keep = min(data.keep_epochs, training.epochs if made.identity else 1) or None
 
     def source() -> Source:
-        if mixing is None:
-            return FacesSource(real)
-        count, images, (identity, domain) = data.identities, data.images_per_identity, mixing
-        others = real if domain else None
-        return generated_source(data, generator, count, images, seed, identity, others)
+        if not made.generated:
+            return FacesSource(split.real)
+        mixed = split.real if made.domain else None
+        found = generated_source(
+            data, generator, data.identities, data.images_per_identity, seed, made.identity, mixed,
+            keep,
+        )  # fmt: skip
+        return Merged(found, split.real) if made.real and not made.domain else found
 
-    return Cell(cell_name(row, seed), training, source)
+    if not made.generated:
+        images, generated = len(split.real), 0
+    elif made.real and not made.domain:
+        images += len(split.real)
+    elif keep is None:
+        generated = None
+    else:
+        generated = keep * images
+    if images != data.identities * data.images_per_identity:  # as many steps as the others
+        training = for_steps(training, images, steps)
+    return Cell(
+        cell_name(row, seed),
+        training,
+        source,
+        images,
+        generator if made.generated else None,
+        generated,
+        held=split.held,
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class Results(SweepResults):
-    """The metrics of the recipe's training runs, with the real people that were trained on."""
+    """The metrics of the recipe's training runs, with the real people that were trained on.
+
+    Attributes:
+        real: of the first seed, as ``held``. pixels_of: by seed, verification by raw pixels.
+    """
 
     config: SynfaceConfig
     real: Faces
+    pixels_of: Mapping[int, Mapping[str, Any]]
 
 
 def run(
@@ -127,39 +217,96 @@ def run(
     resume: bool = False,
     only: str | None = None,
     progress: Bars | None = None,
+    workers: int | None = 1,
 ) -> Results:
     """Train and verify all cells below ``output``; options and errors are those of `run_cells`."""
+    generator, splits = _opened(config)
+    first = splits[config.seeds[0]]
+    found = run_cells(
+        *_cells(config, generator, splits),
+        output,
+        resume=resume,
+        only=only,
+        progress=progress,
+        workers=workers,
+        open_cells=partial(_open_cells, config),
+    )
+    pixels = {seed: verify_pixels(split.held) for seed, split in splits.items() if split.held}
+    return Results(
+        config,
+        generator,
+        first.held or first.real,
+        found,
+        pixels[config.seeds[0]],
+        first.real,
+        pixels,
+        took=run_times(output, found),
+    )
+
+
+def _opened(config: SynfaceConfig) -> tuple[FaceGenerator, dict[int, Split]]:
+    """Return the face generator, and each seed's real people to train and to verify on."""
     few, others = config.data.real_identities, config.data.held_out_identities
     generator, people = open_faces(config.data, config.train, few + others)
+    if config.data.rotate:
+        return generator, {seed: Split(*rotated(people, few, seed)) for seed in config.seeds}
     rest, held = people.split(others)
     real = rest.split(len(rest.identities) - few)[0]
-    pixels = verify_pixels(held)
-    found = run_cells(
-        cells(config, generator, real), held, output, resume=resume, only=only, progress=progress
-    )
-    return Results(config, generator, held, found, pixels, real)
+    return generator, dict.fromkeys(config.seeds, Split(real, held))
+
+
+def _cells(
+    config: SynfaceConfig, generator: FaceGenerator, splits: Mapping[int, Split]
+) -> tuple[list[Cell], Faces]:
+    first = splits[config.seeds[0]]
+    assert first.held is not None
+    return cells(config, generator, first.real, splits), first.held
+
+
+def _open_cells(config: SynfaceConfig) -> tuple[list[Cell], Faces]:
+    """Return the cells and the people to verify on, in a worker."""
+    return _cells(config, *_opened(config))
 
 
 # -- report --------------------------------------------------------------------------------------
 
 
+KEYS = ("accuracy", "auc")
+BASES = ("synthetic", "merged")  # rows that the others are compared with
+
+
 def measured(results: Results) -> dict[str, Any]:
-    """Return all numbers, for `json.dumps`: by row over the seeds, and compared with the first."""
-    first, *others = results.config.rows
+    """Return all numbers, for `json.dumps`: by row over the seeds, and paired differences."""
+    config = results.config
     rows = {}
-    for row in results.config.rows:
+    for row in config.rows:
         name = partial(cell_name, row)
-        rows[row] = results.over_seeds(name, "accuracy", "auc", "loss", "top1")
-        tars = [results.cells[name(seed)]["tar"] for seed in results.config.seeds]
-        rows[row]["tar"] = {
-            far: None if None in (values := [tar[far] for tar in tars]) else spread(values)
-            for far in tars[0]
+        rows[row] = results.over_seeds(name, *KEYS, "loss", "top1", "steps")
+        rows[row]["tar"] = _tars([results.cells[name(seed)] for seed in config.seeds])
+    found = {
+        f"above {base}": {
+            row: {key: difference(rows[row][key], rows[base][key]) for key in KEYS}
+            for row in config.rows
+            if row != base
         }
-    gains = {
-        row: {key: difference(rows[row][key], rows[first][key]) for key in ("accuracy", "auc")}
-        for row in others
+        for base in _bases(config)
     }
-    return {"rows": rows, f"above {first}": gains, "raw pixels": results.pixels}
+    each = [results.pixels_of[seed] for seed in config.seeds]
+    pixels = {key: spread([x[key] for x in each]) for key in KEYS} | {"tar": _tars(each)}
+    return {"rows": rows, **found, "raw pixels": pixels}
+
+
+def _tars(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return by FAR the spread of the TARs; None where a seed has too few pairs."""
+    tars = [each["tar"] for each in found]
+    return {
+        far: None if None in (values := [tar[far] for tar in tars]) else spread(values)
+        for far in tars[0]
+    }
+
+
+def _bases(config: SynfaceConfig) -> list[str]:
+    return [row for row in BASES if row in config.rows] or [config.rows[0]]
 
 
 def write(results: Results, folder: Path, command: str, *, faces: bool = True) -> Path:
@@ -168,8 +315,11 @@ def write(results: Results, folder: Path, command: str, *, faces: bool = True) -
     Args:
         command: the command line that the page names. faces: show some of the generated faces.
     """
-    numbers = measured(results) | {"machine": machine()}
-    figures = {"rows": partial(_rows_plot, numbers)}
+    numbers = measured(results) | {"machine": results.machine()}
+    figures = {
+        "rows": partial(_rows_plot, numbers),
+        "differences": partial(_differences_plot, results.config, numbers),
+    }
     if faces:
         figures["faces"] = partial(_faces_plot, results)
     fields = results.fields() | _fields(results, numbers, faces) | {"command": command}
@@ -178,10 +328,19 @@ def write(results: Results, folder: Path, command: str, *, faces: bool = True) -
 
 
 def _rows_plot(numbers: dict[str, Any], path: Path) -> None:
-    new, axes = figure(9, 3.4, 1, 2)
-    for ax, key, label in zip(axes, ("accuracy", "auc"), ("accuracy", "ROC-AUC"), strict=True):
+    new, axes = figure(10, 3.6, 1, 2)
+    for ax, key, label in zip(axes, KEYS, ("accuracy", "ROC-AUC"), strict=True):
         spreads = {row: found[key] for row, found in numbers["rows"].items()}
-        plot_seeds(ax, spreads, numbers["raw pixels"][key], label)
+        plot_seeds(ax, spreads, numbers["raw pixels"][key]["mean"], label)
+    save(new, path)
+
+
+def _differences_plot(config: SynfaceConfig, numbers: dict[str, Any], path: Path) -> None:
+    bases = _bases(config)
+    new, axes = figure(5 * len(bases), 3.2, 1, len(bases), squeeze=False)
+    for ax, base in zip(axes[0], bases, strict=True):
+        found = {row: each["auc"] for row, each in numbers[f"above {base}"].items()}
+        plot_differences(ax, found, f"ROC-AUC above {base}")
     save(new, path)
 
 
@@ -204,42 +363,56 @@ def _faces_plot(results: Results, path: Path, count: int = 9) -> None:
 
 
 def _fields(results: Results, numbers: dict[str, Any], faces: bool) -> dict[str, Any]:
-    config, real, pixels = results.config, results.real, results.pixels
-    far = next(reversed([f for f, tar in pixels["tar"].items() if tar is not None]))
-    keys = ("accuracy", "auc")
+    config, real, pixels = results.config, results.real, numbers["raw pixels"]
+    known = [far for far, tar in pixels["tar"].items() if tar is not None]
+    far = known[-1] if known else next(iter(pixels["tar"]))
     rows = table(
         ["trained on", "accuracy", "ROC-AUC", f"TAR at FAR {far}", "training top-1, last epoch"],
         [
-            [row, *(shown(x[key]) for key in keys), shown(x["tar"][far]), shown(x["top1"], 3)]
-            for row, x in numbers["rows"].items()
+            [row, *(shown(x[key]) for key in KEYS), shown(x["tar"][far]), top1]
+            for row, x, top1 in [
+                *((row, x, shown(x["top1"], 3)) for row, x in numbers["rows"].items()),
+                ("raw pixels, no training", pixels, "–"),
+            ]
+        ],
+    )
+    compared = []
+    for base in _bases(config):
+        found = numbers[f"above {base}"]
+        head = [f"above {base}, seed by seed", "accuracy", "ROC-AUC", "ROC-AUC is"]
+        lines = [
+            [row, *(shown_difference(x[key]) for key in KEYS), verdict(x["auc"])]
+            for row, x in found.items()
         ]
-        + [
-            [
-                "raw pixels, no training",
-                *(shown(pixels[key]) for key in keys),
-                shown(pixels["tar"][far]),
-                "–",
-            ]
-        ],
-    )
-    first = config.rows[0]
-    compared = table(
-        [f"gain over {first}, seed by seed", "accuracy", "ROC-AUC", "better in ROC-AUC"],
-        [
-            [
-                row,
-                *(shown(x[key]) for key in keys),
-                f"{sum(v > 0 for v in x['auc']['values'])} of {len(config.seeds)} seeds",
-            ]
-            for row, x in numbers[f"above {first}"].items()
-        ],
-    )
+        compared.append(table(head, lines))
     picture = "![generated faces, and two identities mixed](synface-faces.png)"
     return {
         "real_images": len(real),
         "real_people": len(real.identities),
+        "split": SPLITS[config.data.rotate],
+        "controls": ", ".join(config.data.controls) or "all",
         "rows": rows,
-        "compared": compared,
-        "best": max(config.rows, key=lambda row: numbers["rows"][row]["auc"]["mean"]),
+        "meanings": "\n".join(f"- {row}: {ROWS[row].meaning}." for row in config.rows),
+        "compared": "\n\n".join(compared),
+        "conclusion": _conclusion(config, numbers),
         "picture": picture if faces else "",
     }
+
+
+SPLITS = {
+    False: "the same people for all seeds",
+    True: "each seed trains on other people and verifies on all the rest",
+}
+
+
+def _conclusion(config: SynfaceConfig, numbers: dict[str, Any]) -> str:
+    """Return sentences about the differences, by their intervals."""
+    sentences = []
+    for base in _bases(config):
+        groups: dict[str, list[str]] = {}
+        for row, found in numbers[f"above {base}"].items():
+            groups.setdefault(verdict(found["auc"]), []).append(row)
+        parts = [f"{how}: {', '.join(rows)}" for how, rows in groups.items()]
+        if parts:
+            sentences.append(f"ROC-AUC against {base}: {'; '.join(parts)}.")
+    return " ".join(sentences)

@@ -1,31 +1,38 @@
 """SynFace's study of the number of identities, the images per identity, and each attribute.
 
-Networks trained on generated faces alone, with and without identity mixup, are verified on real
-people: over identities × images per identity, and with one attribute of the embedded generator
-varied at a time, the others fixed. Every cell trains for the same number of steps.
+Networks trained on generated faces alone are verified on real people: over identities × images per
+identity, and with one control of the face generator varied at a time, the others neutral, with and
+without identity mixup.
 
-Source: Qiu et al., "SynFace", ICCV 2021, section 4.3, which varies expression, pose and light of
-its own generator; the embedded one has other attributes.
+Source: Qiu et al., "SynFace", ICCV 2021, section 4.3.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ...common.check import check_integer
-from ...common.config import load
+from ...common.config import load_recipe
+from ...data import Faces
 from ...reporting.page import table
 from ...reporting.plots import ACCENT, INK, QUIET, figure, finish, save
+from ...synthesis.controls import Vary, check_controls, controls_of
 from ...synthesis.generators import FaceGenerator
 from ...training.config import TrainConfig
-from ..generated import EIGENFACES, FacesConfig, check_choices, check_seeds
-from ..report import machine, shown, write_report
+from ..generated import FacesConfig, check_seeds
+from ..report import (
+    difference,
+    plot_differences,
+    shown,
+    shown_difference,
+    spread,
+    verdict,
+    write_report,
+)
 from ..sweep import (
     Bars,
     Cell,
@@ -34,82 +41,108 @@ from ..sweep import (
     generated_source,
     open_faces,
     run_cells,
+    run_times,
     verify_pixels,
 )
 
-# For each attribute, the indices of its numbers in an eigenface's style; see `restyle`.
-ATTRIBUTES = {
-    "none": (),
-    "placement": (0, 1, 2, 3),
-    "light": (5, 6, 7, 8),
-    "blur": (4,),
-    "noise": (9,),
-    "all": tuple(range(10)),
-}
-MEANING = {
-    "none": "every image of an identity is the same",
-    "placement": "rotation in the plane, zoom and shift",
-    "light": "its slope, gain and bias",
-    "blur": "its width",
-    "noise": "its strength",
-    "all": "all of these",
-}
-STILL = torch.zeros(10, dtype=torch.float32, device="cpu")
-STILL[[4, 9]] = -8.0  # no blur, no noise: both grow from 0 at the lowest number
+NONE, ALL = "none", "all"  # attributes beside the generator's controls
+MIXUP = {"plain": False, "identity mixup": True}
+KEYS = ("accuracy", "auc")
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Configuration of the study, see study.toml."""
+    """Configuration of the study, see study.toml.
+
+    Attributes:
+        seeds, attribute_seeds: random seeds of the sizes, and of the attributes; the latter are by
+            default the former.
+        identities, images: numbers of identities, and of images of each; every pair is a size.
+        total: only sizes with this number of images; 0: all.
+        target_top1: training accuracy to reach at each size, in at most ``max_steps`` steps; 0: all
+            train for the same number of steps. size_mixup: train each size with identity mixup too.
+        attributes: "none", controls of the face generator, and "all" of these.
+        attribute_identities, attribute_images, attribute_steps: size and number of steps of the
+            attributes' training runs; 0 steps: those of the sizes.
+        keep_epochs: of mixed identities, see `GeneratedSource`; 0: generate each epoch anew.
+    """
 
     seeds: tuple[int, ...] = (0,)
+    attribute_seeds: tuple[int, ...] = ()
     identities: tuple[int, ...] = (1_000, 2_000, 5_000, 10_000)
     images: tuple[int, ...] = (1, 5, 20, 50)
-    attributes: tuple[str, ...] = tuple(ATTRIBUTES)
+    total: int = 0
+    target_top1: float = 0.0
+    max_steps: int = 0
+    size_mixup: bool = True
+    attributes: tuple[str, ...] = (NONE, "expression", "pose", "light", ALL)
     attribute_identities: int = 5_000
     attribute_images: int = 50
+    attribute_steps: int = 0
+    keep_epochs: int = 0
     data: FacesConfig = field(default_factory=FacesConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         check_seeds(self.seeds)
+        check_seeds(self.seeds_of_attributes)
         for name, values, least in (
             ("identities", self.identities, 2),
             ("images", self.images, 1),
             ("attribute_identities", (self.attribute_identities,), 2),
             ("attribute_images", (self.attribute_images,), 1),
+            ("attribute_steps", (self.attribute_steps,), 0),
+            ("keep_epochs", (self.keep_epochs,), 0),
+            ("total", (self.total,), 0),
+            ("max_steps", (self.max_steps,), 0),
         ):
             for value in values:
                 check_integer(name, value, least)
             if not values or list(values) != sorted(set(values)):
                 raise ValueError(f"{name} must be increasing and not empty, got {list(values)}")
-        check_choices("attributes", self.attributes, ATTRIBUTES, 0)
-        if self.attributes and self.data.generator != EIGENFACES:
+        if not 0 <= self.target_top1 <= 1:
+            raise ValueError(f"target_top1 must be in [0, 1], got {self.target_top1}")
+        if self.target_top1 and (self.size_mixup or not self.max_steps):
             raise ValueError(
-                f"attributes are defined for {EIGENFACES} only: leave them empty ([]) for "
-                f"{self.data.generator}"
+                "target_top1 needs max_steps ≥ 1, and size_mixup = false: mixed images have no "
+                f"training accuracy; got max_steps {self.max_steps}, size_mixup {self.size_mixup}"
             )
+        if not self.sizes:
+            raise ValueError(f"total must be a number of images of a size, got {self.total}")
+        if len(set(self.attributes)) < len(self.attributes):
+            raise ValueError(f"attributes must be distinct, got {list(self.attributes)}")
+
+    @property
+    def seeds_of_attributes(self) -> tuple[int, ...]:
+        """Return the seeds of the attributes' training runs."""
+        return self.attribute_seeds or self.seeds
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return identities and images of each size."""
+        every = [(width, depth) for width in self.identities for depth in self.images]
+        return [(w, d) for w, d in every if self.total in (0, w * d)]
+
+    @property
+    def size_kinds(self) -> dict[str, bool]:
+        """Return by kind whether identities are mixed, for the sizes."""
+        return MIXUP if self.size_mixup else {"plain": False}
 
 
-def load_config(file: Path | None = None) -> StudyConfig:
-    """Return a configuration from TOML, by default study.toml; raises as `load`."""
-    return load(StudyConfig, file or Path(__file__).with_name("study.toml"))
+def load_config(file: Path | None = None, *, quick: bool = False) -> StudyConfig:
+    """Return a configuration from TOML, by default study.toml; see `load_recipe`."""
+    return load_recipe(StudyConfig, Path(__file__).with_name("study.toml"), file, quick)
 
 
-class OneAttribute:
-    """A generator of eigenfaces whose styles vary in a single attribute."""
+def one_attribute(generator: FaceGenerator, attribute: str) -> FaceGenerator:
+    """Return a generator that varies one control of another one, or none, or all of them.
 
-    def __init__(self, generator: FaceGenerator, attribute: str) -> None:
-        self.generator, self.attribute = generator, attribute
-        self.embedding_size, self.style_size = generator.embedding_size, generator.style_size
-        self.image_shape = generator.image_shape
-        self.description = generator.description | {"varied": attribute}
-        self._varied = torch.zeros(generator.style_size, dtype=torch.bool, device="cpu")
-        self._varied[list(ATTRIBUTES[attribute])] = True
-
-    def generate(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
-        """Return images as `FaceGenerator.generate` does."""
-        return self.generator.generate(embedding, torch.where(self._varied, style, STILL), seed)
+    Raises:
+        ValueError: for a control that it lacks.
+    """
+    names = {NONE: (), ALL: tuple(controls_of(generator))}.get(attribute, (attribute,))
+    check_controls("attributes", names, generator)
+    return Vary(generator, names)
 
 
 def size_name(width: int, depth: int, mixed: bool, seed: int) -> str:
@@ -122,28 +155,58 @@ def attribute_name(attribute: str, mixed: bool, seed: int) -> str:
     return f"{attribute}{'-mixup' if mixed else ''}-seed-{seed}"
 
 
-def cells(config: StudyConfig, generator: FaceGenerator) -> list[Cell]:
-    """Return a cell for each seed, size or attribute, without and with identity mixup."""
+def cells(
+    config: StudyConfig, generator: FaceGenerator, whole: FaceGenerator | None = None
+) -> list[Cell]:
+    """Return a cell for each seed, size or attribute, without and with identity mixup.
+
+    Args:
+        generator: of the sizes. whole: of the attributes, with all controls; None: the same.
+    """
     found = []
-    largest = max(config.identities) * max(config.images)
-    steps = config.train.epochs * -(-largest // config.train.batch_size)
+    batch = config.train.batch_size
+    steps = config.train.epochs * -(-max(w * d for w, d in config.sizes) // batch)
 
     def add(
-        name: str, generator: FaceGenerator, width: int, depth: int, mixed: bool, seed: int
+        name: str,
+        generator: FaceGenerator,
+        size: tuple[int, int],
+        mixed: bool,
+        seed: int,
+        steps: int,
+        target: float = 0.0,
     ) -> None:
-        training = replace(for_steps(config.train, width * depth, steps), seed=seed)
-        source = partial(generated_source, config.data, generator, width, depth, seed, mixed)
-        found.append(Cell(name, training, source))
+        count = size[0] * size[1]
+        training = replace(for_steps(config.train, count, steps), seed=seed)
+        keep = min(config.keep_epochs, training.epochs if mixed else 1) or None
+        source = partial(
+            generated_source, config.data, generator, *size, seed, mixed, keep_epochs=keep
+        )
+        found.append(
+            Cell(
+                name,
+                training,
+                source,
+                count,
+                generator,
+                None if keep is None else keep * count,
+                target or None,
+                config.max_steps if target else None,
+            )
+        )
 
-    few, images = config.attribute_identities, config.attribute_images
     for seed in config.seeds:
-        for mixed in (False, True):
-            for width in config.identities:
-                for depth in config.images:
-                    add(size_name(width, depth, mixed, seed), generator, width, depth, mixed, seed)
+        for mixed in config.size_kinds.values():
+            for size in config.sizes:
+                target = config.target_top1
+                add(size_name(*size, mixed, seed), generator, size, mixed, seed, steps, target)
+    size = config.attribute_identities, config.attribute_images
+    steps = config.attribute_steps or steps
+    for seed in config.seeds_of_attributes:
+        for mixed in MIXUP.values():
             for attribute in config.attributes:
-                name = attribute_name(attribute, mixed, seed)
-                add(name, OneAttribute(generator, attribute), few, images, mixed, seed)
+                varied = one_attribute(whole or generator, attribute)
+                add(attribute_name(attribute, mixed, seed), varied, size, mixed, seed, steps)
     return found
 
 
@@ -161,42 +224,98 @@ def run(
     resume: bool = False,
     only: str | None = None,
     progress: Bars | None = None,
+    workers: int | None = 1,
 ) -> Results:
     """Train and verify all cells below ``output``; options and errors are those of `run_cells`."""
-    generator, held = open_faces(config.data, config.train, 2)
+    generator = config.data.face_generator()
+    found_cells, held = _open_cells(config)
     pixels = verify_pixels(held)
     found = run_cells(
-        cells(config, generator), held, output, resume=resume, only=only, progress=progress
+        found_cells,
+        held,
+        output,
+        resume=resume,
+        only=only,
+        progress=progress,
+        workers=workers,
+        open_cells=partial(_open_cells, config),
     )
-    return Results(config, generator, held, found, pixels)
+    return Results(config, generator, held, found, pixels, took=run_times(output, found))
+
+
+def _open_cells(config: StudyConfig) -> tuple[list[Cell], Faces]:
+    """Return the cells and the people to verify on, also in a worker."""
+    generator, held = open_faces(config.data, config.train, 2)
+    return cells(config, generator, config.data.whole_generator()), held
 
 
 # -- report --------------------------------------------------------------------------------------
 
-MIXUP = {"plain": False, "identity mixup": True}
-
 
 def measured(results: Results) -> dict[str, Any]:
-    """Return all numbers, for `json.dumps`: by kind and cell, over the seeds."""
-    config, keys = results.config, ("accuracy", "auc", "top1")
+    """Return all numbers, for `json.dumps`: by kind and cell, over the seeds, and differences.
+
+    Sizes are compared with that of the fewest identities, attributes with "none", and identity
+    mixup with its absence.
+    """
+    config = results.config
     sizes = {
         kind: {
-            str(width): {
-                str(depth): results.over_seeds(partial(size_name, width, depth, mixed), *keys)
-                for depth in config.images
-            }
-            for width in config.identities
+            f"{width}x{depth}": _over(
+                results, config.seeds, partial(size_name, width, depth, mixed)
+            )
+            for width, depth in config.sizes
         }
-        for kind, mixed in MIXUP.items()
+        for kind, mixed in config.size_kinds.items()
     }
     attributes = {
         kind: {
-            attribute: results.over_seeds(partial(attribute_name, attribute, mixed), *keys)
-            for attribute in config.attributes
+            name: _over(results, config.seeds_of_attributes, partial(attribute_name, name, mixed))
+            for name in config.attributes
         }
         for kind, mixed in MIXUP.items()
     }
-    return {"sizes": sizes, "attributes": attributes, "raw pixels": results.pixels}
+    return {
+        "sizes": sizes,
+        "attributes": attributes,
+        "differences": {
+            "sizes": {kind: _above(found, next(iter(found))) for kind, found in sizes.items()},
+            "attributes": {
+                kind: _above(found, NONE) if NONE in found else {}
+                for kind, found in attributes.items()
+            },
+            "identity mixup, sizes": _mixup_gain(sizes),
+            "identity mixup, attributes": _mixup_gain(attributes),
+        },
+        "raw pixels": results.pixels,
+    }
+
+
+def _over(results: Results, seeds: tuple[int, ...], name: Any) -> dict[str, Any]:
+    """Return the spreads of a cell's metrics, and whether all reached the training accuracy."""
+    found = [results.cells[name(seed)] for seed in seeds]
+    spreads = {key: spread([x[key] for x in found]) for key in (*KEYS, "top1", "steps")}
+    if "reached" in found[0]:
+        spreads["reached"] = sum(x["reached"] for x in found)
+    return spreads
+
+
+def _above(found: Mapping[str, Any], base: str) -> dict[str, Any]:
+    return {
+        name: {key: difference(x[key], found[base][key]) for key in KEYS}
+        for name, x in found.items()
+        if name != base
+    }
+
+
+def _mixup_gain(kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    if len(kinds) < 2:
+        return {}
+    plain, mixed = kinds.values()
+    return {
+        name: {key: difference(mixed[name][key], x[key]) for key in KEYS}
+        for name, x in plain.items()
+    }
 
 
 def write(results: Results, folder: Path, command: str) -> Path:
@@ -205,7 +324,7 @@ def write(results: Results, folder: Path, command: str) -> Path:
     Args:
         command: the command line that the page names.
     """
-    numbers = measured(results) | {"machine": machine()}
+    numbers = measured(results) | {"machine": results.machine()}
     figures = {"sizes": partial(_sizes_plot, results.config, numbers)}
     if results.config.attributes:
         figures["attributes"] = partial(_attributes_plot, numbers)
@@ -215,84 +334,117 @@ def write(results: Results, folder: Path, command: str) -> Path:
 
 
 def _sizes_plot(config: StudyConfig, numbers: dict[str, Any], path: Path) -> None:
-    new, axes = figure(9, 3.6, 1, 2, sharey=True)
-    shades = [QUIET, INK, ACCENT]
-    for ax, (kind, widths) in zip(axes, numbers["sizes"].items(), strict=True):
-        for i, (width, depths) in enumerate(widths.items()):
-            ax.plot(
-                config.images,
-                [x["auc"]["mean"] for x in depths.values()],
-                marker="o",
-                color=shades[i % 3],
-                linestyle=("-", "--", ":")[i // 3 % 3],
-                label=f"{width} identities",
-            )
-        ax.axhline(numbers["raw pixels"]["auc"], color=QUIET, linestyle="--", linewidth=1)
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(config.images, [str(n) for n in config.images])
-        finish(ax, f"{kind.capitalize()}; dashed: raw pixels", "images per identity")
-    axes[0].set_ylabel("ROC-AUC on real people")
+    """Draw ROC-AUC over the sizes, and the differences to the first one."""
+    compared = numbers["differences"]["sizes"]["plain"]
+    new, axes = figure(10, 3.6, 1, 2)
+    names = list(numbers["sizes"]["plain"])
+    for (kind, found), color, shift in zip(
+        numbers["sizes"].items(), (INK, ACCENT), (-0.08, 0.08), strict=False
+    ):
+        at = [i + shift for i in range(len(names))]
+        means = [x["auc"]["mean"] for x in found.values()]
+        errors = [x["auc"]["ci95"] or 0.0 for x in found.values()]
+        axes[0].errorbar(
+            at, means, errors, color=color, marker="o", capsize=4, linewidth=1.2, label=kind
+        )
+        for x, each in zip(at, found.values(), strict=True):
+            values = each["auc"]["values"]
+            axes[0].scatter([x] * len(values), values, color=color, s=8, alpha=0.4)
+    axes[0].axhline(numbers["raw pixels"]["auc"], color=QUIET, linestyle="--", linewidth=1)
+    axes[0].set_xticks(range(len(names)), [name.replace("x", "\n×") for name in names])
+    title = "Mean, 95 % interval and seeds; dashed: raw pixels"
+    finish(axes[0], title, "identities × images of each", "ROC-AUC on real people", grid="y")
+    aucs = {name: x["auc"] for name, x in compared.items()}
+    plot_differences(axes[1], aucs, f"ROC-AUC above {names[0]}")
     save(new, path)
 
 
 def _attributes_plot(numbers: dict[str, Any], path: Path) -> None:
-    new, axes = figure(6.8, 3.6)
-    for offset, color, (kind, found) in zip(
-        (-0.2, 0.2), (INK, ACCENT), numbers["attributes"].items(), strict=True
+    """Draw ROC-AUC by attribute, the differences to none, and what identity mixup gains."""
+    new, axes = figure(13, 3.6, 1, 3)
+    for (kind, found), color, shift in zip(
+        numbers["attributes"].items(), (INK, ACCENT), (-0.15, 0.15), strict=True
     ):
-        at = [i + offset for i in range(len(found))]
-        bars = [x["auc"]["mean"] for x in found.values()]
-        axes.bar(at, bars, width=0.38, color=color, label=kind, alpha=0.6)
-        for x, each in zip(at, found.values(), strict=True):
-            values = each["auc"]["values"]
-            axes.scatter([x] * len(values), values, color=color, s=12, zorder=3)
-    axes.axhline(numbers["raw pixels"]["auc"], color=QUIET, linestyle="--", linewidth=1)
-    axes.set_xticks(range(len(found)), list(found))
-    axes.set_ylim(0.5, 1.05)  # 0.5 is chance; room for the legend above the bars
-    title = "One attribute varied at a time; dashed: raw pixels"
-    finish(axes, title, y="ROC-AUC on real people", grid="y", loc="upper left", ncols=2)
+        for i, each in enumerate(found.values()):
+            auc = each["auc"]
+            axes[0].scatter(
+                [i + shift - 0.07] * len(auc["values"]), auc["values"], color=color, s=8, alpha=0.4
+            )
+            label = kind if i == 0 else None
+            error = {"yerr": auc["ci95"], "capsize": 4, "marker": "o", "linestyle": ""}
+            axes[0].errorbar(i + shift, auc["mean"], color=color, label=label, **error)
+    axes[0].axhline(numbers["raw pixels"]["auc"], color=QUIET, linestyle="--", linewidth=1)
+    axes[0].set_xticks(range(len(found)), list(found))
+    title = "Mean, 95 % interval and seeds; dashed: raw pixels"
+    finish(axes[0], title, "varied", "ROC-AUC on real people", grid="y")
+    differences = numbers["differences"]
+    none = {name: x["auc"] for name, x in differences["attributes"]["plain"].items()}
+    plot_differences(axes[1], none, "ROC-AUC above none, without mixup")
+    gains = {name: x["auc"] for name, x in differences["identity mixup, attributes"].items()}
+    plot_differences(axes[2], gains, "ROC-AUC with identity mixup above without")
     save(new, path)
 
 
 def _fields(config: StudyConfig, numbers: dict[str, Any]) -> dict[str, Any]:
-    sizes = numbers["sizes"]
-    head = ["identities", "", *(f"{n} images each" for n in config.images)]
-    tables = {
-        key: table(
-            head,
-            [
-                [width, kind, *(shown(x[key]) for x in sizes[kind][width].values())]
-                for width in map(str, config.identities)
-                for kind in MIXUP
-            ],
-        )
-        for key in ("accuracy", "auc")
+    return {
+        "controls": ", ".join(config.data.controls) or "all",
+        "attribute_seeds": ", ".join(map(str, config.seeds_of_attributes)),
+        "trained": _trained(config),
+        "sizes": _sizes_text(config, numbers),
+        "attributes": _attributes_text(config, numbers),
     }
-    plain, mixed = (
-        [x["auc"]["mean"] for depths in sizes[kind].values() for x in depths.values()]
-        for kind in MIXUP
+
+
+def _trained(config: StudyConfig) -> str:
+    if not config.target_top1:
+        return "Every size trains for about as many steps as the largest"
+    return (
+        f"Each network is trained until its training accuracy in an epoch reaches "
+        f"{config.target_top1:g}: again from the start with half more epochs while it does not, up "
+        f"to {config.max_steps:,} steps"
     )
-    gains = [b - a for a, b in zip(plain, mixed, strict=True)]
-    attributes = "No attribute was varied."
-    if config.attributes:
-        rows = [
-            [
-                f"{name}: {MEANING[name]}",
-                *(
-                    shown(numbers["attributes"][kind][name][key])
-                    for key in ("accuracy", "auc")
-                    for kind in MIXUP
-                ),
-            ]
-            for name in config.attributes
-        ]
-        head = ["varied", *(f"{f}, {kind}" for f in ("accuracy", "ROC-AUC") for kind in MIXUP)]
-        attributes = f"{table(head, rows)}\n\n![ROC-AUC by attribute](study-attributes.png)"
-    over = "Mean and standard deviation over the seeds" if len(config.seeds) > 1 else "One seed:"
-    return tables | {
-        "over": over,
-        "better": sum(gain > 0 for gain in gains),
-        "cells": len(gains),
-        "gain": sum(gains) / len(gains),
-        "attributes": attributes,
-    }
+
+
+def _sizes_text(config: StudyConfig, numbers: dict[str, Any]) -> str:
+    rows = []
+    for kind, found in numbers["sizes"].items():
+        for name, x in found.items():
+            reached = f"{x['reached']} of {len(config.seeds)}" if "reached" in x else "–"
+            steps = f"{x['steps']['mean']:.0f}"
+            cells = [shown(x["top1"], 3), steps, reached]
+            rows.append([name, kind, *(shown(x[key]) for key in KEYS), *cells])
+    head = ["identities × images", "", "accuracy", "ROC-AUC", "training top-1", "steps, mean"]
+    text = [table([*head, "accuracy reached"], rows)]
+    base = next(iter(numbers["sizes"]["plain"]))
+    for kind, found in numbers["differences"]["sizes"].items():
+        text.append(_compared(f"{kind}, above {base}", found))
+    if gains := numbers["differences"]["identity mixup, sizes"]:
+        text.append(_compared("identity mixup above plain", gains))
+    return "\n\n".join(text)
+
+
+def _attributes_text(config: StudyConfig, numbers: dict[str, Any]) -> str:
+    if not config.attributes:
+        return "No attribute was varied."
+    kinds = numbers["attributes"]
+    head = ["varied", *(f"{f}, {kind}" for f in ("accuracy", "ROC-AUC") for kind in MIXUP)]
+    rows = [
+        [name, *(shown(kinds[kind][name][key]) for key in KEYS for kind in MIXUP)]
+        for name in config.attributes
+    ]
+    text = [table(head, rows)]
+    for kind, found in numbers["differences"]["attributes"].items():
+        if found:
+            text.append(_compared(f"{kind}, above none", found))
+    gains = numbers["differences"]["identity mixup, attributes"]
+    text.append(_compared("identity mixup above plain", gains))
+    return "\n\n".join([*text, "![ROC-AUC by attribute](study-attributes.png)"])
+
+
+def _compared(title: str, found: Mapping[str, Any]) -> str:
+    """Return a table of paired differences."""
+    rows = [
+        [name, *(shown_difference(x[key]) for key in KEYS), verdict(x["auc"])]
+        for name, x in found.items()
+    ]
+    return table([title, "accuracy", "ROC-AUC", "ROC-AUC is"], rows)

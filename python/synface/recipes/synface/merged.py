@@ -1,0 +1,55 @@
+"""Generated and real images side by side: the control of domain mixup."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import torch
+
+from ...data import Faces
+from ...data.loading.loader import Timing
+from ...data.loading.sampler import WHOLE, RankSlice
+from ...synthesis.sources import GeneratedSource
+from ...training.config import TrainConfig
+from ...training.sources import Batch, FacesSource, fingerprint
+from ..generated import both_sets
+
+
+class Merged:
+    """Training data of generated and real images, unmixed; each is drawn once in an epoch.
+
+    Args:
+        generated: its images are generated when training starts, and kept in memory.
+        real: the real images, whose classes follow the generated ones.
+    """
+
+    timing: Timing | None = None
+
+    def __init__(self, generated: GeneratedSource, real: Faces) -> None:
+        self.generated, self.real = generated, real
+        self.image_shape = generated.image_shape
+        self.num_classes = generated.num_classes + len(real.identities)
+
+    def __len__(self) -> int:
+        return len(self.generated) + len(self.real)
+
+    def description(self) -> dict[str, Any]:
+        """Return what identifies the data, as `Source.description` does."""
+        found = self.generated.description()
+        return found | {
+            "source": f"{found['source']}, merged with {self.real.source}",
+            "fingerprint": f"{found['fingerprint']} {fingerprint(self.real)}",
+            "identities": self.num_classes,
+        }
+
+    def batches(
+        self,
+        config: TrainConfig,
+        first: int,
+        part: RankSlice = WHOLE,
+        device: torch.device | str = "cpu",
+    ) -> Generator[tuple[int, Batch]]:
+        """Yield batches as `Source.batches` does."""
+        faces = both_sets(self.generated.faces(), self.real)
+        yield from FacesSource(faces).batches(config, first, part, device)

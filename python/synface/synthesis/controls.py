@@ -1,0 +1,158 @@
+"""Named controls of face generators: which columns of a style change pose, light and so on.
+
+The contract is that of DiscoFaceGAN, whose generator takes λ = [α, β, γ, θ, ε]: identity,
+expression, light, pose and the rest. Identity mixup acts on α alone, which is the embedding here;
+the other columns are the style, by name.
+
+Source: Deng et al., "Disentangled and Controllable Face Image Generation via 3D
+    Imitative-Contrastive Learning", CVPR 2020.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .interface import FaceGenerator
+
+IDENTITY = "identity"
+Columns = Mapping[str, tuple[int, int]]  # by name: the first column, and the one after the last
+
+
+def controls_of(generator: FaceGenerator) -> Mapping[str, Sequence[int]]:
+    """Return the columns of a generator's style by control; empty for one that names none."""
+    controls: Mapping[str, Sequence[int]] = getattr(generator, "controls", {})
+    return controls
+
+
+def neutral_of(generator: FaceGenerator) -> Tensor:
+    """Return the style (S,) float32 in which a generator varies nothing."""
+    neutral = getattr(generator, "neutral", None)
+    if neutral is None:
+        return torch.zeros(generator.style_size, dtype=torch.float32, device="cpu")
+    return torch.as_tensor(neutral, dtype=torch.float32, device="cpu")
+
+
+def check_controls(name: str, chosen: Sequence[str], generator: FaceGenerator) -> None:
+    """Raise ValueError unless a generator has all of the chosen controls."""
+    known = controls_of(generator)
+    lacking = [control for control in chosen if control not in known]
+    if lacking:
+        kind = generator.description.get("kind", type(generator).__name__)
+        expected = ", ".join(known) if known else "none: say which columns are which (columns=)"
+        raise ValueError(f"{name}: {kind} has no control {lacking[0]!r}; it has {expected}")
+
+
+class Vary:
+    """A face generator that varies some controls of another one, and holds the others neutral.
+
+    Args:
+        generator: the face generator, with `controls`.
+        controls: the controls to vary; or by name the strength of each, a factor of its numbers.
+
+    Raises:
+        ValueError: for a control that the generator lacks, and a strength that is negative or not
+            finite.
+    """
+
+    def __init__(
+        self, generator: FaceGenerator, controls: Sequence[str] | Mapping[str, float]
+    ) -> None:
+        check_controls("controls", list(controls), generator)
+        strengths = (
+            dict(controls) if isinstance(controls, Mapping) else dict.fromkeys(controls, 1.0)
+        )
+        for name, strength in strengths.items():
+            if not (math.isfinite(strength) and strength >= 0):
+                raise ValueError(f"strength of {name} must be finite and ≥ 0, got {strength}")
+        self.generator, self.strengths = generator, strengths
+        self.embedding_size, self.style_size = generator.embedding_size, generator.style_size
+        self.image_shape = generator.image_shape
+        self.controls, self.neutral = controls_of(generator), neutral_of(generator)
+        self.description = generator.description | {"varied": strengths}
+        self._factor = torch.zeros(generator.style_size, dtype=torch.float32, device="cpu")
+        self._held = torch.ones(generator.style_size, dtype=torch.bool, device="cpu")
+        for name, strength in strengths.items():
+            self._factor[list(self.controls[name])] = strength
+            self._held[list(self.controls[name])] = False
+
+    def generate(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
+        """Return images as `FaceGenerator.generate` does."""
+        varied = torch.where(self._held, self.neutral, style.cpu() * self._factor)
+        return self.generator.generate(embedding, varied, seed)
+
+
+def parse_columns(text: str) -> Columns:
+    """Return columns from text such as "identity=0:160, expression=160:224".
+
+    Raises:
+        ValueError: for another form, or a name that is given twice.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([\w ]*\w)\s*=\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", part)
+        if match is None:
+            raise ValueError(
+                f"columns must read NAME=FIRST:END, separated by commas "
+                f"(identity=0:160, expression=160:224), got {part.strip()!r}"
+            )
+        if match[1] in found:
+            raise ValueError(f"columns name {match[1]!r} twice")
+        found[match[1]] = (int(match[2]), int(match[3]))
+    return found
+
+
+def check_columns(columns: Columns) -> int:
+    """Return how many columns there are.
+
+    Raises:
+        ValueError: unless each name has a column, and they follow each other without gap or
+            overlap.
+    """
+    expected = 0
+    before = ""
+    for name, (first, end) in sorted(columns.items(), key=lambda item: item[1]):
+        if end <= first:
+            raise ValueError(
+                f"columns of {name} must be FIRST:END with FIRST < END, got {first}:{end}"
+            )
+        if first < expected:
+            raise ValueError(
+                f"columns of {before} and {name} overlap at {first}: each belongs to one control"
+            )
+        if first > expected:
+            raise ValueError(f"columns {expected}:{first} belong to no control: name them")
+        expected, before = end, name
+    return expected
+
+
+def style_controls(columns: Columns) -> dict[str, tuple[int, ...]]:
+    """Return the columns of the style by control, where identity's are taken out of λ."""
+    start, end = columns.get(IDENTITY, (0, 0))
+
+    def place(column: int) -> int:
+        return column if column < start else column - (end - start)
+
+    return {
+        name: tuple(map(place, range(*span))) for name, span in columns.items() if name != IDENTITY
+    }
+
+
+def latent(columns: Columns, embedding: Tensor, style: Tensor) -> Tensor:
+    """Return λ (B, L) of unit embeddings (B, D) and styles (B, S).
+
+    The embedding is scaled by √D, so that random ones have standard normal numbers, as styles do.
+    """
+    start, _ = columns[IDENTITY]
+    scaled = embedding * math.sqrt(embedding.shape[1])
+    return torch.cat([style[:, :start], scaled, style[:, start:]], 1)
+
+
+def description(columns: Columns | None) -> dict[str, Any]:
+    """Return what identifies columns, for a generator's description."""
+    return {} if columns is None else {"columns": {n: list(span) for n, span in columns.items()}}
