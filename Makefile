@@ -1,4 +1,4 @@
-# make demo and make test make .venv and build into it first.
+# make demo and make test make .venv and build into it first; make demo installs less.
 TORCH  ?= torch==2.13.0
 # The Triton that this torch release is built against; a CUDA build of torch brings its own.
 TRITON ?= triton==3.7.1
@@ -6,9 +6,12 @@ VENV   ?= .venv
 BASE_PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 PY  := $(BIN)/python
+# Python compiles modules when they are imported; most of torch's never are.
+PIP := $(PY) -m pip install --quiet --no-compile
 export PATH := $(BIN):$(PATH)
 
 CSRC := $(shell git ls-files 'csrc/*' 2>/dev/null || find csrc -type f)
+EXTENSION := $(VENV)/.extension
 BUILT := $(VENV)/.built
 
 .PHONY: build demo test quick fuzz lint format bench gpu-evidence stand-in gpu-ledger cuda-check clean
@@ -17,16 +20,22 @@ build: $(BUILT)
 
 $(VENV)/.deps: pyproject.toml
 	test -x $(PY) || $(BASE_PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --upgrade "setuptools>=77" wheel "pybind11>=2.13" ninja
-	$(PY) -m pip install --quiet "$(TORCH)" "$(TRITON)"
+	$(PIP) --upgrade "setuptools>=77" wheel "pybind11>=2.13" ninja
+	$(PIP) "$(TORCH)" "$(TRITON)"
 	touch $@
 
-$(BUILT): $(VENV)/.deps setup.py $(CSRC)
-	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev]"
-	$(PY) -m pip install --quiet --no-deps "timm>=1.0.31"  # for its mixup, without torchvision
+# What the demo needs, compiled on all cores.
+$(EXTENSION): $(VENV)/.deps setup.py $(CSRC)
+	$(PIP) --no-build-isolation --editable ".[train]"
 	touch $@
 
-demo: build
+# The package is there already; this adds what the tests need, and compiles nothing.
+$(BUILT): $(EXTENSION)
+	$(PIP) "synface-kernels[dev]"
+	$(PIP) --no-deps "timm>=1.0.31"  # for its mixup, without torchvision
+	touch $@
+
+demo: $(EXTENSION)
 	$(BIN)/synface demo
 
 test: build lint
@@ -78,4 +87,4 @@ cuda-check: build
 	$(PY) tools/cuda_check.py
 
 clean:
-	rm -rf build $(VENV)/.built synface_kernels/*.so
+	rm -rf build $(BUILT) $(EXTENSION) synface_kernels/*.so

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "evaluation": {"data", "reporting"},
     "training": {"checkpoint", "data", "heads", "models", "optim"},
     "synthesis": {"checkpoint", "data", "reporting", "training"},
-    "bench": {"data", "evaluation", "models", "optim", "reporting", "training"},
+    "bench": {"data", "evaluation", "models", "optim", "reporting", "synthesis", "training"},
     "recipes": {
         "checkpoint", "data", "evaluation", "heads", "models", "optim", "reporting", "synthesis",
         "training",

@@ -72,18 +72,30 @@ def test_info():
 @pytest.mark.slow
 def test_demo(tmp_path):
     arguments = ["--epochs", "1", "--identities", "10", "--images", "4", "--classes", "2000"]
-    shown = call("demo", "--output", tmp_path / "report", *arguments)
-    assert "report" in shown
-    assert "fused" in shown
-    for name in ("faces.png", "loss.png", "roc.png"):
-        with Image.open(tmp_path / "report" / name) as picture:
+    shown = call("demo", "--output", tmp_path / "report", *arguments, "--points", "50")
+    for line in ("identity and domain mixup", "50 points in 128", "fused", "report"):
+        assert line in shown
+    page = (tmp_path / "report" / "index.html").read_text()
+    for name in ("mixing", "packing", "faces", "loss", "roc", "scores", "hardest"):
+        assert f'src="{name}.png"' in page
+        with Image.open(tmp_path / "report" / f"{name}.png") as picture:
             assert min(picture.size) > 200
+    for text in ("against fused", "images/s", "8 people", "What to do next", "synface study"):
+        assert text in page
     result = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert 0 <= result["verification"]["trained"]["auc"] <= 1
+    assert result["date"] in page
+    assert result["training"]["images"] == 32
+    assert result["training"]["images_per_second"] > 0
+    packed = result["packing"]
+    assert packed["bound"] <= packed["worst_cosine"] < packed["random_worst_cosine"]
+    found = result["verification"]
+    assert 0 <= found["trained"]["auc"] <= 1
+    kinds = found["hardest_pairs"]
+    assert all(len(set(pair["people"])) == 1 for pair in kinds["genuine"])
+    shown = [tuple(sorted(pair["people"])) for pair in kinds["impostor"]]
+    assert len(shown) == len(set(shown)) == 1  # of two people
+    assert len(found["score_densities"]["edges"]) == len(found["score_densities"]["genuine"]) + 1
     seconds, peak = (result["margin softmax"][k] for k in ("seconds", "peak_bytes"))
     assert seconds["fused"] > 0
     assert seconds["eager"] > 0
     assert peak["eager"] > 0
-    page = (tmp_path / "report" / "index.html").read_text()
-    assert "roc.png" in page
-    assert "against fused" in page

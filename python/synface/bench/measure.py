@@ -1,17 +1,11 @@
-"""Time and memory of the margin softmax, fused and in plain torch.
-
-python -m synface.bench.measure eager 256 256 100000    (peak memory of one, in its own process)
-"""
+"""Time and memory of the margin softmax, fused and in plain torch."""
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +18,7 @@ from synface_kernels.testing import peak_bytes
 from ..common.rng import normals
 
 METHODS = ("fused", "eager", "torch.compile")
+Step = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -50,9 +45,15 @@ def arcface(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(64 * logits, target)
 
 
-def step(method: str, workload: Workload) -> Callable[[], tuple[Tensor, ...]]:
-    """Return a function that computes the loss and both gradients, and stores none of them."""
-    x, w, target = workload.tensors()
+def step(
+    method: str, workload: Workload, tensors: tuple[Tensor, Tensor, Tensor] | None = None
+) -> Step:
+    """Return a function that computes the loss and both gradients, and stores none of them.
+
+    Args:
+        tensors: what it is computed of; by default the workload's.
+    """
+    x, w, target = workload.tensors() if tensors is None else tensors
     losses: dict[str, Callable[..., Any]] = {
         "fused": sk.margin_cross_entropy,
         "eager": arcface,
@@ -72,6 +73,53 @@ def _close(ours: tuple[Tensor, ...], eager: tuple[Tensor, ...]) -> bool:
     return all(bool((a - b).norm() <= 1e-3 * b.norm()) for a, b in pairs)
 
 
+def _prepare(
+    workload: Workload, done: Callable[[str], None]
+) -> tuple[dict[str, Step], dict[str, Any]]:
+    """Return each method's step, called once and compared with eager's, and why others have none.
+
+    A method whose loss or gradients differ from eager's by more than 1e-3 of their norm has none.
+    """
+    tensors = workload.tensors()
+    expected = step("eager", workload, tensors)()
+    steps: dict[str, Step] = {}
+    failed: dict[str, Any] = {}
+    for method in METHODS:
+        try:
+            steps[method] = step(method, workload, tensors)
+            # The first call compiles; eager's was above.
+            if method != "eager" and not _close(steps[method](), expected):
+                raise ArithmeticError("its loss or gradients differ from eager torch's")
+        except Exception as error:  # such as no C++ compiler: report it, and time the others
+            steps.pop(method, None)
+            failed[method] = _reason(error)
+        done(method)
+    return steps, failed
+
+
+def _time(steps: dict[str, Step], rounds: int, done: Callable[[str], None]) -> dict[str, Any]:
+    samples: dict[str, list[float]] = {method: [] for method in steps}
+    for _ in range(rounds):
+        for method, run in steps.items():
+            began = time.perf_counter()
+            run()
+            samples[method].append(time.perf_counter() - began)
+            done(method)
+    return {method: statistics.median(times) for method, times in samples.items()}
+
+
+def _peak(run: Step) -> int | str:
+    try:
+        return peak_bytes(run)
+    except Exception as error:  # such as a system without /proc
+        return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    line = (str(error).splitlines() or [""])[0]
+    return f"not measured: {type(error).__name__}: {line}"
+
+
 def time_all(
     workload: Workload, rounds: int = 3, done: Callable[[str], None] = lambda method: None
 ) -> dict[str, Any]:
@@ -80,41 +128,31 @@ def time_all(
     A method whose loss or gradients differ from eager's by more than 1e-3 of their norm is not
     timed.
     """
-    expected = step("eager", workload)()
-    steps: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
-    result: dict[str, Any] = {}
-    for method in METHODS:
-        try:
-            steps[method] = step(method, workload)
-            if not _close(steps[method](), expected):  # the first call also compiles
-                raise ArithmeticError("its loss or gradients differ from eager torch's")
-        except Exception as error:  # such as no C++ compiler: report it, and time the others
-            steps.pop(method, None)
-            result[method] = f"not measured: {type(error).__name__}: {str(error).splitlines()[0]}"
+    steps, failed = _prepare(workload, done)
+    return failed | _time(steps, rounds, done)
+
+
+def measure_all(
+    workload: Workload, rounds: int = 3, done: Callable[[str], None] = lambda method: None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what `time_all` does, and each method's peak bytes, as `peak_memory` does.
+
+    Each method is compiled once for both. ``done`` is called rounds + 2 times for each.
+    """
+    steps, failed = _prepare(workload, done)
+    times = _time(steps, rounds, done)
+    memory: dict[str, Any] = {}
+    for method, run in steps.items():
+        memory[method] = _peak(run)
         done(method)
-    del expected
-    samples: dict[str, list[float]] = {method: [] for method in steps}
-    for _ in range(rounds):
-        for method, run in steps.items():
-            began = time.perf_counter()
-            run()
-            samples[method].append(time.perf_counter() - began)
-            done(method)
-    return result | {method: statistics.median(times) for method, times in samples.items()}
+    return failed | times, failed | memory
 
 
 def peak_memory(method: str, workload: Workload) -> int | str:
-    """Return the peak bytes above the inputs, gradients included, of a separate process (Linux)."""
-    command = [sys.executable, "-m", "synface.bench.measure", method]
-    command += [str(size) for size in asdict(workload).values()]
-    child = subprocess.run(command, capture_output=True, text=True)
-    if child.returncode:
-        lines = child.stderr.strip().splitlines()
-        return f"not measured: {lines[-1] if lines else f'exit status {child.returncode}'}"
-    return int(json.loads(child.stdout))
-
-
-if __name__ == "__main__":
-    timed = step(sys.argv[1], Workload(*map(int, sys.argv[2:5])))
-    timed()  # one-time loading and compilation is not measured
-    print(peak_bytes(timed))
+    """Return the peak bytes above the inputs, gradients included, or why it has none (Linux)."""
+    try:
+        run = step(method, workload)
+        run()  # one-time loading and compilation is not measured
+    except Exception as error:
+        return _reason(error)
+    return _peak(run)

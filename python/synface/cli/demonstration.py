@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ..common.check import check_folder
 from .options import SeedOption
-from .terminal import Bar, print_table, say
+from .terminal import Bar, PackingBar, print_table, say
+
+SIZE = 32  # pixels; the embedded faces have 25
+PACKED_DIM, PACKING_STEPS = 128, 200
+ROUNDS = 3  # of the softmax's timing
 
 
 def info_command() -> None:
@@ -23,7 +27,7 @@ def info_command() -> None:
 def demo_command(
     output: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("synface-report"),
     seed: SeedOption = 0,
-    epochs: Annotated[int, typer.Option(help="Number of training epochs.")] = 12,
+    epochs: Annotated[int, typer.Option(help="Number of training epochs.")] = 10,
     identities: Annotated[
         int, typer.Option(help="Number of embedded identities.", min=4, max=100)
     ] = 100,
@@ -31,9 +35,11 @@ def demo_command(
     classes: Annotated[
         int, typer.Option(help="Number of classes of the measured softmax.", min=2)
     ] = 100_000,
+    points: Annotated[int, typer.Option(help="Number of packed points.", min=2)] = 1000,
 ) -> None:
-    """Train on real faces, verify on others, measure the fused softmax; write a report."""
+    """Mix faces, pack points, measure the softmax, train on real faces, verify; write a report."""
     import tempfile
+    from datetime import date
 
     import torch
 
@@ -42,50 +48,75 @@ def demo_command(
 
     from ..bench import demo, measure
     from ..data import embedded_faces
+    from ..evaluation.embedding import embed
+    from ..evaluation.metrics import verify
+    from ..synthesis import packing
     from ..training.config import TrainConfig
     from ..training.loop import train
-    from .verification import print_verification, verify_network, verify_pixels
+    from .verification import print_verification, verify_pixels
 
     check_folder("--output", output)
     began = time.perf_counter()
-    faces = embedded_faces(images_per_identity=images, identities=identities, seed=seed)
+    faces = embedded_faces(images_per_identity=images, size=SIZE, identities=identities, seed=seed)
     held_out = max(2, identities // 5)
     learn, held = faces.split(held_out)
+
+    photographs = embedded_faces(1, demo.MIXED_SIZE, identities=identities)
+    mixed = demo.mix_faces(photographs.images[-held_out], seed)
     say(
-        f"1. {faces.source}\n   training on {len(learn.identities)} people, verifying on "
+        f"1. identity and domain mixup: two generated identities and a real face, mixed in "
+        f"{len(demo.SHARES)}×{len(demo.SHARES)} shares"
+    )
+
+    bound = packing.bounds.best(points, PACKED_DIM)
+    with PackingBar("lse", bound.cosine) as bar:
+        packed = demo.pack_points(points, PACKED_DIM, PACKING_STEPS, seed, bar)
+    say(
+        f"2. packing: {points:,} points in {PACKED_DIM} dimensions, worst cosine "
+        f"{packed.packed.worst:.4f} (random {packed.random_nearest.max():.4f}, {bound.name} bound "
+        f"{bound.cosine:.4f}), {packed.seconds:.1f} s"
+    )
+
+    work = measure.Workload(c=classes)
+    say(f"3. the margin softmax over {work.c:,} identities: N={work.n}, D={work.d}, float32")
+    with Bar("   measuring") as bar:
+        bar.start(len(measure.METHODS) * (ROUNDS + 2), 0)
+        times, memory = measure.measure_all(work, ROUNDS, bar.advance)
+    implementation = f"impl={sk.explain('margin_cross_entropy').impl}"
+    softmax = demo.Softmax(work, times, memory, implementation)
+    header, *rows = demo.softmax_table(softmax)
+    print_table(header, rows)
+
+    say(
+        f"4. {faces.source}\n   training on {len(learn.identities)} people, verifying on "
         f"{held_out} others"
     )
     config = TrainConfig(epochs=epochs, seed=seed, checkpoint_every=max(1, epochs))
     with tempfile.TemporaryDirectory() as folder, Bar("   training") as bar:
+        started = time.perf_counter()
         result = train(config, learn, Path(folder) / "run", progress=bar)
-    trained, pixels = verify_network(result.backbone, held), verify_pixels(held)
+        rate = bar.images / (time.perf_counter() - started)
+    embeddings = embed(result.backbone, held.images)
+    trained, pixels = verify(embeddings, held.labels), verify_pixels(held)
     print_verification(trained, pixels, held)
-
-    work = measure.Workload(c=classes)
-    say(f"2. the margin softmax over {work.c:,} identities: N={work.n}, D={work.d}, float32")
-    with Bar("   measuring") as bar:
-        bar.start(len(measure.METHODS) * 5, 0)
-        memory: dict[str, Any] = {}
-        for method in measure.METHODS:
-            memory[method] = measure.peak_memory(method, work)
-            bar.advance(f"memory of {method}")
-        times = measure.time_all(work, 3, lambda method: bar.advance(f"time of {method}"))
-    implementation = f"impl={sk.explain('margin_cross_entropy').impl}"
-    header, *rows = demo.softmax_table(times, memory, implementation)
-    print_table(header, rows)
 
     seconds = time.perf_counter() - began
     page = demo.write(
         output,
         faces=faces,
-        history=result.history,
-        trained=trained,
-        pixels=pixels,
-        workload=work,
-        times=times,
-        memory=memory,
-        implementation=implementation,
-        machine=f"{_env.processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
+        mixed=mixed,
+        points=packed,
+        softmax=softmax,
+        recognition=demo.Recognition(
+            result.history, learn, held, embeddings, trained, pixels, rate
+        ),
+        about={
+            "date": date.today().isoformat(),
+            "version": sk.__version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "machine": _env.processor(),
+        },
         seconds=seconds,
     )
-    say(f"3. report: {page} ({seconds:.0f} s in all)")
+    say(f"5. report: {page} ({time.perf_counter() - began:.0f} s in all)")

@@ -8,17 +8,20 @@ if TYPE_CHECKING:
     from .embedding import embed, embed_store, pixel_embeddings
     from .metrics import Identification, Verification, identify, verify, verify_pairs
     from .report import SetResult, evaluate_set
+    from .scores import ScoreDensities, ScoredPair, hardest_pairs, score_densities
     from .sets import PairSet, TemplateSet, open_set, read_bin, read_pairs, read_templates
 
 __all__ = [
-    "Identification", "PairSet", "SetResult", "TemplateSet", "Verification", "embed",
-    "embed_store", "evaluate_set", "identify", "open_set", "pixel_embeddings", "read_bin",
-    "read_pairs", "read_templates", "verify", "verify_pairs",
+    "Identification", "PairSet", "ScoreDensities", "ScoredPair", "SetResult", "TemplateSet",
+    "Verification", "embed", "embed_store", "evaluate_set", "hardest_pairs", "identify",
+    "open_set", "pixel_embeddings", "read_bin", "read_pairs", "read_templates",
+    "score_densities", "verify", "verify_pairs",
 ]  # fmt: skip
 _HOMES = {
     "embedding": ("embed", "embed_store", "pixel_embeddings"),
     "metrics": ("Identification", "Verification", "identify", "verify", "verify_pairs"),
     "report": ("SetResult", "evaluate_set"),
+    "scores": ("ScoreDensities", "ScoredPair", "hardest_pairs", "score_densities"),
     "sets": ("PairSet", "TemplateSet", "open_set", "read_bin", "read_pairs", "read_templates"),
 }
 __getattr__ = lazy(__name__, _HOMES)

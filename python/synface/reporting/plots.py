@@ -160,3 +160,66 @@ def finish(
     if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, fontsize=8, **legend)
     axes.grid(alpha=0.25, axis=grid)
+
+
+def densities(
+    curves: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]],
+    path: Path,
+    *,
+    title: str,
+    x: str,
+    lines: Mapping[str, float] | None = None,
+    log: bool = False,
+) -> None:
+    """Draw histograms as densities, and vertical lines, with a legend below them.
+
+    Args:
+        curves: densities (B,), of area 1, and edges (B + 1,) of their bins, by label.
+        x: the label of the horizontal axis, which covers the bins that are not empty.
+        lines: where vertical lines are drawn, by label.
+        log: scale the densities logarithmically.
+    """
+    new, axes = figure(6.4, 4.2)
+    used: list[float] = [*(lines or {}).values()]
+    for (name, (density, edges)), color in zip(curves.items(), colors(len(curves)), strict=True):
+        axes.stairs(density, edges, fill=True, color=color, alpha=0.55, label=name)
+        filled = np.flatnonzero(density)
+        used += [edges[filled[0]], edges[filled[-1] + 1]] if len(filled) else []
+    for (name, at), style in zip((lines or {}).items(), (":", "--", "-.", "-"), strict=False):
+        axes.axvline(at, color=INK, linestyle=style, linewidth=1.2, label=name)
+    if used:
+        margin = 0.03 * (max(used) - min(used)) + 1e-6
+        axes.set_xlim(min(used) - margin, max(used) + margin)
+    if log:
+        axes.set_yscale("log")
+    y = "density (logarithmic)" if log else "density"
+    finish(axes, title, x, y, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    save(new, path)
+
+
+def image_pairs(
+    groups: Mapping[str, Sequence[tuple[NDArray[Any], NDArray[Any], str]]], title: str, path: Path
+) -> None:
+    """Draw pairs of images side by side, a row of pairs for each group.
+
+    Args:
+        groups: pairs of (H, W, C) images, uint8 or floating in [0, 1], with C 1 or 3, and their
+            captions, by the groups' names. At least one group has a pair.
+    """
+    columns = max(map(len, groups.values()))
+    new, grid = figure(1.2 + 1.9 * columns, 0.4 + 1.5 * len(groups), len(groups), columns,
+                       squeeze=False)  # fmt: skip
+    for (name, pairs), row in zip(groups.items(), grid, strict=True):
+        for axes in row:
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+        row[0].set_ylabel(name, color=INK, fontsize=9)
+        for axes, (first, second, caption) in zip(row, pairs, strict=False):
+            white = 255 if first.dtype == np.uint8 else 1
+            gap = np.full_like(first[:, : max(1, first.shape[1] // 24)], white)
+            pixels = np.concatenate([first, gap, second], axis=1)
+            axes.imshow(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+            axes.set_title(caption, color=INK, fontsize=8)
+    new.suptitle(title, color=INK, fontsize=10)
+    save(new, path)

@@ -1,0 +1,124 @@
+"""The scores of all pairs of images: their distributions, and the hardest pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common.check import check_least, describe
+from .embedding import doubled
+
+
+class ScoredPair(NamedTuple):
+    """A pair of images, first < second, and the cosine of their embeddings."""
+
+    score: float
+    first: int
+    second: int
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreDensities:
+    """Densities of the scores of genuine and impostor pairs.
+
+    Attributes:
+        edges: (B + 1,) float64: the edges of the bins, from -1 to 1.
+        genuine, impostor: (B,) float64: densities, of area 1; 0 if there is no such pair.
+    """
+
+    edges: np.ndarray
+    genuine: np.ndarray
+    impostor: np.ndarray
+
+
+def score_densities(
+    embeddings: Tensor, labels: Tensor, bins: int = 100, block: int = 1024
+) -> ScoreDensities:
+    """Return the densities of the cosines of all genuine and all impostor pairs.
+
+    Args:
+        embeddings: (N, D) floating, of any length. labels: (N,) integer, on any device.
+        bins: number of bins, at least 1. block: rows compared at once.
+
+    Raises:
+        ValueError: for wrong shapes or dtypes, and numbers below 1.
+
+    Memory: 16·block·N bytes.
+    """
+    check_least("bins", bins, 1)
+    edges = np.linspace(-1.0, 1.0, bins + 1)
+    counts = np.zeros((2, bins))
+    for cosine, same, upper, _ in _blocks(embeddings, labels, block):
+        for kind, found in enumerate((upper & same, upper & ~same)):
+            counts[kind] += np.histogram(cosine[found].cpu().numpy(), edges)[0]
+    areas = counts.sum(1, keepdims=True).clip(1) * (2.0 / bins)
+    genuine, impostor = counts / areas
+    return ScoreDensities(edges, genuine, impostor)
+
+
+def hardest_pairs(
+    embeddings: Tensor, labels: Tensor, count: int = 5, block: int = 1024
+) -> tuple[list[ScoredPair], list[ScoredPair]]:
+    """Return the genuine pairs of lowest and the impostor pairs of highest cosine.
+
+    Args:
+        embeddings, labels, block: as in `score_densities`.
+        count: number of pairs of each kind, at least 1; fewer are returned if there are fewer.
+
+    Returns:
+        Genuine pairs by rising score and impostor pairs by falling score; of equal scores, the
+        pair of the lower indices comes first.
+
+    Raises:
+        ValueError: for wrong shapes or dtypes, and numbers below 1.
+
+    Memory: 16·block·N bytes.
+    """
+    check_least("count", count, 1)
+    hardest: list[list[ScoredPair]] = [[], []]
+    for cosine, same, upper, start in _blocks(embeddings, labels, block):
+        for kind, found in enumerate((upper & same, upper & ~same)):
+            scores, (first, second) = cosine[found], found.nonzero(as_tuple=True)
+            order = scores.argsort(descending=kind == 1, stable=True)[:count]
+            rows = zip(
+                scores[order].tolist(),
+                (first[order] + start).tolist(),
+                second[order].tolist(),
+                strict=True,
+            )
+            hardest[kind] += [ScoredPair(*row) for row in rows]
+            sign = -1 if kind == 1 else 1
+            hardest[kind].sort(key=lambda pair: sign * pair.score)
+            del hardest[kind][count:]
+    genuine, impostor = hardest
+    return genuine, impostor
+
+
+def _blocks(
+    embeddings: Tensor, labels: Tensor, block: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+    """Yield cosines, equal labels, and second > first, each (rows, N), and the first row's index.
+
+    The cosines are float64 in [-1, 1].
+    """
+    check_least("block", block, 1)
+    if embeddings.ndim != 2 or not embeddings.is_floating_point():
+        raise ValueError(
+            f"embeddings must be floating point of shape (N, D), got {describe(embeddings)}"
+        )
+    if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"labels must be integer of shape ({len(embeddings)},), got {describe(labels)}"
+        )
+    unit = F.normalize(doubled(embeddings.detach()))
+    labels, index = labels.to(unit.device), torch.arange(len(unit), device=unit.device)
+    for rows in index.split(block):
+        cosine = (unit[rows] @ unit.T).clamp_(-1.0, 1.0)
+        same = labels[rows, None] == labels
+        yield cosine, same, index > rows[:, None], int(rows[0])
