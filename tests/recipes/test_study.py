@@ -75,7 +75,7 @@ def test_sizes_have_equal_counts_and_train_to_an_accuracy():
     generator = HeadGenerator(64, 32)
     found = study.cells(config, generator)
     sizes, attributes = found[:25], found[25:]
-    assert len({cell.name for cell in found}) == len(found) == 5 * 5 + 10 * 5 * 2
+    assert len({cell.name for cell in found}) == len(found) == 5 * 5 + 5 * 5 * 2
     for cell in sizes:
         assert cell.images == 1920
         assert (cell.target_top1, cell.max_steps) == (0.95, 4000)
