@@ -65,6 +65,7 @@ def test_the_quick_size_is_smaller_and_for_the_default_alone(tmp_path, recipe):
         (hyperface, "kinds = 'packed'", "kinds must be tuple, got 'packed'"),
         (hyperface, "recognizer_seed = 3", "recognizer_seed must be none of seeds, .*, got 3"),
         (hyperface, "recognizer_seed = -1", "recognizer_seed must be at least 0, got -1"),
+        (hyperface, "recognizer_epochs = 0", "recognizer_epochs must be at least 1, got 0"),
         (hyperface, "[pack]\ngallery = 0", "gallery must be at least 1, got 0"),
         (hyperface, "[pack]\nalpha = -1", "alpha must be finite and ≥ 0, got -1"),
         (hyperface, "[pack]\ncandidates = 0", "candidates must be at least 1, got 0"),

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from synface.data import DataError
-from synface.evaluation.embedding import pixel_embeddings
 from synface.recipes import hyperface
 from synface.recipes.generated import identities
 from synface.recipes.hyperface import load_config, report
@@ -18,6 +17,7 @@ from tests.helpers.command_line import call
 
 TINY = """
 seeds = [0, 2]
+recognizer_epochs = 2
 [data]
 size = 16
 embedding_size = 3
@@ -62,6 +62,7 @@ def test_from_packing_to_a_report(tmp_path, file):
             pairs = zip(figures[kind][key]["values"], figures["random"][key]["values"], strict=True)
             assert less[key]["values"] == [a - b for a, b in pairs]
         assert f"- {kind}, against random: ROC-AUC {verdict(less['auc'])} (" in page
+        assert less["smallest distance of the faces, gray levels"]["p"] is not None
 
     # All is there: nothing is made again, and the same comes out.
     made = {f: f.stat().st_mtime_ns for f in run.glob("*/*") if "report" not in f.parts}
@@ -81,13 +82,13 @@ def test_packing_by_faces_separates_the_faces_and_the_gallery_attracts(tmp_path,
         return hyperface.points_of(config, generator, tmp_path, kind, 0, **options)
 
     found = {kind: points(kind) for kind in hyperface.KINDS}
-    worst = {}
+    smallest = {}
     for kind, rows in found.items():
         assert torch.equal(points(kind, resume=True), rows)
         faces = hyperface.neutral_faces(generator, rows)
         assert faces.shape == (6, 16, 16, 1)
-        worst[kind] = closest_pair(pixel_embeddings(faces, faces.double().mean(0)))[0]
-    assert worst["packed by faces"] < min(worst["packed"], worst["random"])
+        smallest[kind] = torch.pdist(faces.flatten(1).double()).min().item() / 16
+    assert smallest["packed by faces"] > max(smallest["packed"], smallest["random"]) + 1
     # With so large a weight the points are close to the four of the gallery.
     assert closest_pair(found["packed, gallery"])[0] > closest_pair(found["packed"])[0] + 0.3
     with pytest.raises(FileExistsError, match=r"packed-by-faces-seed-0\.safetensors exists"):
@@ -119,8 +120,11 @@ def test_the_same_again_and_not_for_another_configuration(tmp_path, file):
     assert first.cells == second.cells
     assert list(first.cells) == ["recognizer", "random-seed-0", "packed-seed-0"]
     for kind in config.kinds:
-        for name in ("cosines", "face_cosines", "recognizer_cosines"):
+        for name in ("cosines", "face_cosines", "face_distances", "recognizer_cosines"):
             assert all(map(torch.equal, getattr(first, name)[kind], getattr(second, name)[kind]))
+        faces = hyperface.neutral_faces(first.generator, first.points[kind][0]).double().flatten(1)
+        difference = (faces[:, None] - faces).square().mean(2).sqrt().fill_diagonal_(torch.inf)
+        torch.testing.assert_close(first.face_distances[kind][0], difference.amin(1))
     page = hyperface.write(first, tmp_path / "report", "synface").read_text()
     assert "One seed has no interval: nothing is concluded." in page
     with pytest.raises(FileExistsError):

@@ -5,14 +5,13 @@ import math
 import pytest
 import torch
 from synface.common.rng import generator, normals
-from synface.synthesis.packing import closest_pair, farthest_points
+from synface.synthesis.packing import farthest_points
 
 
 def on_circle(*degrees):
-    """Return unit vectors in the plane, by their angles, of several lengths."""
+    """Return unit vectors in the plane, by their angles."""
     angles = torch.tensor(degrees, dtype=torch.float64) * (math.pi / 180)
-    lengths = 1.0 + torch.arange(len(degrees))[:, None]
-    return torch.stack([angles.cos(), angles.sin()], 1) * lengths
+    return torch.stack([angles.cos(), angles.sin()], 1)
 
 
 def test_the_farthest_from_those_chosen_comes_next():
@@ -29,15 +28,25 @@ def test_equal_points_are_each_chosen_once():
     assert farthest_points(points[:2], 2).tolist() == [0, 1]
 
 
-def test_the_smallest_angle_is_at_least_half_of_a_simplex_s():
+def test_lengths_count():
+    rows = torch.tensor([[1.0, 0.0], [9.0, 0.0], [0.0, 0.0], [-1.0, 0.0], [0.0, 4.0]])
+    assert farthest_points(rows, 3).tolist() == [0, 1, 4]
+
+
+def test_the_smallest_distance_is_at_least_half_of_a_simplex_s():
     simplex = torch.eye(5, dtype=torch.float32) - 0.2
+    simplex *= math.sqrt(1 / 0.8)
     others = normals((300, 5), generator(0, "points", 0))
     others -= others.mean(1, keepdim=True)  # in the simplex's hyperplane
+    others /= others.norm(dim=1, keepdim=True)
     rows = torch.cat([others, simplex])
-    chosen = rows[farthest_points(rows, 5)]
-    angle = math.acos(closest_pair(torch.nn.functional.normalize(chosen))[0])
-    assert angle >= math.acos(-1 / 4) / 2
-    assert angle > 1.5 * math.acos(closest_pair(torch.nn.functional.normalize(others[:5]))[0])
+
+    def smallest(points):
+        return torch.pdist(points).min().item()
+
+    chosen = smallest(rows[farthest_points(rows, 5)])
+    assert smallest(simplex) / 2 <= chosen <= smallest(simplex) + 1e-6
+    assert chosen > 1.5 * smallest(others[:5])
 
 
 @pytest.mark.parametrize(
@@ -45,8 +54,7 @@ def test_the_smallest_angle_is_at_least_half_of_a_simplex_s():
     [
         (torch.ones(3), {}, r"rows must be floating point of shape \(M, D\), got float32 \(3,\)"),
         (torch.ones(3, 2, dtype=torch.int64), {}, "floating point .*, got int64"),
-        (torch.tensor([[1.0, 0.0], [0.0, 0.0]]), {}, "zero"),
-        (torch.tensor([[1.0, 0.0], [math.nan, 0.0]]), {}, "not finite"),
+        (torch.tensor([[1.0, 0.0], [math.nan, 0.0]]), {}, "rows must be finite, row 1 is not"),
         (torch.eye(3), {"count": 4}, "count must be at most the 3 rows, got 4"),
         (torch.eye(3), {"count": 0}, "count must be at least 1, got 0"),
         (torch.eye(3), {"first": 3}, "first must be less than the 3 rows, got 3"),

@@ -25,7 +25,7 @@ from torch import Tensor
 import synface_kernels as sk
 
 from ... import checkpoint
-from ...common.check import check_integer, check_integers, check_memory
+from ...common.check import check_integers, check_memory
 from ...common.config import load_recipe
 from ...common.extras import extra
 from ...common.files import write_tensors
@@ -46,6 +46,7 @@ from ..sweep import (
     Bars,
     Cell,
     SweepResults,
+    for_steps,
     generated_source,
     open_faces,
     run_cells,
@@ -95,11 +96,13 @@ class HyperfaceConfig:
     Attributes:
         kinds: of identities; the others are compared with the first.
         recognizer_seed: random seed of the network that compares faces, and of its identities.
+        recognizer_epochs: of its training.
     """
 
     seeds: tuple[int, ...] = tuple(range(10))
     kinds: tuple[str, ...] = KINDS
     recognizer_seed: int = 1000
+    recognizer_epochs: int = 40
     data: DataConfig = field(default_factory=DataConfig)
     pack: PackingConfig = field(default_factory=PackingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -111,7 +114,7 @@ class HyperfaceConfig:
             raise ValueError(
                 f"kinds must be two or more, which are compared, got {list(self.kinds)}"
             )
-        check_integer("recognizer_seed", self.recognizer_seed, 0)
+        check_integers(self, recognizer_seed=0, recognizer_epochs=1)
         if self.recognizer_seed in self.seeds:
             raise ValueError(
                 f"recognizer_seed must be none of seeds, so that the recognizer does not depend on "
@@ -221,7 +224,7 @@ def _packed_by_faces(generator: FaceGenerator, candidates: Tensor, count: int) -
     Source: Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985.
     """
     faces = neutral_faces(generator, candidates)
-    return candidates[farthest_points(_pixels(faces), count)]
+    return candidates[farthest_points(faces.flatten(1).float(), count)]
 
 
 # -- their faces ---------------------------------------------------------------------------------
@@ -244,9 +247,19 @@ def neutral_faces(generator: FaceGenerator, points: Tensor) -> Tensor:
     )
 
 
-def _pixels(faces: Tensor) -> Tensor:
-    """Return (N, H·W·C) unit rows, the pixels of faces less their mean face."""
-    return pixel_embeddings(faces, faces.double().mean(0))
+def _nearest_cosines(rows: Tensor) -> Tensor:
+    return sk.nearest_neighbors(rows)[0][:, 0]
+
+
+def _nearest_distances(faces: Tensor) -> Tensor:
+    """Return (N,) the root mean square of the pixels' differences to the nearest other face."""
+    rows = faces.flatten(1).double()
+    found = []
+    for start in range(0, len(rows), BATCH):
+        distance = torch.cdist(rows[start : start + BATCH], rows)
+        distance.diagonal(start).fill_(torch.inf)
+        found.append(distance.amin(1))
+    return torch.cat(found) / rows.shape[1] ** 0.5
 
 
 # -- training runs -------------------------------------------------------------------------------
@@ -259,27 +272,25 @@ def cells(
     data = config.data
     images = data.identities * data.images_per_identity
 
-    def cell(name: str, seed: int, source: Callable[[], Source], more: int = 0) -> Cell:
-        training = replace(config.train, seed=seed)
-        return Cell(name, training, source, images, generator, generated=images + more)
-
-    others = config.recognizer_seed
     recognizer = partial(
         generated_source,
         data,
         generator,
         data.identities,
         data.images_per_identity,
-        others,
+        config.recognizer_seed,
         mixup=False,
         keep_epochs=1,
     )
-    found = [cell(RECOGNIZER, others, recognizer)]
+    steps = config.recognizer_epochs * -(-images // config.train.batch_size)
+    training = replace(for_steps(config.train, images, steps), seed=config.recognizer_seed)
+    found = [Cell(RECOGNIZER, training, recognizer, images, generator, generated=images)]
     for seed in config.seeds:
         for kind in config.kinds:
             source = partial(_source, config, generator, output, kind, seed, resume)
             more = config.pack.candidates * data.identities if kind == BY_FACES else 0
-            found.append(cell(cell_name(kind, seed), seed, source, more))
+            name, training = cell_name(kind, seed), replace(config.train, seed=seed)
+            found.append(Cell(name, training, source, images, generator, generated=images + more))
     return found
 
 
@@ -305,6 +316,8 @@ class Results(SweepResults):
         cosines: likewise: the (N,) cosine of each identity with its nearest one.
         face_cosines: likewise, of the pixels of their faces in the neutral style, less the mean
             face.
+        face_distances: likewise, the distance of the pixels to the nearest face, in gray levels:
+            root mean square.
         recognizer_cosines: likewise, of the embeddings of these faces by the recognizer.
     """
 
@@ -312,6 +325,7 @@ class Results(SweepResults):
     points: dict[str, list[Tensor]]
     cosines: dict[str, list[Tensor]]
     face_cosines: dict[str, list[Tensor]]
+    face_distances: dict[str, list[Tensor]]
     recognizer_cosines: dict[str, list[Tensor]]
 
 
@@ -340,15 +354,20 @@ def run(
         workers=workers,
         open_cells=partial(_open_cells, config, output, resume),
     )
-    by_kind: list[dict[str, list[Tensor]]] = [{kind: [] for kind in config.kinds} for _ in range(4)]
+    by_kind: list[dict[str, list[Tensor]]] = [{kind: [] for kind in config.kinds} for _ in range(5)]
     if only is None:
         network = load_backbone(output / RECOGNIZER)[0]
         for kind in config.kinds:
             for seed in config.seeds:
                 points = points_of(config, generator, output, kind, seed, resume=True)
                 faces = neutral_faces(generator, points)
-                rows = points, _pixels(faces), embed(network, faces)
-                values = points, *(sk.nearest_neighbors(each)[0][:, 0] for each in rows)
+                values = (
+                    points,
+                    _nearest_cosines(points),
+                    _nearest_cosines(pixel_embeddings(faces, faces.double().mean(0))),
+                    _nearest_distances(faces),
+                    _nearest_cosines(embed(network, faces)),
+                )
                 for each, value in zip(by_kind, values, strict=True):
                     each[kind].append(value)
     took = run_times(output, found)

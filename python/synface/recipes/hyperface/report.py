@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ...reporting.page import table
 from ...reporting.plots import QUIET, colors, figure, finish, image_grid, save
@@ -27,12 +26,13 @@ from ..report import (
 from .recipe import RECOGNIZER, Results, cell_name, neutral_faces
 
 METRICS = ("accuracy", "auc")
-STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
-    "worst cosine": torch.max,
-    "mean nearest cosine": torch.mean,
-}
-PLACES = ("", " of the faces", " of the faces in the recognizer")  # where cosines are measured
-KEYS = tuple(statistic + place for place in PLACES for statistic in STATISTICS)
+# Statistics of the nearest identities, by where they are measured.
+DISTANCE = " distance of the faces, gray levels"
+COSINES = ("", " of the faces", " of the faces in the recognizer")
+KEYS = (
+    *(f"{statistic} cosine{place}" for place in COSINES for statistic in ("worst", "mean nearest")),
+    *(f"{statistic}{DISTANCE}" for statistic in ("smallest", "mean nearest")),
+)
 
 
 def measured(results: Results) -> dict[str, Any]:
@@ -43,9 +43,11 @@ def measured(results: Results) -> dict[str, Any]:
     for kind in results.config.kinds:
         values = [
             [float(statistic(x)) for x in cosines[kind]]
-            for cosines in _cosines(results)
-            for statistic in STATISTICS.values()
+            for cosines in (results.cosines, results.face_cosines, results.recognizer_cosines)
+            for statistic in (torch.max, torch.mean)
         ]
+        distances = results.face_distances[kind]
+        values += [[float(f(x)) for x in distances] for f in (torch.min, torch.mean)]
         numbers[kind] = dict(zip(KEYS, map(spread, values), strict=True))
         name = partial(cell_name, kind)
         numbers[kind] |= results.over_seeds(name, *METRICS, "loss", "top1")
@@ -85,17 +87,13 @@ def conclusions(numbers: Mapping[str, Any], first: str, others: list[str]) -> st
     verdicts = {}
     for kind in others:
         less = numbers[f"{kind} less {first}"]
-        named = {
-            "ROC-AUC": "auc",
-            "accuracy": "accuracy",
-            "faces' mean nearest cosine in pixels": KEYS[3],
-            "in the recognizer": KEYS[5],
-        }
-        told = [
-            f"{name} {_told(less[key])} ({shown_difference(less[key])})"
-            for name, key in named.items()
-        ]
-        lines.append(f"- {kind}, against {first}: {'; '.join(told)}.")
+        auc, accuracy, cosine = less["auc"], less["accuracy"], less[KEYS[5]]
+        distance = less[f"mean nearest{DISTANCE}"]
+        lines.append(
+            f"- {kind}, against {first}: ROC-AUC {_told(auc)}; accuracy {_told(accuracy)}. "
+            f"Distance of the nearest faces in gray levels {_told(distance, 2)}; cosine of the "
+            f"nearest faces in the recognizer {_told(cosine)}."
+        )
         verdicts[kind] = verdict(less["auc"])
     lines.append("")
     for word in ("higher", "lower"):
@@ -108,24 +106,27 @@ def conclusions(numbers: Mapping[str, Any], first: str, others: list[str]) -> st
     return "\n".join(lines)
 
 
-def _told(found: Mapping[str, Any]) -> str:
-    return verdict(found) if found["ci95"] is not None else "by one seed"
-
-
-def _cosines(results: Results) -> tuple[dict[str, list[Tensor]], ...]:
-    return results.cosines, results.face_cosines, results.recognizer_cosines
+def _told(found: Mapping[str, Any], digits: int = 4) -> str:
+    """Return the verdict on a difference, with its numbers."""
+    word = "" if found["ci95"] is None else f"{verdict(found)} "
+    return f"{word}({shown_difference(found, digits)})"
 
 
 def _distances_plot(results: Results, numbers: dict[str, Any], path: Path) -> None:
     kinds = results.config.kinds
-    new, axes = figure(12, 3.6, 1, 3)
+    new, axes = figure(14, 3.4, 1, 4)
     axes[0].axvline(numbers["bound"]["cosine"], color=QUIET, linestyle="--", label="lower bound")
-    titles = "Identities", "Their faces, by pixels", "Their faces, by the recognizer"
-    for ax, title, found in zip(axes, titles, _cosines(results), strict=True):
+    cosine = "cosine to the nearest identity"
+    for ax, title, label, found in (
+        (axes[0], "Identities", cosine, results.cosines),
+        (axes[1], "Faces, by pixels", cosine, results.face_cosines),
+        (axes[2], "Faces, by pixels", "nearest identity, gray levels", results.face_distances),
+        (axes[3], "Faces, by the recognizer", cosine, results.recognizer_cosines),
+    ):
         for kind, color in zip(kinds, colors(len(kinds)), strict=True):
             values = torch.cat(found[kind]).sort().values
             ax.plot(values.numpy(), np.linspace(0, 1, len(values)), color=color, label=kind)
-        finish(ax, title, "cosine to the nearest other identity", "cumulative share")
+        finish(ax, title, label, "cumulative share")
     save(new, path)
 
 
@@ -151,17 +152,18 @@ def _faces_plot(results: Results, path: Path, count: int = 10) -> None:
 def _fields(results: Results, numbers: dict[str, Any]) -> dict[str, Any]:
     first, *others = results.config.kinds
     pixels = results.pixels
+    places = (
+        ("identities, cosine", KEYS[:2], 3),
+        ("faces, cosine of pixels", KEYS[2:4], 3),
+        ("faces, gray levels", KEYS[6:], 1),
+        ("faces, cosine in the recognizer", KEYS[4:6], 3),
+    )
     distances = table(
+        ["", *(f"{name}: {which}" for name, *_ in places for which in ("closest", "mean"))],
         [
-            "identities",
-            "worst cosine",
-            "mean nearest",
-            "faces, pixels: worst",
-            "mean nearest",
-            "faces, recognizer: worst",
-            "mean nearest",
+            [kind, *(shown(numbers[kind][key], n) for _, keys, n in places for key in keys)]
+            for kind in results.config.kinds
         ],
-        [[kind, *(shown(numbers[kind][key], 3) for key in KEYS)] for kind in results.config.kinds],
     )
     rows = [
         [kind, *(shown(numbers[kind][key]) for key in METRICS), shown(numbers[kind]["top1"], 3)]
