@@ -143,7 +143,7 @@ def _kinds_plot(results: Results, numbers: dict[str, Any], path: Path) -> None:
 
 def _faces_plot(results: Results, path: Path, count: int = 10) -> None:
     kinds, size = results.config.kinds, results.config.data.identities
-    some = torch.linspace(0, size - 1, min(count, size)).long()
+    some = torch.from_numpy(np.linspace(0, size - 1, min(count, size)).astype(np.int64))
     grid = [neutral_faces(results.generator, results.points[kind][0][some]) for kind in kinds]
     title = f"Faces in the neutral style, seed {results.config.seeds[0]}"
     image_grid([row.numpy() for row in grid], kinds, title, path)
@@ -152,22 +152,27 @@ def _faces_plot(results: Results, path: Path, count: int = 10) -> None:
 def _fields(results: Results, numbers: dict[str, Any]) -> dict[str, Any]:
     first, *others = results.config.kinds
     pixels = results.pixels
-    places = (
-        ("identities, cosine", KEYS[:2], 3),
-        ("faces, cosine of pixels", KEYS[2:4], 3),
-        ("faces, gray levels", KEYS[6:], 1),
-        ("faces, cosine in the recognizer", KEYS[4:6], 3),
+    kinds = results.config.kinds
+    names = (
+        "identities, cosine: closest two",
+        "identities, cosine: mean",
+        "faces, cosine of pixels: closest two",
+        "faces, cosine of pixels: mean",
+        "faces, cosine in the recognizer: closest two",
+        "faces, cosine in the recognizer: mean",
+        "faces, gray levels: closest two",
+        "faces, gray levels: mean",
     )
     distances = table(
-        ["", *(f"{name}: {which}" for name, *_ in places for which in ("closest", "mean"))],
+        ["nearest identities", *kinds],
         [
-            [kind, *(shown(numbers[kind][key], n) for _, keys, n in places for key in keys)]
-            for kind in results.config.kinds
+            [name, *(shown(numbers[kind][key], 1 if "gray" in key else 3) for kind in kinds)]
+            for name, key in zip(names, KEYS, strict=True)
         ],
     )
     rows = [
         [kind, *(shown(numbers[kind][key]) for key in METRICS), shown(numbers[kind]["top1"], 3)]
-        for kind in results.config.kinds
+        for kind in kinds
     ]
     rows.append(["raw pixels, no training", *(shown(pixels[key]) for key in METRICS), ""])
     headings = ["trained on", "accuracy", "ROC-AUC", "training top-1, last epoch"]
