@@ -4,6 +4,6 @@ from ...common.lazy import lazy
 
 _RECIPE = (
     "KINDS", "DataConfig", "HyperfaceConfig", "PackingConfig", "Results", "cell_name", "cells",
-    "load_config", "measured", "packed", "run", "write",
+    "load_config", "neutral_faces", "points_of", "run",
 )  # fmt: skip
-__getattr__ = lazy(__name__, {"recipe": _RECIPE})
+__getattr__ = lazy(__name__, {"recipe": _RECIPE, "report": ("measured", "write")})

@@ -1,7 +1,8 @@
-"""HyperFace from packing to verification: pack → synthesize → train → evaluate.
+"""HyperFace from packing to verification: identities → faces → training → real people.
 
-Packed identities are compared with the same number of random ones, with the same face generator,
-styles and training.
+Identities that are packed on the sphere, also with HyperFace's gallery term, and identities whose
+faces are far apart, are compared with as many random ones: with the same face generator, styles
+and training.
 
 Source: Shahreza, Marcel, "HyperFace: Generating Synthetic Face Recognition Datasets by Exploring
 Face Embedding Hypersphere", ICLR 2025.
@@ -9,14 +10,14 @@ Face Embedding Hypersphere", ICLR 2025.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,39 +25,39 @@ from torch import Tensor
 import synface_kernels as sk
 
 from ... import checkpoint
+from ...common.check import check_integers, check_memory
 from ...common.config import load_recipe
 from ...common.extras import extra
-from ...data import Faces, read_folder
-from ...evaluation.embedding import pixel_embeddings
-from ...reporting.page import table
-from ...reporting.plots import ACCENT, INK, QUIET, figure, finish, image_grid, save
-from ...synthesis import packing
-from ...synthesis.dataset import styles, synthesize
-from ...synthesis.embeddings import read_embeddings
+from ...common.files import write_tensors
+from ...common.rng import generator as draws
+from ...common.rng import normals
+from ...data import Faces
+from ...evaluation.embedding import embed, pixel_embeddings
+from ...synthesis.controls import neutral_of
+from ...synthesis.embeddings import NAME, read_embeddings
 from ...synthesis.generators import FaceGenerator
-from ...synthesis.packing import PackConfig, Packer
+from ...synthesis.packing import PackConfig, Packer, farthest_points
+from ...synthesis.sources import GeneratedSource
 from ...training.config import TrainConfig
-from ...training.sources import FacesSource, Source
-from ..generated import DatasetConfig, check_seeds, identities
-from ..report import difference, plot_seeds, shown, spread, write_report
+from ...training.model import load_backbone
+from ...training.sources import Source
+from ..generated import DatasetConfig, check_choices, check_seeds, identities
 from ..sweep import (
     Bars,
     Cell,
     SweepResults,
-    no_bars,
+    for_steps,
+    generated_source,
     open_faces,
     run_cells,
     run_times,
     verify_pixels,
 )
 
-KINDS = ("packed", "random")
-KEYS = (  # of the cosines in the report
-    "worst cosine",
-    "mean nearest cosine",
-    "worst cosine of the faces",
-    "mean nearest cosine of the faces",
-)
+RANDOM, PACKED, GALLERY, BY_FACES = "random", "packed", "packed, gallery", "packed by faces"
+KINDS = (RANDOM, PACKED, GALLERY, BY_FACES)
+RECOGNIZER = "recognizer"  # the cell of the network that compares faces
+BATCH = 64  # faces per call of the generator
 
 
 @dataclass(frozen=True)
@@ -68,32 +69,68 @@ class DataConfig(DatasetConfig):
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """Objective and steps of the packing; see `synface.synthesis.packing.PackConfig`."""
+    """Configuration of the packing; see `synface.synthesis.packing.PackConfig`.
+
+    Attributes:
+        objective, steps: of "packed" and of "packed, gallery".
+        gallery: number of random identities that "packed, gallery" stays near.
+        alpha: weight of the gallery term.
+        candidates: random identities for each one that "packed by faces" selects.
+    """
 
     objective: str = "lse"
     steps: int = 500
+    gallery: int = 10_000
+    alpha: float = 0.5
+    candidates: int = 20
 
     def __post_init__(self) -> None:
-        PackConfig(2, 2, self.objective, self.steps)
+        PackConfig(2, 2, self.objective, self.steps, alpha=self.alpha)
+        check_integers(self, gallery=1, candidates=1)
 
 
 @dataclass(frozen=True)
 class HyperfaceConfig:
-    """Configuration of the whole recipe, see hyperface.toml; the defaults are the paper's sizes."""
+    """Configuration of the whole recipe, see hyperface.toml; the defaults are the paper's sizes.
 
-    seeds: tuple[int, ...] = (0, 1, 2)
+    Attributes:
+        kinds: of identities; the others are compared with the first.
+        recognizer_seed: random seed of the network that compares faces, and of its identities.
+        recognizer_epochs: of its training.
+    """
+
+    seeds: tuple[int, ...] = tuple(range(10))
+    kinds: tuple[str, ...] = KINDS
+    recognizer_seed: int = 1000
+    recognizer_epochs: int = 40
     data: DataConfig = field(default_factory=DataConfig)
     pack: PackingConfig = field(default_factory=PackingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         check_seeds(self.seeds)
+        check_choices("kinds", self.kinds, KINDS)
+        if len(self.kinds) < 2:
+            raise ValueError(
+                f"kinds must be two or more, which are compared, got {list(self.kinds)}"
+            )
+        check_integers(self, recognizer_seed=0, recognizer_epochs=1)
+        if self.recognizer_seed in self.seeds:
+            raise ValueError(
+                f"recognizer_seed must be none of seeds, so that the recognizer does not depend on "
+                f"the kinds, got {self.recognizer_seed}"
+            )
 
     def packing(self, seed: int) -> PackConfig:
         """Return the configuration of a seed's packing."""
         data, pack = self.data, self.pack
         return PackConfig(
-            data.identities, data.embedding_size, pack.objective, pack.steps, seed=seed
+            data.identities,
+            data.embedding_size,
+            pack.objective,
+            pack.steps,
+            alpha=pack.alpha,
+            seed=seed,
         )
 
 
@@ -104,100 +141,170 @@ def load_config(file: Path | None = None, *, quick: bool = False) -> HyperfaceCo
 
 def cell_name(kind: str, seed: int) -> str:
     """Return the name of the training run of a kind of identities with a seed."""
-    return f"{kind}-seed-{seed}"
+    return f"{kind.replace(',', '').replace(' ', '-')}-seed-{seed}"
 
 
-class _Share:
-    """An adapter that shows the progress of a packing, a share, on a progress bar of steps."""
-
-    def __init__(self, bar: Any, steps: int) -> None:
-        self.bar, self.steps = bar, steps
-
-    def update(self, done: float, seconds: float, worst: float | None) -> None:
-        if self.bar:
-            self.bar.start(self.steps, round(done * self.steps))
+# -- identities ----------------------------------------------------------------------------------
 
 
-def packed(config: HyperfaceConfig, output: Path, seed: int, resume: bool, bar: Bars) -> Tensor:
-    """Return (N, D) packed identities, from ``output``/packed-seed-N.safetensors if it exists.
+def points_of(
+    config: HyperfaceConfig,
+    generator: FaceGenerator,
+    output: Path,
+    kind: str,
+    seed: int,
+    resume: bool = False,
+) -> Tensor:
+    """Return (N, D) identities of a kind, unit rows, float32.
+
+    Those that are not random are stored in ``output``/KIND-seed-N.safetensors.
+
+    Args:
+        resume: read the file if it exists, and resume a packing that was begun.
 
     Raises:
         ValueError: for a file that is damaged or was made by another configuration.
-        FileExistsError: if there is one and ``resume`` is not set.
+        FileExistsError: if there is a file or a packing, and ``resume`` is not set.
     """
-    file, made_of = output / f"packed-seed-{seed}.safetensors", config.packing(seed)
-    if resume and file.exists():
-        points = read_embeddings(file)
-        with extra("train", file):
-            from safetensors import safe_open
+    count, dim = config.data.identities, config.data.embedding_size
+    if kind == RANDOM:
+        return identities(count, dim, seed)
+    file = output / f"{cell_name(kind, seed)}.safetensors"
+    begun = file.with_suffix(".checkpoints")
+    made_of: dict[str, Any]
+    find: Callable[[], Tensor]
+    if kind == BY_FACES:
+        candidates = config.pack.candidates * count
+        made_of = {"count": count, "dim": dim, "seed": seed, "candidates": candidates}
+        made_of |= {"generator": generator.description}
+        find = partial(_packed_by_faces, generator, _random(candidates, dim, seed, kind), count)
+    else:
+        packing = config.packing(seed)
+        made_of = dict(packing.metadata())
+        gallery = None
+        if kind == GALLERY:
+            gallery = _random(config.pack.gallery, dim, seed, kind)
+            made_of |= {"gallery": len(gallery)}
+        packer = Packer(packing, gallery=gallery)
+        find = partial(_packed, packer, begun, resume)
+    metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in made_of.items()}
+    if not file.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        write_tensors(file, {NAME: find()}, metadata)
+        shutil.rmtree(begun, ignore_errors=True)
+    elif not resume:
+        raise FileExistsError(f"{file} exists: resume the run, or choose another output folder")
+    points = read_embeddings(file)
+    with extra("train", file):
+        from safetensors import safe_open
 
-        with safe_open(file, framework="pt") as stored:
-            metadata = stored.metadata() or {}
-        checkpoint.check_same(file, metadata, made_of.metadata())
-        return points
-    begun = file.with_name(f"{file.stem}-{made_of.objective}.checkpoints")
+    with safe_open(file, framework="pt") as stored:
+        checkpoint.check_same(file, stored.metadata() or {}, metadata)
+    return F.normalize(points)
 
-    @contextmanager
-    def share(objective: str) -> Iterator[_Share]:
-        with bar(f"packing, {objective}, seed {seed}") as shown:
-            yield _Share(shown, config.pack.steps)
 
-    packing.pack(
-        [Packer(made_of)],
-        file,
-        resume=resume and bool(checkpoint.checkpoints(begun)),
-        progress=share,
+def _random(count: int, dim: int, seed: int, purpose: str) -> Tensor:
+    """Return (count, dim) random identities that are independent of those of other purposes."""
+    return F.normalize(normals((count, dim), draws(seed, purpose, 0)))
+
+
+def _packed(packer: Packer, folder: Path, resume: bool) -> Tensor:
+    """Return a packing, whose checkpoints are in a folder."""
+    return packer.run(folder, resume=resume and bool(checkpoint.checkpoints(folder))).points
+
+
+def _packed_by_faces(generator: FaceGenerator, candidates: Tensor, count: int) -> Tensor:
+    """Return those of the candidates whose faces are far apart.
+
+    The packing of embeddings is undone where the generator draws similar faces for embeddings that
+    are far apart. This one is in the metric of the faces: greedy farthest-point selection by
+    pixels, in the neutral style, less the candidates' mean face. It needs nothing of the generator
+    but its images.
+
+    Source: Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985.
+    """
+    faces = neutral_faces(generator, candidates)
+    return candidates[farthest_points(faces.flatten(1).float(), count)]
+
+
+# -- their faces ---------------------------------------------------------------------------------
+
+
+def neutral_faces(generator: FaceGenerator, points: Tensor) -> Tensor:
+    """Return (N, H, W, C) uint8, a face of each identity in the generator's neutral style."""
+    height, width, channels = generator.image_shape
+    # The bytes, and two copies in float64, one of them less the mean face.
+    check_memory(
+        f"faces of {len(points):,} identities", 17 * len(points) * height * width * channels
     )
-    return read_embeddings(file)
+    style = neutral_of(generator)
+    noise = torch.zeros(BATCH, dtype=torch.int64, device="cpu")
+    return torch.cat(
+        [
+            generator.generate(part, style.expand(len(part), -1), noise[: len(part)])
+            for part in points.split(BATCH)
+        ]
+    )
+
+
+def _nearest_cosines(rows: Tensor) -> Tensor:
+    return sk.nearest_neighbors(rows)[0][:, 0]
+
+
+def _nearest_distances(faces: Tensor) -> Tensor:
+    """Return (N,) the root mean square of the pixels' differences to the nearest other face."""
+    rows = faces.flatten(1).double()
+    found = []
+    for start in range(0, len(rows), BATCH):
+        distance = torch.cdist(rows[start : start + BATCH], rows)
+        distance.diagonal(start).fill_(torch.inf)
+        found.append(distance.amin(1))
+    return torch.cat(found) / rows.shape[1] ** 0.5
+
+
+# -- training runs -------------------------------------------------------------------------------
 
 
 def cells(
-    config: HyperfaceConfig, generator: FaceGenerator, output: Path, resume: bool, bar: Bars
+    config: HyperfaceConfig, generator: FaceGenerator, output: Path, resume: bool
 ) -> list[Cell]:
-    """Return a cell for each seed and kind, whose source packs and synthesizes the missing data."""
-    images = config.data.identities * config.data.images_per_identity
-    return [
-        Cell(
-            cell_name(kind, seed),
-            replace(config.train, seed=seed),
-            partial(_faces, config, generator, output, kind, seed, resume, bar),
-            images,
-            generator,
-            generated=images,
-        )
-        for seed in config.seeds
-        for kind in KINDS
-    ]
+    """Return the recognizer's cell, and one for each seed and kind, whose source packs."""
+    data = config.data
+    images = data.identities * data.images_per_identity
+
+    recognizer = partial(
+        generated_source,
+        data,
+        generator,
+        data.identities,
+        data.images_per_identity,
+        config.recognizer_seed,
+        mixup=False,
+        keep_epochs=1,
+    )
+    steps = config.recognizer_epochs * -(-images // config.train.batch_size)
+    training = replace(for_steps(config.train, images, steps), seed=config.recognizer_seed)
+    found = [Cell(RECOGNIZER, training, recognizer, images, generator, generated=images)]
+    for seed in config.seeds:
+        for kind in config.kinds:
+            source = partial(_source, config, generator, output, kind, seed, resume)
+            more = config.pack.candidates * data.identities if kind == BY_FACES else 0
+            name, training = cell_name(kind, seed), replace(config.train, seed=seed)
+            found.append(Cell(name, training, source, images, generator, generated=images + more))
+    return found
 
 
-def _faces(
+def _source(
     config: HyperfaceConfig,
     generator: FaceGenerator,
     output: Path,
     kind: str,
     seed: int,
     resume: bool,
-    bar: Bars,
 ) -> Source:
-    data, folder = config.data, output / "faces" / cell_name(kind, seed)
-    if kind == "packed":
-        points = packed(config, output, seed, resume, bar)
-    else:
-        points = identities(data.identities, data.embedding_size, seed)
-    with bar(f"faces, {kind}, seed {seed}") as shown:
-        synthesize(
-            points,
-            generator,
-            folder,
-            data.images_per_identity,
-            seed=seed,
-            resume=resume,
-            progress=shown.files if shown else None,
-        )
-    grayscale = generator.image_shape[2] == 1
-    faces = read_folder(folder, generator.image_shape[:2], grayscale)
-    source = f"{data.identities} {kind} identities, seed {seed}"  # independent of the folder's path
-    return FacesSource(replace(faces, source=source))
+    points = points_of(config, generator, output, kind, seed, resume)
+    images = config.data.images_per_identity
+    return GeneratedSource(points, generator, images, seed=seed, keep_epochs=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,13 +314,19 @@ class Results(SweepResults):
     Attributes:
         points: by kind, for each seed: the (N, D) identities.
         cosines: likewise: the (N,) cosine of each identity with its nearest one.
-        face_cosines: likewise, of their faces in one style, with the mean face subtracted.
+        face_cosines: likewise, of the pixels of their faces in the neutral style, less the mean
+            face.
+        face_distances: likewise, the distance of the pixels to the nearest face, in gray levels:
+            root mean square.
+        recognizer_cosines: likewise, of the embeddings of these faces by the recognizer.
     """
 
     config: HyperfaceConfig
     points: dict[str, list[Tensor]]
     cosines: dict[str, list[Tensor]]
     face_cosines: dict[str, list[Tensor]]
+    face_distances: dict[str, list[Tensor]]
+    recognizer_cosines: dict[str, list[Tensor]]
 
 
 def run(
@@ -225,12 +338,14 @@ def run(
     progress: Bars | None = None,
     workers: int | None = 1,
 ) -> Results:
-    """Pack, synthesize, train and verify below ``output``; see `run_cells`."""
-    data = config.data
-    generator, held = open_faces(data, config.train, 2)
+    """Pack, train and verify below ``output``; options and errors are those of `run_cells`.
+
+    With ``only`` the results have no identities and cosines.
+    """
+    generator, held = open_faces(config.data, config.train, 2)
     pixels = verify_pixels(held)
     found = run_cells(
-        cells(config, generator, output, resume, no_bars),
+        cells(config, generator, output, resume),
         held,
         output,
         resume=resume,
@@ -239,132 +354,27 @@ def run(
         workers=workers,
         open_cells=partial(_open_cells, config, output, resume),
     )
-    seeds = config.seeds if only is None else ()
-    points = {
-        "packed": [F.normalize(packed(config, output, seed, True, no_bars)) for seed in seeds],
-        "random": [identities(data.identities, data.embedding_size, seed) for seed in seeds],
-    }
-    faces = {kind: [_in_one_style(generator, x) for x in points[kind]] for kind in KINDS}
-    cosines = _nearest(points), _nearest(faces)
+    by_kind: list[dict[str, list[Tensor]]] = [{kind: [] for kind in config.kinds} for _ in range(5)]
+    if only is None:
+        network = load_backbone(output / RECOGNIZER)[0]
+        for kind in config.kinds:
+            for seed in config.seeds:
+                points = points_of(config, generator, output, kind, seed, resume=True)
+                faces = neutral_faces(generator, points)
+                values = (
+                    points,
+                    _nearest_cosines(points),
+                    _nearest_cosines(pixel_embeddings(faces, faces.double().mean(0))),
+                    _nearest_distances(faces),
+                    _nearest_cosines(embed(network, faces)),
+                )
+                for each, value in zip(by_kind, values, strict=True):
+                    each[kind].append(value)
     took = run_times(output, found)
-    return Results(config, generator, held, found, pixels, points, *cosines, took=took)
+    return Results(config, generator, held, found, pixels, *by_kind, took=took)
 
 
 def _open_cells(config: HyperfaceConfig, output: Path, resume: bool) -> tuple[list[Cell], Faces]:
     """Return the cells and the people to verify on, in a worker."""
     generator, held = open_faces(config.data, config.train, 2)
-    return cells(config, generator, output, resume, no_bars), held
-
-
-def _in_one_style(generator: FaceGenerator, points: Tensor) -> Tensor:
-    """Return (N, H·W·C) unit rows: the pixels of each identity's face, less the mean face."""
-    style = torch.zeros(len(points), generator.style_size, dtype=torch.float32, device="cpu")
-    noise = torch.zeros(len(points), dtype=torch.int64, device="cpu")
-    faces = generator.generate(points, style, noise)
-    return pixel_embeddings(faces, faces.double().mean(0))
-
-
-def _nearest(rows: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    return {kind: [sk.nearest_neighbors(x)[0][:, 0] for x in rows[kind]] for kind in rows}
-
-
-# -- report --------------------------------------------------------------------------------------
-
-
-def measured(results: Results) -> dict[str, Any]:
-    """Return all numbers, for `json.dumps`: by kind over the seeds, and packed less random."""
-    data = results.config.data
-    numbers: dict[str, Any] = {}
-    for kind in KINDS:
-        found = results.cosines[kind], results.face_cosines[kind]
-        values = [
-            [float(statistic(x)) for x in cosines]
-            for cosines in found
-            for statistic in (torch.max, torch.mean)
-        ]
-        numbers[kind] = dict(zip(KEYS, map(spread, values), strict=True))
-        name = partial(cell_name, kind)
-        numbers[kind] |= results.over_seeds(name, "accuracy", "auc", "loss", "top1")
-    packed, random = (numbers[kind] for kind in KINDS)
-    numbers["packed less random"] = {
-        key: difference(packed[key], random[key]) for key in ("accuracy", "auc")
-    }
-    bound = packing.bounds.best(data.identities, data.embedding_size)
-    numbers["bound"] = {"cosine": bound.cosine, "name": bound.name}
-    return numbers | {"raw pixels": results.pixels}
-
-
-def write(results: Results, folder: Path, command: str, *, faces: bool = True) -> Path:
-    """Write hyperface.md, hyperface.json and hyperface-*.png into a folder, and return the page.
-
-    Args:
-        command: the command line that the page names.
-        faces: show some of the packed identities' faces.
-    """
-    numbers = measured(results) | {"machine": results.machine()}
-    figures = {"kinds": partial(_plot, results, numbers)}
-    if faces:
-        figures["faces"] = partial(_faces_plot, results)
-    fields = results.fields() | _fields(results, numbers) | {"command": command}
-    fields["picture"] = "![generated faces](hyperface-faces.png)" if faces else ""
-    template = Path(__file__).with_name("hyperface.md")
-    return write_report(folder, template, numbers, figures, results.config, **fields)
-
-
-def _plot(results: Results, numbers: dict[str, Any], path: Path) -> None:
-    new, axes = figure(11, 3.4, 1, 3)
-    axes[0].axvline(numbers["bound"]["cosine"], color=QUIET, linestyle="--", label="lower bound")
-    plots = (("Identities", results.cosines), ("Their faces, by pixels", results.face_cosines))
-    for ax, (title, found) in zip(axes, plots, strict=False):
-        for kind, color in zip(KINDS, (ACCENT, INK), strict=True):
-            values = torch.cat(found[kind]).sort().values
-            ax.plot(values.numpy(), np.linspace(0, 1, len(values)), color=color, label=kind)
-        finish(ax, title, "cosine to the nearest other identity", "cumulative share")
-    aucs = {kind: numbers[kind]["auc"] for kind in KINDS}
-    plot_seeds(axes[2], aucs, results.pixels["auc"], "ROC-AUC")
-    save(new, path)
-
-
-def _faces_plot(results: Results, path: Path, people: int = 6, images: int = 8) -> None:
-    config, generator = results.config, results.generator
-    seed, rows = config.seeds[0], min(people, config.data.identities)
-    points = results.points["packed"][0]
-    who = np.repeat(np.arange(rows), images)
-    style, noise = styles(seed, who, np.tile(np.arange(images), rows), generator.style_size)
-    labels = torch.from_numpy(who)
-    drawn = generator.generate(points[labels], style, noise)
-    grid = list(drawn.unflatten(0, (rows, images)).numpy())
-    names = [str(i) for i in range(rows)]
-    image_grid(grid, names, "Generated faces of packed identities, one identity per row", path)
-
-
-def _fields(results: Results, numbers: dict[str, Any]) -> dict[str, Any]:
-    pixels = results.pixels
-    spheres = table(
-        [
-            "identities",
-            "worst cosine",
-            "mean nearest cosine",
-            "faces: worst",
-            "faces: mean nearest",
-        ],
-        [[kind, *(shown(numbers[kind][key]) for key in KEYS)] for kind in KINDS],
-    )
-    less, keys = numbers["packed less random"], ("accuracy", "auc")
-    found = table(
-        ["trained on", "accuracy", "ROC-AUC", "training top-1, last epoch"],
-        [
-            [kind, *(shown(numbers[kind][key]) for key in keys), shown(numbers[kind]["top1"], 3)]
-            for kind in KINDS
-        ]
-        + [
-            ["packed less random, seed by seed", *(shown(less[key]) for key in keys), ""],
-            ["raw pixels, no training", *(shown(pixels[key]) for key in keys), ""],
-        ],
-    )
-    return {
-        "spheres": spheres,
-        "found": found,
-        "better": sum(value > 0 for value in less["auc"]["values"]),
-        "count": len(less["auc"]["values"]),
-    }
+    return cells(config, generator, output, resume), held

@@ -5,6 +5,7 @@ from . import bounds
 from .files import pack
 from .objectives import closest_pair
 from .packer import OBJECTIVES, PackConfig, Packed, Packer, PackingProgress
+from .selection import farthest_points
 
 __all__ = [
     "OBJECTIVES",
@@ -14,6 +15,7 @@ __all__ = [
     "PackingProgress",
     "bounds",
     "closest_pair",
+    "farthest_points",
     "pack",
 ]
 
