@@ -412,7 +412,7 @@ def _conclusion(config: SynfaceConfig, numbers: dict[str, Any]) -> str:
         groups: dict[str, list[str]] = {}
         for row, found in numbers[f"above {base}"].items():
             groups.setdefault(verdict(found["auc"]), []).append(row)
-        parts = [f"{how}: {', '.join(rows)}" for how, rows in groups.items()]
+        parts = [f"{how} for {', '.join(rows)}" for how, rows in sorted(groups.items())]
         if parts:
-            sentences.append(f"ROC-AUC against {base}: {'; '.join(parts)}.")
+            sentences.append(f"Against {base}, ROC-AUC is {'; '.join(parts)}.")
     return " ".join(sentences)
