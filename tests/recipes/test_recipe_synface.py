@@ -124,7 +124,6 @@ def test_the_real_row_trains_for_as_many_steps(file):
     for cell in found[: len(config.rows)]:
         length = len(cell.source())
         steps[cell.name] = cell.config.epochs * -(-length // cell.config.batch_size)
-    assert steps.pop("merged-seed-0") == 3  # one epoch of more images: the nearest to 4
     assert set(steps.values()) == {4}
     real = found[config.rows.index("real")].config
     assert (real.epochs, real.warmup_epochs, real.checkpoint_every) == (4, 1.0, 2)
@@ -153,3 +152,30 @@ def test_bad_data_is_named(tmp_path, file):
     with pytest.raises(ValueError, match=r"model\.pt cannot be loaded as TorchScript"):
         synface.run(model, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_each_seed_draws_its_people_and_merged_has_half_of_each(tmp_path, file):
+    config = load_config(file)
+    config = replace(config, rows=("merged",), data=replace(config.data, draw_people=True))
+    results = synface.run(config, tmp_path / "run")
+    assert len(results.held.identities) == 97
+    assert set(results.pixels_of) == {0, 4}
+    assert results.pixels_of[0] != results.pixels_of[4]
+    page = synface.write(results, tmp_path / "report", "synface recipe synface").read_text()
+    assert "One row: nothing to compare." in page
+    assert "each seed draws the people to train on" in page
+    assert not (tmp_path / "report" / "synface-differences.png").exists()
+    cell = synface.cells(config, config.data.face_generator(), people(3, 2))[0]
+    (_, batch) = next(cell.source().batches(replace(cell.config, batch_size=24), 0))
+    assert len(batch.images) == 24
+    assert int((batch.target >= 4).sum()) == 12  # 12 generated images, and 6 real ones twice
+
+
+def test_color_has_real_faces_in_color_too(tmp_path, file):
+    config = load_config(file)
+    data = replace(config.data, channels=3)
+    config = replace(config, seeds=(0,), rows=("both", "merged"), data=data)
+    results = synface.run(config, tmp_path / "run")
+    assert results.held.images.shape[3] == 3
+    with pytest.raises(ValueError, match="columns are for generators in files"):
+        replace(data, columns="pose=0:3").face_generator()

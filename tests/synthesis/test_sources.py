@@ -150,7 +150,7 @@ def test_kept_epochs_are_generated_once_and_repeated(mixup):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.target, other.target)
     assert source().description()["keep_epochs"] == 2
-    assert "keep_epochs" not in GeneratedSource(points, Counted(8, 16), 3).description()
+    assert GeneratedSource(points, Counted(8, 16), 3).description()["keep_epochs"] is None
     with pytest.raises(ValueError, match="keep_epochs must be at least 1, got 0"):
         GeneratedSource(points, Counted(8, 16), 3, keep_epochs=0)
 

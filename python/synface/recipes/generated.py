@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -57,7 +57,11 @@ class FacesConfig:
         """Return the face generator with all of its controls; raises as `open_generator`."""
         if self.generator in EMBEDDED_GENERATORS:
             return open_generator(
-                self.generator, self.embedding_size, size=self.size, channels=self.channels
+                self.generator,
+                self.embedding_size,
+                size=self.size,
+                channels=self.channels,
+                columns=self.columns or None,
             )
         return open_generator(self.generator, self.embedding_size, columns=self.columns or None)
 
@@ -71,6 +75,8 @@ class FacesConfig:
         height, width, channels = image_shape
         if self.real == EMBEDDED:
             faces = embedded_faces(EMBEDDED_IMAGES, height)
+            if channels == 3:
+                faces = replace(faces, images=faces.images.expand(-1, -1, -1, 3).contiguous())
         else:
             faces = read_folder(Path(self.real), (height, width), grayscale=channels == 1)
         if len(faces.identities) < least:
@@ -98,8 +104,8 @@ class DatasetConfig(FacesConfig):
         check_integers(self, identities=2, images_per_identity=1, keep_epochs=0)
 
 
-def rotated(people: Faces, count: int, seed: int) -> tuple[Faces, Faces]:
-    """Return ``count`` of the people, and all others; a seed begins where the one before ended.
+def drawn_people(people: Faces, count: int, seed: int) -> tuple[Faces, Faces]:
+    """Return ``count`` people, drawn at random by the seed, and all others.
 
     Raises:
         ValueError: unless both parts have two people or more.
@@ -110,19 +116,19 @@ def rotated(people: Faces, count: int, seed: int) -> tuple[Faces, Faces]:
             f"{people.source} must have {count + 2} people or more to train on {count} and verify "
             f"others, got {total}"
         )
-    label = (people.labels - count * seed) % total
-    start = count * seed % total
-    names = people.identities[start:] + people.identities[:start]
-    order = torch.argsort(label, stable=True)
-    turned = Faces(people.images[order], label[order], names, people.source)
-    return turned.split(total - count)
+    order = torch.randperm(total, generator=draws(seed, "real people", 0), device="cpu")
+    label = torch.argsort(order)[people.labels]
+    rows = torch.argsort(label, stable=True)
+    names = [people.identities[i] for i in order.tolist()]
+    return Faces(people.images[rows], label[rows], names, people.source).split(total - count)
 
 
 def both_sets(generated: Faces, real: Faces) -> Faces:
-    """Return the images of both sets as one, the identities of the second after the first's."""
+    """Return the generated images and as many real ones, cycled, whose identities come after."""
+    cycled = torch.arange(len(generated), device="cpu") % len(real)
     return Faces(
-        torch.cat([generated.images, real.images]),
-        torch.cat([generated.labels, real.labels + len(generated.identities)]),
+        torch.cat([generated.images, real.images[cycled]]),
+        torch.cat([generated.labels, real.labels[cycled] + len(generated.identities)]),
         [*generated.identities, *real.identities],
         f"{generated.source} and {real.source}",
     )

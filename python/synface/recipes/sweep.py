@@ -124,7 +124,7 @@ class SweepResults:
         found = machine(" or ".join(map(str, threads)) or None)
         if not seconds or None in seconds:
             return found
-        return f"{found}; {len(seconds)} training runs, {duration(sum(seconds))} in all"
+        return f"{found}; {len(seconds)} training runs, {duration(sum(seconds))} summed over them"
 
     def over_seeds(self, name: Callable[[int], str], *keys: str) -> dict[str, Any]:
         """Return the `spread` of metrics over the seeds; ``name`` returns a seed's cell name."""
@@ -373,9 +373,9 @@ def _made_of(cell: Cell, source: Source, held: Faces) -> dict[str, Any]:
         "config": asdict(cell.config),
         "data": source.description(),
         "held": fingerprint(cell.held or held),
+        "target_top1": cell.target_top1,
+        "max_steps": cell.max_steps,
     }
-    if cell.target_top1 is not None:
-        found |= {"target_top1": cell.target_top1, "max_steps": cell.max_steps}
     return json.loads(json.dumps(found))
 
 

@@ -100,6 +100,8 @@ def run_named(
                     _assign(pipe, process, waiting.pop(0), busy)
             while busy:
                 ready: Sequence[Any] = wait(list(busy), POLL)
+                if stop := signaled():  # before a worker's end, which it may have caused
+                    raise interruption(stop)
                 for pipe in ready:
                     process, name = busy.pop(pipe)
                     results[name] = _received(pipe, process, name)
@@ -108,8 +110,6 @@ def run_named(
                     else:
                         pipe.close()
                 update(len(results), sum(counts[::2]), sum(counts[1::2]))
-                if stop := signaled():
-                    raise interruption(stop)
         finally:
             _stop(processes, finished=len(results) == len(names))
     return results
@@ -127,6 +127,8 @@ def _received(pipe: Connection, process: Any, name: str) -> Any:
         result, error, text = pipe.recv()
     except (EOFError, OSError):
         process.join()
+        if process.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM):
+            raise interruption(signal.SIGTERM) from None  # sent to the whole group, or to it alone
         raise ChildProcessError(
             f"{name}: the worker process ended with exit code {process.exitcode}; if memory is "
             "short, use fewer workers"

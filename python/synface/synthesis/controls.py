@@ -74,7 +74,10 @@ class Vary:
         self.embedding_size, self.style_size = generator.embedding_size, generator.style_size
         self.image_shape = generator.image_shape
         self.controls, self.neutral = controls_of(generator), neutral_of(generator)
-        self.description = generator.description | {"varied": strengths}
+        outer = generator.description.get("varied")
+        self.description = generator.description | {
+            "varied": strengths if outer is None else [outer, strengths]
+        }
         self._factor = torch.zeros(generator.style_size, dtype=torch.float32, device="cpu")
         self._held = torch.ones(generator.style_size, dtype=torch.bool, device="cpu")
         for name, strength in strengths.items():

@@ -122,6 +122,7 @@ class GeneratedSource:
         """
         if self.identity_mixup:
             raise ValueError("identity_mixup must be None: mixed identities have two labels")
+        check_memory(f"{len(self):,} images", math.prod(self.image_shape) * len(self))
         every = torch.arange(len(self), device="cpu")
         names = [f"generated {i}" for i in range(len(self.embeddings))]
         made = self._generate(every, seeded(self.seed, "identity mixup", 0), KEPT_BATCH)
@@ -144,7 +145,8 @@ class GeneratedSource:
             "seed": self.seed,
             "identity_mixup": repr(self.identity_mixup),
             "ratio": psi,
-        } | ({} if self.keep_epochs is None else {"keep_epochs": self.keep_epochs})
+            "keep_epochs": self.keep_epochs,
+        }
 
     def batches(
         self,

@@ -33,7 +33,7 @@ from ...synthesis.generators import FaceGenerator
 from ...training.config import BUILT_IN, TrainConfig
 from ...training.model import load_backbone
 from ...training.sources import FacesSource, Source
-from ..generated import DatasetConfig, check_seeds, identities, rotated
+from ..generated import DatasetConfig, check_seeds, drawn_people, identities
 from ..report import (
     difference,
     plot_differences,
@@ -190,7 +190,7 @@ def _cell(
     config: GapConfig, generator: FaceGenerator, people: Faces, name: str, row: Row, seed: int
 ) -> Cell:
     data, training = config.data, replace(config.train, seed=seed)
-    real, held = rotated(people, data.real_identities, seed)
+    real, held = drawn_people(people, data.real_identities, seed)
     if row.samples is not None:
         real = first_images(real, row.samples)
     count, each = data.identities, data.images_per_identity
@@ -251,7 +251,7 @@ def run(
     embeddings: dict[str, Tensor] = {}
     step = None
     if only is None:
-        held = [rotated(people, config.data.real_identities, seed)[1] for seed in config.seeds]
+        held = [drawn_people(people, config.data.real_identities, seed)[1] for seed in config.seeds]
         each = [verify_pixels(others) for others in held]
         pixels = {key: spread([x[key] for x in each]) for key in KEYS}
         embeddings, step = _embedded(config, generator, held[0], output)
@@ -278,7 +278,7 @@ def network(config: GapConfig) -> str:
     return f"mixed, S = {config.images}"
 
 
-def strange_faces(
+def unseen_faces(
     config: GapConfig, generator: FaceGenerator, strength: float, count: int, images: int
 ) -> Tensor:
     """Return images (count, images, H, W, C) of identities that no seed trains on.
@@ -305,7 +305,7 @@ def _embedded(
     count, images = len(held.identities), config.images
     faces = {"real": first_images(held, images).images}
     for strength in config.strengths:
-        drawn = strange_faces(config, generator, strength, count, images)
+        drawn = unseen_faces(config, generator, strength, count, images)
         faces[f"strength {strength:g}"] = drawn.flatten(0, 1)
     found = {name: embed(backbone, x).unflatten(0, (count, images)) for name, x in faces.items()}
     return found, state["step"]
@@ -428,7 +428,7 @@ def _spread_plot(config: GapConfig, numbers: dict[str, Any], path: Path) -> None
 def _faces_plot(results: Results, path: Path, people: int = 2, images: int = 10) -> None:
     grid, names = [], []
     for strength in results.config.strengths:
-        drawn = strange_faces(results.config, results.generator, strength, people, images)
+        drawn = unseen_faces(results.config, results.generator, strength, people, images)
         grid += list(drawn.numpy())
         names += [f"{strength:g}: person {i + 1}" for i in range(people)]
     image_grid(grid, names, "Generated faces at each strength, in the same styles", path)

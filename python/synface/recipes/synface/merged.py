@@ -17,7 +17,10 @@ from ..generated import both_sets
 
 
 class Merged:
-    """Training data of generated and real images, unmixed; each is drawn once in an epoch.
+    """Training data of generated images and as many real ones, unmixed.
+
+    Each generated image is drawn once in an epoch, and the real ones are cycled to as many: both
+    have half of the batches, as both have half of a mixed image on average.
 
     Args:
         generated: its images are generated when training starts, and kept in memory.
@@ -32,7 +35,7 @@ class Merged:
         self.num_classes = generated.num_classes + len(real.identities)
 
     def __len__(self) -> int:
-        return len(self.generated) + len(self.real)
+        return 2 * len(self.generated)
 
     def description(self) -> dict[str, Any]:
         """Return what identifies the data, as `Source.description` does."""

@@ -28,7 +28,7 @@ from ...synthesis.dataset import styles
 from ...synthesis.generators import FaceGenerator
 from ...training.config import TrainConfig
 from ...training.sources import FacesSource, Source
-from ..generated import DatasetConfig, check_choices, check_seeds, identities, rotated
+from ..generated import DatasetConfig, check_choices, check_seeds, drawn_people, identities
 from ..report import (
     difference,
     plot_differences,
@@ -79,8 +79,8 @@ ROWS = {
     ),
     "both": Row("both mixups, with three labels", identity=True, domain=True, real=True),
     "merged": Row(
-        "the generated and the same real images side by side, unmixed: what the real images bring "
-        "without mixup",
+        "the generated and the same real images, half of each batch each, unmixed: what the real "
+        "images bring without mixup",
         real=True,
     ),
     "real": Row("the few real people alone", generated=False, real=True),
@@ -94,13 +94,13 @@ class DataConfig(DatasetConfig):
     Attributes:
         real_identities: number of people to train on: the first ones.
         held_out_identities: number of people to verify on: the last ones.
-        rotate: train each seed on other people, `rotated`, and verify on all the others; then
+        draw_people: each seed draws the people to train on, and verifies on all the others; then
             ``held_out_identities`` is the least number of these.
     """
 
     real_identities: int = 2_000
     held_out_identities: int = 30
-    rotate: bool = False
+    draw_people: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -179,7 +179,7 @@ def _cell(
     if not made.generated:
         images, generated = len(split.real), 0
     elif made.real and not made.domain:
-        images += len(split.real)
+        images *= 2
     elif keep is None:
         generated = None
     else:
@@ -231,11 +231,11 @@ def run(
         workers=workers,
         open_cells=partial(_open_cells, config),
     )
-    pixels = {seed: verify_pixels(split.held) for seed, split in splits.items() if split.held}
+    pixels = {seed: verify_pixels(_held(split)) for seed, split in splits.items()}
     return Results(
         config,
         generator,
-        first.held or first.real,
+        _held(first),
         found,
         pixels[config.seeds[0]],
         first.real,
@@ -248,8 +248,8 @@ def _opened(config: SynfaceConfig) -> tuple[FaceGenerator, dict[int, Split]]:
     """Return the face generator, and each seed's real people to train and to verify on."""
     few, others = config.data.real_identities, config.data.held_out_identities
     generator, people = open_faces(config.data, config.train, few + others)
-    if config.data.rotate:
-        return generator, {seed: Split(*rotated(people, few, seed)) for seed in config.seeds}
+    if config.data.draw_people:
+        return generator, {seed: Split(*drawn_people(people, few, seed)) for seed in config.seeds}
     rest, held = people.split(others)
     real = rest.split(len(rest.identities) - few)[0]
     return generator, dict.fromkeys(config.seeds, Split(real, held))
@@ -259,8 +259,12 @@ def _cells(
     config: SynfaceConfig, generator: FaceGenerator, splits: Mapping[int, Split]
 ) -> tuple[list[Cell], Faces]:
     first = splits[config.seeds[0]]
-    assert first.held is not None
-    return cells(config, generator, first.real, splits), first.held
+    return cells(config, generator, first.real, splits), _held(first)
+
+
+def _held(split: Split) -> Faces:
+    assert split.held is not None
+    return split.held
 
 
 def _open_cells(config: SynfaceConfig) -> tuple[list[Cell], Faces]:
@@ -316,10 +320,9 @@ def write(results: Results, folder: Path, command: str, *, faces: bool = True) -
         command: the command line that the page names. faces: show some of the generated faces.
     """
     numbers = measured(results) | {"machine": results.machine()}
-    figures = {
-        "rows": partial(_rows_plot, numbers),
-        "differences": partial(_differences_plot, results.config, numbers),
-    }
+    figures = {"rows": partial(_rows_plot, numbers)}
+    if len(results.config.rows) > 1:
+        figures["differences"] = partial(_differences_plot, results.config, numbers)
     if faces:
         figures["faces"] = partial(_faces_plot, results)
     fields = results.fields() | _fields(results, numbers, faces) | {"command": command}
@@ -367,18 +370,23 @@ def _fields(results: Results, numbers: dict[str, Any], faces: bool) -> dict[str,
     known = [far for far, tar in pixels["tar"].items() if tar is not None]
     far = known[-1] if known else next(iter(pixels["tar"]))
     rows = table(
-        ["trained on", "accuracy", "ROC-AUC", f"TAR at FAR {far}", "training top-1, last epoch"],
+        ["trained on", "accuracy", "ROC-AUC", f"TAR at FAR {far}", "training top-1", "steps"],
         [
-            [row, *(shown(x[key]) for key in KEYS), shown(x["tar"][far]), top1]
-            for row, x, top1 in [
-                *((row, x, shown(x["top1"], 3)) for row, x in numbers["rows"].items()),
-                ("raw pixels, no training", pixels, "–"),
+            [row, *(shown(x[key]) for key in KEYS), shown(x["tar"][far]), *trained]
+            for row, x, *trained in [
+                *(
+                    (row, x, shown(x["top1"], 3), f"{x['steps']['mean']:.0f}")
+                    for row, x in numbers["rows"].items()
+                ),
+                ("raw pixels, no training", pixels, "–", "–"),
             ]
         ],
     )
     compared = []
     for base in _bases(config):
         found = numbers[f"above {base}"]
+        if not found:
+            continue
         head = [f"above {base}, seed by seed", "accuracy", "ROC-AUC", "ROC-AUC is"]
         lines = [
             [row, *(shown_difference(x[key]) for key in KEYS), verdict(x["auc"])]
@@ -389,11 +397,12 @@ def _fields(results: Results, numbers: dict[str, Any], faces: bool) -> dict[str,
     return {
         "real_images": len(real),
         "real_people": len(real.identities),
-        "split": SPLITS[config.data.rotate],
+        "split": SPLITS[config.data.draw_people],
         "controls": ", ".join(config.data.controls) or "all",
         "rows": rows,
         "meanings": "\n".join(f"- {row}: {ROWS[row].meaning}." for row in config.rows),
-        "compared": "\n\n".join(compared),
+        "compared": "\n\n".join(compared) or "One row: nothing to compare.",
+        "differences": DIFFERENCES if compared else "",
         "conclusion": _conclusion(config, numbers),
         "picture": picture if faces else "",
     }
@@ -401,8 +410,10 @@ def _fields(results: Results, numbers: dict[str, Any], faces: bool) -> dict[str,
 
 SPLITS = {
     False: "the same people for all seeds",
-    True: "each seed trains on other people and verifies on all the rest",
+    True: "each seed draws the people to train on and is verified on all the rest",
 }
+DIFFERENCES = "![differences in ROC-AUC](synface-differences.png)"
+TRAINED = 0.5  # training top-1 below which the page says that a row is far from trained
 
 
 def _conclusion(config: SynfaceConfig, numbers: dict[str, Any]) -> str:
@@ -415,4 +426,10 @@ def _conclusion(config: SynfaceConfig, numbers: dict[str, Any]) -> str:
         parts = [f"{how} for {', '.join(rows)}" for how, rows in sorted(groups.items())]
         if parts:
             sentences.append(f"Against {base}, ROC-AUC is {'; '.join(parts)}.")
+    far = [row for row in config.rows if numbers["rows"][row]["top1"]["mean"] < TRAINED]
+    if far:
+        sentences.append(
+            f"Far from trained, with a training top-1 below {TRAINED}: {', '.join(far)}; more "
+            "steps may change what is said of them."
+        )
     return " ".join(sentences)

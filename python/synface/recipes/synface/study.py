@@ -417,6 +417,8 @@ def _sizes_text(config: StudyConfig, numbers: dict[str, Any]) -> str:
     text = [table([*head, "accuracy reached"], rows)]
     base = next(iter(numbers["sizes"]["plain"]))
     for kind, found in numbers["differences"]["sizes"].items():
+        if not found:
+            continue
         text.append(_compared(f"{kind}, above {base}", found))
     if gains := numbers["differences"]["identity mixup, sizes"]:
         text.append(_compared("identity mixup above plain", gains))
