@@ -329,7 +329,7 @@ def test_the_bar_says_how_many_and_how_long(capsys):
     for _ in range(20):
         bar.step(1.0, 0.5, 8)
     task = bar.progress.tasks[0]
-    assert (task.description, task.completed, task.total) == ("cells 1 of 3", 40, 100)
+    assert (task.description, task.completed, task.total) == ("runs 1 of 3", 40, 100)
     assert task.fields["note"] == "· 30 s left"
     bar.start(100, 100)
     assert task.fields["note"] == ""

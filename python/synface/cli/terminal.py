@@ -160,7 +160,7 @@ class SweepBar(Bar):
         self.first: int | None = None  # steps done before the first of this process
 
     def cells(self, done: int, total: int) -> None:
-        self.progress.update(self.task, description=f"cells {done} of {total}")
+        self.progress.update(self.task, description=f"runs {done} of {total}")
 
     def start(self, total_steps: int | None, step: int) -> None:
         if self.first is None:

@@ -305,7 +305,8 @@ def _title(cells: Sequence[Cell], held: Faces, processes: int) -> str:
     seconds = max(sum(each) / processes, *each)
     count = "1 training run" if len(cells) == 1 else f"{len(cells)} training runs"
     among = f" with {processes} workers" if processes > 1 else ""
-    return f"{count}, about {duration(seconds)}{among}"
+    about = "at least" if any(cell.target_top1 for cell in cells) else "about"
+    return f"{count}, {about} {duration(seconds)}{among}"
 
 
 class _Shown:
@@ -324,7 +325,7 @@ class _Shown:
             self.bar.cells(cells, self.count)
 
     def start(self, total_steps: int, step: int) -> None:
-        self.done += step
+        self.total -= step  # done before, and not to be done again
         if self.bar:
             self.bar.start(self.total, self.done)
 

@@ -27,7 +27,8 @@ class Steps:
     """A progress display that counts the steps of a worker's training runs, for its parent.
 
     Args:
-        counts: two numbers for each worker: steps done, and steps beyond those planned.
+        counts: two numbers for each worker: steps done, and steps beyond those planned,
+            less those that were resumed.
     """
 
     def __init__(self, counts: MutableSequence[int], worker: int = 0) -> None:
@@ -36,7 +37,7 @@ class Steps:
         self.parent = None if parent is None else parent.pid
 
     def start(self, total_steps: int, step: int) -> None:
-        self.counts[2 * self.worker] += step
+        self.counts[2 * self.worker + 1] -= step  # done before, and not to be done again
 
     def step(self, loss: float, accuracy: float, images: int) -> None:
         self.counts[2 * self.worker] += 1
