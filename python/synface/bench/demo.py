@@ -23,6 +23,7 @@ from ..evaluation.scores import ScoredPair, hardest_pairs, score_densities
 from ..reporting import plots
 from ..reporting.page import escape, table, write_page
 from ..synthesis import open_generator, packing
+from ..synthesis.controls import neutral_of
 from .measure import METHODS, Workload
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the first identity, and of the synthetic image
@@ -60,10 +61,7 @@ def mix_faces(real: Tensor, seed: int) -> MixedFaces:
     ends = F.normalize(normals((2, IDENTITY_SIZE), torch.Generator().manual_seed(seed)))
     first, second = (end.expand(count, -1) for end in ends)
     identities = F.normalize(sk.identity_mixup(first, second, shares))
-    neutral = getattr(generator, "neutral", None)
-    if neutral is None:
-        neutral = torch.zeros(generator.style_size, dtype=torch.float32, device="cpu")
-    seeds = torch.full((count,), seed, dtype=torch.int64, device="cpu")
+    neutral = neutral_of(generator)
     synthetic = generator.generate(identities, neutral.expand(count, -1), seeds)
     channels = max(synthetic.shape[-1], real.shape[-1])
     synthetic, target = (

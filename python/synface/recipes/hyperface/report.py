@@ -35,6 +35,16 @@ KEYS = (
 )
 
 
+MEANINGS = {
+    "random": "drawn uniformly on the sphere.",
+    "packed": "far apart on the sphere ({0.objective}, {0.steps} steps).",
+    "packed, gallery": "likewise, with HyperFace's gallery term (α = {0.alpha}), which keeps them "
+    "near {0.gallery:,} random identities.",
+    "packed by faces": "of {0.candidates} random candidates for each identity, those whose faces "
+    "are far apart, by greedy farthest-point selection on the distance of their pixels.",
+}
+
+
 def measured(results: Results) -> dict[str, Any]:
     """Return all numbers, for `json.dumps`: by kind over the seeds, and each less the first."""
     data = results.config.data
@@ -87,12 +97,16 @@ def conclusions(numbers: Mapping[str, Any], first: str, others: list[str]) -> st
     verdicts = {}
     for kind in others:
         less = numbers[f"{kind} less {first}"]
-        auc, accuracy, cosine = less["auc"], less["accuracy"], less[KEYS[5]]
+        auc, accuracy, cosine = (
+            less["auc"],
+            less["accuracy"],
+            less[f"mean nearest cosine{COSINES[-1]}"],
+        )
         distance = less[f"mean nearest{DISTANCE}"]
         lines.append(
-            f"- {kind}, against {first}: ROC-AUC {_told(auc)}; accuracy {_told(accuracy)}. "
-            f"Distance of the nearest faces in gray levels {_told(distance, 2)}; cosine of the "
-            f"nearest faces in the recognizer {_told(cosine)}."
+            f"- {kind}, against {first}: ROC-AUC {_with_verdict(auc)}; accuracy {_with_verdict(accuracy)}. "
+            f"Distance of the nearest faces in gray levels {_with_verdict(distance, 2)}; cosine of the "
+            f"nearest faces in the recognizer {_with_verdict(cosine)}."
         )
         verdicts[kind] = verdict(less["auc"])
     lines.append("")
@@ -106,7 +120,7 @@ def conclusions(numbers: Mapping[str, Any], first: str, others: list[str]) -> st
     return "\n".join(lines)
 
 
-def _told(found: Mapping[str, Any], digits: int = 4) -> str:
+def _with_verdict(found: Mapping[str, Any], digits: int = 4) -> str:
     """Return the verdict on a difference, with its numbers."""
     word = "" if found["ci95"] is None else f"{verdict(found)} "
     return f"{word}({shown_difference(found, digits)})"
@@ -188,7 +202,9 @@ def _fields(results: Results, numbers: dict[str, Any]) -> dict[str, Any]:
             for less in [numbers[f"{kind} less {first}"]]
         ],
     )
+    pack = results.config.pack
     return {
+        "meanings": "\n".join(f"- *{kind}*: {MEANINGS[kind].format(pack)}" for kind in kinds),
         "distances": distances,
         "found": table(headings, rows),
         "compared": compared,
