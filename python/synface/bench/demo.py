@@ -62,6 +62,7 @@ def mix_faces(real: Tensor, seed: int) -> MixedFaces:
     first, second = (end.expand(count, -1) for end in ends)
     identities = F.normalize(sk.identity_mixup(first, second, shares))
     neutral = neutral_of(generator)
+    seeds = torch.full((count,), seed, dtype=torch.int64, device="cpu")
     synthetic = generator.generate(identities, neutral.expand(count, -1), seeds)
     channels = max(synthetic.shape[-1], real.shape[-1])
     synthetic, target = (

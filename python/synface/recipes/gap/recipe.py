@@ -392,21 +392,13 @@ def _map_plot(config: GapConfig, numbers: dict[str, Any], path: Path) -> None:
     who = np.tile(np.repeat(np.arange(people), config.images), 2)
     new, axes = figure(6.8, 5.6)
     half = people * config.images
+    map_ = "tab10" if people <= 10 else "gist_rainbow"
     for part, marker, name in (
         (slice(half), "o", "real"),
         (slice(half, None), "^", "generated, strength 1"),
     ):
         x, y = points[part].T
-        axes.scatter(
-            x,
-            y,
-            c=who[part],
-            cmap="tab10" if people <= 10 else "gist_rainbow",
-            marker=marker,
-            s=26,
-            alpha=0.8,
-            label=name,
-        )
+        axes.scatter(x, y, c=who[part], cmap=map_, marker=marker, s=26, alpha=0.8, label=name)
     axes.set_aspect("equal", adjustable="datalim")
     title = f"{people} people of each domain, one color each, {config.images} images each"
     finish(axes, title, "first axis", "second axis")

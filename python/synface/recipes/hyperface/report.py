@@ -97,16 +97,13 @@ def conclusions(numbers: Mapping[str, Any], first: str, others: list[str]) -> st
     verdicts = {}
     for kind in others:
         less = numbers[f"{kind} less {first}"]
-        auc, accuracy, cosine = (
-            less["auc"],
-            less["accuracy"],
-            less[f"mean nearest cosine{COSINES[-1]}"],
-        )
-        distance = less[f"mean nearest{DISTANCE}"]
+        auc, accuracy = (_with_verdict(less[key]) for key in ("auc", "accuracy"))
+        cosine = _with_verdict(less[f"mean nearest cosine{COSINES[-1]}"])
+        distance = _with_verdict(less[f"mean nearest{DISTANCE}"], 2)
         lines.append(
-            f"- {kind}, against {first}: ROC-AUC {_with_verdict(auc)}; accuracy {_with_verdict(accuracy)}. "
-            f"Distance of the nearest faces in gray levels {_with_verdict(distance, 2)}; cosine of the "
-            f"nearest faces in the recognizer {_with_verdict(cosine)}."
+            f"- {kind}, against {first}: ROC-AUC {auc}; accuracy {accuracy}. "
+            f"Distance of the nearest faces in gray levels {distance}; cosine of the "
+            f"nearest faces in the recognizer {cosine}."
         )
         verdicts[kind] = verdict(less["auc"])
     lines.append("")
