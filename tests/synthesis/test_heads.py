@@ -222,12 +222,26 @@ def test_raw_pixels_recognize_people_less_the_more_is_varied():
         ((1,), "embedding_size must be at least 2, got 1"),
         ((8, 7), "size must be at least 8 pixels, got 7"),
         ((8, 32, 2), "channels must be 1 or 3, got 2"),
+        ((8, 32, True), "channels must be 1 or 3, got True"),
         ((8, 32, 1, "cuda:99"), "cuda:99"),
     ],
 )
 def test_arguments_that_are_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
         HeadGenerator(*arguments)
+
+
+def test_a_size_that_is_no_integer():
+    with pytest.raises(TypeError, match=r"size must be an integer .*8\.5"):
+        HeadGenerator(8, 8.5)
+    with pytest.raises(TypeError, match="embedding_size must be an integer ≥ 2"):
+        HeadGenerator("8")
+
+
+def test_inputs_that_require_gradients(heads):
+    embedding, style, seed = arguments(2, 32, heads.style_size)
+    images = heads.generate(embedding.requires_grad_(), style.requires_grad_(), seed)
+    assert torch.equal(images, heads.generate(embedding.detach(), style.detach(), seed))
 
 
 def test_a_style_of_another_size(heads):

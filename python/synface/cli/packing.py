@@ -188,35 +188,45 @@ def synthesize_command(
     """Generate images of packed identities, into an image folder for `train`."""
     from ..synthesis.dataset import synthesize
     from ..synthesis.embeddings import read_embeddings
-    from ..synthesis.generators import open_generator
-    from ..synthesis.preview import preview as draw
-    from ..synthesis.preview import random_identities
+    from ..synthesis.generators import EMBEDDED, open_generator
+    from ..synthesis.preview import RANDOM_SIZE, random_identities
+    from ..synthesis.preview import preview as draw_preview
 
-    if str(generator) == "eigenfaces":
+    name = str(generator)
+    if name == "eigenfaces":
         refuse(context, "with --generator eigenfaces, drawn on the CPU in gray", "device", "color")
+    elif name not in EMBEDDED:
+        refuse(context, "with a generator in a file, which has its own", "color")
     if output is None:
         if preview is None:
             raise typer.BadParameter("give --output FOLDER, --preview FILE.png, or both")
-        refuse(context, "without --output", "resume", "overwrite", "images_per_identity")
+        unused = ("resume", "overwrite", "images_per_identity", "workers", "batch_size")
+        refuse(context, "without --output", *unused)
     else:
         if packed is None:
             raise typer.BadParameter("--output needs the identities: give --packed FILE")
         check_folder("--output", output)
-    embeddings = random_identities(seed) if packed is None else read_embeddings(packed)
+    known = None if packed is None else read_embeddings(packed)
     asked = parse_size(size)
-    if asked is not None and asked[0] != asked[1]:
+    if asked is not None and name in EMBEDDED and asked[0] != asked[1]:
         raise ValueError(f"the heads and the eigenfaces are square, got --size {size}")
+    dim = None
+    if known is not None:
+        dim = known.shape[1]
+    elif name in EMBEDDED:
+        dim = RANDOM_SIZE
     faces = open_generator(
         generator,
-        embeddings.shape[1],
+        dim,
         style_size=style_size,
         size=asked[0] if asked else None,
         channels=3 if color else None,
         device=device,
         columns=columns,
     )
+    embeddings = random_identities(seed, faces.embedding_size) if known is None else known
     if preview is not None:
-        draw(faces, embeddings, preview, seed=seed)
+        draw_preview(faces, embeddings, preview, seed=seed)
         say(f"what each control does: {preview}")
     if output is None:
         return

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .interface import FaceGenerator
+from ..common.check import check_integer, check_number
+from .interface import FaceGenerator, check_arguments
 
 IDENTITY = "identity"
+MAX_COLUMNS = 1_000_000
 Columns = Mapping[str, tuple[int, int]]  # by name: the first column, and the one after the last
 
 
@@ -53,7 +55,8 @@ class Vary:
 
     Args:
         generator: the face generator, with `controls`.
-        controls: the controls to vary; or by name the strength of each, a factor of its numbers.
+        controls: the controls to vary; or by name the strength of each: the factor of its numbers'
+            distance from neutral.
 
     Raises:
         ValueError: for a control that the generator lacks, and a strength that is negative or not
@@ -63,30 +66,34 @@ class Vary:
     def __init__(
         self, generator: FaceGenerator, controls: Sequence[str] | Mapping[str, float]
     ) -> None:
+        if isinstance(controls, str):
+            raise ValueError(f"controls must be a sequence of names or a mapping, got {controls!r}")
         check_controls("controls", list(controls), generator)
         strengths = (
             dict(controls) if isinstance(controls, Mapping) else dict.fromkeys(controls, 1.0)
         )
         for name, strength in strengths.items():
-            if not (math.isfinite(strength) and strength >= 0):
-                raise ValueError(f"strength of {name} must be finite and ≥ 0, got {strength}")
+            check_number(f"strength of {name}", strength, 0.0)
         self.generator, self.strengths = generator, strengths
         self.embedding_size, self.style_size = generator.embedding_size, generator.style_size
         self.image_shape = generator.image_shape
-        self.controls, self.neutral = controls_of(generator), neutral_of(generator)
+        self.neutral = neutral_of(generator)
+        self.controls = {name: controls_of(generator)[name] for name in strengths}
+        self.numbers = getattr(generator, "numbers", {})
         outer = generator.description.get("varied")
         self.description = generator.description | {
             "varied": strengths if outer is None else [outer, strengths]
         }
         self._factor = torch.zeros(generator.style_size, dtype=torch.float32, device="cpu")
-        self._held = torch.ones(generator.style_size, dtype=torch.bool, device="cpu")
         for name, strength in strengths.items():
             self._factor[list(self.controls[name])] = strength
-            self._held[list(self.controls[name])] = False
 
     def generate(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
         """Return images as `FaceGenerator.generate` does."""
-        varied = torch.where(self._held, self.neutral, style.cpu() * self._factor)
+        check_arguments(self, embedding, style, seed)
+        style = style.cpu()
+        scaled = self.neutral + self._factor * (style - self.neutral)
+        varied = torch.where(self._factor == 1, style, scaled)  # the same bits at strength 1
         return self.generator.generate(embedding, varied, seed)
 
 
@@ -110,16 +117,26 @@ def parse_columns(text: str) -> Columns:
     return found
 
 
-def check_columns(columns: Columns) -> int:
-    """Return how many columns there are.
+def check_columns(columns: Any) -> Columns:
+    """Return columns by name, in their order.
 
     Raises:
         ValueError: unless each name has a column, and they follow each other without gap or
-            overlap.
+            overlap, from 0 to at most a million.
     """
-    expected = 0
-    before = ""
-    for name, (first, end) in sorted(columns.items(), key=lambda item: item[1]):
+    if not isinstance(columns, Mapping) or not columns:
+        raise ValueError(f"columns must map names to (first, end), got {columns!r}")
+    spans: dict[str, tuple[int, int]] = {}
+    for name, span in columns.items():
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"columns must have names that are not empty, got {name!r}")
+        if not isinstance(span, Sequence) or isinstance(span, str) or len(span) != 2:
+            raise ValueError(f"columns of {name} must be (first, end), got {span!r}")
+        for end in span:
+            check_integer(f"columns of {name}", end, 0)
+        spans[name] = (span[0], span[1])
+    expected, before, found = 0, "", {}
+    for name, (first, end) in sorted(spans.items(), key=lambda item: item[1]):
         if end <= first:
             raise ValueError(
                 f"columns of {name} must be FIRST:END with FIRST < END, got {first}:{end}"
@@ -130,8 +147,17 @@ def check_columns(columns: Columns) -> int:
             )
         if first > expected:
             raise ValueError(f"columns {expected}:{first} belong to no control: name them")
-        expected, before = end, name
-    return expected
+        expected, before, found[name] = end, name, (first, end)
+    if expected > MAX_COLUMNS:
+        raise ValueError(f"columns must end at {MAX_COLUMNS:,} at most, got {expected:,}")
+    if list(found) == [IDENTITY]:
+        raise ValueError(f"columns must name others than {IDENTITY}'s: those of the style")
+    return found
+
+
+def count_columns(columns: Columns) -> int:
+    """Return how many columns there are."""
+    return max(end for _, end in columns.values())
 
 
 def style_controls(columns: Columns) -> dict[str, tuple[int, ...]]:
@@ -156,6 +182,6 @@ def latent(columns: Columns, embedding: Tensor, style: Tensor) -> Tensor:
     return torch.cat([style[:, :start], scaled, style[:, start:]], 1)
 
 
-def description(columns: Columns | None) -> dict[str, Any]:
+def describe_columns(columns: Columns | None) -> dict[str, Any]:
     """Return what identifies columns, for a generator's description."""
     return {} if columns is None else {"columns": {n: list(span) for n, span in columns.items()}}

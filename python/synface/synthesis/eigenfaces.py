@@ -12,7 +12,7 @@ from ..common.check import check_least, check_memory
 from ..common.rng import normals
 from ..data.embedded import FACES, STYLES, enlarge, lfw_crops, restyle, to_bytes
 from .heads.exact import on_grid
-from .interface import check_arguments
+from .interface import check_arguments, check_size
 
 CONTROLS = {"placement": (0, 1, 2, 3), "light": (5, 6, 7, 8), "sensor": (4, 9)}
 # Blur and noise grow from none at the lowest number; the others change nothing at 0.
@@ -57,8 +57,7 @@ class EigenfaceGenerator:
 
     def __init__(self, embedding_size: int, size: int = 48) -> None:
         check_least("embedding_size", embedding_size, 2)
-        if size < 8:
-            raise ValueError(f"size must be at least 8 pixels, got {size}")
+        check_size(size)
         self.embedding_size = embedding_size
         self.image_shape = (size, size, 1)
         self.description = {"kind": "eigenfaces", "embedding_size": embedding_size, "size": size}
@@ -77,6 +76,7 @@ class EigenfaceGenerator:
         # Numbers on a grid have sums that are exact in float64, in any order.
         self._axes = on_grid(rotation @ axes, 22)
 
+    @torch.no_grad()
     def generate(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
         """Return images as `FaceGenerator.generate` does."""
         check_arguments(self, embedding, style, seed)

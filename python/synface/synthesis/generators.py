@@ -68,7 +68,8 @@ def open_generator(
             raise ValueError(f"channels of the eigenfaces is 1, got {channels}")
         found = EigenfaceGenerator(embedding_size, **sizes)
     else:
-        found = HeadGenerator(embedding_size, channels=channels or 1, device=device, **sizes)
+        colors = 1 if channels is None else channels
+        found = HeadGenerator(embedding_size, channels=colors, device=device, **sizes)
     if style_size not in (None, found.style_size):
         raise ValueError(f"style_size of the {name} is {found.style_size}, got {style_size}")
     return found

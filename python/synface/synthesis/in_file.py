@@ -17,7 +17,8 @@ from .controls import (
     IDENTITY,
     Columns,
     check_columns,
-    description,
+    count_columns,
+    describe_columns,
     latent,
     parse_columns,
     style_controls,
@@ -25,6 +26,7 @@ from .controls import (
 from .interface import check_arguments, dtype_name
 
 SIZES = ("embedding_size", "style_size")
+ONE_INPUT = "; of a model with one input say which columns are which (columns)"
 
 
 class _InFile:
@@ -39,8 +41,13 @@ class _InFile:
         columns: Columns | None,
     ) -> None:
         self._path, self._columns = path, columns
-        if self._takes_latent:
-            inside = _sizes_in(path, columns or {}, inside)
+        if columns is not None and self._takes_latent:
+            first, end = columns[IDENTITY]
+            own = end - first, count_columns(columns) - (end - first)
+            for name, size, stated in zip(SIZES, own, inside, strict=True):
+                if isinstance(stated, int) and stated != size:
+                    raise ValueError(f"{path}: {name} is {stated}, its columns say {size}")
+            inside = list(own)
         found = {n: _size(path, n, *each) for n, *each in zip(SIZES, asked, inside, strict=True)}
         self.embedding_size, self.style_size = found.values()
         self.controls = {} if columns is None else style_controls(columns)
@@ -51,7 +58,9 @@ class _InFile:
             raise ValueError(
                 f"{path}: columns name {named} numbers of the style, which has {self.style_size}"
             )
-        self.description = {"kind": kind, "sha256": sha256(path)} | found | description(columns)
+        self.description = (
+            {"kind": kind, "sha256": sha256(path)} | found | describe_columns(columns)
+        )
         two = (
             torch.eye(2, self.embedding_size, dtype=torch.float32, device="cpu"),
             torch.zeros(2, self.style_size, dtype=torch.float32, device="cpu"),
@@ -135,7 +144,7 @@ class TorchScriptGenerator(_InFile):
             expected = ", ".join(_arguments(named))
             raise ValueError(
                 f"{path}: forward must take ({expected}) or ({expected}, seed), "
-                f"it takes {arguments} arguments"
+                f"it takes {arguments} arguments{ONE_INPUT if named is None else ''}"
             )
         self._seeded = arguments > plain
         inside = [getattr(self._model, name, None) for name in SIZES]
@@ -208,10 +217,17 @@ class OnnxGenerator(_InFile):
             expected = "λ (B, L)" if plain == 1 else "embedding (B, D), style (B, S)"
             raise ValueError(
                 f"{path}: the inputs must be {expected} and, optionally, seed (B,), got {came}"
+                f"{ONE_INPUT if named is None else ''}"
             )
         self._names = [x.name for x in inputs]
         self._batch = shapes[0][0] if isinstance(shapes[0][0], int) else None
         inside = [shape[1] for shape in shapes[:plain]]
+        if plain == 1:  # λ, whose parts ONNX does not state
+            if named and isinstance(inside[0], int) and inside[0] != count_columns(named):
+                raise ValueError(
+                    f"{path}: columns name {count_columns(named)} numbers, λ has {inside[0]}"
+                )
+            inside = [None, None]
         super().__init__(path, "onnx", (embedding_size, style_size), inside, named)
 
     def _run(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
@@ -240,24 +256,13 @@ def _columns(path: Path, given: Columns | str | None, stated: Any) -> Columns | 
     if columns is None:
         return None
     try:
-        columns = parse_columns(columns) if isinstance(columns, str) else columns
-        check_columns(columns)
-    except ValueError as error:
+        return check_columns(parse_columns(columns) if isinstance(columns, str) else columns)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return columns
 
 
 def _arguments(columns: Columns | None) -> list[str]:
     return ["λ"] if columns and IDENTITY in columns else ["embedding", "style"]
-
-
-def _sizes_in(path: Path, columns: Columns, inside: list[Any]) -> list[int]:
-    """Return D and S of columns; raise ValueError if λ has another size in the file."""
-    total = check_columns(columns)
-    first, end = columns[IDENTITY]
-    if len(inside) == 1 and isinstance(inside[0], int) and inside[0] != total:
-        raise ValueError(f"{path}: columns name {total} numbers, λ has {inside[0]}")
-    return [end - first, total - (end - first)]
 
 
 def sha256(path: Path) -> str:

@@ -20,6 +20,8 @@ COLUMNS = 9
 REACH = 2.3  # standard deviations either way
 SWEPT = 8  # a control with more numbers is swept along random directions
 DIRECTIONS = 3
+MOST = 100
+RANDOM_SIZE = 64  # dimension of random identities, where the generator leaves it open
 
 
 def preview(
@@ -28,7 +30,7 @@ def preview(
     """Draw a grid of images: identities, one person in random styles, and a sweep per control.
 
     Each number of a control has a row, in which it goes from −2.3 to 2.3 standard deviations while
-    all others are neutral; a control of more than eight numbers has three random directions.
+    all others are neutral; a control of more than eight numbers has three random unit directions.
 
     Args:
         embeddings: (N, D) floating, not zero; the first nine are shown.
@@ -36,10 +38,15 @@ def preview(
         seed: random seed of the styles and directions.
 
     Raises:
-        ValueError: for embeddings of another size, zero or not finite.
+        ValueError: for embeddings of another size, zero or not finite, a file that is not .png or
+            whose folder does not exist, and more than 100 numbers to sweep.
+        OSError: for a file that cannot be written.
         ImportError: without matplotlib.
     """
     check_matplotlib()
+    path = Path(path)
+    if path.suffix.lower() != ".png" or not path.absolute().parent.is_dir():
+        raise ValueError(f"preview must be a .png file in a folder that exists, got {path}")
     unit = checked(embeddings, generator.embedding_size)[1]
     neutral, count = neutral_of(generator), COLUMNS
     few = unit[torch.arange(count, device="cpu") % len(unit)]
@@ -62,10 +69,10 @@ def preview(
     title = f"{kind}: identities, random styles"
     if directions:
         title += ", and one number at a time in standard deviations"
-    image_grid([x.numpy() for x in rows], names, title, Path(path), headings)
+    image_grid([x.numpy() for x in rows], names, title, path, headings)
 
 
-def random_identities(seed: int, dim: int = 64) -> Tensor:
+def random_identities(seed: int, dim: int = RANDOM_SIZE) -> Tensor:
     """Return (9, D) random identities to show, unit rows."""
     return F.normalize(normals((COLUMNS, dim), draws(seed, "identities", 0)))
 
@@ -81,10 +88,12 @@ def _directions(generator: FaceGenerator, seed: int) -> dict[str, Tensor]:
                 direction = torch.zeros(generator.style_size, dtype=torch.float32, device="cpu")
                 direction[column] = 1.0
                 found[f"{control}: {label}"] = direction
+            if len(found) > MOST:
+                raise ValueError(f"preview shows {MOST} numbers at most: group them in controls")
             continue
         random, _ = styles(seed, np.arange(DIRECTIONS), np.zeros(DIRECTIONS, int), len(columns))
         for i, numbers in enumerate(random):
             direction = torch.zeros(generator.style_size, dtype=torch.float32, device="cpu")
-            direction[list(columns)] = numbers
+            direction[list(columns)] = F.normalize(numbers, dim=0)
             found[f"{control}: direction {i + 1}"] = direction
     return found

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.check import check_least, check_memory
+from ..common.check import check_integer, check_least, check_memory
 from ..common.renamed import old_keywords
 from ..common.rng import generator as seeded
 from ..data import Augment, Faces
@@ -62,7 +62,8 @@ class GeneratedSource:
         ValueError: for an argument out of range, or faces of another shape than the generator's.
 
     Memory: the styles, 4·N·images_per_identity·generator.style_size bytes, the real faces, and
-        keep_epochs·N·images_per_identity images of H·W·C bytes, on each rank.
+        keep_epochs·N·images_per_identity images of H·W·C bytes, on each rank (and of one epoch
+        again while it is generated).
 
     Source: Qiu et al., "SynFace", ICCV 2021, sections 3.2 and 3.3.
     """
@@ -84,7 +85,7 @@ class GeneratedSource:
         keep_epochs: int | None = None,
     ) -> None:
         check_least("images_per_identity", images_per_identity, 1)
-        check_least("keep_epochs", 1 if keep_epochs is None else keep_epochs, 1)
+        check_integer("keep_epochs", 1 if keep_epochs is None else keep_epochs, 1)
         self.embeddings = checked(embeddings, generator.embedding_size)[1]
         self.generator, self.images_per_identity, self.seed = generator, images_per_identity, seed
         self.identity_mixup, self.real = identity_mixup, real

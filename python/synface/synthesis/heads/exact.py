@@ -1,8 +1,10 @@
 """Arithmetic whose float32 results are the same bits in any batch, on any number of threads.
 
-Additions, products, quotients and square roots are rounded correctly everywhere; exponentials and
-sums of unknown order are not. So pixels are computed with the former alone, and numbers on a grid,
-whose sums are exact, stand for the latter.
+Additions, products, quotients and square roots are rounded correctly everywhere; library functions
+such as exponentials, and sums of unknown order, are not. So pixels are computed with the former
+alone. Library functions are evaluated in float64 on the few numbers of an image, and on constants,
+and rounded to a grid, which hides their last bits (unless a value falls within some 1e-16 of a
+boundary of the grid). Sums of many products are of numbers on a grid, which are exact in any order.
 """
 
 from __future__ import annotations
@@ -12,7 +14,11 @@ from torch import Tensor
 
 
 def on_grid(x: Tensor, bits: int = 20) -> Tensor:
-    """Return x rounded to multiples of 2^-bits, whose products have exact sums in float64."""
+    """Return x rounded to multiples of 2^-bits.
+
+    Sums of products of numbers on two grids are exact in float64 while they stay below
+    2^(53 − the bits of both).
+    """
     return torch.round(x * 2.0**bits) / 2.0**bits
 
 

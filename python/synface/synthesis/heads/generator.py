@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...common.check import check_device, check_least, check_memory
+from ...common.check import check_device, check_integer, check_memory
 from ...common.rng import normals
 from ...data.embedded import to_bytes
-from ..interface import check_arguments
+from ..interface import check_arguments, check_size
 from .exact import bell, exponential, on_grid, ramp, step
 from .geometry import EXPRESSIONS, EYE_X, EYE_Y, SHAPES, surface
 from .materials import DETAILS, LOOKS, Masks, brow_height, detail, masks
@@ -52,8 +52,9 @@ class HeadGenerator:
     even light, without blur or noise. In terms of DiscoFaceGAN's λ = [α, β, γ, θ, ε], the embedding
     is α, expression β, light γ, pose θ, and the rest ε.
 
-    Pixels are computed with correctly rounded arithmetic alone: the same arguments give the same
-    bits in any batch and on any number of threads.
+    Identity numbers beyond ±2.5 and styles beyond ±6 count as these. The same arguments give the
+    same bits in any batch and on any number of threads: pixels are computed with correctly rounded
+    arithmetic, see `heads.exact`.
 
     Args:
         embedding_size: D, at least 2.
@@ -68,7 +69,8 @@ class HeadGenerator:
         ValueError: for an argument out of range.
         DataError: if scikit-image's file is missing or not as expected.
 
-    Memory: 9 KB * size^2, and 1.5 KB * size^2 * 8 while drawing.
+    Memory: 13 KB * size^2, three times as much while it is made, and 4 KB * size^2 for each of up
+        to 8 images that are drawn at once (64 on a GPU).
 
     Source: Deng et al., "Disentangled and Controllable Face Image Generation via 3D
         Imitative-Contrastive Learning", CVPR 2020, for the controls.
@@ -77,12 +79,11 @@ class HeadGenerator:
     def __init__(
         self, embedding_size: int, size: int = 48, channels: int = 1, device: str = "cpu"
     ) -> None:
-        check_least("embedding_size", embedding_size, 2)
-        if size < 8:
-            raise ValueError(f"size must be at least 8 pixels, got {size}")
-        if channels not in (1, 3):
-            raise ValueError(f"channels must be 1 or 3, got {channels}")
-        check_memory(f"a head of {size}x{size} pixels", 10_000 * size * size)
+        check_integer("embedding_size", embedding_size, 2)
+        check_size(size)
+        if channels not in (1, 3) or isinstance(channels, bool):
+            raise ValueError(f"channels must be 1 or 3, got {channels!r}")
+        check_memory(f"a head of {size}x{size} pixels", 40_000 * size * size)
         self._device = check_device(device)
         self.embedding_size, self.image_shape = embedding_size, (size, size, channels)
         self.controls: Mapping[str, tuple[int, ...]] = CONTROLS
@@ -96,7 +97,6 @@ class HeadGenerator:
             "version": 1,
         }
         shape, to = surface(2 * size), self._device  # drawn at twice the size, then halved
-        self._shape = shape
         self._mean, self._neck = shape.mean.to(to), shape.neck.to(to)
         self._basis = shape.basis.to(to)
         self._masks = masks(shape).to(to)
@@ -117,8 +117,10 @@ class HeadGenerator:
         self._corners, self._weights = found.corners.to(to), found.weights.to(to)
         self._rasterizer = Rasterizer(shape, 2 * size, to)
         self._rotation = _rotation(embedding_size, len(SHAPES) + len(LOOKS) + DETAILS)
-        self._batch = max(1, min(64 if to.type == "cuda" else 8, 64 * 64 * 8 // size**2))
+        at_once = 64 if to.type == "cuda" else 8
+        self._batch = max(1, min(at_once, 64 * 64 * at_once // size**2))
 
+    @torch.no_grad()
     def generate(self, embedding: Tensor, style: Tensor, seed: Tensor) -> Tensor:
         """Return images as `FaceGenerator.generate` does."""
         check_arguments(self, embedding, style, seed)

@@ -56,10 +56,15 @@ def surface(side: int) -> Surface:
     still = dict.fromkeys(SHAPES + EXPRESSIONS, 0.0)
     mean, x = _head(v, t, still)
     # Shapes act both ways, expressions one way: so the latter are exact at 1.
-    basis = [
-        (_head(v, t, still | {name: 1.0})[0] - _head(v, t, still | {name: -1.0})[0]) / 2
-        for name in SHAPES
-    ] + [_head(v, t, still | {name: 1.0})[0] - mean for name in EXPRESSIONS]
+    names = SHAPES + EXPRESSIONS
+    basis = torch.empty(len(names), mean.numel(), dtype=torch.float64, device="cpu")
+    for row, name in enumerate(names):
+        if name in SHAPES:
+            both = [_head(v, t, still | {name: sign})[0] for sign in (1.0, -1.0)]
+            moved = (both[0] - both[1]) / 2
+        else:
+            moved = _head(v, t, still | {name: 1.0})[0] - mean
+        basis[row] = on_grid(moved).flatten()
     neck, neck_v = _neck(round(0.7 * side), round(1.2 * side))
     flat = neck_v.flatten()
     rows, columns = v.shape
@@ -67,7 +72,7 @@ def surface(side: int) -> Surface:
         rows,
         columns,
         on_grid(mean).float().flatten(1),
-        on_grid(torch.stack(basis).flatten(1)),
+        basis,
         on_grid(neck).float().flatten(1),
         neck_v.shape[0],
         neck_v.shape[1],

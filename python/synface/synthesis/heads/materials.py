@@ -30,9 +30,7 @@ class Masks:
     """Constant masks of each visible point, in [0, 1], and its canonical position."""
 
     side: Tensor
-    x: Tensor
     v: Tensor
-    t: Tensor
     face: Tensor
     lip: Tensor
     lip_line: Tensor
@@ -70,9 +68,7 @@ def masks(surface: Surface) -> Tensor:
     strands = torch.sin(t * 23 + 2 * torch.sin(v * 5)) * 0.6 + torch.sin(t * 57 - v * 3) * 0.4
     columns = {
         "side": side,
-        "x": x,
         "v": v,
-        "t": t,
         "face": face,
         "lip": lip,
         "lip_line": bell((v - MOUTH_Y) * (1 / 0.012)) * bell(x * (1 / 0.15)) * face,
