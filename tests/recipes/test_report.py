@@ -10,6 +10,7 @@ from synface.recipes.report import (
     plot_seeds,
     shown,
     shown_difference,
+    slope,
     spread,
     verdict,
     write_report,
@@ -44,6 +45,14 @@ def test_a_paired_difference_is_that_of_scipy():
     assert found["values"] == [a - b for a, b in zip(A, B, strict=True)]
     with pytest.raises(ValueError, match="argument"):
         difference(spread(A), spread(B[:3]))
+
+
+def test_a_slope_is_that_of_scipy_for_each_seed():
+    rows, at = [A, B, [0.95, 0.97, 0.96, 0.99]], [4.0, 5.0, 7.0]
+    found = slope([spread(row) for row in rows], at)
+    each = [stats.linregress(at, [row[i] for row in rows]).slope for i in range(4)]
+    assert found["values"] == pytest.approx(each)
+    assert found["p"] == pytest.approx(stats.ttest_1samp(each, 0.0).pvalue)
 
 
 def test_one_seed_and_equal_differences():

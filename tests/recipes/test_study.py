@@ -107,12 +107,16 @@ def test_the_report_compares_and_tells_what_reached_the_accuracy(tmp_path, file)
     gain = numbers["differences"]["sizes"]["plain"]["6x2"]["auc"]
     one, other = (numbers["sizes"]["plain"][name]["auc"]["values"] for name in ("6x2", "4x3"))
     assert gain["values"] == [a - b for a, b in zip(one, other, strict=True)]
+    trend = numbers["differences"]["per doubling of identities"]["plain"]["auc"]
+    doublings = 0.5849625  # of 4 to 6 identities
+    assert trend["values"] == pytest.approx([value / doublings for value in gain["values"]])
     mixup = numbers["differences"]["identity mixup, attributes"]
     assert list(mixup) == ["none", "light"]
     assert list(numbers["differences"]["attributes"]["plain"]) == ["light"]
     page = study.write(results, tmp_path / "report", "synface study").read_text()
     assert "until its training accuracy in an epoch reaches 0.9" in page
     assert " of 2 |" in page
+    assert "With 12 images in all, per doubling of the number of identities" in page
     assert "p = " in page or "p < " in page
 
 

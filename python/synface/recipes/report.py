@@ -89,13 +89,30 @@ def difference(of: Mapping[str, Any], less: Mapping[str, Any]) -> dict[str, Any]
         As `spread`; "p" is that of the two-sided paired t-test: None for one seed, and where all
         differences are zero.
     """
-    found = spread([a - b for a, b in zip(of["values"], less["values"], strict=True)])
+    return _tested([a - b for a, b in zip(of["values"], less["values"], strict=True)])
+
+
+def _tested(values: Sequence[float]) -> dict[str, Any]:
+    """Return the `spread` of values, and "p" of the t-test that their mean is 0."""
+    found = spread(values)
     mean, std, count = found["mean"], found["std"], len(found["values"])
     found["p"] = None
     if std is not None and any(found["values"]):
         t = abs(mean) * math.sqrt(count) / std if std else math.inf
         found["p"] = 2 * float(_student().sf(t, count - 1))
     return found
+
+
+def slope(spreads: Sequence[Mapping[str, Any]], at: Sequence[float]) -> dict[str, Any]:
+    """Return the slope of each seed's values over ``at``, by least squares, as `difference` does.
+
+    Args:
+        spreads: a `spread` over the same seeds for each number of ``at``.
+    """
+    values = torch.tensor([each["values"] for each in spreads], dtype=torch.float64, device="cpu")
+    x = torch.tensor(at, dtype=torch.float64, device="cpu")
+    x = x - x.mean()
+    return _tested(((x @ values) / (x @ x)).tolist())
 
 
 def verdict(difference: Mapping[str, Any]) -> str:

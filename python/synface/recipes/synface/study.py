@@ -9,6 +9,7 @@ Source: Qiu et al., "SynFace", ICCV 2021, section 4.3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,6 +30,7 @@ from ..report import (
     plot_differences,
     shown,
     shown_difference,
+    slope,
     spread,
     verdict,
     write_report,
@@ -280,6 +282,11 @@ def measured(results: Results) -> dict[str, Any]:
         "attributes": attributes,
         "differences": {
             "sizes": {kind: _above(found, next(iter(found))) for kind, found in sizes.items()},
+            "per doubling of identities": {
+                kind: _per_doubling(config, found)
+                for kind, found in sizes.items()
+                if config.total and len(found) > 1
+            },
             "attributes": {
                 kind: _above(found, NONE) if NONE in found else {}
                 for kind, found in attributes.items()
@@ -306,6 +313,12 @@ def _above(found: Mapping[str, Any], base: str) -> dict[str, Any]:
         for name, x in found.items()
         if name != base
     }
+
+
+def _per_doubling(config: StudyConfig, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the slopes of the metrics over the logarithm of the number of identities."""
+    doublings = [math.log2(width) for width, _ in config.sizes]
+    return {key: slope([x[key] for x in found.values()], doublings) for key in KEYS}
 
 
 def _mixup_gain(kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -420,6 +433,12 @@ def _sizes_text(config: StudyConfig, numbers: dict[str, Any]) -> str:
         if not found:
             continue
         text.append(_compared(f"{kind}, above {base}", found))
+    if trends := numbers["differences"]["per doubling of identities"]:
+        text.append(
+            f"With {config.total:,} images in all, per doubling of the number of identities: the "
+            "slope of each seed's line through all sizes."
+        )
+        text.append(_compared("per doubling of identities", trends))
     if gains := numbers["differences"]["identity mixup, sizes"]:
         text.append(_compared("identity mixup above plain", gains))
     return "\n\n".join(text)
