@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from synface.recipes import gap
 from synface.recipes.gap import load_config
 from synface.recipes.gap.embeddings import across, between, scaled, unpaired, within
-from synface.recipes.gap.recipe import first_images, strange_faces, varied
+from synface.recipes.gap.recipe import first_images, unseen_faces, varied
 from synface.recipes.generated import drawn_people
 from synface.recipes.report import spread
 from synface.synthesis import open_generator
@@ -114,9 +114,9 @@ def test_strengths_scale_the_chosen_controls(file):
     alone = replace(config, data=replace(config.data, controls=("pose",)))
     pose = varied(alone.data.face_generator(), alone, 0.5)
     assert pose.strengths == {"pose": 0.5}
-    front = strange_faces(alone, alone.data.face_generator(), 0.0, 1, 2)
+    front = unseen_faces(alone, alone.data.face_generator(), 0.0, 1, 2)
     assert torch.equal(front[0, 0], front[0, 1])
-    drawn = [strange_faces(config, generator, s, 2, 4).double() for s in (0.5, 1.0)]
+    drawn = [unseen_faces(config, generator, s, 2, 4).double() for s in (0.5, 1.0)]
     assert drawn[0].shape == (2, 4, *far.image_shape)
     assert drawn[0].std(1).mean() < drawn[1].std(1).mean()
 

@@ -124,6 +124,7 @@ def test_the_real_row_trains_for_as_many_steps(file):
     for cell in found[: len(config.rows)]:
         length = len(cell.source())
         steps[cell.name] = cell.config.epochs * -(-length // cell.config.batch_size)
+    assert steps.pop("merged-seed-0") == 3  # one epoch of twice the images: the nearest to 4
     assert set(steps.values()) == {4}
     real = found[config.rows.index("real")].config
     assert (real.epochs, real.warmup_epochs, real.checkpoint_every) == (4, 1.0, 2)
