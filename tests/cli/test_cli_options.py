@@ -122,8 +122,8 @@ def test_a_report_that_cannot_be_written_is_an_error_before_the_work(run, tmp_pa
         (["pack", "--count", "9", "--dim", "4", "--alpha", "1"], "--alpha has no effect without"),
         (["pack", "--count", "9", "--dim", "4", "--lr", "1"], "--lr has no effect without --obj"),
         (
-            ["synthesize", "--packed", "x.npy", "--output", "x", "--device", "cpu"],
-            "--device has no effect without --generator",
+            ["synthesize", "--preview", "x.png", "--generator", "eigenfaces", "--device", "cpu"],
+            "--device has no effect with --generator eigenfaces",
         ),
         (
             ["convert", "x", "y", "--to", "recordio", "--shard-size", "9"],

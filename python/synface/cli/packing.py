@@ -165,7 +165,7 @@ def synthesize_command(
     columns: Annotated[
         str | None,
         typer.Option(
-            help="Which columns of a file's input are which, as identity=0:160,expression=160:224."
+            help="Columns of a file's input by control: identity=0:160,expression=160:224."
         ),
     ] = None,
     preview: Annotated[
