@@ -50,20 +50,15 @@ class FacesConfig:
 
     def face_generator(self) -> FaceGenerator:
         """Return the face generator; raises as `open_generator`, and for controls it lacks."""
-        generator = self.whole_generator()
+        embedded = self.generator in EMBEDDED_GENERATORS
+        generator = open_generator(
+            self.generator,
+            self.embedding_size,
+            size=self.size if embedded else None,
+            channels=self.channels if embedded else None,
+            columns=self.columns or None,
+        )
         return Vary(generator, self.controls) if self.controls else generator
-
-    def whole_generator(self) -> FaceGenerator:
-        """Return the face generator with all of its controls; raises as `open_generator`."""
-        if self.generator in EMBEDDED_GENERATORS:
-            return open_generator(
-                self.generator,
-                self.embedding_size,
-                size=self.size,
-                channels=self.channels,
-                columns=self.columns or None,
-            )
-        return open_generator(self.generator, self.embedding_size, columns=self.columns or None)
 
     def real_people(self, image_shape: tuple[int, int, int], least: int) -> Faces:
         """Return the real faces as images of shape (H, W, C).
@@ -121,17 +116,6 @@ def drawn_people(people: Faces, count: int, seed: int) -> tuple[Faces, Faces]:
     rows = torch.argsort(label, stable=True)
     names = [people.identities[i] for i in order.tolist()]
     return Faces(people.images[rows], label[rows], names, people.source).split(total - count)
-
-
-def both_sets(generated: Faces, real: Faces) -> Faces:
-    """Return the generated images and as many real ones, cycled, whose identities come after."""
-    cycled = torch.arange(len(generated), device="cpu") % len(real)
-    return Faces(
-        torch.cat([generated.images, real.images[cycled]]),
-        torch.cat([generated.labels, real.labels[cycled] + len(generated.identities)]),
-        [*generated.identities, *real.identities],
-        f"{generated.source} and {real.source}",
-    )
 
 
 def identities(count: int, dim: int, seed: int) -> Tensor:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import checkpoint
 from ..common.check import available_memory, check_integer
@@ -29,9 +30,9 @@ from ..evaluation.embedding import embed, pixel_embeddings
 from ..evaluation.metrics import verify
 from ..synthesis.generators import FaceGenerator
 from ..synthesis.sources import GeneratedSource
-from ..training.config import TrainConfig
+from ..training.config import BUILT_IN, TrainConfig
 from ..training.loop import Trained, train
-from ..training.model import CONFIG, check_network
+from ..training.model import CONFIG, check_network, load_backbone
 from ..training.sources import Source, fingerprint
 from .duration import estimate
 from .generated import FacesConfig, identities
@@ -290,6 +291,11 @@ def using_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def trained_network(folder: Path, config: TrainConfig) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network of a finished cell, and its checkpoint's state; see `load_backbone`."""
+    return load_backbone(folder, None if config.backbone in BUILT_IN else config.backbone)
 
 
 def run_times(output: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -28,12 +28,10 @@ from ...evaluation.embedding import embed
 from ...reporting.page import table
 from ...reporting.plots import ACCENT, INK, QUIET, figure, finish, image_grid, save
 from ...synthesis.controls import Vary, controls_of
-from ...synthesis.dataset import styles
 from ...synthesis.generators import FaceGenerator
-from ...training.config import BUILT_IN, TrainConfig
-from ...training.model import load_backbone
+from ...training.config import TrainConfig
 from ...training.sources import FacesSource, Source
-from ..generated import DatasetConfig, check_seeds, drawn_people, identities
+from ..generated import DatasetConfig, check_seeds, drawn_people
 from ..report import (
     difference,
     plot_differences,
@@ -53,12 +51,12 @@ from ..sweep import (
     open_faces,
     run_cells,
     run_times,
+    trained_network,
     verify_pixels,
 )
 from .embeddings import across, between, scaled, unpaired, within
 
 KEYS = ("accuracy", "auc")
-BATCH = 64  # images per call of the generator
 
 
 @dataclass(frozen=True)
@@ -286,22 +284,17 @@ def unseen_faces(
     Identities and styles are the same for every strength.
     """
     seed = max(config.seeds) + 1
-    points = identities(count, config.data.embedding_size, seed)
-    who = np.repeat(np.arange(count), images)
-    style, noise = styles(seed, who, np.tile(np.arange(images), count), generator.style_size)
-    labels = torch.from_numpy(who)
-    parts = zip(*(x.split(BATCH) for x in (points[labels], style, noise)), strict=True)
     drawn = varied(generator, config, strength)
-    found = [drawn.generate(*part).cpu() for part in parts]
-    return torch.cat(found).unflatten(0, (count, images))
+    source = generated_source(config.data, drawn, count, images, seed, mixup=False)
+    return source.faces().images.unflatten(0, (count, images))
 
 
 def _embedded(
     config: GapConfig, generator: FaceGenerator, held: Faces, output: Path
 ) -> tuple[dict[str, Tensor], int]:
     """Return the embeddings of real and of as many generated people, and the network's step."""
-    given = None if config.train.backbone in BUILT_IN else config.train.backbone
-    backbone, state = load_backbone(output / cell_name(network(config), config.seeds[0]), given)
+    run = output / cell_name(network(config), config.seeds[0])
+    backbone, state = trained_network(run, config.train)
     count, images = len(held.identities), config.images
     faces = {"real": first_images(held, images).images}
     for strength in config.strengths:

@@ -38,8 +38,7 @@ from ...synthesis.embeddings import NAME, read_embeddings
 from ...synthesis.generators import FaceGenerator
 from ...synthesis.packing import PackConfig, Packer, farthest_points
 from ...synthesis.sources import GeneratedSource
-from ...training.config import BUILT_IN, TrainConfig
-from ...training.model import load_backbone
+from ...training.config import TrainConfig
 from ...training.sources import Source
 from ..generated import DatasetConfig, check_choices, check_seeds, identities
 from ..sweep import (
@@ -51,6 +50,7 @@ from ..sweep import (
     open_faces,
     run_cells,
     run_times,
+    trained_network,
     verify_pixels,
 )
 
@@ -356,8 +356,7 @@ def run(
     )
     by_kind: list[dict[str, list[Tensor]]] = [{kind: [] for kind in config.kinds} for _ in range(5)]
     if only is None:
-        given = None if config.train.backbone in BUILT_IN else config.train.backbone
-        network = load_backbone(output / RECOGNIZER, given)[0]
+        network = trained_network(output / RECOGNIZER, config.train)[0]
         for kind in config.kinds:
             for seed in config.seeds:
                 points = points_of(config, generator, output, kind, seed, resume=True)

@@ -13,7 +13,6 @@ from ...data.loading.sampler import WHOLE, RankSlice
 from ...synthesis.sources import GeneratedSource
 from ...training.config import TrainConfig
 from ...training.sources import Batch, FacesSource, fingerprint
-from ..generated import both_sets
 
 
 class Merged:
@@ -54,5 +53,15 @@ class Merged:
         device: torch.device | str = "cpu",
     ) -> Generator[tuple[int, Batch]]:
         """Yield batches as `Source.batches` does."""
-        faces = both_sets(self.generated.faces(), self.real)
-        yield from FacesSource(faces).batches(config, first, part, device)
+        yield from FacesSource(self._faces()).batches(config, first, part, device)
+
+    def _faces(self) -> Faces:
+        """Return the generated images and as many real ones, cycled, with later labels."""
+        made, real = self.generated.faces(), self.real
+        cycled = torch.arange(len(made), device="cpu") % len(real)
+        return Faces(
+            torch.cat([made.images, real.images[cycled]]),
+            torch.cat([made.labels, real.labels[cycled] + len(made.identities)]),
+            [*made.identities, *real.identities],
+            f"{made.source} and {real.source}",
+        )

@@ -231,7 +231,9 @@ def run(
         workers=workers,
         open_cells=partial(_open_cells, config),
     )
-    pixels = {seed: verify_pixels(_held(split)) for seed, split in splits.items()}
+    # Seeds that share their people share the object, so it is verified once.
+    verified = {held: verify_pixels(held) for held in {_held(each) for each in splits.values()}}
+    pixels = {seed: verified[_held(split)] for seed, split in splits.items()}
     return Results(
         config,
         generator,

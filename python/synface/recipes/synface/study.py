@@ -229,11 +229,10 @@ def run(
     workers: int | None = 1,
 ) -> Results:
     """Train and verify all cells below ``output``; options and errors are those of `run_cells`."""
-    generator = config.data.face_generator()
-    found_cells, held = _open_cells(config)
+    generator, held = open_faces(config.data, config.train, 2)
     pixels = verify_pixels(held)
     found = run_cells(
-        found_cells,
+        _cells(config, generator),
         held,
         output,
         resume=resume,
@@ -246,9 +245,14 @@ def run(
 
 
 def _open_cells(config: StudyConfig) -> tuple[list[Cell], Faces]:
-    """Return the cells and the people to verify on, also in a worker."""
+    """Return the cells and the people to verify on, in a worker."""
     generator, held = open_faces(config.data, config.train, 2)
-    return cells(config, generator, config.data.whole_generator()), held
+    return _cells(config, generator), held
+
+
+def _cells(config: StudyConfig, generator: FaceGenerator) -> list[Cell]:
+    """Return all cells; attributes are varied in the generator whose controls the sizes hold."""
+    return cells(config, generator, generator.generator if isinstance(generator, Vary) else None)
 
 
 # -- report --------------------------------------------------------------------------------------
