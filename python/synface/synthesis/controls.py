@@ -59,8 +59,11 @@ class Vary:
             distance from neutral.
 
     Raises:
+        TypeError: for a strength that is no number.
         ValueError: for a control that the generator lacks, and a strength that is negative or not
             finite.
+
+    Memory: two copies of a batch's styles beside what the generator takes.
     """
 
     def __init__(

@@ -66,7 +66,7 @@ class HeadGenerator:
         controls: by name, the columns of the style. numbers: by control, names of its columns.
 
     Raises:
-        ValueError: for an argument out of range.
+        TypeError, ValueError: for an argument of another type, or out of range.
         DataError: if scikit-image's file is missing or not as expected.
 
     Memory: 13 KB * size^2, three times as much while it is made, and 4 KB * size^2 for each of up
