@@ -139,7 +139,7 @@ def test_the_same_again_and_not_for_another_configuration(tmp_path, file):
 
 def numbers_of(*rows):
     """Return the numbers of kinds by name and ROC-AUCs, all else 0.5."""
-    numbers = {}
+    numbers = {kind: {"top1": spread([0.5] * len(aucs))} for kind, aucs in rows}
     first = rows[0][1]
     for kind, aucs in rows[1:]:
         same = difference(spread([0.5] * len(first)), spread([0.5] * len(first)))
@@ -162,6 +162,10 @@ def test_conclusions_are_worded_by_their_intervals():
     assert "- d, against a: ROC-AUC lower (-0.0403 ± " in text
     assert "“b” has a higher ROC-AUC than “a”" in text
     assert "“d” has a lower ROC-AUC than “a”" in text
+    assert "Far from trained" not in text
+    numbers["d"]["top1"] = spread([0.3, 0.4, 0.5])
+    text = report.conclusions(numbers, "a", ["b", "c", "d"])
+    assert "a training top-1 below 0.5: d; " in text
     text = report.conclusions(numbers, "a", ["c"])
     assert "No kind has a higher ROC-AUC" in text
     assert "No kind has a lower ROC-AUC" in text

@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 from synface.recipes.report import (
     difference,
+    far_from_trained,
     plot_differences,
     plot_seeds,
     shown,
@@ -75,6 +76,15 @@ def test_one_seed_and_equal_differences():
 )
 def test_a_conclusion_is_worded_by_its_interval(values, text):
     assert verdict(difference(spread(values), spread([0.0] * len(values)))) == text
+
+
+def test_rows_far_from_trained_are_named():
+    top1 = {"good": [0.9, 1.0], "half": [0.4, 0.6], "mixed": [0.3, 0.6], "one seed": [0.1]}
+    rows = {name: {"top1": spread(values)} for name, values in top1.items()}
+    text = far_from_trained(rows)
+    assert "below 0.5: mixed, one seed; more steps" in text
+    del rows["mixed"], rows["one seed"]
+    assert far_from_trained(rows) == ""
 
 
 def test_text_of_numbers():

@@ -128,6 +128,24 @@ def verdict(difference: Mapping[str, Any]) -> str:
     return "higher" if mean > 0 else "lower"
 
 
+TRAINED = 0.5  # training top-1 below which a page says that a row is far from trained
+
+
+def far_from_trained(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a sentence that names the rows whose networks are far from trained, or no text.
+
+    Args:
+        rows: by name, of which ``top1`` is a `spread` of the last epoch's training accuracy.
+    """
+    far = [name for name, found in rows.items() if found["top1"]["mean"] < TRAINED]
+    if not far:
+        return ""
+    return (
+        f"Far from trained, with a training top-1 below {TRAINED}: {', '.join(far)}; more steps "
+        "may change what is said of them."
+    )
+
+
 def _student() -> Any:
     """Return Student's t distribution."""
     with extra("train", "statistics of training runs"):

@@ -34,6 +34,7 @@ from ...training.sources import FacesSource, Source
 from ..generated import DatasetConfig, check_seeds, drawn_people
 from ..report import (
     difference,
+    far_from_trained,
     plot_differences,
     plot_seeds,
     shown,
@@ -502,4 +503,6 @@ def _conclusions(config: GapConfig, numbers: dict[str, Any]) -> str:
             f"- Distance of identities at {name} to real ones, against that between real ones: "
             f"{verdict(found['to real'])}."
         )
+    if sentence := far_from_trained(numbers["rows"]):
+        lines += ["", sentence]
     return "\n".join(lines)

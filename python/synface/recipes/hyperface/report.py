@@ -15,6 +15,7 @@ from ...reporting.plots import QUIET, colors, figure, finish, image_grid, save
 from ...synthesis import packing
 from ..report import (
     difference,
+    far_from_trained,
     plot_differences,
     plot_seeds,
     shown,
@@ -114,6 +115,8 @@ def conclusions(numbers: Mapping[str, Any], first: str, others: list[str]) -> st
         lines.append(f"{count} {verb} a {word} ROC-AUC than “{first}”, by the 95 % interval.")
     if any(numbers[f"{kind} less {first}"]["auc"]["ci95"] is None for kind in others):
         lines[-2:] = ["One seed has no interval: nothing is concluded."]
+    if sentence := far_from_trained({kind: numbers[kind] for kind in (first, *others)}):
+        lines += ["", sentence]
     return "\n".join(lines)
 
 

@@ -31,6 +31,7 @@ from ...training.sources import FacesSource, Source
 from ..generated import DatasetConfig, check_choices, check_seeds, drawn_people, identities
 from ..report import (
     difference,
+    far_from_trained,
     plot_differences,
     plot_seeds,
     shown,
@@ -415,7 +416,6 @@ SPLITS = {
     True: "each seed draws the people to train on and is verified on all the rest",
 }
 DIFFERENCES = "![differences in ROC-AUC](synface-differences.png)"
-TRAINED = 0.5  # training top-1 below which the page says that a row is far from trained
 
 
 def _conclusion(config: SynfaceConfig, numbers: dict[str, Any]) -> str:
@@ -428,10 +428,5 @@ def _conclusion(config: SynfaceConfig, numbers: dict[str, Any]) -> str:
         parts = [f"{how} for {', '.join(rows)}" for how, rows in sorted(groups.items())]
         if parts:
             sentences.append(f"Against {base}, ROC-AUC is {'; '.join(parts)}.")
-    far = [row for row in config.rows if numbers["rows"][row]["top1"]["mean"] < TRAINED]
-    if far:
-        sentences.append(
-            f"Far from trained, with a training top-1 below {TRAINED}: {', '.join(far)}; more "
-            "steps may change what is said of them."
-        )
-    return " ".join(sentences)
+    sentences.append(far_from_trained(numbers["rows"]))
+    return " ".join(filter(None, sentences))

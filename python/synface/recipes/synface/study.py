@@ -27,6 +27,7 @@ from ...training.config import TrainConfig
 from ..generated import FacesConfig, check_seeds
 from ..report import (
     difference,
+    far_from_trained,
     plot_differences,
     shown,
     shown_difference,
@@ -452,9 +453,11 @@ def _attributes_text(config: StudyConfig, numbers: dict[str, Any]) -> str:
     if not config.attributes:
         return "No attribute was varied."
     kinds = numbers["attributes"]
-    head = ["varied", *(f"{f}, {kind}" for f in ("accuracy", "ROC-AUC") for kind in MIXUP)]
+    titles = ("accuracy", "ROC-AUC", "training top-1")
+    head = ["varied", *(f"{title}, {kind}" for title in titles for kind in MIXUP)]
+    shows = [(key, 4) for key in KEYS] + [("top1", 3)]
     rows = [
-        [name, *(shown(kinds[kind][name][key]) for key in KEYS for kind in MIXUP)]
+        [name, *(shown(kinds[kind][name][key], digits) for key, digits in shows for kind in MIXUP)]
         for name in config.attributes
     ]
     text = [table(head, rows)]
@@ -463,6 +466,11 @@ def _attributes_text(config: StudyConfig, numbers: dict[str, Any]) -> str:
             text.append(_compared(f"{kind}, above none", found))
     gains = numbers["differences"]["identity mixup, attributes"]
     text.append(_compared("identity mixup above plain", gains))
+    of_kinds = {
+        f"{name}, {kind}": kinds[kind][name] for name in config.attributes for kind in MIXUP
+    }
+    if sentence := far_from_trained(of_kinds):
+        text.append(sentence)
     return "\n\n".join([*text, "![ROC-AUC by attribute](study-attributes.png)"])
 
 
