@@ -165,7 +165,8 @@ def test_conclusions_are_worded_by_their_intervals():
     assert "Far from trained" not in text
     numbers["d"]["top1"] = spread([0.3, 0.4, 0.5])
     text = report.conclusions(numbers, "a", ["b", "c", "d"])
-    assert "below 0.5" in text and text.endswith("said of them: d.")
+    assert "below 0.5" in text
+    assert text.endswith("said of them: d.")
     text = report.conclusions(numbers, "a", ["c"])
     assert "No kind has a higher ROC-AUC" in text
     assert "No kind has a lower ROC-AUC" in text

@@ -141,8 +141,8 @@ def far_from_trained(rows: Mapping[str, Mapping[str, Any]]) -> str:
     if not far:
         return ""
     return (
-        f"Far from trained, with a training top-1 below {TRAINED}, so that more steps may change what "
-        f"is said of them: {'; '.join(far)}."
+        f"Far from trained, with a training top-1 below {TRAINED}, so that more steps may change "
+        f"what is said of them: {'; '.join(far)}."
     )
 
 
