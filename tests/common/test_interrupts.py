@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM wait for the end of a step."""
 
+import atexit
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import threading
 import pytest
 import torch
 from synface.common.interrupts import Terminated, interruption, interrupts
+from synface.recipes.workers import run_named
 
 from tests.helpers.command_line import synface
 from tests.helpers.ranks import on_ranks
@@ -211,3 +213,32 @@ def test_sigterm_ends_synthesize_and_convert_as_ctrl_c_does(tmp_path):
     shown = terminated(tmp_path, where, "convert", "faces", "shards", "--to", "webdataset")
     assert shown.strip().endswith("terminated")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["faces", "points.npy"]
+
+
+# The command line, or a worker, which gets a signal in Python's own cleanup at the end.
+LATE = """
+import atexit, os, sys
+from synface import cli
+atexit.register(os.kill, os.getpid(), int(sys.argv[1]))
+sys.argv = ["synface", *sys.argv[2:]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 0)])
+def test_a_signal_at_the_end_of_a_command_prints_nothing(sent, code):
+    command = [sys.executable, "-c", LATE, str(int(sent)), "pack", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert "Usage" in done.stdout
+
+
+def prepare_a_late_sigterm(steps):
+    atexit.register(signal.raise_signal, signal.SIGTERM)
+    return str.upper
+
+
+def test_a_signal_at_the_end_of_a_worker_prints_nothing(capfd):
+    found = run_named(["a", "b"], prepare_a_late_sigterm, 2, 1, lambda *_: None)
+    assert found == {"a": "A", "b": "B"}
+    assert capfd.readouterr().err == ""

@@ -3,7 +3,7 @@
 import io
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from unittest import mock
 
 from synface import cli
@@ -15,7 +15,7 @@ def call(*arguments: object, code: int = 0) -> str:
     argv = ["synface", *map(str, arguments)]
     with (
         mock.patch.object(sys, "argv", argv),
-        mock.patch.object(cli, "raise_on_sigterm"),  # the test run's signals are its own
+        mock.patch.object(cli, "sigterm_raises", nullcontext),  # the test run's signals are its own
         redirect_stdout(shown),
         redirect_stderr(shown),
     ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..common.extras import extra
-from ..common.interrupts import Terminated, raise_on_sigterm
+from ..common.interrupts import Terminated, sigterm_raises
 
 if TYPE_CHECKING:
     from .commands import app as app
@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Run the command line; print expected errors as one line, without a traceback."""
-    raise_on_sigterm()
+    with sigterm_raises():
+        _run()
+
+
+def _run() -> None:
     try:
         with extra("train", "the command line"):
             from rich.markup import escape

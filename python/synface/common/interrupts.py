@@ -29,13 +29,24 @@ def _terminate(*_: object) -> None:
     raise Terminated
 
 
-def raise_on_sigterm() -> None:
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
     """Make SIGTERM raise `Terminated`, as Ctrl-C raises KeyboardInterrupt, so that cleanup runs.
 
-    Only commands call it; a library must not change its caller's signal handlers.
+    Afterwards SIGTERM is ignored, and Ctrl-C ends the process at once: it is about to end, and an
+    exception in Python's own cleanup would be printed, not raised.
+
+    Only processes of commands call it; a library must not change its caller's signal handlers.
     """
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) == _terminate:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager

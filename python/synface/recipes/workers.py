@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..common.interrupts import interruption, interrupts, raise_on_sigterm
+from ..common.interrupts import interruption, interrupts, sigterm_raises
 
 POLL = 0.2  # seconds between updates of the progress
 
@@ -165,10 +165,15 @@ def _stop(processes: Sequence[Any], finished: bool) -> None:
         raise
 
 
-def _serve(pipe: Connection, prepare: Prepare, threads: int, counts: Any, number: int) -> None:
-    """Run tasks whose names come through the pipe until that is closed."""
+def _serve(*arguments: Any) -> None:
+    """Be a worker process."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    raise_on_sigterm()
+    with sigterm_raises():
+        _run_tasks(*arguments)
+
+
+def _run_tasks(pipe: Connection, prepare: Prepare, threads: int, counts: Any, number: int) -> None:
+    """Run tasks whose names come through the pipe until that is closed."""
     torch.set_num_threads(threads)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         name = pipe.recv()
