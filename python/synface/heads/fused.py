@@ -175,7 +175,8 @@ class FusedHead(nn.Module):
         self._last[name] = (), last, value
         return value
 
-    _settled_eagerly = torch.compiler.disable(_settled)  # no graph holds a generator or a step
+    # No graph holds a generator or a step. torch.compiler.disable would import Dynamo here.
+    _settled_eagerly = torch._disable_dynamo(_settled)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"_last": _Last()} | state)  # older pickles have none

@@ -75,7 +75,6 @@ def statistics(
     return Statistics(*common, filtered, found.cosine_sum, torch.full_like(found.cosine_sum, count))
 
 
-@torch.compiler.assume_constant_result  # recompiled where torch.set_float32_… changes it
 def _may_split_bf16() -> bool:
     """Return whether a CPU may multiply float32 as bf16 splits.
 
@@ -84,6 +83,11 @@ def _may_split_bf16() -> bool:
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     return matmul.fp32_precision in ("tf32", "bf16")
+
+
+# torch.compiler.assume_constant_result without Dynamo's import, which takes a second. Graphs are
+# recompiled where torch.set_float32_matmul_precision changes the setting.
+_may_split_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ---- the ops: one implementation per device, fake ------------------------------------------------

@@ -1,6 +1,5 @@
 """Patches of Triton's interpreter: it rounds as the hardware does, and runs faster."""
 
-import inspect
 from functools import cache
 from typing import Any
 
@@ -32,18 +31,27 @@ def _round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "_convert_float", rounding)
 
 
-@cache
-def _builtins(pkg: Any) -> list[str]:
-    return [name for name, member in inspect.getmembers(pkg) if tl.core.is_builtin(member)]
+@pytest.fixture(autouse=True)
+def _patch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patch triton.language at a kernel's launch, not again at each device function's call."""
+    patch, languages = interpreter._patch_lang, (tl, tl.core)
+
+    def once(function: Any) -> Any:
+        seen = {id(each) for each in function.__globals__.values()}
+        if any(id(each) in seen and tl.core.is_builtin(each.load) for each in languages):
+            return patch(function)
+        return interpreter._LangPatchScope()
+
+    monkeypatch.setattr(interpreter, "_patch_lang", once)
 
 
 @pytest.fixture(autouse=True)
-def _look_for_builtins_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look for triton.language's builtins once, not at each jit function's call."""
+def _look_up_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build the table of NumPy's dtypes once for each dtype, not at each operation."""
+    get, cached = interpreter._get_np_dtype, cache(interpreter._get_np_dtype)
 
-    def patch(pkg: Any, *how: Any) -> None:
-        for name in _builtins(pkg):
-            if tl.core.is_builtin(member := getattr(pkg, name)):
-                interpreter._patch_attr(pkg, name, member, *how)
+    def look_up(dtype: tl.dtype) -> np.dtype:
+        scalar = dtype.scalar
+        return get(scalar) if scalar.is_ptr() else cached(scalar)
 
-    monkeypatch.setattr(interpreter, "_patch_builtin", patch)
+    monkeypatch.setattr(interpreter, "_get_np_dtype", look_up)
