@@ -4,6 +4,7 @@ from tests.gpu.on_device import DRY
 
 if DRY:
     from tests.triton.interpreted.conftest import (  # noqa: F401
-        _look_for_builtins_once,
+        _look_up_dtypes,
+        _patch_once,
         _round_to_nearest,
     )
