@@ -92,7 +92,7 @@ def test_the_memory_model_is_what_is_measured(centers, optimizer, sample_rate, f
     settings = Settings(
         1_000_000,
         128,
-        batch=64,
+        batch=256,
         sample_rate=sample_rate,
         fused_update=fused,
         centers=centers,
