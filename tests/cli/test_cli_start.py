@@ -197,6 +197,15 @@ def test_train_and_pack_start_without_packages_they_do_not_use(tmp_path):
     assert packed.exists()
 
 
+def test_nothing_imports_dynamo_before_its_use():
+    """Its import takes a second."""
+    modules = "synface_kernels.ops.margin_cross_entropy synface.optim synface.heads"
+    modules += " synface.cli.commands synface.training.loop synface.evaluation.report"
+    code = "import importlib, sys; [*map(importlib.import_module, sys.argv[1:])]; "
+    done = python(code + "print('torch._dynamo' in sys.modules)", *modules.split())
+    assert (done.stdout, done.stderr) == (b"False\n", b"")
+
+
 def test_a_package_that_fails_to_load_is_not_called_missing(monkeypatch, tmp_path):
     from synface.common.extras import extra
 

@@ -165,15 +165,10 @@ def _stop(processes: Sequence[Any], finished: bool) -> None:
         raise
 
 
-def _serve(*arguments: Any) -> None:
-    """Be a worker process."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    with sigterm_raises():
-        _run_tasks(*arguments)
-
-
-def _run_tasks(pipe: Connection, prepare: Prepare, threads: int, counts: Any, number: int) -> None:
+@sigterm_raises()
+def _serve(pipe: Connection, prepare: Prepare, threads: int, counts: Any, number: int) -> None:
     """Run tasks whose names come through the pipe until that is closed."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     torch.set_num_threads(threads)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         name = pipe.recv()
