@@ -23,18 +23,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import synface_kernels as sk
+from tests.helpers.seeded import random, seeded
 
 TINY = GeneratorConfig(styles=3, latent=6, width=4, downsamplings=1, blocks=1, hidden=8)
-
-
-def random(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def seeded(build, seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return build()
 
 
 # -- losses --------------------------------------------------------------------------------------

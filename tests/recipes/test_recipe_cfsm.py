@@ -16,6 +16,7 @@ from synface.common.files import CheckpointError
 from synface.data import embedded_faces
 from synface.recipes import cfsm
 from synface.recipes.cfsm import guided, load_config, style
+from synface.recipes.cfsm.config import ADDED, ADDITIONS
 from synface.recipes.cfsm.degrade import DOMAINS, degrade
 from synface.recipes.cfsm.model import Generator, GeneratorConfig
 from torch import nn
@@ -86,7 +87,7 @@ def test_from_data_to_a_report(tmp_path, config):
     report = tmp_path / "run" / "report"
     page = (report / "cfsm.md").read_text()
     shown = re.findall(r"!\[.*\]\((.*)\)", page)
-    assert len(shown) == 7
+    assert len(shown) == 10
     assert all((report / name).stat().st_size > 1000 for name in shown)
     assert "20" in page  # batches
     block = re.search(r"```toml\n(.*)```", page, re.DOTALL)
@@ -295,3 +296,165 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, config):
     recognizer[1].weight.data[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="identity is nan at step 0 of dark: lower lr"):
         cfsm.learn_style(config, people, recognizer, "dark", tmp_path / "dark")
+
+
+def test_a_parameter_that_is_not_finite_stops_the_run(tmp_path, config, monkeypatch):
+    """All losses of a step may be finite and its gradient not: the last checkpoint stays whole."""
+    people = cfsm.read_people(config.data, config.seed)
+    recognizer = nn.Sequential(nn.Flatten(), nn.Linear(256, 8))
+    descend, steps = style.descend, []
+
+    def poisoned(optimizer, loss):
+        steps.append(loss)
+        descend(optimizer, loss)
+        if len(steps) == 8:  # of two networks: the last one of step 3
+            optimizer.param_groups[0]["params"][0].data[0] = float("inf")
+
+    monkeypatch.setattr(style, "descend", poisoned)
+    message = r"discriminator\..* is not finite after step 3 of dark: lower lr; earlier checkpoints"
+    with pytest.raises(FloatingPointError, match=message):
+        cfsm.learn_style(config, people, recognizer, "dark", tmp_path / "dark")
+    monkeypatch.setattr(style, "descend", descend)
+    _, history = cfsm.learn_style(
+        config, people, recognizer, "dark", tmp_path / "dark", resume=True
+    )
+    _, whole = cfsm.learn_style(config, people, recognizer, "dark", tmp_path / "whole")
+    assert history == whole
+
+
+def test_workers_find_what_one_process_finds(tmp_path, config):
+    config = replace(
+        config,
+        style=replace(config.style, seeds=2),
+        guided=replace(config.guided, seeds=2, other_originals=(0.75,)),
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = cfsm.run(config, tmp_path / "alone")
+        together = cfsm.run(config, tmp_path / "together", workers=2)
+    finally:
+        torch.set_num_threads(threads)
+    assert weights(tmp_path / "alone") == weights(tmp_path / "together")
+    assert cfsm.measured(alone) == cfsm.measured(together)
+    assert len(alone.found) == 2 + 3 + 10  # recognizers, style spaces, networks of stage 2
+
+    found = cfsm.measured(alone)
+    assert found["verification"].keys() == {
+        "before",
+        *cfsm.VARIANTS,
+        "random, 75% originals",
+        "guided, 75% originals",
+    }
+    auc = {name: by["dark"]["auc"]["values"] for name, by in found["verification"].items()}
+    gained = found["differences"]["guided − originals"]
+    each = [a - b for a, b in zip(auc["guided"], auc["originals"], strict=True)]
+    assert gained["dark"]["values"] == pytest.approx(each)
+    both = [(gained["dark"]["values"][i] + gained["blurred"]["values"][i]) / 2 for i in range(2)]
+    assert gained["mean over the domains"]["values"] == pytest.approx(both)
+    assert "guided, 75% originals − random, 75% originals" in found["differences"]
+    # Seeds differ, and more of them can be added to a finished run.
+    spaces = found["seeds of stage 1"]
+    assert spaces[0]["controllability"] != spaces[1]["controllability"]
+    more = replace(config, guided=replace(config.guided, seeds=3))
+    again = cfsm.run(more, tmp_path / "alone", resume=True)
+    assert (
+        cfsm.measured(again)["verification"]["guided"]["dark"]["auc"]["values"][:2] == auc["guided"]
+    )
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        cfsm.run(config, tmp_path / "none", workers=0)
+
+
+def test_a_checkpoint_without_the_added_keys_goes_on(tmp_path, config, monkeypatch):
+    """Version 0.1 knew none of the additions: they are off in its runs."""
+    whole = cfsm.run(config, tmp_path / "whole")
+
+    def without(value):
+        if not isinstance(value, dict):
+            return value
+        value = {key: without(each) for key, each in value.items()}
+        for table, keys in ADDED.items():
+            if isinstance(value.get(table), dict):
+                value[table] = {k: v for k, v in value[table].items() if k not in keys}
+        return value
+
+    with monkeypatch.context() as patched:
+        for module in (style, guided):
+
+            def earlier(folder, description, *rest, run_steps=module.run_steps, **options):
+                return run_steps(folder, without(description), *rest, **options)
+
+            patched.setattr(module, "run_steps", earlier)
+        cfsm.run(config, tmp_path / "old")
+    assert cfsm.measured(cfsm.run(config, tmp_path / "old", resume=True)) == cfsm.measured(whole)
+    extended = replace(config, generator=replace(config.generator, noise=True))
+    with pytest.raises(CheckpointError, match="another run: its config's generator is"):
+        cfsm.run(extended, tmp_path / "old", resume=True)
+
+
+def test_all_additions_and_colors(tmp_path, config):
+    """Generated faces in color, with everything that is not in the paper."""
+    config = replace(
+        config,
+        data=replace(
+            config.data, faces="heads", channels=3, identities=12, target_identities=3,
+            held_out_identities=4,
+        ),
+        generator=replace(config.generator, noise=True, blend=True, light=2, awake=0.5),
+        discriminator=replace(config.discriminator, residuals=True),
+        style=replace(config.style, recovery_weight=1.0, statistics_weight=1.0),
+    )  # fmt: skip
+    state = torch.get_rng_state()
+    results = cfsm.run(config, tmp_path / "run", ablations=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    added = {key for keys in ADDITIONS.values() for key in keys}
+    assert results.ablations.keys() == added | {"all"}
+    assert "recovery" not in results.ablations["recovery_weight"]["log"][0]
+    assert "recovery" in results.ablations["noise"]["log"][0]
+    assert (tmp_path / "run" / "style" / "dark-without-all" / "metrics.jsonl").exists()
+    assert results.people.channels == 3
+    torch.rand(3)
+    other = cfsm.measured(cfsm.run(config, tmp_path / "other"))
+    assert other == cfsm.measured(results) | {"without": {}}
+    row = results.style("dark")["log"][0]
+    assert {"recovery", "statistics"} <= row.keys()
+    page = cfsm.write(results, tmp_path / "report", "synface recipe cfsm", 3.0)
+    assert len(re.findall(r"!\[.*\]\(cfsm-.*\)", page.read_text())) == 10
+    assert "## What each addition gains" in page.read_text()
+    again = cfsm.run(config, tmp_path / "run", resume=True, ablations=True)
+    assert cfsm.measured(again) == cfsm.measured(results)
+
+
+def test_people_that_do_not_fit_are_named(config):
+    people = cfsm.read_people(config.data, config.seed)
+
+    def changed(part, images):
+        faces = getattr(people, part)
+        count = len(images)
+        return replace(people, **{part: replace(faces, images=images, labels=faces.labels[:count])})
+
+    images = people.target.images
+    with pytest.raises(
+        ValueError, match=r"target .* must have images of 16×16 and 1 channel.*15×16×1"
+    ):
+        changed("target", images[:, :15])
+    with pytest.raises(
+        ValueError, match=r"held .* must have images of 16×16 and 1 .*, got 16×16×3"
+    ):
+        changed("held", people.held.images.expand(-1, -1, -1, 3))
+    with pytest.raises(ValueError, match=r"target .* must have two images or more, .*, got 1"):
+        changed("target", images[:1])
+
+
+def test_target_images_that_are_all_the_same(tmp_path, config):
+    people = cfsm.read_people(config.data, config.seed)
+    flat = replace(people.target, images=torch.full_like(people.target.images, 90))
+    config = replace(
+        config, style=replace(config.style, recovery_weight=1.0, statistics_weight=1.0)
+    )
+    recognizer = nn.Sequential(nn.Flatten(), nn.Linear(256, 8))
+    generator, history = cfsm.learn_style(
+        config, replace(people, target=flat), recognizer, "as_is", tmp_path / "run"
+    )
+    assert len(history) == config.style.steps
+    assert all(torch.isfinite(p).all() for p in generator.parameters())

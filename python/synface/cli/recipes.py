@@ -54,6 +54,7 @@ FacesOption = Annotated[bool, typer.Option(help="Show some generated faces in th
 
 @app.command("cfsm")
 def cfsm_command(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/cfsm"),
     config: ConfigOption = None,
     faces: Annotated[
@@ -65,23 +66,43 @@ def cfsm_command(
     ] = None,
     report: ReportOption = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.", min=0)] = None,
+    fidelity: Annotated[
+        str | None,
+        typer.Option(
+            help="Stage 1: extended, or paper, which is without this library's additions."
+        ),
+    ] = None,
+    ablations: Annotated[
+        bool, typer.Option("--ablations", help="Learn styles also without each addition.")
+    ] = False,
     resume: ResumeOption = False,
+    workers: WorkersOption = None,
+    quick: QuickOption = False,
 ) -> None:
     """Learn style subspaces of degraded faces, and train a recognizer on guided ones (CFSM)."""
     from ..recipes import cfsm
 
-    settings = cfsm.load_config(config)
+    if quick:
+        refuse(context, "with --quick, which has a configuration of its own", "config")
+    settings = cfsm.load_config(config, quick=quick)
     data = replace(settings.data, **_paths(faces=faces, target=target))
     settings = replace(settings, data=data)
     if seed is not None:
         recognizer = replace(settings.recognizer, seed=seed)
         settings = replace(settings, seed=seed, recognizer=recognizer)
-    command = _command("recipe cfsm", config=config, faces=faces, target=target, seed=seed)
-
+    if fidelity is not None:
+        settings = replace(settings, fidelity=fidelity)
+    chosen = {"seed": seed, "fidelity": fidelity, "workers": workers}
+    command = _command("recipe cfsm", config=config, faces=faces, target=target, **chosen)
+    command += " --ablations" * ablations + " --quick" * quick
+    if not (quick or config or resume):
+        say("the default size takes about an hour on two cores (--quick: about two minutes)")
     _check_outputs(output, report)
     began = time.perf_counter()
     with interrupts(f"continue with {command} --output {output} --resume"):
-        results = cfsm.run(settings, output, resume=resume, progress=Bar)
+        results = cfsm.run(
+            settings, output, resume=resume, progress=Bar, workers=workers, ablations=ablations
+        )
     numbers = cfsm.measured(results)
     for domain, found in numbers["style"].items():
         cosines = found["cosine along the axes"]
@@ -97,6 +118,8 @@ def cfsm_command(
             f"{name} images raise the loss by {more['mean']:.3f} (standard deviation over "
             f"{loss['batches']} batches: {more['std']:.3f})"
         )
+    for line in cfsm.conclusions(numbers).splitlines():
+        say(line)
     seconds = None if resume else time.perf_counter() - began
     page = cfsm.write(results, report or output / "report", command, seconds)
     say(f"report: {page}")

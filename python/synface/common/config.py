@@ -39,20 +39,27 @@ def load(
     return _build(cls, table, str(file), earlier)
 
 
-def load_recipe(cls: type[T], default: Path, file: Path | None, quick: bool) -> T:
+def load_recipe(
+    cls: type[T],
+    default: Path,
+    file: Path | None,
+    quick: bool,
+    earlier: Mapping[str, str] = MappingProxyType({}),
+) -> T:
     """Return a recipe's configuration from a file, by default ``default``, NAME.toml.
 
     Args:
         quick: replace the default's values by those in NAME.quick.toml beside it.
+        earlier: former names of keys, see `load`.
 
     Raises:
         ValueError: as `load`, and for ``quick`` with a file.
     """
     if not quick:
-        return load(cls, file or default)
+        return load(cls, file or default, earlier)
     if file is not None:
         raise ValueError(f"quick changes the default configuration, and has no effect on {file}")
-    return load(cls, default, over=default.with_suffix(".quick.toml"))
+    return load(cls, default, earlier, default.with_suffix(".quick.toml"))
 
 
 def _replaced(table: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

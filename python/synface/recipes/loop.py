@@ -51,6 +51,7 @@ def run_steps(
     resume: bool = False,
     progress: StageProgress | None = None,
     stop_after: int | None = None,
+    added: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, float]]:
     """Run step(0), …, step(stage.steps − 1).
 
@@ -65,6 +66,8 @@ def run_steps(
         resume: resume from the newest checkpoint in the folder, if there is one.
         progress: display that is updated after every step.
         stop_after: end early, after this step, as an interruption would.
+        added: keys of tables of the configuration that earlier checkpoints lack, with the values
+            that they stand for, by table.
 
     Returns:
         The metrics of all steps.
@@ -72,7 +75,8 @@ def run_steps(
     Raises:
         CheckpointError: for a checkpoint that is damaged, or of another configuration or data.
         FileExistsError: if the folder holds a run already and ``resume`` is not set.
-        FloatingPointError: once a step returns a number that is not finite.
+        FloatingPointError: once a step returns a number that is not finite, or would store a
+            parameter that is not.
         KeyboardInterrupt, Terminated: on Ctrl-C and on SIGTERM, once the step is done and a
             checkpoint of it is written.
     """
@@ -85,10 +89,16 @@ def run_steps(
             raise FileExistsError(
                 f"{folder} holds a run already: resume it, or choose another output folder"
             )
-        history = log.steps(_restore(folder, description, model, optimizers))
+        history = log.steps(_restore(folder, description, model, optimizers, added or {}))
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(done: int) -> None:
+        for name, value in model.state_dict().items():
+            if not torch.isfinite(value).all():
+                raise FloatingPointError(
+                    f"{name} is not finite after step {done - 1} of {folder.name}: lower lr; "
+                    f"earlier checkpoints are in {checkpoints}"
+                )
         # Write the log first: a checkpoint without its rows cannot be resumed.
         log.rewrite(history)
         checkpoint.save_model(checkpoints, done, model, optimizers, description)
@@ -136,16 +146,18 @@ def _restore(
     description: dict[str, Any],
     modules: nn.ModuleDict,
     optimizers: Mapping[str, torch.optim.Optimizer],
+    added: Mapping[str, Mapping[str, Any]],
 ) -> int:
     """Load the newest checkpoint, and return the number of steps that it has done."""
     found = checkpoint.find(folder)
     state = checkpoint.load_state(found)
     try:
         state = _with_current_keys(state)
+        config = _with_added_keys(state.get("config"), added)
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{found / checkpoint.STATE}: {error}") from error
-    for part in ("config", "data"):
-        checkpoint.check_same(found, state.get(part), description[part], part)
+    for part, stored in (("config", config), ("data", state.get("data"))):
+        checkpoint.check_same(found, stored, description[part], part)
     return checkpoint.load_model(found, modules, optimizers)["step"]
 
 
@@ -157,6 +169,16 @@ def _with_current_keys(value: Any) -> Any:
     if "recognizer" in value:
         value["recognizer"] = current_training(value["recognizer"])
     return value
+
+
+def _with_added_keys(value: Any, added: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Return a stored configuration whose tables have the keys that were added since then."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: {**added.get(key, {}), **each} if isinstance(each, dict) else each
+        for key, each in ((key, _with_added_keys(each, added)) for key, each in value.items())
+    }
 
 
 def current_training(config: dict[str, Any]) -> dict[str, Any]:

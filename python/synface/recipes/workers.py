@@ -40,6 +40,9 @@ class Steps:
         self.counts[2 * self.worker + 1] -= step  # done before, and not to be done again
 
     def step(self, loss: float, accuracy: float, images: int) -> None:
+        self.advance("")
+
+    def advance(self, note: str) -> None:
         self.counts[2 * self.worker] += 1
         if self.parent is not None and os.getppid() != self.parent:
             signal.raise_signal(signal.SIGTERM)

@@ -9,7 +9,7 @@ __getattr__ = lazy(
         "faces": ("People", "degraded", "first_images", "read_people"),
         "guided": ("VARIANTS", "guided_gain", "train_guided"),
         "recipe": ("Results", "run"),
-        "report": ("measured", "write"),
-        "style": ("learn_style", "similarities", "strength_sweep"),
+        "report": ("conclusions", "measured", "write"),
+        "style": ("learn_style", "measure_style", "similarities", "strength_sweep"),
     },
 )

@@ -10,19 +10,42 @@ from torch import Tensor
 
 from ...common.rng import generator as draws
 from ...data import Faces, embedded_faces, normalize, read_folder
+from ...synthesis.generators import EMBEDDED as EMBEDDED_GENERATORS
+from ...synthesis.generators import open_generator
+from ...synthesis.sources import GeneratedSource
 from ...training.sources import fingerprint
-from ..generated import EMBEDDED
+from ..generated import EMBEDDED, identities
 from .config import DataConfig
 from .degrade import degrade
 
 
 @dataclass(frozen=True)
 class People:
-    """The sets of faces for training, target domains (before degradation) and verification."""
+    """The sets of faces for training, target domains (before degradation) and verification.
+
+    Raises:
+        ValueError: for images of different sizes or numbers of channels, or fewer than two target
+            images.
+    """
 
     source: Faces
     target: Faces
     held: Faces
+
+    def __post_init__(self) -> None:
+        height, width, channels = self.source.images.shape[1:]
+        for name, faces in (("target", self.target), ("held", self.held)):
+            if faces.images.shape[1:] != self.source.images.shape[1:]:
+                got = "×".join(map(str, faces.images.shape[1:]))
+                raise ValueError(
+                    f"{name} ({faces.source}) must have images of {height}×{width} and {channels} "
+                    f"channel(s), as source ({self.source.source}) has, got {got}"
+                )
+        if len(self.target) < 2:
+            raise ValueError(
+                f"target ({self.target.source}) must have two images or more, from which a style "
+                f"can be learned, got {len(self.target)}"
+            )
 
     @property
     def channels(self) -> int:
@@ -44,6 +67,10 @@ def read_people(config: DataConfig, seed: int) -> People:
     size = (config.size, config.size)
     if config.faces == EMBEDDED:
         faces = embedded_faces(config.images_per_identity, config.size, seed)
+    elif config.faces in EMBEDDED_GENERATORS:
+        generator = open_generator(config.faces, 64, size=config.size, channels=config.channels)
+        people = identities(config.identities, generator.embedding_size, seed)
+        faces = GeneratedSource(people, generator, config.images_per_identity, seed=seed).faces()
     else:
         faces = read_folder(Path(config.faces), size)
     rest, held = faces.split(config.held_out_identities)
@@ -51,11 +78,6 @@ def read_people(config: DataConfig, seed: int) -> People:
         source, target = rest.split(config.target_identities)
     else:
         source, target = rest, read_folder(Path(config.target), size, rest.images.shape[3] == 1)
-    if target.images.shape[3] != source.images.shape[3]:
-        raise ValueError(
-            f"data.target must have {source.images.shape[3]} channels, as data.faces has, "
-            f"got {target.images.shape[3]}"
-        )
     return People(source, target, held)
 
 

@@ -18,10 +18,13 @@ from ...data import normalize
 from ...reporting.plots import ACCENT, INK, QUIET, colors, figure, finish, image_grid, save
 from ...synthesis.generators import EigenfaceGenerator
 from ..generated import EMBEDDED
+from ..report import plot_differences
 from .degrade import degrade
 from .faces import first_images
+from .guided import VARIANTS
+from .measures import DIFFERS, STATISTICS
 from .model import identity_gap
-from .recipe import Log, Results
+from .recipe import UNTRAINED, Log, Results, sweep
 
 T = TypeVar("T")
 
@@ -39,7 +42,8 @@ def _colored(by_domain: dict[str, T]) -> Iterator[tuple[str, T, Any]]:
 def style_losses(results: Results, path: Path) -> None:
     """Draw the losses of stage 1, by domain."""
     new, axes = figure(10.5, 3.2, 1, 3)
-    for domain, rows, color in _colored(results.style_log):
+    logs = {domain: results.style(domain)["log"] for domain in results.config.domains}
+    for domain, rows, color in _colored(logs):
         for ax, name in zip(axes, ("l1", "identity", "anchor"), strict=True):
             ax.plot(*column(rows, name), color=color, linewidth=0.8, label=domain)
     axes[0].axhline(1e-2, color=ACCENT, linewidth=0.8, linestyle="--")
@@ -55,7 +59,8 @@ def strength_sweep(results: Results, path: Path) -> None:
     """Draw the cosine to the original over the strength, by domain."""
     new, axes = figure(6.4, 4.4)
     strengths = results.strengths.numpy()
-    for domain, curves, color in _colored(results.sweep):
+    curves_of = {domain: sweep(results.style(domain)) for domain in results.config.domains}
+    for domain, curves, color in _colored(curves_of):
         axes.plot(strengths, curves["axes"].T.numpy(), color=color, linewidth=0.4, alpha=0.5)
         axes.plot(strengths, curves["axes"].mean(0).numpy(), color=color, linewidth=2, label=domain)
         axes.plot(strengths, curves["random"].numpy(), color=color, linewidth=1, linestyle=":")
@@ -69,7 +74,7 @@ def strength_sweep(results: Results, path: Path) -> None:
 def similarity(results: Results, path: Path) -> None:
     """Draw the similarity of every two subspaces as a matrix."""
     new, axes = figure(5.2, 4.6)
-    names, values = list(results.generators), results.similarity.numpy()
+    names, values = [*results.generators, UNTRAINED], results.similarity.numpy()
     axes.imshow(values, cmap="viridis", vmin=values.min(), vmax=1)
     for (i, j), value in np.ndenumerate(values):
         dark = value < values.min() + 0.7 * (1 - values.min())
@@ -95,15 +100,74 @@ def gain(results: Results, path: Path) -> None:
 
 
 def guided_losses(results: Results, path: Path) -> None:
-    """Draw the losses of stage 2, by variant."""
+    """Draw the losses of stage 2, by variant; a line for each seed."""
     new, axes = figure(5.6, 3.4)
-    shades = (QUIET, INK, ACCENT)
-    for (variant, rows), color in zip(results.guided_log.items(), shades, strict=True):
-        steps, loss = column(rows, "loss")
-        window = max(1, len(loss) // 20)
-        smooth = torch.tensor(loss, dtype=torch.float64, device="cpu").unfold(0, window, 1).mean(1)
-        axes.plot(steps[window - 1 :], smooth.numpy(), color=color, linewidth=1, label=variant)
-    finish(axes, "Stage 2", "step", "loss, running mean")
+    guided = results.config.guided
+    for variant, color in zip(VARIANTS, (QUIET, INK, ACCENT), strict=True):
+        for seed in range(guided.seeds):
+            rows = results.guided(variant, guided.originals, seed)["log"]
+            steps, loss = column(rows, "loss")
+            window = max(1, len(loss) // 20)
+            values = torch.tensor(loss, dtype=torch.float64, device="cpu")
+            smooth = values.unfold(0, window, 1).mean(1).numpy()
+            label = None if seed else variant
+            axes.plot(steps[window - 1 :], smooth, color=color, linewidth=0.9, label=label)
+    finish(axes, "Stage 2, each seed", "step", "loss, running mean")
+    save(new, path)
+
+
+def differences(numbers: dict[str, Any], path: Path) -> None:
+    """Draw what guided images gain over the others, by domain."""
+    shown = [name for name in numbers["differences"] if name.startswith("guided")]
+    new, axes = figure(6.0 * len(shown), 3.4, 1, len(shown))
+    for ax, name in zip(np.atleast_1d(axes), shown, strict=True):
+        title = f"{name}: mean and 95 % interval"
+        plot_differences(ax, numbers["differences"][name], "difference in ROC-AUC", title)
+    save(new, path)
+
+
+def matching(results: Results, path: Path) -> None:
+    """Draw how near statistics are to the target's; hollow where the source is near too."""
+    new, axes = figure(10.5, 3.4, 1, 2)
+    domains = results.config.domains
+    places = np.arange(len(STATISTICS))
+    for i, (domain, color) in enumerate(zip(domains, colors(len(domains)), strict=True)):
+        found = results.style(domain)["measures"]["matching"]
+        for place, name in zip(places, STATISTICS, strict=True):
+            at = place + 0.7 * ((i + 0.5) / len(domains) - 0.5)
+            differs = found[name]["differs"] >= DIFFERS
+            for ax, key in zip(axes, ("W1 ratio", "spread ratio"), strict=True):
+                look = {"color": color, "markersize": 6, "fillstyle": "full" if differs else "none"}
+                label = None if place else domain
+                ax.plot(at, max(0.03, found[name][key]), "o", label=label, **look)
+    titles = ("W1 to the target, over the source's", "Spread, over the target's")
+    for ax, title, lines in zip(axes, titles, ((0.7, 1.0), (0.5, 1.0, 2.0)), strict=True):
+        for line in lines:
+            ax.axhline(line, color=QUIET, linewidth=0.8, linestyle="-" if line == 1 else "--")
+        ax.set_yscale("log")
+        ax.set_xticks(places, STATISTICS)
+        finish(ax, title, grid="y")
+    save(new, path)
+
+
+def effects(results: Results, path: Path) -> None:
+    """Draw how each axis of each subspace changes the statistics, as one matrix a domain."""
+    domains = results.config.domains
+    new, axes = figure(10.0, 1.5 * len(domains) + 0.5, len(domains), 2)
+    grid = np.atleast_2d(axes)
+    for row, domain in zip(grid, domains, strict=True):
+        found = results.style(domain)["measures"]["effects"]
+        values = np.array([found[name] for name in STATISTICS])  # (statistic, ±, axis)
+        most = max(1e-9, np.abs(values).max())
+        for i, (ax, sign) in enumerate(zip(row, ("along", "against"), strict=True)):
+            ax.imshow(values[:, i], cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+            ax.set_yticks(range(len(STATISTICS)), STATISTICS, fontsize=7)
+            names = [f"u{j + 1}" for j in range(values.shape[2])]
+            ax.set_xticks(range(len(names)), names, fontsize=7)
+            title = (
+                f"{domain}: {sign} each axis, ‖o‖ = 3 (red: more; full at {most:.1f} deviations)"
+            )
+            ax.set_title(title, color=INK, fontsize=8)
     save(new, path)
 
 
@@ -127,24 +191,30 @@ def faces(results: Results, images: Tensor, path: Path) -> None:
         device = generator.space.mean.device
         random = draws(results.config.seed, f"shown {domain}", 0)
         o = normals((len(images), generator.config.styles), random).to(device)
+        noise = normals(images.shape, random).to(device)
         rows += [degrade(images, domain, random)]
-        rows += [generator(images.to(device), 0 * o), generator(images.to(device), o)]
+        rows += [generator(images.to(device), each, noise) for each in (0 * o, o)]
         names += [domain, "o = 0", "o ~ N(0, I)"]
     _grid(rows, names, "Each domain: its degradation, and its generator's images", path)
 
 
 @torch.no_grad()
 def strength(results: Results, image: Tensor, path: Path) -> None:
-    """Draw one face with growing strength along each axis of a subspace."""
+    """Draw one face with growing strength along and against each axis, with the same noise."""
     domain = results.config.guided.domain
     generator = results.generators[domain]
-    strengths = results.strengths[::2].to(generator.space.mean.device)
-    images = image.to(strengths.device).expand(len(strengths), -1, -1, -1)
-    axes = torch.eye(generator.config.styles, dtype=torch.float32, device=strengths.device)
-    rows = [generator(images, strengths[:, None] * axis) for axis in axes]
-    names = [f"u{i + 1}" for i in range(len(rows))]
-    title = f"{domain}: one face, growing strength ‖o‖ along each axis"
-    _grid(rows, names, title, path, [f"{a:g}" for a in strengths.tolist()])
+    device = generator.space.mean.device
+    half = results.strengths[4::4]
+    strengths = torch.cat([-half.flip(0), results.strengths[:1], half]).to(device)
+    images = image.to(device).expand(len(strengths), -1, -1, -1)
+    noise = normals(image.shape, draws(results.config.seed, "shown noise", 0)).to(device)
+    axes = torch.eye(generator.config.styles, dtype=torch.float32, device=device)
+    noises = noise.expand_as(images)
+    rows = [generator(images, strengths[:, None] * axis, noises) for axis in axes]
+    does = results.style(domain)["measures"]["words"]
+    names = [f"u{i + 1}: {less} | {more}" for i, (more, less) in enumerate(does)]
+    title = f"{domain}: one face, o against (−) and along (+) each axis"
+    _grid(rows, names, title, path, [f"{a:+g}" if a else "0" for a in strengths.tolist()])
 
 
 def _grid(

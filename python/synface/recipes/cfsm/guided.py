@@ -17,7 +17,7 @@ from ...common.rng import normals, seeded, seeds
 from ...data import Augment, Faces, normalize
 from ...heads import MarginHead
 from ..loop import descend, run_steps, set_cosine_lr
-from .config import CfsmConfig
+from .config import ADDED, CfsmConfig, alone
 from .faces import People
 from .model import Generator, guided_styles
 
@@ -58,19 +58,21 @@ def train_guided(
         images, y = _batch(people.source, stage.batch_size, random)
         x, y = augment(images, random).to(device), y.to(device)
         o = normals((len(x) - originals, config.generator.styles), random).to(device)
+        noise = seeds(config.seed, "guided noise", number)
         if variant != "originals" and len(o):
             if variant == "guided":
-                o = guided_styles(
-                    generator,
-                    network,
-                    centers.weight,
-                    x[originals:],
-                    y[originals:],
-                    o,
-                    centers.margin,
-                    stage.epsilon,
-                )
-            with torch.no_grad():
+                with seeded(noise, device):
+                    o = guided_styles(
+                        generator,
+                        network,
+                        centers.weight,
+                        x[originals:],
+                        y[originals:],
+                        o,
+                        centers.margin,
+                        stage.epsilon,
+                    )
+            with torch.no_grad(), seeded(noise, device):  # the noise map that o was chosen for
                 x[originals:] = generator(x[originals:], o)
         with seeded(seeds(config.seed, "guided dropout", number), device):
             loss, stats = centers(network(x), y, return_stats=True)
@@ -84,7 +86,7 @@ def train_guided(
             "config": {
                 "variant": variant,
                 # Earlier stages affect the result too; of the domains, only this stage's.
-                "recipe": asdict(config) | {"domains": [stage.domain]},
+                "recipe": asdict(alone(config)) | {"domains": [stage.domain]},
             },
             "data": people.fingerprints(),
         },
@@ -92,6 +94,7 @@ def train_guided(
         {"sgd": optimizer},
         step,
         stage,
+        added=ADDED,
         **options,
     )
     return network.eval(), history
@@ -116,17 +119,17 @@ def guided_gain(
         o = normals((len(x), config.generator.styles), random)
         signs = torch.randint(2, o.shape, generator=random, device="cpu").float() * 2.0 - 1.0
         o, signs = o.to(device), signs.to(device)
-        epsilon = config.guided.epsilon
-        styles = {
-            "style": o,
-            "random": o + epsilon * signs,
-            "guided": guided_styles(
+        epsilon, noise = config.guided.epsilon, seeds(config.seed, "gain noise", number)
+        with seeded(noise, device):
+            guided = guided_styles(
                 generator, recognizer, head.weight, x, y, o, head.margin, epsilon
-            ),
-        }
+            )
+        styles = {"style": o, "random": o + epsilon * signs, "guided": guided}
         with evaluating(recognizer):
             for name, each in styles.items():
-                losses[name].append(head(recognizer(generator(x, each)), y).cpu())
+                with seeded(noise, device):  # one noise map for all
+                    drawn = generator(x, each)
+                losses[name].append(head(recognizer(drawn), y).cpu())
     return {name: torch.stack(values) for name, values in losses.items()}
 
 

@@ -23,6 +23,7 @@ import synface_kernels as sk
 
 from ...common.check import check_integer, check_integers, check_number, describe
 from ...common.modes import evaluating
+from .additions import smooth_fields, wake, with_residuals
 
 EPSILON = 0.314  # of the authors' code
 ORTHOGONALITY = ("l1", "mean_square")
@@ -38,6 +39,10 @@ class GeneratorConfig:
         downsamplings: each halves the image's sides, which must be multiples of 2^downsamplings.
         blocks: residual blocks of the encoder, and of the decoder.
         hidden: width of the MLP from z to AdaIN's scales and biases.
+        noise: add white noise whose strength z sets; not in the paper.
+        blend: draw (1 − s)·X + s·decoder, whose share s z sets; not in the paper.
+        light: add a smooth field, n² − 1 cosines whose weights z sets; not in the paper.
+        awake: standard deviation of the MLP's outputs at the start; 0, the paper's: torch's own.
     """
 
     styles: int = 10
@@ -46,9 +51,15 @@ class GeneratorConfig:
     downsamplings: int = 2
     blocks: int = 3
     hidden: int = 256
+    noise: bool = False
+    blend: bool = False
+    light: int = 0
+    awake: float = 0.0
 
     def __post_init__(self) -> None:
         check_integers(self, styles=1, latent=1, width=1, downsamplings=0, blocks=1, hidden=1)
+        check_integers(self, light=0)
+        check_number("awake", self.awake, 0.0)
         if self.latent < self.styles:
             raise ValueError(
                 f"latent must be at least styles = {self.styles}, for orthogonal columns, "
@@ -63,11 +74,13 @@ class DiscriminatorConfig:
     Attributes:
         width: channels of the first layer; each of the others doubles them.
         layers: convolutions that halve the sides. scales: networks, each at half the size.
+        residuals: show it the images' high-pass residuals as well; not in the paper.
     """
 
     width: int = 64
     layers: int = 4
     scales: int = 3
+    residuals: bool = False
 
     def __post_init__(self) -> None:
         check_integers(self, width=1, layers=1, scales=1)
@@ -270,13 +283,27 @@ class Generator(nn.Module):
             width //= 2
         decoder += [nn.Conv2d(width, channels, 7, **reflect), nn.Tanh()]  # type: ignore[arg-type]
         self.decoder = nn.Sequential(*decoder)
+        if config.blend:
+            self.blend = nn.Linear(config.hidden, 1)
+            nn.init.constant_(self.blend.bias, -2.0)
+        if config.light > 1:
+            self.light = nn.Linear(config.hidden, config.light**2 - 1)
+        if config.noise:
+            self.noise = nn.Linear(config.hidden, 1)
+            nn.init.constant_(self.noise.bias, -2.0)
+        if config.awake:
+            basis = self.space.basis
+            o = torch.randn(512, config.styles, dtype=basis.dtype, device=basis.device)
+            wake(self.mlp, self.space(o).detach(), config.awake)
 
-    def forward(self, images: Tensor, o: Tensor) -> Tensor:
+    def forward(self, images: Tensor, o: Tensor, noise: Tensor | None = None) -> Tensor:
         """Redraw each image in its style.
 
         Args:
             images: (N, C, H, W) floating in [−1, 1], H and W multiples of 2^downsamplings.
             o: (N, q).
+            noise: standard normal draws of images' shape, for a generator with noise; by default
+                from torch's global generator.
 
         Returns:
             Of images' shape, in [−1, 1].
@@ -298,10 +325,24 @@ class Generator(nn.Module):
             x = F.relu(F.group_norm(x, x.shape[1]))
         for block in self.content:
             x = block(x)
-        styles = self.mlp(self.space(o)).view(len(o), len(self.styled), 4, -1)
+        hidden = self.mlp[:-1](self.space(o))
+        styles = self.mlp[-1](hidden).view(len(o), len(self.styled), 4, -1)
         for i, block in enumerate(self.styled):
             x = block(x, styles[:, i].unbind(1))
-        return self.decoder(x)
+        whole = drawn = self.decoder(x)
+        if self.config.blend:
+            share = torch.sigmoid(self.blend(hidden))[:, :, None, None]
+            drawn = images + share * (drawn - images)
+        if self.config.light > 1:
+            fields = smooth_fields(images.shape[2], images.shape[3], self.config.light)
+            drawn = drawn + (self.light(hidden) @ fields.to(hidden).flatten(1)).view_as(
+                images[:, :1]
+            )
+        if self.config.noise:
+            strength = F.softplus(self.noise(hidden))[:, :, None, None]
+            noise = torch.randn_like(images) if noise is None else noise
+            drawn = drawn + strength * noise
+        return drawn if drawn is whole else drawn.clamp(-1.0, 1.0)
 
 
 class Discriminator(nn.Module):
@@ -316,7 +357,8 @@ class Discriminator(nn.Module):
         config = config or DiscriminatorConfig()
         check_integer("channels", channels, 1)
         self.config, self.channels = config, channels
-        self.scales = nn.ModuleList(self._patches(config, channels) for _ in range(config.scales))
+        seen = 2 * channels if config.residuals else channels
+        self.scales = nn.ModuleList(self._patches(config, seen) for _ in range(config.scales))
 
     @staticmethod
     def _patches(config: DiscriminatorConfig, channels: int) -> nn.Sequential:
@@ -344,7 +386,7 @@ class Discriminator(nn.Module):
         for i, network in enumerate(self.scales):
             if i:
                 images = F.avg_pool2d(images, 3, 2, padding=1, count_include_pad=False)
-            maps.append(network(images))
+            maps.append(network(with_residuals(images) if self.config.residuals else images))
         return maps
 
 

@@ -10,30 +10,27 @@ Recognition", ECCV 2022.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...common.check import check_device
+from ...common.check import check_integer
 from ...common.rng import standard_defaults
-from ...data import Faces
-from ...evaluation.embedding import embed
-from ...evaluation.metrics import verify
-from ...heads import MarginHead
 from ...training.model import check_network
-from ..sweep import Bars, no_bars, train_or_resume
+from ..sweep import Bars, default_workers, no_bars, share_of_threads, using_threads
+from ..workers import run_named
 from .config import CfsmConfig
-from .faces import People, degraded, first_images, read_people
-from .guided import VARIANTS, guided_gain, train_guided
+from .faces import People, read_people
 from .model import Discriminator, Generator
-from .style import learn_style, similarities, strength_sweep
+from .parts import GUIDED, RECOGNIZER, STRENGTHS, STYLE, Part, Trainer, parts, trained_by_title
+from .style import new_networks, similarities
 
 Log = list[dict[str, float]]
+UNTRAINED = "untrained"  # the generator that every domain starts from
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,97 +38,155 @@ class Results:
     """The results of the recipe, for the report.
 
     Attributes:
-        style_log: by domain, the metrics of stage 1. sweep: by domain, see `strength_sweep`.
-        strengths: (A,). similarity: (n, n). gain: see `guided_gain`.
-        guided_log, verification: by variant; the latter then by domain, with "clean" first.
+        generators: by domain, of the first seed.
+        found: by part, what `Trainer.train` returned, in JSON types.
+        strengths: (A,). similarity: (n, n), of the domains' subspaces and an untrained one.
+        threads: of torch, in each training run.
     """
 
     config: CfsmConfig
     people: People
     generators: dict[str, Generator]
-    style_log: dict[str, Log]
+    found: dict[Part, dict[str, Any]]
     strengths: Tensor
-    sweep: dict[str, dict[str, Tensor]]
     similarity: Tensor
-    gain: dict[str, Tensor]
-    guided_log: dict[str, Log]
-    verification: dict[str, dict[str, Any]]
+    threads: int
+
+    def style(self, domain: str, seed: int = 0) -> dict[str, Any]:
+        """Return what was found of a style space."""
+        return self.found[Part(STYLE, seed, domain)]
+
+    @property
+    def seconds(self) -> float | None:
+        """The seconds that training and measuring took, summed over the parts, where all know."""
+        seconds = [found["seconds"] for found in self.found.values()]
+        return None if None in seconds else sum(seconds)
+
+    @property
+    def ablations(self) -> dict[str, dict[str, Any]]:
+        """The guided domain's style spaces by the addition that they lack, see `style`."""
+        return {part.without: found for part, found in self.found.items() if part.without}
+
+    @property
+    def gain(self) -> dict[str, Tensor]:
+        """The `guided_gain` in the styles of the guided domain, of the first seed."""
+        found = self.style(self.config.guided.domain)["gain"]
+        return {name: tensor(values) for name, values in found.items()}
+
+    def recognizer(self, seed: int = 0) -> dict[str, Any]:
+        """Return what was found of a recognizer before stage 2."""
+        return self.found[Part(RECOGNIZER, seed)]
+
+    def guided(self, variant: str, originals: float, seed: int = 0) -> dict[str, Any]:
+        """Return what was found of a network of stage 2."""
+        return self.found[Part(GUIDED, seed, variant, originals)]
+
+
+def sweep(style: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the `strength_sweep` of what was found of a style space."""
+    return {name: tensor(values) for name, values in style["sweep"].items()}
+
+
+def tensor(values: Any) -> Tensor:
+    """Return numbers as a float32 tensor."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def run(
-    config: CfsmConfig, output: Path, *, resume: bool = False, progress: Bars | None = None
+    config: CfsmConfig,
+    output: Path,
+    *,
+    resume: bool = False,
+    progress: Bars | None = None,
+    workers: int | None = 1,
+    ablations: bool = False,
 ) -> Results:
     """Train everything below ``output``, and measure it.
 
     Args:
         resume: resume the run there; the result is bitwise that of an uninterrupted run.
-        progress: makes a progress bar for each part from its description.
+        progress: makes a progress bar from its description: of each part, or with workers, of all
+            parts of a stage.
+        workers: number of processes that train; 1: this process; None: see `run_cells`. Results
+            depend on the number of threads.
+        ablations: learn the guided domain's styles also without each addition, and without all.
 
     Raises:
+        ValueError: for data that cannot be used, or too few workers.
         FileExistsError, CheckpointError, FloatingPointError, KeyboardInterrupt,
             Terminated: see `run_steps`.
+        ChildProcessError: if a worker dies.
     """
-    bar = progress or no_bars
-    device = check_device(config.device)
-    _check_networks(config)
+    workers = default_workers() if workers is None else workers
+    check_integer("workers", workers, 1)
+    _check_networks(config, config.data.channels)
     people = read_people(config.data, config.seed)
-    earlier = output / "recogniser"  # its name in version 0.1
-    folder = earlier if earlier.exists() else output / "recognizer"
-    with bar("recognizer") as shown:
-        trained = train_or_resume(config.recognizer, people.source, folder, resume, shown)
-    assert isinstance(trained.head, MarginHead)  # this is one process
-    recognizer, head = trained.backbone.to(device).eval(), trained.head.to(device)
-
-    def stage(part: str, name: str, train: Callable[..., Any], *arguments: Any) -> Any:
-        arguments = (config, people, recognizer, *arguments, name, output / part / name)
-        with bar(f"{part}: {name}") as shown:
-            return train(*arguments, resume=resume, progress=shown)
-
-    generators, style_log = {}, {}
-    for domain in config.domains:
-        generators[domain], style_log[domain] = stage("style", domain, learn_style)
-    faces = first_images(people.held, 64).to(device)
-    strengths = torch.linspace(0.0, 6.0, 13, dtype=torch.float32, device="cpu")
-    sweep = {}
-    with bar("strength sweep") as shown:
-        if shown:
-            shown.start(len(generators), 0)
-        for domain, generator in generators.items():
-            sweep[domain] = strength_sweep(generator, recognizer, faces, strengths, config.seed)
-            if shown:
-                shown.advance(domain)
-    generator = generators[config.guided.domain]
-    gain = guided_gain(config, generator, recognizer, head, people.source)
-
-    guided_log, verification = {}, {"before": _verify(config, recognizer, people.held)}
-    for variant in VARIANTS:
-        network, guided_log[variant] = stage("guided", variant, train_guided, head, generator)
-        verification[variant] = _verify(config, network, people.held)
+    if people.channels != config.data.channels:  # a folder's
+        _check_networks(config, people.channels)
+    found: dict[Part, dict[str, Any]] = {}
+    threads = share_of_threads(workers)
+    with using_threads(threads):
+        trainer = Trainer(config, people, output, resume=resume)
+        for group in parts(config, ablations):
+            if workers == 1:
+                for part in group:
+                    with (progress or no_bars)(part.title(config)) as trainer.progress:
+                        found[part] = trainer.train(part)
+            else:
+                found |= _in_workers(config, people, output, resume, progress, workers, group)
+        generators = {
+            domain: trainer.generator(Part(STYLE, 0, domain))[0] for domain in config.domains
+        }
+    untrained = new_networks(config, people.channels)[0]
     return Results(
         config,
         people,
         generators,
-        style_log,
-        strengths,
-        sweep,
-        similarities(generators),
-        gain,
-        guided_log,
-        verification,
+        found,
+        STRENGTHS,
+        similarities(generators | {UNTRAINED: untrained}),
+        threads,
     )
 
 
-def _check_networks(config: CfsmConfig) -> None:
+def _in_workers(
+    config: CfsmConfig,
+    people: People,
+    output: Path,
+    resume: bool,
+    progress: Bars | None,
+    workers: int,
+    group: list[Part],
+) -> dict[Part, dict[str, Any]]:
+    """Train parts that do not need each other in workers."""
+    titles = {part.title(config): part for part in group}
+    prepare = partial(trained_by_title, config, output, resume)
+    total = sum(planned_steps(config, part, len(people.source)) for part in group)
+    processes = min(workers, len(group))
+    title = f"{len(group)} parts of {group[0].kind}, {processes} workers"
+    with (progress or no_bars)(title) as bar:
+
+        def update(results: int, done: int, more: int) -> None:
+            if bar:
+                bar.start(total + more, done)
+
+        found = run_named(list(titles), prepare, processes, torch.get_num_threads(), update)
+    return {part: found[title] for title, part in titles.items()}
+
+
+def planned_steps(config: CfsmConfig, part: Part, images: int) -> int:
+    """Return the number of training steps of a part, on so many source images."""
+    if part.kind == RECOGNIZER:
+        return config.recognizer.epochs * -(-images // config.recognizer.batch_size)
+    return (config.style if part.kind == STYLE else config.guided).steps
+
+
+def _check_networks(config: CfsmConfig, channels: int) -> None:
     """Raise ValueError unless all networks fit the images, without allocating them."""
     size = config.data.size
-    check_network(config.recognizer, (size, size, 1))
+    check_network(config.recognizer, (size, size, channels))
     with standard_defaults(), torch.device("meta"):
         make = partial(torch.empty, dtype=torch.float32, device="meta")
-        image, style = make(1, 1, size, size), make(1, config.generator.styles)
-        Generator(config.generator)(image, style)
-        Discriminator(config.discriminator)(image)
-
-
-def _verify(config: CfsmConfig, network: nn.Module, held: Faces) -> dict[str, Any]:
-    sets = {"clean": held} | {d: degraded(held, d, config.seed) for d in config.domains}
-    return {name: verify(embed(network, each.images), each.labels) for name, each in sets.items()}
+        image, style = make(1, channels, size, size), make(1, config.generator.styles)
+        Generator(config.generator, channels)(image, style)
+        Discriminator(config.discriminator, channels)(image)

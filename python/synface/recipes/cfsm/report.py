@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -9,11 +10,26 @@ from typing import Any
 
 from torch import Tensor
 
+from ...common.durations import duration
 from ...reporting.page import table
 from ..generated import EMBEDDED
-from ..report import machine, shown, write_report
+from ..report import (
+    difference,
+    machine,
+    shown,
+    shown_difference,
+    spread,
+    verdict,
+    write_report,
+)
 from . import figures
-from .recipe import Log, Results
+from .config import CfsmConfig
+from .measures import DIFFERS, STATISTICS
+from .parts import STRENGTHS, rows
+from .recipe import UNTRAINED, Log, Results, sweep
+
+MEAN = "mean over the domains"
+ANCHOR = "anchor, last tenth"
 
 
 def write(results: Results, folder: Path, command: str, seconds: float | None) -> Path:
@@ -23,7 +39,7 @@ def write(results: Results, folder: Path, command: str, seconds: float | None) -
         command: the command line that the page names.
         seconds: the run's duration; None if it was resumed.
     """
-    numbers = measured(results) | {"machine": machine(), "seconds": seconds}
+    numbers = measured(results) | {"machine": machine(results.threads), "seconds": seconds}
     faces = figures.portraits(results)
     return write_report(
         folder,
@@ -31,10 +47,13 @@ def write(results: Results, folder: Path, command: str, seconds: float | None) -
         numbers,
         {
             "style": partial(figures.style_losses, results),
+            "matching": partial(figures.matching, results),
             "sweep": partial(figures.strength_sweep, results),
+            "effects": partial(figures.effects, results),
             "similarity": partial(figures.similarity, results),
             "gain": partial(figures.gain, results),
             "guided": partial(figures.guided_losses, results),
+            "differences": partial(figures.differences, numbers),
             "faces": partial(figures.faces, results, faces),
             "strength": partial(figures.strength, results, faces[:1]),
         },
@@ -46,60 +65,125 @@ def write(results: Results, folder: Path, command: str, seconds: float | None) -
 
 def measured(results: Results) -> dict[str, Any]:
     """Return all numbers, for `json.dumps`."""
-    style = {}
-    for domain, rows in results.style_log.items():
-        curves = results.sweep[domain]
-        mean = curves["axes"].mean(0)
-        style[domain] = {
-            "orthogonality l1, first step": rows[0]["l1"],
-            "orthogonality l1, last step": rows[-1]["l1"],
-            "orthogonality mean square, last step": rows[-1]["mean_square"],
-            "first step from which l1 stays below 1e-2": _stays_below(rows, "l1", 1e-2),
-            "identity loss, last tenth": _last(rows, "identity"),
-            "anchor, last tenth": _last(rows, "anchor"),
-            "cosine along the axes": mean.tolist(),
-            "cosine along random directions": curves["random"].tolist(),
-            "mean cosine falls at every step": _falls(mean),
-            "random cosine falls at every step": _falls(curves["random"]),
-            "axes along which it falls at every step": sum(map(_falls, curves["axes"])),
-        }
+    config, styles = results.config, {}
+    for domain in config.domains:
+        styles[domain] = _style(results, domain, 0)
     gain = results.gain
     more = {
         f"{a} above {b}": gain[a] - gain[b]
         for a, b in (("random", "style"), ("guided", "style"), ("guided", "random"))
     }
     above = more["guided above random"]
+    names = [*config.domains, UNTRAINED]
     return {
         "strengths": results.strengths.tolist(),
-        "style": style,
+        "style": styles,
+        "seeds of stage 1": [
+            _style(results, config.guided.domain, seed) for seed in range(config.style.seeds)
+        ],
+        "without": {
+            name: found["measures"] | {ANCHOR: _last(found["log"], "anchor")}
+            for name, found in results.ablations.items()
+        },
         "similarity": {
-            a: dict(zip(results.generators, row, strict=True))
-            for a, row in zip(results.generators, results.similarity.tolist(), strict=True)
+            a: dict(zip(names, row, strict=True))
+            for a, row in zip(names, results.similarity.tolist(), strict=True)
         },
         "loss": {
             name: {"mean": values.mean().item(), "std": values.std().item()}
             for name, values in (gain | more).items()
         }
         | {"batches": len(above), "batches where guided is above random": int((above > 0).sum())},
-        "guided training": {
-            variant: {
-                "loss, first tenth": _last(rows[: max(2, len(rows) // 10)], "loss"),
-                "loss, last tenth": _last(rows, "loss"),
-                "accuracy, last tenth": _last(rows, "accuracy"),
+    } | _stage_2(results)
+
+
+def _style(results: Results, domain: str, seed: int) -> dict[str, Any]:
+    """Return the numbers of a style space."""
+    found = results.style(domain, seed)
+    rows, curves = found["log"], sweep(found)
+    mean = curves["axes"].mean(0)
+    return {
+        "orthogonality l1, first step": rows[0]["l1"],
+        "orthogonality l1, last step": rows[-1]["l1"],
+        "orthogonality mean square, last step": rows[-1]["mean_square"],
+        "first step from which l1 stays below 1e-2": _stays_below(rows, "l1", 1e-2),
+        "identity loss, last tenth": _last(rows, "identity"),
+        ANCHOR: _last(rows, "anchor"),
+        "cosine along the axes": mean.tolist(),
+        "cosine along random directions": curves["random"].tolist(),
+        "mean cosine falls at every step": _falls(mean),
+        "random cosine falls at every step": _falls(curves["random"]),
+        "axes along which it falls at every step": sum(map(_falls, curves["axes"])),
+    } | found["measures"]
+
+
+def _stage_2(results: Results) -> dict[str, Any]:
+    """Return the numbers of stage 2, over its seeds."""
+    config = results.config
+    seeds = range(config.guided.seeds)
+
+    def over_seeds(parts: list[dict[str, Any]]) -> dict[str, Any]:
+        sets = parts[0]["verification"]
+        return {
+            name: {
+                key: spread([part["verification"][name][key] for part in parts])
+                for key in ("auc", "accuracy")
             }
-            for variant, rows in results.guided_log.items()
-        },
-        "verification": {
-            variant: {name: each.to_json() for name, each in sets.items()}
-            for variant, sets in results.verification.items()
-        },
-    }
+            for name in sets
+        }
+
+    verified = {"before": over_seeds([results.recognizer(seed) for seed in seeds])}
+    trained, differences = {}, {}
+    for variant, share in rows(config):
+        name = variant if share == config.guided.originals else f"{variant}, {share:.0%} originals"
+        each = [results.guided(variant, share, seed) for seed in seeds]
+        verified[name] = over_seeds(each)
+        logs = [part["log"] for part in each]
+        first, last = [x[: _tenth(x)] for x in logs], [x[-_tenth(x) :] for x in logs]
+        trained[name] = {
+            "loss, first tenth": _over(first, "loss"),
+            "loss, last tenth": _over(last, "loss"),
+            "accuracy, last tenth": _over(last, "accuracy"),
+        }
+    for name in verified:
+        variant, *rest = name.split(", ")
+        others = {"guided": ["originals", ", ".join(["random", *rest])], "random": ["originals"]}
+        for other in others.get(variant, []):
+            differences[f"{name} − {other}"] = _over_domains(verified[name], verified[other])
+    differences["originals − before"] = _over_domains(verified["originals"], verified["before"])
+    return {"guided training": trained, "verification": verified, "differences": differences}
+
+
+def _over_domains(of: dict[str, Any], less: dict[str, Any]) -> dict[str, Any]:
+    """Return the paired differences in ROC-AUC by domain, and of the mean over the domains."""
+    found = {name: difference(of[name]["auc"], less[name]["auc"]) for name in of}
+    domains = [name for name in of if name != "clean"]
+
+    def mean(sets: dict[str, Any]) -> dict[str, Any]:
+        values = zip(*(sets[name]["auc"]["values"] for name in domains), strict=True)
+        return spread([sum(each) / len(each) for each in values])
+
+    return found | {MEAN: difference(mean(of), mean(less))}
+
+
+def _mean(rows: Log, name: str) -> float | None:
+    """Return the mean of a metric over the rows that have it."""
+    values = figures.column(rows, name)[1]
+    return sum(values) / len(values) if values else None
+
+
+def _over(logs: list[Log], name: str) -> dict[str, Any]:
+    """Return the `spread` over logs of the mean of a metric that every row has."""
+    return spread([sum(row[name] for row in rows) / len(rows) for rows in logs])
+
+
+def _tenth(rows: Log) -> int:
+    return max(2, len(rows) // 10)
 
 
 def _last(rows: Log, name: str) -> float | None:
     """Return the mean of a metric over the last tenth of the steps."""
-    values = figures.column(rows[-max(2, len(rows) // 10) :], name)[1]
-    return sum(values) / len(values) if values else None
+    return _mean(rows[-_tenth(rows) :], name)
 
 
 def _stays_below(rows: Log, name: str, limit: float) -> int | None:
@@ -114,11 +198,54 @@ def _falls(curve: Tensor) -> bool:
 
 
 def _fields(results: Results, numbers: dict[str, Any]) -> dict[str, Any]:
-    config, seconds = results.config, numbers["seconds"]
-    took = "not measured, since the run was resumed" if seconds is None else f"{seconds:.0f} s"
-    yes = {True: "yes", False: "no"}
-    middle = len(results.strengths) // 2
-    style = table(
+    config = results.config
+    sets = {f.name: getattr(results.people, f.name) for f in fields(results.people)}
+    return {
+        "took": _took(results, numbers["seconds"]),
+        "people": results.people,
+        "images": {name: len(faces) for name, faces in sets.items()},
+        "identities": {name: len(faces.identities) for name, faces in sets.items()},
+        "domains": ", ".join(config.domains),
+        "steps": len(results.strengths) - 1,
+        "loss": numbers["loss"],
+        "style": _style_table(config, numbers["style"]),
+        "control": _control_table(config, numbers),
+        "matching": _matching_table(numbers["style"]),
+        "matched": _matched(numbers["style"]),
+        "ablations": _ablation_section(config, numbers),
+        "axes": _axes_table(numbers["style"]),
+        "reference": "other images of the same people"
+        if config.data.target == EMBEDDED
+        else "the target images, which stage 1 has seen",
+        "pictured": "generated from eigenfaces" if config.data.faces == EMBEDDED else "held out",
+        "similar": _similarity_table(numbers["similarity"]),
+        "gain": _gain_table(numbers["loss"]),
+        "training": _training_table(numbers["guided training"]),
+        "verification": _verification_table(numbers["verification"]),
+        "differences": _difference_table(numbers["differences"]),
+        "conclusions": conclusions(numbers),
+        "networks": plural(config.guided.seeds, "recognizer"),
+        "spaces": plural(config.style.seeds, "style space"),
+    }
+
+
+def _took(results: Results, whole: float | None) -> str:
+    """Return how long the run took, or where it was resumed, its parts."""
+    if whole is not None:
+        return duration(whole)
+    if results.seconds is None:
+        return "not measured, since parts were resumed"
+    return f"{duration(results.seconds)}, summed over {len(results.found)} parts"
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a number and its noun."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _style_table(config: CfsmConfig, styles: dict[str, Any]) -> str:
+    yes, middle = {True: "yes", False: "no"}, len(STRENGTHS) // 2
+    return table(
         [
             "domain",
             "L_ort (l1): first, last step",
@@ -136,17 +263,125 @@ def _fields(results: Results, numbers: dict[str, Any]) -> dict[str, Any]:
                 str(x["first step from which l1 stays below 1e-2"] or "never"),
                 f"{x['orthogonality mean square, last step']:.1e}",
                 shown(x["identity loss, last tenth"]),
-                shown(x["anchor, last tenth"], 3),
+                shown(x[ANCHOR], 3),
                 ", ".join(f"{x['cosine along the axes'][i]:.3f}" for i in (0, middle, -1)),
                 f"{yes[x['mean cosine falls at every step']]}, "
                 f"{yes[x['random cosine falls at every step']]}, "
                 f"{x['axes along which it falls at every step']} of {config.generator.styles}",
             ]
-            for domain, x in numbers["style"].items()
+            for domain, x in styles.items()
         ],
     )
-    loss = numbers["loss"]
-    gain = table(
+
+
+def _control_table(config: CfsmConfig, numbers: dict[str, Any]) -> str:
+    """Return how controllable each space is; the guided domain has a row for each seed."""
+    rows = {}
+    for domain, found in numbers["style"].items():
+        if domain == config.guided.domain and config.style.seeds > 1:
+            for seed, each in enumerate(numbers["seeds of stage 1"]):
+                rows[f"{domain}, seed {config.seed + seed}"] = each["controllability"]
+        else:
+            rows[domain] = found["controllability"]
+    keys = ("axis cosine", "opposite cosine", "direction share", "recovery R²")
+    return table(
+        ["domain", *keys],
+        [[name, *(f"{found[key]:.2f}" for key in keys)] for name, found in rows.items()],
+    )
+
+
+def _matching_table(styles: dict[str, Any]) -> str:
+    def cell(found: dict[str, float]) -> str:
+        return (
+            f"{found['W1 ratio']:.2f}, {found['spread ratio']:.2f} "
+            f"({found['differs']:.2f}, {found['spread ratio of source']:.2f})"
+        )
+
+    return table(
+        ["domain", *STATISTICS],
+        [[d, *(cell(x["matching"][name]) for name in STATISTICS)] for d, x in styles.items()],
+    )
+
+
+def _ablation_section(config: CfsmConfig, numbers: dict[str, Any]) -> str:
+    """Return the section about the additions, or no text where none was left out."""
+    if not numbers["without"]:
+        return ""
+    domain, keys = config.guided.domain, ("axis cosine", "direction share", "recovery R²")
+    rows = {"with all": numbers["style"][domain]} | {
+        f"without {name}": found for name, found in numbers["without"].items()
+    }
+    ablated = table(
+        [domain, *keys, "anchor", *STATISTICS],
+        [
+            [
+                name,
+                *(f"{x['controllability'][key]:.2f}" for key in keys),
+                shown(x[ANCHOR], 3),
+                *(
+                    f"{found['W1 ratio']:.2f}, {found['spread ratio']:.2f}"
+                    for found in (x["matching"][name] for name in STATISTICS)
+                ),
+            ]
+            for name, x in rows.items()
+        ],
+    )
+    return f"""## What each addition gains
+
+None of them is in the paper. Each row leaves one out, and the last all; one seed. Of a statistic:
+W1 ratio, spread ratio.
+
+{ablated}
+"""
+
+
+def _axes_table(styles: dict[str, Any]) -> str:
+    """Return what the axes do, and how often, counted over both directions of each."""
+    counts = {d: Counter(word for both in x["words"] for word in both) for d, x in styles.items()}
+    axes = range(len(next(iter(styles.values()))["words"]))
+    return table(
+        ["domain", "its axes", *(f"u{i + 1}" for i in axes)],
+        [
+            [
+                domain,
+                ", ".join(f"{word} {count}×" for word, count in counts[domain].most_common()),
+                *(" / ".join(both) for both in x["words"]),
+            ]
+            for domain, x in styles.items()
+        ],
+    )
+
+
+def _matched(styles: dict[str, Any]) -> str:
+    """Return a sentence about the statistics in which targets differ from the source."""
+    found = {
+        f"{domain}'s {name}": x["matching"][name]
+        for domain, x in styles.items()
+        for name in STATISTICS
+        if x["matching"][name]["differs"] >= DIFFERS
+    }
+    missed = [
+        f"{name} (W1 ratio {x['W1 ratio']:.2f}, spread ratio {x['spread ratio']:.2f})"
+        for name, x in found.items()
+        if x["W1 ratio"] > 0.7 or not 0.5 <= x["spread ratio"] <= 2
+    ]
+    text = (
+        f"Of the {len(found)} statistics in which a target differs from the source by {DIFFERS} "
+        f"deviations or more, {len(found) - len(missed)} have a W1 ratio of at most 0.7 and a "
+        "spread ratio within 0.5 and 2"
+    )
+    return f"{text}; not {', '.join(missed)}." if missed else f"{text}."
+
+
+def _similarity_table(similarity: dict[str, dict[str, float]]) -> str:
+    return table(
+        ["S(A, B)", *similarity],
+        [[a, *(f"{value:.3f}" for value in row.values())] for a, row in similarity.items()],
+    )
+
+
+def _gain_table(loss: dict[str, Any]) -> str:
+    return table(
         ["loss of the recognizer", "mean", "standard deviation over batches"],
         [
             [text, f"{loss[name]['mean']:.3f}", f"{loss[name]['std']:.3f}"]
@@ -160,41 +395,52 @@ def _fields(results: Results, numbers: dict[str, Any]) -> dict[str, Any]:
             )
         ],
     )
-    training = table(
+
+
+def _training_table(trained: dict[str, Any]) -> str:
+    return table(
         ["the rest of each batch", "loss, first tenth", "last tenth", "accuracy, last tenth"],
-        [
-            [variant, *(shown(value, 3) for value in x.values())]
-            for variant, x in numbers["guided training"].items()
-        ],
+        [[variant, *(shown(value, 3) for value in x.values())] for variant, x in trained.items()],
     )
-    domains = list(next(iter(numbers["verification"].values())))
-    verification = table(
+
+
+def _verification_table(verified: dict[str, Any]) -> str:
+    domains = list(verified["before"])
+    return table(
         ["ROC-AUC", *domains],
         [
-            [variant, *(f"{by[name]['auc']:.4f}" for name in domains)]
-            for variant, by in numbers["verification"].items()
+            [variant, *(shown(by[name]["auc"]) for name in domains)]
+            for variant, by in verified.items()
         ],
     )
-    similar = table(
-        ["S(A, B)", *results.generators],
+
+
+def _difference_table(differences: dict[str, Any]) -> str:
+    domains = list(next(iter(differences.values())))
+    return table(
+        ["difference in ROC-AUC, seed by seed", *domains],
         [
-            [a, *(f"{value:.3f}" for value in row.values())]
-            for a, row in numbers["similarity"].items()
+            [
+                name,
+                *(f"{shown_difference(by[domain])}: {verdict(by[domain])}" for domain in domains),
+            ]
+            for name, by in differences.items()
         ],
     )
-    sets = {f.name: getattr(results.people, f.name) for f in fields(results.people)}
-    return {
-        "took": took,
-        "people": results.people,
-        "images": {name: len(faces) for name, faces in sets.items()},
-        "identities": {name: len(faces.identities) for name, faces in sets.items()},
-        "domains": ", ".join(config.domains),
-        "steps": len(results.strengths) - 1,
-        "loss": loss,
-        "style": style,
-        "pictured": "generated from eigenfaces" if config.data.faces == EMBEDDED else "held out",
-        "similar": similar,
-        "gain": gain,
-        "training": training,
-        "verification": verification,
-    }
+
+
+def conclusions(numbers: dict[str, Any]) -> str:
+    """Return what the intervals say of the mean over the domains, as a Markdown list."""
+    lines = []
+    for name, by in numbers["differences"].items():
+        of, less = name.split(" − ")
+        resolved = [
+            f"{domain} {verdict(found)}"
+            for domain, found in by.items()
+            if domain != MEAN and verdict(found) in ("higher", "lower")
+        ]
+        lines.append(
+            f"- *{of}* against *{less}*, {MEAN}: {verdict(by[MEAN])} "
+            f"({shown_difference(by[MEAN])}); resolved: {', '.join(resolved) or 'none'}."
+        )
+    return "\n".join(lines)
