@@ -166,12 +166,6 @@ def _over_domains(of: dict[str, Any], less: dict[str, Any]) -> dict[str, Any]:
     return found | {MEAN: difference(mean(of), mean(less))}
 
 
-def _mean(rows: Log, name: str) -> float | None:
-    """Return the mean of a metric over the rows that have it."""
-    values = figures.column(rows, name)[1]
-    return sum(values) / len(values) if values else None
-
-
 def _over(logs: list[Log], name: str) -> dict[str, Any]:
     """Return the `spread` over logs of the mean of a metric that every row has."""
     return spread([sum(row[name] for row in rows) / len(rows) for rows in logs])
@@ -183,7 +177,8 @@ def _tenth(rows: Log) -> int:
 
 def _last(rows: Log, name: str) -> float | None:
     """Return the mean of a metric over the last tenth of the steps."""
-    return _mean(rows[-_tenth(rows) :], name)
+    values = figures.column(rows[-_tenth(rows) :], name)[1]
+    return sum(values) / len(values) if values else None
 
 
 def _stays_below(rows: Log, name: str, limit: float) -> int | None:

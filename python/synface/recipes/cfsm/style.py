@@ -85,8 +85,10 @@ def learn_style(
         "generator": torch.optim.Adam(drawing, stage.lr, betas),
         "discriminator": torch.optim.Adam(discriminator.parameters(), stage.lr, betas),
     }
-    bank = draws(config.seed, f"target statistics {domain}", 0)
-    statistics = StatisticsLoss(_targets(people.target, BANK, domain, bank).to(device))
+    statistics = None
+    if stage.statistics_weight:
+        bank = draws(config.seed, f"target statistics {domain}", 0)
+        statistics = StatisticsLoss(_targets(people.target, BANK, domain, bank).to(device))
 
     def drawn_terms(x: Tensor, drawn: Tensor, o: Tensor) -> dict[str, Tensor]:
         """Return the loss terms of images drawn in a random style."""
@@ -98,7 +100,7 @@ def learn_style(
         terms["identity"] = identity_loss(own, recognizer(drawn), o.norm(dim=1))
         if stage.recovery_weight:
             terms["recovery"] = F.mse_loss(predictor(drawn, x), o)
-        if stage.statistics_weight:
+        if statistics:
             terms["statistics"] = statistics(drawn)
         return terms
 
