@@ -407,7 +407,8 @@ def test_the_training_loop(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     data: Any = faces
     if name == "mixed":
         data = MixedSource(faces, embedded_faces(4, 16, seed=1, identities=3), workers=1)
-    small: Any = {"embedding_size": 8, "widths": (4, 8), "depths": (1, 1)}
+    # With a larger rate, training amplifies rounding: by the sixth step losses differed by 0.4 %.
+    small: Any = {"embedding_size": 8, "widths": (4, 8), "depths": (1, 1), "lr": 0.01}
     config = TrainConfig(epochs=1, batch_size=8, **small, **SETTINGS.get(name, {}))
     expected = train(config, data, tmp_path / "cpu")
     monkeypatch.setattr(loop, "check_device", torch.device)
@@ -431,7 +432,7 @@ def test_the_training_loop(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert shown.losses == [row["loss"] for row in found.history]
     for row, other in zip(found.history, expected.history, strict=True):
         assert row.keys() == other.keys()
-        assert list(row.values()) == pytest.approx(list(other.values()), rel=1e-3, abs=1e-3)
+        assert list(row.values()) == pytest.approx(list(other.values()), rel=2e-5)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
