@@ -23,7 +23,6 @@ from synface.recipes.cfsm.measures import (
     image_statistics,
     matching,
     recovery,
-    wasserstein,
     words,
 )
 from synface.recipes.cfsm.model import (
@@ -129,13 +128,6 @@ def test_the_statistics_of_known_images():
     assert all(torch.isfinite(values).all() for values in flat.values())
 
 
-def test_wasserstein_distances_of_known_samples():
-    a = random(1000, dtype=torch.float64)
-    assert wasserstein(a, a) == 0
-    assert wasserstein(a, a + 0.7) == pytest.approx(0.7)
-    assert wasserstein(torch.zeros(5), torch.tensor([0.0, 1.0])) == pytest.approx(0.5)
-
-
 def test_matching_against_target_and_source():
     source, target = 0.1 * random(60, 1, 8, 8), 0.3 * random(60, 1, 8, 8, seed=1) + 0.5
     same = matching(target, target, source)
@@ -147,6 +139,12 @@ def test_matching_against_target_and_source():
     assert tuple(same) == STATISTICS
     brightness = image_statistics(source)["brightness"]
     assert none["brightness"]["differs"] == pytest.approx(0.5 / brightness.std().item(), rel=0.2)
+    # Brighter alone: W1 is the shift, whatever the distribution; and of samples of any size.
+    shifted = matching(source, source + 0.7, source)
+    assert shifted["brightness"]["W1"] == pytest.approx(0.7, rel=1e-5)
+    assert shifted["noise"]["W1"] == pytest.approx(0, abs=1e-6)
+    flat = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 8, 8)
+    assert matching(torch.zeros(5, 1, 8, 8), flat, source)["brightness"]["W1"] == 0.5
 
 
 def test_matching_images_that_are_all_the_same():

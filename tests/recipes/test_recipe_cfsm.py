@@ -326,7 +326,7 @@ def test_workers_find_what_one_process_finds(tmp_path, config):
     config = replace(
         config,
         style=replace(config.style, seeds=2),
-        guided=replace(config.guided, seeds=2, other_originals=(0.75,)),
+        guided=replace(config.guided, seeds=2, other_originals=(0.75,), other_epsilons=(0.1,)),
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -337,7 +337,7 @@ def test_workers_find_what_one_process_finds(tmp_path, config):
         torch.set_num_threads(threads)
     assert weights(tmp_path / "alone") == weights(tmp_path / "together")
     assert cfsm.measured(alone) == cfsm.measured(together)
-    assert len(alone.found) == 2 + 3 + 10  # recognizers, style spaces, networks of stage 2
+    assert len(alone.found) == 2 + 3 + 12  # recognizers, style spaces, networks of stage 2
 
     found = cfsm.measured(alone)
     assert found["verification"].keys() == {
@@ -345,14 +345,26 @@ def test_workers_find_what_one_process_finds(tmp_path, config):
         *cfsm.VARIANTS,
         "random, 75% originals",
         "guided, 75% originals",
+        "guided, ε = 0.1",
     }
+    assert found["verification"]["guided, ε = 0.1"] != found["verification"]["guided"]
     auc = {name: by["dark"]["auc"]["values"] for name, by in found["verification"].items()}
     gained = found["differences"]["guided − originals"]
     each = [a - b for a, b in zip(auc["guided"], auc["originals"], strict=True)]
     assert gained["dark"]["values"] == pytest.approx(each)
     both = [(gained["dark"]["values"][i] + gained["blurred"]["values"][i]) / 2 for i in range(2)]
     assert gained["mean over the domains"]["values"] == pytest.approx(both)
-    assert "guided, 75% originals − random, 75% originals" in found["differences"]
+    assert list(found["differences"]) == [
+        "originals − before",
+        "random − originals",
+        "guided − originals",
+        "guided − random",
+        "random, 75% originals − originals",
+        "guided, 75% originals − originals",
+        "guided, 75% originals − random, 75% originals",
+        "guided, ε = 0.1 − originals",
+        "guided, ε = 0.1 − random",
+    ]
     # Seeds differ, and more of them can be added to a finished run.
     spaces = found["seeds of stage 1"]
     assert spaces[0]["controllability"] != spaces[1]["controllability"]

@@ -74,8 +74,11 @@ def texture_statistics(images: Tensor, bands: int = 3) -> Tensor:
     differences of neighboring pixels in four directions (which tell noise from stripes), and of the
     bands of a Laplacian pyramid.
 
+    Args:
+        images: (N, C, H, W), floating point, with sides of 2^bands pixels or more.
+
     Returns:
-        (N, C·(bands + 6)).
+        (N, C·(bands + 6)), of the images' dtype.
     """
     x, y = images[..., 1:] - images[..., :-1], images[..., 1:, :] - images[..., :-1, :]
     falling = images[..., 1:, 1:] - images[..., :-1, :-1]
@@ -101,8 +104,11 @@ def energy_distance(a: Tensor, b: Tensor, within_b: Tensor | None = None) -> Ten
     distributions; an estimate may be negative.
 
     Args:
-        a, b: (N, K) and (M, K), each with two rows or more.
+        a, b: (N, K) and (M, K) of one floating-point dtype, each with two rows or more; with one,
+            the result is not a number.
         within_b: `mean_distance` of b, if it is known already.
+
+    Memory: all N·(N + M)·K differences, and M²·K without ``within_b``.
 
     Source: Székely and Rizzo, "Energy statistics: A class of statistics based on distances", 2013.
     """
@@ -122,10 +128,12 @@ class StatisticsLoss:
     Each statistic is divided by its standard deviation over the target images.
 
     Args:
-        target: (M, C, H, W), two images or more.
+        target: (M, C, H, W), floating point, two images or more.
 
     Raises:
         ValueError: for fewer images.
+
+    Memory: see `energy_distance`; M²·K numbers once.
     """
 
     def __init__(self, target: Tensor) -> None:

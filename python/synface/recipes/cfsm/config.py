@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ ALL = "all"  # of the additions
 ADDED: dict[str, dict[str, Any]] = {
     **ADDITIONS,
     "style": ADDITIONS["style"] | {"seeds": 1},
-    "guided": {"seeds": 1, "other_originals": []},
+    "guided": {"seeds": 1, "other_originals": [], "other_epsilons": []},
     "data": {"identities": 250, "channels": 1},
     "recipe": {"fidelity": "extended"},
 }
@@ -106,7 +107,7 @@ class GuidedConfig:
         seeds: number of paired seeds, each with its own recognizer.
         lr: learning rate of SGD with momentum 0.9, with cosine decay to 0.
         originals: share of each batch that is not redrawn. epsilon: ε.
-        other_originals: further shares to compare.
+        other_originals, other_epsilons: further ones to compare.
     """
 
     domain: str = "mixed"
@@ -117,16 +118,20 @@ class GuidedConfig:
     originals: float = 0.75
     other_originals: tuple[float, ...] = ()
     epsilon: float = EPSILON
+    other_epsilons: tuple[float, ...] = ()
     checkpoint_every: int = 1000
 
     def __post_init__(self) -> None:
         _check_steps(self)
-        shares = (self.originals, *self.other_originals)
-        for share in shares:
-            check_number("originals", share, 0.0, 1.0)
-        if len(set(shares)) < len(shares):
-            raise ValueError(f"originals and other_originals must be different, got {shares}")
-        check_number("epsilon", self.epsilon, 0.0)
+        for name, others, most in (
+            ("originals", self.other_originals, 1.0),
+            ("epsilon", self.other_epsilons, math.inf),
+        ):
+            values = (getattr(self, name), *others)
+            for value in values:
+                check_number(name, value, 0.0, most)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} and the others must be different, got {values}")
 
 
 def _check_steps(stage: StyleConfig | GuidedConfig) -> None:
@@ -173,7 +178,7 @@ class CfsmConfig:
 def alone(config: CfsmConfig) -> CfsmConfig:
     """Return the configuration without what other parts are trained, on which none depends."""
     style = replace(config.style, seeds=1)
-    guided = replace(config.guided, seeds=1, other_originals=())
+    guided = replace(config.guided, seeds=1, other_originals=(), other_epsilons=())
     return replace(config, style=style, guided=guided)
 
 

@@ -22,8 +22,9 @@ from ..report import plot_differences
 from .degrade import degrade
 from .faces import first_images
 from .guided import VARIANTS
-from .measures import DIFFERS, STATISTICS
+from .measures import BOUNDS, DIFFERS, STATISTICS
 from .model import identity_gap
+from .parts import GUIDED, Part
 from .recipe import UNTRAINED, Log, Results, sweep
 
 T = TypeVar("T")
@@ -102,11 +103,9 @@ def gain(results: Results, path: Path) -> None:
 def guided_losses(results: Results, path: Path) -> None:
     """Draw the losses of stage 2, by variant; a line for each seed."""
     new, axes = figure(5.6, 3.4)
-    guided = results.config.guided
     for variant, color in zip(VARIANTS, (QUIET, INK, ACCENT), strict=True):
-        for seed in range(guided.seeds):
-            rows = results.guided(variant, guided.originals, seed)["log"]
-            steps, loss = column(rows, "loss")
+        for seed, found in enumerate(results.over_seeds(Part(GUIDED, 0, variant))):
+            steps, loss = column(found["log"], "loss")
             window = max(1, len(loss) // 20)
             values = torch.tensor(loss, dtype=torch.float64, device="cpu")
             smooth = values.unfold(0, window, 1).mean(1).numpy()
@@ -119,8 +118,9 @@ def guided_losses(results: Results, path: Path) -> None:
 def differences(numbers: dict[str, Any], path: Path) -> None:
     """Draw what guided images gain over the others, by domain."""
     shown = [name for name in numbers["differences"] if name.startswith("guided")]
-    new, axes = figure(6.0 * len(shown), 3.4, 1, len(shown))
-    for ax, name in zip(np.atleast_1d(axes), shown, strict=True):
+    height = len(shown) // 2  # each against originals and random
+    new, axes = figure(12.0, 3.4 * height, height, 2)
+    for ax, name in zip(axes.flat, shown, strict=True):
         title = f"{name}: mean and 95 % interval"
         plot_differences(ax, numbers["differences"][name], "difference in ROC-AUC", title)
     save(new, path)
@@ -136,14 +136,15 @@ def matching(results: Results, path: Path) -> None:
         for place, name in zip(places, STATISTICS, strict=True):
             at = place + 0.7 * ((i + 0.5) / len(domains) - 0.5)
             differs = found[name]["differs"] >= DIFFERS
-            for ax, key in zip(axes, ("W1 ratio", "spread ratio"), strict=True):
+            for ax, key in zip(axes, BOUNDS, strict=True):
                 look = {"color": color, "markersize": 6, "fillstyle": "full" if differs else "none"}
                 label = None if place else domain
                 ax.plot(at, max(0.03, found[name][key]), "o", label=label, **look)
     titles = ("W1 to the target, over the source's", "Spread, over the target's")
-    for ax, title, lines in zip(axes, titles, ((0.7, 1.0), (0.5, 1.0, 2.0)), strict=True):
-        for line in lines:
-            ax.axhline(line, color=QUIET, linewidth=0.8, linestyle="-" if line == 1 else "--")
+    for ax, title, (least, most) in zip(axes, titles, BOUNDS.values(), strict=True):
+        ax.axhline(1.0, color=QUIET, linewidth=0.8)
+        for bound in filter(None, (least, most)):
+            ax.axhline(bound, color=QUIET, linewidth=0.8, linestyle="--")
         ax.set_yscale("log")
         ax.set_xticks(places, STATISTICS)
         finish(ax, title, grid="y")

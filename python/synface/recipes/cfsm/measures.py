@@ -18,11 +18,13 @@ WORDS = {  # for more and for less of a statistic; sharpness, a ratio of two oth
     "contrast": ("more contrast", "less contrast"),
 }
 DIFFERS = 0.2  # W1 over the source's deviation from which a target differs: a small effect (Cohen)
+# Least and most of each measure where generated images are called near their target.
+BOUNDS = {"W1 ratio": (0.0, 0.7), "spread ratio": (0.5, 2.0)}
 Draw = Callable[[Tensor, Tensor], Tensor]  # (images, o) to images, with the same noise each time
 
 
 def high_pass(images: Tensor) -> Tensor:
-    """Return (N, C, H, W) images less their 3×3 means."""
+    """Return floating-point (N, C, H, W) images less their 3×3 means."""
     return images - F.avg_pool2d(F.pad(images, (1,) * 4, mode="reflect"), 3, 1)
 
 
@@ -38,25 +40,25 @@ def image_statistics(images: Tensor) -> dict[str, Tensor]:
     return dict(zip(STATISTICS, (noise, noise / contrast, brightness, contrast), strict=True))
 
 
-def wasserstein(a: Tensor, b: Tensor) -> float:
-    """Return W1, the first Wasserstein distance of two samples of numbers."""
-    at = torch.linspace(0, 1, 201, dtype=a.dtype, device=a.device)
-    return (a.quantile(at) - b.quantile(at)).abs().mean().item()
-
-
 def matching(generated: Tensor, target: Tensor, source: Tensor) -> dict[str, dict[str, float]]:
-    """Compare the statistics of generated images with those of target images, (N, C, H, W) each.
+    """Compare the statistics of generated images with those of target images.
+
+    Args:
+        generated, target, source: (N, C, H, W) each, of any N; floating point.
 
     Returns:
-        By statistic: "W1" from generated to target images; "W1 of source" to target images; "W1
+        By statistic: "W1", the Wasserstein distance, from generated to target images; "W1 of
+        source" to target images; "W1
         ratio" of the two; "spread ratio", the standard deviation of generated over that of target
         images, and "spread ratio of source"; "differs": how far source and target differ, W1 of
         source over the source's standard deviation.
     """
+    from scipy.stats import wasserstein_distance
+
     found = {}
     every = zip(*(image_statistics(x).items() for x in (generated, target, source)), strict=True)
     for (name, made), (_, wanted), (_, given) in every:
-        own, before = wasserstein(made, wanted), wasserstein(given, wanted)
+        own, before = (wasserstein_distance(x.cpu(), wanted.cpu()) for x in (made, given))
         spread = wanted.std().clamp_min(1e-9)
         found[name] = {
             "W1": own,
@@ -79,7 +81,9 @@ def controllability(
     Args:
         draw: a generator whose noise map, if it has one, is the same for every o; otherwise its
             noise alone would make directions look different.
-        images: (N, C, H, W).
+        images: (N, C, H, W), floating point, in [−1, 1]. styles: q.
+
+    Memory: the changes of the images along every direction and axis, max(directions, 2·q)·N images.
 
     Returns:
         "axis cosine": mean cosine of the changes of an image along two axes. "opposite cosine":
@@ -92,8 +96,7 @@ def controllability(
         drawn = [draw(images, each.expand(len(images), -1)) for each in o]
         return (torch.stack(drawn) - origin).flatten(2)
 
-    axes = torch.eye(styles, dtype=images.dtype, device=images.device) * strength
-    along, against = (F.normalize(changes(sign * axes), dim=2) for sign in (1, -1))
+    along, against = (F.normalize(changes(o), dim=2) for o in _axes(images, styles, strength))
     cosines = torch.einsum("inp,jnp->ijn", along, along).mean(2)
     off = (cosines.sum() - cosines.trace()) / max(1, styles * (styles - 1))
     random = F.normalize(normals((directions, styles), draws(seed, "directions", 0)))
@@ -107,8 +110,14 @@ def controllability(
     }
 
 
+def _axes(images: Tensor, styles: int, strength: float) -> Tensor:
+    """Return the styles along and against each axis, (2, q, q)."""
+    axes = torch.eye(styles, dtype=images.dtype, device=images.device) * strength
+    return torch.stack([axes, -axes])
+
+
 def recovery(predicted: Tensor, o: Tensor) -> float:
-    """Return R² of predicted styles, 1 − mean((predicted − o)²)/var(o)."""
+    """Return R² of predicted styles, 1 − mean((predicted − o)²)/var(o); (N, q), floating point."""
     return 1.0 - ((predicted - o).square().mean() / o.var(unbiased=False)).item()
 
 
@@ -117,23 +126,23 @@ def axis_effects(
 ) -> dict[str, Tensor]:
     """Return how each statistic changes along each axis and against it.
 
+    Args:
+        draw: as for `controllability`.
+        images: (N, C, H, W), floating point, in [−1, 1]. styles: q.
+
     Returns:
         By statistic: (2, q), the mean over the images of its value at ±``strength`` less that at
         o = 0, divided by the images' standard deviation in it.
     """
     before = image_statistics(draw(images, images.new_zeros(len(images), styles)))
-    axes = torch.eye(styles, dtype=images.dtype, device=images.device) * strength
     own = image_statistics(images)
-    rows = {
-        sign: [image_statistics(draw(images, sign * a.expand(len(images), -1))) for a in axes]
-        for sign in (1, -1)
-    }
+    after = [
+        image_statistics(draw(images, o.expand(len(images), -1)))
+        for o in _axes(images, styles, strength).flatten(0, 1)
+    ]
     return {
-        name: torch.stack(
-            [
-                torch.stack([(x[name] - before[name]).mean() / own[name].std() for x in rows[sign]])
-                for sign in (1, -1)
-            ]
+        name: torch.stack([(x[name] - before[name]).mean() / own[name].std() for x in after]).view(
+            2, styles
         )
         for name in STATISTICS
     }

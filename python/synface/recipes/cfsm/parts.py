@@ -43,7 +43,7 @@ class Part:
         kind: of RECOGNIZER, STYLE and GUIDED.
         seed: of the paired seeds; it is added to those of the configuration.
         name: a style's domain, or a guided network's variant.
-        originals: share of originals in a guided network's batches.
+        originals, epsilon: of a guided network, where they are not the configuration's.
         without: the addition that a style space lacks, see `without`.
     """
 
@@ -51,13 +51,16 @@ class Part:
     seed: int
     name: str = ""
     originals: float | None = None
+    epsilon: float | None = None
     without: str = ""
 
     def title(self, config: CfsmConfig) -> str:
         """Return the name of the part, which is also its folder below the output."""
         words = [self.name] if self.name else []
-        if self.originals not in (None, config.guided.originals):
+        if self.originals is not None:
             words.append(f"{self.originals:g}")
+        if self.epsilon is not None:
+            words.append(f"epsilon-{self.epsilon:g}")
         if self.without:
             words.append(f"without-{self.without}")
         if self.seed:
@@ -78,15 +81,19 @@ def parts(config: CfsmConfig, ablations: bool = False) -> list[list[Part]]:
         [Part(STYLE, 0, domain) for domain in config.domains]
         + [Part(STYLE, seed, config.guided.domain) for seed in range(1, styles.seeds)]
         + [Part(STYLE, 0, config.guided.domain, without=name) for name in left_out],
-        [Part(GUIDED, seed, variant, share) for seed in seeds for variant, share in rows(config)],
+        [replace(part, seed=seed) for seed in seeds for part in guided_parts(config)],
     ]
 
 
-def rows(config: CfsmConfig) -> list[tuple[str, float]]:
-    """Return the variants of stage 2 with their shares of originals."""
+def guided_parts(config: CfsmConfig) -> list[Part]:
+    """Return the networks of stage 2, those of the first seed."""
     stage = config.guided
-    more = [(name, x) for x in stage.other_originals for name in VARIANTS if name != "originals"]
-    return [(name, stage.originals) for name in VARIANTS] + more
+    redrawn = [name for name in VARIANTS if name != "originals"]
+    return (
+        [Part(GUIDED, 0, name) for name in VARIANTS]
+        + [Part(GUIDED, 0, name, share) for share in stage.other_originals for name in redrawn]
+        + [Part(GUIDED, 0, "guided", epsilon=each) for each in stage.other_epsilons]
+    )
 
 
 class Trainer:
@@ -230,11 +237,13 @@ class Trainer:
 
     def _guided(self, part: Part) -> dict[str, Any]:
         config = self._seeded(part)
-        assert part.originals is not None
-        stage = replace(config.guided, originals=part.originals, other_originals=())
-        config = replace(config, guided=stage)
+        stage = alone(config).guided
+        if part.originals is not None:
+            stage = replace(stage, originals=part.originals)
+        if part.epsilon is not None:
+            stage = replace(stage, epsilon=part.epsilon)
         network, log = train_guided(
-            config,
+            replace(config, guided=stage),
             self.people,
             *self._recognize(part.seed),
             self.generator(self._style_of(part))[0],

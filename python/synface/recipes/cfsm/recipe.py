@@ -10,7 +10,7 @@ Recognition", ECCV 2022.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ..workers import run_named
 from .config import CfsmConfig
 from .faces import People, read_people
 from .model import Discriminator, Generator
-from .parts import GUIDED, RECOGNIZER, STRENGTHS, STYLE, Part, Trainer, parts, trained_by_title
+from .parts import RECOGNIZER, STRENGTHS, STYLE, Part, Trainer, parts, trained_by_title
 from .style import new_networks, similarities
 
 Log = list[dict[str, float]]
@@ -73,13 +73,9 @@ class Results:
         found = self.style(self.config.guided.domain)["gain"]
         return {name: tensor(values) for name, values in found.items()}
 
-    def recognizer(self, seed: int = 0) -> dict[str, Any]:
-        """Return what was found of a recognizer before stage 2."""
-        return self.found[Part(RECOGNIZER, seed)]
-
-    def guided(self, variant: str, originals: float, seed: int = 0) -> dict[str, Any]:
-        """Return what was found of a network of stage 2."""
-        return self.found[Part(GUIDED, seed, variant, originals)]
+    def over_seeds(self, part: Part) -> list[dict[str, Any]]:
+        """Return what was found of a network of stage 2, or of its recognizer, with each seed."""
+        return [self.found[replace(part, seed=i)] for i in range(self.config.guided.seeds)]
 
 
 def sweep(style: dict[str, Any]) -> dict[str, Tensor]:

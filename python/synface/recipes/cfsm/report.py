@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from ..report import (
 )
 from . import figures
 from .config import CfsmConfig
-from .measures import DIFFERS, STATISTICS
-from .parts import STRENGTHS, rows
+from .measures import BOUNDS, DIFFERS, STATISTICS
+from .parts import RECOGNIZER, STRENGTHS, Part, guided_parts
 from .recipe import UNTRAINED, Log, Results, sweep
 
 MEAN = "mean over the domains"
@@ -119,8 +119,6 @@ def _style(results: Results, domain: str, seed: int) -> dict[str, Any]:
 
 def _stage_2(results: Results) -> dict[str, Any]:
     """Return the numbers of stage 2, over its seeds."""
-    config = results.config
-    seeds = range(config.guided.seeds)
 
     def over_seeds(parts: list[dict[str, Any]]) -> dict[str, Any]:
         sets = parts[0]["verification"]
@@ -132,26 +130,33 @@ def _stage_2(results: Results) -> dict[str, Any]:
             for name in sets
         }
 
-    verified = {"before": over_seeds([results.recognizer(seed) for seed in seeds])}
+    verified = {"before": over_seeds(results.over_seeds(Part(RECOGNIZER, 0)))}
     trained, differences = {}, {}
-    for variant, share in rows(config):
-        name = variant if share == config.guided.originals else f"{variant}, {share:.0%} originals"
-        each = [results.guided(variant, share, seed) for seed in seeds]
-        verified[name] = over_seeds(each)
-        logs = [part["log"] for part in each]
+    for part in guided_parts(results.config):
+        name, found = _named(part), results.over_seeds(part)
+        verified[name] = over_seeds(found)
+        logs = [each["log"] for each in found]
         first, last = [x[: _tenth(x)] for x in logs], [x[-_tenth(x) :] for x in logs]
         trained[name] = {
             "loss, first tenth": _over(first, "loss"),
             "loss, last tenth": _over(last, "loss"),
             "accuracy, last tenth": _over(last, "accuracy"),
         }
-    for name in verified:
-        variant, *rest = name.split(", ")
-        others = {"guided": ["originals", ", ".join(["random", *rest])], "random": ["originals"]}
-        for other in others.get(variant, []):
+        random = _named(replace(part, name="random", epsilon=None))
+        against = {"guided": ["originals", random], "random": ["originals"]}
+        for other in against.get(part.name, ["before"]):
             differences[f"{name} − {other}"] = _over_domains(verified[name], verified[other])
-    differences["originals − before"] = _over_domains(verified["originals"], verified["before"])
     return {"guided training": trained, "verification": verified, "differences": differences}
+
+
+def _named(part: Part) -> str:
+    """Return the name of a network of stage 2 in the report."""
+    words = [part.name]
+    if part.originals is not None:
+        words.append(f"{part.originals:.0%} originals")
+    if part.epsilon is not None:
+        words.append(f"ε = {part.epsilon:g}")
+    return ", ".join(words)
 
 
 def _over_domains(of: dict[str, Any], less: dict[str, Any]) -> dict[str, Any]:
@@ -358,12 +363,13 @@ def _matched(styles: dict[str, Any]) -> str:
     missed = [
         f"{name} (W1 ratio {x['W1 ratio']:.2f}, spread ratio {x['spread ratio']:.2f})"
         for name, x in found.items()
-        if x["W1 ratio"] > 0.7 or not 0.5 <= x["spread ratio"] <= 2
+        if any(not least <= x[key] <= most for key, (least, most) in BOUNDS.items())
     ]
+    (_, nearest), (least, most) = BOUNDS["W1 ratio"], BOUNDS["spread ratio"]
     text = (
         f"Of the {len(found)} statistics in which a target differs from the source by {DIFFERS} "
-        f"deviations or more, {len(found) - len(missed)} have a W1 ratio of at most 0.7 and a "
-        "spread ratio within 0.5 and 2"
+        f"deviations or more, {len(found) - len(missed)} have a W1 ratio of at most {nearest:g} "
+        f"and a spread ratio within {least:g} and {most:g}"
     )
     return f"{text}; not {', '.join(missed)}." if missed else f"{text}."
 

@@ -220,6 +220,14 @@ def measure_style(
     Generated images are compared with those that a target domain's degradation makes of the same
     people, or with the target images themselves where they come from a folder.
 
+    Args:
+        generator: of the domain, in evaluation mode; float32.
+
+    Raises:
+        ValueError: for a domain that is not known.
+
+    Memory: about `MEASURED` images and their features in the generator.
+
     Returns:
         In JSON types: "controllability", see `controllability`, with "recovery R²", see
         `recovery_of`; "matching", see `matching`; "effects", see `axis_effects`; "words", see
@@ -263,6 +271,10 @@ def recovery_of(
 
     A new `StylePredictor` is trained on the frozen generator's images of the source people, for 600
     steps, but no more than the generator was, and tested on those of held-out people.
+
+    Args:
+        generator: of the domain, in evaluation mode; float32.
+        batch_size, lr: of the training.
     """
     steps = min(600, config.style.steps)
     device = check_device(config.device)
