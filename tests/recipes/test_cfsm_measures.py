@@ -15,7 +15,16 @@ from synface.recipes.cfsm.additions import (
     texture_statistics,
     wake,
 )
-from synface.recipes.cfsm.config import ADDITIONS, CfsmConfig, StyleConfig
+from synface.recipes.cfsm.config import (
+    ADDITIONS,
+    ALL,
+    CfsmConfig,
+    GuidedConfig,
+    StyleConfig,
+    additions,
+    described,
+    without,
+)
 from synface.recipes.cfsm.measures import (
     STATISTICS,
     axis_effects,
@@ -81,7 +90,7 @@ def test_the_direction_share_is_the_share_of_the_variance():
 
 def test_one_axis_has_no_pair_to_compare():
     found = controllability(lambda x, o: x + o[:, :, None, None], random(2, 1, 8, 8), 1, seed=0)
-    assert found["axis cosine"] == 0
+    assert found["axis cosine"] is None
 
 
 def test_nothing_drawn_measures_as_nothing():
@@ -110,6 +119,7 @@ def test_effects_name_what_an_axis_does():
     assert words(effects)[1] in (["more contrast", "less contrast"], ["noisier", "blurrier"])
     assert words({name: -values for name, values in effects.items()})[0] == ["darker", "brighter"]
     assert all(values[:, 2].abs().max() == 0 for values in effects.values())
+    assert words(effects)[2] == ["little", "little"]
 
 
 # -- matching ------------------------------------------------------------------------------------
@@ -302,6 +312,17 @@ def test_the_paper_alone(tmp_path):
         for key, off in keys.items():
             assert getattr(getattr(paper, table), key) == off
             assert getattr(getattr(load_config(), table), key) != off, f"{table}.{key} adds nothing"
+    assert without(load_config(), ALL) == paper
+    assert described(ALL) == 'fidelity = "paper"'
+    assert additions(paper) == []
+    for name in additions(load_config()):
+        left = without(load_config(), name)
+        assert set(additions(load_config())) - set(additions(left)) == {name}
+    assert [described(name) for name in ("noise", "light", "adversarial_weight")] == [
+        "noise = false",
+        "light = 0",
+        "adversarial_weight = 1.0",
+    ]
     (tmp_path / "paper.toml").write_text('fidelity = "paper"\n[generator]\nnoise = true\n')
     assert not load_config(tmp_path / "paper.toml").generator.noise
 
@@ -314,6 +335,17 @@ def test_the_paper_alone(tmp_path):
         (lambda: StyleConfig(recovery_weight=-1.0), "recovery_weight must be finite and ≥ 0"),
         (lambda: StyleConfig(seeds=0), "seeds must be at least 1, got 0"),
         (lambda: GeneratorConfig(light=-1), "light must be at least 0, got -1"),
+        (lambda: GeneratorConfig(light=1), "light must be 0, or at least 2, got 1"),
+        (
+            lambda: GuidedConfig(originals=0.5, other_originals=(0.51,), batch_size=32),
+            r"must be different numbers of originals in a batch of 32, got \(0.5, 0.51\)",
+        ),
+        (lambda: GuidedConfig(other_originals=(1.5,)), r"each of other_originals must be in"),
+        (lambda: GuidedConfig(other_epsilons=(-0.1,)), "each of other_epsilons must be finite"),
+        (
+            lambda: GuidedConfig(epsilon=0.1, other_epsilons=(0.2, 0.2)),
+            r"epsilon and other_epsilons must be different, got \(0.1, 0.2, 0.2\)",
+        ),
         (lambda: GeneratorConfig(awake=math.nan), "awake must be finite and ≥ 0, got nan"),
     ],
 )

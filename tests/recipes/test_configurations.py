@@ -33,6 +33,13 @@ def test_the_quick_size_is_smaller_and_for_the_default_alone(tmp_path, recipe):
         (cfsm, "sead = 1", "tiny.toml: unknown key 'sead'; did you mean 'seed'"),
         (cfsm, "[style]\nstep = 1", r"\[style\]: unknown key 'step'"),
         (cfsm, "[style]\nsteps = 1.5", r"\[style\]: steps must be int, got 1.5"),
+        (cfsm, "[guided]\nother_originals = ['0.7']", "each of other_originals must be float, got"),
+        (
+            cfsm,
+            "[guided]\nother_epsilons = [[0.1]]",
+            "each of other_epsilons must be float, got",
+        ),
+        (cfsm, "domains = [1]", "each of domains must be str, got 1"),
         (cfsm, "[style]\nsteps = true", r"\[style\]: steps must be int, got True"),
         (cfsm, "[style]\nsteps = 0", r"\[style\]: steps must be at least 1, got 0"),
         (cfsm, "[style]\northogonality = 'l2'", "orthogonality must be one of"),

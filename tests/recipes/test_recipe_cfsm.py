@@ -21,7 +21,7 @@ from synface.recipes.cfsm.degrade import DOMAINS, degrade
 from synface.recipes.cfsm.model import Generator, GeneratorConfig
 from torch import nn
 
-from tests.helpers.command_line import call
+from tests.helpers.command_line import call, refused
 
 ROOT = Path(__file__).parents[2]
 ORL = ROOT / ".." / "shared" / "data" / "orl"
@@ -107,6 +107,19 @@ def test_from_data_to_a_report(tmp_path, config):
     assert same == figures
     with pytest.raises(FileExistsError, match="holds a run already"):
         cfsm.run(config, tmp_path / "run")
+
+
+def test_options_that_have_no_effect_are_refused(tmp_path):
+    paper = tmp_path / "paper.toml"
+    paper.write_text('fidelity = "paper"\n[generator]\nnoise = true\n')
+    command = ("recipe", "cfsm", "--output", tmp_path / "run")
+    assert "'paper': change it there" in refused(
+        *command, "--config", paper, "--fidelity", "extended"
+    )
+    assert "ablations need additions" in refused(*command, "--fidelity", "paper", "--ablations")
+    assert "fidelity must be one of" in refused(*command, "--fidelity", "full")
+    assert "--config has no effect with --quick" in refused(*command, "--quick", "--config", paper)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -227,6 +240,8 @@ def test_degradations(domain):
     assert torch.equal(changed.images, faces.images) == (domain == "as_is")
     x = torch.zeros(3, 3, 20, 16)
     assert degrade(x, domain, torch.Generator().manual_seed(0)).shape == x.shape
+    with pytest.raises(ValueError, match=r"domain must be one of low_resolution, .*, got 'foggy'"):
+        cfsm.degraded(faces, "foggy", seed=1)
 
 
 def test_stage_2_keeps_a_share_of_originals(tmp_path, config, monkeypatch):
@@ -287,7 +302,7 @@ def test_the_page_is_so(tmp_path):
     file = tmp_path / "reported.toml"
     file.write_text(re.search(r"```toml\n(.*)```", report, re.DOTALL).group(1))
     assert load_config(file) == load_config()
-    assert "`synface recipe cfsm`" in report
+    assert "`synface recipe cfsm --ablations`" in report
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, config):
@@ -366,13 +381,17 @@ def test_workers_find_what_one_process_finds(tmp_path, config):
         "guided, ε = 0.1 − random",
     ]
     # Seeds differ, and more of them can be added to a finished run.
-    spaces = found["seeds of stage 1"]
-    assert spaces[0]["controllability"] != spaces[1]["controllability"]
+    (second,) = found["further seeds"]
+    assert second["controllability"] != found["style"]["dark"]["controllability"]
     more = replace(config, guided=replace(config.guided, seeds=3))
     again = cfsm.run(more, tmp_path / "alone", resume=True)
     assert (
         cfsm.measured(again)["verification"]["guided"]["dark"]["auc"]["values"][:2] == auc["guided"]
     )
+    # A network is tied to the style space that it was trained with.
+    fewer = replace(config, style=replace(config.style, seeds=1))
+    with pytest.raises(CheckpointError, match=r"another run: its config's recipe.*space"):
+        cfsm.run(fewer, tmp_path / "alone", resume=True)
     with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         cfsm.run(config, tmp_path / "none", workers=0)
 
@@ -420,7 +439,7 @@ def test_all_additions_and_colors(tmp_path, config):
     results = cfsm.run(config, tmp_path / "run", ablations=True)
     assert torch.equal(torch.get_rng_state(), state)
     added = {key for keys in ADDITIONS.values() for key in keys}
-    assert results.ablations.keys() == added | {"all"}
+    assert results.ablations.keys() == added - {"adversarial_weight"} | {"all"}
     assert "recovery" not in results.ablations["recovery_weight"]["log"][0]
     assert "recovery" in results.ablations["noise"]["log"][0]
     assert (tmp_path / "run" / "style" / "dark-without-all" / "metrics.jsonl").exists()

@@ -58,7 +58,7 @@ def cfsm_command(
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/cfsm"),
     config: ConfigOption = None,
     faces: Annotated[
-        Path | None, typer.Option(help="Image folder to train on. Default: the embedded faces.")
+        Path | None, typer.Option(help="Image folder to train on. Default: generated heads.")
     ] = None,
     target: Annotated[
         Path | None,
@@ -90,6 +90,8 @@ def cfsm_command(
     if seed is not None:
         recognizer = replace(settings.recognizer, seed=seed)
         settings = replace(settings, seed=seed, recognizer=recognizer)
+    if fidelity == "extended" != settings.fidelity:
+        raise ValueError(f"{config} has fidelity = {settings.fidelity!r}: change it there")
     if fidelity is not None:
         settings = replace(settings, fidelity=fidelity)
     chosen = {"seed": seed, "fidelity": fidelity, "workers": workers}

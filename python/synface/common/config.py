@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from .toml import check_keys, read_toml, toml_text
 
@@ -82,18 +82,25 @@ def _build(cls: type, table: dict[str, Any], where: str, earlier: Mapping[str, s
                 raise ValueError(f"{where}: {given} must be a table, got {value!r}")
             values[key] = _build(hint, value, f"{where}: [{given}]", {})  # type: ignore[arg-type]
             continue
-        if isinstance(value, list):
-            value = tuple(value)
-        if hint is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        kind = getattr(hint, "__origin__", hint)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{where}: {key} must be {kind.__name__}, got {value!r}")
-        values[key] = value
+        values[key] = _typed(where, key, value, hint)
     try:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _typed(where: str, name: str, value: Any, hint: Any) -> Any:
+    """Return a value of a field's type, or raise ValueError; a list becomes a tuple."""
+    kind = getattr(hint, "__origin__", hint)
+    if kind is tuple and isinstance(value, list):
+        for item in value:
+            _typed(where, f"each of {name}", item, get_args(hint)[0])
+        return tuple(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{where}: {name} must be {kind.__name__}, got {value!r}")
+    return value
 
 
 def to_toml(config: Any) -> str:

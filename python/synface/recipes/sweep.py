@@ -120,12 +120,7 @@ class SweepResults:
 
     def machine(self) -> str:
         """Return the processor, versions, the training runs' threads and their seconds."""
-        threads = sorted({each["threads"] for each in self.took.values()})
-        seconds = [each["seconds"] for each in self.took.values()]
-        found = machine(" or ".join(map(str, threads)) or None)
-        if not seconds or None in seconds:
-            return found
-        return f"{found}; {len(seconds)} training runs, {duration(sum(seconds))} summed over them"
+        return trained_on(self.took.values())
 
     def over_seeds(self, name: Callable[[int], str], *keys: str) -> dict[str, Any]:
         """Return the `spread` of metrics over the seeds; ``name`` returns a seed's cell name."""
@@ -142,6 +137,23 @@ class SweepResults:
             "held_people": len(self.held.identities),
             "pixels": self.pixels,
         }
+
+
+def trained_on(runs: Iterable[Mapping[str, Any]]) -> str:
+    """Return the processor, versions, and the threads and seconds of training runs.
+
+    Args:
+        runs: "threads" of torch, and "seconds", None for a run that was resumed.
+    """
+    runs = list(runs)
+    threads, seconds = (
+        sorted({each["threads"] for each in runs}),
+        [each["seconds"] for each in runs],
+    )
+    found = machine(" or ".join(map(str, threads)) or None)
+    if not seconds or None in seconds:
+        return found
+    return f"{found}; {len(seconds)} training runs, {duration(sum(seconds))} summed over them"
 
 
 def open_faces(data: FacesConfig, training: TrainConfig, least: int) -> tuple[FaceGenerator, Faces]:

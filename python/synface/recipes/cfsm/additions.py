@@ -15,9 +15,12 @@ from .measures import high_pass
 
 
 def wake(mlp: nn.Sequential, latent: Tensor, std: float) -> None:
-    """Start a style MLP so that its outputs for the rows of ``latent`` have a standard deviation.
+    """Initialize a style MLP so that its outputs for latent vectors have a standard deviation.
 
-    With torch's own start, the outputs hardly depend on z. All biases become zero.
+    As torch initializes it, the outputs hardly depend on z. All biases become zero.
+
+    Args:
+        latent: (N, d) of z, floating point. std: over all outputs.
     """
     layers = [layer for layer in mlp if isinstance(layer, nn.Linear)]
     with torch.no_grad():
@@ -52,16 +55,18 @@ class StylePredictor(nn.Module):
         return self.last(self.layers(torch.cat([drawn, drawn - images], 1)))
 
 
-def smooth_fields(height: int, width: int, count: int) -> Tensor:
+def smooth_fields(
+    height: int, width: int, count: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """Return the count² − 1 smoothest fields of the two-dimensional cosine transform but the mean.
 
     Returns:
-        (count² − 1, height, width), of amplitude 1.
+        (count² − 1, height, width) float32, of amplitude 1, on ``device``.
     """
 
     def waves(side: int) -> Tensor:
-        at = (torch.arange(side, dtype=torch.float32, device="cpu") + 0.5) / side
-        times = torch.arange(count, dtype=torch.float32, device="cpu")
+        at = (torch.arange(side, dtype=torch.float32, device=device) + 0.5) / side
+        times = torch.arange(count, dtype=torch.float32, device=device)
         return torch.cos(math.pi * times[:, None] * at)
 
     return (waves(height)[:, None, :, None] * waves(width)[:, None, :]).flatten(0, 1)[1:]

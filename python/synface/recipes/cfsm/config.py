@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ...common.check import check_integers, check_number
 from ...common.config import load_recipe
+from ...common.toml import toml_text
 from ...training.config import TrainConfig
 from ..generated import EMBEDDED, check_choices
 from ..loop import EARLIER
@@ -16,21 +16,21 @@ from .degrade import DOMAINS
 from .model import EPSILON, ORTHOGONALITY, DiscriminatorConfig, GeneratorConfig
 
 FIDELITIES = ("paper", "extended")
-# What is not in the paper, switched off.
+# What differs from the paper's losses and networks: the keys, with the paper's values.
 ADDITIONS: dict[str, dict[str, Any]] = {
     "generator": {"noise": False, "blend": False, "light": 0, "awake": 0.0},
     "discriminator": {"residuals": False},
-    "style": {"recovery_weight": 0.0, "statistics_weight": 0.0},
+    "style": {"adversarial_weight": 1.0, "recovery_weight": 0.0, "statistics_weight": 0.0},
 }
 
-ALL = "all"  # of the additions
+ALL = "all"  # in place of an addition: all of them
 # Keys that checkpoints of version 0.1 lack, with the values that they stand for.
 ADDED: dict[str, dict[str, Any]] = {
     **ADDITIONS,
-    "style": ADDITIONS["style"] | {"seeds": 1},
+    "style": {"seeds": 1, "recovery_weight": 0.0, "statistics_weight": 0.0},
     "guided": {"seeds": 1, "other_originals": [], "other_epsilons": []},
     "data": {"identities": 250, "channels": 1},
-    "recipe": {"fidelity": "extended"},
+    "recipe": {"fidelity": "extended", "space": 0},
 }
 
 
@@ -123,15 +123,21 @@ class GuidedConfig:
 
     def __post_init__(self) -> None:
         _check_steps(self)
-        for name, others, most in (
-            ("originals", self.other_originals, 1.0),
-            ("epsilon", self.other_epsilons, math.inf),
-        ):
-            values = (getattr(self, name), *others)
-            for value in values:
-                check_number(name, value, 0.0, most)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} and the others must be different, got {values}")
+        check_number("originals", self.originals, 0.0, 1.0)
+        check_number("epsilon", self.epsilon, 0.0)
+        for share in self.other_originals:
+            check_number("each of other_originals", share, 0.0, 1.0)
+        for epsilon in self.other_epsilons:
+            check_number("each of other_epsilons", epsilon, 0.0)
+        shares = (self.originals, *self.other_originals)
+        if len({round(share * self.batch_size) for share in shares}) < len(shares):
+            raise ValueError(
+                "originals and other_originals must be different numbers of originals in a batch "
+                f"of {self.batch_size}, got {shares}"
+            )
+        epsilons = (self.epsilon, *self.other_epsilons)
+        if len({f"{epsilon:g}" for epsilon in epsilons}) < len(epsilons):
+            raise ValueError(f"epsilon and other_epsilons must be different, got {epsilons}")
 
 
 def _check_steps(stage: StyleConfig | GuidedConfig) -> None:
@@ -145,7 +151,7 @@ class CfsmConfig:
 
     Attributes:
         fidelity: "extended": as configured; "paper": without this library's additions, whose keys
-            then are zero or false, and with the paper's adversarial weight.
+            then have the paper's values, see `ADDITIONS`.
     """
 
     fidelity: str = "extended"
@@ -164,7 +170,7 @@ class CfsmConfig:
         if self.fidelity not in FIDELITIES:
             raise ValueError(f"fidelity must be one of {FIDELITIES}, got {self.fidelity!r}")
         if self.fidelity == "paper":
-            for table, keys in (*ADDITIONS.items(), ("style", {"adversarial_weight": 1.0})):
+            for table, keys in ADDITIONS.items():
                 changed = replace(getattr(self, table), **keys)
                 object.__setattr__(self, table, changed)  # frozen
         check_choices("domains", self.domains, DOMAINS)
@@ -176,7 +182,7 @@ class CfsmConfig:
 
 
 def alone(config: CfsmConfig) -> CfsmConfig:
-    """Return the configuration without what other parts are trained, on which none depends."""
+    """Return the configuration without its other seeds and rows, on which no part depends."""
     style = replace(config.style, seeds=1)
     guided = replace(config.guided, seeds=1, other_originals=(), other_epsilons=())
     return replace(config, style=style, guided=guided)
@@ -193,12 +199,23 @@ def additions(config: CfsmConfig) -> list[str]:
 
 
 def without(config: CfsmConfig, addition: str) -> CfsmConfig:
-    """Return the configuration without an addition, by its key, or without ALL."""
+    """Return the configuration with the paper's value of an addition, or of `ALL`."""
     if addition == ALL:
         return replace(config, fidelity="paper")
-    (table,) = (table for table, keys in ADDITIONS.items() if addition in keys)
-    changed = replace(getattr(config, table), **{addition: ADDITIONS[table][addition]})
-    return replace(config, **{table: changed})
+    table, value = _paper(addition)
+    return replace(config, **{table: replace(getattr(config, table), **{addition: value})})
+
+
+def described(addition: str) -> str:
+    """Return the setting that leaves an addition out, or `ALL`, in TOML."""
+    key, value = ("fidelity", "paper") if addition == ALL else (addition, _paper(addition)[1])
+    return toml_text({key: value}).strip()
+
+
+def _paper(addition: str) -> tuple[str, Any]:
+    """Return the table of an addition, and the paper's value."""
+    ((table, value),) = ((t, keys[addition]) for t, keys in ADDITIONS.items() if addition in keys)
+    return table, value
 
 
 def load_config(file: Path | None = None, *, quick: bool = False) -> CfsmConfig:

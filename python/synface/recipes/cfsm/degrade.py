@@ -63,5 +63,11 @@ DOMAINS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 
 
 def degrade(images: Tensor, domain: str, random: torch.Generator) -> Tensor:
-    """Return (N, C, H, W) float32 images in [−1, 1] degraded to a domain, on the CPU."""
+    """Return (N, C, H, W) float32 images in [−1, 1] degraded to a domain, on the CPU.
+
+    Raises:
+        ValueError: for a domain that is not one of `DOMAINS`.
+    """
+    if domain not in DOMAINS:
+        raise ValueError(f"domain must be one of {', '.join(DOMAINS)}, got {domain!r}")
     return DOMAINS[domain](images, random).clamp(-1.0, 1.0)

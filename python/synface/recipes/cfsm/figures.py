@@ -22,10 +22,10 @@ from ..report import plot_differences
 from .degrade import degrade
 from .faces import first_images
 from .guided import VARIANTS
-from .measures import BOUNDS, DIFFERS, STATISTICS
+from .measures import BOUNDS, DIFFERS, STATISTICS, words
 from .model import identity_gap
 from .parts import GUIDED, Part
-from .recipe import UNTRAINED, Log, Results, sweep
+from .recipe import UNTRAINED, Log, Results, sweep, tensor
 
 T = TypeVar("T")
 
@@ -121,32 +121,31 @@ def differences(numbers: dict[str, Any], path: Path) -> None:
     height = len(shown) // 2  # each against originals and random
     new, axes = figure(12.0, 3.4 * height, height, 2)
     for ax, name in zip(axes.flat, shown, strict=True):
-        title = f"{name}: mean and 95 % interval"
-        plot_differences(ax, numbers["differences"][name], "difference in ROC-AUC", title)
+        plot_differences(ax, numbers["differences"][name], "difference in ROC-AUC", name)
     save(new, path)
 
 
 def matching(results: Results, path: Path) -> None:
-    """Draw how near statistics are to the target's; hollow where the source is near too."""
+    """Draw how near statistics are to the target's; hollow: source and target hardly differ."""
     new, axes = figure(10.5, 3.4, 1, 2)
     domains = results.config.domains
-    places = np.arange(len(STATISTICS))
+    indices = np.arange(len(STATISTICS))
     for i, (domain, color) in enumerate(zip(domains, colors(len(domains)), strict=True)):
         found = results.style(domain)["measures"]["matching"]
-        for place, name in zip(places, STATISTICS, strict=True):
-            at = place + 0.7 * ((i + 0.5) / len(domains) - 0.5)
+        for index, name in zip(indices, STATISTICS, strict=True):
+            at = index + 0.7 * ((i + 0.5) / len(domains) - 0.5)
             differs = found[name]["differs"] >= DIFFERS
             for ax, key in zip(axes, BOUNDS, strict=True):
                 look = {"color": color, "markersize": 6, "fillstyle": "full" if differs else "none"}
-                label = None if place else domain
-                ax.plot(at, max(0.03, found[name][key]), "o", label=label, **look)
+                label = None if index else domain
+                ax.plot(at, max(0.005, found[name][key]), "o", label=label, **look)
     titles = ("W1 to the target, over the source's", "Spread, over the target's")
     for ax, title, (least, most) in zip(axes, titles, BOUNDS.values(), strict=True):
         ax.axhline(1.0, color=QUIET, linewidth=0.8)
         for bound in filter(None, (least, most)):
             ax.axhline(bound, color=QUIET, linewidth=0.8, linestyle="--")
         ax.set_yscale("log")
-        ax.set_xticks(places, STATISTICS)
+        ax.set_xticks(indices, STATISTICS)
         finish(ax, title, grid="y")
     save(new, path)
 
@@ -212,7 +211,8 @@ def strength(results: Results, image: Tensor, path: Path) -> None:
     axes = torch.eye(generator.config.styles, dtype=torch.float32, device=device)
     noises = noise.expand_as(images)
     rows = [generator(images, strengths[:, None] * axis, noises) for axis in axes]
-    does = results.style(domain)["measures"]["words"]
+    found = results.style(domain)["measures"]["effects"]
+    does = words({name: tensor(values) for name, values in found.items()})
     names = [f"u{i + 1}: {less} | {more}" for i, (more, less) in enumerate(does)]
     title = f"{domain}: one face, o against (−) and along (+) each axis"
     _grid(rows, names, title, path, [f"{a:+g}" if a else "0" for a in strengths.tolist()])

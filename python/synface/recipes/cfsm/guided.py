@@ -21,7 +21,7 @@ from .config import ADDED, CfsmConfig, alone
 from .faces import People
 from .model import Generator, guided_styles
 
-VARIANTS = ("originals", "random", "guided")  # of the images besides a batch's share of originals
+VARIANTS = ("originals", "random", "guided")  # images that make up the rest of each batch
 
 
 def train_guided(
@@ -32,6 +32,8 @@ def train_guided(
     generator: Generator,
     variant: str,
     folder: Path,
+    *,
+    space: int = 0,
     **options: Any,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """Train a copy of the recognizer further; return it in evaluation mode, with its log.
@@ -40,6 +42,7 @@ def train_guided(
         variant: "guided" redraws all but a share of each batch in guided styles, "random" in
             styles o ~ N(0, I), "originals" redraws none. Images, labels and o are drawn alike in
             all three.
+        space: seed of the generator, which a checkpoint names.
         options: see `run_steps`.
     """
     if variant not in VARIANTS:
@@ -86,7 +89,7 @@ def train_guided(
             "config": {
                 "variant": variant,
                 # Earlier stages affect the result too; of the domains, only this stage's.
-                "recipe": asdict(alone(config)) | {"domains": [stage.domain]},
+                "recipe": asdict(alone(config)) | {"domains": [stage.domain], "space": space},
             },
             "data": people.fingerprints(),
         },

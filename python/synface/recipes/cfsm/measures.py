@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...common.extras import extra
 from ...common.rng import generator as draws
 from ...common.rng import normals
 
@@ -17,7 +18,8 @@ WORDS = {  # for more and for less of a statistic; sharpness, a ratio of two oth
     "brightness": ("brighter", "darker"),
     "contrast": ("more contrast", "less contrast"),
 }
-DIFFERS = 0.2  # W1 over the source's deviation from which a target differs: a small effect (Cohen)
+LITTLE = "little"
+DIFFERS = 0.2  # a small effect (Cohen), in standard deviations of the source's images
 # Least and most of each measure where generated images are called near their target.
 BOUNDS = {"W1 ratio": (0.0, 0.7), "spread ratio": (0.5, 2.0)}
 Draw = Callable[[Tensor, Tensor], Tensor]  # (images, o) to images, with the same noise each time
@@ -48,12 +50,12 @@ def matching(generated: Tensor, target: Tensor, source: Tensor) -> dict[str, dic
 
     Returns:
         By statistic: "W1", the Wasserstein distance, from generated to target images; "W1 of
-        source" to target images; "W1
-        ratio" of the two; "spread ratio", the standard deviation of generated over that of target
-        images, and "spread ratio of source"; "differs": how far source and target differ, W1 of
-        source over the source's standard deviation.
+        source" to target images; "W1 ratio" of the two; "spread ratio", the standard deviation of
+        generated over that of target images, and "spread ratio of source"; "differs": how far
+        source and target differ, W1 of source over the source's standard deviation.
     """
-    from scipy.stats import wasserstein_distance
+    with extra("train", "distances of distributions"):
+        from scipy.stats import wasserstein_distance
 
     found = {}
     every = zip(*(image_statistics(x).items() for x in (generated, target, source)), strict=True)
@@ -73,7 +75,7 @@ def matching(generated: Tensor, target: Tensor, source: Tensor) -> dict[str, dic
 
 def controllability(
     draw: Draw, images: Tensor, styles: int, seed: int, strength: float = 3.0, directions: int = 32
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Measure how much of an image's change depends on the direction of o, not on its strength.
 
     The change is draw(X, o) − draw(X, 0), at ‖o‖ = ``strength``.
@@ -86,9 +88,9 @@ def controllability(
     Memory: the changes of the images along every direction and axis, max(directions, 2·q)·N images.
 
     Returns:
-        "axis cosine": mean cosine of the changes of an image along two axes. "opposite cosine":
-        that along an axis and against it. "direction share": of the squared change along
-        ``directions`` random directions, the share of its variance over the directions.
+        "axis cosine": mean cosine of the changes of an image along two axes, None if there is one
+        axis. "opposite cosine": that along an axis and against it. "direction share": of the
+        squared change along ``directions`` random directions, the share of its variance over them.
     """
     origin = draw(images, images.new_zeros(len(images), styles))
 
@@ -98,13 +100,13 @@ def controllability(
 
     along, against = (F.normalize(changes(o), dim=2) for o in _axes(images, styles, strength))
     cosines = torch.einsum("inp,jnp->ijn", along, along).mean(2)
-    off = (cosines.sum() - cosines.trace()) / max(1, styles * (styles - 1))
+    off = (cosines.sum() - cosines.trace()) / max(1, styles * (styles - 1))  # not the diagonal
     random = F.normalize(normals((directions, styles), draws(seed, "directions", 0)))
     moved = changes(random.to(images.device) * strength)
     variance = moved.var(0, unbiased=False).sum(1)
     share = variance / moved.square().sum(2).mean(0).clamp_min(1e-12)
     return {
-        "axis cosine": off.item(),
+        "axis cosine": off.item() if styles > 1 else None,
         "opposite cosine": (along * against).sum(2).mean().item(),
         "direction share": share.mean().item(),
     }
@@ -151,15 +153,20 @@ def axis_effects(
 def words(effects: Mapping[str, Tensor]) -> list[list[str]]:
     """Return a word for what each axis changes most, along it and against it.
 
+    Args:
+        effects: of `axis_effects`.
+
     Returns:
-        For each axis, two of the `WORDS`.
+        For each axis, two of the `WORDS`, or `LITTLE` for less than a small effect.
     """
     values = torch.stack([effects[name] for name in WORDS])  # (statistic, ±, axis)
     strongest = values.abs().argmax(0)
     names = list(WORDS.values())
     return [
         [
-            names[which][0 if values[which, side, axis] > 0 else 1]
+            LITTLE
+            if values[which, side, axis].abs() < DIFFERS
+            else names[which][0 if values[which, side, axis] > 0 else 1]
             for side, which in enumerate(strongest[:, axis].tolist())
         ]
         for axis in range(values.shape[2])

@@ -41,8 +41,8 @@ class GeneratorConfig:
         hidden: width of the MLP from z to AdaIN's scales and biases.
         noise: add white noise whose strength z sets; not in the paper.
         blend: draw (1 − s)·X + s·decoder, whose share s z sets; not in the paper.
-        light: add a smooth field, n² − 1 cosines whose weights z sets; not in the paper.
-        awake: standard deviation of the MLP's outputs at the start; 0, the paper's: torch's own.
+        light: add a smooth field, n² − 1 cosines whose weights z sets; 0, the paper's: none.
+        awake: standard deviation of the MLP's initial outputs; 0, the paper's: as torch has them.
     """
 
     styles: int = 10
@@ -59,6 +59,8 @@ class GeneratorConfig:
     def __post_init__(self) -> None:
         check_integers(self, styles=1, latent=1, width=1, downsamplings=0, blocks=1, hidden=1)
         check_integers(self, light=0)
+        if self.light == 1:
+            raise ValueError("light must be 0, or at least 2, got 1, which adds no field")
         check_number("awake", self.awake, 0.0)
         if self.latent < self.styles:
             raise ValueError(
@@ -334,7 +336,8 @@ class Generator(nn.Module):
             share = torch.sigmoid(self.blend(hidden))[:, :, None, None]
             drawn = images + share * (drawn - images)
         if self.config.light > 1:
-            fields = smooth_fields(images.shape[2], images.shape[3], self.config.light)
+            height, width = images.shape[2:]
+            fields = smooth_fields(height, width, self.config.light, hidden.device)
             drawn = drawn + (self.light(hidden) @ fields.to(hidden).flatten(1)).view_as(
                 images[:, :1]
             )

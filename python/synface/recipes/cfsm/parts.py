@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...common.check import check_device
 from ...common.files import CheckpointError, write_text
@@ -73,8 +73,13 @@ def parts(config: CfsmConfig, ablations: bool = False) -> list[list[Part]]:
 
     Args:
         ablations: learn the guided domain's styles also without each addition, and without all.
+
+    Raises:
+        ValueError: for ``ablations`` of a configuration without additions.
     """
     left_out = [*additions(config), ALL] if ablations else []
+    if left_out == [ALL]:
+        raise ValueError("ablations need additions to leave out, and the configuration has none")
     styles, seeds = config.style, range(config.guided.seeds)
     return [
         [Part(RECOGNIZER, seed) for seed in range(max(styles.seeds, config.guided.seeds))],
@@ -122,24 +127,33 @@ class Trainer:
     def train(self, part: Part) -> dict[str, Any]:
         """Train a part, whose folder must be new unless it is resumed; return its measures.
 
-        They are stored in its folder, where a resumed run with the same configuration finds them.
+        They are stored in its folder, see `stored`.
 
         Returns:
-            In JSON types: "seconds", None if the part was begun before; a recognizer's
-            "verification"; a style space's "log", "sweep", "measures" and "gain"; a guided
-            network's "log" and "verification".
+            In JSON types: "took", with "seconds", None if the part was begun before, and "threads";
+            a recognizer's "verification"; a style space's "log" and "measures", with its "sweep"
+            unless an addition is left out, and "gain" where it is the first of the guided domain; a
+            guided network's "log" and "verification".
         """
-        folder = self._folder(part)
-        file, made_of = folder / RESULT, self._made_of(part)
-        if self.resume and file.exists():
-            stored = read_json(file, CheckpointError)
-            if isinstance(stored, dict) and stored.get("made_of") == made_of:
-                return stored["found"]
-        began, begun = time.perf_counter(), folder.exists()
+        folder, began = self._folder(part), time.perf_counter()
+        begun = folder.exists()
         found = getattr(self, f"_{part.kind}")(part)
-        found["seconds"] = None if begun else time.perf_counter() - began
-        write_text(file, json.dumps({"made_of": made_of, "found": found}) + "\n")
+        found["took"] = {
+            "seconds": None if begun else time.perf_counter() - began,
+            "threads": torch.get_num_threads(),
+        }
+        stored = {"made_of": self._made_of(part), "found": found}
+        write_text(folder / RESULT, json.dumps(stored) + "\n")
         return found
+
+    def stored(self, part: Part) -> dict[str, Any] | None:
+        """Return the measures of a part that a resumed run finds finished, see `train`."""
+        file = self._folder(part) / RESULT
+        if not (self.resume and file.exists()):
+            return None
+        stored = read_json(file, CheckpointError)
+        same = isinstance(stored, dict) and stored.get("made_of") == self._made_of(part)
+        return stored["found"] if same else None
 
     def _made_of(self, part: Part) -> dict[str, Any]:
         """Return what a part's measures depend on, in JSON types."""
@@ -210,15 +224,17 @@ class Trainer:
         generator, log = self._generators[part]
         recognizer, head = self._recognize(part.seed)
         config = self._seeded(part)
-        faces = first_images(self.people.held, 64).to(self.device)
-        sweep = strength_sweep(generator, recognizer, faces, STRENGTHS, config.seed)
-        gain = guided_gain(config, generator, recognizer, head, self.people.source)
+        found = {"log": log, "measures": measure_style(config, self.people, generator, part.name)}
+        tensors: dict[str, dict[str, Tensor]] = {}
+        if not part.without:
+            faces = first_images(self.people.held, 64).to(self.device)
+            tensors["sweep"] = strength_sweep(generator, recognizer, faces, STRENGTHS, config.seed)
+        if part == Part(STYLE, 0, config.guided.domain):
+            tensors["gain"] = guided_gain(config, generator, recognizer, head, self.people.source)
         # Lists: a worker's tensors would be shared with this process, and end with the worker.
-        return {
-            "log": log,
-            "sweep": {name: values.tolist() for name, values in sweep.items()},
-            "measures": measure_style(config, self.people, generator, part.name),
-            "gain": {name: values.tolist() for name, values in gain.items()},
+        return found | {
+            key: {name: values.tolist() for name, values in each.items()}
+            for key, each in tensors.items()
         }
 
     def _learn(self, part: Part, *, resume: bool = True, progress: Any = None) -> None:
@@ -242,13 +258,15 @@ class Trainer:
             stage = replace(stage, originals=part.originals)
         if part.epsilon is not None:
             stage = replace(stage, epsilon=part.epsilon)
+        space = self._style_of(part)
         network, log = train_guided(
             replace(config, guided=stage),
             self.people,
             *self._recognize(part.seed),
-            self.generator(self._style_of(part))[0],
+            self.generator(space)[0],
             part.name,
             self._folder(part),
+            space=space.seed,
             resume=self.resume,
             progress=self.progress,
         )
@@ -256,10 +274,10 @@ class Trainer:
 
 
 def trained_by_title(
-    config: CfsmConfig, output: Path, resume: bool, steps: Steps
+    config: CfsmConfig, output: Path, resume: bool, ablations: bool, steps: Steps
 ) -> Callable[[str], dict[str, Any]]:
     """Return the function that trains a part by its title, in a worker."""
     people = read_people(config.data, config.seed)
     trainer = Trainer(config, people, output, resume=resume, progress=steps)
-    by_title = {part.title(config): part for group in parts(config, True) for part in group}
+    by_title = {part.title(config): part for group in parts(config, ablations) for part in group}
     return lambda title: trainer.train(by_title[title])

@@ -21,8 +21,8 @@ from torch import Tensor
 from ...common.check import check_integer
 from ...common.rng import standard_defaults
 from ...training.model import check_network
-from ..sweep import Bars, default_workers, no_bars, share_of_threads, using_threads
-from ..workers import run_named
+from ..sweep import Bars, default_workers, no_bars, share_of_threads, trained_on, using_threads
+from ..workers import Prepare, run_named
 from .config import CfsmConfig
 from .faces import People, read_people
 from .model import Discriminator, Generator
@@ -41,7 +41,6 @@ class Results:
         generators: by domain, of the first seed.
         found: by part, what `Trainer.train` returned, in JSON types.
         strengths: (A,). similarity: (n, n), of the domains' subspaces and an untrained one.
-        threads: of torch, in each training run.
     """
 
     config: CfsmConfig
@@ -50,17 +49,14 @@ class Results:
     found: dict[Part, dict[str, Any]]
     strengths: Tensor
     similarity: Tensor
-    threads: int
 
     def style(self, domain: str, seed: int = 0) -> dict[str, Any]:
         """Return what was found of a style space."""
         return self.found[Part(STYLE, seed, domain)]
 
-    @property
-    def seconds(self) -> float | None:
-        """The seconds that training and measuring took, summed over the parts, where all know."""
-        seconds = [found["seconds"] for found in self.found.values()]
-        return None if None in seconds else sum(seconds)
+    def machine(self) -> str:
+        """Return the processor, versions, the parts' threads and their seconds."""
+        return trained_on(found["took"] for found in self.found.values())
 
     @property
     def ablations(self) -> dict[str, dict[str, Any]]:
@@ -108,13 +104,14 @@ def run(
         ablations: learn the guided domain's styles also without each addition, and without all.
 
     Raises:
-        ValueError: for data that cannot be used, or too few workers.
+        ValueError: for data that cannot be used, too few workers, or ablations of nothing.
         FileExistsError, CheckpointError, FloatingPointError, KeyboardInterrupt,
             Terminated: see `run_steps`.
         ChildProcessError: if a worker dies.
     """
     workers = default_workers() if workers is None else workers
     check_integer("workers", workers, 1)
+    groups = parts(config, ablations)
     _check_networks(config, config.data.channels)
     people = read_people(config.data, config.seed)
     if people.channels != config.data.channels:  # a folder's
@@ -123,13 +120,16 @@ def run(
     threads = share_of_threads(workers)
     with using_threads(threads):
         trainer = Trainer(config, people, output, resume=resume)
-        for group in parts(config, ablations):
-            if workers == 1:
-                for part in group:
-                    with (progress or no_bars)(part.title(config)) as trainer.progress:
-                        found[part] = trainer.train(part)
-            else:
-                found |= _in_workers(config, people, output, resume, progress, workers, group)
+        prepare = partial(trained_by_title, config, output, resume, ablations)
+        for group in groups:
+            found |= {part: each for part in group if (each := trainer.stored(part)) is not None}
+            left = [part for part in group if part not in found]
+            if workers > 1 and left:
+                found |= _in_workers(config, people, prepare, progress, workers, left)
+                continue
+            for part in left:
+                with (progress or no_bars)(part.title(config)) as trainer.progress:
+                    found[part] = trainer.train(part)
         generators = {
             domain: trainer.generator(Part(STYLE, 0, domain))[0] for domain in config.domains
         }
@@ -141,22 +141,19 @@ def run(
         found,
         STRENGTHS,
         similarities(generators | {UNTRAINED: untrained}),
-        threads,
     )
 
 
 def _in_workers(
     config: CfsmConfig,
     people: People,
-    output: Path,
-    resume: bool,
+    prepare: Prepare,
     progress: Bars | None,
     workers: int,
     group: list[Part],
 ) -> dict[Part, dict[str, Any]]:
     """Train parts that do not need each other in workers."""
     titles = {part.title(config): part for part in group}
-    prepare = partial(trained_by_title, config, output, resume)
     total = sum(planned_steps(config, part, len(people.source)) for part in group)
     processes = min(workers, len(group))
     title = f"{len(group)} parts of {group[0].kind}, {processes} workers"

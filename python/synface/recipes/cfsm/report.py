@@ -15,7 +15,6 @@ from ...reporting.page import table
 from ..generated import EMBEDDED
 from ..report import (
     difference,
-    machine,
     shown,
     shown_difference,
     spread,
@@ -23,10 +22,10 @@ from ..report import (
     write_report,
 )
 from . import figures
-from .config import CfsmConfig
-from .measures import BOUNDS, DIFFERS, STATISTICS
-from .parts import RECOGNIZER, STRENGTHS, Part, guided_parts
-from .recipe import UNTRAINED, Log, Results, sweep
+from .config import CfsmConfig, described
+from .measures import BOUNDS, DIFFERS, STATISTICS, words
+from .parts import RECOGNIZER, Part, guided_parts
+from .recipe import UNTRAINED, Log, Results, sweep, tensor
 
 MEAN = "mean over the domains"
 ANCHOR = "anchor, last tenth"
@@ -39,7 +38,7 @@ def write(results: Results, folder: Path, command: str, seconds: float | None) -
         command: the command line that the page names.
         seconds: the run's duration; None if it was resumed.
     """
-    numbers = measured(results) | {"machine": machine(results.threads), "seconds": seconds}
+    numbers = measured(results) | {"machine": results.machine(), "seconds": seconds}
     faces = figures.portraits(results)
     return write_report(
         folder,
@@ -78,13 +77,10 @@ def measured(results: Results) -> dict[str, Any]:
     return {
         "strengths": results.strengths.tolist(),
         "style": styles,
-        "seeds of stage 1": [
-            _style(results, config.guided.domain, seed) for seed in range(config.style.seeds)
+        "further seeds": [
+            _style(results, config.guided.domain, seed) for seed in range(1, config.style.seeds)
         ],
-        "without": {
-            name: found["measures"] | {ANCHOR: _last(found["log"], "anchor")}
-            for name, found in results.ablations.items()
-        },
+        "without": {described(name): _measures(found) for name, found in results.ablations.items()},
         "similarity": {
             a: dict(zip(names, row, strict=True))
             for a, row in zip(names, results.similarity.tolist(), strict=True)
@@ -108,13 +104,21 @@ def _style(results: Results, domain: str, seed: int) -> dict[str, Any]:
         "orthogonality mean square, last step": rows[-1]["mean_square"],
         "first step from which l1 stays below 1e-2": _stays_below(rows, "l1", 1e-2),
         "identity loss, last tenth": _last(rows, "identity"),
-        ANCHOR: _last(rows, "anchor"),
         "cosine along the axes": mean.tolist(),
         "cosine along random directions": curves["random"].tolist(),
         "mean cosine falls at every step": _falls(mean),
         "random cosine falls at every step": _falls(curves["random"]),
         "axes along which it falls at every step": sum(map(_falls, curves["axes"])),
-    } | found["measures"]
+    } | _measures(found)
+
+
+def _measures(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the measures of a style space, its axes' words, and its anchor loss."""
+    effects = {name: tensor(values) for name, values in found["measures"]["effects"].items()}
+    return found["measures"] | {
+        "words": words(effects),
+        ANCHOR: _last(found["log"], "anchor"),
+    }
 
 
 def _stage_2(results: Results) -> dict[str, Any]:
@@ -151,12 +155,12 @@ def _stage_2(results: Results) -> dict[str, Any]:
 
 def _named(part: Part) -> str:
     """Return the name of a network of stage 2 in the report."""
-    words = [part.name]
+    name = part.name
     if part.originals is not None:
-        words.append(f"{part.originals:.0%} originals")
+        name += f", {100 * part.originals:g}% originals"
     if part.epsilon is not None:
-        words.append(f"ε = {part.epsilon:g}")
-    return ", ".join(words)
+        name += f", ε = {part.epsilon:g}"
+    return name
 
 
 def _over_domains(of: dict[str, Any], less: dict[str, Any]) -> dict[str, Any]:
@@ -198,23 +202,25 @@ def _falls(curve: Tensor) -> bool:
 
 
 def _fields(results: Results, numbers: dict[str, Any]) -> dict[str, Any]:
-    config = results.config
+    config, spaces = results.config, _spaces(results.config, numbers)
     sets = {f.name: getattr(results.people, f.name) for f in fields(results.people)}
     return {
-        "took": _took(results, numbers["seconds"]),
+        "took": "not measured, since it was resumed"
+        if numbers["seconds"] is None
+        else duration(numbers["seconds"]),
         "people": results.people,
         "images": {name: len(faces) for name, faces in sets.items()},
         "identities": {name: len(faces.identities) for name, faces in sets.items()},
         "domains": ", ".join(config.domains),
         "steps": len(results.strengths) - 1,
         "loss": numbers["loss"],
-        "style": _style_table(config, numbers["style"]),
-        "control": _control_table(config, numbers),
-        "matching": _matching_table(numbers["style"]),
-        "matched": _matched(numbers["style"]),
+        "style": _style_table(config, spaces, numbers["strengths"]),
+        "control": _control_table(spaces),
+        "matching": _matching_table(spaces),
+        "matched": _matched(spaces),
         "ablations": _ablation_section(config, numbers),
-        "axes": _axes_table(numbers["style"]),
-        "reference": "other images of the same people"
+        "axes": _axes_table(spaces),
+        "reference": "degraded images of the same people, drawn independently"
         if config.data.target == EMBEDDED
         else "the target images, which stage 1 has seen",
         "pictured": "generated from eigenfaces" if config.data.faces == EMBEDDED else "held out",
@@ -224,18 +230,21 @@ def _fields(results: Results, numbers: dict[str, Any]) -> dict[str, Any]:
         "verification": _verification_table(numbers["verification"]),
         "differences": _difference_table(numbers["differences"]),
         "conclusions": conclusions(numbers),
-        "networks": plural(config.guided.seeds, "recognizer"),
-        "spaces": plural(config.style.seeds, "style space"),
+        "recognizers": plural(config.guided.seeds, "recognizer"),
+        "spaces": plural(len(spaces), "style space"),
     }
 
 
-def _took(results: Results, whole: float | None) -> str:
-    """Return how long the run took, or where it was resumed, its parts."""
-    if whole is not None:
-        return duration(whole)
-    if results.seconds is None:
-        return "not measured, since parts were resumed"
-    return f"{duration(results.seconds)}, summed over {len(results.found)} parts"
+def _spaces(config: CfsmConfig, numbers: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the numbers of every style space; those of the guided domain are named by seed."""
+    found = {}
+    for domain, first in numbers["style"].items():
+        if domain == config.guided.domain and numbers["further seeds"]:
+            for seed, each in enumerate([first, *numbers["further seeds"]]):
+                found[f"{domain}, seed {config.seed + seed}"] = each
+        else:
+            found[domain] = first
+    return found
 
 
 def plural(count: int, noun: str) -> str:
@@ -243,8 +252,8 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _style_table(config: CfsmConfig, styles: dict[str, Any]) -> str:
-    yes, middle = {True: "yes", False: "no"}, len(STRENGTHS) // 2
+def _style_table(config: CfsmConfig, spaces: dict[str, Any], strengths: list[float]) -> str:
+    yes, at = {True: "yes", False: "no"}, (0, len(strengths) // 2, -1)
     return table(
         [
             "domain",
@@ -253,44 +262,43 @@ def _style_table(config: CfsmConfig, styles: dict[str, Any]) -> str:
             "L_ort (mean square), last",
             "L_id",
             "anchor",
-            "cosine at ‖o‖ = 0, 3, 6",
+            f"cosine at ‖o‖ = {', '.join(f'{strengths[i]:g}' for i in at)}",
             "falls at every step: mean, random, axes",
         ],
         [
             [
-                domain,
+                name,
                 f"{x['orthogonality l1, first step']:.2f}, {x['orthogonality l1, last step']:.1e}",
-                str(x["first step from which l1 stays below 1e-2"] or "never"),
+                _step(x["first step from which l1 stays below 1e-2"]),
                 f"{x['orthogonality mean square, last step']:.1e}",
                 shown(x["identity loss, last tenth"]),
                 shown(x[ANCHOR], 3),
-                ", ".join(f"{x['cosine along the axes'][i]:.3f}" for i in (0, middle, -1)),
+                ", ".join(f"{x['cosine along the axes'][i]:.3f}" for i in at),
                 f"{yes[x['mean cosine falls at every step']]}, "
                 f"{yes[x['random cosine falls at every step']]}, "
                 f"{x['axes along which it falls at every step']} of {config.generator.styles}",
             ]
-            for domain, x in styles.items()
+            for name, x in spaces.items()
         ],
     )
 
 
-def _control_table(config: CfsmConfig, numbers: dict[str, Any]) -> str:
-    """Return how controllable each space is; the guided domain has a row for each seed."""
-    rows = {}
-    for domain, found in numbers["style"].items():
-        if domain == config.guided.domain and config.style.seeds > 1:
-            for seed, each in enumerate(numbers["seeds of stage 1"]):
-                rows[f"{domain}, seed {config.seed + seed}"] = each["controllability"]
-        else:
-            rows[domain] = found["controllability"]
+def _step(number: int | None) -> str:
+    return "never" if number is None else str(number)
+
+
+def _control_table(spaces: dict[str, Any]) -> str:
     keys = ("axis cosine", "opposite cosine", "direction share", "recovery R²")
     return table(
         ["domain", *keys],
-        [[name, *(f"{found[key]:.2f}" for key in keys)] for name, found in rows.items()],
+        [
+            [name, *(shown(found["controllability"][key], 2) for key in keys)]
+            for name, found in spaces.items()
+        ],
     )
 
 
-def _matching_table(styles: dict[str, Any]) -> str:
+def _matching_table(spaces: dict[str, Any]) -> str:
     def cell(found: dict[str, float]) -> str:
         return (
             f"{found['W1 ratio']:.2f}, {found['spread ratio']:.2f} "
@@ -299,7 +307,7 @@ def _matching_table(styles: dict[str, Any]) -> str:
 
     return table(
         ["domain", *STATISTICS],
-        [[d, *(cell(x["matching"][name]) for name in STATISTICS)] for d, x in styles.items()],
+        [[d, *(cell(x["matching"][name]) for name in STATISTICS)] for d, x in spaces.items()],
     )
 
 
@@ -309,14 +317,14 @@ def _ablation_section(config: CfsmConfig, numbers: dict[str, Any]) -> str:
         return ""
     domain, keys = config.guided.domain, ("axis cosine", "direction share", "recovery R²")
     rows = {"with all": numbers["style"][domain]} | {
-        f"without {name}": found for name, found in numbers["without"].items()
+        f"`{setting}`": found for setting, found in numbers["without"].items()
     }
     ablated = table(
         [domain, *keys, "anchor", *STATISTICS],
         [
             [
                 name,
-                *(f"{x['controllability'][key]:.2f}" for key in keys),
+                *(shown(x["controllability"][key], 2) for key in keys),
                 shown(x[ANCHOR], 3),
                 *(
                     f"{found['W1 ratio']:.2f}, {found['spread ratio']:.2f}"
@@ -328,17 +336,17 @@ def _ablation_section(config: CfsmConfig, numbers: dict[str, Any]) -> str:
     )
     return f"""## What each addition gains
 
-None of them is in the paper. Each row leaves one out, and the last all; one seed. Of a statistic:
-W1 ratio, spread ratio.
+None of them is in the paper. Each row has the paper's value of one, and the last of all; seed
+{config.seed} alone. Of a statistic: W1 ratio, spread ratio.
 
 {ablated}
 """
 
 
-def _axes_table(styles: dict[str, Any]) -> str:
+def _axes_table(spaces: dict[str, Any]) -> str:
     """Return what the axes do, and how often, counted over both directions of each."""
-    counts = {d: Counter(word for both in x["words"] for word in both) for d, x in styles.items()}
-    axes = range(len(next(iter(styles.values()))["words"]))
+    counts = {d: Counter(word for both in x["words"] for word in both) for d, x in spaces.items()}
+    axes = range(len(next(iter(spaces.values()))["words"]))
     return table(
         ["domain", "its axes", *(f"u{i + 1}" for i in axes)],
         [
@@ -347,16 +355,16 @@ def _axes_table(styles: dict[str, Any]) -> str:
                 ", ".join(f"{word} {count}×" for word, count in counts[domain].most_common()),
                 *(" / ".join(both) for both in x["words"]),
             ]
-            for domain, x in styles.items()
+            for domain, x in spaces.items()
         ],
     )
 
 
-def _matched(styles: dict[str, Any]) -> str:
+def _matched(spaces: dict[str, Any]) -> str:
     """Return a sentence about the statistics in which targets differ from the source."""
     found = {
-        f"{domain}'s {name}": x["matching"][name]
-        for domain, x in styles.items()
+        f"{name} of {domain}": x["matching"][name]
+        for domain, x in spaces.items()
         for name in STATISTICS
         if x["matching"][name]["differs"] >= DIFFERS
     }
@@ -367,11 +375,11 @@ def _matched(styles: dict[str, Any]) -> str:
     ]
     (_, nearest), (least, most) = BOUNDS["W1 ratio"], BOUNDS["spread ratio"]
     text = (
-        f"Of the {len(found)} statistics in which a target differs from the source by {DIFFERS} "
-        f"deviations or more, {len(found) - len(missed)} have a W1 ratio of at most {nearest:g} "
-        f"and a spread ratio within {least:g} and {most:g}"
+        f"Over all style spaces, there are {len(found)} statistics in which a target differs from "
+        f"the source by {DIFFERS} standard deviations or more. Of them, {len(found) - len(missed)} "
+        f"have a W1 ratio of at most {nearest:g} and a spread ratio within {least:g} and {most:g}"
     )
-    return f"{text}; not {', '.join(missed)}." if missed else f"{text}."
+    return f"{text}; not: {'; '.join(missed)}." if missed else f"{text}."
 
 
 def _similarity_table(similarity: dict[str, dict[str, float]]) -> str:

@@ -23,7 +23,7 @@ from .additions import StatisticsLoss, StylePredictor
 from .config import ADDED, CfsmConfig, alone
 from .degrade import degrade
 from .faces import People, first_images
-from .measures import axis_effects, controllability, matching, recovery, words
+from .measures import axis_effects, controllability, matching, recovery
 from .model import (
     ORTHOGONALITY,
     Discriminator,
@@ -70,7 +70,7 @@ def learn_style(
         options: see `run_steps`.
 
     Raises:
-        ValueError: for fewer than two target images.
+        ValueError: for a domain that is not known.
         FloatingPointError: for a loss or a parameter that is not finite; see `run_steps`.
     """
     stage, device = config.style, check_device(config.device)
@@ -217,8 +217,8 @@ def measure_style(
 ) -> dict[str, Any]:
     """Measure a style space on the held-out people.
 
-    Generated images are compared with those that a target domain's degradation makes of the same
-    people, or with the target images themselves where they come from a folder.
+    Generated images are compared with degraded images of the same people, drawn independently, or
+    with the target images themselves where they come from a folder.
 
     Args:
         generator: of the domain, in evaluation mode; float32.
@@ -230,8 +230,7 @@ def measure_style(
 
     Returns:
         In JSON types: "controllability", see `controllability`, with "recovery R²", see
-        `recovery_of`; "matching", see `matching`; "effects", see `axis_effects`; "words", see
-        `words`.
+        `recovery_of`; "matching", see `matching`; "effects", see `axis_effects`.
     """
     device = check_device(config.device)
     random = draws(config.seed, f"measure {domain}", 0)
@@ -255,7 +254,6 @@ def measure_style(
         "controllability": found,
         "matching": matched,
         "effects": {name: values.tolist() for name, values in effects.items()},
-        "words": words(effects),
     }
 
 
