@@ -80,6 +80,12 @@ def logs(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): f.read_text() for f in folder.rglob("metrics.jsonl")}
 
 
+def restored(run: Path) -> None:
+    """Make a resumed run restore its parts' checkpoints, and measure them again."""
+    for file in run.rglob("result.json"):
+        file.unlink()
+
+
 def test_from_data_to_a_report(tmp_path, config):
     (tmp_path / "tiny.toml").write_text(TINY)
     command = ["recipe", "cfsm", "--config", tmp_path / "tiny.toml", "--output", tmp_path / "run"]
@@ -188,6 +194,7 @@ def test_a_run_of_version_0_1_goes_on(tmp_path, config, monkeypatch):
     (tmp_path / "old" / "recognizer").rename(tmp_path / "old" / "recogniser")
     before = weights(tmp_path / "old")
     shutil.rmtree(tmp_path / "old" / "guided" / "random")
+    restored(tmp_path / "old")
     resumed = cfsm.run(config, tmp_path / "old", resume=True)
     assert weights(tmp_path / "old") == before
     assert cfsm.measured(resumed) == cfsm.measured(whole)
@@ -417,6 +424,7 @@ def test_a_checkpoint_without_the_added_keys_goes_on(tmp_path, config, monkeypat
 
             patched.setattr(module, "run_steps", earlier)
         cfsm.run(config, tmp_path / "old")
+    restored(tmp_path / "old")
     assert cfsm.measured(cfsm.run(config, tmp_path / "old", resume=True)) == cfsm.measured(whole)
     extended = replace(config, generator=replace(config.generator, noise=True))
     with pytest.raises(CheckpointError, match="another run: its config's generator is"):
@@ -440,6 +448,7 @@ def test_all_additions_and_colors(tmp_path, config):
     assert torch.equal(torch.get_rng_state(), state)
     added = {key for keys in ADDITIONS.values() for key in keys}
     assert results.ablations.keys() == added - {"adversarial_weight"} | {"all"}
+    assert list(results.ablations)[-1] == "all"
     assert "recovery" not in results.ablations["recovery_weight"]["log"][0]
     assert "recovery" in results.ablations["noise"]["log"][0]
     assert (tmp_path / "run" / "style" / "dark-without-all" / "metrics.jsonl").exists()

@@ -58,7 +58,8 @@ def cfsm_command(
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/cfsm"),
     config: ConfigOption = None,
     faces: Annotated[
-        Path | None, typer.Option(help="Image folder to train on. Default: generated heads.")
+        Path | None,
+        typer.Option(help="Image folder to train on. Default: the configuration's."),
     ] = None,
     target: Annotated[
         Path | None,
@@ -97,7 +98,7 @@ def cfsm_command(
     chosen = {"seed": seed, "fidelity": fidelity, "workers": workers}
     command = _command("recipe cfsm", config=config, faces=faces, target=target, **chosen)
     command += " --ablations" * ablations + " --quick" * quick
-    if not (quick or config or resume):
+    if not (quick or config or resume or ablations):
         say("the default size takes about an hour on two cores (--quick: about two minutes)")
     _check_outputs(output, report)
     began = time.perf_counter()

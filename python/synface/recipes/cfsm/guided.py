@@ -42,7 +42,7 @@ def train_guided(
         variant: "guided" redraws all but a share of each batch in guided styles, "random" in
             styles o ~ N(0, I), "originals" redraws none. Images, labels and o are drawn alike in
             all three.
-        space: seed of the generator, which a checkpoint names.
+        space: index of the generator's style space, stored in checkpoints.
         options: see `run_steps`.
     """
     if variant not in VARIANTS:

@@ -46,7 +46,7 @@ def matching(generated: Tensor, target: Tensor, source: Tensor) -> dict[str, dic
     """Compare the statistics of generated images with those of target images.
 
     Args:
-        generated, target, source: (N, C, H, W) each, of any N; floating point.
+        generated, target, source: (N, C, H, W) each, each of its own N, at least 2; floating point.
 
     Returns:
         By statistic: "W1", the Wasserstein distance, from generated to target images; "W1 of
@@ -85,7 +85,7 @@ def controllability(
             noise alone would make directions look different.
         images: (N, C, H, W), floating point, in [−1, 1]. styles: q.
 
-    Memory: the changes of the images along every direction and axis, max(directions, 2·q)·N images.
+    Memory: about (3·directions + 2·q)·N images.
 
     Returns:
         "axis cosine": mean cosine of the changes of an image along two axes, None if there is one

@@ -77,9 +77,11 @@ def parts(config: CfsmConfig, ablations: bool = False) -> list[list[Part]]:
     Raises:
         ValueError: for ``ablations`` of a configuration without additions.
     """
-    left_out = [*additions(config), ALL] if ablations else []
-    if left_out == [ALL]:
+    left_out = additions(config) if ablations else []
+    if ablations and not left_out:
         raise ValueError("ablations need additions to leave out, and the configuration has none")
+    if len(left_out) > 1:
+        left_out.append(ALL)
     styles, seeds = config.style, range(config.guided.seeds)
     return [
         [Part(RECOGNIZER, seed) for seed in range(max(styles.seeds, config.guided.seeds))],

@@ -138,7 +138,7 @@ def run(
         config,
         people,
         generators,
-        found,
+        {part: found[part] for group in groups for part in group},
         STRENGTHS,
         similarities(generators | {UNTRAINED: untrained}),
     )

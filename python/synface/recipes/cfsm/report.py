@@ -23,7 +23,7 @@ from ..report import (
 )
 from . import figures
 from .config import CfsmConfig, described
-from .measures import BOUNDS, DIFFERS, STATISTICS, words
+from .measures import BOUNDS, DIFFERS, LITTLE, STATISTICS, words
 from .parts import RECOGNIZER, Part, guided_parts
 from .recipe import UNTRAINED, Log, Results, sweep, tensor
 
@@ -220,6 +220,8 @@ def _fields(results: Results, numbers: dict[str, Any]) -> dict[str, Any]:
         "matched": _matched(spaces),
         "ablations": _ablation_section(config, numbers),
         "axes": _axes_table(spaces),
+        "little": f"{LITTLE}: below {DIFFERS}",
+        "share": f"{100 * config.guided.originals:g}%",
         "reference": "degraded images of the same people, drawn independently"
         if config.data.target == EMBEDDED
         else "the target images, which stage 1 has seen",
@@ -336,8 +338,8 @@ def _ablation_section(config: CfsmConfig, numbers: dict[str, Any]) -> str:
     )
     return f"""## What each addition gains
 
-None of them is in the paper. Each row has the paper's value of one, and the last of all; seed
-{config.seed} alone. Of a statistic: W1 ratio, spread ratio.
+Each row has the paper's value of one of them, and the last of all; seed {config.seed} alone. Of a
+statistic: W1 ratio, spread ratio.
 
 {ablated}
 """
