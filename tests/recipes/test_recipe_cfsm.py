@@ -8,14 +8,16 @@ import signal
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from synface.common.files import CheckpointError
+from synface.checkpoint.state import FORMAT
+from synface.common.files import CheckpointError, read_state, sealed
 from synface.data import embedded_faces
 from synface.recipes import cfsm
-from synface.recipes.cfsm import guided, load_config, style
+from synface.recipes.cfsm import load_config, style
 from synface.recipes.cfsm.config import ADDED, ADDITIONS
 from synface.recipes.cfsm.degrade import DOMAINS, degrade
 from synface.recipes.cfsm.model import Generator, GeneratorConfig
@@ -80,10 +82,30 @@ def logs(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): f.read_text() for f in folder.rglob("metrics.jsonl")}
 
 
-def restored(run: Path) -> None:
-    """Make a resumed run restore its parts' checkpoints, and measure them again."""
-    for file in run.rglob("result.json"):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return a run that was not interrupted, and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "tiny.toml").write_text(TINY)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        state = torch.get_rng_state()
+        results = cfsm.run(load_config(folder / "tiny.toml"), folder / "run")
+        assert torch.equal(torch.get_rng_state(), state)
+    return SimpleNamespace(folder=folder / "run", results=results)
+
+
+def earlier(run: Path, copy: Path, change) -> None:
+    """Copy a run with other configurations in its checkpoints, which a resumed run must restore."""
+    shutil.copytree(run, copy)
+    for file in copy.rglob("result.json"):
         file.unlink()
+    for kind in ("style", "guided"):
+        files = list((copy / kind).rglob("state.json"))
+        assert files
+        for file in files:
+            state = read_state(file, FORMAT)
+            file.write_text(sealed(state | {"config": change(state["config"])}))
 
 
 def test_from_data_to_a_report(tmp_path, config):
@@ -129,12 +151,7 @@ def test_options_that_have_no_effect_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_runs_are_the_same_and_an_interrupted_one_too(tmp_path, config):
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    whole = cfsm.run(config, tmp_path / "whole")
-    assert torch.equal(torch.get_rng_state(), state)
-
+def test_two_runs_are_the_same_and_an_interrupted_one_too(tmp_path, config, whole):
     pressed = []
 
     class Impatient:
@@ -165,9 +182,9 @@ def test_two_runs_are_the_same_and_an_interrupted_one_too(tmp_path, config):
         except KeyboardInterrupt:
             torch.rand(3)
     assert len(pressed) == 6  # the recognizer, stage 1 twice, stage 2 three times
-    assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
-    assert logs(tmp_path / "whole") == logs(tmp_path / "cut")
-    assert cfsm.measured(whole) == cfsm.measured(cut)
+    assert weights(whole.folder) == weights(tmp_path / "cut")
+    assert logs(whole.folder) == logs(tmp_path / "cut")
+    assert cfsm.measured(whole.results) == cfsm.measured(cut)
 
     other = replace(config, style=replace(config.style, lr=0.5))
     with pytest.raises(CheckpointError, match=r"another run: its config's style is .*0.001"):
@@ -179,25 +196,19 @@ def test_two_runs_are_the_same_and_an_interrupted_one_too(tmp_path, config):
 
 
 @pytest.mark.slow
-def test_a_run_of_version_0_1_goes_on(tmp_path, config, monkeypatch):
+def test_a_run_of_version_0_1_goes_on(tmp_path, config, whole):
     """Version 0.1 had the British spelling in the recognizer's folder and checkpoints."""
-    whole = cfsm.run(config, tmp_path / "whole")
-    with monkeypatch.context() as patched:
-        for module in (style, guided):
 
-            def earlier(folder, description, *rest, run_steps=module.run_steps, **options):
-                text = json.dumps(description).replace('"recognizer"', '"recogniser"')
-                return run_steps(folder, json.loads(text), *rest, **options)
+    def british(stored):
+        return json.loads(json.dumps(stored).replace('"recognizer"', '"recogniser"'))
 
-            patched.setattr(module, "run_steps", earlier)
-        cfsm.run(config, tmp_path / "old")
+    earlier(whole.folder, tmp_path / "old", british)
     (tmp_path / "old" / "recognizer").rename(tmp_path / "old" / "recogniser")
     before = weights(tmp_path / "old")
     shutil.rmtree(tmp_path / "old" / "guided" / "random")
-    restored(tmp_path / "old")
     resumed = cfsm.run(config, tmp_path / "old", resume=True)
     assert weights(tmp_path / "old") == before
-    assert cfsm.measured(resumed) == cfsm.measured(whole)
+    assert cfsm.measured(resumed) == cfsm.measured(whole.results)
     other = replace(config, recognizer=replace(config.recognizer, dropout=0.5))
     with pytest.raises(CheckpointError, match="another run: its config's dropout is"):
         cfsm.run(other, tmp_path / "old", resume=True)
@@ -403,9 +414,8 @@ def test_workers_find_what_one_process_finds(tmp_path, config):
         cfsm.run(config, tmp_path / "none", workers=0)
 
 
-def test_a_checkpoint_without_the_added_keys_goes_on(tmp_path, config, monkeypatch):
+def test_a_checkpoint_without_the_added_keys_goes_on(tmp_path, config, whole):
     """Version 0.1 knew none of the additions: they are off in its runs."""
-    whole = cfsm.run(config, tmp_path / "whole")
 
     def without(value):
         if not isinstance(value, dict):
@@ -416,16 +426,11 @@ def test_a_checkpoint_without_the_added_keys_goes_on(tmp_path, config, monkeypat
                 value[table] = {k: v for k, v in value[table].items() if k not in keys}
         return value
 
-    with monkeypatch.context() as patched:
-        for module in (style, guided):
-
-            def earlier(folder, description, *rest, run_steps=module.run_steps, **options):
-                return run_steps(folder, without(description), *rest, **options)
-
-            patched.setattr(module, "run_steps", earlier)
-        cfsm.run(config, tmp_path / "old")
-    restored(tmp_path / "old")
-    assert cfsm.measured(cfsm.run(config, tmp_path / "old", resume=True)) == cfsm.measured(whole)
+    earlier(whole.folder, tmp_path / "old", without)
+    before = weights(tmp_path / "old")
+    resumed = cfsm.run(config, tmp_path / "old", resume=True)
+    assert weights(tmp_path / "old") == before
+    assert cfsm.measured(resumed) == cfsm.measured(whole.results)
     extended = replace(config, generator=replace(config.generator, noise=True))
     with pytest.raises(CheckpointError, match="another run: its config's generator is"):
         cfsm.run(extended, tmp_path / "old", resume=True)
