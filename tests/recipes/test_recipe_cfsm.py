@@ -18,7 +18,7 @@ from synface.common.files import CheckpointError, read_state, sealed
 from synface.data import embedded_faces
 from synface.recipes import cfsm
 from synface.recipes.cfsm import load_config, style
-from synface.recipes.cfsm.config import ADDED, ADDITIONS
+from synface.recipes.cfsm.config import ADDITIONS
 from synface.recipes.cfsm.degrade import DOMAINS, degrade
 from synface.recipes.cfsm.model import Generator, GeneratorConfig
 from torch import nn
@@ -111,6 +111,7 @@ def earlier(run: Path, copy: Path, change) -> None:
 def test_from_data_to_a_report(tmp_path, config):
     (tmp_path / "tiny.toml").write_text(TINY)
     command = ["recipe", "cfsm", "--config", tmp_path / "tiny.toml", "--output", tmp_path / "run"]
+    command += ["--workers", "1"]
     assert "guided images raise the loss by" in call(*command)
     report = tmp_path / "run" / "report"
     page = (report / "cfsm.md").read_text()
@@ -414,6 +415,16 @@ def test_workers_find_what_one_process_finds(tmp_path, config):
         cfsm.run(config, tmp_path / "none", workers=0)
 
 
+LACKED = {  # by version 0.1's checkpoints
+    "generator": {"noise", "blend", "light", "awake"},
+    "discriminator": {"residuals"},
+    "style": {"seeds", "recovery_weight", "statistics_weight"},
+    "guided": {"seeds", "other_originals", "other_epsilons"},
+    "data": {"identities", "channels"},
+    "recipe": {"fidelity", "space"},
+}
+
+
 def test_a_checkpoint_without_the_added_keys_goes_on(tmp_path, config, whole):
     """Version 0.1 knew none of the additions: they are off in its runs."""
 
@@ -421,7 +432,7 @@ def test_a_checkpoint_without_the_added_keys_goes_on(tmp_path, config, whole):
         if not isinstance(value, dict):
             return value
         value = {key: without(each) for key, each in value.items()}
-        for table, keys in ADDED.items():
+        for table, keys in LACKED.items():
             if isinstance(value.get(table), dict):
                 value[table] = {k: v for k, v in value[table].items() if k not in keys}
         return value
