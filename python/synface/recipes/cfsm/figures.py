@@ -22,10 +22,10 @@ from ..report import plot_differences
 from .degrade import degrade
 from .faces import first_images
 from .guided import VARIANTS
-from .measures import BOUNDS, DIFFERS, STATISTICS, words
+from .measures import BOUNDS, DIFFERS, STATISTICS
 from .model import identity_gap
 from .parts import GUIDED, Part
-from .recipe import UNTRAINED, Log, Results, sweep, tensor
+from .recipe import UNTRAINED, Log, Results, axis_words, sweep
 
 T = TypeVar("T")
 
@@ -211,8 +211,7 @@ def strength(results: Results, image: Tensor, path: Path) -> None:
     axes = torch.eye(generator.config.styles, dtype=torch.float32, device=device)
     noises = noise.expand_as(images)
     rows = [generator(images, strengths[:, None] * axis, noises) for axis in axes]
-    found = results.style(domain)["measures"]["effects"]
-    does = words({name: tensor(values) for name, values in found.items()})
+    does = axis_words(results.style(domain))
     names = [f"u{i + 1}: {less} | {more}" for i, (more, less) in enumerate(does)]
     title = f"{domain}: one face, o against (−) and along (+) each axis"
     _grid(rows, names, title, path, [f"{a:+g}" if a else "0" for a in strengths.tolist()])

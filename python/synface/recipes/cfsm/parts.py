@@ -65,7 +65,8 @@ class Part:
             words.append(f"without-{self.without}")
         if self.seed:
             words.append(f"seed-{config.seed + self.seed}")
-        return ("/" if self.name else "-").join([self.kind, *filter(None, ["-".join(words)])])
+        separator = "/" if self.name else "-"
+        return separator.join(filter(None, [self.kind, "-".join(words)]))
 
 
 def parts(config: CfsmConfig, ablations: bool = False) -> list[list[Part]]:

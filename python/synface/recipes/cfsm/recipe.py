@@ -25,6 +25,7 @@ from ..sweep import Bars, default_workers, no_bars, share_of_threads, trained_on
 from ..workers import Prepare, run_named
 from .config import CfsmConfig
 from .faces import People, read_people
+from .measures import words
 from .model import Discriminator, Generator
 from .parts import RECOGNIZER, STRENGTHS, STYLE, Part, Trainer, parts, trained_by_title
 from .style import new_networks, similarities
@@ -66,8 +67,7 @@ class Results:
     @property
     def gain(self) -> dict[str, Tensor]:
         """The `guided_gain` in the styles of the guided domain, of the first seed."""
-        found = self.style(self.config.guided.domain)["gain"]
-        return {name: tensor(values) for name, values in found.items()}
+        return _tensors(self.style(self.config.guided.domain)["gain"])
 
     def over_seeds(self, part: Part) -> list[dict[str, Any]]:
         """Return what was found of a network of stage 2, or of its recognizer, with each seed."""
@@ -76,12 +76,20 @@ class Results:
 
 def sweep(style: dict[str, Any]) -> dict[str, Tensor]:
     """Return the `strength_sweep` of what was found of a style space."""
-    return {name: tensor(values) for name, values in style["sweep"].items()}
+    return _tensors(style["sweep"])
 
 
-def tensor(values: Any) -> Tensor:
-    """Return numbers as a float32 tensor."""
-    return torch.tensor(values, dtype=torch.float32, device="cpu")
+def axis_words(style: dict[str, Any]) -> list[list[str]]:
+    """Return the `words` for the axes of what was found of a style space."""
+    return words(_tensors(style["measures"]["effects"]))
+
+
+def _tensors(found: dict[str, Any]) -> dict[str, Tensor]:
+    """Return lists of numbers as float32 tensors."""
+    return {
+        name: torch.tensor(values, dtype=torch.float32, device="cpu")
+        for name, values in found.items()
+    }
 
 
 def run(

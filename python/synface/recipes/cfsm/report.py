@@ -23,9 +23,9 @@ from ..report import (
 )
 from . import figures
 from .config import CfsmConfig, described
-from .measures import BOUNDS, DIFFERS, LITTLE, STATISTICS, words
+from .measures import BOUNDS, DIFFERS, LITTLE, STATISTICS
 from .parts import RECOGNIZER, Part, guided_parts
-from .recipe import UNTRAINED, Log, Results, sweep, tensor
+from .recipe import UNTRAINED, Log, Results, axis_words, sweep
 
 MEAN = "mean over the domains"
 ANCHOR = "anchor, last tenth"
@@ -114,9 +114,8 @@ def _style(results: Results, domain: str, seed: int) -> dict[str, Any]:
 
 def _measures(found: dict[str, Any]) -> dict[str, Any]:
     """Return the measures of a style space, its axes' words, and its anchor loss."""
-    effects = {name: tensor(values) for name, values in found["measures"]["effects"].items()}
     return found["measures"] | {
-        "words": words(effects),
+        "words": axis_words(found),
         ANCHOR: _last(found["log"], "anchor"),
     }
 
