@@ -243,39 +243,123 @@ void search(const Problem& p, const Runtime& runtime, const SimdKernels<T>& simd
   Tiles<T>(p, runtime, simd).run(visit);
 }
 
+// The k nearest of a row among candidates, by the cosines of double precision.
+template <class T>
+class Best {
+ public:
+  Best(const Pair<T>& pair, int64_t k) : pair_(pair), k_(k) {}
+
+  void begin(int64_t row) {
+    row_ = row;
+    found_.clear();
+  }
+  void consider(int64_t j) {
+    const double r2 = pair_.square(row_, j);
+    const Neighbor<T> neighbor{T(1 - r2 / 2), j, r2};
+    if (int64_t(found_.size()) == k_ && !(neighbor < found_.back())) return;
+    if (int64_t(found_.size()) == k_) found_.pop_back();
+    found_.insert(std::upper_bound(found_.begin(), found_.end(), neighbor), neighbor);
+  }
+  void write(const Neighbors& out) const {
+    for (int64_t c = 0; c < k_; ++c) {
+      out.square[row_ * k_ + c] = found_[c].square;
+      out.index[row_ * k_ + c] = found_[c].index;
+    }
+  }
+
+ private:
+  const Pair<T>& pair_;
+  int64_t k_, row_ = 0;
+  std::vector<Neighbor<T>> found_;
+};
+
+// Searches the rows that were given up again, by a GEMM in double: in a packing every point has
+// hundreds of neighbors that are nearly equally near. A row of exact ties is compared pair by pair.
+template <class T>
+void search_again(const Problem& p, const std::vector<int64_t>& rows, int64_t k,
+                  const Runtime& runtime, const SimdKernels<T>& simd, const Neighbors& out) {
+  // Rows searched together: enough for the GEMM, few enough to be copied.
+  constexpr int64_t kTogether = 4096;
+  const SimdKernels<double>& simd_double = SYNFACE_DISPATCH(simd_kernels<double>);
+  const Points& y = p.y ? *p.y : p.x;
+  const int64_t dim = p.x.rows.cols, others = y.rows.rows;
+  // Neighbors are equal if their cosines round to one T.
+  const double error = cosine_error<double>(dim) + double(std::numeric_limits<T>::epsilon()) / 2;
+  Buffer<double> copies(std::min<int64_t>(kTogether, rows.size()) * dim);
+  Buffer<double> inverse(std::min<int64_t>(kTogether, rows.size()));
+  for (int64_t begin = 0; begin < int64_t(rows.size()); begin += kTogether) {
+    const int64_t n = std::min<int64_t>(kTogether, rows.size() - begin);
+    for_rows(runtime, n, [&](Range range) {
+      const RowReader<T> reader(p.x.rows, simd.load);
+      for (int64_t i = range.begin; i < range.end; ++i) {
+        const T* row = reader.row(rows[begin + i]);
+        std::copy_n(row, dim, copies.get() + i * dim);
+        inverse[i] = p.x.inverse[rows[begin + i]];
+      }
+    });
+    const Points chunk{
+        .rows = {.data = copies.get(), .dtype = Dtype::f64, .rows = n, .cols = dim, .stride = dim},
+        .inverse = inverse.get()};
+    const Candidates<double> candidates(n, k, error);
+    const auto visit = [&](int, const Tile<double>& tile) {
+      const int64_t columns = tile.columns.size();
+      for (int64_t i = 0; i < tile.rows.size(); ++i) {
+        const double* row = tile.cosines + i * tile.stride;
+        const int64_t x = tile.rows.begin + i, own = p.y ? -1 : rows[begin + x];
+        int64_t j = 0;
+        while ((j = simd_double.first_reaching(row, candidates.thresholds()[x], nullptr, j,
+                                               columns)) < columns) {
+          for (const int64_t end = std::min(j + kChunk, columns); j < end; ++j) {
+            if (tile.columns.begin + j != own) candidates.offer(x, row[j], tile.columns.begin + j);
+          }
+        }
+      }
+    };
+    Tiles<double>({chunk, &y}, runtime, simd_double).run(visit);
+    for_rows(runtime, n, [&](Range range) {
+      const Pair<T> pair(p, simd);
+      Best<T> best(pair, k);
+      for (int64_t i = range.begin; i < range.end; ++i) {
+        const int64_t row = rows[begin + i];
+        best.begin(row);
+        if (candidates.given_up(i)) {
+          for (int64_t j = 0; j < others; ++j) {
+            if (p.y || j != row) best.consider(j);
+          }
+        } else {
+          for (int64_t c = 0; c < candidates.count(i); ++c) {
+            best.consider(candidates.indices(i)[c]);
+          }
+        }
+        best.write(out);
+      }
+    });
+  }
+}
+
 }  // namespace
 
 template <class T>
 void nearest(const Problem& p, int64_t k, const Runtime& runtime, const Neighbors& out) {
   const SimdKernels<T>& simd = SYNFACE_DISPATCH(simd_kernels<T>);
-  const int64_t n = p.x.rows.rows, others = p.y ? p.y->rows.rows : n;
+  const int64_t n = p.x.rows.rows;
   const Candidates<T> candidates(n, k, cosine_error<T>(p.x.rows.cols));
   search(p, runtime, simd, candidates);
   for_rows(runtime, n, [&](Range range) {
     const Pair<T> pair(p, simd);
-    std::vector<Neighbor<T>> best;
+    Best<T> best(pair, k);
     for (int64_t i = range.begin; i < range.end; ++i) {
-      best.clear();
-      const auto consider = [&](int64_t j) {
-        const double r2 = pair.square(i, j);
-        const Neighbor<T> neighbor{T(1 - r2 / 2), j, r2};
-        if (int64_t(best.size()) == k && !(neighbor < best.back())) return;
-        if (int64_t(best.size()) == k) best.pop_back();
-        best.insert(std::upper_bound(best.begin(), best.end(), neighbor), neighbor);
-      };
-      if (candidates.given_up(i)) {
-        for (int64_t j = 0; j < others; ++j) {
-          if (p.y || j != i) consider(j);
-        }
-      } else {
-        for (int64_t c = 0; c < candidates.count(i); ++c) consider(candidates.indices(i)[c]);
-      }
-      for (int64_t c = 0; c < k; ++c) {
-        out.square[i * k + c] = best[c].square;
-        out.index[i * k + c] = best[c].index;
-      }
+      if (candidates.given_up(i)) continue;
+      best.begin(i);
+      for (int64_t c = 0; c < candidates.count(i); ++c) best.consider(candidates.indices(i)[c]);
+      best.write(out);
     }
   });
+  std::vector<int64_t> given_up;
+  for (int64_t i = 0; i < n; ++i) {
+    if (candidates.given_up(i)) given_up.push_back(i);
+  }
+  search_again(p, given_up, k, runtime, simd, out);
 }
 
 template <class T>

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,16 +15,25 @@ import synface_kernels as sk
 from ...common.rng import generator
 from ...data.loading.sampler import RankSlice
 from . import bounds
+from .annealing import FIRST_STEP, Annealing, last_sharpness
 from .optimizer import SphereAdam
 
 if TYPE_CHECKING:
     from .packer import PackConfig, Packer
 
-# Parameters of "lse", found by trials at N = 600 to 3000, d = 8 to 512 with 100 to 300 steps.
-FIRST_STEP = 0.2  # in units of the angle that the bound leaves between neighbors
-FIRST_SHARPNESS = 0.5  # t, in units of √d: the cosines of random points spread by 1/√d
-LAST_SHARPNESS = 75.0  # likewise; sharper for few points, in proportion
-FEW = 1000
+
+class Evaluation(NamedTuple):
+    """An evaluation of points: their worst cosine, the pair that has it, the gallery's term.
+
+    The pair is None where symmetry gives the cosine without one.
+    """
+
+    worst: float
+    pair: tuple[int, int] | None
+    term: float
+
+
+SHARPEST = 1e6  # the sharpest log-sum-exp of the op
 
 
 def closest_pair(points: Tensor, other: Tensor | None = None) -> tuple[float, tuple[int, int]]:
@@ -91,7 +100,7 @@ def _gradient(packer: Packer, points: Tensor, energy: Any) -> Tensor:
     rows, counts = _own(packer, points)
     x = points[rows].detach().requires_grad_()
     loss = sk.hypersphere_repulsion(x, energy=energy, group=packer.group)
-    own = torch.autograd.grad(loss + _gallery_term(packer, x, len(points)), x)[0]
+    own = torch.autograd.grad(loss + gallery_term(packer, x, len(points)), x)[0]
     if packer.group is None:
         return own
     most = own.new_zeros((max(counts), own.shape[1]))
@@ -101,7 +110,7 @@ def _gradient(packer: Packer, points: Tensor, energy: Any) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def _gallery_term(packer: Packer, x: Tensor, count: int) -> Tensor | float:
+def gallery_term(packer: Packer, x: Tensor, count: int) -> Tensor | float:
     """Return the part of points x, of all count points, in the gallery's term."""
     if packer.gallery is None:
         return 0.0
@@ -109,21 +118,21 @@ def _gallery_term(packer: Packer, x: Tensor, count: int) -> Tensor | float:
     return packer.config.alpha * (1 - nearest) * (len(x) / count)
 
 
-def evaluation(packer: Packer, points: Tensor) -> tuple[float, tuple[int, int], float]:
+def evaluation(packer: Packer, points: Tensor) -> Evaluation:
     """Return the exact worst cosine, the pair that has it, and the gallery's term."""
     if packer.group is None:
-        term = _gallery_term(packer, points, len(points))
-        return *closest_pair(points), float(term)
+        term = gallery_term(packer, points, len(points))
+        return Evaluation(*closest_pair(points), float(term))
     rows, counts = _own(packer, points)
     cosine, index = sk.nearest_neighbors(points[rows], group=packer.group)
     row = cosine[:, 0].argmax()
-    term = torch.as_tensor(_gallery_term(packer, points[rows], len(points)), device=points.device)
+    term = torch.as_tensor(gallery_term(packer, points[rows], len(points)), device=points.device)
     own = torch.stack([v.double() for v in (cosine[row, 0], row + rows.start, index[row, 0], term)])
     every = [torch.empty_like(own) for _ in counts]
     dist.all_gather(every, own, group=packer.group)
     found = torch.stack(every).tolist()
     worst, i, j, _ = max(found, key=lambda each: each[0])  # the first of equals
-    return worst, (int(i), int(j)), sum(each[3] for each in found)
+    return Evaluation(worst, (int(i), int(j)), sum(each[3] for each in found))
 
 
 def _own(packer: Packer, points: Tensor) -> tuple[slice, list[int]]:
@@ -136,17 +145,17 @@ def _own(packer: Packer, points: Tensor) -> tuple[slice, list[int]]:
 
 
 class _LogSumExp(_Annealed):
-    def sharpness(self, done: float) -> float:
-        """Return t·(1 − bound)/√d."""
-        last = LAST_SHARPNESS * max(1.0, FEW / self.config.count)
-        return FIRST_SHARPNESS * (last / FIRST_SHARPNESS) ** done
+    def __init__(self, packer: Packer, annealing: Annealing | None = None) -> None:
+        super().__init__(packer)
+        config = self.config
+        last = last_sharpness(config.count, config.steps or 0)
+        self.annealing = annealing or Annealing(config.dim, packer.bound.cosine, last)
 
     def energy(self, done: float) -> sk.LogSumExp:
-        t = self.sharpness(done) * self.config.dim**0.5 / (1 - self.packer.bound.cosine)
-        return sk.LogSumExp(min(t, 1e6))  # its sharpest
+        return sk.LogSumExp(min(self.annealing.t(done), SHARPEST))
 
     def length(self, done: float) -> float:
-        return min(super().length(done), self.angle / self.sharpness(done))
+        return self.annealing.length(done)
 
 
 class _Langevin(_Annealed):
@@ -198,3 +207,69 @@ STEPS: dict[str, Callable[[Packer], Any]] = {
     "hyperface": _HyperFace,
     "langevin": _Langevin,
 }
+
+
+class PointSearch:
+    """A search that moves the points themselves, by an objective of all pairs or of batches.
+
+    A search has ``rounds``, the number of restarts one after another, and `begin`, `step`,
+    `evaluate`, `keep`, `result`, `finite` and `tensors`.
+
+    Args:
+        packer: the packer.
+        annealing: the schedule of "lse"; None: the usual one.
+    """
+
+    def __init__(self, packer: Packer, annealing: Annealing | None = None) -> None:
+        self.packer, self.annealing = packer, annealing
+        config = packer.config
+        self.rounds = config.restarts or 1
+        shape = (config.count, config.dim)
+        self.points = torch.zeros(shape, dtype=packer.dtype, device=packer.device)
+        self.best = self.points.clone()
+        self.objective = self._objective()
+
+    def begin(self, restart: int) -> None:
+        """Set the first points of a restart."""
+        if self.packer.start is not None:
+            points = self.packer.start.clone()
+        else:
+            points = draws(self.packer.config, self.points, "points", restart, "cpu")
+            points = points.to(self.packer.device)  # the same on every device
+            points = points / torch.linalg.vector_norm(points, dim=1, keepdim=True)
+        self.begin_at(points)
+
+    def begin_at(self, points: Tensor) -> None:
+        """Set the points, and forget the optimizer's state."""
+        self.points = points
+        self.objective = self._objective()
+
+    def step(self, step: int, done: float) -> None:
+        """Take a step, at the share ``done`` of a restart."""
+        self.objective.step(self.points, step, done)
+
+    def evaluate(self) -> Evaluation:
+        """Return the exact worst cosine, its pair, and the gallery's term."""
+        return evaluation(self.packer, self.points)
+
+    def keep(self) -> None:
+        """Keep the points as the best so far."""
+        self.best.copy_(self.points)
+
+    def result(self) -> tuple[Tensor, Evaluation | None]:
+        """Return the best points; their evaluation is the last one kept."""
+        return self.best, None
+
+    def finite(self) -> bool:
+        """Return whether all points are finite."""
+        return bool(self.points.isfinite().all())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state, for a checkpoint."""
+        optimizer = {f"optimizer.{k}": v for k, v in self.objective.tensors().items()}
+        return {"points": self.points, "best": self.best} | optimizer
+
+    def _objective(self) -> Any:
+        if self.annealing is not None:
+            return _LogSumExp(self.packer, self.annealing)
+        return STEPS[self.packer.config.objective](self.packer)

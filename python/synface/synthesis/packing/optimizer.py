@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import torch
 from torch import Tensor
 
@@ -43,14 +45,18 @@ class SphereAdam:
         """Return the state, for a checkpoint."""
         return {"mean": self.mean, "square": self.square, "steps": self.steps}
 
-    def step(self, points: Tensor, gradient: Tensor, length: float) -> None:
-        """Move all points (N, d), in place, against the gradient (N, d)."""
-        state = (self.mean, self.square, self.steps)
+    def step(self, points: Tensor, gradient: Tensor, length: float | Tensor) -> None:
+        """Move all points (N, d), in place, against the gradient (N, d).
+
+        ``length`` may be one number per point, (N, 1).
+        """
+        tensors = (points, gradient, self.mean, self.square, self.steps)
         if points.device.type != "cpu":
-            self._step((points, gradient, *state), length)
+            self._step(tensors, length)
             return
-        for block in zip(*(x.split(BLOCK) for x in (points, gradient, *state)), strict=True):
-            self._step(block, length)
+        lengths = length.split(BLOCK) if isinstance(length, Tensor) else repeat(length)
+        for *block, each in zip(*(x.split(BLOCK) for x in tensors), lengths, strict=False):
+            self._step(tuple(block), each)
 
     def step_rows(self, points: Tensor, rows: Tensor, gradient: Tensor, length: float) -> None:
         """Move ``points[rows]``, in place, against their gradient."""
@@ -60,7 +66,7 @@ class SphereAdam:
         for whole, part in zip((points, *state), (x, mean, square, steps), strict=True):
             whole.index_copy_(0, rows, part)
 
-    def _step(self, block: tuple[Tensor, ...], length: float) -> None:
+    def _step(self, block: tuple[Tensor, ...], length: float | Tensor) -> None:
         x, gradient, mean, square, steps = block
         beta1, beta2 = self.betas
         gradient = gradient - (gradient * x).sum(1, keepdim=True) * x

@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,16 +28,20 @@ from ...common.check import (
 from ...common.files import CheckpointError, write_tensors
 from ...common.interrupts import interruption, interrupts
 from ..embeddings import NAME, sha256_of_rows
-from . import bounds
-from .objectives import STEPS, draws, evaluation
+from . import bounds, symmetries
+from .objectives import PointSearch
+from .search import FEW_POINTS, OrbitSearch, default_steps
 
-OBJECTIVES = ("lse", "hyperface", "langevin")
+OBJECTIVES = ("auto", "orbit", "lse", "hyperface", "langevin")
 CHECK_EVERY = 25  # steps between evaluations of the exact worst cosine, or
 TIMED_CHECKS = 50  # evaluations in a run limited by time
 CHECKPOINT_SECONDS = 120.0
 DEFAULT_STEPS = 500
 DOUBLE_UP_TO = 1000  # points on a CPU: few enough that float64 costs nothing
+GALLERY_POLISH = 100  # steps of "lse" after an orbit search with a gallery
 QUEUED_STEPS = 2  # steps that the host may be ahead of a GPU, so that the clock is right
+
+_INTEGERS = {"restarts": 1, "seed": 0, "steps": 1, "batch": 2, "order": 1, "polish": 0}
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,25 @@ class PackConfig:
 
     Attributes:
         count, dim: number of points N and dimension d, both at least 2.
-        objective: "lse", "hyperface" or "langevin", see `Packer`.
+        objective: "orbit", "lse", "hyperface" or "langevin", see `Packer`; "auto" takes "orbit"
+            unless a gallery, a start, a batch or a group is given, else "lse".
         steps: number of steps of each restart, or
         minutes: length of the whole run. The annealing then follows the clock, so the result
-            depends on the machine's speed. Neither: 500 steps.
-        restarts: runs from other random points; the best one is returned. Useful for few points.
+            depends on the machine's speed. Neither: 500 steps; of "orbit" 200 to 3000, fewer for
+            more points.
+        restarts: runs from other random points; the best one is returned. "orbit" runs them side by
+            side, the others one after another. None: 1; of "orbit" with up to 300 points as many of
+            each group, up to 16, as cost little.
         batch: points that repel each other in one step, each point drawn once per pass; None for
             all at once. See `Packer`.
         alpha: weight of the gallery.
         lr: learning rate of "hyperface". 0.001 was the best of seven in a trial (docs/packing.md).
         seed: random seed.
+        symmetry: groups that "orbit" tries: "none", "antipodal" (x and −x), "cyclic", or "auto" for
+            all that suit N and d. "none" of more than 300 points is the objective "lse".
+        order: order of the group of "orbit", a divisor of N up to 300 points; None chooses it.
+        polish: steps of "lse" after an orbit search of more than 300 points, in a run limited by
+            time a quarter of it; None: 0, and 100 with a gallery.
 
     Raises:
         TypeError, ValueError: for a wrong argument, naming it.
@@ -63,14 +76,17 @@ class PackConfig:
 
     count: int
     dim: int
-    objective: str = "lse"
+    objective: str = "auto"
     steps: int | None = None
     minutes: float | None = None
-    restarts: int = 1
+    restarts: int | None = None
     batch: int | None = None
     alpha: float = 0.5
     lr: float = 0.001
     seed: int = 0
+    symmetry: str = "auto"
+    order: int | None = None
+    polish: int | None = None
 
     def __post_init__(self) -> None:
         bounds.best(self.count, self.dim)  # checks both
@@ -80,11 +96,9 @@ class PackConfig:
             raise ValueError(
                 f"give steps or minutes, not both, got {self.steps} and {self.minutes}"
             )
-        if self.steps is None and self.minutes is None:
-            object.__setattr__(self, "steps", DEFAULT_STEPS)
-        for name, least in (("restarts", 1), ("seed", 0), ("steps", 1), ("batch", 2)):
+        for name, least in _INTEGERS.items():
             value = getattr(self, name)
-            if value is not None or name in ("restarts", "seed"):
+            if value is not None or name == "seed":
                 check_integer(name, value, least)
         check_number("alpha", self.alpha, 0)
         for name in ("lr", "minutes"):
@@ -93,12 +107,59 @@ class PackConfig:
                 check_number(name, value, 0)
                 if value == 0:
                     raise ValueError(f"{name} must be positive, got {value}")
+        self._check_symmetry()
         if self.batch is None:
             return
         if self.batch > self.count:
             raise ValueError(f"batch must be in [2, count = {self.count}], got {self.batch}")
-        if self.objective != "lse":
+        if self.objective not in ("auto", "lse"):
             raise ValueError(f"batch needs the objective 'lse', got {self.objective!r}")
+
+    def _check_symmetry(self) -> None:
+        if self.symmetry not in symmetries.SYMMETRIES:
+            raise ValueError(
+                f"symmetry must be one of {symmetries.SYMMETRIES}, got {self.symmetry!r}"
+            )
+        given = [
+            name
+            for name in ("symmetry", "order", "polish")
+            if getattr(self, name) not in (None, "auto")
+        ]
+        if given and (self.objective not in ("auto", "orbit") or self.batch is not None):
+            raise ValueError(
+                f"{given[0]} needs the objective 'orbit' without batch, got {self.objective!r}"
+            )
+        if self.polish is not None and self.count <= FEW_POINTS:
+            raise ValueError(
+                f"polish needs more than {FEW_POINTS} points, got count = {self.count}: a search of "
+                "fewer ends without symmetry"
+            )
+        symmetries.check(self.count, self.dim, self.symmetry, self.order, FEW_POINTS)
+
+    def resolved(self, *, free: bool) -> PackConfig:
+        """Return the configuration with every "auto" and default decided.
+
+        Args:
+            free: whether the points are free to be symmetric: no gallery, start or group is given.
+        """
+        objective = self.objective
+        if objective == "auto":
+            orbit = free and self.batch is None and self.count > 2
+            if self.symmetry == "none" and self.count > FEW_POINTS:
+                orbit = False
+            objective = "orbit" if orbit else "lse"
+        steps, restarts, polish = self.steps, self.restarts or 1, self.polish or 0
+        if steps is None and self.minutes is None:
+            steps = DEFAULT_STEPS
+        if objective == "orbit":
+            if self.steps is None and self.minutes is None:
+                steps = default_steps(self.count, self.dim)
+            restarts = self.restarts
+            if self.polish is None and not free:
+                polish = GALLERY_POLISH
+        return replace(
+            self, objective=objective, steps=steps, restarts=restarts, polish=polish or None
+        )
 
     def metadata(self) -> dict[str, str]:
         """Return the fields as the metadata of a file; strings are not quoted."""
@@ -216,7 +277,8 @@ class Packer:
         device: str | torch.device = "cpu",
         group: Any = None,
     ) -> None:
-        self.config = config
+        free = gallery is None and start is None and group is None
+        self.config = config = config.resolved(free=free)
         self.device = check_device(device)
         on_cpu = self.device.type == "cpu"
         self.dtype = torch.float64 if on_cpu and config.count <= DOUBLE_UP_TO else torch.float32
@@ -229,8 +291,10 @@ class Packer:
         self.bound = bounds.best(config.count, config.dim)
         self.gallery = None if gallery is None else self._unit("gallery", gallery, None)
         self.start = None if start is None else self._unit("start", start, config.count)
-        if start is not None and config.restarts > 1:
+        if start is not None and config.restarts != 1:
             raise ValueError(f"restarts must be 1 with a start, got {config.restarts}")
+        if config.objective == "orbit":
+            self._check_orbit()
 
     def run(
         self,
@@ -271,6 +335,16 @@ class Packer:
             if points is not None and points < ranks:
                 raise ValueError(f"{name} must be at least the {ranks} ranks, got {points}")
 
+    def _check_orbit(self) -> None:
+        given = {"a start": self.start, "a group": self.group}
+        if self.config.count <= FEW_POINTS:
+            given["a gallery"] = self.gallery
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"objective must be 'lse' with {name}, got 'orbit', whose points are symmetric"
+                )
+
     def _unit(self, name: str, rows: Tensor, count: int | None) -> Tensor:
         dim = self.config.dim
         if not isinstance(rows, Tensor):
@@ -290,7 +364,7 @@ class Packer:
 
 
 class _Run:
-    """The state of a run: points, moments, the best so far, the clock."""
+    """The state of a run: the search, the best so far, the clock."""
 
     def __init__(
         self, packer: Packer, folder: Path | None, progress: PackingProgress | None
@@ -303,10 +377,10 @@ class _Run:
         self.check_seconds = 0.0
         self.history: list[tuple[float, int, float]] = []
         self.score, self.worst, self.pair = math.inf, math.inf, (0, 0)  # of the best so far
-        shape = (self.config.count, self.config.dim)
-        self.points = torch.zeros(shape, dtype=packer.dtype, device=packer.device)
-        self.best_points = self.points.clone()
-        self.objective = STEPS[self.config.objective](packer)
+        search = OrbitSearch if self.config.objective == "orbit" else PointSearch
+        self.search: OrbitSearch | PointSearch = search(packer)
+        steps = self.config.steps
+        self.steps = None if steps is None else steps + (self.config.polish or 0)
 
     def run(self, resume: bool, stop: Callable[[int], int]) -> Packed:
         if resume:
@@ -323,16 +397,16 @@ class _Run:
         while True:
             restart, done = self._where()
             if restart != self.restart:
-                if restart == self.config.restarts:
+                if restart == self.search.rounds:
                     self._save()  # the last evaluation may be interrupted
                 if self.restart >= 0:
                     self._check()
-                if restart == self.config.restarts:
+                if restart == self.search.rounds:
                     break
                 self._begin(restart)
             if self.config.batch is None and self._check_needed():
                 self._check()
-            self.objective.step(self.points, self.step, done)
+            self.search.step(self.step, done)
             queue.push()
             self.step += 1
             self.seconds = time.perf_counter() - began
@@ -346,8 +420,12 @@ class _Run:
                 saved = time.perf_counter()
             if stopped:
                 raise interruption(stopped)
+        points, last = self.search.result()
+        if last is not None and last.pair is not None:
+            self.worst, self.pair = last.worst, last.pair
+            self.history.append((time.perf_counter() - began, self.step, self.worst))
         return Packed(
-            self.best_points,
+            points,
             self.worst,
             self.pair,
             self.packer.bound,
@@ -357,18 +435,18 @@ class _Run:
 
     def _share(self) -> float:
         """Return the share of the whole run that is done."""
-        if self.config.steps is not None:
-            return self.step / (self.config.steps * self.config.restarts)
+        if self.steps is not None:
+            return self.step / (self.steps * self.search.rounds)
         assert self.config.minutes is not None
         budget = self.config.minutes * 60 - 1.2 * self.check_seconds  # for the last evaluation
         return 1.0 if budget <= self.seconds else self.seconds / budget
 
     def _where(self) -> tuple[int, float]:
         """Return the number of the restart, and the share of it that is done."""
-        if self.config.steps is not None:
-            restart, step = divmod(self.step, self.config.steps)
-            return restart, step / self.config.steps
-        position = self._share() * self.config.restarts
+        if self.steps is not None:
+            restart, step = divmod(self.step, self.steps)
+            return restart, step / self.steps
+        position = self._share() * self.search.rounds
         return int(position), position % 1
 
     def _check_needed(self) -> bool:
@@ -382,29 +460,23 @@ class _Run:
 
     def _begin(self, restart: int) -> None:
         self.restart = restart
-        if self.packer.start is not None:
-            self.points = self.packer.start.clone()
-        else:
-            points = draws(self.config, self.points, "points", restart, "cpu")
-            points = points.to(self.packer.device)  # the same on every device
-            self.points = points / torch.linalg.vector_norm(points, dim=1, keepdim=True)
-        self.objective = STEPS[self.config.objective](self.packer)
+        self.search.begin(restart)
 
     def _check(self) -> None:
         """Evaluate the exact worst cosine, and save the best points so far.
 
         The best have the lowest worst cosine plus gallery term, which is HyperFace's objective.
         """
-        if not self.points.isfinite().all():
+        if not self.search.finite():
             raise FloatingPointError(f"points are not finite after {self.step} steps")
         began = time.perf_counter()
-        worst, pair, term = evaluation(self.packer, self.points)
+        worst, pair, term = self.search.evaluate()
         self.check_seconds = max(self.check_seconds, time.perf_counter() - began)
         self.history.append((self.seconds, self.step, worst))
         score = worst + term
         if score < self.score:
-            self.score, self.worst, self.pair = score, worst, pair
-            self.best_points.copy_(self.points)
+            self.score, self.worst, self.pair = score, worst, pair or (0, 0)
+            self.search.keep()
 
     def _description(self) -> dict[str, Any]:
         digests = {
@@ -412,10 +484,6 @@ class _Run:
             for name, rows in (("gallery", self.packer.gallery), ("start", self.packer.start))
         }
         return {"config": asdict(self.config), "data": digests}
-
-    def _tensors(self) -> dict[str, Tensor]:
-        optimizer = {f"optimizer.{k}": v for k, v in self.objective.tensors().items()}
-        return {"points": self.points, "best": self.best_points} | optimizer
 
     def _save(self) -> None:
         if self.folder is None:
@@ -430,7 +498,7 @@ class _Run:
         checkpoint.save(
             self.folder,
             self.step,
-            {k: v.cpu() for k, v in self._tensors().items()},
+            {k: v.cpu() for k, v in self.search.tensors().items()},
             self._description() | state,
             self.packer.group,
         )
@@ -442,7 +510,7 @@ class _Run:
         tensors, state = checkpoint.load(found)
         for part, wanted in self._description().items():
             checkpoint.check_same(found, state.get(part), wanted)
-        own = self._tensors()
+        own = self.search.tensors()
         checkpoint.check_shapes(found, tensors, own)
         for name, tensor in own.items():
             tensor.copy_(tensors[name])

@@ -1,0 +1,341 @@
+"""The orbit search: codes that a group of rotations maps to themselves.
+
+Few points: many groups, each from several random starts, all at once; the best codes are then
+refined without symmetry. Many points: one large cyclic group, whose steps cost N²/p numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import synface_kernels as sk
+
+from ...common.check import available_memory
+from ...common.rng import generator
+from . import symmetries
+from .annealing import LONG_SHARPNESS, Annealing, last_sharpness
+from .objectives import Evaluation, PointSearch, closest_pair, gallery_term
+from .optimizer import SphereAdam
+from .orbits import Layout, Orbits
+
+if TYPE_CHECKING:
+    from .packer import PackConfig, Packer
+
+FEW_POINTS = 300
+FEW_STEPS = 1300
+SCREENED = 0.3  # share of a few points' search in which the groups compete
+# First and last sharpness of the codes that compete, in turn: some are found from far, some near.
+SCREENING = ((1.0, 30.0), (5.0, 200.0))
+FINALISTS = 4  # codes refined without symmetry, and half as many of more than
+MANY_FINALISTS = 200  # points
+REFINED_FROM, REFINING_STEP = 50.0, 0.02  # the begin of their schedule
+COSINES = 40_000  # of each order in a step, as far as the number of starts can be chosen
+MOST_STARTS = 16
+DOUBLE_FROM = 0.95  # share of the search of many points from which correlations are float64
+NOISE = 0.3  # added to quadratic phases, in units of a coordinate's root mean square
+PHASES_SHARPNESS, PHASES_STEP = 5.0, 0.05  # the schedule's begin from quadratic phases
+EXACT_UP_TO = 200_000  # points whose pairs are all compared at the end
+THREADED = 2_000_000  # correlations of a step from which it takes all threads
+POLISH_TIME = 0.25  # share of a run limited by time
+
+
+def default_steps(count: int, dim: int) -> int:
+    """Return a number of steps that takes some seconds, or minutes for 50,000 points or more."""
+    if count <= FEW_POINTS:
+        return FEW_STEPS
+    return max(200, min(4000, 4_000_000_000 * min(dim, count) // (count * count)))
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Set the number of torch's threads inside the block."""
+    before = torch.get_num_threads()
+    if number != before:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        if number != before:
+            torch.set_num_threads(before)
+
+
+class _Codes:
+    """Orbit codes of one order, their schedules, and the state of their optimizer.
+
+    Attributes:
+        rows: (codes, m, width) generators.
+    """
+
+    def __init__(self, orbits: Orbits, codes: int, generators: int, annealing: Annealing) -> None:
+        self.orbits, self.annealing = orbits, annealing
+        shape = (codes, generators, orbits.width)
+        self.rows = torch.zeros(shape, dtype=torch.float64, device=orbits.device)
+        self.optimizer = SphereAdam(codes * generators, orbits.width, torch.float64, orbits.device)
+
+    def begin(self, random: torch.Generator) -> None:
+        drawn = torch.randn(self.rows.shape, dtype=torch.float64, generator=random)
+        self.rows.copy_(self.orbits.unit(drawn.to(self.orbits.device)))
+
+    def step(self, done: float, dtype: torch.dtype) -> None:
+        codes, generators, _ = self.rows.shape
+        t, length = self._per_code(self.annealing.t(done)), self.annealing.length(done)
+        gradient = self.orbits.gradient(self.rows, t, dtype)
+        lengths = self._per_code(length).repeat_interleave(generators)[:, None]
+        self.optimizer.step(self.rows.flatten(0, 1), gradient.flatten(0, 1), lengths)
+
+    @property
+    def correlations(self) -> int:
+        """The number of correlations of a step."""
+        codes, generators, _ = self.rows.shape
+        return codes * generators**2 * self.orbits.order
+
+    def points(self, code: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return self.orbits.points(self.rows[code], code, dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"rows": self.rows} | self.optimizer.tensors()
+
+    def _per_code(self, value: float | Tensor) -> Tensor:
+        if isinstance(value, Tensor):
+            return value
+        return torch.full(self.rows.shape[:1], value, dtype=torch.float64, device=self.rows.device)
+
+
+class OrbitSearch:
+    """A search for orbit codes, with `Packer`'s configuration; see `PointSearch`."""
+
+    rounds = 1
+
+    def __init__(self, packer: Packer) -> None:
+        self.packer, config = packer, packer.config
+        count, dim = config.count, config.dim
+        self.is_few = count <= FEW_POINTS
+        self.phases = False
+        self.final: _Codes | None = None  # few points: the best codes, without symmetry
+        self.polish: PointSearch | None = None  # many points: likewise
+        if self.is_few:
+            layouts = symmetries.few(count, dim, config.symmetry, config.order)
+        else:
+            free = config.symmetry == "auto" and config.order is None
+            found = symmetries.phases(count, dim) if free else None
+            self.phases = found is not None
+            layouts = [found or symmetries.many(count, dim, config.symmetry, config.order)]
+        groups = {order: list(group) for order, group in groupby(layouts, lambda each: each.order)}
+        for order, group in groups.items():
+            if self.is_few:
+                groups[order] = _repeated(group, count, config.restarts)
+            else:
+                groups[order] = group * (config.restarts or 1)
+        self._check_memory(groups)
+        self.codes = [self._new(group) for group in groups.values()]
+        if self.is_few:
+            last = last_sharpness(count, config.steps or FEW_STEPS)
+            finalists = FINALISTS // (2 if count > MANY_FINALISTS else 1)
+            refining = self._annealing(last, REFINED_FROM, REFINING_STEP)
+            self.final = self._new([Layout(1, dim)] * finalists, refining)
+        elif config.polish:
+            self.polish = PointSearch(packer, self._polishing())
+        self.finishing = torch.zeros((), dtype=torch.bool)
+        self.leader = (0, 0)  # the best codes' index and the code's
+        shape = (count, dim) if self.is_few else self.codes[0].rows.shape[1:]
+        self.best = torch.zeros(shape, dtype=torch.float64, device=packer.device)
+
+    @property
+    def share(self) -> float:
+        """The share of the run that belongs to the search with symmetry."""
+        config = self.packer.config
+        if self.is_few:
+            return SCREENED
+        if not config.polish:
+            return math.inf
+        if config.steps is None:
+            return 1 - POLISH_TIME
+        return config.steps / (config.steps + config.polish)
+
+    def begin(self, restart: int) -> None:
+        """Draw the first generators of all codes."""
+        seed = self.packer.config.seed
+        for index, codes in enumerate(self.codes):
+            codes.begin(generator(seed, "generators", index))
+        if self.phases:
+            start = symmetries.quadratic(self.codes[0].orbits, self.packer.config.count)
+            self.codes[0].rows.copy_(start.expand_as(self.codes[0].rows))
+
+    def step(self, step: int, done: float) -> None:
+        """Take a step of every code."""
+        correlations = self.codes[0].correlations
+        # Small steps gain little from threads, and lose much where other programs run.
+        with threads(1 if self.is_few or correlations < THREADED else torch.get_num_threads()):
+            self._step(step, done)
+
+    def _step(self, step: int, done: float) -> None:
+        share = self.share
+        if done >= share and not self.finishing:
+            self._finish()
+        if self.polish is not None and self.finishing:
+            self.polish.step(step, (done - share) / (1 - share))
+            return
+        if self.phases and step == 0:
+            self._disturb()
+        if self.final is not None and self.finishing:
+            self.final.step((done - share) / (1 - share), torch.float64)
+            return
+        done /= min(share, 1.0)
+        dtype = torch.float64 if done >= DOUBLE_FROM and not self.is_few else torch.float32
+        for codes in self.codes:
+            codes.step(done, dtype)
+
+    def evaluate(self) -> Evaluation:
+        """Return the best code's worst cosine: of all pairs, by the group's symmetry."""
+        config = self.packer.config
+        if self.polish is not None and self.finishing:
+            return self.polish.evaluate()
+        candidates = [self.final] if self.final and self.finishing else self.codes
+        worst = [codes.orbits.worst(codes.rows) for codes in candidates]
+        values = [float(each.min()) for each in worst]
+        which = min(range(len(values)), key=lambda index: values[index])
+        self.leader = which, int(worst[which].argmin())
+        if not self.is_few:
+            term = 0.0
+            if self.packer.gallery is not None:
+                term = float(gallery_term(self.packer, self._points(), config.count))
+            return Evaluation(values[which], None, term)
+        return Evaluation(*closest_pair(self._points()), 0.0)
+
+    def keep(self) -> None:
+        """Keep the code that was evaluated as the best one so far."""
+        if self.polish is not None and self.finishing:
+            self.polish.keep()
+        elif self.is_few:
+            self.best.copy_(self._points())
+        else:
+            self.best.copy_(self.codes[0].rows[self.leader[1]])
+
+    def result(self) -> tuple[Tensor, Evaluation | None]:
+        """Return the best points and, unless the last evaluation holds for them, a new one."""
+        if self.is_few:
+            return self.best.to(self.packer.dtype), None
+        if self.polish is not None and self.finishing:
+            return self.polish.result()
+        orbits, count = self.codes[0].orbits, self.packer.config.count
+        points = orbits.points(self.best, 0, self.packer.dtype)[:count]
+        if count <= EXACT_UP_TO:
+            return points, Evaluation(*closest_pair(points), 0.0)
+        first = torch.arange(0, count, orbits.order, dtype=torch.int64)
+        return points, Evaluation(*_closest_to(points, first.to(points.device)), 0.0)
+
+    def finite(self) -> bool:
+        """Return whether all codes are finite."""
+        return all(bool(codes.rows.isfinite().all()) for codes in self.codes)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state, for a checkpoint."""
+        parts = {str(index): codes.tensors() for index, codes in enumerate(self.codes)}
+        for name, part in (("final", self.final), ("polish", self.polish)):
+            if part is not None:
+                parts[name] = part.tensors()
+        found = {f"{name}.{k}": v for name, part in parts.items() for k, v in part.items()}
+        return found | {"best": self.best, "finishing": self.finishing}
+
+    def _new(self, layouts: list[Layout], annealing: Annealing | None = None) -> _Codes:
+        generators = -(-self.packer.config.count // layouts[0].order)
+        orbits = Orbits(layouts, self.packer.device)
+        return _Codes(orbits, len(layouts), generators, annealing or self._searching(len(layouts)))
+
+    def _annealing(self, last: float | Tensor, *first: float | Tensor) -> Annealing:
+        return Annealing(self.packer.config.dim, self.packer.bound.cosine, last, *first)
+
+    def _searching(self, codes: int) -> Annealing:
+        """Return the schedules of codes of one group."""
+        if self.phases:
+            return self._annealing(LONG_SHARPNESS, PHASES_SHARPNESS, PHASES_STEP)
+        if not self.is_few:
+            return self._annealing(LONG_SHARPNESS)
+        device = self.packer.device
+        turns = torch.tensor(SCREENING, dtype=torch.float64, device=device).repeat(codes, 1)
+        return self._annealing(turns[:codes, 1], turns[:codes, 0])
+
+    def _polishing(self) -> Annealing:
+        """Return the schedule of the last part: sharp from the begin, or with a gallery, whose term
+        moves the points far, the whole one.
+        """
+        config = self.packer.config
+        last = last_sharpness(config.count, config.polish or 0)
+        if self.packer.gallery is not None:
+            return self._annealing(last)
+        return self._annealing(last, last / 4, REFINING_STEP)
+
+    def _points(self) -> Tensor:
+        """Return the points of the code that was evaluated last."""
+        group, code = self.leader
+        codes = self.final if self.final and self.finishing else self.codes[group]
+        dtype = torch.float64 if self.is_few else self.packer.dtype
+        return codes.points(code, dtype)[: self.packer.config.count]
+
+    def _disturb(self) -> None:
+        """Add noise to quadratic phases, whose cosines are equal and would not move else."""
+        codes, random = self.codes[0], generator(self.packer.config.seed, "noise", 0)
+        noise = torch.randn(codes.rows.shape, dtype=torch.float64, generator=random)
+        scale = NOISE / math.sqrt(self.packer.config.dim)
+        codes.rows.copy_(codes.orbits.unit(codes.rows + scale * noise.to(codes.rows.device)))
+
+    def _finish(self) -> None:
+        """Begin the last part of the search, without symmetry, from the best codes."""
+        self.finishing.fill_(True)
+        if self.polish is not None:
+            points = self.codes[0].orbits.points(self.best, 0, self.packer.dtype)
+            self.polish.begin_at(points[: self.packer.config.count])
+        if self.final is None:
+            return
+        worst = torch.cat([codes.orbits.worst(codes.rows) for codes in self.codes]).cpu()
+        places = [(codes, lane) for codes in self.codes for lane in range(len(codes.rows))]
+        finalists = len(self.final.rows)
+        best = worst.sort(stable=True).indices[:finalists].tolist()
+        for to, index in enumerate(best + best[:1] * (finalists - len(best))):
+            codes, lane = places[index]
+            self.final.rows[to] = self.final.orbits.from_points(codes.points(lane))
+
+    def _check_memory(self, groups: dict[int, list[Layout]]) -> None:
+        """Raise ValueError if the restarts' generators and correlations exceed the memory."""
+        config, device = self.packer.config, self.packer.device
+        if device.type != "cpu":
+            return
+        needed = 0
+        for order, layouts in groups.items():
+            generators = -(-config.count // order)
+            numbers = generators * max(1, len(layouts)) * Orbits(layouts[:1], device).width
+            correlations = len(layouts) * generators * order
+            needed += 8 * (4 * numbers + 6 * correlations)
+        free = available_memory()
+        if free is not None and needed > free:
+            raise ValueError(
+                f"restarts must fit into memory: {config.restarts or 1:,} of {config.count:,} points in "
+                f"{config.dim} dimensions take {needed / 2**30:,.1f} GiB, and "
+                f"{free / 2**30:,.1f} GiB are free"
+            )
+
+
+def _closest_to(points: Tensor, rows: Tensor) -> tuple[float, tuple[int, int]]:
+    """Return the largest cosine of some rows with all other points, and the pair."""
+    cosine, index = sk.nearest_neighbors(points[rows], points, 2)
+    other = index[:, 0] == rows  # a point is its own nearest, unless another one equals it
+    place = other.long()[:, None]
+    cosine, index = cosine.gather(1, place)[:, 0], index.gather(1, place)[:, 0]
+    row = int(cosine.argmax())
+    return cosine[row].item(), (int(rows[row]), int(index[row]))
+
+
+def _repeated(group: list[Layout], count: int, restarts: int | None) -> list[Layout]:
+    """Return the layouts of one order as often as each is started: more where it costs less."""
+    affordable = COSINES * group[0].order // count**2
+    if restarts is None:
+        group = group[: max(1, 2 * affordable)]
+        restarts = max(1, min(MOST_STARTS, affordable // len(group)))
+    return group * restarts
