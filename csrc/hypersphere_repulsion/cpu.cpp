@@ -6,6 +6,8 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "common/memory.h"
@@ -23,6 +25,7 @@ template <class T>
 struct SimdKernels {
   double (*dot_double)(const T* a, const T* b, int64_t n);
   void (*multiply)(T* values, T factor, int64_t n);
+  void (*multiply_each)(T* values, T factor, const T* factors, int64_t n);
   T (*maximum)(const T* values, int64_t n);
   int64_t (*first_reaching)(const T* values, T row, const T* columns, int64_t from, int64_t n);
   int64_t (*count_reaching)(const T* values, T row, const T* columns, int64_t n);
@@ -69,7 +72,16 @@ int64_t inverse_norms(const Rows& rows, const Runtime& runtime, double* inverse)
 template <class T>
 double pairs(const Problem& p, const Potential& potential, const Runtime& runtime,
              const Gradients<T>& gradients) {
-  return PairSum<T>(p, potential, runtime, gradients).run();
+  if constexpr (std::is_same_v<T, float>) {
+    const bool all_bf16 = p.x.rows.dtype == Dtype::bf16 && (!p.y || p.y->rows.dtype == Dtype::bf16);
+    if (all_bf16 && prefers_bf16()) {
+      return PairSum<T, uint16_t>(p, potential, runtime, gradients).run();
+    }
+    if (potential.split_bf16 && prefers_bf16_splits()) {
+      return PairSum<T, SplitBf16>(p, potential, runtime, gradients).run();
+    }
+  }
+  return PairSum<T, T>(p, potential, runtime, gradients).run();
 }
 
 #define SYNFACE_INSTANTIATE(T)                                                                     \

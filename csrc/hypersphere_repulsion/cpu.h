@@ -29,6 +29,8 @@ struct Potential {
   double a;  // t, s, unused, threshold
   int64_t power;
   double r_min;
+  // Whether float32 GEMMs may be computed from bf16 splits, see gemm.h.
+  bool split_bf16 = false;
 };
 
 // Gradients of the points, contiguous; a null one is not computed.
