@@ -52,6 +52,20 @@ struct SimdKernels {
 #include "hypersphere_repulsion/cpu_neighbors.h"
 
 namespace synface::hypersphere_repulsion {
+namespace {
+
+// Pairs below which float32 GEMMs take little time, and the rounding errors of few weights do not
+// average out.
+constexpr int64_t kFewPairs = kSmallBlock * kSmallBlock;
+
+// Whether energies take bfloat16 GEMMs: of points that are bfloat16 themselves.
+bool multiplies_bf16(const Problem& p) {
+  const Rows &x = p.x.rows, &y = p.y ? p.y->rows : x;
+  return x.dtype == Dtype::bf16 && y.dtype == Dtype::bf16 && x.rows * y.rows >= kFewPairs &&
+         prefers_bf16();
+}
+
+}  // namespace
 
 template <class T>
 int64_t inverse_norms(const Rows& rows, const Runtime& runtime, double* inverse) {
@@ -73,10 +87,7 @@ template <class T>
 double pairs(const Problem& p, const Potential& potential, const Runtime& runtime,
              const Gradients<T>& gradients) {
   if constexpr (std::is_same_v<T, float>) {
-    const bool all_bf16 = p.x.rows.dtype == Dtype::bf16 && (!p.y || p.y->rows.dtype == Dtype::bf16);
-    if (all_bf16 && prefers_bf16()) {
-      return PairSum<T, uint16_t>(p, potential, runtime, gradients).run();
-    }
+    if (multiplies_bf16(p)) return PairSum<T, uint16_t>(p, potential, runtime, gradients).run();
     if (potential.split_bf16 && prefers_bf16_splits()) {
       return PairSum<T, SplitBf16>(p, potential, runtime, gradients).run();
     }

@@ -244,9 +244,7 @@ def _pairs(x: Tensor, y: Tensor | None, potential: Potential, impl: str) -> Tens
     recorded, transformed = torch.is_grad_enabled(), transforms_active()
     needs_x_grad = transformed or (recorded and x.requires_grad)
     needs_y_grad = y is not None and (transformed or (recorded and y.requires_grad))
-    value, *_ = _pairs_op(
-        x, y, *potential, needs_x_grad, needs_y_grad, impl, may_split_bf16()
-    )
+    value, *_ = _pairs_op(x, y, *potential, needs_x_grad, needs_y_grad, impl, may_split_bf16())
     return value
 
 
