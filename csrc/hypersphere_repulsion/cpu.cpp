@@ -59,10 +59,15 @@ namespace {
 constexpr int64_t kFewPairs = kSmallBlock * kSmallBlock;
 
 // Whether energies take bfloat16 GEMMs: of points that are bfloat16 themselves.
-bool multiplies_bf16(const Problem& p) {
-  const Rows &x = p.x.rows, &y = p.y ? p.y->rows : x;
+bool multiplies_bf16(const Rows& x, const Rows& y) {
   return x.dtype == Dtype::bf16 && y.dtype == Dtype::bf16 && x.rows * y.rows >= kFewPairs &&
          prefers_bf16();
+}
+
+// Whether they take bf16 splits: of float32 points, where allowed and faster.
+bool multiplies_splits(const Rows& x, const Rows& y, const Potential& potential) {
+  const bool any_float32 = x.dtype == Dtype::f32 || y.dtype == Dtype::f32;
+  return potential.split_bf16 && any_float32 && prefers_bf16_splits();
 }
 
 }  // namespace
@@ -87,8 +92,9 @@ template <class T>
 double pairs(const Problem& p, const Potential& potential, const Runtime& runtime,
              const Gradients<T>& gradients) {
   if constexpr (std::is_same_v<T, float>) {
-    if (multiplies_bf16(p)) return PairSum<T, uint16_t>(p, potential, runtime, gradients).run();
-    if (potential.split_bf16 && prefers_bf16_splits()) {
+    const Rows &x = p.x.rows, &y = p.y ? p.y->rows : x;
+    if (multiplies_bf16(x, y)) return PairSum<T, uint16_t>(p, potential, runtime, gradients).run();
+    if (multiplies_splits(x, y, potential)) {
       return PairSum<T, SplitBf16>(p, potential, runtime, gradients).run();
     }
   }

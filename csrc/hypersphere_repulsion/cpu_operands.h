@@ -50,18 +50,17 @@ class PointOperands {
   }
 
   // Bytes of a point in an OperandBuffer, but for its factor.
-  static int64_t buffer_bytes(int64_t dim) {
-    return is_bf16<Operand> ? 0 : dim * operand_bytes<Operand>;
+  int64_t point_bytes() const {
+    return is_bf16<Operand> && !scales_ ? 0 : dim_ * operand_bytes<Operand>;
   }
 
   OperandBuffer<T> buffer(int64_t rows) const {
     const int64_t size = rows * dim_;
-    const bool copies_bits = is_split<Operand> || scales_;
-    return {.units = Buffer<T>(is_split<Operand> || scales_ ? dim_
-                               : is_bf16<Operand>           ? 0
-                                                            : size),
+    const bool converts = is_split<Operand> || scales_;  // one row at a time
+    const int64_t units = std::is_same_v<Operand, T> ? size : 0;
+    return {.units = Buffer<T>(converts ? dim_ : units),
             .factors = Buffer<T>(is_bf16<Operand> ? rows : 0),
-            .high = Buffer<uint16_t>(copies_bits ? size : 0),
+            .high = Buffer<uint16_t>(converts ? size : 0),
             .low = Buffer<uint16_t>(is_split<Operand> ? size : 0)};
   }
 

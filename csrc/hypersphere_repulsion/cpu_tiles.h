@@ -103,8 +103,7 @@ class Tiles {
         x_(p.x, simd),
         y_(p.y ? *p.y : p.x, simd) {
     // Both blocks' points, and one block's packed in two ways.
-    const int64_t points =
-        2 * PointOperands<T, Operand>::buffer_bytes(dim_) + 2 * dim_ * operand_bytes<Operand>;
+    const int64_t points = x_.point_bytes() + y_.point_bytes() + 2 * dim_ * operand_bytes<Operand>;
     const double room = double(kScratchBytes) / runtime.threads;
     const auto pair = double(more.pair + int64_t(sizeof(T)));
     const double half = 0.5 * double(more.point + points);
