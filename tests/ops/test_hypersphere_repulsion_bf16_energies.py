@@ -235,7 +235,7 @@ def bits(x, y, energy, dtypes, isa) -> list[Tensor]:
 @each_isa
 @each_energy
 def test_which_dtypes_are_multiplied_in_bfloat16(energy, isa):
-    """Under "highest" only pairs of bfloat16 points, which are then off by more than before."""
+    """GEMMs under "highest" are of bfloat16 where both matrices are; other dtypes keep their bits."""
     x, y = points(150, 140, 33, torch.bfloat16)
     f16, f32, b16 = torch.float16, torch.float32, torch.bfloat16
     for dtypes in ((f32, f32), (f16, f16), (b16, f32), (f32, b16), (b16, f16), (b16, b16)):
@@ -309,7 +309,7 @@ def test_what_is_split(gallery, isa):
 
 
 def test_high_without_a_named_set():
-    """Without AMX three bfloat16 GEMMs are slower than one in float32."""
+    """Three bfloat16 GEMMs are slower than one in float32 without AMX."""
     if ISAS[-1] == "onednn_bf16":
         pytest.skip("this processor has AMX")
     x, _ = float32_points(200, None, 33)
