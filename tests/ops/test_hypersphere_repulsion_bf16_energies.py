@@ -235,7 +235,7 @@ def bits(x, y, energy, dtypes, isa) -> list[Tensor]:
 @each_isa
 @each_energy
 def test_which_dtypes_are_multiplied_in_bfloat16(energy, isa):
-    """GEMMs under "highest" are of bfloat16 where both matrices are; other dtypes keep their bits."""
+    """Both matrices must be bfloat16 under "highest"; other dtypes keep the bits of avx512."""
     x, y = points(150, 140, 33, torch.bfloat16)
     f16, f32, b16 = torch.float16, torch.float32, torch.bfloat16
     for dtypes in ((f32, f32), (f16, f16), (b16, f32), (f32, b16), (b16, f16), (b16, b16)):
