@@ -64,11 +64,15 @@ def test_margin_cross_entropy_targets(weighted):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("others", [None, "both", "others alone"])
 def test_hypersphere_repulsion(others, dtype):
-    x = torch.randn(6, 8, dtype=dtype, requires_grad=others != "others alone")
-    y = None if others is None else torch.randn(5, 8, dtype=dtype, requires_grad=True)
+    n, m = (130, 129) if dtype == torch.bfloat16 else (6, 5)  # enough pairs for bfloat16 GEMMs
+    x = torch.randn(n, 8, dtype=dtype, requires_grad=others != "others alone")
+    y = None if others is None else torch.randn(m, 8, dtype=dtype, requires_grad=True)
     needs = (x.requires_grad, y is not None and y.requires_grad)
     for kind, a in (("log_sum_exp", 10.0), ("riesz", 1.0), ("log", 0.0), ("hinge", 0.1)):
         opcheck(ops.hypersphere_repulsion_pairs.default, (x, y, kind, a, 2, 1e-6, *needs, "cpu"))
+    if x.dtype == torch.float32:
+        split = (x, y, "riesz", 1.0, 0, 1e-6, *needs, "cpu", True)
+        opcheck(ops.hypersphere_repulsion_pairs.default, split)
     opcheck(ops.hypersphere_repulsion_nearest.default, (x, y, 3, "cpu"))
     x, y = (None if v is None else v.detach() for v in (x, y))
     square, index = ops.hypersphere_repulsion_nearest(x, y, 3, "cpu")

@@ -36,6 +36,13 @@ void multiply(T* values, T factor, int64_t n) {
   for (int64_t i = 0; i < n; ++i) values[i] *= factor;
 }
 
+// values *= factor·factors
+template <class T>
+void multiply_each(T* values, T factor, const T* factors, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) values[i] *= factor * factors[i];
+}
+
 template <class T>
 T maximum(const T* values, int64_t n) {
   T most = -std::numeric_limits<T>::infinity();
@@ -161,6 +168,7 @@ template <class T>
 constexpr SimdKernels<T> simd_kernels{
     .dot_double = dot_double<T>,
     .multiply = multiply<T>,
+    .multiply_each = multiply_each<T>,
     .maximum = maximum<T>,
     .first_reaching = first_reaching<T>,
     .count_reaching = count_reaching<T>,

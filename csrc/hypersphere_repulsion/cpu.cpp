@@ -6,6 +6,8 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "common/memory.h"
@@ -23,6 +25,7 @@ template <class T>
 struct SimdKernels {
   double (*dot_double)(const T* a, const T* b, int64_t n);
   void (*multiply)(T* values, T factor, int64_t n);
+  void (*multiply_each)(T* values, T factor, const T* factors, int64_t n);
   T (*maximum)(const T* values, int64_t n);
   int64_t (*first_reaching)(const T* values, T row, const T* columns, int64_t from, int64_t n);
   int64_t (*count_reaching)(const T* values, T row, const T* columns, int64_t n);
@@ -49,6 +52,25 @@ struct SimdKernels {
 #include "hypersphere_repulsion/cpu_neighbors.h"
 
 namespace synface::hypersphere_repulsion {
+namespace {
+
+// Pairs below which float32 GEMMs take little time, and the rounding errors of few weights do not
+// average out.
+constexpr int64_t kFewPairs = kSmallBlock * kSmallBlock;
+
+// Whether energies take bfloat16 GEMMs: of points that are bfloat16 themselves.
+bool multiplies_bf16(const Rows& x, const Rows& y) {
+  return x.dtype == Dtype::bf16 && y.dtype == Dtype::bf16 && x.rows * y.rows >= kFewPairs &&
+         prefers_bf16();
+}
+
+// Whether they take bf16 splits: of float32 points, where allowed and faster.
+bool multiplies_splits(const Rows& x, const Rows& y, const Potential& potential) {
+  const bool any_float32 = x.dtype == Dtype::f32 || y.dtype == Dtype::f32;
+  return potential.split_bf16 && any_float32 && prefers_bf16_splits();
+}
+
+}  // namespace
 
 template <class T>
 int64_t inverse_norms(const Rows& rows, const Runtime& runtime, double* inverse) {
@@ -69,7 +91,14 @@ int64_t inverse_norms(const Rows& rows, const Runtime& runtime, double* inverse)
 template <class T>
 double pairs(const Problem& p, const Potential& potential, const Runtime& runtime,
              const Gradients<T>& gradients) {
-  return PairSum<T>(p, potential, runtime, gradients).run();
+  if constexpr (std::is_same_v<T, float>) {
+    const Rows &x = p.x.rows, &y = p.y ? p.y->rows : x;
+    if (multiplies_bf16(x, y)) return PairSum<T, uint16_t>(p, potential, runtime, gradients).run();
+    if (multiplies_splits(x, y, potential)) {
+      return PairSum<T, SplitBf16>(p, potential, runtime, gradients).run();
+    }
+  }
+  return PairSum<T, T>(p, potential, runtime, gradients).run();
 }
 
 #define SYNFACE_INSTANTIATE(T)                                                                     \

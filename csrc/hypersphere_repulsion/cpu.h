@@ -1,6 +1,6 @@
 // Pairwise energies and nearest neighbors of points on the hypersphere, on a CPU;
 // synface_kernels/ops/hypersphere_repulsion defines them. T is float or double, the type of the
-// GEMMs and of the gradients' sums.
+// gradients' sums and of the GEMMs, of which those of bfloat16 and of bf16 splits sum in float.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,8 @@ struct Potential {
   double a;  // t, s, unused, threshold
   int64_t power;
   double r_min;
+  // Whether float32 GEMMs may be computed from bf16 splits, see gemm.h.
+  bool split_bf16 = false;
 };
 
 // Gradients of the points, contiguous; a null one is not computed.

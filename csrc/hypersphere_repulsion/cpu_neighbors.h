@@ -100,6 +100,11 @@ class Bf16Prefilter {
     }
   }
 
+  // Both blocks' points in bfloat16, and one block's packed.
+  static ScratchBytes scratch_bytes(const Problem& p) {
+    return {.point = 3 * p.x.rows.cols * operand_bytes<uint16_t>};
+  }
+
   // Offers the near pairs of two blocks to the candidates. Returns false, having done nothing,
   // where the float32 GEMM is cheaper: while some point has fewer than k candidates, or if too many
   // pairs are near.
@@ -218,7 +223,7 @@ template <class T>
 void search(const Problem& p, const Runtime& runtime, const SimdKernels<T>& simd,
             const Candidates<T>& candidates) {
   const bool symmetric = p.y == nullptr;
-  const auto visit = [&](int, const Tile<T>& tile) {
+  const auto visit = [&](int, const Tile<T, T>& tile) {
     const int64_t n = tile.columns.size();
     const T* columns = symmetric ? candidates.thresholds() + tile.columns.begin : nullptr;
     for (int64_t i = 0; i < tile.rows.size(); ++i) {
@@ -235,7 +240,7 @@ void search(const Problem& p, const Runtime& runtime, const SimdKernels<T>& simd
   };
   if constexpr (std::is_same_v<T, float>) {
     if (has_bf16_gemm()) {
-      const Tiles<T> tiles(p, runtime, simd, 6);
+      const Tiles<T> tiles(p, runtime, simd, Bf16Prefilter::scratch_bytes(p));
       return tiles.run(visit, Bf16Prefilter(p, runtime, simd, candidates, tiles.most_rows(),
                                             tiles.most_columns()));
     }

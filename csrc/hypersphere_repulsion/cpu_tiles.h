@@ -1,7 +1,7 @@
 // Tiles of cosines, and the distances of single pairs. A part of cpu.cpp.
 #pragma once
 
-#include "gemm/gemm.h"
+#include "hypersphere_repulsion/cpu_operands.h"
 
 namespace synface::hypersphere_repulsion {
 namespace {
@@ -70,31 +70,44 @@ void for_rows(const Runtime& runtime, int64_t n, F&& run) {
 }
 
 // Cosines of a block of points (rows) with another, or with itself (diagonal: only pairs i < j).
-template <class T>
+template <class T, class Operand>
 struct Tile {
   Range rows, columns;
   int64_t row_block, column_block;
-  const T* row_units;
-  const T* column_units;
+  BlockOperand<T, Operand> row_points, column_points;
   T* cosines;
-  int64_t stride;     // of the cosines' rows
-  Packed<T>* packed;  // scratch for either block's points
+  int64_t stride;           // of the cosines' rows
+  Packed<Operand>* packed;  // scratch for either block's points
   bool diagonal;
+};
+
+// Scratch memory of a thread in bytes: for each pair of points of two blocks, and for each point of
+// one.
+struct ScratchBytes {
+  int64_t pair = 0, point = 0;
 };
 
 // Visits all pairs of points in tiles. Tiles are scheduled in rounds in which no block occurs
 // twice, so a visitor may write to its two blocks' results, in an order that does not depend on
 // timing.
-template <class T>
+template <class T, class Operand = T>
 class Tiles {
  public:
-  // `operands` is the number of blocks' points that a thread holds besides the cosines: by default
-  // both blocks', and one block's packed in two ways.
-  Tiles(const Problem& p, const Runtime& runtime, const SimdKernels<T>& simd, int operands = 4)
-      : p_(p), runtime_(runtime), simd_(simd), dim_(p.x.rows.cols) {
-    const double room = double(kScratchBytes) / double(sizeof(T)) / runtime.threads;
-    const double half = 0.5 * operands * double(dim_);
-    const auto most = int64_t(std::sqrt(half * half + room) - half);
+  // `more` is what visitors take besides a tile.
+  Tiles(const Problem& p, const Runtime& runtime, const SimdKernels<T>& simd,
+        const ScratchBytes& more = {})
+      : p_(p),
+        runtime_(runtime),
+        simd_(simd),
+        dim_(p.x.rows.cols),
+        x_(p.x, simd),
+        y_(p.y ? *p.y : p.x, simd) {
+    // Both blocks' points, and one block's packed in two ways.
+    const int64_t points = x_.point_bytes() + y_.point_bytes() + 2 * dim_ * operand_bytes<Operand>;
+    const double room = double(kScratchBytes) / runtime.threads;
+    const auto pair = double(more.pair + int64_t(sizeof(T)));
+    const double half = 0.5 * double(more.point + points);
+    const auto most = int64_t((std::sqrt(half * half + pair * room) - half) / pair);
     const auto blocks = [&](int64_t n) {
       const int64_t least = ceil_div(n, std::clamp<int64_t>(most, 16, kBlock));
       return std::max(
@@ -108,6 +121,8 @@ class Tiles {
   int64_t column_blocks() const { return column_blocks_; }
   int64_t most_rows() const { return ceil_div(rows(), row_blocks_); }
   int64_t most_columns() const { return ceil_div(columns(), column_blocks_); }
+  const PointOperands<T, Operand>& x() const { return x_; }
+  const PointOperands<T, Operand>& y() const { return y_; }
   Range row_block(int64_t b) const { return part_of(rows(), row_blocks_, b); }
   Range column_block(int64_t b) const { return part_of(columns(), column_blocks_, b); }
 
@@ -117,7 +132,7 @@ class Tiles {
   void run(const Visit& visit, Prefilter&& prefilter) const {
     std::vector<Scratch> scratch;
     for (int t = 0; t < runtime_.threads; ++t) {
-      scratch.emplace_back(most_rows(), most_columns(), dim_);
+      scratch.emplace_back(x_.buffer(most_rows()), y_.buffer(most_columns()), *this);
     }
     for (int64_t round = 0; round < rounds(); ++round) {
       const std::vector<BlockPair> pairs = pairs_of(round);
@@ -145,14 +160,15 @@ class Tiles {
     int64_t row, column;
   };
   struct Scratch {
-    Scratch(int64_t rows, int64_t columns, int64_t dim)
-        : row_units(rows * dim),
-          column_units(columns * dim),
-          cosines(rows * padded<T>(columns)),
-          transposed(dim, columns),
-          packed(std::max(rows, columns), dim) {}
-    Buffer<T> row_units, column_units, cosines;
-    Packed<T> transposed, packed;
+    Scratch(OperandBuffer<T> x, OperandBuffer<T> y, const Tiles& tiles)
+        : row_points(std::move(x)),
+          column_points(std::move(y)),
+          cosines(tiles.most_rows() * padded<T>(tiles.most_columns())),
+          transposed(tiles.dim_, tiles.most_columns()),
+          packed(std::max(tiles.most_rows(), tiles.most_columns()), tiles.dim_) {}
+    OperandBuffer<T> row_points, column_points;
+    Buffer<T> cosines;
+    Packed<Operand> transposed, packed;
   };
 
   int64_t rows() const { return p_.x.rows.rows; }
@@ -184,58 +200,57 @@ class Tiles {
     return pairs;
   }
 
-  void normalize(const Points& points, Range range, T* units) const {
-    for (int64_t i = range.begin; i < range.end; ++i) {
-      T* unit = units + (i - range.begin) * dim_;
-      simd_.load(row_at(points.rows, i), points.rows.dtype, unit, dim_);
-      simd_.multiply(unit, T(points.inverse[i]), dim_);
-    }
-  }
-
   template <class Visit>
   void visit_pair(int thread, Scratch& scratch, BlockPair pair, const Visit& visit) const {
-    Tile<T> tile{.rows = row_block(pair.row),
-                 .columns = column_block(pair.column),
-                 .row_block = pair.row,
-                 .column_block = pair.column,
-                 .row_units = scratch.row_units.get(),
-                 .column_units = scratch.column_units.get(),
-                 .cosines = scratch.cosines.get(),
-                 .stride = padded<T>(column_block(pair.column).size()),
-                 .packed = &scratch.packed,
-                 .diagonal = false};
-    normalize(p_.x, tile.rows, scratch.row_units.get());
+    Tile<T, Operand> tile{.rows = row_block(pair.row),
+                          .columns = column_block(pair.column),
+                          .row_block = pair.row,
+                          .column_block = pair.column,
+                          .row_points = x_.read(row_block(pair.row), scratch.row_points),
+                          .column_points = {},
+                          .cosines = scratch.cosines.get(),
+                          .stride = padded<T>(column_block(pair.column).size()),
+                          .packed = &scratch.packed,
+                          .diagonal = false};
     if (!p_.y && pair.row == pair.column) {
-      tile.column_units = tile.row_units;
+      tile.column_points = tile.row_points;
       visit_diagonal(thread, scratch, tile, visit);
     } else {
-      normalize(p_.y ? *p_.y : p_.x, tile.columns, scratch.column_units.get());
+      tile.column_points = y_.read(tile.columns, scratch.column_points);
       visit_tile(thread, scratch, tile, visit);
     }
   }
 
   template <class Visit>
-  void visit_tile(int thread, Scratch& scratch, const Tile<T>& tile, const Visit& visit) const {
-    scratch.transposed.fill(tile.column_units, dim_, tile.columns.size(), 1, dim_);
-    multiply(tile.rows.size(), Left<T>{tile.row_units, dim_}, scratch.transposed,
+  void visit_tile(int thread, Scratch& scratch, const Tile<T, Operand>& tile,
+                  const Visit& visit) const {
+    const int64_t n = tile.columns.size();
+    const auto& columns = tile.column_points;
+    scratch.transposed.fill(columns.points.data, dim_, n, 1, columns.points.row);
+    multiply(tile.rows.size(), tile.row_points.points, scratch.transposed,
              {.data = tile.cosines, .stride = tile.stride});
+    for (int64_t i = 0; columns.factors && i < tile.rows.size(); ++i) {
+      simd_.multiply_each(tile.cosines + i * tile.stride, tile.row_points.factors[i],
+                          columns.factors, n);
+    }
     visit(thread, tile);
   }
 
   // Splits a block with itself recursively, so that little more than half of it is computed.
   template <class Visit>
-  void visit_diagonal(int thread, Scratch& scratch, Tile<T> tile, const Visit& visit) const {
+  void visit_diagonal(int thread, Scratch& scratch, Tile<T, Operand> tile,
+                      const Visit& visit) const {
     const auto [begin, end] = tile.rows;
     if (end - begin <= kSmallBlock) {
       tile.diagonal = true;
       return visit_tile(thread, scratch, tile, visit);
     }
     const int64_t middle = (begin + end) / 2;
-    Tile<T> first = tile, second = tile, across = tile;
+    Tile<T, Operand> first = tile, second = tile, across = tile;
     first.rows = first.columns = across.rows = {begin, middle};
     second.rows = second.columns = across.columns = {middle, end};
-    second.row_units = second.column_units = across.column_units =
-        tile.row_units + (middle - begin) * dim_;
+    second.row_points = second.column_points = across.column_points =
+        tile.row_points.from(middle - begin);
     visit_diagonal(thread, scratch, first, visit);
     visit_diagonal(thread, scratch, second, visit);
     visit_tile(thread, scratch, across, visit);
@@ -245,6 +260,7 @@ class Tiles {
   const Runtime& runtime_;
   const SimdKernels<T>& simd_;
   int64_t dim_, row_blocks_, column_blocks_;
+  PointOperands<T, Operand> x_, y_;
 };
 
 }  // namespace

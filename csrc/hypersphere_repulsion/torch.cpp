@@ -104,7 +104,8 @@ void with_points(const Tensor& x, const OptionalTensor& y, const GradientTensors
 
 std::tuple<Tensor, Tensor, Tensor> pairs_of(const Tensor& x, const OptionalTensor& y,
                                             std::string_view kind, double a, int64_t power,
-                                            double r_min, bool needs_x_grad, bool needs_y_grad) {
+                                            double r_min, bool needs_x_grad, bool needs_y_grad,
+                                            bool split_bf16) {
   static const std::unordered_map<std::string_view, Kind> kinds{{"log_sum_exp", Kind::log_sum_exp},
                                                                 {"riesz", Kind::riesz},
                                                                 {"log", Kind::log},
@@ -118,8 +119,10 @@ std::tuple<Tensor, Tensor, Tensor> pairs_of(const Tensor& x, const OptionalTenso
   double value = 0;
   with_points(x, y, &gradients, [&](auto zero, const Problem& problem) {
     using T = decltype(zero);
-    value = pairs<T>(problem, {.kind = found->second, .a = a, .power = power, .r_min = r_min},
-                     torch_runtime(), gradients.data<T>());
+    value = pairs<T>(
+        problem,
+        {.kind = found->second, .a = a, .power = power, .r_min = r_min, .split_bf16 = split_bf16},
+        torch_runtime(), gradients.data<T>());
   });
   return {at::full({}, value, x.options().dtype(at::kDouble)), gradients.x, gradients.y};
 }

@@ -1,7 +1,7 @@
 // Operands of the GEMMs: normalized embeddings, tiles of centers. A part of cpu.cpp.
 #pragma once
 
-#include "gemm/gemm.h"
+#include "gemm/bf16.h"
 
 namespace synface::margin_cross_entropy {
 namespace {
@@ -99,19 +99,6 @@ bool uses_bf16_gemm(const Problem& p) {
     return *p.gemm_dtype == Dtype::bf16 && prefers_bf16();
   }
   return p.input.dtype == Dtype::bf16 && p.weight.dtype == Dtype::bf16 && has_bf16_gemm();
-}
-
-// Types of a GEMM's operands: T, bfloat16 (uint16_t), or SplitBf16.
-template <class Operand>
-constexpr bool is_bf16 = std::is_same_v<Operand, uint16_t>;
-template <class Operand>
-constexpr bool is_split = std::is_same_v<Operand, SplitBf16>;
-
-// The bf16 split of a row: its rounding to bfloat16, and that of the remainder.
-void split_row(const float* from, int64_t n, uint16_t* high, uint16_t* low) {
-  narrow({.data = from, .rows = 1, .cols = n, .stride = n}, {.data = high, .stride = n});
-  narrow({.data = from, .rows = 1, .cols = n, .stride = n},
-         {.data = low, .stride = n, .rest = true});
 }
 
 // A row rounded to a 16-bit dtype, as T.
@@ -362,12 +349,7 @@ class TileGemms {
  public:
   // Tiles hold at most this many centers and embeddings.
   TileGemms(const Embeddings<T>& x, const SimdKernels<T>& simd, int64_t centers, int64_t embeddings)
-      : x_(x), simd_(simd), bits_(0), rest_(0) {
-    const int64_t room =
-        std::max(centers * padded<uint16_t>(embeddings), embeddings * padded<uint16_t>(centers));
-    if (kRounds) bits_ = Buffer<uint16_t>(room);
-    if (is_split<Operand>) rest_ = Buffer<uint16_t>(room);
-  }
+      : x_(x), simd_(simd), rounded_(centers, embeddings) {}
 
   void pack(const Centers<T, Operand>& centers, Packed<Operand>& packed) const {
     packed.fill(centers.operands(), centers.size(), x_.dim, centers.operand_stride(), 1);
@@ -388,13 +370,13 @@ class TileGemms {
   void add_transposed(const T* tile, int64_t stride, int64_t count, const Packed<Operand>& packed,
                       T* sums) const {
     const Output<T> to{.data = sums, .stride = x_.dim, .accumulate = true};
-    if constexpr (kRounds) {
+    if constexpr (RoundedTile<Operand>::rounds()) {
       multiply(count,
-               rounded({.data = tile,
-                        .rows = packed.k(),
-                        .cols = count,
-                        .stride = stride,
-                        .transposed = true}),
+               rounded_({.data = tile,
+                         .rows = packed.k(),
+                         .cols = count,
+                         .stride = stride,
+                         .transposed = true}),
                packed, to);
     } else {
       multiply(count, Left<T>{tile, 1, stride}, packed, to);
@@ -405,8 +387,8 @@ class TileGemms {
   void add(const T* tile, int64_t stride, int64_t n, const Packed<Operand>& packed, T* sums,
            bool accumulate) const {
     const Output<T> to{.data = sums, .stride = x_.dim, .accumulate = accumulate};
-    if constexpr (kRounds) {
-      multiply(n, rounded({.data = tile, .rows = n, .cols = packed.k(), .stride = stride}), packed,
+    if constexpr (RoundedTile<Operand>::rounds()) {
+      multiply(n, rounded_({.data = tile, .rows = n, .cols = packed.k(), .stride = stride}), packed,
                to);
     } else {
       multiply(n, Left<T>{tile, stride, 1}, packed, to);
@@ -414,25 +396,11 @@ class TileGemms {
   }
 
  private:
-  static constexpr bool kRounds = !std::is_same_v<T, Operand>;
-
   static Left<Operand> left(auto data, int64_t stride) { return {data, stride, 1}; }
-
-  // The tile, or its transpose, as a left operand of bfloat16.
-  Left<Operand> rounded(const Float32Matrix& tile) const {
-    const int64_t stride = padded<uint16_t>(tile.transposed ? tile.rows : tile.cols);
-    narrow(tile, {.data = bits_.get(), .stride = stride});
-    if constexpr (is_split<Operand>) {
-      narrow(tile, {.data = rest_.get(), .stride = stride, .rest = true});
-      return left(SplitBf16{bits_.get(), rest_.get()}, stride);
-    } else {
-      return left(bits_.get(), stride);
-    }
-  }
 
   const Embeddings<T>& x_;
   const SimdKernels<T>& simd_;
-  Buffer<uint16_t> bits_, rest_;
+  RoundedTile<Operand> rounded_;
 };
 
 }  // namespace

@@ -311,16 +311,15 @@ def test_no_second_derivative():
 PEAK = """
 import torch, synface_kernels as sk
 from synface_kernels.testing import peak_bytes
-x = torch.randn({n}, {d}, requires_grad=True)
+x = torch.randn({n}, {d}).to(torch.{dtype}).requires_grad_()
 sk.hypersphere_repulsion(x[:300].detach().requires_grad_()).backward()
 print(peak_bytes(lambda: sk.hypersphere_repulsion(x, energy=sk.{energy}).backward()))
 """
 
 
-def peak(n: int, d: int, energy: str) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK.format(n=n, d=d, energy=energy)], capture_output=True, text=True
-    )
+def peak(n: int, d: int, energy: str, dtype: str = "float32") -> int:
+    code = PEAK.format(n=n, d=d, energy=energy, dtype=dtype)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 

@@ -26,6 +26,7 @@ from ..._derivatives import register as register_autograd
 from ..._distributed import Gather, Replicated, check_group, gathered, validate_on_all_ranks
 from ..._load import library
 from ..._norms import length_unit
+from ..._precision import may_split_bf16
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
 from . import reference, sharded
 from .energies import (
@@ -49,7 +50,8 @@ register(OP, {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": a
 library.define(f"{OP}_check(Tensor rows, str name) -> ()")
 _SCHEMAS = {
     "pairs": "(Tensor x, Tensor? y, str kind, float a, int power, float r_min, bool needs_x_grad, "
-    "bool needs_y_grad{impl}) -> (Tensor value, Tensor grad_x, Tensor grad_y)",
+    "bool needs_y_grad{impl}, bool split_bf16=False) -> "
+    "(Tensor value, Tensor grad_x, Tensor grad_y)",
     "nearest": "(Tensor x, Tensor? y, int k{impl}) -> (Tensor square, Tensor index)",
     "nearest_backward": "(Tensor x, Tensor? y, Tensor index, Tensor grad_square, float r_min, "
     "bool needs_x_grad, bool needs_y_grad{impl}) -> (Tensor grad_x, Tensor grad_y)",
@@ -94,7 +96,11 @@ def hypersphere_repulsion(
         The energy, float32 (float64 for float64 inputs): a scalar, or (N,) for ``"none"``.
 
     Gradients of x and y have their dtypes; each row's gradient is orthogonal to the row. Identical
-    points still repel each other, see `energies`. Differentiable once, in reverse mode: by
+    points still repel each other, see `energies`. Energies of all pairs of bfloat16 points round
+    the weights of the gradient's sums to bfloat16, each by 2⁻⁸ of itself at most, where GEMMs of
+    bfloat16 are faster (on GPUs, and CPUs with AMX or AMD's AVX512_BF16); their values are as exact
+    as in float32. Under ``torch.set_float32_matmul_precision("high")`` or ``"medium"`` a CPU with
+    AMX multiplies float32 as sums of two bfloat16. Differentiable once, in reverse mode: by
     autograd, or by `torch.func`'s grad, vjp and vmap (a loop; not with ``impl="reference"``),
     without a group. Second derivatives and forward mode raise.
 
@@ -242,7 +248,7 @@ def _pairs(x: Tensor, y: Tensor | None, potential: Potential, impl: str) -> Tens
     recorded, transformed = torch.is_grad_enabled(), transforms_active()
     needs_x_grad = transformed or (recorded and x.requires_grad)
     needs_y_grad = y is not None and (transformed or (recorded and y.requires_grad))
-    value, *_ = _pairs_op(x, y, *potential, needs_x_grad, needs_y_grad, impl)
+    value, *_ = _pairs_op(x, y, *potential, needs_x_grad, needs_y_grad, impl, may_split_bf16())
     return value
 
 
@@ -436,9 +442,18 @@ def _run(name: str, x: Tensor, y: Tensor | None, *args: Any) -> Any:
     return getattr(torch.ops.synface_kernels, f"{OP}_{name}_cpu")(x, y, *rest)
 
 
+def _run_pairs(x: Tensor, y: Tensor | None, *args: Any) -> Any:
+    """Run `pairs`; the dispatcher leaves out split_bf16, the last argument, where it is False."""
+    *options, impl, split_bf16 = args if isinstance(args[-1], bool) else (*args, False)
+    if impl == "triton":  # splits no bf16
+        return _run("pairs", x, y, *options, impl)
+    return torch.ops.synface_kernels.hypersphere_repulsion_pairs_cpu(x, y, *options, split_bf16)
+
+
 for _name in _SCHEMAS:
     for _key in ("CPU", "CUDA"):
-        library.impl(f"{OP}_{_name}", partial(_run, _name), _key)
+        _implementation = _run_pairs if _name == "pairs" else partial(_run, _name)
+        library.impl(f"{OP}_{_name}", _implementation, _key)
 
 
 def _gradient_like(rows: Tensor | None, wanted: bool, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -448,7 +463,7 @@ def _gradient_like(rows: Tensor | None, wanted: bool, x: Tensor, dtype: torch.dt
 @torch.library.register_fake(f"synface_kernels::{OP}_pairs")
 def _pairs_fake(
     x: Tensor, y: Tensor | None, kind: str, a: float, power: int, r_min: float,
-    needs_x_grad: bool, needs_y_grad: bool, impl: str,
+    needs_x_grad: bool, needs_y_grad: bool, impl: str, split_bf16: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = _statistics_dtype(x)
     return (

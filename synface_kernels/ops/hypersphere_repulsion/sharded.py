@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..._distributed import Gather, connected
+from ..._precision import may_split_bf16
 from .energies import R_MIN, Potential
 from .reference import Neighbors
 
@@ -170,6 +171,7 @@ class PairSum(torch.autograd.Function):
                 needs_grad,
                 needs_grad and b is not None,
                 impl,
+                may_split_bf16(),
             )
             total = torch.logaddexp(total, value) if exponential else total + value
             own, other = (

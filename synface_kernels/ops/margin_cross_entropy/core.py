@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from ..._autocast import suspended
 from ..._derivatives import register, transforms_active
 from ..._load import library
+from ..._precision import may_split_bf16
 from ..row_update.updates import RowUpdate
 from . import update as fused
 from .interface import (
@@ -62,7 +63,7 @@ def statistics(
 
     The GEMMs of both passes are in ``gemm_dtype``; None: as the tensors' dtypes have it.
     """
-    arguments = (*inputs, workspace, _may_split_bf16(), impl, gemm_dtype)
+    arguments = (*inputs, workspace, may_split_bf16(), impl, gemm_dtype)
     if update is None:
         found = ForwardOutputs(*_forward(*arguments))
     else:
@@ -73,21 +74,6 @@ def statistics(
         return Statistics(*common, filtered)
     count = count_classes(inputs.weight, inputs.class_ids)
     return Statistics(*common, filtered, found.cosine_sum, torch.full_like(found.cosine_sum, count))
-
-
-def _may_split_bf16() -> bool:
-    """Return whether a CPU may multiply float32 as bf16 splits.
-
-    This is torch's own setting, which `torch.set_float32_matmul_precision` sets to "tf32" for
-    "high" and to "bf16" for "medium".
-    """
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    return matmul.fp32_precision in ("tf32", "bf16")
-
-
-# torch.compiler.assume_constant_result without Dynamo's import, which takes a second. Graphs are
-# recompiled where torch.set_float32_matmul_precision changes the setting.
-_may_split_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ---- the ops: one implementation per device, fake ------------------------------------------------
