@@ -51,6 +51,7 @@ CODES = (
     KnownCode(18, 3, 0.6486958322231166, _SLOANE),
     KnownCode(19, 3, 0.6731168875600512, _SLOANE),
     KnownCode(20, 3, 0.6764771381296515, _SLOANE),
+    KnownCode(21, 3, 0.6994984310663772, _SLOANE),
     KnownCode(22, 3, 0.7103062585796905, _SLOANE),
     KnownCode(23, 3, 0.7228469848683998, _SLOANE),
     KnownCode(24, 3, 0.7230784683335085, "snub cube; optimal (Robinson 1961)"),
