@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
     *("train", "eval", "convert", "pack", "synthesize", "plan", "study", "info", "demo"),
     *("recipe", "recipe cfsm", "recipe synface", "recipe gap", "recipe hyperface"),
-    *("bench", "bench scale"),
+    *("bench", "bench scale", "bench codes"),
 )
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from synface.synthesis.packing import bounds
+from synface.synthesis.packing import bounds, delsarte
 
 from tests.helpers import codes
 
@@ -148,7 +148,144 @@ def test_nearest_neighbors_of_random_points():
     assert ends == pytest.approx([0, 1], abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["best", "rankin", "welch", "levenshtein", "random_worst"])
+# -- Delsarte's linear program
+
+
+@pytest.mark.parametrize(
+    ("dim", "published"),
+    [(3, 13.158), (4, 25.558), (5, 46.338), (6, 82.631), (7, 140.162), (8, 240), (24, 196560)],
+)
+def test_the_kissing_numbers_bounds_are_the_published_ones(dim, published):
+    found = delsarte.size(0.5, dim)
+    assert found == pytest.approx(published, abs=6e-4, rel=1e-6)
+    if dim in (8, 24):
+        assert published <= found  # sharp: a smaller number would not be a bound
+
+
+@pytest.mark.parametrize("dim", [3, 4, 6, 11])
+def test_no_polynomial_exceeds_what_is_called_its_highest(dim):
+    """The branch and bound's value is above a dense grid's, and by no more than rounding."""
+    program = delsarte._Program(dim, 30)
+    for cosine in (0.1, 0.5, 0.7):
+        coefficients, _ = program.solve(cosine)
+        rough = coefficients + np.random.default_rng(dim).uniform(0, 1, 30)  # goes far above 0
+        for each in (coefficients, rough):
+            grid = program.f(each, np.linspace(math.acos(cosine), math.pi, 200_001))
+            highest = program.highest(each, cosine)
+            assert grid.max() <= highest
+            assert highest < grid.max() + 1e-6 * (1 + each.sum())
+
+
+def test_the_derivative_of_the_size_is_the_programs():
+    program = delsarte._Program(5, 20)
+    coefficients, slope = program.solve(0.4)
+    more, _ = program.solve(0.4 + 1e-5)
+    assert slope == pytest.approx((more.sum() - coefficients.sum()) / 1e-5, rel=1e-3)
+
+
+def test_the_program_proves_the_600_cell_optimal():
+    golden = codes.SMALL["600-cell"].worst
+    assert golden - 1e-6 < bounds.delsarte(120, 4) <= golden
+    assert bounds.levenshtein(120, 4) < golden - 1e-3
+
+
+@pytest.mark.parametrize(
+    ("count", "dim", "more"), [(24, 4, 0.0035), (40, 5, 0.0048), (72, 6, 0.0066), (126, 7, 0.0021)]
+)
+def test_the_program_improves_on_levenshtein(count, dim, more):
+    found, before = bounds.delsarte(count, dim), bounds.levenshtein(count, dim)
+    assert before + more < found < 0.5
+    assert delsarte.size(found, dim) <= count
+    assert delsarte.size(found + 1e-6, dim) > count  # it is the program's own, not a weaker one
+
+
+@pytest.mark.parametrize(("count", "dim"), [(240, 8), (300, 5), (10_000, 512), (288, 16)])
+def test_test_functions_vanish_up_to_the_bounds_degree(count, dim):
+    degree = bounds._levenshtein_degree(count, dim)
+    nodes, weights = bounds._quadrature(count, dim)
+    assert weights[-1] * count == pytest.approx(1)
+    assert nodes == pytest.approx(nodes.clip(-1, 1))
+    assert bounds.levenshtein(count, dim) == pytest.approx(np.sort(nodes)[-2], abs=1e-12)
+    q = np.array(bounds.test_functions(count, dim, degree + 1))
+    assert np.abs(q[:degree]).max() * count < 1e-9
+    assert abs(q[degree]) * count > 1e-3
+
+
+@pytest.mark.parametrize(("count", "dim"), [(24, 4), (40, 5), (8, 3), (60, 8), (1000, 24)])
+def test_test_functions_say_whether_the_program_improves(count, dim):
+    negative = min(bounds.test_functions(count, dim, delsarte.DEGREE)) < -1e-9 / count
+    low = bounds.levenshtein(count, dim)
+    assert (delsarte.improve(count, dim, low) > low + 1e-8) == negative
+    assert (bounds.delsarte(count, dim) > low) == negative
+
+
+@pytest.mark.parametrize("dim", [3, 4, 5])
+def test_the_programs_bound_rises_with_the_number_of_points(dim):
+    counts = [*range(2 * dim, 2 * dim + 6), 24, 25, 60, 61, 150, 300]
+    found = [bounds.delsarte(count, dim) for count in counts]
+    assert all(a < b < 1 for a, b in itertools.pairwise(found))
+
+
+def test_a_solver_that_fails_only_weakens_the_bound(monkeypatch):
+    monkeypatch.setattr(delsarte._Program, "solve", lambda self, cosine: None)
+    assert delsarte.improve(24, 4, 0.4) == 0.4
+    assert delsarte.size(0.5, 4) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("cosine", "dim", "degree", "message"),
+    [
+        (1.0, 3, 30, r"cosine must be in \(-1, 1\), got 1.0"),
+        (0.5, 1, 30, "dim must be at least 2, got 1"),
+        (0.5, 3, 1, "degree must be at least 2, got 1"),
+        (math.nan, 3, 30, r"cosine must be in \[-1, 1\], got nan"),
+    ],
+)
+def test_bad_arguments_of_the_size(cosine, dim, degree, message):
+    with pytest.raises(ValueError, match=message):
+        delsarte.size(cosine, dim, degree)
+
+
+# -- all bounds at once
+
+
+@pytest.mark.parametrize(
+    ("count", "dim", "names"),
+    [
+        (7, 2, ["regular polygon", "Rankin"]),
+        (16, 8, ["Rankin", "Levenshtein"]),
+        (13, 3, ["Delsarte's linear program", "Fejes Tóth", "Levenshtein", "Rankin"]),
+        (24, 4, ["Delsarte's linear program", "Levenshtein", "Rankin"]),
+        (240, 8, ["Levenshtein", "Rankin"]),
+        (10_000, 512, ["Levenshtein", "Rankin"]),
+    ],
+)
+def test_the_certificate_names_every_bound(count, dim, names):
+    found = bounds.certificate(count, dim)
+    assert sorted(bound.name for bound in found) == sorted(names)
+    assert found[0].name == names[0]
+    cosines = [bound.cosine for bound in found]
+    assert cosines == sorted(cosines, reverse=True)
+    assert all(type(cosine) is float for cosine in cosines)
+    assert bounds.best(count, dim) in found
+    assert found[0].cosine >= bounds.best(count, dim).cosine
+
+
+def test_antipodal_points_have_welchs_bound_too():
+    found = {bound.name: bound.cosine for bound in bounds.certificate(240, 8, antipodal=True)}
+    assert found["Welch, of lines"] == bounds.welch(120, 8) <= 0.5
+    assert bounds.certificate(2, 3, antipodal=True)[0] == (-1, "Rankin")
+    kerdock = bounds.certificate(4224, 64, antipodal=True)[0]
+    assert kerdock.name == "Welch, of lines"
+    assert kerdock.cosine == pytest.approx(1 / 8, rel=0.01)
+    assert kerdock.cosine <= 1 / 8
+    with pytest.raises(ValueError, match="count must be even for antipodal points, got 7"):
+        bounds.certificate(7, 3, antipodal=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["best", "certificate", "delsarte", "rankin", "welch", "levenshtein", "random_worst"]
+)
 def test_bad_arguments(name):
     function = getattr(bounds, name)
     with pytest.raises(ValueError, match="count must be at least 2, got 1"):

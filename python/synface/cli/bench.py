@@ -1,4 +1,4 @@
-"""The command `synface bench scale`."""
+"""The commands `synface bench scale` and `synface bench codes`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from ..common.check import check_folder
 from ..common.interrupts import Terminated
 from .options import SeedOption, refuse
-from .terminal import Bar, Group, say
+from .terminal import Bar, Group, PackingBar, interrupts, say
 
 app = typer.Typer(cls=Group, help="Measure the library on this machine.", no_args_is_help=True)
 
@@ -134,3 +134,57 @@ def scale_command(
     say(f"written: {output / 'scale.json'}, {output / 'scale.png'}")
     if result["ended by"] == "SIGTERM":
         raise Terminated
+
+
+@app.command("codes")
+def codes_command(
+    code: Annotated[
+        list[str] | None,
+        typer.Option(help="Code N,d such as 24,4; may be given several times. Default: all."),
+    ] = None,
+    dim: Annotated[int | None, typer.Option(help="Take the codes of this dimension only.")] = None,
+    seed: SeedOption = 0,
+    seeds: Annotated[
+        int, typer.Option(help="Number of seeds from --seed on; the best is reported.", min=1)
+    ] = 1,
+    output: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("codes-report"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the codes in the report, and add the others.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing report.")
+    ] = False,
+) -> None:
+    """Pack the best known spherical codes with the packer's defaults, and report what it misses."""
+    from ..bench.codes import select
+
+    chosen = select(code or [], dim)
+    if resume and overwrite:
+        raise ValueError("--overwrite has no effect with --resume")
+    check_folder("--output", output)
+
+    from ..bench import code_report
+    from ..reporting.plots import check_matplotlib
+    from ..synthesis.packing import bounds
+
+    check_matplotlib()
+    numbers = range(seed, seed + seeds)
+    if not (resume or overwrite):
+        code_report.check_new(output)
+    rows = code_report.read(output, chosen, numbers) if resume else []
+    command = "synface bench codes" + "".join(f" --code {each}" for each in code or [])
+    command += "" if dim is None else f" --dim {dim}"
+    command += f" --seed {seed}" * (seed > 0) + f" --seeds {seeds}" * (seeds > 1)
+    done = {(row["count"], row["dim"]) for row in rows}
+    page = code_report.write(rows, output, command) if rows else output / "codes.md"
+    with interrupts(f"continue with {command} --output {output} --resume"):
+        for each in chosen:
+            if (each.count, each.dim) in done:
+                continue
+            bound = bounds.best(each.count, each.dim).cosine
+            bar = PackingBar(f"{each.count},{each.dim}", bound)
+            rows.append(code_report.measure(each, numbers, bar))
+            page = code_report.write(rows, output, command)
+            say(code_report.summary(rows[-1]))
+    say(code_report.conclusion(rows))
+    say(f"report: {page}")
