@@ -126,7 +126,7 @@ def check_embeddings(
     for rank, pair in enumerate(pairs[1:], 2):
         say(f"{rank}. cosine {pair.cosine:.6f}: row {pair.i} and row {pair.j}")
     if found is not None:
-        say(f"{found.count:,} of {total:,} pairs have a cosine above {threshold:g}")
+        say(f"{found.total:,} of {total:,} pairs have a cosine above {threshold:g}")
     count, dim = rows.shape
     if other is None and dim > 1:
         bound = packing.bounds.best(count, dim)
@@ -140,7 +140,7 @@ def check_embeddings(
         listed = pairs if found is None else found.pairs
         header = ("rank", "cosine", "first_row", "second_row")
         write_csv(csv, header, ((rank, *pair) for rank, pair in enumerate(listed, 1)))
-        if found is not None and found.count > len(listed):
+        if found is not None and found.total > len(listed):
             say(f"{csv} has the closest {len(listed):,} of these pairs")
     if plot is not None:
         others = None if other is None else len(other)
@@ -148,5 +148,5 @@ def check_embeddings(
         plot_nearest(nearest, dim, plot, others=others, **lines)
     if outputs:
         say(f"written: {', '.join(map(str, outputs))}")
-    if found is not None and found.count:
+    if found is not None and found.total:
         raise typer.Exit(1)

@@ -21,6 +21,7 @@ import synface_kernels as sk
 from ...common.check import check_integer, check_number, describe
 
 Progress = Callable[[int, int], None]
+_Columns = tuple[np.ndarray, np.ndarray, np.ndarray]  # cosine, i, j of some pairs
 
 TILE_ROWS = 512
 TILE_NUMBERS = 1 << 22  # of a tile's cosines, and of its unit vectors
@@ -44,11 +45,11 @@ class PairsAbove(NamedTuple):
     """The pairs whose cosine exceeds a threshold.
 
     Attributes:
-        count: their number.
+        total: their number.
         pairs: those of the greatest cosines, in the order of `closest_pairs`.
     """
 
-    count: int
+    total: int
     pairs: list[ClosePair]
 
 
@@ -138,12 +139,11 @@ def closest_pairs(
     least = -np.inf
     if rank <= len(nearest):
         least = float(nearest.kthvalue(len(nearest) - rank + 1).values)
-    best = np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64)
+    best: _Columns = np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64)
     for tile in _tiles(points, other, _rows(nearest, least - slack), progress):
-        if least == 1.0:
-            # No cosine is greater, and rows come in order: pairs with a later row come after these.
-            if len(best[0]) == count and tile.rows[0] > best[1][-1]:
-                break
+        # No cosine exceeds 1, and rows ascend: then pairs of later rows come after these.
+        if least == 1.0 and len(best[0]) == count and int(tile.rows[0]) > best[1][-1]:
+            break
         near = tile.cosine >= max(least - slack, -2.0)
         if int(near.sum()) > count:
             kth = float(tile.cosine[near].topk(count, sorted=True).values[-1])
@@ -211,7 +211,7 @@ class _Tile(NamedTuple):
     right: Tensor
     dtype: torch.dtype
 
-    def exact(self, chosen: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def exact(self, chosen: Tensor) -> _Columns:
         """Return the exact cosines of chosen pairs, as float64, and both rows' indices."""
         i, j = chosen.nonzero(as_tuple=True)
         size = max(1, TILE_NUMBERS // self.left.shape[1])
@@ -251,7 +251,7 @@ def _tiles(
             progress(done, len(rows))
 
 
-def _best(count: int, *found: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+def _best(count: int, *found: _Columns) -> _Columns:
     """Return the first ``count`` pairs among several lists of them, in order."""
     cosine, i, j = (np.concatenate(parts) for parts in zip(*found, strict=True))
     order = np.lexsort((j, i, -cosine))[:count]
@@ -315,7 +315,9 @@ def _check(points: Tensor, other: Tensor | None) -> None:
         if not isinstance(rows, Tensor):
             raise TypeError(f"{name} must be a tensor, got {describe(rows)}")
         if rows.ndim != 2 or not rows.is_floating_point() or 0 in rows.shape:
-            raise ValueError(f"{name} must be floating point of shape {shape}, got {describe(rows)}")
+            raise ValueError(
+                f"{name} must be floating point of shape {shape}, got {describe(rows)}"
+            )
     if other is None and len(points) < 2:
         raise ValueError("points must have at least 2 rows without other, got 1")
     if other is not None and points.shape[1] != other.shape[1]:

@@ -70,12 +70,12 @@ def plot_nearest(
     if dim > 1:  # to where all but a thousandth of random points have their neighbor
         axis = np.linspace(-1, 1, 20001)
         share = bounds.random_nearest_cdf(axis, rivals, dim)
-        low = min(low, float(axis[np.searchsorted(share, 0.0005)]))
-        high = max(high, float(axis[min(np.searchsorted(share, 0.9995), len(axis) - 1)]))
+        first, last = np.searchsorted(share, (0.0005, 0.9995)).tolist()
+        low, high = min(low, float(axis[first])), max(high, float(axis[min(last, 20000)]))
     margin = 0.01 * (high - low) + 1e-6
     edges = np.linspace(low - margin, high + margin, 101)
     width = edges[1] - edges[0]
-    curves = {"these": np.histogram(cosine, edges)[0] / count / width}
+    curves = {"these rows": np.histogram(cosine, edges)[0] / count / width}
     if dim > 1:
         curves["random points"] = np.diff(bounds.random_nearest_cdf(edges, rivals, dim)) / width
     among = "" if others is None else f", to the nearest of {others:,} others"
