@@ -126,7 +126,7 @@ def check_embeddings(
     for rank, pair in enumerate(pairs[1:], 2):
         say(f"{rank}. cosine {pair.cosine:.6f}: row {pair.i} and row {pair.j}")
     if found is not None:
-        say(f"{found.total:,} of {total:,} pairs have a cosine above {threshold:g}")
+        say(f"pairs with a cosine above {threshold:g}: {found.total:,} of {total:,}")
     count, dim = rows.shape
     if other is None and dim > 1:
         bound = packing.bounds.best(count, dim)

@@ -314,6 +314,8 @@ def _write_table(path: Path, pairs: list[Any], both: dict[str, _Side]) -> None:
 
 
 def _print(leak: Leak, listed: list[Any], both: dict[str, _Side], written: list[Path]) -> None:
+    from ..evaluation import leak as leaks
+
     b, a = both["synthetic"], both["real"]
     things = "rows" if a.images is None else "images"
     say(f"{len(b.rows):,} {things} of {b.path} against {len(a.rows):,} of {a.path}")
@@ -321,10 +323,7 @@ def _print(leak: Leak, listed: list[Any], both: dict[str, _Side], written: list[
         names = [side.facts(row).get("name", f"row {row}") for side, row in ((b, i), (a, j))]
         say(f"{rank}. cosine {cosine:.6f}: {names[0]} and {names[1]}")
     found = leak.statistics()
-    header = [
-        "nearest cosine",
-        *(f"{float(q):.0%}" for q in next(iter(found.values()))["quantiles"]),
-    ]
+    header = ["nearest cosine", *leaks.QUANTILES.values()]
     if leak.threshold is not None:
         header.append(f"above {leak.threshold:g}")
     rows = []
@@ -335,8 +334,8 @@ def _print(leak: Leak, listed: list[Any], both: dict[str, _Side], written: list[
         rows.append(row)
     print_table(header, rows)
     equal = "bits" if a.images is None else "pixels"
-    say(f"{len(leak.copies):,} {things} of {b.path} have the {equal} of one of {a.path}")
+    say(f"{things} of {b.path} with the {equal} of one of {a.path}: {len(leak.copies):,}")
     if leak.above is not None:
         more = "" if leak.above <= len(listed) else f"; {TABLE} has the closest {len(listed):,}"
-        say(f"{leak.above:,} pairs have a cosine above {leak.threshold:g}{more}")
+        say(f"pairs with a cosine above {leak.threshold:g}: {leak.above:,}{more}")
     say(f"written: {', '.join(map(str, written))}")

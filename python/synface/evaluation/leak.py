@@ -30,7 +30,7 @@ from .embedding import doubled
 BLOCK = 8192  # rows that are compared with all others at once
 NUMBERS = 1 << 22  # of a block's unit vectors
 BATCH = 1024  # images whose digests are computed before errors are raised
-QUANTILES = (0.5, 0.9, 0.99, 1.0)
+QUANTILES = {0.5: "median", 0.9: "90 %", 0.99: "99 %", 1.0: "maximum"}
 REPORT, NEAREST, CLOSEST = "leak.json", "nearest.png", "closest.png"
 COLUMNS = 5  # of a picture's pairs
 PICTURE = 112  # pixels of an image's height in a picture, at least
@@ -70,9 +70,9 @@ class Leak:
     def _statistics(self, cosines: Tensor) -> dict[str, Any]:
         values = cosines.double().cpu().numpy()
         # An order statistic, so that a quantile is one of the cosines.
-        found = np.quantile(values, QUANTILES, method="inverted_cdf").tolist()
+        found = np.quantile(values, list(QUANTILES), method="inverted_cdf").tolist()
         result: dict[str, Any] = {"rows": len(values)}
-        result["quantiles"] = {f"{q:g}": cosine for q, cosine in zip(QUANTILES, found, strict=True)}
+        result["quantiles"] = dict(zip(QUANTILES.values(), found, strict=True))
         if self.threshold is not None:
             above = int((values > self.threshold).sum())
             result |= {"above_threshold": above, "share_above_threshold": above / len(values)}
