@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -87,6 +88,16 @@ def test_images_are_compared_by_pixels(faces):
     for name in ("closest.png", "nearest.png"):
         with Image.open(Path("leak-report", name)) as picture:
             assert min(picture.size) > 200
+
+
+def test_names_of_any_bytes_are_reported(faces):
+    name = b"synthetic/p1/\xe5\xbc\xa0\xff.png"  # a character that plots lack, and no UTF-8
+    shutil.copy(b"real/p0/0.png", name)
+    call("leak", "real", "synthetic", "--top", 3)
+    assert names() == FILES
+    assert name in Path("leak-report/leak.csv").read_bytes()
+    found = json.loads(Path("leak-report/leak.json").read_bytes())
+    assert name in {os.fsencode(pair["synthetic"]["name"]) for pair in found["closest"]}
 
 
 def test_a_threshold_is_the_exit_status(faces):

@@ -270,13 +270,16 @@ def _dtype(points: Tensor) -> torch.dtype:
 
 
 def _error(points: Tensor) -> float:
-    """Return a bound on the rounding errors of a dot product of float64 unit vectors."""
-    return (points.shape[1] + 16) * 2.0**-52
+    """Return a bound on how far a GEMM's cosine may be from the exact one before its rounding.
+
+    With u = 2⁻⁵³, a sum of D products is off by D·u, half a squared distance of up to 4 by 2·D·u.
+    """
+    return (points.shape[1] + 16) * 2.0**-51
 
 
 def _slack(points: Tensor) -> float:
-    """Return how far a GEMM's cosine may be below the rounded exact one, or above it."""
-    return _error(points) + torch.finfo(_dtype(points)).eps
+    """Return how far a GEMM's cosine, or the search's, may be from the exact one, rounded."""
+    return 2 * _error(points) + torch.finfo(_dtype(points)).eps
 
 
 def _border(points: Tensor, threshold: float) -> float:
