@@ -146,9 +146,8 @@ def leak_command(
     copies = leaks.copies(b.digests, a.digests)
     leak = leaks.Leak(nearest, _context(a), context_of, threshold, above, closest, copies)
 
-    if overwrite:
-        for name in names:
-            (output / name).unlink(missing_ok=True)
+    if a.images is None:  # pictures of an earlier report would be of other pairs
+        (output / leaks.CLOSEST).unlink(missing_ok=True)
     both = {"synthetic": b, "real": a}
     about = {"real": a.about(), "synthetic": b.about(), "compared_by": how}
     written = leaks.write(
