@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from synface.cli import evaluation, verification
+from synface.cli import options, verification
 from synface.data import open_images, read_folder
 from synface.evaluation.embedding import embed
 from synface.evaluation.metrics import verify
@@ -76,8 +76,8 @@ def test_eval_passes_on_the_batch_and_the_device(run, monkeypatch):
 def test_eval_runs_on_the_gpu_where_there_is_one(monkeypatch, there, wanted):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr("synface.common.check.check_device", torch.device)
-    assert evaluation._device("auto") == torch.device(wanted)
-    assert evaluation._device("cpu") == torch.device("cpu")
+    assert options.chosen_device("auto") == torch.device(wanted)
+    assert options.chosen_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,17 @@ import typer
 
 import synface_kernels as sk
 
-from . import bench, conversion, demonstration, evaluation, packing, planning, recipes, training
+from . import (
+    bench,
+    conversion,
+    demonstration,
+    evaluation,
+    leak,
+    packing,
+    planning,
+    recipes,
+    training,
+)
 from .terminal import Group, say
 
 app = typer.Typer(
@@ -39,6 +49,7 @@ def synface(
 
 app.command("train")(training.train_command)
 app.command("eval")(evaluation.eval_command)
+app.command("leak")(leak.leak_command)
 app.command("convert")(conversion.convert_command)
 app.command("pack")(packing.pack_command)
 app.command("synthesize")(packing.synthesize_command)

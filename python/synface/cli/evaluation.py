@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from ..common.check import check_folder
 from ..evaluation.sets import PairSet, TemplateSet, open_set
-from .options import RelabelOption, refuse
+from .options import DeviceOption, FlipOption, RelabelOption, chosen_device, refuse
 from .started import MEMORY, Started, command_of, located, read_faces, split_faces
 from .terminal import Bar, print_table, say
 
@@ -60,13 +60,8 @@ def eval_command(
             "--data are always resized.",
         ),
     ] = False,
-    flip: Annotated[bool, typer.Option(help="Add the embedding of the flipped image.")] = True,
-    device: Annotated[
-        str,
-        typer.Option(
-            help="Device of the network: cpu, cuda, cuda:1 …; auto uses cuda if available."
-        ),
-    ] = "auto",
+    flip: FlipOption = True,
+    device: DeviceOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 256,
     output: Annotated[
         Path | None, typer.Option(help="Folder of a report (table, curves, JSON).")
@@ -111,7 +106,7 @@ def eval_command(
     if output is not None:
         check_folder("--output", output)
         check_matplotlib()  # raises before the verification, not after it
-    on = _device(device)
+    on = chosen_device(device)
     network.to(on)
     about = {"run": str(path), "step": state["step"], "flip": flip, "device": str(on)}
     options: dict[str, Any] = {"batch_size": batch_size, "flip": flip}
@@ -180,15 +175,6 @@ def _people(
         if unseen:
             break
     return held, unseen
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    from ..common.check import check_device
-
-    cuda = "cuda" if torch.cuda.is_available() else "cpu"
-    return check_device(cuda if name == "auto" else name)
 
 
 def _report(output: Path | None, results: Sequence[SetResult], about: dict[str, Any]) -> None:

@@ -8,12 +8,15 @@ from dataclasses import Field, fields
 from inspect import Parameter
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_origin, get_type_hints
 
 import typer
 
 from ..common.toml import check_keys, read_toml
 from ..data.formats.decode import MAX_PIXELS
+
+if TYPE_CHECKING:  # --help must not wait for torch
+    import torch
 
 T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -21,6 +24,11 @@ Command = TypeVar("Command", bound=Callable[..., None])
 RELABEL = "Renumber the labels that have images from 0; otherwise gaps are an error."
 RelabelOption = Annotated[bool, typer.Option("--relabel", help=RELABEL)]
 SeedOption = Annotated[int, typer.Option(help="Random seed.", min=0)]
+FlipOption = Annotated[bool, typer.Option(help="Add the embedding of the flipped image.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option(help="Device of the network: cpu, cuda, cuda:1 …; auto uses cuda if available."),
+]
 
 
 def options_of(first: type, *last: type) -> Callable[[Command], Command]:
@@ -130,3 +138,13 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if height * width > MAX_PIXELS:
         raise ValueError(f"--size must have at most {MAX_PIXELS:,} pixels, got {text[:80]!r}")
     return height, width
+
+
+def chosen_device(name: str) -> torch.device:
+    """Return the device of a name; of "auto" the first GPU if there is one, else the CPU."""
+    import torch
+
+    from ..common.check import check_device
+
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    return check_device(cuda if name == "auto" else name)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..common.check import check_folder
+from .checking import CsvOption, PlotOption, ThresholdOption, TopOption, check_embeddings
 from .options import SeedOption, parse_size, refuse
 from .terminal import Bar, PackingBar, interrupts, say
 
@@ -54,24 +55,31 @@ def pack_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     check: Annotated[
         Path | None,
-        typer.Option(help="Embeddings to find the exact worst pair of, instead of packing."),
+        typer.Option(help="Embeddings to find the exact closest pairs of, instead of packing."),
     ] = None,
     against: Annotated[
         Path | None,
         typer.Option(help="Other embeddings for --check: each pair takes one from each file."),
     ] = None,
+    top: TopOption = 1,
+    threshold: ThresholdOption = None,
+    csv: CsvOption = None,
+    plot: PlotOption = None,
 ) -> None:
     """Pack N unit vectors in d dimensions, and report the gap to the bound; or check embeddings."""
     from ..synthesis import packing
     from ..synthesis.embeddings import read_embeddings
 
     if check is not None:
-        others = [name for name in context.params if name not in ("check", "against")]
-        refuse(context, "with --check", *others)
-        _check_embeddings(check, against)
+        used = ("check", "against", "top", "threshold", "csv", "plot", "overwrite")
+        refuse(context, "with --check", *(name for name in context.params if name not in used))
+        if csv is None and plot is None:
+            refuse(context, "with --check, but without --csv and --plot", "overwrite")
+        check_embeddings(check, against, top, threshold, csv, plot, overwrite)
         return
     if against is not None:
         raise ValueError("--against needs --check")
+    refuse(context, "without --check", "top", "threshold", "csv", "plot")
     if gallery is None:
         refuse(context, "without --gallery", "alpha")
     if "hyperface" not in (objective or []):
@@ -113,30 +121,6 @@ def pack_command(
             f"{each.pair[1]}), {each.gap:.6f} above the bound; {number:,} steps, {seconds:.0f} s"
         )
     say(f"written: {output}, {output.with_suffix('.png')}")
-
-
-def _check_embeddings(file: Path, against: Path | None) -> None:
-    from ..synthesis import packing
-    from ..synthesis.embeddings import read_embeddings
-
-    rows = read_embeddings(file)
-    other = None if against is None else read_embeddings(against)
-    if other is not None and rows.shape[1] != other.shape[1]:
-        raise ValueError(
-            f"{file} and {against} must have the same dimension, got {rows.shape[1]} and "
-            f"{other.shape[1]}"
-        )
-    if other is None and len(rows) < 2:
-        raise ValueError(f"{file} must have two rows or more, got {len(rows)}")
-    cosine, (i, j) = packing.closest_pair(rows, other)
-    say(f"worst cosine {cosine:.6f}: row {i} of {file} and row {j} of {against or file}")
-    if other is None and rows.shape[1] > 1:
-        count, dim = rows.shape
-        bound = packing.bounds.best(count, dim)
-        say(
-            f"{count:,} points in {dim} dimensions: bound {bound.cosine:.6f} ({bound.name}), "
-            f"random points about {packing.bounds.random_worst(count, dim):.6f}"
-        )
 
 
 def synthesize_command(

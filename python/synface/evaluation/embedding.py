@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common.check import check_least, describe
+from ..common.check import check_least, check_memory, describe
 from ..common.modes import evaluating
 from ..data import normalize
 from ..data.formats import decode
@@ -134,14 +135,71 @@ def embed_store(
 
     Memory: the result, and three batches of decoded images.
     """
+    count, rows = len(store), []
+    if progress is not None:
+        progress(0, count)
+    for begin, images in _decoded(store, image_shape, batch_size, resize):
+        rows.append(_embed(model, images, batch_size, flip, store.name, begin))
+        if progress is not None:
+            progress(begin + len(images), count)
+    return torch.cat(rows)
+
+
+def embed_pixels(
+    store: Store,
+    image_shape: tuple[int, int, int],
+    *,
+    batch_size: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Return encoded images as `pixel_embeddings` does, each centered by its own mean.
+
+    Args:
+        image_shape: (H, W, C) that images are converted and resized to.
+        batch_size, progress: as `embed_store`.
+
+    Returns:
+        (N, H*W*C) float32 unit rows. An image of one color has equal coordinates, so its cosine is
+        1 to others of one color, and 0 to all else.
+
+    Raises:
+        DataError: as `embed_store`.
+        ValueError: if the result does not fit into the available memory.
+
+    Memory: the result, and three batches of decoded images.
+    """
+    count, size = len(store), math.prod(image_shape)
+    shape = "x".join(map(str, image_shape))
+    check_memory(f"the pixels of {count:,} images of {shape}", 4 * count * size)
+    rows = torch.empty(count, size, dtype=torch.float32, device="cpu")
+    if progress is not None:
+        progress(0, count)
+    for begin, images in _decoded(store, image_shape, batch_size, True):
+        part = rows[begin : begin + len(images)]
+        part.copy_(pixel_embeddings(images))
+        part[(part == 0).all(1)] = size**-0.5
+        if progress is not None:
+            progress(begin + len(images), count)
+    return rows
+
+
+def _decoded(
+    store: Store, image_shape: tuple[int, int, int], batch_size: int, resize: bool
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield each batch's first index and images (B, H, W, C); threads decode the next one."""
     check_least("batch_size", batch_size, 1)
     count, expected = len(store), None if resize else image_shape[:2]
+    threads = 1 if store.streams else min(4, os.cpu_count() or 1)
+    height, width, _ = image_shape
+    wanted = f"images of {height}x{width} pixels (height x width)"
+    if resize:
+        wanted = "readable, complete images"
 
     def read(pixels: np.ndarray, index: int) -> None:
         with store.open(index) as file:
             decode.read_into(pixels, file, expected)
 
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool, ThreadPoolExecutor(1) as ahead:
+    with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(1) as ahead:
 
         def batch(begin: int) -> Tensor:
             indices = range(begin, min(begin + batch_size, count))
@@ -150,25 +208,15 @@ def embed_store(
             wrong = {
                 store.name(i): text for i, (_, text) in zip(indices, done, strict=True) if text
             }
-            decode.raise_if(
-                wrong,
-                f"of {len(indices)} images",
-                f"images of {image_shape[0]}x{image_shape[1]} pixels (height x width)",
-            )
+            decode.raise_if(wrong, f"of {len(indices)} images", wanted)
             return torch.from_numpy(images)
 
-        rows = []
-        if progress is not None:
-            progress(0, count)
         following = ahead.submit(batch, 0)
         for begin in range(0, count, batch_size):
             images = following.result()
             if begin + batch_size < count:
                 following = ahead.submit(batch, begin + batch_size)
-            rows.append(_embed(model, images, batch_size, flip, store.name, begin))
-            if progress is not None:
-                progress(begin + len(images), count)
-    return torch.cat(rows)
+            yield begin, images
 
 
 def pixel_embeddings(images: Tensor, mean: Tensor | None = None) -> Tensor:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 import synface_kernels as sk
 
-from ...reporting.plots import ACCENT, INK, QUIET, figure, finish, save
+from ...reporting.plots import ACCENT, INK, QUIET, densities, figure, finish, save
 from . import bounds
 from .packer import Packed
 
@@ -46,3 +47,42 @@ def plot(packings: Sequence[Packed], path: Path) -> None:
     finish(left, title, "cosine to the nearest neighbor", "share of the points")
     finish(right, "Worst cosine over time (exact)", "seconds", "worst cosine")
     save(new, path)
+
+
+def plot_nearest(
+    nearest: Tensor, dim: int, path: Path, *, others: int | None = None, **lines: float
+) -> None:
+    """Plot the cosines of rows to their nearest neighbors, beside those of random points.
+
+    Args:
+        nearest: (N,) what `nearest_cosines` returns. dim: of the rows.
+        others: number of rows among which neighbors were searched; None if among themselves, for
+            which the lower bound on the greatest of these cosines is drawn too.
+        lines: further cosines to draw lines at, by name.
+    """
+    cosine, count = nearest.double().cpu().numpy(), len(nearest)
+    rivals = count if others is None else others + 1
+    shown = dict(lines)
+    if dim > 1 and others is None:
+        bound = bounds.best(count, dim)
+        shown = {f"{bound.name} bound {bound.cosine:.4f}": bound.cosine} | shown
+    low, high = float(cosine.min()), float(cosine.max())
+    if dim > 1:  # to where all but a thousandth of random points have their neighbor
+        axis = np.linspace(-1, 1, 20001)
+        share = bounds.random_nearest_cdf(axis, rivals, dim)
+        first, last = np.searchsorted(share, (0.0005, 0.9995)).tolist()
+        low, high = min(low, float(axis[first])), max(high, float(axis[min(last, 20000)]))
+    margin = 0.01 * (high - low) + 1e-6
+    edges = np.linspace(low - margin, high + margin, 101)
+    width = edges[1] - edges[0]
+    curves = {"these rows": np.histogram(cosine, edges)[0] / count / width}
+    if dim > 1:
+        curves["random points"] = np.diff(bounds.random_nearest_cdf(edges, rivals, dim)) / width
+    among = "" if others is None else f", to the nearest of {others:,} others"
+    densities(
+        {name: (density, edges) for name, density in curves.items()},
+        path,
+        title=f"{count:,} rows in {dim} dimensions{among}",
+        x="cosine to the nearest neighbor",
+        lines=shown,
+    )
