@@ -12,9 +12,9 @@ namespace {
 template <class T>
 class Candidates {
  public:
-  Candidates(int64_t rows, int64_t k, T error)
+  Candidates(int64_t rows, int64_t k, T error, int64_t more = 6)
       : k_(k),
-        room_(2 * k + 6),
+        room_(2 * k + more),
         margin_(2 * error),
         threshold_(rows),
         count_(rows),
@@ -278,22 +278,27 @@ class Best {
   std::vector<Neighbor<T>> found_;
 };
 
+// Memory limit of rows that are searched again, copied and with their candidates: as many as there
+// are equally near points in a code of quadratic phases.
+constexpr int64_t kAgainBytes = int64_t(16) << 20;
+constexpr int64_t kAgainCandidates = 1000;
+
 // Searches the rows that were given up again, by a GEMM in double: in a packing every point has
 // hundreds of neighbors that are nearly equally near. A row of exact ties is compared pair by pair.
 template <class T>
 void search_again(const Problem& p, const std::vector<int64_t>& rows, int64_t k,
                   const Runtime& runtime, const SimdKernels<T>& simd, const Neighbors& out) {
-  // Rows searched together: enough for the GEMM, few enough to be copied.
-  constexpr int64_t kTogether = 4096;
   const SimdKernels<double>& simd_double = SYNFACE_DISPATCH(simd_kernels<double>);
   const Points& y = p.y ? *p.y : p.x;
   const int64_t dim = p.x.rows.cols, others = y.rows.rows;
+  const int64_t row_bytes = 8 * dim + 16 * (2 * k + kAgainCandidates);
+  const int64_t together =  // enough for the GEMM, few enough to be copied
+      std::min<int64_t>(std::max<int64_t>(kAgainBytes / row_bytes, 16), rows.size());
   // Neighbors are equal if their cosines round to one T.
   const double error = cosine_error<double>(dim) + double(std::numeric_limits<T>::epsilon()) / 2;
-  Buffer<double> copies(std::min<int64_t>(kTogether, rows.size()) * dim);
-  Buffer<double> inverse(std::min<int64_t>(kTogether, rows.size()));
-  for (int64_t begin = 0; begin < int64_t(rows.size()); begin += kTogether) {
-    const int64_t n = std::min<int64_t>(kTogether, rows.size() - begin);
+  Buffer<double> copies(together * dim), inverse(together);
+  for (int64_t begin = 0; begin < int64_t(rows.size()); begin += together) {
+    const int64_t n = std::min<int64_t>(together, rows.size() - begin);
     for_rows(runtime, n, [&](Range range) {
       const RowReader<T> reader(p.x.rows, simd.load);
       for (int64_t i = range.begin; i < range.end; ++i) {
@@ -305,8 +310,8 @@ void search_again(const Problem& p, const std::vector<int64_t>& rows, int64_t k,
     const Points chunk{
         .rows = {.data = copies.get(), .dtype = Dtype::f64, .rows = n, .cols = dim, .stride = dim},
         .inverse = inverse.get()};
-    const Candidates<double> candidates(n, k, error);
-    const auto visit = [&](int, const Tile<double>& tile) {
+    const Candidates<double> candidates(n, k, error, kAgainCandidates);
+    const auto visit = [&](int, const Tile<double, double>& tile) {
       const int64_t columns = tile.columns.size();
       for (int64_t i = 0; i < tile.rows.size(); ++i) {
         const double* row = tile.cosines + i * tile.stride;

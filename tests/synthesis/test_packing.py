@@ -27,6 +27,7 @@ from tests.helpers import codes
 from tests.helpers.command_line import call, refused, synface
 
 SMALL = PackConfig(40, 6, steps=60, seed=3)
+LSE = replace(SMALL, objective="lse")
 
 
 class Silent:
@@ -172,12 +173,16 @@ def test_rows_are_stepped_as_the_whole_is():
 # ---- the same again, and resuming ----------------------------------------------------------------
 
 VARIANTS = {
-    "lse": SMALL,
-    "restarts": replace(SMALL, restarts=3, steps=20),
+    "orbit": SMALL,
+    "orbit, restarts": replace(SMALL, restarts=2, symmetry="cyclic"),
+    "orbit, many": PackConfig(310, 20, steps=60, polish=4, order=24),
+    "orbit, phases": PackConfig(310, 40, steps=60),
+    "lse": LSE,
+    "restarts": replace(LSE, restarts=3, steps=20),
     "batch": replace(SMALL, batch=11),
     "hyperface": replace(SMALL, objective="hyperface"),
     "langevin": replace(SMALL, objective="langevin"),
-    "float32": replace(SMALL, count=1001, steps=30),
+    "float32": replace(LSE, count=1001, steps=30),
 }
 
 
@@ -215,8 +220,12 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     ):
         with pytest.raises(CheckpointError, match=message):
             Packer(replace(SMALL, **change)).run(tmp_path, resume=True)
-    with pytest.raises(CheckpointError, match="another run: its gallery is None"):
+    with pytest.raises(CheckpointError, match="another run: its objective is orbit, expected lse"):
         Packer(SMALL, gallery=torch.ones(1, 6)).run(tmp_path, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        Packer(LSE).run(tmp_path / "lse", stop_after=5)
+    with pytest.raises(CheckpointError, match="another run: its gallery is None"):
+        Packer(LSE, gallery=torch.ones(1, 6)).run(tmp_path / "lse", resume=True)
     with pytest.raises(FileExistsError, match="holds a run already"):
         Packer(SMALL).run(tmp_path)
     found = checkpoint.find(tmp_path)
@@ -227,7 +236,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 def test_the_clock_goes_on_where_it_was(tmp_path):
     """After 25 s of a minute, with 10 s for the last evaluation: the second of two restarts."""
-    packer = Packer(PackConfig(40, 6, minutes=1, restarts=2))
+    packer = Packer(PackConfig(40, 6, "lse", minutes=1, restarts=2))
     run, resumed = (_Run(packer, tmp_path, None) for _ in range(2))
     run.seconds, run.check_seconds, run.restart, run.step = 25.0, 10.0, 1, 7
     run._save()
@@ -294,7 +303,7 @@ def test_files(tmp_path):
     assert metadata["objective"] == "lse"
     assert float(metadata["worst_cosine"]) == lse.worst
     assert float(metadata["bound"]) == lse.bound.cosine
-    assert metadata["bound_name"] == "Levenshtein"
+    assert metadata["bound_name"] == lse.bound.name == "Delsarte's linear program"
     assert json.loads(metadata["worst_pair"]) == list(lse.pair)
     assert json.loads(metadata["seed"]) == 3
     assert (output.with_suffix(".png")).read_bytes().startswith(b"\x89PNG")
@@ -381,7 +390,7 @@ def test_command_packs_and_checks(tmp_path, monkeypatch):
     shown = call("pack", "--count", 40, "--dim", 6, "--steps", 60, "--seed", 3)
     packed = Packer(SMALL).run()
     assert f"worst cosine {packed.worst:.6f}" in shown
-    assert f"its lower bound {packed.bound.cosine:.4f} (Levenshtein)" in shown
+    assert f"its lower bound {packed.bound.cosine:.4f} (Delsarte's linear program)" in shown
     assert "worst 0." in shown
     checked = call("pack", "--check", "packed.safetensors")
     i, j = sorted(packed.pair)
@@ -463,7 +472,7 @@ def test_a_blow_loses_at_most_what_came_after_the_checkpoint(blow, tmp_path):
     running = subprocess.Popen(
         [sys.executable, "-c", often, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, text=True
     )
-    folder = tmp_path / "packed-lse.checkpoints"
+    folder = tmp_path / "packed-orbit.checkpoints"
     limit = time.monotonic() + 60
     while len(checkpoint.checkpoints(folder)) < 2 and time.monotonic() < limit:
         time.sleep(0.005)

@@ -21,19 +21,27 @@ def pack_command(
     objective: Annotated[
         list[str] | None,
         typer.Option(
-            help="Objective: lse, hyperface or langevin; several run one after the other, and the "
-            "first one's points go to --output. Default: lse."
+            help="Objective: orbit, lse, hyperface or langevin; several run one after the other, "
+            "and the first one's points go to --output. Default: orbit, or lse with --gallery, "
+            "--start or --batch."
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Steps of each objective and restart. Default: 500.")
+        int | None,
+        typer.Option(
+            help="Steps of each objective and restart. Default: 500; of orbit 200 to 4000."
+        ),
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Minutes for each objective, instead of --steps.")
     ] = None,
     restarts: Annotated[
-        int, typer.Option(help="Number of random starting points; the best packing is saved.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Number of random starts, of which the best packing is saved; side by side for "
+            "orbit. Default: 1; for orbit with few points, what costs little."
+        ),
+    ] = None,
     batch: Annotated[
         int | None,
         typer.Option(help="Random points per step, for large N. Default: all N."),
@@ -46,6 +54,19 @@ def pack_command(
         Path | None, typer.Option(help="Embeddings to start from: .safetensors or .npy.")
     ] = None,
     lr: Annotated[float, typer.Option(help="Learning rate of the objective hyperface.")] = 0.001,
+    symmetry: Annotated[
+        str, typer.Option(help="Symmetry of orbit's points: auto, none, antipodal or cyclic.")
+    ] = "auto",
+    order: Annotated[
+        int | None, typer.Option(help="Order of orbit's group of rotations. Default: chosen.")
+    ] = None,
+    polish: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of lse after orbit, for more than 300 points. Default: 0, or 100 with "
+            "--gallery."
+        ),
+    ] = None,
     seed: SeedOption = 0,
     output: Annotated[
         Path, typer.Option(help="Output file (.safetensors); a plot (.png) is written beside it.")
@@ -84,6 +105,8 @@ def pack_command(
         refuse(context, "without --gallery", "alpha")
     if "hyperface" not in (objective or []):
         refuse(context, "without --objective hyperface", "lr")
+    if objective and not {"auto", "orbit"} & set(objective):
+        refuse(context, "without --objective orbit", "symmetry", "order", "polish")
     begin = None if start is None else read_embeddings(start)
     keep = None if gallery is None else read_embeddings(gallery)
     if begin is not None:
@@ -93,14 +116,28 @@ def pack_command(
         raise ValueError("pack needs --count and --dim (or --start), or --check")
     packers = [
         packing.Packer(
-            packing.PackConfig(count, dim, each, steps, minutes, restarts, batch, alpha, lr, seed),
+            packing.PackConfig(
+                count,
+                dim,
+                each,
+                steps=steps,
+                minutes=minutes,
+                restarts=restarts,
+                batch=batch,
+                alpha=alpha,
+                lr=lr,
+                seed=seed,
+                symmetry=symmetry if each in ("auto", "orbit") else "auto",
+                order=order if each in ("auto", "orbit") else None,
+                polish=polish if each in ("auto", "orbit") else None,
+            ),
             gallery=keep,
             start=begin,
             device=device,
         )
-        for each in objective or ["lse"]
+        for each in objective or ["auto"]
     ]
-    bound = packers[0].bound
+    bound = packing.bounds.certificate(count, dim)[0]
     say(
         f"{count:,} points in {dim} dimensions: the worst cosine of random points is about "
         f"{packing.bounds.random_worst(count, dim):.4f}, its lower bound "

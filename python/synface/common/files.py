@@ -70,7 +70,7 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file atomically.
+    """Write a safetensors file atomically; the same contents always give the same bytes.
 
     Raises:
         OSError: if it cannot be written (a full disk, say).
@@ -84,9 +84,24 @@ def write_tensors(
             part.touch()
             mode = stat.S_IMODE(part.stat().st_mode)  # what the umask leaves; safetensors' is 0600
             save_file(_separate(tensors), part, metadata)
+            _sort_metadata(part)
             part.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def _sort_metadata(file: Path) -> None:
+    """Sort the metadata of a safetensors file, which the library writes in random order."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        if not header["__metadata__"]:
+            return
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # the rest is spaces
+            opened.seek(8)
+            opened.write(text.ljust(size))
 
 
 def checksum(file: Path) -> str:

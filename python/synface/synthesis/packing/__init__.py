@@ -2,9 +2,10 @@
 
 from ...common.renamed import old_names
 from . import bounds
+from .config import OBJECTIVES, PackConfig
 from .files import pack
 from .objectives import closest_pair
-from .packer import OBJECTIVES, PackConfig, Packed, Packer, PackingProgress
+from .packer import Packed, Packer, PackingProgress
 from .pairs import ClosePair, PairsAbove, closest_pairs, nearest_cosines, pairs_above
 from .selection import farthest_points
 

@@ -19,7 +19,8 @@ from .annealing import FIRST_STEP, Annealing, last_sharpness
 from .optimizer import SphereAdam
 
 if TYPE_CHECKING:
-    from .packer import PackConfig, Packer
+    from .config import PackConfig
+    from .packer import Packer
 
 
 class Evaluation(NamedTuple):
@@ -152,10 +153,10 @@ class _LogSumExp(_Annealed):
         self.annealing = annealing or Annealing(config.dim, packer.bound.cosine, last)
 
     def energy(self, done: float) -> sk.LogSumExp:
-        return sk.LogSumExp(min(self.annealing.t(done), SHARPEST))
+        return sk.LogSumExp(min(float(self.annealing.t(done)), SHARPEST))
 
     def length(self, done: float) -> float:
-        return self.annealing.length(done)
+        return float(self.annealing.length(done))
 
 
 class _Langevin(_Annealed):
@@ -244,6 +245,10 @@ class PointSearch:
         self.points = points
         self.objective = self._objective()
 
+    def turns(self, done: float) -> bool:
+        """Return whether the best points must be known before the next step."""
+        return False
+
     def step(self, step: int, done: float) -> None:
         """Take a step, at the share ``done`` of a restart."""
         self.objective.step(self.points, step, done)
@@ -259,6 +264,10 @@ class PointSearch:
     def result(self) -> tuple[Tensor, Evaluation | None]:
         """Return the best points; their evaluation is the last one kept."""
         return self.best, None
+
+    def result_seconds(self) -> float:
+        """Return an estimate of the seconds that `result` takes."""
+        return 0.0
 
     def finite(self) -> bool:
         """Return whether all points are finite."""

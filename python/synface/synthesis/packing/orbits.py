@@ -71,7 +71,7 @@ class Orbits:
         most = max(n for each in counts for n in each.values())
         self.shape = (len(used), most, 2 if self.order > 2 else 1)
         self.width = math.prod(self.shape)
-        exists = torch.zeros(len(layouts), *self.shape, dtype=torch.float64)
+        exists = torch.zeros(len(layouts), *self.shape, dtype=torch.float64, device="cpu")
         for code, each in enumerate(counts):
             for row, k in enumerate(used):
                 parts = 2 if 0 < 2 * k < self.order else 1

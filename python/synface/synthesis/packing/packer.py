@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,152 +19,23 @@ from ... import checkpoint
 from ...common.check import (
     check_device,
     check_folder,
-    check_integer,
     check_memory,
-    check_number,
     check_rows,
     describe,
 )
 from ...common.files import CheckpointError, write_tensors
 from ...common.interrupts import interruption, interrupts
 from ..embeddings import NAME, sha256_of_rows
-from . import bounds, symmetries
+from . import bounds
+from .config import PackConfig
 from .objectives import PointSearch
-from .search import FEW_POINTS, OrbitSearch, default_steps
+from .search import FEW_POINTS, OrbitSearch, check_restarts
 
-OBJECTIVES = ("auto", "orbit", "lse", "hyperface", "langevin")
 CHECK_EVERY = 25  # steps between evaluations of the exact worst cosine, or
 TIMED_CHECKS = 50  # evaluations in a run limited by time
 CHECKPOINT_SECONDS = 120.0
-DEFAULT_STEPS = 500
 DOUBLE_UP_TO = 1000  # points on a CPU: few enough that float64 costs nothing
-GALLERY_POLISH = 100  # steps of "lse" after an orbit search with a gallery
 QUEUED_STEPS = 2  # steps that the host may be ahead of a GPU, so that the clock is right
-
-_INTEGERS = {"restarts": 1, "seed": 0, "steps": 1, "batch": 2, "order": 1, "polish": 0}
-
-
-@dataclass(frozen=True)
-class PackConfig:
-    """Configuration of a packing. With ``steps``, two runs on one machine are bitwise the same.
-
-    Attributes:
-        count, dim: number of points N and dimension d, both at least 2.
-        objective: "orbit", "lse", "hyperface" or "langevin", see `Packer`; "auto" takes "orbit"
-            unless a gallery, a start, a batch or a group is given, else "lse".
-        steps: number of steps of each restart, or
-        minutes: length of the whole run. The annealing then follows the clock, so the result
-            depends on the machine's speed. Neither: 500 steps; of "orbit" 200 to 3000, fewer for
-            more points.
-        restarts: runs from other random points; the best one is returned. "orbit" runs them side by
-            side, the others one after another. None: 1; of "orbit" with up to 300 points as many of
-            each group, up to 16, as cost little.
-        batch: points that repel each other in one step, each point drawn once per pass; None for
-            all at once. See `Packer`.
-        alpha: weight of the gallery.
-        lr: learning rate of "hyperface". 0.001 was the best of seven in a trial (docs/packing.md).
-        seed: random seed.
-        symmetry: groups that "orbit" tries: "none", "antipodal" (x and −x), "cyclic", or "auto" for
-            all that suit N and d. "none" of more than 300 points is the objective "lse".
-        order: order of the group of "orbit", a divisor of N up to 300 points; None chooses it.
-        polish: steps of "lse" after an orbit search of more than 300 points, in a run limited by
-            time a quarter of it; None: 0, and 100 with a gallery.
-
-    Raises:
-        TypeError, ValueError: for a wrong argument, naming it.
-    """
-
-    count: int
-    dim: int
-    objective: str = "auto"
-    steps: int | None = None
-    minutes: float | None = None
-    restarts: int | None = None
-    batch: int | None = None
-    alpha: float = 0.5
-    lr: float = 0.001
-    seed: int = 0
-    symmetry: str = "auto"
-    order: int | None = None
-    polish: int | None = None
-
-    def __post_init__(self) -> None:
-        bounds.best(self.count, self.dim)  # checks both
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
-        if self.steps is not None and self.minutes is not None:
-            raise ValueError(
-                f"give steps or minutes, not both, got {self.steps} and {self.minutes}"
-            )
-        for name, least in _INTEGERS.items():
-            value = getattr(self, name)
-            if value is not None or name == "seed":
-                check_integer(name, value, least)
-        check_number("alpha", self.alpha, 0)
-        for name in ("lr", "minutes"):
-            value = getattr(self, name)
-            if name == "lr" or value is not None:
-                check_number(name, value, 0)
-                if value == 0:
-                    raise ValueError(f"{name} must be positive, got {value}")
-        self._check_symmetry()
-        if self.batch is None:
-            return
-        if self.batch > self.count:
-            raise ValueError(f"batch must be in [2, count = {self.count}], got {self.batch}")
-        if self.objective not in ("auto", "lse"):
-            raise ValueError(f"batch needs the objective 'lse', got {self.objective!r}")
-
-    def _check_symmetry(self) -> None:
-        if self.symmetry not in symmetries.SYMMETRIES:
-            raise ValueError(
-                f"symmetry must be one of {symmetries.SYMMETRIES}, got {self.symmetry!r}"
-            )
-        given = [
-            name
-            for name in ("symmetry", "order", "polish")
-            if getattr(self, name) not in (None, "auto")
-        ]
-        if given and (self.objective not in ("auto", "orbit") or self.batch is not None):
-            raise ValueError(
-                f"{given[0]} needs the objective 'orbit' without batch, got {self.objective!r}"
-            )
-        if self.polish is not None and self.count <= FEW_POINTS:
-            raise ValueError(
-                f"polish needs more than {FEW_POINTS} points, got count = {self.count}: a search of "
-                "fewer ends without symmetry"
-            )
-        symmetries.check(self.count, self.dim, self.symmetry, self.order, FEW_POINTS)
-
-    def resolved(self, *, free: bool) -> PackConfig:
-        """Return the configuration with every "auto" and default decided.
-
-        Args:
-            free: whether the points are free to be symmetric: no gallery, start or group is given.
-        """
-        objective = self.objective
-        if objective == "auto":
-            orbit = free and self.batch is None and self.count > 2
-            if self.symmetry == "none" and self.count > FEW_POINTS:
-                orbit = False
-            objective = "orbit" if orbit else "lse"
-        steps, restarts, polish = self.steps, self.restarts or 1, self.polish or 0
-        if steps is None and self.minutes is None:
-            steps = DEFAULT_STEPS
-        if objective == "orbit":
-            if self.steps is None and self.minutes is None:
-                steps = default_steps(self.count, self.dim)
-            restarts = self.restarts
-            if self.polish is None and not free:
-                polish = GALLERY_POLISH
-        return replace(
-            self, objective=objective, steps=steps, restarts=restarts, polish=polish or None
-        )
-
-    def metadata(self) -> dict[str, str]:
-        """Return the fields as the metadata of a file; strings are not quoted."""
-        values = asdict(self).items()
-        return {name: v if isinstance(v, str) else json.dumps(v) for name, v in values}
 
 
 class PackingProgress(Protocol):
@@ -180,10 +51,12 @@ class Packed:
 
     Attributes:
         points: (N, d) unit vectors, float32 or (up to 1000 points on a CPU) float64.
-        worst: the largest cosine between two of them, exact.
+        worst: the largest cosine between two of them, exact; of more than 200,000 points with the
+            objective "orbit", between one point of each orbit and all others, which is the same up
+            to the points' rounding.
         pair: the indices of these two.
-        bound: lower bound on the worst cosine of N points.
-        history: (seconds, steps, worst cosine) of every exact evaluation.
+        bound: the highest known lower bound on the worst cosine of N points.
+        history: (seconds, steps, worst cosine) of every evaluation; the last one is of the result.
         config: the packing's configuration.
     """
 
@@ -202,6 +75,8 @@ class Packed:
     def save(self, path: Path, *, overwrite: bool = False) -> None:
         """Write a safetensors file of "embeddings" (N, d), with the other attributes as metadata.
 
+        The history is without its seconds: the file depends on the result alone.
+
         Raises:
             FileExistsError: if the file exists and ``overwrite`` is not set.
             OSError: if it cannot be written (a full disk, say); an earlier file is not changed.
@@ -213,7 +88,7 @@ class Packed:
             "worst_pair": json.dumps(self.pair),
             "bound": repr(self.bound.cosine),
             "bound_name": self.bound.name,
-            "history": json.dumps(self.history),
+            "history": json.dumps([row[1:] for row in self.history]),
         }
         write_tensors(path, {NAME: self.points.cpu()}, metadata)
 
@@ -231,9 +106,14 @@ class Packer:
 
     Objectives, annealed over the run:
 
+    - "orbit": as "lse", of points that a cyclic group of rotations permutes. One point of each
+      orbit and its images are all that is computed, by FFT, so a step costs N²/p numbers for a
+      group of order p. Up to 300 points, many groups compete (`symmetry`), from several starts
+      each, for 30 % of the run, and the best codes are refined without symmetry.
     - "lse": (1/t)·log Σ_{i<j} exp(t·c_ij), a soft maximum of the cosines, with t rising
-      exponentially from √d/2 to 75·max(1, 1000/N)·√d (both divided by 1 − bound), and steps of
-      `SphereAdam` whose length falls linearly to 0, and with 1/t in the end where that is less.
+      exponentially from √d/2 to 300·√d, or to 75·√d in less than 300 steps, and higher for
+      N ≤ 1000 (all divided by 1 − bound), and steps of `SphereAdam` whose length falls linearly to
+      0, and with 1/t in the end where that is less.
     - "hyperface": max c_ij, the closest pair alone, with Adam and renormalization.
     - "langevin": soft spheres, Σ max(0, c_ij − threshold)²/2, whose threshold falls from random
       points' worst cosine to the bound, with noise that decays to 0.
@@ -243,7 +123,8 @@ class Packer:
     Every pair counts in every step, unless ``batch`` is set; then a step moves ``batch`` points by
     their own pairs only, and includes a given pair in about batch/N of the passes over the points.
     Every worst cosine reported is exact, over all pairs; with ``batch`` it is computed at the end
-    of each restart only.
+    of each restart only. During an orbit search it is that of the whole orbits, by their symmetry;
+    of the result, of which points were dropped where p does not divide N, all pairs are compared.
 
     Args:
         config: the configuration.
@@ -259,11 +140,13 @@ class Packer:
     Raises:
         TypeError: for a gallery, start or device of another Python type.
         ValueError: for a gallery or start of another dtype or shape, or with a zero or non-finite
-            row, a device that torch does not have, more points than the memory holds, and a group
-            with ``minutes`` or with fewer points than ranks.
+            row, a device that torch does not have, more points or restarts than the memory holds,
+            a group with ``minutes`` or with fewer points than ranks, and for "orbit" with a start,
+            a group or, up to 300 points, a gallery.
 
     Memory: 5·N·d numbers (points, best so far, gradient, moment, scratch), on a GPU 7·N·d, and the
-    op's 64 MiB.
+    op's 64 MiB. An orbit search holds 4·d numbers of each orbit, some tens of MiB of correlations
+    (`Orbits`), and at the end N·d.
     Sources: Shahreza and Marcel, "HyperFace", ICLR 2025; Geissbühler et al., "Synthetic face
     datasets generation via latent space exploration from Brownian identity diffusion", 2024.
     """
@@ -286,7 +169,8 @@ class Packer:
         if group is not None:
             self._check_group()
         if on_cpu:
-            needed = 5 * config.count * config.dim * self.dtype.itemsize
+            copies = 1 if config.objective == "orbit" and not config.polish else 5
+            needed = copies * config.count * config.dim * self.dtype.itemsize
             check_memory(f"packing {config.count:,} points in {config.dim} dimensions", needed)
         self.bound = bounds.best(config.count, config.dim)
         self.gallery = None if gallery is None else self._unit("gallery", gallery, None)
@@ -344,6 +228,8 @@ class Packer:
                 raise ValueError(
                     f"objective must be 'lse' with {name}, got 'orbit', whose points are symmetric"
                 )
+        if self.device.type == "cpu":
+            check_restarts(self.config)
 
     def _unit(self, name: str, rows: Tensor, count: int | None) -> Tensor:
         dim = self.config.dim
@@ -375,6 +261,7 @@ class _Run:
         self.restart = -1
         self.seconds = 0.0
         self.check_seconds = 0.0
+        self.reserve = 0.0  # seconds that comparing all pairs of the result will take
         self.history: list[tuple[float, int, float]] = []
         self.score, self.worst, self.pair = math.inf, math.inf, (0, 0)  # of the best so far
         search = OrbitSearch if self.config.objective == "orbit" else PointSearch
@@ -392,6 +279,8 @@ class _Run:
         if self.folder is not None:
             check_folder("folder", self.folder)
         began = time.perf_counter() - self.seconds
+        if self.config.minutes is not None:
+            self.reserve = self.search.result_seconds()
         saved = time.perf_counter()
         queue = _Queue(self.packer.device)
         while True:
@@ -404,7 +293,7 @@ class _Run:
                 if restart == self.search.rounds:
                     break
                 self._begin(restart)
-            if self.config.batch is None and self._check_needed():
+            if self.config.batch is None and (self._check_needed() or self.search.turns(done)):
                 self._check()
             self.search.step(self.step, done)
             queue.push()
@@ -428,7 +317,7 @@ class _Run:
             points,
             self.worst,
             self.pair,
-            self.packer.bound,
+            bounds.certificate(self.config.count, self.config.dim)[0],
             self.history,
             self.config,
         )
@@ -438,7 +327,8 @@ class _Run:
         if self.steps is not None:
             return self.step / (self.steps * self.search.rounds)
         assert self.config.minutes is not None
-        budget = self.config.minutes * 60 - 1.2 * self.check_seconds  # for the last evaluation
+        # The last evaluation takes time as well.
+        budget = self.config.minutes * 60 - 1.2 * self.check_seconds - self.reserve
         return 1.0 if budget <= self.seconds else self.seconds / budget
 
     def _where(self) -> tuple[int, float]:

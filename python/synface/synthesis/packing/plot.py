@@ -14,14 +14,19 @@ from ...reporting.plots import ACCENT, INK, QUIET, densities, figure, finish, sa
 from . import bounds
 from .packer import Packed
 
-COLORS = (ACCENT, INK, "#2980b9")
+COLORS = (ACCENT, INK, "#2980b9", "#27ae60")
+SAMPLE = 20_000  # points at most whose neighbors are searched for a plot
 
 
 def plot(packings: Sequence[Packed], path: Path) -> None:
-    """Plot nearest neighbors' cosines and the worst one over time, of packings of one (N, d)."""
+    """Plot nearest neighbors' cosines and the worst one over the run, of packings of one (N, d).
+
+    The second plot is over seconds for runs limited by time, else over steps, so that it is the
+    same for the same packings.
+    """
     first = packings[0]
     count, dim = first.points.shape
-    nearest = [sk.nearest_neighbors(p.points)[0][:, 0].double().cpu().numpy() for p in packings]
+    nearest = [_nearest(p.points) for p in packings]
     worst_random = bounds.random_worst(count, dim)
 
     new, (left, right) = figure(11, 4.4, 1, 2)
@@ -30,23 +35,35 @@ def plot(packings: Sequence[Packed], path: Path) -> None:
     margin = 0.05 * (high - low) + 1e-6
     edges = np.linspace(low - margin, high + margin, 121)
     for packing, cosines, color in zip(packings, nearest, COLORS, strict=False):
-        share = np.histogram(cosines, edges)[0] / count
+        share = np.histogram(cosines, edges)[0] / len(cosines)
         label = f"{packing.config.objective}: worst {packing.worst:.4f}"
         left.stairs(share, edges, fill=True, alpha=0.6, color=color, label=label)
     random = np.diff(bounds.random_nearest_cdf(edges, count, dim))
     left.stairs(random, edges, color=QUIET, label=f"random: worst about {worst_random:.4f}")
 
+    timed = first.config.minutes is not None
     for packing, color in zip(packings, COLORS, strict=False):
-        seconds, _, worst = zip(*packing.history, strict=True)
-        right.plot(seconds, worst, color=color, label=packing.config.objective)
+        seconds, steps, worst = zip(*packing.history, strict=True)
+        right.plot(seconds if timed else steps, worst, color=color, label=packing.config.objective)
     bound = first.bound.cosine
     options = {"color": "black", "linestyle": ":", "label": f"{first.bound.name} bound {bound:.4f}"}
     left.axvline(bound, **options)
     right.axhline(bound, **options)
     title = f"{count:,} points in {dim} dimensions"
     finish(left, title, "cosine to the nearest neighbor", "share of the points")
-    finish(right, "Worst cosine over time (exact)", "seconds", "worst cosine")
+    over = "seconds" if timed else "steps"
+    finish(right, f"Worst cosine over the {over} (exact)", over, "worst cosine")
     save(new, path)
+
+
+def _nearest(points: Tensor) -> np.ndarray:
+    """Return the cosines of evenly spaced points to their nearest neighbors among all."""
+    rows = points[:: -(-len(points) // SAMPLE)]
+    if len(rows) == len(points):
+        cosine = sk.nearest_neighbors(points)[0][:, 0]
+    else:
+        cosine = sk.nearest_neighbors(rows, points, 2)[0][:, 1]  # the first is the point itself
+    return cosine.double().cpu().numpy()
 
 
 def plot_nearest(

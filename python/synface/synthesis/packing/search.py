@@ -7,6 +7,7 @@ refined without symmetry. Many points: one large cyclic group, whose steps cost 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -20,13 +21,20 @@ import synface_kernels as sk
 from ...common.check import available_memory
 from ...common.rng import generator
 from . import symmetries
-from .annealing import LONG_SHARPNESS, Annealing, last_sharpness
+from .annealing import (
+    FIRST_SHARPNESS,
+    FIRST_STEP,
+    LONG_SHARPNESS,
+    Annealing,
+    last_sharpness,
+)
 from .objectives import Evaluation, PointSearch, closest_pair, gallery_term
 from .optimizer import SphereAdam
 from .orbits import Layout, Orbits
 
 if TYPE_CHECKING:
-    from .packer import PackConfig, Packer
+    from .config import PackConfig
+    from .packer import Packer
 
 FEW_POINTS = 300
 FEW_STEPS = 1300
@@ -80,7 +88,7 @@ class _Codes:
         self.optimizer = SphereAdam(codes * generators, orbits.width, torch.float64, orbits.device)
 
     def begin(self, random: torch.Generator) -> None:
-        drawn = torch.randn(self.rows.shape, dtype=torch.float64, generator=random)
+        drawn = torch.randn(self.rows.shape, dtype=torch.float64, generator=random, device="cpu")
         self.rows.copy_(self.orbits.unit(drawn.to(self.orbits.device)))
 
     def step(self, done: float, dtype: torch.dtype) -> None:
@@ -117,24 +125,15 @@ class OrbitSearch:
         self.packer, config = packer, packer.config
         count, dim = config.count, config.dim
         self.is_few = count <= FEW_POINTS
-        self.phases = False
         self.final: _Codes | None = None  # few points: the best codes, without symmetry
         self.polish: PointSearch | None = None  # many points: likewise
-        if self.is_few:
-            layouts = symmetries.few(count, dim, config.symmetry, config.order)
-        else:
-            free = config.symmetry == "auto" and config.order is None
-            found = symmetries.phases(count, dim) if free else None
-            self.phases = found is not None
-            layouts = [found or symmetries.many(count, dim, config.symmetry, config.order)]
-        groups = {order: list(group) for order, group in groupby(layouts, lambda each: each.order)}
-        for order, group in groups.items():
+        self.phases = not self.is_few and _phases(config) is not None
+        self.codes = []
+        for group in _layouts(config).values():
             if self.is_few:
-                groups[order] = _repeated(group, count, config.restarts)
+                self.codes.append(self._new(_repeated(group, count, config.restarts)))
             else:
-                groups[order] = group * (config.restarts or 1)
-        self._check_memory(groups)
-        self.codes = [self._new(group) for group in groups.values()]
+                self.codes.append(self._new(group * (config.restarts or 1)))
         if self.is_few:
             last = last_sharpness(count, config.steps or FEW_STEPS)
             finalists = FINALISTS // (2 if count > MANY_FINALISTS else 1)
@@ -142,7 +141,7 @@ class OrbitSearch:
             self.final = self._new([Layout(1, dim)] * finalists, refining)
         elif config.polish:
             self.polish = PointSearch(packer, self._polishing())
-        self.finishing = torch.zeros((), dtype=torch.bool)
+        self.finishing = torch.zeros((), dtype=torch.bool, device="cpu")
         self.leader = (0, 0)  # the best codes' index and the code's
         shape = (count, dim) if self.is_few else self.codes[0].rows.shape[1:]
         self.best = torch.zeros(shape, dtype=torch.float64, device=packer.device)
@@ -167,6 +166,10 @@ class OrbitSearch:
         if self.phases:
             start = symmetries.quadratic(self.codes[0].orbits, self.packer.config.count)
             self.codes[0].rows.copy_(start.expand_as(self.codes[0].rows))
+
+    def turns(self, done: float) -> bool:
+        """Return whether the next step is the first without symmetry, from the best code so far."""
+        return self.polish is not None and done >= self.share and not self.finishing
 
     def step(self, step: int, done: float) -> None:
         """Take a step of every code."""
@@ -222,14 +225,29 @@ class OrbitSearch:
         """Return the best points and, unless the last evaluation holds for them, a new one."""
         if self.is_few:
             return self.best.to(self.packer.dtype), None
-        if self.polish is not None and self.finishing:
-            return self.polish.result()
         orbits, count = self.codes[0].orbits, self.packer.config.count
-        points = orbits.points(self.best, 0, self.packer.dtype)[:count]
+        if self.polish is not None and self.finishing:
+            points = self.polish.best
+        else:
+            points = orbits.points(self.best, 0, self.packer.dtype)[:count]
         if count <= EXACT_UP_TO:
             return points, Evaluation(*closest_pair(points), 0.0)
-        first = torch.arange(0, count, orbits.order, dtype=torch.int64)
+        first = torch.arange(0, count, orbits.order, dtype=torch.int64, device="cpu")
         return points, Evaluation(*_closest_to(points, first.to(points.device)), 0.0)
+
+    def result_seconds(self) -> float:
+        """Return an estimate of the seconds that `result` takes: of all pairs in double."""
+        count, dim = self.packer.config.count, self.packer.config.dim
+        if self.is_few:
+            return 0.0
+        rows, columns = 512, 4096
+        x = torch.ones(rows, dim, dtype=torch.float64, device=self.packer.device)
+        y = torch.ones(dim, columns, dtype=torch.float64, device=self.packer.device)
+        torch.mm(x, y)
+        began = time.perf_counter()
+        float(torch.mm(x, y)[0, 0])
+        compared = count if count <= EXACT_UP_TO else -(-count // self.codes[0].orbits.order)
+        return 1.3 * (time.perf_counter() - began) * (compared / rows) * (count / columns)
 
     def finite(self) -> bool:
         """Return whether all codes are finite."""
@@ -249,8 +267,14 @@ class OrbitSearch:
         orbits = Orbits(layouts, self.packer.device)
         return _Codes(orbits, len(layouts), generators, annealing or self._searching(len(layouts)))
 
-    def _annealing(self, last: float | Tensor, *first: float | Tensor) -> Annealing:
-        return Annealing(self.packer.config.dim, self.packer.bound.cosine, last, *first)
+    def _annealing(
+        self,
+        last: float | Tensor,
+        first: float | Tensor = FIRST_SHARPNESS,
+        first_step: float = FIRST_STEP,
+    ) -> Annealing:
+        bound = self.packer.bound.cosine
+        return Annealing(self.packer.config.dim, bound, last, first, first_step)
 
     def _searching(self, codes: int) -> Annealing:
         """Return the schedules of codes of one group."""
@@ -282,7 +306,7 @@ class OrbitSearch:
     def _disturb(self) -> None:
         """Add noise to quadratic phases, whose cosines are equal and would not move else."""
         codes, random = self.codes[0], generator(self.packer.config.seed, "noise", 0)
-        noise = torch.randn(codes.rows.shape, dtype=torch.float64, generator=random)
+        noise = torch.randn(codes.rows.shape, dtype=torch.float64, generator=random, device="cpu")
         scale = NOISE / math.sqrt(self.packer.config.dim)
         codes.rows.copy_(codes.orbits.unit(codes.rows + scale * noise.to(codes.rows.device)))
 
@@ -292,6 +316,7 @@ class OrbitSearch:
         if self.polish is not None:
             points = self.codes[0].orbits.points(self.best, 0, self.packer.dtype)
             self.polish.begin_at(points[: self.packer.config.count])
+            self.polish.keep()
         if self.final is None:
             return
         worst = torch.cat([codes.orbits.worst(codes.rows) for codes in self.codes]).cpu()
@@ -302,24 +327,41 @@ class OrbitSearch:
             codes, lane = places[index]
             self.final.rows[to] = self.final.orbits.from_points(codes.points(lane))
 
-    def _check_memory(self, groups: dict[int, list[Layout]]) -> None:
-        """Raise ValueError if the restarts' generators and correlations exceed the memory."""
-        config, device = self.packer.config, self.packer.device
-        if device.type != "cpu":
-            return
-        needed = 0
-        for order, layouts in groups.items():
-            generators = -(-config.count // order)
-            numbers = generators * max(1, len(layouts)) * Orbits(layouts[:1], device).width
-            correlations = len(layouts) * generators * order
-            needed += 8 * (4 * numbers + 6 * correlations)
-        free = available_memory()
-        if free is not None and needed > free:
-            raise ValueError(
-                f"restarts must fit into memory: {config.restarts or 1:,} of {config.count:,} points in "
-                f"{config.dim} dimensions take {needed / 2**30:,.1f} GiB, and "
-                f"{free / 2**30:,.1f} GiB are free"
-            )
+
+def check_restarts(config: PackConfig) -> None:
+    """Raise ValueError if the restarts' generators and correlations exceed the memory."""
+    if config.restarts is None:
+        return
+    needed, device = 0, torch.device("cpu")
+    for order, layouts in _layouts(config).items():
+        generators, codes = -(-config.count // order), len(layouts) * config.restarts
+        width = Orbits(layouts[:1], device).width
+        needed += 8 * codes * generators * (4 * width + 6 * order)
+    free = available_memory()
+    if free is not None and needed > free:
+        raise ValueError(
+            f"restarts must fit into memory: {config.restarts:,} of {config.count:,} points in "
+            f"{config.dim} dimensions take {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB "
+            "are free"
+        )
+
+
+def _layouts(config: PackConfig) -> dict[int, list[Layout]]:
+    """Return the layouts to search, by order."""
+    if config.count > FEW_POINTS:
+        layouts = [_phases(config) or symmetries.many(*_wanted(config))]
+    else:
+        layouts = symmetries.few(*_wanted(config))
+    return {order: list(group) for order, group in groupby(layouts, lambda each: each.order)}
+
+
+def _wanted(config: PackConfig) -> tuple[int, int, str, int | None]:
+    return config.count, config.dim, config.symmetry, config.order
+
+
+def _phases(config: PackConfig) -> Layout | None:
+    free = config.symmetry == "auto" and config.order is None
+    return symmetries.phases(config.count, config.dim) if free else None
 
 
 def _closest_to(points: Tensor, rows: Tensor) -> tuple[float, tuple[int, int]]:

@@ -87,7 +87,8 @@ def many(count: int, dim: int, symmetry: str, order: int | None = None) -> Layou
     each = 2 * len(spread) + signs + axes
     rounds, rest = divmod(dim, each)
     # A fixed shuffle: neighboring frequencies alone would make neighboring images similar.
-    shuffled = torch.randperm(len(spread), generator=torch.Generator().manual_seed(order)).tolist()
+    generator = torch.Generator("cpu").manual_seed(order)
+    shuffled = torch.randperm(len(spread), generator=generator, device="cpu").tolist()
     extra = [spread[i] for i in shuffled[: rest // 2]]
     if rest // 2 > len(spread) or (rest % 2 and not axes and not signs):
         raise ValueError(
@@ -128,12 +129,12 @@ def quadratic(orbits: Orbits, count: int) -> Tensor:
     """
     order = orbits.order
     generators = -(-count // order)
-    x = torch.arange(order, dtype=torch.int64)
-    a = torch.arange(generators, dtype=torch.int64)[:, None] // 4 + 1
+    x = torch.arange(order, dtype=torch.int64, device="cpu")
+    a = torch.arange(generators, dtype=torch.int64, device="cpu")[:, None] // 4 + 1
     angle = (a * (x * x % order) % order).double() * (2 * math.pi / order)
-    turn = torch.arange(generators, dtype=torch.float64)[:, None] % 4 * (math.pi / 2)
+    turn = torch.arange(generators, dtype=torch.float64, device="cpu")[:, None] % 4 * (math.pi / 2)
     z = torch.polar(torch.ones_like(angle), angle + turn)
-    rows = torch.zeros(generators, *orbits.shape, dtype=torch.float64)
+    rows = torch.zeros(generators, *orbits.shape, dtype=torch.float64, device="cpu")
     half = (order + 1) // 2
     rows[:, 0, 0, 0], rows[:, 0, 1, 0] = z[:, 0].real, z[:, 0].imag
     rows[:, 1:, 0] = torch.view_as_real(z[:, 1:half])

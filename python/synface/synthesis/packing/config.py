@@ -1,0 +1,138 @@
+"""The configuration of a packing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+
+from ...common.check import check_integer, check_number
+from . import bounds, symmetries
+from .search import FEW_POINTS, default_steps
+
+OBJECTIVES = ("auto", "orbit", "lse", "hyperface", "langevin")
+DEFAULT_STEPS = 500
+GALLERY_POLISH = 100  # steps of "lse" after an orbit search with a gallery
+_INTEGERS = {"restarts": 1, "seed": 0, "steps": 1, "batch": 2, "order": 1, "polish": 0}
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Configuration of a packing. With ``steps``, two runs on one machine are bitwise the same.
+
+    Attributes:
+        count, dim: number of points N and dimension d, both at least 2.
+        objective: "orbit", "lse", "hyperface" or "langevin", see `Packer`; "auto" takes "orbit"
+            unless a gallery, a start, a batch or a group is given, else "lse".
+        steps: number of steps of each restart, or
+        minutes: length of the whole run. The annealing then follows the clock, so the result
+            depends on the machine's speed. Neither: 500 steps; of "orbit" 200 to 3000, fewer for
+            more points.
+        restarts: runs from other random points; the best one is returned. "orbit" runs them side by
+            side, the others one after another. None: 1; of "orbit" with up to 300 points as many of
+            each group, up to 16, as cost little.
+        batch: points that repel each other in one step, each point drawn once per pass; None for
+            all at once. See `Packer`.
+        alpha: weight of the gallery.
+        lr: learning rate of "hyperface". 0.001 was the best of seven in a trial (docs/packing.md).
+        seed: random seed.
+        symmetry: groups that "orbit" tries: "none", "antipodal" (x and −x), "cyclic", or "auto" for
+            all that suit N and d. "none" of more than 300 points is the objective "lse".
+        order: order of the group of "orbit", a divisor of N up to 300 points; None chooses it.
+        polish: steps of "lse" after an orbit search of more than 300 points, in a run limited by
+            time a quarter of it; None: 0, and 100 with a gallery.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, naming it.
+    """
+
+    count: int
+    dim: int
+    objective: str = "auto"
+    steps: int | None = None
+    minutes: float | None = None
+    restarts: int | None = None
+    batch: int | None = None
+    alpha: float = 0.5
+    lr: float = 0.001
+    seed: int = 0
+    symmetry: str = "auto"
+    order: int | None = None
+    polish: int | None = None
+
+    def __post_init__(self) -> None:
+        bounds.best(self.count, self.dim)  # checks both
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
+        if self.steps is not None and self.minutes is not None:
+            raise ValueError(
+                f"give steps or minutes, not both, got {self.steps} and {self.minutes}"
+            )
+        for name, least in _INTEGERS.items():
+            value = getattr(self, name)
+            if value is not None or name == "seed":
+                check_integer(name, value, least)
+        check_number("alpha", self.alpha, 0)
+        for name in ("lr", "minutes"):
+            value = getattr(self, name)
+            if name == "lr" or value is not None:
+                check_number(name, value, 0)
+                if value == 0:
+                    raise ValueError(f"{name} must be positive, got {value}")
+        self._check_symmetry()
+        if self.batch is None:
+            return
+        if self.batch > self.count:
+            raise ValueError(f"batch must be in [2, count = {self.count}], got {self.batch}")
+        if self.objective not in ("auto", "lse"):
+            raise ValueError(f"batch needs the objective 'lse', got {self.objective!r}")
+
+    def _check_symmetry(self) -> None:
+        if self.symmetry not in symmetries.SYMMETRIES:
+            raise ValueError(
+                f"symmetry must be one of {symmetries.SYMMETRIES}, got {self.symmetry!r}"
+            )
+        given = [
+            name
+            for name in ("symmetry", "order", "polish")
+            if getattr(self, name) not in (None, "auto", "none")
+        ]
+        if given and (self.objective not in ("auto", "orbit") or self.batch is not None):
+            raise ValueError(
+                f"{given[0]} needs the objective 'orbit' without batch, got {self.objective!r}"
+            )
+        if self.polish is not None and self.count <= FEW_POINTS:
+            raise ValueError(
+                f"polish needs more than {FEW_POINTS} points, got count = {self.count}: a search "
+                "of fewer ends without symmetry"
+            )
+        symmetries.check(self.count, self.dim, self.symmetry, self.order, FEW_POINTS)
+
+    def resolved(self, *, free: bool) -> PackConfig:
+        """Return the configuration with every "auto" and default decided.
+
+        Args:
+            free: whether the points are free to be symmetric: no gallery, start or group is given.
+        """
+        objective = self.objective
+        if objective == "auto":
+            orbit = free and self.batch is None and self.count > 2
+            if self.symmetry == "none" and self.count > FEW_POINTS:
+                orbit = False
+            objective = "orbit" if orbit else "lse"
+        steps, polish = self.steps, self.polish or 0
+        restarts = self.restarts if objective == "orbit" else self.restarts or 1
+        if steps is None and self.minutes is None:
+            steps = DEFAULT_STEPS
+        if objective == "orbit":
+            if self.steps is None and self.minutes is None:
+                steps = default_steps(self.count, self.dim)
+            if self.polish is None and not free and self.count > FEW_POINTS:
+                polish = GALLERY_POLISH
+        return replace(
+            self, objective=objective, steps=steps, restarts=restarts, polish=polish or None
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """Return the fields as the metadata of a file; strings are not quoted."""
+        values = asdict(self).items()
+        return {name: v if isinstance(v, str) else json.dumps(v) for name, v in values}
