@@ -70,13 +70,22 @@ Brgemm brgemm = nullptr;
 void multiply_by_onednn(int64_t m, const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t k,
                         int64_t n, float* c, int64_t c_row, bool accumulate) {
   using namespace isa_avx512_bf16;
-  if (k == 0 || k % 2) return multiply(m, a, a_row, b, k, n, c, c_row, accumulate);
+  if (k < 2) return multiply(m, a, a_row, b, k, n, c, c_row, accumulate);
   const int64_t panels = ceil_div(n, kColumns);
   for (int64_t p = 0; p < k; p += kPairs * 2) {
-    const int64_t depth = std::min(kPairs * 2, k - p);
+    const int64_t depth = std::min(kPairs * 2, k - p), even = depth - depth % 2;
     for (int64_t j = 0; j < n; j += kColumns) {
-      brgemm(m, std::min(kColumns, n - j), depth, a_row, kColumns, c_row, accumulate || p > 0,
-             a + p, b + p * panels * kColumns + j * depth, c + j);
+      const int64_t columns = std::min(kColumns, n - j);
+      const uint16_t* panel = b + p * panels * kColumns + j * (depth + depth % 2);
+      if (even > 0) {
+        brgemm(m, columns, even, a_row, kColumns, c_row, accumulate || p > 0, a + p, panel, c + j);
+      }
+      if (even == depth) continue;
+      for (int64_t i = 0; i < m; i += kRows) {  // the last element of an odd depth
+        block_of(std::min<int64_t>(kRows, m - i), a + i * a_row + p + even, a_row,
+                 panel + even * kColumns, 1, c + i * c_row + j, c_row, columns,
+                 accumulate || p + even > 0);
+      }
     }
   }
 }

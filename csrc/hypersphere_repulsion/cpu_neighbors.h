@@ -6,15 +6,17 @@
 namespace synface::hypersphere_repulsion {
 namespace {
 
+constexpr int64_t kExtra = 6;  // candidates of a row above 2·k
+
 // Candidates for each row's k nearest points: those whose computed cosine is at most 2·error below
 // the k-th greatest. If no computed cosine is off by more than `error`, the true k nearest are
-// among them. A row with too many candidates is given up, and scanned again in double.
+// among them. A row with too many candidates is given up, see search_again.
 template <class T>
 class Candidates {
  public:
-  Candidates(int64_t rows, int64_t k, T error, int64_t more = 6)
+  Candidates(int64_t rows, int64_t k, T error, int64_t extra = kExtra)
       : k_(k),
-        room_(2 * k + more),
+        room_(2 * k + extra),
         margin_(2 * error),
         threshold_(rows),
         count_(rows),
@@ -278,22 +280,25 @@ class Best {
   std::vector<Neighbor<T>> found_;
 };
 
-// Memory limit of rows that are searched again, copied and with their candidates: as many as there
-// are equally near points in a code of quadratic phases.
-constexpr int64_t kAgainBytes = int64_t(16) << 20;
-constexpr int64_t kAgainCandidates = 1000;
+// Memory limit of given-up rows searched together, copied and with their candidates; 16 at least.
+constexpr int64_t kRetryBytes = int64_t(16) << 20;
+// Candidates of a given-up row: a code of quadratic phases has hundreds of equally near points.
+constexpr int64_t kRetryExtra = 1000;
+// Rows of a block: few, so that all threads have one.
+constexpr int64_t kRetryBlock = 24;
 
-// Searches the rows that were given up again, by a GEMM in double: in a packing every point has
-// hundreds of neighbors that are nearly equally near. A row of exact ties is compared pair by pair.
+// Searches given-up rows again, by a GEMM in double: in a packing every point has hundreds of
+// neighbors that are nearly equally near. Rows with still more are compared pair by pair.
 template <class T>
 void search_again(const Problem& p, const std::vector<int64_t>& rows, int64_t k,
                   const Runtime& runtime, const SimdKernels<T>& simd, const Neighbors& out) {
   const SimdKernels<double>& simd_double = SYNFACE_DISPATCH(simd_kernels<double>);
   const Points& y = p.y ? *p.y : p.x;
   const int64_t dim = p.x.rows.cols, others = y.rows.rows;
-  const int64_t row_bytes = 8 * dim + 16 * (2 * k + kAgainCandidates);
+  const int64_t extra = std::min(kRetryExtra, others);
+  const int64_t row_bytes = 8 * dim + 16 * (2 * k + extra);
   const int64_t together =  // enough for the GEMM, few enough to be copied
-      std::min<int64_t>(std::max<int64_t>(kAgainBytes / row_bytes, 16), rows.size());
+      std::min<int64_t>(std::max<int64_t>(kRetryBytes / row_bytes, 16), rows.size());
   // Neighbors are equal if their cosines round to one T.
   const double error = cosine_error<double>(dim) + double(std::numeric_limits<T>::epsilon()) / 2;
   Buffer<double> copies(together * dim), inverse(together);
@@ -310,7 +315,7 @@ void search_again(const Problem& p, const std::vector<int64_t>& rows, int64_t k,
     const Points chunk{
         .rows = {.data = copies.get(), .dtype = Dtype::f64, .rows = n, .cols = dim, .stride = dim},
         .inverse = inverse.get()};
-    const Candidates<double> candidates(n, k, error, kAgainCandidates);
+    const Candidates<double> candidates(n, k, error, extra);
     const auto visit = [&](int, const Tile<double, double>& tile) {
       const int64_t columns = tile.columns.size();
       for (int64_t i = 0; i < tile.rows.size(); ++i) {
@@ -325,7 +330,8 @@ void search_again(const Problem& p, const std::vector<int64_t>& rows, int64_t k,
         }
       }
     };
-    Tiles<double>({chunk, &y}, runtime, simd_double).run(visit);
+    const Problem again{chunk, &y};
+    Tiles<double>(again, runtime, simd_double, {}, kRetryBlock).run(visit);
     for_rows(runtime, n, [&](Range range) {
       const Pair<T> pair(p, simd);
       Best<T> best(pair, k);

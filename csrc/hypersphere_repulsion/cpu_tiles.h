@@ -93,9 +93,10 @@ struct ScratchBytes {
 template <class T, class Operand = T>
 class Tiles {
  public:
-  // `more` is what visitors take besides a tile.
+  // `more` is what visitors take besides a tile; `least_block` the points that a block has at least
+  // where there are few blocks for all threads.
   Tiles(const Problem& p, const Runtime& runtime, const SimdKernels<T>& simd,
-        const ScratchBytes& more = {})
+        const ScratchBytes& more = {}, int64_t least_block = kSmallBlock)
       : p_(p),
         runtime_(runtime),
         simd_(simd),
@@ -111,7 +112,7 @@ class Tiles {
     const auto blocks = [&](int64_t n) {
       const int64_t least = ceil_div(n, std::clamp<int64_t>(most, 16, kBlock));
       return std::max(
-          {least, std::min(kTasksPerThread * runtime.threads, n / kSmallBlock), int64_t(1)});
+          {least, std::min(kTasksPerThread * runtime.threads, n / least_block), int64_t(1)});
     };
     row_blocks_ = blocks(rows());
     column_blocks_ = p.y ? blocks(columns()) : row_blocks_;

@@ -32,7 +32,8 @@ Rows rows_of(const Tensor& matrix) {
           .dtype = dtype_of_tensor(matrix),
           .rows = matrix.size(0),
           .cols = matrix.size(1),
-          .stride = matrix.stride(0)};
+          // A single row's stride may be anything, and a GEMM's must not be below its columns.
+          .stride = matrix.size(0) < 2 ? matrix.size(1) : matrix.stride(0)};
 }
 
 MutableRows mutable_rows_of(const std::optional<Tensor>& matrix, const Tensor& like) {

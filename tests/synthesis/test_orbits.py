@@ -154,16 +154,39 @@ def test_phases_pack_better_than_random_generators():
 
 # ---- the search ----------------------------------------------------------------------------------
 
-# Of the codes in science: those that searches without symmetry miss, or reach to 1e-4 only.
+# Codes that searches without symmetry miss, or reach to 1e-4 only.
 CODES = {
     (12, 3): 5**-0.5,
     (24, 4): 0.5,
     (40, 5): 0.5,
     (27, 6): 0.25,
-    (32, 16): 0.0,
-    (17, 16): -1 / 16,
     (100, 22): 1 / 11,
 }
+
+
+@pytest.mark.parametrize(
+    ("count", "dim", "worst"),
+    [
+        (3, 3, -1 / 2),
+        (17, 16, -1 / 16),
+        (18, 16, 0.0),
+        (32, 16, 0.0),
+        (128, 64, 0.0),
+        (1000, 512, 0.0),
+        (30, 40, -1 / 29),
+        (7, 2, math.cos(2 * math.pi / 7)),
+        (400, 2, math.cos(2 * math.pi / 400)),
+    ],
+)
+def test_what_is_known_to_be_optimal_is_constructed(count, dim, worst):
+    packed = Packer(PackConfig(count, dim, minutes=10)).run()
+    assert packed.worst == pytest.approx(worst, abs=1e-12)
+    assert packed.gap == pytest.approx(0, abs=1e-12)
+    assert packed.worst == closest_pair(packed.points)[0]
+    other = Packer(PackConfig(count, dim, seed=1)).run()
+    assert not torch.allclose(packed.points, other.points, atol=0.01)
+    searched = Packer(PackConfig(count, dim, steps=2, symmetry="cyclic")) if count > 300 else None
+    assert searched is None or searched.run().worst > worst
 
 
 @pytest.mark.parametrize(("count", "dim"), CODES)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from synface.synthesis.packing import PackConfig, Packer, bounds, objectives
 from synface.synthesis.packing.optimizer import SphereAdam
+from synface.synthesis.packing.search import OrbitSearch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,7 +35,8 @@ class Count(TorchDispatchMode):
         devices = {
             t.device.type for t in (*args, out) if isinstance(t, torch.Tensor) and t.dim() > 0
         }
-        if name in WAITING or len(devices) > 1:
+        there = any(t.device.type != "cpu" for t in args if isinstance(t, torch.Tensor))
+        if (name in WAITING and there) or len(devices) > 1:
             self.waiting.append(name)
         return out
 
@@ -71,6 +73,26 @@ def test_a_step_on_a_gpu_waits_for_nothing_and_has_no_loop_over_blocks(
     few, many = step(objective, 600, batches), step(objective, 60_000, batches)
     assert few.waiting == many.waiting == []
     assert few.operations == many.operations < 150
+
+
+@pytest.mark.parametrize("done", [0.3, 0.97])
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_an_orbit_step_on_a_device_waits_for_nothing_and_has_no_loop_over_blocks(restarts, done):
+    """On the meta device, whose tensors have no values to wait for."""
+    for count in (24, 240, 600, 6000, 60_000):
+        config = PackConfig(count, 16, "orbit", steps=10, restarts=restarts).resolved(free=True)
+        bound, device = bounds.best(count, 16), torch.device("meta")
+        packer = SimpleNamespace(
+            config=config, device=device, dtype=torch.float32, bound=bound, gallery=None
+        )
+        search = OrbitSearch(packer)
+        if done > 0.5 and search.is_few:
+            search.finishing.fill_(True)
+        with Count() as counted:
+            search.step(3, done)
+        groups = 1 if search.finishing else len(search.codes)
+        assert counted.waiting == []
+        assert counted.operations / groups < 250
 
 
 def test_all_rows_at_once_are_stepped_as_blocks_are(monkeypatch):

@@ -181,7 +181,7 @@ def codes_command(
         for each in chosen:
             if (each.count, each.dim) in done:
                 continue
-            bound = bounds.best(each.count, each.dim).cosine
+            bound = bounds.certificate(each.count, each.dim)[0].cosine
             bar = PackingBar(f"{each.count},{each.dim}", bound)
             rows.append(code_report.measure(each, numbers, bar))
             page = code_report.write(rows, output, command)

@@ -129,7 +129,7 @@ def check_embeddings(
         say(f"pairs with a cosine above {threshold:g}: {found.total:,} of {total:,}")
     count, dim = rows.shape
     if other is None and dim > 1:
-        bound = packing.bounds.best(count, dim)
+        bound = packing.bounds.certificate(count, dim)[0]
         say(
             f"{count:,} points in {dim} dimensions: bound {bound.cosine:.6f} ({bound.name}), "
             f"random points about {packing.bounds.random_worst(count, dim):.6f}"

@@ -13,7 +13,7 @@ FIRST_SHARPNESS = 0.5  # t, in units of √d: the cosines of random points sprea
 LAST_SHARPNESS = 75.0  # likewise; sharper for few points, in proportion
 LONG_SHARPNESS = 300.0  # likewise, of runs of 300 steps or more
 LONG = 300
-FEW = 1000
+SHARPER_UP_TO = 1000  # points
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Annealing:
 
 def last_sharpness(count: int, steps: int) -> float:
     """Return the last sharpness of a run of a number of steps on N points."""
-    if count > FEW:
+    if count > SHARPER_UP_TO:
         return LONG_SHARPNESS if steps >= LONG else LAST_SHARPNESS
     # Few points converge: with 1000 steps to 1e-7.
     sharper = 1000 * (steps / 1000) ** 3
-    return LAST_SHARPNESS * FEW / count * min(max(sharper, 1.0), 3000.0)
+    return LAST_SHARPNESS * SHARPER_UP_TO / count * min(max(sharper, 1.0), 3000.0)

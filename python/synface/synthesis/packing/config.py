@@ -17,7 +17,8 @@ _INTEGERS = {"restarts": 1, "seed": 0, "steps": 1, "batch": 2, "order": 1, "poli
 
 @dataclass(frozen=True)
 class PackConfig:
-    """Configuration of a packing. With ``steps``, two runs on one machine are bitwise the same.
+    """Configuration of a packing. With ``steps``, two runs on one machine with the same
+    number of threads are bitwise the same.
 
     Attributes:
         count, dim: number of points N and dimension d, both at least 2.
@@ -25,7 +26,7 @@ class PackConfig:
             unless a gallery, a start, a batch or a group is given, else "lse".
         steps: number of steps of each restart, or
         minutes: length of the whole run. The annealing then follows the clock, so the result
-            depends on the machine's speed. Neither: 500 steps; of "orbit" 200 to 3000, fewer for
+            depends on the machine's speed. Neither: 500 steps; of "orbit" 200 to 4000, fewer for
             more points.
         restarts: runs from other random points; the best one is returned. "orbit" runs them side by
             side, the others one after another. None: 1; of "orbit" with up to 300 points as many of
@@ -39,7 +40,7 @@ class PackConfig:
             all that suit N and d. "none" of more than 300 points is the objective "lse".
         order: order of the group of "orbit", a divisor of N up to 300 points; None chooses it.
         polish: steps of "lse" after an orbit search of more than 300 points, in a run limited by
-            time a quarter of it; None: 0, and 100 with a gallery.
+            time a quarter of it; None: 0, and 100 with a gallery, which only they regard.
 
     Raises:
         TypeError, ValueError: for a wrong argument, naming it.
@@ -96,9 +97,14 @@ class PackConfig:
             for name in ("symmetry", "order", "polish")
             if getattr(self, name) not in (None, "auto", "none")
         ]
-        if given and (self.objective not in ("auto", "orbit") or self.batch is not None):
+        if given and self.batch is not None:
+            raise ValueError(f"{given[0]} needs all points in a step, got batch = {self.batch}")
+        if given and self.objective not in ("auto", "orbit"):
+            raise ValueError(f"{given[0]} needs the objective 'orbit', got {self.objective!r}")
+        if (self.objective, self.symmetry) == ("orbit", "none") and self.count > FEW_POINTS:
             raise ValueError(
-                f"{given[0]} needs the objective 'orbit' without batch, got {self.objective!r}"
+                f"symmetry 'none' of more than {FEW_POINTS} points is the objective 'lse', got "
+                "'orbit'"
             )
         if self.polish is not None and self.count <= FEW_POINTS:
             raise ValueError(
@@ -119,18 +125,21 @@ class PackConfig:
             if self.symmetry == "none" and self.count > FEW_POINTS:
                 orbit = False
             objective = "orbit" if orbit else "lse"
-        steps, polish = self.steps, self.polish or 0
+        steps, polish = self.steps, self.polish
         restarts = self.restarts if objective == "orbit" else self.restarts or 1
         if steps is None and self.minutes is None:
             steps = DEFAULT_STEPS
         if objective == "orbit":
             if self.steps is None and self.minutes is None:
                 steps = default_steps(self.count, self.dim)
-            if self.polish is None and not free and self.count > FEW_POINTS:
-                polish = GALLERY_POLISH
-        return replace(
-            self, objective=objective, steps=steps, restarts=restarts, polish=polish or None
-        )
+            if self.polish is None and self.count > FEW_POINTS:
+                polish = 0 if free else GALLERY_POLISH
+        elif self.symmetry not in ("auto", "none") or self.order or self.polish:
+            raise ValueError(
+                "symmetry, order and polish need the objective 'orbit', which is not the default "
+                "with a gallery, a start, a group or symmetry 'none': give it, or leave them out"
+            )
+        return replace(self, objective=objective, steps=steps, restarts=restarts, polish=polish)
 
     def metadata(self) -> dict[str, str]:
         """Return the fields as the metadata of a file; strings are not quoted."""

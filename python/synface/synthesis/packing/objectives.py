@@ -225,6 +225,7 @@ class PointSearch:
         self.packer, self.annealing = packer, annealing
         config = packer.config
         self.rounds = config.restarts or 1
+        self.finished = False  # whether no step is left to take
         shape = (config.count, config.dim)
         self.points = torch.zeros(shape, dtype=packer.dtype, device=packer.device)
         self.best = self.points.clone()

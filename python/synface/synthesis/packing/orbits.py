@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 20  # correlations computed together: they stay in the cache of a CPU
-GPU_BLOCK = 1 << 28
+GPU_BLOCK = 1 << 25
 NARROW = 3  # planes of a frequency up to which products are taken one after another
 SHORT = 64  # transforms up to this length are matrix products, which are faster
 
@@ -60,7 +60,7 @@ class Orbits:
         layouts: the group of each code, all of one order and dimension.
         device: the device to compute on.
 
-    Memory: of a step, some ten arrays of 2^20 correlations (on a GPU 2^28), or of m·p if that is
+    Memory: of a step, some ten arrays of 2^20 correlations (on a GPU 2^25), or of m·p if that is
     more.
     """
 

@@ -28,6 +28,7 @@ from ...common.interrupts import interruption, interrupts
 from ..embeddings import NAME, sha256_of_rows
 from . import bounds
 from .config import PackConfig
+from .constructions import Construction, is_known
 from .objectives import PointSearch
 from .search import FEW_POINTS, OrbitSearch, check_restarts
 
@@ -56,7 +57,7 @@ class Packed:
             to the points' rounding.
         pair: the indices of these two.
         bound: the highest known lower bound on the worst cosine of N points.
-        history: (seconds, steps, worst cosine) of every evaluation; the last one is of the result.
+        history: (seconds, steps, worst cosine) of every evaluation.
         config: the packing's configuration.
     """
 
@@ -109,11 +110,12 @@ class Packer:
     - "orbit": as "lse", of points that a cyclic group of rotations permutes. One point of each
       orbit and its images are all that is computed, by FFT, so a step costs N²/p numbers for a
       group of order p. Up to 300 points, many groups compete (`symmetry`), from several starts
-      each, for 30 % of the run, and the best codes are refined without symmetry.
+      each, for 30 % of the run, and the best codes are refined without symmetry. Where the optimum
+      is known in closed form (N ≤ 2d, or d = 2) it is constructed instead.
     - "lse": (1/t)·log Σ_{i<j} exp(t·c_ij), a soft maximum of the cosines, with t rising
-      exponentially from √d/2 to 300·√d, or to 75·√d in less than 300 steps, and higher for
-      N ≤ 1000 (all divided by 1 − bound), and steps of `SphereAdam` whose length falls linearly to
-      0, and with 1/t in the end where that is less.
+      exponentially from √d/2 to 300·√d, or to 75·√d in less than 300 steps or a run limited by
+      time, and higher for N ≤ 1000 (all divided by 1 − bound), and steps of `SphereAdam` whose
+      length falls linearly to 0, and with 1/t in the end where that is less.
     - "hyperface": max c_ij, the closest pair alone, with Adam and renormalization.
     - "langevin": soft spheres, Σ max(0, c_ij − threshold)²/2, whose threshold falls from random
       points' worst cosine to the bound, with noise that decays to 0.
@@ -175,10 +177,10 @@ class Packer:
         self.bound = bounds.best(config.count, config.dim)
         self.gallery = None if gallery is None else self._unit("gallery", gallery, None)
         self.start = None if start is None else self._unit("start", start, config.count)
-        if start is not None and config.restarts != 1:
-            raise ValueError(f"restarts must be 1 with a start, got {config.restarts}")
         if config.objective == "orbit":
             self._check_orbit()
+        elif start is not None and config.restarts != 1:
+            raise ValueError(f"restarts must be 1 with a start, got {config.restarts}")
 
     def run(
         self,
@@ -226,8 +228,14 @@ class Packer:
         for name, value in given.items():
             if value is not None:
                 raise ValueError(
-                    f"objective must be 'lse' with {name}, got 'orbit', whose points are symmetric"
+                    f"objective must be 'lse', 'hyperface' or 'langevin' with {name}, got 'orbit', "
+                    "whose points are symmetric"
                 )
+        if self.gallery is not None and not self.config.polish:
+            raise ValueError(
+                "polish must be at least 1 with a gallery, which the symmetric part of the search "
+                f"leaves out, got {self.config.polish}"
+            )
         if self.device.type == "cpu":
             check_restarts(self.config)
 
@@ -264,8 +272,7 @@ class _Run:
         self.reserve = 0.0  # seconds that comparing all pairs of the result will take
         self.history: list[tuple[float, int, float]] = []
         self.score, self.worst, self.pair = math.inf, math.inf, (0, 0)  # of the best so far
-        search = OrbitSearch if self.config.objective == "orbit" else PointSearch
-        self.search: OrbitSearch | PointSearch = search(packer)
+        self.search = _search(packer)
         steps = self.config.steps
         self.steps = None if steps is None else steps + (self.config.polish or 0)
 
@@ -280,7 +287,7 @@ class _Run:
             check_folder("folder", self.folder)
         began = time.perf_counter() - self.seconds
         if self.config.minutes is not None:
-            self.reserve = self.search.result_seconds()
+            self.reserve = min(self.search.result_seconds(), 30 * self.config.minutes)
         saved = time.perf_counter()
         queue = _Queue(self.packer.device)
         while True:
@@ -333,6 +340,10 @@ class _Run:
 
     def _where(self) -> tuple[int, float]:
         """Return the number of the restart, and the share of it that is done."""
+        if self.step == 0:  # at least one is taken
+            return 0, 0.0
+        if self.search.finished:
+            return self.search.rounds, 0.0
         if self.steps is not None:
             restart, step = divmod(self.step, self.steps)
             return restart, step / self.steps
@@ -414,6 +425,12 @@ class _Run:
             self.history = [(float(s), int(k), float(c)) for s, k, c in state["history"]]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{found / checkpoint.STATE} is damaged: {error!r}") from error
+
+
+def _search(packer: Packer) -> PointSearch | OrbitSearch | Construction:
+    if packer.config.objective != "orbit":
+        return PointSearch(packer)
+    return Construction(packer) if is_known(packer.config) else OrbitSearch(packer)
 
 
 def _greatest(values: tuple[int, ...], group: Any) -> tuple[int, ...]:

@@ -81,7 +81,7 @@ def plot_nearest(
     rivals = count if others is None else others + 1
     shown = dict(lines)
     if dim > 1 and others is None:
-        bound = bounds.best(count, dim)
+        bound = bounds.certificate(count, dim)[0]
         shown = {f"{bound.name} bound {bound.cosine:.4f}": bound.cosine} | shown
     low, high = float(cosine.min()), float(cosine.max())
     if dim > 1:  # to where all but a thousandth of random points have their neighbor

@@ -40,11 +40,11 @@ FEW_POINTS = 300
 FEW_STEPS = 1300
 SCREENED = 0.3  # share of a few points' search in which the groups compete
 # First and last sharpness of the codes that compete, in turn: some are found from far, some near.
-SCREENING = ((1.0, 30.0), (5.0, 200.0))
+SCREENING = ((1.0, 30.0), (5.0, 200.0), (20.0, 300.0))
 FINALISTS = 4  # codes refined without symmetry, and half as many of more than
 MANY_FINALISTS = 200  # points
 REFINED_FROM, REFINING_STEP = 50.0, 0.02  # the begin of their schedule
-COSINES = 40_000  # of each order in a step, as far as the number of starts can be chosen
+COSINES = 36_000  # of each order in a step, as far as the number of starts can be chosen
 MOST_STARTS = 16
 DOUBLE_FROM = 0.95  # share of the search of many points from which correlations are float64
 NOISE = 0.3  # added to quadratic phases, in units of a coordinate's root mean square
@@ -62,15 +62,20 @@ def default_steps(count: int, dim: int) -> int:
 
 
 @contextmanager
-def threads(number: int) -> Iterator[None]:
-    """Set the number of torch's threads inside the block."""
-    before = torch.get_num_threads()
-    if number != before:
-        torch.set_num_threads(number)
+def _float32(threads: int) -> Iterator[None]:
+    """Compute in float32 at its full precision, and with a number of threads, inside the block.
+
+    Small steps gain little from threads, and lose much where other programs run.
+    """
+    before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    if threads != before:
+        torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        if number != before:
+        torch.set_float32_matmul_precision(precision)
+        if threads != before:
             torch.set_num_threads(before)
 
 
@@ -120,6 +125,7 @@ class OrbitSearch:
     """A search for orbit codes, with `Packer`'s configuration; see `PointSearch`."""
 
     rounds = 1
+    finished = False
 
     def __init__(self, packer: Packer) -> None:
         self.packer, config = packer, packer.config
@@ -173,18 +179,17 @@ class OrbitSearch:
 
     def step(self, step: int, done: float) -> None:
         """Take a step of every code."""
-        correlations = self.codes[0].correlations
-        # Small steps gain little from threads, and lose much where other programs run.
-        with threads(1 if self.is_few or correlations < THREADED else torch.get_num_threads()):
-            self._step(step, done)
-
-    def _step(self, step: int, done: float) -> None:
         share = self.share
         if done >= share and not self.finishing:
             self._finish()
         if self.polish is not None and self.finishing:
             self.polish.step(step, (done - share) / (1 - share))
             return
+        small = self.is_few or self.codes[0].correlations < THREADED
+        with _float32(threads=1 if small else torch.get_num_threads()):
+            self._step_codes(step, done, share)
+
+    def _step_codes(self, step: int, done: float, share: float) -> None:
         if self.phases and step == 0:
             self._disturb()
         if self.final is not None and self.finishing:
@@ -224,13 +229,15 @@ class OrbitSearch:
     def result(self) -> tuple[Tensor, Evaluation | None]:
         """Return the best points and, unless the last evaluation holds for them, a new one."""
         if self.is_few:
-            return self.best.to(self.packer.dtype), None
+            points = self.best.to(self.packer.dtype)
+            rounded = points.dtype != self.best.dtype
+            return points, Evaluation(*closest_pair(points), 0.0) if rounded else None
         orbits, count = self.codes[0].orbits, self.packer.config.count
         if self.polish is not None and self.finishing:
             points = self.polish.best
         else:
             points = orbits.points(self.best, 0, self.packer.dtype)[:count]
-        if count <= EXACT_UP_TO:
+        if self._compares_all():
             return points, Evaluation(*closest_pair(points), 0.0)
         first = torch.arange(0, count, orbits.order, dtype=torch.int64, device="cpu")
         return points, Evaluation(*_closest_to(points, first.to(points.device)), 0.0)
@@ -243,15 +250,18 @@ class OrbitSearch:
         rows, columns = 512, 4096
         x = torch.ones(rows, dim, dtype=torch.float64, device=self.packer.device)
         y = torch.ones(dim, columns, dtype=torch.float64, device=self.packer.device)
-        torch.mm(x, y)
+        float(torch.mm(x, y)[0, 0])
         began = time.perf_counter()
         float(torch.mm(x, y)[0, 0])
-        compared = count if count <= EXACT_UP_TO else -(-count // self.codes[0].orbits.order)
+        compared = count if self._compares_all() else self.codes[0].rows.shape[1]
         return 1.3 * (time.perf_counter() - began) * (compared / rows) * (count / columns)
 
     def finite(self) -> bool:
         """Return whether all codes are finite."""
-        return all(bool(codes.rows.isfinite().all()) for codes in self.codes)
+        if self.polish is not None and self.finishing:
+            return self.polish.finite()
+        codes = [self.final] if self.final and self.finishing else self.codes
+        return all(bool(each.rows.isfinite().all()) for each in codes)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state, for a checkpoint."""
@@ -265,7 +275,8 @@ class OrbitSearch:
     def _new(self, layouts: list[Layout], annealing: Annealing | None = None) -> _Codes:
         generators = -(-self.packer.config.count // layouts[0].order)
         orbits = Orbits(layouts, self.packer.device)
-        return _Codes(orbits, len(layouts), generators, annealing or self._searching(len(layouts)))
+        annealing = annealing or self._searching(len(layouts), len(set(layouts)))
+        return _Codes(orbits, len(layouts), generators, annealing)
 
     def _annealing(
         self,
@@ -276,15 +287,20 @@ class OrbitSearch:
         bound = self.packer.bound.cosine
         return Annealing(self.packer.config.dim, bound, last, first, first_step)
 
-    def _searching(self, codes: int) -> Annealing:
-        """Return the schedules of codes of one group."""
+    def _searching(self, codes: int, layouts: int) -> Annealing:
+        """Return the schedules of codes of one order, which has a number of layouts."""
         if self.phases:
             return self._annealing(LONG_SHARPNESS, PHASES_SHARPNESS, PHASES_STEP)
         if not self.is_few:
             return self._annealing(LONG_SHARPNESS)
         device = self.packer.device
-        turns = torch.tensor(SCREENING, dtype=torch.float64, device=device).repeat(codes, 1)
-        return self._annealing(turns[:codes, 1], turns[:codes, 0])
+        # Codes are all layouts of a group, again and again: each layout has every schedule.
+        turns = [(i + i // layouts) % len(SCREENING) for i in range(codes)]
+        first, last = zip(*(SCREENING[turn] for turn in turns), strict=True)
+        return self._annealing(
+            torch.tensor(last, dtype=torch.float64, device=device),
+            torch.tensor(first, dtype=torch.float64, device=device),
+        )
 
     def _polishing(self) -> Annealing:
         """Return the schedule of the last part: sharp from the begin, or with a gallery, whose term
@@ -295,6 +311,10 @@ class OrbitSearch:
         if self.packer.gallery is not None:
             return self._annealing(last)
         return self._annealing(last, last / 4, REFINING_STEP)
+
+    def _compares_all(self) -> bool:
+        """Return whether the result's pairs are all compared: few, or not symmetric any more."""
+        return self.polish is not None or self.packer.config.count <= EXACT_UP_TO
 
     def _points(self) -> Tensor:
         """Return the points of the code that was evaluated last."""
@@ -329,18 +349,16 @@ class OrbitSearch:
 
 
 def check_restarts(config: PackConfig) -> None:
-    """Raise ValueError if the restarts' generators and correlations exceed the memory."""
-    if config.restarts is None:
-        return
-    needed, device = 0, torch.device("cpu")
+    """Raise ValueError if the generators and correlations of all restarts exceed the memory."""
+    needed, device, restarts = 0, torch.device("cpu"), config.restarts or 1
     for order, layouts in _layouts(config).items():
-        generators, codes = -(-config.count // order), len(layouts) * config.restarts
+        generators, codes = -(-config.count // order), len(layouts) * restarts
         width = Orbits(layouts[:1], device).width
         needed += 8 * codes * generators * (4 * width + 6 * order)
     free = available_memory()
     if free is not None and needed > free:
         raise ValueError(
-            f"restarts must fit into memory: {config.restarts:,} of {config.count:,} points in "
+            f"restarts must fit into memory: {restarts:,} of {config.count:,} points in "
             f"{config.dim} dimensions take {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB "
             "are free"
         )

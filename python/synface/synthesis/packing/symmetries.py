@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,9 +88,10 @@ def many(count: int, dim: int, symmetry: str, order: int | None = None) -> Layou
     each = 2 * len(spread) + signs + axes
     rounds, rest = divmod(dim, each)
     # A fixed shuffle: neighboring frequencies alone would make neighboring images similar.
-    generator = torch.Generator("cpu").manual_seed(order)
-    shuffled = torch.randperm(len(spread), generator=generator, device="cpu").tolist()
+    shuffled = np.random.default_rng(order).permutation(len(spread))
     extra = [spread[i] for i in shuffled[: rest // 2]]
+    if extra and not rounds and math.gcd(order, *extra) > 1 and 1 not in extra:
+        extra[0] = 1  # else some images would be equal
     if rest // 2 > len(spread) or (rest % 2 and not axes and not signs):
         raise ValueError(
             f"an antipodal group of order {order} has no representation in {dim} dimensions"
@@ -145,9 +147,12 @@ def quadratic(orbits: Orbits, count: int) -> Tensor:
 
 def _order(count: int, dim: int, antipodal: bool) -> int:
     """Return the order p near d, or more for very many points, that wastes the fewest points."""
-    target = max(min(dim, count // 8), count * count // CORRELATIONS, 2)
-    step = 2 if antipodal else 1
-    orders = [p for p in range(max(2, target * 3 // 4), target + 1) if p % step == 0] or [2]
+    # Images that share few planes are close to each other, so few dimensions bear small groups.
+    larger = min(count * count // CORRELATIONS, dim * dim // 32)
+    target = max(min(dim, count // 8), larger, 2)
+    orders = list(range(max(2, target * 3 // 4), target + 1))
+    if antipodal:  # of odd dimensions the inversion is an odd power of p/2 only
+        orders = [p for p in orders if p % 4 == 2 or (p % 4 == 0 and dim % 2 == 0)] or [2]
     return min(orders, key=lambda p: (-count % p, abs(p - target)))
 
 
