@@ -303,7 +303,7 @@ def test_a_group_that_does_not_fit_is_refused(options, message):
 
 def test_what_breaks_the_symmetry_is_refused():
     for given in ({"gallery": torch.eye(6)}, {"start": torch.ones(40, 6)}):
-        with pytest.raises(ValueError, match=r"objective must be 'lse' with a (gallery|start)"):
+        with pytest.raises(ValueError, match=r"objective must be 'lse', .* with a (gallery|start)"):
             Packer(PackConfig(40, 6, "orbit", restarts=1), **given)
 
 

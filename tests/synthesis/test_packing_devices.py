@@ -75,11 +75,11 @@ def test_a_step_on_a_gpu_waits_for_nothing_and_has_no_loop_over_blocks(
     assert few.operations == many.operations < 150
 
 
-@pytest.mark.parametrize("done", [0.3, 0.97])
+@pytest.mark.parametrize("done", [0.2, 0.97])
 @pytest.mark.parametrize("restarts", [1, 3])
 def test_an_orbit_step_on_a_device_waits_for_nothing_and_has_no_loop_over_blocks(restarts, done):
-    """On the meta device, whose tensors have no values to wait for."""
-    for count in (24, 240, 600, 6000, 60_000):
+    """Take it on the meta device, whose tensors have no values to wait for."""
+    for count in (36, 240, 600, 6000):
         config = PackConfig(count, 16, "orbit", steps=10, restarts=restarts).resolved(free=True)
         bound, device = bounds.best(count, 16), torch.device("meta")
         packer = SimpleNamespace(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def is_known(config: PackConfig) -> bool:
     """Return whether `optimal` has the code, and the configuration asks for nothing else."""
-    free = config.symmetry == "auto" and config.order is None and config.polish is None
+    free = config.symmetry == "auto" and config.order is None and not config.polish
     return free and (config.dim == 2 or config.count <= 2 * config.dim)
 
 

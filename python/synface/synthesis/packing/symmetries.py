@@ -1,4 +1,4 @@
-"""Which groups of rotations an orbit search tries, and the generators that it starts from."""
+"""Groups of rotations that an orbit search tries, and the generators that it starts from."""
 
 from __future__ import annotations
 
