@@ -103,7 +103,10 @@ def test_the_groups_of_few_points_suit_them(count, dim):
 @pytest.mark.parametrize("symmetry", ["auto", "antipodal"])
 @pytest.mark.parametrize(
     ("count", "dim"),
-    [(10_000, 512), (10_007, 512), (1_000_000, 512), (1000, 3), (1000, 2), (301, 300), (3001, 5)],
+    [
+        *((10_000, 512), (10_007, 512), (1_000_000, 512), (1000, 3), (1000, 2), (301, 300)),
+        *((3001, 5), (1000, 9), (1_000_000, 3), (100_000, 2), (1_000_000, 64)),
+    ],
 )
 def test_the_group_of_many_points_has_the_dimension_and_no_equal_images(count, dim, symmetry):
     if symmetry == "antipodal" and count % 2:
@@ -112,7 +115,7 @@ def test_the_group_of_many_points_has_the_dimension_and_no_equal_images(count, d
         return
     layout = symmetries.many(count, dim, symmetry)
     assert layout.dim == dim
-    assert 0 <= -count % layout.order < layout.order <= count
+    assert -count % layout.order <= count // 8  # points that are dropped
     found = Orbits([layout], CPU)
     one = found.points(generators(found, 1)[0])
     assert (one - one[0]).norm(dim=1)[1:].min() > 1e-6  # no image equals its point
@@ -252,6 +255,28 @@ def test_a_polish_with_a_gallery_comes_near_it():
     assert Packer(replace(config, polish=None), gallery=gallery).config.polish == 100
 
 
+def test_a_search_of_many_points_by_the_clock():
+    packed = Packer(PackConfig(400, 16, minutes=0.05, polish=5)).run()
+    assert packed.history[-1][0] < 6
+    assert packed.worst == closest_pair(packed.points)[0]
+    assert packed.worst < bounds.random_worst(400, 16) - 0.1
+    hurried = Packer(PackConfig(2000, 64, minutes=1e-6)).run()  # one step is taken at least
+    assert hurried.history[-1][1] == 1
+    assert hurried.worst == closest_pair(hurried.points)[0]
+
+
+def test_a_step_does_not_obey_a_lower_matmul_precision():
+    config = PackConfig(310, 20, steps=30)
+    exact = Packer(config).run()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        again = Packer(config).run()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(exact.points, again.points)
+
+
 def test_a_polish_never_makes_it_worse():
     config = PackConfig(400, 16, steps=60, symmetry="cyclic")
     plain = Packer(config).run()
@@ -305,6 +330,25 @@ def test_what_breaks_the_symmetry_is_refused():
     for given in ({"gallery": torch.eye(6)}, {"start": torch.ones(40, 6)}):
         with pytest.raises(ValueError, match=r"objective must be 'lse', .* with a (gallery|start)"):
             Packer(PackConfig(40, 6, "orbit", restarts=1), **given)
+
+
+def test_options_of_the_search_are_refused_where_it_is_not_the_default():
+    for options in ({"symmetry": "cyclic"}, {"order": 4}, {"count": 400, "polish": 5}):
+        with pytest.raises(
+            ValueError, match="need the objective 'orbit', which is not the default"
+        ):
+            Packer(PackConfig(**{"count": 40, "dim": 6} | options), gallery=torch.eye(6))
+    with pytest.raises(ValueError, match="'none' of more than 300 points is the objective 'lse'"):
+        PackConfig(400, 6, "orbit", symmetry="none")
+    with pytest.raises(ValueError, match="polish must be at least 1 with a gallery"):
+        Packer(PackConfig(400, 6, "orbit", polish=0), gallery=torch.eye(6))
+
+
+def test_resolving_twice_changes_nothing():
+    for config in (PackConfig(40, 6), PackConfig(400, 6), PackConfig(400, 6, minutes=1)):
+        for free in (True, False):
+            once = config.resolved(free=free)
+            assert once.resolved(free=free) == once
 
 
 @pytest.mark.parametrize("count", [40, 4000])

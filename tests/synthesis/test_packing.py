@@ -187,16 +187,17 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("stops", [(1,), (25, 37)])
+@pytest.mark.parametrize("stops", [(1,), (25, 37), (20, 62)])
 def test_resumes_to_the_bit(name, stops, tmp_path):
     config = VARIANTS[name]
     whole = Packer(config).run()
     again = Packer(config).run()
     assert torch.equal(whole.points, again.points)
     assert torch.equal(whole.points, Packer(config).run(tmp_path / "uninterrupted").points)
+    last = 62 if config.polish else 29  # within the polish, or the steps of every variant
     for i, stop in enumerate(stops):
         with pytest.raises(KeyboardInterrupt):
-            Packer(config).run(tmp_path / "run", resume=i > 0, stop_after=min(stop, 29))
+            Packer(config).run(tmp_path / "run", resume=i > 0, stop_after=min(stop, last))
     resumed = Packer(config).run(tmp_path / "run", resume=True)
     assert torch.equal(whole.points, resumed.points)
     assert (whole.worst, whole.pair) == (resumed.worst, resumed.pair)
@@ -407,6 +408,31 @@ def test_command_packs_and_checks(tmp_path, monkeypatch):
     assert "worst cosine 1.000000: row 5 of packed.safetensors and row 17 of other.npy" in leak
 
 
+def test_command_takes_the_search_for_orbits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = call(
+        *("pack", "--count", 310, "--dim", 12, "--steps", 20, "--objective", "orbit"),
+        *("--objective", "lse", "--symmetry", "antipodal", "--order", 10, "--polish", 2),
+    )
+    assert "of points in pairs x and −x: 0." in shown
+    assert re.search(r"orbit: worst cosine 0\.\d+ .* 22 steps", shown)
+    with safe_open(tmp_path / "packed.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["objective"], metadata["order"], metadata["polish"]) == ("orbit", "10", "2")
+    with safe_open(tmp_path / "packed-lse.safetensors", "pt") as file:
+        assert file.metadata()["order"] == "null"
+
+
+def test_files_of_equal_packings_are_equal(tmp_path):
+    """No clock is in them, and safetensors' own order of the metadata is random."""
+    command = ["pack", "--count", "40", "--dim", "6", "--steps", "30", "--seed", "3"]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        synface(*command, cwd=tmp_path / name)
+    for file in ("packed.safetensors", "packed.png"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -434,6 +460,10 @@ def test_command_packs_and_checks(tmp_path, monkeypatch):
         (["--count", "9", "--dim", "4", "--device", "cuda:99"], "device must be .* got 'cuda:99'"),
         (["--start", "good.npy", "--restarts", "2"], "restarts must be 1 with a start"),
         (["--start", "zero.npy"], "1 of 5 rows are zero.*row 2"),
+        (["--start", "good.npy", "--objective", "orbit"], "with a start, got 'orbit'"),
+        (["--count", "40", "--dim", "6", "--order", "7"], "order must divide count = 40"),
+        (["--count", "40", "--dim", "6", "--symmetry", "odd"], "symmetry must be one of"),
+        (["--count", "9", "--dim", "4", "--objective", "lse", "--order", "3"], "--objective orbit"),
         (["--check", "infinite.npy"], "1 of 5 rows are not finite.*row 3"),
         (["--check", "pickle.npy"], "not a whole .npy array"),
         (["--check", "one.safetensors"], "must have two rows or more, got 1"),

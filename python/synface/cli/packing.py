@@ -143,6 +143,9 @@ def pack_command(
         f"{packing.bounds.random_worst(count, dim):.4f}, its lower bound "
         f"{bound.cosine:.4f} ({bound.name})"
     )
+    if symmetry == "antipodal":
+        lines = packing.bounds.certificate(count, dim, antipodal=True)[0]
+        say(f"of points in pairs x and −x: {lines.cosine:.4f} ({lines.name})")
     with interrupts("run the same command with --resume to continue"):
         packings = packing.pack(
             packers,

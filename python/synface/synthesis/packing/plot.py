@@ -15,7 +15,7 @@ from . import bounds
 from .packer import Packed
 
 COLORS = (ACCENT, INK, "#2980b9", "#27ae60")
-SAMPLE = 20_000  # points at most whose neighbors are searched for a plot
+SAMPLE = 10_000  # points at most whose neighbors are searched for a plot
 
 
 def plot(packings: Sequence[Packed], path: Path) -> None:
