@@ -176,7 +176,7 @@ VARIANTS = {
     "orbit": SMALL,
     "orbit, restarts": replace(SMALL, restarts=2, symmetry="cyclic"),
     "orbit, many": PackConfig(310, 20, steps=60, polish=4, order=24),
-    "orbit, phases": PackConfig(310, 40, steps=60),
+    "orbit, phases": PackConfig(1200, 40, steps=60),
     "lse": LSE,
     "restarts": replace(LSE, restarts=3, steps=20),
     "batch": replace(SMALL, batch=11),

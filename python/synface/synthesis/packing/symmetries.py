@@ -16,8 +16,8 @@ LARGEST_ORDER = 24  # of the groups tried on few points
 LAYOUTS = 4  # per order
 # N²/p at which a step of many points takes some seconds on two cores.
 CORRELATIONS = 150_000_000
-# Quadratic phases are the better start from N = d²/8 on, see docs/packing.md, and there are 4p².
-PHASES_FROM = 8
+# Quadratic phases are the better start from N = 28·d on, see docs/packing.md.
+PHASES_FROM = 28
 
 
 def check(count: int, dim: int, symmetry: str, order: int | None, most_few: int) -> None:
@@ -112,7 +112,7 @@ def phases(count: int, dim: int) -> Layout | None:
     p is the largest prime up to d/2; the rest of the dimensions are more planes.
     """
     prime = _prime_up_to(dim // 2)
-    if prime < 3 or not dim * dim / PHASES_FROM <= count <= 4 * prime * (prime - 1):
+    if prime < 3 or not PHASES_FROM * dim <= count <= 4 * prime * (prime - 1):
         return None
     extra, odd = divmod(dim - 2 * prime, 2)
     frequencies = [min(k, prime - k) for k in range(1, prime)]
