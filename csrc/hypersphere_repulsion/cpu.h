@@ -1,6 +1,6 @@
 // Pairwise energies and nearest neighbors of points on the hypersphere, on a CPU;
-// synface_kernels/ops/hypersphere_repulsion defines them. T is float or double, the type of the
-// gradients' sums and of the GEMMs, of which those of bfloat16 and of bf16 splits sum in float.
+// synface_kernels/ops/hypersphere_repulsion defines them. T is float or double, the type of all
+// sums; a GEMM's operands are T, or bfloat16 or bf16 splits with sums in float.
 #pragma once
 
 #include <cstdint>

@@ -312,6 +312,7 @@ def test_the_objective_is_chosen_by_what_is_given():
         ({"order": 500, "count": 400}, "order must be at most count = 400, got 500"),
         ({"order": 20, "dim": 3}, "no symmetry of 40 points in 3 dimensions .* order 20"),
         ({"order": 5, "symmetry": "antipodal"}, "order must be even .* got 5"),
+        ({"order": 4, "symmetry": "antipodal"}, "order must be 2 .* of up to 300 points, got 4"),
         ({"order": 3, "symmetry": "none"}, "order must be 1 .* got 3"),
         ({"order": 4, "symmetry": "antipodal", "count": 400, "dim": 5}, "no representation in 5"),
         ({"polish": 5}, "polish needs more than 300 points, got count = 40"),

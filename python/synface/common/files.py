@@ -99,9 +99,9 @@ def _sort_metadata(file: Path) -> None:
         if not header["__metadata__"]:
             return
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # the rest is spaces
-            opened.seek(8)
-            opened.write(text.ljust(size))
+        assert len(text) <= size  # both write compact JSON; the rest is spaces
+        opened.seek(8)
+        opened.write(text.ljust(size))
 
 
 def checksum(file: Path) -> str:

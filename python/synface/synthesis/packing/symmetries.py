@@ -30,6 +30,10 @@ def check(count: int, dim: int, symmetry: str, order: int | None, most_few: int)
         raise ValueError(f"order must be at most count = {count}, got {order}")
     if order is not None and symmetry == "antipodal" and order % 2:
         raise ValueError(f"order must be even for symmetry 'antipodal', got {order}")
+    if order not in (None, 2) and symmetry == "antipodal" and count <= most_few:
+        raise ValueError(
+            f"order must be 2 for symmetry 'antipodal' of up to {most_few} points, got {order}"
+        )
     if order is not None and symmetry == "none" and order > 1:
         raise ValueError(f"order must be 1 for symmetry 'none', got {order}")
     if count > most_few:
