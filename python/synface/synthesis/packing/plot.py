@@ -15,7 +15,8 @@ from . import bounds
 from .packer import Packed
 
 COLORS = (ACCENT, INK, "#2980b9", "#27ae60")
-SAMPLE = 10_000  # points at most whose neighbors are searched for a plot
+SAMPLED_FROM = 20_000  # points, of which a plot shows the neighbors of
+SAMPLE = 4_000  # evenly spaced ones
 
 
 def plot(packings: Sequence[Packed], path: Path) -> None:
@@ -58,7 +59,7 @@ def plot(packings: Sequence[Packed], path: Path) -> None:
 
 def _nearest(points: Tensor) -> np.ndarray:
     """Return the cosines of evenly spaced points to their nearest neighbors among all."""
-    rows = points[:: -(-len(points) // SAMPLE)]
+    rows = points if len(points) < SAMPLED_FROM else points[:: len(points) // SAMPLE]
     if len(rows) == len(points):
         cosine = sk.nearest_neighbors(points)[0][:, 0]
     else:
