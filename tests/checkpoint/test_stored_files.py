@@ -170,8 +170,12 @@ def test_memory(little):
     ("make", "message"),
     [
         (
-            lambda: Packer(PackConfig(2**40, 8)),
+            lambda: Packer(PackConfig(2**40, 8, "lse")),
             r"packing 1,099,511,627,776 points in 8 dimensions would take 163,840\.0 GiB",
+        ),
+        (  # an orbit search holds the points once
+            lambda: Packer(PackConfig(2**40, 8)),
+            r"packing 1,099,511,627,776 points in 8 dimensions would take 32,768\.0 GiB",
         ),
         (lambda: embedded_faces(size=60_000), r"faces of 60000x60000 pixels would take [\d,]+"),
         (
