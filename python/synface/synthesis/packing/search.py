@@ -153,6 +153,16 @@ class OrbitSearch:
         self.best = torch.zeros(shape, dtype=torch.float64, device=packer.device)
 
     @property
+    def _active(self) -> list[_Codes]:
+        """The codes that a step moves: those that compete, or the best ones without symmetry."""
+        return [self.final] if self.final is not None and self.finishing else self.codes
+
+    @property
+    def _polished(self) -> PointSearch | None:
+        """The search without symmetry of many points, once it has begun."""
+        return self.polish if self.finishing else None
+
+    @property
     def share(self) -> float:
         """The share of the run that belongs to the search with symmetry."""
         config = self.packer.config
@@ -182,8 +192,8 @@ class OrbitSearch:
         share = self.share
         if done >= share and not self.finishing:
             self._finish()
-        if self.polish is not None and self.finishing:
-            self.polish.step(step, (done - share) / (1 - share))
+        if self._polished is not None:
+            self._polished.step(step, (done - share) / (1 - share))
             return
         small = self.is_few or self.codes[0].correlations < THREADED
         with _float32(threads=1 if small else torch.get_num_threads()):
@@ -203,10 +213,9 @@ class OrbitSearch:
     def evaluate(self) -> Evaluation:
         """Return the best code's worst cosine: of all pairs, by the group's symmetry."""
         config = self.packer.config
-        if self.polish is not None and self.finishing:
-            return self.polish.evaluate()
-        candidates = [self.final] if self.final and self.finishing else self.codes
-        worst = [codes.orbits.worst(codes.rows) for codes in candidates]
+        if self._polished is not None:
+            return self._polished.evaluate()
+        worst = [codes.orbits.worst(codes.rows) for codes in self._active]
         values = [float(each.min()) for each in worst]
         which = min(range(len(values)), key=lambda index: values[index])
         self.leader = which, int(worst[which].argmin())
@@ -219,8 +228,8 @@ class OrbitSearch:
 
     def keep(self) -> None:
         """Keep the code that was evaluated as the best one so far."""
-        if self.polish is not None and self.finishing:
-            self.polish.keep()
+        if self._polished is not None:
+            self._polished.keep()
         elif self.is_few:
             self.best.copy_(self._points())
         else:
@@ -233,8 +242,8 @@ class OrbitSearch:
             rounded = points.dtype != self.best.dtype
             return points, Evaluation(*closest_pair(points), 0.0) if rounded else None
         orbits, count = self.codes[0].orbits, self.packer.config.count
-        if self.polish is not None and self.finishing:
-            points = self.polish.best
+        if self._polished is not None:
+            points = self._polished.best
         else:
             points = orbits.points(self.best, 0, self.packer.dtype)[:count]
         if self._compares_all():
@@ -258,10 +267,9 @@ class OrbitSearch:
 
     def finite(self) -> bool:
         """Return whether all codes are finite."""
-        if self.polish is not None and self.finishing:
-            return self.polish.finite()
-        codes = [self.final] if self.final and self.finishing else self.codes
-        return all(bool(each.rows.isfinite().all()) for each in codes)
+        if self._polished is not None:
+            return self._polished.finite()
+        return all(bool(codes.rows.isfinite().all()) for codes in self._active)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state, for a checkpoint."""
@@ -319,9 +327,8 @@ class OrbitSearch:
     def _points(self) -> Tensor:
         """Return the points of the code that was evaluated last."""
         group, code = self.leader
-        codes = self.final if self.final and self.finishing else self.codes[group]
         dtype = torch.float64 if self.is_few else self.packer.dtype
-        return codes.points(code, dtype)[: self.packer.config.count]
+        return self._active[group].points(code, dtype)[: self.packer.config.count]
 
     def _disturb(self) -> None:
         """Add noise to quadratic phases, whose cosines are equal and would not move else."""
