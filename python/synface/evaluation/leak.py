@@ -20,12 +20,12 @@ from torch import Tensor
 
 import synface_kernels as sk
 
-from ..common.check import describe
 from ..common.files import write_text
 from ..data.formats import decode
 from ..data.formats.images import Store
 from ..reporting import plots
 from .embedding import doubled
+from .scores import check_labeled
 
 BLOCK = 8192  # rows that are compared with all others at once
 NUMBERS = 1 << 22  # of a block's unit vectors
@@ -101,14 +101,7 @@ def nearest_of_another(
     Memory: a copy of the embeddings unless labels ascend, that of `sk.nearest_neighbors`, and
     the unit vectors and cosines of a block of labels with at most 8192 rows, or of one label.
     """
-    if embeddings.ndim != 2 or not embeddings.is_floating_point():
-        raise ValueError(
-            f"embeddings must be floating point of shape (N, D), got {describe(embeddings)}"
-        )
-    if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"labels must be integer of shape ({len(embeddings)},), got {describe(labels)}"
-        )
+    check_labeled(embeddings, labels)
     labels, order = labels.to(embeddings.device).sort(stable=True)
     ascend = bool((order.diff() > 0).all())
     rows = embeddings if ascend else embeddings[order]

@@ -100,14 +100,8 @@ def hardest_pairs(
     return genuine, impostor
 
 
-def _blocks(
-    embeddings: Tensor, labels: Tensor, block: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-    """Yield cosines, equal labels, and second > first, each (rows, N), and the first row's index.
-
-    The cosines are float64 in [-1, 1].
-    """
-    check_least("block", block, 1)
+def check_labeled(embeddings: Tensor, labels: Tensor) -> None:
+    """Raise ValueError unless there are (N, D) floating embeddings and N integer labels."""
     if embeddings.ndim != 2 or not embeddings.is_floating_point():
         raise ValueError(
             f"embeddings must be floating point of shape (N, D), got {describe(embeddings)}"
@@ -116,6 +110,17 @@ def _blocks(
         raise ValueError(
             f"labels must be integer of shape ({len(embeddings)},), got {describe(labels)}"
         )
+
+
+def _blocks(
+    embeddings: Tensor, labels: Tensor, block: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+    """Yield cosines, equal labels, and second > first, each (rows, N), and the first row's index.
+
+    The cosines are float64 in [-1, 1].
+    """
+    check_least("block", block, 1)
+    check_labeled(embeddings, labels)
     unit = F.normalize(doubled(embeddings.detach()))
     labels, index = labels.to(unit.device), torch.arange(len(unit), device=unit.device)
     for rows in index.split(block):
