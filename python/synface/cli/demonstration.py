@@ -69,7 +69,7 @@ def demo_command(
     )
 
     bound = packing.bounds.best(points, PACKED_DIM)
-    with PackingBar("lse", bound.cosine) as bar:
+    with PackingBar("orbit", bound.cosine) as bar:
         packed = demo.pack_points(points, PACKED_DIM, PACKING_STEPS, seed, bar)
     say(
         f"2. packing: {points:,} points in {PACKED_DIM} dimensions, worst cosine "
