@@ -94,4 +94,4 @@ def test_the_command_says_what_was_wanted(tmp_path):
     output = tmp_path / "file" / "a.safetensors"
     text = refused("pack", "--count", 20, "--dim", 4, "--output", output)
     assert wanted("the folder of a.safetensors", output.parent, "")[:-2] in text
-    assert "packing, lse" not in text
+    assert "packing, orbit" not in text
