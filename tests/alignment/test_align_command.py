@@ -185,7 +185,12 @@ def test_a_users_detector_is_called(tmp_path, photos, monkeypatch):
     ("words", "message"),
     [
         (["photos", "--output", "photos"], "the output folder photos must not be an input"),
-        (["photos/ann/1.png", "--output", "photos/ann"], "would hold the faces among the photos"),
+        (["photos/ann/1.png", "--output", "photos/ann"], "1.png exists, and is no face of an"),
+        (["photos/ann/1.png", "--output", "photos/ann", "--overwrite"], "1.png exists, and is no"),
+        (
+            ["photos/ann/1.png", "--output", "more"],
+            "more/1.png exists, and is no face of an earlier",
+        ),
         (["none", "--output", "out"], "none does not exist"),
         (["empty", "--output", "out"], "no photo in empty; expected files that end in .bmp, .heic"),
         (["photos/ann", "more", "--output", "out"], "would both be aligned as 1.png"),

