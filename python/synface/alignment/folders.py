@@ -68,8 +68,8 @@ def find_photos(inputs: Sequence[Path], output: Path) -> tuple[list[Photo], Coun
         The photos, and the number of other files by suffix.
 
     Raises:
-        DataError: for an input that does not exist or is the output, inputs without a photo, and two
-            photos of one name.
+        DataError: for an input that does not exist or is the output, inputs without a photo, and
+            two photos of one name.
     """
     skipped: Counter[str] = Counter()
     found: list[tuple[Path, str]] = []
@@ -97,7 +97,7 @@ def find_photos(inputs: Sequence[Path], output: Path) -> tuple[list[Photo], Coun
                 f"{photos[name].path} and {path} would both be aligned as {name}; give them in "
                 "separate calls, with another output"
             )
-        # a.heic beside a.jpg
+        # a.heic beside a.jpg: both keep their suffix
         photos[name] = Photo(path, name, stem if stems[stem] == 1 else name)
     return list(photos.values()), skipped
 
