@@ -22,6 +22,7 @@ IMAGES = ("data", "synthetic", "real")  # options that say where images are
 # Options added later, with the values that older runs had.
 EARLIER = {
     "init": None,
+    "init_head": "auto",
     "synthetic": None,
     "real": None,
     "mix_ratio": "grid",
@@ -76,9 +77,14 @@ class Started:
     )
     init: str | None = option(
         None,
-        "Run to load the initial backbone from, and the class centers too if it has the same "
-        "number of identities.",
+        "Run to load the initial backbone from, or a file of its weights: safetensors, or a torch "
+        "file such as insightface's backbone.pth.",
         type=Path | None,
+    )
+    init_head: str = option(
+        "auto",
+        "Class centers of the --init run: keep, resize (keep the first ones), new, or auto, which "
+        "keeps them if it has the same number of identities.",
     )
 
     def __post_init__(self) -> None:

@@ -125,6 +125,7 @@ def train_command(
     check_folder("--resume" if resume else "--output", folder)
     init = Path(run.init) if run.init and resume is None else None
     starts: Any = {"resume": resume is not None, "init": init, "tensorboard": tensorboard}
+    starts["init_head"] = run.init_head if init else "auto"
     check_start(config, run.image_size, folder, **starts)
     mixed = bool(run.synthetic or run.real)
     source, domains, held = (_mixed if mixed else _one_domain)(run, workers)
@@ -132,9 +133,12 @@ def train_command(
     say(
         f"{', mixed with '.join(sets)}; {len(held.identities)} people held out; run folder {folder}"
     )
-    if init:
+    if init and init.is_dir():
         found, state = state_of(init)
-        say(f"the run {inherited(found, state['data'].get('identities', 0), source.num_classes)}")
+        counts = state["data"].get("identities", 0), source.num_classes
+        say(f"the run {inherited(found, *counts, run.init_head)}")
+    elif init:
+        say(f"the run starts from the backbone in {init}; the head is new")
     pixels = verify_pixels(held) if held.identities else None  # an error, if any, before training
     with interrupts(f"continue with synface train --resume {folder}"), Bar("training") as bar:
         result = train(
@@ -173,6 +177,8 @@ def _refuse_idle(context: typer.Context, run: Started, config: TrainConfig) -> N
     if config.backbone != "iresnet":
         idle = ["widths", "depths"] + ["dropout"] * (config.backbone not in BUILT_IN)
         refuse(context, f"with --backbone {config.backbone}", *idle)
+    if run.init is None:
+        refuse(context, "without --init", "init_head")
     if not run.holdout:
         refuse(context, "with --holdout 0: no people are held out to verify on", "verify_every")
 

@@ -99,6 +99,7 @@ def train(
     resume: bool = False,
     prolong: bool = False,
     init: Path | None = None,
+    init_head: str = "auto",
     progress: Progress | None = None,
     stop_after: int | None = None,
     command: dict[str, Any] | None = None,
@@ -128,9 +129,13 @@ def train(
             uninterrupted run. The data may have moved; their fingerprint must be the same.
         prolong: with resume, ``config`` may have more epochs than the run had. From the checkpoint
             on, the learning rate is that of the longer schedule at the same step.
-        init: a run (or one of its checkpoints) whose backbone a new run begins with, and whose
-            class centers too where the data have as many identities, in the same order. Optimizer,
-            schedule and log start again; ``Trained.init`` names what was loaded.
+        init: a run (or one of its checkpoints) whose backbone a new run begins with, or a file of
+            its weights: .safetensors, or a torch file of a state dict, also by insightface's names.
+            Optimizer, schedule and log start again; ``Trained.init`` names what was loaded.
+        init_head: what becomes of the class centers of ``init``: "auto" keeps them where the data
+            have as many identities, which must then be in the same order; "keep" raises otherwise;
+            "resize" keeps the first ones, for data with identities added or removed at the end;
+            "new" keeps none.
         progress: a display that is called at every step.
         stop_after: end early, after this step, as an interruption would (only the last checkpoint
             remains).
@@ -174,12 +179,16 @@ def train(
         channels=channels,
         resume=resume,
         init=init,
+        init_head=init_head,
         tensorboard=tensorboard,
     )
     run = _Training(config, source, output, check_device(device), backbone)
     with ExitStack() as stack:
         interrupted = stack.enter_context(interrupts())
-        first = run.resume(command, prolong) if resume else run.start(command or {}, init)
+        if resume:
+            first = run.resume(command, prolong)
+        else:
+            first = run.start(command or {}, init, init_head)
         stack.enter_context(deterministic(run.device))
         writer = None
         if tensorboard and run.leads:
@@ -259,13 +268,15 @@ class _Training:
         self.init: str | None = None
         self.lines = Lines(output / METRICS)
         self.verified = Lines(output / VERIFICATION)
+        self.frozen = False  # whether the backbone is, at this step
         self._train_mode()
 
-    def start(self, command: dict[str, Any], init: Path | None) -> int:
+    def start(self, command: dict[str, Any], init: Path | None, init_head: str) -> int:
         """Write a new run's files, and return its first step, 0."""
         if init is not None:
-            self.init = self.model.begin_with(init, self.num_classes)
+            self.init = self.model.begin_with(init, self.num_classes, init_head)
             command = command | {"init": str(init.absolute())}
+            command |= {"init_head": init_head} if init_head != "auto" else {}
         self._barrier()  # all ranks have checked the folder
         if self.leads:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -367,7 +378,11 @@ class _Training:
         for optimizer in optimizers.values():
             optimizer.zero_grad()
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["factor"]
+        frozen = step < round(config.freeze * self.steps_per_epoch)
+        if frozen != self.frozen:
+            self.frozen = frozen
+            self._train_mode()
         images, target, weight = (
             None if value is None else value.to(self.device, non_blocking=True) for value in batch
         )
@@ -404,13 +419,14 @@ class _Training:
                         part_loss.backward()
         numbers = {"loss": loss, "hits": hits}
         if self.delay or loss.isfinite():
-            if config.clip_norm > 0:
+            if config.clip_norm > 0 and not frozen:
                 scaler.unscale_(optimizers["optimizer"])
                 parameters = self.backbone.parameters()
                 numbers["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             with standard_defaults():  # the optimizers create their counters
-                scaler.step(optimizers["optimizer"])
-                scaler.update()
+                if not frozen:
+                    scaler.step(optimizers["optimizer"])
+                    scaler.update()
                 optimizers["centers"].step()
         self._unread.append((step, rate, Figures(**numbers)))
         if len(self._unread) <= self.delay:
@@ -480,16 +496,18 @@ class _Training:
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def _embed(self, images: Tensor) -> Tensor:
-        with self._autocast():
-            embeddings: Tensor = self.network(images)
+        network = self.backbone if self.frozen else self.network
+        with self._autocast(), torch.set_grad_enabled(not self.frozen):
+            embeddings: Tensor = network(images)
         if self.config.precision != "bfloat16" or embeddings.dtype != torch.bfloat16:
             embeddings = embeddings.float()  # float16 gradients are rounded after they are scaled
-        if self.model.scaler.is_enabled():
+        if self.model.scaler.is_enabled() and not self.frozen:
             embeddings.register_hook(self.model.scaler.scale)
         return embeddings
 
     def _train_mode(self) -> None:
         self.model.modules.train()
+        self.backbone.train(not self.frozen)
         if self.config.freeze_statistics:
             for module in self.backbone.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
