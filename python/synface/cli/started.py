@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # they import torch, which --help must not wait for
 
 EMBEDDED = "default"  # folder name that stands for the embedded faces
 IMAGES = ("data", "synthetic", "real")  # options that say where images are
+# Options that a resumed run may change.
+FREE = ("verify_every", "best", "patience", "loggers")
 # Options added later, with the values that older runs had.
 EARLIER = {
     "init": None,
@@ -29,6 +31,10 @@ EARLIER = {
     "per_sample": False,
     "relabel": False,
     "memory": 3 << 13,  # RGB equivalent of the earlier limit, 8 GiB in grayscale
+    "verify_every": 0.0,
+    "best": None,
+    "patience": 0,
+    "loggers": "",
 }
 MEMORY = 1024  # MiB
 FOLDER_SIZE = (56, 48)  # height, width: small enough to train on two cores in a minute or two
@@ -37,7 +43,7 @@ EMBEDDED_SIZE = (48, 48)  # of the embedded faces, unless --size says otherwise
 
 @dataclass(frozen=True)
 class Started:
-    """The options of `synface train` for a run's images and its initial parameters.
+    """The options of `synface train` for a run's images, initial parameters and verification.
 
     Paths are absolute: a run may be resumed from any directory.
     """
@@ -86,9 +92,31 @@ class Started:
         "Class centers of the --init run: keep, resize (keep the first ones), new, or auto, which "
         "keeps them if it has the same number of identities.",
     )
+    verify_every: float = option(
+        0.0, "Epochs between verifications; 0 for only one at the end.", NOT_NEGATIVE
+    )
+    best: str | None = option(
+        None,
+        "Measure whose best verification keeps its checkpoint in the run's folder best: auc, "
+        "accuracy or tar_at_far_0.1, 0.01, 0.001.",
+    )
+    patience: int = option(
+        0,
+        "Verifications without a better --best after which the run ends early; 0 for never.",
+        NOT_NEGATIVE,
+    )
+    loggers: str = option(
+        "",
+        "Further logs of the metrics, separated by commas: tensorboard, wandb, mlflow.",
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.patience and not (self.best and self.verify_every):
+            raise ValueError(
+                f"--patience {self.patience} needs --best and --verify-every: it counts "
+                "verifications that are not better"
+            )
         for name in (*IMAGES, "init"):
             path = getattr(self, name)
             if path not in (None, EMBEDDED):
@@ -103,6 +131,11 @@ class Started:
         ):
             raise TypeError(f"its command is {values}")
         return Started(**values)
+
+    @property
+    def logger_names(self) -> tuple[str, ...]:
+        """The names in ``loggers``."""
+        return tuple(name.strip() for name in self.loggers.split(",") if name.strip())
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.check import check_memory
+from ..common.extras import extra
 from ..common.files import CheckpointError
 from ..models import PRESETS
 from ..models.iresnet import IResNet, PublishedIResNet, insightface_names
@@ -82,11 +83,11 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{file} must be a run's folder or a file of weights ({', '.join(SUFFIXES)})"
         )
+    with extra("train", "reading weights"):
+        from safetensors.torch import load_file
     check_memory(f"the weights in {file}", file.stat().st_size)
     try:
         if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             content: Any = load_file(file)
         else:
             mapped = zipfile.is_zipfile(file)

@@ -5,10 +5,9 @@ No image is read here: a command calls `check_start` before it decodes any.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..common.check import check_folder, check_memory
-from ..common.extras import extra
 from ..common.files import CheckpointError
 from ..common.rng import seeded, seeds, standard_defaults
 from ..common.textfiles import read_json
@@ -28,10 +26,12 @@ from .backbone import build_backbone, check_embeddings, shapes_of
 from .backbone import check_network as check_network
 from .config import BUILT_IN, MODULE, PARTS, TrainConfig, factors_of
 from .initial import architecture_of, fitted, read_weights
+from .loggers import Logger, check_loggers
 from .sources import Source
 
 CONFIG, METRICS, TIMING = "config.json", "metrics.jsonl", "timing.jsonl"
 VERIFICATION, CHECKPOINTS = "verification.jsonl", "checkpoints"
+BEST = "best"  # checkpoints of the best verifications
 BACKBONE, CENTERS = "model.backbone.", "model.head.weight"  # in a checkpoint
 HEADS = ("auto", "keep", "resize", "new")  # what becomes of an initial run's head
 
@@ -45,22 +45,22 @@ def check_start(
     resume: bool = False,
     init: Path | None = None,
     init_head: str = "auto",
-    tensorboard: bool = False,
+    loggers: Sequence[str | Logger] = (),
 ) -> None:
     """Raise the errors of `train` that can be found without reading an image.
 
     Args:
         size: (H, W) of the images.
         channels: C of the images; None if it is not known yet.
-        config, output, resume, init, init_head, tensorboard: as for `train`.
+        config, output, resume, init, init_head, loggers: as for `train`.
 
     Raises:
-        ValueError: for a network that cannot be built, and an unknown ``init_head`` or one that
-            does not go with ``init``.
+        ValueError: for a network that cannot be built, an unknown logger, and an unknown
+            ``init_head`` or one that does not go with ``init``.
         CheckpointError: for an ``init`` that is damaged, or of a network of other shapes.
         OSError: if ``output`` cannot be written to.
         FileExistsError: if ``output`` holds a run, unless ``resume`` is set.
-        ImportError: if ``tensorboard`` is set and the package is not installed.
+        ImportError: if a logger's package is not installed.
     """
     check_folder("output", output)
     if not resume and (checkpoint.checkpoints(output / CHECKPOINTS) or (output / METRICS).exists()):
@@ -91,9 +91,7 @@ def check_start(
             check_backbone(found, theirs.state_dict(), ours)
         if init is not None and weights is not None:
             fitted(init, weights, ours)
-    if tensorboard:
-        with extra("tensorboard", "the log for TensorBoard"):
-            import_module("torch.utils.tensorboard")
+    check_loggers(loggers)
 
 
 def check_backbone(found: Path, theirs: dict[str, Tensor], ours: nn.Module) -> None:
