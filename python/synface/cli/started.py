@@ -112,11 +112,6 @@ class Started:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.patience and not (self.best and self.verify_every):
-            raise ValueError(
-                f"--patience {self.patience} needs --best and --verify-every: it counts "
-                "verifications that are not better"
-            )
         for name in (*IMAGES, "init"):
             path = getattr(self, name)
             if path not in (None, EMBEDDED):

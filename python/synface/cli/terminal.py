@@ -41,7 +41,7 @@ class LoggedConsole(Console):
     Lines that are printed before are kept until then. What a bar shows while it moves is not kept.
     """
 
-    WIDTH, KEPT = 100, 1000  # characters; lines without a file
+    KEPT = 1000  # lines without a file
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -64,7 +64,7 @@ class LoggedConsole(Console):
         """Append to the file alone."""
         if not self.quiet:
             text = io.StringIO()
-            Console(file=text, width=self.WIDTH, color_system=None).print(*objects, **options)
+            Console(file=text, width=self.width, color_system=None).print(*objects, **options)
             self._append("\n".join(line.rstrip() for line in text.getvalue().split("\n")))
 
     def _append(self, text: str) -> None:
@@ -169,8 +169,7 @@ class Bar:
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
-        if console.is_terminal:  # elsewhere the last state was printed
-            console.note(self.progress.get_renderable())
+        console.note(self.progress.get_renderable())
 
     def start(self, total_steps: int | None, step: int) -> None:
         self.progress.update(self.task, total=total_steps, completed=step)

@@ -214,6 +214,11 @@ def _refuse_idle(context: typer.Context, run: Started, config: TrainConfig) -> N
     if config.backbone != "iresnet":
         idle = ["widths", "depths"] + ["dropout"] * (config.backbone not in BUILT_IN)
         refuse(context, f"with --backbone {config.backbone}", *idle)
+    if run.patience and not (run.best and run.verify_every):
+        raise ValueError(
+            f"--patience {run.patience} needs --best and --verify-every: it counts verifications "
+            "that are not better"
+        )
     if run.init is None:
         refuse(context, "without --init", "init_head")
     if not run.holdout:
