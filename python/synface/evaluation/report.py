@@ -154,8 +154,9 @@ def write(folder: Path, results: Sequence[SetResult], about: Mapping[str, Any]) 
     """
     os.makedirs(folder, exist_ok=True)
     curves = {result.name: result.verification for result in results}
-    plots.roc_curves(curves, folder / "roc.png", title="ROC")
-    plots.roc_curves(curves, folder / "det.png", title="DET", det=True)
+    plots.roc_curves(curves, folder / "roc.png", title="ROC curves of the verification sets")
+    title = "DET curves of the verification sets"
+    plots.roc_curves(curves, folder / "det.png", title=title, det=True)
     sets = [
         {
             "name": result.name,
