@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "reporting": set(),
     "checkpoint": set(),
     "data": set(),
+    "alignment": {"data"},
     "optim": set(),
     "heads": {"optim"},
     "evaluation": {"data", "reporting"},

@@ -9,6 +9,7 @@ import typer
 import synface_kernels as sk
 
 from . import (
+    align,
     bench,
     conversion,
     demonstration,
@@ -50,6 +51,7 @@ def synface(
 app.command("train")(training.train_command)
 app.command("eval")(evaluation.eval_command)
 app.command("leak")(leak.leak_command)
+app.command("align")(align.align_command)
 app.command("convert")(conversion.convert_command)
 app.command("pack")(packing.pack_command)
 app.command("synthesize")(packing.synthesize_command)
