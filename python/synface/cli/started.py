@@ -19,12 +19,14 @@ if TYPE_CHECKING:  # they import torch, which --help must not wait for
 
 EMBEDDED = "default"  # folder name that stands for the embedded faces
 IMAGES = ("data", "synthetic", "real")  # options that say where images are
+MOVABLE = (*IMAGES, "transforms")  # a resumed run may have new paths of these
 # Options that a resumed run may change.
 FREE = ("verify_every", "best", "patience", "loggers")
 # Options added later, with the values that older runs had.
 EARLIER = {
     "init": None,
     "init_head": "auto",
+    "transforms": None,
     "synthetic": None,
     "real": None,
     "mix_ratio": "grid",
@@ -109,10 +111,16 @@ class Started:
         "",
         "Further logs of the metrics, separated by commas: tensorboard, wandb, mlflow.",
     )
+    transforms: str | None = option(
+        None,
+        "TOML file of torchvision or albumentations transforms of the training images, which "
+        "precede --augment.",
+        type=Path | None,
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in (*IMAGES, "init"):
+        for name in (*MOVABLE, "init"):
             path = getattr(self, name)
             if path not in (None, EMBEDDED):
                 object.__setattr__(self, name, os.path.abspath(path))
@@ -185,10 +193,11 @@ def split_faces(
 
 
 def located(folder: Path, name: str, path: str | None, option: str | None = None) -> str | None:
-    """Return the path of a run's images; raise ValueError if it does not exist."""
+    """Return the path of a run's images or transforms; raise ValueError if it does not exist."""
     if path not in (None, EMBEDDED) and not Path(path).exists():
+        what = "images" if name in IMAGES else name
         raise ValueError(
-            f"{folder}: its images (--{name}) are no longer at {path}: give their path with "
+            f"{folder}: its {what} (--{name}) are no longer at {path}: give their path with "
             f"--{option or name}"
         )
     return path

@@ -16,7 +16,7 @@ from .started import (
     EMBEDDED,
     FOLDER_SIZE,
     FREE,
-    IMAGES,
+    MOVABLE,
     Started,
     command_of,
     located,
@@ -28,6 +28,7 @@ from .terminal import Bar, TrainingBar, console, interrupts, say
 if TYPE_CHECKING:  # they import torch, which --help must not wait for
     from ..data import Faces
     from ..data.formats.image_set import LabeledImages
+    from ..data.loading.transforms import Transforms
     from ..data.mixing import Ratio
     from ..training.loop import Trained
     from ..training.sources import Source
@@ -51,7 +52,9 @@ def _ratio(text: str) -> Ratio:
         ) from error
 
 
-def _mixed(run: Started, workers: int) -> tuple[Source, list[LabeledImages], Faces]:
+def _mixed(
+    run: Started, workers: int, transform: Transforms | None
+) -> tuple[Source, list[LabeledImages], Faces]:
     """Return the mixture of a run's two domains, the domains, and the real people held out."""
     from ..data import open_images, read_folder
     from ..training.sources import MixedSource
@@ -69,6 +72,7 @@ def _mixed(run: Started, workers: int) -> tuple[Source, list[LabeledImages], Fac
         per_sample=run.per_sample,
         size=size or (None if embedded else FOLDER_SIZE),
         workers=workers,
+        transform=transform,
     )
     height, width, channels = source.image_shape
     with Bar(f"reading {held.source}") as bar:
@@ -76,7 +80,9 @@ def _mixed(run: Started, workers: int) -> tuple[Source, list[LabeledImages], Fac
     return source, [source.synthetic, source.real], faces
 
 
-def _one_domain(run: Started, workers: int) -> tuple[Source, list[LabeledImages], Faces]:
+def _one_domain(
+    run: Started, workers: int, transform: Transforms | None
+) -> tuple[Source, list[LabeledImages], Faces]:
     """Return the source of a run's faces, the faces, and the people held out."""
     from ..training.sources import FacesSource
 
@@ -84,7 +90,7 @@ def _one_domain(run: Started, workers: int) -> tuple[Source, list[LabeledImages]
     faces, held = split_faces(data, size, None, run.relabel, run.holdout, run.memory)
     height, width, channels = held.images.shape[1:]
     options: Any = {"size": (height, width), "grayscale": channels == 1, "workers": workers}
-    return FacesSource(faces, **options), [faces], held
+    return FacesSource(faces, transform=transform, **options), [faces], held
 
 
 @options_of(Started, TrainConfig)
@@ -95,8 +101,8 @@ def train_command(
         Path | None,
         typer.Option(
             help="Resume the run in this folder, with its configuration. More --epochs extend it; "
-            "--data, --synthetic and --real give its images' new paths; the options of "
-            "verification and --loggers may change."
+            "--data, --synthetic, --real and --transforms give the new paths of its images and "
+            "transforms; the options of verification and --loggers may change."
         ),
     ] = None,
     workers: Annotated[
@@ -111,6 +117,7 @@ def train_command(
 ) -> None:
     """Train on an image folder (or the embedded faces) and verify on held-out people."""
     from ..common.distributed import joined
+    from ..data import read_transforms
     from ..reporting.plots import check_matplotlib
     from ..training.loop import train
     from ..training.model import BEST, check_start, inherited, state_of
@@ -131,8 +138,12 @@ def train_command(
     starts: Any = {"resume": resume is not None, "init": init, "loggers": tuple(loggers)}
     starts["init_head"] = run.init_head if init else "auto"
     check_start(config, run.image_size, folder, **starts)
+    transform = None
+    if run.transforms:
+        trusted = resume is None or is_given(context, "transforms")
+        transform = read_transforms(Path(run.transforms), trusted)
     mixed = bool(run.synthetic or run.real)
-    source, domains, held = (_mixed if mixed else _one_domain)(run, workers)
+    source, domains, held = (_mixed if mixed else _one_domain)(run, workers, transform)
     sets = (f"{len(d)} images of {len(d.identities)} people from {d.source}" for d in domains)
     say(
         f"{', mixed with '.join(sets)}; {len(held.identities)} people held out; run folder {folder}"
@@ -231,8 +242,8 @@ def _stored_run(
 ) -> tuple[Started, TrainConfig]:
     """Return a run's options and configuration; raise ValueError for an option that differs.
 
-    More epochs and new paths of the images are allowed; `train` compares the images with the run's
-    fingerprint.
+    More epochs and new paths of the images and of the transforms are allowed; `train` compares the
+    images with the run's fingerprint, and the transforms with its own.
     """
     from ..training.model import CONFIG
 
@@ -242,7 +253,7 @@ def _stored_run(
         value = now[name]
         if not is_given(context, name) or value == stored:
             continue
-        if name in FREE or (name in IMAGES and stored is not None):
+        if name in FREE or (name in MOVABLE and stored is not None):
             run = replace(run, **{name: value})
         elif name == "epochs" and value > stored:
             config = replace(config, epochs=value)
@@ -260,5 +271,5 @@ def _stored_run(
             else f"{folder}: its backbone is a module passed to train(): resume it in Python, "
             "as train(..., resume=True, backbone=module)"
         )
-    paths: Any = {name: located(folder, name, getattr(run, name)) for name in IMAGES}
+    paths: Any = {name: located(folder, name, getattr(run, name)) for name in MOVABLE}
     return replace(run, **paths), config
