@@ -41,7 +41,7 @@ def off_the_template(face):
 @needs_weights
 @needs_orl
 def test_faces_of_loose_chips_are_found(aligner):
-    """At least 95 % of 40 people's first images are found, with landmarks where faces have them."""
+    """Faces are found in 95 % of 40 people's chips, with landmarks where faces have them."""
     fit = 0
     for _, pixels, there in chips((1,)):
         faces = aligner(pixels)

@@ -27,6 +27,7 @@ def _run() -> None:
     except ImportError as error:
         raise SystemExit(f"error: {error}") from None
     encode_anything()
+    console.log_to(None)
     try:
         app()
     except Terminated:
