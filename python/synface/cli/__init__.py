@@ -1,4 +1,4 @@
-"""The `synface` command line: train, eval, pack, synthesize, convert, plan, study and more."""
+"""The `synface` command line: train, eval, embed, compare, export, pack, synthesize and more."""
 
 from __future__ import annotations
 

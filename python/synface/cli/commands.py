@@ -18,6 +18,7 @@ from . import (
     planning,
     recipes,
     training,
+    use,
 )
 from .terminal import Group, say
 
@@ -49,6 +50,9 @@ def synface(
 
 app.command("train")(training.train_command)
 app.command("eval")(evaluation.eval_command)
+app.command("embed")(use.embed_command)
+app.command("compare")(use.compare_command)
+app.command("export")(use.export_command)
 app.command("leak")(leak.leak_command)
 app.command("convert")(conversion.convert_command)
 app.command("pack")(packing.pack_command)

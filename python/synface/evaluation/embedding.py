@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ..data.formats import decode
 from ..data.formats.images import Store
 
 
+@runtime_checkable
 class Readable(Protocol):
     """Images that are decoded by index; every `Store` is one.
 

@@ -195,7 +195,9 @@ class Exporter:
 
     def _torch_export(self, path: Path) -> Run:
         with path.open("wb") as file:  # given a path, torch expects it to end in .pt2
-            torch.export.save(self._program, file, extra_files={METADATA: json.dumps(self.metadata)})
+            torch.export.save(
+                self._program, file, extra_files={METADATA: json.dumps(self.metadata)}
+            )
         return torch.export.load(io.BytesIO(path.read_bytes())).module()
 
     def _safetensors(self, path: Path) -> Run:

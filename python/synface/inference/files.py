@@ -58,7 +58,7 @@ def write_embeddings(
     Memory: a copy of the rows for .safetensors and .npz, and the names.
     """
     files = files_of(path)
-    people = sorted({each for each in identities if each is not None})
+    people = list(dict.fromkeys(each for each in identities if each is not None))
     number = {name: i for i, name in enumerate(people)}
     labels = np.array([-1 if each is None else number[each] for each in identities], np.int64)
     facts = {key: json.dumps(value) for key, value in about.items()}

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..data.formats import decode
 from ..data.formats.decode import EXTENSIONS, DataError
@@ -15,19 +20,51 @@ from ..data.formats.images import SUFFIXES, Files, PackedPaths, Store, detect, o
 SETS = tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 
 
+class JoinedStores:
+    """Several stores as one, in their order.
+
+    Args:
+        stores: one or more.
+    """
+
+    def __init__(self, stores: Sequence[Store]) -> None:
+        self.stores = stores
+        self.begins = [0, *accumulate(map(len, stores))]
+        self.streams = any(store.streams for store in stores)
+
+    def __len__(self) -> int:
+        return self.begins[-1]
+
+    def _at(self, row: int) -> tuple[Store, int]:
+        index = bisect_right(self.begins, row) - 1
+        return self.stores[index], row - self.begins[index]
+
+    def name(self, row: int) -> str:
+        """Return an image's location."""
+        store, own = self._at(row)
+        return store.name(own)
+
+    def decode_into(
+        self, pixels: NDArray[np.uint8], row: int, expected: tuple[int, int] | None = None
+    ) -> None:
+        """Decode an image into an array (H, W, C), converted and resized to fit."""
+        store, own = self._at(row)
+        store.decode_into(pixels, own, expected)
+
+
 class Found(NamedTuple):
-    """Images that are read alike.
+    """Images of some paths.
 
     Attributes:
-        store: the images.
+        store: the images, which `FaceNetwork.embed` takes.
         identities: the name of each image's identity; None for an image without one.
     """
 
-    store: Store
+    store: JoinedStores
     identities: list[str | None]
 
 
-def find_images(paths: Sequence[str | Path]) -> list[Found]:
+def find_images(paths: Sequence[str | Path]) -> Found:
     """Return the images of files and folders, in the order of the paths; none is decoded.
 
     Args:
@@ -35,24 +72,20 @@ def find_images(paths: Sequence[str | Path]) -> list[Found]:
             folders, whose images are found recursively, in natural order. If all images of a folder
             are in its sub-folders, and none deeper, these are the identities.
 
-    Returns:
-        One entry for all image files that come one after another, and for each other set.
-
     Raises:
         DataError: for a path that does not exist, a folder without images, and a set that
             `open_images` rejects.
 
     Memory: about 30 bytes per image, and its path.
     """
-    found: list[Found] = []
+    stores: list[Store] = []
     files: list[str] = []
     identities: list[str | None] = []
 
     def close() -> None:
         if files:
-            found.append(Found(Files(PackedPaths.of(files)), list(identities)))
+            stores.append(Files(PackedPaths.of(files)))
             files.clear()
-            identities.clear()
 
     for path in map(Path, paths):
         if os.path.isdir(path) and detect(path).name == "folder":
@@ -63,14 +96,15 @@ def find_images(paths: Sequence[str | Path]) -> list[Found]:
         elif path.is_dir() or path.name.endswith(SETS):
             close()
             images = open_images(path, relabel=True)
-            found.append(Found(images.store, [images.identities[i] for i in images.labels]))
+            stores.append(images.store)
+            identities += (images.identities[i] for i in images.labels)
         elif os.path.exists(path):
             files.append(str(path))
             identities.append(None)
         else:
             raise DataError(f"{path} does not exist or is not accessible")
     close()
-    return found
+    return Found(JoinedStores(stores), identities)
 
 
 def _in_folder(root: Path) -> list[tuple[str, int]]:

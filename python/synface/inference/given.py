@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..data.formats.image_set import LabeledImages
-    from ..data.formats.images import Store
+    from ..evaluation.embedding import Readable
 
     One: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[Any] | Tensor
-    Images: TypeAlias = One | Iterable[One] | LabeledImages | Store
+    Images: TypeAlias = One | Iterable[One] | LabeledImages | Readable
 
 NHWC, NCHW = "NHWC", "NCHW"
 CHANNELS = (1, 3)

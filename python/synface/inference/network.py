@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..common.check import check_device
 from ..data import normalize
 from ..data.formats.image_set import LabeledImages
-from ..data.formats.images import Store
 from ..evaluation.embedding import Readable, embed_store, unit_rows
 from ..training.config import TrainConfig
 from ..training.model import load_backbone
@@ -160,7 +159,7 @@ class FaceNetwork(nn.Module):
         if isinstance(images, LabeledImages):
             store = images.store
         else:
-            store = images if isinstance(images, Store) else given(images, layout)
+            store = images if isinstance(images, Readable) else given(images, layout)
         if not len(store):
             raise ValueError("images must hold at least one image, got none")
         options: Any = {"bad": bad, "batch_size": batch_size, "progress": progress}
