@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from ..common.check import check_folder
 from .checking import check_threshold
 from .options import BackboneOption, DeviceOption, FlipOption, chosen_device
-from .terminal import Bar, print_table, say
+from .terminal import Bar, say
 
 if TYPE_CHECKING:  # they import torch, which --help must not wait for
     import numpy as np
@@ -81,7 +80,7 @@ def embed_command(
     names = [found.store.name(i) for i in good]
     identities = [found.identities[i] for i in good]
     height, width, channels = network.image_shape
-    about = {"run": str(run), "step": network.description["step"], "flip": flip}
+    about = {"run": str(run), "step": network.description.get("step"), "flip": flip}
     about |= {"image_shape": [height, width, channels]}
     output.parent.mkdir(parents=True, exist_ok=True)
     write_embeddings(output, rows, names, identities, about)
@@ -130,16 +129,15 @@ def compare_command(
     recorded = recorded_threshold(run) if threshold is None else None
     least = threshold if recorded is None else recorded.value
     rows = [_embedding(network, path).double() for path in images]
-    pairs = [
+    pairs: list[dict[str, Any]] = [
         {"first": str(a), "second": str(b), "cosine": float(x @ y)}
         for (a, x), (b, y) in combinations(zip(images, rows, strict=True), 2)
     ]
     for pair in pairs:
         pair["same_person"] = None if least is None else pair["cosine"] >= least
+    source = None if threshold is None else "--threshold"
     if recorded is not None:
         source = f"{recorded.file}, step {recorded.step}"
-    else:
-        source = None if threshold is None else "--threshold"
     accuracy = None if recorded is None else recorded.accuracy
     if as_json:
         about = {"threshold": least, "threshold_from": source, "accuracy": accuracy}
@@ -259,14 +257,13 @@ def _some_images(network: FaceNetwork, path: Path) -> NDArray[np.uint8]:
 
 
 def _print_pairs(pairs: list[dict[str, Any]]) -> None:
+    """Print each pair on a line, which no terminal cuts: paths may be long."""
     verdicts = {True: SAME, False: DIFFERENT, None: ""}
     if len(pairs) == 1:
         verdict = verdicts[pairs[0]["same_person"]]
         say(f"cosine {pairs[0]['cosine']:.4f}" + (f": {verdict}" if verdict else ""))
         return
-    rows = [
-        [escape(each["first"]), escape(each["second"]), f"{each['cosine']:.4f}"]
-        + ([verdicts[each["same_person"]]] if each["same_person"] is not None else [])
-        for each in pairs
-    ]
-    print_table(["first", "second", "cosine", "verdict"][: len(rows[0])], rows)
+    say(f"{'cosine':<9}{'verdict':<18}images")
+    for each in pairs:
+        verdict = verdicts[each["same_person"]]
+        say(f"{each['cosine']:<9.4f}{verdict:<18}{each['first']} and {each['second']}")
