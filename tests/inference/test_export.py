@@ -95,6 +95,8 @@ def test_weights_are_written_under_their_own_names(tmp_path, exporter):
     backbone = exporter.network.backbone.state_dict()
     assert weights.keys() == backbone.keys()
     assert all(torch.equal(weights[name], value) for name, value in backbone.items())
+    other = Exporter(FaceNetwork(exporter.network.backbone, SHAPE, 8))  # of no run
+    assert other.write("safetensors", tmp_path / "other.safetensors") <= 1e-5
 
 
 def test_without_the_flip_and_in_gray(tmp_path):

@@ -204,8 +204,8 @@ class Exporter:
             from safetensors.torch import load_file
 
         facts = self.metadata | self.network.description
-        del facts["source"], facts["flip"]
-        metadata = {key: json.dumps(value) for key, value in facts.items()}
+        left_out = ("source", "flip")  # a path of this machine, and no property of the weights
+        metadata = {k: json.dumps(value) for k, value in facts.items() if k not in left_out}
         write_tensors(path, self.network.backbone.state_dict(), {"format": "pt"} | metadata)
         network = copy.deepcopy(self.network)
         network.backbone.load_state_dict(load_file(path))
