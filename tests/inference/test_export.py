@@ -117,7 +117,7 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path, exporter, mon
 
     def changed(*given, **options):
         run = load(*given, **options)
-        return lambda x: run(x) + change * (len(x) == 3)  # in one of the batches alone
+        return lambda x: run(x) + (change if len(x) == 3 else 0)  # in one of the batches alone
 
     monkeypatch.setattr(torch.jit, "load", changed)
     with pytest.raises(ExportError, match=rf"{path} was not written: .* up to (0\.001|nan), more"):

@@ -118,7 +118,7 @@ class Exporter:
         path = Path(path)
         with replacing(path) as part, _quiet():
             run = _WRITERS[kind](self, part)
-            difference = max(self._differences(path, run))
+            difference = float(np.max(list(self._differences(path, run))))  # NaN if any is
             if not difference <= TOLERANCE:  # NaN neither
                 raise ExportError(
                     f"{path} was not written: the embeddings of the exported {kind} file differ "
@@ -145,7 +145,6 @@ class Exporter:
                         f"{path} was not written: the exported file returns embeddings of shape "
                         f"{tuple(found.shape)}, expected {tuple(wanted.shape)}"
                     )
-                # a maximum that is NaN if any difference is
                 yield float((found.double() - wanted.double()).abs().max())
 
     @cached_property
