@@ -214,7 +214,7 @@ def export_command(
             failed = True
         else:
             say(
-                f"written: {file}, {file.stat().st_size / 2**20:.1f} MiB; loaded again, its "
+                f"written: {file}, {file.stat().st_size:,} bytes; loaded again, its "
                 f"embeddings differ from the network's by at most {difference:.1g}"
             )
     if failed:
