@@ -16,8 +16,8 @@ from tests.helpers.training import TINY, folder
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
-    *("train", "eval", "leak", "align", "convert", "pack", "synthesize", "plan", "study", "info"),
-    "demo",
+    *("train", "eval", "embed", "compare", "export", "leak", "align", "convert", "pack"),
+    *("synthesize", "plan", "study", "info", "demo"),
     *("recipe", "recipe cfsm", "recipe synface", "recipe gap", "recipe hyperface"),
     *("bench", "bench scale", "bench codes"),
 )

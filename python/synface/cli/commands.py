@@ -19,6 +19,7 @@ from . import (
     planning,
     recipes,
     training,
+    use,
 )
 from .terminal import Group, say
 
@@ -50,6 +51,9 @@ def synface(
 
 app.command("train")(training.train_command)
 app.command("eval")(evaluation.eval_command)
+app.command("embed")(use.embed_command)
+app.command("compare")(use.compare_command)
+app.command("export")(use.export_command)
 app.command("leak")(leak.leak_command)
 app.command("align")(align.align_command)
 app.command("convert")(conversion.convert_command)

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from ..common.check import check_folder
 from ..evaluation.sets import PairSet, TemplateSet, open_set
-from .options import DeviceOption, FlipOption, RelabelOption, chosen_device, refuse
+from .options import BackboneOption, DeviceOption, FlipOption, RelabelOption, chosen_device, refuse
 from .started import MEMORY, Started, command_of, located, read_faces, split_faces
 from .terminal import Bar, print_table, say
 
@@ -31,13 +31,7 @@ def eval_command(
     checkpoint_: Annotated[
         Path | None, typer.Option("--checkpoint", help="Folder of the run, as an option.")
     ] = None,
-    backbone: Annotated[
-        str | None,
-        typer.Option(
-            help="Function that builds the run's backbone, as package.module:function; required "
-            "if it is not built in, since code that a checkpoint names is not imported."
-        ),
-    ] = None,
+    backbone: BackboneOption = None,
     sets: Annotated[
         list[Path] | None,
         typer.Option(
