@@ -27,8 +27,9 @@ def people(identities: int = 6):
 class Given:
     """A verification with given results, by the number of calls."""
 
-    def __init__(self, values=tuple(AUC.values()), first: int = 0) -> None:
-        self.values, self.calls = values, first
+    def __init__(self, values=None, first: int = 0) -> None:
+        self.values = list(AUC.values()) if values is None else values
+        self.calls = first
 
     def __call__(self, backbone) -> dict[str, float]:
         self.calls += 1

@@ -65,8 +65,8 @@ def test_a_file_of_weights_loads_however_a_trainer_named_them(tmp_path, prefix, 
     torch.save({nested: values, "epoch": 3} if nested else values, tmp_path / "w.pth")
     found = fitted(tmp_path / "w.pth", read_weights(tmp_path / "w.pth"), network(1))
     assert same(found, dict(made.state_dict()))
-    loaded, shape = network_of_weights(tmp_path / "w.pth")
-    assert shape == (16, 16, 1)
+    loaded, sizes, size = network_of_weights(tmp_path / "w.pth")
+    assert (size, sizes.channels, sizes.embedding_size) == ((16, 16), 1, 16)
     images = torch.rand(2, 1, 16, 16)
     assert torch.equal(loaded(images), made(images))
 

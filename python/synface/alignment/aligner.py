@@ -113,6 +113,11 @@ class Aligner:
             )
         return AlignedFace(self._align(photo, landmarks), landmarks)
 
+    @property
+    def no_face(self) -> str:
+        """Return what a photo lacks for which a call returns no face, in words."""
+        return f"no face found of {self.min_face} pixels or more and a score of {self.threshold:g}"
+
     def _crop(
         self, image: Image.Image | NDArray[np.uint8] | str | Path, choose: str
     ) -> list[AlignedFace]:

@@ -172,9 +172,6 @@ def align_photos(
     output.mkdir(parents=True, exist_ok=True)
     record = _Record(output, settings, {photo.name for photo in photos} if overwrite else set())
     outcome = Outcome()
-    no_face = (
-        f"no face found of {aligner.min_face} pixels or more and a score of {aligner.threshold:g}"
-    )
 
     def place(photo: Photo) -> tuple[list[dict[str, Any]], str | None] | None:
         if photo.name in record.placed:
@@ -193,7 +190,7 @@ def align_photos(
             name = f"{photo.stem}_{i}.{format}" if several else f"{photo.stem}.{format}"
             _write(output / name, face, format, quality)
             rows.append(_row(photo, name, face))
-        return rows, None if rows else no_face
+        return rows, None if rows else aligner.no_face
 
     pool = ThreadPoolExecutor(threads)
     try:

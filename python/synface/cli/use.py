@@ -19,10 +19,23 @@ if TYPE_CHECKING:  # they import torch, which --help must not wait for
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from ..inference import FaceNetwork
+    from ..inference import AlignedFaces, FaceNetwork
+    from ..inference.found import JoinedStores
 
 RunArgument = Annotated[
-    Path, typer.Argument(help="Folder of a run, or of one checkpoint.", show_default=False)
+    Path,
+    typer.Argument(
+        help="Folder of a run, or of one checkpoint (RUN/best), or a file of an IResNet's weights.",
+        show_default=False,
+    ),
+]
+AlignOption = Annotated[
+    bool,
+    typer.Option(
+        "--align",
+        help="Find the largest face of each photo, and crop it as `synface align` does; for "
+        "networks that were trained on such faces.",
+    ),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files of these names.")]
 CHECKED = 10  # images that an exported file is compared on
@@ -52,10 +65,11 @@ def embed_command(
         bool,
         typer.Option(
             "--skip-bad",
-            help="Leave out images that cannot be decoded, and report them; the exit status is "
-            "then 1. Otherwise the first ones end the command.",
+            help="Leave out images that cannot be decoded, and with --align photos without a face, "
+            "and report them; the exit status is then 1. Otherwise the first ones end the command.",
         ),
     ] = False,
+    align: AlignOption = False,
     flip: FlipOption = True,
     device: DeviceOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.", min=1)] = 256,
@@ -70,9 +84,10 @@ def embed_command(
     found = find_images(paths)
     network = load(run, backbone=backbone, device=chosen_device(device), flip=flip)
     bad: dict[int, str] | None = {} if skip_bad else None
+    store = _aligned(network, found.store) if align else found.store
     with Bar("embedding") as bar:
         try:
-            rows = network.embed(found.store, batch_size=batch_size, bad=bad, progress=bar.files)
+            rows = network.embed(store, batch_size=batch_size, bad=bad, progress=bar.files)
         except DataError as error:
             hint = "" if skip_bad else "\n--skip-bad leaves out such images"
             raise DataError(f"{error}{hint}") from error
@@ -93,7 +108,7 @@ def embed_command(
     if bad:
         for index in sorted(bad):
             say(f"left out {found.store.name(index)}: {bad[index]}")
-        say(f"{len(bad):,} of {len(found.store):,} images cannot be decoded and were left out")
+        say(f"{len(bad):,} of {len(found.store):,} images were left out")
         raise typer.Exit(1)
 
 
@@ -115,11 +130,15 @@ def compare_command(
             show_default=False,
         ),
     ] = None,
+    align: AlignOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     device: DeviceOption = "auto",
     backbone: BackboneOption = None,
 ) -> None:
-    """Tell whether images show the same person, by the cosine of a trained network's embeddings."""
+    """Tell whether images show the same person, by the cosine of a trained network's embeddings.
+
+    The exit status is 0 for either verdict, and 1 if --align finds no face in a photo.
+    """
     from ..inference import load, recorded_threshold
 
     check_threshold(threshold)
@@ -128,7 +147,12 @@ def compare_command(
     network = load(run, backbone=backbone, device=chosen_device(device))
     recorded = recorded_threshold(run) if threshold is None else None
     least = threshold if recorded is None else recorded.value
-    rows = [_embedding(network, path).double() for path in images]
+    bad: dict[str, str] | None = {} if align else None
+    rows = [_embedding(network, path, bad) for path in images]
+    for name, reason in (bad or {}).items():
+        say(f"{name}: {reason}")
+    if bad:
+        raise typer.Exit(1)
     pairs: list[dict[str, Any]] = [
         {"first": str(a), "second": str(b), "cosine": float(x @ y)}
         for (a, x), (b, y) in combinations(zip(images, rows, strict=True), 2)
@@ -230,14 +254,39 @@ def _check_outputs(option: str, files: list[Path], overwrite: bool) -> None:
         check_folder(f"the folder of {option}", file.parent)
 
 
-def _embedding(network: FaceNetwork, path: Path) -> Tensor:
-    """Return the embedding of an image, or the mean of a folder's, as a unit vector."""
+def _aligned(network: FaceNetwork, store: JoinedStores) -> AlignedFaces:
+    """Return the faces of photos, cropped to a network's size."""
+    from ..alignment import Aligner
+    from ..inference import AlignedFaces
+
+    height, width, channels = network.image_shape
+    return AlignedFaces(store, Aligner((height, width), grayscale=channels == 1))
+
+
+def _embedding(network: FaceNetwork, path: Path, bad: dict[str, str] | None) -> Tensor:
+    """Return the embedding of an image, or the mean of a folder's, as a unit vector.
+
+    Args:
+        bad: where photos without a face are entered, by name, with the reason; None does not look
+            for faces.
+    """
+    import torch
     import torch.nn.functional as F
 
+    from ..data import DataError
     from ..inference import find_images
 
-    rows = network.embed(find_images([path]).store)
-    return rows[0] if len(rows) == 1 else F.normalize(rows.double().mean(0), dim=0)
+    store = find_images([path]).store
+    if bad is None:
+        rows = network.embed(store)
+    else:
+        wrong: dict[int, str] = {}
+        try:
+            rows = network.embed(_aligned(network, store), bad=wrong)
+        except DataError:  # no photo has a face
+            rows = torch.empty(0, network.embedding_size, dtype=torch.float32, device="cpu")
+        bad |= {store.name(row): reason for row, reason in wrong.items()}
+    return F.normalize(rows.double().mean(0), dim=0) if len(rows) > 1 else rows.double().sum(0)
 
 
 def _some_images(network: FaceNetwork, path: Path) -> NDArray[np.uint8]:

@@ -14,6 +14,7 @@ from ..data import normalize
 from ..data.formats.image_set import LabeledImages
 from ..evaluation.embedding import Readable, embed_store, unit_rows
 from ..training.config import TrainConfig
+from ..training.initial import network_of_weights
 from ..training.model import load_backbone
 from .given import NCHW, NHWC, came, check_layout, check_range, given
 
@@ -178,7 +179,8 @@ def load(
     """Return the network of a run's newest checkpoint (or of one checkpoint), to use it.
 
     Args:
-        path: the folder of the run, or of one of its checkpoints.
+        path: the folder of the run, or of one of its checkpoints; or a file of an IResNet's weights
+            alone, as `synface export --safetensors` or insightface's arcface_torch write them.
         backbone: the module to load the parameters into, or the name of a function that builds it,
             as ``package.module:function``; required if the run's is not built in. A function that
             only the checkpoint names is not imported.
@@ -192,21 +194,31 @@ def load(
     Raises:
         CheckpointError: if there is none, it is damaged, or its backbone cannot be rebuilt or is
             another one.
-        ValueError: for a device that torch does not have here.
+        ValueError: for a device that torch does not have here, and a ``backbone`` for a file of
+            weights.
     """
     on = check_device(device)
-    network, image_shape, config, description = _trained(Path(path), backbone)
-    size = config.embedding_size
+    network, image_shape, size, description = _trained(Path(path), backbone)
     return FaceNetwork(network, image_shape, size, flip=flip, description=description).eval().to(on)
 
 
 def _trained(
     path: Path, backbone: nn.Module | str | None
-) -> tuple[nn.Module, tuple[int, int, int], TrainConfig, dict[str, Any]]:
-    """Return a run's backbone, the (H, W, C) of its images, its configuration and its description.
+) -> tuple[nn.Module, tuple[int, int, int], int, dict[str, Any]]:
+    """Return a backbone, the (H, W, C) of its images, its embedding size and its description.
 
     Everything that depends on where a network comes from is here.
     """
+    if path.is_file():
+        if backbone is not None:
+            raise ValueError(
+                f"{path} is a file of weights, which tells an IResNet's sizes alone: give a run's "
+                "folder with backbone"
+            )
+        loaded, sizes, image_size = network_of_weights(path)
+        widths, depths = list(sizes.widths), list(sizes.depths)
+        about = {"source": str(path), "backbone": "iresnet", "widths": widths, "depths": depths}
+        return loaded, (*image_size, sizes.channels), sizes.embedding_size, about
     network, state = load_backbone(path, backbone)
     height, width, channels = state["data"]["image_shape"]
     config = TrainConfig.from_json(state["config"])
@@ -214,4 +226,4 @@ def _trained(
     facts["backbone"] = config.backbone
     if config.backbone == "iresnet":
         facts |= {"widths": list(config.widths), "depths": list(config.depths)}
-    return network, (height, width, channels), config, facts
+    return network, (height, width, channels), config.embedding_size, facts

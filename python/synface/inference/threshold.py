@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .. import checkpoint
 from ..checkpoint.jsonl import Lines
 from ..common.files import CheckpointError
-from ..training.model import CHECKPOINTS, VERIFICATION
+from ..training.model import BEST, CHECKPOINTS, VERIFICATION
 
 
 class Threshold(NamedTuple):
@@ -32,7 +32,7 @@ def recorded_threshold(path: Path) -> Threshold | None:
     """Return the threshold of a run's last verification up to its newest checkpoint (or to one).
 
     Args:
-        path: the folder of the run, or of one of its checkpoints.
+        path: the folder of the run, or of one of its checkpoints, or a file of weights.
 
     Returns:
         None if no threshold was recorded.
@@ -40,9 +40,11 @@ def recorded_threshold(path: Path) -> Threshold | None:
     Raises:
         CheckpointError: if there is no checkpoint, or the log is damaged.
     """
+    if path.is_file():  # weights alone
+        return None
     found = checkpoint.find(path)
     file = found.parent.parent / VERIFICATION
-    if found.parent.name != CHECKPOINTS or not file.is_file():
+    if found.parent.name not in (CHECKPOINTS, BEST) or not file.is_file():
         return None
     last = checkpoint.load_state(found)["step"]
     rows = [row for row in Lines(file).read() if row["step"] <= last]

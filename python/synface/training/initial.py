@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..common.check import check_memory
 from ..common.extras import extra
 from ..common.files import CheckpointError
+from ..common.textfiles import parse_json
+from ..data.formats.decode import MAX_PIXELS
 from ..models import PRESETS
 from ..models.iresnet import IResNet, PublishedIResNet, insightface_names
 
@@ -184,29 +186,51 @@ def fitted(file: Path, values: Mapping[str, Tensor], network: nn.Module) -> dict
     }
 
 
-def network_of_weights(file: Path) -> tuple[nn.Module, tuple[int, int, int]]:
-    """Return the IResNet that a file's weights are of, in evaluation mode, and its (H, W, C).
+def network_of_weights(file: Path) -> tuple[nn.Module, Architecture, tuple[int, int]]:
+    """Return the IResNet that a file's weights are of, in evaluation mode, and its (H, W).
 
     Raises:
         CheckpointError: for a file that is damaged, of another network, or of images that are not
-            square.
+            square, unless its metadata tell their size.
 
     Memory: the parameters, twice.
     """
     values = read_weights(file)
     sizes = architecture_of(values)
-    if sizes is None or sizes.image_size is None:
+    if sizes is None:
         raise CheckpointError(
-            f"{file} must have the weights of an IResNet of square images, such as those of "
-            "insightface's arcface_torch; for another network give a run's folder"
+            f"{file} must have the weights of an IResNet, such as those of insightface's "
+            "arcface_torch; for another network give a run's folder"
+        )
+    size = _recorded_size(file) or sizes.image_size
+    if size is None:
+        raise CheckpointError(
+            f"{file} must have the weights of a network for square images, got {sizes.pixels} "
+            "features per channel; for others give a run's folder"
         )
     try:
         with torch.device("meta"):
             network = IResNet(
-                sizes.image_size, sizes.channels, sizes.widths, sizes.depths, sizes.embedding_size
+                size, sizes.channels, sizes.widths, sizes.depths, sizes.embedding_size
             )
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
     weights = fitted(file, values, network)
     network.to_empty(device="cpu").load_state_dict(weights)
-    return network.eval(), (*sizes.image_size, sizes.channels)
+    return network.eval(), sizes, size
+
+
+def _recorded_size(file: Path) -> tuple[int, int] | None:
+    """Return the (H, W) in the metadata of a safetensors file that `synface export` wrote."""
+    if file.suffix != ".safetensors":
+        return None
+    with extra("train", "reading weights"):
+        from safetensors import safe_open
+    with safe_open(file, "pt") as opened:
+        text = (opened.metadata() or {}).get("image_size", "null")
+    try:
+        height, width = parse_json(text)
+    except (TypeError, ValueError):
+        return None
+    sides = isinstance(height, int) and isinstance(width, int) and 0 < height * width <= MAX_PIXELS
+    return (height, width) if sides and min(height, width) > 0 else None

@@ -53,7 +53,7 @@ class Selection:
 
     @property
     def ended(self) -> bool:
-        """Whether the patience is at its end."""
+        """Return whether the patience is at its end."""
         return bool(self.patience) and self.since >= self.patience
 
     def summary(self) -> str | None:
