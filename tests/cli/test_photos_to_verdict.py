@@ -104,7 +104,7 @@ def test_a_photo_without_a_face_ends_with_status_1(trained, tmp_path):
     assert "no face found" in refused(*options, "--output", output)
     assert not output.exists()
     shown = call(*options, "--output", output, "--skip-bad", code=1)
-    assert "1 of 2 images were left out" in shown
+    assert "1 of 2 images have no face, or cannot be decoded, and were left out" in shown
     with np.load(output) as arrays:
         assert arrays["names"].tolist() == [str(there / "a.jpg")]
         face = json.loads(call("compare", there / "run", there / "a.jpg", there / "a.jpg",

@@ -108,7 +108,8 @@ def embed_command(
     if bad:
         for index in sorted(bad):
             say(f"left out {found.store.name(index)}: {bad[index]}")
-        say(f"{len(bad):,} of {len(found.store):,} images were left out")
+        why = "have no face, or cannot be decoded," if align else "cannot be decoded"
+        say(f"{len(bad):,} of {len(found.store):,} images {why} and were left out")
         raise typer.Exit(1)
 
 

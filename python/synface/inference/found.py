@@ -81,11 +81,11 @@ class AlignedFaces:
     def decode_into(
         self, pixels: NDArray[np.uint8], row: int, expected: tuple[int, int] | None = None
     ) -> None:
-        """Write a photo's face into an array (H, W, C); raise DataError if it has none."""
+        """Write a photo's face into an array (H, W, C); raise OSError if it has none."""
         with self.store.open(row) as file:
             faces = self.aligner(decode.decode(file).convert("RGB"))
         if not faces:
-            raise DataError(self.aligner.no_face)
+            raise OSError(self.aligner.no_face)  # as for an image that cannot be decoded
         pixels[:] = faces[0].pixels
 
 
