@@ -104,7 +104,7 @@ class Transforms:
             try:
                 if by_array:
                     found = transform(image=first.numpy())["image"]
-                    result = torch.as_tensor(np.ascontiguousarray(found))
+                    result = torch.from_numpy(np.ascontiguousarray(found))
                 else:
                     result = transform(first)
             except Exception as error:
