@@ -89,25 +89,23 @@ def _open(file: BinaryIO, whole: bool = False) -> tuple[Image.Image, Mapping[Any
     file, info = metadata.strip(file, whole)
     begin = file.read(12)
     file.seek(0)
+    formats: tuple[str, ...] = FORMATS
     if begin[4:8] == b"ftyp" and begin[8:] in HEIF:
-        image = _heif(file)
-    else:
-        image = Image.open(file, formats=FORMATS)
+        file, formats = _heif(file), ("HEIF",)
+    image = Image.open(file, formats=formats)
     _check_size(image.width, image.height)
     if metadata.deep(image):
         raise OSError(f"more than 8 bits per channel (read as mode {image.mode})")
     return image, image.info if info is None else info
 
 
-def _heif(file: BinaryIO) -> Image.Image:
-    """Return a HEIC image, not decoded yet.
+def _heif(file: BinaryIO) -> BinaryIO:
+    """Return a HEIC file in memory, which Pillow then reads through pillow-heif.
 
     Raises:
         ImportError: without pillow-heif.
         OSError: for a coded image of too many pixels, which may be cropped to fewer.
     """
-    from PIL import Image
-
     content = read_up_to(file, metadata.MAX_PIXELS)
     for sides in re.findall(rb"ispe.{4}(.{4})(.{4})", content, re.DOTALL):
         _check_size(*(int.from_bytes(side, "big") for side in sides))
@@ -115,7 +113,7 @@ def _heif(file: BinaryIO) -> Image.Image:
         from pillow_heif import register_heif_opener
 
     register_heif_opener(decode_threads=1, thumbnails=False)
-    return Image.open(io.BytesIO(content), formats=("HEIF",))
+    return io.BytesIO(content)
 
 
 def _check_size(width: int, height: int) -> None:
