@@ -23,10 +23,12 @@ MAY_IMPORT = {
     "reporting": set(),
     "checkpoint": set(),
     "data": set(),
+    "alignment": {"data"},
     "optim": set(),
     "heads": {"optim"},
     "evaluation": {"data", "reporting"},
     "training": {"checkpoint", "data", "heads", "models", "optim"},
+    "inference": {"checkpoint", "data", "evaluation", "training"},
     "synthesis": {"checkpoint", "data", "reporting", "training"},
     "bench": {"data", "evaluation", "models", "optim", "reporting", "synthesis", "training"},
     "recipes": {
@@ -84,7 +86,7 @@ def test_packages_do_not_import_each_other_in_circles():
 
 
 def test_there_are_few_arrows_between_packages():
-    assert len(pairs()) <= 53
+    assert len(pairs()) <= 55
 
 
 def test_the_kernels_do_not_know_the_training_layer():

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv as csv_files
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ..common.check import check_folder, check_number
-from ..common.files import replacing
+from ..common.files import write_csv
 from .terminal import Bar, say
 
 MOST = 100_000  # pairs that are listed
@@ -57,17 +56,6 @@ def check_threshold(threshold: float | None) -> None:
     """Raise ValueError unless a threshold is a cosine."""
     if threshold is not None:
         check_number("--threshold", threshold, -1, 1)
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table as CSV, atomically; names of files keep their bytes."""
-    with (
-        replacing(path) as part,
-        part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
-        writer = csv_files.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def check_embeddings(

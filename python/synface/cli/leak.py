@@ -10,8 +10,17 @@ import typer
 from rich.markup import escape
 
 from ..common.check import check_folder
-from .checking import MOST, check_threshold, comparing, write_csv
-from .options import DeviceOption, FlipOption, RelabelOption, chosen_device, parse_size, refuse
+from ..common.files import write_csv
+from .checking import MOST, check_threshold, comparing
+from .options import (
+    BackboneOption,
+    DeviceOption,
+    FlipOption,
+    RelabelOption,
+    chosen_device,
+    parse_size,
+    refuse,
+)
 from .started import FOLDER_SIZE
 from .terminal import Bar, print_table, say
 
@@ -81,13 +90,7 @@ def leak_command(
             "compared by their pixels."
         ),
     ] = None,
-    backbone: Annotated[
-        str | None,
-        typer.Option(
-            help="Function that builds the run's backbone, as package.module:function; required "
-            "if it is not built in."
-        ),
-    ] = None,
+    backbone: BackboneOption = None,
     top: Annotated[
         int, typer.Option(help="Number of closest pairs to report.", min=1, max=1000)
     ] = 10,

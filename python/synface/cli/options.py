@@ -24,6 +24,13 @@ Command = TypeVar("Command", bound=Callable[..., None])
 RELABEL = "Renumber the labels that have images from 0; otherwise gaps are an error."
 RelabelOption = Annotated[bool, typer.Option("--relabel", help=RELABEL)]
 SeedOption = Annotated[int, typer.Option(help="Random seed.", min=0)]
+BackboneOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Function that builds the run's backbone, as package.module:function; required if it "
+        "is not built in, since code that a checkpoint names is not imported."
+    ),
+]
 FlipOption = Annotated[bool, typer.Option(help="Add the embedding of the flipped image.")]
 DeviceOption = Annotated[
     str,

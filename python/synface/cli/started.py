@@ -20,9 +20,12 @@ if TYPE_CHECKING:  # they import torch, which --help must not wait for
 EMBEDDED = "default"  # folder name that stands for the embedded faces
 IMAGES = ("data", "synthetic", "real")  # options that say where images are
 MOVABLE = (*IMAGES, "transforms")  # a resumed run may have new paths of these
+# Options that a resumed run may change.
+FREE = ("verify_every", "best", "patience", "loggers")
 # Options added later, with the values that older runs had.
 EARLIER = {
     "init": None,
+    "init_head": "auto",
     "transforms": None,
     "synthetic": None,
     "real": None,
@@ -30,6 +33,10 @@ EARLIER = {
     "per_sample": False,
     "relabel": False,
     "memory": 3 << 13,  # RGB equivalent of the earlier limit, 8 GiB in grayscale
+    "verify_every": 0.0,
+    "best": None,
+    "patience": 0,
+    "loggers": "",
 }
 MEMORY = 1024  # MiB
 FOLDER_SIZE = (56, 48)  # height, width: small enough to train on two cores in a minute or two
@@ -38,7 +45,7 @@ EMBEDDED_SIZE = (48, 48)  # of the embedded faces, unless --size says otherwise
 
 @dataclass(frozen=True)
 class Started:
-    """The options of `synface train` for a run's images and its initial parameters.
+    """The options of `synface train` for a run's images, initial parameters and verification.
 
     Paths are absolute: a run may be resumed from any directory.
     """
@@ -78,9 +85,31 @@ class Started:
     )
     init: str | None = option(
         None,
-        "Run to load the initial backbone from, and the class centers too if it has the same "
-        "number of identities.",
+        "Run to load the initial backbone from, or a file of its weights: safetensors, or a torch "
+        "file such as insightface's backbone.pth.",
         type=Path | None,
+    )
+    init_head: str = option(
+        "auto",
+        "Class centers of the --init run: keep, resize (keep the first ones), new, or auto, which "
+        "keeps them if it has the same number of identities.",
+    )
+    verify_every: float = option(
+        0.0, "Epochs between verifications; 0 for only one at the end.", NOT_NEGATIVE
+    )
+    best: str | None = option(
+        None,
+        "Measure whose best verification keeps its checkpoint in the run's folder best: auc, "
+        "accuracy or tar_at_far_0.1, 0.01, 0.001.",
+    )
+    patience: int = option(
+        0,
+        "Verifications without a better --best after which the run ends early; 0 for never.",
+        NOT_NEGATIVE,
+    )
+    loggers: str = option(
+        "",
+        "Further logs of the metrics, separated by commas: tensorboard, wandb, mlflow.",
     )
     transforms: str | None = option(
         None,
@@ -105,6 +134,11 @@ class Started:
         ):
             raise TypeError(f"its command is {values}")
         return Started(**values)
+
+    @property
+    def logger_names(self) -> tuple[str, ...]:
+        """The names in ``loggers``."""
+        return tuple(name.strip() for name in self.loggers.split(",") if name.strip())
 
     @property
     def image_size(self) -> tuple[int, int]:

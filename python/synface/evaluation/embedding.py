@@ -6,10 +6,12 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..common.check import check_least, check_memory, describe
@@ -17,6 +19,25 @@ from ..common.modes import evaluating
 from ..data import normalize
 from ..data.formats import decode
 from ..data.formats.images import Store
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """Images that are decoded by index; every `Store` is one.
+
+    Attributes:
+        streams: whether only sequential reads are fast.
+    """
+
+    streams: bool
+
+    def __len__(self) -> int: ...
+
+    def name(self, row: int) -> str: ...
+
+    def decode_into(
+        self, pixels: NDArray[np.uint8], row: int, expected: tuple[int, int] | None = None
+    ) -> None: ...
 
 
 def embed(
@@ -45,7 +66,7 @@ def embed(
         ValueError: for images of another dtype or shape, no images, a batch size under 1, and
             embeddings that are not finite, naming the images by their index.
     """
-    rows = _embed(model, images, batch_size, flip, lambda index: f"image {index}", 0)
+    rows = _embed(model, images, batch_size, flip, lambda index: f"image {index}")
     return rows.to(device)
 
 
@@ -56,9 +77,8 @@ def _embed(
     batch_size: int,
     flip: bool,
     name: Callable[[int], str],
-    first: int,
 ) -> Tensor:
-    """Embed images as `embed` does; errors call image i name(first + i)."""
+    """Embed images as `embed` does; errors call image i name(i)."""
     check_least("batch_size", batch_size, 1)
     _check_images(images)
     parameter = next(model.parameters(), None)
@@ -66,22 +86,37 @@ def _embed(
     rows = []
     with evaluating(model):
         for batch in images.split(batch_size):
-            x = normalize(batch.to(device))
-            y = _output(model(x), len(x))
-            if flip:
-                y = y + _output(model(x.flip(-1)), len(x))
-            # In float64, where no square of a float32 overflows.
-            rows.append(F.normalize(doubled(y)).float())
+            rows.append(unit_rows(model, normalize(batch.to(device)), flip))
     embeddings = torch.cat(rows).cpu()  # waits for a GPU once
     bad = (~embeddings.isfinite()).any(1).nonzero()[:, 0].tolist()
     if bad:
-        shown = ", ".join(name(first + i) for i in bad[: decode.NAMED])
+        shown = ", ".join(name(i) for i in bad[: decode.NAMED])
         shown += ", …" if len(bad) > decode.NAMED else ""
         raise ValueError(
             f"the network's embeddings of {len(bad)} of {len(embeddings)} images are not finite "
             f"(NaN or infinite): {shown}; check the network's weights and precision"
         )
     return embeddings
+
+
+def unit_rows(model: nn.Module, x: Tensor, flip: bool) -> Tensor:
+    """Return a model's embeddings of one batch as unit rows, in the model's mode, differentiably.
+
+    Args:
+        model, flip: as for `embed`.
+        x: (B, C, H, W) float32 in [-1, 1], on the model's device.
+
+    Returns:
+        (B, D) float32, on the device of ``x``.
+
+    Raises:
+        TypeError, ValueError: if the model returns something else.
+    """
+    y = _output(model(x), x.shape[0])
+    if flip:
+        y = y + _output(model(x.flip(-1)), x.shape[0])
+    # In float64, where no square of a float32 overflows.
+    return F.normalize(doubled(y)).float().to(x.device)
 
 
 def doubled(tensor: Tensor) -> Tensor:
@@ -99,7 +134,7 @@ def _output(found: object, count: int) -> Tensor:
             "the network must return floating point embeddings (B, D), or a tuple that begins with "
             f"them, got {type(found).__name__}: {came or 'empty'}"
         )
-    if rows.ndim != 2 or len(rows) != count or not rows.shape[1]:
+    if rows.ndim != 2 or rows.shape[0] != count or not rows.shape[1]:
         raise ValueError(
             f"the network must return embeddings of shape ({count}, D) for {count} images, "
             f"got {tuple(rows.shape)}"
@@ -109,12 +144,13 @@ def _output(found: object, count: int) -> Tensor:
 
 def embed_store(
     model: nn.Module,
-    store: Store,
+    store: Readable,
     image_shape: tuple[int, int, int],
     *,
     batch_size: int = 256,
     flip: bool = True,
     resize: bool = False,
+    bad: dict[int, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Return the embeddings of encoded images, which threads decode batch by batch.
@@ -123,14 +159,16 @@ def embed_store(
         model, batch_size, flip: as `embed`.
         image_shape: (H, W, C) that the model takes.
         resize: resize images of another size; False: they are an error.
+        bad: leave out images that cannot be used, and enter what is wrong with them here, by their
+            index; None: they are an error.
         progress: called as progress(done, total), first with 0, then after each batch.
 
     Returns:
-        (N, D) float32 unit rows, on the CPU.
+        (N, D) float32 unit rows, on the CPU, without those of bad images.
 
     Raises:
         DataError: for images that cannot be decoded or are of another size; the first five of a
-            batch are named.
+            batch are named. With ``bad``, only if no image can be used.
         TypeError, ValueError: as `embed`; images are named by the store.
 
     Memory: the result, and three batches of decoded images.
@@ -138,10 +176,15 @@ def embed_store(
     count, rows = len(store), []
     if progress is not None:
         progress(0, count)
-    for begin, images in _decoded(store, image_shape, batch_size, resize):
-        rows.append(_embed(model, images, batch_size, flip, store.name, begin))
+    for end, good, images in _decoded(store, image_shape, batch_size, resize, bad):
+        if good:
+            named = [store.name(i) for i in good]
+            rows.append(_embed(model, images, batch_size, flip, named.__getitem__))
         if progress is not None:
-            progress(begin + len(images), count)
+            progress(end, count)
+    if not rows and bad:
+        wrong = {store.name(i): text for i, text in bad.items()}
+        decode.raise_if(wrong, f"of {count} images", "a readable, complete one")
     return torch.cat(rows)
 
 
@@ -174,19 +217,26 @@ def embed_pixels(
     rows = torch.empty(count, size, dtype=torch.float32, device="cpu")
     if progress is not None:
         progress(0, count)
-    for begin, images in _decoded(store, image_shape, batch_size, True):
-        part = rows[begin : begin + len(images)]
+    for end, _, images in _decoded(store, image_shape, batch_size, True):
+        part = rows[end - len(images) : end]
         part.copy_(pixel_embeddings(images))
         part[(part == 0).all(1)] = size**-0.5
         if progress is not None:
-            progress(begin + len(images), count)
+            progress(end, count)
     return rows
 
 
 def _decoded(
-    store: Store, image_shape: tuple[int, int, int], batch_size: int, resize: bool
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield each batch's first index and images (B, H, W, C); threads decode the next one."""
+    store: Readable,
+    image_shape: tuple[int, int, int],
+    batch_size: int,
+    resize: bool,
+    bad: dict[int, str] | None = None,
+) -> Iterator[tuple[int, list[int], Tensor]]:
+    """Yield each batch's end, indices and images (B, H, W, C); threads decode the next one.
+
+    Bad images are entered in ``bad`` and left out; if it is None they are an error.
+    """
     check_least("batch_size", batch_size, 1)
     count, expected = len(store), None if resize else image_shape[:2]
     threads = 1 if store.streams else min(4, os.cpu_count() or 1)
@@ -196,27 +246,29 @@ def _decoded(
         wanted = "readable, complete images"
 
     def read(pixels: np.ndarray, index: int) -> None:
-        with store.open(index) as file:
-            decode.read_into(pixels, file, expected)
+        store.decode_into(pixels, index, expected)
 
     with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(1) as ahead:
 
-        def batch(begin: int) -> Tensor:
+        def batch(begin: int) -> tuple[list[int], Tensor]:
             indices = range(begin, min(begin + batch_size, count))
             images = np.empty((len(indices), *image_shape), np.uint8)
             done = list(pool.map(decode.attempt(read), images, indices))
-            wrong = {
-                store.name(i): text for i, (_, text) in zip(indices, done, strict=True) if text
-            }
-            decode.raise_if(wrong, f"of {len(indices)} images", wanted)
-            return torch.from_numpy(images)
+            wrong = {i: text for i, (_, text) in zip(indices, done, strict=True) if text}
+            if bad is None:
+                named = {store.name(i): text for i, text in wrong.items()}
+                decode.raise_if(named, f"of {len(indices)} images", wanted)
+            elif wrong:
+                bad.update(wrong)
+                images = np.delete(images, [i - begin for i in wrong], axis=0)
+            return [i for i in indices if i not in wrong], torch.from_numpy(images)
 
         following = ahead.submit(batch, 0)
         for begin in range(0, count, batch_size):
-            images = following.result()
+            good, images = following.result()
             if begin + batch_size < count:
                 following = ahead.submit(batch, begin + batch_size)
-            yield begin, images
+            yield min(begin + batch_size, count), good, images
 
 
 def pixel_embeddings(images: Tensor, mean: Tensor | None = None) -> Tensor:

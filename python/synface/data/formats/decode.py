@@ -153,15 +153,22 @@ def pixels(
     Raises:
         OSError: if it does not have the expected (H, W).
     """
-    with extra("train", READING):
-        from PIL import Image
-
     image = decode(file)
     if expected is not None and (image.height, image.width) != tuple(expected):
         raise OSError(
             f"decodes to {image.height}x{image.width} pixels, expected "
             f"{expected[0]}x{expected[1]} (height x width)"
         )
+    return fit(image, size, channels)
+
+
+def fit(
+    image: Image.Image, size: tuple[int, int] | None = None, channels: int | None = None
+) -> NDArray[np.uint8]:
+    """Return a decoded image as (H, W, C) bytes, converted and resized as `pixels` says."""
+    with extra("train", READING):
+        from PIL import Image
+
     if channels is None:
         channels = 1 if image.mode in GRAYSCALE else 3
     image = image.convert("L" if channels == 1 else "RGB")
@@ -180,12 +187,17 @@ def read_into(
 
 def png(image: NDArray[np.uint8]) -> bytes:
     """Encode an image (H, W, 1 or 3) as PNG."""
-    with extra("train", "encoding images"):
+    file = io.BytesIO()
+    from_bytes(image).save(file, "PNG")
+    return file.getvalue()
+
+
+def from_bytes(image: NDArray[np.uint8]) -> Image.Image:
+    """Return an image (H, W, 1 or 3) as Pillow's."""
+    with extra("train", READING):
         from PIL import Image
 
-    file = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file, "PNG")
-    return file.getvalue()
+    return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
 
 
 def attempt(function: Callable) -> Callable:

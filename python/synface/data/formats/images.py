@@ -116,6 +116,13 @@ class Store(ABC):
         """Decode an image into an array (H, W, C), converted and resized to fit."""
         pixels[:] = self.decode(row, pixels.shape[:2], pixels.shape[2])
 
+    def decode_into(
+        self, pixels: NDArray[np.uint8], row: int, expected: tuple[int, int] | None = None
+    ) -> None:
+        """Decode an image as `decode.read_into` does, whatever size the format declares."""
+        with self.open(row) as file:
+            decode.read_into(pixels, file, expected)
+
 
 class Files(Store):
     """A store with one file per image."""
@@ -135,10 +142,7 @@ class Files(Store):
         return str(self.path(row))
 
     def open(self, row: int) -> BinaryIO:
-        path = self.path(row)
-        if not path.is_file():  # opening a pipe would block
-            raise OSError("not a regular file, or a broken link")
-        return path.open("rb")
+        return open_regular(self.path(row))
 
     def read(self, row: int) -> bytes:
         with self.open(row) as file:
@@ -236,6 +240,13 @@ class DecodedImages(Store):
 
     def fingerprint(self) -> memoryview:
         return np.ascontiguousarray(self.pixels).data
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to read it; raise OSError for anything else."""
+    if not path.is_file():  # opening a pipe would block
+        raise OSError("not a regular file, or a broken link")
+    return path.open("rb")
 
 
 def read_range(file: BinaryIO, begin: int, size: int) -> bytes:
