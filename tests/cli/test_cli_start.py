@@ -218,6 +218,7 @@ def test_a_package_that_fails_to_load_is_not_called_missing(monkeypatch, tmp_pat
 
 EXTRAS = {"pyarrow": "parquet", "onnxruntime": "onnx"}
 EXTRAS |= {name: name for name in ("tensorboard", "wandb", "mlflow", "timm")}
+EXTRAS["pillow_heif"] = "heic"
 USES = """
 PIL from synface.data import open_images, read_folder; read_folder(open_images("faces"))
 PIL from synface.synthesis.dataset import _write; _write(Path("x"), np.ones((2, 2, 1), "u1"))
@@ -232,6 +233,7 @@ scipy from synface.synthesis.packing.bounds import random_worst; random_worst(9,
 scipy from synface.synthesis.packing.bounds import best; best(9, 4)
 pyarrow from synface.data import open_images; open_images("x.parquet")
 onnxruntime from synface.synthesis.generators import open_generator; open_generator("x.onnx", 8)
+pillow_heif from synface.data.formats.decode import _heif; _heif(open("x.heic", "rb"))
 onnxruntime from synface.alignment import RetinaFace; RetinaFace()
 safetensors from synface.training.initial import read_weights; read_weights(Path("x.safetensors"))
 timm from synface.models.timm import resnet18
@@ -259,6 +261,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
         (tmp_path / "faces" / person).mkdir(parents=True)
         (tmp_path / "faces" / person / "0.png").write_bytes(b"no image")
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    (tmp_path / "x.heic").write_bytes(b"no image")
     monkeypatch.chdir(tmp_path)
     blocked = [use.partition(" ")[0] for use in USES]
     done = python(f"BLOCKED = {blocked}\n{BLOCK}{RUN_USES}", *USES)
@@ -274,11 +277,11 @@ def test_every_import_of_an_extras_package_says_what_to_install():
     from synface.common.toml import read_toml
 
     extras = read_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
-    modules = {"pillow": "PIL", "scikit-image": "skimage"}
+    modules = {"pillow": "PIL", "pillow-heif": "pillow_heif", "scikit-image": "skimage"}
     modules["markdown-it-py"] = "markdown_it"
     homes = {
         modules.get(name, name): extra
-        for extra in ("train", "onnx", "parquet", "tensorboard")
+        for extra in ("train", "onnx", "parquet", "tensorboard", "heic")
         for name in (re.split("[>;]", requirement)[0] for requirement in extras[extra])
     }
     homes["torch.utils.tensorboard"] = "tensorboard"
@@ -311,4 +314,4 @@ def test_every_import_of_an_extras_package_says_what_to_install():
                 if home is not None:
                     assert under.get(node) in (home, "checked alone"), (path, name)
                     checked.add(home)
-    assert checked == {"train", "onnx", "parquet", "tensorboard"}
+    assert checked == {"train", "onnx", "parquet", "tensorboard", "heic"}

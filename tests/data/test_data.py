@@ -69,12 +69,12 @@ def test_hidden_and_other_files_are_ignored(people):
     (people / "s9" / ".thumb.png").write_text("no image")
     (people / "s9" / "notes.md").write_text("no image")
     picture().save(people / "preview.png")
-    (people / "s9" / "9.HEIC").write_text("no image that is read")
+    (people / "s9" / "9.GIF").write_text("no image that is read")
     (people / "__MACOSX" / "s9").mkdir(parents=True)
     (people / "s10" / "__MACOSX").mkdir()
     with pytest.warns(UserWarning, match="people: 3 files are skipped") as warned:
         assert len(read_folder(people)) == 6
-    assert "1 in no sub-folder, 1 .heic, 1 .md" in str(warned[0].message)
+    assert "1 in no sub-folder, 1 .gif, 1 .md" in str(warned[0].message)
 
 
 @pytest.mark.parametrize("extension", ["bmp", "JPG", "jpeg", "png", "pgm", "ppm", "tiff", "webp"])

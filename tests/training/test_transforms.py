@@ -162,7 +162,7 @@ def test_global_generators_are_left_as_they_were(kind):
 
 
 def test_generators_of_one_seed_draw_different_numbers():
-    """From one integer, the generators of torch and of NumPy would draw the same words."""
+    """Seeded with one integer, torch and NumPy would draw the same words."""
     drawn = []
 
     def draw(image):
@@ -240,6 +240,10 @@ def test_a_wrong_result_of_albumentations_names_its_transform():
 def test_what_is_no_transform_is_refused():
     with pytest.raises(TypeError, match=r"transform 2 \(str\) must be callable, got str 'flip'"):
         Transforms([Brightness(), "flip"])
+    with pytest.raises(
+        TypeError, match="transform must be callable, or a list of callables, got int"
+    ):
+        Transforms(3)
     old = type("Flip", (), {"__module__": "albumentations.augmentations", "__call__": id})
     with pytest.raises(ValueError, match=r"transform 1 \(Flip\) needs albumentations 2.0"):
         Transforms(old())
@@ -394,6 +398,7 @@ def test_a_file_of_torchvision_gives_the_bits_of_the_objects(tmp_path):
     [
         ("use = 1", "unknown key 'use'"),
         ("", r"must list transforms as tables \[\[transform\]\]"),
+        ("transform = []", r"must list transforms as tables \[\[transform\]\]"),
         ("transform = 3", r"must list transforms as tables \[\[transform\]\]"),
         ("transform = ['my_transforms:Brightness']", r"must list transforms as tables"),
         ("[[transform]]\nmost = 3", "transform 1: use must be a class as module:Name.*got None"),

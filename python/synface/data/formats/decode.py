@@ -1,4 +1,4 @@
-"""Decoding of untrusted image files; it needs only NumPy and Pillow."""
+"""Decoding of untrusted image files by Pillow, and HEIC where pillow-heif is installed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ...common.extras import extra
 from ...common.renamed import old_names
+from ...common.textfiles import read_up_to
 from . import metadata
 
 if TYPE_CHECKING:
@@ -21,10 +22,15 @@ if TYPE_CHECKING:
 
 # Pillow's decoders that files may reach, whatever their suffix (EPS starts Ghostscript).
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+HEIF = (b"heic", b"heix", b"heim", b"heis", b"mif1")  # brands of still images
 EXTENSIONS = frozenset(
     {".bmp", ".jpg", ".jpeg", ".png", ".pgm", ".ppm", ".pnm", ".tif", ".tiff", ".webp"}
+    | {".heic", ".heif"}
 )
-SUFFIXES = {"BMP": "bmp", "PNG": "png", "PPM": "pnm", "TIFF": "tif", "WEBP": "webp"}  # else JPEG
+# Other formats' suffix is JPEG's.
+SUFFIXES = {
+    "BMP": "bmp", "HEIF": "heic", "PNG": "png", "PPM": "pnm", "TIFF": "tif", "WEBP": "webp"
+}  # fmt: skip
 MAX_PIXELS = 1 << 26  # of one image; more counts as a decompression bomb
 NAMED = 5  # bad files that an error names
 READING = "reading images"  # in errors
@@ -81,12 +87,38 @@ def _open(file: BinaryIO, whole: bool = False) -> tuple[Image.Image, Mapping[Any
         from PIL import Image
 
     file, info = metadata.strip(file, whole)
-    image = Image.open(file, formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise OSError(f"{image.width}x{image.height} pixels, over the limit of {MAX_PIXELS:,}")
+    begin = file.read(12)
+    file.seek(0)
+    formats: tuple[str, ...] = FORMATS
+    if begin[4:8] == b"ftyp" and begin[8:] in HEIF:
+        file, formats = _heif(file), ("HEIF",)
+    image = Image.open(file, formats=formats)
+    _check_size(image.width, image.height)
     if metadata.deep(image):
         raise OSError(f"more than 8 bits per channel (read as mode {image.mode})")
     return image, image.info if info is None else info
+
+
+def _heif(file: BinaryIO) -> BinaryIO:
+    """Return a HEIC file in memory, which Pillow then reads through pillow-heif.
+
+    Raises:
+        ImportError: without pillow-heif.
+        OSError: for a coded image of too many pixels, which may be cropped to fewer.
+    """
+    content = read_up_to(file, metadata.MAX_PIXELS)
+    for sides in re.findall(rb"ispe.{4}(.{4})(.{4})", content, re.DOTALL):
+        _check_size(*(int.from_bytes(side, "big") for side in sides))
+    with extra("heic", "a HEIC image"):
+        from pillow_heif import register_heif_opener
+
+    register_heif_opener(decode_threads=1, thumbnails=False)
+    return io.BytesIO(content)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise OSError(f"{width}x{height} pixels, over the limit of {MAX_PIXELS:,}")
 
 
 def mode(file: BinaryIO) -> str:
@@ -181,11 +213,13 @@ def attempt(function: Callable) -> Callable:
         try:
             return function(*arguments), None
         except UnidentifiedImageError:
-            return None, f"not a readable image (known formats: {', '.join(FORMATS)})"
+            return None, f"not a readable image (known formats: {', '.join(FORMATS)}, HEIC)"
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             return None, f"a decompression bomb: {error}"
         except OSError as error:
             return None, error.strerror or str(error)
+        except ImportError as error:
+            return None, str(error)
         except Exception as error:
             return None, f"{type(error).__name__}: {error}"
 

@@ -50,6 +50,12 @@ def upright(image: Image.Image, info: Mapping[Any, Any]) -> Image.Image:
         image.getexif = lambda: exif  # type: ignore[method-assign]
         image.load()
         return image
+    if image.format == "HEIF":  # load() turns it, as its container says; its EXIF does not count
+        try:
+            image.load()
+        except (RuntimeError, EOFError, ValueError) as error:  # libheif's
+            raise OSError(str(error).strip()) from error
+        return image
     image.load()
     number = _of_exif(_exif(info))
     turn = turns.get(_of_xmp(info) if number is None else number)
@@ -100,6 +106,8 @@ def deep(image: Image.Image) -> bool:
         return True
     if image.format == "TIFF":
         return max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) > 8  # type: ignore[attr-defined]
+    if image.format == "HEIF":
+        return image.info.get("bit_depth", 8) > 8
     if image.format == "PPM":
         decoder, _, _, arguments = image.tile[0]  # type: ignore[attr-defined]
         return decoder.startswith("ppm") and arguments[1] > 255

@@ -55,6 +55,10 @@ class Transforms:
         names: Sequence[str] | None = None,
         description: str | None = None,
     ) -> None:
+        if not callable(transforms) and not isinstance(transforms, Sequence):
+            raise TypeError(
+                f"transform must be callable, or a list of callables, got {describe(transforms)}"
+            )
         self.transforms: list[Any] = [transforms] if callable(transforms) else list(transforms)
         self.names = names or [
             f"transform {i} ({getattr(each, '__name__', type(each).__name__)})"
@@ -104,7 +108,7 @@ class Transforms:
             try:
                 if by_array:
                     found = transform(image=first.numpy())["image"]
-                    result = torch.as_tensor(np.ascontiguousarray(found))
+                    result = torch.from_numpy(np.ascontiguousarray(found))
                 else:
                     result = transform(first)
             except Exception as error:
@@ -161,7 +165,7 @@ def read_transforms(file: Path, trusted: bool = True) -> Transforms:
     values = read_toml(file)
     check_keys(file, values, ["transform"])
     tables = values.get("transform")
-    if not isinstance(tables, list) or not all(isinstance(each, dict) for each in tables):
+    if not (isinstance(tables, list) and tables and all(isinstance(t, dict) for t in tables)):
         raise ValueError(
             f"{file} must list transforms as tables [[transform]], "
             f'each with use = "{LIBRARIES[0]}:ColorJitter" or another class'
