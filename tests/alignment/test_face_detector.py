@@ -134,7 +134,7 @@ def test_heic_is_read_or_named(aligner, tmp_path, monkeypatch):
     assert np.abs(found - np.asarray(image)).mean() < 6
     monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
     with pytest.raises(
-        ImportError, match=r'IMG_1.JPG needs pillow_heif.*"synface-kernels\[heic\]"'
+        ImportError, match=r'IMG_1.JPG: .* needs pillow_heif.*"synface-kernels\[heic\]"'
     ):
         read_photo(file)
 

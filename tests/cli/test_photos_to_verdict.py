@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import synface
 import torch
 from PIL import Image
 from synface.models.iresnet import PublishedIResNet
 
-import synface
 from tests.helpers.chips import chip, needs_orl, needs_weights, orl
 from tests.helpers.command_line import call, refused
 

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from ..common.extras import extra
 from ..common.files import replacing, write_text
 from ..common.textfiles import parse_json, read_text
-from ..data.formats.decode import DataError, attempt, scan
+from ..data.formats.decode import EXTENSIONS, DataError, attempt, scan
 from .aligner import AlignedFace, Aligner
-from .photos import EXTENSIONS, read_photo
+from .photos import read_photo
 
 RECORD, NOT_PLACED = "faces.jsonl", "not_placed.csv"
 MAX_RECORD = 1 << 32  # bytes

@@ -1,21 +1,14 @@
-"""Photos, read from files: all formats of image sets, and HEIC."""
+"""Photos, read from files in all formats of image sets."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
-from ..common.extras import extra
 from ..data.formats import decode
-from ..data.formats.decode import MAX_PIXELS
 
 if TYPE_CHECKING:
     from PIL import Image
-
-EXTENSIONS = decode.EXTENSIONS | {".heic", ".heif"}
-# An ISO media file of a brand that holds HEVC-coded images, whatever its suffix.
-HEIF = re.compile(rb"....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", re.DOTALL)
 
 
 def read_photo(path: str | Path) -> Image.Image:
@@ -27,18 +20,7 @@ def read_photo(path: str | Path) -> Image.Image:
         ImportError: for HEIC without pillow-heif.
     """
     with Path(path).open("rb") as file:
-        heif = HEIF.match(file.read(12))
-        file.seek(0)
-        image = _heif(file, path) if heif else decode.decode(file)
-        return image.convert("RGB")
-
-
-def _heif(file: BinaryIO, path: str | Path) -> Image.Image:
-    with extra("heic", path):
-        import pillow_heif
-
-    opened = pillow_heif.open_heif(file)  # libheif turns images itself
-    width, height = opened.size
-    if width * height > MAX_PIXELS:
-        raise OSError(f"{width}x{height} pixels, over the limit of {MAX_PIXELS:,}")
-    return opened.to_pillow()
+        try:
+            return decode.decode(file).convert("RGB")
+        except ImportError as error:
+            raise ImportError(f"{path}: {error}", name=error.name) from error
