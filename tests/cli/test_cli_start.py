@@ -16,8 +16,8 @@ from tests.helpers.training import TINY, folder
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
-    *("train", "eval", "embed", "compare", "export", "leak", "convert", "pack", "synthesize"),
-    *("plan", "study", "info", "demo"),
+    *("train", "eval", "embed", "compare", "export", "leak", "align", "convert", "pack"),
+    *("synthesize", "plan", "study", "info", "demo"),
     *("recipe", "recipe cfsm", "recipe synface", "recipe gap", "recipe hyperface"),
     *("bench", "bench scale", "bench codes"),
 )
@@ -216,7 +216,8 @@ def test_a_package_that_fails_to_load_is_not_called_missing(monkeypatch, tmp_pat
         import broken_package  # noqa: F401
 
 
-EXTRAS = {"pyarrow": "parquet", "onnxruntime": "onnx", "tensorboard": "tensorboard"}
+EXTRAS = {"pyarrow": "parquet", "onnxruntime": "onnx"}
+EXTRAS |= {name: name for name in ("tensorboard", "wandb", "mlflow", "timm")}
 USES = """
 PIL from synface.data import open_images, read_folder; read_folder(open_images("faces"))
 PIL from synface.synthesis.dataset import _write; _write(Path("x"), np.ones((2, 2, 1), "u1"))
@@ -231,7 +232,14 @@ scipy from synface.synthesis.packing.bounds import random_worst; random_worst(9,
 scipy from synface.synthesis.packing.bounds import best; best(9, 4)
 pyarrow from synface.data import open_images; open_images("x.parquet")
 onnxruntime from synface.synthesis.generators import open_generator; open_generator("x.onnx", 8)
-tensorboard from synface.training.loop import _tensorboard; _tensorboard(Path("x"), 0).__enter__()
+safetensors from synface.training.initial import read_weights; read_weights(Path("x.safetensors"))
+timm from synface.models.timm import resnet18
+tensorboard from synface.training.loggers import check_loggers; check_loggers(["tensorboard"])
+wandb from synface.training.loggers import check_loggers; check_loggers(["wandb"])
+mlflow from synface.training.loggers import check_loggers; check_loggers(["mlflow"])
+tensorboard from synface.training.loggers import TensorBoard; TensorBoard(Path("x"), 0, {}, None)
+wandb from synface.training.loggers import WandB; WandB(Path("x"), 0, {}, None)
+mlflow from synface.training.loggers import MLflow; MLflow(Path("x"), 0, {}, None)
 """.strip().splitlines()
 RUN_USES = """
 from pathlib import Path

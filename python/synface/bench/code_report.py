@@ -18,7 +18,7 @@ from synface_kernels import _env
 from ..common.files import write_text
 from ..common.textfiles import read_json
 from ..reporting.page import table, write_page
-from ..reporting.plots import ACCENT, INK, figure, finish, save
+from ..reporting.plots import ACCENT, INK, REFERENCE, figure, finish, log_scale, save, styled
 from ..synthesis.packing import PackConfig, Packer, PackingProgress, bounds
 from .codes import KnownCode
 
@@ -188,22 +188,29 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+@styled()
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Plot each code's excess over the best known cosine, logarithmically."""
-    new, axes = figure(max(4.0, 1.5 + 0.22 * len(rows)), 4.2)
+    new, axes = figure(7.2, 1.6 + 0.17 * len(rows))
     places = range(len(rows))
     excess = [max(row["excess"], FLOOR) for row in rows]
     for level in LEVELS:
-        axes.axhline(level, color=INK, linestyle=":", linewidth=0.8)
+        levels = "levels " + ", ".join(f"{level:g}" for level in LEVELS)
+        axes.axvline(level, **REFERENCE, linestyle=":", label=levels)
     found = [value <= LEVELS[1] for value in excess]
-    for reached, color, label in ((True, INK, "found"), (False, ACCENT, "not found")):
+    for reached, color, marker, label in (
+        (True, INK, "o", "found"),
+        (False, ACCENT, "s", "not found"),
+    ):
         chosen = [i for i in places if found[i] == reached]
         if chosen:
             label = f"{label} to {LEVELS[1]:g}: {len(chosen)}"
-            axes.plot(chosen, [excess[i] for i in chosen], "o", color=color, label=label)
-    axes.set_yscale("log")
-    axes.set_ylim(FLOOR / 2, 1)
-    axes.set_xticks(places, [f"{row['count']},{row['dim']}" for row in rows], rotation=90)
-    axes.tick_params(axis="x", labelsize=7)
-    finish(axes, "Worst cosine above the best known", "N,d", "excess", loc="upper left")
+            axes.plot([excess[i] for i in chosen], chosen, marker, color=color, label=label)
+    axes.set_xlim(FLOOR / 2, 1)
+    log_scale(axes, "x")
+    axes.set_yticks(places, [f"{row['count']} in {row['dim']}" for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
+    title = f"The packer finds {sum(found)} of {len(rows)} codes to {LEVELS[1]:g}"
+    x = f"worst cosine above the best known; {FLOOR:g} stands for none"
+    finish(axes, title, x, "N points in d dimensions", grid="both")
     save(new, path)

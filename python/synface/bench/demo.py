@@ -259,18 +259,12 @@ def _hardest(found: Recognition, path: Path) -> dict[str, list[dict[str, Any]]]:
 def _scores(found: Recognition, path: Path) -> dict[str, list[float]]:
     """Draw the densities of the scores, and return them."""
     scores, trained = score_densities(found.embeddings, found.held.labels), found.trained
-    lines = {}
-    if trained.threshold is not None:
-        lines[f"threshold {trained.threshold:.3f}"] = trained.threshold
-    plots.densities(
-        {
-            f"impostor ({trained.impostor:,} pairs)": (scores.impostor, scores.edges),
-            f"genuine ({trained.genuine:,} pairs)": (scores.genuine, scores.edges),
-        },
+    plots.score_histogram(
+        scores,
         path,
-        title="Scores of people never trained on",
-        x="cosine of the pair's embeddings",
-        lines=lines,
+        genuine=trained.genuine,
+        impostor=trained.impostor,
+        threshold=trained.threshold,
     )
     return {name: values.tolist() for name, values in vars(scores).items()}
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from ..common.check import check_integers, check_number
 from ..common.textfiles import parse_json, read_text
-from ..models import PRESETS
+from ..models import PRESETS, SHORT
 from ..training.config import option
 
 MIB, GIB = 2**20, 2**30
@@ -27,7 +27,7 @@ SHARE_FREE = 0.05  # of a device's memory, for the driver, its libraries and fra
 NAMES = ("float32", "bfloat16")
 BYTES = {"float32": 4, "bfloat16": 2}
 STATES = {"none": 0, "sgd": 1, "adamw": 2}  # tensors as large as the parameters
-DEPTHS = {name.replace("iresnet", "r"): depths for name, depths in PRESETS.items()}
+DEPTHS = {short: PRESETS[name] for short, name in SHORT.items()}
 
 
 @dataclass(frozen=True)

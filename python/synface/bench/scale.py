@@ -29,7 +29,7 @@ from ..common.files import write_text
 from ..common.interrupts import interrupts
 from ..common.rng import generator, normals, seeds
 from ..optim.centers import Centers, CentersConfig
-from ..reporting.plots import figure, loss_and_accuracy, save
+from ..reporting.plots import colors, figure, finish, loss_and_accuracy, save, styled
 
 MEMORY = {"RssAnon": "anonymous", "RssFile": "file-backed", "VmRSS": "in all"}
 PHASES = ("sample", "log", "read", "loss and gradient", "update")
@@ -299,22 +299,21 @@ def summary(result: dict[str, Any]) -> str:
     )
 
 
+@styled()
 def write_report(result: dict[str, Any], folder: Path) -> None:
     """Write scale.json, and scale.png with the loss and the duration of a step's phases."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "scale.json", json.dumps(result, indent=1))
     history, centers = result["history"], result["config"]["centers"]
-    new, (left, right) = figure(11, 4.4, 1, 2)
-    loss_and_accuracy(left, history, "step")
-    left.set_title(
-        f"{centers['num_classes']:,} × {centers['embedding_size']} {centers['dtype']}, "
-        f"{result['config']['working_set']:,} of them seen"
-    )
+    new, axes = figure(7.2, 7.5, 3, 1, sharex=True)
+    loss_and_accuracy(axes[:2], history, "step")
     step, phases = [row["step"] for row in history], [[row[p] for row in history] for p in PHASES]
-    right.stackplot(step, phases, labels=PHASES, alpha=0.8)
-    right.set_ylabel("seconds")
-    right.set_title(f"Time of a step: {result['steps_per_second']:.2f} steps/s")
-    right.legend(frameon=False, fontsize=8, loc="upper right")
-    right.set_xlabel("step")
-    right.grid(alpha=0.25)
+    axes[2].stackplot(step, phases, labels=PHASES, colors=colors(len(PHASES)))
+    finish(
+        axes[0],
+        f"{centers['num_classes']:,} × {centers['embedding_size']} {centers['dtype']}, "
+        f"{result['config']['working_set']:,} of them seen",
+    )
+    title = f"Time of a step: {result['steps_per_second']:.2f} steps/s"
+    finish(axes[2], title, "step", "seconds")
     save(new, folder / "scale.png")

@@ -1,4 +1,4 @@
-"""The `synface` command line: train, eval, embed, compare, export, pack, synthesize and more."""
+"""The `synface` command line: train, eval, embed, compare, export, align, pack and more."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def _run() -> None:
     except ImportError as error:
         raise SystemExit(f"error: {error}") from None
     encode_anything()
+    console.log_to(None)
     try:
         app()
     except Terminated:

@@ -9,6 +9,7 @@ import typer
 import synface_kernels as sk
 
 from . import (
+    align,
     bench,
     conversion,
     demonstration,
@@ -54,6 +55,7 @@ app.command("embed")(use.embed_command)
 app.command("compare")(use.compare_command)
 app.command("export")(use.export_command)
 app.command("leak")(leak.leak_command)
+app.command("align")(align.align_command)
 app.command("convert")(conversion.convert_command)
 app.command("pack")(packing.pack_command)
 app.command("synthesize")(packing.synthesize_command)

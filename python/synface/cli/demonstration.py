@@ -48,12 +48,10 @@ def demo_command(
 
     from ..bench import demo, measure
     from ..data import embedded_faces
-    from ..evaluation.embedding import embed
-    from ..evaluation.metrics import verify
     from ..synthesis import packing
     from ..training.config import TrainConfig
     from ..training.loop import train
-    from .verification import print_verification, verify_pixels
+    from .verification import Verifier
 
     check_folder("--output", output)
     began = time.perf_counter()
@@ -96,9 +94,10 @@ def demo_command(
         started = time.perf_counter()
         result = train(config, learn, Path(folder) / "run", progress=bar)
         rate = bar.images / (time.perf_counter() - started)
-    embeddings = embed(result.backbone, held.images)
-    trained, pixels = verify(embeddings, held.labels), verify_pixels(held)
-    print_verification(trained, pixels, held)
+    verifier = Verifier(held)
+    trained = verifier(result.backbone)
+    assert verifier.embeddings is not None
+    verifier.print(trained)
 
     seconds = time.perf_counter() - began
     page = demo.write(
@@ -108,7 +107,13 @@ def demo_command(
         points=packed,
         softmax=softmax,
         recognition=demo.Recognition(
-            result.history, learn, held, embeddings, trained, pixels, rate
+            result.history,
+            learn,
+            held,
+            verifier.embeddings,
+            trained.verification,
+            verifier.pixels.verification,
+            rate,
         ),
         about={
             "date": date.today().isoformat(),

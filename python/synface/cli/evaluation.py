@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,10 +76,10 @@ def eval_command(
     relabel: RelabelOption = False,
 ) -> None:
     """Verify a trained network on pairs of images, against raw pixels, or on verification sets."""
-    from ..evaluation.report import SetResult
+    from ..evaluation import report
     from ..reporting.plots import check_matplotlib
     from ..training.model import load_backbone
-    from .verification import print_verification, verify_network, verify_pixels
+    from .verification import Verifier
 
     if (run is None) == (checkpoint_ is None):
         raise ValueError("eval needs one run: its folder, or --checkpoint")
@@ -104,27 +102,22 @@ def eval_command(
     network.to(on)
     about = {"run": str(path), "step": state["step"], "flip": flip, "device": str(on)}
     options: dict[str, Any] = {"batch_size": batch_size, "flip": flip}
+    height, width, channels = state["data"]["image_shape"]
+    shape = height, width, channels
     if sets:
         opened_sets = [open_set(each, images) for each in sets]
-        height, width, channels = state["data"]["image_shape"]
-        shape = height, width, channels
         results = _evaluate_sets(network, opened_sets, shape, resize=resize, **options)
-        _report(output, results, about)
+        if output is not None:
+            title = "Verification sets"
+            say(f"report: {report.write(output, results, about, image_shape=shape, title=title)}")
         return
     held, unseen = _people(path, state, data, holdout, relabel)
-    results = []
-    for name, score in (
-        ("raw pixels", lambda: verify_pixels(held)),
-        ("trained network", lambda: verify_network(network, held, **options)),
-    ):
-        began = time.perf_counter()
-        found = score()
-        seconds = time.perf_counter() - began
-        results.append(SetResult(name, held.source, len(held), seconds, found, None))
-    pixels, trained = (result.verification for result in results)
-    print_verification(trained, pixels, held, unseen)
-    people = f"{len(held.identities)}{' never trained on' if unseen else ''}"
-    _report(output, results[::-1], about | {"people": people})
+    verifier = Verifier(held, **options)
+    trained = verifier(network)
+    verifier.print(trained, unseen)
+    if output is not None:
+        about["people"] = f"{len(held.identities)}{' never trained on' if unseen else ''}"
+        say(f"report: {verifier.report(output, trained, about)}")
 
 
 def _people(
@@ -169,13 +162,6 @@ def _people(
         if unseen:
             break
     return held, unseen
-
-
-def _report(output: Path | None, results: Sequence[SetResult], about: dict[str, Any]) -> None:
-    from ..evaluation import report as set_report
-
-    if output is not None:
-        say(f"report: {set_report.write(output, results, about)}")
 
 
 def _may_be(images: ImageSet, started: Started, trained_on: dict[str, Any]) -> bool:

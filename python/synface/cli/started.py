@@ -19,15 +19,24 @@ if TYPE_CHECKING:  # they import torch, which --help must not wait for
 
 EMBEDDED = "default"  # folder name that stands for the embedded faces
 IMAGES = ("data", "synthetic", "real")  # options that say where images are
+MOVABLE = (*IMAGES, "transforms")  # a resumed run may have new paths of these
+# Options that a resumed run may change.
+FREE = ("verify_every", "best", "patience", "loggers")
 # Options added later, with the values that older runs had.
 EARLIER = {
     "init": None,
+    "init_head": "auto",
+    "transforms": None,
     "synthetic": None,
     "real": None,
     "mix_ratio": "grid",
     "per_sample": False,
     "relabel": False,
     "memory": 3 << 13,  # RGB equivalent of the earlier limit, 8 GiB in grayscale
+    "verify_every": 0.0,
+    "best": None,
+    "patience": 0,
+    "loggers": "",
 }
 MEMORY = 1024  # MiB
 FOLDER_SIZE = (56, 48)  # height, width: small enough to train on two cores in a minute or two
@@ -36,7 +45,7 @@ EMBEDDED_SIZE = (48, 48)  # of the embedded faces, unless --size says otherwise
 
 @dataclass(frozen=True)
 class Started:
-    """The options of `synface train` for a run's images and its initial parameters.
+    """The options of `synface train` for a run's images, initial parameters and verification.
 
     Paths are absolute: a run may be resumed from any directory.
     """
@@ -76,14 +85,42 @@ class Started:
     )
     init: str | None = option(
         None,
-        "Run to load the initial backbone from, and the class centers too if it has the same "
-        "number of identities.",
+        "Run to load the initial backbone from, or a file of its weights: safetensors, or a torch "
+        "file such as insightface's backbone.pth.",
+        type=Path | None,
+    )
+    init_head: str = option(
+        "auto",
+        "Class centers of the --init run: keep, resize (keep the first ones), new, or auto, which "
+        "keeps them if it has the same number of identities.",
+    )
+    verify_every: float = option(
+        0.0, "Epochs between verifications; 0 for only one at the end.", NOT_NEGATIVE
+    )
+    best: str | None = option(
+        None,
+        "Measure whose best verification keeps its checkpoint in the run's folder best: auc, "
+        "accuracy or tar_at_far_0.1, 0.01, 0.001.",
+    )
+    patience: int = option(
+        0,
+        "Verifications without a better --best after which the run ends early; 0 for never.",
+        NOT_NEGATIVE,
+    )
+    loggers: str = option(
+        "",
+        "Further logs of the metrics, separated by commas: tensorboard, wandb, mlflow.",
+    )
+    transforms: str | None = option(
+        None,
+        "TOML file of torchvision or albumentations transforms of the training images, which "
+        "precede --augment.",
         type=Path | None,
     )
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in (*IMAGES, "init"):
+        for name in (*MOVABLE, "init"):
             path = getattr(self, name)
             if path not in (None, EMBEDDED):
                 object.__setattr__(self, name, os.path.abspath(path))
@@ -97,6 +134,11 @@ class Started:
         ):
             raise TypeError(f"its command is {values}")
         return Started(**values)
+
+    @property
+    def logger_names(self) -> tuple[str, ...]:
+        """The names in ``loggers``."""
+        return tuple(name.strip() for name in self.loggers.split(",") if name.strip())
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -151,10 +193,11 @@ def split_faces(
 
 
 def located(folder: Path, name: str, path: str | None, option: str | None = None) -> str | None:
-    """Return the path of a run's images; raise ValueError if it does not exist."""
+    """Return the path of a run's images or transforms; raise ValueError if it does not exist."""
     if path not in (None, EMBEDDED) and not Path(path).exists():
+        what = "images" if name in IMAGES else name
         raise ValueError(
-            f"{folder}: its images (--{name}) are no longer at {path}: give their path with "
+            f"{folder}: its {what} (--{name}) are no longer at {path}: give their path with "
             f"--{option or name}"
         )
     return path

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import io
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+from rich.control import Control
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -30,7 +34,48 @@ from ..common.interrupts import Terminated
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-console = Console()
+
+class LoggedConsole(Console):
+    """A console whose lines are also appended to a file, in plain text, once its path is known.
+
+    Lines that are printed before are kept until then. What a bar shows while it moves is not kept.
+    """
+
+    KEPT = 1000  # lines without a file
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.log_to(None)
+
+    def log_to(self, file: Path | None) -> None:
+        """Append the lines so far, and those that follow, to a file; None forgets them."""
+        self._log = file
+        kept = [] if file is None else list(self._kept)
+        self._kept: deque[str] = deque(maxlen=self.KEPT)
+        for text in kept:
+            self._append(text)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*objects, **options)
+        if not all(isinstance(each, Control) for each in objects) or not objects:
+            self.note(*objects, **options)
+
+    def note(self, *objects: Any, **options: Any) -> None:
+        """Append to the file alone."""
+        if not self.quiet:
+            text = io.StringIO()
+            Console(file=text, width=self.width, color_system=None).print(*objects, **options)
+            self._append("\n".join(line.rstrip() for line in text.getvalue().split("\n")))
+
+    def _append(self, text: str) -> None:
+        if self._log is None:
+            self._kept.append(text)
+        else:
+            with self._log.open("a", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(text)
+
+
+console = LoggedConsole()
 
 
 def _encoded(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -124,6 +169,7 @@ class Bar:
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
+        console.note(self.progress.get_renderable())
 
     def start(self, total_steps: int | None, step: int) -> None:
         self.progress.update(self.task, total=total_steps, completed=step)
@@ -145,6 +191,45 @@ class Bar:
 
     def advance(self, note: str) -> None:
         self.progress.update(self.task, advance=1, note=note)
+
+
+class TrainingBar(Bar):
+    """A progress bar of a run, with a line for each epoch where the output is no terminal.
+
+    Args:
+        images: number of images in an epoch. batch_size: of a step. epochs: of the run.
+        log: the file for the run's lines, whose folder exists when the run starts.
+    """
+
+    def __init__(self, images: int, batch_size: int, epochs: int, log: Path) -> None:
+        super().__init__("training")
+        self.log = log
+        self.per_epoch, self.epochs = -(-images // batch_size), epochs
+        self.at, self.since = 0, self.began
+        self.totals = [0.0, 0.0, 0]  # loss and accuracy, by images, and images since the last line
+
+    def start(self, total_steps: int | None, step: int) -> None:
+        super().start(total_steps, step)
+        console.log_to(self.log)
+        self.at, self.since = step, time.perf_counter()
+
+    def step(self, loss: float, accuracy: float, images: int) -> None:
+        super().step(loss, accuracy, images)
+        self.at += 1
+        for i, value in enumerate((loss * images, accuracy * images, images)):
+            self.totals[i] += value
+        if self.at % self.per_epoch == 0:
+            self._line()
+
+    def _line(self) -> None:
+        now = time.perf_counter()
+        loss, hits, count = self.totals
+        line = (
+            f"epoch {self.at // self.per_epoch} of {self.epochs}: loss {loss / count:.4f}, "
+            f"top-1 {hits / count:.1%}, {count / max(1e-9, now - self.since):.0f} images/s"
+        )
+        self.totals, self.since = [0.0, 0.0, 0], now
+        (console.note if console.is_terminal else say)(line)
 
 
 class SweepBar(Bar):

@@ -15,20 +15,26 @@ from .options import ConfigOption, from_options, in_words, is_given, options_of,
 from .started import (
     EMBEDDED,
     FOLDER_SIZE,
-    IMAGES,
+    FREE,
+    MOVABLE,
     Started,
     command_of,
     located,
     read_faces,
     split_faces,
 )
-from .terminal import Bar, console, interrupts, say
+from .terminal import Bar, TrainingBar, console, interrupts, say
 
 if TYPE_CHECKING:  # they import torch, which --help must not wait for
     from ..data import Faces
     from ..data.formats.image_set import LabeledImages
+    from ..data.loading.transforms import Transforms
     from ..data.mixing import Ratio
+    from ..training.loop import Trained
     from ..training.sources import Source
+    from .verification import Verifier
+
+LOG = "log.txt"  # the lines that a run printed
 
 
 def _ratio(text: str) -> Ratio:
@@ -46,7 +52,9 @@ def _ratio(text: str) -> Ratio:
         ) from error
 
 
-def _mixed(run: Started, workers: int) -> tuple[Source, list[LabeledImages], Faces]:
+def _mixed(
+    run: Started, workers: int, transform: Transforms | None
+) -> tuple[Source, list[LabeledImages], Faces]:
     """Return the mixture of a run's two domains, the domains, and the real people held out."""
     from ..data import open_images, read_folder
     from ..training.sources import MixedSource
@@ -64,6 +72,7 @@ def _mixed(run: Started, workers: int) -> tuple[Source, list[LabeledImages], Fac
         per_sample=run.per_sample,
         size=size or (None if embedded else FOLDER_SIZE),
         workers=workers,
+        transform=transform,
     )
     height, width, channels = source.image_shape
     with Bar(f"reading {held.source}") as bar:
@@ -71,7 +80,9 @@ def _mixed(run: Started, workers: int) -> tuple[Source, list[LabeledImages], Fac
     return source, [source.synthetic, source.real], faces
 
 
-def _one_domain(run: Started, workers: int) -> tuple[Source, list[LabeledImages], Faces]:
+def _one_domain(
+    run: Started, workers: int, transform: Transforms | None
+) -> tuple[Source, list[LabeledImages], Faces]:
     """Return the source of a run's faces, the faces, and the people held out."""
     from ..training.sources import FacesSource
 
@@ -79,7 +90,7 @@ def _one_domain(run: Started, workers: int) -> tuple[Source, list[LabeledImages]
     faces, held = split_faces(data, size, None, run.relabel, run.holdout, run.memory)
     height, width, channels = held.images.shape[1:]
     options: Any = {"size": (height, width), "grayscale": channels == 1, "workers": workers}
-    return FacesSource(faces, **options), [faces], held
+    return FacesSource(faces, transform=transform, **options), [faces], held
 
 
 @options_of(Started, TrainConfig)
@@ -90,18 +101,15 @@ def train_command(
         Path | None,
         typer.Option(
             help="Resume the run in this folder, with its configuration. More --epochs extend it; "
-            "--data, --synthetic and --real give its images' new paths."
+            "--data, --synthetic, --real and --transforms give the new paths of its images and "
+            "transforms; the options of verification and --loggers may change."
         ),
     ] = None,
     workers: Annotated[
         int, typer.Option(help="Number of processes that decode images.", min=1)
     ] = 2,
-    verify_every: Annotated[
-        float,
-        typer.Option(help="Epochs between verifications; 0 for only one at the end.", min=0),
-    ] = 0,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Also log the run's metrics for TensorBoard.")
+        bool, typer.Option("--tensorboard", help="The same as --loggers tensorboard.")
     ] = False,
     device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     config_file: ConfigOption = None,
@@ -109,9 +117,11 @@ def train_command(
 ) -> None:
     """Train on an image folder (or the embedded faces) and verify on held-out people."""
     from ..common.distributed import joined
+    from ..data import read_transforms
+    from ..reporting.plots import check_matplotlib
     from ..training.loop import train
-    from ..training.model import check_start, inherited, state_of
-    from .verification import figures, print_verification, verify_network, verify_pixels
+    from ..training.model import BEST, check_start, inherited, state_of
+    from .verification import Verifier, figures
 
     run, config = from_options(Started, given), from_options(TrainConfig, given)
     if resume is not None:
@@ -124,19 +134,37 @@ def train_command(
     folder = output or rank.broadcast(Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
     check_folder("--resume" if resume else "--output", folder)
     init = Path(run.init) if run.init and resume is None else None
-    starts: Any = {"resume": resume is not None, "init": init, "tensorboard": tensorboard}
+    loggers = dict.fromkeys((*run.logger_names, *(["tensorboard"] if tensorboard else [])))
+    starts: Any = {"resume": resume is not None, "init": init, "loggers": tuple(loggers)}
+    starts["init_head"] = run.init_head if init else "auto"
     check_start(config, run.image_size, folder, **starts)
+    transform = None
+    if run.transforms:
+        trusted = resume is None or is_given(context, "transforms")
+        transform = read_transforms(Path(run.transforms), trusted)
     mixed = bool(run.synthetic or run.real)
-    source, domains, held = (_mixed if mixed else _one_domain)(run, workers)
+    source, domains, held = (_mixed if mixed else _one_domain)(run, workers, transform)
     sets = (f"{len(d)} images of {len(d.identities)} people from {d.source}" for d in domains)
     say(
         f"{', mixed with '.join(sets)}; {len(held.identities)} people held out; run folder {folder}"
     )
-    if init:
+    if init and init.is_dir():
         found, state = state_of(init)
-        say(f"the run {inherited(found, state['data'].get('identities', 0), source.num_classes)}")
-    pixels = verify_pixels(held) if held.identities else None  # an error, if any, before training
-    with interrupts(f"continue with synface train --resume {folder}"), Bar("training") as bar:
+        counts = state["data"].get("identities", 0), source.num_classes
+        say(f"the run {inherited(found, *counts, run.init_head)}")
+    elif init:
+        say(f"the run starts from the backbone in {init}; the head is new")
+    verifier = Verifier(held) if held.identities else None  # an error, if any, before training
+    if verifier is not None:
+        check_matplotlib()  # for the report at the end
+        measures = figures(verifier.pixels.verification).keys() - {"threshold"}
+        if run.best is not None and run.best not in measures:
+            raise ValueError(f"--best must be one of {sorted(measures)} here, got {run.best!r}")
+    images, batch, epochs = len(source), config.batch_size, config.epochs
+    with (
+        interrupts(f"continue with synface train --resume {folder}"),
+        TrainingBar(images, batch, epochs, folder / LOG) as bar,
+    ):
         result = train(
             config,
             source,
@@ -145,8 +173,10 @@ def train_command(
             prolong=resume is not None,
             progress=bar,
             command=asdict(run),
-            verify=(lambda network: figures(verify_network(network, held))) if pixels else None,
-            verify_every=verify_every,
+            verify=verifier.figures if verifier else None,
+            verify_every=run.verify_every,
+            best=run.best,
+            patience=run.patience,
             device=rank.device,
         )
     if result.timing is not None:
@@ -157,9 +187,31 @@ def train_command(
             "time spent on decoding; {wait_share:.1%} of the time spent on waiting for "
             "them".format(**result.timing, what=what, where=where)
         )
-    if pixels is not None and rank.leads:
-        print_verification(verify_network(result.backbone, held), pixels, held)
-        say(f"synface eval {folder} verifies this run again")
+    if result.best:
+        say(f"{result.best}: {folder / BEST}")
+    if verifier is not None and rank.leads:
+        _report(verifier, result, folder)
+
+
+def _report(verifier: Verifier, result: Trained, folder: Path) -> None:
+    """Print the verification of a finished run, and write its report."""
+    from ..checkpoint.jsonl import Lines
+    from ..reporting.plots import training_curves
+    from ..training.model import VERIFICATION
+
+    trained = verifier.last or verifier(result.backbone)  # it was finished before
+    verifier.print(trained)
+    output, log = folder / "report", Lines(folder / VERIFICATION)
+    output.mkdir(exist_ok=True)
+    verified = log.read() if log.file.exists() else []
+    training_curves(result.history, verified, output / "training.png")
+    held = verifier.held
+    about = {"run": str(folder), "step": len(result.history)}
+    about |= {"people": f"{len(held.identities)} never trained on", "images": held.source}
+    pictures = {"Training": "training.png"}
+    page = verifier.report(output, trained, about, title=folder.name, pictures=pictures)
+    say(f"report: {page}")
+    say(f"synface eval {folder} verifies this run again")
 
 
 def _refuse_idle(context: typer.Context, run: Started, config: TrainConfig) -> None:
@@ -173,8 +225,16 @@ def _refuse_idle(context: typer.Context, run: Started, config: TrainConfig) -> N
     if config.backbone != "iresnet":
         idle = ["widths", "depths"] + ["dropout"] * (config.backbone not in BUILT_IN)
         refuse(context, f"with --backbone {config.backbone}", *idle)
+    if run.patience and not (run.best and run.verify_every):
+        raise ValueError(
+            f"--patience {run.patience} needs --best and --verify-every: it counts verifications "
+            "that are not better"
+        )
+    if run.init is None:
+        refuse(context, "without --init", "init_head")
     if not run.holdout:
-        refuse(context, "with --holdout 0: no people are held out to verify on", "verify_every")
+        names = ("verify_every", "best", "patience")
+        refuse(context, "with --holdout 0: no people are held out to verify on", *names)
 
 
 def _stored_run(
@@ -182,8 +242,8 @@ def _stored_run(
 ) -> tuple[Started, TrainConfig]:
     """Return a run's options and configuration; raise ValueError for an option that differs.
 
-    More epochs and new paths of the images are allowed; `train` compares the images with the run's
-    fingerprint.
+    More epochs and new paths of the images and of the transforms are allowed; `train` compares the
+    images with the run's fingerprint, and the transforms with its own.
     """
     from ..training.model import CONFIG
 
@@ -193,7 +253,7 @@ def _stored_run(
         value = now[name]
         if not is_given(context, name) or value == stored:
             continue
-        if name in IMAGES and stored is not None:
+        if name in FREE or (name in MOVABLE and stored is not None):
             run = replace(run, **{name: value})
         elif name == "epochs" and value > stored:
             config = replace(config, epochs=value)
@@ -211,5 +271,5 @@ def _stored_run(
             else f"{folder}: its backbone is a module passed to train(): resume it in Python, "
             "as train(..., resume=True, backbone=module)"
         )
-    paths: Any = {name: located(folder, name, getattr(run, name)) for name in IMAGES}
+    paths: Any = {name: located(folder, name, getattr(run, name)) for name in MOVABLE}
     return replace(run, **paths), config

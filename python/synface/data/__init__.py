@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from .loading.augment import Augment, normalize
     from .loading.loader import ImageLoader, TwoDomainLoader
     from .loading.sampler import CycledOrder
+    from .loading.transforms import Transforms, read_transforms
 
 __all__ = [
-    "Augment", "CycledOrder", "DataError", "Faces", "ImageLoader", "ImageSet", "TwoDomainLoader",
-    "convert", "embedded_faces", "list_folder", "normalize", "open_images", "read_folder",
+    "Augment", "CycledOrder", "DataError", "Faces", "ImageLoader", "ImageSet", "Transforms",
+    "TwoDomainLoader", "convert", "embedded_faces", "list_folder", "normalize", "open_images",
+    "read_folder", "read_transforms",
 ]  # fmt: skip
 __getattr__ = lazy(
     __name__,
@@ -31,5 +33,6 @@ __getattr__ = lazy(
         "loading.augment": ("Augment", "normalise", "normalize"),  # codespell:ignore normalise
         "loading.loader": ("ImageLoader", "TwoDomainLoader"),
         "loading.sampler": ("CycledOrder",),
+        "loading.transforms": ("Transforms", "read_transforms"),
     },
 )

@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..common.files import write_text
 from ..reporting import page, plots
 from .embedding import embed_store
 from .metrics import Identification, Verification, identify, verify_pairs
+from .scores import PairScores, scores_of_pairs
 from .sets import PairSet, TemplateSet
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -31,6 +34,7 @@ class SetResult:
     Attributes:
         name, source: of the set. images: number of images, embedded in ``seconds``.
         verification: on its pairs. identification: None if the set does not identify people.
+        scores: of its pairs, to be drawn; None if they are not.
     """
 
     name: str
@@ -39,6 +43,7 @@ class SetResult:
     seconds: float
     verification: Verification
     identification: Identification | None
+    scores: PairScores | None = None
 
 
 def evaluate_set(
@@ -76,23 +81,25 @@ def evaluate_set(
         progress=progress,
     )
     seconds = time.perf_counter() - began
-    fold, found = None, None
+    fold, found, images = None, None, None
     if isinstance(data, TemplateSet):
         rows = pool(rows, torch.from_numpy(data.template), torch.from_numpy(data.media))
         if data.gallery is not None and data.probe is not None:
             probe, gallery = torch.from_numpy(data.probe), torch.from_numpy(data.gallery)
             found = identify(rows[probe[:, 0]], probe[:, 1], rows[gallery[:, 0]], gallery[:, 1])
     else:
-        fold = torch.from_numpy(data.fold)
+        images, fold = data.store, torch.from_numpy(data.fold)
         if data.people is not None:
             people = torch.from_numpy(data.people)
             first = torch.zeros_like(people, dtype=torch.bool)
             first[torch.from_numpy(np.unique(data.people, return_index=True)[1])] = True
             if not first.all():
                 found = identify(rows[~first], people[~first], rows[first], people[first])
-    cosine = pair_cosines(rows, torch.from_numpy(data.first), torch.from_numpy(data.second))
-    result = verify_pairs(cosine, torch.from_numpy(data.same), fold, fars)
-    return SetResult(data.name, data.source, len(data.store), seconds, result, found)
+    first, second = torch.from_numpy(data.first), torch.from_numpy(data.second)
+    cosine, same = pair_cosines(rows, first, second), torch.from_numpy(data.same)
+    result = verify_pairs(cosine, same, fold, fars)
+    scores = scores_of_pairs(cosine, same, first, second, images)
+    return SetResult(data.name, data.source, len(data.store), seconds, result, found, scores)
 
 
 def pool(rows: Tensor, template: Tensor, media: Tensor) -> Tensor:
@@ -146,16 +153,37 @@ def table(results: Sequence[SetResult]) -> list[list[str]]:
     return rows
 
 
-def write(folder: Path, results: Sequence[SetResult], about: Mapping[str, Any]) -> Path:
-    """Write results.json, roc.png, det.png and a page, and return the page's path.
+def write(
+    folder: Path,
+    results: Sequence[SetResult],
+    about: Mapping[str, Any],
+    *,
+    image_shape: tuple[int, int, int] = (112, 112, 3),
+    title: str = "Verification",
+    pictures: Mapping[str, str] | None = None,
+) -> Path:
+    """Write results.json, roc.png, det.png, scores and hardest pairs, and a page; return its path.
 
     Args:
         about: further facts for the report, of JSON's types.
+        image_shape: (H, W, C) in which pairs of images are shown.
+        title: of the page.
+        pictures: files that are in the folder already and come first on the page, by description.
     """
     os.makedirs(folder, exist_ok=True)
     curves = {result.name: result.verification for result in results}
     plots.roc_curves(curves, folder / "roc.png", title="ROC")
     plots.roc_curves(curves, folder / "det.png", title="DET", det=True)
+    shown = dict(pictures or {}) | {"ROC curves": "roc.png", "DET curves": "det.png"}
+    drawn = [result for result in results if result.scores]
+    for number, result in enumerate(drawn, 1):
+        assert result.scores is not None
+        suffix = f"-{number}" if len(drawn) > 1 else ""
+        shown[f"Scores on {result.name}"] = f"scores{suffix}.png"
+        _draw_scores(result, folder / f"scores{suffix}.png")
+        if result.scores.images is not None:
+            shown[f"Hardest pairs of {result.name}"] = f"hardest{suffix}.png"
+            _draw_hardest(result, result.scores, image_shape, folder / f"hardest{suffix}.png")
     sets = [
         {
             "name": result.name,
@@ -164,15 +192,50 @@ def write(folder: Path, results: Sequence[SetResult], about: Mapping[str, Any]) 
             "seconds": result.seconds,
             "verification": result.verification.to_json(),
             "identification": result.identification and asdict(result.identification),
+            "scores": result.scores and result.scores.to_json(),
         }
         for result in results
     ]
-    (folder / "results.json").write_text(json.dumps({"about": dict(about), "sets": sets}, indent=1))
+    write_text(folder / "results.json", json.dumps({"about": dict(about), "sets": sets}, indent=1))
     head, *rows = table(results)
     template = Path(__file__).with_name("report.md").read_text(encoding="utf-8")
     text = template.format(
+        title=page.escape(title),
         about="\n".join(f"- {page.escape(f'{key}: {value}')}" for key, value in about.items()),
         table=page.table(head, [[page.escape(cell) for cell in row] for row in rows]),
+        pictures="\n\n".join(f"![{page.escape(alt)}]({file})" for alt, file in shown.items()),
     )
     page.write_page(folder / "index.html", text)
     return folder / "index.html"
+
+
+def _draw_scores(result: SetResult, path: Path) -> None:
+    """Draw the densities of genuine and impostor scores, and the threshold."""
+    assert result.scores is not None
+    found, v = result.scores.densities, result.verification
+    curves = {
+        f"genuine ({v.genuine:,} pairs)": (found.genuine, found.edges),
+        f"impostor ({v.impostor:,} pairs)": (found.impostor, found.edges),
+    }
+    lines = {} if v.threshold is None else {f"threshold {v.threshold:.3f}": v.threshold}
+    title, x = f"Scores on {result.name}", "cosine of the embeddings"
+    plots.densities(curves, path, title=title, x=x, lines=lines)
+
+
+def _draw_hardest(
+    result: SetResult, scores: PairScores, image_shape: tuple[int, int, int], path: Path
+) -> None:
+    """Draw the genuine pairs of the lowest and the impostor pairs of the highest score."""
+    *size, channels = image_shape
+
+    def image(row: int) -> NDArray[np.uint8]:
+        assert scores.images is not None
+        return scores.images.decode(row, (size[0], size[1]), channels)
+
+    groups = {
+        name: [(image(i), image(j), f"{score:.3f}") for score, i, j in pairs]
+        for name, pairs in (("genuine", scores.genuine), ("impostor", scores.impostor))
+        if pairs
+    }
+    title = f"{result.name}: genuine pairs of the lowest and impostor pairs of the highest score"
+    plots.image_pairs(groups, title, path)

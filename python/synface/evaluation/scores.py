@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ..common.check import check_least, describe
 from .embedding import doubled
+
+if TYPE_CHECKING:
+    from ..data.formats.images import Store
 
 
 class ScoredPair(NamedTuple):
@@ -35,6 +38,71 @@ class ScoreDensities:
     edges: np.ndarray
     genuine: np.ndarray
     impostor: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class PairScores:
+    """The scores of a set's pairs of images, by kind, and the pairs to look at.
+
+    Attributes:
+        densities: of all scores.
+        genuine: the hardest genuine pairs, by rising score.
+        impostor: the hardest impostor pairs, by falling score.
+        images: the store of the images, which the pairs index; None where these are templates.
+    """
+
+    densities: ScoreDensities
+    genuine: list[ScoredPair]
+    impostor: list[ScoredPair]
+    images: Store | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return densities and pairs, ready for `json.dumps`, with the images' names."""
+
+        def named(pair: ScoredPair) -> dict[str, Any]:
+            name = self.images.name if self.images else int
+            return {"score": pair.score, "images": [name(pair.first), name(pair.second)]}
+
+        return {
+            "densities": {name: each.tolist() for name, each in vars(self.densities).items()},
+            "hardest_genuine": [named(pair) for pair in self.genuine],
+            "hardest_impostor": [named(pair) for pair in self.impostor],
+        }
+
+
+def scores_of_all(embeddings: Tensor, labels: Tensor, images: Store, count: int = 6) -> PairScores:
+    """Return the scores of all pairs of labeled images; see `score_densities`, `hardest_pairs`."""
+    genuine, impostor = hardest_pairs(embeddings, labels, count)
+    return PairScores(score_densities(embeddings, labels), genuine, impostor, images)
+
+
+def scores_of_pairs(
+    cosine: Tensor,
+    same: Tensor,
+    first: Tensor,
+    second: Tensor,
+    images: Store | None = None,
+    count: int = 6,
+    bins: int = 100,
+) -> PairScores:
+    """Return the scores of given pairs.
+
+    Args:
+        cosine: (P,) floating, in [-1, 1] but for rounding. same: (P,) bool. first, second: (P,)
+            integer.
+        images: see `PairScores`. count: number of hardest pairs of each kind. bins: of densities.
+    """
+    scores, kinds = cosine.detach().cpu().double().clamp(-1, 1), same.cpu()
+    edges = np.linspace(-1.0, 1.0, bins + 1)
+
+    def of(kind: bool) -> tuple[np.ndarray, list[ScoredPair]]:
+        rows = (kinds == kind).nonzero()[:, 0]
+        density = np.histogram(scores[rows].numpy(), edges)[0] / (max(1, len(rows)) * (2.0 / bins))
+        rows = rows[scores[rows].argsort(descending=not kind, stable=True)[:count]]
+        return density, [ScoredPair(float(scores[i]), int(first[i]), int(second[i])) for i in rows]
+
+    (genuine, lowest), (impostor, highest) = of(True), of(False)
+    return PairScores(ScoreDensities(edges, genuine, impostor), lowest, highest, images)
 
 
 def score_densities(

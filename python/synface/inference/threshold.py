@@ -9,7 +9,7 @@ from typing import NamedTuple
 from .. import checkpoint
 from ..checkpoint.jsonl import Lines
 from ..common.files import CheckpointError
-from ..training.model import CHECKPOINTS, VERIFICATION
+from ..training.model import BEST, CHECKPOINTS, VERIFICATION
 
 
 class Threshold(NamedTuple):
@@ -42,7 +42,7 @@ def recorded_threshold(path: Path) -> Threshold | None:
     """
     found = checkpoint.find(path)
     file = found.parent.parent / VERIFICATION
-    if found.parent.name != CHECKPOINTS or not file.is_file():
+    if found.parent.name not in (CHECKPOINTS, BEST) or not file.is_file():
         return None
     last = checkpoint.load_state(found)["step"]
     rows = [row for row in Lines(file).read() if row["step"] <= last]

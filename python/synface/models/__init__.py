@@ -7,3 +7,4 @@ PRESETS = {
     "iresnet50": (3, 4, 14, 3),
     "iresnet100": (3, 13, 30, 3),
 }
+SHORT = {name.replace("iresnet", "r"): name for name in PRESETS}  # insightface's names, such as r50

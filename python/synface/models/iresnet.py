@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch.nn.functional as F
@@ -217,3 +218,36 @@ class PublishedIResNet(nn.Sequential):
 iresnet18, iresnet34, iresnet50, iresnet100 = (
     partial(PublishedIResNet, depths) for depths in PRESETS.values()
 )
+
+
+def insightface_names(names: Iterable[str]) -> dict[str, str]:
+    """Return insightface's name for each parameter or buffer of an `IResNet`.
+
+    Names of other networks, a `PublishedIResNet`'s among them, are returned as they are.
+    """
+    names = list(names)
+    if "stem.0.weight" not in names:
+        return {name: name for name in names}
+    stage, block, place = 0, 0, {}
+    for number in sorted({int(n.split(".")[1]) for n in names if re.match(r"stages\.\d+\.", n)}):
+        begins = f"stages.{number}.shortcut.0.weight" in names  # only the first block projects
+        stage, block = (stage + 1, 0) if begins else (stage, block + 1)
+        place[str(number)] = f"layer{stage}.{block}"
+
+    def renamed(name: str) -> str:
+        part, _, rest = name.partition(".")
+        index, _, last = rest.partition(".")
+        if part == "stages" and index in place:
+            kind, _, rest = last.partition(".")
+            layer, _, last = rest.partition(".")
+            if kind == "shortcut":
+                return f"{place[index]}.downsample.{rest}"
+            if kind == "body" and layer.isdecimal() and int(layer) < len(PublishedBlock.NAMES):
+                return f"{place[index]}.{PublishedBlock.NAMES[int(layer)]}.{last}"
+        top = {"stem.0": "conv1", "stem.1": "bn1", "stem.2": "prelu"}
+        top |= {"embed.0": "bn2", "embed.3": "fc"}
+        if f"{part}.{index}" in top:
+            return f"{top[f'{part}.{index}']}.{last}"
+        return f"features.{rest}" if part == "norm" else name
+
+    return {name: renamed(name) for name in names}

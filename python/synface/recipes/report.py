@@ -16,8 +16,11 @@ from synface_kernels import _env
 
 from ..common.config import to_toml
 from ..common.extras import extra
+from ..common.textfiles import read_json
 from ..reporting.page import write_page
-from ..reporting.plots import ACCENT, INK, QUIET, finish
+from ..reporting.plots import ACCENT, REFERENCE, finish, styled
+
+Figures = Mapping[str, Callable[[Path], None]]  # by name, what draws a figure into a file
 
 # The sentence of a report of the quick size; a template has it as {quick}.
 QUICK = "This is the quick size: too few seeds and steps for conclusions. "
@@ -27,7 +30,7 @@ def write_report(
     folder: Path,
     template: Path,
     numbers: Mapping[str, Any],
-    figures: Mapping[str, Callable[[Path], None]],
+    figures: Figures,
     config: Any,
     **fields: Any,
 ) -> Path:
@@ -42,8 +45,7 @@ def write_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{template.stem}.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    for figure, draw in figures.items():
-        draw(folder / f"{template.stem}-{figure}.png")
+    _draw(folder, template.stem, figures)
     fields["quick"] = QUICK if "--quick" in str(fields.get("command", "")).split() else ""
     fields |= {"numbers": numbers, "config": config, "toml": to_toml(config)}
     text = template.read_text(encoding="utf-8").format(**fields)
@@ -178,39 +180,110 @@ def _interval(number: Mapping[str, Any], digits: int) -> str:
 
 # -- plots ---------------------------------------------------------------------------------------
 
+INTERVAL = "mean, 95 % interval"
 
-def plot_seeds(
-    axes: Any, spreads: Mapping[str, Mapping[str, Any]], baseline: float, label: str
+
+@styled()
+def plot_spread(
+    axes: Any,
+    at: float,
+    found: Mapping[str, Any],
+    *,
+    gap: float = 0.1,
+    across: bool = False,
+    color: Any = ACCENT,
+    label: str | None = INTERVAL,
 ) -> None:
-    """Draw each seed's value as a point, the means with their 95 % intervals, and raw pixels' as a
-    dashed line.
+    """Draw each seed's value as a hollow point, and beside them their mean with its 95 % interval.
+
+    Args:
+        at: position on the other axis. gap: distance of points and mean from it.
+        across: draw values along the horizontal axis, the points above the mean.
+        label: of the mean in the legend; None: this spread is not in it.
+    """
+    values, mean, interval = found["values"], found["mean"], found["ci95"]
+    x, y = [at - gap] * len(values), values
+    point, bars = (at + gap, mean), {"yerr": interval}
+    if across:
+        x, y, point, bars = y, x, point[::-1], {"xerr": interval}
+    points = {"marker": "o", "markersize": 3.5, "fillstyle": "none", "linestyle": ""}
+    axes.plot(x, y, color=color, label=label and "one seed", **points)
+    axes.errorbar(*point, **bars, color=color, marker="o", linestyle="", label=label)
+
+
+@styled()
+def plot_seeds(
+    axes: Any,
+    spreads: Mapping[str, Mapping[str, Any]],
+    baseline: float,
+    label: str,
+    title: str = "",
+    x: str = "trained on",
+) -> None:
+    """Draw the spreads over the seeds side by side, and raw pixels' value as a dashed line.
+
+    Args:
+        label: the metric. x: label of the horizontal axis.
     """
     for i, found in enumerate(spreads.values()):
-        values = found["values"]
-        axes.scatter([i - 0.12] * len(values), values, color=INK, s=14, zorder=3)
-        axes.errorbar(i + 0.12, found["mean"], yerr=found["ci95"], **_MEAN)
-    axes.axhline(baseline, color=QUIET, linestyle="--", linewidth=1)
-    axes.set_xticks(range(len(spreads)), [name.replace(" ", "\n") for name in spreads], fontsize=8)
-    title = "Seeds, mean and 95 % interval; dashed: raw pixels"
-    finish(axes, title, y=f"{label} on real people", grid="y")
+        plot_spread(axes, i, found)
+    plot_pixels(axes, baseline)
+    axes.set_xticks(range(len(spreads)), [name.replace(" ", "\n") for name in spreads])
+    title = title or f"{label[:1].upper()}{label[1:]} of each seed"
+    finish(axes, title, x, f"{label} on real people", grid="y")
 
 
+@styled()
+def plot_pixels(axes: Any, value: float) -> None:
+    """Draw what raw pixels reach as a dashed line."""
+    axes.axhline(value, **REFERENCE, linestyle="--", label="raw pixels")
+
+
+@styled()
 def plot_differences(
-    axes: Any, differences: Mapping[str, Mapping[str, Any]], label: str, title: str = ""
+    axes: Any,
+    differences: Mapping[str, Mapping[str, Any]],
+    label: str,
+    title: str = "",
+    y: str = "trained on",
 ) -> None:
     """Draw paired differences with their 95 % intervals, one row each, and a line at zero.
 
     Args:
-        label: of the horizontal axis.
+        label: of the horizontal axis. y: label of the vertical axis, which the rows' names are on.
     """
     for i, found in enumerate(differences.values()):
-        values = found["values"]
-        axes.scatter(values, [i - 0.15] * len(values), color=INK, s=10, alpha=0.5)
-        axes.errorbar(found["mean"], i + 0.1, xerr=found["ci95"], **_MEAN)
-    axes.axvline(0, color=QUIET, linewidth=1)
-    axes.set_yticks(range(len(differences)), list(differences), fontsize=8)
+        plot_spread(axes, i, found, across=True)
+    axes.axvline(0, **REFERENCE)
+    axes.locator_params(axis="x", nbins=6)
+    axes.set_yticks(range(len(differences)), list(differences))
     axes.set_ylim(len(differences) - 0.5, -0.5)  # the first on top
-    finish(axes, title or "Paired differences, mean and 95 % interval", x=label, grid="x")
+    finish(axes, title or "Differences, seed by seed", label, y, grid="x")
 
 
-_MEAN = {"color": ACCENT, "marker": "o", "markersize": 5, "capsize": 4, "linewidth": 1.5}
+def redraw(folder: Path, name: str, figures: Callable[[Mapping[str, Any]], Figures]) -> list[Path]:
+    """Draw a report's pictures again from the numbers in its NAME.json, and return their paths.
+
+    Args:
+        folder: of the report.
+        figures: returns the pictures of the numbers, as in `write_report`.
+
+    Raises:
+        ValueError: for a file that is damaged, or of another recipe.
+        OSError: for a file that cannot be read or written.
+    """
+    file = folder / f"{name}.json"
+    numbers = read_json(file)
+    try:
+        return _draw(folder, name, figures(numbers))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no report of the recipe {name}: {error!r}") from error
+
+
+def _draw(folder: Path, name: str, figures: Figures) -> list[Path]:
+    """Draw pictures into the files NAME-FIGURE.png, and return their paths."""
+    drawn = []
+    for figure, draw in figures.items():
+        drawn.append(folder / f"{name}-{figure}.png")
+        draw(drawn[-1])
+    return drawn

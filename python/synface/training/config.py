@@ -11,7 +11,7 @@ from typing import Any
 
 import synface_kernels as sk
 
-from ..models import PRESETS
+from ..models import PRESETS, SHORT
 
 # Keys added later; older configurations use the defaults.
 LATER = {
@@ -23,10 +23,13 @@ LATER = {
     "sample_rate",
     "fused_update",
     "backbone",
+    "freeze",
+    "lr_factors",
 }
 PRECISIONS = ("float32", "bfloat16", "float16")  # torch's names
 BUILT_IN = ("iresnet", *PRESETS)  # backbones that are built without the user's code
 SPEC = re.compile(r"\w[\w.]*:\w[\w.]*")  # package.module:function
+PARTS = ("backbone", "head")  # of the model, whose parameters are trained
 MODULE = "module"  # the backbone of a run whose module was passed to `train`
 # A requirement as text and as a predicate, which NaN fails.
 Rule = tuple[str, Callable[[Any], bool]]
@@ -71,6 +74,31 @@ def check_fields(config: Any) -> None:
             raise ValueError(f"{each.name} must {rule[0]}, got {value!r}")
 
 
+def factors_of(text: str) -> dict[str, float]:
+    """Return the factors of the learning rate by the names of parts of the model.
+
+    Raises:
+        ValueError: for another syntax, an unknown part, a name that is given twice, or a factor
+            that is negative or not finite.
+    """
+    factors: dict[str, float] = {}
+    for part in text.split(",") if text.strip() else ():
+        name, _, value = (each.strip() for each in part.partition("="))
+        try:
+            factor = float(value)
+        except ValueError:
+            factor = math.nan
+        known = name.split(".")[0] in PARTS and name not in factors
+        if not known or not 0 <= factor < math.inf:
+            raise ValueError(
+                "lr_factors must be name=factor, separated by commas, each name once and "
+                f"beginning with {' or '.join(PARTS)}, each factor 0 or more, got {part!r} in "
+                f"{text!r}"
+            )
+        factors[name] = factor
+    return factors
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The configuration of a run. Two runs of one configuration on one machine are bitwise equal.
@@ -95,6 +123,19 @@ class TrainConfig:
         "sgd", "Optimizer: sgd (Nesterov momentum 0.9) or adamw.", one_of("sgd", "adamw")
     )
     lr: float = option(0.2, "Learning rate after the warm-up.", POSITIVE)
+    lr_factors: str = option(
+        "",
+        "Factors of the learning rate by parts of the model, such as "
+        "head=1,backbone=0.1,backbone.stem=0: the longest name that a parameter's begins with "
+        "counts.",
+        kw_only=True,
+    )
+    freeze: float = option(
+        0.0,
+        "Epochs at the start in which the backbone is frozen and the head trains alone.",
+        NOT_NEGATIVE,
+        kw_only=True,
+    )
     weight_decay: float = option(1e-3, "Weight decay.", NOT_NEGATIVE)
     schedule: str = option(
         "cosine",
@@ -125,12 +166,13 @@ class TrainConfig:
     m3: float = option(0.0, "Cosine that the margin subtracts.")
     backbone: str = option(
         "iresnet",
-        f"Backbone: iresnet with the given widths and depths, {', '.join(PRESETS)}, or a function "
-        "as package.module:function, which is called with image_size=(H, W), channels and "
-        "embedding_size.",
+        f"Backbone: iresnet with the given widths and depths, {', '.join(PRESETS)} (or "
+        f"{', '.join(SHORT)}), or a function as package.module:function, which is called with "
+        "image_size=(H, W), channels and embedding_size; synface.models.timm:NAME is a network of "
+        "timm.",
         (
-            f"be one of {', '.join(BUILT_IN)} or a package.module:function",
-            lambda value: value in (*BUILT_IN, MODULE) or bool(SPEC.fullmatch(value)),
+            f"be one of {', '.join((*BUILT_IN, *SHORT))} or a package.module:function",
+            lambda value: value in (*BUILT_IN, *SHORT, MODULE) or bool(SPEC.fullmatch(value)),
         ),
         kw_only=True,
     )
@@ -152,6 +194,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        object.__setattr__(self, "backbone", SHORT.get(self.backbone, self.backbone))
+        factors_of(self.lr_factors)
         if not 1 <= self.accumulate <= self.batch_size:
             raise ValueError(
                 f"accumulate must be in [1, batch_size = {self.batch_size}], got {self.accumulate}"
@@ -171,14 +215,14 @@ class TrainConfig:
         return sk.CombinedMargin(self.scale, self.m1, self.m2, self.m3)
 
     def to_json(self) -> dict[str, Any]:
-        """Return all fields in JSON types, for files, without a default ``backbone``.
+        """Return all fields in JSON types, for files, without some defaults.
 
-        Without that key, records compare equal to those of older versions.
+        Without those keys, records compare equal to those of older versions.
         """
         values = json.loads(json.dumps(asdict(self)))
-        if self.backbone == "iresnet":
-            del values["backbone"]
-        return values
+        omitted = {"backbone", "freeze", "lr_factors"}
+        defaults = {each.name: each.default for each in fields(self) if each.name in omitted}
+        return {k: v for k, v in values.items() if k not in defaults or v != defaults[k]}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> TrainConfig:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +32,6 @@ import synface_kernels as sk
 from .. import checkpoint
 from ..checkpoint.jsonl import Lines
 from ..common.check import check_device
-from ..common.extras import extra
 from ..common.files import CheckpointError, write_text
 from ..common.interrupts import interruption, interrupts
 from ..common.rng import generator, seeded, seeds, standard_defaults
@@ -43,7 +43,9 @@ from ..heads import MarginHead, ShardedMarginHead
 from .backbone import with_backbone
 from .config import TrainConfig
 from .figures import Figures, deterministic
+from .loggers import Logger, opened, under
 from .model import (
+    BEST,
     CHECKPOINTS,
     CONFIG,
     METRICS,
@@ -56,6 +58,7 @@ from .model import (
 )
 from .model import load_backbone as load_backbone  # public here
 from .schedule import learning_rate
+from .selection import Selection
 from .sources import Batch, FacesSource, Source
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # the first one wins if ranks received different ones
@@ -80,6 +83,7 @@ class Trained:
         history: the log row of each step.
         timing: the loader's timing; None if no files are read.
         init: a sentence on what was loaded from another run, if any.
+        best: a sentence on the best verification, if one was selected.
     """
 
     backbone: nn.Module
@@ -88,6 +92,7 @@ class Trained:
     history: list[dict[str, float]]
     timing: dict[str, float] | None
     init: str | None = None
+    best: str | None = None
 
 
 def train(
@@ -99,11 +104,15 @@ def train(
     resume: bool = False,
     prolong: bool = False,
     init: Path | None = None,
+    init_head: str = "auto",
     progress: Progress | None = None,
     stop_after: int | None = None,
     command: dict[str, Any] | None = None,
     verify: Callable[[nn.Module], Mapping[str, float]] | None = None,
     verify_every: float = 0,
+    best: str | None = None,
+    patience: int = 0,
+    loggers: Sequence[str | Logger] = (),
     tensorboard: bool = False,
     device: torch.device | str = "cpu",
 ) -> Trained:
@@ -128,23 +137,35 @@ def train(
             uninterrupted run. The data may have moved; their fingerprint must be the same.
         prolong: with resume, ``config`` may have more epochs than the run had. From the checkpoint
             on, the learning rate is that of the longer schedule at the same step.
-        init: a run (or one of its checkpoints) whose backbone a new run begins with, and whose
-            class centers too where the data have as many identities, in the same order. Optimizer,
-            schedule and log start again; ``Trained.init`` names what was loaded.
+        init: a run (or one of its checkpoints) whose backbone a new run begins with, or a file of
+            its weights: .safetensors, or a torch file of a state dict, also by insightface's names.
+            Optimizer, schedule and log start again; ``Trained.init`` names what was loaded.
+        init_head: what becomes of the class centers of ``init``: "auto" keeps them where the data
+            have as many identities, which must then be in the same order; "keep" raises otherwise;
+            "resize" keeps the first ones, for data with identities added or removed at the end;
+            "new" keeps none.
         progress: a display that is called at every step.
         stop_after: end early, after this step, as an interruption would (only the last checkpoint
             remains).
         command: further content of config.json: how the run was started.
-        verify: called with the backbone, in evaluation mode, after every ``verify_every`` epochs
-            (0: never); the metrics that it returns are appended to verification.jsonl.
-        tensorboard: also write loss, accuracy, learning rate and verification to
-            ``output``/tensorboard; needs the package of that name.
+        verify: called with the backbone, in evaluation mode, at the end and after every
+            ``verify_every`` epochs (0: only at the end); the metrics that it returns are appended
+            to verification.jsonl.
+        best: the metric, more of which is better, whose best verification keeps its checkpoint in
+            ``output``/best, besides the two newest ones.
+        patience: number of verifications without a higher ``best`` after which the run ends early;
+            0: never.
+        loggers: where loss, accuracy, learning rate and verification are logged too: "tensorboard"
+            (in ``output``/tensorboard), "wandb", "mlflow", which need their packages, or a
+            `Logger`. A resumed run continues its log there.
+        tensorboard: the same as "tensorboard" among the loggers.
         device: this rank's device.
 
     Raises:
         CheckpointError: for a checkpoint that is damaged, or of another configuration or data, and
             for an ``init`` whose network has other shapes.
-        ValueError: for unsuitable data, or a network that cannot be built.
+        ValueError: for unsuitable data, a network that cannot be built, and a ``best`` that is no
+            metric of the verification, after the first one.
         FileExistsError: if ``output`` holds a run already and ``resume`` is not set.
         OSError: if ``output`` cannot be written to.
         DataError: if the source fails (a damaged file, a worker that died); in one process a
@@ -167,6 +188,7 @@ def train(
         raise ValueError(f"training needs two identities or more, got {source.num_classes}")
     height, width, channels = source.image_shape
     config = with_backbone(config, backbone)
+    loggers = (*loggers, "tensorboard") if tensorboard else loggers
     check_start(
         config,
         (height, width),
@@ -174,22 +196,25 @@ def train(
         channels=channels,
         resume=resume,
         init=init,
-        tensorboard=tensorboard,
+        init_head=init_head,
+        loggers=loggers,
     )
     run = _Training(config, source, output, check_device(device), backbone)
+    run.selection = Selection(best, patience)
     with ExitStack() as stack:
         interrupted = stack.enter_context(interrupts())
-        first = run.resume(command, prolong) if resume else run.start(command or {}, init)
+        if resume:
+            first = run.resume(command, prolong)
+        else:
+            first = run.start(command or {}, init, init_head)
         stack.enter_context(deterministic(run.device))
-        writer = None
-        if tensorboard and run.leads:
-            writer = stack.enter_context(_tensorboard(output, first))
+        used = opened(loggers if run.leads else (), output, first, config.to_json())
+        log = stack.enter_context(used)
         if progress:
             progress.start(run.total_steps, first)
 
         def report(step: int, row: dict[str, float]) -> None:
-            if writer:
-                writer(step, row)
+            log(step, under("training", row))
             if progress:
                 progress.step(row["loss"], row["accuracy"], run.batch_size(step))
 
@@ -197,18 +222,23 @@ def train(
         if run.leads:
             stack.callback(_append_timing, source, output / TIMING, first)  # however it ends
         batches = stack.enter_context(closing(source.batches(config, first, run.part, run.device)))
-        for step, batch in _saved_on_error(batches, first, run.save if run.alone else None):
+        steps = _saved_on_error(batches, first, run.save if run.alone else None)
+        for step, batch in () if run.selection.ended else steps:
             stop = run.step(step, batch, interrupted)
             done = step + 1
-            stop = stop or (interrupted() if run.alone else 0)
-            if verify and verify_every and run.ended(verify_every, done):
-                figures = run.verify(done, verify)
-                if writer:
-                    writer(step, {f"verification/{k}": v for k, v in figures.items()})
-            if run.ended(config.checkpoint_every, done) or done == run.total_steps or stop:
+            stop, last = stop or (interrupted() if run.alone else 0), done == run.total_steps
+            if verify and (last or (verify_every and run.ended(verify_every, done))):
+                row = run.verify(done, verify)
+                log(step, under("verification", row))
+                if run.selection.add(row):
+                    run.save(done, output / BEST)
+                last = last or run.selection.ended
+            if run.ended(config.checkpoint_every, done) or last or stop:
                 run.save(done)
             if stop:
                 raise interruption(stop)
+            if last:
+                break
             if stop_after is not None and step >= stop_after:
                 break
         run.finish()
@@ -216,7 +246,8 @@ def train(
             raise interruption(stop)
     run.backbone.eval()
     timing = source.timing.report() if source.timing else None
-    return Trained(run.backbone, run.head, config, run.history, timing, run.init)
+    summary = run.selection.summary()
+    return Trained(run.backbone, run.head, config, run.history, timing, run.init, summary)
 
 
 class _Training:
@@ -259,13 +290,16 @@ class _Training:
         self.init: str | None = None
         self.lines = Lines(output / METRICS)
         self.verified = Lines(output / VERIFICATION)
+        self.selection = Selection(None)
+        self.frozen = False  # whether the backbone is, at this step
         self._train_mode()
 
-    def start(self, command: dict[str, Any], init: Path | None) -> int:
+    def start(self, command: dict[str, Any], init: Path | None, init_head: str) -> int:
         """Write a new run's files, and return its first step, 0."""
         if init is not None:
-            self.init = self.model.begin_with(init, self.num_classes)
+            self.init = self.model.begin_with(init, self.num_classes, init_head)
             command = command | {"init": str(init.absolute())}
+            command |= {"init_head": init_head} if init_head != "auto" else {}
         self._barrier()  # all ranks have checked the folder
         if self.leads:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -291,9 +325,21 @@ class _Training:
         if self.leads:
             self._write((before or {}).get("command", {}) if command is None else command, before)
             self.lines.rewrite(self.history)
-        if self.leads and self.verified.file.exists():
-            self.verified.rewrite([row for row in self.verified.read() if row["step"] <= first])
+        self._resume_verification(first)
         return first
+
+    def _resume_verification(self, first: int) -> None:
+        """Forget the verifications of steps that the run repeats, and their checkpoints."""
+        rows = self.verified.read() if self.verified.file.exists() else []
+        self._barrier()  # all ranks have read them
+        rows = [row for row in rows if row["step"] <= first]
+        for row in rows:
+            self.selection.add(row)
+        if self.leads and self.verified.file.exists():
+            self.verified.rewrite(rows)
+        for each in checkpoint.checkpoints(self.output / BEST) if self.leads else ():
+            if checkpoint.load_state(each)["step"] > first:
+                shutil.rmtree(each)
 
     def _check(self, found: Path, state: dict[str, Any], prolong: bool) -> None:
         """Raise CheckpointError for a checkpoint of another run."""
@@ -311,7 +357,7 @@ class _Training:
         del wanted["source"]  # the images may have moved
         checkpoint.check_same(found, came, wanted, "data")
 
-    def save(self, steps: int) -> None:
+    def save(self, steps: int, folder: Path | None = None) -> None:
         """Write a checkpoint after the given number of steps, and flush the log to the disk."""
         self.finish()
         if self.leads:
@@ -328,7 +374,7 @@ class _Training:
                 f"{steps} steps: lower lr (now {self.config.lr:g}); earlier checkpoints are in "
                 f"{self.folder}"
             )
-        self.model.save(self.folder, steps, self.description)
+        self.model.save(folder or self.folder, steps, self.description)
 
     def batch_size(self, step: int) -> int:
         """Return the number of images of a step, on all ranks together."""
@@ -367,7 +413,11 @@ class _Training:
         for optimizer in optimizers.values():
             optimizer.zero_grad()
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["factor"]
+        frozen = step < round(config.freeze * self.steps_per_epoch)
+        if frozen != self.frozen:
+            self.frozen = frozen
+            self._train_mode()
         images, target, weight = (
             None if value is None else value.to(self.device, non_blocking=True) for value in batch
         )
@@ -404,13 +454,14 @@ class _Training:
                         part_loss.backward()
         numbers = {"loss": loss, "hits": hits}
         if self.delay or loss.isfinite():
-            if config.clip_norm > 0:
+            if config.clip_norm > 0 and not frozen:
                 scaler.unscale_(optimizers["optimizer"])
                 parameters = self.backbone.parameters()
                 numbers["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             with standard_defaults():  # the optimizers create their counters
-                scaler.step(optimizers["optimizer"])
-                scaler.update()
+                if not frozen:
+                    scaler.step(optimizers["optimizer"])
+                    scaler.update()
                 optimizers["centers"].step()
         self._unread.append((step, rate, Figures(**numbers)))
         if len(self._unread) <= self.delay:
@@ -463,53 +514,42 @@ class _Training:
     def verify(
         self, steps: int, verify: Callable[[nn.Module], Mapping[str, float]]
     ) -> dict[str, float]:
-        """Verify the backbone on the first rank, and return the metrics; the others wait."""
-        figures: dict[str, float] = {}
+        """Verify the backbone on the first rank, and return the row of its metrics on all."""
+        row: dict[str, float] = {}
         self.finish()
         if self.leads:
             self.backbone.eval()
             figures = dict(verify(self.backbone))
             self._train_mode()
-            epoch = steps / self.steps_per_epoch
-            self.verified.append({"step": steps, "epoch": epoch} | figures)
-        self._barrier()
-        return figures
+            row = {"step": steps, "epoch": steps / self.steps_per_epoch} | figures
+            self.verified.append(row)
+        if not self.alone:
+            rows = [row]
+            dist.broadcast_object_list(rows, 0, device=torch.device("cpu"))
+            row = rows[0]
+        return row
 
     def _autocast(self) -> torch.autocast:
         dtype = getattr(torch, self.config.precision)
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def _embed(self, images: Tensor) -> Tensor:
-        with self._autocast():
-            embeddings: Tensor = self.network(images)
+        network = self.backbone if self.frozen else self.network
+        with self._autocast(), torch.set_grad_enabled(not self.frozen):
+            embeddings: Tensor = network(images)
         if self.config.precision != "bfloat16" or embeddings.dtype != torch.bfloat16:
             embeddings = embeddings.float()  # float16 gradients are rounded after they are scaled
-        if self.model.scaler.is_enabled():
+        if self.model.scaler.is_enabled() and not self.frozen:
             embeddings.register_hook(self.model.scaler.scale)
         return embeddings
 
     def _train_mode(self) -> None:
         self.model.modules.train()
+        self.backbone.train(not self.frozen)
         if self.config.freeze_statistics:
             for module in self.backbone.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
-
-
-@contextmanager
-def _tensorboard(output: Path, first: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """Yield a function that logs a step's metrics; logged steps from ``first`` on are purged."""
-    with extra("tensorboard", "the log for TensorBoard"):
-        from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(output / "tensorboard"), purge_step=first) as writer:
-
-        def write(step: int, figures: Mapping[str, float]) -> None:
-            for name, value in figures.items():
-                if name not in ("step", "epoch"):
-                    writer.add_scalar(name if "/" in name else f"training/{name}", value, step)
-
-        yield write
 
 
 def _saved_on_error(

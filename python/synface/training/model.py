@@ -5,10 +5,9 @@ No image is read here: a command calls `check_start` before it decodes any.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..common.check import check_folder, check_memory
-from ..common.extras import extra
 from ..common.files import CheckpointError
 from ..common.rng import seeded, seeds, standard_defaults
 from ..common.textfiles import read_json
@@ -26,12 +24,16 @@ from ..heads import MarginHead, ShardedMarginHead
 from ..optim import RowAdamW, RowSGD
 from .backbone import build_backbone, check_embeddings, shapes_of
 from .backbone import check_network as check_network
-from .config import BUILT_IN, MODULE, TrainConfig
+from .config import BUILT_IN, MODULE, PARTS, TrainConfig, factors_of
+from .initial import architecture_of, fitted, read_weights
+from .loggers import Logger, check_loggers
 from .sources import Source
 
 CONFIG, METRICS, TIMING = "config.json", "metrics.jsonl", "timing.jsonl"
 VERIFICATION, CHECKPOINTS = "verification.jsonl", "checkpoints"
+BEST = "best"  # checkpoints of the best verifications
 BACKBONE, CENTERS = "model.backbone.", "model.head.weight"  # in a checkpoint
+HEADS = ("auto", "keep", "resize", "new")  # what becomes of an initial run's head
 
 
 def check_start(
@@ -42,41 +44,54 @@ def check_start(
     channels: int | None = None,
     resume: bool = False,
     init: Path | None = None,
-    tensorboard: bool = False,
+    init_head: str = "auto",
+    loggers: Sequence[str | Logger] = (),
 ) -> None:
     """Raise the errors of `train` that can be found without reading an image.
 
     Args:
         size: (H, W) of the images.
         channels: C of the images; None if it is not known yet.
-        config, output, resume, init, tensorboard: as for `train`.
+        config, output, resume, init, init_head, loggers: as for `train`.
 
     Raises:
-        ValueError: for a network that cannot be built.
+        ValueError: for a network that cannot be built, an unknown logger, and an unknown
+            ``init_head`` or one that does not go with ``init``.
         CheckpointError: for an ``init`` that is damaged, or of a network of other shapes.
         OSError: if ``output`` cannot be written to.
         FileExistsError: if ``output`` holds a run, unless ``resume`` is set.
-        ImportError: if ``tensorboard`` is set and the package is not installed.
+        ImportError: if a logger's package is not installed.
     """
     check_folder("output", output)
     if not resume and (checkpoint.checkpoints(output / CHECKPOINTS) or (output / METRICS).exists()):
         raise FileExistsError(
             f"{output} holds a run already: resume it, or choose another output folder"
         )
-    theirs = None
-    if init is not None:
-        if resume:
-            raise ValueError(f"init begins a new run: give either init ({init}) or resume")
+    theirs, weights = None, None
+    if init_head not in HEADS:
+        raise ValueError(f"init_head must be one of {HEADS}, got {init_head!r}")
+    if init is None and init_head != "auto":
+        raise ValueError(f"init_head says what becomes of init's head, got {init_head!r} alone")
+    if init is not None and resume:
+        raise ValueError(f"init begins a new run: give either init ({init}) or resume")
+    if init is not None and init.is_file():
+        if init_head not in ("auto", "new"):
+            raise ValueError(f"{init} is a file of weights without a head: init_head {init_head!r}")
+        weights = read_weights(init)
+        sizes = architecture_of(weights)
+        channels = channels or (sizes.channels if sizes else None)
+    elif init is not None:
         found, state = state_of(init)
         if recorded(found, state).backbone in BUILT_IN:
             theirs = network_of(found, state)
             channels = channels or state["data"]["image_shape"][2]
     ours = check_network(config, (*size, channels or 1))
-    if theirs is not None and ours is not None:  # a user's backbone is compared once it is built
-        check_backbone(found, theirs.state_dict(), ours)
-    if tensorboard:
-        with extra("tensorboard", "the log for TensorBoard"):
-            import_module("torch.utils.tensorboard")
+    if ours is not None:  # a user's backbone is compared once it is built
+        if theirs is not None:
+            check_backbone(found, theirs.state_dict(), ours)
+        if init is not None and weights is not None:
+            fitted(init, weights, ours)
+    check_loggers(loggers)
 
 
 def check_backbone(found: Path, theirs: dict[str, Tensor], ours: nn.Module) -> None:
@@ -119,14 +134,36 @@ def load_backbone(
     return network.eval(), state
 
 
-def inherited(found: Path, theirs: int, ours: int) -> str:
-    """Return a sentence on what a run loads from a checkpoint, given the numbers of identities."""
+def inherited(found: Path, theirs: int, ours: int, head: str = "auto") -> str:
+    """Return a sentence on what a run loads from a checkpoint.
+
+    Args:
+        found: the checkpoint. theirs, ours: numbers of its identities, and of the new run's.
+        head: as ``init_head`` of `train`.
+
+    Raises:
+        CheckpointError: if the head must be kept, and the numbers differ.
+    """
+    begins, counts = f"starts from the backbone of {found}", f"that run has {theirs:,} identities"
+    counts += f", these data {ours:,}"
+    if head == "keep" and theirs != ours:
+        raise CheckpointError(f"{found}: its head cannot be kept: {counts}")
+    if head == "new" or (head == "auto" and theirs != ours):
+        return f"{begins}; the head is new" + (f": {counts}" if head == "auto" else "")
     if theirs == ours:
         return f"starts from the backbone and the {ours:,} class centers of {found}"
-    return (
-        f"starts from the backbone of {found}; the head is new: that run has {theirs:,} "
-        f"identities, these data {ours:,}"
-    )
+    kept = min(theirs, ours)
+    return f"{begins} and its first {kept:,} class centers, which are the first here: {counts}"
+
+
+def begin_with_weights(file: Path, backbone: nn.Module) -> str:
+    """Load a file of weights into a backbone; return a sentence on that.
+
+    Raises:
+        CheckpointError: for a file that is damaged, or of a network of another architecture.
+    """
+    backbone.load_state_dict(fitted(file, read_weights(file), backbone))
+    return f"starts from the backbone in {file}; the head is new"
 
 
 def started_as(output: Path) -> dict[str, Any] | None:
@@ -176,10 +213,11 @@ def take_over(
     backbone: nn.Module,
     centers: Tensor,
     num_classes: int,
+    head: str = "auto",
     start: int = 0,
     verified: slice = slice(None),
 ) -> str:
-    """Load a checkpoint's backbone, and its centers if their number is the same, into a model.
+    """Load a checkpoint's backbone, and its centers as far as the head takes them, into a model.
 
     Of the centers, only this rank's rows are read.
 
@@ -187,13 +225,15 @@ def take_over(
         init: a run, or one of its checkpoints.
         centers: rows of the model's centers from ``start`` on.
         num_classes: number of the model's centers on all ranks.
+        head: as ``init_head`` of `train`.
         verified: as for `checkpoint.load`.
 
     Returns:
         A sentence on what was loaded.
 
     Raises:
-        CheckpointError: for a checkpoint that is damaged, or of a network of other shapes.
+        CheckpointError: for a checkpoint that is damaged, or of a network of other shapes, or of
+            another number of centers if they must be kept.
     """
     there, size = 0, centers.shape[1]
 
@@ -203,17 +243,20 @@ def take_over(
         if shape[1:] != (size,):
             raise CheckpointError(f"{init}: {CENTERS} must be of shape (C, {size}), got {shape}")
         there = shape[0]
-        rows = {CENTERS: slice(start, start + len(centers))} if there == num_classes else {}
+        end = min(start + len(centers), there)
+        takes = head == "resize" or (head != "new" and there == num_classes)
+        rows = {CENTERS: slice(start, end)} if takes and start < end else {}
         return _names_of_backbone(shapes) | rows
 
     found, tensors, _ = read(init, wanted, verified)
+    said = inherited(found, there, num_classes, head)
     theirs = backbone_of(tensors)
     check_backbone(found, theirs, backbone)
     backbone.load_state_dict(theirs)
-    if there == num_classes:
+    if CENTERS in tensors:
         with torch.no_grad():
-            centers.copy_(tensors[CENTERS])
-    return inherited(found, there, num_classes)
+            centers[: len(tensors[CENTERS])] = tensors[CENTERS]
+    return said
 
 
 def backbone_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -307,18 +350,52 @@ class Model:
             self.scaler.load_state_dict(scaler)
         return state["step"]
 
-    def begin_with(self, init: Path, num_classes: int) -> str:
-        """Load another run's backbone, and its centers if their number fits; return a summary.
+    def begin_with(self, init: Path, num_classes: int, init_head: str = "auto") -> str:
+        """Load another run's backbone and head, or a file of weights; return a summary.
+
+        Args:
+            init, init_head: as for `train`.
 
         Raises:
-            CheckpointError: for a checkpoint that is damaged, or of a network of other shapes.
+            CheckpointError: for a checkpoint that is damaged, or of a network of other shapes, or
+                of another number of centers if they must be kept.
         """
         head = self.head
+        if init.is_file():
+            return begin_with_weights(init, self.backbone)
         if not isinstance(head, ShardedMarginHead):
-            return take_over(init, self.backbone, head.weight, num_classes)
-        rows = head.weight, num_classes, head.class_start
+            return take_over(init, self.backbone, head.weight, num_classes, init_head)
+        rows = head.weight, num_classes, init_head, head.class_start
         read = partial(take_over, init, self.backbone, *rows, checkpoint.share(head.group))
         return checkpoint.together(read, head.group, CheckpointError)
+
+
+def _parameter_groups(config: TrainConfig, *modules: nn.Module) -> dict[str, list[dict[str, Any]]]:
+    """Return an optimizer's groups of the parameters of backbone and head, with their factors.
+
+    Raises:
+        ValueError: if a factor's name is that of no parameter.
+    """
+    factors, used = factors_of(config.lr_factors), set()
+    groups: dict[str, dict[float, list[Tensor]]] = {part: {} for part in PARTS}
+    names = []
+    for part, module in zip(PARTS, modules, strict=True):
+        for name, parameter in module.named_parameters(part):
+            if parameter.requires_grad:
+                fits = [each for each in factors if f"{name}.".startswith(f"{each}.")]
+                used.update(fits)
+                factor = factors[max(fits, key=len)] if fits else 1.0
+                groups[part].setdefault(factor, []).append(parameter)
+                names.append(name)
+    if unknown := sorted(factors.keys() - used):
+        shown = ", ".join(sorted({".".join(name.split(".")[:2]) for name in names}))
+        raise ValueError(
+            f"lr_factors must name parts of the model ({shown}), got {', '.join(unknown)}"
+        )
+    return {
+        part: [{"params": each, "factor": factor} for factor, each in found.items()]
+        for part, found in groups.items()
+    }
 
 
 def build_model(
@@ -351,9 +428,10 @@ def build_model(
     dense = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.AdamW
     by_row = RowSGD if config.optimizer == "sgd" else RowAdamW
     centers: Any = by_row if config.sample_rate < 1 or config.fused_update else dense
+    groups = _parameter_groups(config, backbone, head)
     optimizers = {
-        "optimizer": dense([p for p in backbone.parameters() if p.requires_grad], **settings),
-        "centers": centers(head.parameters(), **settings),
+        "optimizer": dense(groups["backbone"], **settings),
+        "centers": centers(groups["head"], **settings),
     }
     if config.fused_update:
         head.step_in_backward(optimizers["centers"])

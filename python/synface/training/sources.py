@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ..common.renamed import old_keywords
-from ..common.rng import generator
+from ..common.rng import generator, seeds
 from ..data import Augment
 from ..data.formats.image_set import LabeledImages, common_shape, opened
 from ..data.loading.loader import ImageLoader, Pairs, TwoDomainLoader
 from ..data.loading.pool import Timing
 from ..data.loading.sampler import WHOLE, RankSlice, ShuffledOrder
+from ..data.loading.transforms import Transforms
 from ..data.mixing import DomainMixup, Grid, Mixed, Ratio
 from ..data.mixing.ratios import send
 from .config import TrainConfig
@@ -81,6 +82,10 @@ def fingerprint(images: LabeledImages) -> str:
     return digest.hexdigest()
 
 
+# One transform, or several in order; see `Transforms`.
+Transform = Callable[..., Any] | Sequence[Callable[..., Any]] | Transforms
+
+
 class _ImagesSource:
     """Training data that are decoded from sets of images; an epoch is one pass over the first."""
 
@@ -90,9 +95,15 @@ class _ImagesSource:
         size: tuple[int, int] | None,
         grayscale: bool | None,
         workers: int,
+        transform: Transform | None,
     ) -> None:
         self._domains, self.workers = domains, workers
         self.image_shape = common_shape(domains, size, grayscale)
+        if transform is not None and not isinstance(transform, Transforms):
+            transform = Transforms(transform)
+        if transform is not None:
+            transform.check(self.image_shape)
+        self.transforms = transform
         self.num_classes = sum(len(domain.identities) for domain in domains)
         self.timing: Timing | None = None
 
@@ -105,7 +116,15 @@ class _ImagesSource:
             "fingerprint": " ".join(map(fingerprint, self._domains)),
             "image_shape": list(self.image_shape),
             "identities": self.num_classes,
+            "transforms": None if self.transforms is None else self.transforms.description,
         }
+
+    def _transform(
+        self, images: Tensor, config: TrainConfig, step: int, part: RankSlice, purpose: str
+    ) -> None:
+        """Apply the user's transforms to a step's images, in place."""
+        if self.transforms is not None:
+            self.transforms(images, seeds(config.seed, part.purpose(purpose), step))
 
     def _steps(self, config: TrainConfig) -> int:
         """Return the number of steps of a run."""
@@ -132,10 +151,14 @@ class FacesSource(_ImagesSource):
         faces: in memory, or an `ImageSet`, which worker processes decode batch by batch; both
             give the same batches.
         size, grayscale, workers: of an `ImageSet`; see `ImageLoader`.
+        transform: transforms of single uint8 images, which precede the built-in augmentation; see
+            `Transforms`. With ``config.augment`` of 0 they are the only augmentation.
 
     Raises:
         DataError: for an `ImageSet` that only supports sequential reads, or whose first file
-            determines the size and cannot be decoded.
+            determines the size and cannot be decoded; and for a transform that fails, or changes
+            the size, on a gray image.
+        TypeError: for a transform that is not callable.
     """
 
     @old_keywords(grey="grayscale")  # codespell:ignore grey
@@ -146,9 +169,12 @@ class FacesSource(_ImagesSource):
         size: tuple[int, int] | None = None,
         grayscale: bool | None = None,
         workers: int = 2,
+        transform: Transform | None = None,
     ) -> None:
         (self.faces,) = opened(faces=faces)
-        super().__init__(faces, size=size, grayscale=grayscale, workers=workers)
+        super().__init__(
+            faces, size=size, grayscale=grayscale, workers=workers, transform=transform
+        )
 
     def batches(
         self,
@@ -160,6 +186,7 @@ class FacesSource(_ImagesSource):
         augment, device = Augment(config.augment), torch.device(device)
         with self._reader(config, first, part, device) as reader:
             for step, (images, labels) in reader:
+                self._transform(images, config, step, part, "transform")
                 varied = generator(config.seed, part.purpose("augment"), step)
                 images = send(images, device)
                 if isinstance(reader, ImageLoader):
@@ -195,6 +222,11 @@ class MixedSource(_ImagesSource):
         ratio: distribution of the synthetic share ψ. per_sample: draw a ψ for each image, else one
             for the batch.
         mix_in_workers: mix in the workers, each on one thread, not in the training process.
+        transform: transforms of single uint8 images of both sides, before they are mixed; see
+            `Transforms`.
+
+    Raises:
+        ValueError: for a transform with ``mix_in_workers``; otherwise as `FacesSource`.
 
     Source: Qiu et al., "SynFace", ICCV 2021, section 3.3.
     """
@@ -211,8 +243,13 @@ class MixedSource(_ImagesSource):
         grayscale: bool | None = None,
         workers: int = 2,
         mix_in_workers: bool = False,
+        transform: Transform | None = None,
     ) -> None:
-        super().__init__(synthetic, real, size=size, grayscale=grayscale, workers=workers)
+        if transform is not None and mix_in_workers:
+            raise ValueError("transform precedes the mixing: it needs mix_in_workers=False")
+        super().__init__(
+            synthetic, real, size=size, grayscale=grayscale, workers=workers, transform=transform
+        )
         self.synthetic, self.real, self.mix_in_workers = synthetic, real, mix_in_workers
         self.ratio, self.per_sample = ratio or Grid(), per_sample
 
@@ -248,6 +285,9 @@ class MixedSource(_ImagesSource):
         ) as loader:
             self.timing = loader.timing
             for step, batch in loader:
+                if isinstance(batch, Pairs):
+                    self._transform(batch.synthetic, config, step, part, "transform")
+                    self._transform(batch.real, config, step, part, "transform real")
                 batch = type(batch)(*(send(each, mixed.device) for each in batch))
                 loader.sent(mixed.device)
                 if isinstance(batch, Pairs):

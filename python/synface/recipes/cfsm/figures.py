@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,20 @@ from torch import Tensor
 from ...common.rng import generator as draws
 from ...common.rng import normals
 from ...data import normalize
-from ...reporting.plots import ACCENT, INK, QUIET, colors, figure, finish, image_grid, save
+from ...reporting.plots import (
+    INK,
+    QUIET,
+    REFERENCE,
+    colors,
+    figure,
+    finish,
+    image_grid,
+    log_scale,
+    noisy_curve,
+    running_mean,
+    save,
+    styled,
+)
 from ...synthesis.generators import EigenfaceGenerator
 from ..generated import EMBEDDED
 from ..report import plot_differences
@@ -40,94 +53,133 @@ def _colored(by_domain: dict[str, T]) -> Iterator[tuple[str, T, Any]]:
     yield from zip(by_domain, by_domain.values(), colors(len(by_domain)), strict=True)
 
 
+@styled()
 def style_losses(results: Results, path: Path) -> None:
     """Draw the losses of stage 1, by domain."""
-    new, axes = figure(10.5, 3.2, 1, 3)
+    new, axes = figure(7.2, 8, 3, 1, sharex=True)
     logs = {domain: results.style(domain)["log"] for domain in results.config.domains}
-    for domain, rows, color in _colored(logs):
-        for ax, name in zip(axes, ("l1", "identity", "anchor"), strict=True):
-            ax.plot(*column(rows, name), color=color, linewidth=0.8, label=domain)
-    axes[0].axhline(1e-2, color=ACCENT, linewidth=0.8, linestyle="--")
-    titles = ("Orthogonality ‖UᵀU − I‖₁; dashed: 1e-2", "Identity loss", "Anchor: |G(X, 0) − X|")
-    for ax, title in zip(axes, titles, strict=True):
-        ax.set_yscale("log")
-        finish(ax, title, "step", "loss")
+    names = ("l1", "identity", "anchor")
+    titles = ("Orthogonality ‖UᵀU − I‖₁", "Identity loss", "Anchor: mean |G(X, 0) − X|")
+    for ax, name, title in zip(axes, names, titles, strict=True):
+        for domain, rows, color in _colored(logs):
+            window = noisy_curve(ax, *column(rows, name), color, domain)
+        log_scale(ax, "y")
+        finish(ax, title, "step", f"loss, mean of {window} values")
+        ax.label_outer()
+    axes[0].axhline(1e-2, **REFERENCE, linestyle="--", label="1e-2")
     axes[0].set_ylim(bottom=1e-6)
+    finish(axes[0], titles[0])
     save(new, path)
 
 
+@styled()
 def strength_sweep(results: Results, path: Path) -> None:
-    """Draw the cosine to the original over the strength, by domain."""
-    new, axes = figure(6.4, 4.4)
-    strengths = results.strengths.numpy()
-    curves_of = {domain: sweep(results.style(domain)) for domain in results.config.domains}
-    for domain, curves, color in _colored(curves_of):
-        axes.plot(strengths, curves["axes"].T.numpy(), color=color, linewidth=0.4, alpha=0.5)
-        axes.plot(strengths, curves["axes"].mean(0).numpy(), color=color, linewidth=2, label=domain)
-        axes.plot(strengths, curves["random"].numpy(), color=color, linewidth=1, linestyle=":")
+    """Draw the cosine to the original over the strength: all domains' means, and each domain."""
+    strengths, domains = results.strengths.numpy(), results.config.domains
+    rows = -(-(1 + len(domains)) // 3)
+    new, grid = figure(9.5, 0.8 + 2.6 * rows, rows, 3, sharex=True, sharey=True, squeeze=False)
+    every, *each = grid.flat
     gap = 1 - identity_gap(results.strengths).numpy()
-    axes.plot(strengths, gap, color=ACCENT, linestyle="--", label="1 − g(a)")
-    title = "Style strength: each axis, their mean (bold), random (dotted)"
-    finish(axes, title, "strength a = ‖o‖", "cosine of f(X) and f(G(X, o))")
+    curves_of = {domain: sweep(results.style(domain)) for domain in domains}
+    for ax, (domain, curves, color) in zip(each, _colored(curves_of), strict=False):
+        along, random = curves["axes"].numpy(), curves["random"].numpy()
+        every.plot(strengths, along.mean(0), color=color, label=domain)
+        one, *_ = ax.plot(strengths, along.T, color=color, linewidth=0.6, alpha=0.5)
+        (mean,) = ax.plot(strengths, along.mean(0), color=color, linewidth=2)
+        (dotted,) = ax.plot(strengths, random, color=color, linestyle=":")
+        if domain == domains[0]:  # the lines' meaning is the same for all
+            one.set_label("along one axis")
+            mean.set_label("mean over the axes")
+            dotted.set_label("random directions")
+    for ax, title in zip((every, *each), ("Means over the axes", *domains), strict=False):
+        ax.plot(strengths, gap, **REFERENCE, linestyle="--", label="1 − g(a)")
+        finish(ax, title, "strength a = ‖o‖", "cosine of f(X) and f(G(X, o))")
+        ax.label_outer()
+    for ax in each[len(domains) :]:
+        ax.remove()
     save(new, path)
 
 
+@styled()
 def similarity(results: Results, path: Path) -> None:
     """Draw the similarity of every two subspaces as a matrix."""
-    new, axes = figure(5.2, 4.6)
+    new, axes = figure(5.8, 4.6)
     names, values = [*results.generators, UNTRAINED], results.similarity.numpy()
-    axes.imshow(values, cmap="viridis", vmin=values.min(), vmax=1)
+    shown = axes.imshow(values, cmap="viridis", vmin=values.min(), vmax=1)
     for (i, j), value in np.ndenumerate(values):
         dark = value < values.min() + 0.7 * (1 - values.min())
         color = "white" if dark else INK
         axes.text(j, i, f"{value:.3f}", ha="center", va="center", color=color)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names)
-    axes.set_title("Similarity of the subspaces, S(A, B)", color=INK, fontsize=10)
+    axes.set(title="Similarity of the subspaces", xlabel="subspace B", ylabel="subspace A")
+    axes.grid(False)
+    new.colorbar(shown, label="S(A, B)")
     save(new, path)
 
 
+@styled()
 def gain(results: Results, path: Path) -> None:
     """Draw the recognizer's loss on random and guided styles, by batch."""
-    new, axes = figure(5.6, 3.4)
-    for name, color in (("style", QUIET), ("random", INK), ("guided", ACCENT)):
-        values = results.gain[name].numpy()
-        axes.plot(values, "o-", color=color, markersize=3, linewidth=0.8, label=name)
-    axes.set_xticks(range(0, len(values), 5))
+    new, axes = figure(6.4, 4)
     epsilon = results.config.guided.epsilon
-    title = f"Style o, o + ε·random signs, and guided; ε = {epsilon:g}"
+    names = {
+        "style": "style o",
+        "random": f"o + ε·random signs, ε = {epsilon:g}",
+        "guided": "guided style",
+    }
+    found = {name: results.gain[name].numpy() for name in names}
+    batches = np.arange(len(found["guided"]))
+    axes.vlines(batches, found["style"], found["guided"], **REFERENCE)
+    for name, color, marker in zip(names, _three(), "os^", strict=True):
+        axes.plot(batches, found[name], marker, color=color, label=names[name])
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    above = int((found["guided"] > found["random"]).sum())
+    title = (
+        f"Guided styles have a higher loss than random ones in {above} of {len(batches)} batches"
+    )
     finish(axes, title, "batch", "recognizer's loss")
     save(new, path)
 
 
+def _three() -> tuple[Any, Any, Any]:
+    """Return the colors of images as they are, in random styles and in guided styles."""
+    ink, accent, amber = colors(3)
+    return ink, amber, accent
+
+
+@styled()
 def guided_losses(results: Results, path: Path) -> None:
     """Draw the losses of stage 2, by variant; a line for each seed."""
-    new, axes = figure(5.6, 3.4)
-    for variant, color in zip(VARIANTS, (QUIET, INK, ACCENT), strict=True):
+    new, axes = figure(6.4, 4.2)
+    for variant, color in zip(VARIANTS, _three(), strict=True):
         for seed, found in enumerate(results.over_seeds(Part(GUIDED, 0, variant))):
             steps, loss = column(found["log"], "loss")
-            window = max(1, len(loss) // 20)
-            values = torch.tensor(loss, dtype=torch.float64, device="cpu")
-            smooth = values.unfold(0, window, 1).mean(1).numpy()
+            window = len(loss) // 20 | 1  # odd
             label = None if seed else variant
-            axes.plot(steps[window - 1 :], smooth, color=color, linewidth=0.9, label=label)
-    finish(axes, "Stage 2, each seed", "step", "loss, running mean")
+            axes.plot(steps, running_mean(loss, window), color=color, linewidth=1, label=label)
+    axes.set_ylim(bottom=0)
+    finish(axes, "Stage 2: a line for each seed", "step", f"loss, mean of {window} steps")
     save(new, path)
 
 
-def differences(numbers: dict[str, Any], path: Path) -> None:
+def differences(numbers: Mapping[str, Any], path: Path) -> None:
     """Draw what guided images gain over the others, by domain."""
     shown = [name for name in numbers["differences"] if name.startswith("guided")]
     height = len(shown) // 2  # each against originals and random
-    new, axes = figure(12.0, 3.4 * height, height, 2)
+    new, axes = figure(9.5, 0.5 + 3 * height, height, 2, sharey=True)
     for ax, name in zip(axes.flat, shown, strict=True):
-        plot_differences(ax, numbers["differences"][name], "difference in ROC-AUC", name)
+        found = numbers["differences"][name]
+        plot_differences(ax, found, "difference in ROC-AUC", name, "verified on")
+    for ax in np.atleast_2d(axes)[:, 1]:
+        ax.set_ylabel("")  # shared with the left one
     save(new, path)
 
 
+@styled()
 def matching(results: Results, path: Path) -> None:
     """Draw how near statistics are to the target's; hollow: source and target hardly differ."""
-    new, axes = figure(10.5, 3.4, 1, 2)
+    new, axes = figure(9.5, 4, 1, 2)
     domains = results.config.domains
     indices = np.arange(len(STATISTICS))
     for i, (domain, color) in enumerate(zip(domains, colors(len(domains)), strict=True)):
@@ -136,38 +188,42 @@ def matching(results: Results, path: Path) -> None:
             at = index + 0.7 * ((i + 0.5) / len(domains) - 0.5)
             differs = found[name]["differs"] >= DIFFERS
             for ax, key in zip(axes, BOUNDS, strict=True):
-                look = {"color": color, "markersize": 6, "fillstyle": "full" if differs else "none"}
-                label = None if index else domain
-                ax.plot(at, max(0.005, found[name][key]), "o", label=label, **look)
-    titles = ("W1 to the target, over the source's", "Spread, over the target's")
-    for ax, title, (least, most) in zip(axes, titles, BOUNDS.values(), strict=True):
-        ax.axhline(1.0, color=QUIET, linewidth=0.8)
+                look = {"color": color, "fillstyle": "full" if differs else "none"}
+                ax.plot(at, max(0.005, found[name][key]), "o", **look)
+        axes[0].plot([], [], "o", color=color, label=domain)
+    alike = {"color": QUIET, "fillstyle": "none", "label": "source and target hardly differ"}
+    axes[0].plot([], [], "o", **alike)
+    titles = ("Distance of the statistics to the target's", "Spread of the statistics")
+    labels = ("W1 to the target, over the source's", "spread, over the target's")
+    for ax, title, label, (least, most) in zip(axes, titles, labels, BOUNDS.values(), strict=True):
+        ax.axhline(1.0, **REFERENCE)
         for bound in filter(None, (least, most)):
-            ax.axhline(bound, color=QUIET, linewidth=0.8, linestyle="--")
-        ax.set_yscale("log")
+            ax.axhline(bound, **REFERENCE, linestyle="--", label="bounds")
         ax.set_xticks(indices, STATISTICS)
-        finish(ax, title, grid="y")
+        log_scale(ax, "y")
+        finish(ax, title, "statistic", label, grid="y")
     save(new, path)
 
 
+@styled()
 def effects(results: Results, path: Path) -> None:
     """Draw how each axis of each subspace changes the statistics, as one matrix a domain."""
     domains = results.config.domains
-    new, axes = figure(10.0, 1.5 * len(domains) + 0.5, len(domains), 2)
-    grid = np.atleast_2d(axes)
+    new, grid = figure(9.5, 1.7 * len(domains) + 0.5, len(domains), 2, squeeze=False)
     for row, domain in zip(grid, domains, strict=True):
         found = results.style(domain)["measures"]["effects"]
         values = np.array([found[name] for name in STATISTICS])  # (statistic, ±, axis)
         most = max(1e-9, np.abs(values).max())
         for i, (ax, sign) in enumerate(zip(row, ("along", "against"), strict=True)):
-            ax.imshow(values[:, i], cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
-            ax.set_yticks(range(len(STATISTICS)), STATISTICS, fontsize=7)
+            shown = ax.imshow(values[:, i], cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+            ax.set_yticks(range(len(STATISTICS)), STATISTICS)
             names = [f"u{j + 1}" for j in range(values.shape[2])]
-            ax.set_xticks(range(len(names)), names, fontsize=7)
-            title = (
-                f"{domain}: {sign} each axis, ‖o‖ = 3 (red: more; full at {most:.1f} deviations)"
-            )
-            ax.set_title(title, color=INK, fontsize=8)
+            ax.set_xticks(range(len(names)), names)
+            title = f"{domain}: {sign} each axis, ‖o‖ = 3"
+            ax.set(title=title, xlabel="style axis", ylabel="statistic")
+            ax.grid(False)
+            ax.label_outer()
+        new.colorbar(shown, ax=list(row), label="change,\ndeviations")
     save(new, path)
 
 

@@ -3,7 +3,7 @@
 from ...common.lazy import lazy
 
 _RECIPE = (
-    "DataConfig", "GapConfig", "Results", "cell_name", "cells", "load_config", "measured", "rows",
-    "run", "write",
+    "DataConfig", "GapConfig", "Results", "cell_name", "cells", "load_config", "measured",
+    "pictures", "rows", "run", "write",
 )  # fmt: skip
 __getattr__ = lazy(__name__, {"recipe": _RECIPE})

@@ -11,7 +11,7 @@ sections 3.1 and 4.2.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,16 +26,18 @@ from ...common.config import load_recipe
 from ...data import Faces
 from ...evaluation.embedding import embed
 from ...reporting.page import table
-from ...reporting.plots import ACCENT, INK, QUIET, figure, finish, image_grid, save
+from ...reporting.plots import ACCENT, INK, figure, finish, image_grid, save, styled
 from ...synthesis.controls import Vary, controls_of
 from ...synthesis.generators import FaceGenerator
 from ...training.config import TrainConfig
 from ...training.sources import FacesSource, Source
 from ..generated import DatasetConfig, check_seeds, drawn_people
 from ..report import (
+    INTERVAL,
     difference,
     far_from_trained,
     plot_differences,
+    plot_pixels,
     plot_seeds,
     shown,
     shown_difference,
@@ -353,11 +355,7 @@ def write(results: Results, folder: Path, command: str, *, faces: bool = True) -
         command: the command line that the page names. faces: show some of the generated faces.
     """
     numbers = measured(results) | {"machine": results.machine()}
-    figures = {
-        "rows": partial(_rows_plot, numbers),
-        "map": partial(_map_plot, results.config, numbers),
-        "spread": partial(_spread_plot, results.config, numbers),
-    }
+    figures = pictures(numbers)
     if faces:
         figures["faces"] = partial(_faces_plot, results)
     fields = results.fields() | _fields(results, numbers) | {"command": command}
@@ -367,56 +365,73 @@ def write(results: Results, folder: Path, command: str, *, faces: bool = True) -
     return write_report(folder, template, numbers, figures, results.config, **fields)
 
 
-def _rows_plot(numbers: dict[str, Any], path: Path) -> None:
-    new, axes = figure(15, 4, 1, 2)
+def pictures(numbers: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
+    """Return what draws the pictures of a report's numbers, by name."""
+    return {
+        "rows": partial(_rows_plot, numbers),
+        "map": partial(_map_plot, numbers),
+        "spread": partial(_spread_plot, numbers),
+    }
+
+
+def _rows_plot(numbers: Mapping[str, Any], path: Path) -> None:
+    new, (above, below) = figure(8, 7.4, 2, 1)
     # Labels break at spaces, but not within "S = 10".
     aucs = {
         row.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"): found["auc"]
         for row, found in numbers["rows"].items()
     }
-    plot_seeds(axes[0], aucs, numbers["raw pixels"]["auc"]["mean"], "ROC-AUC")
-    gains = {name: found["auc"] for name, found in numbers["differences"].items()}
-    plot_differences(axes[1], gains, "difference in ROC-AUC")
+    plot_seeds(above, aucs, numbers["raw pixels"]["auc"]["mean"], "ROC-AUC")
+    gains = {
+        name.replace(" − ", " −\n"): found["auc"] for name, found in numbers["differences"].items()
+    }
+    plot_differences(below, gains, "difference in ROC-AUC")
     save(new, path)
 
 
-def _map_plot(config: GapConfig, numbers: dict[str, Any], path: Path) -> None:
+@styled()
+def _map_plot(numbers: Mapping[str, Any], path: Path) -> None:
     """Draw the map: a color for each person, and a marker for each domain."""
     points, people = np.array(numbers["map"]["points"]), numbers["map"]["people"]
-    who = np.tile(np.repeat(np.arange(people), config.images), 2)
-    new, axes = figure(6.8, 5.6)
-    half = people * config.images
+    images = len(points) // (2 * people)
+    who = np.tile(np.repeat(np.arange(people), images), 2)
+    new, axes = figure(6.8, 5.8)
+    half = people * images
     map_ = "tab10" if people <= 10 else "gist_rainbow"
     for part, marker, name in (
         (slice(half), "o", "real"),
         (slice(half, None), "^", "generated, strength 1"),
     ):
         x, y = points[part].T
-        axes.scatter(x, y, c=who[part], cmap=map_, marker=marker, s=26, alpha=0.8, label=name)
+        axes.scatter(x, y, c=who[part], cmap=map_, marker=marker, label=name)
     axes.set_aspect("equal", adjustable="datalim")
-    title = f"{people} people of each domain, one color each, {config.images} images each"
-    finish(axes, title, "first axis", "second axis")
+    title = f"Embeddings of {people} people of each domain, a color and {images} images each"
+    finish(axes, title, "first axis of the map", "second axis of the map")
+    for handle in new.legends[0].legend_handles:
+        handle.set(array=None, facecolor=INK)  # the markers stand for all people
     save(new, path)
 
 
-def _spread_plot(config: GapConfig, numbers: dict[str, Any], path: Path) -> None:
+@styled()
+def _spread_plot(numbers: Mapping[str, Any], path: Path) -> None:
     """Draw ROC-AUC against the spread within identities, and real faces' spread as a line."""
-    new, axes = figure(6.8, 4.2)
-    for strength in config.strengths:
-        across_faces = numbers["embeddings"][f"strength {strength:g}"]["within"]
-        auc = numbers["rows"][f"synthetic, strength {strength:g}"]["auc"]
-        at = across_faces["mean"], auc["mean"]
-        bars = {"xerr": across_faces["ci95"], "yerr": auc["ci95"]}
-        axes.errorbar(*at, **bars, color=ACCENT, marker="o", capsize=4)
-        axes.annotate(f"strength {strength:g}", at, (6, 6), textcoords="offset points", fontsize=8)
+    new, axes = figure(6.8, 4.4)
+    for name, faces in numbers["embeddings"].items():
+        if name == "real":
+            continue
+        within, auc = faces["within"], numbers["rows"][f"synthetic, {name}"]["auc"]
+        at = within["mean"], auc["mean"]
+        bars = {"xerr": within["ci95"], "yerr": auc["ci95"]}
+        axes.errorbar(*at, **bars, color=ACCENT, marker="o", linestyle="", label=INTERVAL)
+        axes.annotate(name, at, (6, 6), textcoords="offset points")
     real = numbers["embeddings"]["real"]["within"]
     low, high = real["mean"] - real["ci95"], real["mean"] + real["ci95"]
-    axes.axvline(real["mean"], color=INK, linewidth=1, label="real faces, 95 % interval")
-    axes.axvspan(low, high, color=INK, alpha=0.1)
-    pixels = numbers["raw pixels"]["auc"]["mean"]
-    axes.axhline(pixels, color=QUIET, linestyle="--", linewidth=1, label="raw pixels")
+    axes.axvline(real["mean"], color=INK, label="spread of real faces")
+    axes.axvspan(low, high, color=INK, alpha=0.1, linewidth=0, label="its 95 % interval")
+    plot_pixels(axes, numbers["raw pixels"]["auc"]["mean"])
     x = "spread of the training faces: mean cosine distance to their identity's center"
-    finish(axes, "Means with 95 % intervals", x, "ROC-AUC on real people")
+    title = "Accuracy against the spread of generated training faces"
+    finish(axes, title, x, "ROC-AUC on real people")
     save(new, path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ...reporting.page import table
-from ...reporting.plots import QUIET, colors, figure, finish, image_grid, save
+from ...reporting.plots import REFERENCE, colors, figure, finish, image_grid, save, styled
 from ...synthesis import packing
 from ..report import (
     difference,
@@ -79,10 +79,7 @@ def write(results: Results, folder: Path, command: str, *, faces: bool = True) -
         command: the command line that the page names. faces: show some faces of each kind.
     """
     numbers = measured(results) | {"machine": results.machine()}
-    figures = {
-        "distances": partial(_distances_plot, results, numbers),
-        "kinds": partial(_kinds_plot, results, numbers),
-    }
+    figures = {"distances": partial(_distances_plot, results, numbers)} | pictures(numbers)
     if faces:
         figures["faces"] = partial(_faces_plot, results)
     fields = results.fields() | _fields(results, numbers) | {"command": command}
@@ -126,16 +123,18 @@ def _with_verdict(found: Mapping[str, Any], digits: int = 4) -> str:
     return f"{word}({shown_difference(found, digits)})"
 
 
-def _distances_plot(results: Results, numbers: dict[str, Any], path: Path) -> None:
+@styled()
+def _distances_plot(results: Results, numbers: Mapping[str, Any], path: Path) -> None:
     kinds = results.config.kinds
-    new, axes = figure(14, 3.4, 1, 4)
-    axes[0].axvline(numbers["bound"]["cosine"], color=QUIET, linestyle="--", label="lower bound")
+    new, axes = figure(8.5, 6.6, 2, 2)
+    axes[0, 0].axvline(numbers["bound"]["cosine"], **REFERENCE, linestyle="--", label="lower bound")
     cosine = "cosine to the nearest identity"
-    for ax, title, label, found in (
-        (axes[0], "Identities", cosine, results.cosines),
-        (axes[1], "Faces, by pixels", cosine, results.face_cosines),
-        (axes[2], "Faces, by pixels", "nearest identity, gray levels", results.face_distances),
-        (axes[3], "Faces, by the recognizer", cosine, results.recognizer_cosines),
+    for ax, title, label, found in zip(
+        axes.flat,
+        ("Identities", "Faces, by pixels", "Faces, by gray levels", "Faces, by the recognizer"),
+        (cosine, cosine, "distance to the nearest identity, gray levels", cosine),
+        (results.cosines, results.face_cosines, results.face_distances, results.recognizer_cosines),
+        strict=True,
     ):
         for kind, color in zip(kinds, colors(len(kinds)), strict=True):
             values = torch.cat(found[kind]).sort().values
@@ -144,14 +143,21 @@ def _distances_plot(results: Results, numbers: dict[str, Any], path: Path) -> No
     save(new, path)
 
 
-def _kinds_plot(results: Results, numbers: dict[str, Any], path: Path) -> None:
-    first, *others = results.config.kinds
-    new, axes = figure(13, 3.6, 1, 3)
-    aucs = {kind: numbers[kind]["auc"] for kind in results.config.kinds}
-    plot_seeds(axes[0], aucs, results.pixels["auc"], "ROC-AUC")
-    for ax, key, label in zip(axes[1:], ("auc", "accuracy"), ("ROC-AUC", "accuracy"), strict=True):
-        found = {kind: numbers[f"{kind} less {first}"][key] for kind in others}
-        plot_differences(ax, found, f"{label} less that of {first}")
+def pictures(numbers: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
+    """Return what draws those pictures of a report whose numbers it has, by name."""
+    return {"kinds": partial(_kinds_plot, numbers)}
+
+
+def _kinds_plot(numbers: Mapping[str, Any], path: Path) -> None:
+    """Draw ROC-AUC and accuracy by kind, and the differences to the first kind."""
+    pairs = [name.split(" less ") for name in numbers if " less " in name]
+    others, first = [kind for kind, _ in pairs], pairs[0][1]
+    new, axes = figure(9.5, 6.6, 2, 2)
+    for row, key, label in zip(axes, ("auc", "accuracy"), ("ROC-AUC", "accuracy"), strict=True):
+        found = {kind: numbers[kind][key] for kind in (first, *others)}
+        plot_seeds(row[0], found, numbers["raw pixels"][key], label, x="kind of identities")
+        gains = {kind: numbers[f"{kind} less {first}"][key] for kind in others}
+        plot_differences(row[1], gains, f"{label} above {first}", y="kind of identities")
     save(new, path)
 
 

@@ -4,6 +4,6 @@ from ...common.lazy import lazy
 
 _RECIPE = (
     "ROWS", "DataConfig", "Results", "SynfaceConfig", "cell_name", "cells", "load_config",
-    "measured", "run", "write",
+    "measured", "pictures", "run", "write",
 )  # fmt: skip
 __getattr__ = lazy(__name__, {"recipe": _RECIPE})

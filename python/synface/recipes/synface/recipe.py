@@ -9,7 +9,7 @@ Source: Qiu, Yu, Gong, Li, Liu, Tao, "SynFace: Face Recognition with Synthetic D
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -323,9 +323,7 @@ def write(results: Results, folder: Path, command: str, *, faces: bool = True) -
         command: the command line that the page names. faces: show some of the generated faces.
     """
     numbers = measured(results) | {"machine": results.machine()}
-    figures = {"rows": partial(_rows_plot, numbers)}
-    if len(results.config.rows) > 1:
-        figures["differences"] = partial(_differences_plot, results.config, numbers)
+    figures = pictures(numbers)
     if faces:
         figures["faces"] = partial(_faces_plot, results)
     fields = results.fields() | _fields(results, numbers, faces) | {"command": command}
@@ -333,19 +331,31 @@ def write(results: Results, folder: Path, command: str, *, faces: bool = True) -
     return write_report(folder, template, numbers, figures, results.config, **fields)
 
 
-def _rows_plot(numbers: dict[str, Any], path: Path) -> None:
-    new, axes = figure(10, 3.6, 1, 2)
+def pictures(numbers: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
+    """Return what draws the pictures of a report's numbers, by name."""
+    found = {"rows": partial(_rows_plot, numbers)}
+    if len(numbers["rows"]) > 1:
+        found["differences"] = partial(_differences_plot, numbers)
+    return found
+
+
+def _rows_plot(numbers: Mapping[str, Any], path: Path) -> None:
+    new, axes = figure(9.5, 3.8, 1, 2)
     for ax, key, label in zip(axes, KEYS, ("accuracy", "ROC-AUC"), strict=True):
         spreads = {row: found[key] for row, found in numbers["rows"].items()}
         plot_seeds(ax, spreads, numbers["raw pixels"][key]["mean"], label)
     save(new, path)
 
 
-def _differences_plot(config: SynfaceConfig, numbers: dict[str, Any], path: Path) -> None:
-    bases = _bases(config)
-    new, axes = figure(5 * len(bases), 3.2, 1, len(bases), squeeze=False)
-    for ax, base in zip(axes[0], bases, strict=True):
-        found = {row: each["auc"] for row, each in numbers[f"above {base}"].items()}
+def _differences_plot(numbers: Mapping[str, Any], path: Path) -> None:
+    compared = {
+        name.removeprefix("above "): found
+        for name, found in numbers.items()
+        if name.startswith("above ")
+    }
+    new, axes = figure(4.75 * len(compared), 3.4, 1, len(compared), squeeze=False)
+    for ax, (base, rows) in zip(axes[0], compared.items(), strict=True):
+        found = {row: each["auc"] for row, each in rows.items()}
         plot_differences(ax, found, f"ROC-AUC above {base}")
     save(new, path)
 

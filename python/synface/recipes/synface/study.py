@@ -10,7 +10,7 @@ Source: Qiu et al., "SynFace", ICCV 2021, section 4.3.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,15 +20,18 @@ from ...common.check import check_integer
 from ...common.config import load_recipe
 from ...data import Faces
 from ...reporting.page import table
-from ...reporting.plots import ACCENT, INK, QUIET, figure, finish, save
+from ...reporting.plots import ACCENT, INK, figure, finish, save, styled
 from ...synthesis.controls import Vary, check_controls, controls_of
 from ...synthesis.generators import FaceGenerator
 from ...training.config import TrainConfig
 from ..generated import FacesConfig, check_seeds
 from ..report import (
+    INTERVAL,
     difference,
     far_from_trained,
     plot_differences,
+    plot_pixels,
+    plot_spread,
     shown,
     shown_difference,
     slope,
@@ -51,6 +54,7 @@ from ..sweep import (
 NONE, ALL = "none", "all"  # attributes beside the generator's controls
 MIXUP = {"plain": False, "identity mixup": True}
 KEYS = ("accuracy", "auc")
+REAL = "ROC-AUC on real people"
 
 
 @dataclass(frozen=True)
@@ -343,64 +347,65 @@ def write(results: Results, folder: Path, command: str) -> Path:
         command: the command line that the page names.
     """
     numbers = measured(results) | {"machine": results.machine()}
-    figures = {"sizes": partial(_sizes_plot, results.config, numbers)}
-    if results.config.attributes:
-        figures["attributes"] = partial(_attributes_plot, numbers)
     fields = results.fields() | _fields(results.config, numbers) | {"command": command}
     template = Path(__file__).with_name("study.md")
-    return write_report(folder, template, numbers, figures, results.config, **fields)
+    return write_report(folder, template, numbers, pictures(numbers), results.config, **fields)
 
 
-def _sizes_plot(config: StudyConfig, numbers: dict[str, Any], path: Path) -> None:
+def pictures(numbers: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
+    """Return what draws the pictures of a report's numbers, by name."""
+    found = {"sizes": partial(_sizes_plot, numbers)}
+    if any(numbers["attributes"].values()):
+        found["attributes"] = partial(_attributes_plot, numbers)
+    return found
+
+
+@styled()
+def _sizes_plot(numbers: Mapping[str, Any], path: Path) -> None:
     """Draw ROC-AUC over the sizes, and the differences to the first one."""
+    new, axes = figure(9.5, 4, 1, 2)
+    names = {name: name.replace("x", " × ") for name in numbers["sizes"]["plain"]}
+    _plot_kinds(axes[0], numbers["sizes"], numbers["raw pixels"]["auc"])
+    axes[0].set_xticks(range(len(names)), [name.replace("× ", "\n× ") for name in names.values()])
+    finish(axes[0], "ROC-AUC by size", "identities × images of each", REAL, grid="y")
+    first, *_ = names.values()
     compared = numbers["differences"]["sizes"]["plain"]
-    new, axes = figure(10, 3.6, 1, 2)
-    names = list(numbers["sizes"]["plain"])
-    for (kind, found), color, shift in zip(
-        numbers["sizes"].items(), (INK, ACCENT), (-0.08, 0.08), strict=False
-    ):
-        at = [i + shift for i in range(len(names))]
-        means = [x["auc"]["mean"] for x in found.values()]
-        errors = [x["auc"]["ci95"] or 0.0 for x in found.values()]
-        axes[0].errorbar(
-            at, means, errors, color=color, marker="o", capsize=4, linewidth=1.2, label=kind
-        )
-        for x, each in zip(at, found.values(), strict=True):
-            values = each["auc"]["values"]
-            axes[0].scatter([x] * len(values), values, color=color, s=8, alpha=0.4)
-    axes[0].axhline(numbers["raw pixels"]["auc"], color=QUIET, linestyle="--", linewidth=1)
-    axes[0].set_xticks(range(len(names)), [name.replace("x", "\n×") for name in names])
-    title = "Mean, 95 % interval and seeds; dashed: raw pixels"
-    finish(axes[0], title, "identities × images of each", "ROC-AUC on real people", grid="y")
-    aucs = {name: x["auc"] for name, x in compared.items()}
-    plot_differences(axes[1], aucs, f"ROC-AUC above {names[0]}")
+    aucs = {names[name]: x["auc"] for name, x in compared.items()}
+    plot_differences(axes[1], aucs, f"ROC-AUC above {first}", y="identities × images of each")
     save(new, path)
 
 
-def _attributes_plot(numbers: dict[str, Any], path: Path) -> None:
+@styled()
+def _attributes_plot(numbers: Mapping[str, Any], path: Path) -> None:
     """Draw ROC-AUC by attribute, the differences to none, and what identity mixup gains."""
-    new, axes = figure(13, 3.6, 1, 3)
-    for (kind, found), color, shift in zip(
-        numbers["attributes"].items(), (INK, ACCENT), (-0.15, 0.15), strict=True
-    ):
-        for i, each in enumerate(found.values()):
-            auc = each["auc"]
-            axes[0].scatter(
-                [i + shift - 0.07] * len(auc["values"]), auc["values"], color=color, s=8, alpha=0.4
-            )
-            label = kind if i == 0 else None
-            error = {"yerr": auc["ci95"], "capsize": 4, "marker": "o", "linestyle": ""}
-            axes[0].errorbar(i + shift, auc["mean"], color=color, label=label, **error)
-    axes[0].axhline(numbers["raw pixels"]["auc"], color=QUIET, linestyle="--", linewidth=1)
-    axes[0].set_xticks(range(len(found)), list(found))
-    title = "Mean, 95 % interval and seeds; dashed: raw pixels"
-    finish(axes[0], title, "varied", "ROC-AUC on real people", grid="y")
+    new, axes = figure(7.2, 9, 3, 1)
+    _plot_kinds(axes[0], numbers["attributes"], numbers["raw pixels"]["auc"])
+    varied = list(numbers["attributes"]["plain"])
+    axes[0].set_xticks(range(len(varied)), varied)
+    finish(axes[0], "ROC-AUC by attribute", "attribute varied", REAL, grid="y")
     differences = numbers["differences"]
-    none = {name: x["auc"] for name, x in differences["attributes"]["plain"].items()}
-    plot_differences(axes[1], none, "ROC-AUC above none, without mixup")
-    gains = {name: x["auc"] for name, x in differences["identity mixup, attributes"].items()}
-    plot_differences(axes[2], gains, "ROC-AUC with identity mixup above without")
+    for ax, title, label, found in (
+        (axes[1], "", "ROC-AUC above none, without mixup", differences["attributes"]["plain"]),
+        (
+            axes[2],
+            "What identity mixup gains, seed by seed",
+            "ROC-AUC with identity mixup above without",
+            differences["identity mixup, attributes"],
+        ),
+    ):
+        aucs = {name: x["auc"] for name, x in found.items()}
+        plot_differences(ax, aucs, label, title, "attribute varied")
     save(new, path)
+
+
+def _plot_kinds(axes: Any, kinds: Mapping[str, Mapping[str, Any]], pixels: float) -> None:
+    """Draw the ROC-AUCs of several kinds of training data side by side, a color each."""
+    for index, ((kind, found), color) in enumerate(zip(kinds.items(), (ACCENT, INK), strict=False)):
+        for i, each in enumerate(found.values()):
+            at = i + 0.35 * (index - (len(kinds) - 1) / 2)
+            label = f"{kind}: {INTERVAL}" if len(kinds) > 1 else INTERVAL
+            plot_spread(axes, at, each["auc"], gap=0.07, color=color, label=label)
+    plot_pixels(axes, pixels)
 
 
 def _fields(config: StudyConfig, numbers: dict[str, Any]) -> dict[str, Any]:

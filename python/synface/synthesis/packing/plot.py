@@ -10,15 +10,26 @@ from torch import Tensor
 
 import synface_kernels as sk
 
-from ...reporting.plots import ACCENT, INK, QUIET, densities, figure, finish, save
+from ...reporting.plots import (
+    QUIET,
+    REFERENCE,
+    colors,
+    densities,
+    density_steps,
+    figure,
+    finish,
+    log_scale,
+    save,
+    styled,
+)
 from . import bounds
 from .packer import Packed
 
-COLORS = (ACCENT, INK, "#2980b9", "#27ae60")
 SAMPLED_FROM = 20_000  # points, of which a plot shows the neighbors of
 SAMPLE = 4_000  # evenly spaced ones
 
 
+@styled()
 def plot(packings: Sequence[Packed], path: Path) -> None:
     """Plot nearest neighbors' cosines and the worst one over the run, of packings of one (N, d).
 
@@ -30,30 +41,30 @@ def plot(packings: Sequence[Packed], path: Path) -> None:
     nearest = [_nearest(p.points) for p in packings]
     worst_random = bounds.random_worst(count, dim)
 
-    new, (left, right) = figure(11, 4.4, 1, 2)
+    new, (left, right) = figure(9.5, 4.2, 1, 2)
     low = min(first.bound.cosine, *(float(n.min()) for n in nearest))
     high = max(worst_random, *(p.worst for p in packings))
     margin = 0.05 * (high - low) + 1e-6
     edges = np.linspace(low - margin, high + margin, 121)
-    for packing, cosines, color in zip(packings, nearest, COLORS, strict=False):
-        share = np.histogram(cosines, edges)[0] / len(cosines)
-        label = f"{packing.config.objective}: worst {packing.worst:.4f}"
-        left.stairs(share, edges, fill=True, alpha=0.6, color=color, label=label)
-    random = np.diff(bounds.random_nearest_cdf(edges, count, dim))
-    left.stairs(random, edges, color=QUIET, label=f"random: worst about {worst_random:.4f}")
-
     timed = first.config.minutes is not None
-    for packing, color in zip(packings, COLORS, strict=False):
+    shades = colors(len(packings))
+    for packing, cosines, color in zip(packings, nearest, shades, strict=True):
+        label = f"{packing.config.objective}: worst {packing.worst:.4f}"
+        density_steps(left, np.histogram(cosines, edges, density=True)[0], edges, color, label)
         seconds, steps, worst = zip(*packing.history, strict=True)
-        right.plot(seconds if timed else steps, worst, color=color, label=packing.config.objective)
+        right.plot(seconds if timed else steps, worst, color=color, label=label)
+    random = np.diff(bounds.random_nearest_cdf(edges, count, dim)) / np.diff(edges)
+    label = f"random points: worst about {worst_random:.4f}"
+    left.stairs(random, edges, color=QUIET, linewidth=1.5, label=label)
     bound = first.bound.cosine
-    options = {"color": "black", "linestyle": ":", "label": f"{first.bound.name} bound {bound:.4f}"}
-    left.axvline(bound, **options)
-    right.axhline(bound, **options)
+    line = REFERENCE | {"linestyle": ":", "label": f"{first.bound.name} bound {bound:.4f}"}
+    left.axvline(bound, **line)
+    right.axhline(bound, **line)
+    log_scale(left, "y")  # the packed points' are nearly all the same
     title = f"{count:,} points in {dim} dimensions"
-    finish(left, title, "cosine to the nearest neighbor", "share of the points")
-    over = "seconds" if timed else "steps"
-    finish(right, f"Worst cosine over the {over} (exact)", over, "worst cosine")
+    finish(left, title, "cosine to the nearest neighbor", "density (logarithmic)")
+    over, unit = ("time", "seconds") if timed else ("steps", "steps")
+    finish(right, f"Worst cosine over the {over} (exact)", unit, "worst cosine")
     save(new, path)
 
 

@@ -1,0 +1,228 @@
+"""The best checkpoint, early stopping, and the loggers of a run."""
+
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from synface import checkpoint
+from synface.common.files import CheckpointError
+from synface.data import embedded_faces
+from synface.training import load_backbone, train
+from synface.training.selection import Selection
+
+from tests.helpers.ranks import on_ranks
+from tests.helpers.training import SMALL, same, state
+
+CONFIG = replace(SMALL, epochs=6)  # of 3 steps
+AUC = {3: 0.5, 6: 0.7, 9: 0.6, 12: 0.7, 15: 0.9, 18: 0.1}
+
+
+def people(identities: int = 6):
+    return embedded_faces(images_per_identity=4, size=16, identities=identities)
+
+
+class Given:
+    """A verification with given results, by the number of calls."""
+
+    def __init__(self, values=tuple(AUC.values()), first: int = 0) -> None:
+        self.values, self.calls = values, first
+
+    def __call__(self, backbone) -> dict[str, float]:
+        self.calls += 1
+        return {"auc": self.values[self.calls - 1], "threshold": 0.3}
+
+
+def rows(run) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "verification.jsonl").read_text().splitlines()]
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    options = {"verify_every": 1, "best": "auc"}
+    result = train(CONFIG, people(), tmp_path / "run", verify=Given(), **options)
+    assert [(row["step"], row["auc"]) for row in rows(tmp_path / "run")] == list(AUC.items())
+    assert result.best == "auc was highest, 0.9000, after epoch 5"
+    best = checkpoint.find(tmp_path / "run" / "best")
+    assert checkpoint.load_state(best)["step"] == 15
+    plain = train(CONFIG, people(), tmp_path / "plain")
+    assert same(state(plain), state(result))  # verification changes no training
+    whole, _ = load_backbone(tmp_path / "run" / "best")
+    cut = train(CONFIG, people(), tmp_path / "cut", stop_after=14)
+    assert same(dict(whole.state_dict()), dict(cut.backbone.state_dict()))
+    assert train(CONFIG, people(), tmp_path / "none", verify=Given()).best is None
+    assert len(rows(tmp_path / "none")) == 1  # at the end
+    assert not (tmp_path / "none" / "best").exists()
+
+
+@pytest.mark.parametrize("stop_after", [7, 9, 13])
+def test_a_resumed_run_selects_what_an_uninterrupted_one_does(tmp_path, stop_after):
+    options = {"verify_every": 1, "best": "auc"}
+    config = replace(CONFIG, checkpoint_every=2)
+    train(config, people(), tmp_path, verify=Given(), stop_after=stop_after, **options)
+    first = checkpoint.load_state(checkpoint.find(tmp_path))["step"]
+    verify = Given(first=first // 3)
+    result = train(config, people(), tmp_path, verify=verify, resume=True, **options)
+    assert [(row["step"], row["auc"]) for row in rows(tmp_path)] == list(AUC.items())
+    assert result.best == "auc was highest, 0.9000, after epoch 5"
+    assert checkpoint.load_state(checkpoint.find(tmp_path / "best"))["step"] == 15
+
+
+def test_a_discarded_best_checkpoint_is_removed(tmp_path):
+    """The checkpoint of step 6 is selected; those of steps that a resumed run repeats are not."""
+    options = {"verify_every": 1, "best": "auc"}
+    config = replace(CONFIG, checkpoint_every=2)
+    values = [0.5, 0.7, 0.8, 0.9]
+    train(config, people(), tmp_path, verify=Given(values), stop_after=10, **options)
+    assert checkpoint.load_state(checkpoint.find(tmp_path / "best"))["step"] == 9
+    values = [0.5, 0.7, 0.1, 0.1, 0.1, 0.1]
+    train(config, people(), tmp_path, verify=Given(values, 2), resume=True, **options)
+    assert checkpoint.load_state(checkpoint.find(tmp_path / "best"))["step"] == 6
+
+
+def test_a_run_ends_early_and_stays_ended(tmp_path):
+    options = {"verify_every": 1, "best": "auc", "patience": 2}
+    result = train(CONFIG, people(), tmp_path, verify=Given(), **options)
+    assert [row["step"] for row in rows(tmp_path)] == [3, 6, 9, 12]  # 0.7 again is not better
+    assert result.best == (
+        "auc was highest, 0.7000, after epoch 2, and not higher in 2 verifications"
+    )
+    assert len(result.history) == 12
+    assert checkpoint.load_state(checkpoint.find(tmp_path))["step"] == 12
+    again = train(CONFIG, people(), tmp_path, verify=Given(()), resume=True, **options)
+    assert same(state(again), state(result))
+    assert again.best == result.best
+    options["patience"] = 3  # continues
+    result = train(CONFIG, people(), tmp_path, verify=Given(first=4), resume=True, **options)
+    assert len(result.history) == 18
+
+
+class OnRanks:
+    """Return a rank's selection and the number of its steps."""
+
+    def __init__(self, output):
+        self.output = output
+
+    def __call__(self, rank, ranks):
+        verify = Given() if rank == 0 else Given(())  # only the first rank verifies
+        options = {"verify": verify, "verify_every": 1, "best": "auc", "patience": 2}
+        config = replace(CONFIG, batch_size=12, epochs=4)
+        result = train(config, people(), self.output, **options)
+        return result.best, len(result.history)
+
+
+def test_all_ranks_end_early_together(tmp_path):
+    found = on_ranks(2, OnRanks(tmp_path / "run"), tmp_path / "ranks")
+    best = "auc was highest, 0.7000, after epoch 2, and not higher in 2 verifications"
+    assert found == [(best, 8)] * 2
+    assert checkpoint.load_state(checkpoint.find(tmp_path / "run" / "best"))["step"] == 4
+
+
+def test_a_measure_that_is_not_verified_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"a measure of the verification \(auc\), got 'rank1'"):
+        train(CONFIG, people(), tmp_path, verify=Given(), verify_every=1, best="rank1")
+    for options in ({"patience": -1, "best": "auc"}, {"patience": 2}):
+        with pytest.raises(ValueError, match="patience must be 0 or more verifications"):
+            train(CONFIG, people(), tmp_path / "other", verify=Given(), **options)
+    assert Selection(None).add({"auc": 1.0}) is False
+
+
+# -- loggers -------------------------------------------------------------------------------------
+
+
+class Kept:
+    """A logger that keeps its metrics."""
+
+    def __init__(self):
+        self.metrics, self.closed = [], 0
+
+    def log(self, step, metrics):
+        self.metrics.append((step, dict(metrics)))
+
+    def close(self):
+        self.closed += 1
+
+
+def test_a_logger_of_ones_own_gets_all_metrics(tmp_path):
+    kept = Kept()
+    options = {"verify": Given(), "verify_every": 1, "loggers": [kept]}
+    result = train(replace(SMALL, clip_norm=1.0), people(), tmp_path, **options)
+    training = [metrics for _, metrics in kept.metrics if "training/loss" in metrics]
+    names = ("loss", "accuracy", "lr", "gradient_norm")
+    assert training == [{f"training/{k}": row[k] for k in names} for row in result.history]
+    verified = [(step, m["verification/auc"]) for step, m in kept.metrics if len(m) == 2]
+    assert verified == [(2, 0.5), (5, 0.7)]
+    assert kept.closed == 1
+    with pytest.raises(RuntimeError):
+        train(SMALL, people(), tmp_path / "b", verify=lambda _: 1 / 0 if kept else {},
+              verify_every=1, loggers=[kept, Broken()])  # fmt: skip
+    assert kept.closed == 2
+
+
+class Broken:
+    def log(self, step, metrics):
+        raise RuntimeError("no connection")
+
+    def close(self): ...
+
+
+def stand_in(monkeypatch) -> list[tuple]:
+    """Put stand-ins of wandb and mlflow, which note their calls, in place of the packages."""
+    calls = []
+
+    def noted(name, result=None):
+        def call(*arguments, **options):
+            calls.append((name, arguments, options))
+            return result
+
+        return call
+
+    run = SimpleNamespace(id="w1", log=noted("wandb.log"), finish=noted("wandb.finish"))
+    wandb = SimpleNamespace(init=noted("wandb.init", run))
+    begun = SimpleNamespace(info=SimpleNamespace(run_id="m1"))
+    mlflow = SimpleNamespace(
+        start_run=noted("mlflow.start_run", begun),
+        log_params=noted("mlflow.log_params"),
+        log_metrics=noted("mlflow.log_metrics"),
+        end_run=noted("mlflow.end_run"),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    return calls
+
+
+def test_services_continue_the_log_of_a_resumed_run(tmp_path, monkeypatch):
+    calls = stand_in(monkeypatch)
+    run = tmp_path / "run"
+    options = {"verify": Given([0.5] * 3), "verify_every": 1, "loggers": ("wandb", "mlflow")}
+    train(SMALL, people(), run, stop_after=3, **options)
+    opened = [(name, options) for name, _, options in calls if "init" in name or "start" in name]
+    assert opened[0][1]["config"]["epochs"] == 2
+    assert [options.get("id", options.get("run_id")) for _, options in opened] == [None, None]
+    assert json.loads((run / "loggers.json").read_text()) == {"wandb": "w1", "mlflow": "m1"}
+    assert [name for name, *_ in calls[-2:]] == ["mlflow.end_run", "wandb.finish"]
+    logged = [(a[0]["training/loss"], o["step"]) for name, a, o in calls
+              if name == "wandb.log" and "training/loss" in a[0]]  # fmt: skip
+    calls.clear()
+    result = train(SMALL, people(), run, resume=True, **options)
+    assert logged == [(row["loss"], row["step"]) for row in result.history[:4]]
+    opened = [options for name, _, options in calls if "init" in name or "start" in name]
+    assert [each.get("id", each.get("run_id")) for each in opened] == ["w1", "m1"]
+    assert [o["step"] for name, _, o in calls if name == "mlflow.log_metrics"] == [3, 4, 5, 5]
+    (run / "loggers.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match=r"loggers\.json must hold an object of strings"):
+        train(SMALL, people(), run, resume=True, **options)
+
+
+def test_an_unknown_logger_is_refused_before_the_run_begins(tmp_path):
+    with pytest.raises(ValueError, match="loggers must be of tensorboard, wandb, mlflow, got 'x'"):
+        train(SMALL, people(), tmp_path / "run", loggers=["x"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_values_that_are_equal_do_not_replace_the_best():
+    found = Selection("auc", 2, [{"epoch": i, "auc": v} for i, v in enumerate([0.5, 0.5])])
+    assert (found.best["epoch"], found.since, found.ended) == (0, 1, False)
+    assert found.add({"epoch": 2, "auc": float(torch.tensor(0.75))})
+    assert found.since == 0
