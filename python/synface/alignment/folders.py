@@ -26,7 +26,6 @@ from .photos import EXTENSIONS, read_photo
 RECORD, NOT_PLACED = "faces.jsonl", "not_placed.csv"
 MAX_RECORD = 1 << 32  # bytes
 FORMATS = {"png": "PNG", "jpg": "JPEG"}
-NO_FACE = "no face found"
 NO_LANDMARKS = "no landmarks given"
 
 
@@ -69,8 +68,8 @@ def find_photos(inputs: Sequence[Path], output: Path) -> tuple[list[Photo], Coun
         The photos, and the number of other files by suffix.
 
     Raises:
-        DataError: for an input that does not exist, inputs without a photo, two photos of one name,
-            and an output that would replace a photo.
+        DataError: for an input that does not exist or is the output, inputs without a photo, and
+            two photos of one name.
     """
     skipped: Counter[str] = Counter()
     found: list[tuple[Path, str]] = []
@@ -98,10 +97,8 @@ def find_photos(inputs: Sequence[Path], output: Path) -> tuple[list[Photo], Coun
                 f"{photos[name].path} and {path} would both be aligned as {name}; give them in "
                 "separate calls, with another output"
             )
-        # a.heic beside a.jpg
+        # a.heic beside a.jpg: both keep their suffix
         photos[name] = Photo(path, name, stem if stems[stem] == 1 else name)
-        if path.parent.resolve() == (output / name).parent.resolve():
-            raise DataError(f"{output} would hold the faces among the photos; choose another")
     return list(photos.values()), skipped
 
 
@@ -148,7 +145,8 @@ def align_photos(
         progress: called as progress(done, total) after each photo.
 
     Raises:
-        DataError: for a folder that was written with other settings.
+        DataError: for a folder that was written with other settings, and a picture in it that would
+            be replaced and is not of an earlier call.
         OSError: if a file cannot be written.
         ValueError, TypeError, ImportError: as `Aligner`.
 
@@ -163,9 +161,20 @@ def align_photos(
         "faces": aligner.choose if landmarks is None else "given",
         "format": format,
     }
+    several = landmarks is None and aligner.choose == "all"
+    ours = overwrite or (output / RECORD).exists()
+    for photo in photos:
+        file = output / f"{photo.stem}{'_0' * several}.{format}"
+        if file.exists() and (not ours or file.samefile(photo.path)):
+            raise DataError(
+                f"{file} exists, and is no face of an earlier call; choose another output"
+            )
     output.mkdir(parents=True, exist_ok=True)
     record = _Record(output, settings, {photo.name for photo in photos} if overwrite else set())
     outcome = Outcome()
+    no_face = (
+        f"no face found of {aligner.min_face} pixels or more and a score of {aligner.threshold:g}"
+    )
 
     def place(photo: Photo) -> tuple[list[dict[str, Any]], str | None] | None:
         if photo.name in record.placed:
@@ -179,13 +188,12 @@ def align_photos(
             faces = [aligner.at(image, landmarks[photo.name])] if landmarks else aligner(image)
         except DataError as error:
             return [], str(error)
-        several = landmarks is None and aligner.choose == "all"
         rows = []
         for i, face in enumerate(faces):
             name = f"{photo.stem}_{i}.{format}" if several else f"{photo.stem}.{format}"
             _write(output / name, face, format, quality)
             rows.append(_row(photo, name, face))
-        return rows, None if rows else NO_FACE
+        return rows, None if rows else no_face
 
     pool = ThreadPoolExecutor(threads)
     try:

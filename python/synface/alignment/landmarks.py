@@ -75,8 +75,9 @@ def _csv(file: Path):
                     f"{where}: expected {COLUMNS} columns, a path and x1, y1 … x5, y5, got "
                     f"{len(row)}"
                 )
-            if wrong := next((cell for cell in row[1:] if not _number(cell)), None):
-                raise DataError(f"{where}: expected a number of pixels, got {wrong[:40]!r}")
+            for cell in row[1:]:
+                if not _number(cell):
+                    raise DataError(f"{where}: expected a number of pixels, got {cell[:40]!r}")
             yield where, row[0], [float(cell) for cell in row[1:]]
     except csv.Error as error:
         raise DataError(f"{file}, line {rows.line_num}: {error}") from error

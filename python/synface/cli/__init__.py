@@ -1,4 +1,4 @@
-"""The `synface` command line: train, eval, embed, compare, export, align, pack and more."""
+"""The `synface` command line: align, train, eval, embed, compare, export, pack and more."""
 
 from __future__ import annotations
 
