@@ -151,6 +151,9 @@ def test_the_threshold_is_that_of_the_last_verification_up_to_the_checkpoint(tmp
     a_run(run, 9)
     assert recorded_threshold(run) == (0.5, log, 9, None)
     assert recorded_threshold(run / "checkpoints" / "step-00000008") == (0.25, log, 4, 0.75)
+    (run / "best").mkdir()
+    (run / "checkpoints" / "step-00000008").rename(run / "best" / "step-00000008")
+    assert recorded_threshold(run / "best") == (0.25, log, 4, 0.75)
     assert recorded_threshold(a_run(tmp_path / "early", 3, *lines)) is None
     assert recorded_threshold(a_run(tmp_path / "none", 3)) is None
     with pytest.raises(CheckpointError, match="no checkpoint in"):
