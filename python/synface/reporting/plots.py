@@ -212,7 +212,8 @@ def noisy_curve(
     if window == 1:
         axes.plot(x, y, color=color, label=label or "each step", **_marked(len(y)))
         return window
-    axes.plot(x, y, color=color, alpha=PALE, linewidth=0.6, label=None if label else "each step")
+    pale = {"alpha": PALE, "linewidth": 0.6, "zorder": 1.9}  # below all running means
+    axes.plot(x, y, color=color, label=None if label else "each step", **pale)
     axes.plot(
         x, running_mean(y, window), color=color, label=label or f"running mean of {window} steps"
     )
@@ -440,6 +441,11 @@ def densities(
         log_scale(axes, "y")
     finish(axes, title, x, "density (logarithmic)" if log else "density")
     save(new, path)
+
+
+def bins_of(count: int) -> int:
+    """Return a number of bins that suits the histogram of so many values: 20 to 100."""
+    return int(np.clip(4 * np.cbrt(count), 20, 100))
 
 
 @styled()
