@@ -52,7 +52,8 @@ def history(count, norms=True):
 
 VERIFIED = [
     {"step": 39, "epoch": 2.0, "auc": 0.8, "accuracy": 0.7, "tar_at_far_0.1": 0.6},
-    {"step": 79, "epoch": 4.0, "auc": 0.9, "accuracy": 0.8, "tar_at_far_0.1": 0.7, "seconds": 3.5},
+    {"step": 79, "epoch": 4.0, "auc": 0.9, "accuracy": 0.8, "tar_at_far_0.1": 0.7, "seconds": 3.5}
+    | {"best": True, "note": "text", "missing": None},
 ]
 
 
@@ -212,7 +213,7 @@ def test_training_curves_have_a_panel_for_each_measure(tmp_path):
     assert len(least.axes) == 3
     verified = full.axes[2]
     shown = {line.get_label(): line for line in verified.lines}
-    assert list(shown) == ["ROC-AUC", "accuracy", "TAR at FAR 0.1"]  # and no seconds
+    assert list(shown) == ["ROC-AUC", "accuracy", "TAR at FAR 0.1"]  # and no seconds or texts
     assert shown["accuracy"].get_xydata().tolist() == [[2.0, 0.7], [4.0, 0.8]]
     assert len({line.get_marker() for line in verified.lines}) == 3
     assert {axes.get_xlim() for axes in full.axes} == {full.axes[0].get_xlim()}
