@@ -311,9 +311,9 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
     axes[2].stackplot(step, phases, labels=PHASES, colors=colors(len(PHASES)))
     finish(
         axes[0],
-        f"{centers['num_classes']:,} × {centers['embedding_size']} {centers['dtype']}, "
-        f"{result['config']['working_set']:,} of them seen",
+        f"{centers['num_classes']:,} centers of size {centers['embedding_size']} in "
+        f"{centers['dtype']}, {result['config']['working_set']:,} of them in batches",
     )
     title = f"Time of a step: {result['steps_per_second']:.2f} steps/s"
-    finish(axes[2], title, "step", "seconds")
+    finish(axes[2], title, "step", "seconds of a step")
     save(new, folder / "scale.png")

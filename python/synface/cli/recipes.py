@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -48,6 +49,13 @@ WorkersOption = Annotated[
 ]
 QuickOption = Annotated[
     bool, typer.Option("--quick", help="Take a size of about two minutes, for a first look.")
+]
+RedrawOption = Annotated[
+    bool,
+    typer.Option(
+        "--redraw",
+        help="Draw the report's plots again from the numbers in its JSON file; train nothing.",
+    ),
 ]
 FacesOption = Annotated[bool, typer.Option(help="Show some generated faces in the report.")]
 
@@ -140,6 +148,7 @@ def _run(
     resume: bool,
     workers: int | None,
     quick: bool,
+    redraw: bool,
     **shown: bool,
 ) -> None:
     """Run a recipe of several training runs, and write its report.
@@ -153,6 +162,9 @@ def _run(
     if quick:
         refuse(context, "with --quick, which has a configuration of its own", "config")
     recipe = import_module(f"synface.recipes.{module}")
+    if redraw:
+        _redraw(context, recipe, called.split()[-1], report or output / "report")
+        return
     settings = recipe.load_config(config, quick=quick)
     settings = replace(settings, data=replace(settings.data, **_paths(real=real)))
     command = _command(called, config=config, real=real, workers=workers)
@@ -167,6 +179,16 @@ def _run(
     if cell is None:
         page = recipe.write(results, report or output / "report", command, **shown)
         say(f"report: {page}")
+
+
+def _redraw(context: typer.Context, recipe: ModuleType, name: str, folder: Path) -> None:
+    """Draw those plots of a report again whose numbers its JSON file has."""
+    from ..recipes.report import redraw
+
+    training = ("config", "real", "cell", "resume", "workers", "quick", "faces")
+    refuse(context, "with --redraw, which trains nothing", *training)
+    for picture in redraw(folder, name, recipe.pictures):
+        say(f"drawn: {picture}")
 
 
 def _register(name: str, summary: str) -> None:
@@ -184,6 +206,7 @@ def _register(name: str, summary: str) -> None:
         resume: ResumeOption = False,
         workers: WorkersOption = None,
         quick: QuickOption = False,
+        redraw: RedrawOption = False,
     ) -> None:
         _run(
             context,
@@ -197,6 +220,7 @@ def _register(name: str, summary: str) -> None:
             resume,
             workers,
             quick,
+            redraw,
             faces=faces,
         )
 
@@ -221,6 +245,7 @@ def study_command(
     resume: ResumeOption = False,
     workers: WorkersOption = None,
     quick: QuickOption = False,
+    redraw: RedrawOption = False,
 ) -> None:
     """Measure accuracy by identities, images per identity and attribute, with and without mixup.
 
@@ -238,6 +263,7 @@ def study_command(
         resume,
         workers,
         quick,
+        redraw,
     )
 
 

@@ -274,7 +274,8 @@ def _plot(leak: Leak, path: Path) -> None:
     low = min(float(each.min()) for each in values.values())
     high = max(float(each.max()) for each in values.values())
     margin = 0.01 * (high - low) + 1e-6
-    edges = np.linspace(low - margin, high + margin, 61)
+    bins = plots.bins_of(min(map(len, values.values())))
+    edges = np.linspace(low - margin, high + margin, bins + 1)
     width = edges[1] - edges[0]
     lines = {} if leak.threshold is None else {f"threshold {leak.threshold:g}": leak.threshold}
     plots.densities(
@@ -283,7 +284,7 @@ def _plot(leak: Leak, path: Path) -> None:
             for name, each in values.items()
         },
         path,
-        title="Nearest neighbors",
+        title="Nearest neighbors of each row",
         x="cosine to the nearest neighbor",
         lines=lines,
     )

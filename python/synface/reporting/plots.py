@@ -48,7 +48,8 @@ def figure(
     width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple[Figure, Any]:
     """Return a new figure, sized in inches, and its axes as `matplotlib.pyplot.subplots` does."""
-    from matplotlib.figure import Figure
+    with extra("train", "drawing figures"):
+        from matplotlib.figure import Figure
 
     new = Figure(figsize=(width, height))
     return new, new.subplots(rows, columns, **options)
@@ -64,7 +65,8 @@ def save(figure: Figure, path: Path) -> None:
 @styled()
 def colors(count: int) -> list[Any]:
     """Return ``count`` colors that can be distinguished in grayscale, too."""
-    import matplotlib
+    with extra("train", "drawing figures"):
+        import matplotlib
 
     cycled = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
     if count <= len(cycled):
@@ -212,7 +214,8 @@ def noisy_curve(
     if window == 1:
         axes.plot(x, y, color=color, label=label or "each step", **_marked(len(y)))
         return window
-    axes.plot(x, y, color=color, alpha=PALE, linewidth=0.6, label=None if label else "each step")
+    pale = {"alpha": PALE, "linewidth": 0.6, "zorder": 1.9}  # below all running means
+    axes.plot(x, y, color=color, label=None if label else "each step", **pale)
     axes.plot(
         x, running_mean(y, window), color=color, label=label or f"running mean of {window} steps"
     )
@@ -297,7 +300,8 @@ def _measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float],
     found: dict[str, tuple[list[float], list[float]]] = {}
     for row in rows:
         for name, value in row.items():
-            if name not in ("step", "epoch"):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and name not in ("step", "epoch"):
                 epochs, values = found.setdefault(name, ([], []))
                 epochs.append(row["epoch"])
                 values.append(value)
@@ -440,6 +444,11 @@ def densities(
         log_scale(axes, "y")
     finish(axes, title, x, "density (logarithmic)" if log else "density")
     save(new, path)
+
+
+def bins_of(count: int) -> int:
+    """Return a number of bins that suits the histogram of so many values: 20 to 100."""
+    return int(np.clip(4 * np.cbrt(count), 20, 100))
 
 
 @styled()

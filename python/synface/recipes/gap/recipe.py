@@ -403,12 +403,11 @@ def _map_plot(numbers: Mapping[str, Any], path: Path) -> None:
         (slice(half, None), "^", "generated, strength 1"),
     ):
         x, y = points[part].T
-        axes.scatter(x, y, c=who[part], cmap=map_, marker=marker, label=name)
+        axes.scatter(x, y, c=who[part], cmap=map_, marker=marker)
+        axes.plot([], [], marker, color=INK, label=name)  # for all people
     axes.set_aspect("equal", adjustable="datalim")
     title = f"Embeddings of {people} people of each domain, a color and {images} images each"
     finish(axes, title, "first axis of the map", "second axis of the map")
-    for handle in new.legends[0].legend_handles:
-        handle.set(array=None, facecolor=INK)  # the markers stand for all people
     save(new, path)
 
 

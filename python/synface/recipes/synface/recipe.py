@@ -333,7 +333,7 @@ def write(results: Results, folder: Path, command: str, *, faces: bool = True) -
 
 def pictures(numbers: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
     """Return what draws the pictures of a report's numbers, by name."""
-    found = {"rows": partial(_rows_plot, numbers)}
+    found: dict[str, Callable[[Path], None]] = {"rows": partial(_rows_plot, numbers)}
     if len(numbers["rows"]) > 1:
         found["differences"] = partial(_differences_plot, numbers)
     return found

@@ -354,7 +354,7 @@ def write(results: Results, folder: Path, command: str) -> Path:
 
 def pictures(numbers: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
     """Return what draws the pictures of a report's numbers, by name."""
-    found = {"sizes": partial(_sizes_plot, numbers)}
+    found: dict[str, Callable[[Path], None]] = {"sizes": partial(_sizes_plot, numbers)}
     if any(numbers["attributes"].values()):
         found["attributes"] = partial(_attributes_plot, numbers)
     return found

@@ -13,6 +13,7 @@ import synface_kernels as sk
 from ...reporting.plots import (
     QUIET,
     REFERENCE,
+    bins_of,
     colors,
     densities,
     density_steps,
@@ -60,6 +61,7 @@ def plot(packings: Sequence[Packed], path: Path) -> None:
     line = REFERENCE | {"linestyle": ":", "label": f"{first.bound.name} bound {bound:.4f}"}
     left.axvline(bound, **line)
     right.axhline(bound, **line)
+    left.set_ylim(bottom=0.5 / count / (edges[1] - edges[0]))  # half a point in a bin
     log_scale(left, "y")  # the packed points' are nearly all the same
     title = f"{count:,} points in {dim} dimensions"
     finish(left, title, "cosine to the nearest neighbor", "density (logarithmic)")
@@ -102,7 +104,7 @@ def plot_nearest(
         first, last = np.searchsorted(share, (0.0005, 0.9995)).tolist()
         low, high = min(low, float(axis[first])), max(high, float(axis[min(last, 20000)]))
     margin = 0.01 * (high - low) + 1e-6
-    edges = np.linspace(low - margin, high + margin, 101)
+    edges = np.linspace(low - margin, high + margin, bins_of(count) + 1)
     width = edges[1] - edges[0]
     curves = {"these rows": np.histogram(cosine, edges)[0] / count / width}
     if dim > 1:
