@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "heads": {"optim"},
     "evaluation": {"data", "reporting"},
     "training": {"checkpoint", "data", "heads", "models", "optim"},
-    "inference": {"alignment", "checkpoint", "data", "evaluation", "training"},
+    "inference": {"checkpoint", "data", "evaluation", "training"},
     "synthesis": {"checkpoint", "data", "reporting", "training"},
     "bench": {"data", "evaluation", "models", "optim", "reporting", "synthesis", "training"},
     "recipes": {

@@ -1,4 +1,4 @@
-"""From one's own photos to "are these two the same person?", by the command line alone."""
+"""The command line alone leads from one's own photos to "are these two the same person?"."""
 
 import json
 import re

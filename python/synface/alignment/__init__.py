@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from .folders import align_photos, find_photos
     from .landmarks import read_landmarks
     from .photos import read_photo
+    from .stores import AlignedFaces
     from .transform import align, similarity, template
 
 __all__ = [
-    "AlignedFace", "Aligner", "Detector", "RetinaFace", "align", "align_photos", "find_photos",
+    "AlignedFace", "AlignedFaces", "Aligner", "Detector", "RetinaFace", "align", "align_photos", "find_photos",
     "read_landmarks", "read_photo", "similarity", "template",
 ]  # fmt: skip
 __getattr__ = lazy(
@@ -24,6 +25,7 @@ __getattr__ = lazy(
         "folders": ("align_photos", "find_photos"),
         "landmarks": ("read_landmarks",),
         "photos": ("read_photo",),
+        "stores": ("AlignedFaces",),
         "transform": ("align", "similarity", "template"),
     },
 )

@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # they import torch, which --help must not wait for
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from ..inference import AlignedFaces, FaceNetwork
+    from ..alignment import AlignedFaces
+    from ..inference import FaceNetwork
     from ..inference.found import JoinedStores
 
 RunArgument = Annotated[
@@ -257,8 +258,7 @@ def _check_outputs(option: str, files: list[Path], overwrite: bool) -> None:
 
 def _aligned(network: FaceNetwork, store: JoinedStores) -> AlignedFaces:
     """Return the faces of photos, cropped to a network's size."""
-    from ..alignment import Aligner
-    from ..inference import AlignedFaces
+    from ..alignment import AlignedFaces, Aligner
 
     height, width, channels = network.image_shape
     return AlignedFaces(store, Aligner((height, width), grayscale=channels == 1))

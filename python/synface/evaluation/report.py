@@ -172,15 +172,18 @@ def write(
     """
     os.makedirs(folder, exist_ok=True)
     curves = {result.name: result.verification for result in results}
-    plots.roc_curves(curves, folder / "roc.png", title="ROC")
-    plots.roc_curves(curves, folder / "det.png", title="DET", det=True)
+    plots.roc_curves(curves, folder / "roc.png", title="ROC curves")
+    plots.roc_curves(curves, folder / "det.png", title="DET curves", det=True)
     shown = dict(pictures or {}) | {"ROC curves": "roc.png", "DET curves": "det.png"}
     drawn = [result for result in results if result.scores]
     for number, result in enumerate(drawn, 1):
         assert result.scores is not None
         suffix = f"-{number}" if len(drawn) > 1 else ""
-        shown[f"Scores on {result.name}"] = f"scores{suffix}.png"
-        _draw_scores(result, folder / f"scores{suffix}.png")
+        v, title = result.verification, f"Scores of pairs: {result.name}"
+        shown[title] = f"scores{suffix}.png"
+        counts: Any = {"genuine": v.genuine, "impostor": v.impostor, "threshold": v.threshold}
+        densities, file = result.scores.densities, folder / f"scores{suffix}.png"
+        plots.score_histogram(densities, file, title=title, **counts)
         if result.scores.images is not None:
             shown[f"Hardest pairs of {result.name}"] = f"hardest{suffix}.png"
             _draw_hardest(result, result.scores, image_shape, folder / f"hardest{suffix}.png")
@@ -209,19 +212,6 @@ def write(
     return folder / "index.html"
 
 
-def _draw_scores(result: SetResult, path: Path) -> None:
-    """Draw the densities of genuine and impostor scores, and the threshold."""
-    assert result.scores is not None
-    found, v = result.scores.densities, result.verification
-    curves = {
-        f"genuine ({v.genuine:,} pairs)": (found.genuine, found.edges),
-        f"impostor ({v.impostor:,} pairs)": (found.impostor, found.edges),
-    }
-    lines = {} if v.threshold is None else {f"threshold {v.threshold:.3f}": v.threshold}
-    title, x = f"Scores on {result.name}", "cosine of the embeddings"
-    plots.densities(curves, path, title=title, x=x, lines=lines)
-
-
 def _draw_hardest(
     result: SetResult, scores: PairScores, image_shape: tuple[int, int, int], path: Path
 ) -> None:
@@ -237,5 +227,5 @@ def _draw_hardest(
         for name, pairs in (("genuine", scores.genuine), ("impostor", scores.impostor))
         if pairs
     }
-    title = f"{result.name}: genuine pairs of the lowest and impostor pairs of the highest score"
+    title = f"Genuine pairs of the lowest and impostor pairs of the highest score: {result.name}"
     plots.image_pairs(groups, title, path)

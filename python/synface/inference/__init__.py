@@ -8,7 +8,6 @@ if TYPE_CHECKING:
     from .export import Exporter as Exporter
     from .export import ExportError as ExportError
     from .files import write_embeddings as write_embeddings
-    from .found import AlignedFaces as AlignedFaces
     from .found import find_images as find_images
     from .network import FaceNetwork as FaceNetwork
     from .network import load as load
@@ -20,7 +19,7 @@ __getattr__ = lazy(
     {
         "export": ("Exporter", "ExportError"),
         "files": ("write_embeddings",),
-        "found": ("AlignedFaces", "find_images"),
+        "found": ("find_images",),
         "network": ("FaceNetwork", "load"),
         "threshold": ("Threshold", "recorded_threshold"),
     },

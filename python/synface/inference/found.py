@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,6 @@ from numpy.typing import NDArray
 from ..data.formats import decode
 from ..data.formats.decode import EXTENSIONS, DataError
 from ..data.formats.images import SUFFIXES, Files, PackedPaths, Store, detect, open_images
-
-if TYPE_CHECKING:
-    from ..alignment import Aligner
 
 SETS = tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 
@@ -58,35 +55,6 @@ class JoinedStores:
         """Decode an image into an array (H, W, C), converted and resized to fit."""
         store, own = self._at(row)
         store.decode_into(pixels, own, expected)
-
-
-class AlignedFaces:
-    """The face of each photo of a store, cropped to a template, for `FaceNetwork.embed`.
-
-    Args:
-        store: the photos.
-        aligner: finds one face in each, and returns crops of the network's size and color.
-    """
-
-    def __init__(self, store: JoinedStores, aligner: Aligner) -> None:
-        self.store, self.aligner = store, aligner
-        self.streams = store.streams
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def name(self, row: int) -> str:
-        return self.store.name(row)
-
-    def decode_into(
-        self, pixels: NDArray[np.uint8], row: int, expected: tuple[int, int] | None = None
-    ) -> None:
-        """Write a photo's face into an array (H, W, C); raise OSError if it has none."""
-        with self.store.open(row) as file:
-            faces = self.aligner(decode.decode(file).convert("RGB"))
-        if not faces:
-            raise OSError(self.aligner.no_face)  # as for an image that cannot be decoded
-        pixels[:] = faces[0].pixels
 
 
 class Found(NamedTuple):

@@ -301,7 +301,7 @@ def _measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float],
     for row in rows:
         for name, value in row.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if number and name not in ("step", "epoch"):
+            if number and name not in ("step", "epoch", "threshold"):
                 epochs, values = found.setdefault(name, ([], []))
                 epochs.append(row["epoch"])
                 values.append(value)

@@ -1,0 +1,56 @@
+"""The faces of stored photos, as images that networks embed."""
+
+from __future__ import annotations
+
+from typing import BinaryIO, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.formats import decode
+from .aligner import Aligner
+
+
+class Photos(Protocol):
+    """Encoded photos, by index; every `synface.data` store is one.
+
+    Attributes:
+        streams: whether only sequential reads are fast.
+    """
+
+    streams: bool
+
+    def __len__(self) -> int: ...
+
+    def name(self, row: int) -> str: ...
+
+    def open(self, row: int) -> BinaryIO: ...
+
+
+class AlignedFaces:
+    """The face of each photo of a store, cropped to a template, for `FaceNetwork.embed`.
+
+    Args:
+        photos: the store.
+        aligner: finds one face in each, and returns crops of the network's size and color.
+    """
+
+    def __init__(self, photos: Photos, aligner: Aligner) -> None:
+        self.photos, self.aligner = photos, aligner
+        self.streams = photos.streams
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def name(self, row: int) -> str:
+        return self.photos.name(row)
+
+    def decode_into(
+        self, pixels: NDArray[np.uint8], row: int, expected: tuple[int, int] | None = None
+    ) -> None:
+        """Write a photo's face into an array (H, W, C); raise OSError if it has none."""
+        with self.photos.open(row) as file:
+            faces = self.aligner(decode.decode(file).convert("RGB"))
+        if not faces:
+            raise OSError(self.aligner.no_face)  # as for an image that cannot be decoded
+        pixels[:] = faces[0].pixels
