@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .transform import align, similarity, template
 
 __all__ = [
-    "AlignedFace", "AlignedFaces", "Aligner", "Detector", "RetinaFace", "align", "align_photos", "find_photos",
-    "read_landmarks", "read_photo", "similarity", "template",
+    "AlignedFace", "AlignedFaces", "Aligner", "Detector", "RetinaFace", "align", "align_photos",
+    "find_photos", "read_landmarks", "read_photo", "similarity", "template",
 ]  # fmt: skip
 __getattr__ = lazy(
     __name__,
