@@ -1,8 +1,12 @@
 """The start of a run: files of weights, heads kept or resized, frozen epochs, rates by parts."""
 
+import importlib.util
 import json
+import subprocess
+import sys
 from collections import OrderedDict
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from tests.helpers.command_line import call, refused
 from tests.helpers.ranks import on_ranks
 from tests.helpers.training import SMALL, folder, same, state
 
+ROOT = Path(__file__).parents[2]
 SIZES = {"widths": (4, 8), "depths": (2, 1), "embedding_size": 16}
 CONFIG = replace(SMALL, **SIZES)
 
@@ -291,14 +296,30 @@ def test_the_command_line_begins_with_weights(tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
-def test_networks_of_timm_are_backbones():
-    pytest.importorskip("timm")
-    pytest.importorskip("torchvision")  # which timm imports
-    from synface.training.backbone import build_backbone
+TIMM = """
+import torch
+from tests.helpers import torchvision_stand_in
 
-    config = replace(SMALL, backbone="synface.models.timm:mobilenetv3_small_050")
-    made = build_backbone(config, (32, 32, 1))
-    assert made.eval()(torch.zeros(2, 1, 32, 32)).shape == (2, 16)
-    config = replace(SMALL, backbone="synface.models.timm:no_such_network")
-    with pytest.raises(ValueError, match=r"cannot be imported: timm .* has no network"):
-        build_backbone(config, (32, 32, 1))
+torchvision_stand_in.install()
+from synface.training import TrainConfig
+from synface.training.backbone import build_backbone
+
+for name, shape in (("mobilenetv3_small_050", (32, 32, 1)), ("vit_tiny_patch16_224", (48, 48, 3))):
+    config = TrainConfig(backbone=f"synface.models.timm:{name}", embedding_size=16)
+    network = build_backbone(config, shape).eval()
+    print(tuple(network(torch.zeros(2, shape[2], *shape[:2])).shape))
+try:
+    build_backbone(TrainConfig(backbone="synface.models.timm:no_such_network"), (32, 32, 1))
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="needs timm")
+def test_networks_of_timm_are_backbones():
+    done = subprocess.run([sys.executable, "-c", TIMM], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    *shapes, error = done.stdout.splitlines()
+    assert shapes == ["(2, 16)"] * 2
+    assert "cannot be imported: timm " in error
+    assert "has no network 'no_such_network'" in error
