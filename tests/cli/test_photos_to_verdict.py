@@ -136,6 +136,21 @@ def test_a_file_of_weights_is_a_network_too(there, tmp_path):
     assert "is a file of weights" in shown
 
 
+def test_a_file_of_weights_is_verified(trained, tmp_path):
+    there, _ = trained
+    weights, report = tmp_path / "w.safetensors", tmp_path / "report"
+    call("export", there / "run", "--safetensors", weights)
+    run = call("eval", there / "run", "--data", there / "faces", "--holdout", "4")
+    shown = call("eval", weights, "--data", there / "faces", "--holdout", "4", "--output", report)
+    assert "verification on 4 people (24 images)" in shown  # which it may have been trained on
+    assert [line for line in run.splitlines() if "ROC-AUC" in line] == [
+        line for line in shown.splitlines() if "ROC-AUC" in line
+    ]
+    about = json.loads((report / "results.json").read_text())["about"]
+    assert (about["run"], about["people"]) == (str(weights), "4")
+    assert "give --set or --data" in " ".join(refused("eval", weights).split())
+
+
 def test_weights_of_images_that_are_not_square_know_their_size(trained, tmp_path):
     there, _ = trained
     call("export", there / "run", "--safetensors", tmp_path / "w.safetensors")

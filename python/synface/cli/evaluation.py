@@ -26,7 +26,11 @@ def eval_command(
     context: typer.Context,
     run: Annotated[
         Path | None,
-        typer.Argument(help="Folder of a run, or of one checkpoint.", show_default=False),
+        typer.Argument(
+            help="Folder of a run, or of one checkpoint, or with --set or --data a file of an "
+            "IResNet's weights.",
+            show_default=False,
+        ),
     ] = None,
     checkpoint_: Annotated[
         Path | None, typer.Option("--checkpoint", help="Folder of the run, as an option.")
@@ -78,6 +82,7 @@ def eval_command(
     """Verify a trained network on pairs of images, against raw pixels, or on verification sets."""
     from ..evaluation import report
     from ..reporting.plots import check_matplotlib
+    from ..training.initial import network_of_weights
     from ..training.model import load_backbone
     from .verification import Verifier
 
@@ -94,7 +99,16 @@ def eval_command(
         refuse(context, "without --set: images are resized to the network's size", "resize")
         if data is None:
             refuse(context, "without --data: the run's images are read as in training", "relabel")
-    network, state = load_backbone(path, backbone)
+    if path.is_file():
+        if backbone is not None or not (sets or data):
+            raise ValueError(
+                f"{path} is a file of weights, which has no people and no --backbone: give --set "
+                "or --data, or a run's folder"
+            )
+        network, sizes, size = network_of_weights(path)
+        state: dict[str, Any] = {"data": {"image_shape": [*size, sizes.channels]}, "step": None}
+    else:
+        network, state = load_backbone(path, backbone)
     if output is not None:
         check_folder("--output", output)
         check_matplotlib()  # raises before the verification, not after it
@@ -130,8 +144,10 @@ def _people(
     from ..training.sources import fingerprint
 
     height, width, channels = state["data"]["image_shape"]
-    file = checkpoint.find(run).parent.parent / CONFIG
-    started = command_of(file)[0] if data is None or file.exists() else None
+    started = None
+    if not run.is_file():
+        file = checkpoint.find(run).parent.parent / CONFIG
+        started = command_of(file)[0] if data is None or file.exists() else None
     splits = [(holdout, relabel)]
     if started is not None and data is None:
         name = "real" if started.real else "data"
@@ -155,7 +171,7 @@ def _people(
                 f"{held.images.shape[3]}"
             )
         # Only the split of the run itself proves that these people are new to the network.
-        wanted = state["data"]["fingerprint"].split()[-1]
+        wanted = state["data"].get("fingerprint", "").rpartition(" ")[2]
         unseen = rest is not None and fingerprint(rest) == wanted
         if not unseen and isinstance(rest, Faces) and data is not None:  # of a mixed run
             unseen = fingerprint(open_images(data, renumber).split(count or 0)[0]) == wanted
