@@ -91,6 +91,38 @@ def test_limits_of_the_size_hold_before_decoding():
             decode.decode(claiming(*wrong))
 
 
+def box(kind: bytes, content: bytes) -> bytes:
+    return (len(content) + 8).to_bytes(4, "big") + kind + content
+
+
+HUGE = box(b"ispe", bytes(4) + (12000).to_bytes(4, "big") * 2)
+
+
+def test_pixels_that_look_like_a_size_are_no_size():
+    check(decoded(encoded(UPRIGHT) + box(b"free", HUGE)), UPRIGHT)
+    content = encoded(UPRIGHT)  # the first box has the length 0: it would end the file
+    assert decode.attempt(decode.decode)(io.BytesIO(bytes(4) + content[4:]))[0] is None
+
+
+def test_no_bytes_before_a_size_hide_it():
+    kind = box(b"ftyp", b"heic" + bytes(4))
+    for content in (box(b"free", b"ispe") + HUGE, HUGE):
+        for meta in (
+            box(b"meta", content),
+            (1).to_bytes(4, "big") + b"meta" + (len(content) + 16).to_bytes(8, "big") + content,
+            bytes(4) + b"meta" + content,
+        ):
+            with pytest.raises(OSError, match="12000x12000 pixels, over the limit of"):
+                decode.decode(io.BytesIO(kind + box(b"free", b"") + meta))
+
+
+def test_the_users_options_of_the_decoder_stay(monkeypatch):
+    heif.register_heif_opener()
+    monkeypatch.setattr(heif.options, "DECODE_THREADS", 3)
+    check(decoded(encoded(UPRIGHT)), UPRIGHT)
+    assert heif.options.DECODE_THREADS == 3
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_damaged_files_are_errors_of_input():
     content, draw = encoded(UPRIGHT), random.Random(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -114,7 +114,7 @@ def find_images(paths: Sequence[str | Path]) -> Found:
 
 def _in_folder(root: Path) -> list[tuple[str, int]]:
     """Return the image files in a folder, each with its depth (1: in the folder itself)."""
-    files = list(_walk(root))
+    files = list(decode.walk(root))
     images = [each for each in files if os.path.splitext(each[0])[1].lower() in EXTENSIONS]
     endings = " ".join(sorted(EXTENSIONS))
     if not images:
@@ -126,16 +126,3 @@ def _in_folder(root: Path) -> list[tuple[str, int]]:
             stacklevel=3,
         )
     return images
-
-
-def _walk(root: Path) -> Iterator[tuple[str, int]]:
-    """Yield the files below a folder in natural order; a link to a folder above is not followed."""
-    todo: list[tuple[str, int, bool, frozenset[str]]] = [(str(root), 0, True, frozenset())]
-    while todo:
-        path, depth, is_folder, above = todo.pop()
-        if not is_folder:
-            yield path, depth
-        elif (real := os.path.realpath(path)) not in above:
-            above |= {real}
-            inside = decode.scan(Path(path))
-            todo += [(e.path, depth + 1, e.is_dir(), above) for e in reversed(inside)]

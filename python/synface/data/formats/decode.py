@@ -70,6 +70,29 @@ def scan(folder: Path) -> list[os.DirEntry[str]]:
     return sorted(shown, key=lambda entry: natural(entry.name))
 
 
+def walk(root: Path, above: frozenset[str] = frozenset()) -> Iterator[tuple[str, int]]:
+    """Yield the files below a folder in natural order; a link to a folder above is not followed.
+
+    Args:
+        above: real paths of more folders that are not entered.
+
+    Yields:
+        The path of a file, and its depth (1: in the folder itself).
+
+    Raises:
+        DataError: for a folder that cannot be listed.
+    """
+    todo = [(str(root), 0, True, above)]
+    while todo:
+        path, depth, is_folder, above = todo.pop()
+        if not is_folder:
+            yield path, depth
+        elif (real := os.path.realpath(path)) not in above:
+            above |= {real}
+            inside = scan(Path(path))
+            todo += [(e.path, depth + 1, e.is_dir(), above) for e in reversed(inside)]
+
+
 def natural(text: str) -> tuple[list[str | int], str]:
     """Return a sort key that puts s2 before s10."""
     # Digits have odd indices in the split, so numbers are only compared with numbers.
@@ -107,13 +130,31 @@ def _heif(file: BinaryIO) -> BinaryIO:
         OSError: for a coded image of too many pixels, which may be cropped to fewer.
     """
     content = read_up_to(file, metadata.MAX_PIXELS)
-    for sides in re.findall(rb"ispe.{4}(.{4})(.{4})", content, re.DOTALL):
-        _check_size(*(int.from_bytes(side, "big") for side in sides))
+    for box in _meta(content):
+        # The lookahead finds sizes that overlap, so that no bytes before one can hide it.
+        for sides in re.findall(rb"(?=ispe.{4}(.{4})(.{4}))", box, re.DOTALL):
+            _check_size(*(int.from_bytes(side, "big") for side in sides))
     with extra("heic", "a HEIC image"):
+        from PIL import Image
         from pillow_heif import register_heif_opener
 
-    register_heif_opener(decode_threads=1, thumbnails=False)
+    if "HEIF" not in Image.OPEN:  # its options are those of the whole process
+        register_heif_opener(decode_threads=1, thumbnails=False)
     return io.BytesIO(content)
+
+
+def _meta(content: bytes) -> Iterator[bytes]:
+    """Yield the boxes of metadata at the top level of a HEIC file, which has pixels elsewhere."""
+    at = 0
+    while len(head := content[at : at + 16]) >= 8:
+        size, begin = int.from_bytes(head[:4], "big"), 8
+        if size == 1:
+            size, begin = int.from_bytes(head[8:], "big"), 16
+        elif size == 0:  # the last box
+            size = len(content) - at
+        if head[4:8] == b"meta":
+            yield content[at + begin : at + size]
+        at += max(size, begin)
 
 
 def _check_size(width: int, height: int) -> None:
@@ -135,6 +176,29 @@ def header(file: BinaryIO) -> tuple[str, tuple[int, int]]:
 def decode(file: BinaryIO) -> Image.Image:
     """Return the image, decoded in full and rotated to its EXIF orientation."""
     return metadata.upright(*_open(file, whole=True))
+
+
+def loaded(image: Image.Image) -> Image.Image:
+    """Return a user's image, decoded and turned by its orientation; the user's does not change.
+
+    Raises:
+        OSError: for too many pixels, or more than 8 bits per channel.
+    """
+    check_given(image)
+    copied = image.copy()
+    return metadata.upright(copied, copied.info)
+
+
+def check_given(image: Image.Image) -> None:
+    """Raise OSError for a user's image of too many pixels, or more than 8 bits per channel."""
+    _check_size(image.width, image.height)
+    if image.mode[0] in "IF":
+        raise OSError(f"more than 8 bits per channel (mode {image.mode})")
+
+
+def in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Return an image in a mode of Pillow's; the image itself if it has that mode."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def pixels(
@@ -171,7 +235,7 @@ def fit(
 
     if channels is None:
         channels = 1 if image.mode in GRAYSCALE else 3
-    image = image.convert("L" if channels == 1 else "RGB")
+    image = in_mode(image, "L" if channels == 1 else "RGB")
     height, width = size or (image.height, image.width)
     if (image.height, image.width) != (height, width):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
