@@ -9,7 +9,8 @@ from scipy import ndimage
 from skimage.data import astronaut
 from skimage.transform import SimilarityTransform, estimate_transform, warp
 from synface.alignment import align, similarity, template
-from synface.alignment.transform import apply, invert
+from synface.alignment.transform import apply, invert, to_pillow
+from synface.data import DataError
 
 ARCFACE = [(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655)]
 ARCFACE += [(70.7299, 92.2041)]
@@ -111,10 +112,31 @@ def test_images_are_taken_in_any_form():
     points = np.array(ARCFACE) + 10
     crop = align(pixels, points)
     assert crop.shape == (112, 112, 3)
-    assert (align(Image.fromarray(pixels), points) == crop).all()
+    photo = Image.fromarray(pixels)
+    assert (align(photo, points) == crop).all()
+    assert to_pillow(photo) is photo  # a copy may take 300 MB
     gray = pixels[..., 0]
     assert (align(gray, points) == align(gray[..., None], points)).all()
     assert align(gray, points, grayscale=True).shape == (112, 112, 1)
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2, 4, 3], [1, 0, 2, 3, 4], [0, 1, 2, 4, 3]])
+def test_landmarks_in_another_order_are_refused(order):
+    """A similarity transform onto them would shrink the photo to a few pixels."""
+    points = np.array(ARCFACE)[order] + 10
+    with pytest.raises(DataError, match=r"order left eye, right eye, nose.*left in the photo"):
+        align(astronaut(), points)
+
+
+@pytest.mark.parametrize("width", [1, 0.3, 0.1])
+def test_faces_in_profile_are_aligned(width):
+    middle = np.mean(ARCFACE, axis=0)
+    points = (
+        (np.array(ARCFACE) - middle) * [width, 1]
+        + middle
+        + [[0, 0], [0, 0], [20, 0], [0, 0], [0, 0]]
+    )
+    assert align(astronaut(), points).any()
 
 
 @pytest.mark.parametrize(
@@ -122,6 +144,8 @@ def test_images_are_taken_in_any_form():
     [
         (TypeError, "got an array of float64", np.zeros((9, 9)), ARCFACE, {}),
         (TypeError, "got list", [[0]], ARCFACE, {}),
+        (OSError, "8 bits per channel .mode I;16.", Image.new("I;16", (9, 9)), ARCFACE, {}),
+        (OSError, "8 bits per channel .mode F.", Image.new("F", (9, 9)), ARCFACE, {}),
         (ValueError, r"got \(2, 9, 9\)", np.zeros((2, 9, 9), np.uint8), ARCFACE, {}),
         (ValueError, r"shape \(4, 2\)", np.zeros((9, 9), np.uint8), ARCFACE[:4], {}),
         (ValueError, "finite pixel", np.zeros((9, 9), np.uint8), np.full((5, 2), np.nan), {}),

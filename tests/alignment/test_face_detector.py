@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import metadata
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -122,6 +123,8 @@ def test_every_exif_orientation_gives_the_same_crop(aligner, tmp_path):
         file = tmp_path / f"{orientation}.png"
         (upright if turn is None else upright.transpose(turn)).save(file, exif=exif)
         crops.append(aligner(file)[0].pixels)
+        crops.append(aligner(Image.open(file))[0].pixels)
+        crops.append(aligner(read_photo(file))[0].pixels)
     assert all((crop == crops[0]).all() for crop in crops)
 
 
@@ -139,10 +142,33 @@ def test_heic_is_read_or_named(aligner, tmp_path, monkeypatch):
         read_photo(file)
 
 
+def test_a_photo_that_was_read_is_not_turned_again(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a.webp", "a.tif", "a.jpg", "a.png"):
+        Image.new("RGB", (30, 20)).save(tmp_path / name, exif=exif)
+        photo = read_photo(tmp_path / name)
+        assert photo.size == (20, 30)
+        for image in (photo, Image.open(tmp_path / name), tmp_path / name):
+            detector = mock.Mock(return_value=NONE)
+            Aligner(detector=detector)(image)
+            assert detector.call_args.args[0].shape == (30, 20, 3)
+
+
+def test_images_of_more_than_8_bits_are_refused():
+    with pytest.raises(OSError, match=r"more than 8 bits per channel \(mode I;16\)"):
+        Aligner(detector=lambda pixels: NONE)(Image.new("I;16", (30, 20)))
+
+
 # -- weights
 
 
-def model(file, anchors=2, outputs=(("loc", 4), ("conf", 2), ("landmarks", 10))):
+def model(
+    file,
+    anchors=2,
+    outputs=(("loc", 4), ("conf", 2), ("landmarks", 10)),
+    taken=("b", 3, "h", "w"),
+):
     """Write an ONNX model of RetinaFace's interface that finds nothing."""
     zeros = [
         helper.make_node(
@@ -153,7 +179,7 @@ def model(file, anchors=2, outputs=(("loc", 4), ("conf", 2), ("landmarks", 10)))
         )
         for name, width in outputs
     ]
-    taken = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["b", 3, "h", "w"])
+    taken = helper.make_tensor_value_info("input", TensorProto.FLOAT, taken)
     given = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, anchors, width])
         for name, width in outputs
@@ -176,6 +202,21 @@ def test_weights_of_another_network_are_refused(tmp_path):
         RetinaFace(file)
     file = model(tmp_path / "few.onnx")
     with pytest.raises(ValueError, match=r"few\.onnx must have 252 anchors .*64x96 pixels, got 2"):
+        RetinaFace(file)
+
+
+@pytest.mark.parametrize(
+    ("taken", "message"),
+    [
+        (("b", 3, 640, 640), r"at 1 of 64x96 pixels, with the input \['b', 3, 640, 640\]"),
+        (("b", 3, 64, 96), r"at 2 of 96x64 pixels, .*\['b', 3, 64, 96\]"),
+        ((1, 3, "h", "w"), r"at 2 of 96x64 pixels, .*\[1, 3, 'h', 'w'\]"),
+        (("b", 3, "h", "w"), r"252 anchors for each of 2 images .*, got 252 for each of 1"),
+    ],
+)
+def test_a_network_of_a_fixed_size_or_number_is_refused(tmp_path, taken, message):
+    file = model(tmp_path / "fixed.onnx", 252, taken=taken)
+    with pytest.raises(ValueError, match=r"fixed.onnx must .*" + message):
         RetinaFace(file)
 
 

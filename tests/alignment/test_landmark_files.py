@@ -53,6 +53,7 @@ def test_files_are_read(tmp_path, name, text):
         ("a.json", '{"a.png": "x"}', r"a\.json, 'a.png': "),
         ("a.json", '{"a.png": [[1, 2], [3]]}', r"a\.json, 'a.png': "),
         ("a.json", json.dumps({"z.png": POINTS}), r"a\.json, 'z.png': 'z.png' is none"),
+        ("a.json", f'{{"a.png": {POINTS}, "a.png": {POINTS}}}', r"a\.json, 'a.png': .*named twice"),
         ("a.json", '{"a.png": [', r"a\.json is damaged: .*line 1"),
     ],
 )

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.check import check_integer, check_number
+from ..common.extras import extra
+from ..data.formats import decode
 from ..data.formats.decode import DataError
 from .detector import SMALLEST, Detector, RetinaFace
 from .photos import read_photo
@@ -82,11 +84,13 @@ class Aligner:
         """Return the faces of a photo that `choose` names: none, one or more.
 
         Args:
-            image: file, which is turned by its EXIF orientation; Pillow image, or uint8 (H, W, 3)
-                RGB, (H, W, 1) or (H, W), as they are.
+            image: file or Pillow image, which are turned by their EXIF orientation, or uint8
+                (H, W, 3) RGB, (H, W, 1) or (H, W).
 
         Raises:
-            OSError: for a file that cannot be read.
+            OSError: for a file that cannot be read, and a Pillow image of more than 8 bits per
+                channel.
+            DataError: for landmarks of the detector that are not in the order of `template`.
             TypeError, ValueError: for another image, and for a detector that returns something else
                 than `Detector` says.
             ImportError: if `RetinaFace` lacks a package.
@@ -103,7 +107,8 @@ class Aligner:
         """Return the face at given landmarks (5, 2); the detector is not asked.
 
         Raises:
-            DataError: if the landmarks lie outside the photo. Others as a call's.
+            DataError: if the landmarks lie outside the photo, or are not in the order of
+                `template`. Others as a call's.
         """
         photo, landmarks = _photo(image), check_landmarks(landmarks)
         if not ((landmarks.mean(0) >= 0) & (landmarks.mean(0) < photo.size)).all():
@@ -164,4 +169,10 @@ class Aligner:
 
 
 def _photo(image: Image.Image | NDArray[np.uint8] | str | Path) -> Image.Image:
-    return read_photo(image) if isinstance(image, (str, Path)) else to_pillow(image)
+    """Return an image as calls take it, upright and in RGB."""
+    with extra("train", "aligning faces"):
+        from PIL import Image
+
+    if isinstance(image, (str, Path)):
+        return read_photo(image)
+    return to_pillow(decode.loaded(image) if isinstance(image, Image.Image) else image)

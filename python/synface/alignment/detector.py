@@ -98,8 +98,9 @@ class RetinaFace:
         try:
             session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own types have no common base
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            raise ValueError(f"{source} cannot be loaded as an ONNX model: {reason}") from error
+            raise ValueError(
+                f"{source} cannot be loaded as an ONNX model: {_last_line(error)}"
+            ) from error
         self._session, self._source = session, source
         self._min_face, self._threshold = min_face, threshold
         inputs = session.get_inputs()
@@ -115,7 +116,17 @@ class RetinaFace:
                 f"(B, A, 4), conf (B, A, 2) and landmarks (B, A, 10), got {', '.join(came)}"
             )
         self._input = inputs[0].name
-        self._run(np.zeros((1, 64, 96, 3), np.uint8))  # other anchors fail here, not at an image
+        for shape in ((1, 64, 96), (2, 96, 64)):  # other networks fail here, not at an image
+            try:
+                self._run(np.zeros((*shape, 3), np.uint8))
+            except ValueError:
+                raise
+            except Exception as error:  # onnxruntime's own types
+                raise ValueError(
+                    f"{source} must take images of any number and size, (B, 3, H, W), and fails at "
+                    f"{shape[0]} of {shape[1]}x{shape[2]} pixels, with the input "
+                    f"{inputs[0].shape}: {_last_line(error)}; export it with dynamic axes"
+                ) from error
 
     def __call__(self, image: NDArray[np.uint8]) -> Found:
         """Find the faces of an image, see `Detector`; the highest score is first."""
@@ -166,8 +177,9 @@ class RetinaFace:
         anchors = _anchors(*images.shape[1:3])
         if any(len(each) != len(images) or each.shape[1] != len(anchors) for each in outputs):
             raise ValueError(
-                f"{self._source} must have {len(anchors)} anchors for an image of "
-                f"{images.shape[1]}x{images.shape[2]} pixels, got {outputs[0].shape[1]}"
+                f"{self._source} must have {len(anchors)} anchors for each of {len(images)} images "
+                f"of {images.shape[1]}x{images.shape[2]} pixels, got "
+                f"{outputs[0].shape[1]} for each of {len(outputs[0])}"
             )
         found = []
         for loc, conf, points in zip(*outputs, strict=True):
@@ -181,6 +193,10 @@ class RetinaFace:
             # The network's coordinates count from the first pixel's corner.
             found.append((boxes - 0.5, conf[kept, 1].astype(np.float64), landmarks - 0.5))
         return found
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _weights(file: str | Path | None) -> tuple[str, bytes]:

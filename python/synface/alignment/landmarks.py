@@ -90,10 +90,10 @@ def _number(text: str) -> bool:
 
 def _json(file: Path):
     """Yield the place, the path and the points of each entry of a JSON file."""
-    content = read_json(file, DataError)
-    if not isinstance(content, dict):
+    content = read_json(file, DataError, pairs=tuple)  # a dict would hide a path's first points
+    if not isinstance(content, tuple):
         raise DataError(
             f"{file} must map paths to five points, got a {type(content).__name__} at the top"
         )
-    for path, values in content.items():
+    for path, values in content:
         yield f"{file}, {path!r}", path, values

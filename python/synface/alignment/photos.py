@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from ..data.formats import decode
 
@@ -21,6 +21,13 @@ def read_photo(path: str | Path) -> Image.Image:
     """
     with Path(path).open("rb") as file:
         try:
-            return decode.decode(file).convert("RGB")
+            return read_open_photo(file)
         except ImportError as error:
             raise ImportError(f"{path}: {error}", name=error.name) from error
+
+
+def read_open_photo(file: BinaryIO) -> Image.Image:
+    """Return the photo in an open file as `read_photo` does; errors do not name the file."""
+    photo = decode.in_mode(decode.decode(file), "RGB")
+    photo.info.clear()  # or its orientation would turn it once more
+    return photo

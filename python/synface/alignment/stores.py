@@ -7,8 +7,8 @@ from typing import BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.formats import decode
 from .aligner import Aligner
+from .photos import read_open_photo
 
 
 class Photos(Protocol):
@@ -50,7 +50,7 @@ class AlignedFaces:
     ) -> None:
         """Write a photo's face into an array (H, W, C); raise OSError if it has none."""
         with self.photos.open(row) as file:
-            faces = self.aligner(decode.decode(file).convert("RGB"))
+            faces = self.aligner(read_open_photo(file))
         if not faces:
             raise OSError(self.aligner.no_face)  # as for an image that cannot be decoded
         pixels[:] = faces[0].pixels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,18 +50,28 @@ def read_up_to(file: BinaryIO, most: int) -> bytes:
     return content.getvalue()
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text; raise ValueError, not RecursionError, if it is too deep."""
+def parse_json(text: str | bytes, pairs: Callable[[list[Any]], Any] | None = None) -> Any:
+    """Return the value of a JSON text; raise ValueError, not RecursionError, if it is too deep.
+
+    Args:
+        pairs: makes an object's value of its pairs (name, value); None makes a dict, where the last
+            of equal names counts.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
-def read_json(file: Path, kind: type[ValueError] = ValueError, most: int = MAX_BYTES) -> Any:
-    """Return the value of a JSON file; raise as `read_text`, and if it is not JSON."""
+def read_json(
+    file: Path,
+    kind: type[ValueError] = ValueError,
+    most: int = MAX_BYTES,
+    pairs: Callable[[list[Any]], Any] | None = None,
+) -> Any:
+    """Return the value of a JSON file, see `parse_json`; raise as `read_text`, or if it is none."""
     text = read_text(file, kind, most)
     try:
-        return parse_json(text)
+        return parse_json(text, pairs)
     except ValueError as error:
         raise kind(f"{file} is damaged: it is not whole JSON: {error}") from error

@@ -179,14 +179,18 @@ def decode(file: BinaryIO) -> Image.Image:
 
 
 def loaded(image: Image.Image) -> Image.Image:
-    """Return a user's image, decoded and turned by its orientation; the user's does not change.
+    """Return a user's image, decoded and turned by its orientation.
+
+    Returns:
+        The image itself if it need not be turned; the user's is not changed but loaded.
 
     Raises:
         OSError: for too many pixels, or more than 8 bits per channel.
     """
     check_given(image)
-    copied = image.copy()
-    return metadata.upright(copied, copied.info)
+    if image.format in ("TIFF", "HEIF"):  # copying turns it, and what is left is in its `info`
+        image = image.copy()
+    return metadata.upright(image, image.info)
 
 
 def check_given(image: Image.Image) -> None:
