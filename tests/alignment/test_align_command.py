@@ -217,8 +217,14 @@ def test_a_users_detector_is_called(tmp_path, photos, monkeypatch):
         (["photos/ann", "more", "--output", "out"], "would both be aligned as 1.png"),
         (["photos", "--output", "photos/notes.txt"], "must be a folder that can be written to"),
         (["photos", "--output", "out", "--size", "112"], "--size must be HEIGHTxWIDTH"),
-        (["photos", "--output", "out", "--faces", "best"], "choose must be one of largest, center"),
-        (["photos", "--output", "out", "--format", "gif"], "format must be one of png, jpg"),
+        (
+            ["photos", "--output", "out", "--faces", "best"],
+            "--faces must be one of largest, center, all, got 'best'",
+        ),
+        (
+            ["photos", "--output", "out", "--format", "gif"],
+            "--format must be one of png, jpg, got 'gif'",
+        ),
         (["photos", "--output", "out", "--quality", "9"], "--quality has no effect without"),
         (
             ["photos", "--output", "out", "--landmarks", "m.csv", "--min-face", "9"],

@@ -119,6 +119,13 @@ class Aligner:
         return AlignedFace(self._align(photo, landmarks), landmarks)
 
     @property
+    def detector(self) -> Detector:
+        """Return the detector; `RetinaFace` is loaded when it is first asked for."""
+        if self._detector is None:
+            self._detector = RetinaFace(min_face=self.min_face, threshold=self.threshold)
+        return self._detector
+
+    @property
     def no_face(self) -> str:
         """Return what a photo lacks for which a call returns no face, in words."""
         return f"no face found of {self.min_face} pixels or more and a score of {self.threshold:g}"
@@ -146,9 +153,7 @@ class Aligner:
 
     def _detect(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float64], ...]:
         """Return the detector's arrays, checked."""
-        if self._detector is None:
-            self._detector = RetinaFace(min_face=self.min_face, threshold=self.threshold)
-        found = self._detector(pixels)
+        found = self.detector(pixels)
         try:
             boxes, scores, landmarks = (np.asarray(each, np.float64) for each in found)
         except (TypeError, ValueError) as error:

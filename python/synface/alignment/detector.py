@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib.metadata
 import math
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -102,6 +103,7 @@ class RetinaFace:
                 f"{source} cannot be loaded as an ONNX model: {_last_line(error)}"
             ) from error
         self._session, self._source = session, source
+        self._digest = sha256(content).hexdigest()[:16]
         self._min_face, self._threshold = min_face, threshold
         inputs = session.get_inputs()
         sides = {x.name: x.shape[-1] for x in session.get_outputs() if len(x.shape) == 3}
@@ -127,6 +129,12 @@ class RetinaFace:
                     f"{shape[0]} of {shape[1]}x{shape[2]} pixels, with the input "
                     f"{inputs[0].shape}: {_last_line(error)}; export it with dynamic axes"
                 ) from error
+
+    def __repr__(self) -> str:
+        return (
+            f"RetinaFace(weights of SHA-256 {self._digest}, min_face={self._min_face}, "
+            f"threshold={self._threshold:g})"
+        )
 
     def __call__(self, image: NDArray[np.uint8]) -> Found:
         """Find the faces of an image, see `Detector`; the highest score is first."""
@@ -193,6 +201,14 @@ class RetinaFace:
             # The network's coordinates count from the first pixel's corner.
             found.append((boxes - 0.5, conf[kept, 1].astype(np.float64), landmarks - 0.5))
         return found
+
+
+def describe(detector: Detector) -> str:
+    """Return the name of a detector, and of `RetinaFace` all that decides on the faces it finds."""
+    if isinstance(detector, RetinaFace):
+        return repr(detector)
+    name = getattr(detector, "__qualname__", type(detector).__qualname__)
+    return f"{getattr(detector, '__module__', type(detector).__module__)}:{name}"
 
 
 def _last_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..common.check import check_folder
+from ..common.files import check_output
 from .options import parse_size, refuse
 from .terminal import Bar, interrupts, say
 
@@ -80,10 +81,14 @@ def align_command(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Write faces that exist anew.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Remove the photos' faces that exist, and write them anew."
+        ),
     ] = False,
     preview: Annotated[
-        Path | None, typer.Option(help=f"PNG file to show up to {SHOWN} of the faces in.")
+        Path | None,
+        typer.Option(help=f"Picture (.png) to be drawn of the faces, up to {SHOWN} of them."),
     ] = None,
 ) -> None:
     """Find the faces of photos by five landmarks, and crop them to ArcFace's template.
@@ -91,7 +96,8 @@ def align_command(
     The exit status is 1 if a photo has no face, or cannot be read.
     """
     from ..alignment import Aligner, RetinaFace, align_photos, find_photos, read_landmarks
-    from ..alignment.folders import NOT_PLACED
+    from ..alignment.aligner import FACES
+    from ..alignment.folders import FORMATS, NOT_PLACED
 
     if landmarks is not None:
         refuse(context, "with --landmarks", *OF_DETECTOR)
@@ -99,10 +105,16 @@ def align_command(
         refuse(context, "with --detector", "weights")
     if format != "jpg":
         refuse(context, "without --format jpg", "quality")
+    for option, value, known in (("faces", faces, FACES), ("format", format, FORMATS)):
+        if value not in known:
+            raise ValueError(f"--{option} must be one of {', '.join(known)}, got {value!r}")
     if preview is not None:
         from ..reporting.plots import check_matplotlib
 
         check_matplotlib()
+        if preview.suffix.lower() != ".png":
+            raise ValueError(f"--preview must end in .png, got {preview}")
+        check_output(preview, overwrite)
         check_folder("the folder of --preview", preview.absolute().parent)
     shape = parse_size(size)
     assert shape is not None
@@ -125,7 +137,8 @@ def align_command(
         margin=margin,
         grayscale=grayscale,
     )
-    again = "the same command continues; faces that exist are kept"
+    command = "the command without --overwrite" if overwrite else "the same command"
+    again = f"{command} continues; faces that are written are kept"
     with interrupts(again), Bar("aligning faces") as bar:
         outcome = align_photos(
             photos,
@@ -141,11 +154,12 @@ def align_command(
     if skipped:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in skipped.most_common(5))
         say(f"{skipped.total():,} files that are no photos were skipped ({kinds})")
-    if preview is not None:
-        _preview(output, preview)
     _report(outcome, len(photos), output)
     if outcome.not_placed:
         say(f"the photos and the reasons are in {output / NOT_PLACED}")
+    if preview is not None:
+        _preview(output, preview)
+    if outcome.not_placed:
         raise typer.Exit(1)
 
 

@@ -51,6 +51,14 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raise FileExistsError if a file would be replaced, IsADirectoryError for a folder."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: choose another output")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another output, or --overwrite")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with replacing(path) as part:

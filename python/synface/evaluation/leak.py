@@ -259,11 +259,9 @@ def write(
 
 
 def _caption(facts: Mapping[str, Any]) -> str:
-    """Return the end of a row's name, without what matplotlib would interpret."""
+    """Return the end of a row's name."""
     name = "/".join(Path(str(facts.get("name", ""))).parts[-2:])
-    name = name.encode("utf-8", "backslashreplace").decode()
-    name = name if len(name) <= CAPTION else "…" + name[1 - CAPTION :]
-    return "".join(c if c.isprintable() else "?" for c in name).replace("$", r"\$")
+    return plots.literal(name if len(name) <= CAPTION else "…" + name[1 - CAPTION :])
 
 
 def _plot(leak: Leak, path: Path) -> None:

@@ -136,6 +136,12 @@ def log_scale(axes: Any, which: str) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
+def literal(text: str) -> str:
+    """Return a name of a file, say, without what matplotlib would interpret or cannot draw."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")
+
+
 @styled()
 def image_grid(
     rows: Sequence[NDArray[Any]],
@@ -163,10 +169,10 @@ def image_grid(
     side = 0.08 * max(map(len, names))  # the names' width in inches
     new, axes = figure(0.2 + side + 0.8 * count, 0.6 + 0.8 * height / width * len(rows))
     axes.imshow(pixels)
-    axes.set_yticks([height * (i + 0.5) for i in range(len(rows))], names)
+    axes.set_yticks([height * (i + 0.5) for i in range(len(rows))], list(map(literal, names)))
     axes.xaxis.tick_top()
     axes.set_xticks([width * (i + 0.5) for i in range(len(columns))], columns)
-    axes.set_title(title)
+    axes.set_title(literal(title))
     _bare(axes)
     save(new, path)
 
@@ -352,7 +358,7 @@ def roc_curves(curves: Mapping[str, Curve], path: Path, *, title: str, det: bool
     for (name, curve), color in zip(curves.items(), colors(len(curves)), strict=True):
         y = 1 - curve.tpr if det else curve.tpr
         pairs = f"{curve.genuine:,} genuine, {curve.impostor:,} impostor pairs"
-        label = f"{name}: area {curve.auc:.4f}, {pairs}"
+        label = f"{literal(name)}: area {curve.auc:.4f}, {pairs}"
         for count, style in ((1, ":"), (FEW, "-")):
             x_from, y_from = count / curve.impostor, count / curve.genuine if det else 0.0
             (line,) = axes.step(curve.fpr, y, style, where="post", color=color)
@@ -404,7 +410,7 @@ def score_histogram(
             f"genuine ({genuine:,} pairs)": (scores.genuine, scores.edges),
         },
         path,
-        title=title,
+        title=literal(title),
         x="cosine of the pair's embeddings",
         lines={} if threshold is None else {f"threshold {threshold:.3f}": threshold},
     )
@@ -485,5 +491,5 @@ def image_pairs(
             pixels = np.concatenate([first, gap, second], axis=1)
             axes.imshow(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
             axes.set_title(caption, loc="center", fontsize="small")
-    new.suptitle(title)
+    new.suptitle(literal(title))
     save(new, path)

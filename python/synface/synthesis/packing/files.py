@@ -10,9 +10,9 @@ from pathlib import Path
 from ... import checkpoint
 from ...common.check import check_folder
 from ...common.extras import extra
-from ...common.files import CheckpointError
+from ...common.files import CheckpointError, check_output
 from ...reporting.plots import check_matplotlib
-from .packer import Packed, Packer, PackingProgress, check_output
+from .packer import Packed, Packer, PackingProgress
 from .plot import plot
 
 

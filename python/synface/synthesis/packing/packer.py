@@ -23,7 +23,7 @@ from ...common.check import (
     check_rows,
     describe,
 )
-from ...common.files import CheckpointError, write_tensors
+from ...common.files import CheckpointError, check_output, write_tensors
 from ...common.interrupts import interruption, interrupts
 from ..embeddings import NAME, sha256_of_rows
 from . import bounds
@@ -92,14 +92,6 @@ class Packed:
             "history": json.dumps([row[1:] for row in self.history]),
         }
         write_tensors(path, {NAME: self.points.cpu()}, metadata)
-
-
-def check_output(path: Path, overwrite: bool) -> None:
-    """Raise FileExistsError if a file would be replaced, IsADirectoryError for a folder."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: choose another output")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another output, or --overwrite")
 
 
 class Packer:
