@@ -13,6 +13,7 @@ from PIL import Image
 from skimage.data import astronaut, brick, chelsea
 from skimage.transform import rotate
 from synface.alignment import Aligner, RetinaFace, read_photo, similarity, template
+from synface.alignment.detector import describe
 from synface.alignment.transform import apply
 
 from tests.helpers.chips import chip, chips, needs_orl, needs_weights, orl
@@ -203,6 +204,32 @@ def test_weights_of_another_network_are_refused(tmp_path):
     file = model(tmp_path / "few.onnx")
     with pytest.raises(ValueError, match=r"few\.onnx must have 252 anchors .*64x96 pixels, got 2"):
         RetinaFace(file)
+
+
+def test_a_detector_is_described_by_all_that_decides_on_its_faces(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RetinaFace, "_run", lambda *_: [])
+        first = model(tmp_path / "a.onnx")
+        same = tmp_path / "b.onnx"
+        same.write_bytes(first.read_bytes())
+        other = model(tmp_path / "c.onnx", 3)
+        described = [
+            describe(RetinaFace(*arguments, **options))
+            for *arguments, options in (
+                (first, {}),
+                (same, {"threads": 1}),
+                (other, {}),
+                (first, {"min_face": 20}),
+                (first, {"threshold": 0.5}),
+            )
+        ]
+    assert described[0] == described[1]
+    assert len(set(described)) == 4
+    assert describe(detector_of_mine) == f"{__name__}:detector_of_mine"
+
+
+def detector_of_mine(image):
+    return NONE
 
 
 @pytest.mark.parametrize(
