@@ -135,8 +135,9 @@ def _heif(file: BinaryIO) -> BinaryIO:
         for sides in re.findall(rb"(?=ispe.{4}(.{4})(.{4}))", box, re.DOTALL):
             _check_size(*(int.from_bytes(side, "big") for side in sides))
     with extra("heic", "a HEIC image"):
-        from PIL import Image
         from pillow_heif import register_heif_opener
+    with extra("train", READING):
+        from PIL import Image
 
     if "HEIF" not in Image.OPEN:  # its options are those of the whole process
         register_heif_opener(decode_threads=1, thumbnails=False)
