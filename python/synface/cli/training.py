@@ -134,8 +134,10 @@ def train_command(
     folder = output or rank.broadcast(Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
     check_folder("--resume" if resume else "--output", folder)
     init = Path(run.init) if run.init and resume is None else None
-    loggers = dict.fromkeys((*run.logger_names, *(["tensorboard"] if tensorboard else [])))
-    starts: Any = {"resume": resume is not None, "init": init, "loggers": tuple(loggers)}
+    if tensorboard:
+        names = dict.fromkeys((*run.logger_names, "tensorboard"))
+        run = replace(run, loggers=",".join(names))
+    starts: Any = {"resume": resume is not None, "init": init, "loggers": run.logger_names}
     starts["init_head"] = run.init_head if init else "auto"
     check_start(config, run.image_size, folder, **starts)
     transform = None
@@ -209,7 +211,7 @@ def _report(verifier: Verifier, result: Trained, folder: Path) -> None:
     about = {"run": str(folder), "step": len(result.history)}
     about |= {"people": f"{len(held.identities)} never trained on", "images": held.source}
     pictures = {"Training": "training.png"}
-    page = verifier.report(output, trained, about, title=folder.name, pictures=pictures)
+    page = verifier.report(output, about, title=folder.name, pictures=pictures)
     say(f"report: {page}")
     say(f"synface eval {folder} verifies this run again")
 
