@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from skimage.data import astronaut, brick
-from synface.alignment import template
-from synface.data import open_images
+from synface.alignment import Aligner, settings_of, template
+from synface.data import DataError, open_images
 
 from tests.helpers.chips import chip, needs_orl, needs_weights, orl
 from tests.helpers.command_line import call, refused
@@ -159,6 +159,27 @@ def test_a_record_that_was_cut_off_is_continued(tmp_path, photos):
     assert "is not a record" in refused(
         "align", photos, "--output", tmp_path / "out", "--landmarks", given
     )
+
+
+def test_the_settings_of_a_folder_are_read(tmp_path, photos):
+    given, out = marks(tmp_path, "ann/1.png", "bob/x/2.png"), tmp_path / "out"
+    options = ("--landmarks", given, "--size", "160x120", "--margin", "0.1", "--grayscale")
+    call("align", photos, "--output", out, *options)
+    settings = settings_of(out)
+    aligner = Aligner(settings["size"], margin=settings["margin"])
+    assert (aligner.size, aligner.margin, settings["grayscale"]) == ((160, 120), 0.1, True)
+    assert settings_of(photos) is None
+    good = {"size": [112, 112], "margin": 0, "grayscale": False}
+    for wrong in (
+        "", "{}", "[1]", '{"settings": 3}', "\xff",
+        *(json.dumps({"settings": good | bad}) for bad in (
+            {"size": 9}, {"size": [0, 9]}, {"margin": -1}, {"margin": "0"}, {"grayscale": "no"}
+        )),
+        json.dumps({"settings": {"size": [112, 112]}}),
+    ):  # fmt: skip
+        (out / "faces.jsonl").write_text(wrong, encoding="latin-1")
+        with pytest.raises(DataError, match=r"out/faces\.jsonl is not a record of aligned faces: "):
+            settings_of(out)
 
 
 def test_a_users_detector_is_called(tmp_path, photos, monkeypatch):

@@ -20,11 +20,14 @@ from ..common.extras import extra
 from ..common.files import replacing, write_text
 from ..common.textfiles import parse_json, read_text
 from ..data.formats.decode import EXTENSIONS, DataError, attempt, scan
+from ..data.formats.images import open_regular
 from .aligner import AlignedFace, Aligner
 from .photos import read_photo
+from .transform import template
 
 RECORD, NOT_PLACED = "faces.jsonl", "not_placed.csv"
 MAX_RECORD = 1 << 32  # bytes
+MAX_LINE = 1 << 20  # bytes of the settings
 FORMATS = {"png": "PNG", "jpg": "JPEG"}
 NO_LANDMARKS = "no landmarks given"
 
@@ -211,6 +214,48 @@ def align_photos(
     return outcome
 
 
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """Return the settings that the faces of a folder were aligned with.
+
+    Args:
+        folder: an output of `align_photos`.
+
+    Returns:
+        The settings by name, among them "size" (H, W), "margin" and "grayscale", as `Aligner` takes
+        them; None for a folder without a record of aligned faces.
+
+    Raises:
+        DataError: for a record that cannot be read, or is damaged.
+    """
+    file = folder / RECORD
+    if not os.path.lexists(file):
+        return None
+    try:
+        with open_regular(file) as opened:
+            settings = _settings(opened.readline(MAX_LINE))
+        size, margin, gray = (settings[name] for name in ("size", "margin", "grayscale"))
+        template(size, margin)
+        if not isinstance(gray, bool):
+            raise TypeError(f"grayscale must be true or false, got {gray!r}")
+        return settings | {"size": tuple(size)}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(file, error) from error
+
+
+def _settings(line: str | bytes) -> dict[str, Any]:
+    """Return the settings in the first line of a record; raise as parsers do."""
+    settings = parse_json(line)["settings"]
+    if not isinstance(settings, dict):
+        raise TypeError(f"settings must be an object, got {type(settings).__name__}")
+    return settings
+
+
+def _damaged(file: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{file} is not a record of aligned faces: {error}; expected what synface align writes"
+    )
+
+
 def _row(photo: Photo, output: str, face: AlignedFace) -> dict[str, Any]:
     """Return a face's line of the record."""
     box = None if face.box is None else [round(x, 2) for x in face.box.tolist()]
@@ -275,7 +320,7 @@ class _Record:
         lines = [json.dumps({"settings": settings}), *map(json.dumps, rows)]
         write_text(self.file, "".join(f"{line}\n" for line in lines))
 
-    def _read(self) -> tuple[Any, list[dict[str, Any]]]:
+    def _read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
         """Return the settings and the rows; an interruption may have cut the last line short."""
         if not self.file.exists():
             return None, []
@@ -284,11 +329,9 @@ class _Record:
             rows = [parse_json(line) for line in rest]
             if not all(isinstance(row["input"] + row["output"], str) for row in rows):
                 raise TypeError("an input or output is not text")
-            return parse_json(first)["settings"], rows
+            return _settings(first), rows
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f"{self.file} is not a record of aligned faces: {error}; choose another output"
-            ) from error
+            raise _damaged(self.file, error) from error
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add a photo's faces, whose pictures are written."""
