@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..common.check import check_folder
+from ..common.files import write_text
 from ..training.config import BUILT_IN, TrainConfig
 from .options import ConfigOption, from_options, in_words, is_given, options_of, parse_size, refuse
 from .started import (
@@ -162,6 +164,8 @@ def train_command(
         measures = figures(verifier.pixels.verification).keys() - {"threshold"}
         if run.best is not None and run.best not in measures:
             raise ValueError(f"--best must be one of {sorted(measures)} here, got {run.best!r}")
+    if rank.leads and resume is None:
+        _note_alignment(run, folder)
     images, batch, epochs = len(source), config.batch_size, config.epochs
     with (
         interrupts(f"continue with synface train --resume {folder}"),
@@ -193,6 +197,19 @@ def train_command(
         say(f"{result.best}: {folder / BEST}")
     if verifier is not None and rank.leads:
         _report(verifier, result, folder)
+
+
+def _note_alignment(run: Started, folder: Path) -> None:
+    """Record in a run's folder how its faces were aligned, for `synface compare --align`."""
+    from ..alignment import settings_of
+    from ..training.model import ALIGNMENT
+
+    data = run.real or run.data
+    settings = settings_of(Path(data)) if data and Path(data).is_dir() else None
+    if settings is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = {name: settings[name] for name in ("size", "margin", "grayscale")}
+        write_text(folder / ALIGNMENT, json.dumps(kept))
 
 
 def _report(verifier: Verifier, result: Trained, folder: Path) -> None:

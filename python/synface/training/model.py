@@ -32,6 +32,7 @@ from .sources import Source
 CONFIG, METRICS, TIMING = "config.json", "metrics.jsonl", "timing.jsonl"
 VERIFICATION, CHECKPOINTS = "verification.jsonl", "checkpoints"
 BEST = "best"  # checkpoints of the best verifications
+ALIGNMENT = "alignment.json"  # how the training faces were aligned, if `synface align` did it
 BACKBONE, CENTERS = "model.backbone.", "model.head.weight"  # in a checkpoint
 HEADS = ("auto", "keep", "resize", "new")  # what becomes of an initial run's head
 
