@@ -90,8 +90,8 @@ def check_start(
             channels = channels or state["data"]["image_shape"][2]
     ours = check_network(config, (*size, channels or 1))
     if ours is not None:  # a user's backbone is compared once it is built
-        with torch.device("meta"):
-            _parameter_groups(config, ours, nn.ParameterDict({"weight": torch.zeros(1, 1)}))
+        weight = torch.zeros(1, 1, dtype=torch.float32, device="meta")
+        _parameter_groups(config, ours, nn.ParameterDict({"weight": weight}))
         if theirs is not None:
             check_backbone(found, theirs.state_dict(), ours)
         if init is not None and weights is not None:
