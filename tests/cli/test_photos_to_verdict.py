@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -86,12 +87,42 @@ def test_photos_of_one_person_are_more_alike(trained):
 
 def test_faces_that_are_aligned_before_give_the_same_cosine(trained, tmp_path):
     there, _ = trained
-    call("align", there / "a.jpg", there / "c.jpg", "--output", tmp_path, "--size", "56x48")
+    """Training and `compare --align` crop alike, though the network's images are not square."""
+    call("align", there / "a.jpg", there / "c.jpg", "--output", tmp_path)
     before = json.loads(call("compare", there / "run", tmp_path / "a.png", tmp_path / "c.png",
                              "--json"))  # fmt: skip
     photos = [there / "a.jpg", there / "c.jpg"]
     found = json.loads(call("compare", there / "run", *photos, "--align", "--json"))
-    assert before["pairs"][0]["cosine"] == pytest.approx(found["pairs"][0]["cosine"], abs=0.02)
+    assert before["pairs"][0]["cosine"] == pytest.approx(found["pairs"][0]["cosine"], abs=1e-6)
+    record = json.loads((there / "run" / "alignment.json").read_text())
+    assert record == {"size": [112, 112], "margin": 0.0, "grayscale": False}
+
+
+def test_photos_are_cropped_as_the_training_images_were(trained, tmp_path):
+    there, _ = trained
+    faces = ["--size", "40x40", "--margin", "0.3", "--grayscale"]
+    call("align", there / "photos", "--output", tmp_path / "faces", *faces)
+    options = ["--holdout", "0", "--size", "32x24", "--epochs", "1", "--output", tmp_path / "run"]
+    call("train", "--data", tmp_path / "faces", *options)
+    call("align", there / "a.jpg", there / "c.jpg", "--output", tmp_path / "two", *faces)
+    two = [tmp_path / "two" / f"{name}.png" for name in "ac"]
+    before = json.loads(call("compare", tmp_path / "run", *two, "--json"))
+    photos = [there / "a.jpg", there / "c.jpg"]
+    found = json.loads(call("compare", tmp_path / "run", *photos, "--align", "--json"))
+    assert before["pairs"][0]["cosine"] == pytest.approx(found["pairs"][0]["cosine"], abs=1e-6)
+    (tmp_path / "run" / "alignment.json").write_text("[]")
+    shown = refused("compare", tmp_path / "run", *photos, "--align")
+    assert "alignment.json must hold size, margin and grayscale" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("command", ["compare", "embed"])
+def test_a_missing_detector_is_an_error_of_its_own(trained, tmp_path, monkeypatch, command):
+    there, _ = trained
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    options = ["--output", tmp_path / "x.npz"] if command == "embed" else []
+    shown = refused(command, there / "run", there / "a.jpg", there / "b.jpg", "--align", *options)
+    assert "onnxruntime" in shown
+    assert "no face" not in shown
 
 
 def test_a_photo_without_a_face_ends_with_status_1(trained, tmp_path):
@@ -101,7 +132,7 @@ def test_a_photo_without_a_face_ends_with_status_1(trained, tmp_path):
     assert "person" not in shown
     output = tmp_path / "x.npz"
     options = ["embed", there / "run", there / "a.jpg", there / "noise.png", "--align"]
-    assert "no face found" in refused(*options, "--output", output)
+    assert "no face found" in call(*options, "--output", output, code=1)
     assert not output.exists()
     shown = call(*options, "--output", output, "--skip-bad", code=1)
     assert "1 of 2 images have no face, or cannot be decoded, and were left out" in shown

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from synface.common.files import CheckpointError
 from synface.data import DataError, convert, open_images
 from synface.inference import find_images, recorded_threshold, write_embeddings
@@ -21,6 +22,22 @@ def faces(tmp_path_factory):
 
 def names(found):
     return [found.store.name(row) for row in range(len(found.store))]
+
+
+def test_two_people_of_one_number_are_not_merged(tmp_path):
+    for name, person in (("one", "7"), ("two", "7"), ("three", "ann"), ("four", "ann")):
+        (tmp_path / name / person).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / name / person / "0.png")
+    with pytest.raises(DataError, match=r"one and .*two both have an identity '7'"):
+        find_images([tmp_path / "one", tmp_path / "two"])
+    assert find_images([tmp_path / "one"] * 2).identities == ["7", "7"]
+    assert find_images([tmp_path / "three", tmp_path / "four"]).identities == ["ann", "ann"]
+
+
+def test_embeddings_and_names_must_be_equally_many(tmp_path):
+    with pytest.raises(ValueError, match="must be equally many, got 2, 3 and 3"):
+        write_embeddings(tmp_path / "x.npz", torch.zeros(2, 4), ["a"] * 3, [None] * 3, {})
+    assert not (tmp_path / "x.npz").exists()
 
 
 def test_sub_folders_are_identities_only_where_all_images_are_in_them(faces, tmp_path):

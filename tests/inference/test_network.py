@@ -243,7 +243,7 @@ def test_forward_refuses_other_types_and_an_ambiguous_layout():
         ("gone.png", ValueError, r"gone\.png: not a regular file"),
         (".", ValueError, "not a regular file"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__ if isinstance(value, Image.Image) else str(value),
 )
 def test_embed_refuses_what_is_no_image(networks, images, kind, message):
     with pytest.raises(kind, match=message):

@@ -90,13 +90,13 @@ def test_weights_of_old_files_and_of_other_precisions_load(tmp_path):
 
 
 def test_an_architecture_is_read_from_weights():
-    sizes = architecture_of(published(network()))
+    sizes = architecture_of("w", published(network()))
     assert sizes[:4] == ((4, 8), (2, 1), 16, 1)
     assert sizes.image_size == (16, 16)
-    assert architecture_of({"a.weight": torch.zeros(2)}) is None
+    assert architecture_of("w", {"a.weight": torch.zeros(2)}) is None
     with torch.device("meta"):
         preset = PublishedIResNet((3, 4, 14, 3), (112, 112), 3, 512)
-    options = architecture_of(preset.state_dict()).options()
+    options = architecture_of("w", preset.state_dict()).options()
     assert options.startswith("--backbone iresnet50 --embedding-size 512 --size 112x112")
 
 
@@ -133,12 +133,63 @@ class Hostile:
 def test_nothing_in_a_file_of_weights_is_executed(tmp_path):
     for zipped in (True, False):
         torch.save({"a": Hostile()}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
-        with pytest.raises(CheckpointError, match="cannot be read as weights"):
+        with pytest.raises(CheckpointError, match="cannot be read as weights: it holds more than"):
             read_weights(tmp_path / "w.pth")
     for content in ([torch.zeros(1)], {"a": 1}, {1: torch.zeros(1)}, {}):
         torch.save(content, tmp_path / "w.pth")
         with pytest.raises(CheckpointError, match="must hold tensors by name"):
             read_weights(tmp_path / "w.pth")
+
+
+def test_weights_of_two_networks_are_refused(tmp_path):
+    values = {
+        f"{name}.{k}": v for name in ("online", "target") for k, v in network().state_dict().items()
+    }
+    torch.save(values | {"temperature": torch.ones(1)}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"several networks, under 'online\.', 'target\.'"):
+        fitted(tmp_path / "w.pth", read_weights(tmp_path / "w.pth"), network())
+
+
+def test_a_state_dict_beside_other_tensors_is_found(tmp_path):
+    values = {"epoch": torch.tensor(3), "state_dict": network().state_dict()}
+    torch.save(values, tmp_path / "w.pth")
+    assert same(read_weights(tmp_path / "w.pth"), dict(network().state_dict()))
+    endless = {}
+    endless["model"] = endless
+    torch.save(endless, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="must hold tensors by name"):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_weights_of_a_resnet_are_not_taken_for_an_iresnet():
+    """Torchvision's ResNets name their layers alike."""
+    values = {k: v for k, v in published(network()).items() if "prelu" not in k}
+    assert architecture_of("w", values) is None
+    values = published(network())
+    values["layer1.0.conv1.weight"] = torch.zeros(())
+    assert architecture_of("w", values) is None
+    values["layer1.0.conv1.weight"] = values["layer2.0.conv1.weight"] = torch.zeros(0, 4, 3, 3)
+    assert architecture_of("w", values) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            torch.zeros(4, 1, 3, 3, dtype=torch.int8),
+            r"conv1\.weight must be torch\.float32, got .*int8",
+        ),
+        (torch.full((4, 1, 3, 3), float("nan")), r"conv1\.weight must be finite"),
+        (torch.zeros(1).expand(4, 1, 3, 3), "repeats numbers"),
+        (torch.zeros(4, 1, 3, 3).to_sparse(), "must be a dense tensor"),
+        (torch.zeros(4, 1, 3, 3, device="meta"), "must be a dense tensor"),
+    ],
+    ids=["int8", "NaN", "repeated", "sparse", "meta"],
+)
+def test_weights_that_are_no_plain_numbers_are_refused(tmp_path, value, message):
+    torch.save(published(network()) | {"conv1.weight": value}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=message):
+        fitted(tmp_path / "w.pth", read_weights(tmp_path / "w.pth"), network())
 
 
 def first(run) -> dict[str, torch.Tensor]:
@@ -167,6 +218,8 @@ def test_a_run_begins_with_a_file_of_weights(tmp_path):
     with pytest.raises(CheckpointError, match="another architecture"):
         train(replace(CONFIG, depths=(1, 1)), people(), tmp_path / "b", init=tmp_path / "w.pth")
     assert not (tmp_path / "b").exists()
+    with pytest.raises(FileNotFoundError, match=r"init does not exist: .*typo\.pth"):
+        train(CONFIG, people(), tmp_path / "b", init=tmp_path / "typo.pth")
     with pytest.raises(ValueError, match=r"w\.pth is a file of weights without a head"):
         train(CONFIG, people(), tmp_path / "b", init=tmp_path / "w.pth", init_head="resize")
 

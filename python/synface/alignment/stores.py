@@ -32,7 +32,8 @@ class AlignedFaces:
 
     Args:
         photos: the store.
-        aligner: finds one face in each, and returns crops of the network's size and color.
+        aligner: finds one face in each; its crops are resized and converted for the network, as
+            files of them would be.
     """
 
     def __init__(self, photos: Photos, aligner: Aligner) -> None:
@@ -53,4 +54,5 @@ class AlignedFaces:
             faces = self.aligner(read_open_photo(file))
         if not faces:
             raise OSError(self.aligner.no_face)  # as for an image that cannot be decoded
-        pixels[:] = faces[0].pixels
+        face = decode.from_bytes(faces[0].pixels)
+        pixels[:] = decode.fit(face, pixels.shape[:2], pixels.shape[2])

@@ -4,7 +4,15 @@ from typing import TYPE_CHECKING
 
 from ..common.files import CheckpointError  # noqa: F401
 from ..common.lazy import lazy
-from .state import STATE, TENSORS, check_same, checkpoints, find, load_state  # noqa: F401
+from .state import (  # noqa: F401
+    STATE,
+    TENSORS,
+    check_same,
+    checkpoints,
+    find,
+    load_state,
+    step_of,
+)
 
 if TYPE_CHECKING:
     from .modules import check_shapes, load_model, save_model  # noqa: F401

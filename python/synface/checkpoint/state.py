@@ -19,6 +19,18 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if p.is_dir())
 
 
+def step_of(path: Path) -> int:
+    """Return the number of steps in the name of a checkpoint's folder.
+
+    Raises:
+        CheckpointError: for another name.
+    """
+    number = path.name.removeprefix("step-")
+    if not number.isdecimal():
+        raise CheckpointError(f"{path} must be named step-…, with a number of steps")
+    return int(number)
+
+
 def find(path: Path) -> Path:
     """Return ``path`` if it is a checkpoint, else the newest checkpoint of the run in it.
 

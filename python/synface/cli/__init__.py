@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from ..common.extras import extra
@@ -23,11 +24,13 @@ def _run() -> None:
             from rich.markup import escape
 
             from .commands import app
-            from .terminal import console, encode_anything
+            from .terminal import console, encode_anything, note_warnings
     except ImportError as error:
         raise SystemExit(f"error: {error}") from None
     encode_anything()
     console.log_to(None)
+    shown = warnings.showwarning
+    warnings.showwarning = note_warnings(shown)  # a run's log has them too
     try:
         app()
     except Terminated:
@@ -37,6 +40,8 @@ def _run() -> None:
         console.quiet = False
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
+    finally:
+        warnings.showwarning = shown
 
 
 def __getattr__(name: str) -> object:

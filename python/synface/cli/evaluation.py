@@ -131,7 +131,7 @@ def eval_command(
     verifier.print(trained, unseen)
     if output is not None:
         about["people"] = f"{len(held.identities)}{' never trained on' if unseen else ''}"
-        say(f"report: {verifier.report(output, trained, about)}")
+        say(f"report: {verifier.report(output, about)}")
 
 
 def _people(

@@ -7,7 +7,7 @@ import io
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,9 +116,19 @@ class Group(TyperGroup):
         return command
 
 
+def note_warnings(show: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that shows a warning as ``show`` does, and appends it to the log."""
+
+    def shown(message: Warning | str, *arguments: Any, **options: Any) -> None:
+        show(message, *arguments, **options)
+        console.note(f"warning: {message}", markup=False, emoji=False, soft_wrap=True)
+
+    return shown
+
+
 def say(text: str) -> None:
     """Print a line without colors, markup or breaks, so that paths can be copied."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -205,17 +215,22 @@ class TrainingBar(Bar):
         super().__init__("training")
         self.log = log
         self.per_epoch, self.epochs = -(-images // batch_size), epochs
-        self.at, self.since = 0, self.began
+        self.at = 0
         self.totals = [0.0, 0.0, 0]  # loss and accuracy, by images, and images since the last line
+        self.since, self.skipped = self.began, 0  # the end of the epoch's first step, its images
 
     def start(self, total_steps: int | None, step: int) -> None:
         super().start(total_steps, step)
         console.log_to(self.log)
-        self.at, self.since = step, time.perf_counter()
+        self.at = step
 
     def step(self, loss: float, accuracy: float, images: int) -> None:
         super().step(loss, accuracy, images)
         self.at += 1
+        if not self.totals[
+            2
+        ]:  # what preceded the epoch's first step, as a verification, is no part
+            self.since, self.skipped = time.perf_counter(), images
         for i, value in enumerate((loss * images, accuracy * images, images)):
             self.totals[i] += value
         if self.at % self.per_epoch == 0:
@@ -224,11 +239,11 @@ class TrainingBar(Bar):
     def _line(self) -> None:
         now = time.perf_counter()
         loss, hits, count = self.totals
-        line = (
-            f"epoch {self.at // self.per_epoch} of {self.epochs}: loss {loss / count:.4f}, "
-            f"top-1 {hits / count:.1%}, {count / max(1e-9, now - self.since):.0f} images/s"
-        )
-        self.totals, self.since = [0.0, 0.0, 0], now
+        line = f"epoch {self.at // self.per_epoch} of {self.epochs}: loss {loss / count:.4f}, "
+        line += f"top-1 {hits / count:.1%}"
+        if count > self.skipped:
+            line += f", {(count - self.skipped) / max(1e-9, now - self.since):.0f} images/s"
+        self.totals = [0.0, 0.0, 0]
         (console.note if console.is_terminal else say)(line)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..common.check import check_folder
+from ..common.files import write_text
 from ..training.config import BUILT_IN, TrainConfig
 from .options import ConfigOption, from_options, in_words, is_given, options_of, parse_size, refuse
 from .started import (
@@ -134,8 +136,10 @@ def train_command(
     folder = output or rank.broadcast(Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
     check_folder("--resume" if resume else "--output", folder)
     init = Path(run.init) if run.init and resume is None else None
-    loggers = dict.fromkeys((*run.logger_names, *(["tensorboard"] if tensorboard else [])))
-    starts: Any = {"resume": resume is not None, "init": init, "loggers": tuple(loggers)}
+    if tensorboard:
+        names = dict.fromkeys((*run.logger_names, "tensorboard"))
+        run = replace(run, loggers=",".join(names))
+    starts: Any = {"resume": resume is not None, "init": init, "loggers": run.logger_names}
     starts["init_head"] = run.init_head if init else "auto"
     check_start(config, run.image_size, folder, **starts)
     transform = None
@@ -160,6 +164,8 @@ def train_command(
         measures = figures(verifier.pixels.verification).keys() - {"threshold"}
         if run.best is not None and run.best not in measures:
             raise ValueError(f"--best must be one of {sorted(measures)} here, got {run.best!r}")
+    if rank.leads and resume is None:
+        _note_alignment(run, folder)
     images, batch, epochs = len(source), config.batch_size, config.epochs
     with (
         interrupts(f"continue with synface train --resume {folder}"),
@@ -193,6 +199,19 @@ def train_command(
         _report(verifier, result, folder)
 
 
+def _note_alignment(run: Started, folder: Path) -> None:
+    """Record in a run's folder how its faces were aligned, for `synface compare --align`."""
+    from ..alignment import settings_of
+    from ..training.model import ALIGNMENT
+
+    data = run.real or run.data
+    settings = settings_of(Path(data)) if data and Path(data).is_dir() else None
+    if settings is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = {name: settings[name] for name in ("size", "margin", "grayscale")}
+        write_text(folder / ALIGNMENT, json.dumps(kept))
+
+
 def _report(verifier: Verifier, result: Trained, folder: Path) -> None:
     """Print the verification of a finished run, and write its report."""
     from ..checkpoint.jsonl import Lines
@@ -209,7 +228,7 @@ def _report(verifier: Verifier, result: Trained, folder: Path) -> None:
     about = {"run": str(folder), "step": len(result.history)}
     about |= {"people": f"{len(held.identities)} never trained on", "images": held.source}
     pictures = {"Training": "training.png"}
-    page = verifier.report(output, trained, about, title=folder.name, pictures=pictures)
+    page = verifier.report(output, about, title=folder.name, pictures=pictures)
     say(f"report: {page}")
     say(f"synface eval {folder} verifies this run again")
 

@@ -19,9 +19,8 @@ if TYPE_CHECKING:  # they import torch, which --help must not wait for
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from ..alignment import AlignedFaces
+    from ..alignment import Aligner
     from ..inference import FaceNetwork
-    from ..inference.found import JoinedStores
 
 RunArgument = Annotated[
     Path,
@@ -34,8 +33,8 @@ AlignOption = Annotated[
     bool,
     typer.Option(
         "--align",
-        help="Find the largest face of each photo, and crop it as `synface align` does; for "
-        "networks that were trained on such faces.",
+        help="Find the largest face of each photo, and crop it as the training images were by "
+        "`synface align`, or to ArcFace's template.",
     ),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files of these names.")]
@@ -77,6 +76,7 @@ def embed_command(
     backbone: BackboneOption = None,
 ) -> None:
     """Write the embeddings of images by a trained network to a file, with the images' names."""
+    from ..alignment import AlignedFaces
     from ..data import DataError
     from ..inference import find_images, load, write_embeddings
     from ..inference.files import files_of
@@ -85,13 +85,18 @@ def embed_command(
     found = find_images(paths)
     network = load(run, backbone=backbone, device=chosen_device(device), flip=flip)
     bad: dict[int, str] | None = {} if skip_bad else None
-    store = _aligned(network, found.store) if align else found.store
+    store: Any = found.store
+    if align:  # in small batches, since finding a face takes longer than embedding it
+        store, batch_size = AlignedFaces(store, _aligner(run)), min(batch_size, 32)
     with Bar("embedding") as bar:
         try:
             rows = network.embed(store, batch_size=batch_size, bad=bad, progress=bar.files)
         except DataError as error:
             hint = "" if skip_bad else "\n--skip-bad leaves out such images"
-            raise DataError(f"{error}{hint}") from error
+            if not align:
+                raise DataError(f"{error}{hint}") from error
+            say(f"{error}{hint}")
+            raise typer.Exit(1) from None
     good = [i for i in range(len(found.store)) if not bad or i not in bad]
     names = [found.store.name(i) for i in good]
     identities = [found.identities[i] for i in good]
@@ -139,7 +144,8 @@ def compare_command(
 ) -> None:
     """Tell whether images show the same person, by the cosine of a trained network's embeddings.
 
-    The exit status is 0 for either verdict, and 1 if --align finds no face in a photo.
+    The exit status is 0 for either verdict, and 1 if --align finds no face in a photo, or cannot
+    read it.
     """
     from ..inference import load, recorded_threshold
 
@@ -149,10 +155,10 @@ def compare_command(
     network = load(run, backbone=backbone, device=chosen_device(device))
     recorded = recorded_threshold(run) if threshold is None else None
     least = threshold if recorded is None else recorded.value
-    bad: dict[str, str] | None = {} if align else None
-    rows = [_embedding(network, path, bad) for path in images]
-    for name, reason in (bad or {}).items():
-        say(f"{name}: {reason}")
+    aligner, bad = _aligner(run) if align else None, dict[str, str]()
+    rows = [_embedding(network, path, aligner, bad) for path in images]
+    for name, reason in bad.items():
+        typer.echo(f"{name}: {reason}", err=as_json)
     if bad:
         raise typer.Exit(1)
     pairs: list[dict[str, Any]] = [
@@ -171,8 +177,9 @@ def compare_command(
         return
     _print_pairs(pairs)
     if least is None:
+        kind = "a file of weights" if run.is_file() else "the run"
         say(
-            "no verdict, for the run has no threshold: give --threshold, such as one that `synface "
+            f"no verdict, for {kind} has no threshold: give --threshold, such as one that `synface "
             "eval` prints with its accuracy; a run that verifies people held out records one"
         )
         return
@@ -256,34 +263,38 @@ def _check_outputs(option: str, files: list[Path], overwrite: bool) -> None:
         check_folder(f"the folder of {option}", file.parent)
 
 
-def _aligned(network: FaceNetwork, store: JoinedStores) -> AlignedFaces:
-    """Return the faces of photos, cropped to a network's size."""
-    from ..alignment import AlignedFaces, Aligner
+def _aligner(run: Path) -> Aligner:
+    """Return an aligner that crops as a run's training images were, or to ArcFace's template."""
+    from ..alignment import Aligner, RetinaFace
+    from ..inference import recorded_alignment
 
-    height, width, channels = network.image_shape
-    return AlignedFaces(store, Aligner((height, width), grayscale=channels == 1))
+    settings = recorded_alignment(run) or {}
+    return Aligner(detector=RetinaFace(threads=1), **settings)
 
 
-def _embedding(network: FaceNetwork, path: Path, bad: dict[str, str] | None) -> Tensor:
+def _embedding(
+    network: FaceNetwork, path: Path, aligner: Aligner | None, bad: dict[str, str]
+) -> Tensor:
     """Return the embedding of an image, or the mean of a folder's, as a unit vector.
 
     Args:
-        bad: where photos without a face are entered, by name, with the reason; None does not look
-            for faces.
+        aligner: finds the face of each photo; None takes images as they are.
+        bad: where photos without a face are entered, by name, with the reason.
     """
     import torch
     import torch.nn.functional as F
 
+    from ..alignment import AlignedFaces
     from ..data import DataError
     from ..inference import find_images
 
     store = find_images([path]).store
-    if bad is None:
+    if aligner is None:
         rows = network.embed(store)
     else:
         wrong: dict[int, str] = {}
         try:
-            rows = network.embed(_aligned(network, store), bad=wrong)
+            rows = network.embed(AlignedFaces(store, aligner), bad=wrong)
         except DataError:  # no photo has a face
             rows = torch.empty(0, network.embedding_size, dtype=torch.float32, device="cpu")
         bad |= {store.name(row): reason for row, reason in wrong.items()}

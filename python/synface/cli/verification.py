@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +50,17 @@ class Verifier:
             ) from error
         return self._result("raw pixels", found, began)
 
-    def _result(
-        self, name: str, found: Verification, began: float, scores: Any = None
-    ) -> SetResult:
+    def _result(self, name: str, found: Verification, began: float) -> SetResult:
         seconds = time.perf_counter() - began
-        return SetResult(name, self.held.source, len(self.held), seconds, found, None, scores)
+        return SetResult(name, self.held.source, len(self.held), seconds, found, None)
 
     def __call__(self, network: torch.nn.Module) -> SetResult:
         """Return how well a network verifies the people, computed on the network's device."""
         held, began = self.held, time.perf_counter()
         device = next((each.device for each in network.parameters()), held.images.device)
         rows = embed(network, held.images, self.batch_size, self.flip, device=device)
-        found = verify(rows, held.labels)
-        scores = scores_of_all(rows, held.labels, held.store)
         self.embeddings = rows
-        self.last = self._result("trained network", found, began, scores)
+        self.last = self._result("trained network", verify(rows, held.labels), began)
         return self.last
 
     def figures(self, network: torch.nn.Module) -> dict[str, float]:
@@ -110,16 +107,18 @@ class Verifier:
             "or for longer, or look at the loss"
         )
 
-    def report(
-        self, folder: Path, trained: SetResult, about: dict[str, Any], **options: Any
-    ) -> Path:
-        """Write a report on a network and raw pixels, and return its page's path.
+    def report(self, folder: Path, about: dict[str, Any], **options: Any) -> Path:
+        """Write a report on the last network and raw pixels, and return its page's path.
 
         Args:
-            options: as for `synface.evaluation.report.write`.
+            about, options: as for `synface.evaluation.report.write`.
         """
         from ..evaluation import report
 
+        assert self.last is not None
+        assert self.embeddings is not None
+        scores = scores_of_all(self.embeddings, self.held.labels, self.held.store)
+        trained = replace(self.last, scores=scores)
         if warning := self.warning(trained):
             about = about | {"warning": warning}
         height, width, channels = self.held.images.shape[1:]

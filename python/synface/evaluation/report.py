@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,11 @@ def write(
         pictures: files that are in the folder already and come first on the page, by description.
     """
     os.makedirs(folder, exist_ok=True)
+    names = Counter(result.name for result in results)
+    results = [
+        replace(result, name=f"{result.name} ({i})") if names[result.name] > 1 else result
+        for i, result in enumerate(results, 1)
+    ]
     curves = {result.name: result.verification for result in results}
     plots.roc_curves(curves, folder / "roc.png", title="ROC curves")
     plots.roc_curves(curves, folder / "det.png", title="DET curves", det=True)
@@ -179,11 +185,11 @@ def write(
     for number, result in enumerate(drawn, 1):
         assert result.scores is not None
         suffix = f"-{number}" if len(drawn) > 1 else ""
-        v, title = result.verification, f"Scores of pairs: {result.name}"
-        shown[title] = f"scores{suffix}.png"
+        v, heading = result.verification, f"Scores of pairs: {result.name}"
+        shown[heading] = f"scores{suffix}.png"
         counts: Any = {"genuine": v.genuine, "impostor": v.impostor, "threshold": v.threshold}
         densities, file = result.scores.densities, folder / f"scores{suffix}.png"
-        plots.score_histogram(densities, file, title=title, **counts)
+        plots.score_histogram(densities, file, title=heading, **counts)
         if result.scores.images is not None:
             shown[f"Hardest pairs of {result.name}"] = f"hardest{suffix}.png"
             _draw_hardest(result, result.scores, image_shape, folder / f"hardest{suffix}.png")

@@ -60,8 +60,10 @@ class PairScores:
         """Return densities and pairs, ready for `json.dumps`, with the images' names."""
 
         def named(pair: ScoredPair) -> dict[str, Any]:
-            name = self.images.name if self.images else int
-            return {"score": pair.score, "images": [name(pair.first), name(pair.second)]}
+            rows = [pair.first, pair.second]
+            if self.images is None:
+                return {"score": pair.score, "templates": rows}
+            return {"score": pair.score, "images": [self.images.name(row) for row in rows]}
 
         return {
             "densities": {name: each.tolist() for name, each in vars(self.densities).items()},

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from .found import find_images as find_images
     from .network import FaceNetwork as FaceNetwork
     from .network import load as load
-    from .threshold import Threshold as Threshold
-    from .threshold import recorded_threshold as recorded_threshold
+    from .recorded import Threshold as Threshold
+    from .recorded import recorded_alignment as recorded_alignment
+    from .recorded import recorded_threshold as recorded_threshold
 
 __getattr__ = lazy(
     __name__,
@@ -21,6 +22,6 @@ __getattr__ = lazy(
         "files": ("write_embeddings",),
         "found": ("find_images",),
         "network": ("FaceNetwork", "load"),
-        "threshold": ("Threshold", "recorded_threshold"),
+        "recorded": ("Threshold", "recorded_alignment", "recorded_threshold"),
     },
 )

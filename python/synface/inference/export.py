@@ -117,7 +117,7 @@ class Exporter:
             raise ValueError(f"kind must be one of {', '.join(_WRITERS)}, got {kind!r}")
         path = Path(path)
         with replacing(path) as part, _quiet():
-            run = _WRITERS[kind](self, part)
+            run = self._written(kind, path, part)
             difference = float(np.max(list(self._differences(path, run))))  # NaN if any is
             if not difference <= TOLERANCE:  # NaN neither
                 raise ExportError(
@@ -125,6 +125,18 @@ class Exporter:
                     f"from the network's by up to {difference:.2g}, more than {TOLERANCE:g}"
                 )
         return difference
+
+    def _written(self, kind: str, path: Path, part: Path) -> Run:
+        """Write a file, and return what runs it."""
+        try:
+            return _WRITERS[kind](self, part)
+        except (ExportError, ImportError, OSError):
+            raise
+        except Exception as error:  # runtimes' own types have no common base
+            raise ExportError(
+                f"{path} was not written: the exported {kind} file cannot be written or loaded: "
+                f"{_first_line(error)}"
+            ) from error
 
     @torch.no_grad()
     def _differences(self, path: Path, run: Run) -> Iterator[float]:

@@ -51,13 +51,18 @@ def write_embeddings(
         about: facts in JSON types, for the metadata of .safetensors and .parquet.
 
     Raises:
-        ValueError: for a path of another suffix.
+        ValueError: for a path of another suffix, and other numbers of names or identities.
         ImportError: if the format needs a package that is not installed.
         OSError: if it cannot be written.
 
     Memory: a copy of the rows for .safetensors and .npz, and the names.
     """
     files = files_of(path)
+    if not len(rows) == len(names) == len(identities):
+        raise ValueError(
+            f"rows, names and identities must be equally many, got {len(rows)}, {len(names)} and "
+            f"{len(identities)}; leave out the images that have no row"
+        )
     people = list(dict.fromkeys(each for each in identities if each is not None))
     number = {name: i for i, name in enumerate(people)}
     labels = np.array([-1 if each is None else number[each] for each in identities], np.int64)

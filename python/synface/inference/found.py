@@ -78,14 +78,15 @@ def find_images(paths: Sequence[str | Path]) -> Found:
             are in its sub-folders, and none deeper, these are the identities.
 
     Raises:
-        DataError: for a path that does not exist, a folder without images, and a set that
-            `open_images` rejects.
+        DataError: for a path that does not exist, a folder without images, a set that
+            `open_images` rejects, and an identity of one number in two paths.
 
     Memory: about 30 bytes per image, and its path.
     """
     stores: list[Store] = []
     files: list[str] = []
     identities: list[str | None] = []
+    owner: dict[str, Path] = {}  # the path of each identity that has a number for a name
 
     def close() -> None:
         if files:
@@ -93,6 +94,7 @@ def find_images(paths: Sequence[str | Path]) -> Found:
             files.clear()
 
     for path in map(Path, paths):
+        before = len(identities)
         if os.path.isdir(path) and detect(path).name == "folder":
             inside = _in_folder(path)
             people = all(depth == 2 for _, depth in inside)
@@ -108,6 +110,13 @@ def find_images(paths: Sequence[str | Path]) -> Found:
             identities.append(None)
         else:
             raise DataError(f"{path} does not exist or is not accessible")
+        numbers = {each for each in identities[before:] if each is not None and each.isdecimal()}
+        for name in numbers:  # sets without names number their identities
+            if owner.setdefault(name, path) != path:
+                raise DataError(
+                    f"{owner[name]} and {path} both have an identity {name!r}, which may be two "
+                    "people: embed them apart, or rename one"
+                )
     close()
     return Found(JoinedStores(stores), identities)
 

@@ -14,6 +14,9 @@ from ..common.extras import extra
 def __getattr__(name: str) -> Callable[..., nn.Module]:
     """Return a function that builds timm's network of that name, without trained parameters.
 
+    Names are without the tag of pretrained parameters. The function raises ValueError for sizes of
+    images that the network does not take.
+
     Raises:
         AttributeError: if timm has no such network.
         ImportError: if timm is not installed.
@@ -32,8 +35,14 @@ def _create(
 ) -> nn.Module:
     import timm
 
+    height, width = image_size
     options: dict[str, Any] = {"num_classes": embedding_size, "in_chans": channels}
     known = timm.get_pretrained_cfg(name)
     if known is not None and known.fixed_input_size:  # others take any size, and no option
         options["img_size"] = image_size
-    return timm.create_model(name, pretrained=False, **options)
+    try:
+        return timm.create_model(name, pretrained=False, **options)
+    except Exception as error:  # its networks raise what they like for sizes that do not fit
+        raise ValueError(
+            f"timm cannot build {name} for images of {height}x{width}: {error}"
+        ) from error

@@ -38,7 +38,7 @@ def write_page(path: Path, text: str) -> None:
             from markdown_it import MarkdownIt
 
         rendered = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-        title = html.escape(text.partition("\n")[0].lstrip("# "))
+        title = html.escape(re.sub(r"\\(.)", r"\1", text.partition("\n")[0].lstrip("# ")))
         text = (
             f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>'
             f"<style>{_STYLE}</style>\n{rendered}</html>\n"

@@ -8,6 +8,7 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # Keys under which trainers store the backbone's parameters; insightface's checkpoints have the
 # second one.
 _CONTAINERS = ("state_dict", "state_dict_backbone", "model_state_dict", "backbone", "model", "net")
+_DEPTH = 4  # of dictionaries around the weights
 _COUNTER = "num_batches_tracked"  # of batch normalizations, which old files lack
 _SHOWN = 3
 
@@ -78,6 +80,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: for a file of another kind or content, naming it.
+        ValueError, OSError: if it would exceed the free memory, or cannot be opened.
 
     Memory: the file's size; of a zipped torch file the pages that are used.
     """
@@ -96,39 +99,83 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # any exception that a damaged file causes in either reader
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, UnpicklingError):
+            reason = (
+                "it holds more than tensors, such as a pickled module, or is damaged; save the "
+                "module's state_dict() instead, best as .safetensors"
+            )
         raise CheckpointError(f"{file} cannot be read as weights: {reason}") from error
-    while isinstance(content, Mapping):
-        values = {name: v for name, v in content.items() if isinstance(v, Tensor)}
-        if values and all(isinstance(name, str) for name in values):
-            return values
-        content = next((content[key] for key in _CONTAINERS if key in content), None)
+    for _ in range(_DEPTH):
+        if not isinstance(content, Mapping):
+            break
+        nested = [content[k] for k in _CONTAINERS if isinstance(content.get(k), Mapping)]
+        if not nested:
+            values = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+            if values and all(isinstance(name, str) for name in values):
+                return _checked(file, values)
+            break
+        content = nested[0]
     raise CheckpointError(f"{file} must hold tensors by name (a state dict), and holds none")
 
 
-def _canonical(values: Mapping[str, Tensor], wanted: Sequence[str]) -> dict[str, Tensor]:
+def _checked(file: Path, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors; raise CheckpointError for one without numbers of its own for each element."""
+    for name, value in values.items():
+        plain = value.layout == torch.strided and not value.is_quantized
+        if not plain or value.device.type != "cpu":
+            raise CheckpointError(
+                f"{file}: {name} must be a dense tensor, got {value.layout} on {value.device}"
+            )
+        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise CheckpointError(f"{file}: {name} repeats numbers, got strides {value.stride()}")
+    return values
+
+
+def _canonical(
+    file: Path, values: Mapping[str, Tensor], wanted: Sequence[str]
+) -> dict[str, Tensor]:
     """Return the backbone's tensors under insightface's names, without their prefix in a model.
 
     Args:
         wanted: names in that form. The prefix is that of all tensors, or the one without which most
             of these names are there, at least half of them.
+
+    Raises:
+        CheckpointError: if several prefixes do, as of two networks in one file.
     """
     firsts = (*wanted[:1], "conv1.weight", "stem.0.weight")
     prefixes = {n.removesuffix(first) for n in values for first in firsts if n.endswith(first)}
     parts = [name.split(".")[:-1] for name in values]
     of_all = ".".join([*os.path.commonprefix(parts), ""])  # noqa: RUF071 (of lists, by element)
-    found, most = dict[str, Tensor](), -1
-    for prefix in (of_all, *sorted(prefixes, key=len)):
+    found: dict[str, dict[str, Tensor]] = {}
+    counts: dict[str, int] = {}
+    for prefix in {of_all} | prefixes:
         inside = {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
         names = insightface_names(inside)
         count = len(set(wanted).intersection(names.values()))
-        if count > most and (prefix == of_all or 2 * count >= len(wanted)):
-            found, most = {names[name]: value for name, value in inside.items()}, count
-    return found
+        if prefix == of_all or 2 * count >= len(wanted):
+            found[prefix] = {names[name]: value for name, value in inside.items()}
+            counts[prefix] = count
+    most = max(counts.values())
+    best = sorted(prefix for prefix, count in counts.items() if count == most)
+    if len(best) > 1:
+        raise CheckpointError(
+            f"{file} has the weights of several networks, under {', '.join(map(repr, best))}: "
+            "keep those of one"
+        )
+    return found[best[0]]
 
 
-def architecture_of(values: Mapping[str, Tensor]) -> Architecture | None:
-    """Return the sizes of the IResNet that weights are of; None for another network."""
-    found = _canonical(values, ("conv1.weight", "bn2.weight", "fc.weight", "features.weight"))
+def architecture_of(file: Path, values: Mapping[str, Tensor]) -> Architecture | None:
+    """Return the sizes of the IResNet that weights are of; None for another network.
+
+    Raises:
+        CheckpointError: for the weights of several networks.
+    """
+    wanted = ("conv1.weight", "bn2.weight", "layer1.0.prelu.weight", "fc.weight", "features.weight")
+    found = _canonical(file, values, wanted)
+    if not found.keys() >= set(wanted):  # torchvision's ResNets have all but a PReLU and features
+        return None
     blocks = [re.fullmatch(r"layer(\d+)\.(\d+)\.conv1\.weight", name) for name in found]
     stages: dict[int, int] = {}
     for block in filter(None, blocks):
@@ -139,7 +186,7 @@ def architecture_of(values: Mapping[str, Tensor]) -> Architecture | None:
         embedding_size, features = found["fc.weight"].shape
         channels = found["conv1.weight"].shape[1]
         return Architecture(widths, depths, embedding_size, channels, features // widths[-1])
-    except (KeyError, IndexError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
         return None
 
 
@@ -154,11 +201,11 @@ def fitted(file: Path, values: Mapping[str, Tensor], network: nn.Module) -> dict
 
     Raises:
         CheckpointError: for weights of another architecture, naming what is missing, left over or
-            of another shape.
+            of another shape; for numbers of another kind, or that are not finite.
     """
     expected = network.state_dict()
     theirs = insightface_names(expected)
-    found = _canonical(values, list(theirs.values()))
+    found = _canonical(file, values, list(theirs.values()))
     lacking = [name for name, their in theirs.items() if their not in found]
     missing = [name for name in lacking if not name.endswith(_COUNTER)]
     left_over = sorted(found.keys() - set(theirs.values()))
@@ -174,16 +221,25 @@ def fitted(file: Path, values: Mapping[str, Tensor], network: nn.Module) -> dict
         if names
     ]
     if problems:
-        sizes = architecture_of(values)
+        sizes = architecture_of(file, values)
         hint = f"; these weights need {sizes.options()}" if sizes else ""
         raise CheckpointError(
             f"{file} has the weights of another architecture: {'; '.join(problems)}{hint}"
         )
     zero = torch.zeros((), dtype=torch.int64, device="cpu")
     return {
-        name: zero.clone() if name in lacking else found[their].to(expected[name].dtype)
+        name: zero.clone() if name in lacking else _as(file, their, found[their], expected[name])
         for name, their in theirs.items()
     }
+
+
+def _as(file: Path, name: str, value: Tensor, expected: Tensor) -> Tensor:
+    """Return a tensor in another's dtype; raise CheckpointError for one that does not fit it."""
+    if value.is_floating_point() != expected.is_floating_point():
+        raise CheckpointError(f"{file}: {name} must be {expected.dtype}, got {value.dtype}")
+    if value.is_floating_point() and not value.isfinite().all():
+        raise CheckpointError(f"{file}: {name} must be finite, and has NaN or infinite numbers")
+    return value.to(expected.dtype)
 
 
 def network_of_weights(file: Path) -> tuple[nn.Module, Architecture, tuple[int, int]]:
@@ -196,14 +252,14 @@ def network_of_weights(file: Path) -> tuple[nn.Module, Architecture, tuple[int, 
     Memory: the parameters, twice.
     """
     values = read_weights(file)
-    sizes = architecture_of(values)
+    sizes = architecture_of(file, values)
     if sizes is None:
         raise CheckpointError(
             f"{file} must have the weights of an IResNet, such as those of insightface's "
             "arcface_torch; for another network give a run's folder"
         )
     size = _recorded_size(file) or sizes.image_size
-    if size is None:
+    if size is None or math.prod(size) > MAX_PIXELS:
         raise CheckpointError(
             f"{file} must have the weights of a network for square images, got {sizes.pixels} "
             "features per channel; for others give a run's folder"
@@ -216,6 +272,8 @@ def network_of_weights(file: Path) -> tuple[nn.Module, Architecture, tuple[int, 
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
     weights = fitted(file, values, network)
+    needed = sum(each.numel() * each.element_size() for each in weights.values())
+    check_memory(f"the network of {file}", needed)
     network.to_empty(device="cpu").load_state_dict(weights)
     return network.eval(), sizes, size
 

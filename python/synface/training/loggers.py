@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -75,8 +76,12 @@ class MLflow:
 
         self._mlflow = mlflow
         self.id = mlflow.start_run(run_id=known, run_name=output.name).info.run_id
-        if known is None:
-            mlflow.log_params(dict(config))
+        try:
+            if known is None:
+                mlflow.log_params(dict(config))
+        except BaseException:
+            self.close()
+            raise
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._mlflow.log_metrics(dict(metrics), step=step)
@@ -109,6 +114,8 @@ def opened(
 ) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
     """Yield a function that logs a step's metrics to each of the loggers, which are then closed.
 
+    A logger that raises is left out from then on, with a warning.
+
     Args:
         names: of `LOGGERS`, or loggers.
         output: the run's folder, where identifiers at the services are kept.
@@ -123,7 +130,9 @@ def opened(
         raise CheckpointError(f"{file} must hold an object of strings; move it away to start anew")
     with ExitStack() as stack:
         ids = dict(known)
-        for each in dict.fromkeys(names):
+        for i, each in enumerate(names):
+            if each in names[:i] and isinstance(each, str):
+                continue
             logger = each
             if isinstance(each, str):
                 logger = made = LOGGERS[each](output, first, config, known.get(each))
@@ -135,8 +144,16 @@ def opened(
             write_text(file, json.dumps(ids, indent=1))
 
         def log(step: int, metrics: Mapping[str, float]) -> None:
-            for logger in loggers:
-                logger.log(step, metrics)
+            for logger in list(loggers):
+                try:
+                    logger.log(step, metrics)
+                except Exception as error:  # a service that is away must not end the run
+                    loggers.remove(logger)
+                    warnings.warn(
+                        f"the logger {type(logger).__name__} failed ({type(error).__name__}: "
+                        f"{error}): the run goes on without it",
+                        stacklevel=2,
+                    )
 
         yield log
 

@@ -183,6 +183,11 @@ def train(
     """
     if not 0 <= verify_every < math.inf:
         raise ValueError(f"verify_every must be 0 or more epochs, got {verify_every}")
+    if verify is None and (best is not None or verify_every):
+        raise ValueError(
+            f"best and verify_every need verify, which measures a network, got {best!r} and "
+            f"{verify_every} without it"
+        )
     source: Source = FacesSource(data) if isinstance(data, LabeledImages) else data
     if source.num_classes < 2:
         raise ValueError(f"training needs two identities or more, got {source.num_classes}")
@@ -230,8 +235,8 @@ def train(
             if verify and (last or (verify_every and run.ended(verify_every, done))):
                 row = run.verify(done, verify)
                 log(step, under("verification", row))
-                if run.selection.add(row):
-                    run.save(done, output / BEST)
+                if run.selects(done) and run.selection.add(row):
+                    run.save(done, run.best)
                 last = last or run.selection.ended
             if run.ended(config.checkpoint_every, done) or last or stop:
                 run.save(done)
@@ -265,7 +270,7 @@ class _Training:
         self.alone = not (dist.is_available() and dist.is_initialized())
         self.part = WHOLE if self.alone else RankSlice(dist.get_rank(), dist.get_world_size())
         self.leads = self.part.rank == 0
-        self.folder = output / CHECKPOINTS
+        self.folder, self.best = output / CHECKPOINTS, output / BEST
         self.description = {"config": config.to_json(), "data": source.description()}
         self.images, self.num_classes = len(source), source.num_classes
         self.steps_per_epoch = -(-self.images // config.batch_size)
@@ -331,15 +336,24 @@ class _Training:
     def _resume_verification(self, first: int) -> None:
         """Forget the verifications of steps that the run repeats, and their checkpoints."""
         rows = self.verified.read() if self.verified.file.exists() else []
+        kept = {checkpoint.step_of(each): each for each in checkpoint.checkpoints(self.best)}
         self._barrier()  # all ranks have read them
         rows = [row for row in rows if row["step"] <= first]
-        for row in rows:
-            self.selection.add(row)
-        if self.leads and self.verified.file.exists():
+        self.selection.resume(rows, [step for step in kept if step <= first])
+        if not self.leads:
+            return
+        if self.verified.file.exists():
             self.verified.rewrite(rows)
-        for each in checkpoint.checkpoints(self.output / BEST) if self.leads else ():
-            if checkpoint.load_state(each)["step"] > first:
+        for step, each in kept.items():
+            if step > first:
                 shutil.rmtree(each)
+
+    def selects(self, steps: int) -> bool:
+        """Return whether a verification after so many steps may be the best one.
+
+        While the backbone is frozen, it is that of the start.
+        """
+        return steps > round(self.config.freeze * self.steps_per_epoch)
 
     def _check(self, found: Path, state: dict[str, Any], prolong: bool) -> None:
         """Raise CheckpointError for a checkpoint of another run."""

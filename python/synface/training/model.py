@@ -25,13 +25,14 @@ from ..optim import RowAdamW, RowSGD
 from .backbone import build_backbone, check_embeddings, shapes_of
 from .backbone import check_network as check_network
 from .config import BUILT_IN, MODULE, PARTS, TrainConfig, factors_of
-from .initial import architecture_of, fitted, read_weights
+from .initial import SUFFIXES, architecture_of, fitted, read_weights
 from .loggers import Logger, check_loggers
 from .sources import Source
 
 CONFIG, METRICS, TIMING = "config.json", "metrics.jsonl", "timing.jsonl"
 VERIFICATION, CHECKPOINTS = "verification.jsonl", "checkpoints"
 BEST = "best"  # checkpoints of the best verifications
+ALIGNMENT = "alignment.json"  # how the training faces were aligned, if `synface align` did it
 BACKBONE, CENTERS = "model.backbone.", "model.head.weight"  # in a checkpoint
 HEADS = ("auto", "keep", "resize", "new")  # what becomes of an initial run's head
 
@@ -74,11 +75,13 @@ def check_start(
         raise ValueError(f"init_head says what becomes of init's head, got {init_head!r} alone")
     if init is not None and resume:
         raise ValueError(f"init begins a new run: give either init ({init}) or resume")
+    if init is not None and init.suffix in SUFFIXES and not init.exists():
+        raise FileNotFoundError(f"init does not exist: {init}")
     if init is not None and init.is_file():
         if init_head not in ("auto", "new"):
             raise ValueError(f"{init} is a file of weights without a head: init_head {init_head!r}")
         weights = read_weights(init)
-        sizes = architecture_of(weights)
+        sizes = architecture_of(init, weights)
         channels = channels or (sizes.channels if sizes else None)
     elif init is not None:
         found, state = state_of(init)
@@ -87,6 +90,8 @@ def check_start(
             channels = channels or state["data"]["image_shape"][2]
     ours = check_network(config, (*size, channels or 1))
     if ours is not None:  # a user's backbone is compared once it is built
+        weight = torch.zeros(1, 1, dtype=torch.float32, device="meta")
+        _parameter_groups(config, ours, nn.ParameterDict({"weight": weight}))
         if theirs is not None:
             check_backbone(found, theirs.state_dict(), ours)
         if init is not None and weights is not None:
@@ -361,13 +366,14 @@ class Model:
                 of another number of centers if they must be kept.
         """
         head = self.head
-        if init.is_file():
-            return begin_with_weights(init, self.backbone)
-        if not isinstance(head, ShardedMarginHead):
-            return take_over(init, self.backbone, head.weight, num_classes, init_head)
-        rows = head.weight, num_classes, init_head, head.class_start
-        read = partial(take_over, init, self.backbone, *rows, checkpoint.share(head.group))
-        return checkpoint.together(read, head.group, CheckpointError)
+        group, start = None, 0
+        if isinstance(head, ShardedMarginHead):
+            group, start = head.group, head.class_start
+        read = partial(begin_with_weights, init, self.backbone)
+        if not init.is_file():
+            rows = head.weight, num_classes, init_head, start
+            read = partial(take_over, init, self.backbone, *rows, checkpoint.share(group))
+        return checkpoint.together(read, group, CheckpointError)
 
 
 def _parameter_groups(config: TrainConfig, *modules: nn.Module) -> dict[str, list[dict[str, Any]]]:

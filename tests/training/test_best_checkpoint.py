@@ -1,8 +1,9 @@
 """The best checkpoint, early stopping, and the loggers of a run."""
 
 import json
+import math
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
@@ -82,6 +83,43 @@ def test_a_discarded_best_checkpoint_is_removed(tmp_path):
     assert checkpoint.load_state(checkpoint.find(tmp_path / "best"))["step"] == 6
 
 
+def test_another_measure_begins_with_the_checkpoint_that_is_there(tmp_path):
+    """The row of step 3 has the highest accuracy, but no checkpoint of it is kept."""
+    found = [{"auc": a, "accuracy": b} for a, b in ((0.5, 0.9), (0.7, 0.6), (0.6, 0.8), (0.5, 0.7))]
+    config, verify = replace(CONFIG, epochs=4), iter(found)
+    options = {"verify": lambda _: next(verify), "verify_every": 1}
+    first = train(config, people(), tmp_path, best="auc", stop_after=8, **options)
+    assert first.best.startswith("auc was highest, 0.7000")
+    result = train(config, people(), tmp_path, best="accuracy", resume=True, **options)
+    assert result.best == "accuracy was highest, 0.7000, after epoch 4"
+    assert checkpoint.load_state(checkpoint.find(tmp_path / "best"))["step"] == 12
+
+
+def test_a_selection_that_begins_with_a_resumed_run_counts_its_own_verifications(tmp_path):
+    options = {"verify_every": 1, "verify": Given([0.9, 0.5, 0.6])}
+    config = replace(CONFIG, epochs=3)
+    train(config, people(), tmp_path, stop_after=3, **options)
+    result = train(config, people(), tmp_path, best="auc", resume=True, **options)
+    assert result.best == "auc was highest, 0.6000, after epoch 3"
+    assert checkpoint.load_state(checkpoint.find(tmp_path / "best"))["step"] == 9
+
+
+def test_remnants_of_a_removed_best_checkpoint_do_not_matter(tmp_path):
+    options = {"verify_every": 1, "best": "auc", "verify": Given()}
+    train(CONFIG, people(), tmp_path, stop_after=8, **options)
+    (tmp_path / "best" / "step-00000003" / "state.json").unlink()
+    result = train(CONFIG, people(), tmp_path, resume=True, **options)
+    assert result.best == "auc was highest, 0.9000, after epoch 5"
+
+
+def test_a_frozen_backbone_does_not_end_the_run(tmp_path):
+    options = {"verify_every": 1, "best": "auc", "patience": 2}
+    verify = Given([0.5, 0.5, 0.5, 0.6, 0.7, 0.8])
+    result = train(replace(CONFIG, freeze=3.0), people(), tmp_path, verify=verify, **options)
+    assert len(result.history) == 18
+    assert result.best == "auc was highest, 0.8000, after epoch 6"
+
+
 def test_a_run_ends_early_and_stays_ended(tmp_path):
     options = {"verify_every": 1, "best": "auc", "patience": 2}
     result = train(CONFIG, people(), tmp_path, verify=Given(), **options)
@@ -126,17 +164,29 @@ def test_a_measure_that_is_not_verified_is_refused(tmp_path):
     for options in ({"patience": -1, "best": "auc"}, {"patience": 2}):
         with pytest.raises(ValueError, match="patience must be 0 or more verifications"):
             train(CONFIG, people(), tmp_path / "other", verify=Given(), **options)
+    for options in ({"best": "auc"}, {"verify_every": 1}):
+        with pytest.raises(ValueError, match="best and verify_every need verify"):
+            train(CONFIG, people(), tmp_path / "other", **options)
     assert Selection(None).add({"auc": 1.0}) is False
+    found = Selection("auc")
+    assert [found.add({"auc": value}) for value in (math.nan, 0.5, math.nan)] == [
+        False,
+        True,
+        False,
+    ]
+    with pytest.raises(ValueError, match=r"of the verification \(auc\), got 'threshold'"):
+        Selection("threshold").add({"step": 1, "threshold": 0.3, "auc": 0.5})
 
 
 # -- loggers -------------------------------------------------------------------------------------
 
 
+@dataclass
 class Kept:
-    """A logger that keeps its metrics."""
+    """A logger that keeps its metrics, and cannot be hashed."""
 
-    def __init__(self):
-        self.metrics, self.closed = [], 0
+    metrics: list = field(default_factory=list)
+    closed: int = 0
 
     def log(self, step, metrics):
         self.metrics.append((step, dict(metrics)))
@@ -155,10 +205,17 @@ def test_a_logger_of_ones_own_gets_all_metrics(tmp_path):
     verified = [(step, m["verification/auc"]) for step, m in kept.metrics if len(m) == 2]
     assert verified == [(2, 0.5), (5, 0.7)]
     assert kept.closed == 1
-    with pytest.raises(RuntimeError):
-        train(SMALL, people(), tmp_path / "b", verify=lambda _: 1 / 0 if kept else {},
-              verify_every=1, loggers=[kept, Broken()])  # fmt: skip
+    with pytest.raises(ZeroDivisionError):
+        train(SMALL, people(), tmp_path / "b", verify=lambda _: 1 / 0, loggers=[kept])
     assert kept.closed == 2
+
+
+def test_a_run_goes_on_without_a_logger_that_fails(tmp_path):
+    kept = Kept()
+    with pytest.warns(UserWarning, match=r"logger Broken failed \(RuntimeError: no connection\)"):
+        result = train(SMALL, people(), tmp_path, loggers=[Broken(), kept])
+    assert [step for step, _ in kept.metrics] == list(range(6))
+    assert len(result.history) == 6
 
 
 class Broken:
@@ -223,7 +280,8 @@ def test_an_unknown_logger_is_refused_before_the_run_begins(tmp_path):
 
 
 def test_values_that_are_equal_do_not_replace_the_best():
-    found = Selection("auc", 2, [{"epoch": i, "auc": v} for i, v in enumerate([0.5, 0.5])])
+    found = Selection("auc", 2)
+    assert [found.add({"epoch": i, "auc": v}) for i, v in enumerate([0.5, 0.5])] == [True, False]
     assert (found.best["epoch"], found.since, found.ended) == (0, 1, False)
     assert found.add({"epoch": 2, "auc": float(torch.tensor(0.75))})
     assert found.since == 0

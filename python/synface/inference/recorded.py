@@ -1,15 +1,16 @@
-"""The threshold of a run's last verification, above which two images show one person."""
+"""Records of a run for its use: the threshold of one person, and how its faces were aligned."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .. import checkpoint
 from ..checkpoint.jsonl import Lines
 from ..common.files import CheckpointError
-from ..training.model import BEST, CHECKPOINTS, VERIFICATION
+from ..common.textfiles import read_json
+from ..training.model import ALIGNMENT, BEST, CHECKPOINTS, VERIFICATION
 
 
 class Threshold(NamedTuple):
@@ -40,13 +41,10 @@ def recorded_threshold(path: Path) -> Threshold | None:
     Raises:
         CheckpointError: if there is no checkpoint, or the log is damaged.
     """
-    if path.is_file():  # weights alone
+    file = _file_of(path, VERIFICATION)
+    if file is None:
         return None
-    found = checkpoint.find(path)
-    file = found.parent.parent / VERIFICATION
-    if found.parent.name not in (CHECKPOINTS, BEST) or not file.is_file():
-        return None
-    last = checkpoint.load_state(found)["step"]
+    last = checkpoint.load_state(checkpoint.find(path))["step"]
     rows = [row for row in Lines(file).read() if row["step"] <= last]
     known = [row for row in rows if row.get("threshold") is not None]
     if not known:
@@ -59,3 +57,34 @@ def recorded_threshold(path: Path) -> Threshold | None:
             f"{numbers}"
         )
     return Threshold(row["threshold"], file, int(row["step"]), row.get("accuracy"))
+
+
+def recorded_alignment(path: Path) -> dict[str, Any] | None:
+    """Return how the faces were aligned that a run was trained on.
+
+    Args:
+        path: as for `recorded_threshold`.
+
+    Returns:
+        "size" (H, W), "margin" and "grayscale", as `synface.alignment.Aligner` takes them; None if
+        nothing was recorded: then the images were not those of `synface align`.
+
+    Raises:
+        CheckpointError: if there is no checkpoint, or the record is damaged.
+    """
+    file = _file_of(path, ALIGNMENT)
+    if file is None:
+        return None
+    found = read_json(file, CheckpointError)
+    if not isinstance(found, dict) or found.keys() != {"size", "margin", "grayscale"}:
+        raise CheckpointError(f"{file} must hold size, margin and grayscale, got {found!r}")
+    return found | {"size": tuple(found["size"]) if isinstance(found["size"], list) else None}
+
+
+def _file_of(path: Path, name: str) -> Path | None:
+    """Return a file of the run of a path, if it is there."""
+    if path.is_file():  # weights alone
+        return None
+    found = checkpoint.find(path)
+    file = found.parent.parent / name
+    return file if found.parent.name in (CHECKPOINTS, BEST) and file.is_file() else None
