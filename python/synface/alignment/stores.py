@@ -7,6 +7,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.formats import decode
 from .aligner import Aligner
 from .photos import read_open_photo
 
