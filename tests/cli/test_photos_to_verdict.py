@@ -171,8 +171,8 @@ def test_a_file_of_weights_is_verified(trained, tmp_path):
     there, _ = trained
     weights, report = tmp_path / "w.safetensors", tmp_path / "report"
     call("export", there / "run", "--safetensors", weights)
-    run = call("eval", there / "run", "--data", there / "faces", "--holdout", "4")
-    shown = call("eval", weights, "--data", there / "faces", "--holdout", "4", "--output", report)
+    run = call("eval", there / "run", "--data", there / "aligned", "--holdout", "4")
+    shown = call("eval", weights, "--data", there / "aligned", "--holdout", "4", "--output", report)
     assert "verification on 4 people (24 images)" in shown  # which it may have been trained on
     assert [line for line in run.splitlines() if "ROC-AUC" in line] == [
         line for line in shown.splitlines() if "ROC-AUC" in line
@@ -193,7 +193,7 @@ def test_weights_of_images_that_are_not_square_know_their_size(trained, tmp_path
 
 def test_the_best_checkpoint_has_its_own_threshold(trained, tmp_path):
     there, _ = trained
-    options = ["--data", there / "faces", "--holdout", "4", "--size", "28x24", "--epochs", "3"]
+    options = ["--data", there / "aligned", "--holdout", "4", "--size", "28x24", "--epochs", "3"]
     call("train", *options, "--verify-every", "1", "--best", "auc", "--output", tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "verification.jsonl").open()]
     best = max(rows, key=lambda row: row["auc"])

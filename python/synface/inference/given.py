@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..common.extras import extra
-from ..data.formats import decode, metadata
+from ..data.formats import decode
 from ..data.formats.images import open_regular
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ class GivenImages:
             with open_regular(item) as file:
                 decode.read_into(pixels, file, expected)
             return
-        image = decode.from_bytes(_bytes(item)) if isinstance(item, np.ndarray) else _loaded(item)
+        image = (
+            decode.from_bytes(_bytes(item)) if isinstance(item, np.ndarray) else decode.loaded(item)
+        )
         pixels[:] = decode.fit(image, pixels.shape[:2], pixels.shape[2])
 
 
@@ -167,15 +169,3 @@ def _bytes(image: NDArray[Any]) -> NDArray[np.uint8]:
     if image.dtype == np.uint8:
         return np.ascontiguousarray(image)
     return np.ascontiguousarray((image.astype(np.float32) * 255.0).round().astype(np.uint8))
-
-
-def _loaded(image: Image.Image) -> Image.Image:
-    """Return a user's image, decoded and turned by its orientation; the user's does not change."""
-    if image.width * image.height > decode.MAX_PIXELS:
-        raise OSError(
-            f"{image.width}x{image.height} pixels, over the limit of {decode.MAX_PIXELS:,}"
-        )
-    if image.mode[0] in "IF":
-        raise OSError(f"more than 8 bits per channel (mode {image.mode})")
-    copied = image.copy()
-    return metadata.upright(copied, copied.info)
