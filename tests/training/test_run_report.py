@@ -119,6 +119,13 @@ def test_options_that_do_not_fit_are_refused(trained, tmp_path, options, message
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_that_verifies_on_nobody_is_refused(trained, tmp_path):
+    (tmp_path / "run.toml").write_text("holdout = 0\nverify_every = 1\n")
+    options = ["--config", tmp_path / "run.toml", "--output", tmp_path / "run"]
+    shown = refused("train", "--data", trained[0].parent / "faces", *options)
+    assert "need people to verify on, got holdout 0" in " ".join(shown.split())
+
+
 def test_a_log_begins_with_the_lines_before_its_file(tmp_path):
     import io
 

@@ -254,6 +254,8 @@ def _refuse_idle(context: typer.Context, run: Started, config: TrainConfig) -> N
     if not run.holdout:
         names = ("verify_every", "best", "patience")
         refuse(context, "with --holdout 0: no people are held out to verify on", *names)
+        if run.verify_every or run.best:  # of a file
+            raise ValueError("verify_every and best need people to verify on, got holdout 0")
 
 
 def _stored_run(
