@@ -477,6 +477,16 @@ def test_augmentation_comes_from_the_generator_alone():
     assert a.abs().max() <= 1.0
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_normalized_images_have_the_strides_of_nchw(channels):
+    """With others, which (B, H, W, 1) images have when permuted, torch 2.13 corrupts memory."""
+    images = torch.zeros(2, 5, 7, channels, dtype=torch.uint8)
+    wanted = (35 * channels, 35, 7, 1)
+    assert normalize(images).stride() == wanted
+    assert Augment(0.0)(images, torch.Generator()).stride() == wanted
+    assert Augment(1.0)(images, torch.Generator()).stride() == wanted
+
+
 def test_augmentation_of_no_strength_is_normalization():
     assert torch.equal(Augment(0.0)(batch(), torch.Generator()), normalize(batch()))
 

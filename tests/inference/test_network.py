@@ -250,6 +250,21 @@ def test_embed_refuses_what_is_no_image(networks, images, kind, message):
         networks["RGB"].embed(images)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 1, 4, 6), (2, 4, 6, 1)])
+def test_gray_images_reach_the_network_with_the_strides_of_nchw(dtype, shape):
+    seen = []
+
+    class Seeing(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x.stride())
+            return x.flatten(1)
+
+    network = FaceNetwork(Seeing(), (4, 6, 1), 24)
+    network(torch.zeros(shape).to(dtype))
+    assert seen == [(24, 24, 6, 1)] * 2  # the image, and the flipped one
+
+
 def test_a_layout_settles_where_the_channels_are(networks):
     image = torch.rand(3, 9, 3)
     network = networks["RGB"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..common.check import check_device
 from ..data import normalize
 from ..data.formats.image_set import LabeledImages
+from ..data.loading.augment import standard_strides
 from ..evaluation.embedding import Readable, embed_store, unit_rows
 from ..training.config import TrainConfig
 from ..training.initial import network_of_weights
@@ -116,7 +117,8 @@ class FaceNetwork(nn.Module):
             low, high = (float(each) for each in images.detach().aminmax())
             check_range("images", low, high)
         images = images.permute(0, 3, 1, 2) if fitting == [NHWC] else images
-        return images.float().mul(2.0).sub(1.0).contiguous()  # the bits of uint8 images over 255
+        # the bits of uint8 images over 255
+        return standard_strides(images).float().mul(2.0).sub(1.0)
 
     def embed(
         self,

@@ -22,7 +22,16 @@ def normalize(images: Tensor) -> Tensor:
             "images must be uint8 of shape (B, H, W, C), "
             f"got {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
         )
-    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1.0).contiguous()
+    return standard_strides(images.permute(0, 3, 1, 2)).float().div(127.5).sub(1.0)
+
+
+def standard_strides(images: Tensor) -> Tensor:
+    """Return images (B, C, H, W) as a contiguous copy, with NCHW strides in every case.
+
+    Of one channel, permuted (B, H, W, 1) images count as contiguous with strides of NHWC, for which
+    torch 2.13's backward convolution on CPUs writes outside of its memory.
+    """
+    return images.clone(memory_format=torch.contiguous_format)
 
 
 def warp(images: Tensor, angle: Tensor, zoom: Tensor, shift: Tensor, flip: Tensor) -> Tensor:
