@@ -4,10 +4,7 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -81,31 +78,9 @@ def module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "modules")
 
 
-ALONE = "ALBUMENTATIONS_IN_THIS_PROCESS"
-
-
 def albumentations():
-    """Return albumentations, in a process of its own: a worker that had loaded it has crashed."""
-    assert "albumentations" in os.environ["PYTEST_CURRENT_TEST"]  # by which the process selects
-    if ALONE not in os.environ:
-        pytest.skip("needs albumentations, in a process of its own")
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
     return pytest.importorskip("albumentations")
-
-
-@pytest.mark.skipif(ALONE in os.environ, reason="is that process")
-@pytest.mark.skipif(find_spec("albumentations") is None, reason="needs albumentations")
-def test_those_of_the_library_pass_in_a_process_of_their_own():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        [*command, "-k", "albumentations"],
-        env=os.environ | {ALONE: "1"},
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^\d\d+ passed", done.stdout, re.MULTILINE), done.stdout
 
 
 def torchvision():
@@ -375,7 +350,7 @@ def test_workers_that_mix_apply_no_transforms():
 # -- TOML ----------------------------------------------------------------------------------------
 
 
-def test_a_file_gives_the_bits_of_the_objects_of_albumentations(module, tmp_path):
+def test_a_file_gives_the_bits_of_the_objects(module, tmp_path):
     a = albumentations()
     file = written(
         tmp_path,
@@ -516,7 +491,7 @@ def test_a_run_uses_a_file_and_resumes_with_it(module, tmp_path, monkeypatch):
     assert found["transforms"] == str(moved)
 
 
-def test_a_resumed_run_reads_its_file_of_albumentations(tmp_path):
+def test_a_resumed_run_reads_its_file_of_a_known_library(tmp_path):
     albumentations()
     data = folder(tmp_path / "faces")
     file = written(tmp_path, "[[transform]]\nuse = 'albumentations:HorizontalFlip'")
@@ -527,7 +502,7 @@ def test_a_resumed_run_reads_its_file_of_albumentations(tmp_path):
     call("train", *mixed, *TINY, "--output", tmp_path / "mixed", "--transforms", file)
 
 
-def test_an_albumentations_transform_of_another_size_ends_before_training(tmp_path):
+def test_a_transform_of_another_size_ends_before_training(tmp_path):
     albumentations()
     text = "[[transform]]\nuse = 'albumentations:RandomCrop'\nheight = 8\nwidth = 8"
     file, run = written(tmp_path, text), tmp_path / "run"
