@@ -479,7 +479,7 @@ def test_augmentation_comes_from_the_generator_alone():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_normalized_images_have_the_strides_of_nchw(channels):
-    """With others, which (B, H, W, 1) images have when permuted, torch 2.13 corrupts memory."""
+    """Torch 2.13 corrupts memory with others, which (B, H, W, 1) images have when permuted."""
     images = torch.zeros(2, 5, 7, channels, dtype=torch.uint8)
     wanted = (35 * channels, 35, 7, 1)
     assert normalize(images).stride() == wanted
