@@ -120,7 +120,9 @@ def eval_command(
     shape = height, width, channels
     if sets:
         opened_sets = [open_set(each, images) for each in sets]
-        results = _evaluate_sets(network, opened_sets, shape, resize=resize, **options)
+        results = _evaluate_sets(
+            network, opened_sets, shape, resize=resize, scores=output is not None, **options
+        )
         if output is not None:
             title = "Verification sets"
             say(f"report: {report.write(output, results, about, image_shape=shape, title=title)}")

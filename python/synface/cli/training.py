@@ -111,7 +111,7 @@ def train_command(
         int, typer.Option(help="Number of processes that decode images.", min=1)
     ] = 2,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="The same as --loggers tensorboard.")
+        bool, typer.Option("--tensorboard", help="Also log for TensorBoard, as --loggers does.")
     ] = False,
     device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     config_file: ConfigOption = None,
@@ -122,7 +122,7 @@ def train_command(
     from ..data import read_transforms
     from ..reporting.plots import check_matplotlib
     from ..training.loop import train
-    from ..training.model import BEST, check_start, inherited, state_of
+    from ..training.model import BEST, check_start, inherited, inherited_from_file, state_of
     from .verification import Verifier, figures
 
     run, config = from_options(Started, given), from_options(TrainConfig, given)
@@ -157,7 +157,7 @@ def train_command(
         counts = state["data"].get("identities", 0), source.num_classes
         say(f"the run {inherited(found, *counts, run.init_head)}")
     elif init:
-        say(f"the run starts from the backbone in {init}; the head is new")
+        say(f"the run {inherited_from_file(init)}")
     verifier = Verifier(held) if held.identities else None  # an error, if any, before training
     if verifier is not None:
         check_matplotlib()  # for the report at the end

@@ -24,6 +24,11 @@ def describe(value: object) -> str:
     return f"{kind} {tuple(value.shape)} on {value.device}"
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def check_number(name: str, value: object, least: float, most: float = math.inf) -> None:
     """Raise TypeError or ValueError unless value is a finite number in [least, most]."""
     bounds = f"in [{least:g}, {most:g}]" if most < math.inf else f"finite and ≥ {least:g}"
@@ -118,7 +123,7 @@ def check_device(device: object) -> torch.device:
         found = torch.device(device)
         torch.zeros(1, dtype=torch.float32, device=found).item()
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ValueError(
             f"device must be one that torch has here, such as 'cpu', got {str(device)!r}: {reason}"
         ) from error

@@ -56,6 +56,7 @@ def evaluate_set(
     flip: bool = True,
     resize: bool = False,
     fars: Sequence[float] = FARS,
+    scores: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> SetResult:
     """Embed a set's images on the model's device, and verify its pairs.
@@ -66,6 +67,7 @@ def evaluate_set(
     Args:
         model, image_shape, batch_size, flip, resize, progress: as `embed_store`.
         fars: as `verify_pairs`.
+        scores: also return the densities of scores and the hardest pairs, which a report draws.
 
     Raises: as `embed_store` and `verify_pairs`.
 
@@ -99,8 +101,8 @@ def evaluate_set(
     first, second = torch.from_numpy(data.first), torch.from_numpy(data.second)
     cosine, same = pair_cosines(rows, first, second), torch.from_numpy(data.same)
     result = verify_pairs(cosine, same, fold, fars)
-    scores = scores_of_pairs(cosine, same, first, second, images)
-    return SetResult(data.name, data.source, len(data.store), seconds, result, found, scores)
+    drawn = scores_of_pairs(cosine, same, first, second, images) if scores else None
+    return SetResult(data.name, data.source, len(data.store), seconds, result, found, drawn)
 
 
 def pool(rows: Tensor, template: Tensor, media: Tensor) -> Tensor:

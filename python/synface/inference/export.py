@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import synface_kernels as sk
 
+from ..common.check import first_line
 from ..common.extras import extra
 from ..common.files import replacing, write_tensors
 from ..data import normalize
@@ -135,7 +136,7 @@ class Exporter:
         except Exception as error:  # runtimes' own types have no common base
             raise ExportError(
                 f"{path} was not written: the exported {kind} file cannot be written or loaded: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
 
     @torch.no_grad()
@@ -149,7 +150,7 @@ class Exporter:
                 except Exception as error:  # runtimes' own types have no common base
                     raise ExportError(
                         f"{path} was not written: the exported file fails on a batch of "
-                        f"{len(images[:size])}: {_first_line(error)}"
+                        f"{len(images[:size])}: {first_line(error)}"
                     ) from error
                 wanted = expected[:size]
                 if found.shape != wanted.shape:
@@ -171,7 +172,7 @@ class Exporter:
         try:
             yield
         except Exception as error:  # a backbone's own code may raise anything
-            raise ExportError(f"{what} cannot export this network: {_first_line(error)}") from error
+            raise ExportError(f"{what} cannot export this network: {first_line(error)}") from error
 
     def _onnx(self, path: Path) -> Run:
         with extra("onnx", "the export to ONNX"):
@@ -245,7 +246,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         registration.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..common.check import check_memory
+from ..common.check import check_memory, first_line
 from ..common.extras import extra
 from ..common.files import CheckpointError
 from ..common.textfiles import parse_json
@@ -98,7 +98,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             mapped = zipfile.is_zipfile(file)
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # any exception that a damaged file causes in either reader
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if isinstance(error, UnpicklingError):
             reason = (
                 "it holds more than tensors, such as a pickled module, or is damaged; save the "

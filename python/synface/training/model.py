@@ -161,6 +161,11 @@ def inherited(found: Path, theirs: int, ours: int, head: str = "auto") -> str:
     return f"{begins} and its first {kept:,} class centers, which are the first here: {counts}"
 
 
+def inherited_from_file(file: Path) -> str:
+    """Return a sentence on what a run loads from a file of weights."""
+    return f"starts from the backbone in {file}; the head is new"
+
+
 def begin_with_weights(file: Path, backbone: nn.Module) -> str:
     """Load a file of weights into a backbone; return a sentence on that.
 
@@ -168,7 +173,7 @@ def begin_with_weights(file: Path, backbone: nn.Module) -> str:
         CheckpointError: for a file that is damaged, or of a network of another architecture.
     """
     backbone.load_state_dict(fitted(file, read_weights(file), backbone))
-    return f"starts from the backbone in {file}; the head is new"
+    return inherited_from_file(file)
 
 
 def started_as(output: Path) -> dict[str, Any] | None:
