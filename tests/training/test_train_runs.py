@@ -24,6 +24,25 @@ def people(identities=6, **options):
     return embedded_faces(images_per_identity=4, size=16, identities=identities, **options)
 
 
+def test_restoring_a_finished_run_touches_no_file(tmp_path):
+    """So several processes may restore one at a time, which the workers of a recipe do."""
+    run = tmp_path / "run"
+
+    def verify(network):
+        return {"auc": 0.5}
+
+    def files():
+        stats = {each: each.stat() for each in run.rglob("*")}
+        return {each: (now.st_ino, now.st_mtime_ns) for each, now in stats.items()}
+
+    trained = train(SMALL, people(), run, verify=verify, best="auc")
+    before = files()
+    assert run / "verification.jsonl" in before
+    restored = train(SMALL, people(), run, verify=verify, best="auc", resume=True)
+    assert restored.history == trained.history
+    assert files() == before
+
+
 # -- another folder ------------------------------------------------------------------------------
 
 TINY = [*TINY, "--widths", "4,8", "--depths", "1,1"]

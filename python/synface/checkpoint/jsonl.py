@@ -28,7 +28,13 @@ class Lines:
             sync(self.file)
 
     def rewrite(self, rows: Sequence[Mapping[str, float]]) -> None:
-        write_text(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+        """Make these rows the whole log; a file that has them already is not touched.
+
+        So several processes may restore one finished run at a time.
+        """
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        if not (self.file.exists() and self.file.read_bytes() == text.encode()):
+            write_text(self.file, text)
 
     def read(self, most: int | None = None) -> list[dict[str, float]]:
         """Return the complete lines; a crash may have cut the last one short.
