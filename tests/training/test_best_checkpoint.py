@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -186,13 +187,13 @@ class Kept:
     """A logger that keeps its metrics, and cannot be hashed."""
 
     metrics: list = field(default_factory=list)
-    closed: int = 0
+    closed: list = field(default_factory=list)
 
     def log(self, step, metrics):
         self.metrics.append((step, dict(metrics)))
 
-    def close(self):
-        self.closed += 1
+    def close(self, error):
+        self.closed.append(type(error))
 
 
 def test_a_logger_of_ones_own_gets_all_metrics(tmp_path):
@@ -204,10 +205,10 @@ def test_a_logger_of_ones_own_gets_all_metrics(tmp_path):
     assert training == [{f"training/{k}": row[k] for k in names} for row in result.history]
     verified = [(step, m["verification/auc"]) for step, m in kept.metrics if len(m) == 2]
     assert verified == [(2, 0.5), (5, 0.7)]
-    assert kept.closed == 1
+    assert kept.closed == [type(None)]
     with pytest.raises(ZeroDivisionError):
         train(SMALL, people(), tmp_path / "b", verify=lambda _: 1 / 0, loggers=[kept])
-    assert kept.closed == 2
+    assert kept.closed == [type(None), ZeroDivisionError]
 
 
 def test_a_run_goes_on_without_a_logger_that_fails(tmp_path):
@@ -222,7 +223,7 @@ class Broken:
     def log(self, step, metrics):
         raise RuntimeError("no connection")
 
-    def close(self): ...
+    def close(self, error): ...
 
 
 def stand_in(monkeypatch) -> list[tuple]:
@@ -271,6 +272,23 @@ def test_services_continue_the_log_of_a_resumed_run(tmp_path, monkeypatch):
     (run / "loggers.json").write_text("[1]")
     with pytest.raises(CheckpointError, match=r"loggers\.json must hold an object of strings"):
         train(SMALL, people(), run, resume=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("ended_by", "code", "status"),
+    [(None, 0, "FINISHED"), (ZeroDivisionError, 1, "FAILED"), (KeyboardInterrupt, 1, "KILLED")],
+)
+def test_services_hear_how_a_run_ended(tmp_path, monkeypatch, ended_by, code, status):
+    def verify(network):
+        if ended_by:
+            raise ended_by
+        return {"auc": 0.5}
+
+    calls = stand_in(monkeypatch)
+    with pytest.raises(ended_by) if ended_by else nullcontext():
+        train(SMALL, people(), tmp_path / "run", verify=verify, loggers=("wandb", "mlflow"))
+    ends = {name: (arguments, options) for name, arguments, options in calls[-2:]}
+    assert ends == {"mlflow.end_run": ((status,), {}), "wandb.finish": ((), {"exit_code": code})}
 
 
 def test_an_unknown_logger_is_refused_before_the_run_begins(tmp_path):

@@ -25,7 +25,7 @@ def people(identities=6, **options):
 
 
 def test_restoring_a_finished_run_touches_no_file(tmp_path):
-    """So several processes may restore one at a time, which the workers of a recipe do."""
+    """Several processes may then restore one at a time, as the workers of a recipe do."""
     run = tmp_path / "run"
 
     def verify(network):

@@ -30,7 +30,7 @@ class Lines:
     def rewrite(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Make these rows the whole log; a file that has them already is not touched.
 
-        So several processes may restore one finished run at a time.
+        Several processes may then restore one finished run at a time.
         """
         text = "".join(json.dumps(row) + "\n" for row in rows)
         if not (self.file.exists() and self.file.read_bytes() == text.encode()):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from importlib import import_module
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +11,7 @@ import typer
 
 from ..common.check import check_folder
 from ..common.files import check_output
+from ..common.imported import imported
 from .options import parse_size, refuse
 from .terminal import Bar, interrupts, say
 
@@ -178,14 +177,9 @@ def _report(outcome: Outcome, photos: int, output: Path) -> None:
 
 def _imported(spec: str) -> Detector:
     """Import ``package.module:function``; raise ValueError for one that cannot be called."""
-    module, _, name = spec.partition(":")
-    try:
-        found = attrgetter(name)(import_module(module))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"--detector must be package.module:function, got {spec!r}: {error}; its module must "
-            "be installed, or in a folder of PYTHONPATH"
-        ) from error
+    if ":" not in spec:
+        raise ValueError(f"--detector must be package.module:function, got {spec!r}")
+    found: Detector = imported(f"--detector {spec}", spec)
     if not callable(found):
         raise ValueError(f"--detector {spec} must be a function, got {type(found).__name__}")
     return found

@@ -9,13 +9,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
-from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 
 from ..common.check import check_memory, describe
+from ..common.imported import imported
 from ..common.modes import evaluating
 from ..common.rng import standard_defaults
 from ..models import PRESETS
@@ -134,15 +133,9 @@ def _build(config: TrainConfig, image_shape: tuple[int, ...]) -> nn.Module:
 
 def _function(spec: str) -> Callable[..., object]:
     """Import ``package.module:function``; raise ValueError for one that cannot be called."""
-    module, _, name = spec.partition(":")
+    function = imported(f"backbone {spec}", spec)
     try:
-        function = attrgetter(name)(import_module(module))
         inspect.signature(function).bind(image_size=(1, 1), channels=1, embedding_size=1)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"backbone {spec} cannot be imported: {error}; its module must be installed, or in a "
-            "folder of PYTHONPATH"
-        ) from error
     except TypeError as error:
         raise ValueError(
             f"backbone {spec} must take the keyword arguments image_size=(H, W), channels and "

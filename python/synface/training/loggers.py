@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,8 +25,8 @@ class Logger(Protocol):
         """Log the metrics of a finished step."""
         ...
 
-    def close(self) -> None:
-        """Finish; called however the run ends."""
+    def close(self, error: BaseException | None) -> None:
+        """Finish; called however the run ends, with the error or interruption that ended it."""
         ...
 
 
@@ -44,7 +45,7 @@ class TensorBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None) -> None:
         self._writer.close()
 
 
@@ -63,8 +64,8 @@ class WandB:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, error: BaseException | None) -> None:
+        self._run.finish(exit_code=0 if error is None else 1)
 
 
 class MLflow:
@@ -79,15 +80,17 @@ class MLflow:
         try:
             if known is None:
                 mlflow.log_params(dict(config))
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self.close(error)
             raise
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._mlflow.log_metrics(dict(metrics), step=step)
 
-    def close(self) -> None:
-        self._mlflow.end_run()
+    def close(self, error: BaseException | None) -> None:
+        stopped = error is not None and not isinstance(error, Exception)  # by a signal
+        status = "KILLED" if stopped else "FINISHED" if error is None else "FAILED"
+        self._mlflow.end_run(status)
 
 
 LOGGERS: dict[str, Callable[..., Any]] = {
@@ -138,7 +141,7 @@ def opened(
                 logger = made = LOGGERS[each](output, first, config, known.get(each))
                 ids |= {each: made.id} if made.id else {}
             assert not isinstance(logger, str)
-            stack.callback(logger.close)
+            stack.push(partial(_close, logger))
             loggers.append(logger)
         if ids != known:
             write_text(file, json.dumps(ids, indent=1))
@@ -156,6 +159,10 @@ def opened(
                     )
 
         yield log
+
+
+def _close(logger: Logger, kind: object, error: BaseException | None, trace: object) -> None:
+    logger.close(error)
 
 
 def under(part: str, row: Mapping[str, float]) -> dict[str, float]:

@@ -7,8 +7,6 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from importlib import import_module
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...common.check import describe
+from ...common.imported import imported
 from ...common.rng import seeded_globally, standard_defaults
 from ...common.toml import check_keys, read_toml, toml_text
 from ..formats.decode import DataError
@@ -222,13 +221,7 @@ def _imported(where: str, use: str, untrusted: str | None) -> Callable[..., Any]
         )
     if module.split(".")[0] == "albumentations":
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask a server
-    try:
-        found = attrgetter(name)(import_module(module))
-    except Exception as error:
-        raise ValueError(
-            f"{where} cannot be imported: {_in_one_line(error)}; its package must be installed, or "
-            "in a folder of PYTHONPATH"
-        ) from error
+    found: Callable[..., Any] = imported(where, use)
     of_library = isinstance(found, type) and found.__module__.split(".")[0] == module.split(".")[0]
     if untrusted is not None and (not of_library or "." in name):
         raise ValueError(f"{where} is no class of {module}")
