@@ -217,8 +217,9 @@ def test_sigterm_ends_synthesize_and_convert_as_ctrl_c_does(tmp_path):
 
 # The command line, or a worker, which gets a signal in Python's own cleanup at the end.
 LATE = """
-import atexit, os, sys
+import atexit, os, signal, sys
 from synface import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored: nohup, a shell's "&"
 atexit.register(os.kill, os.getpid(), int(sys.argv[1]))
 sys.argv = ["synface", *sys.argv[2:]]
 cli.main()
