@@ -200,7 +200,7 @@ def test_a_users_detector_is_called(tmp_path, photos, monkeypatch):
         "own_detector": "--detector must be package.module:function, got 'own_detector'",
         "own_detector:none": "own_detector:none cannot be imported: .*no attribute 'none'",
         "no_module:find": "no_module:find cannot be imported: No module named 'no_module'",
-        ":find": "--detector :find cannot be imported: ValueError: Empty module name",
+        ":find": "--detector must be package.module:function, got ':find'",
     }.items():
         assert re.search(message, refused("align", photos, *options, wrong))
     assert "must be a function" in refused("align", photos, *options, "own_detector:np")

@@ -57,6 +57,10 @@ class Aligner:
 
     Raises:
         ValueError, TypeError: for invalid arguments.
+
+    Source: ArcFace's template, see `template`.
+
+    Memory: a call needs the photo twice in RGB, what the detector needs, and the crops.
     """
 
     def __init__(

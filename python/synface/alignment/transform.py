@@ -191,6 +191,8 @@ def align(
         ValueError, TypeError: for invalid arguments.
 
     Source: the template is ArcFace's, see `template`; the transform Umeyama's, see `similarity`.
+
+    Memory: the crop, and what `warp` needs; of an image that is not RGB, a copy that is.
     """
     size = check_size(size)
     matrix = _fit(check_landmarks(landmarks), size, margin)

@@ -11,7 +11,7 @@ import typer
 
 from ..common.check import check_folder
 from ..common.files import check_output
-from ..common.imported import imported
+from ..common.imported import SPEC, imported
 from .options import parse_size, refuse
 from .terminal import Bar, interrupts, say
 
@@ -177,7 +177,7 @@ def _report(outcome: Outcome, photos: int, output: Path) -> None:
 
 def _imported(spec: str) -> Detector:
     """Import ``package.module:function``; raise ValueError for one that cannot be called."""
-    if ":" not in spec:
+    if not SPEC.fullmatch(spec):
         raise ValueError(f"--detector must be package.module:function, got {spec!r}")
     found: Detector = imported(f"--detector {spec}", spec)
     if not callable(found):
@@ -197,9 +197,8 @@ def _preview(output: Path, file: Path) -> None:
     names = [json.loads(row)["output"] for row in rows]
     if not names:
         return
-    chosen = [
-        names[i * len(names) // min(SHOWN, len(names))] for i in range(min(SHOWN, len(names)))
-    ]
+    count = min(SHOWN, len(names))
+    chosen = [names[i * len(names) // count] for i in range(count)]
     faces = np.stack([np.asarray(read_photo(output / name)) for name in chosen])
     begins = range(0, len(chosen), ROW)
     title = f"{len(chosen)} of {len(names):,} aligned faces"

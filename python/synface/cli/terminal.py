@@ -227,9 +227,8 @@ class TrainingBar(Bar):
     def step(self, loss: float, accuracy: float, images: int) -> None:
         super().step(loss, accuracy, images)
         self.at += 1
-        if not self.totals[
-            2
-        ]:  # what preceded the epoch's first step, as a verification, is no part
+        if not self.totals[2]:
+            # What preceded the epoch's first step, such as a verification, is no part of its time.
             self.since, self.skipped = time.perf_counter(), images
         for i, value in enumerate((loss * images, accuracy * images, images)):
             self.totals[i] += value

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from operator import attrgetter
 from typing import Any
+
+SPEC = re.compile(r"\w[\w.]*:\w[\w.]*")
 
 
 def imported(what: str, spec: str) -> Any:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import synface_kernels as sk
 
+from ..common.imported import SPEC
 from ..models import PRESETS, SHORT
 
 # Keys added later; older configurations use the defaults.
@@ -28,7 +28,6 @@ LATER = {
 }
 PRECISIONS = ("float32", "bfloat16", "float16")  # torch's names
 BUILT_IN = ("iresnet", *PRESETS)  # backbones that are built without the user's code
-SPEC = re.compile(r"\w[\w.]*:\w[\w.]*")  # package.module:function
 PARTS = ("backbone", "head")  # of the model, whose parameters are trained
 MODULE = "module"  # the backbone of a run whose module was passed to `train`
 # A requirement as text and as a predicate, which NaN fails.

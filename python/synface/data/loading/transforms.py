@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from ...common.check import describe
-from ...common.imported import imported
+from ...common.imported import SPEC, imported
 from ...common.rng import seeded_globally, standard_defaults
 from ...common.toml import check_keys, read_toml, toml_text
 from ..formats.decode import DataError
 
-SPEC = re.compile(r"\w[\w.]*:\w[\w.]*")  # module:Name
 LIBRARIES = ("torchvision.transforms.v2", "albumentations")  # imported for any file
 LEVEL = 1 / 255  # of float images
 
