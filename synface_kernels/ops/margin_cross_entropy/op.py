@@ -16,7 +16,7 @@ from ..._select import always, needs_cpu_extension, needs_triton, register, reso
 from ..row_update.updates import AdamWUpdate, SGDUpdate
 from . import core, reference, sharded, targets
 from . import update as fused
-from .checks import check_arguments, check_class_ids
+from .checks import check_arguments, check_class_ids, checked_workspace
 from .interface import ForwardInputs, Prepared, Statistics, statistics_dtype
 from .margins import ArcFace, CombinedMargin
 
@@ -74,7 +74,7 @@ def margin_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: Literal["none", "mean", "sum"] = "mean",
     return_stats: bool = False,
-    workspace: int = 0,
+    workspace: int | Literal["auto"] = "auto",
     impl: str = "auto",
 ) -> Any:
     """Compute the cross entropy of a margin softmax over cosines of embeddings and class centers.
@@ -192,7 +192,7 @@ def margin_cross_entropy(
     def prepare() -> Prepared:
         nonlocal update, class_start, workspace, ignore_index, label_smoothing
         class_start = integer("class_start", class_start, 0)
-        workspace = integer("workspace", workspace, 0)
+        workspace = checked_workspace(workspace)
         ignore_index = integer("ignore_index", ignore_index, -(2**63))
         label_smoothing = number("label_smoothing", label_smoothing)
         check_arguments(
