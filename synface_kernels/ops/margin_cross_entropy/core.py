@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..._autocast import suspended
-from ..._derivatives import register, transforms_active
+from ..._derivatives import is_batched, register, transforms_active
 from ..._load import library
 from ..._precision import may_split_bf16
 from ..row_update.updates import RowUpdate
@@ -282,8 +282,11 @@ class _Keeping(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         needs_input_grad, needs_weight_grad, *_ = ctx.needs_input_grad
-        twice = torch.is_grad_enabled()  # create_graph
-        kept = ctx.kept.pop("rows", None) if needs_weight_grad and not twice else None
+        # With create_graph, and in a batch of gradients, the op must be functional.
+        plain = not torch.is_grad_enabled() and not any(
+            grad is not None and is_batched(grad) for grad in grads
+        )
+        kept = ctx.kept.pop("rows", None) if plain and needs_weight_grad else None
         if kept is None:
             return _autograd(ctx, *grads)
         inputs = _backward_inputs(ctx, grads, needs_input_grad)._replace(saved=kept)
