@@ -88,11 +88,15 @@ struct Inputs {
 // The `workspace` of cosines that are saved in the memory of the centers' gradient.
 constexpr int64_t kInGradient = -1;
 
-// The centers' gradient, uninitialized: a row for each class that is used.
-Tensor empty_gradient(const Inputs& in, const Tensor& weight) {
+// Size of the centers' gradient: a row for each class that is used.
+std::vector<int64_t> gradient_size(const Inputs& in, const Tensor& weight) {
   std::vector<int64_t> size = weight.sizes().vec();
   size[0] = in.classes();
-  return empty_result(size, weight.scalar_type(), false);
+  return size;
+}
+
+Tensor empty_gradient(const Inputs& in, const Tensor& weight) {
+  return empty_result(gradient_size(in, weight), weight.scalar_type(), false);
 }
 
 // Room for cosines in the memory of the centers' gradient; T may be const.
@@ -130,9 +134,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forwa
   const auto class_bytes = int64_t(in.sub_centers * n * statistics.dtype().itemsize());
   const int64_t saved = std::min(in.classes(), workspace / std::max<int64_t>(1, class_bytes));
   const bool keeps = workspace == kInGradient;
-  Tensor cosines = keeps
-                       ? empty_gradient(in, weight)
-                       : empty_result({saved * in.sub_centers, n}, compute_dtype(input), false);
+  Tensor cosines = keeps ? empty_gradient(in, weight)
+                         : empty_result({saved * in.sub_centers, n}, compute_dtype(input), false);
   with_compute_type(input, [&](auto zero) {
     using T = decltype(zero);
     const auto if_wanted = [](bool wanted, auto* data) { return wanted ? data : nullptr; };
@@ -268,10 +271,8 @@ Tensor backward_over(const Tensor& input, const Tensor& weight, const OptionalTe
                            .grad_target_cosine = grad_target_cosine,
                            .grad_cosine_sum = grad_cosine_sum},
                           needs_input_grad);
-  std::vector<int64_t> size = weight.sizes().vec();
-  size[0] = backward.in.classes();
-  TORCH_CHECK_VALUE(kept.sizes() == size && kept.scalar_type() == weight.scalar_type() &&
-                        kept.is_contiguous(),
+  TORCH_CHECK_VALUE(kept.sizes() == gradient_size(backward.in, weight) &&
+                        kept.scalar_type() == weight.scalar_type() && kept.is_contiguous(),
                     "kept must be contiguous, of weight's dtype and a row for each class, got ",
                     kept.scalar_type(), " ", kept.sizes());
   backward.run(kept);

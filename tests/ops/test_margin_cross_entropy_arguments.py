@@ -87,7 +87,7 @@ T2, TW = torch.tensor([[0, 1]] * 4), torch.tensor([[0.5, 0.5]] * 4)
             (X, W, T),
             {"workspace": "all"},
             ValueError,
-            'workspace must be "auto" or a number of bytes, got \'all\'',
+            "workspace must be \"auto\" or a number of bytes, got 'all'",
         ),
         ((X, W, T), {"workspace": 1e9}, TypeError, "workspace must be an int, got float"),
         ((X, W, T), {"workspace": True}, TypeError, "workspace must be an int, got bool"),

@@ -176,7 +176,9 @@ def test_no_gradient_is_kept_where_it_would_not_be_used():
     assert all(v.shape != w.shape or v is w for v in held)
     checkpointed = torch.utils.checkpoint.checkpoint(loss, x, w, use_reentrant=False)
     for a, b in zip(
-        torch.autograd.grad(checkpointed, (x, w)), torch.autograd.grad(loss(x, w), (x, w)), strict=True
+        torch.autograd.grad(checkpointed, (x, w)),
+        torch.autograd.grad(loss(x, w), (x, w)),
+        strict=True,
     ):
         assert torch.equal(a, b)
 

@@ -160,9 +160,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     if cpu and workspace == IN_GRADIENT:
         saved = inputs.weight.new_empty((count, *inputs.weight.shape[1:]))
     elif cpu:
-        classes = torch.sym_min(
-            count, workspace // torch.sym_max(1, centers * n * dtype.itemsize)
-        )
+        classes = torch.sym_min(count, workspace // torch.sym_max(1, centers * n * dtype.itemsize))
         saved = new((centers * classes, n), dtype=dtype)
     else:
         saved = new((centers * count,), dtype=dtype)
