@@ -137,3 +137,10 @@ def test_a_pixels_channels_are_side_by_side_on_a_cpu(make, channels):
     expected = [each.grad for each in network.parameters() if each.grad is not None]
     torch.testing.assert_close(gradients, expected)
     torch.testing.assert_close(network.float()(images), embeddings, rtol=1e-3, atol=1e-4)
+
+
+def test_narrow_networks_keep_torchs_order():
+    """In the other order torch 2.13's backward convolution would corrupt memory."""
+    for widths in ((8, 16), (16, 24), (4,)):
+        network = IResNet((16, 16), widths=widths, depths=[1] * len(widths))
+        assert network.stem(torch.randn(2, 1, 16, 16)).is_contiguous()

@@ -6,6 +6,7 @@ each step, lets the plain loops take their turns: so all are timed in one proces
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import tempfile
@@ -424,7 +425,7 @@ def measure(
         DataError: for images that cannot be read.
         ValueError: for fewer images than a batch has, or more identities than ``config`` says.
     """
-    turns = count(1)
+    turns, load = count(1), os.getloadavg()[0]
 
     def turned() -> None:
         done(next(turns))
@@ -458,6 +459,7 @@ def measure(
     return {
         "machine": f"{_env.processor()}, threads: {torch.get_num_threads()}, "
         f"torch {torch.__version__}, Python {platform.python_version()}",
+        "load": load,
         "config": asdict(config),
         "images": f"{len(images)} JPEG files of the embedded faces"
         if data is None

@@ -10,7 +10,17 @@ from typing import Any
 
 from ..common.files import write_text
 from ..reporting.page import table, write_page
-from ..reporting.plots import REFERENCE, colors, figure, finish, log_scale, save, styled
+from ..reporting.plots import (
+    INK,
+    QUIET,
+    REFERENCE,
+    colors,
+    figure,
+    finish,
+    log_scale,
+    save,
+    styled,
+)
 from .training import PHASES
 
 NAME = "training-speed"
@@ -77,7 +87,8 @@ def _page(result: Mapping[str, Any], command: str) -> str:
     rounds = {"loops": len(result["rates"]["synface"]), "loaders": len(result["loaders"]["torch"])}
     return f"""# Training speed: results
 
-Written by `{command}`, all numbers included. Measured on {result["machine"]}.
+Written by `{command}`, all numbers included. Measured on {result["machine"]};
+{result["load"]:.1f} programs wanted a core when it began (the system's load).
 
 {config["backbone"]} on images of {height}×{width} (H×W), batches of {config["batch_size"]},
 {config["embedding_size"]} dimensions, {config["identities"]:,} classes, {config["precision"]}.
@@ -123,7 +134,7 @@ def _loops(result: Mapping[str, Any]) -> str:
     for name, rates in result["rates"].items():
         ratio = result["ratios"].get(name)
         rows.append([TITLES[name], f"{median(rates):.1f}", "" if ratio is None else _range(ratio)])
-    return table(["", "images/s", "`synface train` is faster by"], rows)
+    return table(["", "images/s", "`synface train` ÷ this"], rows)
 
 
 def _phases(result: Mapping[str, Any]) -> str:
@@ -151,7 +162,7 @@ def _loaders(result: Mapping[str, Any]) -> str:
     for name, rates in result["loaders"].items():
         ratio = result["loader_ratios"].get(name)
         rows.append([titles[name], f"{median(rates):.0f}", "" if ratio is None else _range(ratio)])
-    return table(["", "images/s", "ours ×"], rows)
+    return table(["", "images/s", "ours ÷ this"], rows)
 
 
 @styled()
@@ -161,7 +172,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     names = list(result["seconds"])
     begins = [0.0] * len(names)
     for phase, color in zip(PHASES, colors(len(PHASES)), strict=True):
-        values = [1e3 * result["seconds"][name][phase] for name in names]
+        values = [result["seconds"][name][phase] for name in names]
         left.barh(range(len(names)), values, left=begins, color=color, label=phase)
         begins = [a + b for a, b in zip(begins, values, strict=True)]
     labels = [
@@ -171,7 +182,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     left.set_yticks(range(len(names)), labels)
     left.invert_yaxis()
     ratio = result["ratios"]["torch"]["median"]
-    finish(left, f"{ratio:.2f} × the images/s of plain torch", "ms of a step", grid="x")
+    finish(left, f"{ratio:.2f} × the images/s of plain torch", "seconds of a step", grid="x")
     _draw_heads(right, result["heads"])
     save(new, path)
 
@@ -179,15 +190,15 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 def _draw_heads(axes: Any, heads: Sequence[Mapping[str, Any]]) -> None:
     classes = [row["classes"] for row in heads]
     axes.axhline(100 * SHARE, **REFERENCE, linestyle=":")
-    for name, label, marker in (
-        ("synface", "synface train", "o"),
-        ("fused update", "with --fused-update", "s"),
-        ("torch", "plain torch", "^"),
+    for name, label, line, color in (
+        ("synface", "synface train", "o-", INK),
+        ("fused update", "with --fused-update", "s--", INK),
+        ("torch", "plain torch", "^-", QUIET),
     ):
         shares = [100 * row["share"][name] for row in heads]
-        axes.plot(classes, shares, marker=marker, label=label)
+        axes.plot(classes, shares, line, color=color, label=label)
     axes.set_ylim(bottom=0)
     last = heads[-1]
     title = f"{last['classes']:,} classes: {last['share']['synface']:.1%} of a step"
-    finish(axes, title, "classes", "head's share of a step, %", loc="upper left")
+    finish(axes, title, "classes", "head's share of a step, %", loc="center left")
     log_scale(axes, "x")
