@@ -140,7 +140,7 @@ def test_a_pixels_channels_are_side_by_side_on_a_cpu(make, channels):
 
 
 def test_narrow_networks_keep_torchs_order():
-    """In the other order torch 2.13's backward convolution would corrupt memory."""
+    """Torch 2.13's backward convolution would corrupt memory in the other order."""
     for widths in ((8, 16), (16, 24), (4,)):
         network = IResNet((16, 16), widths=widths, depths=[1] * len(widths))
         assert network.stem(torch.randn(2, 1, 16, 16)).is_contiguous()
