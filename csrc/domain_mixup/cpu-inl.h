@@ -1,6 +1,6 @@
 // Loops over chunks of samples. Included once per instruction set by simd/foreach_isa.h; plain
-// loops, which the compiler vectorizes for that set, except for the bytes of three channels and,
-// with AVX-512, for bytes to bfloat16.
+// loops, which the compiler vectorizes for that set, except for the bytes of three channels. With
+// AVX-512 bytes take those of bytes-inl.h.
 
 namespace synface::domain_mixup {
 namespace {
@@ -134,56 +134,9 @@ bool round_on(const float* __restrict from, uint16_t* __restrict to, int64_t n) 
   return ties != 0;
 }
 
-#if SYNFACE_VECTOR_BYTES == 64
-inline __m512i load_bytes(const uint8_t* from) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-}
-template <bool kUniform>
-__m512 load(const float* from) {
-  return kUniform ? _mm512_set1_ps(*from) : _mm512_loadu_ps(from);
-}
-template <bool kUniform>
-__m512i load(const int32_t* from) {
-  return kUniform ? _mm512_set1_epi32(*from) : _mm512_loadu_si512(from);
-}
-
+#if SYNFACE_VECTOR_BYTES < 64
 // Mixes kGroup bytes to bfloat16 by float32 arithmetic; returns false where that does not determine
-// how one rounds. By hand: GCC's vectorization of the loop below takes half as long again.
-static_assert((kOff & (kOff - 1)) == 0 && kGroup % 32 == 0, "one mask tells; 32 at a time");
-template <bool kUniform>
-bool estimate(const uint8_t* synthetic, const uint8_t* real, Split psi, const Constants& constants,
-              bool exact, uint16_t* to) {
-  const __m512 psi_high = _mm512_set1_ps(psi.high), psi_low = _mm512_set1_ps(psi.low);
-  const __m512i round_outward = _mm512_set1_epi32(0x8000 + kOff);
-  const __m512i apart =
-      _mm512_set1_epi32(0x10000 - 2 * kOff);  // no bit set: inward rounds elsewhere
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  const __m512i any = _mm512_set1_epi32(exact ? 0 : -1);
-  const __m512i upper_words = _mm512_load_si512(kUpperWords.index);
-  unsigned unsure = 0;
-#pragma GCC unroll 2
-  for (int64_t i = 0; i < kGroup; i += 32) {
-    __m512i outward[2];
-    for (int64_t half = 0; half < 2; ++half) {
-      const int64_t at = i + 16 * half, of = kUniform ? 0 : at;
-      const __m512i s = load_bytes(synthetic + at), r = load_bytes(real + at);
-      const __m512 minus = _mm512_cvtepi32_ps(_mm512_sub_epi32(s, r));
-      const __m512 plus =
-          _mm512_sub_ps(_mm512_cvtepi32_ps(r), load<kUniform>(constants.shift_high + of));
-      const __m512 high = _mm512_fmadd_ps(psi_high, minus, plus);
-      const __m512 low = _mm512_fmsub_ps(psi_low, minus, load<kUniform>(constants.shift_low + of));
-      const __m512i bits = _mm512_castps_si512(
-          _mm512_mul_ps(_mm512_add_ps(high, low), load<kUniform>(constants.near_scale + of)));
-      const __m512i least = _mm512_and_si512(load<kUniform>(constants.least + of), any);
-      outward[half] = _mm512_add_epi32(bits, round_outward);
-      unsure |= _mm512_testn_epi32_mask(outward[half], apart);
-      unsure |= _mm512_cmplt_epi32_mask(_mm512_and_si512(bits, magnitude), least);
-    }
-    _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(outward[0], upper_words, outward[1]));
-  }
-  return unsure == 0;
-}
-#else
+// how one rounds.
 template <bool kUniform>
 bool estimate(const uint8_t* __restrict synthetic, const uint8_t* __restrict real, Split psi,
               const Constants& constants, bool exact, uint16_t* __restrict to) {
@@ -229,6 +182,7 @@ void mix_block(const In* synthetic, const In* real, Blend blend, const Constants
   };
   int64_t done = 0;
   if constexpr (sizeof(typename Out::Storage) == 2) {
+#if SYNFACE_VECTOR_BYTES < 64
     if constexpr (std::is_same_v<In, uint8_t> && std::is_same_v<Out, Bfloat16>) {
       const Split psi(blend.psi);
       const bool exact = psi.low == 0 && constants.exact_shift;
@@ -239,6 +193,7 @@ void mix_block(const In* synthetic, const In* real, Blend blend, const Constants
         }
       }
     }
+#endif
     float wide[kGroup];
     for (; done < n; done += kGroup) {
       const int64_t count = std::min(kGroup, n - done);
@@ -284,8 +239,18 @@ void forward_as(const Problem& p, const MutableImages& out, const Geometry& g, R
   }
 }
 
+#include "domain_mixup/bytes-inl.h"
+
 template <class Out>
 void forward_to(const Problem& p, const MutableImages& out, const Geometry& g, Range range) {
+#if SYNFACE_VECTOR_BYTES == 64
+  if constexpr (!std::is_same_v<Out, Float64>) {
+    if (fits_bytes<Out>(p, g)) {
+      return g.streams ? forward_bytes<Out, true>(p, out, g, range)
+                       : forward_bytes<Out, false>(p, out, g, range);
+    }
+  }
+#endif
   switch (p.synthetic.dtype) {
     case Dtype::u8:
       return forward_as<Out, uint8_t>(p, out, g, range);

@@ -4,10 +4,12 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <numeric>
 #include <type_traits>
 #include <vector>
 
+#include "common/memory.h"
 #include "simd/isa.h"
 #include "simd/scalar.h"
 
@@ -25,6 +27,9 @@ constexpr int64_t kVector = 64;
 // Elements estimated together in float32, and recomputed exactly where the estimate is
 // inconclusive.
 constexpr int64_t kGroup = 64;
+// Bytes of a result whose stores bypass the caches, as the reader of a larger one would not find
+// it there: half of a third-level cache of 32 MiB.
+constexpr int64_t kStreamBytes = 16 << 20;
 // Elements of the smallest task.
 constexpr int64_t kTaskElements = 32768;
 
@@ -60,12 +65,16 @@ struct Constants {
 // shape, so that sums do not depend on the number of threads.
 struct Geometry {
   Geometry(const Problem& p, bool interleaved)
-      : channels(p.channels), height(p.height), width(p.width), interleaved(interleaved) {
+      : channels(p.channels),
+        height(p.height),
+        width(p.width),
+        interleaved(interleaved),
+        affine(p.affine) {
     const int64_t most = std::max(kVector, kChunkElements / channels);
     chunks = std::max<int64_t>(1, ceil_div(pixels(), most));
     chunk_pixels = ceil_div(ceil_div(pixels(), chunks), kVector) * kVector;
     chunks = std::max<int64_t>(1, ceil_div(pixels(), chunk_pixels));
-    const bool uniform = std::all_of(p.affine, p.affine + channels, [&](const Affine& affine) {
+    uniform = std::all_of(p.affine, p.affine + channels, [&](const Affine& affine) {
       return affine.shift == p.affine->shift && affine.scale == p.affine->scale;
     });
     // Interleaved channels that differ repeat their constants as often as fills vectors.
@@ -83,6 +92,8 @@ struct Geometry {
       exact_shift = exact_shift && split.low == 0;
       near_scales.push_back(float(scale));
       least.push_back(std::bit_cast<int32_t>(float(0x1p-6 * scale)) + int32_t(kOff));
+      least_scale = std::min(least_scale, scale);
+      greatest_scale = std::max(greatest_scale, scale);
       estimable = estimable && shift >= 0 && shift <= 255 && scale > 0x1p-60 && scale < 0x1p60;
     }
     for (int64_t b = 0; b < p.batch; ++b) estimable = estimable && p.psi[b] >= 0 && p.psi[b] <= 1;
@@ -107,11 +118,15 @@ struct Geometry {
   }
   int64_t channels, height, width;
   bool interleaved;
+  const Affine* affine;
+  bool uniform;  // whether all channels have the same constants
+  double least_scale = HUGE_VAL, greatest_scale = 0;
   int64_t chunks, chunk_pixels, period;  // chunks of a sample, each of at most chunk_pixels
   std::vector<double> shifts, scales;
   std::vector<float> shift_highs, shift_lows, near_scales;
   std::vector<int32_t> least;
   bool estimable = true, exact_shift = true;
+  bool streams = false;  // whether stores bypass the caches
 };
 
 // Inputs of the backward pass, shared by its tasks.
@@ -153,15 +168,6 @@ struct ThreeMasks {
 };
 [[maybe_unused]] constexpr ThreeMasks kThreeMasks;
 
-// Indices that pick the upper 16 bits of 32 words.
-struct UpperWords {
-  constexpr UpperWords() : index() {
-    for (int i = 0; i < 32; ++i) index[i] = uint16_t(2 * i + 1);
-  }
-  alignas(64) uint16_t index[32];
-};
-[[maybe_unused]] constexpr UpperWords kUpperWords;
-
 }  // namespace
 }  // namespace synface::domain_mixup
 
@@ -170,6 +176,14 @@ struct UpperWords {
 
 namespace synface::domain_mixup {
 namespace {
+
+// Whether stores may bypass the caches: all vectors of all samples are aligned.
+bool streams(const Problem& p, const MutableImages& out) {
+  const int64_t item = int64_t(bytes(out.dtype)), plane = p.height * p.width * item;
+  return p.batch * p.channels * plane >= kStreamBytes &&
+         reinterpret_cast<uintptr_t>(out.data) % kVector == 0 &&
+         out.sample_stride * item % kVector == 0 && (out.interleaved || plane % kVector == 0);
+}
 
 // Calls run(range) on ranges of all chunks, in parallel.
 template <class F>
@@ -184,7 +198,8 @@ void for_chunks(const Problem& p, const Runtime& runtime, const Geometry& g, F&&
 
 void forward(const Problem& p, const Runtime& runtime, const MutableImages& out) {
   if (p.batch * p.channels * p.height * p.width == 0) return;
-  const Geometry g(p, out.interleaved);
+  Geometry g(p, out.interleaved);
+  g.streams = streams(p, out);
   const auto range = SYNFACE_DISPATCH(forward_range);
   for_chunks(p, runtime, g, [&](Range chunks) { range(p, out, g, chunks); });
 }

@@ -114,4 +114,21 @@ struct Split {
   float high, low;
 };
 
+// AVX-512 takes a shorter way. Let high = ψ's multiple·(s − r) + (r − shift's multiple), which is
+// exact, c = float(scale), and low = ψ's rest·scale·(s − r) − shift's rest·scale, so that
+// x = high·scale + low and |low| <= 2^-9·scale. To 16 bits, one multiply-add gives high·c + low:
+// both factors of low, and low, are rounded, an error of at most u·2^-8·scale; c and the sum are
+// off by u·|x| each, and a little more. Where |high| >= 2^-6, |x| is more than 2^-7·scale, so the
+// two differ by less than four units in the last place.
+constexpr uint32_t kOffBytes = 4;
+
+// To float32, scale has a rest too: x = high·c + (high·scale's rest + low), the sum in parentheses
+// off by little, and rounded once with the product. Returns a bound of the error, relative to
+// scale, of a sum that adds twice the bound. With m = 255·|ψ's rest| + |shift's rest| at most:
+// m·u for the factors of low, m·u for low, and m·u for each of two sums; below 2^-38 for
+// high·scale's rest (2^-16 at most, rounded four times), and for float64's own errors, 2^-43.
+inline double error_bound(double psi_rest, double shift_rest) {
+  return 0x4p-24 * (255 * std::abs(psi_rest) + std::abs(shift_rest)) + 0x1p-37;
+}
+
 }  // namespace synface::domain_mixup

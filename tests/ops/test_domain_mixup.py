@@ -154,8 +154,9 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", cpu_isas())
-def test_estimates_do_not_show(name: str) -> None:
-    """Bfloat16 results computed in float32, where that suffices, have float64's bits."""
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_estimates_do_not_show(name: str, dtype: torch.dtype) -> None:
+    """Results computed in float32, where that suffices, have float64's bits."""
     rng = torch.Generator().manual_seed(3)
     s, r = pair((16, 64, 67, 3), U8)
     s[8:12] = r[8:12]  # then the result does not depend on ψ
@@ -167,18 +168,19 @@ def test_estimates_do_not_show(name: str) -> None:
             (0.0, 1 / 255),  # at ψ = ½ sums of bytes, halved: many ties
             (1 / 255, 2.0**-9),
             ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            (0.5, [100.0, 1.0, 1e-4]),  # subnormal and infinite float16
             ([0.0, 1.0, 0.5], [1e-30, 1e30, 3.0]),  # too far off for estimates
             ([-0.1, 0.5, 1.2], 0.5),
             (1e200, 1e-200),
         ):
+            options: dict[str, Any] = {"mean": mean, "std": std, "dtype": dtype}
+            expected = sk.domain_mixup(s, r, psi, impl="reference", **options)
             for memory_format in FORMATS:
-                options: dict[str, Any] = {
-                    "mean": mean, "std": std, "dtype": BF16, "memory_format": memory_format,
-                }  # fmt: skip
-                expected = sk.domain_mixup(s, r, psi, impl="reference", **options)
+                options["memory_format"] = memory_format
                 with cpu(name):
-                    got = sk.domain_mixup(s, r, psi, impl="cpu", **options)
-                assert torch.equal(got.view(torch.int16), expected.view(torch.int16)), (psi, mean)
+                    got = sk.domain_mixup(s, r, psi, impl="cpu", **options).contiguous()
+                bits = torch.int32 if dtype == F32 else torch.int16
+                assert torch.equal(got.view(bits), expected.view(bits)), (psi, mean)
 
 
 @pytest.mark.parametrize("name", cpu_isas())
@@ -194,6 +196,35 @@ def test_writes_into_views_at_any_address(name: str) -> None:
             assert torch.equal(out, expected)
             assert (memory[:offset] == 7).all()
             assert (memory[offset + expected.numel() :] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_large_results(dtype: torch.dtype) -> None:
+    """Results of 16 MiB and more are stored past the caches where they are aligned."""
+    size = 2**24 // dtype.itemsize
+    for height, width in ((64, 64), (33, 31)):
+        batch = size // (3 * height * width) + 1
+        s, r = pair((batch, height, width, 3), U8)
+        psi = torch.rand(batch, generator=torch.Generator().manual_seed(1))
+        planar = [x.permute(0, 3, 1, 2).contiguous() for x in (s, r)]
+        expected = sk.domain_mixup(s, r, psi, dtype=dtype, impl="reference")
+        for offset, memory_format in itertools.product((0, 8), FORMATS):
+            memory = torch.empty(expected.numel() + 8, dtype=dtype)
+            out = torch.as_strided(
+                memory,
+                expected.shape,
+                torch.empty_like(expected, device="meta", memory_format=memory_format).stride(),
+                offset,
+            )
+            for images, layout in (((s, r), "NHWC"), (planar, "NCHW")):
+                memory.fill_(7)
+                sk.domain_mixup(
+                    *images, psi, dtype=dtype, memory_format=memory_format, layout=layout,
+                    out=out, impl="cpu",
+                )  # fmt: skip
+                assert torch.equal(out, expected)
+                assert (memory[:offset] == 7).all()
+                assert (memory[offset + expected.numel() :] == 7).all()
 
 
 @hypothesis.given(st.data())
