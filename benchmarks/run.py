@@ -1,4 +1,7 @@
-"""`make bench`: verify each op, measure its cases on the CPU, print and write the results."""
+"""`make bench`: verify each op, measure its cases on the CPU, print and write the results.
+
+The call ends after `--minutes`, whatever hangs: what would begin later is not measured.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,13 @@ import torch
 
 from . import machine, table
 from .cases import CASES, HEADLINES, cases
-from .process import RESULTS, ROUNDS, run_case, slug, write_json
+from .process import RESULTS, ROUNDS, run_child, slug, write_json
+from .suite import PEER_SECONDS, run_case
 from .verify import require
+
+FORMAT = 1  # of result files
+MINUTES = 120.0
+CEILING_SECONDS = 120.0
 
 
 def main(op: str | None = None) -> None:
@@ -23,13 +31,24 @@ def main(op: str | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--headline", action="store_true", help="Only the cases that README shows.")
     parser.add_argument(
+        "--peer-seconds",
+        type=float,
+        default=PEER_SECONDS,
+        help="Limit of a peer's rounds in one case; a slower peer is not measured.",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="Limit of the whole call, tests included."
+    )
+    parser.add_argument(
         "--output", type=Path, help="Result file, instead of one in benchmarks/results."
     )
     args = parser.parse_args()
     ops = [op] if op else list(CASES)
+    end = time.monotonic() + 60 * args.minutes
 
     described = machine.describe(torch.device("cpu"))
     result: dict[str, Any] = {
+        "format": FORMAT,
         "machine": described,
         "date": time.strftime("%Y-%m-%d"),
         "command": "python -m benchmarks."
@@ -38,11 +57,17 @@ def main(op: str | None = None) -> None:
         "cases": [],
     }
     for name in ops:
-        result["verified"][name] = require(name).summary()
+        result["verified"][name] = require(name, end - time.monotonic()).summary()
+    result["ceilings"] = run_child(["benchmarks.ceilings", args.suite], CEILING_SECONDS)
     for name in ops:
         for case in cases(args.suite, name)[: HEADLINES[name] if args.headline else None]:
             print(f"measuring {name}, {case.name}", file=sys.stderr)
-            measured = run_case(case, args.rounds)
+            measured = run_case(
+                case,
+                args.rounds,
+                peer_seconds=args.peer_seconds,
+                seconds=end - time.monotonic(),
+            )
             result["cases"].append(measured)
             print(table.one_case(measured), flush=True)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import sys
 import textwrap
 import time
@@ -22,6 +24,7 @@ from benchmarks import (
     margin_peers,
     peers,
     process,
+    suite,
     table,
     verify,
     workloads,
@@ -299,6 +302,71 @@ def test_a_peer_that_hangs_costs_its_time_alone(monkeypatch):
     assert "TimeoutError: not ready after" in result["peers"][1]["not_measured"]
 
 
+def test_a_peer_that_is_too_slow_is_left_out(monkeypatch):
+    slow, case = peer("slow", sleeper(0.2)), dry(MARGIN)
+    found = driver.measure_memory(case, slow, rounds=7, limit=1.0)
+    assert re.fullmatch(r"one step took 0\.2\d* s, limit 1 s for 7 rounds", found["not_measured"])
+    found = driver.measure_memory(case, slow, rounds=7, limit=0.1)
+    assert re.fullmatch(r"the first step took 0\.2\d* s, limit 0\.1 s", found["not_measured"])
+    monkeypatch.setitem(peers.PEERS, MARGIN, [peer("ours", sleeper(0.001)), slow])
+    announced = []
+    result = driver.measure_time(
+        case, CPU, rounds=2, announce=announced.append, without={"slow": "it was too slow"}
+    )
+    assert result["peers"][1]["not_measured"] == "it was too slow"
+    assert {*announced} == {"ours"}
+    assert len(announced) >= 2 + 2
+
+
+def test_the_suite_goes_on_without_peers_that_hang_or_crash(monkeypatch):
+    names = ("ours", "holds", "crashes", "holds when timed", "absent")
+    monkeypatch.setitem(peers.PEERS, MARGIN, [peer(name, absent) for name in names])
+    monkeypatch.setattr(suite, "DRIVER", "tests.helpers.stand_in_driver")
+    began = time.monotonic()
+    result = suite.run_case(dry(MARGIN), 3, peer_seconds=0.5)
+    assert time.monotonic() - began < 20
+    found = {row["peer"]: row for row in result["peers"]}
+    assert tuple(found) == names
+    assert found["ours"] == {"peer": "ours", "peak_bytes": 1}
+    for name in ("holds", "holds when timed"):
+        assert found[name]["not_measured"] == "a step took more than 0.5 s, and the process was ended"
+    assert found["crashes"]["not_measured"] == f"the process ended with status {-signal.SIGABRT}"
+    assert found["absent"]["not_measured"] == "ImportError"
+    assert "problem" not in result
+
+
+def test_the_suite_ends_with_its_time(monkeypatch):
+    monkeypatch.setitem(peers.PEERS, MARGIN, [peer("holds", absent)])
+    monkeypatch.setattr(suite, "DRIVER", "tests.helpers.stand_in_driver")
+    began = time.monotonic()
+    result = suite.run_case(dry(MARGIN), 3, peer_seconds=60, seconds=1)
+    assert time.monotonic() - began < 10
+    assert result["peers"] == []
+    assert result["not_measured"] == suite.NO_TIME
+    assert "not measured: no time was left" in table.one_case(result)
+
+
+def test_the_driver_writes_what_the_suite_reads(tmp_path, monkeypatch):
+    output = tmp_path / "result.json"
+    monkeypatch.setitem(
+        peers.PEERS, MARGIN, [peer("ours", sleeper(0.001)), peer("slow", sleeper(0.2))]
+    )
+
+    def run(*arguments):
+        command = ["driver", MARGIN, "dry", "0", *arguments, "--output", str(output)]
+        monkeypatch.setattr(sys, "argv", command)
+        driver.main()
+        return json.loads(output.read_text())
+
+    assert run("--alone", "ours")["peak_bytes"] >= 0
+    assert (tmp_path / process.RUNNING).read_text() == "ours"
+    found = run("--alone", "slow", "--limit", "0.3", "--rounds", "2")
+    assert found["not_measured"].endswith("limit 0.3 s for 2 rounds")
+    result = run("--without", json.dumps({"slow": found["not_measured"]}), "--rounds", "2")
+    assert result["rounds"] == 2
+    assert result["peers"][1]["not_measured"] == found["not_measured"]
+
+
 def test_peak_memory_is_what_a_step_takes():
     size = 96 << 20
 
@@ -347,7 +415,7 @@ def test_verification_counts_and_decides(tmp_path):
 
 
 def test_an_op_is_verified_by_every_file_of_its_tests(monkeypatch):
-    monkeypatch.setattr(verify, "run_tests", lambda files: [Path(file).name for file in files])
+    monkeypatch.setattr(verify, "run_tests", lambda files, _: [Path(file).name for file in files])
     files = verify.verify(MARGIN)
     assert {f"test_{MARGIN}.py", f"test_{MARGIN}_options.py", f"test_{MARGIN}_bf16.py"} <= {*files}
     assert verify.verify("row_update") == ["test_row_update.py"]
