@@ -15,8 +15,8 @@ import torch
 
 from . import machine, table
 from .cases import CASES, HEADLINES, cases
+from .isolated import PEER_SECONDS, run_case
 from .process import RESULTS, ROUNDS, run_child, slug, write_json
-from .suite import PEER_SECONDS, run_case
 from .verify import require
 
 FORMAT = 1  # of result files
@@ -50,6 +50,7 @@ def main(op: str | None = None) -> None:
     result: dict[str, Any] = {
         "format": FORMAT,
         "machine": described,
+        "commit": machine.commit(),
         "date": time.strftime("%Y-%m-%d"),
         "command": "python -m benchmarks."
         + " ".join([f"bench_{op}" if op else "run", *sys.argv[1:]]),

@@ -20,11 +20,11 @@ from benchmarks import (
     bench_domain_mixup,
     driver,
     gpu_evidence,
+    isolated,
     machine,
     margin_peers,
     peers,
     process,
-    suite,
     table,
     verify,
     workloads,
@@ -321,15 +321,17 @@ def test_a_peer_that_is_too_slow_is_left_out(monkeypatch):
 def test_the_suite_goes_on_without_peers_that_hang_or_crash(monkeypatch):
     names = ("ours", "holds", "crashes", "holds when timed", "absent")
     monkeypatch.setitem(peers.PEERS, MARGIN, [peer(name, absent) for name in names])
-    monkeypatch.setattr(suite, "DRIVER", "tests.helpers.stand_in_driver")
+    monkeypatch.setattr(isolated, "DRIVER", "tests.helpers.stand_in_driver")
     began = time.monotonic()
-    result = suite.run_case(dry(MARGIN), 3, peer_seconds=0.5)
+    result = isolated.run_case(dry(MARGIN), 3, peer_seconds=0.5)
     assert time.monotonic() - began < 20
     found = {row["peer"]: row for row in result["peers"]}
     assert tuple(found) == names
     assert found["ours"] == {"peer": "ours", "peak_bytes": 1}
     for name in ("holds", "holds when timed"):
-        assert found[name]["not_measured"] == "a step took more than 0.5 s, and the process was ended"
+        assert (
+            found[name]["not_measured"] == "a step took more than 0.5 s, and the process was ended"
+        )
     assert found["crashes"]["not_measured"] == f"the process ended with status {-signal.SIGABRT}"
     assert found["absent"]["not_measured"] == "ImportError"
     assert "problem" not in result
@@ -337,12 +339,12 @@ def test_the_suite_goes_on_without_peers_that_hang_or_crash(monkeypatch):
 
 def test_the_suite_ends_with_its_time(monkeypatch):
     monkeypatch.setitem(peers.PEERS, MARGIN, [peer("holds", absent)])
-    monkeypatch.setattr(suite, "DRIVER", "tests.helpers.stand_in_driver")
+    monkeypatch.setattr(isolated, "DRIVER", "tests.helpers.stand_in_driver")
     began = time.monotonic()
-    result = suite.run_case(dry(MARGIN), 3, peer_seconds=60, seconds=1)
+    result = isolated.run_case(dry(MARGIN), 3, peer_seconds=60, seconds=1)
     assert time.monotonic() - began < 10
     assert result["peers"] == []
-    assert result["not_measured"] == suite.NO_TIME
+    assert result["not_measured"] == isolated.NO_TIME
     assert "not measured: no time was left" in table.one_case(result)
 
 
