@@ -25,7 +25,7 @@ from .process import ROUNDS, RUNNING, write_json
 from .pytest_results import without_folders
 from .workloads import WORKLOADS, Step, Workload
 
-# In a GPU's tests of minutes, rounds end after so many seconds, if there were that many.
+# Rounds end after so many seconds, if there were that many.
 MEASURING_SECONDS, ROUNDS_MIN = 6.0, 5
 # Takes a peer's name before each of its steps.
 Announce = Callable[[str], object]
@@ -42,6 +42,7 @@ def measure_time(
     peers: Sequence[Peer] | None = None,
     rounds: int = ROUNDS,
     seconds: float = float("inf"),
+    enough_seconds: float = MEASURING_SECONDS,
     save: Callable[[dict[str, Any]], None] = lambda result: None,
     announce: Announce = lambda name: None,
     without: Mapping[str, str] | None = None,
@@ -52,6 +53,7 @@ def measure_time(
         peers: what to measure; by default all peers of the op.
         rounds: how often each peer runs, after two warm-up runs; less often where that takes long.
         seconds: the time limit.
+        enough_seconds: the time after which rounds end, if there were `ROUNDS_MIN`.
         save: is called with the result so far after every round.
         announce: is called with a peer's name before each of its steps.
         without: peers that are not to run, and why not.
@@ -113,7 +115,7 @@ def measure_time(
             "peers": [_row(peer, case, samples, memory, why_not) for peer in peers],
         }
         save(result)
-        enough = done == rounds or (done >= ROUNDS_MIN and spent > MEASURING_SECONDS)
+        enough = done == rounds or (done >= ROUNDS_MIN and spent > enough_seconds)
         if work is None or not steps or enough or left() < 1.2 * slowest:
             return result
         began = time.monotonic()

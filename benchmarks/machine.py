@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import synface_kernels as sk
 from synface_kernels import _env, _load
 
-from .process import ROOT
+from .process import ROOT, slug
 
 # Where other programs keep more cores busy than this, results are marked as from a busy machine.
 BUSY_CORES_MAX = 0.15
@@ -52,6 +53,11 @@ def describe(device: torch.device) -> dict[str, Any]:
             "cuda": str(torch.version.cuda),
         }
     return found
+
+
+def file_stem(described: Mapping[str, Any]) -> str:
+    """Return the name, without suffix, of the result files of a machine's processor."""
+    return slug(f"{described['processor']} {described['cores']} cores")
 
 
 def commit() -> str:

@@ -109,6 +109,15 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     part.replace(path)
 
 
+def command_line(module: str) -> str:
+    """Return the command of this process as results name it, without the path of its output."""
+    words = list(sys.argv[1:])
+    while "--output" in words:
+        place = words.index("--output")
+        del words[place : place + 2]
+    return " ".join(["python -m", module, *words])
+
+
 def slug(name: str) -> str:
     """Return a file name for the results of a machine or device."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -16,7 +16,7 @@ import torch
 from . import machine, table
 from .cases import CASES, HEADLINES, cases
 from .isolated import PEER_SECONDS, run_case
-from .process import RESULTS, ROUNDS, run_child, slug, write_json
+from .process import RESULTS, ROUNDS, command_line, run_child, write_json
 from .verify import require
 
 FORMAT = 1  # of result files
@@ -52,8 +52,7 @@ def main(op: str | None = None) -> None:
         "machine": described,
         "commit": machine.commit(),
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python -m benchmarks."
-        + " ".join([f"bench_{op}" if op else "run", *sys.argv[1:]]),
+        "command": command_line(f"benchmarks.bench_{op}" if op else "benchmarks.run"),
         "verified": {},
         "cases": [],
     }
@@ -74,8 +73,8 @@ def main(op: str | None = None) -> None:
 
     output = args.output
     if output is None and op is None:
-        stem = f"{described['processor']} {described['cores']} cores"
-        output = RESULTS / ("dry-run.json" if args.suite == "dry" else f"{slug(stem)}.json")
+        stem = "dry-run" if args.suite == "dry" else machine.file_stem(described)
+        output = RESULTS / f"{stem}.json"
     if output is not None:
         write_json(output, result)
         print(f"written: {output.name}")

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import synface_kernels as sk
 from benchmarks import (
-    bench_domain_mixup,
     driver,
     gpu_evidence,
     isolated,
@@ -246,12 +245,6 @@ def test_half_products_are_what_a_step_must_compute():
         assert case.flops == 2 * (n // 2) * n * d * (1 if work.row_max else 3)
 
 
-def test_linear_table():
-    lines = bench_domain_mixup.linear((1, 2), rounds=1).splitlines()
-    assert lines[0] == "| B | a call | an image |"
-    assert [line.split(" ")[1] for line in lines[2:]] == ["1", "2"]
-
-
 def peer(name, build, needs=0):
     return Peer(name, f"label of {name}", build, lambda case: needs)
 
@@ -432,21 +425,6 @@ def test_the_machine_without_names_or_paths():
     assert process.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     idle = machine.idle_check()
     assert idle["idle"] == (idle["busy_cores"] <= machine.BUSY_CORES_MAX + 0.005)
-
-
-def test_readme_shows_the_committed_results(tmp_path, monkeypatch):
-    text = table.README.read_text()
-    assert table.render() in text
-
-    copy = tmp_path / "README.md"
-    copy.write_text(text.replace(table.render(), "1000× faster"))
-    monkeypatch.setattr(table, "README", copy)
-    monkeypatch.setattr(sys, "argv", ["table", "--check"])
-    with pytest.raises(SystemExit, match="does not show"):
-        table.main()
-    monkeypatch.setattr(sys, "argv", ["table"])
-    table.main()
-    assert copy.read_text() == text
 
 
 def test_tables_of_a_gpu(tmp_path, monkeypatch):
