@@ -226,7 +226,7 @@ def exponents(result: dict[str, Any]) -> str:
             rows.append([series.title, f"not measured: {ours['not_measured']}", "", "", "", ""])
             continue
         span = f"{series.axis} = {ours['from']:,} … {ours['to']:,}"
-        where = "" if ours["bend"] is None else f"{series.axis} ≈ {ours['bend']:.2g}"
+        where = "" if ours["bend"] is None else f"{series.axis} ≈ {table.rounded(ours['bend'], 2)}"
         rows.append([series.title, span, shown(ours), verdict(series, ours), shown(floor), where])
     return table.markdown(rows)
 
@@ -239,13 +239,16 @@ def shown(fit: dict[str, Any]) -> str:
 
 
 def verdict(series: Series, fit: dict[str, Any]) -> str:
-    """Return what is promised of an exponent, and whether it is kept."""
+    """Return what is promised of an exponent, whether it is kept, and with what certainty."""
     if series.promise is None:
         return "–"
     least, most = series.promise
     words = f"{(least + most) / 2:.1f} ± {(most - least) / 2:.1f}" if least else f"≤ {most:.1f}"
-    kept = least <= fit["exponent"] <= most
-    return words if kept else f"{words}: missed"
+    low, high = fit["interval"]
+    if not least <= fit["exponent"] <= most:
+        return f"{words}: missed"
+    certain = least <= low and high <= most
+    return f"{words}: kept" if certain else f"{words}: kept, but the interval reaches outside"
 
 
 def results() -> dict[str, dict[str, Any]]:

@@ -70,7 +70,7 @@ def points(result: dict[str, Any]) -> list[Point]:
     shown = {(op, c.name) for op, n in HEADLINES.items() for c in cases(suite, op)[:n]}
     found = []
     for case in result["cases"]:
-        if (case["op"], case["name"]) not in shown:
+        if (case["op"], case["name"]) not in shown or not case["peers"]:
             continue
         label = LABELS[case["op"]].format(*case["options"])
         costs = {"ours": (label, case["flops"], case["bytes"])}
@@ -93,10 +93,13 @@ def one_machine(result: dict[str, Any]) -> str:
     rows = [["op", "case", "FLOP/byte", "GFLOP/s", "of the roof"]]
     for point in points(result):
         numbers = (
-            [f"{point.intensity:.3g}", f"{point.rate / 1e9:.3g}"] if point.counted else ["–"] * 2
+            [table.rounded(point.intensity, 3), table.rounded(point.rate / 1e9, 3)]
+            if point.counted
+            else ["–"] * 2
         )
         share = f"{point.rate / point.roof:.0%}"
-        rows.append([point.label, point.case, *numbers, share])
+        cells = numbers if point.counted else ["–", "–"]
+        rows.append([point.label, point.case, *cells, share])
     return table.markdown(rows)
 
 

@@ -45,6 +45,12 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
 
 
+def rounded(number: float, digits: int) -> str:
+    """Return a number rounded to some digits, without an exponent: "1,250", "0.667"."""
+    value = float(f"{number:.{digits}g}")
+    return f"{value:,.0f}" if value >= 100 else f"{value:g}"
+
+
 def markdown(rows: list[list[str]]) -> str:
     """Return a Markdown table; the first row is its head."""
     head, *body = rows

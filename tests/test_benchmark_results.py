@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -131,6 +132,12 @@ def test_later_headlines_show_the_floor_and_the_fastest_implementation(tmp_path,
     assert table.summary().count("| copy_ that moves as many bytes | 0.80×") == 2
 
 
+def test_numbers_are_rounded_without_an_exponent():
+    assert [table.rounded(x, 3) for x in (1254.0, 0.66666, 12.0, 3_141_592)] == [
+        "1,250", "0.667", "12", "3,140,000",
+    ]  # fmt: skip
+
+
 def test_every_floor_is_a_bound():
     for op in CASES:
         assert growth.floor_of(op) in table.BOUNDS
@@ -164,6 +171,23 @@ def test_a_bend_is_where_a_fixed_time_equals_the_growing_one():
     assert growth.bend(sizes, [2 + 0.5 * n for n in sizes], 1) == pytest.approx(4)
     assert growth.bend(sizes, [8 + 0.5 * n**2 for n in sizes], 2) == pytest.approx(4)
     assert growth.bend(sizes, [n - 0.1 for n in sizes], 1) is None
+
+
+@pytest.mark.parametrize(
+    ("exponent", "margin", "promise", "words"),
+    [
+        (0.97, 0.05, (0.9, 1.1), "1.0 ± 0.1: kept"),
+        (0.97, 0.2, (0.9, 1.1), "1.0 ± 0.1: kept, but the interval reaches outside"),
+        (1.11, 0.2, (0.9, 1.1), "1.0 ± 0.1: missed"),
+        (1.9, 0.05, (0.0, 2.0), "≤ 2.0: kept"),
+        (2.01, 0.05, (0.0, 2.0), "≤ 2.0: missed"),
+        (2.0, 0.1, None, "–"),
+    ],
+)
+def test_a_promise_is_kept_or_missed(exponent, margin, promise, words):
+    series = replace(growth.SERIES["images"], promise=promise)
+    fit = {"exponent": exponent, "interval": [exponent - margin, exponent + margin]}
+    assert growth.verdict(series, fit) == words
 
 
 def stand_ins(monkeypatch):
@@ -271,6 +295,9 @@ def test_every_op_is_on_the_roofline():
     assert len(lines) == 2 + len(found)
     assert re.search(r"\| class sampling \| .* \| – \| – \| 75% \|", lines[-1])
     without = whole()
+    unmeasured = {"op": MARGIN, "name": case.name, "peers": [], "not_measured": "no time was left"}
+    without["cases"][0] = unmeasured
+    assert len(roofline.points(without)) == len(found) - 1
     del without["ceilings"]["copy_gigabyte_per_second"]
     assert roofline.points(without) == []
 

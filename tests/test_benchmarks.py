@@ -24,6 +24,7 @@ from benchmarks import (
     margin_peers,
     peers,
     process,
+    run,
     table,
     verify,
     workloads,
@@ -316,14 +317,14 @@ def test_the_suite_goes_on_without_peers_that_hang_or_crash(monkeypatch):
     monkeypatch.setitem(peers.PEERS, MARGIN, [peer(name, absent) for name in names])
     monkeypatch.setattr(isolated, "DRIVER", "tests.helpers.stand_in_driver")
     began = time.monotonic()
-    result = isolated.run_case(dry(MARGIN), 3, peer_seconds=0.5)
-    assert time.monotonic() - began < 20
+    result = isolated.run_case(dry(MARGIN), 3, peer_seconds=1.5)
+    assert time.monotonic() - began < 60
     found = {row["peer"]: row for row in result["peers"]}
     assert tuple(found) == names
     assert found["ours"] == {"peer": "ours", "peak_bytes": 1}
     for name in ("holds", "holds when timed"):
         assert (
-            found[name]["not_measured"] == "a step took more than 0.5 s, and the process was ended"
+            found[name]["not_measured"] == "a step took more than 1.5 s, and the process was ended"
         )
     assert found["crashes"]["not_measured"] == f"the process ended with status {-signal.SIGABRT}"
     assert found["absent"]["not_measured"] == "ImportError"
@@ -339,6 +340,37 @@ def test_the_suite_ends_with_its_time(monkeypatch):
     assert result["peers"] == []
     assert result["not_measured"] == isolated.NO_TIME
     assert "not measured: no time was left" in table.one_case(result)
+
+
+def test_a_run_hands_its_limits_on(tmp_path, monkeypatch, capsys):
+    given, output = [], tmp_path / "result.json"
+
+    def run_case(case, rounds, **limits):
+        given.append((case, rounds, limits))
+        return {"op": case.op, "name": case.name, "peers": [], "not_measured": isolated.NO_TIME}
+
+    def require(op, seconds):
+        assert seconds <= 60
+        return verify.Outcome(passed=1)
+
+    monkeypatch.setattr(run, "run_case", run_case)
+    monkeypatch.setattr(run, "require", require)
+    monkeypatch.setattr(run, "run_child", lambda *_: {"copy_gigabyte_per_second": 20.0})
+    arguments = ["--suite", "dry", "--headline", "--rounds", "3", "--peer-seconds", "9"]
+    monkeypatch.setattr(sys, "argv", ["run", *arguments, "--minutes", "1", "--output", str(output)])
+    run.main()
+    assert [case.op for case, _, _ in given] == [
+        op for op in CASES for _ in cases("dry", op)[: HEADLINES[op]]
+    ]
+    for _, rounds, limits in given:
+        assert rounds == 3
+        assert limits["peer_seconds"] == 9
+        assert 0 < limits["seconds"] <= 60
+    result = json.loads(output.read_text())
+    assert result["format"] == run.FORMAT
+    assert result["command"] == " ".join(["python -m benchmarks.run", *arguments, "--minutes", "1"])
+    assert {*result["verified"]} == {*CASES}
+    assert "not measured: no time was left" in capsys.readouterr().out
 
 
 def test_the_driver_writes_what_the_suite_reads(tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 
 def hold() -> None:
-    """Sleep in C for a minute and keep Python's lock, so that no signal handler runs."""
-    ctypes.PyDLL(None).sleep(60)
+    """Sleep in C for minutes and keep Python's lock, so that no signal handler runs."""
+    ctypes.PyDLL(None).sleep(300)
 
 
 def main() -> None:
