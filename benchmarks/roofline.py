@@ -92,11 +92,7 @@ def one_machine(result: dict[str, Any]) -> str:
     """Return a table of all points of a result."""
     rows = [["op", "case", "FLOP/byte", "GFLOP/s", "of the roof"]]
     for point in points(result):
-        numbers = (
-            [table.rounded(point.intensity, 3), table.rounded(point.rate / 1e9, 3)]
-            if point.counted
-            else ["–"] * 2
-        )
+        numbers = [table.rounded(x, 3) for x in (point.intensity, point.rate / 1e9)]
         share = f"{point.rate / point.roof:.0%}"
         cells = numbers if point.counted else ["–", "–"]
         rows.append([point.label, point.case, *cells, share])
