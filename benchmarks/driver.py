@@ -294,9 +294,9 @@ def main() -> None:
 
     if args.alone:
         peer, limits = find(case.op, args.alone), {"rounds": args.rounds, "limit": args.limit}
-        save(measure_memory(case, peer, running.write_text, **limits))
+        result = measure_memory(case, peer, running.write_text, **limits)
     else:
-        measure_time(
+        result = measure_time(
             case,
             torch.device("cpu"),
             rounds=args.rounds,
@@ -304,6 +304,8 @@ def main() -> None:
             announce=running.write_text,
             without=args.without,
         )
+    running.write_text("")
+    save(result)
 
 
 if __name__ == "__main__":

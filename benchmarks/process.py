@@ -24,9 +24,9 @@ ROUNDS = 7
 GRACE_SECONDS = 15
 
 
-# The file in which a child names the peer whose step begins, beside its result.
+# The file in which a child names the peer whose step begins, beside its result; empty at the end.
 RUNNING = "running"
-# A child's limit until its first step: to import torch, and to make the inputs.
+# A child's limit before its first step, to import torch and make the inputs, and after the last.
 START_SECONDS = 120.0
 POLL_SECONDS = 0.1
 
@@ -49,11 +49,13 @@ def run_child(
         output, running = Path(folder) / "result.json", Path(folder) / RUNNING
         started = time.time()
 
+        def peer() -> str:
+            return running.read_text() if running.exists() else ""
+
         def overdue() -> str | None:
-            stepping = running.exists()
-            limit = step_seconds if stepping else START_SECONDS
-            began = running.stat().st_mtime if stepping else started
-            what = "a step" if stepping else "starting"
+            limit = step_seconds if peer() else START_SECONDS
+            began = running.stat().st_mtime if running.exists() else started
+            what = "a step" if peer() else "starting or stopping"
             return None if time.time() - began < limit else f"{what} took more than {limit:.3g} s"
 
         command = [sys.executable, "-m", *arguments, "--output", str(output)]
@@ -62,8 +64,8 @@ def run_child(
         result = json.loads(output.read_text()) if output.exists() else None
         if ended is None:
             return result or {"not_measured": "the process wrote no result"}
-        if running.exists():
-            return {**(result or {}), "problem": ended, "running": running.read_text()}
+        if peer():
+            return {**(result or {}), "problem": ended, "running": peer()}
         return {**(result or {"not_measured": ended}), "problem": ended}
 
 

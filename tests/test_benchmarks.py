@@ -342,6 +342,13 @@ def test_the_suite_ends_with_its_time(monkeypatch):
     assert "not measured: no time was left" in table.one_case(result)
 
 
+def test_a_process_that_does_not_start_is_ended(monkeypatch):
+    monkeypatch.setattr(process, "START_SECONDS", 0.5)
+    found = process.run_child(["tests.helpers.stand_in_driver", "never", "dry", "0"], 60, 60)
+    reason = "starting or stopping took more than 0.5 s, and the process was ended"
+    assert found == {"not_measured": reason, "problem": reason}
+
+
 def test_a_run_hands_its_limits_on(tmp_path, monkeypatch, capsys):
     given, output = [], tmp_path / "result.json"
 
@@ -386,7 +393,7 @@ def test_the_driver_writes_what_the_suite_reads(tmp_path, monkeypatch):
         return json.loads(output.read_text())
 
     assert run("--alone", "ours")["peak_bytes"] >= 0
-    assert (tmp_path / process.RUNNING).read_text() == "ours"
+    assert (tmp_path / process.RUNNING).read_text() == ""
     found = run("--alone", "slow", "--limit", "0.3", "--rounds", "2")
     assert found["not_measured"].endswith("limit 0.3 s for 2 rounds")
     result = run("--without", json.dumps({"slow": found["not_measured"]}), "--rounds", "2")

@@ -23,6 +23,8 @@ def main() -> None:
     parser.add_argument("--without", type=json.loads)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    if args.case[0] == "never":
+        hold()
     names = ("ours", "holds", "crashes", "holds when timed", "absent")
     rows = []
     for name in [args.alone] if args.alone else names:
@@ -36,6 +38,7 @@ def main() -> None:
         if name == "crashes":
             os.abort()
         rows.append({"peer": name, "peak_bytes": 1} if args.alone else {"peer": name})
+    args.output.with_name("running").write_text("")
     args.output.write_text(json.dumps(rows[0] if args.alone else {"peers": rows}))
 
 
