@@ -53,6 +53,25 @@ def test_margin_cross_entropy(name, dtype):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", margin_samples(torch.float32))
+def test_margin_cross_entropy_in_the_memory_of_the_gradient(name, dtype):
+    sample = [v.detach() if isinstance(v, torch.Tensor) else v for v in margin_samples(dtype)[name]]
+    sample[8] = -1  # the workspace
+    # A part of that memory is not written, so that two results differ.
+    without_values = ("test_schema", "test_faketensor")
+    opcheck(ops.margin_cross_entropy_forward.default, tuple(sample), test_utils=without_values)
+    x, w, class_ids, labels, scale, limit, needs_input_grad, *_, impl = sample
+    lse, _, cosine, _, cosine_sum, *saved = ops.margin_cross_entropy_forward(*sample)
+    opcheck(
+        ops.margin_cross_entropy_backward_over.default,
+        (
+            x, w, class_ids, labels, lse, *saved, torch.ones_like(lse), cosine, cosine_sum,
+            scale, limit, needs_input_grad, False, impl,
+        ),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_margin_cross_entropy_targets(weighted):
     target = torch.tensor([[0, 1], [2, 2], [-100, -100]])

@@ -122,6 +122,35 @@ def test_the_cache_is_bounded_and_holds_the_newest(monkeypatch):
     assert OPS._cached_bytes() == 0
 
 
+def test_the_last_large_block_is_kept_whatever_its_size(monkeypatch):
+    first, second, small = result(600), result(700), result(4)
+    second[: 2 * MIB] = 7
+    where = second.data_ptr()
+    del first, small
+    assert OPS._cached_bytes() == 604 * MIB
+    del second  # displaces the first
+    assert OPS._cached_bytes() == 704 * MIB
+    assert result(300).data_ptr() != where  # less than half
+    again = result(650)
+    assert again.data_ptr() == where
+    again[: 2 * MIB] = 5
+    assert bool((again[: 2 * MIB] == 5).all())
+    assert OPS._cached_bytes() == 304 * MIB  # 300 and 4
+    del again
+    monkeypatch.setenv("SYNFACE_CACHE_MIB", "600")  # a bound on all
+    held = result(4)
+    assert OPS._cached_bytes() == 300 * MIB
+    large = result(601)
+    del large
+    assert OPS._cached_bytes() == 300 * MIB
+    del held
+    monkeypatch.delenv("SYNFACE_CACHE_MIB")
+    del_me = result(513)
+    del del_me
+    sk.empty_cache()
+    assert OPS._cached_bytes() == 0
+
+
 def test_more_blocks_than_there_are_slots():
     blocks = [result(2) for _ in range(40)]
     blocks.clear()

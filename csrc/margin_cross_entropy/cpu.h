@@ -32,12 +32,19 @@ struct Problem {
   std::optional<Dtype> gemm_dtype = {};
 };
 
-// Cosines of the first classes with all embeddings, saved by forward so that backward need not
-// recompute the logits GEMM: −∞ where a center is no negative of an embedding.
+// Embeddings of a block.
+constexpr int64_t kBlock = 512;
+
+// Cosines of the first classes with the first valid embeddings, saved by forward so that backward
+// need not recompute the logits GEMM: −∞ where a center is no negative of an embedding. Those of
+// all classes with at most kBlock embeddings may be in the memory of the centers' gradient, each
+// center's in its own row: backward reads a row's before it writes the row.
 template <class T>
 struct SavedCosines {
-  T* cosines = nullptr;  // (classes·M, N), a column for each valid row; then zeros
-  int64_t classes = 0;
+  T* cosines = nullptr;    // a row for each center
+  int64_t stride = 0;      // from one row to the next
+  int64_t classes = 0;     // rows are of classes·M centers
+  int64_t embeddings = 0;  // columns; zeros after the last valid embedding
 };
 
 // Outputs of the forward pass, contiguous. Small ones are double: the log-sum-exps, whose rounding

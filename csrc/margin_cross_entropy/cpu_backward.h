@@ -91,7 +91,7 @@ template <class T, class Operand>
 struct WeightGradient {
   const Context<T>& context;
   const std::vector<Packed<Operand>>& blocks;      // embeddings as operands of the gradient GEMM
-  const std::vector<Packed<Operand>>& transposed;  // and of the logits GEMM
+  const std::vector<Packed<Operand>>& transposed;  // and of the logits GEMM, without the saved ones
   const SoftmaxTerms<T>& softmax;
   const Upstream<T>& from;
   const Gradients& to;
@@ -123,15 +123,23 @@ void weight_gradient(const WeightGradient<T, Operand>& task, Range classes) {
     T* gradient = direct ? reinterpret_cast<T*>(out) : scratch.get();
     centers.read({own.begin * m, own.end * m});
     const int64_t n = centers.size();
-    const bool saved = own.end <= from.saved.classes;
+    const int64_t columns = own.end <= from.saved.classes ? from.saved.embeddings : 0;
     for (int64_t r0 = 0, block = 0; r0 < x.count(); r0 += kBlock, ++block) {
-      const int64_t count = std::min(kBlock, x.count() - r0);
-      if (!saved) tile.fill(centers, own, task.transposed[block], {r0, r0 + count});
+      const int64_t count = std::min(kBlock, x.count() - r0),
+                    kept = std::clamp<int64_t>(columns - r0, 0, count);
+      if (kept < count) {
+        tile.fill(centers, own, task.transposed[block], {r0 + kept, r0 + count}, kept);
+      }
+      const T *lse = softmax.lse.get() + r0, *spread = softmax.spread.get() + r0;
       for (int64_t j = 0; j < n; ++j) {
-        const T* cosines =
-            saved ? from.saved.cosines + (c0 * m + j) * p.input.rows + r0 : tile.row(j);
-        simd.probabilities(cosines, T(p.scale), softmax.lse.get() + r0, softmax.spread.get() + r0,
-                           tile.row(j), count);
+        T* row = tile.row(j);
+        if (kept > 0) {
+          const T* saved = from.saved.cosines + (c0 * m + j) * from.saved.stride + r0;
+          if (j + kAhead < n) prefetch(saved + kAhead * from.saved.stride, kept);
+          simd.probabilities(saved, T(p.scale), lse, spread, row, kept);
+        }
+        simd.probabilities(row + kept, T(p.scale), lse + kept, spread + kept, row + kept,
+                           count - kept);
       }
       gemms.add(tile.row(0), tile.stride(), n, task.blocks[block], gradient, r0 > 0);
     }
@@ -200,8 +208,9 @@ void backward_by(const Problem& p, const Runtime& runtime, const Upstream<T>& fr
       if (x.high.get()) softmax.spread[i] *= x.high[i];
     }
     const Range rows{0, x.count()};
+    const int64_t saved = from.saved.classes == p.classes ? from.saved.embeddings : 0;
     const std::vector<Packed<Operand>> blocks = pack_blocks<Operand>(x, rows, false),
-                                       transposed = pack_blocks<Operand>(x, rows, true);
+                                       transposed = pack_blocks<Operand>(x, rows, true, saved);
     const WeightGradient<T, Operand> shared{.context = context,
                                             .blocks = blocks,
                                             .transposed = transposed,

@@ -6,11 +6,10 @@
 namespace synface::margin_cross_entropy {
 namespace {
 
-// Classes of a tile and embeddings of a block: large enough that GEMMs run at full speed, small
+// Classes of a tile: as kBlock of embeddings, large enough that GEMMs run at full speed, small
 // enough that the tile's cosines stay in a core's cache. A class is a row of the tile: then centers
 // and cosines are read contiguously, and the embeddings are packed once for all tiles.
 constexpr int64_t kTile = 512;
-constexpr int64_t kBlock = 512;
 // Rows of a tile whose exponentials are summed in T before they are added to a double.
 constexpr int64_t kSummands = 16;
 // Memory limit of all threads' partial mean centers together.
@@ -204,12 +203,14 @@ struct Context {
   const Embeddings<T>& x;
 };
 
-// Embeddings packed as right operands of GEMMs, a block of rows each.
+// Embeddings packed as right operands of GEMMs, a block of rows each, without the first `skipped`.
 template <class Operand, class T>
-std::vector<Packed<Operand>> pack_blocks(const Embeddings<T>& x, Range rows, bool transposed) {
+std::vector<Packed<Operand>> pack_blocks(const Embeddings<T>& x, Range rows, bool transposed,
+                                         int64_t skipped = 0) {
   std::vector<Packed<Operand>> blocks;
-  for (int64_t r = rows.begin; r < rows.end; r += kBlock) {
-    const int64_t n = std::min(kBlock, rows.end - r);
+  for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kBlock) {
+    const int64_t end = std::min(r0 + kBlock, rows.end), r = std::clamp(skipped, r0, end),
+                  n = end - r;
     const auto from = x.template operand<Operand>(r);
     blocks.push_back(transposed ? Packed<Operand>(x.dim, n) : Packed<Operand>(n, x.dim));
     if (transposed) {

@@ -16,6 +16,13 @@ void for_labels_in(const int64_t* labels, int64_t k, Range classes, F&& visit) {
   }
 }
 
+// Rows ahead of the one that is read or written.
+constexpr int64_t kAhead = 16;
+template <class T>
+void prefetch(const T* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(T))) __builtin_prefetch(row + i, 1);
+}
+
 // A tile of cosines, a row for each center and a column for each embedding: −∞ where the center is
 // no negative of the embedding. Centers of the row's labels, sub-centers below their class's
 // maximum and cosines over the limit are −∞ too, so that readers of a tile need not know of them.
@@ -34,25 +41,28 @@ class Negatives {
         best_(stride_),
         filtered_(stride_) {}
 
+  // Fills the columns of these rows, from column `at` on.
   void fill(const Centers<T, Operand>& centers, Range classes, const Packed<Operand>& block,
-            Range rows) {
+            Range rows, int64_t at = 0) {
     const int64_t count = rows.size(), m = p_.sub_centers, k = p_.labels_per_row;
-    gemms_.logits(centers, block, rows.begin, tile_.get(), stride_);
+    gemms_.logits(centers, block, rows.begin, row(0) + at, stride_);
     for (int64_t j = 0; !centers.normalizes() && j < centers.size(); ++j) {
-      simd_.cosines(row(j), Parts<T>(centers.factor(j)), count);
+      simd_.cosines(row(j) + at, Parts<T>(centers.factor(j)), count);
     }
     for (int64_t j = 0; m > 1 && j < centers.size(); j += m) {
-      simd_.keep_greatest(row(j), stride_, m, best_.get(), count);
+      simd_.keep_greatest(row(j) + at, stride_, m, best_.get(), count);
     }
     for (int64_t i = 0; i < count; ++i) {
       for_labels_in(p_.labels + x_.source[rows.begin + i] * k, k, classes, [&](int64_t j, int64_t) {
-        for (int64_t s = 0; s < m; ++s) row(j * m + s)[i] = -std::numeric_limits<T>::infinity();
+        for (int64_t s = 0; s < m; ++s) {
+          row(j * m + s)[at + i] = -std::numeric_limits<T>::infinity();
+        }
       });
     }
     if (p_.limit == std::numeric_limits<double>::infinity()) return;
     std::fill_n(filtered_.get(), count, T(0));
     for (int64_t j = 0; j < centers.size(); ++j) {
-      simd_.filter(row(j), T(p_.limit), filtered_.get(), count);
+      simd_.filter(row(j) + at, T(p_.limit), filtered_.get(), count);
     }
   }
   int64_t stride() const { return stride_; }

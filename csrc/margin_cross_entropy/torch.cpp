@@ -85,6 +85,31 @@ struct Inputs {
   std::optional<Dtype> gemm_dtype;
 };
 
+// The `workspace` of cosines that are saved in the memory of the centers' gradient.
+constexpr int64_t kInGradient = -1;
+
+// Size of the centers' gradient: a row for each class that is used.
+std::vector<int64_t> gradient_size(const Inputs& in, const Tensor& weight) {
+  std::vector<int64_t> size = weight.sizes().vec();
+  size[0] = in.classes();
+  return size;
+}
+
+Tensor empty_gradient(const Inputs& in, const Tensor& weight) {
+  return empty_result(gradient_size(in, weight), weight.scalar_type(), false);
+}
+
+// Room for cosines in the memory of the centers' gradient; T may be const.
+template <class T>
+SavedCosines<T> in_gradient(const Inputs& in, void* rows) {
+  const int64_t bytes_of_row = in.weight.size(1) * in.weight.element_size(), each = sizeof(T),
+                stride = bytes_of_row % each == 0 ? bytes_of_row / each : 0;
+  return {.cosines = static_cast<T*>(rows),
+          .stride = stride,
+          .classes = in.classes(),
+          .embeddings = std::min({stride, kBlock, in.input.size(0)})};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_of(
     const Tensor& input, const Tensor& weight, const OptionalTensor& class_ids,
     const Tensor& labels, double scale, double limit, bool needs_input_grad, bool needs_cosine_sum,
@@ -108,7 +133,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forwa
          center_sum = at::empty({needs_cosine_sum ? d : 0}, exact);
   const auto class_bytes = int64_t(in.sub_centers * n * statistics.dtype().itemsize());
   const int64_t saved = std::min(in.classes(), workspace / std::max<int64_t>(1, class_bytes));
-  Tensor cosines = empty_result({saved * in.sub_centers, n}, compute_dtype(input), false);
+  const bool keeps = workspace == kInGradient;
+  Tensor cosines = keeps ? empty_gradient(in, weight)
+                         : empty_result({saved * in.sub_centers, n}, compute_dtype(input), false);
   with_compute_type(input, [&](auto zero) {
     using T = decltype(zero);
     const auto if_wanted = [](bool wanted, auto* data) { return wanted ? data : nullptr; };
@@ -120,7 +147,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forwa
                 .cosine_sum = if_wanted(needs_cosine_sum, sum.data_ptr<double>()),
                 .mean_center = if_wanted(needs_input_grad, mean.data_ptr<T>()),
                 .center_sum = if_wanted(needs_cosine_sum, center_sum.data_ptr<double>()),
-                .saved = {.cosines = cosines.data_ptr<T>(), .classes = saved}});
+                .saved = keeps ? in_gradient<T>(in, cosines.data_ptr())
+                               : SavedCosines<T>{.cosines = cosines.data_ptr<T>(),
+                                                 .stride = n,
+                                                 .classes = saved,
+                                                 .embeddings = n}});
   });
   return {lse, most, cosine, filtered, sum, mean, center_sum, cosines};
 }
@@ -150,17 +181,24 @@ struct Backward {
     TORCH_CHECK_VALUE(center_sum.numel() == 0 || (center_sum.numel() == d && grad_sum.numel() == n),
                       "center_sum must be (D,) and grad_cosine_sum (N,), got ", center_sum.sizes(),
                       " and ", grad_sum.sizes());
-    TORCH_CHECK_VALUE(cosines.dim() == 2 && cosines.size(1) == n &&
-                          cosines.size(0) <= in.classes() * in.sub_centers,
-                      "saved cosines must be of at most C·M centers and N embeddings, got ",
-                      cosines.sizes());
   }
   // Writes the centers' gradient to grad_rows unless that is empty, or passes it to `on_tile`.
   void run(const Tensor& grad_rows, const GradTileCallback& on_tile = {}) const {
+    const int64_t n = in.input.size(0);
+    const bool keeps = grad_rows.is_same(cosines);
+    TORCH_CHECK_VALUE(keeps || (cosines.dim() == 2 && cosines.size(1) == n &&
+                                cosines.size(0) <= in.classes() * in.sub_centers),
+                      "saved cosines must be of at most C·M centers and N embeddings, got ",
+                      cosines.sizes());
     with_compute_type(in.input, [&](auto zero) {
       using T = decltype(zero);
       const auto if_any = [](const Tensor& to) { return to.numel() ? to.data_ptr() : nullptr; };
-      const int64_t saved = cosines.size(0) / in.sub_centers;
+      const SavedCosines<const T> saved =
+          keeps ? in_gradient<const T>(in, grad_rows.data_ptr())
+                : SavedCosines<const T>{.cosines = cosines.const_data_ptr<T>(),
+                                        .stride = n,
+                                        .classes = cosines.size(0) / in.sub_centers,
+                                        .embeddings = n};
       backward<T>(
           in.problem(), torch_runtime(),
           {.negative_lse = lse.const_data_ptr<double>(),
@@ -169,7 +207,7 @@ struct Backward {
            .grad_negative_lse = grad_lse.const_data_ptr<double>(),
            .grad_target_cosine = grad_cosine.const_data_ptr<double>(),
            .grad_cosine_sum = center_sum.numel() ? grad_sum.const_data_ptr<double>() : nullptr,
-           .saved = {.cosines = cosines.const_data_ptr<T>(), .classes = saved}},
+           .saved = saved},
           {.input = if_any(grad_input), .rows = if_any(grad_rows), .on_tile = on_tile});
     });
   }
@@ -202,12 +240,43 @@ std::tuple<Tensor, Tensor> backward_of(const Tensor& input, const Tensor& weight
                            .grad_target_cosine = grad_target_cosine,
                            .grad_cosine_sum = grad_cosine_sum},
                           needs_input_grad);
-  std::vector<int64_t> rows = weight.sizes().vec();
-  rows[0] = backward.in.classes();
-  const Tensor grad_rows = empty_result(
-      needs_weight_grad ? at::IntArrayRef(rows) : at::IntArrayRef{0}, weight.scalar_type(), false);
+  const Tensor grad_rows = needs_weight_grad
+                               ? empty_gradient(backward.in, weight)
+                               : empty_result(at::IntArrayRef{0}, weight.scalar_type(), false);
   backward.run(grad_rows);
   return {backward.grad_input, grad_rows};
+}
+
+// The backward pass where the cosines were saved in the memory of the centers' gradient, which it
+// writes over them.
+Tensor backward_over(const Tensor& input, const Tensor& weight, const OptionalTensor& class_ids,
+                     const Tensor& labels, const Tensor& negative_lse, const Tensor& mean_center,
+                     const Tensor& center_sum, const Tensor& kept, const Tensor& grad_negative_lse,
+                     const Tensor& grad_target_cosine, const Tensor& grad_cosine_sum, double scale,
+                     double limit, bool needs_input_grad, bool split_bf16,
+                     std::optional<at::ScalarType> gemm_dtype) {
+  const Backward backward({.input = input,
+                           .weight = weight,
+                           .class_ids = class_ids,
+                           .labels = labels,
+                           .scale = scale,
+                           .limit = limit,
+                           .split_bf16 = split_bf16,
+                           .gemm_dtype = gemm_dtype},
+                          {.negative_lse = negative_lse,
+                           .mean_center = mean_center,
+                           .center_sum = center_sum,
+                           .saved = kept,
+                           .grad_negative_lse = grad_negative_lse,
+                           .grad_target_cosine = grad_target_cosine,
+                           .grad_cosine_sum = grad_cosine_sum},
+                          needs_input_grad);
+  TORCH_CHECK_VALUE(kept.sizes() == gradient_size(backward.in, weight) &&
+                        kept.scalar_type() == weight.scalar_type() && kept.is_contiguous(),
+                    "kept must be contiguous, of weight's dtype and a row for each class, got ",
+                    kept.scalar_type(), " ", kept.sizes());
+  backward.run(kept);
+  return backward.grad_input;
 }
 
 // An optimizer step on the weight's rows, one tile of classes at a time.
@@ -310,6 +379,7 @@ Tensor update_of(const Tensor& input, const Tensor& weight, const OptionalTensor
 TORCH_LIBRARY_IMPL(synface_kernels, CPU, library) {
   library.impl("margin_cross_entropy_forward_cpu", forward_of);
   library.impl("margin_cross_entropy_backward_cpu", backward_of);
+  library.impl("margin_cross_entropy_backward_over_cpu", backward_over);
   library.impl("margin_cross_entropy_update_cpu", update_of);
 }
 

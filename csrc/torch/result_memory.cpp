@@ -54,6 +54,21 @@ std::atomic<Block*> slots[kSlots];
 std::atomic<unsigned> next{0};
 std::atomic<int64_t> cached{0}, limit{kDefaultMiB << 20};
 
+// The last block that was too large for the ring, usually the gradient of a weight, which the next
+// step needs again. The system takes its pages where memory is short.
+std::atomic<Block*> large{nullptr};
+std::atomic<int64_t> large_bytes{0};
+std::atomic<bool> keeps_large{true};
+
+void keep_large(Block* block) {
+  if (block && madvise(block->data, block->size, MADV_FREE) != 0) return unmap(block);
+  large_bytes += block ? int64_t(block->size) : 0;
+  Block* older = large.exchange(block);
+  if (!older) return;
+  large_bytes -= int64_t(older->size);
+  unmap(older);
+}
+
 Block* take(std::atomic<Block*>& slot) {
   Block* block = slot.load(std::memory_order_relaxed) ? slot.exchange(nullptr) : nullptr;
   if (block) cached -= int64_t(block->size);
@@ -68,10 +83,10 @@ void shrink(int64_t most) {
   }
 }
 
-// Caches the block, in place of older ones; unmaps it if it is larger than the cache.
+// Caches the block, in place of older ones.
 void cache(Block* block) {
   const int64_t size = int64_t(block->size), most = limit;
-  if (size > most) return unmap(block);
+  if (size > most) return keeps_large ? keep_large(block) : unmap(block);
   shrink(most - size);
   if ((cached += size) > most) {  // another thread was faster
     cached -= size;
@@ -92,15 +107,31 @@ void put_back(std::atomic<Block*>& slot, Block* block) {
   unmap(block);
 }
 
+bool fits(const Block& block, size_t size) { return block.size >= size && block.size <= 2 * size; }
+
+// Takes the large block if it fits, or returns null.
+Block* find_large(size_t size) {
+  Block* block = large.exchange(nullptr);
+  if (!block) return nullptr;
+  large_bytes -= int64_t(block->size);
+  if (fits(*block, size)) return block;
+  Block* none = nullptr;
+  large_bytes += int64_t(block->size);
+  if (large.compare_exchange_strong(none, block)) return nullptr;
+  large_bytes -= int64_t(block->size);  // another thread's is newer
+  unmap(block);
+  return nullptr;
+}
+
 // Takes the smallest cached block of at least `size` and at most twice that, or returns null.
 Block* find(size_t size) {
+  if (int64_t(size) > limit) return find_large(size);
   Block* best = nullptr;
   std::atomic<Block*>* home = nullptr;
   for (auto& slot : slots) {
     Block* block = take(slot);
     if (!block) continue;
-    const bool fits = block->size >= size && block->size <= 2 * size;
-    if (!fits || (best && best->size <= block->size)) {
+    if (!fits(*block, size) || (best && best->size <= block->size)) {
       put_back(slot, block);
       continue;
     }
@@ -111,15 +142,22 @@ Block* find(size_t size) {
   return best;
 }
 
-int64_t limit_from_environment() {
+// Reads the limit; only the default one leaves room for the large block.
+void read_environment() {
   const char* text = std::getenv("SYNFACE_CACHE_MIB");
-  if (!text || !*text) return kDefaultMiB << 20;
+  const bool is_default = !text || !*text;
+  keeps_large = is_default;
+  if (is_default) {
+    limit = kDefaultMiB << 20;
+    return;
+  }
   const char* end = text + std::strlen(text);
   int64_t mib = 0;
   const auto [parsed, error] = std::from_chars(text, end, mib);
   TORCH_CHECK_VALUE(error == std::errc() && parsed == end && mib >= 0 && mib <= int64_t(1) << 40,
                     "SYNFACE_CACHE_MIB must be a whole number of MiB, 0 or more, got ", text);
-  return mib << 20;
+  limit = mib << 20;
+  keep_large(nullptr);
 }
 
 void give_back(void* block) { cache(static_cast<Block*>(block)); }
@@ -127,13 +165,14 @@ void give_back(void* block) { cache(static_cast<Block*>(block)); }
 struct ResultAllocator final : at::Allocator {
   at::DataPtr allocate(size_t bytes) override {
     if (bytes < kHuge) return c10::GetCPUAllocator()->allocate(bytes);  // resize_ calls this too
-    limit = limit_from_environment();
+    read_environment();
     shrink(limit);
     const size_t size = (bytes + kHuge - 1) / kHuge * kHuge;
     Block* block = find(size);
     if (!block) block = map(size);
     if (!block) {
       shrink(0);
+      keep_large(nullptr);
       block = map(size);
     }
     TORCH_CHECK_WITH(OutOfMemoryError, block, "no memory for a result of ", bytes, " bytes");
@@ -168,12 +207,13 @@ void empty_cache() {
   for (auto& slot : slots) {
     if (Block* block = take(slot)) unmap(block);
   }
+  keep_large(nullptr);
 #endif
 }
 
 int64_t cached_bytes() {
 #ifdef __linux__
-  return cached;
+  return cached + large_bytes;
 #else
   return 0;
 #endif

@@ -7,7 +7,8 @@
 namespace synface {
 
 // Returns an uninitialized CPU tensor. Results of 2 MiB and more come from the caching allocator,
-// which caches up to SYNFACE_CACHE_MIB of freed memory; smaller ones from torch's allocator.
+// which caches up to SYNFACE_CACHE_MIB of freed memory, or without that variable 512 MiB and the
+// last larger block; smaller ones from torch's allocator.
 at::Tensor empty_result(at::IntArrayRef size, at::ScalarType dtype, bool channels_last);
 
 void empty_cache();      // returns all cached memory to the system

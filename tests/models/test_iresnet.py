@@ -117,3 +117,30 @@ def test_a_preset_computes_what_the_configurable_network_does():
         ours.load_state_dict(theirs.state_dict())
     images = torch.randn(3, 1, 16, 16)
     assert torch.equal(network.eval()(images), wanted.eval()(images))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("make", [IResNet, module.iresnet18])
+def test_a_pixels_channels_are_side_by_side_on_a_cpu(make, channels):
+    """The layers' results have the order of channels_last, and the values of torch's own order."""
+    network = make((16, 16), channels=channels, embedding_size=8).eval()
+    first = next(each for each in network.modules() if isinstance(each, torch.nn.Conv2d))
+    images = torch.randn(2, channels, 16, 16)
+    assert first(images).is_contiguous(memory_format=torch.channels_last)
+    embeddings = network(images)
+    network.double()(images.double()).sum().backward()
+    gradients = [each.grad for each in network.parameters() if each.grad is not None]
+    assert all(grad.is_contiguous() for grad in gradients)  # as the parameters
+    network.zero_grad()
+    first.register_forward_hook(lambda module, inputs, output: output.contiguous())
+    network(images.double()).sum().backward()
+    expected = [each.grad for each in network.parameters() if each.grad is not None]
+    torch.testing.assert_close(gradients, expected)
+    torch.testing.assert_close(network.float()(images), embeddings, rtol=1e-3, atol=1e-4)
+
+
+def test_narrow_networks_keep_torchs_order():
+    """Torch 2.13's backward convolution would corrupt memory in the other order."""
+    for widths in ((8, 16), (16, 24), (4,)):
+        network = IResNet((16, 16), widths=widths, depths=[1] * len(widths))
+        assert network.stem(torch.randn(2, 1, 16, 16)).is_contiguous()

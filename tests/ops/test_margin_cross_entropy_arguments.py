@@ -83,6 +83,12 @@ T2, TW = torch.tensor([[0, 1]] * 4), torch.tensor([[0.5, 0.5]] * 4)
         ),
         ((X, W, T), {"group": object()}, TypeError, "group must be a .* process group, got object"),
         ((X, W, T), {"workspace": -1}, ValueError, "workspace must not be negative, got -1"),
+        (
+            (X, W, T),
+            {"workspace": "all"},
+            ValueError,
+            "workspace must be \"auto\" or a number of bytes, got 'all'",
+        ),
         ((X, W, T), {"workspace": 1e9}, TypeError, "workspace must be an int, got float"),
         ((X, W, T), {"workspace": True}, TypeError, "workspace must be an int, got bool"),
         ((X, W, T), {"class_start": 3}, ValueError, "class_start must be 0 without a group, got 3"),

@@ -75,7 +75,7 @@ def test_no_bit_depends_on_the_workspace(name, isa, monkeypatch):
     each = m * n * (8 if dtype == torch.float64 else 4)  # bytes of a class
     results = [
         run(x, w, target, t, upstream, dtype, workspace=workspace, **options)
-        for workspace in (0, each - 1, 700 * each, 10**9)
+        for workspace in (0, "auto", each - 1, 700 * each, 10**9)
     ]
     assert results[0][0].isnan().nonzero().tolist() == [[3]]
     for gradient in results[0][1:]:
@@ -105,6 +105,103 @@ def test_what_the_workspace_saves():
     first = torch.autograd.grad(loss, (x, w), retain_graph=True)
     for a, b in zip(torch.autograd.grad(loss, (x, w)), first, strict=True):
         assert torch.equal(a, b)
+
+
+def kept(loss):
+    """Return what the graph of a loss holds for the backward pass in the gradient's memory."""
+    node = loss.grad_fn
+    while node is not None and not hasattr(node, "kept"):
+        node = next((next_node for next_node, _ in node.next_functions if next_node), None)
+    return None if node is None else node.kept
+
+
+IN_GRADIENT = {  # N, D, dtype: how many cosines a center's row takes
+    "a part of a row": (40, 64, torch.float32, 40),
+    "the whole row": (90, 64, torch.float32, 64),
+    "a whole block": (700, 520, torch.float32, 512),
+    "two blocks, but one is kept": (600, 1100, torch.float64, 512),
+    "half a row": (90, 64, torch.bfloat16, 32),
+    "half a row of float16": (90, 64, torch.float16, 32),
+    "rows of no whole number": (40, 63, torch.bfloat16, 0),
+    "one number": (3, 1, torch.float32, 1),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", IN_GRADIENT)
+def test_cosines_in_the_memory_of_the_gradient(case, isa, monkeypatch):
+    monkeypatch.setenv("SYNFACE_CPU_ISA", isa)
+    n, d, dtype, columns = IN_GRADIENT[case]
+    x, w, target, _, _ = problem(n, 600, d, 1, dtype)
+    x, w = (v.to(dtype).requires_grad_() for v in (x, w))
+    target[1] = -1
+    loss = sk.margin_cross_entropy(x, w, target, ignore_index=-1)
+    rows = kept(loss)["rows"]
+    assert (rows.shape, rows.dtype) == (w.shape, w.dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if columns:
+        valid = [0, *range(2, n)][:columns]
+        cosine = F.linear(F.normalize(w.to(wide)), F.normalize(x.to(wide)))[:, valid].detach()
+        cosine[target[valid], torch.arange(len(valid))] = -torch.inf
+        saved = rows.detach().view(wide)[:, : len(valid)]
+        torch.testing.assert_close(saved, cosine, rtol=1e-5, atol=1e-5)
+    where = rows.data_ptr()
+    del rows
+    loss.backward(retain_graph=True)
+    assert not kept(loss)
+    assert w.grad.data_ptr() == where  # not copied
+    first = w.grad
+    second = torch.autograd.grad(loss, (x, w))
+    expected = torch.autograd.grad(
+        sk.margin_cross_entropy(x, w, target, ignore_index=-1, workspace=0), (x, w)
+    )
+    for gradients in (second, (x.grad, first)):
+        for a, b in zip(gradients, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_no_gradient_is_kept_where_it_would_not_be_used():
+    x, w, target, _, _ = problem(6, 9, 8, 1, torch.float32)
+    x, w = x.float().requires_grad_(), w.float().requires_grad_()
+    loss = partial(sk.margin_cross_entropy, target=target)
+    assert kept(loss(x, w))
+    assert kept(loss(x, w.detach())) is None
+    assert kept(loss(x, w, workspace=0)) is None
+    assert kept(loss(x, w, impl="reference")) is None
+    with torch.no_grad():
+        assert loss(x, w).grad_fn is None
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: held.append(v) or v, lambda v: v):
+        assert kept(loss(x, w)) is None
+    assert all(v.shape != w.shape or v is w for v in held)
+    checkpointed = torch.utils.checkpoint.checkpoint(loss, x, w, use_reentrant=False)
+    for a, b in zip(
+        torch.autograd.grad(checkpointed, (x, w)),
+        torch.autograd.grad(loss(x, w), (x, w)),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_a_batch_of_gradients():
+    x, w, target, _, _ = problem(6, 9, 8, 1, torch.float32)
+    x, w = x.float().requires_grad_(), w.float().requires_grad_()
+    loss = sk.margin_cross_entropy(x, w, target, reduction="none")
+    gradients = partial(torch.autograd.grad, loss, (x, w), retain_graph=True)
+    batched = gradients(torch.eye(6), is_grads_batched=True)
+    each = zip(*(gradients(row) for row in torch.eye(6)), strict=True)
+    for a, b in zip(batched, each, strict=True):
+        torch.testing.assert_close(a, torch.stack(b))
+
+
+def test_gradients_add_up_over_two_losses():
+    x, w, target, _, _ = problem(6, 9, 8, 1, torch.float32)
+    x, w = x.float().requires_grad_(), w.float().requires_grad_()
+    for part in (slice(0, 3), slice(3, 6)):
+        sk.margin_cross_entropy(x[part], w, target[part], reduction="sum").backward()
+    total = sk.margin_cross_entropy(x, w, target, reduction="sum", workspace=0)
+    for a, b in zip((x.grad, w.grad), torch.autograd.grad(total, (x, w)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # ---- some rows of weight -------------------------------------------------------------------------
@@ -196,16 +293,21 @@ sk.margin_cross_entropy(x[:2], w[:2], t[:2] * 0).backward()
 x.grad = w.grad = None
 with torch.autocast("cpu", torch.bfloat16, enabled=AUTOCAST):
     peak = peak_bytes(
-        lambda: sk.margin_cross_entropy(x, w, t, workspace=WORKSPACE << 20).backward()
+        lambda: sk.margin_cross_entropy(x, w, t, workspace=WORKSPACE).backward()
     )
 print(peak / 2**20, (n + c) * d * 4 / 2**20)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("workspace", "autocast"), [(0, False), (100, False), (0, True)])
+@pytest.mark.parametrize(
+    ("workspace", "autocast"),
+    [("auto", False), (0, False), (100, False), ("auto", True), (0, True)],
+)
 def test_peak_memory_is_the_gradients_the_workspace_and_64_mib(workspace, autocast):
-    code = MEMORY.replace("WORKSPACE", str(workspace)).replace("AUTOCAST", str(autocast))
+    given = repr(workspace) if workspace == "auto" else f"{workspace} << 20"
+    code = MEMORY.replace("WORKSPACE", given).replace("AUTOCAST", str(autocast))
+    workspace = 0 if workspace == "auto" else workspace
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     peak, gradients = map(float, done.stdout.split())

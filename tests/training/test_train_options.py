@@ -8,7 +8,10 @@ import pytest
 import torch
 from synface.common.files import CheckpointError
 from synface.data import Faces, embedded_faces
+from synface.training import model
 from synface.training.loop import learning_rate, train
+from synface.training.model import _fused
+from torch import nn
 
 import synface_kernels as sk
 from tests.helpers.command_line import call, refused
@@ -116,6 +119,30 @@ def test_centers_stepped_in_the_backward_pass_are_those_stepped_after_it(faces, 
     assert largest_difference(apart, fused) <= (0 if options else 1e-4)
     assert apart.head.weight.grad is not None
     assert fused.head.weight.grad is None
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_parameters_stepped_in_one_pass_are_those_of_torchs_own_steps(
+    faces, tmp_path, monkeypatch, optimizer
+):
+    config = replace(SMALL, optimizer=optimizer, lr=0.01)
+    fused = train(config, faces, tmp_path / "fused")
+    chosen = []
+    monkeypatch.setattr(
+        model, "_fused", lambda config, module: chosen.append(_fused(config, module))
+    )
+    apart = train(config, faces, tmp_path / "apart")
+    assert chosen == [True, True]  # of the head and of the backbone
+    losses = [row["loss"] for row in apart.history]
+    assert [row["loss"] for row in fused.history] == pytest.approx(losses, rel=1e-4)
+
+
+def test_only_what_torchs_fused_steps_can_do_is_left_to_them():
+    layer = nn.Conv2d(3, 4, 3)
+    assert _fused(SMALL, layer)
+    assert _fused(replace(SMALL, precision="float16"), layer) is None
+    assert _fused(SMALL, layer.to(memory_format=torch.channels_last)) is None
+    assert _fused(SMALL, nn.Conv2d(3, 4, 3, device="meta")) is None
 
 
 def test_clipping_bounds_the_gradient(faces, tmp_path):

@@ -1,4 +1,4 @@
-"""The commands `synface bench scale`, `synface bench codes` and `synface bench compare`."""
+"""The commands `synface bench scale`, `codes`, `compare` and `training`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from ..common.check import check_folder
 from ..common.interrupts import Terminated
-from .options import SeedOption, refuse
+from .options import SeedOption, is_given, parse_size, refuse
 from .terminal import Bar, Group, PackingBar, interrupts, say
 
 app = typer.Typer(cls=Group, help="Measure the library on this machine.", no_args_is_help=True)
@@ -243,3 +243,54 @@ def compare_command(
     say(compare.conclusion(found, by, tolerance))
     if any(change.losses(by, tolerance) for change in found.changes):
         raise typer.Exit(1)
+
+
+@app.command("training")
+def training_command(
+    context: typer.Context,
+    backbone: Annotated[str, typer.Option(help="Backbone, as of `synface train`.")] = "iresnet18",
+    size: Annotated[str, typer.Option(help="HEIGHTxWIDTH of the images.")] = "112x112",
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 64,
+    identities: Annotated[str, typer.Option(help="Number of class centers of the loops.")] = "10k",
+    embedding_size: Annotated[int, typer.Option(help="Dimension of the embeddings.")] = 512,
+    classes: Annotated[
+        str, typer.Option(help="Numbers of class centers of which the head alone is timed.")
+    ] = "1k,10k,100k",
+    workers: Annotated[
+        int, typer.Option(help="Number of processes that decode images, of each loader.")
+    ] = 2,
+    rounds: Annotated[int, typer.Option(help="Maximum number of turns that each loop takes.")] = 3,
+    seconds: Annotated[
+        float, typer.Option(help="Time limit; each part has one round at least.")
+    ] = 150.0,
+    precision: Annotated[str, typer.Option(help="Dtype: float32 or bfloat16.")] = "float32",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Images, one sub-folder per person. Default: the embedded faces."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("training-speed"),
+) -> None:
+    """Measure images/s of `synface train` and of plain torch on the CPU, and where time goes."""
+    from ..bench.plan import parse_count
+
+    check_folder("--output", output)
+    numbers = tuple(parse_count("--classes", each) for each in classes.split(","))
+    centers, pixels = parse_count("--identities", identities), parse_size(size)
+    assert pixels is not None
+
+    from ..bench import training, training_report
+    from ..reporting.plots import check_matplotlib
+
+    check_matplotlib()
+    config = training.SpeedConfig(
+        backbone, pixels, batch_size, centers, embedding_size, numbers, workers, rounds, seconds,
+        precision,
+    )  # fmt: skip
+    with Bar("measuring") as bar:
+        result = training.measure(config, data, lambda done: bar.start(None, done))
+    command = "synface bench training"
+    for param in context.command.params:
+        if is_given(context, str(param.name)) and param.name not in ("data", "output"):
+            command += f" {param.opts[0]} {context.params[str(param.name)]}"
+    say(training_report.summary(result))
+    say(f"report: {training_report.write(result, output, command)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class FusedHead(nn.Module):
 
     weight: nn.Parameter
     sparse: bool = True
-    workspace: int = 0
+    workspace: int | Literal["auto"] = "auto"
     _optimizer: RowSGD | RowAdamW | None = None
 
     def __init__(
@@ -41,14 +41,15 @@ class FusedHead(nn.Module):
         shape: tuple[int, ...],
         margin: sk.CombinedMargin | None,
         init_std: float = 0.01,
-        workspace: int = 0,
+        workspace: int | Literal["auto"] = "auto",
         sparse: bool = True,
         impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_integer("workspace", workspace, 0)
+        if workspace != "auto":
+            check_integer("workspace", workspace, 0)
         self._last = _Last()
         self.margin = sk.ArcFace() if margin is None else margin
         self.init_std, self.workspace, self.sparse, self.impl = init_std, workspace, sparse, impl

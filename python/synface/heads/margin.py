@@ -28,14 +28,15 @@ class MarginHead(FusedHead):
         sub_centers: M centers for each class, whose cosine is the greatest of the M.
         init_std: standard deviation of the centers' initial values; only their directions matter
             to the loss, but their lengths scale the step that a given learning rate takes.
-        workspace: bytes that the forward pass may save on a CPU, which shortens the backward pass.
+        workspace: memory in which the forward pass may save cosines on a CPU, which shortens the
+            backward pass: ``"auto"``, that of the centers' gradient, or a number of bytes.
         sparse: whether the centers' gradient of a pass with ``class_ids`` is a sparse tensor.
             False: a dense one, for any optimizer, which costs C·M·D at each step.
         impl: implementation of the op. device, dtype: of the centers.
 
     State dict: ``weight``, (C, D), or (C, M, D) with M > 1 sub-centers.
 
-    Memory: C·M·D values, as much for their gradient, and ``workspace``.
+    Memory: C·M·D values, as much for their gradient, and ``workspace``, if it is a number.
 
     Source: Deng et al., "ArcFace", CVPR 2019; "Sub-center ArcFace", ECCV 2020.
     """
@@ -48,7 +49,7 @@ class MarginHead(FusedHead):
         *,
         sub_centers: int = 1,
         init_std: float = 0.01,
-        workspace: int = 0,
+        workspace: int | Literal["auto"] = "auto",
         sparse: bool = True,
         impl: str = "auto",
         device: torch.device | str | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,8 @@ class ShardedMarginHead(FusedHead):
     State dict: ``weight`` (C_r, D), this rank's. `synface.checkpoint.save_model` writes checkpoints
     that any number of ranks can resume from.
 
-    Memory: C_r·D values, as much for their gradient, and ``workspace``. See docs/sharding.md.
+    Memory: C_r·D values, as much for their gradient, and ``workspace``, if it is a number. See
+    docs/sharding.md.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit.
@@ -72,7 +73,7 @@ class ShardedMarginHead(FusedHead):
         averaged: bool = True,
         seed: int = 0,
         init_std: float = 0.01,
-        workspace: int = 0,
+        workspace: int | Literal["auto"] = "auto",
         sparse: bool = True,
         impl: str = "auto",
         device: torch.device | str | None = None,

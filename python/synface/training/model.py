@@ -409,6 +409,18 @@ def _parameter_groups(config: TrainConfig, *modules: nn.Module) -> dict[str, lis
     }
 
 
+def _fused(config: TrainConfig, module: nn.Module) -> bool | None:
+    """Return whether an optimizer steps a module's parameters by torch's fused kernels.
+
+    None leaves the choice to torch, which on a CPU would read all parameters once per operation.
+    """
+    # Its fused SGD does not initialize momentum in a first step that the loss scaler skips.
+    scaled = config.precision == "float16"
+    # The kernels pair the elements of a parameter and its state by their place in memory.
+    fits = all(p.device.type == "cpu" and p.is_contiguous() for p in module.parameters())
+    return (fits and not scaled) or None
+
+
 def build_model(
     config: TrainConfig,
     source: Source,
@@ -438,13 +450,17 @@ def build_model(
     settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay} | sgd
     dense = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.AdamW
     by_row = RowSGD if config.optimizer == "sgd" else RowAdamW
-    centers: Any = by_row if config.sample_rate < 1 or config.fused_update else dense
     groups = _parameter_groups(config, backbone, head)
-    optimizers = {
-        "optimizer": dense(groups["backbone"], **settings),
-        "centers": centers(groups["head"], **settings),
+    centers: Any
+    if config.sample_rate < 1 or config.fused_update:
+        centers = by_row(groups["head"], **settings)
+    else:
+        centers = dense(groups["head"], **settings, fused=_fused(config, head))
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "optimizer": dense(groups["backbone"], **settings, fused=_fused(config, backbone)),
+        "centers": centers,
     }
     if config.fused_update:
-        head.step_in_backward(optimizers["centers"])
+        head.step_in_backward(centers)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     return Model(backbone, head, optimizers, scaler)

@@ -121,7 +121,7 @@ def domain_mixup(
     Memory above the inputs: the result, and with ``out`` nothing that grows with the images. An
     image whose samples are not dense in memory, as (C, H, W) or as (H, W, C), is copied by the CPU
     and CUDA implementations (``layout`` is the order of dimensions, not of memory: a permuted view
-    is not copied). CPU results come from a caching allocator, capped at 512 MiB: see
+    is not copied). CPU results come from a caching allocator: see
     `empty_cache`. The images are saved from forward to backward.
 
     Raises:

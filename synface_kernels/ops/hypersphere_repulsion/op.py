@@ -107,7 +107,7 @@ def hypersphere_repulsion(
     Memory above inputs and gradients: O(N·k) and a workspace of at most 64 MiB; energies of all
     pairs also hold their gradient, float32 (N, D), from forward to backward; with a group, another
     rank's points and their gradient as well. Never N×N, except in ``impl="reference"``. CPU
-    gradients come from a caching allocator, capped at 512 MiB: see `empty_cache`.
+    gradients come from a caching allocator: see `empty_cache`.
 
     Raises:
         ValueError: for a wrong dtype, shape, device or value; for a zero or non-finite row (on a

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..._check import describe, require
+from ..._check import describe, integer, require
 from .margins import CombinedMargin
 
 
@@ -16,6 +17,15 @@ def check_class_ids(class_ids: Tensor, num_classes: int) -> None:
     inside = (class_ids >= 0) & (class_ids < num_classes)
     require(inside, f"class_ids must be in [0, {num_classes})", class_ids)
     require(class_ids.diff() > 0, "class_ids must rise strictly", class_ids[1:])
+
+
+def checked_workspace(workspace: Any) -> int | Literal["auto"]:
+    """Return ``"auto"`` or a number of bytes; raise TypeError or ValueError for anything else."""
+    if isinstance(workspace, str):
+        if workspace == "auto":
+            return "auto"
+        raise ValueError(f'workspace must be "auto" or a number of bytes, got {workspace!r}')
+    return integer("workspace", workspace, 0)
 
 
 def check_arguments(

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ..._autocast import suspended
-from ..._derivatives import register, transforms_active
+from ..._derivatives import is_batched, register, transforms_active
 from ..._load import library
 from ..._precision import may_split_bf16
 from ..row_update.updates import RowUpdate
@@ -47,14 +48,25 @@ _BACKWARD = (
     "ScalarType? gemm_dtype=None) -> ("
     "Tensor grad_input, Tensor grad_rows)"
 )
-for _name, _schema in ((f"{OP}_forward", _FORWARD), (f"{OP}_backward", _BACKWARD)):
+# The same with the cosines in the memory of the centers' gradient, which it writes over them.
+_BACKWARD_OVER = (
+    _BACKWARD.replace("Tensor kept", "Tensor(a!) kept")
+    .replace("bool needs_weight_grad, ", "")
+    .replace("(Tensor grad_input, Tensor grad_rows)", "Tensor grad_input")
+)
+IN_GRADIENT = -1  # a workspace in that memory
+for _name, _schema in (
+    (f"{OP}_forward", _FORWARD),
+    (f"{OP}_backward", _BACKWARD),
+    (f"{OP}_backward_over", _BACKWARD_OVER),
+):
     library.define(_name + _schema.format(impl=", str impl"))
     library.define(_name + "_cpu" + _schema.format(impl=""))  # implemented in C++
 
 
 def statistics(
     inputs: ForwardInputs,
-    workspace: int,
+    workspace: int | Literal["auto"],
     impl: str,
     update: RowUpdate | None,
     gemm_dtype: torch.dtype | None = None,
@@ -63,17 +75,39 @@ def statistics(
 
     The GEMMs of both passes are in ``gemm_dtype``; None: as the tensors' dtypes have it.
     """
+    if workspace == "auto":
+        kept = update is None and impl == "cpu" and _is_plain_autograd(inputs)
+        workspace = IN_GRADIENT if kept else 0
     arguments = (*inputs, workspace, may_split_bf16(), impl, gemm_dtype)
-    if update is None:
-        found = ForwardOutputs(*_forward(*arguments))
-    else:
+    if update is not None:
         found = ForwardOutputs(*_Updating.apply(fused.grad_anchor(), *arguments, update))
+    elif workspace == IN_GRADIENT:
+        found = ForwardOutputs(*_Keeping.apply(*arguments))
+    else:
+        found = ForwardOutputs(*_forward(*arguments))
     common = found.negative_lse, found.negative_max, found.target_cosine
     filtered = found.filtered if inputs.limit < math.inf else None
     if not inputs.needs_cosine_sum:
         return Statistics(*common, filtered)
     count = count_classes(inputs.weight, inputs.class_ids)
     return Statistics(*common, filtered, found.cosine_sum, torch.full_like(found.cosine_sum, count))
+
+
+def _is_plain_autograd(inputs: ForwardInputs) -> bool:
+    """Return whether the backward pass runs eagerly, as it is written, on tensors of no subclass.
+
+    Saved-tensor hooks free what a forward pass holds, as activation checkpointing does.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        or any(
+            type(tensor) not in (Tensor, torch.nn.Parameter)
+            for tensor in (inputs.input, inputs.weight)
+        )
+    )
 
 
 # ---- the ops: one implementation per device, fake ------------------------------------------------
@@ -103,6 +137,14 @@ def _run_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     )
 
 
+def _run_backward_over(*arguments: Any) -> Tensor:
+    inputs, (split_bf16, _, gemm_dtype) = split_backward(arguments, 3)
+    return torch.ops.synface_kernels.margin_cross_entropy_backward_over_cpu(
+        *inputs, split_bf16, gemm_dtype
+    )
+
+
+library.impl(f"{OP}_backward_over", _run_backward_over, "CPU")
 for _key in ("CPU", "CUDA"):
     library.impl(f"{OP}_forward", _run_forward, _key)
     library.impl(f"{OP}_backward", _run_backward, _key)
@@ -115,9 +157,13 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     new, dtype = inputs.input.new_empty, statistics_dtype(inputs.input)
     cpu, count = impl == "cpu", count_classes(inputs.weight, inputs.class_ids)
     centers = math.prod(inputs.weight.shape[1:-1])  # of a class
-    saved = centers * torch.sym_min(
-        count, workspace // torch.sym_max(1, centers * n * dtype.itemsize)
-    )
+    if cpu and workspace == IN_GRADIENT:
+        saved = inputs.weight.new_empty((count, *inputs.weight.shape[1:]))
+    elif cpu:
+        classes = torch.sym_min(count, workspace // torch.sym_max(1, centers * n * dtype.itemsize))
+        saved = new((centers * classes, n), dtype=dtype)
+    else:
+        saved = new((centers * count,), dtype=dtype)
     return ForwardOutputs(
         negative_lse=new((n,), dtype=torch.float64),
         negative_max=new((n,), dtype=dtype),
@@ -126,7 +172,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
         cosine_sum=new((n if inputs.needs_cosine_sum else 0,), dtype=torch.float64),
         mean_center=new((n, d) if cpu and inputs.needs_input_grad else (0,), dtype=dtype),
         center_sum=new((d if cpu and inputs.needs_cosine_sum else 0,), dtype=torch.float64),
-        saved=new((saved, n) if cpu else (centers * count,), dtype=dtype),
+        saved=saved,
     )
 
 
@@ -139,6 +185,12 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
         input.new_empty(input.shape if inputs.needs_input_grad else (0,)),
         weight.new_empty((count, *weight.shape[1:]) if needs_weight_grad else (0,)),
     )
+
+
+@torch.library.register_fake(f"synface_kernels::{OP}_backward_over")
+def _backward_over_fake(*arguments: Any) -> Tensor:
+    inputs, _ = split_backward(arguments, 3)
+    return inputs.input.new_empty(inputs.input.shape if inputs.needs_input_grad else (0,))
 
 
 # ---- autograd ------------------------------------------------------------------------------------
@@ -189,15 +241,57 @@ def _backward_inputs(
 
 
 def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    needs_input_grad, needs_weight_grad, *others = ctx.needs_input_grad
+    needs_input_grad, needs_weight_grad, *_ = ctx.needs_input_grad
     inputs = _backward_inputs(ctx, grads, needs_input_grad)
     grad_input, grad_rows = _backward(
         *inputs, needs_weight_grad, ctx.split_bf16, ctx.impl, ctx.gemm_dtype
     )
+    return _gradients(ctx, inputs, grad_input, grad_rows)
+
+
+def _gradients(
+    ctx: Any, inputs: BackwardInputs, grad_input: Tensor, grad_rows: Tensor
+) -> tuple[Any, ...]:
+    """Return the gradients of the forward op's arguments."""
+    needs_input_grad, needs_weight_grad, *others = ctx.needs_input_grad
     grad_weight = grad_rows if needs_weight_grad else None
     if needs_weight_grad and inputs.class_ids is not None:
         grad_weight = _scattered(inputs.class_ids, grad_rows, inputs.weight.shape)
     return grad_input if needs_input_grad else None, grad_weight, *[None] * len(others)
+
+
+class _Keeping(torch.autograd.Function):
+    """The op margin_cross_entropy_forward, with cosines in the memory of the centers' gradient.
+
+    apply(*arguments of the op, with the workspace IN_GRADIENT). The first backward pass reads them
+    and returns that memory as the gradient; further ones compute the cosines again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        output = ForwardOutputs(*torch.ops.synface_kernels.margin_cross_entropy_forward(*arguments))
+        # Not among the saved tensors: another reference would make autograd copy the gradient.
+        ctx.kept = {"rows": output.saved}
+        n = len(arguments[0])
+        output = output._replace(saved=output.mean_center.new_empty((0, n)))
+        _setup_context(ctx, arguments, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        needs_input_grad, needs_weight_grad, *_ = ctx.needs_input_grad
+        # With create_graph, and in a batch of gradients, the op must be functional.
+        plain = not torch.is_grad_enabled() and not any(
+            grad is not None and is_batched(grad) for grad in grads
+        )
+        kept = ctx.kept.pop("rows", None) if plain and needs_weight_grad else None
+        if kept is None:
+            return _autograd(ctx, *grads)
+        inputs = _backward_inputs(ctx, grads, needs_input_grad)._replace(saved=kept)
+        grad_input = torch.ops.synface_kernels.margin_cross_entropy_backward_over(
+            *inputs, ctx.split_bf16, ctx.impl, ctx.gemm_dtype
+        )
+        return _gradients(ctx, inputs, grad_input, kept)
 
 
 class _Updating(torch.autograd.Function):

@@ -52,7 +52,9 @@ class ForwardOutputs(NamedTuple):
             GPU (0,), for the backward pass computes the input's gradient.
         center_sum: (D,) float64 sum of all normalized centers, likewise.
         saved: for the backward pass. On a CPU (S', N) cosines of the first classes' centers, in the
-            workspace; on a GPU (S·M,) inverse norms of the centers.
+            workspace, or (S, D) or (S, M, D) of weight's dtype, the memory of its gradient, with
+            some cosines at the start of each center's row; on a GPU (S·M,) inverse norms of the
+            centers.
     """
 
     negative_lse: Tensor
@@ -138,10 +140,12 @@ def split_forward(arguments: Sequence[Any]) -> tuple[ForwardInputs, Sequence[Any
     return ForwardInputs(*arguments[:count]), _filled(arguments[count:], 4)
 
 
-def split_backward(arguments: Sequence[Any]) -> tuple[BackwardInputs, Sequence[Any]]:
-    """Return a backward op's arguments by their names, and the rest of them."""
+def split_backward(
+    arguments: Sequence[Any], options: int = 4
+) -> tuple[BackwardInputs, Sequence[Any]]:
+    """Return a backward op's arguments by their names, and the rest of them, so many options."""
     count = len(BackwardInputs._fields)
-    return BackwardInputs(*arguments[:count]), _filled(arguments[count:], 4)
+    return BackwardInputs(*arguments[:count]), _filled(arguments[count:], options)
 
 
 def split_update(arguments: Sequence[Any]) -> tuple[BackwardInputs, OptimizerStep, Sequence[Any]]:

@@ -16,7 +16,7 @@ from ..._select import always, needs_cpu_extension, needs_triton, register, reso
 from ..row_update.updates import AdamWUpdate, SGDUpdate
 from . import core, reference, sharded, targets
 from . import update as fused
-from .checks import check_arguments, check_class_ids
+from .checks import check_arguments, check_class_ids, checked_workspace
 from .interface import ForwardInputs, Prepared, Statistics, statistics_dtype
 from .margins import ArcFace, CombinedMargin
 
@@ -74,7 +74,7 @@ def margin_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: Literal["none", "mean", "sum"] = "mean",
     return_stats: bool = False,
-    workspace: int = 0,
+    workspace: int | Literal["auto"] = "auto",
     impl: str = "auto",
 ) -> Any:
     """Compute the cross entropy of a margin softmax over cosines of embeddings and class centers.
@@ -140,11 +140,16 @@ def margin_cross_entropy(
             have weight 0. Rows that are not valid are skipped: loss 0, gradient 0.
         reduction: ``"mean"`` over the valid rows (0 if there is none), ``"sum"``, ``"none"``.
         return_stats: also return `MarginStats`.
-        workspace: bytes that the forward pass may save for the backward pass, ≥ 0: the cosines of
-            as many classes as fit, 4·N (8·N for float64) per center, which then are not
-            recomputed: with all of them a step is three GEMMs, not four. The result has the same
-            bits. Without effect where weight needs no gradient, and for ``"triton"`` and
-            ``"reference"``. With a group: each rank's own, where N is that of all ranks.
+        workspace: memory in which the forward pass may save cosines for the backward pass, which
+            then does not recompute them: with all of them a step is three GEMMs, not four.
+            ``"auto"``: that of weight's gradient, which is allocated early: each center's row of
+            D numbers takes the cosines of min(N, 512, D) embeddings (half as many of D where weight
+            has 16 bits). Or a number of bytes, ≥ 0, for the cosines of as many classes as fit, 4·N
+            (8·N for float64) per center; this is faster where N is larger than such a row. The
+            result has the same bits. Without effect where weight needs no gradient, and for
+            ``"triton"`` and ``"reference"``; ``"auto"`` has none with ``update``, inside
+            `torch.compile`, the transforms of `torch.func` and saved-tensor hooks
+            (activation checkpointing). With a group: each rank's own, where N is that of all ranks.
         impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``; see `explain`.
 
     Returns:
@@ -172,11 +177,12 @@ def margin_cross_entropy(
     (a loop), without ``group`` and ``update``. Second derivatives and forward mode raise.
 
     Memory above the inputs: forward O(N·(D + K)), buffers of at most 64 MiB (80 MiB for
-    ``"triton"``), and ``workspace``, which is held until the backward pass; backward the gradients
-    (with ``update`` only the input's) and such buffers. Never N×C unless ``workspace`` allows it,
-    except in ``impl="reference"``, which also holds the weight's gradient. With a group N is that
-    of all ranks, and the embeddings of all of them, N·D, are held from forward to backward. On a
-    CPU, gradients come from a caching allocator, capped at 512 MiB: see `empty_cache`.
+    ``"triton"``), and ``workspace`` (``"auto"``: weight's gradient), which is held until the
+    backward pass; backward the gradients (with ``update`` only the input's) and such buffers. Never
+    N×C unless ``workspace`` allows it, except in ``impl="reference"``, which also holds the
+    weight's gradient. With a group N is that of all ranks, and the embeddings of all of them, N·D,
+    are held from forward to backward. On a CPU, gradients come from a caching allocator: see
+    `empty_cache`.
 
     Raises:
         ValueError: for a wrong dtype, shape, device, label or weight, or another dtype of autocast.
@@ -192,7 +198,7 @@ def margin_cross_entropy(
     def prepare() -> Prepared:
         nonlocal update, class_start, workspace, ignore_index, label_smoothing
         class_start = integer("class_start", class_start, 0)
-        workspace = integer("workspace", workspace, 0)
+        workspace = checked_workspace(workspace)
         ignore_index = integer("ignore_index", ignore_index, -(2**63))
         label_smoothing = number("label_smoothing", label_smoothing)
         check_arguments(

@@ -22,7 +22,7 @@ def normalize(images: Tensor) -> Tensor:
             "images must be uint8 of shape (B, H, W, C), "
             f"got {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
         )
-    return standard_strides(images.permute(0, 3, 1, 2)).float().div(127.5).sub(1.0)
+    return standard_strides(images.permute(0, 3, 1, 2)).float().div_(127.5).sub_(1.0)
 
 
 def standard_strides(images: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Augment:
             flip=random[:, 4] < 0.5 * min(s, 1.0),
         )
         contrast, brightness = 1.0 + 0.2 * signed[:, 5], 0.2 * signed[:, 6]
-        x = (x * contrast.view(-1, 1, 1, 1) + brightness.view(-1, 1, 1, 1)).clamp_(-1.0, 1.0)
+        x.mul_(contrast.view(-1, 1, 1, 1)).add_(brightness.view(-1, 1, 1, 1)).clamp_(-1.0, 1.0)
         return self._erase(x, random[:, 7:])
 
     def _erase(self, x: Tensor, random: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class Augment:
             inside.append((at >= start[:, None]) & (at < (start + side)[:, None]))
         erased = inside[0][:, :, None] & inside[1][:, None, :]
         erased &= (random[:, 0] < 0.25 * self.strength)[:, None, None]
-        return x.masked_fill(erased[:, None], 0.0)
+        return x.masked_fill_(erased[:, None], 0.0)
 
 
 __getattr__ = old_names(__name__, normalise="normalize")  # codespell:ignore normalise

@@ -1,0 +1,152 @@
+"""Loaders of images on a CPU: ours, torch's `DataLoader` with Pillow, and decoding alone."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..data import ImageLoader, embedded_faces, normalize, open_images
+from ..data.formats.image_set import ImageSet, LabeledImages
+
+QUALITY = 95  # of the JPEG files that are written
+
+
+def write_faces(folder: Path, size: tuple[int, int], count: int) -> ImageSet:
+    """Write JPEG files of the embedded faces, one sub-folder per person, and list them.
+
+    Args:
+        size: (H, W) of the files, in RGB.
+        count: number of files.
+    """
+    faces = embedded_faces(-(-count // 100))
+    for i in range(count):
+        of_person = folder / f"p{int(faces.labels[i])}"
+        of_person.mkdir(parents=True, exist_ok=True)
+        face = Image.fromarray(faces.images[i, ..., 0].numpy())
+        face = face.resize(size[::-1], Image.Resampling.BICUBIC).convert("RGB")
+        face.save(of_person / f"{i}.jpg", quality=QUALITY)
+    return open_images(folder)
+
+
+def whole_batches(images: LabeledImages, batch_size: int) -> ImageSet:
+    """Return as many of the images, spread over the set, as fill batches.
+
+    Raises:
+        ValueError: for fewer images than a batch has.
+    """
+    count = len(images) // batch_size * batch_size
+    if not count:
+        raise ValueError(f"{images.source} must hold a batch of {batch_size}, got {len(images)}")
+    rows = np.arange(count) * len(images) // count
+    labels = np.asarray(images.labels)[rows]
+    return ImageSet(images.store.take(rows), labels, images.identities, images.source)
+
+
+class PillowDataset(Dataset[tuple[Tensor, int]]):
+    """Images decoded by Pillow and normalized one by one, as torchvision's transforms do it."""
+
+    def __init__(self, images: ImageSet, size: tuple[int, int]) -> None:
+        self.images, self.size = images, size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with self.images.store.open(index) as file:
+            image = Image.open(file).convert("RGB")
+        if (image.height, image.width) != self.size:
+            image = image.resize(self.size[::-1], Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return pixels.float().div(255).sub_(0.5).div_(0.5), int(self.images.labels[index])
+
+
+class _Endless(Sampler[int]):
+    """The indices of a set, shuffled again in each of its passes, without end."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            yield from torch.randperm(self.count, device="cpu").tolist()
+
+
+def torch_loader(
+    images: ImageSet, size: tuple[int, int], batch_size: int, workers: int
+) -> Iterator[Any]:
+    """Return an endless iterator over a `DataLoader`'s batches, whose workers are started."""
+    return iter(
+        DataLoader(
+            PillowDataset(images, size), batch_size, sampler=_Endless(len(images)),
+            num_workers=workers,
+        )
+    )  # fmt: skip
+
+
+def _decoding(images: ImageSet, count: int, workers: int) -> Callable[[], float]:
+    """Return a function that returns the images/s of Pillow's decoder, which is C, alone.
+
+    It is timed on one thread, and multiplied by the workers that have a core each.
+    """
+    contents = [images.read(i) for i in range(min(count, len(images)))]
+
+    def run() -> float:
+        opened = [Image.open(io.BytesIO(content)) for content in contents]
+        began = time.perf_counter()
+        for image in opened:
+            image.load()
+        return min(workers, os.cpu_count() or 1) * len(opened) / (time.perf_counter() - began)
+
+    return run
+
+
+def loading(
+    images: ImageSet,
+    size: tuple[int, int],
+    batch_size: int,
+    workers: int,
+    more: Callable[[], bool],
+    count: int = 512,
+) -> dict[str, list[float]]:
+    """Return the images/s of each loader, one number per round, interleaved.
+
+    Before a turn is timed a loader refills its queue, so that no batch was made in another's turn.
+
+    Args:
+        images: the files. size: (H, W) to which they are resized.
+        more: called before each round but the first: whether to go on.
+        count: images in a turn, at least.
+    """
+    batches, queued = -(-count // batch_size), 2 * workers + 1
+
+    def turn(advance: Callable[[], Any]) -> float:
+        for _ in range(queued):
+            advance()
+        began = time.perf_counter()
+        for _ in range(batches):
+            advance()
+        return batches * batch_size / (time.perf_counter() - began)
+
+    theirs = torch_loader(images, size, batch_size, workers)
+    decode = _decoding(images, count, workers)
+    with ImageLoader(images, batch_size, size=size, grayscale=False, workers=workers) as ours:
+        runs: dict[str, Callable[[], float]] = {
+            "synface": lambda: turn(lambda: normalize(next(ours)[1].images)),
+            "torch": lambda: turn(lambda: next(theirs)),
+            "decoding": decode,
+        }
+        found: dict[str, list[float]] = {name: [] for name in runs}
+        while not found["synface"] or more():
+            for name, run in runs.items():
+                found[name].append(run())
+    return found

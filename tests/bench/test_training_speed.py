@@ -1,0 +1,118 @@
+"""synface bench training: what is measured, and its report."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from synface.bench import loaders, training, training_report
+from synface.bench.training import PHASES, SpeedConfig, ratios
+from synface.data import normalize
+
+from tests.helpers.command_line import call, refused
+
+TINY = {"backbone": "iresnet", "size": "16x16", "batch-size": "8", "identities": "200"}
+TINY |= {"embedding-size": "8", "classes": "100,200", "workers": "1", "seconds": "0"}
+COMMAND = ["bench", "training"] + [part for k, v in TINY.items() for part in (f"--{k}", v)]
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    return loaders.write_faces(tmp_path_factory.mktemp("faces"), (16, 16), 30)
+
+
+def test_the_report_has_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "FILES", 16)
+    monkeypatch.setattr(training, "TURN", 0.01)
+    output = tmp_path / "report"
+    said = call(*COMMAND, "--output", output)
+    assert "images/s" in said
+    result = json.loads((output / "training-speed.json").read_text())
+    assert result["config"]["size"] == [16, 16]
+    for name in training.LOOPS:
+        assert result["rates"][name][0] > 0
+        assert set(result["seconds"][name]) == set(PHASES)
+        # The phases are the whole step, and the backbone's and the head's were timed.
+        assert min(result["seconds"][name][phase] for phase in ("backbone", "head")) > 0
+    assert [row["classes"] for row in result["heads"]] == [100, 200]
+    assert all(0 < share < 1 for row in result["heads"] for share in row["share"].values())
+    assert set(result["loaders"]) == {"synface", "torch", "decoding"}
+    page = (output / "training-speed.md").read_text()
+    assert page.startswith("# Training speed")
+    assert "--backbone iresnet --size 16x16" in page
+    assert (output / "training-speed.png").stat().st_size > 0
+
+
+def test_a_steps_phases_are_its_parts():
+    found = training._phases([1, 2, 2.5, 3, 4, 6, 7, 7.5, 8], seconds=9, waited=0.5)
+    assert found == {
+        "loader": 0.5, "backbone": 3.0, "head": 2.0, "optimizer": 1.0, "rest": 2.5
+    }  # fmt: skip
+
+
+def test_ratios_are_those_of_the_rounds():
+    assert ratios([2, 4, 9], [1, 1, 3]) == {"median": 3, "least": 2, "most": 4}
+
+
+def test_the_plain_loader_gives_the_images_that_ours_gives(faces):
+    plain = loaders.PillowDataset(faces, (16, 16))
+    for index in (0, 7):
+        image, label = plain[index]
+        ours = torch.from_numpy(faces.store.decode(index, (16, 16), 3).copy())
+        torch.testing.assert_close(image, normalize(ours[None])[0])
+        assert label == faces.labels[index]
+    smaller, _ = loaders.PillowDataset(faces, (8, 12))[0]
+    with Image.open(faces.store.path(0)) as image:
+        resized = np.array(image.resize((12, 8), Image.Resampling.BILINEAR))
+    torch.testing.assert_close(smaller, normalize(torch.from_numpy(resized)[None])[0])
+
+
+def test_images_that_fill_batches_come_from_the_whole_set(faces):
+    whole = loaders.whole_batches(faces, 8)
+    assert len(whole) == 24
+    names = [whole.name(i) for i in range(24)]
+    assert len(set(names)) == 24
+    assert names[0] == faces.name(0)
+    assert names[-1] == faces.name(28)
+    with pytest.raises(ValueError, match=r"must hold a batch of 31, got 30"):
+        loaders.whole_batches(faces, 31)
+
+
+def test_the_loops_train_the_same_network(faces):
+    config = SpeedConfig("iresnet", (16, 16), 8, 50, 8, workers=1)
+    batches = loaders.torch_loader(faces, config.size, 8, 1)
+    plain, tuned = (
+        training._PlainLoop(config, batches, (16, 16, 3), each) for each in (False, True)
+    )
+    images = next(batches)[0]
+    for loop in (plain, tuned):
+        loop.backbone.eval()
+    torch.testing.assert_close(plain.backbone(images), tuned.backbone(images))
+    assert plain.backbone.stem(images).is_contiguous()
+    assert tuned.backbone.stem(images).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--classes", "1"], "classes must be numbers of 2 or more"),
+        (["--classes", "many"], "--classes must be a count"),
+        (["--precision", "float16"], "precision must be float32 or bfloat16"),
+        (["--size", "wide"], "--size must be HEIGHTxWIDTH"),
+        (["--identities", "20"], "identities must be at least the 100"),
+        (["--backbone", "resnet"], "backbone must be one of"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path, options, message):
+    assert message in refused(*COMMAND, *options, "--output", tmp_path)
+
+
+def test_a_folder_of_ones_own(faces, tmp_path):
+    said = refused(*COMMAND, "--batch-size", "64", "--data", faces.source, "--output", tmp_path)
+    assert f"{faces.source} must hold a batch of 64, got 30" in said
+
+
+def test_a_summary_names_the_shares():
+    shares = training_report._shares({"loader": 1.0, "backbone": 3.0})
+    assert shares == {"loader": 0.25, "backbone": 0.75}
