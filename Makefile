@@ -14,7 +14,7 @@ CSRC := $(shell git ls-files 'csrc/*' 2>/dev/null || find csrc -type f)
 EXTENSION := $(VENV)/.extension
 BUILT := $(VENV)/.built
 
-.PHONY: build demo test quick fuzz lint format bench gpu-evidence stand-in gpu-ledger cuda-check clean
+.PHONY: build demo test quick fuzz lint format bench growth gpu-evidence stand-in gpu-ledger cuda-check clean
 
 build: $(BUILT)
 
@@ -63,9 +63,14 @@ format: build
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-# Tests, then benchmarks of every op; `python -m benchmarks.table` writes the results to README.md.
+# Tests, then benchmarks of every op, within two hours. BENCH: further options, such as --headline.
+# `python -m benchmarks.table` writes the results to README.md and docs/results, with pictures.
 bench: build
-	$(PY) -m benchmarks.run
+	$(PY) -m benchmarks.run $(BENCH)
+
+# Tests, then the ops' times over sizes, with fitted exponents.
+growth: build
+	$(PY) -m benchmarks.growth $(GROWTH)
 
 # For a machine with a GPU: uses the installed Python and torch, no .venv. DRY=1: a dry run on the CPU.
 # EVIDENCE: further options.

@@ -1,22 +1,16 @@
 """Benchmark of the domain mixup against its peers.
 
-`python -m benchmarks.bench_domain_mixup` interleaves them and prints ratios; with `--linear` it
-prints our time per image for batches of 1 to 4096 instead. `pytest benchmarks --benchmark-only`
-runs the same steps under pytest-benchmark, one by one.
+`python -m benchmarks.bench_domain_mixup` interleaves them and prints ratios;
+`pytest benchmarks --benchmark-only` runs the same steps under pytest-benchmark, one by one. Our
+time per image by batch is a series of `benchmarks.growth`.
 """
 
-import statistics
-import sys
-from collections.abc import Iterable
 from typing import Any
 
-import torch
-
-from . import run, table, verify
-from .cases import Case, cases, domain_mixup
-from .driver import prepare, seconds_of, under_pytest
-from .peers import PEERS, Peer, find
-from .workloads import MixupWorkload
+from . import run
+from .cases import Case, cases
+from .driver import under_pytest
+from .peers import PEERS, Peer
 
 OP = "domain_mixup"
 
@@ -30,22 +24,5 @@ def test_step(benchmark: Any, case: Case, peer: Peer) -> None:
     under_pytest(benchmark, case, peer)
 
 
-def linear(batches: Iterable[int] = (1, 4, 16, 64, 256, 1024, 4096), rounds: int = 21) -> str:
-    """Return a table of our median time on the CPU by batch size."""
-    device = torch.device("cpu")
-    rows = [["B", "a call", "an image"]]
-    for batch in batches:
-        case = domain_mixup("linear", batch, 112, "float32", "contiguous")
-        work = MixupWorkload(case, device)
-        step = prepare(find(OP, "ours"), case, work, device)
-        seconds = statistics.median(seconds_of(step, device) for _ in range(rounds))
-        rows.append([f"{batch:,}", table.duration(seconds), table.duration(seconds / batch)])
-    return table.markdown(rows)
-
-
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--linear"]:
-        verify.require(OP)
-        print(linear())
-    else:
-        run.main(OP)
+    run.main(OP)

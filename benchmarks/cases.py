@@ -58,7 +58,7 @@ class Case:
         return self.autocast or self.torch_dtype
 
 
-def _margin_cross_entropy(
+def margin_cross_entropy(
     suite: str,
     n: int,
     d: int,
@@ -176,35 +176,35 @@ MIXED = (BF16_EMBEDDINGS, AUTOCAST + "bfloat16")
 
 CASES: dict[str, list[Case]] = {
     "margin_cross_entropy": [
-        _margin_cross_entropy("dry", 16, 32, 500),
-        _margin_cross_entropy("dry", 16, 32, 500, "bfloat16"),
-        _margin_cross_entropy("dry", 16, 32, 500, "float32", AUTOCAST + "bfloat16"),
-        _margin_cross_entropy("dry", 16, 32, 500, "float32", *MIXED),
-        _margin_cross_entropy("dry", 16, 32, 500, "float32", AUTOCAST + "bfloat16", sampled=50),
+        margin_cross_entropy("dry", 16, 32, 500),
+        margin_cross_entropy("dry", 16, 32, 500, "bfloat16"),
+        margin_cross_entropy("dry", 16, 32, 500, "float32", AUTOCAST + "bfloat16"),
+        margin_cross_entropy("dry", 16, 32, 500, "float32", *MIXED),
+        margin_cross_entropy("dry", 16, 32, 500, "float32", AUTOCAST + "bfloat16", sampled=50),
         # a batch on two cores; a large batch of fewer classes; a million identities
-        _margin_cross_entropy("cpu", 512, 512, 200_000),
-        _margin_cross_entropy("cpu", 2048, 512, 50_000),
-        _margin_cross_entropy("cpu", 128, 512, 1_000_000),
-        _margin_cross_entropy("cpu", 512, 512, 200_000, "bfloat16"),
+        margin_cross_entropy("cpu", 512, 512, 200_000),
+        margin_cross_entropy("cpu", 2048, 512, 50_000),
+        margin_cross_entropy("cpu", 128, 512, 1_000_000),
+        margin_cross_entropy("cpu", 512, 512, 200_000, "bfloat16"),
         # A million identities: bfloat16 centers, and float32 ones under autocast, which most use.
-        _margin_cross_entropy("gpu", 512, 512, 1_000_000, "bfloat16"),
+        margin_cross_entropy("gpu", 512, 512, 1_000_000, "bfloat16"),
         *(
-            _margin_cross_entropy("gpu", n, 512, 1_000_000, "float32", AUTOCAST + "bfloat16")
+            margin_cross_entropy("gpu", n, 512, 1_000_000, "float32", AUTOCAST + "bfloat16")
             for n in (512, 2048, 4096)
         ),
-        _margin_cross_entropy("gpu", 4096, 512, 1_000_000, "bfloat16"),
-        _margin_cross_entropy("gpu", 2048, 512, 1_000_000, "bfloat16"),
+        margin_cross_entropy("gpu", 4096, 512, 1_000_000, "bfloat16"),
+        margin_cross_entropy("gpu", 2048, 512, 1_000_000, "bfloat16"),
         # The backbone's embeddings; GEMMs in float32; a tenth of the classes.
-        _margin_cross_entropy("gpu", 512, 512, 1_000_000, "float32", *MIXED),
-        _margin_cross_entropy("gpu", 512, 512, 1_000_000),
-        _margin_cross_entropy(
+        margin_cross_entropy("gpu", 512, 512, 1_000_000, "float32", *MIXED),
+        margin_cross_entropy("gpu", 512, 512, 1_000_000),
+        margin_cross_entropy(
             "gpu", 512, 512, 1_000_000, "float32", AUTOCAST + "bfloat16", sampled=100_000
         ),
         # Elements beyond 2^31; what fits any card; launches.
-        _margin_cross_entropy("gpu", 512, 512, 10_000_000, "bfloat16"),
-        _margin_cross_entropy("gpu", 2048, 512, 100_000, "bfloat16"),
-        _margin_cross_entropy("gpu", 2048, 512, 100_000),
-        _margin_cross_entropy("gpu", 512, 512, 10_000, "bfloat16"),
+        margin_cross_entropy("gpu", 512, 512, 10_000_000, "bfloat16"),
+        margin_cross_entropy("gpu", 2048, 512, 100_000, "bfloat16"),
+        margin_cross_entropy("gpu", 2048, 512, 100_000),
+        margin_cross_entropy("gpu", 512, 512, 10_000, "bfloat16"),
     ],
     "domain_mixup": [
         domain_mixup("dry", 2, 16, "float32", "contiguous"),

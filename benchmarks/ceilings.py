@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .driver import seconds_of
+from .process import write_json
+
+# A CPU's sizes: beyond its caches, and seconds in all on two cores.
+SIZES = {"cpu": {"copy_bytes": 2**28, "size": 3072, "rounds": 9}}
+SIZES["dry"] = {"copy_bytes": 2**20, "size": 64, "rounds": 3}
 
 
 def measure(
@@ -50,3 +57,15 @@ def measure(
         "float32_tflop_per_second": gemm(torch.float32, "highest"),
         "tf32_tflop_per_second": gemm(torch.float32, "high"),
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the CPU's ceilings.")
+    parser.add_argument("sizes", choices=SIZES)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    write_json(args.output, measure(torch.device("cpu"), **SIZES[args.sizes]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,14 @@
-"""Measurement of a case: the time of all peers, interleaved in one process, or a peer's memory."""
+"""Measurement of a case: the time of all peers, interleaved in one process, or a peer alone."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,28 +21,42 @@ from synface_kernels.testing import peak_bytes, peak_cuda_bytes
 from . import machine
 from .cases import Case, cases
 from .peers import PEERS, Peer, find
-from .process import ROUNDS, write_json
+from .process import ROUNDS, RUNNING, write_json
 from .pytest_results import without_folders
 from .workloads import WORKLOADS, Step, Workload
 
-# In a GPU's tests of minutes, rounds end after so many seconds, if there were that many.
+# Rounds end after so many seconds, if there were that many.
 MEASURING_SECONDS, ROUNDS_MIN = 6.0, 5
+# Takes a peer's name before each of its steps.
+Announce = Callable[[str], object]
+
+
+class TooSlow(Exception):
+    """Error for a peer whose rounds would take longer than its limit."""
 
 
 def measure_time(
     case: Case,
     device: torch.device,
     *,
+    peers: Sequence[Peer] | None = None,
     rounds: int = ROUNDS,
     seconds: float = float("inf"),
+    enough_seconds: float = MEASURING_SECONDS,
     save: Callable[[dict[str, Any]], None] = lambda result: None,
+    announce: Announce = lambda name: None,
+    without: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Time a step of every peer of a case, interleaved, in this process.
 
     Args:
+        peers: what to measure; by default all peers of the op.
         rounds: how often each peer runs, after two warm-up runs; less often where that takes long.
         seconds: the time limit.
+        enough_seconds: the time after which rounds end, if there were `ROUNDS_MIN`.
         save: is called with the result so far after every round.
+        announce: is called with a peer's name before each of its steps.
+        without: peers that are not to run, and why not.
 
     Returns:
         The case, and for each peer its median seconds, its ratio to ours (the median of the
@@ -57,18 +72,20 @@ def measure_time(
     idle = machine.idle_check(0.1 if device.type == "cuda" else 1.0)
     if not idle["idle"]:
         print(f"WARNING: other programs keep {idle['busy_cores']} cores busy", file=sys.stderr)
-    peers = PEERS[case.op]
-    why_not: dict[str, str] = {}
+    peers = PEERS[case.op] if peers is None else peers
+    why_not = dict(without or {})
     memory: dict[str, int] = {}
     steps: dict[str, Step] = {}
     work, reason = _workload(case, device)
     for peer in peers:
+        if peer.name in why_not:
+            continue
         if work is None:
             why_not[peer.name] = reason
             continue
         try:
             with time_limit(0.6 * left()):
-                steps[peer.name] = prepare(peer, case, work, device)
+                steps[peer.name] = prepare(peer, case, work, device, announce)
                 if device.type == "cuda":
                     work.release()
                     memory[peer.name] = peak_cuda_bytes(steps[peer.name])
@@ -98,13 +115,14 @@ def measure_time(
             "peers": [_row(peer, case, samples, memory, why_not) for peer in peers],
         }
         save(result)
-        enough = done == rounds or (done >= ROUNDS_MIN and spent > MEASURING_SECONDS)
+        enough = done == rounds or (done >= ROUNDS_MIN and spent > enough_seconds)
         if work is None or not steps or enough or left() < 1.2 * slowest:
             return result
         began = time.monotonic()
         names = list(steps)
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
+            announce(name)
             samples[name].append(seconds_of(steps[name], device))
             work.clear_gradients()
         done += 1
@@ -120,15 +138,37 @@ def _workload(case: Case, device: torch.device) -> tuple[Workload | None, str]:
     return WORKLOADS[case.op](case, device), ""
 
 
-def prepare(peer: Peer, case: Case, work: Workload, device: torch.device) -> Step:
-    """Return a peer's step after two warm-up runs; raise if it is missing or would not fit."""
+def prepare(
+    peer: Peer,
+    case: Case,
+    work: Workload,
+    device: torch.device,
+    announce: Announce = lambda name: None,
+    *,
+    rounds: int = 1,
+    limit: float = float("inf"),
+) -> Step:
+    """Return a peer's step after two warm-up runs; raise if it is missing or would not fit.
+
+    Raises:
+        TooSlow: if the first run, which may compile, took more seconds than the limit, or if so
+            many rounds of the second one would.
+    """
     needed, available = peer.needs(case), machine.available_memory(device)
     if needed > available and device.type != "cuda":  # a GPU's allocator raises
         raise MemoryError(_too_large(needed, available))
+    announce(peer.name)
+    began = time.perf_counter()
     step = peer.build(work)
-    for _ in range(2):
+    for which, times in (("the first step", 1), ("one step", rounds)):
         work.clear_gradients()
         step()
+        taken = time.perf_counter() - began
+        if taken * times > limit:
+            allowed = f"limit {limit:.3g} s" + (f" for {times} rounds" if times > 1 else "")
+            raise TooSlow(f"{which} took {taken:.3g} s, {allowed}")
+        announce(peer.name)
+        began = time.perf_counter()
     return step
 
 
@@ -139,7 +179,8 @@ def _too_large(needed: int, available: int) -> str:
 def brief(error: Exception) -> str:
     """Return an error's type and the first line of its message."""
     message = without_folders(str(error)).strip().split("\n")[0][:200]
-    return message if type(error) is MemoryError else f"{type(error).__name__}: {message}"
+    plain = isinstance(error, (MemoryError, TooSlow))
+    return message if plain else f"{type(error).__name__}: {message}"
 
 
 def _row(
@@ -194,17 +235,19 @@ def seconds_of(step: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure_memory(case: Case, peer: Peer) -> dict[str, Any]:
+def measure_memory(
+    case: Case, peer: Peer, announce: Announce = lambda name: None, **limits: Any
+) -> dict[str, Any]:
     """Measure the peak resident memory of a step on the CPU, above that before it.
 
-    The warm-up steps load code and buffers that stay in memory.
+    The warm-up steps load code and buffers that stay in memory; ``limits`` are those of `prepare`.
     """
     device = torch.device("cpu")
     work, reason = _workload(case, device)
     if work is None:
         return {"not_measured": reason}
     try:
-        step = prepare(peer, case, work, device)
+        step = prepare(peer, case, work, device, announce, **limits)
         work.release()
         return {"peak_bytes": peak_bytes(step)}
     except Exception as error:
@@ -238,18 +281,31 @@ def main() -> None:
     parser.add_argument("suite")
     parser.add_argument("index", type=int)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--memory-of", metavar="PEER")
+    parser.add_argument("--alone", metavar="PEER", help="Measure only this peer's memory.")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="Seconds of its rounds.")
+    parser.add_argument("--without", type=json.loads, help="Peers not to run, and why not.")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     case = cases(args.suite, args.op)[args.index]
+    running = args.output.with_name(RUNNING)
 
     def save(result: dict[str, Any]) -> None:
         write_json(args.output, result)
 
-    if args.memory_of:
-        save(measure_memory(case, find(case.op, args.memory_of)))
+    if args.alone:
+        peer, limits = find(case.op, args.alone), {"rounds": args.rounds, "limit": args.limit}
+        result = measure_memory(case, peer, running.write_text, **limits)
     else:
-        measure_time(case, torch.device("cpu"), rounds=args.rounds, save=save)
+        result = measure_time(
+            case,
+            torch.device("cpu"),
+            rounds=args.rounds,
+            save=save,
+            announce=running.write_text,
+            without=args.without,
+        )
+    running.write_text("")
+    save(result)
 
 
 if __name__ == "__main__":

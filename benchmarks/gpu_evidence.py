@@ -25,6 +25,7 @@ import torch
 from . import table
 from .cases import CASES, Case, cases
 from .process import GRACE_SECONDS, RESULTS, ROOT, run_limited, slug, write_json
+from .roofline import GEMM_CEILINGS
 from .verify import GPU_TESTS, Outcome, run_gpu_tests
 from .worker import Worker
 
@@ -34,12 +35,6 @@ BUILD_SHARE, TEST_SHARE = 0.4, 0.3
 # The most that one measurement takes while others wait, and what is left to each of these.
 MOST_SECONDS, LEAST_SECONDS = 40.0, 3.0
 OPTIONAL = ["triton", "xdist", "pytorch_metric_learning", "liger_kernel", "cut_cross_entropy"]
-# Where a GEMM's throughput by dtype is in the ceilings.
-GEMM_CEILINGS = {
-    "bfloat16": "product_tflop_per_second",
-    "float16": "product_tflop_per_second",
-    "float32": "float32_tflop_per_second",
-}
 MARGIN = "margin_cross_entropy"
 # The workspaces of the margin softmax that are tried.
 WORKSPACES_MIB = (16, 32, 64, 128, 256)

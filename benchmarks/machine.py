@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
+import synface_kernels as sk
 from synface_kernels import _env, _load
+
+from .process import ROOT, slug
 
 # Where other programs keep more cores busy than this, results are marked as from a busy machine.
 BUSY_CORES_MAX = 0.15
@@ -32,6 +37,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "instruction_set": _load.cpu_isa() if _load.extension_error is None else "no extension",
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
+        "synface_kernels": sk.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "triton": _version("triton"),
@@ -47,6 +53,20 @@ def describe(device: torch.device) -> dict[str, Any]:
             "cuda": str(torch.version.cuda),
         }
     return found
+
+
+def file_stem(described: Mapping[str, Any]) -> str:
+    """Return the name, without suffix, of the result files of a machine's processor."""
+    return slug(f"{described['processor']} {described['cores']} cores")
+
+
+def commit() -> str:
+    """Return the commit of the checkout, marked where files differ; "unknown" without git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def cores() -> int:

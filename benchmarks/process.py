@@ -1,4 +1,4 @@
-"""Child processes: one for each case on the CPU, so that none affects the others.
+"""Child processes of measurements on the CPU, so that none affects the others.
 
 This module does not import the library, which may not be built yet.
 """
@@ -12,10 +12,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from .cases import Case, cases
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,26 +24,80 @@ ROUNDS = 7
 GRACE_SECONDS = 15
 
 
-def run_child(arguments: list[str]) -> dict[str, Any]:
-    """Run ``python -m arguments --output FILE`` and return the JSON that it wrote."""
+# The file in which a child names the peer whose step begins, beside its result; empty at the end.
+RUNNING = "running"
+# A child's limit before its first step, to import torch and make the inputs, and after the last.
+START_SECONDS = 120.0
+POLL_SECONDS = 0.1
+
+
+def run_child(
+    arguments: list[str], seconds: float = float("inf"), step_seconds: float = float("inf")
+) -> dict[str, Any]:
+    """Run ``python -m arguments --output FILE`` and return the JSON that it wrote.
+
+    Args:
+        seconds: the time limit of the process.
+        step_seconds: that of each step which it announces, see `RUNNING`; the first one must begin
+            within `START_SECONDS`. A step that holds on inside a C++ call is ended too.
+
+    Returns:
+        The JSON, with ``problem`` where the process failed or was ended, and then ``running``, the
+        peer that it had announced, if any.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "result.json"
+        output, running = Path(folder) / "result.json", Path(folder) / RUNNING
+        started = time.time()
+
+        def peer() -> str:
+            return running.read_text() if running.exists() else ""
+
+        def overdue() -> str | None:
+            limit = step_seconds if peer() else START_SECONDS
+            began = running.stat().st_mtime if running.exists() else started
+            what = "a step" if peer() else "starting or stopping"
+            return None if time.time() - began < limit else f"{what} took more than {limit:.3g} s"
+
         command = [sys.executable, "-m", *arguments, "--output", str(output)]
-        ended = run_limited(command, float("inf"), stdout=sys.stderr)
-        if output.exists():
-            result = json.loads(output.read_text())
-            return result if ended is None else {**result, "problem": ended}
-        return {"not_measured": ended or "the process wrote no result"}
+        watch = overdue if step_seconds < float("inf") else None
+        ended = run_limited(command, seconds, watch, stdout=sys.stderr)
+        result = json.loads(output.read_text()) if output.exists() else None
+        if ended is None:
+            return result or {"not_measured": "the process wrote no result"}
+        if peer():
+            return {**(result or {}), "problem": ended, "running": peer()}
+        return {**(result or {"not_measured": ended}), "problem": ended}
 
 
-def run_limited(command: list[str], seconds: float, **options: Any) -> str | None:
-    """Run a command in a session of its own; return None, or how it failed."""
+def run_limited(
+    command: list[str],
+    seconds: float,
+    watch: Callable[[], str | None] | None = None,
+    **options: Any,
+) -> str | None:
+    """Run a command in a session of its own; return None, or how it failed.
+
+    Args:
+        command: the program and its arguments.
+        seconds: the time limit.
+        watch: is called several times a second; the process is ended once it returns a reason.
+        options: those of `subprocess.Popen`.
+    """
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **options)
+    end = time.monotonic() + seconds
     try:
-        code = process.wait(None if seconds == float("inf") else max(0.0, seconds))
-        return None if code == 0 else f"the process ended with status {code}"
-    except subprocess.TimeoutExpired:
-        return f"the process was ended after {seconds:.0f} s"
+        while True:
+            left = max(0.0, end - time.monotonic())
+            poll = left if watch is None else min(left, POLL_SECONDS)
+            try:
+                code = process.wait(None if poll == float("inf") else poll)
+                return None if code == 0 else f"the process ended with status {code}"
+            except subprocess.TimeoutExpired:
+                if time.monotonic() >= end:
+                    return f"the process was ended after {seconds:.0f} s"
+                reason = None if watch is None else watch()
+                if reason is not None:
+                    return f"{reason}, and the process was ended"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -57,18 +111,13 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def run_case(case: Case, rounds: int) -> dict[str, Any]:
-    """Time a case on the CPU in a process of its own, and measure memory in one per peer."""
-    index = cases(case.suite, case.op).index(case)
-    this = ["benchmarks.driver", case.op, case.suite, str(index)]
-    timed = run_child([*this, "--rounds", str(rounds)])
-    if "peers" not in timed:
-        return {"op": case.op, "name": case.name, "peers": [], **timed}
-    for row in timed["peers"]:
-        if "not_measured" not in row:
-            found = run_child([*this, "--memory-of", row["peer"]])
-            row["peak_bytes"] = found.get("peak_bytes")
-    return timed
+def command_line(module: str) -> str:
+    """Return the command of this process as results name it, without the path of its output."""
+    words = list(sys.argv[1:])
+    while "--output" in words:
+        place = words.index("--output")
+        del words[place : place + 2]
+    return " ".join(["python -m", module, *words])
 
 
 def slug(name: str) -> str:

@@ -1,4 +1,7 @@
-"""`make bench`: verify each op, measure its cases on the CPU, print and write the results."""
+"""`make bench`: verify each op, measure its cases on the CPU, print and write the results.
+
+The call ends after `--minutes`, whatever hangs: what would begin later is not measured.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,13 @@ import torch
 
 from . import machine, table
 from .cases import CASES, HEADLINES, cases
-from .process import RESULTS, ROUNDS, run_case, slug, write_json
+from .isolated import PEER_SECONDS, run_case
+from .process import RESULTS, ROUNDS, command_line, run_child, write_json
 from .verify import require
+
+FORMAT = 1  # of result files
+MINUTES = 120.0
+CEILING_SECONDS = 120.0
 
 
 def main(op: str | None = None) -> None:
@@ -23,33 +31,50 @@ def main(op: str | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--headline", action="store_true", help="Only the cases that README shows.")
     parser.add_argument(
+        "--peer-seconds",
+        type=float,
+        default=PEER_SECONDS,
+        help="Limit of a peer's rounds in one case; a slower peer is not measured.",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="Limit of the whole call, tests included."
+    )
+    parser.add_argument(
         "--output", type=Path, help="Result file, instead of one in benchmarks/results."
     )
     args = parser.parse_args()
     ops = [op] if op else list(CASES)
+    end = time.monotonic() + 60 * args.minutes
 
     described = machine.describe(torch.device("cpu"))
     result: dict[str, Any] = {
+        "format": FORMAT,
         "machine": described,
+        "commit": machine.commit(),
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python -m benchmarks."
-        + " ".join([f"bench_{op}" if op else "run", *sys.argv[1:]]),
+        "command": command_line(f"benchmarks.bench_{op}" if op else "benchmarks.run"),
         "verified": {},
         "cases": [],
     }
     for name in ops:
-        result["verified"][name] = require(name).summary()
+        result["verified"][name] = require(name, end - time.monotonic()).summary()
+    result["ceilings"] = run_child(["benchmarks.ceilings", args.suite], CEILING_SECONDS)
     for name in ops:
         for case in cases(args.suite, name)[: HEADLINES[name] if args.headline else None]:
             print(f"measuring {name}, {case.name}", file=sys.stderr)
-            measured = run_case(case, args.rounds)
+            measured = run_case(
+                case,
+                args.rounds,
+                peer_seconds=args.peer_seconds,
+                seconds=end - time.monotonic(),
+            )
             result["cases"].append(measured)
             print(table.one_case(measured), flush=True)
 
     output = args.output
     if output is None and op is None:
-        stem = f"{described['processor']} {described['cores']} cores"
-        output = RESULTS / ("dry-run.json" if args.suite == "dry" else f"{slug(stem)}.json")
+        stem = "dry-run" if args.suite == "dry" else machine.file_stem(described)
+        output = RESULTS / f"{stem}.json"
     if output is not None:
         write_json(output, result)
         print(f"written: {output.name}")

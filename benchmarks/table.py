@@ -1,20 +1,37 @@
-"""Tables of result files; `python -m benchmarks.table` writes them to README.md.
+"""Tables of the committed results: in README.md, machines side by side; on a page, all of them.
 
-With `--check` nothing is written: the exit status says whether README.md shows the committed
-results.
+`python -m benchmarks.table` writes both, and draws the pictures of growth and of the roofline. With
+`--check` nothing is written: the exit status says whether both show the committed results.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from .cases import STEPS
+from .cases import HEADLINES, STEPS, cases
 from .process import RESULTS, ROOT
 
 README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "results" / "benchmarks.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+
+# Peers that do only a part of an op's work; the first that an op has is its floor.
+BOUNDS = (
+    "three products", "half products", "copy_ that moves as many bytes",
+    "copy_ that moves twice as many",
+)  # fmt: skip
+# Kinds of machines that are to be measured; one without a result is named as such.
+KINDS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "an AMD processor": lambda machine: "device" not in machine and "AMD" in machine["processor"],
+    "an Intel processor": lambda machine: (
+        "device" not in machine and "Intel" in machine["processor"]
+    ),
+    "a GPU": lambda machine: "device" in machine,
+}
 
 
 def _size(count: float) -> str:
@@ -26,6 +43,12 @@ def duration(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:.2f} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+
+
+def rounded(number: float, digits: int) -> str:
+    """Return a number rounded to some digits, without an exponent: "1,250", "0.667"."""
+    value = float(f"{number:.{digits}g}")
+    return f"{value:,.0f}" if value >= 100 else f"{value:g}"
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -90,60 +113,168 @@ def _one_op(op: str, cases: list[dict[str, Any]]) -> str:
     return f"`{op}`, {STEPS[op]}:\n\n{markdown(rows)}"
 
 
+def name_of(machine: dict[str, Any]) -> str:
+    """Return a machine's device, or its processor with cores and instruction set."""
+    if "device" in machine:
+        return f"{machine['device']}, CUDA {machine['cuda']}"
+    return f"{machine['processor']}, {machine['cores']} cores, {machine['instruction_set']}"
+
+
+def about(result: dict[str, Any]) -> str:
+    """Return a result's machine, versions, date, command, and whether it was idle."""
+    machine = result["machine"]
+    states = dict.fromkeys(_state(case) for case in result["cases"])
+    return (
+        f"**{name_of(machine)}**; torch {machine['torch']}, {result['date']}, "
+        f"`{result['command']}`; {'; '.join(states)}."
+    )
+
+
 def one_machine(result: dict[str, Any]) -> str:
     """Return tables of ratios and memory of every op and case of a result file."""
-    about = result["machine"]
-    where = f"{about['processor']}, {about['cores']} cores, {about['instruction_set']}"
-    if "device" in about:
-        where = f"{about['device']}, CUDA {about['cuda']}"
-    states = dict.fromkeys(_state(case) for case in result["cases"])
-    text = (
-        f"**{where}**; torch {about['torch']}, {result['date']}, `{result['command']}`; "
-        f"{'; '.join(states)}."
-    )
+    text = about(result)
     ceilings = result.get("ceilings", {})
     if "product_tflop_per_second" in ceilings:
+        product = ceilings["product_tflop_per_second"]
+        unit, scale = ("TFLOP/s", 1) if product >= 1 else ("GFLOP/s", 1000)
         text += (
             f" Measured there: a copy at {ceilings['copy_gigabyte_per_second']:.0f} GB/s, "
-            f"a product ({ceilings['product']}) at "
-            f"{ceilings['product_tflop_per_second']:.0f} TFLOP/s"
+            f"a product ({ceilings['product']}) at {scale * product:.0f} {unit}"
         )
         for kind in ("float32", "tf32"):
             if f"{kind}_tflop_per_second" in ceilings:
-                text += f", in {kind} at {ceilings[f'{kind}_tflop_per_second']:.0f}"
+                text += f", in {kind} at {scale * ceilings[f'{kind}_tflop_per_second']:.0f}"
         text += "."
     for op in dict.fromkeys(case["op"] for case in result["cases"]):
         text += "\n\n" + _one_op(op, [case for case in result["cases"] if case["op"] == op])
     return text
 
 
-def render() -> str:
-    """Return README.md's text between the marks: every committed result, CPUs first.
+def committed() -> dict[str, dict[str, Any]]:
+    """Return every committed result by its file's name without suffix, CPUs first.
 
     Results of runs that ended before they described their machine are left out.
     """
     paths = sorted(path for path in RESULTS.glob("*.json") if path.stem != "dry-run")
-    results = [json.loads(path.read_text()) for path in paths]
-    results = [result for result in results if "not_measured" not in result["machine"]]
-    cpus = [result for result in results if "device" not in result["machine"]]
-    gpus = [result for result in results if "device" in result["machine"]]
-    parts = [one_machine(result) for result in cpus + gpus]
-    if not cpus:
+    results = {path.stem: json.loads(path.read_text()) for path in paths}
+    known = [item for item in results.items() if "not_measured" not in item[1]["machine"]]
+    return dict(sorted(known, key=lambda item: "device" in item[1]["machine"]))
+
+
+def render() -> str:
+    """Return the tables of every committed result, CPUs first."""
+    results = [*committed().values()]
+    parts = [one_machine(result) for result in results]
+    if not any("device" not in result["machine"] for result in results):
         parts.insert(0, "On a CPU: not measured.")
-    if not gpus:
+    if not any("device" in result["machine"] for result in results):
         parts.append("On a GPU: not measured.")
     return "\n\n".join(parts)
+
+
+# ---- README --------------------------------------------------------------------------------------
+
+
+def summary() -> str:
+    """Return README.md's text between the marks: the headlines, one column for each machine."""
+    results = [*committed().values()]
+    parts = []
+    for suite in ("cpu", "gpu"):
+        group = [r for r in results if ("device" in r["machine"]) == (suite == "gpu")]
+        for op in HEADLINES if group else ():
+            names = [case.name for case in cases(suite, op)[: HEADLINES[op]]]
+            parts.append(side_by_side(op, names, group))
+        parts += [about(result) for result in group]
+    missing = [
+        kind for kind, is_it in KINDS.items() if not any(is_it(r["machine"]) for r in results)
+    ]
+    if missing:
+        parts.append(" ".join(f"On {kind}: not measured." for kind in missing))
+    return "\n\n".join(parts)
+
+
+def side_by_side(op: str, names: Sequence[str], results: Sequence[dict[str, Any]]) -> str:
+    """Return a table of an op's headlines, one column for each machine.
+
+    The first case is shown with every peer that a machine measured, the others with the floor and
+    the fastest implementation.
+    """
+    rows = [["", *(name_of(result["machine"]) for result in results)]]
+    for number, name in enumerate(names):
+        found = [
+            next((c for c in result["cases"] if (c["op"], c["name"]) == (op, name)), None)
+            for result in results
+        ]
+        rows.append([f"**{name}**", *(_bold(case) for case in found)])
+        peers = dict.fromkeys(
+            row["peer"] for case in found if case for row in case["peers"] if "ratio" in row
+        )
+        others = [peer for peer in peers if peer != "ours"]
+        if number:
+            others = _floor_and_fastest(others, [case for case in found if case])
+        for peer in others:
+            rows.append([peer, *(_cell(case, peer) if case else "" for case in found)])
+    return f"`{op}`, {STEPS[op]}:\n\n{markdown(rows)}"
+
+
+def _floor_and_fastest(peers: list[str], found: list[dict[str, Any]]) -> list[str]:
+    """Return the op's floor and the peer of the least ratio on any machine, as far as measured."""
+    ratios = [(row["ratio"], row["peer"]) for c in found for row in c["peers"] if "ratio" in row]
+    others = [pair for pair in sorted(ratios) if pair[1].partition(",")[0] not in ("ours", *BOUNDS)]
+    return [*[peer for peer in peers if peer in BOUNDS][:1], *[peer for _, peer in others[:1]]]
+
+
+def _bold(case: dict[str, Any] | None) -> str:
+    """Return our time of a case, which ratios are multiples of, and our memory."""
+    rows = case["peers"] if case else []
+    row = next((row for row in rows if row["peer"] == "ours"), None)
+    if row is None or "seconds" not in row:
+        return "not measured"
+    time, peak = f"**{duration(row['seconds'])}**", row.get("peak_bytes")
+    return time if peak is None else f"{time}, {_size(peak)}"
+
+
+# ---- the page of all results ---------------------------------------------------------------------
+
+
+def page() -> str:
+    """Return the page of all results, with the pictures that `pictures` draws."""
+    from . import growth, roofline
+
+    parts = [
+        "# Results of the benchmarks",
+        "Written by `python -m benchmarks.table` from the files in `benchmarks/results`; "
+        "[performance.md](../performance.md) says what is measured, and how.",
+        "## Ops and their peers",
+        render(),
+        "## Growth",
+        growth.section(),
+        "## Roofline",
+        roofline.section(),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
     text = README.read_text()
     before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    wanted = f"{before}{BEGIN}\n{render()}\n{END}{after}"
-    if "--check" not in sys.argv[1:]:
-        README.write_text(wanted)
-    elif text != wanted:
-        sys.exit("README.md does not show the committed results: run python -m benchmarks.table")
+    wanted = {
+        README: f"{before}{BEGIN}\n{summary()}\n{END}{rest.split(END)[1]}",
+        PAGE: page(),
+    }
+    if "--check" in sys.argv[1:]:
+        for path, content in wanted.items():
+            if not path.exists() or path.read_text() != content:
+                sys.exit(
+                    f"{path.name} does not show the committed results: run "
+                    "python -m benchmarks.table"
+                )
+        return
+    for path, content in wanted.items():
+        path.write_text(content)
+    from . import pictures
+
+    pictures.draw_all()
 
 
 if __name__ == "__main__":

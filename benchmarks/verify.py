@@ -154,14 +154,14 @@ def run_gpu_tests(
     return outcomes
 
 
-def verify(op: str) -> Outcome:
-    """Run the op's own tests: every file of its name."""
-    return run_tests(sorted(map(str, (ROOT / "tests" / "ops").glob(f"test_{op}*.py"))))
+def verify(op: str, seconds: float = float("inf")) -> Outcome:
+    """Run the op's own tests, every file of its name, within a time limit."""
+    return run_tests(sorted(map(str, (ROOT / "tests" / "ops").glob(f"test_{op}*.py"))), seconds)
 
 
-def require(op: str) -> Outcome:
-    """Run the op's own tests; exit the program where they do not pass."""
-    outcome = verify(op)
+def require(op: str, seconds: float = float("inf")) -> Outcome:
+    """Run the op's own tests; exit the program where they do not pass within the time limit."""
+    outcome = verify(op, seconds)
     if not outcome.speaks_for(op):
         sys.exit(f"{op}: its tests do not pass ({outcome.summary()}), so nothing is timed")
     return outcome

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import sys
 import textwrap
 import time
@@ -15,13 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import synface_kernels as sk
 from benchmarks import (
-    bench_domain_mixup,
     driver,
     gpu_evidence,
+    isolated,
     machine,
     margin_peers,
     peers,
     process,
+    run,
     table,
     verify,
     workloads,
@@ -243,12 +246,6 @@ def test_half_products_are_what_a_step_must_compute():
         assert case.flops == 2 * (n // 2) * n * d * (1 if work.row_max else 3)
 
 
-def test_linear_table():
-    lines = bench_domain_mixup.linear((1, 2), rounds=1).splitlines()
-    assert lines[0] == "| B | a call | an image |"
-    assert [line.split(" ")[1] for line in lines[2:]] == ["1", "2"]
-
-
 def peer(name, build, needs=0):
     return Peer(name, f"label of {name}", build, lambda case: needs)
 
@@ -299,6 +296,111 @@ def test_a_peer_that_hangs_costs_its_time_alone(monkeypatch):
     assert "TimeoutError: not ready after" in result["peers"][1]["not_measured"]
 
 
+def test_a_peer_that_is_too_slow_is_left_out(monkeypatch):
+    slow, case = peer("slow", sleeper(0.2)), dry(MARGIN)
+    found = driver.measure_memory(case, slow, rounds=7, limit=1.0)
+    assert re.fullmatch(r"one step took 0\.2\d* s, limit 1 s for 7 rounds", found["not_measured"])
+    found = driver.measure_memory(case, slow, rounds=7, limit=0.1)
+    assert re.fullmatch(r"the first step took 0\.2\d* s, limit 0\.1 s", found["not_measured"])
+    monkeypatch.setitem(peers.PEERS, MARGIN, [peer("ours", sleeper(0.001)), slow])
+    announced = []
+    result = driver.measure_time(
+        case, CPU, rounds=2, announce=announced.append, without={"slow": "it was too slow"}
+    )
+    assert result["peers"][1]["not_measured"] == "it was too slow"
+    assert {*announced} == {"ours"}
+    assert len(announced) >= 2 + 2
+
+
+def test_the_suite_goes_on_without_peers_that_hang_or_crash(monkeypatch):
+    names = ("ours", "holds", "crashes", "holds when timed", "absent")
+    monkeypatch.setitem(peers.PEERS, MARGIN, [peer(name, absent) for name in names])
+    monkeypatch.setattr(isolated, "DRIVER", "tests.helpers.stand_in_driver")
+    began = time.monotonic()
+    result = isolated.run_case(dry(MARGIN), 3, peer_seconds=1.5)
+    assert time.monotonic() - began < 60
+    found = {row["peer"]: row for row in result["peers"]}
+    assert tuple(found) == names
+    assert found["ours"] == {"peer": "ours", "peak_bytes": 1}
+    for name in ("holds", "holds when timed"):
+        assert (
+            found[name]["not_measured"] == "a step took more than 1.5 s, and the process was ended"
+        )
+    assert found["crashes"]["not_measured"] == f"the process ended with status {-signal.SIGABRT}"
+    assert found["absent"]["not_measured"] == "ImportError"
+    assert "problem" not in result
+
+
+def test_the_suite_ends_with_its_time(monkeypatch):
+    monkeypatch.setitem(peers.PEERS, MARGIN, [peer("holds", absent)])
+    monkeypatch.setattr(isolated, "DRIVER", "tests.helpers.stand_in_driver")
+    began = time.monotonic()
+    result = isolated.run_case(dry(MARGIN), 3, peer_seconds=60, seconds=1)
+    assert time.monotonic() - began < 10
+    assert result["peers"] == []
+    assert result["not_measured"] == isolated.NO_TIME
+    assert "not measured: no time was left" in table.one_case(result)
+
+
+def test_a_process_that_does_not_start_is_ended(monkeypatch):
+    monkeypatch.setattr(process, "START_SECONDS", 0.5)
+    found = process.run_child(["tests.helpers.stand_in_driver", "never", "dry", "0"], 60, 60)
+    reason = "starting or stopping took more than 0.5 s, and the process was ended"
+    assert found == {"not_measured": reason, "problem": reason}
+
+
+def test_a_run_hands_its_limits_on(tmp_path, monkeypatch, capsys):
+    given, output = [], tmp_path / "result.json"
+
+    def run_case(case, rounds, **limits):
+        given.append((case, rounds, limits))
+        return {"op": case.op, "name": case.name, "peers": [], "not_measured": isolated.NO_TIME}
+
+    def require(op, seconds):
+        assert seconds <= 60
+        return verify.Outcome(passed=1)
+
+    monkeypatch.setattr(run, "run_case", run_case)
+    monkeypatch.setattr(run, "require", require)
+    monkeypatch.setattr(run, "run_child", lambda *_: {"copy_gigabyte_per_second": 20.0})
+    arguments = ["--suite", "dry", "--headline", "--rounds", "3", "--peer-seconds", "9"]
+    monkeypatch.setattr(sys, "argv", ["run", *arguments, "--minutes", "1", "--output", str(output)])
+    run.main()
+    assert [case.op for case, _, _ in given] == [
+        op for op in CASES for _ in cases("dry", op)[: HEADLINES[op]]
+    ]
+    for _, rounds, limits in given:
+        assert rounds == 3
+        assert limits["peer_seconds"] == 9
+        assert 0 < limits["seconds"] <= 60
+    result = json.loads(output.read_text())
+    assert result["format"] == run.FORMAT
+    assert result["command"] == " ".join(["python -m benchmarks.run", *arguments, "--minutes", "1"])
+    assert {*result["verified"]} == {*CASES}
+    assert "not measured: no time was left" in capsys.readouterr().out
+
+
+def test_the_driver_writes_what_the_suite_reads(tmp_path, monkeypatch):
+    output = tmp_path / "result.json"
+    monkeypatch.setitem(
+        peers.PEERS, MARGIN, [peer("ours", sleeper(0.001)), peer("slow", sleeper(0.2))]
+    )
+
+    def run(*arguments):
+        command = ["driver", MARGIN, "dry", "0", *arguments, "--output", str(output)]
+        monkeypatch.setattr(sys, "argv", command)
+        driver.main()
+        return json.loads(output.read_text())
+
+    assert run("--alone", "ours")["peak_bytes"] >= 0
+    assert (tmp_path / process.RUNNING).read_text() == ""
+    found = run("--alone", "slow", "--limit", "0.3", "--rounds", "2")
+    assert found["not_measured"].endswith("limit 0.3 s for 2 rounds")
+    result = run("--without", json.dumps({"slow": found["not_measured"]}), "--rounds", "2")
+    assert result["rounds"] == 2
+    assert result["peers"][1]["not_measured"] == found["not_measured"]
+
+
 def test_peak_memory_is_what_a_step_takes():
     size = 96 << 20
 
@@ -347,7 +449,7 @@ def test_verification_counts_and_decides(tmp_path):
 
 
 def test_an_op_is_verified_by_every_file_of_its_tests(monkeypatch):
-    monkeypatch.setattr(verify, "run_tests", lambda files: [Path(file).name for file in files])
+    monkeypatch.setattr(verify, "run_tests", lambda files, _: [Path(file).name for file in files])
     files = verify.verify(MARGIN)
     assert {f"test_{MARGIN}.py", f"test_{MARGIN}_options.py", f"test_{MARGIN}_bf16.py"} <= {*files}
     assert verify.verify("row_update") == ["test_row_update.py"]
@@ -362,21 +464,6 @@ def test_the_machine_without_names_or_paths():
     assert process.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     idle = machine.idle_check()
     assert idle["idle"] == (idle["busy_cores"] <= machine.BUSY_CORES_MAX + 0.005)
-
-
-def test_readme_shows_the_committed_results(tmp_path, monkeypatch):
-    text = table.README.read_text()
-    assert table.render() in text
-
-    copy = tmp_path / "README.md"
-    copy.write_text(text.replace(table.render(), "1000× faster"))
-    monkeypatch.setattr(table, "README", copy)
-    monkeypatch.setattr(sys, "argv", ["table", "--check"])
-    with pytest.raises(SystemExit, match="does not show"):
-        table.main()
-    monkeypatch.setattr(sys, "argv", ["table"])
-    table.main()
-    assert copy.read_text() == text
 
 
 def test_tables_of_a_gpu(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ COMMANDS = (
     *("train", "eval", "embed", "compare", "export", "leak", "align", "convert", "pack"),
     *("synthesize", "plan", "study", "info", "demo"),
     *("recipe", "recipe cfsm", "recipe synface", "recipe gap", "recipe hyperface"),
-    *("bench", "bench scale", "bench codes"),
+    *("bench", "bench scale", "bench codes", "bench compare", "bench training"),
 )
 
 

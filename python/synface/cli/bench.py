@@ -1,4 +1,4 @@
-"""The commands `synface bench scale`, `synface bench codes` and `synface bench training`."""
+"""The commands `synface bench scale`, `codes`, `compare` and `training`."""
 
 from __future__ import annotations
 
@@ -188,6 +188,61 @@ def codes_command(
             say(code_report.summary(rows[-1]))
     say(code_report.conclusion(rows))
     say(f"report: {page}")
+
+
+@app.command("compare")
+def compare_command(
+    before: Annotated[Path, typer.Argument(metavar="A.json", help="Result file to compare with.")],
+    after: Annotated[Path, typer.Argument(metavar="B.json", help="Newer result file.")],
+    by: Annotated[
+        str,
+        typer.Option(
+            help="Measure of a loss of time: ratio (our time divided by a peer's in the same run, "
+            "for machines that others share) or time (for one idle machine)."
+        ),
+    ] = "ratio",
+    tolerance: Annotated[
+        float, typer.Option(help="Loss of time or memory that is accepted, as a share.")
+    ] = 0.1,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PEER",
+            help="Peer that our times are divided by. Default: the op's floor, such as "
+            "'three products', or else the first peer that both files have.",
+        ),
+    ] = None,
+    across_machines: Annotated[
+        bool,
+        typer.Option(
+            "--across-machines",
+            help="Compare files of different kinds of machines, which are refused otherwise. "
+            "Other versions, threads and instruction sets are only reported.",
+        ),
+    ] = False,
+) -> None:
+    """Compare two result files of the benchmarks; exit with 1 if time or memory is lost."""
+    from ..bench import compare
+    from ..common.check import check_number
+
+    if by not in compare.BY:
+        raise ValueError(f"--by must be one of {', '.join(compare.BY)}, got {by!r}")
+    check_number("--tolerance", tolerance, 0)
+    found = compare.compare(
+        compare.read(before),
+        compare.read(after),
+        reference=reference,
+        across_machines=across_machines,
+    )
+    for line in found.warnings:
+        say(f"warning: {line}")
+    for line in compare.table(found, by, tolerance):
+        say(line)
+    for line in found.uncompared:
+        say(f"not compared: {line}")
+    say(compare.conclusion(found, by, tolerance))
+    if any(change.losses(by, tolerance) for change in found.changes):
+        raise typer.Exit(1)
 
 
 @app.command("training")

@@ -1,0 +1,46 @@
+"""A stand-in for `benchmarks.driver`, without torch, whose peers crash, or hang in a call of C."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+from pathlib import Path
+
+
+def hold() -> None:
+    """Sleep in C for minutes and keep Python's lock, so that no signal handler runs."""
+    ctypes.PyDLL(None).sleep(300)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("case", nargs=3)
+    parser.add_argument("--rounds")
+    parser.add_argument("--alone")
+    parser.add_argument("--limit")
+    parser.add_argument("--without", type=json.loads)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    if args.case[0] == "never":
+        hold()
+    names = ("ours", "holds", "crashes", "holds when timed", "absent")
+    rows = []
+    for name in [args.alone] if args.alone else names:
+        reason = (args.without or {}).get(name) or ("ImportError" if name == "absent" else None)
+        if reason:
+            rows.append({"peer": name, "not_measured": reason})
+            continue
+        args.output.with_name("running").write_text(name)
+        if name == "holds" or (name == "holds when timed" and not args.alone):
+            hold()
+        if name == "crashes":
+            os.abort()
+        rows.append({"peer": name, "peak_bytes": 1} if args.alone else {"peer": name})
+    args.output.with_name("running").write_text("")
+    args.output.write_text(json.dumps(rows[0] if args.alone else {"peers": rows}))
+
+
+if __name__ == "__main__":
+    main()
