@@ -155,8 +155,10 @@ def run_gpu_tests(
 
 
 def verify(op: str, seconds: float = float("inf")) -> Outcome:
-    """Run the op's own tests, every file of its name, within a time limit."""
-    return run_tests(sorted(map(str, (ROOT / "tests" / "ops").glob(f"test_{op}*.py"))), seconds)
+    """Run the op's own tests, every file of its name, on all cores, within a time limit."""
+    files = sorted(map(str, (ROOT / "tests" / "ops").glob(f"test_{op}*.py")))
+    together = ["-n", "auto", "--dist", "worksteal"] if find_spec("xdist") is not None else []
+    return run_tests([*files, *together], seconds)
 
 
 def require(op: str, seconds: float = float("inf")) -> Outcome:

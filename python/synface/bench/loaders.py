@@ -7,18 +7,25 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..common.extras import extra
 from ..data import ImageLoader, embedded_faces, normalize, open_images
 from ..data.formats.image_set import ImageSet, LabeledImages
 
 QUALITY = 95  # of the JPEG files that are written
+
+
+def _pillow() -> ModuleType:
+    with extra("train", "timing loaders of images"):
+        from PIL import Image
+    return Image
 
 
 def write_faces(folder: Path, size: tuple[int, int], count: int) -> ImageSet:
@@ -28,12 +35,12 @@ def write_faces(folder: Path, size: tuple[int, int], count: int) -> ImageSet:
         size: (H, W) of the files, in RGB.
         count: number of files.
     """
-    faces = embedded_faces(-(-count // 100))
+    pillow, faces = _pillow(), embedded_faces(-(-count // 100))
     for i in range(count):
         of_person = folder / f"p{int(faces.labels[i])}"
         of_person.mkdir(parents=True, exist_ok=True)
-        face = Image.fromarray(faces.images[i, ..., 0].numpy())
-        face = face.resize(size[::-1], Image.Resampling.BICUBIC).convert("RGB")
+        face = pillow.fromarray(faces.images[i, ..., 0].numpy())
+        face = face.resize(size[::-1], pillow.Resampling.BICUBIC).convert("RGB")
         face.save(of_person / f"{i}.jpg", quality=QUALITY)
     return open_images(folder)
 
@@ -62,10 +69,11 @@ class PillowDataset(Dataset[tuple[Tensor, int]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        pillow = _pillow()
         with self.images.store.open(index) as file:
-            image = Image.open(file).convert("RGB")
+            image = pillow.open(file).convert("RGB")
         if (image.height, image.width) != self.size:
-            image = image.resize(self.size[::-1], Image.Resampling.BILINEAR)
+            image = image.resize(self.size[::-1], pillow.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         return pixels.float().div(255).sub_(0.5).div_(0.5), int(self.images.labels[index])
 
@@ -98,10 +106,10 @@ def _decoding(images: ImageSet, count: int, workers: int) -> Callable[[], float]
 
     It is timed on one thread, and multiplied by the workers that have a core each.
     """
-    contents = [images.read(i) for i in range(min(count, len(images)))]
+    pillow, contents = _pillow(), [images.read(i) for i in range(min(count, len(images)))]
 
     def run() -> float:
-        opened = [Image.open(io.BytesIO(content)) for content in contents]
+        opened = [pillow.open(io.BytesIO(content)) for content in contents]
         began = time.perf_counter()
         for image in opened:
             image.load()
