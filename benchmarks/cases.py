@@ -181,11 +181,14 @@ CASES: dict[str, list[Case]] = {
         margin_cross_entropy("dry", 16, 32, 500, "float32", AUTOCAST + "bfloat16"),
         margin_cross_entropy("dry", 16, 32, 500, "float32", *MIXED),
         margin_cross_entropy("dry", 16, 32, 500, "float32", AUTOCAST + "bfloat16", sampled=50),
-        # a batch on two cores; a large batch of fewer classes; a million identities
+        # a batch on two cores; a large batch of fewer classes; a million identities; a call's own cost
         margin_cross_entropy("cpu", 512, 512, 200_000),
         margin_cross_entropy("cpu", 2048, 512, 50_000),
         margin_cross_entropy("cpu", 128, 512, 1_000_000),
+        margin_cross_entropy("cpu", 256, 512, 10_000),
+        margin_cross_entropy("cpu", 64, 128, 10_000),
         margin_cross_entropy("cpu", 512, 512, 200_000, "bfloat16"),
+        margin_cross_entropy("cpu", 128, 512, 1_000_000, "bfloat16"),
         # A million identities: bfloat16 centers, and float32 ones under autocast, which most use.
         margin_cross_entropy("gpu", 512, 512, 1_000_000, "bfloat16"),
         *(

@@ -69,11 +69,14 @@ def run_tests(
 ) -> Outcome:
     """Run pytest with these arguments, in a process of its own, with a time limit.
 
+    Where the arguments do not say how many processes run the tests, all cores do.
     The tests of a run that is ended at the limit are counted until then.
     """
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.jsonl"
         plugin = ["-p", "benchmarks.pytest_results", "--results", str(results)]
+        if "-n" not in arguments and find_spec("xdist") is not None:
+            plugin += ["-n", "auto", "--dist", "worksteal"]
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", *plugin, *arguments]
         problem = run_limited(
             command, seconds, stdout=sys.stderr, env={**os.environ, **(environment or {})}
@@ -155,10 +158,8 @@ def run_gpu_tests(
 
 
 def verify(op: str, seconds: float = float("inf")) -> Outcome:
-    """Run the op's own tests, every file of its name, on all cores, within a time limit."""
-    files = sorted(map(str, (ROOT / "tests" / "ops").glob(f"test_{op}*.py")))
-    together = ["-n", "auto", "--dist", "worksteal"] if find_spec("xdist") is not None else []
-    return run_tests([*files, *together], seconds)
+    """Run the op's own tests, every file of its name, within a time limit."""
+    return run_tests(sorted(map(str, (ROOT / "tests" / "ops").glob(f"test_{op}*.py"))), seconds)
 
 
 def require(op: str, seconds: float = float("inf")) -> Outcome:

@@ -40,8 +40,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     for epoch in range(1, args.epochs + 1):
         losses = []
         for images, labels in loader:
-            loss, stats = head(backbone(images), labels, return_stats=True)
             optimizer.zero_grad()
+            loss, stats = head(backbone(images), labels, return_stats=True)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(backbone.parameters(), 5.0)
             optimizer.step()

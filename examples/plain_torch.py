@@ -45,11 +45,10 @@ def main() -> None:
                 backbone(mixed), centers, targets, margin,
                 target_weight=weights, class_ids=class_ids,
             )  # fmt: skip
-            for optimizer in optimizers:
-                optimizer.zero_grad()
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
+                optimizer.zero_grad()
             total += loss.item()
         print(f"epoch {epoch}: loss {total / len(loader):.3f}")
 

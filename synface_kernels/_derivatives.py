@@ -47,13 +47,6 @@ def _has_tangent(tensors: Iterable[Tensor | None]) -> bool:
     )
 
 
-def is_batched(tensor: Tensor) -> bool:
-    """Return whether the tensor is one of a batch in a loop of vmap, also of autograd's own."""
-    return _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(
-        tensor
-    )
-
-
 def innermost(tensor: Tensor) -> Tensor:
     """Return the tensor of values inside `torch.func`'s wrappers, with all dimensions."""
     while _functorch.is_functorch_wrapped_tensor(tensor):

@@ -27,9 +27,9 @@ constexpr int64_t kVector = 64;
 // Elements estimated together in float32, and recomputed exactly where the estimate is
 // inconclusive.
 constexpr int64_t kGroup = 64;
-// Bytes of a result whose stores bypass the caches, as the reader of a larger one would not find
-// it there: half of a third-level cache of 32 MiB.
-constexpr int64_t kStreamBytes = 16 << 20;
+// Bytes of a result whose stores bypass the caches, as the reader of a larger one would hardly find
+// it there: a quarter of a third-level cache of 32 MiB.
+constexpr int64_t kStreamBytes = 8 << 20;
 // Elements of the smallest task.
 constexpr int64_t kTaskElements = 32768;
 

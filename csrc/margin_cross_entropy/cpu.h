@@ -41,10 +41,11 @@ constexpr int64_t kBlock = 512;
 // center's in its own row: backward reads a row's before it writes the row.
 template <class T>
 struct SavedCosines {
-  T* cosines = nullptr;    // a row for each center
-  int64_t stride = 0;      // from one row to the next
-  int64_t classes = 0;     // rows are of classes·M centers
-  int64_t embeddings = 0;  // columns; zeros after the last valid embedding
+  T* cosines = nullptr;      // a row for each center
+  int64_t stride = 0;        // from one row to the next
+  int64_t classes = 0;       // rows are of classes·M centers
+  int64_t embeddings = 0;    // columns
+  bool in_gradient = false;  // else columns after the last valid embedding are zeros
 };
 
 // Outputs of the forward pass, contiguous. Small ones are double: the log-sum-exps, whose rounding

@@ -126,20 +126,20 @@ void weight_gradient(const WeightGradient<T, Operand>& task, Range classes) {
     const int64_t columns = own.end <= from.saved.classes ? from.saved.embeddings : 0;
     for (int64_t r0 = 0, block = 0; r0 < x.count(); r0 += kBlock, ++block) {
       const int64_t count = std::min(kBlock, x.count() - r0),
-                    kept = std::clamp<int64_t>(columns - r0, 0, count);
-      if (kept < count) {
-        tile.fill(centers, own, task.transposed[block], {r0 + kept, r0 + count}, kept);
+                    saved = std::clamp<int64_t>(columns - r0, 0, count);
+      if (saved < count) {
+        tile.fill(centers, own, task.transposed[block], {r0 + saved, r0 + count}, saved);
       }
       const T *lse = softmax.lse.get() + r0, *spread = softmax.spread.get() + r0;
       for (int64_t j = 0; j < n; ++j) {
         T* row = tile.row(j);
-        if (kept > 0) {
-          const T* saved = from.saved.cosines + (c0 * m + j) * from.saved.stride + r0;
-          if (j + kAhead < n) prefetch(saved + kAhead * from.saved.stride, kept);
-          simd.probabilities(saved, T(p.scale), lse, spread, row, kept);
+        if (saved > 0) {
+          const T* cosines = from.saved.cosines + (c0 * m + j) * from.saved.stride + r0;
+          if (j + kRowsAhead < n) prefetch(cosines + kRowsAhead * from.saved.stride, saved);
+          simd.probabilities(cosines, T(p.scale), lse, spread, row, saved);
         }
-        simd.probabilities(row + kept, T(p.scale), lse + kept, spread + kept, row + kept,
-                           count - kept);
+        simd.probabilities(row + saved, T(p.scale), lse + saved, spread + saved, row + saved,
+                           count - saved);
       }
       gemms.add(tile.row(0), tile.stride(), n, task.blocks[block], gradient, r0 > 0);
     }

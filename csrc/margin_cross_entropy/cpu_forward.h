@@ -66,11 +66,12 @@ void scan_classes(const Context<T>& context, const RowGroup<Operand>& group, Ran
     for (int64_t r0 = rows.begin, block = 0; r0 < rows.end; r0 += kBlock, ++block) {
       const int64_t count = std::min(kBlock, rows.end - r0), at = r0 - rows.begin;
       tile.fill(centers, own, group.blocks[block], {r0, r0 + count});
-      const int64_t kept = std::clamp<int64_t>(saved.embeddings - r0, 0, count);
-      for (int64_t j = 0; j < std::min(n, (saved.classes - c0) * m); ++j) {
+      const int64_t columns = std::clamp<int64_t>(saved.embeddings - r0, 0, count),
+                    saved_rows = columns > 0 ? std::min(n, (saved.classes - c0) * m) : 0;
+      for (int64_t j = 0; j < saved_rows; ++j) {
         T* to = saved.cosines + (c0 * m + j) * saved.stride + r0;
-        if (j + kAhead < n) prefetch(to + kAhead * saved.stride, kept);
-        std::copy_n(tile.row(j), kept, to);
+        if (j + kRowsAhead < saved_rows) prefetch(to + kRowsAhead * saved.stride, columns);
+        std::copy_n(tile.row(j), columns, to);
       }
       std::fill_n(most.get(), count, -infinity);
       for (int64_t j = 0; j < n; ++j) simd.greatest(tile.row(j), most.get(), count);
@@ -178,9 +179,9 @@ void forward_by(const Problem& p, const Runtime& runtime, const Statistics<T>& o
   clear(p, out);
   const Embeddings<T> x(p, simd, std::type_identity<Operand>());
   const Context<T> context{.p = p, .simd = simd, .x = x};
-  const int64_t columns = out.saved.embeddings;
-  for (int64_t c = 0; x.count() < columns && c < out.saved.classes * p.sub_centers; ++c) {
-    std::fill_n(out.saved.cosines + c * out.saved.stride + x.count(), columns - x.count(), T(0));
+  const int64_t unused = out.saved.in_gradient ? 0 : out.saved.embeddings - x.count();
+  for (int64_t c = 0; unused > 0 && c < out.saved.classes * p.sub_centers; ++c) {
+    std::fill_n(out.saved.cosines + c * out.saved.stride + x.count(), unused, T(0));
   }
   if (x.count() == 0) return;
 

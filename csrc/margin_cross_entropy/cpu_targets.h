@@ -16,8 +16,8 @@ void for_labels_in(const int64_t* labels, int64_t k, Range classes, F&& visit) {
   }
 }
 
-// Rows ahead of the one that is read or written.
-constexpr int64_t kAhead = 16;
+// Prefetch distance, in rows.
+constexpr int64_t kRowsAhead = 16;
 template <class T>
 void prefetch(const T* row, int64_t n) {
   for (int64_t i = 0; i < n; i += int64_t(64 / sizeof(T))) __builtin_prefetch(row + i, 1);

@@ -107,7 +107,8 @@ SavedCosines<T> in_gradient(const Inputs& in, void* rows) {
   return {.cosines = static_cast<T*>(rows),
           .stride = stride,
           .classes = in.classes(),
-          .embeddings = std::min({stride, kBlock, in.input.size(0)})};
+          .embeddings = std::min({stride, kBlock, in.input.size(0)}),
+          .in_gradient = true};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_of(
@@ -133,8 +134,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forwa
          center_sum = at::empty({needs_cosine_sum ? d : 0}, exact);
   const auto class_bytes = int64_t(in.sub_centers * n * statistics.dtype().itemsize());
   const int64_t saved = std::min(in.classes(), workspace / std::max<int64_t>(1, class_bytes));
-  const bool keeps = workspace == kInGradient;
-  Tensor cosines = keeps ? empty_gradient(in, weight)
+  const bool early = workspace == kInGradient;
+  Tensor cosines = early ? empty_gradient(in, weight)
                          : empty_result({saved * in.sub_centers, n}, compute_dtype(input), false);
   with_compute_type(input, [&](auto zero) {
     using T = decltype(zero);
@@ -147,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forwa
                 .cosine_sum = if_wanted(needs_cosine_sum, sum.data_ptr<double>()),
                 .mean_center = if_wanted(needs_input_grad, mean.data_ptr<T>()),
                 .center_sum = if_wanted(needs_cosine_sum, center_sum.data_ptr<double>()),
-                .saved = keeps ? in_gradient<T>(in, cosines.data_ptr())
+                .saved = early ? in_gradient<T>(in, cosines.data_ptr())
                                : SavedCosines<T>{.cosines = cosines.data_ptr<T>(),
                                                  .stride = n,
                                                  .classes = saved,
@@ -185,20 +186,20 @@ struct Backward {
   // Writes the centers' gradient to grad_rows unless that is empty, or passes it to `on_tile`.
   void run(const Tensor& grad_rows, const GradTileCallback& on_tile = {}) const {
     const int64_t n = in.input.size(0);
-    const bool keeps = grad_rows.is_same(cosines);
-    TORCH_CHECK_VALUE(keeps || (cosines.dim() == 2 && cosines.size(1) == n &&
-                                cosines.size(0) <= in.classes() * in.sub_centers),
+    const bool over = grad_rows.is_same(cosines);
+    TORCH_CHECK_VALUE(over || (cosines.dim() == 2 && cosines.size(1) == n &&
+                               cosines.size(0) <= in.classes() * in.sub_centers),
                       "saved cosines must be of at most C·M centers and N embeddings, got ",
                       cosines.sizes());
     with_compute_type(in.input, [&](auto zero) {
       using T = decltype(zero);
       const auto if_any = [](const Tensor& to) { return to.numel() ? to.data_ptr() : nullptr; };
       const SavedCosines<const T> saved =
-          keeps ? in_gradient<const T>(in, grad_rows.data_ptr())
-                : SavedCosines<const T>{.cosines = cosines.const_data_ptr<T>(),
-                                        .stride = n,
-                                        .classes = cosines.size(0) / in.sub_centers,
-                                        .embeddings = n};
+          over ? in_gradient<const T>(in, grad_rows.data_ptr())
+               : SavedCosines<const T>{.cosines = cosines.const_data_ptr<T>(),
+                                       .stride = n,
+                                       .classes = cosines.size(0) / in.sub_centers,
+                                       .embeddings = n};
       backward<T>(
           in.problem(), torch_runtime(),
           {.negative_lse = lse.const_data_ptr<double>(),
@@ -251,7 +252,7 @@ std::tuple<Tensor, Tensor> backward_of(const Tensor& input, const Tensor& weight
 // writes over them.
 Tensor backward_over(const Tensor& input, const Tensor& weight, const OptionalTensor& class_ids,
                      const Tensor& labels, const Tensor& negative_lse, const Tensor& mean_center,
-                     const Tensor& center_sum, const Tensor& kept, const Tensor& grad_negative_lse,
+                     const Tensor& center_sum, const Tensor& saved, const Tensor& grad_negative_lse,
                      const Tensor& grad_target_cosine, const Tensor& grad_cosine_sum, double scale,
                      double limit, bool needs_input_grad, bool split_bf16,
                      std::optional<at::ScalarType> gemm_dtype) {
@@ -266,16 +267,16 @@ Tensor backward_over(const Tensor& input, const Tensor& weight, const OptionalTe
                           {.negative_lse = negative_lse,
                            .mean_center = mean_center,
                            .center_sum = center_sum,
-                           .saved = kept,
+                           .saved = saved,
                            .grad_negative_lse = grad_negative_lse,
                            .grad_target_cosine = grad_target_cosine,
                            .grad_cosine_sum = grad_cosine_sum},
                           needs_input_grad);
-  TORCH_CHECK_VALUE(kept.sizes() == gradient_size(backward.in, weight) &&
-                        kept.scalar_type() == weight.scalar_type() && kept.is_contiguous(),
-                    "kept must be contiguous, of weight's dtype and a row for each class, got ",
-                    kept.scalar_type(), " ", kept.sizes());
-  backward.run(kept);
+  TORCH_CHECK_VALUE(saved.sizes() == gradient_size(backward.in, weight) &&
+                        saved.scalar_type() == weight.scalar_type() && saved.is_contiguous(),
+                    "saved must be contiguous, of weight's dtype and a row for each class, got ",
+                    saved.scalar_type(), " ", saved.sizes());
+  backward.run(saved);
   return backward.grad_input;
 }
 

@@ -60,8 +60,18 @@ std::atomic<Block*> large{nullptr};
 std::atomic<int64_t> large_bytes{0};
 std::atomic<bool> keeps_large{true};
 
+// Leaves the block's pages to the system, until they are written again.
+bool offer(const Block& block) {
+#ifdef MADV_FREE
+  return madvise(block.data, block.size, MADV_FREE) == 0;
+#else
+  return false;
+#endif
+}
+
+// Keeps the block in place of the one before; null keeps none.
 void keep_large(Block* block) {
-  if (block && madvise(block->data, block->size, MADV_FREE) != 0) return unmap(block);
+  if (block && !offer(*block)) return unmap(block);
   large_bytes += block ? int64_t(block->size) : 0;
   Block* older = large.exchange(block);
   if (!older) return;

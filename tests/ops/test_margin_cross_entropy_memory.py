@@ -107,22 +107,21 @@ def test_what_the_workspace_saves():
         assert torch.equal(a, b)
 
 
-def kept(loss):
-    """Return what the graph of a loss holds for the backward pass in the gradient's memory."""
+def ahead(loss):
+    """Return the gradient of the centers that the graph of a loss holds, if any, in a dict."""
     node = loss.grad_fn
-    while node is not None and not hasattr(node, "kept"):
+    while node is not None and not hasattr(node, "ahead"):
         node = next((next_node for next_node, _ in node.next_functions if next_node), None)
-    return None if node is None else node.kept
+    return None if node is None else node.ahead
 
 
 IN_GRADIENT = {  # N, D, dtype: how many cosines a center's row takes
     "a part of a row": (40, 64, torch.float32, 40),
     "the whole row": (90, 64, torch.float32, 64),
     "a whole block": (700, 520, torch.float32, 512),
-    "two blocks, but one is kept": (600, 1100, torch.float64, 512),
+    "two blocks, but one is saved": (600, 1100, torch.float64, 512),
     "half a row": (90, 64, torch.bfloat16, 32),
     "half a row of float16": (90, 64, torch.float16, 32),
-    "rows of no whole number": (40, 63, torch.bfloat16, 0),
     "one number": (3, 1, torch.float32, 1),
 }
 
@@ -136,19 +135,18 @@ def test_cosines_in_the_memory_of_the_gradient(case, isa, monkeypatch):
     x, w = (v.to(dtype).requires_grad_() for v in (x, w))
     target[1] = -1
     loss = sk.margin_cross_entropy(x, w, target, ignore_index=-1)
-    rows = kept(loss)["rows"]
+    rows = ahead(loss)["rows"]
     assert (rows.shape, rows.dtype) == (w.shape, w.dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    if columns:
-        valid = [0, *range(2, n)][:columns]
-        cosine = F.linear(F.normalize(w.to(wide)), F.normalize(x.to(wide)))[:, valid].detach()
-        cosine[target[valid], torch.arange(len(valid))] = -torch.inf
-        saved = rows.detach().view(wide)[:, : len(valid)]
-        torch.testing.assert_close(saved, cosine, rtol=1e-5, atol=1e-5)
+    valid = [0, *range(2, n)][:columns]
+    cosine = F.linear(F.normalize(w.to(wide)), F.normalize(x.to(wide)))[:, valid].detach()
+    cosine[target[valid], torch.arange(len(valid))] = -torch.inf
+    saved = rows.detach().view(wide)[:, : len(valid)]
+    torch.testing.assert_close(saved, cosine, rtol=1e-5, atol=1e-5)
     where = rows.data_ptr()
     del rows
     loss.backward(retain_graph=True)
-    assert not kept(loss)
+    assert not ahead(loss)
     assert w.grad.data_ptr() == where  # not copied
     first = w.grad
     second = torch.autograd.grad(loss, (x, w))
@@ -160,19 +158,24 @@ def test_cosines_in_the_memory_of_the_gradient(case, isa, monkeypatch):
             assert torch.equal(a, b)
 
 
-def test_no_gradient_is_kept_where_it_would_not_be_used():
+def test_where_no_gradient_is_allocated_early():
     x, w, target, _, _ = problem(6, 9, 8, 1, torch.float32)
     x, w = x.float().requires_grad_(), w.float().requires_grad_()
     loss = partial(sk.margin_cross_entropy, target=target)
-    assert kept(loss(x, w))
-    assert kept(loss(x, w.detach())) is None
-    assert kept(loss(x, w, workspace=0)) is None
-    assert kept(loss(x, w, impl="reference")) is None
+    assert ahead(loss(x, w))
+    assert ahead(loss(x, w.detach())) is None
+    assert ahead(loss(x, w, workspace=0)) is None
+    assert ahead(loss(x, w, impl="reference")) is None
+    odd = w.detach()[:, 1:].bfloat16().requires_grad_()  # rows of no whole number of cosines
+    assert ahead(loss(x[:, 1:], odd)) is None
+    for more, early in ((10, True), (11, False)):  # 64 and 70 rows, of which 8 fit
+        rows, labels = torch.cat([x] * more + [x[:4]]), torch.cat([target] * more + [target[:4]])
+        assert bool(ahead(sk.margin_cross_entropy(rows, w, labels))) == early
     with torch.no_grad():
         assert loss(x, w).grad_fn is None
     held = []
     with torch.autograd.graph.saved_tensors_hooks(lambda v: held.append(v) or v, lambda v: v):
-        assert kept(loss(x, w)) is None
+        assert ahead(loss(x, w)) is None
     assert all(v.shape != w.shape or v is w for v in held)
     checkpointed = torch.utils.checkpoint.checkpoint(loss, x, w, use_reentrant=False)
     for a, b in zip(
@@ -181,6 +184,66 @@ def test_no_gradient_is_kept_where_it_would_not_be_used():
         strict=True,
     ):
         assert torch.equal(a, b)
+
+
+def test_there_is_one_gradient_at_a_time():
+    x, w, target, _, _ = problem(6, 9, 8, 1, torch.float32)
+    x, w = x.float().requires_grad_(), w.float().requires_grad_()
+    loss = partial(sk.margin_cross_entropy, x, w, target)
+    first, second = loss(), loss()
+    assert ahead(first)
+    assert ahead(second) is None  # the first one's waits for its backward pass
+    assert ahead(sk.margin_cross_entropy(x, w.detach().requires_grad_(), target))  # other centers
+    first.backward()
+    assert ahead(loss()) is None  # w.grad is the gradient
+    expected, w.grad = w.grad, None
+    third = loss()
+    assert ahead(third)
+    del third
+    assert ahead(loss())
+    (again,) = torch.autograd.grad(second, w)
+    assert torch.equal(again, expected)
+
+
+TWO_STEPS = """
+import torch, synface_kernels as sk
+from synface_kernels.testing import peak_bytes
+n, c, d = 64, 100_000, 128
+x, w = torch.randn(n, d), torch.randn(c, d, requires_grad=True)
+t = torch.randint(0, c, (n,))
+def step():
+    loss = sk.margin_cross_entropy(x, w, t)
+    w.grad = None  # after the forward pass
+    loss.backward()
+sk.margin_cross_entropy(x, w, t).backward()
+w.grad = None
+sk.empty_cache()
+def both():
+    step()
+    step()
+print(peak_bytes(both) / 2**20, c * d * 4 / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_gradients_that_are_cleared_late_do_not_add_up():
+    done = subprocess.run([sys.executable, "-c", TWO_STEPS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, gradient = map(float, done.stdout.split())
+    assert peak < 1.5 * gradient
+
+
+def test_vmap_of_a_gradient():
+    x, w, target, _, _ = problem(6, 9, 8, 1, torch.float32)
+    x, w = x.float(), w.float().requires_grad_()
+    loss = sk.margin_cross_entropy(x, w, target)
+
+    def scaled(factor):
+        return torch.autograd.grad(loss, w, retain_graph=True)[0].sum() * factor
+
+    total = torch.vmap(scaled)(torch.arange(3.0))
+    (gradient,) = torch.autograd.grad(loss, w)
+    torch.testing.assert_close(total, gradient.sum() * torch.arange(3.0))
 
 
 def test_a_batch_of_gradients():

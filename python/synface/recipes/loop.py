@@ -129,10 +129,10 @@ def run_steps(
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Take one step of an optimizer along the gradient of a loss."""
-    optimizer.zero_grad()
+    """Take one step of an optimizer along the gradient of a loss, and clear the gradients."""
     loss.backward()
     optimizer.step()
+    optimizer.zero_grad()
 
 
 def set_cosine_lr(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> None:

@@ -7,16 +7,19 @@ every margin; `targets` adds the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import MutableMapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..._autocast import suspended
-from ..._derivatives import is_batched, register, transforms_active
+from ..._derivatives import register, transforms_active
 from ..._load import library
 from ..._precision import may_split_bf16
 from ..row_update.updates import RowUpdate
@@ -50,7 +53,7 @@ _BACKWARD = (
 )
 # The same with the cosines in the memory of the centers' gradient, which it writes over them.
 _BACKWARD_OVER = (
-    _BACKWARD.replace("Tensor kept", "Tensor(a!) kept")
+    _BACKWARD.replace("Tensor kept", "Tensor(a!) saved")
     .replace("bool needs_weight_grad, ", "")
     .replace("(Tensor grad_input, Tensor grad_rows)", "Tensor grad_input")
 )
@@ -76,13 +79,13 @@ def statistics(
     The GEMMs of both passes are in ``gemm_dtype``; None: as the tensors' dtypes have it.
     """
     if workspace == "auto":
-        kept = update is None and impl == "cpu" and _is_plain_autograd(inputs)
-        workspace = IN_GRADIENT if kept else 0
+        early = update is None and impl == "cpu" and _may_allocate_gradient(inputs)
+        workspace = IN_GRADIENT if early else 0
     arguments = (*inputs, workspace, may_split_bf16(), impl, gemm_dtype)
     if update is not None:
         found = ForwardOutputs(*_Updating.apply(fused.grad_anchor(), *arguments, update))
     elif workspace == IN_GRADIENT:
-        found = ForwardOutputs(*_Keeping.apply(*arguments))
+        found = ForwardOutputs(*_SavingInGradient.apply(*arguments))
     else:
         found = ForwardOutputs(*_forward(*arguments))
     common = found.negative_lse, found.negative_max, found.target_cosine
@@ -93,21 +96,22 @@ def statistics(
     return Statistics(*common, filtered, found.cosine_sum, torch.full_like(found.cosine_sum, count))
 
 
-def _is_plain_autograd(inputs: ForwardInputs) -> bool:
-    """Return whether the backward pass runs eagerly, as it is written, on tensors of no subclass.
-
-    Saved-tensor hooks free what a forward pass holds, as activation checkpointing does.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        or any(
-            type(tensor) not in (Tensor, torch.nn.Parameter)
-            for tensor in (inputs.input, inputs.weight)
-        )
-    )
+def _may_allocate_gradient(inputs: ForwardInputs) -> bool:
+    """Return whether the forward pass may allocate the centers' gradient, and gains by it."""
+    input, weight = inputs.input, inputs.weight
+    if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in (input, weight)):
+        return False
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active()
+    # Saved-tensor hooks free what a forward pass holds, as activation checkpointing does.
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    if traced or hooked or forward_ad._current_level >= 0:
+        return False
+    # Else two gradients of the centers would be in memory, until this or the other one is used.
+    before = _gradients_ahead.get(weight)
+    if (weight.is_leaf and weight.grad is not None) or (before is not None and before()):
+        return False
+    fit, rest = divmod(weight.shape[-1] * weight.element_size(), statistics_dtype(input).itemsize)
+    return rest == 0 and 8 * fit >= len(input)
 
 
 # ---- the ops: one implementation per device, fake ------------------------------------------------
@@ -260,8 +264,16 @@ def _gradients(
     return grad_input if needs_input_grad else None, grad_weight, *[None] * len(others)
 
 
-class _Keeping(torch.autograd.Function):
-    """The op margin_cross_entropy_forward, with cosines in the memory of the centers' gradient.
+class _GradientAhead(dict[str, Tensor]):
+    """Holds the gradient of some centers between a forward and a backward pass, or is empty."""
+
+
+# Of centers, where the gradient of a forward pass was allocated.
+_gradients_ahead: MutableMapping[Tensor, weakref.ref[_GradientAhead]] = WeakIdKeyDictionary()
+
+
+class _SavingInGradient(torch.autograd.Function):
+    """Calls the op margin_cross_entropy_forward with cosines in the memory of weight's gradient.
 
     apply(*arguments of the op, with the workspace IN_GRADIENT). The first backward pass reads them
     and returns that memory as the gradient; further ones compute the cosines again.
@@ -271,27 +283,27 @@ class _Keeping(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         output = ForwardOutputs(*torch.ops.synface_kernels.margin_cross_entropy_forward(*arguments))
         # Not among the saved tensors: another reference would make autograd copy the gradient.
-        ctx.kept = {"rows": output.saved}
-        n = len(arguments[0])
-        output = output._replace(saved=output.mean_center.new_empty((0, n)))
+        ctx.ahead = _GradientAhead(rows=output.saved)
+        given, _ = split_forward(arguments)
+        _gradients_ahead[given.weight] = weakref.ref(ctx.ahead)
+        output = output._replace(saved=output.mean_center.new_empty((0, len(given.input))))
         _setup_context(ctx, arguments, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        needs_input_grad, needs_weight_grad, *_ = ctx.needs_input_grad
-        # With create_graph, and in a batch of gradients, the op must be functional.
-        plain = not torch.is_grad_enabled() and not any(
-            grad is not None and is_batched(grad) for grad in grads
-        )
-        kept = ctx.kept.pop("rows", None) if plain and needs_weight_grad else None
-        if kept is None:
+        rows = ctx.ahead.pop("rows", None)
+        # With create_graph, in a batch of gradients and in a trace the op must be functional.
+        traced = torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active()
+        batched = any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads)
+        if rows is None or traced or batched:
+            del rows
             return _autograd(ctx, *grads)
-        inputs = _backward_inputs(ctx, grads, needs_input_grad)._replace(saved=kept)
+        inputs = _backward_inputs(ctx, grads, ctx.needs_input_grad[0])._replace(saved=rows)
         grad_input = torch.ops.synface_kernels.margin_cross_entropy_backward_over(
             *inputs, ctx.split_bf16, ctx.impl, ctx.gemm_dtype
         )
-        return _gradients(ctx, inputs, grad_input, kept)
+        return _gradients(ctx, inputs, grad_input, rows)
 
 
 class _Updating(torch.autograd.Function):

@@ -143,7 +143,7 @@ def split_forward(arguments: Sequence[Any]) -> tuple[ForwardInputs, Sequence[Any
 def split_backward(
     arguments: Sequence[Any], options: int = 4
 ) -> tuple[BackwardInputs, Sequence[Any]]:
-    """Return a backward op's arguments by their names, and the rest of them, so many options."""
+    """Return a backward op's arguments by their names, and its options, the rest of them."""
     count = len(BackwardInputs._fields)
     return BackwardInputs(*arguments[:count]), _filled(arguments[count:], options)
 

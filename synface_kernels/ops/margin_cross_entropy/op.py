@@ -143,13 +143,16 @@ def margin_cross_entropy(
         workspace: memory in which the forward pass may save cosines for the backward pass, which
             then does not recompute them: with all of them a step is three GEMMs, not four.
             ``"auto"``: that of weight's gradient, which is allocated early: each center's row of
-            D numbers takes the cosines of min(N, 512, D) embeddings (half as many of D where weight
-            has 16 bits). Or a number of bytes, ≥ 0, for the cosines of as many classes as fit, 4·N
+            D numbers takes the cosines of min(N, 512, D) embeddings, min(N, 512, D/2) where weight
+            has 16 bits. Or a number of bytes, ≥ 0, for the cosines of as many classes as fit, 4·N
             (8·N for float64) per center; this is faster where N is larger than such a row. The
             result has the same bits. Without effect where weight needs no gradient, and for
-            ``"triton"`` and ``"reference"``; ``"auto"`` has none with ``update``, inside
-            `torch.compile`, the transforms of `torch.func` and saved-tensor hooks
-            (activation checkpointing). With a group: each rank's own, where N is that of all ranks.
+            ``"triton"`` and ``"reference"``. ``"auto"`` has none where it would add to the peak of
+            memory: if weight has a gradient already (clear it before the forward pass), or an
+            earlier loss of the same weight waits for its backward pass; nor with ``update``, inside
+            `torch.compile`, the transforms of `torch.func` and saved-tensor hooks (activation
+            checkpointing), and where fewer than an eighth of the embeddings would fit. With a
+            group: each rank's own, where N is that of all ranks.
         impl: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``; see `explain`.
 
     Returns:
