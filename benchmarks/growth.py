@@ -3,6 +3,9 @@
 `python -m benchmarks.growth` verifies the ops, measures every series, and writes
 benchmarks/results/growth/<machine>.json with the fitted exponents; `python -m benchmarks.table`
 puts them into the documentation. With `--series` the file's other series are kept.
+
+Until all is measured, the results are in a file of the same name and `.partial`; an interrupted run
+leaves it there.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import torch
 from . import driver, machine, table
 from .cases import Case, domain_mixup, hypersphere_repulsion, margin_cross_entropy
 from .peers import PEERS
-from .process import RESULTS, command_line, write_json
+from .process import RESULTS, check_output, command_line, partial, write_json
 from .verify import require
 
 FOLDER = RESULTS / "growth"
@@ -113,8 +116,8 @@ PANELS = {
 
 
 def floor_of(op: str) -> str:
-    """Return the name of the op's floor: the first peer that is not ours."""
-    return next(peer.name for peer in PEERS[op] if not peer.name.startswith("ours"))
+    """Return the name of the op's floor: its first peer that is a bound."""
+    return next(peer.name for peer in PEERS[op] if peer.name in table.BOUNDS)
 
 
 def measure(series: Series, rounds: int = ROUNDS) -> list[dict[str, Any]]:
@@ -215,20 +218,46 @@ def one_series(series: Series, measured: Sequence[dict[str, Any]]) -> str:
 
 def exponents(result: dict[str, Any]) -> str:
     """Return a table of all fits of a result: exponents, promises, and where they bend."""
-    rows = [["time of", "fitted over", "exponent of ours", "promised", "of the floor", "bends at"]]
+    head = ["time of", "fitted over", "exponent of ours", "promised", "of the floor", "bends at"]
+    rows = [[*head, "measured"]]
     for name, series in SERIES.items():
-        about = result["series"].get(name)
+        about, measured = result["series"].get(name), cases_of(series, result)
         if about is None:
-            rows.append([series.title, "not measured", "", "", "", ""])
+            rows.append([series.title, "not measured", *[""] * (len(head) - 1)])
             continue
+        run = f"{about['date']}, {about['commit']}; {busy(measured)}"
         ours, floor = (about["fits"][peer] for peer in ("ours", floor_of(series.op)))
         if "not_measured" in ours:
-            rows.append([series.title, f"not measured: {ours['not_measured']}", "", "", "", ""])
+            why = f"not measured: {ours['not_measured']}"
+            rows.append([series.title, why, *[""] * (len(head) - 2), run])
             continue
         span = f"{series.axis} = {ours['from']:,} … {ours['to']:,}"
-        where = "" if ours["bend"] is None else f"{series.axis} ≈ {table.rounded(ours['bend'], 2)}"
-        rows.append([series.title, span, shown(ours), verdict(series, ours), shown(floor), where])
+        where = bends_at(series.axis, ours["bend"], times(series.axis, measured, "ours")[0])
+        cells = [shown(ours), verdict(series, ours), shown(floor), where, run]
+        rows.append([series.title, span, *cells])
     return table.markdown(rows)
+
+
+def bends_at(axis: str, bend: float | None, sizes: Sequence[int]) -> str:
+    """Return where a series bends; outside of the measured sizes, only on which side."""
+    if bend is None or not sizes:
+        return ""
+    if bend < min(sizes):
+        return f"below {axis} = {min(sizes):,}"
+    if bend > max(sizes):
+        return f"above {axis} = {max(sizes):,}"
+    return f"{axis} ≈ {table.rounded(bend, 2)}"
+
+
+def busy(measured: Sequence[dict[str, Any]]) -> str:
+    """Return whether other programs ran while these cases were measured."""
+    cores = [case["busy_cores"] for case in measured if not case.get("idle", True)]
+    if not cores:
+        return "nothing else running"
+    return (
+        f"other programs kept up to {max(cores):.1f} cores busy in {len(cores)} of "
+        f"{len(measured)} cases"
+    )
 
 
 def shown(fit: dict[str, Any]) -> str:
@@ -260,10 +289,10 @@ def section() -> str:
     """Return the text on growth of the page of all results."""
     parts = [
         "A size is doubled from case to case. The exponent is the slope of a line through the "
-        "logarithms of size and median time, by least squares, with its 95 % interval. The bend "
-        "is the size at which a fixed time equals the time that grows with the arithmetic, which "
-        "is linear but for repulsion, where it is quadratic. `python -m benchmarks.growth` "
-        "measures."
+        "logarithms of size and median time, by least squares, with its 95 % interval, which is "
+        "of the scatter of the times around that line and of nothing else. The bend is the size "
+        "at which a fixed time equals the time that grows with the arithmetic, which is linear "
+        "but for repulsion, where it is quadratic. `python -m benchmarks.growth` measures."
     ]
     for name, result in results().items():
         parts += [
@@ -272,6 +301,25 @@ def section() -> str:
             f"![time over size]({PICTURE.format(name)})",
         ]
     return "\n\n".join(parts)
+
+
+def beginning(kept: Path | None, described: dict[str, Any]) -> dict[str, Any]:
+    """Return a result without series, or that of a file of the same machine, if there is one.
+
+    Raises:
+        ValueError: if the file is of a machine of another description.
+    """
+    if kept is None or not kept.exists():
+        return {"format": FORMAT, "machine": described, "cases": [], "series": {}}
+    before: dict[str, Any] = json.loads(kept.read_text())
+    for key in {**before["machine"], **described}:
+        old, new = before["machine"].get(key), described.get(key)
+        if old != new:
+            raise ValueError(
+                f"--series keeps the other series of {kept.name}, but their {key} is {old!r} and "
+                f"this machine's {new!r}: measure all series, or give another --output"
+            )
+    return before
 
 
 def main() -> None:
@@ -286,11 +334,12 @@ def main() -> None:
     chosen = args.series or list(SERIES)
     described = machine.describe(torch.device("cpu"))
     output = args.output or FOLDER / f"{machine.file_stem(described)}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"format": FORMAT, "machine": described, "cases": [], "series": {}}
-    if args.series and output.exists():
-        before = json.loads(output.read_text())
-        result = before if before["machine"] == described else result
+    try:
+        check_output(output)
+        result = beginning(output if args.series else None, described)
+    except ValueError as error:
+        parser.error(str(error))
+    commit = machine.commit()
     if not args.no_tests:
         for op in dict.fromkeys(SERIES[name].op for name in chosen):
             require(op)
@@ -302,11 +351,12 @@ def main() -> None:
         result["cases"] = [case for case in result["cases"] if case not in replaced] + measured
         result["series"][name] = {
             "date": time.strftime("%Y-%m-%d"),
-            "commit": machine.commit(),
+            "commit": commit,
             "command": command_line("benchmarks.growth"),
             "fits": fits(series, measured),
         }
-        write_json(output, result)
+        write_json(partial(output), result)
+    partial(output).replace(output)
     print(f"\n{exponents(result)}\n\nwritten: {output.name}")
 
 

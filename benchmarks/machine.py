@@ -61,10 +61,19 @@ def file_stem(described: Mapping[str, Any]) -> str:
 
 
 def commit() -> str:
-    """Return the commit of the checkout, marked where files differ; "unknown" without git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
+    """Return the commit of the checkout, marked where files differ; "unknown" without git.
+
+    Results do not count as such files, because measuring writes them.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    sources = ["--", ".", ":(exclude)benchmarks/results"]
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", *sources)
+        return git("describe", "--always", "--exclude=*") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -49,6 +49,7 @@ def draw_growth(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 7))
     figure.suptitle(f"Time of a step on {name_of(result['machine'])}", x=0.01, ha="left")
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, growth.PANELS.items(), strict=True):
+        all_sizes: set[int] = set()
         for number, name in enumerate(names):
             series, color = growth.SERIES[name], f"C{number}"
             measured = growth.cases_of(series, result)
@@ -56,6 +57,7 @@ def draw_growth(result: dict[str, Any], path: Path) -> None:
             fits = growth.fits(series, measured)
             for peer in ("ours", floor):
                 sizes, seconds = growth.times(series.axis, measured, peer)
+                all_sizes.update(sizes)
                 what = series.label if peer == "ours" else floor
                 label = f"{what}: exponent {growth.shown(fits[peer])}"
                 options: dict[str, Any] = {"marker": "o"}
@@ -68,7 +70,7 @@ def draw_growth(result: dict[str, Any], path: Path) -> None:
             axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
             continue
         axes.set(xscale="log", yscale="log")
-        shown = sizes[:: math.ceil(len(sizes) / 5)]
+        shown = sorted(all_sizes)[:: math.ceil(len(all_sizes) / 5)]
         axes.set_xticks(shown, [f"{size:,}" for size in shown])
         axes.set_xticks([], minor=True)
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16))

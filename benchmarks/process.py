@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,8 @@ def run_child(
             within `START_SECONDS`. A step that holds on inside a C++ call is ended too.
 
     Returns:
-        The JSON, with ``problem`` where the process failed or was ended, and then ``running``, the
-        peer that it had announced, if any.
+        The JSON. Where the process failed or was ended before it wrote that, or while a peer was
+        running, also ``problem``, and ``running``, the peer that it had announced, if any.
     """
     with tempfile.TemporaryDirectory() as folder:
         output, running = Path(folder) / "result.json", Path(folder) / RUNNING
@@ -62,11 +64,13 @@ def run_child(
         watch = overdue if step_seconds < float("inf") else None
         ended = run_limited(command, seconds, watch, stdout=sys.stderr)
         result = json.loads(output.read_text()) if output.exists() else None
-        if ended is None:
-            return result or {"not_measured": "the process wrote no result"}
-        if peer():
+        if peer() and ended is not None:
             return {**(result or {}), "problem": ended, "running": peer()}
-        return {**(result or {"not_measured": ended}), "problem": ended}
+        if result is not None:  # complete, also of a process that failed at its exit
+            return dict(result)
+        if ended is None:
+            return {"not_measured": "the process wrote no result"}
+        return {"not_measured": ended, "problem": ended}
 
 
 def run_limited(
@@ -76,6 +80,8 @@ def run_limited(
     **options: Any,
 ) -> str | None:
     """Run a command in a session of its own; return None, or how it failed.
+
+    What the command started and left running is killed with it.
 
     Args:
         command: the program and its arguments.
@@ -99,9 +105,9 @@ def run_limited(
                 if reason is not None:
                     return f"{reason}, and the process was ended"
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
@@ -111,13 +117,30 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     part.replace(path)
 
 
+def partial(path: Path) -> Path:
+    """Return the file that holds the results of a run until it ends and they replace ``path``."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def check_output(path: Path) -> None:
+    """Create a result file's folder; raise ValueError if the file cannot be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--output: the folder {path.parent} cannot be created: {error.strerror}"
+        ) from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"--output must be a file in a folder that can be written to, got {path}")
+
+
 def command_line(module: str) -> str:
     """Return the command of this process as results name it, without the path of its output."""
-    words = list(sys.argv[1:])
+    words = [word for word in sys.argv[1:] if not word.startswith("--output=")]
     while "--output" in words:
         place = words.index("--output")
         del words[place : place + 2]
-    return " ".join(["python -m", module, *words])
+    return shlex.join(["python", "-m", module, *words])
 
 
 def slug(name: str) -> str:

@@ -1,6 +1,9 @@
 """`make bench`: verify each op, measure its cases on the CPU, print and write the results.
 
 The call ends after `--minutes`, whatever hangs: what would begin later is not measured.
+
+Until all is measured, the results are in a file of the same name and `.partial`; an interrupted
+call leaves it there.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import torch
 from . import machine, table
 from .cases import CASES, HEADLINES, cases
 from .isolated import PEER_SECONDS, run_case
-from .process import RESULTS, ROUNDS, command_line, run_child, write_json
+from .process import RESULTS, ROUNDS, check_output, command_line, partial, run_child, write_json
 from .verify import require
 
 FORMAT = 1  # of result files
@@ -47,6 +50,15 @@ def main(op: str | None = None) -> None:
     end = time.monotonic() + 60 * args.minutes
 
     described = machine.describe(torch.device("cpu"))
+    output = args.output
+    if output is None and op is None:
+        stem = "dry-run" if args.suite == "dry" else machine.file_stem(described)
+        output = RESULTS / f"{stem}.json"
+    if output is not None:
+        try:
+            check_output(output)
+        except ValueError as error:
+            parser.error(str(error))
     result: dict[str, Any] = {
         "format": FORMAT,
         "machine": described,
@@ -58,7 +70,9 @@ def main(op: str | None = None) -> None:
     }
     for name in ops:
         result["verified"][name] = require(name, end - time.monotonic()).summary()
-    result["ceilings"] = run_child(["benchmarks.ceilings", args.suite], CEILING_SECONDS)
+    left = max(0.0, end - time.monotonic())
+    ceilings = ["benchmarks.ceilings", args.suite]
+    result["ceilings"] = run_child(ceilings, min(CEILING_SECONDS, left))
     for name in ops:
         for case in cases(args.suite, name)[: HEADLINES[name] if args.headline else None]:
             print(f"measuring {name}, {case.name}", file=sys.stderr)
@@ -70,13 +84,11 @@ def main(op: str | None = None) -> None:
             )
             result["cases"].append(measured)
             print(table.one_case(measured), flush=True)
+            if output is not None:
+                write_json(partial(output), result)
 
-    output = args.output
-    if output is None and op is None:
-        stem = "dry-run" if args.suite == "dry" else machine.file_stem(described)
-        output = RESULTS / f"{stem}.json"
     if output is not None:
-        write_json(output, result)
+        partial(output).replace(output)
         print(f"written: {output.name}")
 
 

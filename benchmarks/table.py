@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
 from .cases import HEADLINES, STEPS, cases
@@ -40,15 +41,16 @@ def _size(count: float) -> str:
 
 def duration(seconds: float) -> str:
     """Return a duration with its unit."""
-    if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+    for unit, scale in (("µs", 1e6), ("ms", 1e3)):
+        value = float(f"{seconds * scale:.3g}")  # the rounded one decides about the unit
+        if value < 1000:
+            return f"{value:g} {unit}"
+    return f"{seconds:.2f} s"
 
 
 def rounded(number: float, digits: int) -> str:
     """Return a number rounded to some digits, without an exponent: "1,250", "0.667"."""
-    value = float(f"{number:.{digits}g}")
-    return f"{value:,.0f}" if value >= 100 else f"{value:g}"
+    return f"{Decimal(f'{number:.{digits}g}'):,f}"
 
 
 def markdown(rows: list[list[str]]) -> str:

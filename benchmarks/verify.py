@@ -164,8 +164,13 @@ def verify(op: str, seconds: float = float("inf")) -> Outcome:
 
 def require(op: str, seconds: float = float("inf")) -> Outcome:
     """Run the op's own tests; exit the program where they do not pass within the time limit."""
-    outcome = verify(op, seconds)
+    outcome = verify(op, max(seconds, 0.0))
     if not outcome.speaks_for(op):
+        if not outcome.failed and outcome.problem and "was ended after" in outcome.problem:
+            sys.exit(
+                f"{op}: the time was over before its tests ended ({outcome.summary()}), so nothing "
+                "is timed"
+            )
         sys.exit(f"{op}: its tests do not pass ({outcome.summary()}), so nothing is timed")
     return outcome
 

@@ -136,6 +136,7 @@ def test_numbers_are_rounded_without_an_exponent():
     assert [table.rounded(x, 3) for x in (1254.0, 0.66666, 12.0, 3_141_592)] == [
         "1,250", "0.667", "12", "3,140,000",
     ]  # fmt: skip
+    assert [table.rounded(x, 2) for x in (99.96, 0.0000123, 5.0)] == ["100", "0.000012", "5"]
 
 
 def test_every_floor_is_a_bound():
@@ -243,7 +244,54 @@ def test_a_result_of_growth_keeps_the_other_series(tmp_path, monkeypatch, capsys
     assert "0 of 4 rows lose" in call("bench", "compare", output, output)
     found["machine"]["torch"] = "another"
     output.write_text(json.dumps(found))
-    assert {*run("--series", "images")["series"]} == {"images"}
+    with pytest.raises(SystemExit, match="2"):
+        run("--series", "images")
+    assert "keeps the other series of machine.json, but their torch is 'another'" in (
+        capsys.readouterr().err
+    )
+    assert json.loads(output.read_text()) == found
+    before, measure = output.read_text(), growth.measure
+
+    def interrupted(series, rounds):
+        if series.title == "too steep":
+            raise KeyboardInterrupt
+        return measure(series, rounds)
+
+    monkeypatch.setattr(growth, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert output.read_text() == before
+    partial = output.with_name("machine.json.partial")
+    assert {*json.loads(partial.read_text())["series"]} == {"images"}
+    monkeypatch.setattr(growth, "measure", measure)
+    assert {*run()["series"]} == {"images", "steep"}
+    assert not partial.exists()
+
+
+def test_exponents_say_when_a_series_was_measured_and_beside_what(monkeypatch):
+    series = stand_ins(monkeypatch)
+    rows = [row("ours", 1e-3 * b + 1e-2) for b in (1, 2, 4, 8)]
+    cases_of = [
+        {"op": MIXUP, "name": case.name, "shape": dict(case.shape), "idle": True, "peers": [each]}
+        for case, each in zip(series.cases, rows, strict=True)
+    ]
+    about = {"date": "2026-01-02", "commit": "abc", "fits": growth.fits(series, cases_of)}
+    made = {"cases": cases_of, "series": {"images": about}}
+    line = growth.exponents(made).splitlines()[2]
+    assert line.endswith("| above B = 8 | 2026-01-02, abc; nothing else running |")
+    cases_of[1] |= {"idle": False, "busy_cores": 0.5}
+    cases_of[2] |= {"idle": False, "busy_cores": 1.25}
+    text = "other programs kept up to 1.2 cores busy in 2 of 4 cases |"
+    assert growth.exponents(made).splitlines()[2].endswith(text)
+    assert len({each.count("|") for each in growth.exponents(made).splitlines()}) == 1
+
+
+def test_a_bend_outside_of_the_sizes_is_named_by_its_side():
+    sizes = [10_000, 20_000]
+    assert growth.bends_at("C", 2500.0, sizes) == "below C = 10,000"
+    assert growth.bends_at("C", 25_000.0, sizes) == "above C = 20,000"
+    assert growth.bends_at("C", 12_345.0, sizes) == "C ≈ 12,000"
+    assert growth.bends_at("C", None, sizes) == ""
 
 
 def test_the_committed_growth_is_of_every_series():
@@ -320,6 +368,16 @@ def test_pictures_of_the_committed_results_are_drawn_again(tmp_path):
     for axes in panels:
         assert "exponent" in axes.get_legend().get_texts()[0].get_text()
         assert axes.get_xscale() == axes.get_yscale() == "log"
+
+
+def test_a_panel_is_drawn_without_its_floor(tmp_path):
+    found = json.loads(json.dumps(next(iter(growth.results().values()))))
+    for each in found["cases"]:
+        each["peers"] = [row for row in each["peers"] if row["peer"] == "ours"]
+    with drawn() as figures:
+        pictures.draw_growth(found, tmp_path / "a.png")
+    check(figures[0])
+    assert all(len(axes.get_xticks()) > 1 for axes in figures[0].axes)
 
 
 def test_pictures_of_what_was_and_what_was_not_measured(tmp_path):

@@ -349,6 +349,61 @@ def test_a_process_that_does_not_start_is_ended(monkeypatch):
     assert found == {"not_measured": reason, "problem": reason}
 
 
+def test_a_complete_result_counts_whatever_its_process_ends_with(monkeypatch):
+    command = ["tests.helpers.stand_in_driver", "fails at its exit", "dry", "0"]
+    assert process.run_child([*command, "--alone", "ours"], 60, 60) == {
+        "peer": "ours", "peak_bytes": 1,
+    }  # fmt: skip
+
+
+def test_an_interrupted_run_leaves_what_it_measured(tmp_path, monkeypatch, capsys):
+    output, measured = tmp_path / "new" / "result.json", []
+
+    def run_case(case, rounds, **limits):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append({"op": case.op, "name": case.name, "peers": [], "not_measured": "no"})
+        return measured[-1]
+
+    ceilings = []
+    monkeypatch.setattr(run, "run_case", run_case)
+    monkeypatch.setattr(run, "require", lambda op, seconds: verify.Outcome(passed=1))
+    monkeypatch.setattr(run, "run_child", lambda _, seconds: ceilings.append(seconds) or {})
+    arguments = ["--suite", "dry", "--minutes", "0.5"]
+    monkeypatch.setattr(sys, "argv", ["run", *arguments, "--output", str(output)])
+    output.parent.mkdir()
+    output.write_text("the result before")
+    with pytest.raises(KeyboardInterrupt):
+        run.main()
+    assert output.read_text() == "the result before"
+    assert json.loads(process.partial(output).read_text())["cases"] == measured
+    assert 0 < ceilings[0] <= 30
+    for bad, problem in ((tmp_path, "must be a file"), (output / "a.json", "cannot be created")):
+        monkeypatch.setattr(sys, "argv", ["run", *arguments, f"--output={bad}"])
+        with pytest.raises(SystemExit, match="2"):
+            run.main()
+        assert problem in capsys.readouterr().err
+    assert len(ceilings) == 1
+    monkeypatch.setattr(sys, "argv", ["growth", "--series", "a, b", f"--output={output}", "-x"])
+    assert process.command_line("m") == "python -m m --series 'a, b' -x"
+
+
+def test_tests_that_time_ends_do_not_count_as_failed(monkeypatch):
+    given = []
+
+    def ended(op, seconds):
+        given.append(seconds)
+        return verify.Outcome(passed=1, problem="the process was ended after 5 s")
+
+    monkeypatch.setattr(verify, "verify", ended)
+    with pytest.raises(SystemExit, match="the time was over before its tests ended"):
+        verify.require(MARGIN, -5.0)
+    assert given == [0.0]
+    monkeypatch.setattr(verify, "verify", lambda *_: verify.Outcome(failed=1))
+    with pytest.raises(SystemExit, match="its tests do not pass"):
+        verify.require(MARGIN)
+
+
 def test_a_run_hands_its_limits_on(tmp_path, monkeypatch, capsys):
     given, output = [], tmp_path / "result.json"
 
@@ -429,6 +484,16 @@ def test_processes_end_with_their_limit(tmp_path):
         time.sleep(0.05)
     assert process.run_limited(["false"], 5) == "the process ended with status 1"
     assert process.run_limited(["true"], 5) is None
+
+
+def test_what_a_process_leaves_running_ends_with_it(tmp_path):
+    pid = tmp_path / "pid"
+    assert process.run_limited(["sh", "-c", f"sleep 60 & echo $! > {pid}"], 5) is None
+    status = Path(f"/proc/{int(pid.read_text())}/status")
+    deadline = time.monotonic() + 5
+    while status.exists() and "zombie" not in status.read_text():
+        assert time.monotonic() < deadline, "what the process started still runs"
+        time.sleep(0.05)
 
 
 def test_verification_counts_and_decides(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from synface.bench import compare
 
-from benchmarks import machine
+from benchmarks import growth, machine, table
 from benchmarks.peers import PEERS
 from benchmarks.process import RESULTS
 from tests.helpers.command_line import call, refused
@@ -97,7 +98,57 @@ def test_every_row_of_ours_is_compared(files):
     after = content(case(row(), FLOOR, row("ours, workspace", 1.1, 1.1)))
     assert "LOSS: time 1.22×" in run(files, before, after, code=1)
     after["cases"][0]["peers"].pop()
-    assert "ours, workspace: not measured in B: it has no such row" in run(files, before, after)
+    shown = run(files, before, after, code=1)
+    assert f"LOSS: margin_cross_entropy, {CASE}, ours, workspace: not measured in B" in shown
+    assert "it has no such row" in shown
+    assert "1 of 2 rows lose over" in shown
+    assert "ours, workspace: not measured in A" in run(files, after, before)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        case({"peer": "ours", "not_measured": "RuntimeError: broken"}, FLOOR),
+        case(not_measured="no time was left"),
+    ],
+)
+@pytest.mark.parametrize("by", compare.BY)
+def test_a_row_that_is_not_measured_again_is_a_loss(by, lost, files):
+    good, whole = case(row(), FLOOR), case(row(), FLOOR, name="another")
+    shown = run(files, content(good, whole), content(lost, whole), "--by", by, code=1)
+    assert f"LOSS: margin_cross_entropy, {CASE}, ours: not measured in B: " in shown
+    assert "1 of 2 rows lose over" in shown
+    assert "1 of 1 rows lose over" in run(files, content(good), content(lost), code=1)
+    shown = run(files, content(good, whole), content(good), "--by", by)
+    assert shown.splitlines()[-1].endswith("1 cases are only in A")
+    assert "not compared: margin_cross_entropy, another: only in A" in shown
+
+
+def test_nothing_that_can_be_judged_is_an_error(files):
+    alone = content(case(row()))
+    text = refused("bench", "compare", *files(alone, alone))
+    assert "nothing can be judged: none of 1 rows of ours has a reference" in text
+    assert "1 have no such time" in run(files, alone, content(case(row(peak=200 << 20))), code=1)
+    assert "0 of 1 rows lose" in run(files, alone, alone, "--by", "time")
+
+
+def test_ratios_that_say_less_are_warned_of(files):
+    eager = row("eager torch", 5.0, 5.0)
+    absent = {"peer": "three products", "not_measured": "ImportError"}
+    other = case(row(), eager, FLOOR, name="another")
+    a, b = content(case(row(), eager, FLOOR), other), content(case(row(), eager, absent), other)
+    shown = run(files, a, b)
+    assert shown.count("warning") == 1
+    line = f"warning: margin_cross_entropy, {CASE}: its floor was not measured in both, so 'eager"
+    assert line in shown
+    assert "warning" not in run(files, a, b, "--reference", "eager torch")
+    for seconds, times in ((1.0, "1.25"), (0.4, "0.50")):
+        both = (row(seconds=seconds / 0.8), row("three products", seconds, 0.8))
+        moved = content(case(*both, row("ours, workspace")), other)
+        shown = run(files, content(case(row(), FLOOR, row("ours, workspace")), other), moved)
+        line = f"the time of 'three products' itself is {times}× as long in B, so ratios to it say"
+        assert shown.count(line) == 1
+        assert "warning" not in run(files, a, moved, "--tolerance", "1.1")
 
 
 def test_the_reference_is_the_floor_or_what_both_have(files):
@@ -106,17 +157,30 @@ def test_the_reference_is_the_floor_or_what_both_have(files):
     a, b = content(case(row(), FLOOR, eager)), content(case(row(), absent, eager))
     assert "0.20 → 0.20 × eager torch" in run(files, a, b)
     assert "0.20 → 0.20 × eager torch" in run(files, a, a, "--reference", "eager torch")
-    assert "no peer was measured in both" in run(files, a, b, "--reference", "three products")
-    shown = run(files, content(case(row())), content(case(row())))
+    other = case(row(), FLOOR, name="another")
+    a, b = ({**each, "cases": [*each["cases"], other]} for each in (a, b))
+    shown = run(files, a, b, "--reference", "three products")
     assert "no peer was measured in both" in shown
     assert "1 have no such time" in shown
     text = refused("bench", "compare", *files(a, b), "--reference", "Liger")
     assert "--reference must be a peer such as ['eager torch', 'three products']" in text
 
 
-def test_every_op_has_a_floor():
+def test_every_op_has_the_floor_that_the_benchmarks_name():
     for op, peers in PEERS.items():
-        assert [peer.name for peer in peers if peer.name in compare.FLOORS], op
+        floor = growth.floor_of(op)
+        assert [peer.name for peer in peers if peer.name in compare.FLOORS] == [floor], op
+        assert floor == next(peer.name for peer in peers if not peer.name.startswith(compare.OURS))
+    assert {*compare.FLOORS} == {growth.floor_of(op) for op in PEERS} <= {*table.BOUNDS}
+
+
+def test_durations_have_the_unit_of_what_is_shown():
+    shown = {
+        0.9996: "1.00 s", 0.9994: "999 ms", 1.0: "1.00 s", 2.034: "2.03 s", 0.00535: "5.35 ms",
+        0.0009996: "1 ms", 0.0009994: "999 µs", 12.1e-6: "12.1 µs",
+    }  # fmt: skip
+    for seconds, text in shown.items():
+        assert compare.duration(seconds) == table.duration(seconds) == text
 
 
 def test_what_only_one_file_measured_is_listed(files):
@@ -237,6 +301,26 @@ def test_it_compares_without_torch():
 
 
 def test_the_commit_of_a_run(monkeypatch):
-    assert machine.commit()
+    assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?|unknown", machine.commit())
     monkeypatch.setattr(machine, "ROOT", Path("/nowhere"))
     assert machine.commit() == "unknown"
+
+
+def test_only_sources_make_a_commit_dirty(tmp_path, monkeypatch):
+    def git(*arguments):
+        about = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", tmp_path, *about, *arguments], check=True)
+
+    source, result = tmp_path / "a.py", tmp_path / "benchmarks" / "results" / "a.json"
+    result.parent.mkdir(parents=True)
+    git("init", "-q")
+    for path in (source, result):
+        path.write_text("1")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    result.write_text("2")
+    clean = machine.commit()
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    source.write_text("2")
+    assert machine.commit() == f"{clean}-dirty"

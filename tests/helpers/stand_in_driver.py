@@ -40,6 +40,8 @@ def main() -> None:
         rows.append({"peer": name, "peak_bytes": 1} if args.alone else {"peer": name})
     args.output.with_name("running").write_text("")
     args.output.write_text(json.dumps(rows[0] if args.alone else {"peers": rows}))
+    if args.case[0] == "fails at its exit":
+        os._exit(3)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ class Change:
     Attributes:
         reference: the peer that the times of both runs are divided by, or None if there is none.
         relative: our time divided by the reference's, in A and in B; None without a reference.
+        reference_time: the reference's seconds in B divided by those in A; None without one.
     """
 
     op: str
@@ -77,6 +78,7 @@ class Change:
     after: Row
     reference: str | None
     relative: tuple[float, float] | None
+    reference_time: float | None
 
     def time(self, by: str) -> float | None:
         """Return how many times as long B takes as A, by ``"ratio"`` or by ``"time"``."""
@@ -108,11 +110,15 @@ class Comparison:
 
     Attributes:
         changes: our rows that both files measured.
-        uncompared: lines on our rows, and on cases, that only one file measured.
+        lost: lines on our rows that A measured and B, which has their cases, did not: losses too.
+        only_in_before: the number of cases that only A has.
+        uncompared: lines on our rows that A did not measure, and on cases that one file has alone.
         warnings: lines on what else differs.
     """
 
     changes: list[Change] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    only_in_before: int = 0
     uncompared: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -266,7 +272,7 @@ def compare(
     for each_case in common:
         sides = before.cases[each_case], after.cases[each_case]
         _compare_case(found, each_case, *sides, reference)
-    if not found.changes:
+    if not found.changes and not found.lost:
         raise ValueError(
             f"{before.file} and {after.file} share no row of ours that both measured: "
             f"{found.uncompared[0]}"
@@ -274,6 +280,7 @@ def compare(
     for name, each, other in (("A", before, after), ("B", after, before)):
         missing = (key for key in each.cases if key not in other.cases)
         found.uncompared += [f"{op}, {case}: only in {name}" for op, case in missing]
+    found.only_in_before = len(before.cases) - len(common)
     return found
 
 
@@ -296,14 +303,18 @@ def _compare_case(
             if row.seconds is None
         ]
         if missing:
-            found.uncompared.append(f"{key[0]}, {key[1]}, {peer}: {'; '.join(missing)}")
+            lines = found.uncompared if a.seconds is None else found.lost
+            lines.append(f"{key[0]}, {key[1]}, {peer}: {'; '.join(missing)}")
             continue
-        relative = None
+        relative = reference_time = None
         if chosen is not None:
             pairs = ((a, before[chosen]), (b, after[chosen]))
             shares = [row.ratio / other.ratio for row, other in pairs if row.ratio and other.ratio]
             relative = (shares[0], shares[1]) if len(shares) == 2 else None
-        found.changes.append(Change(*key, peer, a, b, chosen if relative else None, relative))
+            old, new = before[chosen].seconds, after[chosen].seconds
+            reference_time = new / old if old and new else None
+        floor = chosen if relative else None
+        found.changes.append(Change(*key, peer, a, b, floor, relative, reference_time))
 
 
 def _reference(
@@ -318,6 +329,35 @@ def _reference(
     if wanted is not None:
         return wanted if wanted in peers else None
     return next((peer for peer in FLOORS if peer in peers), peers[0] if peers else None)
+
+
+def reference_warnings(
+    comparison: Comparison, tolerance: float, *, chosen: bool = False
+) -> list[str]:
+    """Return a line for each case whose ratios say less than they seem to.
+
+    Args:
+        comparison: the outcome of `compare`.
+        tolerance: the share by which the reference's own time may differ between A and B.
+        chosen: whether the caller named the reference, which then need not be the floor.
+    """
+    lines = []
+    for change in comparison.changes:
+        where = f"{change.op}, {change.case}"
+        if change.reference is None:
+            continue
+        if not chosen and change.reference not in FLOORS:
+            lines.append(
+                f"{where}: its floor was not measured in both, so {change.reference!r} is the "
+                "reference"
+            )
+        moved = change.reference_time
+        if moved is not None and max(moved, 1 / moved) > 1 + tolerance:
+            lines.append(
+                f"{where}: the time of {change.reference!r} itself is {moved:.2f}× as long in B, "
+                "so ratios to it say less"
+            )
+    return list(dict.fromkeys(lines))  # rows of a case share them
 
 
 def table(comparison: Comparison, by: str, tolerance: float) -> list[str]:
@@ -360,18 +400,39 @@ def _cells(change: Change, by: str, tolerance: float) -> list[str]:
 
 def duration(seconds: float) -> str:
     """Return a short time with its unit: "2.03 s", "5.35 ms", "12.1 µs"."""
-    if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+    for unit, scale in (("µs", 1e6), ("ms", 1e3)):
+        value = float(f"{seconds * scale:.3g}")  # the rounded one decides about the unit
+        if value < 1000:
+            return f"{value:g} {unit}"
+    return f"{seconds:.2f} s"
+
+
+def any_loss(comparison: Comparison, by: str, tolerance: float) -> bool:
+    """Return whether B loses a row, or time or memory of one.
+
+    Raises:
+        ValueError: if it loses nothing, but no row has times that can be compared.
+    """
+    rows = comparison.changes
+    if comparison.lost or any(change.losses(by, tolerance) for change in rows):
+        return True
+    if all(change.time(by) is None for change in rows):
+        raise ValueError(
+            f"nothing can be judged: none of {len(rows)} rows of ours has a reference that both "
+            "files measured; --by time compares the times themselves"
+        )
+    return False
 
 
 def conclusion(comparison: Comparison, by: str, tolerance: float) -> str:
-    """Return one line that says how many rows lose time or memory."""
-    rows = comparison.changes
-    lost = sum(bool(change.losses(by, tolerance)) for change in rows)
+    """Return one line that says how many rows lose time or memory, or were not measured again."""
+    rows, lost = comparison.changes, len(comparison.lost)
+    lost += sum(bool(change.losses(by, tolerance)) for change in rows)
     timed = sum(change.time(by) is not None for change in rows)
     what = "time ÷ a peer's in the same run" if by == "ratio" else "time"
     return (
-        f"{lost} of {len(rows)} rows lose over {tolerance:.0%} of {what}, or of memory; "
-        f"{len(rows) - timed} have no such time, {len(comparison.uncompared)} are not compared"
+        f"{lost} of {len(rows) + len(comparison.lost)} rows lose over {tolerance:.0%} of {what}, "
+        f"or of memory, or are not in B; {len(rows) - timed} have no such time, "
+        f"{len(comparison.uncompared)} are not compared; {comparison.only_in_before} cases are "
+        "only in A"
     )

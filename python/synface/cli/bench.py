@@ -221,7 +221,7 @@ def compare_command(
         ),
     ] = False,
 ) -> None:
-    """Compare two result files of the benchmarks; exit with 1 if time or memory is lost."""
+    """Compare two result files of the benchmarks; exit with 1 if time, memory or a row is lost."""
     from ..bench import compare
     from ..common.check import check_number
 
@@ -234,14 +234,18 @@ def compare_command(
         reference=reference,
         across_machines=across_machines,
     )
-    for line in found.warnings:
+    loses = compare.any_loss(found, by, tolerance)
+    doubts = compare.reference_warnings(found, tolerance, chosen=reference is not None)
+    for line in [*found.warnings, *(doubts if by == "ratio" else [])]:
         say(f"warning: {line}")
     for line in compare.table(found, by, tolerance):
         say(line)
+    for line in found.lost:
+        say(f"LOSS: {line}")
     for line in found.uncompared:
         say(f"not compared: {line}")
     say(compare.conclusion(found, by, tolerance))
-    if any(change.losses(by, tolerance) for change in found.changes):
+    if loses:
         raise typer.Exit(1)
 
 
