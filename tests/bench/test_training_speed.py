@@ -1,6 +1,8 @@
 """synface bench training: what is measured, and its report."""
 
 import json
+import multiprocessing
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from synface.bench import loaders, training, training_report
 from synface.bench.training import PHASES, SpeedConfig, ratios
 from synface.data import normalize
 
+import synface_kernels as sk
 from tests.helpers.command_line import call, refused
 
 TINY = {"backbone": "iresnet", "size": "16x16", "batch-size": "8", "identities": "200"}
@@ -91,6 +94,64 @@ def test_the_loops_train_the_same_network(faces):
     torch.testing.assert_close(plain.backbone(images), tuned.backbone(images))
     assert plain.backbone.stem(images).is_contiguous()
     assert tuned.backbone.stem(images).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_heads_are_timed_as_they_are_trained(faces, tmp_path, monkeypatch, precision):
+    """Embeddings have the dtype, and the head the autocast, that they have in `train`."""
+    monkeypatch.setattr(training, "TURN", 0.01)
+    config = SpeedConfig(
+        "iresnet", (16, 16), 8, 100, 8, (100,), workers=1, rounds=1, precision=precision
+    )
+    real, seen = sk.margin_cross_entropy, []
+
+    def spied(x, *given, **options):
+        seen.append((x.dtype, torch.is_autocast_enabled("cpu")))
+        return real(x, *given, **options)
+
+    monkeypatch.setattr(sk, "margin_cross_entropy", spied)
+    race = training._race(
+        config, loaders.whole_batches(faces, 8), tmp_path, lambda: False, lambda: None
+    )
+    trained = set(seen)
+    seen.clear()
+    for step in training._head_steps(config, faces, 100, race.dtype).values():
+        step()
+    assert set(seen) == trained == {(getattr(torch, precision), precision == "bfloat16")}
+
+
+def test_a_backbone_without_convolutions(tmp_path, monkeypatch):
+    (tmp_path / "plain_nets.py").write_text(
+        "from torch import nn\n"
+        "def linear(image_size, channels, embedding_size):\n"
+        "    pixels = channels * image_size[0] * image_size[1]\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, embedding_size))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(training, "FILES", 16)
+    monkeypatch.setattr(training, "TURN", 0.01)
+    options = ("--backbone", "plain_nets:linear", "--output", tmp_path)
+    assert "plain torch with fused SGD for the centers" in call(*COMMAND, *options)
+    page = (tmp_path / "training-speed.md").read_text()
+    assert "channels_last" not in page
+    sys.modules.pop("plain_nets")
+
+
+def test_loaders_have_ended_when_decoding_alone_is_timed(faces, monkeypatch):
+    real, children = loaders._decoding, []
+
+    def spied(*given):
+        children.append(multiprocessing.active_children())
+        return real(*given)
+
+    before = multiprocessing.active_children()
+    monkeypatch.setattr(loaders, "_decoding", spied)
+    rounds = iter([True, False])
+    found = loaders.loading(faces, (16, 16), 8, 1, lambda: next(rounds), count=8)
+    assert children == [before]
+    assert {name: len(each) for name, each in found.items()} == {
+        "synface": 2, "torch": 2, "decoding": 2
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

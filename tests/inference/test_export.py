@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from synface.inference import Exporter, ExportError, FaceNetwork
-from synface.models.iresnet import IResNet
+from synface.models.iresnet import ChannelsLastConv2d, IResNet
 from torch import nn
 
 SHAPE = (16, 12, 3)
@@ -19,13 +19,13 @@ METADATA = {
 }  # fmt: skip
 
 
-def trained(shape=SHAPE, flip=True):
+def trained(shape=SHAPE, flip=True, widths=(4, 8)):
     """Return a network whose running statistics are not the initial ones."""
     torch.manual_seed(0)
-    backbone = IResNet(shape[:2], shape[2], (4, 8), (1, 2), 8, dropout=0.2)
+    backbone = IResNet(shape[:2], shape[2], widths, (1, 2), 8, dropout=0.2)
     for _ in range(3):
         backbone(torch.randn(9, shape[2], *shape[:2]))
-    facts = {"source": "a/run", "step": 7, "backbone": "iresnet", "widths": [4, 8]}
+    facts = {"source": "a/run", "step": 7, "backbone": "iresnet", "widths": list(widths)}
     return FaceNetwork(backbone, shape, 8, flip=flip, description=facts)
 
 
@@ -81,6 +81,22 @@ def test_a_file_gives_the_networks_embeddings_for_any_batch(tmp_path, exporter, 
         assert found.dtype == torch.float32
         assert (found - expected[:count]).abs().max() <= 1e-5
     assert not exporter.network.training
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torchscript", "torch-export"])
+@pytest.mark.filterwarnings("error:.torch.jit:DeprecationWarning")
+def test_a_file_of_a_network_in_channels_last_order_gives_its_embeddings(tmp_path, kind):
+    if kind == "onnx":
+        pytest.importorskip("onnxscript")
+    exporter = Exporter(trained(widths=(16, 32)), images(12))
+    first = exporter.network.backbone.stem[0]
+    assert isinstance(first, ChannelsLastConv2d)
+    path = tmp_path / "network.pt2"
+    assert 0 <= exporter.write(kind, path) <= 1e-5
+    run, _ = loaded(kind, path)
+    batch = torch.from_numpy(images(7))
+    with torch.no_grad():
+        assert (run(batch) - exporter.network(batch)).abs().max() <= 1e-5
 
 
 def test_weights_are_written_under_their_own_names(tmp_path, exporter):

@@ -139,6 +139,30 @@ def test_a_pixels_channels_are_side_by_side_on_a_cpu(make, channels):
     torch.testing.assert_close(network.float()(images), embeddings, rtol=1e-3, atol=1e-4)
 
 
+def test_backward_in_bfloat16_is_close_in_either_order():
+    torch.manual_seed(0)
+    network = IResNet((16, 16), 3, (16, 48, 80), (1, 1, 1), 8)
+    first, images = network.stem[0], torch.randn(8, 3, 16, 16)
+    assert isinstance(first, module.ChannelsLastConv2d)
+    ends = torch.randn(8, 8)
+
+    def gradients():
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            embeddings = network(images)
+        (embeddings.float() * ends).sum().backward()
+        return [each.grad.clone() for each in network.parameters() if each.grad is not None]
+
+    found = gradients()
+    first.register_forward_hook(lambda module, inputs, output: output.contiguous())
+    expected = gradients()
+    largest = max(float(each.norm()) for each in expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.isfinite().all()
+        # A shift before a normalization has no gradient but rounding's.
+        assert (ours - theirs).norm() <= 0.15 * theirs.norm() + 1e-3 * largest
+
+
 def test_narrow_networks_keep_torchs_order():
     """Torch 2.13's backward convolution would corrupt memory in the other order."""
     for widths in ((8, 16), (16, 24), (4,)):

@@ -19,6 +19,7 @@ from synface.common.files import CheckpointError, checksum, sealed
 from synface.data import Faces, embedded_faces, read_folder
 from synface.evaluation.embedding import embed, pixel_embeddings
 from synface.evaluation.metrics import verify
+from synface.models.iresnet import ChannelsLastConv2d
 from synface.training.loop import TrainConfig, learning_rate, load_backbone, train
 
 from tests.helpers.training import SMALL, same, state
@@ -62,6 +63,16 @@ def test_resuming_is_bitwise_the_uninterrupted_run(faces, tmp_path, optimizer, s
     assert logs[0] == logs[1]
     again = train(config, faces, tmp_path / "cut", resume=True)  # nothing left to do
     assert_same(whole, again)
+
+
+def test_resuming_is_bitwise_in_channels_last_order(faces, tmp_path):
+    config = replace(SMALL, epochs=2, widths=(16, 32), depths=(1, 1), embedding_size=8)
+    whole = train(config, faces, tmp_path / "whole")
+    assert any(isinstance(each, ChannelsLastConv2d) for each in whole.backbone.modules())
+    train(config, faces, tmp_path / "cut", stop_after=1)
+    resumed = train(config, faces, tmp_path / "cut", resume=True)
+    assert_same(whole, resumed)
+    assert whole.history == resumed.history
 
 
 def test_ctrl_c_loses_nothing(faces, tmp_path):

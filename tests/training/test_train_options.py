@@ -8,6 +8,8 @@ import pytest
 import torch
 from synface.common.files import CheckpointError
 from synface.data import Faces, embedded_faces
+from synface.heads import MarginHead
+from synface.models.iresnet import IResNet
 from synface.training import model
 from synface.training.loop import learning_rate, train
 from synface.training.model import _fused
@@ -137,12 +139,50 @@ def test_parameters_stepped_in_one_pass_are_those_of_torchs_own_steps(
     assert [row["loss"] for row in fused.history] == pytest.approx(losses, rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
 def test_only_what_torchs_fused_steps_can_do_is_left_to_them():
-    layer = nn.Conv2d(3, 4, 3)
-    assert _fused(SMALL, layer)
-    assert _fused(replace(SMALL, precision="float16"), layer) is None
-    assert _fused(SMALL, layer.to(memory_format=torch.channels_last)) is None
-    assert _fused(SMALL, nn.Conv2d(3, 4, 3, device="meta")) is None
+    network = IResNet((16, 16), 1, (4, 8), (1, 1), 8)
+    assert _fused(SMALL, network)
+    assert _fused(replace(SMALL, precision="float16"), network) is None
+    assert _fused(SMALL, network.to(memory_format=torch.channels_last)) is None
+    assert _fused(SMALL, MarginHead(8, 4).to(torch.complex64)) is None
+    with torch.device("meta"):
+        assert _fused(SMALL, IResNet((16, 16), 1, (4, 8), (1, 1), 8)) is None
+    assert _fused(SMALL, nn.Sequential(network)) is None  # a user's
+
+
+class Alternating(nn.Module):
+    """A backbone with a branch that is used, and so has gradients, in every other step."""
+
+    def __init__(self):
+        super().__init__()
+        self.always, self.branch = nn.Linear(16 * 16, 16), nn.Linear(16, 16)
+        self.calls = 0
+
+    def forward(self, images):
+        rows = self.always(images.flatten(1))
+        self.calls += self.training
+        return rows if self.calls % 2 else rows + self.branch(rows)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_branch_that_is_used_from_the_second_step_on_is_trained(faces, tmp_path, optimizer):
+    backbone = Alternating()
+    began = backbone.branch.weight.detach().clone()
+    config = replace(SMALL, optimizer=optimizer)
+    result = train(config, faces, tmp_path / "run", backbone=backbone, stop_after=2)
+    assert [row["step"] for row in result.history] == [0, 1, 2]
+    assert all(math.isfinite(row["loss"]) for row in result.history)
+    assert not torch.equal(backbone.branch.weight, began)
+
+
+def test_a_backbone_that_is_frozen_at_first_is_trained_by_fused_steps(faces, tmp_path):
+    result = train(replace(SMALL, optimizer="sgd", freeze=1), faces, tmp_path / "run")
+    assert _fused(SMALL, result.backbone)
+    apart = train(replace(SMALL, optimizer="sgd", epochs=1, freeze=1), faces, tmp_path / "frozen")
+    moved = result.backbone.stem[0].weight - apart.backbone.stem[0].weight
+    assert moved.abs().max() > 0
+    assert all(math.isfinite(row["loss"]) for row in result.history)
 
 
 def test_clipping_bounds_the_gradient(faces, tmp_path):

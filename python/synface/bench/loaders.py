@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..common.check import cores
 from ..common.extras import extra
 from ..data import ImageLoader, embedded_faces, normalize, open_images
 from ..data.formats.image_set import ImageSet, LabeledImages
@@ -101,21 +101,21 @@ def torch_loader(
     )  # fmt: skip
 
 
-def _decoding(images: ImageSet, count: int, workers: int) -> Callable[[], float]:
-    """Return a function that returns the images/s of Pillow's decoder, which is C, alone.
+def _decoding(images: ImageSet, count: int, workers: int, rounds: int) -> list[float]:
+    """Return the images/s of Pillow's decoder, which is C, alone, one number per round.
 
     It is timed on one thread, and multiplied by the workers that have a core each.
     """
     pillow, contents = _pillow(), [images.read(i) for i in range(min(count, len(images)))]
-
-    def run() -> float:
+    found = []
+    for _ in range(rounds):
         opened = [pillow.open(io.BytesIO(content)) for content in contents]
         began = time.perf_counter()
         for image in opened:
             image.load()
-        return min(workers, os.cpu_count() or 1) * len(opened) / (time.perf_counter() - began)
-
-    return run
+        seconds = time.perf_counter() - began
+        found.append(min(workers, cores()) * len(opened) / seconds)
+    return found
 
 
 def loading(
@@ -128,13 +128,27 @@ def loading(
 ) -> dict[str, list[float]]:
     """Return the images/s of each loader, one number per round, interleaved.
 
-    Before a turn is timed a loader refills its queue, so that no batch was made in another's turn.
+    A turn begins with the batches that are queued, so that none was made in another's turn, and
+    ends once the queue should be full again. Decoding is timed after the loaders' processes ended.
 
     Args:
         images: the files. size: (H, W) to which they are resized.
         more: called before each round but the first: whether to go on.
         count: images in a turn, at least.
     """
+    found = _interleaved(images, size, batch_size, workers, more, count)
+    return found | {"decoding": _decoding(images, count, workers, len(found["synface"]))}
+
+
+def _interleaved(
+    images: ImageSet,
+    size: tuple[int, int],
+    batch_size: int,
+    workers: int,
+    more: Callable[[], bool],
+    count: int,
+) -> dict[str, list[float]]:
+    """Return the images/s of both loaders, whose processes have ended then; as `loading`."""
     batches, queued = -(-count // batch_size), 2 * workers + 1
 
     def turn(advance: Callable[[], Any]) -> float:
@@ -143,15 +157,15 @@ def loading(
         began = time.perf_counter()
         for _ in range(batches):
             advance()
-        return batches * batch_size / (time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        time.sleep(seconds * queued / batches)
+        return batches * batch_size / seconds
 
     theirs = torch_loader(images, size, batch_size, workers)
-    decode = _decoding(images, count, workers)
     with ImageLoader(images, batch_size, size=size, grayscale=False, workers=workers) as ours:
         runs: dict[str, Callable[[], float]] = {
             "synface": lambda: turn(lambda: normalize(next(ours)[1].images)),
             "torch": lambda: turn(lambda: next(theirs)),
-            "decoding": decode,
         }
         found: dict[str, list[float]] = {name: [] for name in runs}
         while not found["synface"] or more():

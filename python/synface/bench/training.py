@@ -36,8 +36,9 @@ from ..common.rng import generator, normals, seeded
 from ..data import open_images
 from ..data.formats.image_set import ImageSet
 from ..data.loading.sampler import WHOLE, RankSlice
+from ..models.iresnet import ChannelsLastConv2d
 from ..training.backbone import build_backbone
-from ..training.config import TrainConfig
+from ..training.config import BUILT_IN, TrainConfig
 from ..training.loop import train
 from ..training.model import build_model
 from ..training.sources import Batch, FacesSource
@@ -98,6 +99,11 @@ class SpeedConfig:
             augment=0.0,
             checkpoint_every=1e9,
         )
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of forward passes, as in `train`."""
+        dtype = getattr(torch, self.precision)
+        return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
 
 
 class _Ended(Exception):
@@ -197,8 +203,11 @@ class _PlainLoop:
     """A training loop as it is usually written in plain torch: `DataLoader`, ArcFace, SGD.
 
     Args:
-        tuned: with the backbone's activations in torch's channels_last order, as in `train`, and
-            torch's fused optimizer; otherwise both are torch's defaults.
+        tuned: with a built-in backbone's activations in torch's channels_last order, as in `train`,
+            and its optimizer and the centers' fused; otherwise all are torch's defaults.
+
+    Attributes:
+        dtype: of the embeddings of the last step.
     """
 
     def __init__(
@@ -211,12 +220,16 @@ class _PlainLoop:
         weight = normals((config.identities, config.embedding_size), draw).mul_(0.01)
         self.weight = nn.Parameter(weight)
         if not tuned:
-            first = next(m for m in self.backbone.modules() if isinstance(m, nn.Conv2d))
-            first.register_forward_hook(lambda module, inputs, output: output.contiguous())
-        parameters = self.backbone.parameters(), [self.weight]
-        self.optimizers = [_sgd(training, each, tuned) for each in parameters]
-        dtype = getattr(torch, config.precision)
-        self.autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+            for module in self.backbone.modules():
+                if isinstance(module, ChannelsLastConv2d):
+                    module.register_forward_hook(lambda _, inputs, output: output.contiguous())
+        # Torch's fused SGD fails where a parameter of a user's backbone has no gradient at first.
+        fused = tuned and training.backbone in BUILT_IN
+        self.optimizers = [
+            _sgd(training, self.backbone.parameters(), fused),
+            _sgd(training, [self.weight], tuned),
+        ]
+        self.autocast, self.dtype = config.autocast(), torch.float32
         self.loss = torch.zeros((), dtype=torch.float32, device="cpu")
 
     def step(self) -> dict[str, float]:
@@ -232,6 +245,7 @@ class _PlainLoop:
             optimizer.zero_grad()
         with self.autocast:
             embeddings = self.backbone(images)
+        self.dtype = embeddings.dtype
         stamp()
         embeddings.register_hook(stamp)
         stamp()
@@ -253,7 +267,7 @@ class _Race:
     """The progress display of a measured run: it times `train`'s steps and lets others step.
 
     Args:
-        others: the plain loops, by name.
+        others: the plain loops, by name, until the run has ended.
         rounds: turns of each, at most. more: whether there is time for another round.
     """
 
@@ -271,7 +285,8 @@ class _Race:
         self.rates: dict[str, list[float]] = {name: [] for name in ("synface", *others)}
         self.phases: dict[str, list[dict[str, float]]] = {name: [] for name in self.rates}
         self.steps = 0  # of a turn; 0 while the first steps warm up
-        self.taken, self.warm, self.began = 0, 0, 0.0
+        self.taken, self.began = 0, 0.0
+        self.dtype = torch.float32  # of the backbone's embeddings
         self.hooks = ExitStack()
 
     def start(self, total_steps: int, step: int) -> None:
@@ -298,6 +313,7 @@ class _Race:
         """
         for loop in self.others.values():
             loop.step()
+            self.dtype = loop.dtype
         if self.taken == 2 or seconds > TURN:
             self.steps = max(1, min(50, round(TURN / seconds)))
             self.taken, self._seconds = 0, list[float]()
@@ -325,23 +341,32 @@ def _race(
 ) -> _Race:
     """Run the loops, `train` in a folder, and return what was timed."""
     source = _TimedSource(images, config, config.identities)
-    batches = torch_loader(images, config.size, config.batch_size, config.workers)
     others = {
-        name: _PlainLoop(config, batches, source.image_shape, tuned=name == "tuned")
+        name: _PlainLoop(
+            config,
+            torch_loader(images, config.size, config.batch_size, config.workers),
+            source.image_shape,
+            tuned=name == "tuned",
+        )
         for name in LOOPS[1:]
     }
     race = _Race(source, others, config.batch_size, config.rounds, more, done)
     with race.hooks, suppress(_Ended):
         train(config.training(), source, folder, progress=race)
+    others.clear()  # and so their loaders' processes
     return race
 
 
 def _head_steps(
-    config: SpeedConfig, images: ImageSet, classes: int
+    config: SpeedConfig, images: ImageSet, classes: int, dtype: torch.dtype
 ) -> dict[str, Callable[[], None]]:
-    """Return steps of the head alone, from a batch's embeddings to the centers' update, by name."""
+    """Return steps of the head alone, from a batch's embeddings to the centers' update, by name.
+
+    Args:
+        dtype: of the embeddings.
+    """
     draw = generator(0, "embeddings", 0)
-    embeddings = normals((config.batch_size, config.embedding_size), draw)
+    embeddings = normals((config.batch_size, config.embedding_size), draw).to(dtype)
     target = torch.randint(classes, (config.batch_size,), generator=draw, device="cpu")
     # A backbone that takes little memory, since only the head is used.
     training = replace(config.training(), backbone="iresnet", widths=(1,), depths=(1,))
@@ -356,7 +381,8 @@ def _head_steps(
         def step() -> None:
             optimizer.zero_grad()
             inputs = embeddings.clone().requires_grad_()
-            loss, _ = model.head(inputs, target, reduction="sum", return_stats=True)
+            with config.autocast():
+                loss, _ = model.head(inputs, target, reduction="sum", return_stats=True)
             (loss / len(target)).backward()
             optimizer.step()
 
@@ -367,7 +393,9 @@ def _head_steps(
 
     def theirs() -> None:
         sgd.zero_grad()
-        arcface(embeddings.clone().requires_grad_(), weight, target).backward()
+        with config.autocast():
+            loss = arcface(embeddings.clone().requires_grad_(), weight, target)
+        loss.backward()
         sgd.step()
 
     return {"synface": ours(False), "fused update": ours(True), "torch": theirs}
@@ -376,13 +404,19 @@ def _head_steps(
 def _heads(
     config: SpeedConfig,
     images: ImageSet,
+    dtype: torch.dtype,
     more: Callable[[], bool],
     done: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    """Return the seconds of the head's step by the number of classes, interleaved."""
+    """Return the seconds of the head's step by the number of classes, interleaved.
+
+    Args:
+        dtype: of the embeddings.
+        more: whether there is time for another round. done: called after each number of classes.
+    """
     found = []
     for classes in config.classes:
-        steps = _head_steps(config, images, classes)
+        steps = _head_steps(config, images, classes, dtype)
         times: dict[str, list[float]] = {name: [] for name in steps}
         for step in steps.values():
             step()
@@ -447,7 +481,7 @@ def measure(
         loaders = loading(
             images, config.size, config.batch_size, config.workers, _limit(0.1 * config.seconds)
         )
-        heads = _heads(config, images, _limit(0.15 * config.seconds), turned)
+        heads = _heads(config, images, race.dtype, _limit(0.15 * config.seconds), turned)
     seconds = {
         name: {phase: statistics.median(step[phase] for step in steps) for phase in PHASES}
         for name, steps in race.phases.items()
@@ -461,6 +495,7 @@ def measure(
         f"torch {torch.__version__}, Python {platform.python_version()}",
         "load": load,
         "config": asdict(config),
+        "built_in": config.training().backbone in BUILT_IN,
         "images": f"{len(images)} JPEG files of the embedded faces"
         if data is None
         else f"{len(images)} of {images.source}",

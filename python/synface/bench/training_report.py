@@ -28,10 +28,16 @@ SHARE = 0.1  # of a step, up to which a head counts as small
 TITLES = {
     "synface": "`synface train`",
     "torch": "plain torch",
-    "tuned": "plain torch, channels_last and fused SGD",
     "fused update": "`synface train --fused-update`",
     "decoding": "decoding alone, in C",
 }
+
+
+def _tuned(result: Mapping[str, Any]) -> str:
+    """Return the settings of torch that `synface train` has for this backbone."""
+    if result["built_in"]:
+        return "channels_last and fused SGD"
+    return "fused SGD for the centers"
 
 
 def _range(ratio: Mapping[str, float]) -> str:
@@ -50,7 +56,7 @@ def summary(result: Mapping[str, Any]) -> str:
     lines = [
         f"synface train: {median(rates['synface']):.1f} images/s, "
         f"{_range(result['ratios']['torch'])} × plain torch, "
-        f"{_range(result['ratios']['tuned'])} × plain torch with channels_last and fused SGD",
+        f"{_range(result['ratios']['tuned'])} × plain torch with {_tuned(result)}",
         "a step: " + ", ".join(f"{phase} {shares[phase]:.1%}" for phase in PHASES),
     ]
     lines += [
@@ -101,8 +107,8 @@ one process; a ratio is the median of the rounds', with the least and the most.
 
 Rounds: {rounds["loops"]}. All loops train the same network on the same images. Plain torch is
 `DataLoader` with Pillow, an ArcFace head with dense logits and SGD, all in torch's default layout
-and implementation, and reads no loss. With channels_last activations and fused SGD it has the two
-settings of torch that `synface train` has, too.
+and implementation, and reads no loss. With {_tuned(result)} it has the settings of torch that
+`synface train` has for this backbone.
 
 ## Where a step's time goes
 
@@ -123,26 +129,27 @@ take as long as in `synface train` above.
 {_loaders(result)}
 
 Rounds: {rounds["loaders"]}. Decoding alone is Pillow's decoder on encoded bytes in memory, timed
-on one thread and multiplied by the workers that have a core each.
+after the loaders' processes ended, on one thread, and multiplied by the workers that have a core
+each.
 
 ![images per second, a step's phases and the head's share]({NAME}.png)
 """
 
 
 def _loops(result: Mapping[str, Any]) -> str:
-    rows = []
+    titles, rows = TITLES | {"tuned": f"plain torch, {_tuned(result)}"}, []
     for name, rates in result["rates"].items():
         ratio = result["ratios"].get(name)
-        rows.append([TITLES[name], f"{median(rates):.1f}", "" if ratio is None else _range(ratio)])
+        rows.append([titles[name], f"{median(rates):.1f}", "" if ratio is None else _range(ratio)])
     return table(["", "images/s", "`synface train` ÷ this"], rows)
 
 
 def _phases(result: Mapping[str, Any]) -> str:
-    rows = []
+    titles, rows = TITLES | {"tuned": f"plain torch, {_tuned(result)}"}, []
     for name, seconds in result["seconds"].items():
         shares = _shares(seconds)
         cells = [f"{1e3 * seconds[phase]:.1f} ({shares[phase]:.1%})" for phase in PHASES]
-        rows.append([TITLES[name], *cells])
+        rows.append([titles[name], *cells])
     return table(["ms (share)", *PHASES], rows)
 
 

@@ -94,6 +94,13 @@ def check_folder(name: str, folder: Path) -> None:
         ) from error
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def available_memory() -> int | None:
     """Return the bytes of available memory; None if the system does not tell."""
     with contextlib.suppress(OSError):

@@ -39,10 +39,11 @@ class _Norm2d(_AnyBatchNorm, nn.BatchNorm2d):
     pass
 
 
-class _ByPixels(nn.Conv2d):
-    """A first convolution, whose result on a CPU has the channels of a pixel side by side.
+class ChannelsLastConv2d(nn.Conv2d):
+    """A convolution whose result on a CPU is in torch's channels_last order.
 
     All later layers keep that order, in which torch's take less time there than in its default one.
+    A traced or exported network has the order of the device on which it was traced.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ class _ByPixels(nn.Conv2d):
 def _first(channels: int, widths: Sequence[int]) -> nn.Conv2d:
     """Return the first convolution of a network with stages of the given widths."""
     # Of other widths torch 2.13's backward convolution in that order writes outside of its memory.
-    kind = nn.Conv2d if any(width % 16 for width in widths) else _ByPixels
+    kind = nn.Conv2d if any(width % 16 for width in widths) else ChannelsLastConv2d
     return kind(channels, widths[0], 3, padding=1, bias=False)
 
 

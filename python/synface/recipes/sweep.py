@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from .. import checkpoint
-from ..common.check import available_memory, check_integer
+from ..common.check import available_memory, check_integer, cores
 from ..common.durations import duration
 from ..common.files import CheckpointError, write_text
 from ..common.textfiles import read_json
@@ -279,13 +278,6 @@ def default_workers() -> int:
     """Return the number of cores, but at most one for each GiB of available memory."""
     free = available_memory()
     return cores() if free is None else max(1, min(cores(), free // 2**30))
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def share_of_threads(workers: int) -> int:

@@ -21,6 +21,7 @@ from ..common.files import CheckpointError
 from ..common.rng import seeded, seeds, standard_defaults
 from ..common.textfiles import read_json
 from ..heads import MarginHead, ShardedMarginHead
+from ..models.iresnet import IResNet, PublishedIResNet
 from ..optim import RowAdamW, RowSGD
 from .backbone import build_backbone, check_embeddings, shapes_of
 from .backbone import check_network as check_network
@@ -34,6 +35,8 @@ VERIFICATION, CHECKPOINTS = "verification.jsonl", "checkpoints"
 BEST = "best"  # checkpoints of the best verifications
 ALIGNMENT = "alignment.json"  # how the training faces were aligned, if `synface align` did it
 BACKBONE, CENTERS = "model.backbone.", "model.head.weight"  # in a checkpoint
+# Modules whose parameters all have a gradient in every step, unless frozen together.
+ALWAYS_STEPPED = (IResNet, PublishedIResNet, MarginHead, ShardedMarginHead)
 HEADS = ("auto", "keep", "resize", "new")  # what becomes of an initial run's head
 
 
@@ -414,11 +417,15 @@ def _fused(config: TrainConfig, module: nn.Module) -> bool | None:
 
     None leaves the choice to torch, which on a CPU would read all parameters once per operation.
     """
-    # Its fused SGD does not initialize momentum in a first step that the loss scaler skips.
-    scaled = config.precision == "float16"
+    # Torch 2.13's fused SGD initializes momentum in a group's first step alone: it fails where a
+    # parameter has no gradient then, as one of a user's backbone may, or the loss scaler skips it.
+    complete = type(module) in ALWAYS_STEPPED and config.precision != "float16"
     # The kernels pair the elements of a parameter and its state by their place in memory.
-    fits = all(p.device.type == "cpu" and p.is_contiguous() for p in module.parameters())
-    return (fits and not scaled) or None
+    fits = all(
+        p.device.type == "cpu" and p.is_contiguous() and p.is_floating_point()
+        for p in module.parameters()
+    )
+    return (complete and fits) or None
 
 
 def build_model(
