@@ -98,13 +98,13 @@ def statistics(
 
 def _may_allocate_gradient(inputs: ForwardInputs) -> bool:
     """Return whether the forward pass may allocate the centers' gradient, and gains by it."""
-    input, weight = inputs.input, inputs.weight
-    if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in (input, weight)):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
         return False
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active()
+    input, weight = inputs.input, inputs.weight
+    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in (input, weight))
     # Saved-tensor hooks free what a forward pass holds, as activation checkpointing does.
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    if traced or hooked or forward_ad._current_level >= 0:
+    if not plain or hooked or forward_ad._current_level >= 0:
         return False
     # Else two gradients of the centers would be in memory, until this or the other one is used.
     before = _gradients_ahead.get(weight)
