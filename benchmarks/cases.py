@@ -181,7 +181,7 @@ CASES: dict[str, list[Case]] = {
         margin_cross_entropy("dry", 16, 32, 500, "float32", AUTOCAST + "bfloat16"),
         margin_cross_entropy("dry", 16, 32, 500, "float32", *MIXED),
         margin_cross_entropy("dry", 16, 32, 500, "float32", AUTOCAST + "bfloat16", sampled=50),
-        # a batch on two cores; a large batch of fewer classes; a million identities; a call's own cost
+        # a batch on two cores; a large batch of fewer classes; a million identities; few classes
         margin_cross_entropy("cpu", 512, 512, 200_000),
         margin_cross_entropy("cpu", 2048, 512, 50_000),
         margin_cross_entropy("cpu", 128, 512, 1_000_000),
