@@ -46,6 +46,7 @@ def measure_time(
     save: Callable[[dict[str, Any]], None] = lambda result: None,
     announce: Announce = lambda name: None,
     without: Mapping[str, str] | None = None,
+    settle: bool = False,
 ) -> dict[str, Any]:
     """Time a step of every peer of a case, interleaved, in this process.
 
@@ -57,6 +58,8 @@ def measure_time(
         save: is called with the result so far after every round.
         announce: is called with a peer's name before each of its steps.
         without: peers that are not to run, and why not.
+        settle: run each step once more before it is timed, so that it does not pay for what another
+            peer left in the caches: writing that back takes as long as a short step.
 
     Returns:
         The case, and for each peer its median seconds, its ratio to ours (the median of the
@@ -123,6 +126,9 @@ def measure_time(
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
             announce(name)
+            if settle:
+                steps[name]()
+                work.clear_gradients()
             samples[name].append(seconds_of(steps[name], device))
             work.clear_gradients()
         done += 1

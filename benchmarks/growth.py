@@ -129,7 +129,9 @@ def measure(series: Series, rounds: int = ROUNDS) -> list[dict[str, Any]]:
         print(f"measuring {series.op}, {case.name}", file=sys.stderr)
         device = torch.device("cpu")
         measured.append(
-            driver.measure_time(case, device, peers=peers, rounds=rounds, enough_seconds=SECONDS)
+            driver.measure_time(
+                case, device, peers=peers, rounds=rounds, enough_seconds=SECONDS, settle=True
+            )
         )
     return measured
 
