@@ -155,13 +155,18 @@ void narrow_transposed(const float* from, int64_t m, int64_t n, int64_t from_row
   }
 }
 
-// Packs slices of kPairs pairs of rows, each in panels of kColumns columns; the last panel, and the
-// last pair of an odd depth, are padded with 0.
+// Packs slices of kPairs pairs of rows, each in panels of kColumns columns, or in one panel with
+// OnePanel; columns to a multiple of kColumns, and the last pair of an odd depth, are padded with
+// 0.
+template <bool OnePanel>
 void fill(const uint16_t* from, int64_t k, int64_t n, int64_t row, int64_t column, uint16_t* to) {
+  const int64_t width = OnePanel ? ceil_div(n, kColumns) * kColumns : kColumns;
   for (int64_t p = 0; p < k; p += kPairs * 2) {
     const int64_t depth = std::min(kPairs * 2, k - p), even = depth + depth % 2;
-    for (int64_t j = 0; j < n; j += kColumns, to += even * kColumns) {
+    uint16_t* slice = to + p * ceil_div(n, kColumns) * kColumns;
+    for (int64_t j = 0; j < n; j += kColumns) {
       const int64_t columns = std::min(kColumns, n - j);
+      uint16_t* panel = slice + (OnePanel ? 2 * j : even * j);
       int64_t q = 0;
       if (row == 1 && columns == kColumns) {
         for (; q + 2 * kLanes <= depth; q += 2 * kLanes) {
@@ -171,16 +176,16 @@ void fill(const uint16_t* from, int64_t k, int64_t n, int64_t row, int64_t colum
 #pragma GCC unroll 16
             for (int i = 0; i < 16; ++i) pairs[i] = _mm512_loadu_si512(corner + i * column);
             transpose(pairs);
-            uint16_t* at = to + q * kColumns + 2 * l;
+            uint16_t* at = panel + q * width + 2 * l;
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; ++i) _mm512_store_si512(at + i * 2 * kColumns, pairs[i]);
+            for (int i = 0; i < 16; ++i) _mm512_store_si512(at + i * 2 * width, pairs[i]);
           }
         }
       }
       for (; q < depth; q += 2) {
         const uint16_t* first = from + (p + q) * row + j * column;
         const uint16_t* second = q + 1 < depth ? first + row : nullptr;
-        uint16_t* pairs = to + q * kColumns;
+        uint16_t* pairs = panel + q * width;
         if (column == 1 && second) {
 #pragma omp simd
           for (int64_t l = 0; l < columns; ++l) {

@@ -22,7 +22,7 @@ struct Kernel {
 };
 template <>
 struct Kernel<uint16_t> {
-  int64_t width;
+  int64_t width;  // n is padded to a multiple of it
   void (*fill)(const uint16_t* from, int64_t k, int64_t n, int64_t row, int64_t column,
                uint16_t* to);
   void (*multiply)(int64_t m, const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t k,
@@ -70,21 +70,19 @@ Brgemm brgemm = nullptr;
 void multiply_by_onednn(int64_t m, const uint16_t* a, int64_t a_row, const uint16_t* b, int64_t k,
                         int64_t n, float* c, int64_t c_row, bool accumulate) {
   using namespace isa_avx512_bf16;
-  if (k < 2) return multiply(m, a, a_row, b, k, n, c, c_row, accumulate);
-  const int64_t panels = ceil_div(n, kColumns);
+  const int64_t width = ceil_div(n, kColumns) * kColumns;
+  if (k == 0) return multiply(m, a, a_row, b, k, n, c, c_row, accumulate);
   for (int64_t p = 0; p < k; p += kPairs * 2) {
     const int64_t depth = std::min(kPairs * 2, k - p), even = depth - depth % 2;
-    for (int64_t j = 0; j < n; j += kColumns) {
-      const int64_t columns = std::min(kColumns, n - j);
-      const uint16_t* panel = b + p * panels * kColumns + j * (depth + depth % 2);
-      if (even > 0) {
-        brgemm(m, columns, even, a_row, kColumns, c_row, accumulate || p > 0, a + p, panel, c + j);
-      }
-      if (even == depth) continue;
+    const uint16_t* panel = b + p * width;
+    if (even > 0) {
+      brgemm(m, n, even, a_row, width, c_row, accumulate || p > 0, a + p, panel, c);
+    }
+    for (int64_t j = 0; even < depth && j < n; j += kColumns) {
       for (int64_t i = 0; i < m; i += kRows) {  // the last element of an odd depth
         block_of(std::min<int64_t>(kRows, m - i), a + i * a_row + p + even, a_row,
-                 panel + even * kColumns, 1, c + i * c_row + j, c_row, columns,
-                 accumulate || p + even > 0);
+                 panel + even * width + 2 * j, 1, c + i * c_row + j, c_row,
+                 std::min(kColumns, n - j), accumulate || p + even > 0);
       }
     }
   }
@@ -101,11 +99,13 @@ const Kernel<uint16_t>* pick() {
   using namespace isa_avx512_bf16;
   static constexpr Kernel<uint16_t> ours{
       kColumns,
-      fill,
+      fill<false>,
       multiply,
       {{narrow<false>, narrow_transposed<false>}, {narrow<true>, narrow_transposed<true>}}};
+  // Fewer calls, of a whole block each: oneDNN tiles them by itself.
   static constexpr Kernel<uint16_t> onednn = [] {
     Kernel<uint16_t> kernel = ours;
+    kernel.fill = fill<true>;
     kernel.multiply = multiply_by_onednn;
     return kernel;
   }();
