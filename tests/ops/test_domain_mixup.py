@@ -168,7 +168,8 @@ def test_estimates_do_not_show(name: str, dtype: torch.dtype) -> None:
             (0.0, 1 / 255),  # at ψ = ½ sums of bytes, halved: many ties
             (1 / 255, 2.0**-9),
             ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-            (0.5, [100.0, 1.0, 1e-4]),  # subnormal and infinite float16
+            (0.5, [100.0, 1.0, 1e-4]),  # subnormal float16
+            (0.0, [1 / 65_280, 1e-5, 1.0]),  # the greatest float16, infinite ones
             ([0.0, 1.0, 0.5], [1e-30, 1e30, 3.0]),  # too far off for estimates
             ([-0.1, 0.5, 1.2], 0.5),
             (1e200, 1e-200),
@@ -200,9 +201,9 @@ def test_writes_into_views_at_any_address(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_large_results(dtype: torch.dtype) -> None:
-    """Results of 16 MiB and more are stored past the caches where they are aligned."""
-    size = 2**24 // dtype.itemsize
-    for height, width in ((64, 64), (33, 31)):
+    """Results of 8 MiB and more are stored past the caches where they are aligned."""
+    size = 2**23 // dtype.itemsize
+    for height, width in ((64, 64), (33, 31), (6, 8)):  # the last one with a rest of 16 pixels
         batch = size // (3 * height * width) + 1
         s, r = pair((batch, height, width, 3), U8)
         psi = torch.rand(batch, generator=torch.Generator().manual_seed(1))
