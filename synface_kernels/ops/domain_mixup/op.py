@@ -28,7 +28,7 @@ OP = "domain_mixup"
 def _needs_cuda_kernels(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
     if device.type != "cuda":
         return f"runs on CUDA tensors, got {device}"
-    return None if _cuda.is_loaded(OP) else _cuda.missing(OP)
+    return _cuda.missing(OP)
 
 
 def _prepare_cuda(device: torch.device) -> str | None:
