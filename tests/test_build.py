@@ -20,14 +20,6 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(synface_kernels.__file__).parent
 
 
-def run(command: list[str], folder: Path, **environment: str) -> str:
-    done = subprocess.run(
-        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 # Preprocesses what it should compile, which needs every source and header, and links what this
 # environment has compiled from them: compiling takes minutes.
 COMPILER = """#!/bin/sh
@@ -52,22 +44,19 @@ def test_a_wheel_from_the_source_distribution_works(tmp_path: Path) -> None:
     built = ("*.so", "*.egg-info", "build", "dist", "__pycache__", ".*cache", "runs")
     unpacked = shutil.ignore_patterns(".git", ".venv*", ".hypothesis", *built)
     shutil.copytree(ROOT, tree, ignore=unpacked)
-    build = "from setuptools.build_meta import build_sdist; build_sdist(r'{}')"
-    run([sys.executable, "-c", build.format(tmp_path)], tree)
-    (archive,) = tmp_path.glob("*.tar.gz")
     quick = tmp_path / "c++"
     quick.write_text(COMPILER.format(compiler=compiler, package=PACKAGE))
     quick.chmod(0o755)
-    wheel = build_wheel.build(archive, tmp_path, CXX=str(quick))
+    wheel = build_wheel.build(tree, tmp_path, CXX=str(quick))
 
     environment = tmp_path / "environment"
     python = build_wheel.environment(environment, "--without-pip")
-    installed = Path(run([str(python), "-c", SITE], tmp_path).strip())
+    (installed,) = environment.glob("lib/python*/site-packages")
     # torch and the other dependencies are those of this environment, not drawn again.
     dependencies = Path(torch.__file__).parents[1]
     (installed / "dependencies.pth").write_text(str(dependencies))
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
-    run([*pip, "install", "--quiet", "--no-index", "--no-compile", str(wheel)], tmp_path)
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python)
+    build_wheel.run(*pip, "install", "--quiet", "--no-index", "--no-compile", wheel)
     build_wheel.check(python, tmp_path)
     for pattern in ("recipes/*/*.toml", "recipes/*/*.md", "bench/*.md", "evaluation/*.md"):
         beside = sorted(p.name for p in (ROOT / "python/synface").glob(pattern))
@@ -75,9 +64,6 @@ def test_a_wheel_from_the_source_distribution_works(tmp_path: Path) -> None:
         assert sorted(p.name for p in (installed / "synface").glob(pattern)) == beside
     for package in ("synface", "synface_kernels"):
         assert (installed / package / "py.typed").exists()
-
-
-SITE = "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 
 # Runs setup.py up to its build under each of the environments in the last argument, with a CUDA

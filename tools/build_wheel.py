@@ -30,13 +30,17 @@ def run(*command: str | Path, folder: Path | None = None, **environment: str) ->
     )
 
 
-def build(source: Path, out: Path, **environment: str) -> Path:
-    """Build a CPU wheel that names its torch, of a tree or a source distribution."""
-    for folder in source.glob("build/lib*"):  # may have files that no longer exist
-        shutil.rmtree(folder)
+def build(tree: Path, out: Path, **environment: str) -> Path:
+    """Build a source distribution of the tree, and of that a CPU wheel that names its torch.
+
+    So no file that an earlier build left in the tree gets into the wheel.
+    """
+    sdist = f"from setuptools.build_meta import build_sdist; build_sdist({str(out)!r})"
+    run(sys.executable, "-c", sdist, folder=tree)
+    (archive,) = out.glob("*.tar.gz")
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
     plain = {"SYNFACE_WHEEL": "1", "SYNFACE_CUDA": "0"}
-    run(*pip, "--no-cache-dir", "-w", out, source, folder=out, **(plain | environment))
+    run(*pip, "--no-cache-dir", "-w", out, archive, folder=out, **(plain | environment))
     (wheel,) = out.glob("*.whl")
     return wheel
 
