@@ -25,7 +25,7 @@ class NoCuda(Exception):
 
 def toolkits() -> list[str]:
     """Return the folders that may be a CUDA toolkit's, the likelier ones first."""
-    found = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    found = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
     nvcc = shutil.which("nvcc")
     if nvcc is not None:
         found += [os.path.dirname(os.path.dirname(path)) for path in (nvcc, os.path.realpath(nvcc))]
@@ -60,6 +60,7 @@ def check_toolkit(home: str) -> None:
     for needed in ("bin/nvcc", "include/cuda_runtime.h"):
         if not os.path.exists(os.path.join(home, needed)):
             raise NoCuda(f"{home} has no {needed}")
+    assert torch_cuda is not None
     version = re.search(r"release (\d+)\.(\d+)", ask_nvcc(home, "--version"))
     if version is not None and version[1] != torch_cuda.split(".")[0]:
         raise NoCuda(f"{home} has CUDA {version[1]}.{version[2]}, torch is of {torch_cuda}")
