@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .modules import check_shapes, load_model, save_model  # noqa: F401
     from .storage import Shard, Wanted, load, save, share, together  # noqa: F401
 
+__all__ = [
+    "CheckpointError", "Shard", "checkpoints", "find", "load", "load_model", "load_state", "save",
+    "save_model", "step_of",
+]  # fmt: skip
 __getattr__ = lazy(  # torch.distributed.checkpoint takes a second to import
     __name__,
     {
