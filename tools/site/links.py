@@ -12,6 +12,7 @@ import griffe
 
 ROOT = Path(__file__).resolve().parents[2]
 ITEM = re.compile(r"^- \[`([\w.]+)`\]", re.MULTILINE)
+PAGE = re.compile(r"(?<![\w/`])docs/([\w/]+)\.md")
 NAME = re.compile(r"(?<![`\[\w])`([A-Za-z_][\w.]*)`(?![`\]])")  # not ``code``
 
 
@@ -57,7 +58,9 @@ class Links(griffe.Extension):
         """Change the docstrings of a package once it is loaded."""
         for found in documented(pkg):
             assert found.docstring is not None
-            found.docstring.value = NAME.sub(self._link, found.docstring.value)
+            text = NAME.sub(self._link, found.docstring.value)
+            # From docs/api; MkDocs does not see the links of docstrings.
+            found.docstring.value = PAGE.sub(r"[docs/\1.md](../\1.html)", text)
         for path in self.paths:
             package, _, name = path.partition(".")
             if package == pkg.name and name:
