@@ -17,9 +17,9 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "api" / "cli.md"
 HEAD = """\
 # Command line
 
-Every command of `synface` with its options, as `synface COMMAND --help` prints them; written by
-`python tools/cli_reference.py`. An option without a default may be left out unless it says otherwise; an
-option file for `--config` names options with _ for -.
+Every command of `synface` with its options, as `synface COMMAND --help` prints them. An option
+without a default may be left out unless its help says otherwise. `python tools/cli_reference.py`
+writes this page.
 """
 
 
@@ -53,7 +53,9 @@ def section(name: str, command: Any) -> str:
     lines += ["| Option | Default | |", "| --- | --- | --- |"]
     for param in sorted(shown, key=lambda param: param.param_type_name == "option"):
         names = [metavar(param)] if param in arguments else [*param.opts, *param.secondary_opts]
-        lines.append(f"| {', '.join(f'`{n}`' for n in names)} | {default(param)} | {help_of(param)} |")
+        lines.append(
+            f"| {', '.join(f'`{n}`' for n in names)} | {default(param)} | {help_of(param)} |"
+        )
     return "\n".join([*lines, ""])
 
 

@@ -129,8 +129,9 @@ def on_page_content(html_: str, page: Page, config: MkDocsConfig, files: Files) 
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
-        result = convert(html.unescape(match[2]).strip(), display=display)
-        if unknown := re.search(r"\\\w+", result):
+        latex = html.unescape(match[2]).strip().replace("{aligned}", "{align*}")
+        result = convert(latex, display=display)
+        if unknown := re.search(r"\\\w+|<mi>&", result):
             log.warning("%s: unknown in a formula: %s", page.file.src_uri, unknown[0])
         return result
 

@@ -38,7 +38,7 @@ def documented(module: griffe.Object) -> Iterator[griffe.Object]:
 
 
 class Links(griffe.Extension):
-    """Turns `Name` in docstrings into a link, and adds one to the object's code."""
+    """Turns `Name` and docs/page.md in docstrings of docs/api into links, and adds one to the code."""
 
     def __init__(self) -> None:
         """Read the names of the reference, and the repository's address."""
@@ -59,8 +59,7 @@ class Links(griffe.Extension):
         for found in documented(pkg):
             assert found.docstring is not None
             text = NAME.sub(self._link, found.docstring.value)
-            # From docs/api; MkDocs does not see the links of docstrings.
-            found.docstring.value = PAGE.sub(r"[docs/\1.md](../\1.html)", text)
+            found.docstring.value = PAGE.sub(r"[docs/\1.md](../\1.md)", text)
         for path in self.paths:
             package, _, name = path.partition(".")
             if package == pkg.name and name:
