@@ -103,11 +103,11 @@ $(DOCS): pyproject.toml
 
 # The documentation's site, in build/site; it opens without a server and without a network.
 docs: $(DOCS)
-	$(PY) -m mkdocs build --clean
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --clean
 
 # The same, built anew at each change, for writers.
 docs-serve: $(DOCS)
-	$(PY) -m mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve
 
 clean:
 	rm -rf build $(BUILT) $(EXTENSION) synface_kernels/*.so

@@ -1,9 +1,9 @@
 """The site's differences from the plain repository, as hooks of MkDocs.
 
 docs/index.md states the navigation; README.md and other pages outside of docs/ that it lists become
-pages, README.md the first. Notebooks become pages with the outputs that they hold. Links to other
-files lead to the repository, items such as ``- [`package.name`](file.py)`` in docs/api to the
-docstring, and formulas to MathML.
+pages, README.md the first. Notebooks become pages with the outputs that they hold. A link named
+after a page's file gets that page's title, and one to any other file leads to the repository. Items
+such as ``- [`package.name`](file.py)`` in docs/api become the name's docstring, formulas MathML.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from mkdocs.structure.pages import Page
 log = logging.getLogger("mkdocs.hooks.site")  # its warnings fail a strict build
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-LINK = re.compile(r"(?P<before>\]\(|(?:src|href)=\")(?P<target>[^)#\s\"]+)")
+LINK = re.compile(
+    r"(?P<before>(?:\[(?P<name>[\w/.-]+\.md)\]|\])\(|(?:src|href)=\")(?P<target>[^)#\s\"]+)"
+)
 ITEM = re.compile(r"^- \[`((?:synface|synface_kernels)[\w.]*)`\]\([^)]+\)$", re.MULTILINE)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
@@ -42,7 +44,7 @@ def listed() -> dict[str, list[tuple[str, Path]]]:
 
 
 SECTIONS = listed()
-PAGES = {path for section in SECTIONS.values() for _, path in section}
+PAGES = {path: title for section in SECTIONS.values() for title, path in section}
 
 
 def uri_of(path: Path) -> str:
@@ -112,11 +114,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             kind = "tree" if path.is_dir() else "blob"
             return f"{link['before']}{config.repo_url}/{kind}/main/{path.relative_to(ROOT)}"
         file = files.get_file_from_path(uri_of(path))
-        if link["before"] == "](" or file is None:
-            target = os.path.relpath(uri_of(path), Path(uri).parent)
-        else:  # MkDocs leaves HTML as it is
-            target = file.url_relative_to(page.file)
-        return link["before"] + target
+        if "=" in link["before"] and file is not None:  # MkDocs leaves HTML as it is
+            return link["before"] + file.url_relative_to(page.file)
+        named = link["name"] and path in PAGES  # by its file: the site has titles
+        before = f"[{PAGES[path]}](" if named else link["before"]
+        return before + os.path.relpath(uri_of(path), Path(uri).parent)
 
     markdown = LINK.sub(rewritten, markdown)
     if source.suffix == ".ipynb":

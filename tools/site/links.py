@@ -38,7 +38,7 @@ def documented(module: griffe.Object) -> Iterator[griffe.Object]:
 
 
 class Links(griffe.Extension):
-    """Turns `Name` and docs/page.md in docstrings of docs/api into links, and adds one to the code."""
+    """Turns `Name` and docs/page.md in docstrings into links, and adds one to the code."""
 
     def __init__(self) -> None:
         """Read the names of the reference, and the repository's address."""
