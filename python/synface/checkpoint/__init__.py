@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ..common.files import CheckpointError  # noqa: F401
+from ..common.files import CheckpointError
 from ..common.lazy import lazy
 from .state import (  # noqa: F401
     STATE,

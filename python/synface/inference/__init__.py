@@ -5,15 +5,11 @@ from typing import TYPE_CHECKING
 from ..common.lazy import lazy
 
 if TYPE_CHECKING:
-    from .export import Exporter
-    from .export import ExportError
+    from .export import Exporter, ExportError
     from .files import write_embeddings
     from .found import find_images
-    from .network import FaceNetwork
-    from .network import load
-    from .recorded import Threshold
-    from .recorded import recorded_alignment
-    from .recorded import recorded_threshold
+    from .network import FaceNetwork, load
+    from .recorded import Threshold, recorded_alignment, recorded_threshold
 
 __all__ = [
     "ExportError",

@@ -8,12 +8,14 @@ if TYPE_CHECKING:
     from .controls import Vary
     from .dataset import synthesize
     from .embeddings import read_embeddings
-    from .generators import EigenfaceGenerator
-    from .generators import FaceGenerator
-    from .generators import HeadGenerator
-    from .generators import OnnxGenerator
-    from .generators import TorchScriptGenerator
-    from .generators import open_generator
+    from .generators import (
+        EigenfaceGenerator,
+        FaceGenerator,
+        HeadGenerator,
+        OnnxGenerator,
+        TorchScriptGenerator,
+        open_generator,
+    )
     from .sources import GeneratedSource
 
 __all__ = [

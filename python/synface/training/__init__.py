@@ -6,15 +6,10 @@ from ..common.lazy import lazy
 
 if TYPE_CHECKING:
     from .config import TrainConfig
-    from .loop import Progress
-    from .loop import Trained
-    from .loop import train
+    from .loop import Progress, Trained, train
     from .model import load_backbone
     from .schedule import learning_rate
-    from .sources import Batch
-    from .sources import FacesSource
-    from .sources import MixedSource
-    from .sources import Source
+    from .sources import Batch, FacesSource, MixedSource, Source
 
 __all__ = [
     "Batch",
