@@ -12,6 +12,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -223,8 +224,16 @@ def test_formulas_become_mathml():
     assert page.count("<math") == 2
     assert page.count('display="block"') == 1
     assert "<mfrac>" in page
+    assert "<msub><mi>x</mi><mi>i</mi></msub>" in page
     assert "Costs $5 and $6." in page
     assert "<code>$x$</code>" in page
+
+
+def test_an_unknown_command_in_a_formula_is_a_warning(caplog):
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
+    formula = r'<span class="arithmatex">\(\unheard x\)</span>'
+    hooks().on_page_content(formula, page=page, config=None, files=None)
+    assert r"page.md: unknown in a formula: \unheard" in caplog.text
 
 
 def test_notebooks_become_pages_with_their_outputs():

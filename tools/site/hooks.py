@@ -73,6 +73,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     assert index is not None
     index.dest_uri = "contents.html"
     for path in PAGES:
+        if not path.exists():
+            continue  # MkDocs warns of it in the navigation
         if path.suffix == ".ipynb":
             text = from_notebook(json.loads(path.read_text(encoding="utf-8")))
         elif DOCS not in path.parents:
@@ -133,7 +135,7 @@ def on_page_content(html_: str, page: Page, config: MkDocsConfig, files: Files) 
         display = "block" if match[1] == "div" else "inline"
         latex = html.unescape(match[2]).strip().replace("{aligned}", "{align*}")
         result = convert(latex, display=display)
-        if unknown := re.search(r"\\\w+|<mi>&", result):
+        if unknown := re.search(r"\\\w+|<mi>&</mi>", result):
             log.warning("%s: unknown in a formula: %s", page.file.src_uri, unknown[0])
         return result
 
