@@ -14,7 +14,7 @@ CSRC := $(shell git ls-files 'csrc/*' 2>/dev/null || find csrc -type f)
 EXTENSION := $(VENV)/.extension
 BUILT := $(VENV)/.built
 
-.PHONY: build demo test quick fuzz lint format bench growth gpu-evidence stand-in gpu-ledger cuda-check clean
+.PHONY: build demo test quick fuzz lint format bench growth gpu-evidence stand-in gpu-ledger cuda-check docs docs-serve clean
 
 build: $(BUILT)
 
@@ -91,6 +91,23 @@ gpu-ledger: build
 
 cuda-check: build
 	$(PY) tools/cuda_check.py
+
+# What the site needs: the extra `docs` alone, neither torch nor the package itself.
+DOCS := $(VENV)/.docs
+$(DOCS): pyproject.toml
+	test -x $(PY) || $(BASE_PYTHON) -m venv $(VENV)
+	$(PIP) "tomli>=2"
+	$(PY) -c 'import tomli; print(*tomli.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $@.txt
+	$(PIP) --requirement $@.txt
+	touch $@
+
+# The documentation's site, in build/site; it opens without a server and without a network.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --clean
+
+# The same, built anew at each change, for writers.
+docs-serve: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve
 
 clean:
 	rm -rf build $(BUILT) $(EXTENSION) synface_kernels/*.so
