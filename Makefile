@@ -9,12 +9,14 @@ PY  := $(BIN)/python
 # Python compiles modules when they are imported; most of torch's never are.
 PIP := $(PY) -m pip install --quiet --no-compile
 export PATH := $(BIN):$(PATH)
+# Without compiled modules, as in containers that set this, each process compiles torch's in seconds.
+export PYTHONDONTWRITEBYTECODE :=
 
 CSRC := $(shell git ls-files 'csrc/*' 2>/dev/null || find csrc -type f)
 EXTENSION := $(VENV)/.extension
 BUILT := $(VENV)/.built
 
-.PHONY: build demo test quick fuzz lint format bench growth gpu-evidence stand-in gpu-ledger cuda-check docs docs-serve clean
+.PHONY: build demo test test-all quick fuzz lint format bench growth gpu-evidence stand-in gpu-ledger cuda-check docs docs-serve clean
 
 build: $(BUILT)
 
@@ -41,6 +43,10 @@ demo: $(EXTENSION)
 
 test: build lint
 	$(PY) -m pytest -n auto --dist worksteal
+
+# All combinations of parameters, also where make test takes each pair of values.
+test-all: build lint
+	$(PY) -m pytest -n auto --dist worksteal --all-combinations
 
 # Each test function once, without the slow ones.
 quick: build
