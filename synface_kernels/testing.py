@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ._memory import empty_cache
 
+__all__ = ["assert_as_exact_as_torch", "peak_bytes", "peak_cuda_bytes"]
+
 
 def assert_as_exact_as_torch(
     actual: Tensor,

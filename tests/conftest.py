@@ -1,4 +1,4 @@
-"""Seeds, threads and the option --quick, for all tests.
+"""Seeds, threads and the choice of cases, for all tests.
 
 A test's random numbers do not depend on the tests before it.
 """
@@ -9,6 +9,8 @@ import random
 import numpy as np
 import pytest
 import torch
+
+from tests.helpers.pairwise import pairwise
 
 try:  # the tests on GPUs run without it
     import hypothesis
@@ -53,21 +55,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="Run each test function once, on its first parameters, and no slow one.",
     )
+    parser.addoption(
+        "--all-combinations",
+        action="store_true",
+        help="Run every combination of parameters, of tests marked `pairwise` too.",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run slow tests first, or the last would run alone; deselect those that --quick omits."""
+    """Run slow tests first, or the last would run alone; deselect those that options omit."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    if not config.getoption("--quick"):
-        return
-    chosen, left, seen = [], [], set()
+    of_function: dict[str, list[pytest.Item]] = {}
     for item in items:
-        function = item.nodeid.partition("[")[0]
-        once = function not in seen and item.get_closest_marker("slow") is None
-        (chosen if once else left).append(item)
-        seen.add(function)
-    config.hook.pytest_deselected(items=left)
-    items[:] = chosen
+        of_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    chosen: set[pytest.Item] = set()
+    for cases in of_function.values():
+        if config.getoption("--quick"):
+            chosen.update([case for case in cases if not case.get_closest_marker("slow")][:1])
+        elif cases[0].get_closest_marker("pairwise") and not config.getoption("--all-combinations"):
+            chosen.update(pairwise(cases))
+        else:
+            chosen.update(cases)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
 
 
 def pytest_configure(config: pytest.Config) -> None:

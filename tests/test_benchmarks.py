@@ -500,7 +500,8 @@ def test_verification_counts_and_decides(tmp_path):
     def outcome(body):
         file = tmp_path / f"test_{MARGIN}.py"
         file.write_text("import pytest\n" + textwrap.dedent(body))
-        return verify.run_tests([str(file), "-p", "no:cacheprovider", f"--rootdir={tmp_path}"])
+        options = ["-n", "0", "-p", "no:cacheprovider", f"--rootdir={tmp_path}"]
+        return verify.run_tests([str(file), *options])
 
     good = outcome("def test_a(): pass\n@pytest.mark.skip\ndef test_b(): pass")
     assert (good.passed, good.skipped, good.failed) == (1, 1, 0)

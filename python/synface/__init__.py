@@ -6,7 +6,8 @@ from .common.lazy import lazy
 from .common.renamed import install
 
 if TYPE_CHECKING:
-    from .inference import load as load
+    from .inference import load
 
+__all__ = ["load"]
 install()
 __getattr__ = lazy(__name__, {"inference": ("load",)})

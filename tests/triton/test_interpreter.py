@@ -14,9 +14,11 @@ FILES = sorted((HERE / "interpreted").glob("test_*.py"))
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem.removeprefix("test_"))
 @pytest.mark.slow
-def test_interpreted_kernels(file: Path, tmp_path: Path) -> None:
+def test_interpreted_kernels(file: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     report = tmp_path / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    if pytestconfig.getoption("--all-combinations"):
+        command.append("--all-combinations")
     done = subprocess.run(
         [*command, f"--junitxml={report}", str(file)],
         cwd=HERE.parents[1],

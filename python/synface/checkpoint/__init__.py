@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ..common.files import CheckpointError  # noqa: F401
+from ..common.files import CheckpointError
 from ..common.lazy import lazy
 from .state import (  # noqa: F401
     STATE,
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .modules import check_shapes, load_model, save_model  # noqa: F401
     from .storage import Shard, Wanted, load, save, share, together  # noqa: F401
 
+__all__ = [
+    "CheckpointError", "Shard", "checkpoints", "find", "load", "load_model", "load_state", "save",
+    "save_model", "step_of",
+]  # fmt: skip
 __getattr__ = lazy(  # torch.distributed.checkpoint takes a second to import
     __name__,
     {

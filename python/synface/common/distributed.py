@@ -19,6 +19,8 @@ if dist.is_available():
     # which torch may cause later, as their default, and would keep it alive.
     import torch.distributed.nn.functional
 
+__all__ = ["Rank", "joined", "leave"]
+
 
 @dataclass(frozen=True)
 class Rank:

@@ -5,16 +5,23 @@ from typing import TYPE_CHECKING
 from ..common.lazy import lazy
 
 if TYPE_CHECKING:
-    from .export import Exporter as Exporter
-    from .export import ExportError as ExportError
-    from .files import write_embeddings as write_embeddings
-    from .found import find_images as find_images
-    from .network import FaceNetwork as FaceNetwork
-    from .network import load as load
-    from .recorded import Threshold as Threshold
-    from .recorded import recorded_alignment as recorded_alignment
-    from .recorded import recorded_threshold as recorded_threshold
+    from .export import Exporter, ExportError
+    from .files import write_embeddings
+    from .found import find_images
+    from .network import FaceNetwork, load
+    from .recorded import Threshold, recorded_alignment, recorded_threshold
 
+__all__ = [
+    "ExportError",
+    "Exporter",
+    "FaceNetwork",
+    "Threshold",
+    "find_images",
+    "load",
+    "recorded_alignment",
+    "recorded_threshold",
+    "write_embeddings",
+]
 __getattr__ = lazy(
     __name__,
     {

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import PRESETS
 
+__all__ = ["IResNet", "PublishedIResNet"]
 MAX_BLOCKS = 1000
 
 

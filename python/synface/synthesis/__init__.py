@@ -5,17 +5,31 @@ from typing import TYPE_CHECKING
 from ..common.lazy import lazy
 
 if TYPE_CHECKING:
-    from .controls import Vary as Vary
-    from .dataset import synthesize as synthesize
-    from .embeddings import read_embeddings as read_embeddings
-    from .generators import EigenfaceGenerator as EigenfaceGenerator
-    from .generators import FaceGenerator as FaceGenerator
-    from .generators import HeadGenerator as HeadGenerator
-    from .generators import OnnxGenerator as OnnxGenerator
-    from .generators import TorchScriptGenerator as TorchScriptGenerator
-    from .generators import open_generator as open_generator
-    from .sources import GeneratedSource as GeneratedSource
+    from .controls import Vary
+    from .dataset import synthesize
+    from .embeddings import read_embeddings
+    from .generators import (
+        EigenfaceGenerator,
+        FaceGenerator,
+        HeadGenerator,
+        OnnxGenerator,
+        TorchScriptGenerator,
+        open_generator,
+    )
+    from .sources import GeneratedSource
 
+__all__ = [
+    "EigenfaceGenerator",
+    "FaceGenerator",
+    "GeneratedSource",
+    "HeadGenerator",
+    "OnnxGenerator",
+    "TorchScriptGenerator",
+    "Vary",
+    "open_generator",
+    "read_embeddings",
+    "synthesize",
+]
 __getattr__ = lazy(
     __name__,
     {

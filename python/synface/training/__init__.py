@@ -5,17 +5,24 @@ from typing import TYPE_CHECKING
 from ..common.lazy import lazy
 
 if TYPE_CHECKING:
-    from .config import TrainConfig as TrainConfig
-    from .loop import Progress as Progress
-    from .loop import Trained as Trained
-    from .loop import train as train
-    from .model import load_backbone as load_backbone
-    from .schedule import learning_rate as learning_rate
-    from .sources import Batch as Batch
-    from .sources import FacesSource as FacesSource
-    from .sources import MixedSource as MixedSource
-    from .sources import Source as Source
+    from .config import TrainConfig
+    from .loop import Progress, Trained, train
+    from .model import load_backbone
+    from .schedule import learning_rate
+    from .sources import Batch, FacesSource, MixedSource, Source
 
+__all__ = [
+    "Batch",
+    "FacesSource",
+    "MixedSource",
+    "Progress",
+    "Source",
+    "TrainConfig",
+    "Trained",
+    "learning_rate",
+    "load_backbone",
+    "train",
+]
 __getattr__ = lazy(
     __name__,
     {

@@ -13,6 +13,7 @@ import synface_kernels as sk
 from synface_kernels.ops.hypersphere_repulsion import launch_triton
 from synface_kernels.testing import assert_as_exact_as_torch
 
+pytestmark = pytest.mark.pairwise
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 EPS = torch.finfo(F32).eps
 PAIR = [

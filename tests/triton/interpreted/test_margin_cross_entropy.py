@@ -32,7 +32,7 @@ from tests.helpers.margin_core import (
     run,
 )
 
-pytestmark = pytest.mark.usefixtures("design")
+pytestmark = [pytest.mark.usefixtures("design"), pytest.mark.pairwise]
 
 # ---- against float64 -----------------------------------------------------------------------------
 

@@ -16,4 +16,4 @@ from tests.ops.test_margin_cross_entropy_autocast import (  # noqa: F401
     test_what_autocast_changes,
 )
 
-pytestmark = pytest.mark.usefixtures("design")
+pytestmark = [pytest.mark.usefixtures("design"), pytest.mark.pairwise]

@@ -16,7 +16,7 @@ from synface_kernels.ops.margin_cross_entropy import config_triton, launch_trito
 from tests.helpers.centers import assert_bits
 from tests.helpers.margin_core import BF16, F16, F32, check_public, make_case, public
 
-pytestmark = pytest.mark.usefixtures("design")
+pytestmark = [pytest.mark.usefixtures("design"), pytest.mark.pairwise]
 MARGINS: list[Callable[[], sk.CombinedMargin]] = [
     sk.ArcFace,
     sk.CosFace,

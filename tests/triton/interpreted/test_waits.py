@@ -26,6 +26,7 @@ import synface_kernels as sk
 from tests.helpers.generators import people
 from tests.helpers.stand_in_gpu import cpu, stand_in_gpu
 
+pytestmark = pytest.mark.pairwise
 N, C, D = 6, 40, 16
 
 

@@ -41,6 +41,7 @@ from .parts import (
 )
 from .ratios import Beta, send, uniform
 
+__all__ = ["FastCollateMixup", "Mixup"]
 Targets: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 
 
@@ -291,9 +292,9 @@ class Mixup(_TimmCall):
 class FastCollateMixup(_TimmCall):
     """A replacement of `timm.data.FastCollateMixup`: the ``collate_fn`` of a `DataLoader`.
 
+    All arguments but ``mode`` are as in `Mixup`.
+
     Args:
-        mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, correct_lam, label_smoothing,
-            num_classes, multi_label, sparse: see `Mixup`.
         mode: ``"batch"``, ``"pair"`` or ``"elem"``, see `Mixup`; or ``"half"``, which makes
             one image of each pair (i, B − 1 − i), with its own draws: (B + 1)//2 images.
 

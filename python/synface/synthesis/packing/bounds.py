@@ -15,6 +15,10 @@ import numpy as np
 from ...common.extras import extra
 from .delsarte import DEGREE, gegenbauer, improve
 
+__all__ = [
+    "Bound", "best", "certificate", "delsarte", "fejes_toth", "levenshtein", "random_nearest_cdf",
+    "random_worst", "rankin", "test_functions", "welch",
+]  # fmt: skip
 STATISTICS = "statistics of points on a sphere"  # for error messages
 
 

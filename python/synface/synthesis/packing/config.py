@@ -10,6 +10,7 @@ from . import bounds, symmetries
 from .search import FEW_POINTS, default_steps
 
 OBJECTIVES = ("auto", "orbit", "lse", "hyperface", "langevin")
+"""Names of the objectives that a packing can minimize."""
 DEFAULT_STEPS = 500
 GALLERY_POLISH = 100  # steps of "lse" after an orbit search with a gallery
 _INTEGERS = {"restarts": 1, "seed": 0, "steps": 1, "batch": 2, "order": 1, "polish": 0}
