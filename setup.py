@@ -3,84 +3,27 @@
 SYNFACE_CUDA=0|1|auto says whether the CUDA sources are built. `auto` builds them where a CUDA build
 of torch and a CUDA toolkit of its version are found and compile them, and without them otherwise;
 with 1 that is an error.
+
+SYNFACE_WHEEL=1 names the torch in the version (0.2.0+torch2.13) and requires it in the metadata: a
+wheel that others install runs in that minor version of torch only.
 """
 
+import importlib.util
 import os
-import re
-import shutil
-import subprocess
 import sys
-import sysconfig
 from glob import glob
+from typing import Any
 
 import torch
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
+from setuptools.command.build_py import build_py
 from torch.utils import cpp_extension
 from torch.version import cuda as torch_cuda
 
-# Ampere, Hopper, Blackwell: the ones whose budgets tools/cuda_check.py checks.
-ARCHITECTURES = (80, 90, 100)
-
-
-class NoCuda(Exception):
-    """The CUDA sources cannot be built, for the reason that the message gives."""
-
-
-def toolkits() -> list[str]:
-    """Return the folders that may be a CUDA toolkit's, the likelier ones first."""
-    found = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    nvcc = shutil.which("nvcc")
-    if nvcc is not None:
-        found += [os.path.dirname(os.path.dirname(path)) for path in (nvcc, os.path.realpath(nvcc))]
-    for pattern in ("/usr/local/cuda*", "/opt/cuda*"):
-        # The folder without a version first, which the machine's owner chose; then the newest.
-        found += sorted(glob(pattern), key=version_in, reverse=True)
-    found += sorted(glob(os.path.join(sysconfig.get_path("purelib"), "nvidia", "cu*")))
-    return list(dict.fromkeys(filter(None, found)))
-
-
-def version_in(path: str) -> tuple[bool, list[int]]:
-    """Return a key that sorts folders of CUDA: the versions in their names, and above them none."""
-    numbers = [int(number) for number in re.findall(r"\d+", os.path.basename(path))]
-    return not numbers, numbers
-
-
-def ask_nvcc(home: str, question: str) -> str:
-    """Return what a toolkit's nvcc answers; raise NoCuda if it does not run."""
-    nvcc = os.path.join(home, "bin", "nvcc")
-    try:
-        done = subprocess.run([nvcc, question], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise NoCuda(f"{nvcc} {question} fails: {error}") from error
-    return done.stdout
-
-
-def check_toolkit(home: str) -> None:
-    """Raise NoCuda unless a folder has nvcc and headers of the CUDA that torch was built for.
-
-    A script that calls nvcc may lie in a folder without headers.
-    """
-    for needed in ("bin/nvcc", "include/cuda_runtime.h"):
-        if not os.path.exists(os.path.join(home, needed)):
-            raise NoCuda(f"{home} has no {needed}")
-    version = re.search(r"release (\d+)\.(\d+)", ask_nvcc(home, "--version"))
-    if version is not None and version[1] != torch_cuda.split(".")[0]:
-        raise NoCuda(f"{home} has CUDA {version[1]}.{version[2]}, torch is of {torch_cuda}")
-
-
-def find_toolkit() -> str:
-    """Return the folder of a CUDA toolkit that fits torch; raise NoCuda if there is none."""
-    if torch_cuda is None:
-        raise NoCuda("this torch is built without CUDA")
-    problems = []
-    for home in toolkits():
-        try:
-            check_toolkit(home)
-        except NoCuda as problem:
-            problems.append(str(problem))
-        else:
-            return home
-    raise NoCuda(f"no CUDA {torch_cuda} toolkit: {'; '.join(problems) or 'no nvcc was found'}")
+# The file alone: the package imports the extension.
+_spec = importlib.util.spec_from_file_location("toolkit", "synface_kernels/_cuda_toolkit.py")
+toolkit = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(toolkit)
 
 
 def sees_gpu() -> bool:
@@ -100,12 +43,12 @@ def name_architectures(home: str) -> None:
     given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if given not in ("", "native") or sees_gpu():
         return
-    offered = set(ask_nvcc(home, "--list-gpu-arch").split())
-    chosen = [f"{a // 10}.{a % 10}" for a in ARCHITECTURES if f"compute_{a}" in offered]
+    offered = set(toolkit.ask_nvcc(home, "--list-gpu-arch").split())
+    chosen = [f"{a // 10}.{a % 10}" for a in toolkit.ARCHITECTURES if f"compute_{a}" in offered]
     if not chosen:
-        raise NoCuda(
-            f"nvcc of {home} offers {sorted(offered)}, none of the architectures {ARCHITECTURES}: "
-            "name yours, as in TORCH_CUDA_ARCH_LIST=8.6"
+        raise toolkit.NoCuda(
+            f"nvcc of {home} offers {sorted(offered)}, none of the architectures "
+            f"{toolkit.ARCHITECTURES}: name yours, as in TORCH_CUDA_ARCH_LIST=8.6"
         )
     os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(chosen) + "+PTX"
     print(f"no GPU is visible: CUDA sources compiled for {os.environ['TORCH_CUDA_ARCH_LIST']}")
@@ -118,9 +61,9 @@ def prepare_cuda() -> bool:
     if CHOICE == "0":
         return False
     try:
-        home = find_toolkit()
+        home = toolkit.find_toolkit()
         name_architectures(home)
-    except NoCuda as problem:
+    except toolkit.NoCuda as problem:
         if CHOICE == "1":
             sys.exit(f"SYNFACE_CUDA=1: {problem}")
         if torch_cuda is not None:
@@ -141,16 +84,13 @@ CXX = ["-O3", "-std=c++20", "-fopenmp-simd", "-ffp-contract=off", "-fno-trapping
 CXX += ["-fno-math-errno", "-fvisibility=hidden", "-Wall"]
 if "-g" not in os.environ.get("CFLAGS", "").split():
     CXX += ["-g0"]  # Python's own flags have -g, which takes a third of the time
-NVCC = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
 INCLUDE = [os.path.abspath("csrc")]
 CPU_KERNELS = [*sorted(glob("csrc/*/cpu.cpp")), "csrc/simd/isa.cpp"]
 TORCH = [*sorted(glob("csrc/*/torch.cpp")), *sorted(glob("csrc/torch/*.cpp"))]
 NUMPY = sorted(glob("csrc/numpy/*.cpp"))
 
-# at::parallel_for is serial unless it is compiled with OpenMP. It must be the OpenMP library that
-# torch itself uses, which its wheels may ship under a name of their own: with two of them, a GEMM
-# called from parallel code would not know that it is, and start more threads.
-OPENMP = glob(os.path.join(os.path.dirname(torch.__file__), "lib", "libgomp*.so*")) or ["-fopenmp"]
+# The wheel carries what `synface_kernels/_cuda.py` compiles at first use.
+SOURCES_AT_FIRST_USE = ("common", "domain_mixup", "simd", "torch")
 
 
 def torch_extension(cuda: bool) -> Extension:
@@ -162,8 +102,10 @@ def torch_extension(cuda: bool) -> Extension:
         depends=CPU_KERNELS,
         include_dirs=INCLUDE,
         define_macros=[("SYNFACE_CUDA", None)] if cuda else [],
-        extra_compile_args={"cxx": [*CXX, "-fopenmp"], "nvcc": NVCC},
-        extra_link_args=OPENMP,
+        # at::parallel_for is serial unless it is compiled with OpenMP. No OpenMP library is linked:
+        # the one that torch loaded, whatever its name, provides the symbols. A GEMM that is called
+        # from parallel code must know that it is, and with a second library it would not.
+        extra_compile_args={"cxx": [*CXX, "-fopenmp"], "nvcc": toolkit.NVCC_FLAGS},
     )
 
 
@@ -203,6 +145,35 @@ class Build(cpp_extension.BuildExtension):
             super().build_extensions()
 
 
+class BuildPython(build_py):
+    """The Python files, and the sources of the CUDA kernels."""
+
+    def run(self) -> None:
+        """Copy them; an editable install reads the sources where they are."""
+        super().run()
+        if self.editable_mode:
+            return
+        for folder in SOURCES_AT_FIRST_USE:
+            target = os.path.join(self.build_lib, "synface_kernels", "csrc", folder)
+            os.makedirs(target, exist_ok=True)
+            for source in glob(f"csrc/{folder}/*"):
+                self.copy_file(source, target)
+
+
+class WheelOfOneTorch(Distribution):
+    """The project as pyproject.toml has it, but for one minor version of torch."""
+
+    def parse_config_files(self, *args: Any, **kwargs: Any) -> None:
+        """Read pyproject.toml, then replace the version and the requirement."""
+        super().parse_config_files(*args, **kwargs)
+        minor = ".".join(torch.__version__.split(".")[:2])
+        self.metadata.version += f"+torch{minor}"
+        others = [r for r in self.install_requires if not r.startswith("torch>")]
+        assert len(others) == len(self.install_requires) - 1, self.install_requires
+        self.install_requires = [f"torch=={minor}.*", *others]
+        self.metadata.install_requires = self.install_requires
+
+
 setup(
     ext_modules=[
         torch_extension(WITH_CUDA),
@@ -216,5 +187,6 @@ setup(
             language="c++",
         ),
     ],
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": Build, "build_py": BuildPython},
+    distclass=WheelOfOneTorch if os.environ.get("SYNFACE_WHEEL") == "1" else Distribution,
 )

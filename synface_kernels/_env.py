@@ -17,9 +17,11 @@ VARIABLES = {
     "(default: 512; 0: none)",
     "SYNFACE_CPU_ISA": "base, avx2, avx512, avx512_bf16 or onednn_bf16: the CPU kernels' "
     "instruction set (default: the best)",
-    "SYNFACE_CUDA": "0, 1 or auto: whether a build compiles the CUDA sources (default: auto)",
+    "SYNFACE_CUDA": "0, 1 or auto: whether a build compiles the CUDA sources (default: auto); "
+    "1: where it did not, the first use compiles them",
     "SYNFACE_MARGIN_DESIGN": "fused, tiled or auto: whether Triton's margin softmax multiplies in "
     "its kernels or by cuBLAS (default: auto, fused but for exact float32)",
+    "SYNFACE_WHEEL": "1: a build makes a wheel for one minor version of torch",
     "TRITON_INTERPRET": "1: Triton interprets its kernels on CPU tensors (slow; for tests)",
 }
 

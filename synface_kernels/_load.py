@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import warnings
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -18,6 +19,12 @@ library.define("_empty_cache() -> ()")
 library.define("_empty_result(int[] size, ScalarType dtype, bool channels_last) -> Tensor")
 
 
+def _torch_of(extension: bytes) -> str | None:
+    """Return the minor version of torch that an extension was compiled for, without loading it."""
+    found = re.search(rb"synface_kernels is compiled for torch (\d+\.\d+)\0", extension)
+    return None if found is None else found[1].decode()
+
+
 def _load() -> str | None:
     """Load the torch extension; return why it could not be loaded, or None."""
     here = Path(__file__).parent  # never the extension of another installed copy
@@ -28,6 +35,14 @@ def _load() -> str | None:
             version = platform.python_version()
             return f"the extension was built for another Python than {version}: {others}"
         return "the extension synface_kernels._C is not built"
+    compiled = _torch_of(Path(spec.origin).read_bytes())
+    running = ".".join(torch.__version__.split(".")[:2])
+    if compiled not in (None, running):  # loading it could crash
+        return (
+            f"the extension {spec.origin} is compiled for torch {compiled}, and torch "
+            f"{torch.__version__} is installed: install the wheel whose version ends in "
+            f"+torch{running}, or torch {compiled}"
+        )
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:  # built against another torch, or a library is missing
@@ -41,8 +56,8 @@ if extension_error is not None:
     warnings.warn(
         f"synface_kernels has no CPU kernels, so on a CPU its ops run their plain torch "
         f"definition, which is slow and holds whole matrices: {extension_error}. "
-        "Build it for this Python and torch by `pip install --no-build-isolation .` in its source; "
-        "`python -m synface_kernels` shows what runs.",
+        "`pip install --no-build-isolation .` in the source compiles them for this Python and "
+        "torch; `python -m synface_kernels` shows what runs.",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -18,6 +18,8 @@ Note = Callable[[Sequence[torch.dtype]], str]
 # op -> implementation -> requirement, in the order in which `auto` prefers them
 _REGISTRY: dict[str, dict[str, Requirement]] = {}
 _NOTES: dict[tuple[str, str], Note] = {}
+# Makes an implementation available that was asked for by name; returns why that fails, or None.
+_PREPARATIONS: dict[tuple[str, str], Callable[[torch.device], str | None]] = {}
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,20 @@ class Choice:
 
 
 def register(
-    op: str, implementations: dict[str, Requirement], notes: dict[str, Note] | None = None
+    op: str,
+    implementations: dict[str, Requirement],
+    notes: dict[str, Note] | None = None,
+    preparations: dict[str, Callable[[torch.device], str | None]] | None = None,
 ) -> None:
     """Register an op's implementations, in the order in which ``impl="auto"`` prefers them.
 
     Args:
         notes: what `explain` adds to the reason for an implementation.
+        preparations: what makes an implementation available that a caller names; each returns why
+            that fails, or None.
     """
     _REGISTRY[op] = implementations
+    _PREPARATIONS.update({(op, name): prepare for name, prepare in (preparations or {}).items()})
     _NOTES.update({(op, name): note for name, note in (notes or {}).items()})
 
 
@@ -115,7 +123,9 @@ def resolve(op: str, impl: str, tensors: Sequence[Tensor]) -> str:
         return choose(op, device, dtypes).impl
     if impl not in _REGISTRY[op]:
         raise ValueError(f"impl must be one of {['auto', *_REGISTRY[op]]} for {op}, got {impl!r}")
-    problem = _REGISTRY[op][impl](device, dtypes)
+    prepare = _PREPARATIONS.get((op, impl))
+    problem = None if prepare is None else prepare(device)
+    problem = problem or _REGISTRY[op][impl](device, dtypes)
     if problem is not None:
         raise RuntimeError(f"impl={impl!r} of {op} cannot run here: {problem}")
     return impl

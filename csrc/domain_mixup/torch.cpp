@@ -94,6 +94,8 @@ struct Inputs {
   Tensor synthetic, real, psi, affine, flip_synthetic, flip_real;
 };
 
+// synface_kernels/_cuda.py defines SYNFACE_NO_CPU: it compiles the CUDA kernels alone.
+#ifndef SYNFACE_NO_CPU
 struct OnCpu {
   static void mix(const Inputs& in, const MutableImages& out) {
     forward(in.problem(), torch_runtime(), out);
@@ -102,6 +104,7 @@ struct OnCpu {
     backward(in.problem(), torch_runtime(), gradient, to);
   }
 };
+#endif
 
 #ifdef SYNFACE_CUDA
 struct OnCuda {
@@ -143,10 +146,12 @@ void mixup_backward(const Tensor& gradient, const Tensor& synthetic, const Tenso
 
 }  // namespace
 
+#ifndef SYNFACE_NO_CPU
 TORCH_LIBRARY_IMPL(synface_kernels, CPU, library) {
   library.impl("domain_mixup_cpu", mixup<OnCpu>);
   library.impl("domain_mixup_backward_cpu", mixup_backward<OnCpu>);
 }
+#endif
 
 #ifdef SYNFACE_CUDA
 TORCH_LIBRARY_IMPL(synface_kernels, CUDA, library) {

@@ -2,10 +2,19 @@
 #include <string>
 #include <vector>
 
+#include <torch/headeronly/version.h>
 #include <torch/library.h>
 
 #include "simd/isa.h"
 #include "torch/result_memory.h"
+
+// `_load.py` finds this text in the file before it loads the library, which might crash or lack
+// symbols in another torch. Keep the words the same in both.
+#define SYNFACE_TEXT(x) #x
+#define SYNFACE_TEXT_OF(x) SYNFACE_TEXT(x)
+extern "C" __attribute__((used, visibility("default"))) const char synface_kernels_torch[] =
+    "synface_kernels is compiled for torch " SYNFACE_TEXT_OF(
+        TORCH_VERSION_MAJOR) "." SYNFACE_TEXT_OF(TORCH_VERSION_MINOR);
 
 namespace synface {
 namespace {

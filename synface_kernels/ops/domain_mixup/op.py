@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ... import _cuda
 from ..._check import capturing, describe, require_apart
 from ..._derivatives import transformed
 from ..._load import library
@@ -24,12 +25,14 @@ from .reference import Gradients, Operands
 OP = "domain_mixup"
 
 
-def _needs_cuda_library(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+def _needs_cuda_kernels(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
     if device.type != "cuda":
         return f"runs on CUDA tensors, got {device}"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"synface_kernels::{OP}_cuda", "CUDA"):
-        return "the extension was built without CUDA (SYNFACE_CUDA=1 pip install ...)"
-    return None
+    return _cuda.missing(OP)
+
+
+def _prepare_cuda(device: torch.device) -> str | None:
+    return _cuda.compile_at_first_use(OP) if device.type == "cuda" else None
 
 
 def _needs_triton(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
@@ -42,11 +45,12 @@ def _needs_triton(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | 
 register(
     OP,
     {
-        "cuda": _needs_cuda_library,
+        "cuda": _needs_cuda_kernels,
         "cpu": needs_cpu_extension,
         "triton": _needs_triton,
         "reference": always,
     },
+    preparations={"cuda": _prepare_cuda},
 )
 
 _INPUTS = "Tensor synthetic, Tensor real, Tensor psi, "
@@ -105,6 +109,8 @@ def domain_mixup(
         out: (B, C, H, W) tensor of exactly that dtype and memory format to write into; it may not
             share memory with an image. Not differentiable.
         impl: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; see `explain`.
+            Where the build has no CUDA kernels, ``"cuda"`` compiles them once, which takes about
+            a minute and needs a CUDA toolkit.
 
     Returns:
         (B, C, H, W), whatever the input's layout; ``out`` if it was given.
