@@ -103,7 +103,8 @@ def options(leaks: bool) -> dict[str, str]:
     """
     return {
         # An allocation that fails returns null, as the system's does, for torch to report.
-        "ASAN_OPTIONS": f"detect_leaks={int(leaks)}:allocator_may_return_null=1",
+        "ASAN_OPTIONS": f"detect_leaks={int(leaks)}:allocator_may_return_null=1"
+        ":max_allocation_size_mb=4096",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": "halt_on_error=1",
     }

@@ -9,9 +9,12 @@ made.
 from __future__ import annotations
 
 import json
+import os
 import random
+import resource
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from synface_kernels import _import_all
 
 _import_all()
 OPS = torch.ops.synface_kernels
+MEMORY = 4 << 30
 OPTIONS = {
     "scale": 16.0, "limit": float("inf"), "needs_input_grad": True, "needs_cosine_sum": True,
     "needs_weight_grad": True, "workspace": 4096, "halves": False, "gemm_dtype": None,
@@ -229,7 +233,16 @@ def describe(value: Any) -> Any:
     return value
 
 
+def limit_memory() -> None:
+    """Limit this process to 4 GiB more, so that a huge argument is an error at once."""
+    if "libasan" in os.environ.get("LD_PRELOAD", ""):
+        return  # its shadow memory takes terabytes of addresses, and it has a limit of its own
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+
+
 def main(seed: int, count: int, loud: bool) -> None:
+    limit_memory()
     ops, results = names(), Counter[str]()
     for number in range(seed, seed + count):
         draw = random.Random(number)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-import synface_kernels as sk
 from synface_kernels import _load
 
 RAW_OPS = Path(__file__).parents[1] / "helpers" / "raw_ops.py"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 @pytest.mark.skipif(_load.extension_error is not None, reason="needs the compiled extension")
 @pytest.mark.parametrize("isa", ["base", None])
 def test_wrong_arguments_are_errors(isa, monkeypatch):
