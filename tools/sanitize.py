@@ -214,7 +214,7 @@ def tests(arguments: Sequence[str]) -> None:
         "PYTHONPATH": os.pathsep.join(map(str, (library, ROOT, ROOT / "python"))),
         "PYTHONMALLOC": "malloc",  # Python's own pools would hide the ends of arrays
     }
-    loaded = "import synface_kernels as sk, torch; print(*torch.ops.loaded_libraries)"
+    loaded = "from synface_kernels import _load; import torch; print(*torch.ops.loaded_libraries)"
     found = subprocess.check_output(
         [sys.executable, "-c", loaded], cwd=BUILD, env=os.environ | environment, text=True
     )
