@@ -284,10 +284,10 @@ Tensor backward_over(const Tensor& input, const Tensor& weight, const OptionalTe
                         saved.scalar_type() == weight.scalar_type() && saved.is_contiguous(),
                     "saved must be contiguous, of weight's dtype and a row for each class, got ",
                     saved.scalar_type(), " ", saved.sizes());
-  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(saved.const_data_ptr()) %
-                            at::elementSize(compute_dtype(input)) ==
-                        0,
-                    "saved must be aligned for cosines of dtype ", compute_dtype(input));
+  TORCH_CHECK_VALUE(
+      reinterpret_cast<uintptr_t>(saved.const_data_ptr()) % at::elementSize(compute_dtype(input)) ==
+          0,
+      "saved must be aligned for cosines of dtype ", compute_dtype(input));
   backward.run(saved);
   return backward.grad_input;
 }
@@ -365,8 +365,7 @@ Tensor update_of(const Tensor& input, const Tensor& weight, const OptionalTensor
   const Tensor& class_ids_used = backward.in.class_ids;
   const auto* ids = data_or_null<int64_t>(class_ids_used);
   if (ids) row_update::check_rising(class_ids_used, weight.size(0));
-  row_update::check_last_steps(
-      last_step, ids ? std::optional(class_ids_used) : std::nullopt, step);
+  row_update::check_last_steps(last_step, ids ? std::optional(class_ids_used) : std::nullopt, step);
   const Step of_rule{.rule = rule, .states = states, .numbers = numbers};
   with_compute_type(weight, [&](auto zero) {
     of_rule.with<decltype(zero)>(matrix, [&](const auto& take_step) {

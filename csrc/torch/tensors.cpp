@@ -27,8 +27,8 @@ void check_tensor(const Tensor& tensor, const char* name, Dtypes dtypes, at::Int
   const auto fits = [](int64_t came, int64_t wanted) { return wanted == -1 || came == wanted; };
   const bool of_dtype =
       std::find(dtypes.begin(), dtypes.end(), tensor.scalar_type()) != dtypes.end();
-  const bool of_shape = std::equal(tensor.sizes().begin(), tensor.sizes().end(), shape.begin(),
-                                   shape.end(), fits);
+  const bool of_shape =
+      std::equal(tensor.sizes().begin(), tensor.sizes().end(), shape.begin(), shape.end(), fits);
   TORCH_CHECK_VALUE(of_dtype && of_shape, name, " must be of dtype ", dtypes, " and shape ", shape,
                     " (-1: any size), got ", tensor.scalar_type(), " ", tensor.sizes());
 }

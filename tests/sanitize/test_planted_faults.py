@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("sanitize", ROOT / "tools" / "sanitize.py")
-assert SPEC is not None and SPEC.loader is not None
+assert SPEC is not None
+assert SPEC.loader is not None
 sanitize = importlib.util.module_from_spec(SPEC)
 sys.modules["sanitize"] = sanitize
 SPEC.loader.exec_module(sanitize)
