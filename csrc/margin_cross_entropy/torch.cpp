@@ -14,8 +14,8 @@
 
 #include "margin_cross_entropy/cpu.h"
 #include "row_update/cpu.h"
-#include "row_update/checks.h"
 #include "torch/result_memory.h"
+#include "torch/row_checks.h"
 #include "torch/runtime.h"
 #include "torch/tensors.h"
 

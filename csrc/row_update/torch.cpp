@@ -4,8 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include "row_update/checks.h"
 #include "row_update/cpu.h"
+#include "torch/row_checks.h"
 #include "torch/runtime.h"
 #include "torch/tensors.h"
 
