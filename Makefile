@@ -16,7 +16,7 @@ CSRC := $(shell git ls-files 'csrc/*' 2>/dev/null || find csrc -type f)
 EXTENSION := $(VENV)/.extension
 BUILT := $(VENV)/.built
 
-.PHONY: build demo test test-all quick fuzz lint format bench growth gpu-evidence stand-in gpu-ledger cuda-check wheel docs docs-serve clean
+.PHONY: build demo test test-all quick fuzz sanitize tsan lint format bench growth gpu-evidence stand-in gpu-ledger cuda-check wheel docs docs-serve clean
 
 build: $(BUILT)
 
@@ -55,6 +55,15 @@ quick: build
 # Only the property tests, on many more examples than in make test, and random ones.
 fuzz: build
 	$(PY) -m pytest -m hypothesis --hypothesis-profile=fuzz
+
+# The kernels under GCC's sanitizers: planted faults, threads, leaks, then the ops' tests.
+sanitize: build
+	$(PY) tools/sanitize.py
+
+# Only the kernels' threads, by ThreadSanitizer.
+tsan: build
+	$(PY) tools/sanitize.py planted
+	$(PY) tools/sanitize.py threads
 
 lint: build
 	$(BIN)/ruff check .

@@ -61,6 +61,15 @@ MutableImages mutable_images_of(const OptionalTensor& images, const Tensor& like
   return images_at(images->data_ptr(), *images);
 }
 
+// Dtypes of the images, and of results and gradients.
+constexpr at::ScalarType kReadable[] = {at::kByte, at::kFloat, at::kDouble, at::kBFloat16,
+                                        at::kHalf};
+constexpr at::ScalarType kWritable[] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
+
+void check_gradient(const OptionalTensor& gradient, const char* name, const Tensor& of) {
+  if (gradient) check_tensor(*gradient, name, of.scalar_type(), of.sizes());
+}
+
 // Tensors of a mixture, in the memory order that the kernels take.
 struct Inputs {
   Inputs(const Tensor& synthetic, const Tensor& real, const Tensor& psi, const Tensor& affine,
@@ -75,8 +84,14 @@ struct Inputs {
         real.sizes() == synthetic.sizes() && real.scalar_type() == synthetic.scalar_type() &&
             psi.numel() == real.size(0) && affine.numel() == 2 * real.size(1),
         "synthetic, real (B, C, H, W), psi (B,) and affine (C, 2) do not fit together");
+    check_tensor(real, "real", kReadable, {-1, -1, -1, -1});
     for (const Tensor& flip : {this->flip_synthetic, this->flip_real}) {
       TORCH_CHECK_VALUE(!flip.defined() || flip.numel() == real.size(0), "flips must be (B,)");
+    }
+    for (const Tensor& each : {synthetic, psi, affine, this->flip_synthetic, this->flip_real}) {
+      TORCH_CHECK_VALUE(!each.defined() || each.device() == real.device(),
+                        "all arguments must be on real's device ", real.device(), ", got ",
+                        each.device());
     }
   }
   Problem problem() const {
@@ -127,6 +142,7 @@ template <class Device>
 void mixup(const Tensor& synthetic, const Tensor& real, const Tensor& psi, const Tensor& affine,
            const OptionalTensor& flip_synthetic, const OptionalTensor& flip_real, Tensor out) {
   const Inputs in(synthetic, real, psi, affine, flip_synthetic, flip_real);
+  check_tensor(out, "out", kWritable, real.sizes());
   Device::mix(in, mutable_images_of(out, in.synthetic));
 }
 
@@ -137,7 +153,15 @@ void mixup_backward(const Tensor& gradient, const Tensor& synthetic, const Tenso
                     const OptionalTensor& grad_real, const OptionalTensor& grad_psi) {
   const Inputs in(synthetic, real, psi, affine, flip_synthetic, flip_real);
   const Tensor dense = with_dense_samples(gradient);
-  TORCH_CHECK_VALUE(dense.sizes() == real.sizes(), "gradient must be ", real.sizes());
+  check_tensor(dense, "gradient", kWritable, real.sizes());
+  check_gradient(grad_synthetic, "grad_synthetic", synthetic);
+  check_gradient(grad_real, "grad_real", real);
+  check_gradient(grad_psi, "grad_psi", psi);
+  for (const auto* written : {&grad_synthetic, &grad_real}) {
+    TORCH_CHECK_VALUE(!*written || (*written)->scalar_type() != at::kByte,
+                      "images of uint8 have no gradient");
+  }
+  TORCH_CHECK_VALUE(!grad_psi || grad_psi->is_contiguous(), "grad_psi must be contiguous");
   Device::mix_backward(in, images_of(dense),
                        {.synthetic = mutable_images_of(grad_synthetic, in.synthetic),
                         .real = mutable_images_of(grad_real, in.synthetic),

@@ -359,6 +359,7 @@ template <class T>
 void nearest(const Problem& p, int64_t k, const Runtime& runtime, const Neighbors& out) {
   const SimdKernels<T>& simd = SYNFACE_DISPATCH(simd_kernels<T>);
   const int64_t n = p.x.rows.rows;
+  if (n == 0) return;  // the greatest residual of no point is undefined
   const Candidates<T> candidates(n, k, cosine_error<T>(p.x.rows.cols));
   search(p, runtime, simd, candidates);
   for_rows(runtime, n, [&](Range range) {

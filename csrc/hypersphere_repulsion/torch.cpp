@@ -85,6 +85,11 @@ void with_points(const Tensor& x, const OptionalTensor& y, const GradientTensors
   const auto unscale = [](const Tensor& gradient, const Tensor& shrink) {
     if (shrink.defined() && gradient.numel()) gradient.mul_(shrink);
   };
+  for (const Tensor& points : {x, y.value_or(x)}) {
+    check_tensor(points, points.is_same(x) ? "x" : "y", dtypes_beside(x), {-1, -1});
+    TORCH_CHECK_VALUE(points.size(1) > 0, "x and y must have D of at least 1, got ",
+                      points.sizes());
+  }
   with_compute_type(x, [&](auto zero) {
     using T = decltype(zero);
     const PointsOf<T> of_x(x, "x");
@@ -143,9 +148,8 @@ std::tuple<Tensor, Tensor> nearest_of(const Tensor& x, const OptionalTensor& y, 
 std::tuple<Tensor, Tensor> nearest_backward_of(const Tensor& x, const OptionalTensor& y,
                                                const Tensor& index, const Tensor& grad_square,
                                                double r_min, bool needs_x_grad, bool needs_y_grad) {
-  TORCH_CHECK_VALUE(index.sizes() == grad_square.sizes() && index.size(0) == x.size(0),
-                    "index and grad_square must be (N, k), got ", index.sizes(), " and ",
-                    grad_square.sizes());
+  check_tensor(index, "index", kLongOnly, {x.size(0), -1});
+  check_tensor(grad_square, "grad_square", kDoubleOnly, index.sizes());
   const int64_t others = y ? y->size(0) : x.size(0);
   TORCH_CHECK_VALUE(index.numel() == 0 ||
                         (index.min().item<int64_t>() >= 0 && index.max().item<int64_t>() < others),

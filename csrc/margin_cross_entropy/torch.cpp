@@ -15,6 +15,7 @@
 #include "margin_cross_entropy/cpu.h"
 #include "row_update/cpu.h"
 #include "torch/result_memory.h"
+#include "torch/row_checks.h"
 #include "torch/runtime.h"
 #include "torch/tensors.h"
 
@@ -55,12 +56,16 @@ struct Inputs {
         limit(a.limit),
         split_bf16(a.split_bf16),
         gemm_dtype(gemm_dtype_of(a)) {
-    TORCH_CHECK_VALUE(
-        labels.dim() == 2 && labels.scalar_type() == at::kLong && labels.size(0) == input.size(0),
-        "labels must be int64 (N, K), got ", labels.scalar_type(), " ", labels.sizes());
-    TORCH_CHECK_VALUE(input.size(1) == a.weight.size(-1) && a.weight.size(0) > 0 && sub_centers > 0,
+    const int64_t n = input.size(0), d = input.size(1);
+    check_tensor(input, "input", dtypes_beside(input), {-1, -1});
+    check_tensor(weight, "weight", dtypes_beside(input), {-1, -1});
+    check_tensor(labels, "labels", kLongOnly, {n, -1});
+    TORCH_CHECK_VALUE(d == weight.size(1) && d > 0 && a.weight.size(0) > 0 && sub_centers > 0,
                       "input and weight differ in D: ", input.sizes(), " and ", a.weight.sizes());
-    TORCH_CHECK_VALUE(!class_ids.defined() || class_ids.dim() == 1, "class_ids must be int64 (S,)");
+    if (class_ids.defined()) {
+      check_tensor(class_ids, "class_ids", kLongOnly, {-1});
+      TORCH_CHECK_VALUE(class_ids.numel() > 0, "class_ids must name a class, got none");
+    }
   }
   int64_t classes() const {
     return class_ids.defined() ? class_ids.numel() : weight.size(0) / sub_centers;
@@ -177,6 +182,9 @@ struct Backward {
         grad_input(empty_result(needs_input_grad ? in.input.sizes() : at::IntArrayRef{0},
                                 in.input.scalar_type(), false)) {
     const int64_t n = in.input.size(0), d = in.input.size(1);
+    check_tensor(lse, "negative_lse", kDoubleOnly, {n});
+    check_tensor(grad_lse, "grad_negative_lse", kDoubleOnly, {n});
+    check_tensor(grad_cosine, "grad_target_cosine", kDoubleOnly, in.labels.sizes());
     TORCH_CHECK_VALUE(!needs_input_grad || mean.sizes() == in.input.sizes(),
                       "mean_center must be of input's shape, got ", mean.sizes());
     TORCH_CHECK_VALUE(center_sum.numel() == 0 || (center_sum.numel() == d && grad_sum.numel() == n),
@@ -276,6 +284,10 @@ Tensor backward_over(const Tensor& input, const Tensor& weight, const OptionalTe
                         saved.scalar_type() == weight.scalar_type() && saved.is_contiguous(),
                     "saved must be contiguous, of weight's dtype and a row for each class, got ",
                     saved.scalar_type(), " ", saved.sizes());
+  TORCH_CHECK_VALUE(
+      reinterpret_cast<uintptr_t>(saved.const_data_ptr()) % at::elementSize(compute_dtype(input)) ==
+          0,
+      "saved must be aligned for cosines of dtype ", compute_dtype(input));
   backward.run(saved);
   return backward.grad_input;
 }
@@ -306,6 +318,7 @@ struct Step {
     } else {
       TORCH_CHECK_VALUE(rule == "adamw" && states.size() == 2,
                         "rule must be sgd or adamw, with its states, got ", rule);
+      row_update::check_betas(numbers[1], numbers[2]);
       const row_update::AdamW options{.lr = numbers[0],
                                       .beta1 = numbers[1],
                                       .beta2 = numbers[2],
@@ -348,7 +361,11 @@ Tensor update_of(const Tensor& input, const Tensor& weight, const OptionalTensor
                       "weight must have contiguous rows, got strides ", weight.strides());
   }
   const MutableRows rows = mutable_rows_of(matrix, matrix);
-  const auto* ids = data_or_null<int64_t>(backward.in.class_ids);
+  row_update::check_states(matrix, states, last_step, step);
+  const Tensor& class_ids_used = backward.in.class_ids;
+  const auto* ids = data_or_null<int64_t>(class_ids_used);
+  if (ids) row_update::check_rising(class_ids_used, weight.size(0));
+  row_update::check_last_steps(last_step, ids ? std::optional(class_ids_used) : std::nullopt, step);
   const Step of_rule{.rule = rule, .states = states, .numbers = numbers};
   with_compute_type(weight, [&](auto zero) {
     of_rule.with<decltype(zero)>(matrix, [&](const auto& take_step) {

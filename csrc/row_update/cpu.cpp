@@ -73,7 +73,7 @@ class Row {
       : state_(state),
         cols_(p.cols),
         stochastic_(p.stochastic && state.dtype == Dtype::bf16),
-        key_(mix(mix(p.seed) ^ uint64_t(4 * p.step + stream))),
+        key_(mix(mix(p.seed) ^ (4 * uint64_t(p.step) + uint64_t(stream)))),
         simd_(simd),
         converter_(state.dtype, cols_, simd.load) {}
 

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "row_update/cpu.h"
+#include "torch/row_checks.h"
 #include "torch/runtime.h"
 #include "torch/tensors.h"
 
@@ -19,7 +20,14 @@ struct Inputs {
   Inputs(const Tensor& weight, const OptionalTensor& row_grad, const Tensor& class_ids)
       : weight(weight),
         gradient(row_grad ? with_contiguous_rows(*row_grad) : Tensor()),
-        class_ids(class_ids.contiguous()) {}
+        class_ids(class_ids.contiguous()) {
+    check_tensor(class_ids, "class_ids", kLongOnly, {-1});
+    check_rising(this->class_ids, weight.size(0));
+    if (row_grad) {
+      check_tensor(*row_grad, "row_grad", dtypes_beside(weight),
+                   {class_ids.numel(), weight.size(1)});
+    }
+  }
   Problem problem(const OptionalTensor& last_step, int64_t step,
                   std::optional<int64_t> seed) const {
     return {.weight = mutable_rows_of(weight, weight),
@@ -40,7 +48,10 @@ void sgd_step(const Tensor& weight, const OptionalTensor& row_grad, const Tensor
               const OptionalTensor& momentum_buffer, const OptionalTensor& last_step, double lr,
               double momentum, double weight_decay, double dampening, bool nesterov, int64_t step,
               std::optional<int64_t> seed) {
+  check_states(weight, momentum_buffer ? at::TensorList(*momentum_buffer) : at::TensorList(),
+               last_step, step);
   const Inputs in(weight, row_grad, class_ids);
+  check_last_steps(last_step, in.class_ids, step);
   const Problem problem = in.problem(last_step, step, seed);
   with_compute_type(weight, [&](auto zero) {
     sgd<decltype(zero)>(problem, mutable_rows_of(momentum_buffer, weight),
@@ -57,7 +68,10 @@ void adamw_step(const Tensor& weight, const OptionalTensor& row_grad, const Tens
                 const Tensor& exp_avg, const Tensor& exp_avg_sq, const OptionalTensor& last_step,
                 double lr, double beta1, double beta2, double eps, double weight_decay,
                 int64_t step, std::optional<int64_t> seed) {
+  check_states(weight, {exp_avg, exp_avg_sq}, last_step, step);
+  check_betas(beta1, beta2);
   const Inputs in(weight, row_grad, class_ids);
+  check_last_steps(last_step, in.class_ids, step);
   const Problem problem = in.problem(last_step, step, seed);
   with_compute_type(weight, [&](auto zero) {
     adamw<decltype(zero)>(

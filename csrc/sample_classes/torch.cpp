@@ -17,6 +17,10 @@ using at::Tensor;
 std::tuple<Tensor, Tensor> draw(const Tensor& target, int64_t classes, int64_t wanted, int64_t seed,
                                 int64_t ignore) {
   const Tensor labels = target.contiguous();
+  TORCH_CHECK_VALUE(classes >= 1 && classes < int64_t(1) << 31,
+                    "num_classes must be in [1, 2^31), got ", classes);
+  TORCH_CHECK_VALUE(wanted >= 0 && wanted <= classes, "num_sampled must be in [0, ", classes,
+                    "], got ", wanted);
   const Sample sample({.labels = labels.const_data_ptr<int64_t>(),
                        .count = labels.numel(),
                        .classes = classes,

@@ -1,5 +1,7 @@
 #include "torch/tensors.h"
 
+#include <algorithm>
+
 namespace synface {
 
 using at::Tensor;
@@ -19,6 +21,16 @@ Dtype dtype_of_tensor(const Tensor& tensor) {
                         "float16 or uint8, got ", tensor.scalar_type());
       return Dtype::f32;
   }
+}
+
+void check_tensor(const Tensor& tensor, const char* name, Dtypes dtypes, at::IntArrayRef shape) {
+  const auto fits = [](int64_t came, int64_t wanted) { return wanted == -1 || came == wanted; };
+  const bool of_dtype =
+      std::find(dtypes.begin(), dtypes.end(), tensor.scalar_type()) != dtypes.end();
+  const bool of_shape =
+      std::equal(tensor.sizes().begin(), tensor.sizes().end(), shape.begin(), shape.end(), fits);
+  TORCH_CHECK_VALUE(of_dtype && of_shape, name, " must be of dtype ", dtypes, " and shape ", shape,
+                    " (-1: any size), got ", tensor.scalar_type(), " ", tensor.sizes());
 }
 
 Tensor with_contiguous_rows(const Tensor& matrix) {

@@ -12,6 +12,20 @@ namespace synface {
 
 Dtype dtype_of_tensor(const at::Tensor& tensor);
 
+// Dtypes that an argument may have beside float64, and with float64 tensors.
+using Dtypes = at::ArrayRef<at::ScalarType>;
+inline constexpr at::ScalarType kUpToSingle[] = {at::kFloat, at::kBFloat16, at::kHalf};
+inline constexpr at::ScalarType kDoubleOnly[] = {at::kDouble};
+inline constexpr at::ScalarType kLongOnly[] = {at::kLong};
+
+// Returns the floating dtypes that go together with an input's: float64 alone, or the others.
+inline Dtypes dtypes_beside(const at::Tensor& input) {
+  return input.scalar_type() == at::kDouble ? Dtypes(kDoubleOnly) : Dtypes(kUpToSingle);
+}
+
+// Raises ValueError unless the tensor is of one of these dtypes and of this shape; −1: any size.
+void check_tensor(const at::Tensor& tensor, const char* name, Dtypes dtypes, at::IntArrayRef shape);
+
 // Returns the matrix, or a copy unless its rows are contiguous.
 at::Tensor with_contiguous_rows(const at::Tensor& matrix);
 

@@ -16,6 +16,7 @@ from .files import write_text
 from .textfiles import read_text
 
 MAX_BYTES = 2**22  # of a file of settings
+MAX_DEPTH = 100  # of tables and lists in each other
 
 
 def read_toml(file: Path) -> dict[str, Any]:
@@ -23,17 +24,29 @@ def read_toml(file: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: naming the file, if it cannot be read, is a device or a pipe, has more than
-            4 MiB or is not TOML.
+            4 MiB, is not TOML or is nested more than 100 levels deep.
     """
     with extra("train", "reading TOML"):
         tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     text = read_text(file, most=MAX_BYTES)
     try:
-        return tomllib.loads(text)
+        values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{file} is not TOML: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{file} is nested too deeply") from error
+    _check_depth(file, values)
+    return values
+
+
+def _check_depth(file: Path, values: dict[str, Any]) -> None:
+    """Raise ValueError for tables too deep for recursive readers: a dotted key may be any depth."""
+    level: list[Any] = [values]
+    for _ in range(MAX_DEPTH):
+        inside = [each.values() if isinstance(each, dict) else each for each in level]
+        level = [x for each in inside for x in each if isinstance(x, (dict, list))]
+    if level:
+        raise ValueError(f"{file} is nested too deeply")
 
 
 def toml_text(values: Mapping[str, Any]) -> str:
