@@ -8,13 +8,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
-pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "add-an-op.md"
@@ -25,18 +23,23 @@ SHARED = {"common", "gemm", "simd", "torch"}
 
 
 class Step(NamedTuple):
-    """A block of the page: a file's content, a difference to a file, or commands."""
+    """A block of the page: a file's content, a difference to a file, or commands.
+
+    Attributes:
+        prints: what the page says below commands that they print.
+    """
 
     kind: str
     file: str | None
     text: str
+    prints: str = ""
 
 
 def steps() -> list[Step]:
     """Return the page's blocks in order; the line above a file's block ends with its name."""
-    blocks = r"(?:`([^`\n]+)`:\n\n)?^```(\w+)\n(.*?)^```$"
+    blocks = r"(?:`([^`\n]+)`:\n\n)?^```(\w+)\n(.*?)^```$(?:\n\nprints `([^`]+)`)?"
     found = re.finditer(blocks, PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    return [Step(kind, file, text) for file, kind, text in (match.groups() for match in found)]
+    return [Step(match[2], match[1], match[3], match[4] or "") for match in found]
 
 
 def changed(text: str, difference: str) -> str:
@@ -97,12 +100,12 @@ def one_op(tree: Path, op: str, folder: Path) -> Iterator[None]:
             shutil.move(each, tree / "csrc" / each.name)
 
 
-def run(command: list[str] | str, tree: Path, variables: dict[str, str]) -> None:
-    words = ["bash", "-euc", command] if isinstance(command, str) else command
+def run(words: list[str], tree: Path, variables: dict[str, str]) -> str:
     done = subprocess.run(
         words, cwd=tree, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    assert done.returncode == 0, f"{command}\n{done.stdout}"
+    assert done.returncode == 0, f"{words}\n{done.stdout}"
+    return done.stdout
 
 
 def test_the_page_adds_files_and_leaves_those_of_the_library() -> None:
@@ -128,6 +131,7 @@ def test_a_difference_that_does_not_fit_is_noticed(difference: str, message: str
 
 @pytest.mark.slow
 def test_an_op_is_added_as_the_page_says(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
     tree, aside = tmp_path / "tree", tmp_path / "aside"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*BUILT))
     for extension in (ROOT / "synface_kernels").glob("*.so"):
@@ -137,11 +141,11 @@ def test_an_op_is_added_as_the_page_says(tmp_path: Path) -> None:
     written: list[str] = []
     (op,) = {Path(step.file).parent.name for step in steps() if "/op.py" in (step.file or "")}
     for step in steps():
-        if step.kind == "bash" and "build_ext" in step.text:
-            with one_op(tree, op, aside):
-                run(step.text, tree, variables)
-        elif step.kind == "bash":
-            run(step.text, tree, variables)
+        if step.kind == "bash":
+            compiles = "build_ext" in step.text
+            with one_op(tree, op, aside) if compiles else nullcontext():
+                printed = run(["bash", "-euc", step.text], tree, variables)
+            assert step.prints in printed
         else:
             assert step.file is not None, f"no name above this block:\n{step.text}"
             file = tree / step.file

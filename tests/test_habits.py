@@ -81,9 +81,8 @@ def test_wheels_are_built_for_every_supported_torch() -> None:
 
 @pytest.mark.parametrize("path", [*WORKFLOWS, PRE_COMMIT, *PAGES], ids=lambda path: path.name)
 def test_make_targets_exist(path: Path) -> None:
-    for target in re.findall(
-        r"(?:^|`|run: |entry: )make ([a-z-]+)", path.read_text(), re.MULTILINE
-    ):
+    named = r"(?:^|`|run: |entry: )make ([a-z-]+)"
+    for target in re.findall(named, path.read_text(), re.MULTILINE):
         assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), f"make {target}"
 
 
@@ -119,9 +118,7 @@ def test_hooks_run_the_tools_of_make_lint() -> None:
     entries = [hook["entry"].split() for repo in local for hook in repo["hooks"]]
     lint = re.search(r"^lint: .*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)
     assert lint is not None
-    recipes = [
-        line.replace("$(BIN)/", "").replace("$(PY)", "python") for line in lint[1].split("\n")
-    ]
+    recipes = lint[1].replace("$(BIN)/", "").replace("$(PY)", "python").splitlines()
     tools = {line.split()[0] for line in recipes}
     assert {words[0] for words in entries} == tools
     for words in entries:
