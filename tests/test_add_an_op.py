@@ -130,6 +130,7 @@ def test_a_difference_that_does_not_fit_is_noticed(difference: str, message: str
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # it compiles
 def test_an_op_is_added_as_the_page_says(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     tree, aside = tmp_path / "tree", tmp_path / "aside"
