@@ -68,13 +68,13 @@ def environment(tree: Path, folder: Path) -> dict[str, str]:
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    quick = folder / "c++"  # the last -O wins
-    quick.write_text(f'#!/bin/sh\nexec {compiler} "$@" -O0\n')
-    quick.chmod(0o755)
-    (folder / "python").symlink_to(sys.executable)
+    # The last -O wins; and `python` is this one.
+    for name, words in {"c++": f'{compiler} "$@" -O0', "python": f'{sys.executable} "$@"'}.items():
+        (folder / name).write_text(f"#!/bin/sh\nexec {words}\n")
+        (folder / name).chmod(0o755)
     return {
         **os.environ,
-        "CXX": str(quick),
+        "CXX": str(folder / "c++"),
         "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": f"{tree}:{tree / 'python'}",
         "SYNFACE_CUDA": "0",
