@@ -66,7 +66,7 @@ def test_an_old_module_names_the_new_one(old):
     parent = old.rpartition(".")[0]
     if parent in RENAMED:
         imported(parent)
-    removed = "the old name will be removed in the next release"
+    removed = r"version 0\.3 removes the old name"
     message = rf"^synface\.{old} is deprecated: use {new[0]}; {removed}$"
     with pytest.warns(DeprecationWarning, match=message):
         module = importlib.import_module(f"synface.{old}")

@@ -143,7 +143,7 @@ def variants(op: str, capability: int) -> Iterable[Variant]:
     with as_on_gpu(recorder, capability, gpu.multiprocessors):
         import_module(f"aot_{op}").launch()
     launches = list(recorder.launches)
-    for case in cases("gpu", op):
+    for case in (case for case in cases("gpu") if case.op == op):
         recorder = predict.recorded(case, capability, gpu.multiprocessors)
         launches += recorder.launches
     distinct: dict[str, list[Variant]] = {}

@@ -145,7 +145,7 @@ def _warn(old: str, new: str) -> None:
     while frame.f_globals["__name__"].startswith(__package__) and frame.f_back:
         frame, level = frame.f_back, level + 1
     warnings.warn(
-        f"{old} is deprecated: use {new}; the old name will be removed in the next release",
+        f"{old} is deprecated: use {new}; version 0.3 removes the old name",
         DeprecationWarning,
         stacklevel=level,
     )

@@ -99,8 +99,7 @@ class FusedHead(nn.Module):
     def fuse(self, optimizer: RowSGD | RowAdamW) -> None:
         """Call `step_in_backward` with a warning: this is its name in version 0.1."""
         warnings.warn(
-            "fuse is deprecated: use step_in_backward; the old name will be removed in the next "
-            "release",
+            "fuse is deprecated: use step_in_backward; version 0.3 removes the old name",
             DeprecationWarning,
             stacklevel=2,
         )
