@@ -286,9 +286,9 @@ def page() -> str:
         "Written by `python -m benchmarks.table` from the files in `benchmarks/results`; "
         "[performance.md](../performance.md) says what is measured, and how.",
         "## Machines side by side",
-        "A bold row has a case, our time and our peak memory above the inputs. The rows below it have "
-        "the others' time as a multiple of ours, and their memory: every peer of an op's first case; "
-        "of the further cases the floor and the fastest implementation.",
+        "A bold row has a case, our time and our peak memory above the inputs. The rows below it "
+        "have the others' time as a multiple of ours, and their memory: every peer of an op's "
+        "first case; of the further cases the floor and the fastest implementation.",
         summary(),
         "## Ops and their peers",
         render(),
