@@ -168,7 +168,7 @@ STEPS = {
     "sample_classes": "S of C classes, all labels among them",
 }
 
-# The number of an op's first cases that are headlines, which README shows.
+# The number of an op's first cases that are headlines; README shows the first of each op.
 HEADLINES = {"margin_cross_entropy": 1, "domain_mixup": 5, "hypersphere_repulsion": 3}
 HEADLINES |= {"row_update": 2, "sample_classes": 1}
 

@@ -1,4 +1,4 @@
-"""Pictures of the committed results: growth and the roofline; `python -m benchmarks.table` draws.
+"""Pictures of the committed results; `python -m benchmarks.table` draws them.
 
 The style is the file of the training layer's plots, which is read without importing it.
 """
@@ -6,18 +6,26 @@ The style is the file of the training layer's plots, which is read without impor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import growth, roofline
+from . import growth, roofline, table
+from .cases import cases
 from .process import ROOT
 from .table import PAGE, name_of
 
 STYLE = ROOT / "python" / "synface" / "reporting" / "style.mplstyle"
 PALE = 0.4  # opacity of the floors
 MARKERS = "osD^vPX*"
+HEADLINE = "headline-{}.png"
+# Each panel's op, and what its step does.
+HEADLINE_OPS = {
+    "margin_cross_entropy": "Margin softmax, loss and gradients",
+    "hypersphere_repulsion": "Repulsion of points, energy and gradient",
+    "domain_mixup": "Mixing and normalizing images",
+}
 
 
 @contextmanager
@@ -38,6 +46,9 @@ def draw_all(folder: Path = PAGE.parent) -> list[Path]:
     for name, result in roofline.drawn().items():
         paths.append(folder / roofline.PICTURE.format(name))
         draw_roofline(result, paths[-1])
+    for name, result in table.committed().items():
+        paths.append(folder / HEADLINE.format(name))
+        draw_headline(result, paths[-1])
     return paths
 
 
@@ -111,3 +122,52 @@ def draw_roofline(result: dict[str, Any], path: Path) -> None:
     )
     figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, format="png", metadata={"Software": None})
+
+
+@styled()
+def draw_headline(result: dict[str, Any], path: Path) -> None:
+    """Draw time and memory of three ops' first cases as bars, beside torch's and the floor."""
+    from matplotlib.figure import Figure
+
+    suite = "gpu" if "device" in result["machine"] else "cpu"
+    figure = Figure(figsize=(8, 5.2))
+    machine = name_of(result["machine"])
+    figure.suptitle(f"One step on {machine}; lengths are logarithmic", x=0.01, ha="left")
+    for (op, title), (left, right) in zip(
+        HEADLINE_OPS.items(), figure.subplots(len(HEADLINE_OPS), 2), strict=True
+    ):
+        case = cases(suite, op)[0]
+        found = table.find(result, op, case.name)
+        rows = {row["peer"]: row for row in found["peers"]} if found else {}
+        floor = growth.floor_of(op)
+        names = ["ours", floor, *table.COLUMNS]
+        _bars(left, rows, names, "seconds", table.duration)
+        _bars(right, rows, names, "peak_bytes", table.size)
+        shape = " ".join(f"{key}={size:,}" for key, size in case.shape.items())
+        left.set_title(f"{title}\n{shape} {case.dtype}: time", fontsize=9)
+        right.set_title("peak memory above the inputs", fontsize=9)
+        left.set_yticks(range(len(names)), ["synface_kernels", f"floor: {floor}", *table.COLUMNS])
+        left.get_yticklabels()[0].set_fontweight("bold")
+        left.tick_params(length=0)
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _bars(
+    axes: Any, rows: dict[str, Any], names: list[str], key: str, text: Callable[[float], str]
+) -> None:
+    """Draw a bar for each name, with its number; one that rounds to zero has no length."""
+    numbers = [rows.get(name, {}).get(key) for name in names]
+    shown = [number for number in numbers if number and not text(number).startswith("0 ")]
+    start = min(shown, default=1.0) / 4
+    for place, number in enumerate(numbers):
+        length = max(number - start, 0) if number in shown else 0
+        color = ("C1", "0.75", "C0", "C0")[place]
+        axes.barh(place, length, left=start, height=0.72, color=color)
+        label = "not measured" if number is None else text(number)
+        axes.annotate(label, (start + length, place), (4, 0), textcoords="offset points",
+                      va="center", fontsize=8)  # fmt: skip
+    axes.set(xscale="log", xlim=(start, max(shown, default=1.0) * 6), ylim=(len(names) - 0.5, -0.5))
+    axes.set(xticks=[], yticks=[])
+    axes.set_xticks([], minor=True)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)

@@ -32,7 +32,7 @@ def main(op: str | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", choices=["cpu", "dry"], default="cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--headline", action="store_true", help="Only the cases that README shows.")
+    parser.add_argument("--headline", action="store_true", help="Only the headline cases.")
     parser.add_argument(
         "--peer-seconds",
         type=float,

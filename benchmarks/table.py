@@ -1,7 +1,7 @@
-"""Tables of the committed results: in README.md, machines side by side; on a page, all of them.
+"""Tables of the committed results: in README.md, one row for each op; on a page, all of them.
 
-`python -m benchmarks.table` writes both, and draws the pictures of growth and of the roofline. With
-`--check` nothing is written: the exit status says whether both show the committed results.
+`python -m benchmarks.table` writes both, and draws the pictures. With `--check` nothing is written:
+the exit status says whether both show the committed results.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ KINDS: dict[str, Callable[[dict[str, Any]], bool]] = {
 }
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """Return a number of bytes with its unit."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
@@ -79,7 +80,7 @@ def one_case(case: dict[str, Any]) -> str:
             low, high = row["ratio_range"]
             ratio, spread = f"{row['ratio']:.2f}", f"{low:.2f}…{high:.2f}"
         peak = row.get("peak_bytes")
-        memory = "not measured" if peak is None else _size(peak)
+        memory = "not measured" if peak is None else size(peak)
         rows.append([row["peer"], ratio, spread, duration(row["seconds"]), memory, row["label"]])
     if not case["peers"]:
         reason = case.get("not_measured") or case.get("problem")
@@ -105,7 +106,7 @@ def _cell(case: dict[str, Any], peer: str) -> str:
             share, what = max(shares)
             time += f", {share:.0%} of {what}"
         time += ")"
-    return f"{time}, {_size(row['peak_bytes'])}" if row.get("peak_bytes") is not None else time
+    return f"{time}, {size(row['peak_bytes'])}" if row.get("peak_bytes") is not None else time
 
 
 def _one_op(op: str, cases: list[dict[str, Any]]) -> str:
@@ -176,9 +177,52 @@ def render() -> str:
 
 # ---- README --------------------------------------------------------------------------------------
 
+COLUMNS = ("eager torch", "torch.compile")
+
+
+def headline() -> str:
+    """Return README.md's text between the marks: a table of each machine, a row of each op."""
+    parts = []
+    for result in committed().values():
+        suite = "gpu" if "device" in result["machine"] else "cpu"
+        rows = [["", "ours", "floor", *COLUMNS, "fastest other"]]
+        rows += [_row(op, cases(suite, op)[0].name, result) for op in HEADLINES]
+        parts += [markdown(rows), about(result)]
+    return "\n\n".join([*parts, *_missing()])
+
+
+def _row(op: str, name: str, result: dict[str, Any]) -> list[str]:
+    """Return an op's row: our time and memory, and the others' times as multiples of ours."""
+    head = f"`{op}`, {name}"
+    case = find(result, op, name)
+    if case is None:
+        return [head, "not measured", "", *("" for _ in COLUMNS), ""]
+    peers = [row["peer"] for row in case["peers"]]
+    named = [
+        [f"{peer}: {_cell(case, peer)}" for peer in found] or ["–"]
+        for found in (_floor(peers), _fastest([case]))
+    ]
+    columns = [_cell(case, peer) if peer in peers else "–" for peer in COLUMNS]
+    return [head, _bold(case), *named[0], *columns, *named[1]]
+
+
+def find(result: dict[str, Any], op: str, name: str) -> dict[str, Any] | None:
+    """Return a result's case by its op and name, or None."""
+    return next((c for c in result["cases"] if (c["op"], c["name"]) == (op, name)), None)
+
+
+def _missing() -> list[str]:
+    """Return a sentence on the kinds of machines without a result, or nothing."""
+    machines = [result["machine"] for result in committed().values()]
+    missing = [kind for kind, is_it in KINDS.items() if not any(map(is_it, machines))]
+    return [" ".join(f"On {kind}: not measured." for kind in missing)] if missing else []
+
+
+# ---- the page of all results ---------------------------------------------------------------------
+
 
 def summary() -> str:
-    """Return README.md's text between the marks: the headlines, one column for each machine."""
+    """Return the headlines with one column for each machine."""
     results = [*committed().values()]
     parts = []
     for suite in ("cpu", "gpu"):
@@ -187,12 +231,7 @@ def summary() -> str:
             names = [case.name for case in cases(suite, op)[: HEADLINES[op]]]
             parts.append(side_by_side(op, names, group))
         parts += [about(result) for result in group]
-    missing = [
-        kind for kind, is_it in KINDS.items() if not any(is_it(r["machine"]) for r in results)
-    ]
-    if missing:
-        parts.append(" ".join(f"On {kind}: not measured." for kind in missing))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *_missing()])
 
 
 def side_by_side(op: str, names: Sequence[str], results: Sequence[dict[str, Any]]) -> str:
@@ -203,27 +242,29 @@ def side_by_side(op: str, names: Sequence[str], results: Sequence[dict[str, Any]
     """
     rows = [["", *(name_of(result["machine"]) for result in results)]]
     for number, name in enumerate(names):
-        found = [
-            next((c for c in result["cases"] if (c["op"], c["name"]) == (op, name)), None)
-            for result in results
-        ]
+        found = [find(result, op, name) for result in results]
         rows.append([f"**{name}**", *(_bold(case) for case in found)])
         peers = dict.fromkeys(
             row["peer"] for case in found if case for row in case["peers"] if "ratio" in row
         )
         others = [peer for peer in peers if peer != "ours"]
         if number:
-            others = _floor_and_fastest(others, [case for case in found if case])
+            others = [*_floor(others), *_fastest([case for case in found if case])]
         for peer in others:
             rows.append([peer, *(_cell(case, peer) if case else "" for case in found)])
     return f"`{op}`, {STEPS[op]}:\n\n{markdown(rows)}"
 
 
-def _floor_and_fastest(peers: list[str], found: list[dict[str, Any]]) -> list[str]:
-    """Return the op's floor and the peer of the least ratio on any machine, as far as measured."""
+def _floor(peers: list[str]) -> list[str]:
+    """Return the op's floor, if it is among the peers."""
+    return [peer for peer in peers if peer in BOUNDS][:1]
+
+
+def _fastest(found: list[dict[str, Any]]) -> list[str]:
+    """Return the implementation of the least ratio in any of the cases, as far as measured."""
     ratios = [(row["ratio"], row["peer"]) for c in found for row in c["peers"] if "ratio" in row]
     others = [pair for pair in sorted(ratios) if pair[1].partition(",")[0] not in ("ours", *BOUNDS)]
-    return [*[peer for peer in peers if peer in BOUNDS][:1], *[peer for _, peer in others[:1]]]
+    return [peer for _, peer in others[:1]]
 
 
 def _bold(case: dict[str, Any] | None) -> str:
@@ -233,10 +274,7 @@ def _bold(case: dict[str, Any] | None) -> str:
     if row is None or "seconds" not in row:
         return "not measured"
     time, peak = f"**{duration(row['seconds'])}**", row.get("peak_bytes")
-    return time if peak is None else f"{time}, {_size(peak)}"
-
-
-# ---- the page of all results ---------------------------------------------------------------------
+    return time if peak is None else f"{time}, {size(peak)}"
 
 
 def page() -> str:
@@ -247,6 +285,11 @@ def page() -> str:
         "# Results of the benchmarks",
         "Written by `python -m benchmarks.table` from the files in `benchmarks/results`; "
         "[performance.md](../performance.md) says what is measured, and how.",
+        "## Machines side by side",
+        "A bold row has a case, our time and our peak memory above the inputs. The rows below it "
+        "have the others' time as a multiple of ours, and their memory: every peer of an op's "
+        "first case; of the further cases the floor and the fastest implementation.",
+        summary(),
         "## Ops and their peers",
         render(),
         "## Growth",
@@ -261,7 +304,7 @@ def main() -> None:
     text = README.read_text()
     before, rest = text.split(BEGIN)
     wanted = {
-        README: f"{before}{BEGIN}\n{summary()}\n{END}{rest.split(END)[1]}",
+        README: f"{before}{BEGIN}\n{headline()}\n{END}{rest.split(END)[1]}",
         PAGE: page(),
     }
     if "--check" in sys.argv[1:]:

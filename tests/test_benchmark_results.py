@@ -59,9 +59,10 @@ def write(folder, **results):
 
 def test_the_documentation_shows_the_committed_results(tmp_path, monkeypatch):
     text, page = table.README.read_text(), table.PAGE.read_text()
-    assert table.summary() in text
+    assert table.headline() in text
     assert page == table.page()
     assert table.render() in page
+    assert table.summary() in page
 
     copies = {"README": tmp_path / "README.md", "PAGE": tmp_path / "benchmarks.md"}
     for wrong in copies:
@@ -130,6 +131,34 @@ def test_later_headlines_show_the_floor_and_the_fastest_implementation(tmp_path,
     assert table.summary().count("| eager torch | 40.00×") == 1
     assert table.summary().count("| torch.compile | 6.00×") == 2
     assert table.summary().count("| copy_ that moves as many bytes | 0.80×") == 2
+
+
+def test_readme_has_a_row_of_each_op_and_a_table_of_each_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    peers = (
+        row("three products", 1.5, 0.75),
+        row("eager torch", 12.0, 6.0, peak=4 << 30),
+        {"peer": "torch.compile", "not_measured": "one step took 31 s, limit 10 s"},
+        row("ours, workspace", 2.2, 1.1),
+        row("F.linear_cross_entropy", 2.4, 1.2),
+    )
+    amd = result("AMD EPYC", measured(MARGIN, 0, row("ours", 2.0), *peers))
+    gpu_case = measured(MARGIN, 0, row("ours", 0.002), suite="gpu")
+    write(tmp_path, amd=amd, gpu=result("Intel Xeon", gpu_case, device="GPU X", cuda="13.0"))
+    lines = table.headline().splitlines()
+    assert (
+        "| `margin_cross_entropy`, N=512 D=512 C=200,000 float32 | **2.00 s**, 1 MiB "
+        "| three products: 0.75×, 1 MiB | 6.00×, 4.0 GiB | not measured "
+        "| F.linear_cross_entropy: 1.20×, 1 MiB |"
+    ) in lines
+    name = "`margin_cross_entropy`, N=512 D=512 C=1,000,000 bfloat16"
+    assert f"| {name} | **2 ms**, 1 MiB | – | – | – | – |" in lines
+    for op in CASES:
+        rows = [line for line in lines if line.startswith(f"| `{op}`, ")]
+        assert len(rows) == 2
+        assert {line.count("|") for line in rows} == {7}
+        assert op == MARGIN or all("| not measured |" in line for line in rows)
+    assert lines[-1] == "On an Intel processor: not measured."
 
 
 def test_numbers_are_rounded_without_an_exponent():
@@ -368,6 +397,34 @@ def test_pictures_of_the_committed_results_are_drawn_again(tmp_path):
     for axes in panels:
         assert "exponent" in axes.get_legend().get_texts()[0].get_text()
         assert axes.get_xscale() == axes.get_yscale() == "log"
+
+
+def test_the_headline_shows_each_bar_with_its_number(tmp_path):
+    some = whole()
+    margin = next(case for case in some["cases"] if case["op"] == MARGIN)
+    margin["peers"] = [
+        row("ours", 2.0, peak=4096),
+        row("three products", 1.5),
+        row("eager torch", 8.0, peak=1 << 30),
+    ]
+    with drawn() as figures:
+        pictures.draw_headline(some, tmp_path / "a.png")
+        pictures.draw_headline(result("P"), tmp_path / "b.png")
+    for figure in figures:
+        check(figure)
+        assert len(figure.axes) == 2 * len(pictures.HEADLINE_OPS)
+    seconds, memory = figures[0].axes[:2]
+    assert [each.get_text() for each in seconds.texts] == [
+        "2.00 s", "1.50 s", "8.00 s", "not measured",
+    ]  # fmt: skip
+    assert [each.get_text() for each in memory.texts] == [
+        "0 MiB", "1 MiB", "1.0 GiB", "not measured",
+    ]  # fmt: skip
+    ends = [bar.get_x() + bar.get_width() for bar in seconds.patches[:3]]
+    assert ends == pytest.approx([2.0, 1.5, 8.0])
+    assert [bar.get_width() > 0 for bar in memory.patches] == [False, True, True, False]
+    for axes in figures[1].axes:
+        assert {each.get_text() for each in axes.texts} == {"not measured"}
 
 
 def test_a_panel_is_drawn_without_its_floor(tmp_path):

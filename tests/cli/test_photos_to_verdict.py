@@ -18,7 +18,7 @@ from tests.helpers.chips import chip, needs_orl, needs_weights, orl
 from tests.helpers.command_line import call, refused
 
 pytestmark = [needs_orl, needs_weights]
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "use.md").read_text()
 
 
 def photos(folder: Path, people: range, numbers: range) -> Path:
@@ -47,8 +47,8 @@ def there(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(there):
-    """Return the folder after the README's commands, with fewer epochs, and what each printed."""
-    block = re.search(r"```bash\n(synface align photos.*?)```", README, re.DOTALL)
+    """Return the folder after the page's commands, with fewer epochs, and what each printed."""
+    block = re.search(r"```bash\n(synface align photos.*?)```", PAGE, re.DOTALL)
     commands = [line.partition("#")[0] for line in block[1].splitlines() if line.strip()]
     smaller = {"--epochs": "6", "--holdout": "4", "--size": "56x48"}
     shown = {}
@@ -64,7 +64,7 @@ def trained(there):
     return there, shown
 
 
-def test_the_readmes_commands_answer_the_question(trained):
+def test_the_pages_commands_answer_the_question(trained):
     there, shown = trained
     assert "84 faces of 84 photos were written" in shown["align"]
     assert "verification on 4 people never trained on (24 images)" in shown["train"]
