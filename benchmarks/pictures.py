@@ -28,6 +28,9 @@ HEADLINE_OPS = {
 }
 
 
+PICTURED = ("eager torch", "torch.compile")
+
+
 @contextmanager
 def styled() -> Iterator[None]:
     """Draw in the style of style.mplstyle, and restore matplotlib's settings."""
@@ -132,7 +135,7 @@ def draw_headline(result: dict[str, Any], path: Path) -> None:
     suite = "gpu" if "device" in result["machine"] else "cpu"
     figure = Figure(figsize=(8, 5.2))
     machine = name_of(result["machine"])
-    figure.suptitle(f"One step on {machine}; lengths are logarithmic", x=0.01, ha="left")
+    figure.suptitle(f"One step on {machine}", x=0.01, ha="left")
     for (op, title), (left, right) in zip(
         HEADLINE_OPS.items(), figure.subplots(len(HEADLINE_OPS), 2), strict=True
     ):
@@ -140,13 +143,13 @@ def draw_headline(result: dict[str, Any], path: Path) -> None:
         found = table.find(result, op, case.name)
         rows = {row["peer"]: row for row in found["peers"]} if found else {}
         floor = growth.floor_of(op)
-        names = ["ours", floor, *table.COLUMNS]
+        names = ["ours", floor, *PICTURED]
         _bars(left, rows, names, "seconds", table.duration)
         _bars(right, rows, names, "peak_bytes", table.size)
         shape = " ".join(f"{key}={size:,}" for key, size in case.shape.items())
         left.set_title(f"{title}\n{shape} {case.dtype}: time", fontsize=9)
         right.set_title("peak memory above the inputs", fontsize=9)
-        left.set_yticks(range(len(names)), ["synface_kernels", f"floor: {floor}", *table.COLUMNS])
+        left.set_yticks(range(len(names)), ["synface_kernels", f"floor: {floor}", *PICTURED])
         left.get_yticklabels()[0].set_fontweight("bold")
         left.tick_params(length=0)
     figure.savefig(path, format="png", metadata={"Software": None})
@@ -155,19 +158,18 @@ def draw_headline(result: dict[str, Any], path: Path) -> None:
 def _bars(
     axes: Any, rows: dict[str, Any], names: list[str], key: str, text: Callable[[float], str]
 ) -> None:
-    """Draw a bar for each name, with its number; one that rounds to zero has no length."""
-    numbers = [rows.get(name, {}).get(key) for name in names]
-    shown = [number for number in numbers if number and not text(number).startswith("0 ")]
-    start = min(shown, default=1.0) / 4
-    for place, number in enumerate(numbers):
-        length = max(number - start, 0) if number in shown else 0
+    """Draw a bar for each name, with its number, and a time's multiple of ours."""
+    found = [rows.get(name, {}) for name in names]
+    numbers = [row.get(key) or 0 for row in found]
+    for place, (row, number) in enumerate(zip(found, numbers, strict=True)):
         color = ("C1", "0.75", "C0", "C0")[place]
-        axes.barh(place, length, left=start, height=0.72, color=color)
-        label = "not measured" if number is None else text(number)
-        axes.annotate(label, (start + length, place), (4, 0), textcoords="offset points",
+        axes.barh(place, number, height=0.72, color=color)
+        label = text(number) if key in row else "not measured"
+        if key == "seconds" and place and "ratio" in row:
+            label += f", {row['ratio']:.2f}×"
+        axes.annotate(label, (number, place), (4, 0), textcoords="offset points",
                       va="center", fontsize=8)  # fmt: skip
-    axes.set(xscale="log", xlim=(start, max(shown, default=1.0) * 6), ylim=(len(names) - 0.5, -0.5))
+    axes.set(xlim=(0, 1.5 * max(*numbers, 1e-9)), ylim=(len(names) - 0.5, -0.5))
     axes.set(xticks=[], yticks=[])
-    axes.set_xticks([], minor=True)
     axes.grid(False)
     axes.spines[:].set_visible(False)

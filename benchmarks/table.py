@@ -177,7 +177,7 @@ def render() -> str:
 
 # ---- README --------------------------------------------------------------------------------------
 
-COLUMNS = ("eager torch", "torch.compile")
+COLUMNS = ("eager torch", "eager torch, lean", "torch.compile")
 
 
 def headline() -> str:

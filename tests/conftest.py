@@ -5,6 +5,7 @@ A test's random numbers do not depend on the tests before it.
 
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,12 +82,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Divide the threads among the processes of pytest-xdist, at least two each, which races need.
+    """Divide the cores' threads among the processes of pytest-xdist, and those that they start.
 
     Waiting threads sleep: spinning, they would keep the other processes' from the cores.
     """
-    if getattr(config.option, "numprocesses", None):
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # the processes inherit it
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if workers > 1:
-        torch.set_num_threads(max(2, torch.get_num_threads() // workers))
+    processes = getattr(config.option, "numprocesses", None)
+    if processes:  # the processes inherit both
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
+
+
+THREADS = torch.get_num_threads()
+# Those whose kernels run on several threads, where races would show.
+THREADED = {"heads", "ops", "optim", "test_numpy.py", "test_opcheck.py", "test_result_memory.py"}
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """Give a test this process's share of threads, and those of kernels two at least."""
+    part = request.path.relative_to(Path(__file__).parent).parts[0]
+    torch.set_num_threads(max(2, THREADS) if part in THREADED else THREADS)

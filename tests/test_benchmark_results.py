@@ -148,15 +148,15 @@ def test_readme_has_a_row_of_each_op_and_a_table_of_each_machine(tmp_path, monke
     lines = table.headline().splitlines()
     assert (
         "| `margin_cross_entropy`, N=512 D=512 C=200,000 float32 | **2.00 s**, 1 MiB "
-        "| three products: 0.75×, 1 MiB | 6.00×, 4.0 GiB | not measured "
+        "| three products: 0.75×, 1 MiB | 6.00×, 4.0 GiB | – | not measured "
         "| F.linear_cross_entropy: 1.20×, 1 MiB |"
     ) in lines
     name = "`margin_cross_entropy`, N=512 D=512 C=1,000,000 bfloat16"
-    assert f"| {name} | **2 ms**, 1 MiB | – | – | – | – |" in lines
+    assert f"| {name} | **2 ms**, 1 MiB | – | – | – | – | – |" in lines
     for op in CASES:
         rows = [line for line in lines if line.startswith(f"| `{op}`, ")]
         assert len(rows) == 2
-        assert {line.count("|") for line in rows} == {7}
+        assert {line.count("|") for line in rows} == {8}
         assert op == MARGIN or all("| not measured |" in line for line in rows)
     assert lines[-1] == "On an Intel processor: not measured."
 
@@ -404,8 +404,8 @@ def test_the_headline_shows_each_bar_with_its_number(tmp_path):
     margin = next(case for case in some["cases"] if case["op"] == MARGIN)
     margin["peers"] = [
         row("ours", 2.0, peak=4096),
-        row("three products", 1.5),
-        row("eager torch", 8.0, peak=1 << 30),
+        row("three products", 1.5, 0.75),
+        row("eager torch", 8.0, 4.0, peak=1 << 30),
     ]
     with drawn() as figures:
         pictures.draw_headline(some, tmp_path / "a.png")
@@ -415,14 +415,14 @@ def test_the_headline_shows_each_bar_with_its_number(tmp_path):
         assert len(figure.axes) == 2 * len(pictures.HEADLINE_OPS)
     seconds, memory = figures[0].axes[:2]
     assert [each.get_text() for each in seconds.texts] == [
-        "2.00 s", "1.50 s", "8.00 s", "not measured",
+        "2.00 s", "1.50 s, 0.75×", "8.00 s, 4.00×", "not measured",
     ]  # fmt: skip
     assert [each.get_text() for each in memory.texts] == [
         "0 MiB", "1 MiB", "1.0 GiB", "not measured",
     ]  # fmt: skip
-    ends = [bar.get_x() + bar.get_width() for bar in seconds.patches[:3]]
-    assert ends == pytest.approx([2.0, 1.5, 8.0])
-    assert [bar.get_width() > 0 for bar in memory.patches] == [False, True, True, False]
+    assert [bar.get_x() for bar in seconds.patches] == [0.0] * 4
+    assert [bar.get_width() for bar in seconds.patches] == pytest.approx([2.0, 1.5, 8.0, 0.0])
+    assert [bar.get_width() > 0 for bar in memory.patches] == [True, True, True, False]
     for axes in figures[1].axes:
         assert {each.get_text() for each in axes.texts} == {"not measured"}
 
