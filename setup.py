@@ -167,7 +167,8 @@ class WheelOfOneTorch(Distribution):
         """Read pyproject.toml, then replace the version and the requirement."""
         super().parse_config_files(*args, **kwargs)
         minor = ".".join(torch.__version__.split(".")[:2])
-        self.metadata.version += f"+torch{minor}"
+        version = self.metadata.version
+        self.metadata.version = f"{version}{'.' if '+' in version else '+'}torch{minor}"
         others = [r for r in self.install_requires if not r.startswith("torch>")]
         assert len(others) == len(self.install_requires) - 1, self.install_requires
         self.install_requires = [f"torch=={minor}.*", *others]

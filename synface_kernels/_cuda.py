@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from contextlib import suppress
 from functools import cache
 from glob import glob
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from ._cuda_toolkit import NVCC_FLAGS, NoCuda, find_toolkit
 
+C_FLAGS = ["-O3", "-std=c++20", "-DSYNFACE_CUDA", "-DSYNFACE_NO_CPU"]
 _HERE = Path(__file__).parent
 _ADVICE = (
     'impl="cuda" compiles them at first use, and so does SYNFACE_CUDA=1; '
@@ -25,6 +27,10 @@ def missing(op: str) -> str | None:
     if os.environ.get("SYNFACE_CUDA") == "1":
         return compile_at_first_use(op)
     return None if _is_loaded(op) else f"the extension has no CUDA kernels ({_ADVICE})"
+
+
+# As in _precision.py: a graph takes the answer as it is.
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_loaded(op: str) -> bool:
@@ -48,13 +54,16 @@ def architectures() -> str:
         return given
     count = torch.cuda.device_count()
     found = {torch.cuda.get_device_capability(device) for device in range(count)}
+    if not found:
+        raise NoCuda("no GPU is visible: name its architecture, as in TORCH_CUDA_ARCH_LIST=9.0")
     return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
 
 
-def library_name(op: str, listed: str) -> str:
-    """Return the name in torch's cache of compiled extensions: of one torch, source and GPU."""
+def library_name(op: str, home: str, listed: str) -> str:
+    """Return the name in torch's cache of compiled extensions, by all that it depends on."""
     files = [p for folder in ("common", op, "simd", "torch") for p in sources().glob(f"{folder}/*")]
-    digest = hashlib.sha256(f"{torch.__version__} {torch.version.cuda} {listed}".encode())
+    settings = (torch.__version__, torch.version.cuda, listed, home, *C_FLAGS, *NVCC_FLAGS)
+    digest = hashlib.sha256(" ".join(map(str, settings)).encode())
     for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())
     return f"synface_kernels_{op}_{digest.hexdigest()[:16]}"
@@ -67,7 +76,7 @@ def compile_at_first_use(op: str) -> str | None:
         return None
     try:
         torch.ops.load_library(_compile(op))
-    except (NoCuda, OSError, RuntimeError) as error:
+    except (NoCuda, OSError, RuntimeError, ValueError) as error:
         return f"the extension has no CUDA kernels, and they cannot be compiled here: {error}"
     return None
 
@@ -80,14 +89,15 @@ def _compile(op: str) -> str:
     from torch.utils import cpp_extension
 
     home, listed = find_toolkit(), architectures()
-    name = library_name(op, listed)
+    name = library_name(op, home, listed)
     folder = cpp_extension._get_build_directory(name, verbose=False)
     library = os.path.join(folder, f"{name}.so")
     if os.path.exists(library) and not os.path.exists(os.path.join(folder, "lock")):
         return library
     print(
         f"synface_kernels compiles the CUDA kernels of {op} for {listed} by {home}/bin/nvcc: "
-        f"about a minute, once; they are kept in {folder}",
+        f"about a minute, once; they are kept in {folder}. If nothing happens, a compilation was "
+        "killed: remove that folder",
         file=sys.stderr,
         flush=True,
     )
@@ -98,7 +108,7 @@ def _compile(op: str) -> str:
         cpp_extension.load(
             name,
             [str(root / part) for part in parts(op)],
-            extra_cflags=["-O3", "-std=c++20", "-DSYNFACE_CUDA", "-DSYNFACE_NO_CPU"],
+            extra_cflags=C_FLAGS,
             extra_cuda_cflags=NVCC_FLAGS,
             extra_ldflags=_cuda_runtime(home, folder),
             extra_include_paths=[str(root)],
@@ -123,6 +133,6 @@ def _cuda_runtime(home: str, folder: str) -> list[str]:
     if not versions or glob(os.path.join(home, "lib*", "libcudart.so")):
         return []
     link = os.path.join(folder, "libcudart.so")
-    if not os.path.lexists(link):
+    with suppress(FileExistsError):  # another process may be as far
         os.symlink(versions[-1], link)
     return [f"-L{folder}"]

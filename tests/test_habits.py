@@ -14,6 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 MAKEFILE = (ROOT / "Makefile").read_text()
 PROJECT = read_toml(ROOT / "pyproject.toml")["project"]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+# What jobs may do beyond reading the repository.
+MAY_WRITE = {
+    ("docs", "deploy"): {"pages": "write", "id-token": "write"},
+    ("wheels", "release"): {"contents": "write"},
+}
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 PRE_COMMIT = ROOT / ".pre-commit-config.yaml"
 PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md")]
@@ -91,8 +96,9 @@ def test_a_workflow_may_read_alone_and_names_versions(path: Path) -> None:
     workflow = load(path)
     assert workflow["permissions"] == {"contents": "read"}
     assert workflow["concurrency"]["group"]
-    for job in workflow["jobs"].values():
+    for name, job in workflow["jobs"].items():
         assert job["timeout-minutes"] > 0
+        assert job.get("permissions", {}) == MAY_WRITE.get((path.stem, name), {})
         for step in job["steps"]:
             assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step.get("uses", "a/b@v1")), step
             if step.get("uses", "").startswith("actions/checkout@"):
@@ -108,7 +114,7 @@ def test_a_form_asks_what_is_needed(path: Path) -> None:
     assert form["description"]
     fields = {field["id"]: field for field in form["body"]}
     assert all(field["attributes"]["label"] for field in fields.values())
-    if path.stem != "feature":
+    if path.stem not in ("feature", "question"):
         assert "python -m synface_kernels" in fields["environment"]["attributes"]["description"]
         assert all(field["validations"]["required"] for field in fields.values())
 

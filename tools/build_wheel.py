@@ -13,9 +13,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 # torch's own libraries, which the running torch has loaded; a wheel must not carry copies.
@@ -71,12 +70,15 @@ def check(python: Path, folder: Path) -> None:
 
 def main() -> None:
     out = Path(sys.argv[1]).resolve()
-    shutil.rmtree(out, ignore_errors=True)
+    for part in ("built", "environment"):  # the folder may hold other files
+        shutil.rmtree(out / part, ignore_errors=True)
+    for old in out.glob("synface_kernels-*.whl"):
+        old.unlink()
     (out / "built").mkdir(parents=True)
     wheel = repair(build(ROOT, out / "built"), out)
     python = environment(out / "environment")
     pip = (python, "-m", "pip", "install", "--quiet", "--no-compile")
-    run(*pip, f"torch=={torch.__version__}", f"{wheel}[train]")
+    run(*pip, f"torch=={version('torch')}", f"{wheel}[train]")
     check(python, out)
     print(f"{wheel} works")
 

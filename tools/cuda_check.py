@@ -21,7 +21,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = (80, 90, 100)
-FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]  # as in setup.py
+FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "--expt-relaxed-constexpr",
+]  # those of synface_kernels/_cuda_toolkit.py, which needs torch
 # Budgets of a thread: with 128 registers, 512 threads fit on a multiprocessor.
 REGISTERS = 128
 STACK = SPILLS = 0

@@ -145,7 +145,8 @@ def driver(name: str, flags: Sequence[str]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     sources = [*sorted(ROOT.glob("csrc/*/cpu.cpp")), ROOT / "csrc" / "simd" / "isa.cpp"]
     sources.append(PLANTED / "kernels.cpp")
-    newest = max(file.stat().st_mtime for file in (*ROOT.glob("csrc/*/*"), sources[-1]))
+    inputs = (*ROOT.glob("csrc/*/*"), sources[-1], Path(__file__))
+    newest = max(file.stat().st_mtime for file in inputs)
     objects = [folder / f"{source.parent.name}-{source.stem}.o" for source in sources]
 
     def compiled(pair: tuple[Path, Path]) -> None:
@@ -193,12 +194,18 @@ def extension() -> Path:
     return library
 
 
+def library(name: str) -> str | None:
+    """Return the path of one of the compiler's libraries, or None if it is not installed."""
+    found = subprocess.check_output([compiler(), f"-print-file-name={name}"], text=True).strip()
+    return found if os.path.isabs(found) else None
+
+
 def preloaded(names: Iterable[str]) -> str:
     """Return the paths of the compiler's libraries, as LD_PRELOAD takes them."""
     paths = []
     for name in names:
-        found = subprocess.check_output([compiler(), f"-print-file-name={name}"], text=True).strip()
-        if not os.path.isabs(found):
+        found = library(name)
+        if found is None:
             sys.exit(f"{compiler()} has no {name}: install its sanitizers")
         paths.append(found)
     return " ".join(paths)

@@ -66,8 +66,15 @@ constexpr at::ScalarType kReadable[] = {at::kByte, at::kFloat, at::kDouble, at::
                                         at::kHalf};
 constexpr at::ScalarType kWritable[] = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
 
+void check_device(const Tensor& tensor, const char* name, const Tensor& like) {
+  TORCH_CHECK_VALUE(tensor.device() == like.device(), name, " must be on real's device ",
+                    like.device(), ", got ", tensor.device());
+}
+
 void check_gradient(const OptionalTensor& gradient, const char* name, const Tensor& of) {
-  if (gradient) check_tensor(*gradient, name, of.scalar_type(), of.sizes());
+  if (!gradient) return;
+  check_tensor(*gradient, name, of.scalar_type(), of.sizes());
+  check_device(*gradient, name, of);
 }
 
 // Tensors of a mixture, in the memory order that the kernels take.
@@ -89,9 +96,7 @@ struct Inputs {
       TORCH_CHECK_VALUE(!flip.defined() || flip.numel() == real.size(0), "flips must be (B,)");
     }
     for (const Tensor& each : {synthetic, psi, affine, this->flip_synthetic, this->flip_real}) {
-      TORCH_CHECK_VALUE(!each.defined() || each.device() == real.device(),
-                        "all arguments must be on real's device ", real.device(), ", got ",
-                        each.device());
+      if (each.defined()) check_device(each, "each argument", real);
     }
   }
   Problem problem() const {
@@ -143,6 +148,7 @@ void mixup(const Tensor& synthetic, const Tensor& real, const Tensor& psi, const
            const OptionalTensor& flip_synthetic, const OptionalTensor& flip_real, Tensor out) {
   const Inputs in(synthetic, real, psi, affine, flip_synthetic, flip_real);
   check_tensor(out, "out", kWritable, real.sizes());
+  check_device(out, "out", real);
   Device::mix(in, mutable_images_of(out, in.synthetic));
 }
 
@@ -154,6 +160,7 @@ void mixup_backward(const Tensor& gradient, const Tensor& synthetic, const Tenso
   const Inputs in(synthetic, real, psi, affine, flip_synthetic, flip_real);
   const Tensor dense = with_dense_samples(gradient);
   check_tensor(dense, "gradient", kWritable, real.sizes());
+  check_device(dense, "gradient", real);
   check_gradient(grad_synthetic, "grad_synthetic", synthetic);
   check_gradient(grad_real, "grad_real", real);
   check_gradient(grad_psi, "grad_psi", psi);

@@ -297,6 +297,7 @@ struct Step {
   std::string_view rule;
   at::TensorList states;
   at::ArrayRef<double> numbers;  // the rule's options, in the order of its structure
+  int64_t missed;                // the most steps that a row has missed
 
   // Calls run(take), where take(tile) is the step on a tile.
   template <class T, class F>
@@ -318,7 +319,7 @@ struct Step {
     } else {
       TORCH_CHECK_VALUE(rule == "adamw" && states.size() == 2,
                         "rule must be sgd or adamw, with its states, got ", rule);
-      row_update::check_betas(numbers[1], numbers[2]);
+      row_update::check_betas(numbers[1], numbers[2], 1 - numbers[0] * numbers[4], missed);
       const row_update::AdamW options{.lr = numbers[0],
                                       .beta1 = numbers[1],
                                       .beta2 = numbers[2],
@@ -365,8 +366,9 @@ Tensor update_of(const Tensor& input, const Tensor& weight, const OptionalTensor
   const Tensor& class_ids_used = backward.in.class_ids;
   const auto* ids = data_or_null<int64_t>(class_ids_used);
   if (ids) row_update::check_rising(class_ids_used, weight.size(0));
-  row_update::check_last_steps(last_step, ids ? std::optional(class_ids_used) : std::nullopt, step);
-  const Step of_rule{.rule = rule, .states = states, .numbers = numbers};
+  const int64_t missed = row_update::check_last_steps(
+      last_step, ids ? std::optional(class_ids_used) : std::nullopt, step);
+  const Step of_rule{.rule = rule, .states = states, .numbers = numbers, .missed = missed};
   with_compute_type(weight, [&](auto zero) {
     of_rule.with<decltype(zero)>(matrix, [&](const auto& take_step) {
       backward.run({}, [&](Range classes, const void* gradient) {

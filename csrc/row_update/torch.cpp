@@ -69,9 +69,9 @@ void adamw_step(const Tensor& weight, const OptionalTensor& row_grad, const Tens
                 double lr, double beta1, double beta2, double eps, double weight_decay,
                 int64_t step, std::optional<int64_t> seed) {
   check_states(weight, {exp_avg, exp_avg_sq}, last_step, step);
-  check_betas(beta1, beta2);
   const Inputs in(weight, row_grad, class_ids);
-  check_last_steps(last_step, in.class_ids, step);
+  const int64_t missed = check_last_steps(last_step, in.class_ids, step);
+  check_betas(beta1, beta2, 1 - lr * weight_decay, missed);
   const Problem problem = in.problem(last_step, step, seed);
   with_compute_type(weight, [&](auto zero) {
     adamw<decltype(zero)>(

@@ -1,6 +1,8 @@
 // Checks of a row update's tensors: whoever calls the registered op directly gets an error.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <limits>
 #include <optional>
 
@@ -42,11 +44,12 @@ inline void check_rising(const at::Tensor& class_ids, int64_t classes) {
   }
 }
 
-// Raises ValueError if a row has taken a step that is later than this one, or a negative one. The
-// ids (none: all rows) must be in range.
-inline void check_last_steps(const std::optional<at::Tensor>& last_step,
-                             const std::optional<at::Tensor>& class_ids, int64_t step) {
-  if (!last_step) return;
+// Returns the most steps that a row has missed. Raises ValueError if a row has taken a step that is
+// later than this one, or a negative one. The ids (none: all rows) must be in range.
+inline int64_t check_last_steps(const std::optional<at::Tensor>& last_step,
+                                const std::optional<at::Tensor>& class_ids, int64_t step) {
+  if (!last_step) return 0;
+  int64_t earliest = step;
   const auto* ids = class_ids ? class_ids->const_data_ptr<int64_t>() : nullptr;
   const int64_t count = class_ids ? class_ids->numel() : last_step->numel();
   const auto check = [&](const auto* steps) {
@@ -54,6 +57,7 @@ inline void check_last_steps(const std::optional<at::Tensor>& last_step,
       const int64_t last = steps[ids ? ids[i] : i];
       TORCH_CHECK_VALUE(last >= 0 && last <= step, "last_step must be in [0, ", step, "], got ",
                         last);
+      earliest = std::min(earliest, last);
     }
   };
   if (last_step->scalar_type() == at::kLong) {
@@ -61,13 +65,21 @@ inline void check_last_steps(const std::optional<at::Tensor>& last_step,
   } else {
     check(last_step->const_data_ptr<int32_t>());
   }
+  return step - earliest;
 }
 
-// Raises ValueError unless both are in [0, 1): the series of missed steps would else not end.
-inline void check_betas(double beta1, double beta2) {
+// Raises ValueError unless both betas are in [0, 1), and the series of missed steps ends: by
+// itself, or since few steps can be missed. `decay` is what weight decay leaves of a weight in a
+// step.
+inline void check_betas(double beta1, double beta2, double decay, int64_t missed) {
+  constexpr int64_t kMostTerms = 1 << 17;  // as MOST_TERMS in updates.py
   for (const double beta : {beta1, beta2}) {
     TORCH_CHECK_VALUE(beta >= 0 && beta < 1, "betas must be in [0, 1), got ", beta);
   }
+  const double ratio = beta1 / (std::sqrt(beta2) * decay);  // of a term to the one before
+  const bool falls = beta1 == 0 || (decay > 0 && std::pow(ratio, double(kMostTerms)) < 0x1p-26);
+  TORCH_CHECK_VALUE(missed <= kMostTerms || falls, "a row may miss at most 2^17 steps with betas ",
+                    beta1, " and ", beta2, ", got ", missed);
 }
 
 }  // namespace synface::row_update

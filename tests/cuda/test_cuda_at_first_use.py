@@ -16,6 +16,7 @@ from torch.utils import cpp_extension
 
 import synface_kernels as sk
 from synface_kernels import _cuda, _cuda_toolkit, _select
+from tools import cuda_check
 
 OP = "domain_mixup"
 GPU = torch.device("cuda")
@@ -117,17 +118,45 @@ def test_the_variable_lets_auto_compile(
 def test_the_cache_tells_torch_gpu_and_source_apart(
     toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = {_cuda.library_name(OP, listed) for listed in ("8.0", "9.0")}
+    names = {_cuda.library_name(OP, "home", listed) for listed in ("8.0", "9.0")}
+    names.add(_cuda.library_name(OP, "another home", "9.0"))
     with monkeypatch.context() as changed:
         changed.setattr(torch, "__version__", "99.0")
-        names.add(_cuda.library_name(OP, "9.0"))
+        names.add(_cuda.library_name(OP, "home", "9.0"))
     tree = tmp_path / "csrc"
     for folder in ("common", OP, "simd", "torch"):
         (tree / folder).mkdir(parents=True)
     (tree / OP / "cuda.cu").write_text("// another")
     monkeypatch.setattr(_cuda, "sources", lambda: tree)
-    names.add(_cuda.library_name(OP, "9.0"))
-    assert len(names) == 4
+    names.add(_cuda.library_name(OP, "home", "9.0"))
+    assert len(names) == 5
+
+
+def test_a_machine_without_a_gpu_names_what_is_missing(
+    toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("SYNFACE_CUDA", "1")
+    choice = sk.explain(OP, device="cuda")
+    assert choice.impl != "cuda"
+    assert "no GPU is visible" in choice.rejected["cuda"]
+
+
+def test_an_architecture_that_torch_does_not_know_is_a_reason(
+    toolkit: Path, loaded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "sm_90")
+    monkeypatch.setenv("SYNFACE_CUDA", "1")
+    choice = sk.explain(OP, device="cuda")
+    assert choice.impl != "cuda"
+    assert "sm_90" in choice.rejected["cuda"]
+    assert not loaded
+
+
+def test_the_check_of_cuda_sources_compiles_as_builds_do() -> None:
+    assert cuda_check.FLAGS == _cuda_toolkit.NVCC_FLAGS
+    assert cuda_check.ARCHITECTURES == _cuda_toolkit.ARCHITECTURES
 
 
 @pytest.mark.parametrize(

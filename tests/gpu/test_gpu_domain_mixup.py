@@ -155,10 +155,18 @@ def batch(device=DEVICE):
     return s.to(device), r.to(device), torch.tensor([0.3, 0.6], device=device)
 
 
-def test_compile_fullgraph(impl):
+def check_compiled(impl):
     s, r, psi = batch()
     function = compiled(lambda s, r, psi: sk.domain_mixup(s, r, psi, impl=impl))
     assert torch.equal(function(s, r, psi), sk.domain_mixup(s, r, psi, impl=impl))
+
+
+def test_compile_fullgraph(impl):
+    check_compiled(impl)
+
+
+def test_the_choice_of_an_implementation_is_compiled():
+    check_compiled("auto")
 
 
 def test_a_replayed_step_is_the_eager_one(impl):

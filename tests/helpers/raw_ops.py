@@ -1,9 +1,9 @@
-"""Calls of the registered ops with randomly wrong arguments: raw_ops.py SEED COUNT.
+"""Calls of the registered ops with randomly wrong arguments: raw_ops.py SEED COUNT [PREFIX].
 
 Runs in a process of its own, since a missing check may end it by a signal. Each call starts from
-arguments that fit together, of which one to three are then changed. Prints a line of JSON: the
-number of calls that returned, and of each kind of error. With `-v` it names each call before it is
-made.
+arguments that fit together, of which up to three are then changed. Prints a line of JSON: for each
+op the numbers of calls that returned and that raised, and the number of each kind of error. Only
+ops whose names begin with PREFIX are called. With `-v` each call is named before it is made.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import random
 import resource
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -213,18 +214,17 @@ def wrong(value: Any, others: list[torch.Tensor], draw: random.Random) -> Any:
     return draw.choice([None, 5, torch.zeros(3), torch.zeros(3, dtype=torch.int64), torch.float16])
 
 
-def call(name: str, draw: random.Random, loud: bool) -> None:
-    """Call an op with arguments of which some are wrong."""
+def arguments(name: str, draw: random.Random) -> dict[str, Any]:
+    """Return arguments of an op, of which some are wrong."""
     op = getattr(OPS, name)
     make = next((f for prefix, f in ARGUMENTS.items() if name.startswith(prefix)), lambda _: {})
     sound = OPTIONS | make(draw)
     used = {argument.name: sound[argument.name] for argument in op.default._schema.arguments}
     tensors = [value for value in used.values() if isinstance(value, torch.Tensor)]
     for key in draw.sample(sorted(used), min(len(used), draw.choice([0, 1, 1, 1, 2, 3]))):
-        used[key] = wrong(used[key], tensors, draw)
-    if loud:
-        print(name, {key: describe(value) for key, value in used.items()}, flush=True)
-    op(**used)
+        with suppress(RuntimeError):  # no such tensor has its dtype, or fits into memory
+            used[key] = wrong(used[key], tensors, draw)
+    return used
 
 
 def describe(value: Any) -> Any:
@@ -241,23 +241,29 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
 
 
-def main(seed: int, count: int, loud: bool) -> None:
+def main(seed: int, count: int, prefix: str, loud: bool) -> None:
     limit_memory()
-    ops, results = names(), Counter[str]()
+    ops = [name for name in names() if name.startswith(prefix)]
+    results = Counter[str]()
+    outcomes = {name: [0, 0] for name in ops}
     for number in range(seed, seed + count):
         draw = random.Random(number)
         torch.manual_seed(number)
         name = ops[number % len(ops)]
+        used = arguments(name, draw)
         if loud:
-            print(number, end=" ", flush=True)
+            described = {key: describe(value) for key, value in used.items()}
+            print(number, name, described, flush=True)
         try:
-            call(name, draw, loud)
-            results["returned"] += 1
+            getattr(OPS, name)(**used)
+            outcomes[name][0] += 1
         except Exception as error:
+            outcomes[name][1] += 1
             results[type(error).__name__ if str(error) else "empty"] += 1
-    print(json.dumps({"ops": ops, "results": results}))
+    print(json.dumps({"ops": outcomes, "errors": results}))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    main(int(sys.argv[1]), int(sys.argv[2]), "-v" in sys.argv)
+    words = [word for word in sys.argv[1:] if word != "-v"]
+    main(int(words[0]), int(words[1]), "".join(words[2:]), "-v" in sys.argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,13 +19,26 @@ sys.modules["sanitize"] = sanitize
 SPEC.loader.exec_module(sanitize)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="GCC's sanitizers for Linux")
-@pytest.mark.skipif(shutil.which(sanitize.compiler()) is None, reason="needs a C++ compiler")
+def has_sanitizers() -> bool:
+    """Return whether the compiler has its sanitizers' libraries; some distributions part them."""
+    if sys.platform != "linux" or shutil.which(sanitize.compiler()) is None:
+        return False
+    return all(map(sanitize.library, ("libasan.so", "libubsan.so", "libtsan.so")))
+
+
+@pytest.mark.skipif(not has_sanitizers(), reason="needs GCC with its sanitizers")
 @pytest.mark.parametrize("fault", sanitize.FAULTS, ids=lambda fault: fault.file)
 def test_a_planted_fault_is_reported(fault, tmp_path):
     status, report = sanitize.report_of(fault, tmp_path)
     assert status != 0
     assert fault.report in report
+
+
+def test_kernels_are_compiled_as_setup_py_does():
+    flags = re.findall(r"-f[\w-]+(?:=\w+)?|-std=[\w+]+", " ".join(
+        line for line in (ROOT / "setup.py").read_text().splitlines() if line.startswith("CXX")
+    ))  # fmt: skip
+    assert set(flags) == {flag for flag in sanitize.KERNELS if not flag.startswith("-I")}
 
 
 def test_tests_that_are_named_exist():

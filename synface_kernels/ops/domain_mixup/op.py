@@ -35,6 +35,9 @@ def _prepare_cuda(device: torch.device) -> str | None:
     return _cuda.compile_at_first_use(OP) if device.type == "cuda" else None
 
 
+_prepare_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _needs_triton(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
     from ..._select import needs_triton
 
