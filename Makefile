@@ -46,7 +46,7 @@ test: build lint
 
 # All combinations of parameters, also where make test takes each pair of values.
 test-all: build lint
-	$(PY) -m pytest -n auto --dist worksteal --all-combinations
+	$(PY) -m pytest -n auto --dist worksteal --pairs none
 
 # Each test function once, without the slow ones.
 quick: build

@@ -57,9 +57,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="Run each test function once, on its first parameters, and no slow one.",
     )
     parser.addoption(
-        "--all-combinations",
-        action="store_true",
-        help="Run every combination of parameters, of tests marked `pairwise` too.",
+        "--pairs",
+        choices=["none", "marked", "all"],
+        default="marked",
+        help="Tests that run only cases with each pair of their parameters' values.",
     )
 
 
@@ -70,10 +71,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         of_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
     chosen: set[pytest.Item] = set()
+    pairs = config.getoption("--pairs")
     for cases in of_function.values():
         if config.getoption("--quick"):
             chosen.update([case for case in cases if not case.get_closest_marker("slow")][:1])
-        elif cases[0].get_closest_marker("pairwise") and not config.getoption("--all-combinations"):
+        elif pairs == "all" or (pairs == "marked" and cases[0].get_closest_marker("pairwise")):
             chosen.update(pairwise(cases))
         else:
             chosen.update(cases)

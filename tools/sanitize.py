@@ -230,6 +230,7 @@ def tests(arguments: Sequence[str]) -> None:
     run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *("-n", "auto", "--dist", "worksteal", "--pairs", "all"),
             *("-o", f"pythonpath={library} .", "-k", LEFT_OUT),
             *(arguments or TESTS),
         ],

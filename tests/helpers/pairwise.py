@@ -8,7 +8,7 @@ from typing import Any
 def pairwise(cases: Sequence[Any]) -> list[Any]:
     """Return cases that together have every pair of two parameters' values that any case has.
 
-    Most faults need one value or two; those that need three are left to `--all-combinations`.
+    Most faults need one value or two; those that need three are left to `--pairs none`.
 
     Args:
         cases: pytest's items of one test function.

@@ -17,8 +17,7 @@ FILES = sorted((HERE / "interpreted").glob("test_*.py"))
 def test_interpreted_kernels(file: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     report = tmp_path / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
-    if pytestconfig.getoption("--all-combinations"):
-        command.append("--all-combinations")
+    command += ["--pairs", pytestconfig.getoption("--pairs")]
     done = subprocess.run(
         [*command, f"--junitxml={report}", str(file)],
         cwd=HERE.parents[1],
