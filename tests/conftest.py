@@ -99,8 +99,8 @@ THREADS = torch.get_num_threads()
 THREADED = {"heads", "ops", "optim", "test_numpy.py", "test_opcheck.py", "test_result_memory.py"}
 
 
-@pytest.fixture(autouse=True)
-def _threads(request: pytest.FixtureRequest) -> None:
+@pytest.hookimpl(tryfirst=True)  # before the fixtures, whatever their scope
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """Give a test this process's share of threads, and those of kernels two at least."""
-    part = request.path.relative_to(Path(__file__).parent).parts[0]
+    part = item.path.relative_to(Path(__file__).parent).parts[0]
     torch.set_num_threads(max(2, THREADS) if part in THREADED else THREADS)
