@@ -285,6 +285,7 @@ def test_interleaved_times_and_reasons(monkeypatch):
     assert f"{slow['ratio']:.2f}" in text
 
 
+@pytest.mark.slow
 def test_a_peer_that_hangs_costs_its_time_alone(monkeypatch):
     monkeypatch.setitem(
         peers.PEERS, MARGIN, [peer("ours", sleeper(0.001)), peer("hangs", sleeper(60))]
@@ -312,6 +313,7 @@ def test_a_peer_that_is_too_slow_is_left_out(monkeypatch):
     assert len(announced) >= 2 + 2
 
 
+@pytest.mark.slow
 def test_the_suite_goes_on_without_peers_that_hang_or_crash(monkeypatch):
     names = ("ours", "holds", "crashes", "holds when timed", "absent")
     monkeypatch.setitem(peers.PEERS, MARGIN, [peer(name, absent) for name in names])
@@ -435,6 +437,7 @@ def test_a_run_hands_its_limits_on(tmp_path, monkeypatch, capsys):
     assert "not measured: no time was left" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_driver_writes_what_the_suite_reads(tmp_path, monkeypatch):
     output = tmp_path / "result.json"
     monkeypatch.setitem(
@@ -496,6 +499,7 @@ def test_what_a_process_leaves_running_ends_with_it(tmp_path):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_verification_counts_and_decides(tmp_path):
     def outcome(body):
         file = tmp_path / f"test_{MARGIN}.py"

@@ -140,6 +140,7 @@ def wrapper(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_build_without_a_gpu_names_the_architectures(tmp_path: Path) -> None:
     cases = [
         ("", "compute_80 compute_90 compute_100", ["80", "90", "100", "100+PTX"]),
@@ -162,6 +163,7 @@ def test_a_build_without_a_gpu_names_the_architectures(tmp_path: Path) -> None:
         }
 
 
+@pytest.mark.slow
 def test_an_nvcc_that_is_only_a_script_is_passed_over(tmp_path: Path) -> None:
     """The toolkit has headers and torch's version; one without a version in its name is first."""
     wrapper(tmp_path / "path")
@@ -189,6 +191,7 @@ def test_an_nvcc_that_is_only_a_script_is_passed_over(tmp_path: Path) -> None:
         (None, "", "path has no include/cuda_runtime.h"),
     ],
 )
+@pytest.mark.slow
 def test_without_a_toolkit_the_build_is_without_cuda(
     tmp_path: Path, release: str | None, offered: str, message: str
 ) -> None:
@@ -223,6 +226,7 @@ FAILING = """
 """
 
 
+@pytest.mark.slow
 def test_cuda_sources_that_do_not_compile_are_left_out(tmp_path: Path) -> None:
     toolkit(tmp_path / "usr/local/cuda")
     automatic, forced = set_up(tmp_path, {}, {"SYNFACE_CUDA": "1"}, build=FAILING.strip())

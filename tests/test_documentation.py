@@ -99,6 +99,7 @@ def test_every_page_is_in_the_index():
     assert pages <= linked
 
 
+@pytest.mark.slow
 def test_the_chain_on_the_start_page_runs(tmp_path, monkeypatch):
     text = (ROOT / "docs" / "start.md").read_text()
     chain = re.findall(r"^synface (pack|synthesize|train --data faces)(.*)$", text, re.MULTILINE)

@@ -125,6 +125,7 @@ def test_each_op_has_gpu_tests():
 # ---- the measuring process -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_task_that_fails_leaves_the_process():
     with Worker("cpu") as process:
         failed = process.run("case", 30, op=MARGIN, suite="dry", index=99, rounds=1)
@@ -136,6 +137,7 @@ def test_a_task_that_fails_leaves_the_process():
         os.kill(pid, 0)
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_or_dies_is_replaced(monkeypatch):
     monkeypatch.setattr(worker, "GRACE_SECONDS", 2)
     with Worker("cpu") as process:

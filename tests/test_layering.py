@@ -89,6 +89,7 @@ def test_there_are_few_arrows_between_packages():
     assert len(pairs()) <= 59
 
 
+@pytest.mark.slow
 def test_the_kernels_do_not_know_the_training_layer():
     for package in ("synface_kernels", "benchmarks"):
         for path in (ROOT / package).rglob("*.py"):
@@ -189,6 +190,7 @@ def left_to_defaults(tree):
         yield from left_to_defaults(node)
 
 
+@pytest.mark.slow
 def test_nothing_is_made_where_torchs_defaults_say():
     for package in ("python/synface", "synface_kernels"):
         for path in (ROOT / package).rglob("*.py"):

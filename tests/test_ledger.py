@@ -61,6 +61,7 @@ def test_a_margin_softmax_multiplies_four_times() -> None:
     assert case.flops * 8 / 6 <= flops(found) <= 1.05 * case.flops * 8 / 6
 
 
+@pytest.mark.slow
 def test_a_logit_takes_at_most_8_bytes() -> None:
     for case in cases("gpu", "margin_cross_entropy"):
         if case.gemm_dtype == torch.bfloat16 and case.shape["C"] <= 1_000_000:
@@ -144,6 +145,7 @@ def test_a_kernel_without_a_compilers_report_is_named() -> None:
         compiled.find(launch, 90)
 
 
+@pytest.mark.slow
 def test_an_unknown_gpu_is_named() -> None:
     with pytest.raises(ValueError, match=r"device must be one of \['H100', 'H200'\], got 'H300'"):
         devices.device("H300")

@@ -50,6 +50,7 @@ def marks(tmp_path, *names):
 
 @needs_weights
 @needs_orl
+@pytest.mark.slow
 def test_folders_of_people_become_folders_of_faces(tmp_path):
     random = np.random.default_rng(0)
     for person in (1, 2, 3):

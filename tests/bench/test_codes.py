@@ -86,6 +86,7 @@ def test_selection():
         select(dim=99)
 
 
+@pytest.mark.slow
 def test_the_best_of_the_seeds_is_reported():
     code = KnownCode(8, 3, TABLE[8, 3].cosine, "two squares")
     row = code_report.measure(code, range(3, 6))
@@ -104,6 +105,7 @@ def test_the_best_of_the_seeds_is_reported():
     assert row["bound"]["name"] in line
 
 
+@pytest.mark.slow
 def test_a_report_from_the_command_line(tmp_path):
     call_of = ["bench", "codes", "--code", "9,8", "--code", "7,3", "--output", tmp_path]
     said = call(*call_of)
@@ -138,6 +140,7 @@ def test_a_report_from_the_command_line(tmp_path):
     assert result["command"] == "synface bench codes --code 9,8 --seed 1"
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_codes_that_are_done(tmp_path, monkeypatch):
     run = Packer.run
 

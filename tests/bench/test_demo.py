@@ -15,6 +15,7 @@ def real():
     return embedded_faces(1, 64, identities=2).images[1]
 
 
+@pytest.mark.slow
 def test_mixed_faces_end_in_the_real_and_the_generated_face(real):
     images = demo.mix_faces(real, seed=0).images
     count = len(demo.SHARES)

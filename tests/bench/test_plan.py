@@ -111,6 +111,7 @@ def test_the_memory_model_is_what_is_measured(centers, optimizer, sample_rate, f
     assert measured <= 1.02 * model, (measured, model)
 
 
+@pytest.mark.slow
 def test_parts_add_up():
     settings = Settings(10_000_001, 64, gpus=4, batch=64, sample_rate=0.5, labels=3)
     parts = memory(settings)
@@ -125,6 +126,7 @@ def test_parts_add_up():
     assert found.seconds == pytest.approx(sum(part.seconds for part in found.time.values()))
 
 
+@pytest.mark.slow
 def test_a_fused_update_has_no_gradient():
     settings = Settings(1_000_000, gpus=2, optimizer="adamw")
     apart, fused = plan(settings), plan(replace(settings, fused_update=True))

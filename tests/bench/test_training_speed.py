@@ -25,6 +25,7 @@ def faces(tmp_path_factory):
     return loaders.write_faces(tmp_path_factory.mktemp("faces"), (16, 16), 30)
 
 
+@pytest.mark.slow
 def test_the_report_has_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "FILES", 16)
     monkeypatch.setattr(training, "TURN", 0.01)

@@ -107,6 +107,7 @@ def whole(results: list[dict[str, dict[str, Tensor]]], kind: str) -> dict[str, T
     return together
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_goes_on(tmp_path):
     folder = tmp_path / "run"
     runs = []

@@ -164,6 +164,7 @@ def trained(folder, options, rank, ranks):
 
 
 @pytest.mark.parametrize("form", ["sharded-1", "sharded-2"])
+@pytest.mark.slow
 def test_runs_of_several_ranks_resume(tmp_path, form):
     on_ranks(2, partial(trained, tmp_path / "a", {"stop_after": 3}), tmp_path / "begun")
     shutil.copytree(tmp_path / "a", tmp_path / "b")

@@ -18,6 +18,7 @@ def folder(tmp_path) -> Path:
     return write_folder(tmp_path / "faces", 6, 6)
 
 
+@pytest.mark.slow
 def test_train_eval_and_resume(folder, tmp_path):
     run = tmp_path / "run"
     done = synface("train", "--data", folder, "--holdout", 3, "--output", run, *TINY)
@@ -52,6 +53,7 @@ def test_train_eval_and_resume(folder, tmp_path):
         (["eval", "faces"], "no checkpoint in faces"),
     ],
 )
+@pytest.mark.slow
 def test_errors_are_one_line(folder, arguments, message):
     done = synface(*arguments, code=2, cwd=folder.parent)
     assert re.search(message, " ".join(done.stdout.split())), done.stdout

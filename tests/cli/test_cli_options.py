@@ -37,6 +37,7 @@ def run(faces: Path) -> Path:
 
 
 @pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.slow
 def test_eval_reports_on_the_people_held_out(run, faces, tmp_path, flip):
     report = tmp_path / "new" / "report"
     shown = call("eval", run, "--output", report, "--flip" if flip else "--no-flip")

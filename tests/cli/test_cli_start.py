@@ -96,6 +96,7 @@ LOCALES = [
 
 
 @pytest.mark.parametrize("locale", LOCALES, ids=lambda x: " ".join(map("=".join, x.items())))
+@pytest.mark.slow
 def test_no_terminal_is_too_narrow_for_help_and_errors(tmp_path, locale):
     done = python(WITHOUT_TORCH, "--help", *(f"{name} --help" for name in COMMANDS), **locale)
     assert done.returncode == 0, done.stderr
@@ -198,6 +199,7 @@ def test_train_and_pack_start_without_packages_they_do_not_use(tmp_path):
     assert packed.exists()
 
 
+@pytest.mark.slow
 def test_nothing_imports_dynamo_before_its_use():
     """Its import takes a second."""
     modules = "synface_kernels.ops.margin_cross_entropy synface.optim synface.heads"

@@ -120,6 +120,7 @@ def test_a_threshold_is_the_exit_status(faces):
     assert report()[1][1:] == []
 
 
+@pytest.mark.slow
 def test_the_same_comparison_writes_the_same_bytes_in_any_format(faces):
     convert(open_images("real"), "record", "recordio")
     call("leak", "real", "synthetic")
@@ -135,6 +136,7 @@ def test_the_same_comparison_writes_the_same_bytes_in_any_format(faces):
         assert min(picture.size) > 200
 
 
+@pytest.mark.slow
 def test_images_are_compared_by_a_network(faces):
     call("train", "--data", "real", "--holdout", 2, "--output", "run", *TINY)
     call("leak", "real", "synthetic", "--network", "run", "--no-flip", "--device", "cpu")

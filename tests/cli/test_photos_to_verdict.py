@@ -64,6 +64,7 @@ def trained(there):
     return there, shown
 
 
+@pytest.mark.slow
 def test_the_pages_commands_answer_the_question(trained):
     there, shown = trained
     assert "84 faces of 84 photos were written" in shown["align"]
@@ -98,6 +99,7 @@ def test_faces_that_are_aligned_before_give_the_same_cosine(trained, tmp_path):
     assert record == {"size": [112, 112], "margin": 0.0, "grayscale": False}
 
 
+@pytest.mark.slow
 def test_photos_are_cropped_as_the_training_images_were(trained, tmp_path):
     there, _ = trained
     faces = ["--size", "40x40", "--margin", "0.3", "--grayscale"]
@@ -167,6 +169,7 @@ def test_a_file_of_weights_is_a_network_too(there, tmp_path):
     assert "is a file of weights" in shown
 
 
+@pytest.mark.slow
 def test_a_file_of_weights_is_verified(trained, tmp_path):
     there, _ = trained
     weights, report = tmp_path / "w.safetensors", tmp_path / "report"
@@ -191,6 +194,7 @@ def test_weights_of_images_that_are_not_square_know_their_size(trained, tmp_path
     assert torch.equal(loaded(batch), run(batch))
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_has_its_own_threshold(trained, tmp_path):
     there, _ = trained
     options = ["--data", there / "aligned", "--holdout", "4", "--size", "28x24", "--epochs", "3"]

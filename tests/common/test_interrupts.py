@@ -239,6 +239,7 @@ def prepare_a_late_sigterm(steps):
     return str.upper
 
 
+@pytest.mark.slow
 def test_a_signal_at_the_end_of_a_worker_prints_nothing(capfd):
     found = run_named(["a", "b"], prepare_a_late_sigterm, 2, 1, lambda *_: None)
     assert found == {"a": "A", "b": "B"}

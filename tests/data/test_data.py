@@ -210,6 +210,7 @@ def test_a_flipped_byte_in_a_png_is_found(people):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on damaged metadata
 @given(st.binary(max_size=200), st.sampled_from(["jpeg", "png", "ppm", "bmp", "webp", "tiff"]))
+@pytest.mark.slow
 def test_hostile_bytes_raise_nothing_but_a_data_error(tmp_path_factory, tail, kind):
     root = tmp_path_factory.mktemp("hostile")
     for person in "ab":

@@ -80,6 +80,7 @@ def expected(root: Path) -> list[tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize("first", FORMATS)
+@pytest.mark.slow
 def test_a_thousand_images_go_round_byte_for_byte(thousand, tmp_path, first):
     wanted = expected(thousand)
     assert len(wanted) == 1000

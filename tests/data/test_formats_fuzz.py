@@ -17,6 +17,7 @@ SETS = ("bin", "pairs", "path-pairs", "templates")
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 @pytest.mark.parametrize("kind", FORMATS + SETS)
+@pytest.mark.slow
 def test_mutated_files_are_clear_errors(kind, tmp_path):
     # A crash would end the process: so it is one of its own.
     command = [sys.executable, "-W", "ignore", FUZZED, kind, "0", "1000", tmp_path]

@@ -46,6 +46,7 @@ def test_a_set_is_a_torch_dataset(faces, tmp_path, form):
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.slow
 def test_torchs_loader_reads_it_in_worker_processes(faces, tmp_path, in_memory):
     images = faces if in_memory else convert(faces, tmp_path / "set", "recordio")
     loader = DataLoader(images, batch_size=5, num_workers=2, multiprocessing_context="spawn")

@@ -126,6 +126,7 @@ def test_the_loss_falls_on_mixed_images(synthetic, real, tmp_path):
     assert sum(losses[-9:]) < 0.8 * sum(losses[:9])
 
 
+@pytest.mark.slow
 def test_the_command_line_mixes_verifies_and_resumes(tmp_path):
     run, real = tmp_path / "run", folder(tmp_path / "real", 5, 4, seed=4)
     tiny = ["--size", "16x16", "--embedding-size", "8", "--batch-size", "500", "--epochs", "1"]
@@ -175,6 +176,7 @@ def test_options_that_do_not_fit(tmp_path, options, message, monkeypatch):
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
     ids=["Ctrl-C", "SIGTERM"],
 )
+@pytest.mark.slow
 def test_ctrl_c_and_sigterm_go_to_the_trainer_alone(synthetic, real, tmp_path, sent, code, word):
     """Workers ignore a signal that a terminal or SLURM sends to the whole process group."""
     run = tmp_path / "run"

@@ -201,6 +201,7 @@ def test_a_network_that_returns_something_else_is_a_clear_error(wrong, error, me
 # -- the command line
 
 
+@pytest.mark.slow
 def test_eval_reports_on_sets(tmp_path):
     faces = embedded_faces(4, 24, identities=8)
     root = tmp_path / "faces"

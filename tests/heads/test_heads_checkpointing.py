@@ -140,6 +140,7 @@ def test_what_a_pass_settled_is_neither_copied_nor_pickled():
 
 
 @pytest.mark.parametrize("run", [reentrant, unsaved])
+@pytest.mark.slow
 def test_a_compiled_head_is_recomputed_with_the_same_bits_or_not_at_all(run):
     torch.compiler.reset()
     x, labels = torch.randn(N, D, requires_grad=True), torch.randint(0, C, (N,))
@@ -167,6 +168,7 @@ def test_a_checkpoint_inside_a_compiled_function_is_not_counted_twice(backend):
 
 
 @pytest.mark.parametrize("name", ["margin", "sampled"])
+@pytest.mark.slow
 def test_a_compiled_fused_head_takes_one_step_in_a_checkpoint(name):
     results = []
     for run in (plain, unsaved):

@@ -54,6 +54,7 @@ def step(call: Callable[..., Tensor], head: torch.nn.Module, n: int) -> tuple[Te
 
 
 @pytest.mark.parametrize("name", HEADS)
+@pytest.mark.slow
 def test_heads(name: str) -> None:
     eager = HEADS[name]()
     head = copy.deepcopy(eager)
@@ -88,6 +89,7 @@ def test_energies_of_symbolic_floats(make: Any) -> None:
 
 
 @pytest.mark.parametrize("first", [16.0, -1.0])
+@pytest.mark.slow
 def test_bad_values_raise_in_compiled_code(first: float) -> None:
     x, w, target = torch.randn(6, D), torch.randn(C, D), torch.arange(6)
     call = compiled(lambda s, m: sk.margin_cross_entropy(x, w, target, sk.ArcFace(s, m)))

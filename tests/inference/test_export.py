@@ -67,6 +67,7 @@ def loaded(kind, path):
 
 @pytest.mark.parametrize("kind", ["onnx", "torchscript", "torch-export"])
 @pytest.mark.filterwarnings("error:.torch.jit:DeprecationWarning")
+@pytest.mark.slow
 def test_a_file_gives_the_networks_embeddings_for_any_batch(tmp_path, exporter, expected, kind):
     if kind == "onnx":
         pytest.importorskip("onnxscript")
@@ -85,6 +86,7 @@ def test_a_file_gives_the_networks_embeddings_for_any_batch(tmp_path, exporter, 
 
 @pytest.mark.parametrize("kind", ["onnx", "torchscript", "torch-export"])
 @pytest.mark.filterwarnings("error:.torch.jit:DeprecationWarning")
+@pytest.mark.slow
 def test_a_file_of_a_network_in_channels_last_order_gives_its_embeddings(tmp_path, kind):
     if kind == "onnx":
         pytest.importorskip("onnxscript")

@@ -419,6 +419,7 @@ def test_only_psi_learns_from_bytes() -> None:
     torch.testing.assert_close(psi.grad, expected)
 
 
+@pytest.mark.slow
 def test_opcheck() -> None:
     psi = torch.tensor([0.3, 0.6], dtype=F64, requires_grad=True)
     flip = torch.tensor([True, False])

@@ -160,6 +160,7 @@ def test_what_a_transform_does_not_go_through() -> None:
             torch.func.grad(lambda x: mixer(**options)(x, real, psi).sum())(synthetic)  # noqa: B023
 
 
+@pytest.mark.slow
 def test_opcheck_of_the_backward_pass() -> None:
     synthetic, real = (t.permute(0, 3, 1, 2).requires_grad_() for t in pair(F32))
     psi = torch.tensor([0.3, 0.6], dtype=F64, requires_grad=True)

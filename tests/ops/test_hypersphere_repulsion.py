@@ -196,6 +196,7 @@ def test_float64_matches_the_reference(energy, gallery, monkeypatch):
 
 
 @pytest.mark.parametrize("energy", [sk.LogSumExp(), sk.Riesz(), sk.KoLeo()], ids=str)
+@pytest.mark.slow
 def test_blocks_of_full_size(energy):
     x, y = points(4400, 600, 5, torch.float32)
     assert_matches_float64(x, None, energy, torch.float32)
@@ -325,6 +326,7 @@ def peak(n: int, d: int, energy: str, dtype: str = "float32") -> int:
 
 
 @pytest.mark.parametrize("energy", ["MaxCosine(2)", "LogSumExp()"])
+@pytest.mark.slow
 def test_memory(energy):
     """N×N would be 1.6 GB."""
     neighbors = 20_000 * (10 * 12 + 3 * 16)  # candidates for k = 2, and the results

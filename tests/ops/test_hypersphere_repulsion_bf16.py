@@ -97,6 +97,7 @@ def test_same_neighbors(kind, gallery, dtype):
     k=st.integers(1, 300),
     seed=st.integers(0, 2**20),
 )
+@pytest.mark.slow
 def test_any_points(kind, n, m, d, k, seed):
     y = None if m is None else kind(m, d, seed + 7)
     assert_same(kind(n, d, seed), y, min(k, n - 1 if m is None else m))
@@ -137,6 +138,7 @@ def test_packed_points():
         assert_same(x.detach(), None, k)
 
 
+@pytest.mark.slow
 def test_kerdock():
     assert_same(codes.KERDOCK_64.points().float(), None, 1)
 

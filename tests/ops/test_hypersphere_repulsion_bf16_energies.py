@@ -273,6 +273,7 @@ def test_each_gradient_alone_has_the_same_bits(isa):
             assert torch.equal(torch.autograd.grad(loss, leaves[k])[0], both[1 + k])
 
 
+@pytest.mark.slow
 def test_memory():
     """The gradient in float32 from forward to backward, and the one that backward returns."""
     n, d = 20_000, 16

@@ -88,6 +88,7 @@ def energies(rank: int, ranks: int) -> list:
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.slow
 def test_ranks_equal_one(ranks, tmp_path):
     energies, neighbors = zip(*on_ranks(ranks, results_of, tmp_path), strict=True)
     check_energies(energies)

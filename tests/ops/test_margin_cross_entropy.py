@@ -74,6 +74,7 @@ def test_margins_and_mixes(name, mix):
     k=st.integers(1, 4),
     seed=st.integers(0, 1000),
 )
+@pytest.mark.slow
 def test_any_shape(n, c, d, k, seed):
     assert_matches_float64(problem(n, c, d, k, torch.float32, seed), torch.float32)
 

@@ -246,6 +246,7 @@ def test_an_update_has_the_bits_of_gradient_and_step(impl, isa, name, dtypes):
     seed=st.integers(0, 1000),
     dtypes=st.sampled_from(PAIRS),
 )
+@pytest.mark.slow
 def test_any_shape(n, c, d, k, seed, dtypes):
     case = problem(n, max(c, k), d, k, seed=seed).to(dtypes)
     expected = exact(case)
@@ -423,6 +424,7 @@ def test_rows_that_are_not_finite(isa):
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.slow
 def test_compiled(impl):
     """Autocast may be within or around the compiled function; its state guards the graph."""
     case = problem(9, 50, 16)

@@ -107,6 +107,7 @@ def test_matches_float64(isa, n, c, d):
     d=st.integers(2, 90),  # along a line the gradients are 0
     seed=st.integers(0, 1000),
 )
+@pytest.mark.slow
 def test_any_shape(n, c, d, seed):
     for isa in ISAS[-2:]:
         assert_close(problem(n, c, d, seed), isa)

@@ -226,6 +226,7 @@ print(peak_bytes(both) / 2**20, c * d * 4 / 2**20)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_gradients_that_are_cleared_late_do_not_add_up():
     done = subprocess.run([sys.executable, "-c", TWO_STEPS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -338,6 +339,7 @@ print(peak / 2**20, len(ids) * d * 4 / 2**20)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_sampled_rows_are_not_gathered():
     done = subprocess.run([sys.executable, "-c", GATHERED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -367,6 +369,7 @@ print(peak / 2**20, (n + c) * d * 4 / 2**20)
     ("workspace", "autocast"),
     [("auto", False), (0, False), (100, False), ("auto", True), (0, True)],
 )
+@pytest.mark.slow
 def test_peak_memory_is_the_gradients_the_workspace_and_64_mib(workspace, autocast):
     given = repr(workspace) if workspace == "auto" else f"{workspace} << 20"
     code = MEMORY.replace("WORKSPACE", given).replace("AUTOCAST", str(autocast))

@@ -124,6 +124,7 @@ def assert_same(got: Tensor, expected: Tensor, tolerance: float, case: tuple) ->
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.slow
 def test_ranks_equal_one(ranks, tmp_path):
     results = on_ranks(ranks, steps, tmp_path)
     for at, (_, case) in enumerate(itertools.product((False, True), CASES)):
@@ -164,6 +165,7 @@ def low_precision(rank: int, ranks: int) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, (x, w))]
 
 
+@pytest.mark.slow
 def test_bfloat16(two_ranks):
     x, w, target, *_ = problem(torch.float32, 1)
     x, w = (v.bfloat16().requires_grad_() for v in (x, w))

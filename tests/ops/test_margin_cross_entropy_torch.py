@@ -9,6 +9,7 @@ import synface_kernels as sk
 from tests.helpers.margin import OPTIONS, problem, problem_of
 
 
+@pytest.mark.slow
 def test_compile_fullgraph():
     x, w, target, t, _ = problem(8, 40, 16, 2, torch.float32)
     x, w = x.float().requires_grad_(), w.float().requires_grad_()
@@ -50,6 +51,7 @@ def test_compile_fullgraph_with_options(name):
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.slow
 def test_compile_fullgraph_with_class_ids(impl):
     x, w, target, _, _ = problem(8, 40, 16, 1, torch.float32)
     x, w = x.float().requires_grad_(), w.float().requires_grad_()

@@ -145,6 +145,7 @@ print(peak(c) / 2**20, n * d * 4 / 2**20, c * d * 4 / 2**20)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.slow
 def test_peak_memory_is_the_inputs_gradient_and_64_mib() -> None:
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -17,6 +17,7 @@ RAW_OPS = Path(__file__).parents[1] / "helpers" / "raw_ops.py"
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 @pytest.mark.skipif(_load.extension_error is not None, reason="needs the compiled extension")
 @pytest.mark.parametrize("isa", ["base", None])
+@pytest.mark.slow
 def test_wrong_arguments_are_errors(isa, monkeypatch):
     if isa is not None:
         monkeypatch.setenv("SYNFACE_CPU_ISA", isa)

@@ -108,6 +108,7 @@ def earlier(run: Path, copy: Path, change) -> None:
             file.write_text(sealed(state | {"config": change(state["config"])}))
 
 
+@pytest.mark.slow
 def test_from_data_to_a_report(tmp_path, config):
     (tmp_path / "tiny.toml").write_text(TINY)
     command = ["recipe", "cfsm", "--config", tmp_path / "tiny.toml", "--output", tmp_path / "run"]
@@ -356,6 +357,7 @@ def test_a_parameter_that_is_not_finite_stops_the_run(tmp_path, config, monkeypa
     assert history == whole
 
 
+@pytest.mark.slow
 def test_workers_find_what_one_process_finds(tmp_path, config):
     config = replace(
         config,
@@ -425,6 +427,7 @@ LACKED = {  # by version 0.1's checkpoints
 }
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_the_added_keys_goes_on(tmp_path, config, whole):
     """Version 0.1 knew none of the additions: they are off in its runs."""
 
@@ -447,6 +450,7 @@ def test_a_checkpoint_without_the_added_keys_goes_on(tmp_path, config, whole):
         cfsm.run(extended, tmp_path / "old", resume=True)
 
 
+@pytest.mark.slow
 def test_all_additions_and_colors(tmp_path, config):
     """Generated faces in color, with everything that is not in the paper."""
     config = replace(

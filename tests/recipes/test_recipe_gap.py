@@ -121,6 +121,7 @@ def test_strengths_scale_the_chosen_controls(file):
     assert drawn[0].std(1).mean() < drawn[1].std(1).mean()
 
 
+@pytest.mark.slow
 def test_from_data_to_a_report(tmp_path, file):
     run = tmp_path / "run"
     command = ["recipe", "gap", "--config", file, "--output", run]

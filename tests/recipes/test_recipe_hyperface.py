@@ -37,6 +37,7 @@ checkpoint_every = 1
 """
 
 
+@pytest.mark.slow
 def test_from_packing_to_a_report(tmp_path, file):
     run = tmp_path / "run"
     command = ["recipe", "hyperface", "--config", file, "--output", run]
@@ -113,6 +114,7 @@ def test_a_packing_that_was_interrupted_goes_on(tmp_path, file):
     assert [each.name for each in (tmp_path / "part").iterdir()] == ["packed-seed-2.safetensors"]
 
 
+@pytest.mark.slow
 def test_the_same_again_and_not_for_another_configuration(tmp_path, file):
     config = replace(load_config(file), seeds=(0,), kinds=("random", "packed"))
     first = hyperface.run(config, tmp_path / "first")

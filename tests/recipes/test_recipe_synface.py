@@ -39,6 +39,7 @@ checkpoint_every = 1
 """
 
 
+@pytest.mark.slow
 def test_from_data_to_a_report(tmp_path, file):
     command = ["recipe", "synface", "--config", file, "--output", tmp_path / "run"]
     call(*command)
@@ -76,6 +77,7 @@ def test_from_data_to_a_report(tmp_path, file):
     ]
 
 
+@pytest.mark.slow
 def test_cells_apart_and_cut_off_give_the_same(tmp_path, file):
     config = replace(load_config(file), seeds=(4,), rows=("both", "real"))
     whole = synface.run(config, tmp_path / "whole")

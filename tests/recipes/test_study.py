@@ -95,6 +95,7 @@ def test_sizes_of_different_counts_train_for_as_many_steps(file):
     assert {cell.steps for cell in found[:4]} == {6}
 
 
+@pytest.mark.slow
 def test_the_report_compares_and_tells_what_reached_the_accuracy(tmp_path, file):
     config = replace(
         load_config(file), seeds=(0, 1), attributes=("none", "light"), size_mixup=False,

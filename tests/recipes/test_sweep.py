@@ -84,6 +84,7 @@ class Seen:
         self.ended.append((done, total))
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_bits_of_this_process(tmp_path):
     opened = partial(open_cells, ("plain", "slow", "plain"))
     one, two = Seen(), Seen()
@@ -116,6 +117,7 @@ def test_two_workers_give_the_bits_of_this_process(tmp_path):
         (("slow", "dead", "slow"), ChildProcessError, "dead-1: .* ended with exit code 7; if mem"),
     ],
 )
+@pytest.mark.slow
 def test_a_cell_that_fails_stops_the_others(tmp_path, kinds, error, message):
     config = replace(CONFIG, epochs=2000, checkpoint_every=2000)
     with pytest.raises(error, match=message):
@@ -126,6 +128,7 @@ def test_a_cell_that_fails_stops_the_others(tmp_path, kinds, error, message):
         assert checkpoint.load_state(checkpoint.find(each.parent))["step"] < 6000
 
 
+@pytest.mark.slow
 def test_an_error_is_named_in_this_process_too_and_is_itself(tmp_path):
     with pytest.raises(ValueError, match=r"^broken-1: no faces here$"):
         run(partial(open_cells, ("plain", "broken")), tmp_path)
@@ -249,6 +252,7 @@ def test_what_cannot_run_is_named(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_until_it_reaches_its_target(tmp_path):
     never = partial(open_cells, ("plain",), target_top1=1.0, max_steps=22)
     found = run(never, tmp_path / "never", progress=(seen := Seen()))["plain-0"]

@@ -174,6 +174,7 @@ def test_distances_of_hyperface(tmp_path):
     check(figures[0])
 
 
+@pytest.mark.slow
 def test_drawing_all_of_a_report_leaves_the_settings_alone(tmp_path):
     settings = {"font.size": 30.0, "lines.linewidth": 9.0, "lines.markersize": 20.0}
     for name in ("plain", "changed"):

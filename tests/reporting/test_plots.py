@@ -141,6 +141,7 @@ def test_the_users_settings_do_not_change_a_picture(name, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(tmp_path):
     rows = history(200)
     plots.training_curves(rows, VERIFIED, tmp_path / "a.png")
@@ -200,6 +201,7 @@ def test_noisy_curves_are_drawn_pale_below_their_running_mean():
     assert plots.noisy_curve(plots.figure(4, 3)[1], range(39), y[:39]) == 1  # drawn as it is
 
 
+@pytest.mark.slow
 def test_training_curves_have_a_panel_for_each_measure(tmp_path):
     with drawn() as figures:
         plots.training_curves(history(200), VERIFIED, tmp_path / "a.png")

@@ -220,6 +220,7 @@ def test_test_functions_say_whether_the_program_improves(count, dim):
 
 
 @pytest.mark.parametrize("dim", [3, 4, 5])
+@pytest.mark.slow
 def test_the_programs_bound_rises_with_the_number_of_points(dim):
     counts = [*range(2 * dim, 2 * dim + 6), 24, 25, 60, 61, 150, 300]
     found = [bounds.delsarte(count, dim) for count in counts]

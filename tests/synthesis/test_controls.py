@@ -263,6 +263,7 @@ def test_a_preview_has_a_row_for_each_number(tmp_path, monkeypatch):
     assert len({row.tobytes() for row in drawn["rows"]}) == 7
 
 
+@pytest.mark.slow
 def test_the_command_draws_a_preview(tmp_path):
     picture = tmp_path / "preview.png"
     shown = call("synthesize", "--preview", picture, "--size", "16x16", "--color")

@@ -138,6 +138,7 @@ synthesize(rows, EigenfaceGenerator(16, 24), Path(sys.argv[2]), 40, batch_size=1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+@pytest.mark.slow
 def test_kill_9_leaves_whole_images_alone(tmp_path):
     rows = unit(60, 16)
     np.save(tmp_path / "rows.npy", rows.numpy())
@@ -245,6 +246,7 @@ def test_draws_of_different_images_are_unlike():
 # -- the command
 
 
+@pytest.mark.slow
 def test_from_packed_embeddings_to_a_trained_network(tmp_path, monkeypatch):
     save_file({"embeddings": unit(8, 32)}, tmp_path / "packed.safetensors")
     made = ["synthesize", "--packed", "packed.safetensors", "--images-per-identity", 4]

@@ -202,6 +202,7 @@ def test_embeddings_further_apart_show_faces_further_apart():
     assert distance[-1] > 20
 
 
+@pytest.mark.slow
 def test_raw_pixels_recognize_people_less_the_more_is_varied():
     generator = HeadGenerator(64, 32)
     who = torch.arange(40).repeat_interleave(6)

@@ -193,6 +193,7 @@ def test_what_is_known_to_be_optimal_is_constructed(count, dim, worst):
 
 
 @pytest.mark.parametrize(("count", "dim"), CODES)
+@pytest.mark.slow
 def test_known_codes_are_reached(count, dim):
     packed = Packer(PackConfig(count, dim)).run()
     assert packed.worst == pytest.approx(CODES[count, dim], abs=1e-6)
@@ -200,6 +201,7 @@ def test_known_codes_are_reached(count, dim):
     assert packed.worst >= packed.bound.cosine - 1e-9
 
 
+@pytest.mark.slow
 def test_orbits_beat_points_that_move_freely_in_fewer_seconds():
     config = PackConfig(2000, 128, steps=300, symmetry="cyclic")
     orbit = Packer(config).run()
@@ -255,6 +257,7 @@ def test_a_polish_with_a_gallery_comes_near_it():
     assert Packer(replace(config, polish=None), gallery=gallery).config.polish == 100
 
 
+@pytest.mark.slow
 def test_a_search_of_many_points_by_the_clock():
     packed = Packer(PackConfig(400, 16, minutes=0.05, polish=5)).run()
     assert packed.history[-1][0] < 6

@@ -333,6 +333,7 @@ def test_nothing_is_overwritten_unasked(tmp_path):
         run_pack(tmp_path / "two.safetensors", resume=True)
 
 
+@pytest.mark.slow
 def test_resuming_does_not_replace_what_another_run_finished(tmp_path):
     output = tmp_path / "packed.safetensors"
     langevin = Packer(replace(SMALL, objective="langevin"))
@@ -348,6 +349,7 @@ def test_resuming_does_not_replace_what_another_run_finished(tmp_path):
     assert torch.equal(packed.points, langevin.run().points)
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(tmp_path):
     """A file size limit simulates a full disk: points fit, points with moments do not."""
     code = (
@@ -388,6 +390,7 @@ def run_pack_stopped(folder, step):
 # ---- the command line ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command_packs_and_checks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = call("pack", "--count", 40, "--dim", 6, "--steps", 60, "--seed", 3)
@@ -423,6 +426,7 @@ def test_command_takes_the_search_for_orbits(tmp_path, monkeypatch):
         assert file.metadata()["order"] == "null"
 
 
+@pytest.mark.slow
 def test_files_of_equal_packings_are_equal(tmp_path):
     """No clock is in them, and safetensors' own order of the metadata is random."""
     command = ["pack", "--count", "40", "--dim", "6", "--steps", "30", "--seed", "3"]

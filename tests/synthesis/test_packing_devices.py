@@ -130,6 +130,7 @@ def packings(rank, ranks):
     return results
 
 
+@pytest.mark.slow
 def test_ranks_share_a_packing(tmp_path):
     first, second, third = on_ranks(3, packings, tmp_path)
     for (name, config), mine, *others in zip(CONFIGS.items(), first, second, third, strict=True):

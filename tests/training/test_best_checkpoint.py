@@ -42,6 +42,7 @@ def rows(run) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "verification.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept(tmp_path):
     options = {"verify_every": 1, "best": "auc"}
     result = train(CONFIG, people(), tmp_path / "run", verify=Given(), **options)

@@ -31,6 +31,7 @@ def lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.splitlines() if line.strip()]
 
 
+@pytest.mark.slow
 def test_the_log_has_every_line_of_the_terminal(trained):
     run, shown = trained
     log = lines((run / "log.txt").read_text())
@@ -70,6 +71,7 @@ def test_the_report_has_the_figures_and_pictures(trained):
     assert f"ROC-AUC: trained {network['verification']['auc']:.4f}" in shown
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_evaluated_like_a_run(trained):
     run, _ = trained
     rows = [json.loads(line) for line in (run / "verification.jsonl").read_text().splitlines()]

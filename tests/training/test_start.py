@@ -369,6 +369,7 @@ except ValueError as error:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="needs timm")
+@pytest.mark.slow
 def test_networks_of_timm_are_backbones():
     done = subprocess.run([sys.executable, "-c", TIMM], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -123,6 +123,7 @@ def test_shards_that_can_be_read_in_order_only(people, tmp_path):
         streamed(tmp_path / "tar")
 
 
+@pytest.mark.slow
 def test_the_command_line_streams_what_memory_does_not_hold(tmp_path):
     people = folder(tmp_path / "people", 6)
     tiny = ["--size", "16x18", "--embedding-size", "8", "--batch-size", "4", "--epochs", "1"]
@@ -154,6 +155,7 @@ print(len(source), status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 def test_the_peak_of_memory_does_not_grow_with_the_set(tmp_path):
     """The last 2,000 images would be 25 MB of bytes, 98 MB of float32."""
     image = Image.fromarray(np.arange(4096, dtype=np.uint8).reshape(64, 64)).convert("RGB")

@@ -104,6 +104,7 @@ def test_parts_of_a_batch_are_the_batch_where_statistics_are_frozen(faces, tmp_p
         assert a["accuracy"] == pytest.approx(b["accuracy"])
 
 
+@pytest.mark.slow
 def test_all_classes_sampled_are_all_classes(faces, tmp_path):
     """Row optimizers on rows that all take part do as torch's own on the whole matrix."""
     config = replace(SMALL, sample_rate=0.999, freeze_statistics=True, lr=0.02)

@@ -72,6 +72,7 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate": 3}, {"clip_norm": 0.5}], ids=str)
+@pytest.mark.slow
 def test_two_ranks_are_one_rank(tmp_path, options):
     """20 steps and more of batches of 2 × 16 and 32, in float32."""
     config = replace(SMALL, **options)
@@ -94,6 +95,7 @@ def test_two_ranks_are_one_rank(tmp_path, options):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path, options):
     config = replace(SMALL, epochs=2, dropout=0.2, augment=1.0, **options)
     job = Job(
@@ -106,6 +108,7 @@ def test_resuming_is_bitwise_the_uninterrupted_run(tmp_path, options):
     assert not same(results[0][0], results[1][0])
 
 
+@pytest.mark.slow
 def test_other_numbers_of_ranks_resume(tmp_path):
     """A run of 2 ranks resumes on 3, then on 1, with the result of 2 throughout."""
     first = replace(SMALL, epochs=3)

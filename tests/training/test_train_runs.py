@@ -58,6 +58,7 @@ def there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("memory", ["1024", "0"], ids=["in memory", "streamed"])
+@pytest.mark.slow
 def test_a_run_goes_on_from_another_folder_and_with_images_that_moved(there, monkeypatch, memory):
     options = ["--data", "faces", "--holdout", "2", "--memory", memory, "--workers", "1"]
     found = score(call("train", *options, *TINY, "--output", "run"))
@@ -87,6 +88,7 @@ def test_a_run_goes_on_from_another_folder_and_with_images_that_moved(there, mon
     assert (run / "metrics.jsonl").read_text() == log
 
 
+@pytest.mark.slow
 def test_both_domains_may_have_moved(there, monkeypatch):
     folder(there / "here" / "real", seed=2)
     options = ["--synthetic", "faces", "--real", "real", "--holdout", "2", "--workers", "1"]
@@ -103,6 +105,7 @@ def test_both_domains_may_have_moved(there, monkeypatch):
     assert score(call("eval", "there/run")) == found
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_is_where_it_was(there, monkeypatch):
     """Earlier versions stored paths relative to the directory of the command."""
     call("train", "--data", "faces", "--holdout", "2", *TINY, "--output", "run")
@@ -148,6 +151,7 @@ def test_a_finished_run_is_prolonged(tmp_path, schedule):
         train(short, people(), tmp_path / "cut", resume=True, prolong=True)
 
 
+@pytest.mark.slow
 def test_the_command_line_prolongs(there):
     call("train", "--data", "faces", "--holdout", "2", *TINY, "--output", "run")
     options = ["--epochs", "3", "--lr", "0.5"]
@@ -227,6 +231,7 @@ class Begun:
         return trained.head.weight.detach(), seen
 
 
+@pytest.mark.slow
 def test_ranks_begin_with_a_run_of_one_process_and_the_reverse(tmp_path):
     before = train(SMALL, people(), tmp_path / "a")
     for init, output in (("a", "b"), ("b", "d")):  # of one process, and of several
@@ -295,6 +300,7 @@ def test_how_a_run_was_started_is_not_overwritten_where_it_is_damaged(tmp_path, 
     assert file.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_the_command_line_begins_with_a_run(there):
     call("train", "--data", "faces", "--holdout", "2", *TINY, "--output", "a")
     shown = call("train", "--data", "faces", "--holdout", "2", *TINY, "--init", "a",
