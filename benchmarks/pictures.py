@@ -26,9 +26,7 @@ HEADLINE_OPS = {
     "hypersphere_repulsion": "Repulsion of points, energy and gradient",
     "domain_mixup": "Mixing and normalizing images",
 }
-
-
-PICTURED = ("eager torch", "torch.compile")
+PICTURED = ("eager torch", "torch.compile")  # beside ours and the floor
 
 
 @contextmanager
@@ -132,7 +130,7 @@ def draw_headline(result: dict[str, Any], path: Path) -> None:
     """Draw time and memory of three ops' first cases as bars, beside torch's and the floor."""
     from matplotlib.figure import Figure
 
-    suite = "gpu" if "device" in result["machine"] else "cpu"
+    suite = table.suite_of(result)
     figure = Figure(figsize=(8, 5.2))
     machine = name_of(result["machine"])
     figure.suptitle(f"One step on {machine}", x=0.01, ha="left")

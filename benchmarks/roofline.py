@@ -66,7 +66,7 @@ def points(result: dict[str, Any]) -> list[Point]:
     if limits is None:
         return []
     copy, gemms = limits
-    suite = "gpu" if "device" in result["machine"] else "cpu"
+    suite = table.suite_of(result)
     shown = {(op, c.name) for op, n in HEADLINES.items() for c in cases(suite, op)[:n]}
     found = []
     for case in result["cases"]:

@@ -180,11 +180,16 @@ def render() -> str:
 COLUMNS = ("eager torch", "eager torch, lean", "torch.compile")
 
 
+def suite_of(result: dict[str, Any]) -> str:
+    """Return the suite that a result is of: "gpu" or "cpu"."""
+    return "gpu" if "device" in result["machine"] else "cpu"
+
+
 def headline() -> str:
     """Return README.md's text between the marks: a table of each machine, a row of each op."""
     parts = []
     for result in committed().values():
-        suite = "gpu" if "device" in result["machine"] else "cpu"
+        suite = suite_of(result)
         rows = [["", "ours", "floor", *COLUMNS, "fastest other"]]
         rows += [_row(op, cases(suite, op)[0].name, result) for op in HEADLINES]
         parts += [markdown(rows), about(result)]
@@ -226,7 +231,7 @@ def summary() -> str:
     results = [*committed().values()]
     parts = []
     for suite in ("cpu", "gpu"):
-        group = [r for r in results if ("device" in r["machine"]) == (suite == "gpu")]
+        group = [result for result in results if suite_of(result) == suite]
         for op in HEADLINES if group else ():
             names = [case.name for case in cases(suite, op)[: HEADLINES[op]]]
             parts.append(side_by_side(op, names, group))

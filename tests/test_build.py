@@ -21,8 +21,9 @@ PACKAGE = Path(synface_kernels.__file__).parent
 
 
 # Preprocesses what it should compile, which needs every source and header, and links what this
-# environment has compiled from them: compiling takes minutes.
+# environment has compiled from them: compiling takes minutes. Keeps the commands.
 COMPILER = """#!/bin/sh
+echo "$@" >> "{log}"
 for word; do
     case "$word" in
         -c) exec {compiler} "$@" -E ;;
@@ -45,9 +46,17 @@ def test_a_wheel_from_the_source_distribution_works(tmp_path: Path) -> None:
     unpacked = shutil.ignore_patterns(".git", ".venv*", ".hypothesis", *built)
     shutil.copytree(ROOT, tree, ignore=unpacked)
     quick = tmp_path / "c++"
-    quick.write_text(COMPILER.format(compiler=compiler, package=PACKAGE))
+    log = tmp_path / "commands"
+    quick.write_text(COMPILER.format(compiler=compiler, package=PACKAGE, log=log))
     quick.chmod(0o755)
     wheel = build_wheel.build(tree, tmp_path, CXX=str(quick))
+    commands = log.read_text().splitlines()
+    linked = [command for command in commands if "-shared" in command.split()]
+    assert len(linked) == 2
+    for source in sorted((ROOT / "csrc").rglob("*.cpp")):  # each is compiled, and linked
+        name = str(source.relative_to(ROOT).with_suffix(""))
+        assert any(f"{name}.cpp" in command for command in commands if " -c " in command), name
+        assert any(f"{name}.o" in command for command in linked), name
 
     environment = tmp_path / "environment"
     python = build_wheel.environment(environment, "--without-pip")
