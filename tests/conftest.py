@@ -3,8 +3,10 @@
 A test's random numbers do not depend on the tests before it.
 """
 
+import gc
 import os
 import random
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,13 @@ if hypothesis is not None:
 
 # Without it torch only warns of an op that returns a tensor twice.
 os.environ["TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING"] = "1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_collections() -> None:
+    """Keep what earlier files left, such as torch's compiler, out of the search for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +96,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Divide the cores' threads among the processes of pytest-xdist, and those that they start.
 
     Waiting threads sleep: spinning, they would keep the other processes' from the cores.
+    All collect garbage as tests/helpers/start says.
     """
+    start = Path(__file__).parent / "helpers" / "start"
+    paths = [str(start), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    runpy.run_path(str(start / "sitecustomize.py"))
     processes = getattr(config.option, "numprocesses", None)
     if processes:  # the processes inherit both
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

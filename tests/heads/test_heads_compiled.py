@@ -74,7 +74,7 @@ def test_margins_of_symbolic_floats(name: str) -> None:
         return sk.margin_cross_entropy(x, w, target, MARGINS[name](s, m))
 
     call = compiled(loss, fullgraph=True)
-    for s, m in ((64.0, 0.5), (32.0, 0.4), (16.0, 0.25)):
+    for s, m in ((64.0, 0.5), (16.0, 0.25)):
         found, expected = call(s, m), loss(s, m)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(torch.autograd.grad(found, x), torch.autograd.grad(expected, x))

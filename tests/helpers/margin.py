@@ -12,6 +12,7 @@ import synface_kernels as sk
 from synface_kernels import _load
 from synface_kernels.ops.margin_cross_entropy import op
 from synface_kernels.testing import assert_as_exact_as_torch
+from tests.helpers.cpu import cpu
 
 
 def naive_logits(x, w, labels, angle_of) -> Tensor:
@@ -23,6 +24,7 @@ def naive_logits(x, w, labels, angle_of) -> Tensor:
 
 
 ISAS = _load.cpu_isas()
+NAMES = ("loss", "grad_input", "grad_weight")
 COMBINED = sk.CombinedMargin(64.0, 0.9, 0.4, 0.15)
 MARGINS = {
     "arcface": sk.ArcFace(),
@@ -86,25 +88,33 @@ def run(x, w, target, target_weight, upstream, dtype, margin=COMBINED, **options
     return loss.detach(), *torch.autograd.grad(loss, (x, w), upstream.to(loss.dtype))
 
 
-def assert_matches_float64(case, dtype, margin=COMBINED, gemm_dtype=None, **options):
-    """Assert errors of at most twice plain torch's, which computes gradients in gemm_dtype."""
+def assert_matches_float64(case, dtype, margin=COMBINED, isas=(None,), **options):
+    """Assert errors of at most twice plain torch's, by each instruction set.
+
+    Plain torch computes gradients in the GEMMs' dtype. None stands for the instruction set that is
+    set, with GEMMs in dtype.
+    """
     exact = run(*case, torch.float64, margin, **options, impl="reference")
-    plain = run(*case, dtype, margin, **options, impl="reference")
-    if gemm_dtype is not None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(op, "statistics_dtype", lambda input: gemm_dtype)
-            plain = plain[0], *run(*case, dtype, margin, **options, impl="reference")[1:]
-    actual = run(*case, dtype, margin, **options, impl="cpu")
+    plain = {None: run(*case, dtype, margin, **options, impl="reference")}
     # The absolute terms: float32's ε times the size of a logit, and of a gradient before the part
     # along the vector is taken out (which leaves nothing at all where D = 1).
     ulp = torch.finfo(torch.float32).eps * margin.scale
     sizes = [1 / v.norm(dim=-1).min().item() for v in case[:2]]
     shifts = gradient_shifts(*case, margin, **options)
     atol = [2 * ulp, *(4 * ulp * size + shift for size, shift in zip(sizes, shifts, strict=True))]
-    for name, *results, tol in zip(
-        ("loss", "grad_input", "grad_weight"), actual, exact, plain, atol, strict=True
-    ):
-        assert_as_exact_as_torch(*results, atol=tol, name=name)
+    for isa in isas:
+        gemm_dtype = isa and gemm_dtype_of(dtype, isa)
+        if gemm_dtype not in plain:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(op, "statistics_dtype", lambda input, of=gemm_dtype: of)
+                grads = run(*case, dtype, margin, **options, impl="reference")[1:]
+            plain[gemm_dtype] = plain[None][0], *grads
+        with cpu(isa=isa):
+            assert isa in (None, _load.cpu_isa())
+            actual = run(*case, dtype, margin, **options, impl="cpu")
+        names = [f"{name}, {isa or _load.cpu_isa()}" for name in NAMES]
+        for name, *results, tol in zip(names, actual, exact, plain[gemm_dtype], atol, strict=True):
+            assert_as_exact_as_torch(*results, atol=tol, name=name)
 
 
 class LastGemm(TorchFunctionMode):

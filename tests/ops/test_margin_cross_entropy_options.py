@@ -12,7 +12,6 @@ from tests.helpers.margin import (
     FILTERED,
     ISAS,
     assert_matches_float64,
-    gemm_dtype_of,
     naive_logits,
     problem,
     problem_of,
@@ -24,24 +23,28 @@ from tests.helpers.margin import (
 SUB_CENTERS = [(7, 3, 600, 8, 2), (33, 701, 3, 65, 3), (5, 9, 1, 4, 1), (64, 1030, 2, 16, 1)]
 
 
-@pytest.mark.parametrize("isa", ISAS)
+def assert_sample_has_the_bits_of_its_rows(case, dtype, **options):
+    """Assert that a class sample gives the bits that its rows as the whole weight give."""
+    x, w, target, t, upstream = case
+    ids = sampled(len(w))
+    in_sample = (x, w, target % len(ids), t, upstream)
+    for isa in ISAS:
+        with cpu(isa=isa):
+            of_rows = run(x, w[ids], *in_sample[2:], dtype, **options)
+            *others, grad = run(*in_sample, dtype, **options, class_ids=ids)
+        assert grad.is_coalesced()
+        assert grad.shape == w.shape
+        for a, e in zip((*others, grad.values()), of_rows, strict=True):
+            assert torch.equal(a, e)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("n", "c", "m", "d", "k"), SUB_CENTERS)
-def test_sub_centers_match_float64(isa, dtype, n, c, m, d, k):
-    with cpu(isa=isa):
-        for mix in ("joint", "separate"):
-            case = problem_of(n, c, m, d, k, dtype)
-            gemm_dtype = gemm_dtype_of(dtype, isa)
-            assert_matches_float64(case, dtype, gemm_dtype=gemm_dtype, mix=mix)
-            ids = sampled(c)
-            x, w, target, t, upstream = case
-            in_sample = (x, w, target % len(ids), t, upstream)
-            of_rows = run(x, w[ids], *in_sample[2:], dtype, mix=mix)
-            *others, grad = run(*in_sample, dtype, mix=mix, class_ids=ids)
-            assert grad.is_coalesced()
-            assert grad.shape == w.shape
-            for a, e in zip((*others, grad.values()), of_rows, strict=True):
-                assert torch.equal(a, e)
+def test_sub_centers_match_float64(dtype, n, c, m, d, k):
+    for mix in ("joint", "separate"):
+        case = problem_of(n, c, m, d, k, dtype)
+        assert_matches_float64(case, dtype, isas=ISAS, mix=mix)
+        assert_sample_has_the_bits_of_its_rows(case, dtype, mix=mix)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
@@ -82,19 +85,16 @@ def test_a_zero_sub_center_has_cosine_zero_and_no_gradient(impl):
     assert not w.grad.any()
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("name", FILTERED)
-def test_filter_matches_float64(name, k, dtype, isa):
-    gemm_dtype = gemm_dtype_of(dtype, isa)
-    with cpu(isa=isa):
-        for mix in ("joint", "separate"):
-            for n, c, d in ((7, 1000, 129), (64, 5, 8), (1, 1, 4)):
-                case = problem(n, c, d, k, dtype)
-                assert_matches_float64(case, dtype, FILTERED[name], gemm_dtype, mix=mix)
-        case = problem_of(33, 700, 2, 64, k, dtype)
-        assert_matches_float64(case, dtype, FILTERED[name], gemm_dtype)
+def test_filter_matches_float64(name, k, dtype):
+    for mix in ("joint", "separate"):
+        for n, c, d in ((7, 1000, 129), (64, 5, 8), (1, 1, 4)):
+            case = problem(n, c, d, k, dtype)
+            assert_matches_float64(case, dtype, FILTERED[name], ISAS, mix=mix)
+    case = problem_of(33, 700, 2, 64, k, dtype)
+    assert_matches_float64(case, dtype, FILTERED[name], ISAS)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
@@ -121,29 +121,14 @@ def test_filter_by_its_definition(mode, impl):
     assert torch.equal(stats.top1, unfiltered.argmax(1) == target)
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("mix", ["joint", "separate"])
-def test_smoothing_matches_float64(mix, dtype, isa):
-    with cpu(isa=isa):
-        for n, c, d, k in ((7, 1000, 129, 1), (64, 5, 8, 3), (600, 700, 16, 2), (1, 1, 4, 1)):
-            case = problem(n, c, d, k, dtype)
-            for epsilon in (0.1, 0.9):
-                assert_matches_float64(
-                    case,
-                    dtype,
-                    gemm_dtype=gemm_dtype_of(dtype, isa),
-                    mix=mix,
-                    label_smoothing=epsilon,
-                )
-            ids = sampled(c)
-            x, w, target, t, upstream = case
-            case = (x, w, target % len(ids), t, upstream)
-            options = {"mix": mix, "label_smoothing": 0.1}
-            of_rows = run(x, w[ids], *case[2:], dtype, **options)
-            *others, grad = run(*case, dtype, **options, class_ids=ids)
-            for a, e in zip((*others, grad.values()), of_rows, strict=True):
-                assert torch.equal(a, e)
+def test_smoothing_matches_float64(mix, dtype):
+    for n, c, d, k in ((7, 1000, 129, 1), (64, 5, 8, 3), (600, 700, 16, 2), (1, 1, 4, 1)):
+        case = problem(n, c, d, k, dtype)
+        for epsilon in (0.1, 0.9):
+            assert_matches_float64(case, dtype, isas=ISAS, mix=mix, label_smoothing=epsilon)
+        assert_sample_has_the_bits_of_its_rows(case, dtype, mix=mix, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
