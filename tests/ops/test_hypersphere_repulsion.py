@@ -337,7 +337,7 @@ def test_memory(energy):
 @pytest.mark.slow
 def test_memory_of_gradients(energy, gradients):
     """Energies of all pairs hold two: the saved one, and the one that backward returns."""
-    n, d = 5000, 6000
+    n, d = 2000, 15_000
     assert peak(n, d, energy) <= (64 << 20) + gradients * n * d * 4
 
 
