@@ -5,6 +5,7 @@ A test's random numbers do not depend on the tests before it.
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,15 @@ if hypothesis is not None:
 
 # Without it torch only warns of an op that returns a tensor twice.
 os.environ["TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING"] = "1"
+
+
+@pytest.fixture
+def blank_figures() -> Iterator[None]:
+    """Save figures as empty files, in a test that does not look at them."""
+    from tests.helpers.figures import blank  # matplotlib takes a while, and few tests need it
+
+    with blank():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -72,6 +72,7 @@ def test_the_report_has_the_figures_and_pictures(trained):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_the_best_checkpoint_is_evaluated_like_a_run(trained):
     run, _ = trained
     rows = [json.loads(line) for line in (run / "verification.jsonl").read_text().splitlines()]
@@ -94,6 +95,7 @@ def test_a_network_below_raw_pixels_is_a_warning(trained):
     assert verifier.warning(verifier.pixels) is None  # as good as these
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_verification_options_are_kept_and_may_change(trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "run")
     command = json.loads((tmp_path / "run" / "config.json").read_text())["command"]

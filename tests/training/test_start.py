@@ -332,6 +332,7 @@ def test_records_of_older_versions_compare_equal():
     assert TrainConfig.from_json(changed.to_json()) == changed
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_command_line_begins_with_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder(tmp_path / "faces")

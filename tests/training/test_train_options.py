@@ -262,6 +262,7 @@ def test_tensorboard_has_the_figures(faces, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_a_file_of_options(faces, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(
