@@ -11,15 +11,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from synface.common.distributed import leave
 
-# What every rank would else take seconds to import; the server that has it forks the ranks.
-IMPORTED = ["pytest", "torch._dynamo", "torch.distributed.checkpoint", "synface.training.loop"]
+from tests.helpers.forked import start_server
 
 
 def on_ranks(ranks: int, main: Callable[[int, int], Any], tmp_path: Path) -> list[Any]:
     """Run ``main(rank, ranks)`` on each rank, and return its results: tensors and plain values."""
     tmp_path.mkdir(exist_ok=True)
     path = str(tmp_path / "group")
-    mp.set_forkserver_preload(IMPORTED)
+    start_server()
     mp.start_processes(_rank, (ranks, path, main), nprocs=ranks, start_method="forkserver")
     return [torch.load(f"{path}.{rank}", weights_only=True) for rank in range(ranks)]
 

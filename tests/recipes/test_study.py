@@ -36,6 +36,7 @@ checkpoint_every = 1
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_workers")
 def test_from_cells_to_a_report(tmp_path, file):
     command = ["study", "--config", file, "--output", tmp_path / "run"]
     call(*command, "--cell", "4x2-mixup-seed-0")
@@ -96,6 +97,7 @@ def test_sizes_of_different_counts_train_for_as_many_steps(file):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_the_report_compares_and_tells_what_reached_the_accuracy(tmp_path, file):
     config = replace(
         load_config(file), seeds=(0, 1), attributes=("none", "light"), size_mixup=False,

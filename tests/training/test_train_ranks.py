@@ -5,10 +5,11 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from synface.evaluation.embedding import embed
 from synface.heads import ShardedMarginHead
 from synface.training.loop import load_backbone, train
 
+from tests.helpers.figures import blank
+from tests.helpers.forked import command, forked
 from tests.helpers.ranks import on_ranks
 from tests.helpers.training import SMALL, same
 
@@ -153,12 +156,36 @@ def test_what_cannot_be_done_is_said_by_all_ranks(tmp_path):
 
 
 def torchrun(ranks: int, *arguments: object) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += [str(ranks), "-m", "synface", *map(str, arguments)]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    words += [str(ranks), "-m", "synface", *map(str, arguments)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+
+
+def rank_main(*words: object) -> None:
+    with blank():
+        command(*words)
+
+
+def run_apart(folder: Path, *words: object) -> list[str]:
+    """Return what each of two ranks prints, which are started as torchrun starts them."""
+    folder.mkdir()
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    launch = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    launch |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    outputs = [folder / str(rank) for rank in range(2)]
+    with ExitStack() as stack:
+        ranks = [
+            stack.enter_context(forked(output, rank_main, *words, **launch, RANK=output.name))
+            for output in outputs
+        ]
+        for rank, output in zip(ranks, outputs, strict=True):
+            rank.join(300)
+            assert rank.exitcode == 0, output.read_text()
+    return [output.read_text() for output in outputs]
 
 
 OPTIONS = ["--size", "16x16", "--widths", "4,8", "--depths", "1,1", "--embedding-size", 16]
@@ -185,9 +212,8 @@ def running_ranks(steps, run, *arguments):
 
 @pytest.mark.slow
 def test_torchrun_after_kill_9_ends_in_the_same_run(tmp_path):
-    done = torchrun(2, "train", *OPTIONS, "--output", tmp_path / "whole")
-    output, _ = done.communicate(timeout=300)
-    assert done.returncode == 0, output
+    whole = ["train", *OPTIONS, "--output", tmp_path / "whole"]
+    output = "".join(run_apart(tmp_path / "first", *whole))
     assert output.count("ROC-AUC: trained") == 1  # the first rank speaks
 
     run = tmp_path / "cut"
@@ -198,9 +224,7 @@ def test_torchrun_after_kill_9_ends_in_the_same_run(tmp_path):
         killed.communicate(timeout=120)
         assert killed.returncode != 0
 
-    resumed = torchrun(2, "train", "--resume", run)
-    output, _ = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, output
+    run_apart(tmp_path / "second", "train", "--resume", run)
     networks = [load_backbone(tmp_path / name)[0].state_dict() for name in ("whole", "cut")]
     assert same(*networks)
     assert log.read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
@@ -212,8 +236,8 @@ def test_sigterm_ends_all_ranks_after_one_step(tmp_path):
     """One rank gets the signal first and tells the others; torchrun forwards it too."""
     run = tmp_path / "run"
     log = run / "metrics.jsonl"
-    command = ["train", *OPTIONS[:-2], "--epochs", 100_000]
-    with running_ranks(3, run, *command) as (running, children):
+    words = ["train", *OPTIONS[:-2], "--epochs", 100_000]
+    with running_ranks(3, run, *words) as (running, children):
         os.kill(children[-1], signal.SIGTERM)
         output, _ = running.communicate(timeout=120)
         assert running.returncode != 0
