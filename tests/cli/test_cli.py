@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.command_line import call, refused
-from tests.helpers.forked import command, finished
+from tests.helpers.forked import command_without_figures, finished
 from tests.helpers.training import TINY, score
 from tests.helpers.training import folder as write_folder
 
@@ -24,7 +24,7 @@ def folder(tmp_path) -> Path:
 def test_train_eval_and_resume(folder, tmp_path):
     run = tmp_path / "run"
     words = ["train", "--data", folder, "--holdout", 3, "--output", run, *TINY]
-    code, shown = finished(tmp_path / "shown", command, *words)
+    code, shown = finished(tmp_path / "shown", command_without_figures, *words)
     assert code == 0, shown
     assert "18 images of 3 people" in shown
     assert "images/s" in shown

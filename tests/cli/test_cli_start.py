@@ -125,18 +125,19 @@ def test_no_terminal_is_too_narrow_for_help_and_errors(tmp_path, locale):
     assert done.stdout.splitlines()[-1].decode() == " ".join(map(str, ["exit codes", *codes]))
     assert b"\\u2026" in done.stdout  # the ellipsis in an option of train's
     assert b"visages-" in done.stdout
+    if "PYTHONCOERCECLOCALE" in locale:  # then a name is shown with the bytes that the shell has
+        assert os.fsencode(folder) + b" holds" in done.stdout
     assert b"No such option" in done.stderr
 
 
 @pytest.mark.slow
 def test_bytes_of_a_name_come_back_where_the_locale_knows_no_better(tmp_path):
-    """Names are shown and taken with the bytes that the shell has for them."""
+    """Names are shown and taken with the bytes that the shell has for them, as above."""
     folder = tmp_path / "é"
     folder.mkdir()
     odd = os.fsencode(tmp_path) + b"/\xe9"
     os.mkdir(odd)
     call = ["convert", folder, tmp_path / "x", "--to", "folder", "--then"]
-    assert os.fsencode(folder) + b" holds" in python(IN_TURN, *call, **LOCALES[-1]).stdout
     call += ["convert", os.fsdecode(odd), tmp_path / "x", "--to", "folder", "--then"]
     shown = python(IN_TURN, *call, PYTHONUTF8="1").stdout
     assert os.fsencode(folder) + b" holds" in shown
@@ -198,12 +199,18 @@ NOT_NEEDED = [
 ]
 
 
+BLANK = """
+from matplotlib.figure import Figure
+Figure.savefig = lambda figure, path, **_: path.write_bytes(b"")
+"""
+
+
 @pytest.mark.slow
 def test_train_and_pack_start_without_packages_they_do_not_use(tmp_path):
     from synface.common.toml import read_toml
 
     faces = folder(tmp_path / "faces", 4, 5)
-    blocked = f"BLOCKED = {NOT_NEEDED}\n{BLOCK}{IN_TURN}"
+    blocked = f"BLOCKED = {NOT_NEEDED}\n{BLOCK}{BLANK}{IN_TURN}"
     run, packed = tmp_path / "run", tmp_path / "packed.safetensors"
     words = ["pack", "--count", 8, "--dim", 4, "--steps", 2, "--output", packed, "--then"]
     words += ["train", "--data", faces, "--holdout", 2, "--output", run, *TINY, "--then"]

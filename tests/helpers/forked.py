@@ -16,6 +16,8 @@ from multiprocessing import forkserver, process, resource_tracker
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.figures import blank
+
 IMPORTED = [
     *("pytest", "torch._dynamo", "torch.distributed.checkpoint"),
     *("synface.training.loop", "synface.cli.commands"),
@@ -63,6 +65,12 @@ def command(*words: object) -> None:
     """Run the command line, as ``python -m synface`` does."""
     sys.argv = ["synface", *map(str, words)]
     runpy.run_module("synface", run_name="__main__", alter_sys=True)
+
+
+def command_without_figures(*words: object) -> None:
+    """Run the command line as `command` does, and save figures as empty files."""
+    with blank():
+        command(*words)
 
 
 def _call(

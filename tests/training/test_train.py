@@ -300,7 +300,7 @@ def test_one_identity_is_too_few(tmp_path):
 @pytest.mark.slow
 def test_orl_people_never_trained_on(tmp_path):
     """A short run; docs/training.md has the full one."""
-    faces, held = read_folder(ORL, (56, 48)).split(10)
+    faces, held = read_folder(ORL, (28, 24)).split(10)
     result = train(replace(TrainConfig(), epochs=12), faces, tmp_path / "run")
     trained = verify(embed(result.backbone, held.images), held.labels)
     assert trained.auc > verify(pixel_embeddings(held.images), held.labels).auc

@@ -21,10 +21,9 @@ from synface.evaluation.embedding import embed
 from synface.heads import ShardedMarginHead
 from synface.training.loop import load_backbone, train
 
-from tests.helpers.figures import blank
-from tests.helpers.forked import command, forked
+from tests.helpers.forked import command_without_figures, forked
 from tests.helpers.ranks import on_ranks
-from tests.helpers.training import SMALL, same
+from tests.helpers.training import SMALL, folder, same
 
 SMALL = replace(
     SMALL, epochs=5, batch_size=32, lr=0.05, dropout=0.0, augment=0.0, freeze_statistics=True
@@ -51,9 +50,9 @@ class Job:
 
     def __call__(self, rank: int, ranks: int) -> list:
         results = []
-        for config, folder, options in self.calls:
+        for config, output, options in self.calls:
             try:
-                results.append(result_of(train(config, faces(), Path(folder), **options)))
+                results.append(result_of(train(config, faces(), Path(output), **options)))
             except (ValueError, OSError) as error:
                 results.append(f"{type(error).__name__}: {error}")
         return results
@@ -164,11 +163,6 @@ def torchrun(ranks: int, *arguments: object) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def rank_main(*words: object) -> None:
-    with blank():
-        command(*words)
-
-
 def run_apart(folder: Path, *words: object) -> list[str]:
     """Return what each of two ranks prints, which are started as torchrun starts them."""
     folder.mkdir()
@@ -178,10 +172,10 @@ def run_apart(folder: Path, *words: object) -> list[str]:
     launch |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     outputs = [folder / str(rank) for rank in range(2)]
     with ExitStack() as stack:
-        ranks = [
-            stack.enter_context(forked(output, rank_main, *words, **launch, RANK=output.name))
-            for output in outputs
-        ]
+        ranks = []
+        for output in outputs:
+            rank = forked(output, command_without_figures, *words, **launch, RANK=output.name)
+            ranks.append(stack.enter_context(rank))
         for rank, output in zip(ranks, outputs, strict=True):
             rank.join(300)
             assert rank.exitcode == 0, output.read_text()
@@ -189,7 +183,7 @@ def run_apart(folder: Path, *words: object) -> list[str]:
 
 
 OPTIONS = ["--size", "16x16", "--widths", "4,8", "--depths", "1,1", "--embedding-size", 16]
-OPTIONS += ["--batch-size", 30, "--holdout", 80, "--checkpoint-every", 1, "--epochs", 4]
+OPTIONS += ["--batch-size", 10, "--holdout", 2, "--checkpoint-every", 1, "--epochs", 8]
 
 
 @contextmanager
@@ -212,13 +206,13 @@ def running_ranks(steps, run, *arguments):
 
 @pytest.mark.slow
 def test_torchrun_after_kill_9_ends_in_the_same_run(tmp_path):
-    whole = ["train", *OPTIONS, "--output", tmp_path / "whole"]
-    output = "".join(run_apart(tmp_path / "first", *whole))
+    words = ["train", *OPTIONS, "--data", folder(tmp_path / "faces", 12, 10)]  # 80 steps
+    output = "".join(run_apart(tmp_path / "first", *words, "--output", tmp_path / "whole"))
     assert output.count("ROC-AUC: trained") == 1  # the first rank speaks
 
     run = tmp_path / "cut"
     log = run / "metrics.jsonl"
-    with running_ranks(9, run, "train", *OPTIONS) as (killed, children):
+    with running_ranks(9, run, *words) as (killed, children):
         for pid in children:
             os.kill(pid, signal.SIGKILL)
         killed.communicate(timeout=120)
@@ -236,7 +230,8 @@ def test_sigterm_ends_all_ranks_after_one_step(tmp_path):
     """One rank gets the signal first and tells the others; torchrun forwards it too."""
     run = tmp_path / "run"
     log = run / "metrics.jsonl"
-    words = ["train", *OPTIONS[:-2], "--epochs", 100_000]
+    data = folder(tmp_path / "faces", 12, 10)
+    words = ["train", *OPTIONS[:-2], "--epochs", 100_000, "--data", data]
     with running_ranks(3, run, *words) as (running, children):
         os.kill(children[-1], signal.SIGTERM)
         output, _ = running.communicate(timeout=120)
