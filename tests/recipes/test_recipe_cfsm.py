@@ -226,7 +226,7 @@ def test_a_configuration_of_version_0_1_is_read(tmp_path, config):
 
 @pytest.mark.slow
 def test_the_orthogonality_falls(tmp_path, config):
-    config = replace(config, style=replace(config.style, steps=150, lr=0.01))
+    config = replace(config, style=replace(config.style, steps=100, lr=0.01, checkpoint_every=100))
     people = cfsm.read_people(config.data, config.seed)
     recognizer = nn.Sequential(nn.Flatten(), nn.Linear(256, 8))
     _, history = cfsm.learn_style(config, people, recognizer, "noisy", tmp_path / "run")

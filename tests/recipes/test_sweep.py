@@ -204,7 +204,6 @@ def members(session: int) -> list[int]:
     [
         (signal.SIGINT, True, 130, "interrupted: continue with synface recipe synface"),
         (signal.SIGTERM, True, 143, "terminated: continue with synface recipe synface"),
-        (signal.SIGTERM, False, 143, "terminated: continue with synface recipe synface"),
         (signal.SIGKILL, False, -9, ""),
     ],
 )
