@@ -5,6 +5,7 @@ Each is a process of its own, with its own signals, session and exit code.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import runpy
@@ -15,8 +16,6 @@ from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, process, resource_tracker
 from pathlib import Path
 from typing import Any
-
-from tests.helpers.figures import blank
 
 IMPORTED = [
     *("pytest", "torch._dynamo", "torch.distributed.checkpoint"),
@@ -69,6 +68,8 @@ def command(*words: object) -> None:
 
 def command_without_figures(*words: object) -> None:
     """Run the command line as `command` does, and save figures as empty files."""
+    from tests.helpers.figures import blank  # others need no matplotlib
+
     with blank():
         command(*words)
 
@@ -77,6 +78,7 @@ def _call(
     output: Path, environment: dict[str, str], run: Callable[..., object], arguments: tuple
 ) -> None:
     os.setsid()
+    gc.freeze()  # as in `on_ranks`
     process._parent_process = None  # as in a process that multiprocessing has not started
     resource_tracker._resource_tracker = resource_tracker.ResourceTracker()
     os.environ.update(environment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ def on_ranks(ranks: int, main: Callable[[int, int], Any], tmp_path: Path) -> lis
 
 
 def _rank(rank: int, ranks: int, path: str, main: Callable[[int, int], Any]) -> None:
+    gc.freeze()  # a rank's end collects garbage; all that is imported needs no search
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
     torch.save(main(rank, ranks), f"{path}.{rank}")
