@@ -8,10 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from synface.heads import ShardedMarginHead
 from synface.training.loop import load_backbone, train
 
 from tests.helpers.forked import command_without_figures, forked
+from tests.helpers.processes import wait_for
 from tests.helpers.ranks import on_ranks
 from tests.helpers.training import SMALL, folder, same
 
@@ -163,23 +165,29 @@ def torchrun(ranks: int, *arguments: object) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def run_apart(folder: Path, *words: object) -> list[str]:
-    """Return what each of two ranks prints, which are started as torchrun starts them."""
+@contextmanager
+def forked_ranks(folder: Path, *words: object) -> Iterator[dict[Path, Any]]:
+    """Yield two ranks of a command by the files of what they print, begun as by torchrun."""
     folder.mkdir()
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     launch = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     launch |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    outputs = [folder / str(rank) for rank in range(2)]
     with ExitStack() as stack:
-        ranks = []
-        for output in outputs:
+        ranks = {}
+        for output in (folder / "0", folder / "1"):
             rank = forked(output, command_without_figures, *words, **launch, RANK=output.name)
-            ranks.append(stack.enter_context(rank))
-        for rank, output in zip(ranks, outputs, strict=True):
+            ranks[output] = stack.enter_context(rank)
+        yield ranks
+
+
+def run_on_two_ranks(folder: Path, *words: object) -> str:
+    """Return what both ranks of a command print, which must succeed."""
+    with forked_ranks(folder, *words) as ranks:
+        for output, rank in ranks.items():
             rank.join(300)
             assert rank.exitcode == 0, output.read_text()
-    return [output.read_text() for output in outputs]
+        return "".join(output.read_text() for output in ranks)
 
 
 OPTIONS = ["--size", "16x16", "--widths", "4,8", "--depths", "1,1", "--embedding-size", 16]
@@ -187,15 +195,16 @@ OPTIONS += ["--batch-size", 10, "--holdout", 2, "--checkpoint-every", 1, "--epoc
 
 
 @contextmanager
-def running_ranks(steps, run, *arguments):
-    """Start two ranks, wait for more than that many steps, and leave nobody behind."""
+def under_torchrun(run, *arguments):
+    """Start two ranks, wait for more than three steps, and leave nobody behind."""
     running, log = torchrun(2, *arguments, "--output", run), run / "metrics.jsonl"
+
+    def more_than_3_steps() -> bool:
+        assert running.poll() is None, running.communicate()[0]
+        return log.exists() and len(log.read_text().splitlines()) > 3
+
     try:
-        limit = time.monotonic() + 200
-        while not (log.exists() and len(log.read_text().splitlines()) > steps):
-            assert running.poll() is None, running.communicate()[0]
-            assert time.monotonic() < limit
-            time.sleep(0.02)
+        wait_for(more_than_3_steps, 200)
         children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
         yield running, [int(pid) for pid in children]
     finally:
@@ -205,20 +214,27 @@ def running_ranks(steps, run, *arguments):
 
 
 @pytest.mark.slow
-def test_torchrun_after_kill_9_ends_in_the_same_run(tmp_path):
+def test_ranks_after_kill_9_end_in_the_same_run(tmp_path):
     words = ["train", *OPTIONS, "--data", folder(tmp_path / "faces", 12, 10)]  # 80 steps
-    output = "".join(run_apart(tmp_path / "first", *words, "--output", tmp_path / "whole"))
+    output = run_on_two_ranks(tmp_path / "first", *words, "--output", tmp_path / "whole")
     assert output.count("ROC-AUC: trained") == 1  # the first rank speaks
 
     run = tmp_path / "cut"
     log = run / "metrics.jsonl"
-    with running_ranks(9, run, *words) as (killed, children):
-        for pid in children:
-            os.kill(pid, signal.SIGKILL)
-        killed.communicate(timeout=120)
-        assert killed.returncode != 0
+    with forked_ranks(tmp_path / "killed", *words, "--output", run) as ranks:
 
-    run_apart(tmp_path / "second", "train", "--resume", run)
+        def more_than_9_steps() -> bool:
+            assert all(rank.is_alive() for rank in ranks.values())
+            return log.exists() and len(log.read_text().splitlines()) > 9
+
+        wait_for(more_than_9_steps, 200)
+        for rank in ranks.values():
+            rank.kill()
+        for rank in ranks.values():
+            rank.join(120)
+            assert rank.exitcode != 0
+
+    run_on_two_ranks(tmp_path / "second", "train", "--resume", run)
     networks = [load_backbone(tmp_path / name)[0].state_dict() for name in ("whole", "cut")]
     assert same(*networks)
     assert log.read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
@@ -232,7 +248,7 @@ def test_sigterm_ends_all_ranks_after_one_step(tmp_path):
     log = run / "metrics.jsonl"
     data = folder(tmp_path / "faces", 12, 10)
     words = ["train", *OPTIONS[:-2], "--epochs", 100_000, "--data", data]
-    with running_ranks(3, run, *words) as (running, children):
+    with under_torchrun(run, *words) as (running, children):
         os.kill(children[-1], signal.SIGTERM)
         output, _ = running.communicate(timeout=120)
         assert running.returncode != 0
