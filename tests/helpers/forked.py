@@ -80,7 +80,7 @@ def _call(
     os.setsid()
     gc.freeze()  # as in `on_ranks`
     process._parent_process = None  # as in a process that multiprocessing has not started
-    resource_tracker._resource_tracker = resource_tracker.ResourceTracker()
+    resource_tracker._resource_tracker._fd = None
     os.environ.update(environment)
     with output.open("wb") as file:
         os.dup2(file.fileno(), 1)

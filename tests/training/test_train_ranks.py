@@ -171,7 +171,7 @@ def forked_ranks(folder: Path, *words: object) -> Iterator[dict[Path, Any]]:
     folder.mkdir()
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    launch = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    launch = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"}
     launch |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     with ExitStack() as stack:
         ranks = {}
