@@ -7,6 +7,7 @@ import gc
 import os
 import random
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,15 @@ def _few_collections() -> None:
     """Keep what earlier files left, such as torch's compiler, out of the search for garbage."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def blank_figures() -> Iterator[None]:
+    """Save figures as empty files, in a test that does not look at them."""
+    from tests.helpers.figures import blank  # matplotlib takes a while, and few tests need it
+
+    with blank():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.helpers.command_line import call, refused, synface
+from tests.helpers.command_line import call, refused
+from tests.helpers.forked import command_without_figures, finished
 from tests.helpers.training import TINY, score
 from tests.helpers.training import folder as write_folder
 
@@ -19,16 +20,18 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_train_eval_and_resume(folder, tmp_path):
     run = tmp_path / "run"
-    done = synface("train", "--data", folder, "--holdout", 3, "--output", run, *TINY)
-    assert "18 images of 3 people" in done.stdout
-    assert "images/s" in done.stdout
-    assert "ROC-AUC: trained" in done.stdout
-    assert "raw pixels" in done.stdout
-    again = synface("eval", run, "--data", folder, "--holdout", 3)
-    line = score(done.stdout)
-    assert line in again.stdout
+    words = ["train", "--data", folder, "--holdout", 3, "--output", run, *TINY]
+    code, shown = finished(tmp_path / "shown", command_without_figures, *words)
+    assert code == 0, shown
+    assert "18 images of 3 people" in shown
+    assert "images/s" in shown
+    assert "ROC-AUC: trained" in shown
+    assert "raw pixels" in shown
+    line = score(shown)
+    assert line in call("eval", run, "--data", folder, "--holdout", 3)
     same = call("eval", run)  # the people held out in training
     assert line in same
     assert "3 people never trained on" in same
@@ -53,10 +56,10 @@ def test_train_eval_and_resume(folder, tmp_path):
         (["eval", "faces"], "no checkpoint in faces"),
     ],
 )
-@pytest.mark.slow
-def test_errors_are_one_line(folder, arguments, message):
-    done = synface(*arguments, code=2, cwd=folder.parent)
-    assert re.search(message, " ".join(done.stdout.split())), done.stdout
+def test_errors_are_one_line(folder, arguments, message, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    shown = refused(*arguments)
+    assert re.search(message, " ".join(shown.split())), shown
     assert not (folder.parent / "runs").exists()
 
 

@@ -15,6 +15,7 @@ from synface.evaluation.metrics import verify
 from synface.training.loop import load_backbone
 
 from tests.helpers.command_line import call, refused
+from tests.helpers.figures import blank
 from tests.helpers.training import folder as write_folder
 
 
@@ -29,7 +30,8 @@ def run(faces: Path) -> Path:
     """Train a run with three of them held out."""
     folder = faces.with_name(f"{faces.name}-run")
     options = ["--epochs", 1, "--size", "16x16", "--embedding-size", 8, "--holdout", 3]
-    call("train", "--data", faces, "--output", folder, *options)
+    with blank():
+        call("train", "--data", faces, "--output", folder, *options)
     return folder
 
 

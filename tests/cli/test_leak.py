@@ -100,6 +100,7 @@ def test_names_of_any_bytes_are_reported(faces):
     assert name in {os.fsencode(pair["synthetic"]["name"]) for pair in found["closest"]}
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_threshold_is_the_exit_status(faces):
     a, b = (embed_pixels(open_images(x).store, (20, 18, 3)) for x in ("real", "synthetic"))
     known = closest_pairs(b, a, 10**4)
@@ -137,6 +138,7 @@ def test_the_same_comparison_writes_the_same_bytes_in_any_format(faces):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_images_are_compared_by_a_network(faces):
     call("train", "--data", "real", "--holdout", 2, "--output", "run", *TINY)
     call("leak", "real", "synthetic", "--network", "run", "--no-flip", "--device", "cpu")
@@ -156,6 +158,7 @@ def test_images_are_compared_by_a_network(faces):
     assert names() == FILES
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_embeddings_are_compared(faces):
     random = np.random.default_rng(0)
     a = random.standard_normal((30, 6)).astype(np.float32)

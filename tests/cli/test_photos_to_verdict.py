@@ -16,8 +16,9 @@ from synface.models.iresnet import PublishedIResNet
 
 from tests.helpers.chips import chip, needs_orl, needs_weights, orl
 from tests.helpers.command_line import call, refused
+from tests.helpers.figures import blank
 
-pytestmark = [needs_orl, needs_weights]
+pytestmark = [needs_orl, needs_weights, pytest.mark.usefixtures("blank_figures")]
 PAGE = (Path(__file__).parents[2] / "docs" / "use.md").read_text()
 
 
@@ -52,7 +53,7 @@ def trained(there):
     commands = [line.partition("#")[0] for line in block[1].splitlines() if line.strip()]
     smaller = {"--epochs": "6", "--holdout": "4", "--size": "56x48"}
     shown = {}
-    with pytest.MonkeyPatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched, blank():
         patched.chdir(there)
         for command in commands:
             words = shlex.split(command)[1:]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -26,6 +25,7 @@ from synface.training.loop import TIMING, TrainConfig, train
 from synface.training.sources import MixedSource
 
 from tests.helpers.command_line import call, refused
+from tests.helpers.forked import command, forked
 from tests.helpers.images import folder, truncate
 from tests.helpers.processes import children, is_running, wait_for
 
@@ -127,19 +127,20 @@ def test_the_loss_falls_on_mixed_images(synthetic, real, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_the_command_line_mixes_verifies_and_resumes(tmp_path):
     run, real = tmp_path / "run", folder(tmp_path / "real", 5, 4, seed=4)
     tiny = ["--size", "16x16", "--embedding-size", "8", "--batch-size", "500", "--epochs", "1"]
     domains = ["--synthetic", "default", "--real", real, "--holdout", "2"]
     mixing = ["--mix-ratio", "beta:0.5", "--per-sample", "--workers", "1"]
     trained = call("train", *domains, *mixing, *tiny, "--output", run)
-    words = " ".join(trained.split())
-    assert "2000 images of 100 people from scikit" in words
-    assert "mixed with 12 images of 3 people from" in words
-    assert "pairs of images/s; 1 workers, " in words
+    shown = " ".join(trained.split())
+    assert "2000 images of 100 people from scikit" in shown
+    assert "mixed with 12 images of 3 people from" in shown
+    assert "pairs of images/s; 1 workers, " in shown
     line = next(x for x in trained.splitlines() if x.startswith("ROC-AUC"))
-    for command in (("eval", run), ("train", "--resume", run, "--workers", "2")):
-        again = call(*command)
+    for words in (("eval", run), ("train", "--resume", run, "--workers", "2")):
+        again = call(*words)
         assert line in again
         assert "2 people never trained on" in again
     shown = " ".join(refused("train", "--resume", run, "--mix-ratio", "grid").split())
@@ -179,27 +180,16 @@ def test_options_that_do_not_fit(tmp_path, options, message, monkeypatch):
 @pytest.mark.slow
 def test_ctrl_c_and_sigterm_go_to_the_trainer_alone(synthetic, real, tmp_path, sent, code, word):
     """Workers ignore a signal that a terminal or SLURM sends to the whole process group."""
-    run = tmp_path / "run"
-    arguments = [sys.executable, "-m", "synface", "train", "--synthetic", synthetic]
-    arguments += ["--real", real, "--holdout", "0", "--size", "16x16", "--epochs", "100000"]
-    arguments += ["--embedding-size", "8", "--output", run]
-    with subprocess.Popen(
-        [str(argument) for argument in arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as trainer:
-        log = run / "metrics.jsonl"
-        try:
-            wait_for(lambda: checkpoint.checkpoints(run / "checkpoints"))
-            time.sleep(0.5)
-            os.killpg(trainer.pid, sent)
-            text = trainer.communicate(timeout=60)[0]
-        finally:
-            if trainer.poll() is None:
-                os.killpg(trainer.pid, signal.SIGKILL)
-    assert trainer.returncode == code, text
+    run, log = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    words = ["train", "--synthetic", synthetic, "--real", real, "--holdout", "0", "--size", "16x16"]
+    words += ["--epochs", "100000", "--embedding-size", "8", "--output", run]
+    with forked(tmp_path / "shown", command, *words) as trainer:
+        wait_for(lambda: checkpoint.checkpoints(run / "checkpoints"))
+        time.sleep(0.5)
+        os.killpg(trainer.pid, sent)
+        trainer.join(60)
+        text = (tmp_path / "shown").read_text()
+        assert trainer.exitcode == code, text
     assert f"{word}: continue with synface train --resume" in text
     assert "Traceback" not in text
     assert "killed" not in text

@@ -1,4 +1,4 @@
-"""Inspection of figures: labels of axes, legends beside the data, texts that do not overlap."""
+"""Figures that are inspected or left blank: labels, legends beside the data, overlapping texts."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ def drawn() -> Iterator[list[Figure]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", savefig)
         yield found
+
+
+@contextmanager
+def blank() -> Iterator[None]:
+    """Save figures as empty files: rendering them takes most of a small run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, path, **_: path.write_bytes(b""))
+        yield
 
 
 def unlabeled(figure):

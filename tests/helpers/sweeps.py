@@ -2,14 +2,20 @@
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from synface.data import Faces
+from synface.recipes import workers
 from synface.recipes.sweep import Cell
 from synface.training.config import TrainConfig
 from synface.training.sources import FacesSource
+
+from tests.helpers.forked import start_server
 
 CONFIG = TrainConfig(
     epochs=3,
@@ -62,3 +68,18 @@ def open_cells(
 def unopened() -> tuple[list[Cell], Faces]:
     """Fail to open the cells."""
     raise FileNotFoundError(2, "nobody", "here")
+
+
+@contextmanager
+def forked_workers() -> Iterator[None]:
+    """Fork workers from a server, which takes a tenth of the time of spawning them."""
+    server = start_server()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(workers, "get_context", lambda method: server)
+        patched.setattr(workers, "_serve", _serve)
+        yield
+
+
+def _serve(*arguments: Any) -> None:
+    workers.parent_process = lambda: None  # the server started this process, not the parent
+    workers._serve(*arguments)

@@ -3,8 +3,6 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,62 +10,50 @@ from synface.common.files import CheckpointError
 from synface.optim.centers import Centers, CentersConfig, files
 from synface.optim.centers.files import LAST_STEP, ROWS, STATE
 
+from tests.helpers.forked import finished
 from tests.helpers.stored_centers import SMALL, assert_same, batch, snapshot, train
 
 # ---- kills ---------------------------------------------------------------------------------------
 
-CHILD = """
-import sys
-from pathlib import Path
-import os, signal
-import torch
-from synface.optim.centers import Centers, CentersConfig, files
-from synface.optim.centers.files import STATE
-from tests.helpers.stored_centers import snapshot, train
 
-folder, until, kill, sync = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "sync"
-if (folder / STATE).exists():
-    centers = Centers.open(folder, sync=sync)
-else:
-    centers = Centers.create(CentersConfig(3000, 16, seed=3), folder, sync=sync)
-print(centers.step, flush=True)
-move, write = centers._move, files._write
+def take_steps(folder, until, kill, sync):
+    """Print the first step, train up to another, and save what is then; or die within a write."""
+    if (folder / STATE).exists():
+        centers = Centers.open(folder, sync=sync)
+    else:
+        centers = Centers.create(CentersConfig(3000, 16, seed=3), folder, sync=sync)
+    print(centers.step, flush=True)
+    move, write = centers._move, files._write
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
 
-def half_a_move(class_ids, gradient, *rest):
-    if gradient is not None:
-        move(class_ids[:150], gradient[:150], *rest)
+    def half_a_move(class_ids, gradient, *rest):
+        if gradient is not None:
+            move(class_ids[:150], gradient[:150], *rest)
+            die()
+        move(class_ids, gradient, *rest)
+
+    def half_a_write(descriptor, data):
+        write(descriptor, memoryview(data).cast("B")[: memoryview(data).nbytes // 2])
         die()
-    move(class_ids, gradient, *rest)
 
-def half_a_write(descriptor, data):
-    write(descriptor, memoryview(data).cast("B")[: memoryview(data).nbytes // 2])
-    die()
-
-while centers.step < until:
-    if kill and centers.step == until - 3:  # and not at a checkpoint
-        if kill == "move":
-            centers._move = half_a_move
-        else:
-            files._write = half_a_write
-    train(centers, centers.step + 1, num_sampled=300)
-    if centers.step % 10 == 0:
-        centers.checkpoint()
-torch.save(snapshot(centers), folder.with_suffix(".pt"))
-"""
+    while centers.step < until:
+        if kill and centers.step == until - 3:  # and not at a checkpoint
+            if kill == "move":
+                centers._move = half_a_move
+            else:
+                files._write = half_a_write
+        train(centers, centers.step + 1, num_sampled=300)
+        if centers.step % 10 == 0:
+            centers.checkpoint()
+    torch.save(snapshot(centers), folder.with_suffix(".pt"))
 
 
-def run_child(folder, until, kill="", sync=""):
-    """Return the child's first step and its exit status."""
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, folder, str(until), kill, sync],
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=200,
-    )
-    return int(child.stdout), child.returncode
+def run_child(folder, until, kill="", sync=False):
+    """Return a process's first step and its exit code."""
+    code, shown = finished(folder.with_suffix(".txt"), take_steps, folder, until, kill, sync)
+    return int(shown), code
 
 
 @pytest.mark.slow
@@ -77,11 +63,11 @@ def test_fifty_steps_twice_and_after_kill_9(tmp_path):
         assert run_child(tmp_path / name, 50) == (0, 0)
     once = torch.load(tmp_path / "once.pt", weights_only=True)
     assert_same(once, torch.load(tmp_path / "twice.pt", weights_only=True))
-    for kill, sync in (("move", ""), ("write", "sync")):
+    for kill, sync in (("move", False), ("write", True)):
         folder = tmp_path / kill
         assert run_child(folder, 20, kill, sync) == (0, -signal.SIGKILL)
         assert len(list(folder.glob("undo-1.bin"))) == 1
-        assert run_child(folder, 50, "", sync) == (10, 0)
+        assert run_child(folder, 50, sync=sync) == (10, 0)
         assert_same(once, torch.load(folder.with_suffix(".pt"), weights_only=True))
 
 

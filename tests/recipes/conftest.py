@@ -1,8 +1,11 @@
-"""A fixture of the recipes' tests."""
+"""Fixtures of the recipes' tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.sweeps import forked_workers
 
 
 @pytest.fixture
@@ -11,3 +14,10 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     file = tmp_path / "tiny.toml"
     file.write_text(request.module.TINY)
     return file
+
+
+@pytest.fixture
+def quick_workers() -> Iterator[None]:
+    """Fork the workers, in a test that does not look at how they start."""
+    with forked_workers():
+        yield

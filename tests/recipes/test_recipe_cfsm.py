@@ -24,6 +24,7 @@ from synface.recipes.cfsm.model import Generator, GeneratorConfig
 from torch import nn
 
 from tests.helpers.command_line import call, refused
+from tests.helpers.figures import blank
 
 ROOT = Path(__file__).parents[2]
 ORL = ROOT / ".." / "shared" / "data" / "orl"
@@ -129,7 +130,8 @@ def test_from_data_to_a_report(tmp_path, config):
 
     # Everything is there: the same figures come out, and nothing is trained again.
     before = weights(tmp_path / "run"), logs(tmp_path / "run")
-    call(*command, "--resume")
+    with blank():
+        call(*command, "--resume")
     assert (weights(tmp_path / "run"), logs(tmp_path / "run")) == before
     same = json.loads((report / "cfsm.json").read_text())
     assert same.pop("seconds") is None
@@ -224,7 +226,7 @@ def test_a_configuration_of_version_0_1_is_read(tmp_path, config):
 
 @pytest.mark.slow
 def test_the_orthogonality_falls(tmp_path, config):
-    config = replace(config, style=replace(config.style, steps=150, lr=0.01))
+    config = replace(config, style=replace(config.style, steps=100, lr=0.01, checkpoint_every=100))
     people = cfsm.read_people(config.data, config.seed)
     recognizer = nn.Sequential(nn.Flatten(), nn.Linear(256, 8))
     _, history = cfsm.learn_style(config, people, recognizer, "noisy", tmp_path / "run")
@@ -358,11 +360,14 @@ def test_a_parameter_that_is_not_finite_stops_the_run(tmp_path, config, monkeypa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_workers")
 def test_workers_find_what_one_process_finds(tmp_path, config):
     config = replace(
         config,
-        style=replace(config.style, seeds=2),
-        guided=replace(config.guided, seeds=2, other_originals=(0.75,), other_epsilons=(0.1,)),
+        style=replace(config.style, steps=2, seeds=2),
+        guided=replace(
+            config.guided, steps=2, seeds=2, other_originals=(0.75,), other_epsilons=(0.1,)
+        ),
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -451,6 +456,7 @@ def test_a_checkpoint_without_the_added_keys_goes_on(tmp_path, config, whole):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_all_additions_and_colors(tmp_path, config):
     """Generated faces in color, with everything that is not in the paper."""
     config = replace(
@@ -461,7 +467,8 @@ def test_all_additions_and_colors(tmp_path, config):
         ),
         generator=replace(config.generator, noise=True, blend=True, light=2, awake=0.5),
         discriminator=replace(config.discriminator, residuals=True),
-        style=replace(config.style, recovery_weight=1.0, statistics_weight=1.0),
+        style=replace(config.style, steps=2, recovery_weight=1.0, statistics_weight=1.0),
+        guided=replace(config.guided, steps=2),
     )  # fmt: skip
     state = torch.get_rng_state()
     results = cfsm.run(config, tmp_path / "run", ablations=True)

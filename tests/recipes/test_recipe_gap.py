@@ -17,6 +17,7 @@ from synface.recipes.report import spread
 from synface.synthesis import open_generator
 
 from tests.helpers.command_line import call
+from tests.helpers.figures import blank
 from tests.helpers.generators import people, unit
 
 TINY = """
@@ -155,7 +156,8 @@ def test_from_data_to_a_report(tmp_path, file):
     logs = {f: f.stat().st_mtime_ns for f in run.rglob("metrics.jsonl")}
     assert len(logs) == 12
     other = tmp_path / "report"
-    call(*command, "--resume", "--workers", "1", "--report", other, "--no-faces")
+    with blank():
+        call(*command, "--resume", "--workers", "1", "--report", other, "--no-faces")
     assert {f: f.stat().st_mtime_ns for f in logs} == logs
     assert json.loads((other / "gap.json").read_text()) == numbers
     assert not (other / "gap-faces.png").exists()

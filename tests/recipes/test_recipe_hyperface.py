@@ -14,6 +14,7 @@ from synface.recipes.report import difference, spread, verdict
 from synface.synthesis.packing import Packer, closest_pair
 
 from tests.helpers.command_line import call
+from tests.helpers.figures import blank
 
 TINY = """
 seeds = [0, 2]
@@ -68,7 +69,8 @@ def test_from_packing_to_a_report(tmp_path, file):
     # All is there: nothing is made again, and the same comes out.
     made = {f: f.stat().st_mtime_ns for f in run.glob("*/*") if "report" not in f.parts}
     other = tmp_path / "report"
-    call(*command, "--resume", "--report", other, "--no-faces")
+    with blank():
+        call(*command, "--resume", "--report", other, "--no-faces")
     assert {f: f.stat().st_mtime_ns for f in made} == made
     assert json.loads((other / "hyperface.json").read_text()) == figures
     assert not (other / "hyperface-faces.png").exists()
@@ -115,6 +117,7 @@ def test_a_packing_that_was_interrupted_goes_on(tmp_path, file):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_the_same_again_and_not_for_another_configuration(tmp_path, file):
     config = replace(load_config(file), seeds=(0,), kinds=("random", "packed"))
     first = hyperface.run(config, tmp_path / "first")

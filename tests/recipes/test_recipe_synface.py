@@ -15,6 +15,7 @@ from synface.recipes import sweep, synface
 from synface.recipes.synface import load_config
 
 from tests.helpers.command_line import call
+from tests.helpers.figures import blank
 from tests.helpers.generators import people
 
 ORL = Path(__file__).parents[2] / ".." / "shared" / "data" / "orl"
@@ -40,6 +41,7 @@ checkpoint_every = 1
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_workers")
 def test_from_data_to_a_report(tmp_path, file):
     command = ["recipe", "synface", "--config", file, "--output", tmp_path / "run"]
     call(*command)
@@ -66,7 +68,8 @@ def test_from_data_to_a_report(tmp_path, file):
     logs = {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("metrics.jsonl")}
     assert len(logs) == 12
     other = tmp_path / "report"
-    call(*command, "--resume", "--report", other, "--no-faces")
+    with blank():
+        call(*command, "--resume", "--report", other, "--no-faces")
     assert {f: f.stat().st_mtime_ns for f in logs} == logs
     assert json.loads((other / "synface.json").read_text()) == figures
     assert sorted(f.name for f in other.iterdir()) == [
@@ -157,6 +160,7 @@ def test_bad_data_is_named(tmp_path, file):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_each_seed_draws_its_people_and_merged_has_half_of_each(tmp_path, file):
     config = load_config(file)
     config = replace(config, rows=("merged",), data=replace(config.data, draw_people=True))

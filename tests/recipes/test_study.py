@@ -14,6 +14,7 @@ from synface.recipes.synface.study import load_config, one_attribute
 from synface.synthesis.generators import EigenfaceGenerator, HeadGenerator
 
 from tests.helpers.command_line import call
+from tests.helpers.training import folder
 
 TINY = """
 identities = [4, 6]
@@ -31,11 +32,12 @@ widths = [4, 8]
 depths = [1, 1]
 embedding_size = 8
 augment = 0.0
-checkpoint_every = 1
+checkpoint_every = 2
 """
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_workers")
 def test_from_cells_to_a_report(tmp_path, file):
     command = ["study", "--config", file, "--output", tmp_path / "run"]
     call(*command, "--cell", "4x2-mixup-seed-0")
@@ -96,12 +98,14 @@ def test_sizes_of_different_counts_train_for_as_many_steps(file):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_the_report_compares_and_tells_what_reached_the_accuracy(tmp_path, file):
     config = replace(
         load_config(file), seeds=(0, 1), attributes=("none", "light"), size_mixup=False,
         target_top1=0.9, max_steps=4, total=12, images=(2, 3), identities=(4, 6),
     )  # fmt: skip
-    results = study.run(config, tmp_path / "run")
+    data = replace(config.data, real=str(folder(tmp_path / "people")))
+    results = study.run(replace(config, data=data), tmp_path / "run")
     assert set(config.sizes) == {(4, 3), (6, 2)}
     numbers = study.measured(results)
     assert numbers["sizes"]["plain"]["4x3"]["reached"] in (0, 1, 2)

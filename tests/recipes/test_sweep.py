@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -24,6 +23,8 @@ from synface.recipes.duration import estimate
 from synface.recipes.sweep import Cell, run_cells, run_times
 
 from tests.helpers.command_line import call, refused
+from tests.helpers.forked import command, forked
+from tests.helpers.processes import wait_for
 from tests.helpers.sweeps import CONFIG, open_cells, unopened
 
 RECIPE = """
@@ -110,6 +111,7 @@ def test_two_workers_give_the_bits_of_this_process(tmp_path):
     assert run_cells(cells, held, tmp_path / "two", **options) == found
 
 
+@pytest.mark.usefixtures("quick_workers")
 @pytest.mark.parametrize(
     ("kinds", "error", "message"),
     [
@@ -129,6 +131,7 @@ def test_a_cell_that_fails_stops_the_others(tmp_path, kinds, error, message):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_workers")
 def test_an_error_is_named_in_this_process_too_and_is_itself(tmp_path):
     with pytest.raises(ValueError, match=r"^broken-1: no faces here$"):
         run(partial(open_cells, ("plain", "broken")), tmp_path)
@@ -140,6 +143,7 @@ def test_an_error_is_named_in_this_process_too_and_is_itself(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_workers")
 def test_an_interrupted_run_of_two_workers_goes_on(tmp_path):
     opened = partial(open_cells, ("slow", "slow"), replace(CONFIG, epochs=20, checkpoint_every=20))
     whole = run(opened, tmp_path / "whole")
@@ -166,29 +170,18 @@ def test_an_interrupted_run_of_two_workers_goes_on(tmp_path):
 @contextmanager
 def started(folder: Path):
     """Run the command in a session of its own, until both workers train."""
-    file, output = folder / "long.toml", folder / "run"
+    file, output, shown = folder / "long.toml", folder / "run", folder / "shown"
     file.write_text(RECIPE)
-    command = ["recipe", "synface", "--config", file, "--output", output, "--workers", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "synface", *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        logs = [output / f"synthetic-seed-{seed}" / "metrics.jsonl" for seed in (0, 1)]
-        ends = time.monotonic() + 240
-        while not all(log.exists() and log.stat().st_size for log in logs):
-            assert process.poll() is None, process.stdout.read()
-            assert time.monotonic() < ends
-            time.sleep(0.05)
-        yield process, output
-    finally:
-        with_all = Path(f"/proc/{process.pid}").exists() or members(process.pid)
-        if with_all:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    words = ["recipe", "synface", "--config", file, "--output", output, "--workers", "2"]
+    logs = [output / f"synthetic-seed-{seed}" / "metrics.jsonl" for seed in (0, 1)]
+
+    def both_train() -> bool:
+        assert process.is_alive(), shown.read_text()
+        return all(log.exists() and log.stat().st_size for log in logs)
+
+    with forked(shown, command, *words) as process:
+        wait_for(both_train, 240)
+        yield process, output, shown
 
 
 def members(session: int) -> list[int]:
@@ -216,16 +209,14 @@ def members(session: int) -> list[int]:
     ],
 )
 def test_no_worker_is_left_behind(tmp_path, number, whole_group, code, said):
-    with started(tmp_path) as (process, output):
+    with started(tmp_path) as (process, output, shown):
         (os.killpg if whole_group else os.kill)(process.pid, number)
-        shown, _ = process.communicate(timeout=60)
-        ends = time.monotonic() + 60
-        while left := members(process.pid):
-            assert time.monotonic() < ends, left
-            time.sleep(0.05)
-    assert process.returncode == code, shown
-    assert said in shown
-    assert "Traceback" not in shown
+        process.join(60)
+        wait_for(lambda: not members(process.pid))
+        text = shown.read_text()
+        assert process.exitcode == code, text
+    assert said in text
+    assert "Traceback" not in text
     for seed in (0, 1):  # both have finished their step, and stored it
         folder = output / f"synthetic-seed-{seed}"
         steps = len((folder / "metrics.jsonl").read_text().splitlines())
@@ -340,6 +331,7 @@ def test_the_bar_says_how_many_and_how_long(capsys):
     assert task.fields["note"] == ""
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_options_that_exclude_each_other(tmp_path):
     file = tmp_path / "some.toml"
     file.write_text(RECIPE)

@@ -177,6 +177,7 @@ def test_a_module_that_does_not_embed_is_refused_before_the_run(faces, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_a_function_trains_and_is_imported_only_where_it_is_named(tmp_path, nets):
     spec, run, data = f"{nets}:conv", tmp_path / "run", folder(tmp_path / "faces")
     given = ["--data", data, "--holdout", 2, *TINY, "--backbone", spec]
@@ -243,6 +244,7 @@ def test_options_that_a_backbone_does_not_take_are_refused(tmp_path, nets):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_a_preset_trains_and_evaluates_by_its_name(tmp_path):
     data, run = folder(tmp_path / "faces"), tmp_path / "run"
     options = ["--data", data, "--holdout", 2, *TINY, "--backbone", "iresnet18"]

@@ -32,7 +32,8 @@ def lines(text: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_log_has_every_line_of_the_terminal(trained):
+@pytest.mark.usefixtures("blank_figures")
+def test_the_log_has_every_line_of_the_terminal(trained, tmp_path):
     run, shown = trained
     log = lines((run / "log.txt").read_text())
     assert log == lines(shown)
@@ -41,10 +42,11 @@ def test_the_log_has_every_line_of_the_terminal(trained):
     for line in epochs:
         assert re.fullmatch(r"epoch \d of 3: loss \d+\.\d{4}, top-1 \d+\.\d%, \d+ images/s", line)
     assert len([line for line in log if line.startswith("verified: ROC-AUC")]) == 3
-    call("train", "--resume", run)
-    again = lines((run / "log.txt").read_text())
+    copy = shutil.copytree(run, tmp_path / "run")
+    call("train", "--resume", copy)
+    again = lines((copy / "log.txt").read_text())
     assert again[: len(log)] == log
-    assert f"report: {run / 'report' / 'index.html'}" in again[len(log) :]
+    assert f"report: {copy / 'report' / 'index.html'}" in again[len(log) :]
 
 
 def test_the_report_has_the_figures_and_pictures(trained):
@@ -72,6 +74,7 @@ def test_the_report_has_the_figures_and_pictures(trained):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_the_best_checkpoint_is_evaluated_like_a_run(trained):
     run, _ = trained
     rows = [json.loads(line) for line in (run / "verification.jsonl").read_text().splitlines()]
@@ -94,6 +97,7 @@ def test_a_network_below_raw_pixels_is_a_warning(trained):
     assert verifier.warning(verifier.pixels) is None  # as good as these
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_verification_options_are_kept_and_may_change(trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "run")
     command = json.loads((tmp_path / "run" / "config.json").read_text())["command"]

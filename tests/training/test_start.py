@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +13,12 @@ from synface.common.files import CheckpointError
 from synface.data import embedded_faces
 from synface.models.iresnet import IResNet, PublishedIResNet, insightface_names
 from synface.training import TrainConfig, train
+from synface.training.backbone import build_backbone
 from synface.training.initial import architecture_of, fitted, network_of_weights, read_weights
 
+from tests.helpers import torchvision_stand_in
 from tests.helpers.command_line import call, refused
+from tests.helpers.forked import finished
 from tests.helpers.ranks import on_ranks
 from tests.helpers.training import SMALL, folder, same, state
 
@@ -332,6 +333,7 @@ def test_records_of_older_versions_compare_equal():
     assert TrainConfig.from_json(changed.to_json()) == changed
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_command_line_begins_with_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder(tmp_path / "faces")
@@ -349,31 +351,27 @@ def test_the_command_line_begins_with_weights(tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
-TIMM = """
-import torch
-from tests.helpers import torchvision_stand_in
+TIMM = {"mobilenetv3_small_050": (32, 32, 1), "vit_tiny_patch16_224": (48, 48, 3)}
 
-torchvision_stand_in.install()
-from synface.training import TrainConfig
-from synface.training.backbone import build_backbone
 
-for name, shape in (("mobilenetv3_small_050", (32, 32, 1)), ("vit_tiny_patch16_224", (48, 48, 3))):
-    config = TrainConfig(backbone=f"synface.models.timm:{name}", embedding_size=16)
-    network = build_backbone(config, shape).eval()
-    print(tuple(network(torch.zeros(2, shape[2], *shape[:2])).shape))
-try:
-    build_backbone(TrainConfig(backbone="synface.models.timm:no_such_network"), (32, 32, 1))
-except ValueError as error:
-    print(error)
-"""
+def use_timm() -> None:
+    torchvision_stand_in.install()
+    for name, shape in TIMM.items():
+        config = TrainConfig(backbone=f"synface.models.timm:{name}", embedding_size=16)
+        network = build_backbone(config, shape).eval()
+        print(tuple(network(torch.zeros(2, shape[2], *shape[:2])).shape))
+    try:
+        build_backbone(TrainConfig(backbone="synface.models.timm:no_such_network"), (32, 32, 1))
+    except ValueError as error:
+        print(error)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="needs timm")
 @pytest.mark.slow
-def test_networks_of_timm_are_backbones():
-    done = subprocess.run([sys.executable, "-c", TIMM], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    *shapes, error = done.stdout.splitlines()
+def test_networks_of_timm_are_backbones(tmp_path):
+    code, shown = finished(tmp_path / "shown", use_timm)  # timm may find the stand-in only there
+    assert code == 0, shown
+    *shapes, error = shown.splitlines()
     assert shapes == ["(2, 16)"] * 2
     assert "cannot be imported: timm " in error
     assert "has no network 'no_such_network'" in error

@@ -124,6 +124,7 @@ def test_shards_that_can_be_read_in_order_only(people, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_the_command_line_streams_what_memory_does_not_hold(tmp_path):
     people = folder(tmp_path / "people", 6)
     tiny = ["--size", "16x18", "--embedding-size", "8", "--batch-size", "4", "--epochs", "1"]

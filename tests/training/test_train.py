@@ -4,9 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +19,8 @@ from synface.evaluation.metrics import verify
 from synface.models.iresnet import ChannelsLastConv2d
 from synface.training.loop import TrainConfig, learning_rate, load_backbone, train
 
+from tests.helpers.forked import finished, forked
+from tests.helpers.processes import wait_for
 from tests.helpers.training import SMALL, same, state
 
 SMALL = replace(SMALL, epochs=4)
@@ -212,49 +211,36 @@ def test_a_checkpoint_that_cannot_be_written_loses_nothing(faces, tmp_path, monk
     )
 
 
-RUN = """
-import sys
-from pathlib import Path
-from synface.data import embedded_faces
-from synface.training.loop import TrainConfig, train
-faces = embedded_faces(images_per_identity=4, size=16, identities=6)
-config = TrainConfig(epochs=400, batch_size=11, widths=(4, 8), depths=(1, 1), embedding_size=16,
-                     checkpoint_every=1, fused_update=sys.argv[-1] == "fused")
-"""
 # In processes of their own: what tests did to torch's threads may change a result's last bits.
-KILLED = RUN + "train(config, faces, Path(sys.argv[1]))"
-RESUMED = (
-    RUN
-    + """
-import torch
-run, other, step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-resumed = train(config, faces, run, resume=True, stop_after=step)
-whole = train(config, faces, other, stop_after=step)
-for one, two in ((resumed.backbone, whole.backbone), (resumed.head, whole.head)):
-    for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-assert resumed.history == whole.history
-"""
-)
+def train_long(faces, run, fused):
+    train(replace(SMALL, epochs=400, fused_update=fused), faces, run)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-@pytest.mark.parametrize("update", ["apart", "fused"])
+def resume_and_compare(faces, run, other, step, fused):
+    config = replace(SMALL, epochs=400, fused_update=fused)
+    resumed = train(config, faces, run, resume=True, stop_after=step)
+    whole = train(config, faces, other, stop_after=step)
+    assert_same(resumed, whole)
+    assert resumed.history == whole.history
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
 @pytest.mark.slow
-def test_kill_9_leaves_a_whole_checkpoint(faces, tmp_path, update):
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "run"), update])
-    folder = tmp_path / "run" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while len(checkpoint.checkpoints(folder)) < 2:
-        assert child.poll() is None, "ended before it was killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    found = checkpoint.find(tmp_path / "run")
+def test_kill_9_leaves_a_whole_checkpoint(faces, tmp_path, fused):
+    run, shown = tmp_path / "run", tmp_path / "shown"
+
+    def written() -> bool:
+        assert child.is_alive(), shown.read_text()
+        return len(checkpoint.checkpoints(run / "checkpoints")) >= 2
+
+    with forked(shown, train_long, faces, run, fused) as child:
+        wait_for(written, 120)
+        child.kill()
+    found = checkpoint.find(run)
     _, about = checkpoint.load(found)
-    arguments = [str(tmp_path / "run"), str(tmp_path / "whole"), str(about["step"] + 3)]
-    subprocess.run([sys.executable, "-c", RESUMED, *arguments, update], check=True)
+    last = about["step"] + 3
+    code, text = finished(shown, resume_and_compare, faces, run, tmp_path / "whole", last, fused)
+    assert code == 0, text
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
@@ -314,7 +300,7 @@ def test_one_identity_is_too_few(tmp_path):
 @pytest.mark.slow
 def test_orl_people_never_trained_on(tmp_path):
     """A short run; docs/training.md has the full one."""
-    faces, held = read_folder(ORL, (56, 48)).split(10)
+    faces, held = read_folder(ORL, (28, 24)).split(10)
     result = train(replace(TrainConfig(), epochs=12), faces, tmp_path / "run")
     trained = verify(embed(result.backbone, held.images), held.labels)
     assert trained.auc > verify(pixel_embeddings(held.images), held.labels).auc

@@ -17,7 +17,7 @@ from torch import nn
 
 import synface_kernels as sk
 from tests.helpers.command_line import call, refused
-from tests.helpers.training import SMALL, largest_difference
+from tests.helpers.training import SMALL, folder, largest_difference
 
 SMALL = replace(SMALL, dropout=0.0)
 SAMPLED = {"sample_rate": 0.5}
@@ -262,10 +262,12 @@ def test_tensorboard_has_the_figures(faces, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_a_file_of_options(faces, tmp_path):
-    file = tmp_path / "run.toml"
+    file, data = tmp_path / "run.toml", folder(tmp_path / "faces", 8)
     file.write_text(
-        'epochs = 2\nlr = 0.1\nwidths = [4, 8]\ndepths = [1, 1]\nsize = "16x16"\nholdout = 90\n'
+        f'data = "{data}"\nholdout = 3\n'
+        'epochs = 2\nlr = 0.1\nwidths = [4, 8]\ndepths = [1, 1]\nsize = "16x16"\n'
         'schedule = "polynomial"\nfreeze_statistics = true\nverify_every = 1\nbatch_size = 7\n'
     )
     call("train", "--config", file, "--epochs", 1, "--output", tmp_path / "a")

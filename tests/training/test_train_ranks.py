@@ -5,12 +5,14 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +22,10 @@ from synface.evaluation.embedding import embed
 from synface.heads import ShardedMarginHead
 from synface.training.loop import load_backbone, train
 
+from tests.helpers.forked import command_without_figures, forked
+from tests.helpers.processes import wait_for
 from tests.helpers.ranks import on_ranks
-from tests.helpers.training import SMALL, same
+from tests.helpers.training import SMALL, folder, same
 
 SMALL = replace(
     SMALL, epochs=5, batch_size=32, lr=0.05, dropout=0.0, augment=0.0, freeze_statistics=True
@@ -48,9 +52,9 @@ class Job:
 
     def __call__(self, rank: int, ranks: int) -> list:
         results = []
-        for config, folder, options in self.calls:
+        for config, output, options in self.calls:
             try:
-                results.append(result_of(train(config, faces(), Path(folder), **options)))
+                results.append(result_of(train(config, faces(), Path(output), **options)))
             except (ValueError, OSError) as error:
                 results.append(f"{type(error).__name__}: {error}")
         return results
@@ -153,28 +157,45 @@ def test_what_cannot_be_done_is_said_by_all_ranks(tmp_path):
 
 
 def torchrun(ranks: int, *arguments: object) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += [str(ranks), "-m", "synface", *map(str, arguments)]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    words += [str(ranks), "-m", "synface", *map(str, arguments)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
+@contextmanager
+def forked_ranks(folder: Path, *words: object) -> Iterator[dict[Path, Any]]:
+    """Yield two ranks of a command by the files of what they print, begun as by torchrun."""
+    folder.mkdir()
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    launch = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"}
+    launch |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with ExitStack() as stack:
+        ranks = {}
+        for output in (folder / "0", folder / "1"):
+            rank = forked(output, command_without_figures, *words, **launch, RANK=output.name)
+            ranks[output] = stack.enter_context(rank)
+        yield ranks
+
+
 OPTIONS = ["--size", "16x16", "--widths", "4,8", "--depths", "1,1", "--embedding-size", 16]
-OPTIONS += ["--batch-size", 30, "--holdout", 80, "--checkpoint-every", 1, "--epochs", 4]
+OPTIONS += ["--batch-size", 10, "--holdout", 2, "--checkpoint-every", 1, "--epochs", 8]
 
 
 @contextmanager
-def running_ranks(steps, run, *arguments):
-    """Start two ranks, wait for more than that many steps, and leave nobody behind."""
+def under_torchrun(run, *arguments):
+    """Start two ranks, wait for more than three steps, and leave nobody behind."""
     running, log = torchrun(2, *arguments, "--output", run), run / "metrics.jsonl"
+
+    def more_than_3_steps() -> bool:
+        assert running.poll() is None, running.communicate()[0]
+        return log.exists() and len(log.read_text().splitlines()) > 3
+
     try:
-        limit = time.monotonic() + 200
-        while not (log.exists() and len(log.read_text().splitlines()) > steps):
-            assert running.poll() is None, running.communicate()[0]
-            assert time.monotonic() < limit
-            time.sleep(0.02)
+        wait_for(more_than_3_steps, 200)
         children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
         yield running, [int(pid) for pid in children]
     finally:
@@ -184,19 +205,29 @@ def running_ranks(steps, run, *arguments):
 
 
 @pytest.mark.slow
-def test_torchrun_after_kill_9_ends_in_the_same_run(tmp_path):
-    done = torchrun(2, "train", *OPTIONS, "--output", tmp_path / "whole")
-    output, _ = done.communicate(timeout=300)
-    assert done.returncode == 0, output
-    assert output.count("ROC-AUC: trained") == 1  # the first rank speaks
+def test_ranks_after_kill_9_and_torchrun_end_in_the_same_run(tmp_path):
+    words = ["train", *OPTIONS, "--data", folder(tmp_path / "faces", 12, 10)]  # 80 steps
+    with forked_ranks(tmp_path / "first", *words, "--output", tmp_path / "whole") as ranks:
+        for output, rank in ranks.items():
+            rank.join(300)
+            assert rank.exitcode == 0, output.read_text()
+        shown = "".join(output.read_text() for output in ranks)
+    assert shown.count("ROC-AUC: trained") == 1  # the first rank speaks
 
     run = tmp_path / "cut"
     log = run / "metrics.jsonl"
-    with running_ranks(9, run, "train", *OPTIONS) as (killed, children):
-        for pid in children:
-            os.kill(pid, signal.SIGKILL)
-        killed.communicate(timeout=120)
-        assert killed.returncode != 0
+    with forked_ranks(tmp_path / "killed", *words, "--output", run) as ranks:
+
+        def more_than_9_steps() -> bool:
+            assert all(rank.is_alive() for rank in ranks.values())
+            return log.exists() and len(log.read_text().splitlines()) > 9
+
+        wait_for(more_than_9_steps, 200)
+        for rank in ranks.values():
+            rank.kill()
+        for rank in ranks.values():
+            rank.join(120)
+            assert rank.exitcode != 0
 
     resumed = torchrun(2, "train", "--resume", run)
     output, _ = resumed.communicate(timeout=300)
@@ -212,8 +243,9 @@ def test_sigterm_ends_all_ranks_after_one_step(tmp_path):
     """One rank gets the signal first and tells the others; torchrun forwards it too."""
     run = tmp_path / "run"
     log = run / "metrics.jsonl"
-    command = ["train", *OPTIONS[:-2], "--epochs", 100_000]
-    with running_ranks(3, run, *command) as (running, children):
+    data = folder(tmp_path / "faces", 12, 10)
+    words = ["train", *OPTIONS[:-2], "--epochs", 100_000, "--data", data]
+    with under_torchrun(run, *words) as (running, children):
         os.kill(children[-1], signal.SIGTERM)
         output, _ = running.communicate(timeout=120)
         assert running.returncode != 0

@@ -19,6 +19,8 @@ from tests.helpers.command_line import call, refused
 from tests.helpers.ranks import on_ranks
 from tests.helpers.training import SMALL, TINY, folder, same, score, state
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 
 def people(identities=6, **options):
     return embedded_faces(images_per_identity=4, size=16, identities=identities, **options)

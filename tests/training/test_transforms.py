@@ -457,6 +457,7 @@ TINY = [*TINY, "--widths", "4,8", "--depths", "1,1", "--holdout", "2"]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_a_run_uses_a_file_and_resumes_with_it(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = folder(tmp_path / "faces")
@@ -493,6 +494,7 @@ def test_a_run_uses_a_file_and_resumes_with_it(module, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_a_resumed_run_reads_its_file_of_a_known_library(tmp_path):
     albumentations()
     data = folder(tmp_path / "faces")
