@@ -59,7 +59,7 @@ for epochs in (1, 20):
 
 @pytest.fixture(scope="module")
 def scripts():
-    with forks() as running:
+    with forks("torch._dynamo", "synface.data", "synface.heads") as running:
         yield running
 
 

@@ -7,6 +7,7 @@ that torchrun gives them.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -23,7 +24,6 @@ import torch.distributed as dist
 from tests.helpers import watched
 
 ROOT = Path(__file__).resolve().parents[2]
-IMPORTED = ["torch._dynamo", "synface.data", "synface.heads"]
 STREAMS = ("stdout", "stderr")
 
 
@@ -66,10 +66,14 @@ class Forks:
 
 
 @contextmanager
-def forks() -> Iterator[Forks]:
-    """Start the process, which ends with the context."""
+def forks(*imported: str) -> Iterator[Forks]:
+    """Start the process, which ends with the context.
+
+    Args:
+        imported: modules that it imports besides torch, so that the scripts need not.
+    """
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.forks"],
+        [sys.executable, "-m", "tests.helpers.forks", *imported],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
@@ -140,6 +144,7 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    for name in IMPORTED:
+    for name in sys.argv[1:]:
         importlib.import_module(name)
+    gc.freeze()  # so that forks neither look through these modules nor copy them
     serve()
