@@ -115,7 +115,8 @@ with joined("cpu"):
 def test_a_rank_leaves_its_group_while_gloo_still_holds_tensors(tmp_path):
     script = tmp_path / "stall.py"
     script.write_text(STALL)
-    run = subprocess.run(  # a fork, or one with more modules, may end well though threads live
+    # Not a fork, nor a process with more modules: these may end well though threads live.
+    run = subprocess.run(
         [sys.executable, watched.__file__, LATE_GLOO, script],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment(rank=0, ranks=1, port=0),
         capture_output=True,

@@ -28,7 +28,7 @@ STREAMS = ("stdout", "stderr")
 
 
 class Finished(NamedTuple):
-    """What the forks of a script printed, and the exit code of the first that failed."""
+    """The output of a script's forks, and the exit code of the first that failed."""
 
     returncode: int
     stdout: str
@@ -102,7 +102,7 @@ def start_store(ranks: int) -> tuple[int, int]:
 
 
 def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """Return the variables that torchrun sets, and the libraries here read."""
+    """Return those variables of torchrun that libraries read here."""
     found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     agent = {"TORCHELASTIC_RUN_ID": "none"}
