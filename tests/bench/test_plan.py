@@ -1,7 +1,6 @@
 """The plan of a training run: its memory model against measured peaks, its sums and remedies."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ from synface.models.iresnet import IResNet
 
 from benchmarks.machine import describe
 from tests.helpers.command_line import call
+from tests.helpers.forks import forks
 
 STEP = """
 import sys, torch
@@ -74,6 +74,12 @@ print(peak_bytes(lambda: train(classes, 2)))
 """
 
 
+@pytest.fixture(scope="module")
+def scripts():
+    with forks("synface_kernels.testing") as running:
+        yield running
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
     ("centers", "optimizer", "sample_rate", "fused"),
@@ -88,11 +94,13 @@ print(peak_bytes(lambda: train(classes, 2)))
     ],
 )
 @pytest.mark.slow
-def test_the_memory_model_is_what_is_measured(centers, optimizer, sample_rate, fused):
+def test_the_memory_model_is_what_is_measured(
+    centers, optimizer, sample_rate, fused, scripts, tmp_path
+):
     settings = Settings(
         1_000_000,
         128,
-        batch=256,
+        batch=64,  # the time grows with it, and the memory hardly
         sample_rate=sample_rate,
         fused_update=fused,
         centers=centers,
@@ -101,9 +109,9 @@ def test_the_memory_model_is_what_is_measured(centers, optimizer, sample_rate, f
     )
     s = settings
     arguments = [s.identities, s.dim, s.batch, centers, optimizer, sample_rate, fused]
-    child = subprocess.run(
-        [sys.executable, "-c", STEP, *map(str, arguments)], capture_output=True, text=True
-    )
+    script = tmp_path / "step.py"
+    script.write_text(STEP)
+    child = scripts.run([str(script), *map(str, arguments)], tmp_path)
     assert child.returncode == 0, child.stderr
     measured, model = int(child.stdout), sum(memory(settings).values())
     # the model's workspace is an upper bound

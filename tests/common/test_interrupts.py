@@ -12,7 +12,7 @@ import torch
 from synface.common.interrupts import Terminated, interruption, interrupts
 from synface.recipes.workers import run_named
 
-from tests.helpers.command_line import synface
+from tests.helpers.command_line import call
 from tests.helpers.ranks import on_ranks
 
 ENDS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
@@ -196,7 +196,7 @@ def terminated(folder, where, *arguments):
 
 
 @pytest.mark.slow
-def test_sigterm_ends_synthesize_and_convert_as_ctrl_c_does(tmp_path):
+def test_sigterm_ends_synthesize_and_convert_as_ctrl_c_does(tmp_path, monkeypatch):
     """Files written before a signal are whole, and nothing half done is left."""
     import numpy as np
 
@@ -206,7 +206,8 @@ def test_sigterm_ends_synthesize_and_convert_as_ctrl_c_does(tmp_path):
     options += ("--images-per-identity", "2", "--batch-size", "2")
     shown = terminated(tmp_path, where, *options)
     assert "terminated: run the same command with --resume to continue" in shown
-    synface(*options, "--resume", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    call(*options, "--resume")
     assert len(list((tmp_path / "faces").glob("*/*.png"))) == 6
 
     where = ("synface.data.formats.decode", "header", "3")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.forks import Forks, forks
 
 FUZZED = Path(__file__).parents[1] / "helpers" / "fuzzed.py"
 FORMATS = ("folder", "recordio", "webdataset", "webdataset-gz", "parquet", "arrow")
@@ -15,13 +17,18 @@ FORMATS += ("recordio-scanned", "parquet-paths")
 SETS = ("bin", "pairs", "path-pairs", "templates")
 
 
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[Forks]:
+    with forks("synface.data.formats.image_set", "synface.evaluation.sets") as running:
+        yield running
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 @pytest.mark.parametrize("kind", FORMATS + SETS)
 @pytest.mark.slow
-def test_mutated_files_are_clear_errors(kind, tmp_path):
+def test_mutated_files_are_clear_errors(kind: str, scripts: Forks, tmp_path: Path) -> None:
     # A crash would end the process: so it is one of its own.
-    command = [sys.executable, "-W", "ignore", FUZZED, kind, "0", "1000", tmp_path]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    done = scripts.run([str(FUZZED), kind, "0", "1000", str(tmp_path)], tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found["errors"]) <= {"DataError", "OSError"}

@@ -27,12 +27,17 @@ def late_all_reduce(*args: Any, **options: Any) -> None:
     future.wait()
 
 
-if __name__ == "__main__":
+def run(arguments: list[str]) -> None:
+    """Run a script in this process, as Python does, under the time limit."""
     faulthandler.dump_traceback_later(DEADLINE)
     signal.alarm(DEADLINE + 10)  # also ends a process whose interpreter is locked
-    if sys.argv[1] == LATE_GLOO:
+    if arguments[0] == LATE_GLOO:
         dist.all_reduce = late_all_reduce
-        del sys.argv[1]
-    del sys.argv[0]
-    sys.path[0] = str(Path(sys.argv[0]).parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+        del arguments[0]
+    sys.argv[:] = arguments
+    sys.path[0] = str(Path(arguments[0]).parent)
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])
