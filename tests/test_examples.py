@@ -16,22 +16,21 @@ from synface.optim.rows import RowSGD
 import synface_kernels as sk
 from examples import arcface_torch_script
 from tests.helpers import watched
-from tests.helpers.forks import environment, forks
+from tests.helpers.forked import finished
 from tests.helpers.ranks import on_ranks
 from tests.helpers.watched import LATE_GLOO
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-ALONE, RANKS, TORCHRUN = "alone", "two-ranks", "torchrun"
 RUNS = [
-    (ALONE, "plain_torch", "torch", []),
-    (ALONE, "lightning_module", "pytorch_lightning", ["--precision", "bf16-mixed"]),
-    (ALONE, "lightning_module", "pytorch_lightning", ["--devices", "2"]),  # starts the other itself
-    (ALONE, "accelerate_loop", "accelerate", ["--mixed-precision", "bf16"]),
-    (RANKS, "accelerate_loop", "accelerate", []),
-    (TORCHRUN, "accelerate_loop", "accelerate", ["--shard"]),
-    (ALONE, "metric_learning_trainer", "pytorch_metric_learning", []),
-    (RANKS, "metric_learning_trainer", "pytorch_metric_learning", []),
-    (ALONE, "arcface_torch_script", "torch", ["--fp16", "--sample-rate", "0.5"]),
+    (1, "plain_torch", "torch", []),
+    (1, "lightning_module", "pytorch_lightning", ["--precision", "bf16-mixed"]),
+    (1, "lightning_module", "pytorch_lightning", ["--devices", "2"]),  # starts the other itself
+    (1, "accelerate_loop", "accelerate", ["--mixed-precision", "bf16"]),
+    (2, "accelerate_loop", "accelerate", []),
+    (2, "accelerate_loop", "accelerate", ["--shard"]),
+    (1, "metric_learning_trainer", "pytorch_metric_learning", []),
+    (2, "metric_learning_trainer", "pytorch_metric_learning", []),
+    (1, "arcface_torch_script", "torch", ["--fp16", "--sample-rate", "0.5"]),
 ]
 
 LIGHTNING = """
@@ -57,26 +56,22 @@ for epochs in (1, 20):
 """
 
 
-@pytest.fixture(scope="module")
-def scripts():
-    with forks("torch._dynamo", "synface.data", "synface.heads") as running:
-        yield running
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("launch", "name", "package", "options"), RUNS)
-def test_the_loss_falls(launch, name, package, options, scripts, tmp_path):
+@pytest.mark.parametrize(("ranks", "name", "package", "options"), RUNS)
+def test_the_loss_falls(ranks, name, package, options, tmp_path):
     """Two ranks hold 11 and 10 identities."""
     needs(package)
     script = [str(EXAMPLES / f"{name}.py"), "--epochs", "3", "--identities", "21", *options]
-    if launch == TORCHRUN:
-        (tmp_path / "torchrun.py").write_text("from torch.distributed.run import main; main()")
-        launcher = [str(tmp_path / "torchrun.py"), "--standalone", "--nproc-per-node=2"]
-        losses = losses_printed_by(scripts.run([*launcher, watched.__file__, *script], tmp_path))
-    elif launch == RANKS:
-        losses = losses_printed_by(scripts.run([LATE_GLOO, *script], tmp_path, ranks=2))
+    if ranks == 1:
+        code, shown = finished(tmp_path / "shown", watched.run, script)
+        assert code == 0, shown
     else:
-        losses = losses_printed_by(scripts.run(script, tmp_path))
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        late = [] if options else [LATE_GLOO]  # the others would be late at every step's exchange
+        run = run_to_its_end([sys.executable, *launcher, watched.__file__, *late, *script])
+        assert run.returncode == 0, run.stdout + run.stderr
+        shown = run.stdout
+    losses = losses_in(shown)
     assert len(losses) == 3
     assert losses[0] > losses[1] > losses[2]
 
@@ -87,9 +82,14 @@ def needs(package):
         pytest.skip(f"{package} is not installed")
 
 
-def losses_printed_by(run):
-    assert run.returncode == 0, run.stdout + run.stderr
-    return [float(x) for x in re.findall(r"^epoch \d+: loss ([\d.]+)", run.stdout, re.MULTILINE)]
+def losses_in(shown):
+    return [float(x) for x in re.findall(r"^epoch \d+: loss ([\d.]+)", shown, re.MULTILINE)]
+
+
+def run_to_its_end(command, environment=()):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment)
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(command, **options)
 
 
 STALL = """
@@ -115,13 +115,10 @@ with joined("cpu"):
 def test_a_rank_leaves_its_group_while_gloo_still_holds_tensors(tmp_path):
     script = tmp_path / "stall.py"
     script.write_text(STALL)
-    # Not a fork, nor a process with more modules: these may end well though threads live.
-    run = subprocess.run(
-        [sys.executable, watched.__file__, LATE_GLOO, script],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment(rank=0, ranks=1, port=0),
-        capture_output=True,
-        text=True,
-    )
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    torchrun = {"TORCHELASTIC_RUN_ID": "none"}
+    # Not forked: such a process is not finalized, where the fault shows.
+    run = run_to_its_end([sys.executable, watched.__file__, LATE_GLOO, script], alone | torchrun)
     assert run.returncode == 1, run.stdout + run.stderr
     assert "RuntimeError: as expected" in run.stderr
 
@@ -214,11 +211,13 @@ def test_a_gradient_scaler_takes_sampled_classes():
 
 
 @pytest.mark.slow
-def test_sampled_classes_under_lightning_as_documented(scripts, tmp_path):
+def test_sampled_classes_under_lightning_as_documented(tmp_path):
     needs("pytorch_lightning")
     page = (EXAMPLES.parent / "docs" / "migrate.md").read_text()
     (block,) = re.findall(r"```python\n([^`]*?class Sampled.*?)```", page, flags=re.DOTALL)
     script = tmp_path / "sampled.py"
     script.write_text(LIGHTNING.format(block=block))
-    first, last = losses_printed_by(scripts.run([str(script)], tmp_path))
+    code, shown = finished(tmp_path / "shown", watched.run, [str(script)])
+    assert code == 0, shown
+    first, last = losses_in(shown)
     assert last < first

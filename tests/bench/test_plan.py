@@ -21,63 +21,53 @@ from synface.bench.plan import (
     read_measured,
 )
 from synface.models.iresnet import IResNet
+from torch import Tensor
 
-from benchmarks.machine import describe
-from tests.helpers.command_line import call
-from tests.helpers.forks import forks
-
-STEP = """
-import sys, torch
-from synface_kernels.testing import peak_bytes
 import synface_kernels as sk
+from benchmarks.machine import describe
+from synface_kernels.testing import peak_bytes
+from tests.helpers.command_line import call
+from tests.helpers.forked import finished
 
-classes, dim, batch, dtype, optimizer, rate, fused = sys.argv[1:]
-classes, dim, batch, rate = int(classes), int(dim), int(batch), float(rate)
-fused = fused == "True"
-dtype = getattr(torch, dtype)
 
-def train(classes, steps):
-    weight = torch.randn(classes, dim, dtype=dtype).requires_grad_(not fused)
-    state = {"sgd": 1, "adamw": 2, "none": 0}[optimizer]
-    states = [torch.zeros_like(weight) for _ in range(state)]
-    last = torch.zeros(classes, dtype=torch.int32) if rate < 1 else None
-    for step in range(1, steps + 1):
-        x = torch.randn(batch, dim).to(torch.bfloat16).requires_grad_()
-        target, ids = torch.randint(0, classes, (batch,)), None
-        if rate < 1:
-            ids, target = sk.sample_classes(target, classes, int(rate * classes))
-        if fused:
-            update = sk.SGDUpdate(
-                lr=0.1, momentum=0.9, momentum_buffer=states[0], step=step, last_step=last
-            )
-            sk.margin_cross_entropy(x, weight, target, class_ids=ids, update=update).backward()
-            continue
-        sk.margin_cross_entropy(x, weight, target, class_ids=ids).backward()
-        gradient, weight.grad = weight.grad, None
-        if rate < 1:
-            gradient = gradient.coalesce().values()
-        else:
-            ids = torch.arange(classes)
-        kwargs = {"lr": 0.1, "step": step, "last_step": last}
-        with torch.no_grad():
-            if optimizer == "adamw":
-                moments = {"exp_avg": states[0], "exp_avg_sq": states[1]}
-                sk.row_adamw_(weight, gradient, ids, **moments, **kwargs)
+def print_peak_of_training(
+    classes: int, dim: int, batch: int, centers: str, optimizer: str, rate: float, fused: bool
+) -> None:
+    def train(classes: int, steps: int) -> Tensor:
+        weight = torch.randn(classes, dim, dtype=getattr(torch, centers)).requires_grad_(not fused)
+        state = {"sgd": 1, "adamw": 2, "none": 0}[optimizer]
+        states = [torch.zeros_like(weight) for _ in range(state)]
+        last = torch.zeros(classes, dtype=torch.int32) if rate < 1 else None
+        for step in range(1, steps + 1):
+            x = torch.randn(batch, dim).to(torch.bfloat16).requires_grad_()
+            target, ids = torch.randint(0, classes, (batch,)), None
+            if rate < 1:
+                ids, target = sk.sample_classes(target, classes, int(rate * classes))
+            if fused:
+                update = sk.SGDUpdate(
+                    lr=0.1, momentum=0.9, momentum_buffer=states[0], step=step, last_step=last
+                )
+                sk.margin_cross_entropy(x, weight, target, class_ids=ids, update=update).backward()
+                continue
+            sk.margin_cross_entropy(x, weight, target, class_ids=ids).backward()
+            gradient, weight.grad = weight.grad, None
+            if rate < 1:
+                gradient = gradient.coalesce().values()
             else:
-                momentum = {"momentum_buffer": states[0], "momentum": 0.9} if states else {}
-                sk.row_sgd_(weight, gradient, ids, **momentum, **kwargs)
-        del gradient  # as zero_grad() does
-    return weight
+                ids = torch.arange(classes)
+            kwargs = {"lr": 0.1, "step": step, "last_step": last}
+            with torch.no_grad():
+                if optimizer == "adamw":
+                    moments = {"exp_avg": states[0], "exp_avg_sq": states[1]}
+                    sk.row_adamw_(weight, gradient, ids, **moments, **kwargs)
+                else:
+                    momentum = {"momentum_buffer": states[0], "momentum": 0.9} if states else {}
+                    sk.row_sgd_(weight, gradient, ids, **momentum, **kwargs)
+            del gradient  # as zero_grad() does
+        return weight
 
-train(1000, 2)
-print(peak_bytes(lambda: train(classes, 2)))
-"""
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    with forks("synface_kernels.testing") as running:
-        yield running
+    train(1000, 2)
+    print(peak_bytes(lambda: train(classes, 2)))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
@@ -94,9 +84,7 @@ def scripts():
     ],
 )
 @pytest.mark.slow
-def test_the_memory_model_is_what_is_measured(
-    centers, optimizer, sample_rate, fused, scripts, tmp_path
-):
+def test_the_memory_model_is_what_is_measured(centers, optimizer, sample_rate, fused, tmp_path):
     settings = Settings(
         1_000_000,
         128,
@@ -109,11 +97,9 @@ def test_the_memory_model_is_what_is_measured(
     )
     s = settings
     arguments = [s.identities, s.dim, s.batch, centers, optimizer, sample_rate, fused]
-    script = tmp_path / "step.py"
-    script.write_text(STEP)
-    child = scripts.run([str(script), *map(str, arguments)], tmp_path)
-    assert child.returncode == 0, child.stderr
-    measured, model = int(child.stdout), sum(memory(settings).values())
+    code, shown = finished(tmp_path / "shown", print_peak_of_training, *arguments)
+    assert code == 0, shown
+    measured, model = int(shown), sum(memory(settings).values())
     # the model's workspace is an upper bound
     assert model - WORKSPACE <= 1.02 * measured, (measured, model)
     assert measured <= 1.02 * model, (measured, model)
