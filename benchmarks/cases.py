@@ -176,11 +176,11 @@ MIXED = (BF16_EMBEDDINGS, AUTOCAST + "bfloat16")
 
 CASES: dict[str, list[Case]] = {
     "margin_cross_entropy": [
-        margin_cross_entropy("dry", 16, 32, 500),
-        margin_cross_entropy("dry", 16, 32, 500, "bfloat16"),
-        margin_cross_entropy("dry", 16, 32, 500, "float32", AUTOCAST + "bfloat16"),
-        margin_cross_entropy("dry", 16, 32, 500, "float32", *MIXED),
-        margin_cross_entropy("dry", 16, 32, 500, "float32", AUTOCAST + "bfloat16", sampled=50),
+        margin_cross_entropy("dry", 6, 32, 150),
+        margin_cross_entropy("dry", 6, 32, 150, "bfloat16"),
+        margin_cross_entropy("dry", 6, 32, 150, "float32", AUTOCAST + "bfloat16"),
+        margin_cross_entropy("dry", 6, 32, 150, "float32", *MIXED),
+        margin_cross_entropy("dry", 6, 32, 150, "float32", AUTOCAST + "bfloat16", sampled=15),
         # a batch on two cores; a large batch of fewer classes; a million identities; few classes
         margin_cross_entropy("cpu", 512, 512, 200_000),
         margin_cross_entropy("cpu", 2048, 512, 50_000),
@@ -222,8 +222,8 @@ CASES: dict[str, list[Case]] = {
         domain_mixup("gpu", 4096, 112, "float32", "contiguous"),
     ],
     "hypersphere_repulsion": [
-        hypersphere_repulsion("dry", 64, 16, "row-max"),
-        hypersphere_repulsion("dry", 64, 16, "log-sum-exp", "bfloat16"),
+        hypersphere_repulsion("dry", 20, 16, "row-max"),
+        hypersphere_repulsion("dry", 20, 16, "log-sum-exp", "bfloat16"),
         # HyperFace's 10k identities; the energy that packs best; few dimensions, as KeOps wants
         hypersphere_repulsion("cpu", 10_000, 512, "row-max"),
         hypersphere_repulsion("cpu", 10_000, 512, "log-sum-exp"),
@@ -235,8 +235,8 @@ CASES: dict[str, list[Case]] = {
         hypersphere_repulsion("gpu", 10_000, 512, "row-max"),
     ],
     "row_update": [
-        _row_update("dry", 100, 20, 32, "sgd"),
-        _row_update("dry", 100, 20, 32, "adamw", "bfloat16"),
+        _row_update("dry", 30, 6, 32, "sgd"),
+        _row_update("dry", 30, 6, 32, "adamw", "bfloat16"),
         # A tenth of the classes, as they are sampled.
         _row_update("cpu", 400_000, 40_000, 512, "sgd"),
         _row_update("cpu", 400_000, 40_000, 512, "adamw"),

@@ -75,8 +75,8 @@ def test_a_wheel_from_the_source_distribution_works(tmp_path: Path) -> None:
         assert (installed / package / "py.typed").exists()
 
 
-# Runs setup.py up to its build under each of the environments in the last argument, with a CUDA
-# build of torch that sees no GPU, and toolkits in the folder of the first argument alone.
+# Runs setup.py up to its build under each of the environments in the argument, with a CUDA build
+# of torch that sees no GPU, and toolkits in the folder alone that ROOT names.
 SETUP = """
 import contextlib, glob, io, json, os, runpy, sys
 import torch, torch.version
@@ -87,12 +87,13 @@ torch.cuda.device_count = lambda: 0
 import setuptools
 setuptools.setup = lambda **options: None
 from torch.utils import cpp_extension
-root, usual, plain = sys.argv[1], glob.glob, dict(os.environ)
+usual, plain = glob.glob, dict(os.environ)
 def redirected(pattern):
-    return usual(root + pattern if pattern.startswith(("/usr/local", "/opt")) else pattern)
+    outside = pattern.startswith(("/usr/local", "/opt"))
+    return usual(os.environ["ROOT"] + pattern if outside else pattern)
 glob.glob = redirected
 results = []
-for environment in json.loads(sys.argv[2]):
+for environment in json.loads(sys.argv[1]):
     os.environ.clear()
     os.environ.update(plain | environment)
     printed, found = io.StringIO(), {"home": None, "flags": [], "error": None}
@@ -110,14 +111,19 @@ print(json.dumps(results))
 """
 
 
-def set_up(root: Path, *environments: dict[str, str], build: str = "pass") -> list[dict[str, Any]]:
+def machine(root: Path) -> dict[str, str]:
+    """Return the variables of a machine whose toolkits are in a folder."""
+    return {"ROOT": str(root), "PATH": f"{root}/path/bin:/usr/bin:/bin"}
+
+
+def set_up(*environments: dict[str, str], build: str = "pass") -> list[dict[str, Any]]:
     """Return what setup.py finds and prints under each environment, and how it ends."""
     left_out = ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "SYNFACE_CUDA")
     plain = {name: value for name, value in os.environ.items() if name not in left_out}
     done = subprocess.run(
-        [sys.executable, "-c", SETUP.replace("BUILD", build), str(root), json.dumps(environments)],
+        [sys.executable, "-c", SETUP.replace("BUILD", build), json.dumps(environments)],
         cwd=ROOT,
-        env=plain | {"PATH": f"{root}/path/bin:/usr/bin:/bin"},
+        env=plain,
         capture_output=True,
         text=True,
     )
@@ -158,10 +164,11 @@ def test_a_build_without_a_gpu_names_the_architectures(tmp_path: Path) -> None:
     ]
     homes = [toolkit(tmp_path / str(i), offered) for i, (_, offered, _) in enumerate(cases)]
     environments = [
-        {"CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": given, "SYNFACE_CUDA": "1"}
+        machine(tmp_path)
+        | {"CUDA_HOME": str(home), "TORCH_CUDA_ARCH_LIST": given, "SYNFACE_CUDA": "1"}
         for home, (given, _, _) in zip(homes, cases, strict=True)
     ]
-    results = set_up(tmp_path, *environments)
+    results = set_up(*environments)
     for home, (_, _, expected), found in zip(homes, cases, results, strict=True):
         assert found["error"] is None
         assert found["home"] == str(home)
@@ -178,42 +185,50 @@ def test_an_nvcc_that_is_only_a_script_is_passed_over(tmp_path: Path) -> None:
     wrapper(tmp_path / "path")
     older = toolkit(tmp_path / "usr/local/cuda-12.4", release="12.4")
     first, newest = (toolkit(tmp_path / f"usr/local/cuda-13.{n}") for n in (0, 2))
+    another = tmp_path / "another"
+    shutil.copytree(tmp_path, another)
+    named = another / "usr/local/cuda"
+    named.symlink_to(another / "usr/local/cuda-13.0")
+    unnamed = machine(tmp_path)
     results = set_up(
-        tmp_path,
-        {},
-        {"CUDA_HOME": str(older), "SYNFACE_CUDA": "1"},
-        {"CUDA_PATH": str(first)},
-        {"TORCH_CUDA_ARCH_LIST": "9.0"},
+        unnamed,
+        unnamed | {"CUDA_HOME": str(older), "SYNFACE_CUDA": "1"},
+        unnamed | {"CUDA_PATH": str(first)},
+        unnamed | {"TORCH_CUDA_ARCH_LIST": "9.0"},
+        machine(another),
     )
-    assert [found["home"] for found in results] == [*map(str, (newest, newest, first, newest))]
-    named = tmp_path / "usr/local/cuda"
-    named.symlink_to(first)
-    assert set_up(tmp_path, {})[0]["home"] == str(named)
+    found = [each["home"] for each in results]
+    assert found == [*map(str, (newest, newest, first, newest, named))]
 
 
-@pytest.mark.parametrize(
-    ("release", "offered", "message"),
-    [
-        ("12.4", "compute_90", "has CUDA 12.4, torch is of 13.0"),
-        ("13.0", "compute_52", "none of the architectures (80, 90, 100)"),
-        ("13.0", "", "--list-gpu-arch fails"),
-        (None, "", "path has no include/cuda_runtime.h"),
-    ],
-)
+# Machines without a toolkit for torch: its release, the architectures it offers, what is said.
+WITHOUT: list[tuple[str | None, str, str]] = [
+    ("12.4", "compute_90", "has CUDA 12.4, torch is of 13.0"),
+    ("13.0", "compute_52", "none of the architectures (80, 90, 100)"),
+    ("13.0", "", "--list-gpu-arch fails"),
+    (None, "", "path has no include/cuda_runtime.h"),
+]
+
+
 @pytest.mark.slow
-def test_without_a_toolkit_the_build_is_without_cuda(
-    tmp_path: Path, release: str | None, offered: str, message: str
-) -> None:
-    wrapper(tmp_path / "path")
-    if release is not None:
-        toolkit(tmp_path / "usr/local/cuda", offered, release)
-    automatic, forced, without = set_up(tmp_path, {}, {"SYNFACE_CUDA": "1"}, {"SYNFACE_CUDA": "0"})
-    assert automatic["error"] is automatic["home"] is None
-    assert automatic["printed"].startswith("building as with SYNFACE_CUDA=0, without CUDA: ")
-    assert message in automatic["printed"]
-    assert forced["error"].startswith("SYNFACE_CUDA=1: ")
-    assert message in forced["error"]
-    assert without == {"home": None, "flags": [], "error": None, "printed": ""}
+def test_without_a_toolkit_the_build_is_without_cuda(tmp_path: Path) -> None:
+    environments: list[dict[str, str]] = []
+    for number, (release, offered, _) in enumerate(WITHOUT):
+        root = tmp_path / str(number)
+        wrapper(root / "path")
+        if release is not None:
+            toolkit(root / "usr/local/cuda", offered, release)
+        asked: list[dict[str, str]] = [{}, {"SYNFACE_CUDA": "1"}, {"SYNFACE_CUDA": "0"}]
+        environments += [machine(root) | each for each in asked]
+    results = iter(set_up(*environments))
+    for _, _, message in WITHOUT:
+        automatic, forced, without = next(results), next(results), next(results)
+        assert automatic["error"] is automatic["home"] is None
+        assert automatic["printed"].startswith("building as with SYNFACE_CUDA=0, without CUDA: ")
+        assert message in automatic["printed"]
+        assert forced["error"].startswith("SYNFACE_CUDA=1: ")
+        assert message in forced["error"]
+        assert without == {"home": None, "flags": [], "error": None, "printed": ""}
 
 
 # BuildExtension compiles no CUDA sources.
@@ -238,7 +253,8 @@ FAILING = """
 @pytest.mark.slow
 def test_cuda_sources_that_do_not_compile_are_left_out(tmp_path: Path) -> None:
     toolkit(tmp_path / "usr/local/cuda")
-    automatic, forced = set_up(tmp_path, {}, {"SYNFACE_CUDA": "1"}, build=FAILING.strip())
+    here = machine(tmp_path)
+    automatic, forced = set_up(here, here | {"SYNFACE_CUDA": "1"}, build=FAILING.strip())
     assert automatic["error"] is None
     assert "sources 1\nWARNING: with CUDA the build fails (Error compi" in automatic["printed"]
     assert automatic["printed"].endswith("sources 0\n")

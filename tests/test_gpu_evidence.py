@@ -169,12 +169,13 @@ def test_settings_of_the_margin_softmax_are_put_back(monkeypatch):
 # ---- the whole -----------------------------------------------------------------------------------
 
 
-def evidence(output: Path, tests: Path | None = None) -> tuple[int, str, dict]:
-    """Run a dry run where the packages that a GPU machine lacks cannot be imported."""
-    blocked = block(output.parent / "blocked")
-    command = [sys.executable, "-m", "benchmarks.gpu_evidence", "--dry", "--output", str(output)]
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_dry_run_measures_every_case_of_every_op(tmp_path):
+    """It runs where the packages that a GPU machine lacks cannot be imported."""
+    blocked, output = block(tmp_path / "blocked"), tmp_path / "evidence.json"
     done = subprocess.run(
-        command + (["--tests", str(tests)] if tests else []),
+        [sys.executable, "-m", "benchmarks.gpu_evidence", "--dry", "--output", str(output)],
         cwd=ROOT,
         # torch.compile would take minutes, and its times for tiny shapes do not matter.
         env={
@@ -188,14 +189,8 @@ def evidence(output: Path, tests: Path | None = None) -> tuple[int, str, dict]:
         check=False,
     )
     assert output.exists(), done.stdout
-    return done.returncode, done.stdout, json.loads(output.read_text())
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_a_dry_run_measures_every_case_of_every_op(tmp_path):
-    code, printed, result = evidence(tmp_path / "evidence.json")
-    assert code == 0, printed
+    result = json.loads(output.read_text())
+    assert done.returncode == 0, done.stdout
     assert result["build"]["problem"] is None
     assert "pytorch_metric_learning" in result["cannot_import"]
     assert set(result["tests"]["ops"]) == {*CASES}
@@ -219,19 +214,29 @@ def test_a_dry_run_measures_every_case_of_every_op(tmp_path):
         assert f"No module named '{name}'" not in json.dumps(result["tests"])
 
 
+class InstantWorker(Worker):
+    """A measuring process that answers at once, for tests of what becomes of its answers."""
+
+    def run(self, task, seconds, **arguments):
+        ours = {"peer": "ours", "label": "synface", "seconds": 1.0}
+        return {"peers": [ours]} if task == "case" else {"seconds": 1.0}
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_failure_in_one_op_leaves_the_others_measured(tmp_path):
-    tests = tmp_path / "tests"
+def test_a_failure_in_one_op_leaves_the_others_measured(tmp_path, monkeypatch):
+    tests, output = tmp_path / "tests", tmp_path / "evidence.json"
     tests.mkdir()
-    code, printed, result = evidence(
-        tmp_path / "evidence.json",
-        stubs(tests, hypersphere_repulsion="def test_a(): pass"),
-    )
-    assert code == 1
+    stubs(tests, hypersphere_repulsion="def test_a(): pass")
+    monkeypatch.setattr(gpu_evidence, "Worker", InstantWorker)
+    options = ["--dry", "--output", str(output), "--tests", str(tests)]
+    monkeypatch.setattr(sys, "argv", ["gpu_evidence", *options])
+    with pytest.raises(SystemExit) as ended:
+        gpu_evidence.main()
+    printed, result = str(ended.value.code), json.loads(output.read_text())
+    assert printed.startswith("not all went well:")
     assert "row_update: 1 of its tests failed" in printed
     assert "sample_classes: 1 of its tests failed, none passed" in printed
-    assert "domain_mixup:" not in printed.split("not all went well:")[1]
+    assert "domain_mixup:" not in printed
     failed = {"row_update", "sample_classes"}
     for case in result["cases"]:
         assert (case["op"] in failed) == ("not_measured" in case), case

@@ -18,7 +18,7 @@ def test_runs_on_the_host_with_the_cpus_bits(tmp_path: Path) -> None:
     program = tmp_path / "emulated"
     sources = ["tests/cuda/emulated.cpp", "csrc/domain_mixup/cpu.cpp", "csrc/simd/isa.cpp"]
     subprocess.run(
-        [compiler, "-O1", "-std=c++20", "-ffp-contract=off", "-Wno-unknown-pragmas", "-Icsrc",
+        [compiler, "-O0", "-std=c++20", "-ffp-contract=off", "-Wno-unknown-pragmas", "-Icsrc",
          *sources, "-o", str(program)],
         cwd=ROOT, check=True,
     )  # fmt: skip

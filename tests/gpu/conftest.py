@@ -7,4 +7,6 @@ if DRY:
         _look_up_dtypes,
         _patch_once,
         _round_to_nearest,
+        _share_shapes,
+        _skip_overflow_checks,
     )

@@ -31,7 +31,7 @@ from tests.gpu.on_device import (
 )
 
 pytestmark = needs_device
-N, C, D = pick((64, 20_000, 256), (5, 40, 8))
+N, C, D = pick((64, 20_000, 256), (5, 20, 8))
 MARGIN = sk.ArcFace(32.0, 0.3)
 # Arguments of `Step`.
 STEPS: dict[str, dict[str, Any]] = {

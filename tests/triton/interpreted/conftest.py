@@ -1,5 +1,6 @@
 """Patches of Triton's interpreter: it rounds as the hardware does, and runs faster."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -34,15 +36,59 @@ def _round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _patch_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patch triton.language at a kernel's launch, not again at each device function's call."""
-    patch, languages = interpreter._patch_lang, (tl, tl.core)
+    patch = interpreter._patch_lang
+
+    @cache
+    def languages(function: Any) -> list[Any]:
+        seen = {id(each) for each in function.__globals__.values()}
+        return [each for each in (tl, tl.core) if id(each) in seen]
 
     def once(function: Any) -> Any:
-        seen = {id(each) for each in function.__globals__.values()}
-        if any(id(each) in seen and tl.core.is_builtin(each.load) for each in languages):
+        if any(tl.core.is_builtin(each.load) for each in languages(function)):
             return patch(function)
         return interpreter._LangPatchScope()
 
     monkeypatch.setattr(interpreter, "_patch_lang", once)
+
+
+@pytest.fixture(autouse=True)
+def _share_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check and wrap a shape once, not for each block's type and each tensor."""
+    make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
+    types: dict[tuple[int, ...], dict[str, Any]] = {}
+    tensors: dict[tuple[int, ...], dict[str, Any]] = {}
+
+    def init_type(self: Any, element_ty: tl.dtype, shape: Any) -> None:
+        key = (id(element_ty), *map(tl.core._unwrap_if_constexpr, shape))
+        if key not in types:
+            make_type(self, element_ty, shape)
+            types[key] = vars(self).copy()  # keeps element_ty, so that no other gets its id
+        vars(self).update(types[key])
+
+    def init_tensor(self: Any, handle: Any, type: tl.dtype) -> None:
+        shape = tuple(type.shape) if type.is_block() else ()
+        if shape not in tensors:
+            make_tensor(self, handle, type)
+            tensors[shape] = vars(self).copy()
+        vars(self).update(tensors[shape], handle=handle, type=type, dtype=type.scalar)
+
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def broadcast_unequal(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        return (lhs, rhs) if lhs.shape is rhs.shape else broadcast(self, lhs, rhs)
+
+    monkeypatch.setattr(tl.block_type, "__init__", init_type)
+    monkeypatch.setattr(tl.tensor, "__init__", init_tensor)
+    monkeypatch.setattr(TritonSemantic, "broadcast_impl_value", broadcast_unequal)
+
+
+@pytest.fixture(autouse=True)
+def _skip_overflow_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the operations that find overflow: without debug mode nothing reads them."""
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    options = replace(builder.options, sanitize_overflow=False)
+    monkeypatch.setattr(builder, "options", options)
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ def images(shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator) -> 
     return torch.rand(shape, generator=rng).to(dtype)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", [(2, 7, 5, 3), (1, 20, 19, 3), (3, 1, 9, 1), (2, 2, 2, 5)])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
