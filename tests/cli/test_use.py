@@ -151,7 +151,7 @@ def test_compare_takes_the_threshold_of_the_last_verification(faces, verified):
             f"same person: from a cosine of 0.2000 on ({log}, step 1, whose accuracy was 0.7500)"
         )
     value = cosine(verified, same, other)
-    verdicts = {value - 0.01: "same person", value + 0.01: "different people"}
+    verdicts = {value - 0.01: "same person", (value + 1) / 2: "different people"}
     for threshold, verdict in verdicts.items():
         shown = call("compare", verified, same, other, "--threshold", threshold).splitlines()
         assert shown[0] == f"cosine {value:.4f}: {verdict}"
