@@ -227,7 +227,8 @@ def jobs(dry: bool) -> list[Job]:
     found = [job("case", case, "cases", rounds=rounds) for case in firsts]
     small, large = _profiled(dry)
     for case in (small, large):
-        found.append(job("profile", case, "profiles", steps=1 if dry else 3))
+        repeats = {"rounds": 1, "steps": 1} if dry else {"rounds": 5, "steps": 3}
+        found.append(job("profile", case, "profiles", **repeats))
     for case in (small, large):
         sizes = [1, 64] if dry else [*WORKSPACES_MIB]
         found.append(job("sweep", case, "sweeps", rounds=1 if dry else 7, workspaces_mib=sizes))

@@ -62,11 +62,19 @@ def measure_case(
 
 
 def profile(
-    device: torch.device, *, save: Save, seconds: float, op: str, suite: str, index: int, steps: int
+    device: torch.device,
+    *,
+    save: Save,
+    seconds: float,
+    op: str,
+    suite: str,
+    index: int,
+    rounds: int,
+    steps: int,
 ) -> dict[str, Any]:
     """Measure the time of each kernel of our step, its launches, and the step's own time."""
     case, work, step = _our_step(device, op, suite, index)
-    median = _median(step, work, device, 5)
+    median = _median(step, work, device, rounds)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -291,7 +291,7 @@ def test_a_peer_that_hangs_costs_its_time_alone(monkeypatch):
         peers.PEERS, MARGIN, [peer("ours", sleeper(0.001)), peer("hangs", sleeper(60))]
     )
     began = time.monotonic()
-    result = driver.measure_time(dry(MARGIN), CPU, rounds=2, seconds=5)
+    result = driver.measure_time(dry(MARGIN), CPU, rounds=2, seconds=2)
     assert time.monotonic() - began < 10
     assert result["rounds"] == 2
     assert "TimeoutError: not ready after" in result["peers"][1]["not_measured"]
@@ -319,15 +319,14 @@ def test_the_suite_goes_on_without_peers_that_hang_or_crash(monkeypatch):
     monkeypatch.setitem(peers.PEERS, MARGIN, [peer(name, absent) for name in names])
     monkeypatch.setattr(isolated, "DRIVER", "tests.helpers.stand_in_driver")
     began = time.monotonic()
-    result = isolated.run_case(dry(MARGIN), 3, peer_seconds=1.5)
-    assert time.monotonic() - began < 60
+    result = isolated.run_case(dry(MARGIN), 3, peer_seconds=60)
+    assert time.monotonic() - began < 60  # to those that hold, their steps seem minutes old
     found = {row["peer"]: row for row in result["peers"]}
     assert tuple(found) == names
     assert found["ours"] == {"peer": "ours", "peak_bytes": 1}
     for name in ("holds", "holds when timed"):
-        assert (
-            found[name]["not_measured"] == "a step took more than 1.5 s, and the process was ended"
-        )
+        reason = "a step took more than 60 s, and the process was ended"
+        assert found[name]["not_measured"] == reason
     assert found["crashes"]["not_measured"] == f"the process ended with status {-signal.SIGABRT}"
     assert found["absent"]["not_measured"] == "ImportError"
     assert "problem" not in result
@@ -337,7 +336,7 @@ def test_the_suite_ends_with_its_time(monkeypatch):
     monkeypatch.setitem(peers.PEERS, MARGIN, [peer("holds", absent)])
     monkeypatch.setattr(isolated, "DRIVER", "tests.helpers.stand_in_driver")
     began = time.monotonic()
-    result = isolated.run_case(dry(MARGIN), 3, peer_seconds=60, seconds=1)
+    result = isolated.run_case(dry(MARGIN), 3, peer_seconds=1000, seconds=0.5)
     assert time.monotonic() - began < 10
     assert result["peers"] == []
     assert result["not_measured"] == isolated.NO_TIME
@@ -532,7 +531,7 @@ def test_the_machine_without_names_or_paths():
     assert os.uname().nodename not in text
     assert str(Path.home()) not in text
     assert process.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
-    idle = machine.idle_check()
+    idle = machine.idle_check(0.1)
     assert idle["idle"] == (idle["busy_cores"] <= machine.BUSY_CORES_MAX + 0.005)
 
 

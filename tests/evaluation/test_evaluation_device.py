@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from synface.cli import verification
 from synface.common import check
@@ -45,6 +46,7 @@ def test_embed_returns_rows_where_they_are_wanted():
     assert torch.equal(cpu(found), expected)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_eval_computes_on_its_device(tmp_path, monkeypatch):
     run = tmp_path / "run"
     options = ["--epochs", 1, "--size", "16x16", "--embedding-size", 8, "--holdout", 5]

@@ -55,9 +55,6 @@ def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 @contextmanager
 def no_host_sync() -> Iterator[None]:
     """Make each synchronization of the host with the GPU an error in the block."""
-    if DRY:
-        yield
-        return
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -70,8 +67,9 @@ def no_host_sync() -> Iterator[None]:
 def assert_no_host_sync(step: Callable[[], object]) -> None:
     """Assert that a step, after one to warm up, never waits for the GPU."""
     step()
-    with no_host_sync():
-        step()
+    if not DRY:  # on a CPU there is nothing to notice
+        with no_host_sync():
+            step()
 
 
 def replayed(

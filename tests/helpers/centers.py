@@ -88,12 +88,12 @@ def batch(n: int, c: int, d: int, k: int, seed: int) -> tuple[Tensor, Tensor, di
 
 
 def assert_bits(rule: str, dtype: torch.dtype, *, c=700, d=40, m=1, k=1, seed=None, ids=False,
-                n=70, input_dtype=None, **options: Any) -> None:  # fmt: skip
-    """Assert that three steps inside the backward pass and after it give the same bits."""
+                n=70, input_dtype=None, steps=3, **options: Any) -> None:  # fmt: skip
+    """Assert that steps inside the backward pass and after it give the same bits."""
     shape = (c, d) if m == 1 else (c, m, d)
     one, two = (Centers(shape, dtype, rule, seed) for _ in range(2))
     before = one.weight.clone()
-    for step in range(1, 4):
+    for step in range(1, steps + 1):
         x, target, more = batch(n, c, d, k, step)
         x = x.to(input_dtype or (F64 if dtype == F64 else F32))
         if ids:

@@ -6,12 +6,15 @@ import argparse
 import ctypes
 import json
 import os
+import time
 from pathlib import Path
+
+HELD_SECONDS = 300
 
 
 def hold() -> None:
     """Sleep in C for minutes and keep Python's lock, so that no signal handler runs."""
-    ctypes.PyDLL(None).sleep(300)
+    ctypes.PyDLL(None).sleep(HELD_SECONDS)
 
 
 def main() -> None:
@@ -26,19 +29,22 @@ def main() -> None:
     if args.case[0] == "never":
         hold()
     names = ("ours", "holds", "crashes", "holds when timed", "absent")
-    rows = []
+    rows, running = [], args.output.with_name("running")
     for name in [args.alone] if args.alone else names:
         reason = (args.without or {}).get(name) or ("ImportError" if name == "absent" else None)
         if reason:
             rows.append({"peer": name, "not_measured": reason})
             continue
-        args.output.with_name("running").write_text(name)
+        running.write_text(name)
         if name == "holds" or (name == "holds when timed" and not args.alone):
+            # The step seems to have begun long ago, so that nobody waits for its limit.
+            began = time.time() - HELD_SECONDS
+            os.utime(running, (began, began))
             hold()
         if name == "crashes":
             os.abort()
         rows.append({"peer": name, "peak_bytes": 1} if args.alone else {"peer": name})
-    args.output.with_name("running").write_text("")
+    running.write_text("")
     args.output.write_text(json.dumps(rows[0] if args.alone else {"peers": rows}))
     if args.case[0] == "fails at its exit":
         os._exit(3)

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 
 import pytest
@@ -32,10 +33,18 @@ MARGINS = {
     PER_ROW: None,
 }
 KINDS = [(1, "joint"), (3, "joint"), (3, "separate")]  # labels per row, and how they mix
-CASES = [
-    *((torch.float64, name, *kind, "mean") for name in MARGINS for kind in KINDS),
+MORE = [
     *((torch.float32, "combined", *kind, "mean") for kind in KINDS),
     *((torch.float64, PER_ROW, 3, "joint", reduction) for reduction in ("sum", "none")),
+]
+# Even shares have each margin with each kind of labels; uneven ones have all margins and all kinds.
+CASES = [
+    *((False, torch.float64, name, *kind, "mean") for name in MARGINS for kind in KINDS),
+    *(
+        (True, torch.float64, name, *kind, "mean")
+        for name, kind in zip(MARGINS, itertools.cycle(KINDS), strict=False)
+    ),
+    *((uneven, *case) for uneven in (False, True) for case in MORE),
 ]
 
 
@@ -71,7 +80,7 @@ def class_shares(ranks: int, uneven: bool) -> list[int]:
     return [C - 2 * (ranks - 1), *[2] * (ranks - 1)] if uneven else shares(C, ranks, False)
 
 
-def step(case: tuple, rows: slice, classes: slice, **options) -> list[Tensor]:
+def step(case: Sequence, rows: slice, classes: slice, **options) -> list[Tensor]:
     """Loss, statistics and gradients of some rows and classes, and of a per-row margin."""
     dtype, name, k, mix, reduction = case
     x, w, target, weight, m, upstream = problem(dtype, k)
@@ -105,7 +114,7 @@ def step(case: tuple, rows: slice, classes: slice, **options) -> list[Tensor]:
 
 def steps(rank: int, ranks: int) -> list[list[Tensor]]:
     results = []
-    for uneven, case in itertools.product((False, True), CASES):
+    for uneven, *case in CASES:
         counts, classes = shares(N, ranks, uneven), class_shares(ranks, uneven)
         start, first = sum(classes[:rank]), sum(counts[:rank])
         rows = slice(first, first + counts[rank])
@@ -114,7 +123,7 @@ def steps(rank: int, ranks: int) -> list[list[Tensor]]:
     return results
 
 
-def assert_same(got: Tensor, expected: Tensor, tolerance: float, case: tuple) -> None:
+def assert_same(got: Tensor, expected: Tensor, tolerance: float, case: Sequence) -> None:
     assert (got.dtype, got.shape) == (expected.dtype, expected.shape), case
     if got.dtype == torch.bool:
         assert torch.equal(got, expected), case
@@ -127,7 +136,7 @@ def assert_same(got: Tensor, expected: Tensor, tolerance: float, case: tuple) ->
 @pytest.mark.slow
 def test_ranks_equal_one(ranks, tmp_path):
     results = on_ranks(ranks, steps, tmp_path)
-    for at, (_, case) in enumerate(itertools.product((False, True), CASES)):
+    for at, (_, *case) in enumerate(CASES):
         dtype, _, _, _, reduction = case
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
         loss, *rest = step(case, slice(0, N), slice(0, C))

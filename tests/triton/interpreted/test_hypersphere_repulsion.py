@@ -148,14 +148,14 @@ def test_one_gradient_alone(y: bool) -> None:
 @pytest.mark.parametrize("descending", [False, True])
 def test_weights_whose_units_change_from_block_to_block(t: float, descending: bool) -> None:
     """Each block's pairs are nearer, or farther, than those of the block before."""
-    turn = torch.linspace(0.0, 1.4, 40).flip(0) if descending else torch.linspace(0.0, 1.4, 40)
-    side = 1 - 2 * (torch.arange(40) % 2)
+    turn = torch.linspace(0.0, 1.4, 24).flip(0) if descending else torch.linspace(0.0, 1.4, 24)
+    side = 1 - 2 * (torch.arange(24) % 2)
     x = torch.stack([turn.cos() * side, turn.sin()], 1)
     exact = run(x, None, sk.LogSumExp(t), torch.float64, "reference")
     plain = run(x, None, sk.LogSumExp(t), F32, "reference")
     actual = run(x, None, sk.LogSumExp(t), F32, "triton")
     for a, e, p in zip(actual, exact, plain, strict=True):
-        assert_as_exact_as_torch(a, e, p, atol=4 * EPS * t * max(e.abs().max().item(), 1 / 40))
+        assert_as_exact_as_torch(a, e, p, atol=4 * EPS * t * max(e.abs().max().item(), 1 / 24))
 
 
 def test_tf32_rounds_points_and_weights(monkeypatch: pytest.MonkeyPatch) -> None:
