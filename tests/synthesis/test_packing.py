@@ -125,9 +125,9 @@ def test_a_start_is_never_made_worse():
 
 def test_minutes_are_kept():
     began = time.perf_counter()
-    packed = Packer(PackConfig(60, 8, minutes=0.03, restarts=2)).run()
-    assert time.perf_counter() - began < 1.8 * 2 + 2
-    assert 0 < packed.history[-1][0] <= 1.9
+    packed = Packer(PackConfig(60, 8, minutes=0.01, restarts=2)).run()
+    assert time.perf_counter() - began < 0.6 * 2 + 2
+    assert 0 < packed.history[-1][0] <= 0.7
     assert packed.worst < bounds.random_worst(60, 8)
 
 
