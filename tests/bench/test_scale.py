@@ -2,8 +2,8 @@
 
 import json
 import math
-import subprocess
-import sys
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -13,6 +13,7 @@ from synface.bench.scale import Clusters, ScaleConfig
 from synface.optim.centers import Centers, CentersConfig
 
 from tests.helpers.command_line import call, refused
+from tests.helpers.forked import command_without_figures, finished
 
 SMALL = ScaleConfig(
     CentersConfig(2000, 32, seed=5), sample_rate=0.1, batch=32, working_set=64, lr=0.05
@@ -135,25 +136,9 @@ def test_command_line_keeps_and_resumes(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [("SIGINT", 0), ("SIGTERM", 143)])
 def test_ctrl_c_and_sigterm_end_with_the_report(tmp_path, sent, code):
-    child = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            PRESSED,
-            sent,
-            *COMMAND,
-            "--minutes",
-            "9",
-            "--directory",
-            "new/centers",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=tmp_path,
-    )
-    said, _ = child.communicate(timeout=200)
-    assert child.returncode == code, said
+    words = [*COMMAND, "--minutes", "9", "--directory", "new/centers"]
+    ended, said = finished(tmp_path / "shown", press_at_step_5, tmp_path, sent, *words)
+    assert ended == code, said
     assert "5 steps in" in said
     result = json.loads((tmp_path / "scale-report" / "scale.json").read_text())
     assert result["steps"] == len(result["history"]) == 5
@@ -161,20 +146,19 @@ def test_ctrl_c_and_sigterm_end_with_the_report(tmp_path, sent, code):
     assert not (tmp_path / "new" / "centers").exists()
 
 
-PRESSED = """
-import os, signal, sys
-from synface import cli
-from synface.bench import scale
-step, sent = scale._step, sys.argv[1]
-def interrupted(*arguments):
-    row = step(*arguments)
-    if row["step"] == 5:
-        os.kill(os.getpid(), signal.Signals[sent])
-    return row
-scale._step = interrupted
-sys.argv = ["synface", *sys.argv[2:]]
-cli.main()
-"""
+def press_at_step_5(folder, sent, *words):
+    """Run the command line, which gets a signal at the end of a step."""
+    os.chdir(folder)
+    step = scale._step
+
+    def interrupted(*arguments):
+        row = step(*arguments)
+        if row["step"] == 5:
+            os.kill(os.getpid(), signal.Signals[sent])
+        return row
+
+    scale._step = interrupted
+    command_without_figures(*words)
 
 
 def test_command_line_errors(tmp_path, monkeypatch):

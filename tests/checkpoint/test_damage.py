@@ -1,11 +1,10 @@
 """Centers and checkpoints whose bytes were damaged give an error, or the same content."""
 
 import json
+import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from unittest.mock import Mock
 
 import pytest
@@ -18,6 +17,7 @@ from synface.optim.centers.checksums import row_checksums
 from synface.optim.centers.files import LAST_STEP, ROWS
 from torch import nn
 
+from tests.helpers.forked import finished
 from tests.helpers.fuzzed import mutated
 
 MUTATIONS = 400
@@ -184,19 +184,16 @@ def test_what_is_written_by_hand_is_no_damage(tmp_path):
         assert torch.equal(centers.weight, before)
 
 
-WRITE = """
-import os, signal, sys
-import torch
-from synface.optim.centers import Centers
-centers = Centers.open(sys.argv[1])
-if sys.argv[2] == "again":
-    centers.weight
-    centers.checkpoint()
-centers.weight.data.fill_(0.5)  # which no version counter sees
-centers.loss(torch.randn(4, 8), torch.tensor([3, 4, 5, 6]), num_sampled=10).backward()
-centers.update(0.1)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
+def write_and_die(folder, when):
+    """Write rows by hand at the first access, or again after a checkpoint; then take a step."""
+    centers = Centers.open(folder)
+    if when == "again":
+        assert len(centers.weight)
+        centers.checkpoint()
+    centers.weight.data.fill_(0.5)  # which no version counter sees
+    centers.loss(torch.randn(4, 8), torch.tensor([3, 4, 5, 6]), num_sampled=10).backward()
+    centers.update(0.1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("when", ["first", "again"])
@@ -204,8 +201,8 @@ def test_rows_written_by_hand_outlive_a_kill(tmp_path, when):
     """Rows written at the first access, or by a view older than the last checkpoint, survive."""
     folder = tmp_path / "c"
     Centers.create(CONFIG, folder).close()
-    killed = subprocess.run([sys.executable, "-c", WRITE, folder, when])
-    assert killed.returncode == -signal.SIGKILL
+    code, shown = finished(tmp_path / "shown", write_and_die, folder, when)
+    assert code == -signal.SIGKILL, shown
     with Centers.open(folder, verify=True) as centers:
         assert (centers.weight == 0.5).all()  # as the log says of those that then changed
         train(centers, 2)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from synface import checkpoint
 from synface.checkpoint import load_model, save_model, storage
 from synface.common.files import CheckpointError
@@ -21,6 +20,7 @@ from synface.optim import rows as optim
 from torch import Tensor, nn
 
 import synface_kernels as sk
+from tests.helpers.forked import start_server
 from tests.helpers.ranks import on_ranks
 
 C, D, N = 37, 8, 12
@@ -195,8 +195,8 @@ def dies_in_a_save(folder: Path, path: str, rank: int) -> None:
 @pytest.mark.slow
 def test_an_interrupted_save_leaves_the_last_checkpoint_whole(tmp_path):
     folder, path = tmp_path / "run", str(tmp_path / "killed")
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=dies_in_a_save, args=(folder, path, r)) for r in range(2)]
+    server = start_server()
+    processes = [server.Process(target=dies_in_a_save, args=(folder, path, r)) for r in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
+from importlib import import_module
+from itertools import count
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from synface.common.interrupts import Terminated, interruption, interrupts
 from synface.recipes.workers import run_named
 
 from tests.helpers.command_line import call
+from tests.helpers.forked import command, finished
 from tests.helpers.ranks import on_ranks
 
 ENDS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
@@ -165,34 +168,26 @@ def test_another_thread_is_never_told():
     assert told == [False, True]
 
 
-# The command line, which gets SIGTERM once a function was called so many times.
-SENT = """
-import os, signal, sys
-from importlib import import_module
-from synface import cli
-module, name, times = import_module(sys.argv[1]), sys.argv[2], [int(sys.argv[3])]
-before = getattr(module, name)
-def counted(*arguments, **options):
-    times[0] -= 1
-    if not times[0]:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return before(*arguments, **options)
-setattr(module, name, counted)
-sys.argv = ["synface", *sys.argv[4:]]
-cli.main()
-"""
+def get_sigterm(folder, module, name, times, *words):
+    """Run the command line, which gets SIGTERM once a function was called so many times."""
+    os.chdir(folder)
+    module = import_module(module)
+    before, calls = getattr(module, name), count(1)
+
+    def counted(*arguments, **options):
+        if next(calls) == times:
+            press(signal.SIGTERM)
+        return before(*arguments, **options)
+
+    setattr(module, name, counted)
+    command(*words)
 
 
-def terminated(folder, where, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-c", SENT, *where, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-    )
-    assert done.returncode == 143, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    return done.stdout
+def terminated(folder, where, *words):
+    code, shown = finished(folder.with_suffix(".txt"), get_sigterm, folder, *where, *words)
+    assert code == 143, shown
+    assert "Traceback" not in shown
+    return shown
 
 
 @pytest.mark.slow
@@ -201,7 +196,7 @@ def test_sigterm_ends_synthesize_and_convert_as_ctrl_c_does(tmp_path, monkeypatc
     import numpy as np
 
     np.save(tmp_path / "points.npy", np.eye(3, 8, dtype=np.float32))
-    where = ("synface.synthesis.dataset", "_generate", "2")
+    where = ("synface.synthesis.dataset", "_generate", 2)
     options = ("synthesize", "--packed", "points.npy", "--output", "faces", "--size", "16x16")
     options += ("--images-per-identity", "2", "--batch-size", "2")
     shown = terminated(tmp_path, where, *options)
@@ -210,7 +205,7 @@ def test_sigterm_ends_synthesize_and_convert_as_ctrl_c_does(tmp_path, monkeypatc
     call(*options, "--resume")
     assert len(list((tmp_path / "faces").glob("*/*.png"))) == 6
 
-    where = ("synface.data.formats.decode", "header", "3")
+    where = ("synface.data.formats.decode", "header", 3)
     shown = terminated(tmp_path, where, "convert", "faces", "shards", "--to", "webdataset")
     assert shown.strip().endswith("terminated")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["faces", "points.npy"]

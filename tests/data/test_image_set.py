@@ -14,6 +14,7 @@ from synface.data.formats.image_set import LabeledImages, common_shape
 from synface.data.loading.worker import SharedStore
 from torch.utils.data import DataLoader, Dataset, Subset, random_split
 
+from tests.helpers.forked import start_server
 from tests.helpers.images import folder, truncate
 
 
@@ -49,7 +50,8 @@ def test_a_set_is_a_torch_dataset(faces, tmp_path, form):
 @pytest.mark.slow
 def test_torchs_loader_reads_it_in_worker_processes(faces, tmp_path, in_memory):
     images = faces if in_memory else convert(faces, tmp_path / "set", "recordio")
-    loader = DataLoader(images, batch_size=5, num_workers=2, multiprocessing_context="spawn")
+    server = start_server()  # which gets what a new interpreter gets: pickled
+    loader = DataLoader(images, batch_size=5, num_workers=2, multiprocessing_context=server)
     batches = list(loader)
     assert [len(labels) for _, labels in batches] == [5, 5, 2]
     assert torch.equal(torch.cat([pixels for pixels, _ in batches]), faces.images)

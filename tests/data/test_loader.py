@@ -6,7 +6,6 @@ import gc
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -32,6 +31,7 @@ from synface.data.loading.loader import WorkerDied
 from synface.data.loading.worker import IDLE
 from synface.data.mixing import Beta, DomainMixup
 
+from tests.helpers.forked import forked
 from tests.helpers.images import folder, truncate
 from tests.helpers.processes import is_running, wait_for, within
 
@@ -291,25 +291,21 @@ def test_an_interrupt_while_waiting_closes_the_loader(synthetic, real):
             next(loader)
 
 
-ORPHANS = """
-import sys, time
-from synface.data import TwoDomainLoader
-loader = TwoDomainLoader(*sys.argv[1:], 5)
-next(loader)
-print(*loader.pids, flush=True)
-time.sleep(100)
-"""
+def load_and_wait(*domains):
+    loader = TwoDomainLoader(*domains, 5)
+    next(loader)
+    print(*loader.pids, flush=True)
+    time.sleep(100)
 
 
-def test_workers_end_with_the_trainer(synthetic, real):
-    arguments = [sys.executable, "-c", ORPHANS, str(synthetic), str(real)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as trainer:
-        assert trainer.stdout is not None
-        with within(120):
-            pids = trainer.stdout.readline().split()
+def test_workers_end_with_the_trainer(synthetic, real, tmp_path):
+    shown = tmp_path / "shown"
+    with forked(shown, load_and_wait, synthetic, real) as trainer:
+        wait_for(lambda: shown.exists() and shown.read_text().endswith("\n"), 120)
+        pids = shown.read_text().split()
         assert len(pids) == 2
         trainer.kill()
-    wait_for(lambda: not any(is_running(pid) for pid in pids))
+        wait_for(lambda: not any(is_running(pid) for pid in pids))
 
 
 class Copy:

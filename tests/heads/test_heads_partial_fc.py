@@ -1,21 +1,20 @@
 """The drop-in for insightface's PartialFC_V2 against insightface's formulas."""
 
 import math
-import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
-import synface.checkpoint
 import torch
+from synface import checkpoint
 from synface.heads import AdaFace, MarginHead, PartialFC
 from synface.optim.rows import RowAdamW, RowSGD
 from torch.nn.functional import cross_entropy, normalize
 
 import synface_kernels as sk
+from tests.helpers.forked import finished, forked
 
 N, D, C = 20, 8, 30
 
@@ -397,11 +396,6 @@ def test_bad_input(rate):
 
 # ---- the same bits again -------------------------------------------------------------------------
 
-TRAINING = """
-import torch
-import synface_kernels as sk
-from synface.heads import AdaFace, MarginHead, PartialFC
-from synface.optim import RowSGD
 
 class Run:
     def __init__(self):
@@ -431,9 +425,7 @@ class Run:
         return found
 
     def restore(self, tensors):
-        self.model.load_state_dict(
-            {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
-        )
+        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         self.head.load_state_dict({"weight": tensors["centers"]})
         for i, optimizer in enumerate(self.optimizers):
             states = {}
@@ -442,47 +434,38 @@ class Run:
                     _, parameter, name = key.split(".")
                     states.setdefault(int(parameter), {})[name] = value
             optimizer.load_state_dict(optimizer.state_dict() | {"state": states})
-"""
-KILLED = (
-    TRAINING
-    + """
-import sys
-from itertools import count
-from pathlib import Path
-from synface import checkpoint
-torch.set_num_threads(1)  # so small a model waits for threads
-run = Run()
-for step in count():
-    run.step(step)
-    checkpoint.save(Path(sys.argv[1]), step + 1, run.tensors(), {"config": {}, "data": {}})
-"""
-)
-RESUMED = TRAINING + """
-import sys
-from pathlib import Path
-from synface import checkpoint
-torch.set_num_threads(1)
-tensors, state = checkpoint.load(checkpoint.find(Path(sys.argv[1])))
-last = max(50, state["step"] + 5)
-resumed, whole = Run(), Run()
-resumed.restore(tensors)
-for step in range(state["step"], last):
-    resumed.step(step)
-for step in range(last):
-    whole.step(step)
-one, two = resumed.tensors(), whole.tensors()
-assert one.keys() == two.keys()
-assert one["centers"].dtype == torch.bfloat16
-for name in one:
-    assert one[name].dtype == two[name].dtype, name
-    assert torch.equal(one[name], two[name]), name
-"""  # fmt: skip
+
+
+def train_until_killed(folder):
+    """Train, with a checkpoint after each step."""
+    torch.set_num_threads(1)  # so small a model waits for threads
+    run = Run()
+    for step in count():
+        run.step(step)
+        checkpoint.save(folder, step + 1, run.tensors(), {"config": {}, "data": {}})
+
+
+def resume_and_compare(folder):
+    """Resume from the last checkpoint, and compare with training that never stopped."""
+    torch.set_num_threads(1)
+    tensors, state = checkpoint.load(checkpoint.find(folder))
+    last = max(50, state["step"] + 5)
+    resumed, whole = Run(), Run()
+    resumed.restore(tensors)
+    for step in range(state["step"], last):
+        resumed.step(step)
+    for step in range(last):
+        whole.step(step)
+    one, two = resumed.tensors(), whole.tensors()
+    assert one.keys() == two.keys()
+    assert one["centers"].dtype == torch.bfloat16
+    for name in one:
+        assert one[name].dtype == two[name].dtype, name
+        assert torch.equal(one[name], two[name]), name
 
 
 def test_fifty_steps_twice_give_the_same_centers():
-    names = {}
-    exec(compile(TRAINING, "training", "exec"), names)
-    one, two = names["Run"](), names["Run"]()
+    one, two = Run(), Run()
     start = one.head.weight.detach().clone()
     for run in (one, two):
         for step in range(50):
@@ -494,15 +477,17 @@ def test_fifty_steps_twice_give_the_same_centers():
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 @pytest.mark.slow
 def test_kill_9_and_resume_give_the_same_centers(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
-    deadline = time.monotonic() + 120
-    while not (found := synface.checkpoint.checkpoints(tmp_path)) or int(found[-1].name[5:]) < 10:
-        assert child.poll() is None, "ended before it was killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    subprocess.run([sys.executable, "-c", RESUMED, str(Path(tmp_path))], check=True)
+    folder, shown = tmp_path / "run", tmp_path / "shown"
+    with forked(shown, train_until_killed, folder) as child:
+        deadline = time.monotonic() + 120
+        while not (found := checkpoint.checkpoints(folder)) or int(found[-1].name[5:]) < 10:
+            assert child.is_alive(), shown.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        child.kill()
+        child.join()
+    code, text = finished(shown, resume_and_compare, folder)
+    assert code == 0, text
 
 
 def test_a_dense_gradient_under_torch_func():

@@ -53,11 +53,20 @@ def forked(
         started.join()
 
 
-def finished(output: Path, run: Callable[..., object], *arguments: object) -> tuple[int, str]:
+def finished(
+    output: Path, run: Callable[..., object], *arguments: object, **environment: str
+) -> tuple[int, str]:
     """Return the exit code of `forked` and what it printed, once it has ended."""
-    with forked(output, run, *arguments) as process:
+    with forked(output, run, *arguments, **environment) as process:
         process.join(300)
         return process.exitcode, output.read_text()
+
+
+def numbers_of(output: Path, run: Callable[..., object], *arguments: object) -> list[float]:
+    """Return the numbers that `run` prints in a process of its own, such as a peak of memory."""
+    code, shown = finished(output, run, *arguments)
+    assert code == 0, shown
+    return [float(word) for word in shown.split()]
 
 
 def command(*words: object) -> None:

@@ -17,12 +17,13 @@ from torch import Tensor
 import synface_kernels as sk
 from synface_kernels import _load
 from tests.helpers.cpu import cpu
+from tests.helpers.forked import numbers_of
 from tests.ops.test_hypersphere_repulsion import (
     EPS,
     PAIR,
     as_written,
-    peak,
     points,
+    print_peak,
     run,
     sharpness,
 )
@@ -274,10 +275,12 @@ def test_each_gradient_alone_has_the_same_bits(isa):
 
 
 @pytest.mark.slow
-def test_memory():
+def test_memory(tmp_path):
     """The gradient in float32 from forward to backward, and the one that backward returns."""
     n, d = 20_000, 16
-    assert peak(n, d, "LogSumExp()", "bfloat16") <= (64 << 20) + n * d * (4 + 4 + 2)
+    arguments = n, d, sk.LogSumExp(), torch.bfloat16
+    (peak,) = numbers_of(tmp_path / "shown", print_peak, *arguments)
+    assert peak <= (64 << 20) + n * d * (4 + 4 + 2)
 
 
 # ---- float32 points under torch's "high" precision -----------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
 import sys
 from functools import partial
 
@@ -13,6 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import synface_kernels as sk
+from synface_kernels.testing import peak_bytes
+from tests.helpers.forked import numbers_of
 from tests.helpers.margin import COMBINED, ISAS, OPTIONS, problem, problem_of, run, sampled
 
 
@@ -205,32 +206,28 @@ def test_there_is_one_gradient_at_a_time():
     assert torch.equal(again, expected)
 
 
-TWO_STEPS = """
-import torch, synface_kernels as sk
-from synface_kernels.testing import peak_bytes
-n, c, d = 64, 100_000, 128
-x, w = torch.randn(n, d), torch.randn(c, d, requires_grad=True)
-t = torch.randint(0, c, (n,))
-def step():
-    loss = sk.margin_cross_entropy(x, w, t)
-    w.grad = None  # after the forward pass
-    loss.backward()
-sk.margin_cross_entropy(x, w, t).backward()
-w.grad = None
-sk.empty_cache()
-def both():
-    step()
-    step()
-print(peak_bytes(both) / 2**20, c * d * 4 / 2**20)
-"""
+def print_peak_of_two_steps():
+    """Print the peak in MiB, and the size of the centers' gradient."""
+    n, c, d = 64, 100_000, 128
+    x, w = torch.randn(n, d), torch.randn(c, d, requires_grad=True)
+    t = torch.randint(0, c, (n,))
+
+    def two_steps():
+        for _ in range(2):
+            loss = sk.margin_cross_entropy(x, w, t)
+            w.grad = None  # after the forward pass
+            loss.backward()
+
+    sk.margin_cross_entropy(x, w, t).backward()
+    w.grad = None
+    sk.empty_cache()
+    print(peak_bytes(two_steps) / 2**20, c * d * 4 / 2**20)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.slow
-def test_gradients_that_are_cleared_late_do_not_add_up():
-    done = subprocess.run([sys.executable, "-c", TWO_STEPS], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    peak, gradient = map(float, done.stdout.split())
+def test_gradients_that_are_cleared_late_do_not_add_up(tmp_path):
+    peak, gradient = numbers_of(tmp_path / "shown", print_peak_of_two_steps)
     assert peak < 1.5 * gradient
 
 
@@ -325,43 +322,37 @@ def test_a_step_on_sampled_classes(impl):
 
 
 # ---- peak memory ---------------------------------------------------------------------------------
-GATHERED = """
-import torch, synface_kernels as sk
-from synface_kernels.testing import peak_bytes
-n, c, d = 8, 120_000, 512
-x, w = torch.randn(n, d), torch.randn(c, d)
-ids = torch.arange(0, c, 2)
-t = torch.randint(0, len(ids), (n,))
-sk.margin_cross_entropy(x, w[:9], t * 0, class_ids=ids[:2])
-peak = peak_bytes(lambda: sk.margin_cross_entropy(x, w, t, class_ids=ids))
-print(peak / 2**20, len(ids) * d * 4 / 2**20)
-"""
+
+
+def print_peak_of_sampled_rows():
+    """Print the peak in MiB, and the size of the rows."""
+    n, c, d = 8, 120_000, 512
+    x, w = torch.randn(n, d), torch.randn(c, d)
+    ids = torch.arange(0, c, 2)
+    t = torch.randint(0, len(ids), (n,))
+    sk.margin_cross_entropy(x, w[:9], t * 0, class_ids=ids[:2])  # so that all code is loaded
+    peak = peak_bytes(lambda: sk.margin_cross_entropy(x, w, t, class_ids=ids))
+    print(peak / 2**20, len(ids) * d * 4 / 2**20)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.slow
-def test_sampled_rows_are_not_gathered():
-    done = subprocess.run([sys.executable, "-c", GATHERED], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    peak, gathered = map(float, done.stdout.split())
+def test_sampled_rows_are_not_gathered(tmp_path):
+    peak, gathered = numbers_of(tmp_path / "shown", print_peak_of_sampled_rows)
     assert peak < gathered / 4
 
 
-MEMORY = """
-import torch, synface_kernels as sk
-from synface_kernels.testing import peak_bytes
-n, c, d = 512, 100_000, 64
-x = torch.randn(n, d, requires_grad=True)
-w = torch.randn(c, d, requires_grad=True)
-t = torch.randint(0, c, (n,))
-sk.margin_cross_entropy(x[:2], w[:2], t[:2] * 0).backward()
-x.grad = w.grad = None
-with torch.autocast("cpu", torch.bfloat16, enabled=AUTOCAST):
-    peak = peak_bytes(
-        lambda: sk.margin_cross_entropy(x, w, t, workspace=WORKSPACE).backward()
-    )
-print(peak / 2**20, (n + c) * d * 4 / 2**20)
-"""
+def print_peak_of_a_step(workspace, autocast):
+    """Print the peak in MiB, and the size of the gradients."""
+    n, c, d = 512, 100_000, 64
+    x = torch.randn(n, d, requires_grad=True)
+    w = torch.randn(c, d, requires_grad=True)
+    t = torch.randint(0, c, (n,))
+    sk.margin_cross_entropy(x[:2], w[:2], t[:2] * 0).backward()
+    x.grad = w.grad = None
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        peak = peak_bytes(lambda: sk.margin_cross_entropy(x, w, t, workspace=workspace).backward())
+    print(peak / 2**20, (n + c) * d * 4 / 2**20)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -370,12 +361,9 @@ print(peak / 2**20, (n + c) * d * 4 / 2**20)
     [("auto", False), (0, False), (100, False), ("auto", True), (0, True)],
 )
 @pytest.mark.slow
-def test_peak_memory_is_the_gradients_the_workspace_and_64_mib(workspace, autocast):
-    given = repr(workspace) if workspace == "auto" else f"{workspace} << 20"
-    code = MEMORY.replace("WORKSPACE", given).replace("AUTOCAST", str(autocast))
+def test_peak_memory_is_the_gradients_the_workspace_and_64_mib(workspace, autocast, tmp_path):
+    given = workspace if workspace == "auto" else workspace << 20
+    peak, gradients = numbers_of(tmp_path / "shown", print_peak_of_a_step, given, autocast)
     workspace = 0 if workspace == "auto" else workspace
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    peak, gradients = map(float, done.stdout.split())
     used = 0.9 * workspace
     assert gradients / 2 + used < peak <= gradients + workspace + 64  # N×C would be 195 MiB

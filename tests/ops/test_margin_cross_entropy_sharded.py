@@ -12,10 +12,10 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 import synface_kernels as sk
+from tests.helpers.forked import start_server
 from tests.helpers.ranks import on_ranks
 
 N, C, D = 23, 37, 16
@@ -441,8 +441,8 @@ def widowed(rank: int, path: str) -> None:
 @pytest.mark.slow
 def test_when_a_rank_dies_the_others_say_so(tmp_path):
     path = str(tmp_path / "group")
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=widowed, args=(rank, path)) for rank in range(3)]
+    server = start_server()
+    processes = [server.Process(target=widowed, args=(rank, path)) for rank in range(3)]
     for process in processes:
         process.start()
     for process in processes:

@@ -1,8 +1,6 @@
 """Image folders of generated faces: whole, resumed to the bit, never lost by mistake."""
 
 import json
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +15,7 @@ from synface.synthesis.dataset import MANIFEST, styles, synthesize
 from synface.synthesis.generators import EigenfaceGenerator, TorchScriptGenerator
 
 from tests.helpers.command_line import call, refused
+from tests.helpers.forked import forked
 from tests.helpers.generators import Noisy, scripted, tree, unit
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -126,31 +125,22 @@ def test_a_model_whose_rounding_depends_on_the_batch_resumes_bitwise_too(tmp_pat
     assert tree(tmp_path / "x") == tree(tmp_path / "whole")
 
 
-KILLED = """
-import sys
-from pathlib import Path
-from synface.synthesis.generators import EigenfaceGenerator
-from synface.synthesis.embeddings import read_embeddings
-from synface.synthesis.dataset import synthesize
-rows = read_embeddings(sys.argv[1])
-synthesize(rows, EigenfaceGenerator(16, 24), Path(sys.argv[2]), 40, batch_size=16)
-"""
+def write_faces(root):
+    synthesize(unit(60, 16), EigenfaceGenerator(16, 24), root, 40, batch_size=16)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 @pytest.mark.slow
 def test_kill_9_leaves_whole_images_alone(tmp_path):
-    rows = unit(60, 16)
-    np.save(tmp_path / "rows.npy", rows.numpy())
-    root = tmp_path / "x"
-    child = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path / "rows.npy", root])
-    deadline = time.monotonic() + 120
-    while not (root / "000004").exists():
-        assert child.poll() is None, "ended before it was killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    rows, root, shown = unit(60, 16), tmp_path / "x", tmp_path / "shown"
+    with forked(shown, write_faces, root) as child:
+        deadline = time.monotonic() + 120
+        while not (root / "000004").exists():
+            assert child.is_alive(), shown.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        child.kill()
+        child.join()
     left = [image for image in root.rglob("*.png") if image.name[0] != "."]
     assert 100 < len(left) < 2400
     for image in left:
@@ -158,7 +148,7 @@ def test_kill_9_leaves_whole_images_alone(tmp_path):
             opened.load()
     made = synthesize(rows, EigenfaceGenerator(16, 24), root, 40, batch_size=16, resume=True)
     assert made == 2400 - len(left)
-    synthesize(rows, EigenfaceGenerator(16, 24), tmp_path / "whole", 40, batch_size=16)
+    write_faces(tmp_path / "whole")
     assert tree(root) == tree(tmp_path / "whole")
 
 

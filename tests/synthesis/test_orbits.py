@@ -195,7 +195,9 @@ def test_what_is_known_to_be_optimal_is_constructed(count, dim, worst):
 @pytest.mark.parametrize(("count", "dim"), CODES)
 @pytest.mark.slow
 def test_known_codes_are_reached(count, dim):
-    packed = Packer(PackConfig(count, dim)).run()
+    config = PackConfig(count, dim).resolved(free=True)
+    assert config.steps is not None
+    packed = Packer(replace(config, steps=config.steps // 2)).run()  # of what is the default
     assert packed.worst == pytest.approx(CODES[count, dim], abs=1e-6)
     assert packed.worst == closest_pair(packed.points)[0]
     assert packed.worst >= packed.bound.cosine - 1e-9
@@ -259,8 +261,8 @@ def test_a_polish_with_a_gallery_comes_near_it():
 
 @pytest.mark.slow
 def test_a_search_of_many_points_by_the_clock():
-    packed = Packer(PackConfig(400, 16, minutes=0.05, polish=5)).run()
-    assert packed.history[-1][0] < 6
+    packed = Packer(PackConfig(400, 16, minutes=0.02, polish=5)).run()
+    assert packed.history[-1][0] < 4
     assert packed.worst == closest_pair(packed.points)[0]
     assert packed.worst < bounds.random_worst(400, 16) - 0.1
     hurried = Packer(PackConfig(2000, 64, minutes=1e-6)).run()  # one step is taken at least

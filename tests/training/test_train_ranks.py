@@ -182,7 +182,7 @@ def forked_ranks(folder: Path, *words: object) -> Iterator[dict[Path, Any]]:
 
 
 OPTIONS = ["--size", "16x16", "--widths", "4,8", "--depths", "1,1", "--embedding-size", 16]
-OPTIONS += ["--batch-size", 10, "--holdout", 2, "--checkpoint-every", 1, "--epochs", 8]
+OPTIONS += ["--batch-size", 10, "--holdout", 2, "--checkpoint-every", 1, "--epochs", 4]
 
 
 @contextmanager
@@ -206,7 +206,7 @@ def under_torchrun(run, *arguments):
 
 @pytest.mark.slow
 def test_ranks_after_kill_9_and_torchrun_end_in_the_same_run(tmp_path):
-    words = ["train", *OPTIONS, "--data", folder(tmp_path / "faces", 12, 10)]  # 80 steps
+    words = ["train", *OPTIONS, "--data", folder(tmp_path / "faces", 12, 10)]  # 40 steps
     with forked_ranks(tmp_path / "first", *words, "--output", tmp_path / "whole") as ranks:
         for output, rank in ranks.items():
             rank.join(300)
@@ -218,16 +218,17 @@ def test_ranks_after_kill_9_and_torchrun_end_in_the_same_run(tmp_path):
     log = run / "metrics.jsonl"
     with forked_ranks(tmp_path / "killed", *words, "--output", run) as ranks:
 
-        def more_than_9_steps() -> bool:
+        def more_than_12_steps() -> bool:
             assert all(rank.is_alive() for rank in ranks.values())
-            return log.exists() and len(log.read_text().splitlines()) > 9
+            return log.exists() and len(log.read_text().splitlines()) > 12
 
-        wait_for(more_than_9_steps, 200)
+        wait_for(more_than_12_steps, 200)
         for rank in ranks.values():
             rank.kill()
         for rank in ranks.values():
             rank.join(120)
             assert rank.exitcode != 0
+    assert checkpoint.load_state(checkpoint.find(run))["step"] >= 10
 
     resumed = torchrun(2, "train", "--resume", run)
     output, _ = resumed.communicate(timeout=300)
