@@ -11,6 +11,7 @@ import os
 import runpy
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, process, resource_tracker
@@ -64,9 +65,14 @@ def finished(
 
 def numbers_of(output: Path, run: Callable[..., object], *arguments: object) -> list[float]:
     """Return the numbers that `run` prints in a process of its own, such as a peak of memory."""
-    code, shown = finished(output, run, *arguments)
+    code, shown = finished(output, _without_warnings, run, *arguments)
     assert code == 0, shown
     return [float(word) for word in shown.split()]
+
+
+def _without_warnings(run: Callable[..., object], *arguments: object) -> None:
+    warnings.simplefilter("ignore")  # they would stand among the numbers
+    run(*arguments)
 
 
 def command(*words: object) -> None:

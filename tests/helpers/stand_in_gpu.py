@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from synface_kernels import _cuda
+
 GPU = torch.device("cuda", 0)
 PROPERTIES = SimpleNamespace(
     name="stand-in", major=9, minor=0, multi_processor_count=132, L2_cache_size=50 << 20,
@@ -161,7 +163,7 @@ class StandInGpu(TorchDispatchMode):
         name = func.overloadpacket.__name__
         device = kwargs.get("device")
         wanted = None if device is None else torch.device(device).type
-        if wanted == "meta" and (here or name == "scalar_tensor"):
+        if wanted == "meta" and (here or name in ("scalar_tensor", "zeros")):
             wanted = "cuda"  # C++ asks for the device that it takes the stand-in's for
         if func.namespace.startswith("synface"):
             if not here:
@@ -279,6 +281,7 @@ def stand_in_gpu() -> Iterator[StandInGpu]:
     patches: list[Any] = [
         mock.patch.object(torch.cuda, name, function) for name, function in functions.items()
     ]
+    patches.append(mock.patch.object(_cuda, "missing", return_value="a stand-in"))
     for name in ("tensor", "as_tensor", "scalar_tensor", "sparse_coo_tensor"):
         created = _created(getattr(torch, name), waits=name != "sparse_coo_tensor")
         patches.append(mock.patch.object(torch, name, created))
