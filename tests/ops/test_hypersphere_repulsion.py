@@ -442,6 +442,7 @@ def expected_neighbors(x, y, k, dtype):
     return found.values[:, :k], found.indices[:, :k]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gallery", [False, True])
 @pytest.mark.parametrize("isa", ISAS)

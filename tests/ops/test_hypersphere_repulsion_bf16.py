@@ -76,6 +76,7 @@ def assert_same(x: Tensor, y: Tensor | None, k: int) -> None:
         assert torch.equal(cosine, expected_cosine)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gallery", [False, True])
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,6 +22,7 @@ from tests.helpers.margin import (
 )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("d", [1, 8, 129, 512])
 @pytest.mark.parametrize("c", [1, 5, 1000, 4097])

@@ -85,6 +85,7 @@ def test_a_zero_sub_center_has_cosine_zero_and_no_gradient(impl):
     assert not w.grad.any()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("name", FILTERED)
