@@ -1,7 +1,6 @@
-"""Calls of the command line, in the tests' process or in a new one."""
+"""Calls of the command line in the tests' process."""
 
 import io
-import subprocess
 import sys
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from unittest import mock
@@ -30,14 +29,3 @@ def call(*arguments: object, code: int = 0) -> str:
 def refused(*arguments: object) -> str:
     """Run a command that must exit with a usage error (2), and return what it printed."""
     return call(*arguments, code=2)
-
-
-def synface(
-    *arguments: object, code: int = 0, **options: object
-) -> "subprocess.CompletedProcess[str]":
-    """Run a command in a new process, which must exit with ``code``, without a traceback."""
-    command = [sys.executable, "-m", "synface", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, **options)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    return done

@@ -1,4 +1,4 @@
-"""A fuzzer of the readers, run in a process of its own: fuzzed.py KIND SEED COUNT FOLDER.
+"""A fuzzer of the readers, run in a process of its own.
 
 Prints a line of JSON: the numbers of files refused and read, the growth of the peak memory, and
 the errors. Any exception but the readers' own ends it.
@@ -219,7 +219,3 @@ def main(kind: str, seed: int, count: int, folder: Path) -> None:
     assert not marker.exists(), "executed"
     found = {"fine": fine, "errors": dict(errors), "grown": peak() - before}
     print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
