@@ -1,11 +1,14 @@
 """The compiler's reports on the Triton kernels, which `tests/triton/aot.py` writes.
 
 compiled.json holds, for each Triton, one row per kernel, dtypes, blocks and architecture, with the
-most that any variant takes: labels, filters and the like are other variants of the same row.
+most that any variant takes: labels, filters and the like are other variants of the same row. A
+digest of what the compiler was given says whether a row is still of the present kernel, without
+the minutes that compiling all of them takes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -57,8 +60,16 @@ def rows(reports: Iterable[Row]) -> list[Row]:
             row[name] = sorted({value for variant in variants for value in variant[name]})
         for name in ("warps", "registers", "shared", "stack", "local"):
             row[name] = max(variant[name] for variant in variants)
+        for name in ("f32", "f64"):
+            row[f"fused_{name}"] = max(variant["fused"][name] for variant in variants)
+        row["digest"] = digest(variant["digest"] for variant in variants)
         table.append(row)
     return table
+
+
+def digest(variants: Iterable[str]) -> str:
+    """Return a row's digest, of those of its variants."""
+    return hashlib.sha256(" ".join(sorted(variants)).encode()).hexdigest()[:16]
 
 
 @cache

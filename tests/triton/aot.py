@@ -12,6 +12,7 @@ docs/gpu.md shows, gets the rows of these ops and this Triton.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -25,8 +26,9 @@ from typing import Any
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
@@ -86,18 +88,42 @@ class Variant:
         constants = {k: v for k, v in self.constants.items() if k not in SIZES}
         return repr((self.launch.name, self.options, self.signature, constants))
 
-    def compile(self, capability: int) -> dict[str, Any]:
+    def source(self, capability: int) -> tuple[ASTSource, GPUTarget]:
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
-        made = triton.compile(
-            source, target=GPUTarget("cuda", capability, 32), options=self.options
+        return source, GPUTarget("cuda", capability, 32)
+
+    def digest(self, capability: int) -> str:
+        """Return a digest of what the compiler is given: its input's Triton IR, and the options."""
+        source, target = self.source(capability)
+        backend = make_backend(target)
+        options = backend.parse_options(dict(self.options))
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        module = source.make_ir(
+            target,
+            options,
+            backend.get_codegen_implementation(options),
+            backend.get_module_map(),
+            context,
         )
-        kernel, dtypes, blocks = compiled.key(self.launch)
+        stages: dict[str, Any] = {}
+        backend.add_stages(stages, options, source.language)
+        text = stages["ttir"](module, {}).str_nodebug()  # without the places in source files
+        given = f"{sorted(self.options.items())} {text}"
+        return hashlib.sha256(given.encode()).hexdigest()[:16]
+
+    def row(self, capability: int) -> tuple[str, str, str, int]:
+        """Return the row that this is a variant of, as `compiled.KEY` names it."""
+        return *compiled.key(self.launch), capability
+
+    def compile(self, capability: int) -> dict[str, Any]:
+        source, target = self.source(capability)
+        made = triton.compile(source, target=target, options=self.options)
         ptx = made.asm["ptx"]
         return {
-            "kernel": kernel,
-            "dtypes": dtypes,
-            "blocks": blocks,
-            "capability": capability,
+            **dict(zip(compiled.KEY, self.row(capability), strict=True)),
+            "digest": self.digest(capability),
             "config": {k: str(v) for k, v in self.constants.items()} | self.options,
             "instructions": sorted(
                 set(re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx))
