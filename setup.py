@@ -116,6 +116,13 @@ class Build(cpp_extension.BuildExtension):
     would otherwise replace each other at every build.
     """
 
+    def run(self) -> None:
+        """Keep the objects of an editable install, for the next; pip's own folder is deleted."""
+        if self.editable_mode:
+            tag = f"{self.plat_name}-{sys.implementation.cache_tag}"
+            self.build_temp = os.path.join("build", f"temp.{tag}")
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         """Compile the kernels, unless they are up to date, and an extension that links them."""
         together = self.build_temp
