@@ -16,7 +16,7 @@ CSRC := $(shell git ls-files 'csrc/*' 2>/dev/null || find csrc -type f)
 EXTENSION := $(VENV)/.extension
 BUILT := $(VENV)/.built
 
-.PHONY: build demo test test-all quick fuzz sanitize tsan lint format bench growth gpu-evidence stand-in gpu-ledger cuda-check wheel docs docs-serve clean
+.PHONY: build demo test test-all quick fuzz sanitize tsan static lint format bench growth gpu-evidence stand-in gpu-ledger cuda-check wheel docs docs-serve clean
 
 build: $(BUILT)
 
@@ -41,11 +41,11 @@ $(BUILT): $(EXTENSION)
 demo: $(EXTENSION)
 	$(BIN)/synface demo
 
-test: build lint
+test: static
 	$(PY) -m pytest -n auto --dist worksteal
 
 # All combinations of parameters, also where make test takes each pair of values.
-test-all: build lint
+test-all: static
 	$(PY) -m pytest -n auto --dist worksteal --pairs none
 
 # Each test function once, without the slow ones.
@@ -65,13 +65,26 @@ tsan: build
 	$(PY) tools/sanitize.py planted
 	$(PY) tools/sanitize.py threads
 
-lint: build
+# What needs no tests, side by side.
+STATIC := check-types check-style check-spelling check-cpp
+static: build
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target $(STATIC)
+
+check-types:
+	$(BIN)/mypy
+
+check-style:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+
+check-spelling:
 	$(BIN)/codespell $$(git ls-files '*.py' '*.md' '*.cpp' '*.h' '*.cu' '*.toml' Makefile)
-	$(PY) -m pytest -q tests/test_docstrings.py
+
+check-cpp:
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
+
+lint: static
+	$(PY) -m pytest -q tests/test_docstrings.py
 
 format: build
 	$(BIN)/ruff check --fix .

@@ -240,8 +240,8 @@ def page(gpus: list[Device]) -> str:
     parts.append(
         "Registers, shared memory, spilled bytes per thread and tensor cores' instruction of each"
         " kernel, the most of its variants. `python tests/triton/aot.py --write` compiles them,"
-        " without a GPU, in minutes; `tests/triton/test_aot.py` holds the limits, and by a digest of"
-        " what the compiler is given knows each row to be of the present kernel."
+        " without a GPU, in minutes; `tests/triton/test_aot.py` holds the limits, and knows by a"
+        " digest of what the compiler is given that each row is of the present kernel."
     )
     for triton, rows in compiled.load().items():
         parts += [f"Triton {triton}:", compiler_table(rows)]

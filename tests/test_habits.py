@@ -122,9 +122,11 @@ def test_a_form_asks_what_is_needed(path: Path) -> None:
 def test_hooks_run_the_tools_of_make_lint() -> None:
     local = [repo for repo in load(PRE_COMMIT)["repos"] if repo["repo"] == "local"]
     entries = [hook["entry"].split() for repo in local for hook in repo["hooks"]]
-    lint = re.search(r"^lint: .*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)
-    assert lint is not None
-    recipes = lint[1].replace("$(BIN)/", "").replace("$(PY)", "python").splitlines()
+    checks = ["lint", *re.search(r"^STATIC := (.*)$", MAKEFILE, re.MULTILINE)[1].split()]
+    recipes = []
+    for target in checks:
+        lines = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1]
+        recipes += lines.replace("$(BIN)/", "").replace("$(PY)", "python").splitlines()
     tools = {line.split()[0] for line in recipes}
     assert {words[0] for words in entries} == tools
     for words in entries:
