@@ -58,8 +58,11 @@ def _share_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     types: dict[tuple[int, ...], dict[str, Any]] = {}
     tensors: dict[tuple[int, ...], dict[str, Any]] = {}
 
+    unwrap = tl.core._unwrap_if_constexpr
+
     def init_type(self: Any, element_ty: tl.dtype, shape: Any) -> None:
-        key = (id(element_ty), *map(tl.core._unwrap_if_constexpr, shape))
+        sizes = shape.values if type(shape) is tl.tuple else shape
+        key = (id(element_ty), *[n if type(n) is int else unwrap(n) for n in sizes])
         if key not in types:
             make_type(self, element_ty, shape)
             types[key] = vars(self).copy()  # keeps element_ty, so that no other gets its id
