@@ -212,6 +212,17 @@ def test_both_tritons_and_all_architectures_were_compiled_for() -> None:
         assert all(each == {*compiled.INSTRUCTIONS} for each in found.values()), found
 
 
+def test_the_rows_of_all_tritons_are_of_the_same_kernels() -> None:
+    """Only one Triton is installed, and all write the same Triton IR for a kernel."""
+    digests = [
+        {tuple(row[name] for name in compiled.KEY): row["digest"] for row in rows}
+        for rows in compiled.load().values()
+    ]
+    assert all(each == digests[0] for each in digests), (
+        "run python tests/triton/aot.py --write with each Triton, see CONTRIBUTING.md"
+    )
+
+
 def test_every_kernel_keeps_within_its_budget() -> None:
     assert ROWS
     problems = [(name, row, budget_problems(name, row)) for name, row in ROWS]
