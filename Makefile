@@ -67,6 +67,7 @@ tsan: build
 
 # What needs no tests, side by side.
 STATIC := check-types check-style check-spelling check-cpp
+.PHONY: $(STATIC)
 static: build
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target $(STATIC)
 

@@ -301,11 +301,12 @@ def kernels_of(op: str) -> set[str]:
 
 
 def few(rows: dict[Key, list[Any]]) -> Iterator[Key]:
-    """Yield a row for each architecture, of the fewest variants, each of another kernel."""
+    """Yield a row for each architecture, of few variants, and of another kernel where there is."""
     seen: set[str] = set()
     for capability in compiled.INSTRUCTIONS:
-        others = [key for key in rows if key[-1] == capability and key[0] not in seen]
-        found = min(others or rows, key=lambda key: len(rows[key]))
+        of_this = [key for key in rows if key[-1] == capability]
+        others = [key for key in of_this if key[0] not in seen]
+        found = min(others or of_this, key=lambda key: len(rows[key]))
         seen.add(found[0])
         yield found
 
