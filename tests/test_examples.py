@@ -6,20 +6,18 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from synface.heads import PartialFC
 from synface.optim.rows import RowSGD
 
 import synface_kernels as sk
 from examples import arcface_torch_script
 from tests.helpers import watched
-from tests.helpers.forked import finished, forked
-from tests.helpers.ranks import on_ranks
+from tests.helpers.forked import finished
+from tests.helpers.ranks import forked_ranks, on_ranks
 from tests.helpers.watched import LATE_GLOO
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -68,7 +66,11 @@ def test_the_loss_falls(ranks, name, package, options, tmp_path):
         code, shown = finished(tmp_path / "shown", watched.run, script)
         assert code == 0, shown
     elif options:
-        shown = on_forked_ranks(ranks, script, tmp_path)
+        with forked_ranks(tmp_path / "shown", watched.run, script) as processes:
+            for output, process in processes.items():
+                process.join(300)
+                assert process.exitcode == 0, output.read_text()
+        shown = (tmp_path / "shown" / "0").read_text()
     else:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         run = run_to_its_end([sys.executable, *launcher, watched.__file__, LATE_GLOO, *script])
@@ -83,25 +85,6 @@ def needs(package):
     """Skip the test unless the package is installed, which takes seconds to import."""
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-
-
-def on_forked_ranks(ranks, script, folder):
-    """Run a script with torchrun's variables, in forked processes; return what rank 0 shows."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    shared |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    with ExitStack() as stack:
-        outputs = [folder / f"shown.{rank}" for rank in range(ranks)]
-        started = [
-            stack.enter_context(
-                forked(output, watched.run, script, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
-            )
-            for rank, output in enumerate(outputs)
-        ]
-        for process, output in zip(started, outputs, strict=True):
-            process.join(300)
-            assert process.exitcode == 0, output.read_text()
-    return outputs[0].read_text()
 
 
 def losses_in(shown):

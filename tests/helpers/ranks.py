@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from synface.common.distributed import leave
 
-from tests.helpers.forked import start_server
+from tests.helpers.forked import forked, start_server
 
 
 def on_ranks(ranks: int, main: Callable[[int, int], Any], tmp_path: Path) -> list[Any]:
@@ -30,3 +32,21 @@ def _rank(rank: int, ranks: int, path: str, main: Callable[[int, int], Any]) -> 
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=ranks)
     torch.save(main(rank, ranks), f"{path}.{rank}")
     leave()
+
+
+@contextmanager
+def forked_ranks(
+    folder: Path, run: Callable[..., object], *arguments: object
+) -> Iterator[dict[Path, Any]]:
+    """Yield two `forked` ranks by the files of what they print, begun as by torchrun."""
+    folder.mkdir()
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    launch = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"}
+    launch |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with ExitStack() as stack:
+        ranks = {}
+        for name in ("0", "1"):
+            rank = forked(folder / name, run, *arguments, **launch, RANK=name, LOCAL_RANK=name)
+            ranks[folder / name] = stack.enter_context(rank)
+        yield ranks

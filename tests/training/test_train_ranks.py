@@ -5,14 +5,11 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,9 +19,9 @@ from synface.evaluation.embedding import embed
 from synface.heads import ShardedMarginHead
 from synface.training.loop import load_backbone, train
 
-from tests.helpers.forked import command_without_figures, forked
+from tests.helpers.forked import command_without_figures
 from tests.helpers.processes import wait_for
-from tests.helpers.ranks import on_ranks
+from tests.helpers.ranks import forked_ranks, on_ranks
 from tests.helpers.training import SMALL, folder, same
 
 SMALL = replace(
@@ -165,22 +162,6 @@ def torchrun(ranks: int, *arguments: object) -> subprocess.Popen:
     )  # fmt: skip
 
 
-@contextmanager
-def forked_ranks(folder: Path, *words: object) -> Iterator[dict[Path, Any]]:
-    """Yield two ranks of a command by the files of what they print, begun as by torchrun."""
-    folder.mkdir()
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    launch = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2"}
-    launch |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    with ExitStack() as stack:
-        ranks = {}
-        for output in (folder / "0", folder / "1"):
-            rank = forked(output, command_without_figures, *words, **launch, RANK=output.name)
-            ranks[output] = stack.enter_context(rank)
-        yield ranks
-
-
 OPTIONS = ["--size", "16x16", "--widths", "4,8", "--depths", "1,1", "--embedding-size", 16]
 OPTIONS += ["--batch-size", 10, "--holdout", 2, "--checkpoint-every", 1, "--epochs", 4]
 
@@ -207,7 +188,9 @@ def under_torchrun(run, *arguments):
 @pytest.mark.slow
 def test_ranks_after_kill_9_and_torchrun_end_in_the_same_run(tmp_path):
     words = ["train", *OPTIONS, "--data", folder(tmp_path / "faces", 12, 10)]  # 40 steps
-    with forked_ranks(tmp_path / "first", *words, "--output", tmp_path / "whole") as ranks:
+    with forked_ranks(
+        tmp_path / "first", command_without_figures, *words, "--output", tmp_path / "whole"
+    ) as ranks:
         for output, rank in ranks.items():
             rank.join(300)
             assert rank.exitcode == 0, output.read_text()
@@ -216,7 +199,9 @@ def test_ranks_after_kill_9_and_torchrun_end_in_the_same_run(tmp_path):
 
     run = tmp_path / "cut"
     log = run / "metrics.jsonl"
-    with forked_ranks(tmp_path / "killed", *words, "--output", run) as ranks:
+    with forked_ranks(
+        tmp_path / "killed", command_without_figures, *words, "--output", run
+    ) as ranks:
 
         def more_than_12_steps() -> bool:
             assert all(rank.is_alive() for rank in ranks.values())
