@@ -72,7 +72,7 @@ static: build
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target $(STATIC)
 
 check-types:
-	$(BIN)/mypy
+	MYPY_NUM_WORKERS=2 $(BIN)/mypy
 
 check-style:
 	$(BIN)/ruff check .

@@ -76,6 +76,16 @@ def test_from_packing_to_a_report(tmp_path, file):
     assert not (other / "hyperface-faces.png").exists()
 
 
+def test_a_packing_that_cannot_be_is_refused_before_any_work(file):
+    config = load_config(file)
+    packing = replace(config.pack, objective="orbit")
+    message = "pack, for the identities 'packed, gallery': objective must be .* with a gallery"
+    with pytest.raises(ValueError, match=message):
+        replace(config, pack=packing)
+    others = tuple(kind for kind in hyperface.KINDS if kind != "packed, gallery")
+    assert replace(config, kinds=others, pack=packing).packing(0).objective == "orbit"
+
+
 def test_packing_by_faces_separates_the_faces_and_the_gallery_attracts(tmp_path, file):
     config = load_config(file)
     config = replace(config, pack=replace(config.pack, gallery=4, alpha=100.0))

@@ -195,7 +195,7 @@ def test_what_is_known_to_be_optimal_is_constructed(count, dim, worst):
 @pytest.mark.parametrize(("count", "dim"), CODES)
 @pytest.mark.slow
 def test_known_codes_are_reached(count, dim):
-    config = PackConfig(count, dim).resolved(free=True)
+    config = PackConfig(count, dim).resolved()
     assert config.steps is not None
     packed = Packer(replace(config, steps=config.steps // 2)).run()  # of what is the default
     assert packed.worst == pytest.approx(CODES[count, dim], abs=1e-6)
@@ -336,6 +336,9 @@ def test_what_breaks_the_symmetry_is_refused():
     for given in ({"gallery": torch.eye(6)}, {"start": torch.ones(40, 6)}):
         with pytest.raises(ValueError, match=r"objective must be 'lse', .* with a (gallery|start)"):
             Packer(PackConfig(40, 6, "orbit", restarts=1), **given)
+    with pytest.raises(ValueError, match="'langevin' with a group, got 'orbit'"):
+        PackConfig(400, 6, "orbit").resolved(group=True)
+    assert PackConfig(400, 6, "orbit").resolved(gallery=True).objective == "orbit"
 
 
 def test_options_of_the_search_are_refused_where_it_is_not_the_default():
@@ -352,9 +355,9 @@ def test_options_of_the_search_are_refused_where_it_is_not_the_default():
 
 def test_resolving_twice_changes_nothing():
     for config in (PackConfig(40, 6), PackConfig(400, 6), PackConfig(400, 6, minutes=1)):
-        for free in (True, False):
-            once = config.resolved(free=free)
-            assert once.resolved(free=free) == once
+        for given in ({}, {"start": True}):
+            once = config.resolved(**given)
+            assert once.resolved(**given) == once
 
 
 @pytest.mark.parametrize("count", [40, 4000])

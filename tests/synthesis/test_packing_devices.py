@@ -80,7 +80,7 @@ def test_a_step_on_a_gpu_waits_for_nothing_and_has_no_loop_over_blocks(
 def test_an_orbit_step_on_a_device_waits_for_nothing_and_has_no_loop_over_blocks(restarts, done):
     """Take it on the meta device, whose tensors have no values to wait for."""
     for count in (36, 240, 600, 6000):
-        config = PackConfig(count, 16, "orbit", steps=10, restarts=restarts).resolved(free=True)
+        config = PackConfig(count, 16, "orbit", steps=10, restarts=restarts).resolved()
         bound, device = bounds.best(count, 16), torch.device("meta")
         packer = SimpleNamespace(
             config=config, device=device, dtype=torch.float32, bound=bound, gallery=None

@@ -114,12 +114,18 @@ class PackConfig:
             )
         symmetries.check(self.count, self.dim, self.symmetry, self.order, FEW_POINTS)
 
-    def resolved(self, *, free: bool) -> PackConfig:
+    def resolved(
+        self, *, gallery: bool = False, start: bool = False, group: bool = False
+    ) -> PackConfig:
         """Return the configuration with every "auto" and default decided.
 
         Args:
-            free: whether the points are free to be symmetric: no gallery, start or group is given.
+            gallery, start, group: whether the packing is given one.
+
+        Raises:
+            ValueError: where the objective or its options do not go with what is given.
         """
+        free = not (gallery or start or group)
         objective = self.objective
         if objective == "auto":
             orbit = free and self.batch is None and self.count > 2
@@ -140,6 +146,23 @@ class PackConfig:
                 "symmetry, order and polish need the objective 'orbit', which is not the default "
                 "with a gallery, a start, a group or symmetry 'none': give it, or leave them out"
             )
+        if objective == "orbit":
+            few = self.count <= FEW_POINTS
+            for name, given in {
+                "a start": start, "a group": group, "a gallery": gallery and few
+            }.items():  # fmt: skip
+                if given:
+                    raise ValueError(
+                        f"objective must be 'lse', 'hyperface' or 'langevin' with {name}, got "
+                        "'orbit', whose points are symmetric"
+                    )
+            if gallery and not polish:
+                raise ValueError(
+                    "polish must be at least 1 with a gallery, which the symmetric part of the "
+                    f"search leaves out, got {polish}"
+                )
+        elif start and restarts != 1:
+            raise ValueError(f"restarts must be 1 with a start, got {restarts}")
         return replace(self, objective=objective, steps=steps, restarts=restarts, polish=polish)
 
     def metadata(self) -> dict[str, str]:

@@ -30,7 +30,7 @@ from . import bounds
 from .config import PackConfig
 from .constructions import Construction, is_known
 from .objectives import PointSearch
-from .search import FEW_POINTS, OrbitSearch, check_restarts
+from .search import OrbitSearch, check_restarts
 
 CHECK_EVERY = 25  # steps between evaluations of the exact worst cosine, or
 TIMED_CHECKS = 50  # evaluations in a run limited by time
@@ -154,8 +154,9 @@ class Packer:
         device: str | torch.device = "cpu",
         group: Any = None,
     ) -> None:
-        free = gallery is None and start is None and group is None
-        self.config = config = config.resolved(free=free)
+        self.config = config = config.resolved(
+            gallery=gallery is not None, start=start is not None, group=group is not None
+        )
         self.device = check_device(device)
         on_cpu = self.device.type == "cpu"
         self.dtype = torch.float64 if on_cpu and config.count <= DOUBLE_UP_TO else torch.float32
@@ -169,10 +170,8 @@ class Packer:
         self.bound = bounds.best(config.count, config.dim)
         self.gallery = None if gallery is None else self._unit("gallery", gallery, None)
         self.start = None if start is None else self._unit("start", start, config.count)
-        if config.objective == "orbit":
-            self._check_orbit()
-        elif start is not None and config.restarts != 1:
-            raise ValueError(f"restarts must be 1 with a start, got {config.restarts}")
+        if config.objective == "orbit" and on_cpu:
+            check_restarts(config)
 
     def run(
         self,
@@ -212,24 +211,6 @@ class Packer:
         for name, points in (("count", config.count), ("batch", config.batch)):
             if points is not None and points < ranks:
                 raise ValueError(f"{name} must be at least the {ranks} ranks, got {points}")
-
-    def _check_orbit(self) -> None:
-        given = {"a start": self.start, "a group": self.group}
-        if self.config.count <= FEW_POINTS:
-            given["a gallery"] = self.gallery
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(
-                    f"objective must be 'lse', 'hyperface' or 'langevin' with {name}, got 'orbit', "
-                    "whose points are symmetric"
-                )
-        if self.gallery is not None and not self.config.polish:
-            raise ValueError(
-                "polish must be at least 1 with a gallery, which the symmetric part of the search "
-                f"leaves out, got {self.config.polish}"
-            )
-        if self.device.type == "cpu":
-            check_restarts(self.config)
 
     def _unit(self, name: str, rows: Tensor, count: int | None) -> Tensor:
         dim = self.config.dim
