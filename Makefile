@@ -71,8 +71,9 @@ STATIC := check-types check-style check-spelling check-cpp
 static: build
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target $(STATIC)
 
+check-types: export MYPY_NUM_WORKERS := 2
 check-types:
-	MYPY_NUM_WORKERS=2 $(BIN)/mypy
+	$(BIN)/mypy
 
 check-style:
 	$(BIN)/ruff check .
