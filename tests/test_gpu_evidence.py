@@ -188,11 +188,8 @@ def test_settings_of_the_margin_softmax_are_put_back(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_dry_run_measures_every_case_of_every_op(tmp_path, pytestconfig):
-    """It runs where the packages that a GPU machine lacks cannot be imported.
-
-    Each GPU test runs on its first parameters, and with --pairs none on all.
-    """
+def test_a_dry_run_measures_every_case_of_every_op(tmp_path):
+    """It runs where the packages that a GPU machine lacks cannot be imported."""
     blocked, output = block(tmp_path / "blocked"), tmp_path / "evidence.json"
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_evidence", "--dry", "--output", str(output)],
@@ -202,7 +199,6 @@ def test_a_dry_run_measures_every_case_of_every_op(tmp_path, pytestconfig):
             **os.environ,
             "PYTHONPATH": f".:python:{blocked}",
             "TORCH_COMPILE_DISABLE": "1",
-            "PYTEST_ADDOPTS": "" if pytestconfig.getoption("--pairs") == "none" else "--quick",
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -216,7 +212,7 @@ def test_a_dry_run_measures_every_case_of_every_op(tmp_path, pytestconfig):
     assert "pytorch_metric_learning" in result["cannot_import"]
     assert set(result["tests"]["ops"]) == {*CASES}
     for outcome in result["tests"]["ops"].values():
-        assert outcome["passed"] > 5
+        assert outcome["passed"] > 10
         assert outcome["failed"] == 0
     for kind in ("copy_gigabyte", "product_tflop", "float32_tflop", "tf32_tflop"):
         assert result["ceilings"][f"{kind}_per_second"] > 0

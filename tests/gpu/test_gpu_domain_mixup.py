@@ -39,7 +39,7 @@ FACES = (3, *pick((112, 112), (11, 12)), 3)
 SHAPES = [(2, 7, 5, 3), (2, 9, 33, 1), (1, 2, 2, 300), (1, 1, 3000, 3)]
 
 
-@pytest.fixture(params=["triton", "cuda"])
+@pytest.fixture(params=["cuda", "triton"])
 def impl(request):
     choice = sk.explain("domain_mixup", device=DEVICE)
     if request.param in choice.rejected:

@@ -120,12 +120,11 @@ class HyperfaceConfig:
                 f"recognizer_seed must be none of seeds, so that the recognizer does not depend on "
                 f"the kinds, got {self.recognizer_seed}"
             )
-        for kind in self.kinds:
-            if kind in (PACKED, GALLERY):
-                try:
-                    self.packing(self.seeds[0]).resolved(gallery=kind == GALLERY)
-                except ValueError as error:
-                    raise ValueError(f"pack, for the identities {kind!r}: {error}") from None
+        if GALLERY in self.kinds:
+            try:
+                self.packing(self.seeds[0]).resolved(gallery=True)
+            except ValueError as error:
+                raise ValueError(f"pack, for the identities {GALLERY!r}: {error}") from None
 
     def packing(self, seed: int) -> PackConfig:
         """Return the configuration of a seed's packing."""

@@ -146,22 +146,20 @@ class PackConfig:
                 "symmetry, order and polish need the objective 'orbit', which is not the default "
                 "with a gallery, a start, a group or symmetry 'none': give it, or leave them out"
             )
-        if objective == "orbit":
-            few = self.count <= FEW_POINTS
-            for name, given in {
-                "a start": start, "a group": group, "a gallery": gallery and few
-            }.items():  # fmt: skip
-                if given:
-                    raise ValueError(
-                        f"objective must be 'lse', 'hyperface' or 'langevin' with {name}, got "
-                        "'orbit', whose points are symmetric"
-                    )
-            if gallery and not polish:
-                raise ValueError(
-                    "polish must be at least 1 with a gallery, which the symmetric part of the "
-                    f"search leaves out, got {polish}"
-                )
-        elif start and restarts != 1:
+        few = self.count <= FEW_POINTS
+        given = {"a start": start, "a group": group, "a gallery": gallery and few}
+        breaking = [name for name, is_given in given.items() if is_given]
+        if objective == "orbit" and breaking:
+            raise ValueError(
+                f"objective must be 'lse', 'hyperface' or 'langevin' with {breaking[0]}, got "
+                "'orbit', whose points are symmetric"
+            )
+        if objective == "orbit" and gallery and not polish:
+            raise ValueError(
+                "polish must be at least 1 with a gallery, which the symmetric part of the search "
+                f"leaves out, got {polish}"
+            )
+        if objective != "orbit" and start and restarts != 1:
             raise ValueError(f"restarts must be 1 with a start, got {restarts}")
         return replace(self, objective=objective, steps=steps, restarts=restarts, polish=polish)
 
