@@ -16,7 +16,7 @@ CSRC := $(shell git ls-files 'csrc/*' 2>/dev/null || find csrc -type f)
 EXTENSION := $(VENV)/.extension
 BUILT := $(VENV)/.built
 
-.PHONY: build demo test test-all quick fuzz sanitize tsan static lint format bench growth gpu-evidence stand-in gpu-ledger cuda-check wheel docs docs-serve clean
+.PHONY: build demo test test-all quick fuzz sanitize tsan static lint format bench growth gpu-evidence gpu-training stand-in gpu-ledger cuda-check wheel docs docs-serve clean
 
 build: $(BUILT)
 
@@ -109,7 +109,12 @@ gpu-evidence:
 	PYTHONPATH=".:python$${PYTHONPATH:+:$$PYTHONPATH}" \
 		$(PYTHON) -m benchmarks.gpu_evidence $(if $(DRY),--dry) $(EVIDENCE)
 
-# Its dry run with the software of such a machine, in the folder STAND_IN; see tools/stand_in.py.
+# Then, on the same machine: the training layer, and a memory check of the kernels.
+gpu-training:
+	PYTHONPATH=".:python$${PYTHONPATH:+:$$PYTHONPATH}" \
+		$(PYTHON) -m benchmarks.gpu_training $(if $(DRY),--dry) $(EVIDENCE)
+
+# Their dry runs with the software of such a machine, in the folder STAND_IN; see tools/stand_in.py.
 STAND_IN ?= build/stand-in
 stand-in:
 	$(PYTHON) tools/stand_in.py $(STAND_IN)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import sysconfig
 import time
 from importlib.util import find_spec
 from itertools import zip_longest
@@ -23,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 
 from . import table
+from .build import build
 from .cases import CASES, Case, cases
-from .process import GRACE_SECONDS, RESULTS, ROOT, run_limited, slug, write_json
+from .process import GRACE_SECONDS, RESULTS, slug, write_json
 from .roofline import GEMM_CEILINGS
 from .verify import GPU_TESTS, Outcome, run_gpu_tests
 from .worker import Worker
@@ -116,16 +116,8 @@ class Run:
     def build(self) -> None:
         """Build the extensions, in a dry run only where they are missing or old."""
         print("building", flush=True)
-        began, problem = time.monotonic(), None
-        if not (self.dry and _is_built()):
-            command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-            limit = BUILD_SHARE * self.budget
-            problem = run_limited(command, limit, stdout=sys.stderr)
-        self.result["build"] = {
-            "problem": problem,
-            "seconds": round(time.monotonic() - began, 1),
-        }
-        if problem:
+        self.result["build"] = build(BUILD_SHARE * self.budget, if_old=self.dry)
+        if problem := self.result["build"]["problem"]:
             self.problems.append(f"build: {problem}")
         self.save()
 
@@ -270,17 +262,6 @@ def _importable(name: str) -> bool:
         return find_spec(name) is not None
     except ImportError:
         return False
-
-
-def _is_built() -> bool:
-    """Return whether this interpreter's extensions exist and are newer than their sources."""
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    built = [ROOT / "synface_kernels" / f"{name}{suffix}" for name in ("_C", "_numpy")]
-    if not all(file.exists() for file in built):
-        return False
-    sources = [ROOT / "setup.py", *ROOT.glob("csrc/**/*")]
-    newest = max(file.stat().st_mtime for file in sources)
-    return min(file.stat().st_mtime for file in built) > newest
 
 
 def _add_shares(measured: dict[str, Any], ceilings: dict[str, Any]) -> None:

@@ -284,7 +284,7 @@ def _bold(case: dict[str, Any] | None) -> str:
 
 def page() -> str:
     """Return the page of all results, with the pictures that `pictures` draws."""
-    from . import growth, roofline
+    from . import gpu_training, growth, roofline
 
     parts = [
         "# Results of the benchmarks",
@@ -299,6 +299,8 @@ def page() -> str:
         render(),
         "## Growth",
         growth.section(),
+        "## The training layer on a GPU",
+        gpu_training.section(),
         "## Roofline",
         roofline.section(),
     ]

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -66,20 +66,30 @@ def run_tests(
     arguments: list[str],
     seconds: float = float("inf"),
     environment: Mapping[str, str] | None = None,
+    *,
+    under: Sequence[str] = (),
+    stdout: Any = None,
 ) -> Outcome:
     """Run pytest with these arguments, in a process of its own, with a time limit.
 
     Where the arguments do not say how many processes run the tests, all cores do.
     The tests of a run that is ended at the limit are counted until then.
+
+    Args:
+        under: a command that runs pytest's, such as a memory checker; then in one process.
+        stdout: where pytest prints, by default this process's stderr.
     """
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.jsonl"
         plugin = ["-p", "benchmarks.pytest_results", "--results", str(results)]
-        if "-n" not in arguments and find_spec("xdist") is not None:
+        if "-n" not in arguments and not under and find_spec("xdist") is not None:
             plugin += ["-n", "auto", "--dist", "worksteal"]
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", *plugin, *arguments]
+        pytest = [sys.executable, "-m", "pytest", "-q", "--tb=short", *plugin, *arguments]
         problem = run_limited(
-            command, seconds, stdout=sys.stderr, env={**os.environ, **(environment or {})}
+            [*under, *pytest],
+            seconds,
+            stdout=stdout or sys.stderr,
+            env={**os.environ, **(environment or {})},
         )
         if not results.exists():
             return Outcome(problem=problem or "pytest wrote no results")

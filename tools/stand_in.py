@@ -1,13 +1,13 @@
-"""Run the whole of `make gpu-evidence` on the CPU, with the software of a machine with a GPU.
+"""Run `make gpu-evidence` and `make gpu-training` on the CPU, with a GPU machine's software.
 
     python tools/stand_in.py FOLDER                    # makes an environment there, by pip
     python tools/stand_in.py FOLDER --python PYTHON    # takes one that is there
 
 Such a machine has older and newer packages than a developer's, and lacks most optional ones, so
 that a run there can end before it has measured anything. FOLDER keeps the environment, a copy of
-the sources and their build for the next time. The exit status is 0 where the dry run's is 0 and
-every dry case, profile, sweep and replay is measured. On the CPU it takes minutes; with a GPU in
-the machine it does not use it.
+the sources and their build for the next time. The exit status is 0 where those of both dry runs are
+0 and every dry case, profile, sweep and replay is measured. On the CPU it takes minutes; with a GPU
+in the machine it does not use it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ PYTHON = "python3.12"
 PACKAGES = [
     *("torch==2.11.0", "triton==3.6.0", "numpy==2.5.*"),
     *("pytest>=8", "pytest-xdist", "setuptools>=77", "wheel", "pybind11>=2.13", "ninja"),
+    *("typer", "rich", "pillow", "safetensors", "matplotlib", "scikit-image", "scipy"),
+    "markdown-it-py",
 ]
 ABSENT = [
     *("webdataset", "tomli_w", "pytorch_metric_learning", "faiss", "pykeops", "liger_kernel"),
@@ -59,9 +61,10 @@ def make_environment(folder: Path) -> Path:
     """Install the machine's packages into a new virtual environment; return its Python."""
     python = folder / "bin" / "python"
     if not python.exists():
+        # A launcher of that name may be on PATH without a Python behind it.
         base = shutil.which(PYTHON)
-        if base is None:
-            sys.exit(f"needs {PYTHON} on PATH, or --python")
+        if base is None or subprocess.run([base, "--version"], check=False).returncode:
+            sys.exit(f"needs a {PYTHON} on PATH that runs, or --python")
         subprocess.run([base, "-m", "venv", str(folder)], check=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, *PACKAGES], check=True)
@@ -112,6 +115,24 @@ def unmeasured(result: dict[str, Any]) -> list[str]:
     return missing
 
 
+def dry_run(
+    target: str, folder: Path, python: Path, variables: dict[str, str], tests: Path | None = None
+) -> tuple[int, dict[str, Any]]:
+    """Run a target of the Makefile in the copied sources; return its exit status and its results.
+
+    Args:
+        tests: another folder of GPU tests.
+    """
+    output = folder / f"{target}.json"
+    output.unlink(missing_ok=True)
+    options = f"--output {output}" + (f" --tests {tests.resolve()}" if tests else "")
+    command = ["make", target, "DRY=1", f"PYTHON={python}", f"EVIDENCE={options}"]
+    done = subprocess.run(command, cwd=folder / "sources", env=variables, check=False)
+    if not output.exists():
+        sys.exit(f"make {target} ended with status {done.returncode} and wrote no results")
+    return done.returncode, json.loads(output.read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, help="Folder to make the environment and copy in.")
@@ -121,16 +142,9 @@ def main() -> None:
     folder = args.folder.resolve()
     python = args.python.absolute() if args.python else make_environment(folder / "environment")
     variables = environment(python, block(folder / "blocked"))
-    sources = folder / "sources"
-    copy_sources(sources)
-    output = folder / "dry-run.json"
-    output.unlink(missing_ok=True)
-    options = f"--output {output}" + (f" --tests {args.tests.resolve()}" if args.tests else "")
-    command = ["make", "gpu-evidence", "DRY=1", f"PYTHON={python}", f"EVIDENCE={options}"]
-    done = subprocess.run(command, cwd=sources, env=variables, check=False)
-    if not output.exists():
-        sys.exit(f"make ended with status {done.returncode} and wrote no results")
-    result = json.loads(output.read_text())
+    copy_sources(folder / "sources")
+    ran, result = dry_run("gpu-evidence", folder, python, variables, args.tests)
+    trained, _ = dry_run("gpu-training", folder, python, variables)
     missing = unmeasured(result)
     versions = (f"{k} {result['machine'].get(k)}" for k in ("python", "torch", "triton", "numpy"))
     print(f"stand-in: {', '.join(versions)}")
@@ -138,7 +152,7 @@ def main() -> None:
     for op, tests in result["tests"].get("ops", {}).items():
         counts = ", ".join(f"{tests[kind]} {kind}" for kind in ("passed", "skipped", "failed"))
         print(f"{op}: {counts}")
-    sys.exit(done.returncode or bool(missing))
+    sys.exit(ran or trained or bool(missing))
 
 
 if __name__ == "__main__":
