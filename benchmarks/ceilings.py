@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .driver import seconds_of
+from .clock import seconds_of
 from .process import write_json
 
 # A CPU's sizes: beyond its caches, and seconds in all on two cores.

@@ -20,6 +20,7 @@ from synface_kernels.testing import peak_bytes, peak_cuda_bytes
 
 from . import machine
 from .cases import Case, cases
+from .clock import seconds_of
 from .peers import PEERS, Peer, find
 from .process import ROUNDS, RUNNING, write_json
 from .pytest_results import without_folders
@@ -27,6 +28,10 @@ from .workloads import WORKLOADS, Step, Workload
 
 # Rounds end after so many seconds, if there were that many.
 MEASURING_SECONDS, ROUNDS_MIN = 6.0, 5
+# A GPU's compiled peers need about so many seconds: those that have less are not begun.
+COMPILE_SECONDS = 25.0
+# Of a GPU's memory: where more is reserved, peers free theirs after each turn.
+CROWDED_SHARE = 0.5
 # Takes a peer's name before each of its steps.
 Announce = Callable[[str], object]
 
@@ -81,11 +86,15 @@ def measure_time(
     memory: dict[str, int] = {}
     steps: dict[str, Step] = {}
     work, reason = _workload(case, device)
-    for peer in peers:
+    # Compilation may take all of the time that is left.
+    for peer in sorted(peers, key=lambda each: each.compiled):
         if peer.name in why_not:
             continue
         if work is None:
             why_not[peer.name] = reason
+            continue
+        if device.type == "cuda" and peer.compiled and left() < COMPILE_SECONDS:
+            why_not[peer.name] = f"less than {COMPILE_SECONDS:.0f} s were left to compile it"
             continue
         try:
             with time_limit(0.6 * left()):
@@ -96,10 +105,10 @@ def measure_time(
         except Exception as error:  # a peer's failure is reported, and the others continue
             steps.pop(peer.name, None)
             why_not[peer.name] = brief(error)
-        work.release()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+            _check_device(device, peer.name, error)
+        _free(work, device)
 
+    steps = {peer.name: steps[peer.name] for peer in peers if peer.name in steps}
     samples: dict[str, list[float]] = {name: [] for name in steps}
     result: dict[str, Any] = {}
     done, slowest, spent = 0, 0.0, 0.0
@@ -127,14 +136,46 @@ def measure_time(
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
             announce(name)
-            if settle:
-                steps[name]()
-                work.clear_gradients()
-            samples[name].append(seconds_of(steps[name], device))
+            try:
+                if settle:
+                    steps[name]()
+                    work.clear_gradients()
+                samples[name].append(seconds_of(steps[name], device, work.clear_gradients))
+            except Exception as error:  # such as memory that the others' buffers take
+                del steps[name], samples[name]
+                why_not[name] = brief(error)
+                _check_device(device, name, error)
             work.clear_gradients()
+            if _is_crowded(device):
+                _free(work, device)
         done += 1
         taken = time.monotonic() - began
         slowest, spent = max(slowest, taken), spent + taken
+
+
+def _check_device(device: torch.device, name: str, error: Exception) -> None:
+    """Raise RuntimeError where a peer's failure left a GPU that does nothing any more."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            raise RuntimeError(f"{name} left the GPU unusable: {brief(error)}") from error
+
+
+def _is_crowded(device: torch.device) -> bool:
+    """Return whether what peers leave behind takes so much of a GPU that others may lack it."""
+    if device.type != "cuda":
+        return False
+    total = torch.cuda.get_device_properties(device).total_memory
+    return torch.cuda.memory_reserved(device) > CROWDED_SHARE * total
+
+
+def _free(work: Workload | None, device: torch.device) -> None:
+    """Free what a peer left behind."""
+    if work is not None:
+        work.release()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _workload(case: Case, device: torch.device) -> tuple[Workload | None, str]:
@@ -225,21 +266,6 @@ def under_pytest(benchmark: Any, case: Case, peer: Peer) -> None:
     except Exception as error:
         pytest.skip(f"not measured: {error}")
     benchmark.pedantic(step, setup=work.clear_gradients, rounds=5)
-
-
-def seconds_of(step: Callable[[], object], device: torch.device) -> float:
-    """Return the time of one run by the device's clock."""
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        begin.record()
-        step()
-        end.record()
-        torch.cuda.synchronize(device)
-        return begin.elapsed_time(end) / 1e3
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
 
 
 def measure_memory(

@@ -176,11 +176,11 @@ class Run:
             _add_shares(measured, self.result["ceilings"])
             print(table.one_case(measured), flush=True)
             ours = next(iter(measured["peers"]), measured)
-            why = ours.get("not_measured") or measured.get("problem")
+            why = ours.get("not_measured") or _failure(measured)
         else:
             del measured["peers"]
             print(f"{job.title}: {_short(measured)}", flush=True)
-            why = measured.get("not_measured") or measured.get("problem")
+            why = _failure(measured)
             if measured.get("same_bits_as_eager") is False and job.case.op not in STATEFUL:
                 why = "the replayed step's results are not those of the eager step"
         if not self.verified(job.case.op):
@@ -250,6 +250,11 @@ def _all_cases(dry: bool) -> list[Case]:
 def _unmeasured(case: Case, why: str | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {"op": case.op, "name": case.name, "peers": []}
     return found if why is None else {**found, "not_measured": why}
+
+
+def _failure(measured: dict[str, Any]) -> str | None:
+    found = [measured[name] for name in ("not_measured", "problem") if name in measured]
+    return "; ".join(found) or None
 
 
 def _short(measured: dict[str, Any]) -> dict[str, Any]:

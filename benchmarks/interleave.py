@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from .driver import seconds_of
+from .clock import seconds_of
 from .table import duration
 
 
@@ -17,11 +17,11 @@ def samples(
     device: torch.device,
     after: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Return each step's times, after one run that warms up; ``after`` runs untimed after each."""
+    """Return each step's times, after one turn that warms up; ``after`` runs after each run."""
     found: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):
         for name, step in steps.items():
-            seconds = seconds_of(step, device)
+            seconds = seconds_of(step, device, after)
             after()
             if turn > 0:
                 found[name].append(seconds)

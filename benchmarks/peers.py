@@ -53,6 +53,11 @@ class Peer:
     build: Callable[..., Step]
     needs: Callable[[Case], int]
 
+    @property
+    def compiled(self) -> bool:
+        """Whether its first step waits for torch.compile."""
+        return self.name.startswith("torch.compile")
+
 
 def _matrices(case: Case, logits: float, weights: float) -> int:
     n, d, c = case.shape["N"], case.shape["D"], case.shape["C"]

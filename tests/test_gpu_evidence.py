@@ -134,6 +134,31 @@ def test_each_op_has_a_verdict_of_its_own(tmp_path, monkeypatch):
     assert "/" not in uncollected.failures[0]["test"]
 
 
+LOST = """
+from tests.gpu import on_device
+from tests.gpu.conftest import pytest_runtest_logfinish, pytest_runtest_makereport
+"""
+LOSES = """
+from tests.gpu import on_device
+
+
+def test_that_loses_the_gpu():
+    on_device.is_lost = lambda: True
+    assert [1] == [2], "planted"
+"""
+
+
+@pytest.mark.slow
+def test_a_test_that_loses_the_gpu_fails_alone(tmp_path):
+    later = "\n\ndef test_{}():\n    assert not on_device.is_lost()\n"
+    (tmp_path / "conftest.py").write_text(LOST)
+    file = tmp_path / "test_gpu_row_update.py"
+    file.write_text(LOSES + "".join(later.format(name) for name in "abcdefgh"))
+    found = verify.run_gpu_tests(120, folder=tmp_path)["row_update"]
+    assert (found.passed, found.failed, found.problem) == (8, 1, None)
+    assert "planted" in found.failures[0]["message"]
+
+
 def test_each_op_has_gpu_tests():
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
     assert {verify.op_of(file) for file in files} == {*CASES}

@@ -7,9 +7,11 @@ there are no graphs, streams and asynchronous errors then, only what surrounds t
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
+from unittest import mock
 
 import pytest
 import torch
@@ -52,6 +54,17 @@ def assert_same(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         assert torch.equal(a, e), f"tensor {i}: {(a != e).sum()} of {a.numel()} elements differ"
 
 
+def is_lost() -> bool:
+    """Return whether a kernel's fault has left the GPU unusable for this process."""
+    if DRY or not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 @contextmanager
 def no_host_sync() -> Iterator[None]:
     """Make each synchronization of the host with the GPU an error in the block."""
@@ -72,6 +85,16 @@ def assert_no_host_sync(step: Callable[[], object]) -> None:
             step()
 
 
+@contextmanager
+def _told_to_be_captured() -> Iterator[None]:
+    """Let the ops refuse on a CPU what they refuse in a capture."""
+    with ExitStack() as patches:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("synface_kernels.") and hasattr(module, "capturing"):
+                patches.enter_context(mock.patch.object(module, "capturing", return_value=True))
+        yield
+
+
 def replayed(
     step: Callable[[], Sequence[Tensor]],
     restore: Callable[[], object] = lambda: None,
@@ -86,7 +109,8 @@ def replayed(
     if DRY:
         step()
         restore()
-        return [t.clone() for t in step()]
+        with _told_to_be_captured():
+            return [t.clone() for t in step()]
     graph = torch.cuda.CUDAGraph()
     for generator in generators:
         graph.register_generator_state(generator)

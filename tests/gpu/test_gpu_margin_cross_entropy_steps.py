@@ -150,8 +150,10 @@ each_update = pytest.mark.parametrize(("rule", "options"), UPDATES, ids=str)
 class Updating:
     """A training step that updates the centers in its backward pass, or after it."""
 
-    def __init__(self, rule: str, seed: int | None = None, **options: Any) -> None:
-        self.rule, self.seed = rule, seed
+    def __init__(
+        self, rule: str, seed: int | None = None, track: bool = True, **options: Any
+    ) -> None:
+        self.rule, self.seed, self.track = rule, seed, track
         self.step = Step(**options)
         self.step.w.requires_grad_(False)
         count = {"sgd": 0, "nesterov": 1, "adamw": 2}[rule]
@@ -166,7 +168,7 @@ class Updating:
 
     def update(self, number: int) -> sk.SGDUpdate | sk.AdamWUpdate:
         shared = RULES[self.rule] | {"step": number, "seed": self.seed}
-        shared["last_step"] = self.last_step
+        shared["last_step"] = self.last_step if self.track else None
         if self.rule == "adamw":
             return sk.AdamWUpdate(exp_avg=self.states[0], exp_avg_sq=self.states[1], **shared)
         return sk.SGDUpdate(momentum_buffer=self.states[0] if self.states else None, **shared)
@@ -207,10 +209,34 @@ def test_the_bits_of_backward_and_update(rule, options):
     assert not torch.equal(one.step.w, one.initial[0])
 
 
-@each_update
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("sgd", {}),
+        ("sgd", {"under": BF16}),
+        ("nesterov", {"k": 2, "ids": True}),
+        ("nesterov", {"m": 2, "dtypes": (BF16, BF16)}),
+    ],
+    ids=str,
+)
 def test_a_replayed_update_is_the_eager_one(rule, options):
-    one, two = (Updating(rule, **options) for _ in range(2))
+    one, two = (Updating(rule, track=False, **options) for _ in range(2))
     assert_same(replayed(one.inside, one.restore), two.inside())
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("sgd", {"track": True}),
+        ("nesterov", {"track": False, "seed": 3, "dtypes": (BF16, BF16)}),
+        ("adamw", {"track": False}),
+    ],
+    ids=str,
+)
+def test_an_update_that_depends_on_its_number_is_not_captured(rule, options):
+    updating = Updating(rule, **options)
+    with pytest.raises(RuntimeError, match=r"step must not change .* while a CUDA graph is captur"):
+        replayed(updating.inside, updating.restore)
 
 
 @each_update

@@ -386,7 +386,8 @@ class _Gradients(_Pass):
         weight, for_weight = inputs.weight, grad_rows is not None or on_grad_tile is not None
         for_input = grad_input is not None
         per_center = Tiles.bytes_per_center(weight, inputs.class_ids, gemms, for_input)
-        per_center += n * gemms.dtype.itemsize
+        whole_blocks = round_up(n, self.config["BLOCK_N"])
+        per_center += whole_blocks * gemms.dtype.itemsize
         # In the tiled design the dot products, and the GEMM's float32 rows.
         in_place = weight.dtype == torch.float32
         center_sums = for_weight and self.fused_grad
@@ -407,7 +408,6 @@ class _Gradients(_Pass):
         self.products = new(0 if gemms.fused else (n, stride))
         self.factor = self.products
         if gemms.fused or gemms.dtype != torch.float32:
-            whole_blocks = round_up(n, self.config["BLOCK_N"])
             self.factor = new((whole_blocks, stride), dtype=gemms.dtype)
         self.center_sums = new((self.row_blocks, stride) if center_sums else 0)
         self.sums_of_rows = new(0 if self.fused_grad or in_place else (stride, d))

@@ -300,6 +300,8 @@ def test_the_workspace_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for n, c, dtypes in (
         (512, 10**6, (BF16, BF16)), (512, 10**6, (F32, F32)), (4096, 10**6, (BF16, BF16)),
         (64, 10**7, (F16, F16)), (512, 10**6, (BF16, F32)),
+        # The factor has whole blocks of rows.
+        *((n, 10**7, (BF16, BF16)) for n in (1, 8, 129, 192, 600)),
     ):  # fmt: skip
         x, w = (
             torch.empty(r, 64, dtype=t, device="meta") for r, t in zip((n, c), dtypes, strict=True)
