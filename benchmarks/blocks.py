@@ -145,10 +145,10 @@ def compile_ahead(runs: Iterable[Callable[[], object]]) -> None:
 
 
 def difference(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> str | None:
-    """Say where a row of some results is further from that expected than the GPU tests allow.
+    """Say where a row of some results is further from that expected than roundings explain.
 
-    The tests allow gradients in 16 bits twice the error of plain torch, which is a last bit's, and
-    float32 statistics 4 last bits of a logit from the exact one.
+    Rows of 16-bit gradients may differ by two last bits, as by the GPU tests' twice plain torch's
+    error; float32 statistics by what a last bit of the largest cosine makes of a logit.
     """
     for a, e in zip(actual, expected, strict=True):
         last_bit = torch.finfo(e.dtype if e.dtype.itemsize == 2 else torch.float32).eps
