@@ -284,8 +284,9 @@ def _bold(case: dict[str, Any] | None) -> str:
 
 def page() -> str:
     """Return the page of all results, with the pictures that `pictures` draws."""
-    from . import gpu_training, growth, roofline
+    from . import gpu_training, growth, kernel_tables, roofline
 
+    kernels = kernel_tables.section()
     parts = [
         "# Results of the benchmarks",
         "Written by `python -m benchmarks.table` from the files in `benchmarks/results`; "
@@ -297,6 +298,7 @@ def page() -> str:
         summary(),
         "## Ops and their peers",
         render(),
+        *(["## Kernels, settings and graphs on a GPU", kernels] if kernels else []),
         "## Growth",
         growth.section(),
         "## The training layer on a GPU",

@@ -170,6 +170,13 @@ def sweep(
     return result
 
 
+def sweep_blocks(device: torch.device, **arguments: Any) -> dict[str, Any]:
+    """Time the margin softmax's passes by the blocks of their kernels; see `blocks`."""
+    from . import blocks  # needs Triton
+
+    return blocks.measure(device, **arguments)
+
+
 # ---- a captured step -----------------------------------------------------------------------------
 
 
@@ -269,5 +276,6 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "case": measure_case,
     "profile": profile,
     "sweep": sweep,
+    "blocks": sweep_blocks,
     "replay": replay,
 }

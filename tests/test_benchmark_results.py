@@ -178,6 +178,61 @@ def test_ceilings_of_a_cpu_are_shown():
     assert "a copy at 20 GB/s, a product (bfloat16) at 400 GFLOP/s, in float32 at 200." in text
 
 
+def test_the_page_shows_kernels_settings_and_replays_of_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    about = {"op": MARGIN, "name": "N=512"}
+    tiled = {"design": "tiled", "workspace_mib": 16, "seconds": 0.006}
+    fused = {"design": "fused", "workspace_mib": 64, "seconds": 0.005, "peak_bytes": 64 << 20}
+    one, two = {"H": 1, "BLOCK_N": 64}, {"H": 2, "BLOCK_N": 128}
+    gpu = result("Intel Xeon", device="GPU X", cuda="13.0") | {
+        "profiles": [
+            about | {
+                "step_seconds": 0.005, "launches": 254.0, "kernel_seconds": 0.004,
+                "kernels": [{"kernel": "_lse_kernel", "launches": 1.0, "seconds": 0.001}],
+            },
+            about | {"not_measured": "no time was left"},
+        ],
+        "sweeps": [about | {"settings": [tiled, fused], "fastest": fused}],
+        "blocks": [
+            about | {
+                "settings": [
+                    {"kernel": "lse", "blocks": two, "seconds": 0.002, "ratio": 1.0},
+                    {"kernel": "lse", "blocks": one, "seconds": 0.0015, "ratio": 0.75},
+                    {"kernel": "factor", "blocks": one, "not_measured": "out of resource"},
+                ],
+                "fastest": {"lse": one},
+                "together": {"seconds": 0.004, "default_seconds": 0.005, "ratio": 0.8},
+            },
+            about | {"settings": [], "fastest": {}, "not_measured": "no time was left"},
+        ],
+        "replays": [
+            about | {"eager_seconds": 0.005, "replay_seconds": 0.004, "same_bits_as_eager": True},
+            about | {"not_measured": "no graph"},
+        ],
+    }  # fmt: skip
+    write(tmp_path, cpu=result("AMD EPYC"), gpu=gpu)
+    lines = table.page().splitlines()
+    case = f"`{MARGIN}`, N=512"
+    for line in (
+        "## Kernels, settings and graphs on a GPU",
+        "**GPU X, CUDA 13.0**",
+        "| `_lse_kernel` | 1 | 1 ms | 25% |",
+        f"{case}, its kernels: not measured: no time was left.",
+        "| tiled | 16 MiB | 6 ms |  |",
+        "| fused | 64 MiB | **5 ms** | 64 MiB |",
+        "| lse | H 2, BLOCK_N 128 | 2 ms | 1.000 |",
+        "| lse | H 1, BLOCK_N 64 | **1.5 ms** | 0.750 |",
+        "| factor | H 1, BLOCK_N 64 | not measured: out of resource |  |",
+        "Both passes take 5 ms by the default, 4 ms by the fastest blocks of all three kernels.",
+        "Not measured: no time was left.",
+        f"| {case} | 5 ms | 4 ms | yes |",
+        f"| {case} | not measured: no graph |  |  |",
+    ):
+        assert line in lines, line
+    (tmp_path / "gpu.json").unlink()
+    assert "Kernels, settings" not in table.page()
+
+
 # ---- growth --------------------------------------------------------------------------------------
 
 

@@ -16,11 +16,12 @@ import torch
 
 from benchmarks import gpu_evidence, tasks, verify, worker
 from benchmarks.cases import CASES, cases
+from benchmarks.compiled import SHARED_PER_PROGRAM
 from benchmarks.gpu_evidence import LEAST_SECONDS, MOST_SECONDS, allowance, jobs
 from benchmarks.process import ROOT, run_limited
 from benchmarks.pytest_results import without_folders
 from benchmarks.worker import Worker
-from tools.stand_in import ABSENT, block, unmeasured
+from tools.stand_in import ABSENT, KINDS, block, unmeasured
 
 MARGIN = "margin_cross_entropy"
 
@@ -45,11 +46,12 @@ def test_the_first_jobs_are_each_ops_first_case(dry):
     timed = [job.case for job in found if job.task == "case"]
     assert timed[: len(CASES)] == [cases(suite, op)[0] for op in CASES]
     assert sorted(timed, key=id) == sorted(cases(suite), key=id)
-    for kind in ("profile", "sweep", "replay"):
-        assert any(job.task == kind for job in found)
+    kinds = ["profile", "sweep", "blocks", "replay"]
+    tasks_in_order = dict.fromkeys(job.task for job in found if job.task != "case")
+    assert [*tasks_in_order] == kinds
     if not dry:
-        sizes = {job.case.shape["N"] for job in found if job.task == "profile"}
-        assert sizes == {512, 4096}
+        for kind in ("profile", "blocks"):
+            assert [job.case.shape["N"] for job in found if job.task == kind] == [512, 4096]
         (sweep, *_) = (job for job in found if job.task == "sweep")
         assert sweep.arguments["workspaces_mib"] == [16, 32, 64, 128, 256]
 
@@ -208,6 +210,115 @@ def test_settings_of_the_margin_softmax_are_put_back(monkeypatch):
     assert tasks.DESIGN not in os.environ
 
 
+# ---- blocks of the margin softmax's kernels ------------------------------------------------------
+
+
+def test_candidates_have_room_on_a_multiprocessor_and_the_default_is_one():
+    launcher = pytest.importorskip("benchmarks.blocks")
+    from synface_kernels.ops._triton import Chip
+    from synface_kernels.ops.margin_cross_entropy import config_triton
+
+    gemms = config_triton.choose_gemms(torch.bfloat16, torch.bfloat16, None)
+    chip = Chip(90, 132)
+    logits = config_triton.block_config(gemms, 512, 1, True, chip)
+    grad_weight = config_triton.grad_weight_config(gemms, logits["BLOCK_N"], 512, chip)
+    for kernel, default in (("lse", logits), ("factor", logits), ("grad_weight", grad_weight)):
+        found = launcher.candidates(kernel, 512, default)
+        assert found[0] == default
+        assert len(found) == len(launcher.CANDIDATES[kernel]) == 12
+        for blocks in found:
+            h, n, c, d, warps, stages = (blocks[name] for name in launcher.NAMES)
+            columns, depth = (d, n) if kernel == "grad_weight" else (c, d)
+            rows = c if kernel == "grad_weight" else n
+            assert h * rows * columns <= 128 * 32 * warps  # sums of a thread, of its 255 registers
+            assert 2 * stages * depth * (rows + h * columns) <= SHARED_PER_PROGRAM[90]
+    assert {b["BLOCK_N"] for b in launcher.candidates("factor", 6, logits)[1:]} == {16}
+
+
+def test_the_launcher_takes_the_blocks_of_a_candidate():
+    launcher = pytest.importorskip("benchmarks.blocks")
+    before = launcher.launch_triton.block_config
+    with launcher._configured("block_config", {"H": 3}):
+        assert launcher.launch_triton.block_config(1, 2) == {"H": 3}
+    assert launcher.launch_triton.block_config is before
+
+
+class FakePasses:
+    """Passes that need too much with 4 stages, and are wrong with 4 warps."""
+
+    def __init__(self, case, device):
+        from benchmarks.blocks import CANDIDATES, NAMES
+
+        values = {kernel: found[1] for kernel, found in CANDIDATES.items()}
+        self.defaults = {
+            kernel: dict(zip(NAMES, found, strict=True)) | {"BLOCK_N": 16}
+            for kernel, found in values.items()
+        }
+
+    def of(self, kernel):
+        return self.both
+
+    def both(self, setting):
+        result = torch.ones(3, 4, dtype=torch.bfloat16)
+        for blocks in setting.values():
+            if blocks["num_stages"] == 4:
+                raise RuntimeError("out of resource: shared memory")
+            if blocks["num_warps"] == 4:
+                result[1] *= 1.05
+        return [result]
+
+
+def test_a_wrong_or_failing_candidate_is_never_the_fastest(monkeypatch):
+    launcher = pytest.importorskip("benchmarks.blocks")
+
+    def samples(steps, rounds, device):
+        settings = {name: step.args[0].values() for name, step in steps.items()}
+        return {name: [sum(b["BLOCK_D"] for b in each) + 1.0] for name, each in settings.items()}
+
+    monkeypatch.setattr(launcher, "Passes", FakePasses)
+    monkeypatch.setattr(launcher, "samples", samples)
+    saved = []
+    found = launcher.measure(
+        torch.device("cpu"), save=lambda result: saved.append(len(result["settings"])),
+        seconds=60, op=MARGIN, suite="dry", index=1, rounds=1,
+    )  # fmt: skip
+    assert saved == [12, 24, 36]
+    for row in found["settings"]:
+        blocks, why = row["blocks"], row.get("not_measured", "")
+        assert ("out of resource" in why) == (blocks["num_stages"] == 4)
+        wrong = blocks["num_warps"] == 4 and blocks["num_stages"] != 4
+        assert ("a row differs from the default's by" in why) == wrong
+        assert ("seconds" in row) == (not why)
+    for kernel, blocks in found["fastest"].items():
+        rows = [r for r in found["settings"] if r["kernel"] == kernel and "seconds" in r]
+        assert blocks in [row["blocks"] for row in rows]
+        assert all(blocks["BLOCK_D"] <= row["blocks"]["BLOCK_D"] for row in rows)
+    assert found["together"]["default_seconds"] == 1
+    assert found["together"]["ratio"] == found["together"]["seconds"]
+
+
+def test_a_nan_and_a_single_wrong_row_are_differences():
+    launcher = pytest.importorskip("benchmarks.blocks")
+    rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows[3] = 0
+    assert launcher.difference([rows], [rows]) is None
+    for value in (float("nan"), 0.01):
+        other = rows.clone()
+        other[3, 2] = value
+        assert launcher.difference([other], [rows]) is not None
+    lse = torch.full((5,), 20.0, dtype=torch.float64)
+    assert launcher.difference([lse + 1e-5], [lse]) is None
+    assert launcher.difference([lse + 1e-3], [lse]) is not None
+
+
+def test_settings_that_were_not_measured_are_named():
+    row = {"op": MARGIN, "name": "N=6", "settings": [{"seconds": 1}, {"not_measured": "wrong"}]}
+    measured = {kind: [{"op": MARGIN, "name": "N=6"}] for kind in KINDS}
+    assert unmeasured({"cases": [], **measured}) == []
+    assert unmeasured({"cases": [], **measured, "blocks": [row]}) == [f"{MARGIN}, N=6: wrong"]
+    assert unmeasured({"cases": [], **measured, "blocks": []}) == ["blocks"]
+
+
 # ---- the whole -----------------------------------------------------------------------------------
 
 
@@ -283,7 +394,7 @@ def test_a_failure_in_one_op_leaves_the_others_measured(tmp_path, monkeypatch):
     for case in result["cases"]:
         assert (case["op"] in failed) == ("not_measured" in case), case
         assert (case["op"] in failed) != bool(case["peers"])
-    for kept in ("profiles", "sweeps", "replays"):
+    for kept in KINDS:
         assert result[kept]
         assert not failed & {row["op"] for row in result[kept]}
     apart = result["unverified"]["cases"]

@@ -6,8 +6,8 @@
 Such a machine has older and newer packages than a developer's, and lacks most optional ones, so
 that a run there can end before it has measured anything. FOLDER keeps the environment, a copy of
 the sources and their build for the next time. The exit status is 0 where those of both dry runs are
-0 and every dry case, profile, sweep and replay is measured. On the CPU it takes minutes; with a GPU
-in the machine it does not use it.
+0 and every dry case, profile, sweep, set of blocks and replay is measured. On the CPU it takes
+minutes; with a GPU in the machine it does not use it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ ABSENT = [
     *("webdataset", "tomli_w", "pytorch_metric_learning", "faiss", "pykeops", "liger_kernel"),
     *("cut_cross_entropy", "expecttest"),
 ]
+# What a result has beside its cases.
+KINDS = ("profiles", "sweeps", "blocks", "replays")
 # Read by Python when it starts, where its folder is on PYTHONPATH.
 BLOCKER = """
 from importlib.machinery import PathFinder
@@ -103,10 +105,11 @@ def environment(python: Path, blocked: Path) -> dict[str, str]:
 
 def unmeasured(result: dict[str, Any]) -> list[str]:
     """Return what of a result was not measured, of what a dry run has."""
-    missing = [name for name in ("profiles", "sweeps", "replays") if not result.get(name)]
+    missing = [kind for kind in KINDS if not result.get(kind)]
     rows = [(case, next(iter(case["peers"]), case)) for case in result["cases"]]
-    for kind in ("profiles", "sweeps", "replays"):
-        rows += [(row, row) for row in result.get(kind, [])]
+    for row in (row for kind in KINDS for row in result.get(kind, [])):
+        parts = [row, *row.get("settings", []), row.get("together", row)]
+        rows += [(row, part) for part in parts]
     missing += [
         f"{about['op']}, {about['name']}: {row['not_measured']}"
         for about, row in rows
