@@ -159,6 +159,7 @@ class Run:
             if "not_measured" in self.result[name]:
                 self.problems.append(f"{name}: {self.result[name]['not_measured']}")
         self.save()
+        worker.run("warm_up", 60)
         todo = sorted(jobs(self.dry), key=lambda job: not self.verified(job.case.op))
         for number, job in enumerate(todo):
             seconds = allowance(self.left() - GRACE_SECONDS, len(todo) - number - 1)

@@ -42,6 +42,13 @@ def measure_ceilings(
     return ceilings.measure(device, **sizes)
 
 
+def warm_up(device: torch.device, *, save: Save, seconds: float) -> dict[str, Any]:
+    """Compile something small: the first use of torch.compile takes seconds that no peer's are."""
+    x = torch.ones(8, device=device, requires_grad=True)
+    torch.compile(lambda x: (x * 2).sum())(x).backward()
+    return {}
+
+
 def measure_case(
     device: torch.device,
     *,
@@ -273,6 +280,7 @@ def _median(step: Step, work: Workload, device: torch.device, rounds: int) -> fl
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "machine": describe,
     "ceilings": measure_ceilings,
+    "warm_up": warm_up,
     "case": measure_case,
     "profile": profile,
     "sweep": sweep,
