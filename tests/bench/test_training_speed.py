@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from synface.bench import loaders, training, training_report
-from synface.bench.training import PHASES, SpeedConfig, ratios
+from synface.bench import loaders, loops, meter, training, training_report
+from synface.bench.loops import SpeedConfig, ratios
+from synface.bench.meter import PHASES, Meter
 from synface.data import normalize
 
 import synface_kernels as sk
 from tests.helpers.command_line import call, refused
 
 TINY = {"backbone": "iresnet", "size": "16x16", "batch-size": "8", "identities": "200"}
-TINY |= {"embedding-size": "8", "classes": "100,200", "workers": "1", "seconds": "0"}
+TINY |= {"device": "cpu", "embedding-size": "8", "classes": "100,200", "workers": "1", "seconds": "0"}
+CPU = torch.device("cpu")
 COMMAND = ["bench", "training"] + [part for k, v in TINY.items() for part in (f"--{k}", v)]
 
 
@@ -28,13 +30,13 @@ def faces(tmp_path_factory):
 @pytest.mark.slow
 def test_the_report_has_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "FILES", 16)
-    monkeypatch.setattr(training, "TURN", 0.01)
+    monkeypatch.setattr(loops, "TURN", 0.01)
     output = tmp_path / "report"
     said = call(*COMMAND, "--output", output)
     assert "images/s" in said
     result = json.loads((output / "training-speed.json").read_text())
     assert result["config"]["size"] == [16, 16]
-    for name in training.LOOPS:
+    for name in loops.LOOPS:
         assert result["rates"][name][0] > 0
         assert set(result["seconds"][name]) == set(PHASES)
         # The phases are the whole step, and the backbone's and the head's were timed.
@@ -49,7 +51,7 @@ def test_the_report_has_what_was_measured(tmp_path, monkeypatch):
 
 
 def test_a_steps_phases_are_its_parts():
-    found = training._phases([1, 2, 2.5, 3, 4, 6, 7, 7.5, 8], seconds=9, waited=0.5)
+    found = meter.phases([0, 0.5, 1, 2, 2.5, 3, 4, 6, 7, 7.5, 8, 9])
     assert found == {
         "loader": 0.5, "backbone": 3.0, "head": 2.0, "optimizer": 1.0, "rest": 2.5
     }  # fmt: skip
@@ -85,9 +87,9 @@ def test_images_that_fill_batches_come_from_the_whole_set(faces):
 
 def test_the_loops_train_the_same_network(faces):
     config = SpeedConfig("iresnet", (16, 16), 8, 50, 8, workers=1)
-    batches = loaders.torch_loader(faces, config.size, 8, 1)
+    batches = loaders.plain_batches(faces, config.size, 8, 1)
     plain, tuned = (
-        training._PlainLoop(config, batches, (16, 16, 3), each) for each in (False, True)
+        loops.PlainLoop(config, batches, (16, 16, 3), each, Meter(CPU)) for each in (False, True)
     )
     images = next(batches)[0]
     for loop in (plain, tuned):
@@ -100,7 +102,7 @@ def test_the_loops_train_the_same_network(faces):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_heads_are_timed_as_they_are_trained(faces, tmp_path, monkeypatch, precision):
     """Embeddings have the dtype, and the head the autocast, that they have in `train`."""
-    monkeypatch.setattr(training, "TURN", 0.01)
+    monkeypatch.setattr(loops, "TURN", 0.01)
     config = SpeedConfig(
         "iresnet", (16, 16), 8, 100, 8, (100,), workers=1, rounds=1, precision=precision
     )
@@ -111,13 +113,14 @@ def test_heads_are_timed_as_they_are_trained(faces, tmp_path, monkeypatch, preci
         return real(x, *given, **options)
 
     monkeypatch.setattr(sk, "margin_cross_entropy", spied)
-    race = training._race(
+    race = loops.race(
         config, loaders.whole_batches(faces, 8), tmp_path, lambda: False, lambda: None
     )
+    assert not race.failed
     trained = set(seen)
     seen.clear()
-    for step in training._head_steps(config, faces, 100, race.dtype).values():
-        step()
+    for name in training.HEADS:
+        training.head_step(name, config, faces, 100, race.dtype)()
     assert set(seen) == trained == {(getattr(torch, precision), precision == "bfloat16")}
 
 
@@ -130,7 +133,7 @@ def test_a_backbone_without_convolutions(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(training, "FILES", 16)
-    monkeypatch.setattr(training, "TURN", 0.01)
+    monkeypatch.setattr(loops, "TURN", 0.01)
     options = ("--backbone", "plain_nets:linear", "--output", tmp_path)
     assert "plain torch with fused SGD for the centers" in call(*COMMAND, *options)
     page = (tmp_path / "training-speed.md").read_text()
