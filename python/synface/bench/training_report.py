@@ -152,8 +152,7 @@ turns in one process; a ratio is the median of the rounds', with the least and t
 
 {_phases(result)}
 
-The head's part includes its backward pass and the update of its centers; {_about_loader(result)},
-normalization included; the rest is checks and the log.
+The head's part includes its backward pass and the update of its centers; {_about_phases(result)}
 
 ## The head by the number of classes
 
@@ -191,13 +190,13 @@ algorithms in `synface train` alone. In all loops, convolutions of float32 {tf32
 precision of matrix products of float32 is {float32.get("matmul_precision")}."""
 
 
-def _about_loader(result: Mapping[str, Any]) -> str:
+def _about_phases(result: Mapping[str, Any]) -> str:
     if _on_gpu(result):
-        return (
-            "these are times of the\nGPU, and the loader's is what it waits for a batch and spends "
-            "on copying and preparing it"
-        )
-    return "the loader's is what the\ntraining process waits and spends on it"
+        return """the loader's is what the
+GPU waits for a batch and spends on its copy and normalization; the rest is checks and the log. All
+are times of the GPU, which works on a step while the host prepares the next one."""
+    return """the loader's is what the
+training process waits and spends on it, normalization included; the rest is checks and the log."""
 
 
 def _loops(result: Mapping[str, Any]) -> str:

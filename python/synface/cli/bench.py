@@ -272,9 +272,8 @@ def training_command(
     memory: Annotated[
         int,
         typer.Option(
-            help="MiB of memory for the images, decoded to RGB: the loops train on a set that fits "
-            "without a loader. Default: decode batch by batch.",
-            show_default=False,
+            help="MiB of memory for the images, decoded to RGB: a set that fits is decoded before "
+            "the loops begin, which then need no loader.",
             min=0,
         ),
     ] = 0,
