@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from synface.bench import loaders, loops, meter, training, training_report
 from synface.bench.loops import SpeedConfig, ratios
+from synface.bench.measure import arcface
 from synface.bench.meter import PHASES, Meter
 from synface.common.interrupts import Terminated
 from synface.data import normalize, read_folder
@@ -130,7 +131,7 @@ def test_a_loops_memory_is_without_that_of_the_others(monkeypatch):
 
     loop, source = Loop(), SimpleNamespace()
     gpu.allocated = 20  # by others
-    race = loops.Race(config, of_device, source, {"torch": loop}, 3, lambda: True, lambda: None)
+    race = loops.Race(config, of_device, source, {"torch": loop}, 3, lambda _: True, lambda: None)
     gpu.allocated = 100
     with race.hooks:
         race.start(10**9, 0)
@@ -205,7 +206,7 @@ def test_heads_are_timed_as_they_are_trained(faces, tmp_path, monkeypatch, preci
 
     monkeypatch.setattr(sk, "margin_cross_entropy", spied)
     race = loops.race(
-        config, loaders.whole_batches(faces, 8), tmp_path, lambda: False, lambda: None
+        config, loaders.whole_batches(faces, 8), tmp_path, lambda _: False, lambda: None
     )
     assert not race.failed
     trained = set(seen)
@@ -290,6 +291,38 @@ def test_a_run_that_ends_early_leaves_what_it_measured(tmp_path, monkeypatch):
     assert result["environment"]["torch"] == torch.__version__
     assert result["command"].startswith("synface bench training --backbone iresnet")
     assert "loaders" not in result
+
+
+def test_a_run_that_ends_among_the_loops_leaves_their_rounds(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "FILES", 16)
+    monkeypatch.setattr(loops, "TURN", 0.01)
+    real, turns = loops.Race._add, []
+
+    def ended(*given):
+        real(*given)
+        turns.append(given)
+        if len(turns) == 4:
+            raise Terminated
+
+    monkeypatch.setattr(loops.Race, "_add", ended)
+    options = ("--memory", "1", "--seconds", "60", "--output", tmp_path)
+    call(*COMMAND, *options, code=143)
+    result = json.loads((tmp_path / "training-speed.json").read_text())
+    assert {name: len(each) for name, each in result["rates"].items()} == dict.fromkeys(
+        loops.LOOPS, 1
+    )
+
+
+def test_plain_torch_under_the_autocast_of_a_gpu(monkeypatch):
+    """There acos is an operation of float32."""
+    acos = torch.Tensor.acos
+    monkeypatch.setattr(torch.Tensor, "acos", lambda self: acos(self.float()))
+    x, w = torch.randn(4, 8).requires_grad_(), torch.randn(6, 8).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = arcface(x, w, torch.arange(4))
+    loss.backward()
+    expected = arcface(x.detach(), w.detach(), torch.arange(4))
+    torch.testing.assert_close(loss.float(), expected, rtol=0.05, atol=0)
 
 
 def test_without_synface_train_the_command_fails(tmp_path, monkeypatch, blank_figures):

@@ -110,7 +110,7 @@ def plain_batches(
     return iter(
         DataLoader(
             PillowDataset(images, size), batch_size, sampler=_Endless(len(images)),
-            num_workers=workers, pin_memory=device.type == "cuda",
+            num_workers=workers, pin_memory=device.type == "cuda", timeout=60,
         )
     )  # fmt: skip
 

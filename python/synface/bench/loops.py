@@ -246,7 +246,7 @@ class Race:
     Args:
         others: the plain loops, by name, until the run has ended.
         queued: batches that a loader prepares ahead.
-        more: whether there is time for another round. done: called after each turn.
+        more: called after each round: whether there is time for another. done: after each turn.
 
     Attributes:
         rates: images/s of each loop's turns.
@@ -263,7 +263,7 @@ class Race:
         source: TimedSource,
         others: dict[str, PlainLoop],
         queued: int,
-        more: Callable[[], bool],
+        more: Callable[[Race], bool],
         done: Callable[[], None],
     ) -> None:
         self.config, self.meter, self.source, self.others = config, meter, source, others
@@ -297,7 +297,7 @@ class Race:
                 self._add("synface", self.turn, others + self.before)
                 self.turn, self.taken = None, 0
                 self._let_others(self._take_turn)
-                if len(self.rates["synface"]) == self.config.rounds or not self.more():
+                if not self.more(self) or len(self.rates["synface"]) == self.config.rounds:
                     raise _Ended
         if self.steps and self.turn is None and self.taken == self.untimed:
             self.turn, self.taken = Turn(self.meter), 0
@@ -390,14 +390,14 @@ def race(
     config: SpeedConfig,
     images: LabeledImages,
     folder: Path,
-    more: Callable[[], bool],
+    more: Callable[[Race], bool],
     done: Callable[[], None],
 ) -> Race:
     """Run the loops, `train` in a folder, and return what was timed.
 
     Args:
         images: in files, which loaders decode, or in memory.
-        more: whether there is time for another round. done: called after each turn.
+        more, done: as for `Race`.
     """
     meter, source = Meter(config.on), TimedSource(images, config, config.identities)
     others: dict[str, PlainLoop] = {}

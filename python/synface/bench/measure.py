@@ -41,7 +41,8 @@ def arcface(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
     """Return the ArcFace loss in plain torch, with N×C logits, as in common training code."""
     cosine = F.linear(F.normalize(x), F.normalize(w)).clamp(-1 + 1e-7, 1 - 1e-7)
     own = cosine.gather(1, target[:, None])
-    logits = cosine.scatter(1, target[:, None], (own.acos() + 0.5).cos())
+    # Under a GPU's autocast, acos returns float32.
+    logits = cosine.scatter(1, target[:, None], (own.acos() + 0.5).cos().to(cosine.dtype))
     return F.cross_entropy(64 * logits, target)
 
 

@@ -30,6 +30,7 @@ from ..training.model import build_model
 from .loaders import loading, whole_batches, write_faces
 from .loops import (
     WARM_UP,
+    Race,
     SpeedConfig,
     TimedSource,
     failure,
@@ -159,7 +160,7 @@ def measure(
     Args:
         data: images in any format of `open_images`; None: JPEG files of the embedded faces.
         done: called with the number of turns and of heads that are measured.
-        save: called with what there is after each part.
+        save: called with what there is after each part, and each round of the loops.
 
     Raises:
         DataError: for images that cannot be listed.
@@ -201,14 +202,20 @@ def measure(
             else f"{len(images)} of {images.source}",
             "resident": resident,
         }
-        raced = race(config, faces, folder / "run", _limit(0.6 * config.seconds), turned)
+        in_time = _limit(0.6 * config.seconds)
+
+        def more(race: Race) -> bool:
+            save(result | race.result())
+            return in_time()
+
+        raced = race(config, faces, folder / "run", more, turned)
         result |= raced.result()
         save(result)
         result |= _loaders(config, images, _limit(0.1 * config.seconds))
         save(result)
-        result["heads"], more = [], _limit(0.15 * config.seconds)
+        result["heads"], in_time = [], _limit(0.15 * config.seconds)
         for classes in config.classes:
-            row = _heads(config, images, classes, raced.dtype, more)
+            row = _heads(config, images, classes, raced.dtype, in_time)
             result["heads"].append(row | {"share": _shares(row, result["seconds"])})
             save(result)
             turned()

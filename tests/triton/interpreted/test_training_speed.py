@@ -67,7 +67,7 @@ def test_no_step_of_a_turn_waits(
 
         monkeypatch.setattr(loops, "Turn", Watched)
         more = iter([True, False])
-        race = loops.race(CONFIG, found, tmp_path / "run", lambda: next(more), lambda: None)
+        race = loops.race(CONFIG, found, tmp_path / "run", lambda _: next(more), lambda: None)
     assert not race.failed
     result = race.result()
     for name in loops.LOOPS:
