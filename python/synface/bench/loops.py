@@ -6,6 +6,7 @@ each step, lets the plain loops take their turns: so all are timed in one proces
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 import traceback
@@ -420,4 +421,5 @@ def race(
     except Exception as error:
         found.failed = dict.fromkeys(LOOPS, failure(error)) | found.failed
     others.clear()  # and so their loaders' processes
+    gc.collect()  # `train` leaves its model in reference cycles
     return found

@@ -204,8 +204,8 @@ def measure(
         }
         in_time = _limit(0.6 * config.seconds)
 
-        def more(race: Race) -> bool:
-            save(result | race.result())
+        def more(so_far: Race) -> bool:
+            save(result | so_far.result())
             return in_time()
 
         raced = race(config, faces, folder / "run", more, turned)
