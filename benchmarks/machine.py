@@ -3,56 +3,20 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-import synface_kernels as sk
-from synface_kernels import _env, _load
+from synface_kernels import _env
 
 from .process import ROOT, slug
 
 # Where other programs keep more cores busy than this, results are marked as from a busy machine.
 BUSY_CORES_MAX = 0.15
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def describe(device: torch.device) -> dict[str, Any]:
-    """Return processor, device and versions, without host name and paths."""
-    found: dict[str, Any] = {
-        "processor": _env.processor(),
-        "cores": cores(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": _load.cpu_isa() if _load.extension_error is None else "no extension",
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "synface_kernels": sk.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "triton": _version("triton"),
-        "numpy": _version("numpy"),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {
-            "device": properties.name,
-            "device_memory_gib": round(properties.total_memory / 2**30, 1),
-            "multiprocessors": properties.multi_processor_count,
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "cuda": str(torch.version.cuda),
-        }
-    return found
+describe = _env.describe
 
 
 def file_stem(described: Mapping[str, Any]) -> str:

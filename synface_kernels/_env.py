@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -50,6 +51,35 @@ def devices() -> list[torch.device]:
     found = [torch.device("cpu")]
     if torch.cuda.is_available():
         found += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return found
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Return processor, device and versions, without host name and paths."""
+    from . import __version__
+
+    found: dict[str, Any] = {
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "instruction_set": _load.cpu_isa() if _load.extension_error is None else "no extension",
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "synface_kernels": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": properties.name,
+            "device_memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "cuda": str(torch.version.cuda),
+        }
     return found
 
 

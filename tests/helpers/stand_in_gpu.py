@@ -6,6 +6,7 @@ on a machine without one; Triton's kernels run in its interpreter (TRITON_INTERP
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -242,11 +243,15 @@ class StandInGpu(TorchDispatchMode):
 class _Event:
     """A `torch.cuda.Event` of the stand-in, which is never behind."""
 
-    def __init__(self, blocking: bool = False) -> None:
-        self.recorded = False
+    def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
+        self.recorded, self.time = False, 0.0
 
     def record(self, stream: Any = None) -> None:
-        self.recorded = True
+        self.recorded, self.time = True, time.perf_counter()
+
+    def elapsed_time(self, end: _Event) -> float:
+        assert self.recorded
+        return 1e3 * (end.time - self.time)
 
     def query(self) -> bool:
         return True
@@ -277,6 +282,10 @@ def stand_in_gpu() -> Iterator[StandInGpu]:
         "current_stream": lambda device=None: stream,
         "is_current_stream_capturing": lambda: mode.capturing,
         "Event": _Event,
+        "synchronize": lambda device=None: mode.note("synchronize"),
+        "memory_allocated": lambda device=None: 0,
+        "max_memory_allocated": lambda device=None: 0,
+        "reset_peak_memory_stats": lambda device=None: None,
     }
     patches: list[Any] = [
         mock.patch.object(torch.cuda, name, function) for name, function in functions.items()

@@ -1,4 +1,4 @@
-"""Loaders of images on a CPU: ours, torch's `DataLoader` with Pillow, and decoding alone."""
+"""Loaders of images: ours, torch's `DataLoader` with Pillow, and decoding alone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..common.check import cores
 from ..common.extras import extra
 from ..data import ImageLoader, embedded_faces, normalize, open_images
-from ..data.formats.image_set import ImageSet, LabeledImages
+from ..data.formats.image_set import Faces, ImageSet, LabeledImages
+from ..data.mixing.ratios import send
+from .meter import Meter
 
+CPU = torch.device("cpu")
 QUALITY = 95  # of the JPEG files that are written
 
 
@@ -89,16 +92,38 @@ class _Endless(Sampler[int]):
             yield from torch.randperm(self.count, device="cpu").tolist()
 
 
-def torch_loader(
-    images: ImageSet, size: tuple[int, int], batch_size: int, workers: int
+def plain_batches(
+    images: LabeledImages,
+    size: tuple[int, int],
+    batch_size: int,
+    workers: int,
+    device: torch.device = CPU,
 ) -> Iterator[Any]:
-    """Return an endless iterator over a `DataLoader`'s batches, whose workers are started."""
+    """Return an endless iterator over batches of normalized images and labels, in plain torch.
+
+    Files are decoded by a `DataLoader`, whose workers are started, and in page-locked memory for a
+    GPU. Images in memory are normalized on the device.
+    """
+    if isinstance(images, Faces):
+        return _in_memory(images, batch_size, device)
+    assert isinstance(images, ImageSet)
     return iter(
         DataLoader(
             PillowDataset(images, size), batch_size, sampler=_Endless(len(images)),
-            num_workers=workers,
+            num_workers=workers, pin_memory=device.type == "cuda", timeout=60,
         )
     )  # fmt: skip
+
+
+def _in_memory(faces: Faces, batch_size: int, device: torch.device) -> Iterator[Any]:
+    on_gpu = device.type == "cuda"
+    while True:
+        for rows in torch.randperm(len(faces), device="cpu").split(batch_size):
+            images, labels = faces.images[rows], faces.labels[rows]
+            if on_gpu:
+                images, labels = images.pin_memory(), labels.pin_memory()
+            images = images.to(device, non_blocking=on_gpu).permute(0, 3, 1, 2).contiguous()
+            yield images.float().div_(127.5).sub_(1), labels
 
 
 def _decoding(images: ImageSet, count: int, workers: int, rounds: int) -> list[float]:
@@ -125,18 +150,20 @@ def loading(
     workers: int,
     more: Callable[[], bool],
     count: int = 512,
+    device: torch.device = CPU,
 ) -> dict[str, list[float]]:
     """Return the images/s of each loader, one number per round, interleaved.
 
-    A turn begins with the batches that are queued, so that none was made in another's turn, and
-    ends once the queue should be full again. Decoding is timed after the loaders' processes ended.
+    Batches are copied to the device. A turn begins with those that are queued, so that none was
+    made in another's turn, and ends once the queue should be full again. Decoding is timed after
+    the loaders' processes ended.
 
     Args:
         images: the files. size: (H, W) to which they are resized.
         more: called before each round but the first: whether to go on.
-        count: images in a turn, at least.
+        count: images in a turn, at least; and as many batches as are queued.
     """
-    found = _interleaved(images, size, batch_size, workers, more, count)
+    found = _interleaved(images, size, batch_size, workers, more, count, device)
     return found | {"decoding": _decoding(images, count, workers, len(found["synface"]))}
 
 
@@ -147,25 +174,38 @@ def _interleaved(
     workers: int,
     more: Callable[[], bool],
     count: int,
+    device: torch.device,
 ) -> dict[str, list[float]]:
     """Return the images/s of both loaders, whose processes have ended then; as `loading`."""
-    batches, queued = -(-count // batch_size), 2 * workers + 1
+    meter, queued = Meter(device), 2 * workers + 1
+    batches = max(-(-count // batch_size), queued)
 
     def turn(advance: Callable[[], Any]) -> float:
         for _ in range(queued):
             advance()
+        meter.wait()
         began = time.perf_counter()
         for _ in range(batches):
             advance()
+        meter.wait()
         seconds = time.perf_counter() - began
         time.sleep(seconds * queued / batches)
         return batches * batch_size / seconds
 
-    theirs = torch_loader(images, size, batch_size, workers)
-    with ImageLoader(images, batch_size, size=size, grayscale=False, workers=workers) as ours:
+    theirs = plain_batches(images, size, batch_size, workers, device)
+    pin = device.type == "cuda"
+    with ImageLoader(
+        images, batch_size, size=size, grayscale=False, workers=workers, pin=pin
+    ) as ours:
+
+        def advance() -> None:  # as `FacesSource` does
+            sent = send(next(ours)[1].images, device)
+            ours.sent(device)
+            normalize(sent)
+
         runs: dict[str, Callable[[], float]] = {
-            "synface": lambda: turn(lambda: normalize(next(ours)[1].images)),
-            "torch": lambda: turn(lambda: next(theirs)),
+            "synface": lambda: turn(advance),
+            "torch": lambda: turn(lambda: send(next(theirs)[0], device)),
         }
         found: dict[str, list[float]] = {name: [] for name in runs}
         while not found["synface"] or more():

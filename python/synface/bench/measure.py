@@ -41,7 +41,8 @@ def arcface(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
     """Return the ArcFace loss in plain torch, with N×C logits, as in common training code."""
     cosine = F.linear(F.normalize(x), F.normalize(w)).clamp(-1 + 1e-7, 1 - 1e-7)
     own = cosine.gather(1, target[:, None])
-    logits = cosine.scatter(1, target[:, None], (own.acos() + 0.5).cos())
+    # Under a GPU's autocast, acos returns float32.
+    logits = cosine.scatter(1, target[:, None], (own.acos() + 0.5).cos().to(cosine.dtype))
     return F.cross_entropy(64 * logits, target)
 
 
@@ -92,7 +93,7 @@ def _prepare(
                 raise ArithmeticError("its loss or gradients differ from eager torch's")
         except Exception as error:  # such as no C++ compiler: report it, and time the others
             steps.pop(method, None)
-            failed[method] = _reason(error)
+            failed[method] = reason(error)
         done(method)
     return steps, failed
 
@@ -112,10 +113,11 @@ def _peak(run: Step) -> int | str:
     try:
         return peak_bytes(run)
     except Exception as error:  # such as a system without /proc
-        return _reason(error)
+        return reason(error)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return why something was not measured: an error's type and first line."""
     line = (str(error).splitlines() or [""])[0]
     return f"not measured: {type(error).__name__}: {line}"
 
@@ -154,5 +156,5 @@ def peak_memory(method: str, workload: Workload) -> int | str:
         run = step(method, workload)
         run()  # one-time loading and compilation is not measured
     except Exception as error:
-        return _reason(error)
+        return reason(error)
     return _peak(run)

@@ -197,14 +197,17 @@ class FacesSource(_ImagesSource):
         self, config: TrainConfig, first: int, part: RankSlice, device: torch.device
     ) -> AbstractContextManager[Iterable[tuple[int, tuple[Tensor, Tensor]]]]:
         """Return an iterable of (step, (images, labels)) from the step ``first`` on."""
-        faces, size = self.faces, config.batch_size
+        faces, size, pin = self.faces, config.batch_size, device.type == "cuda"
         if faces.store.pixels is not None:
             images = torch.from_numpy(faces.store.pixels)
             labels = torch.as_tensor(faces.labels, device="cpu")
             order, steps = ShuffledOrder(len(self), config.seed), range(first, self._steps(config))
             rows = ((step, order.batch(step, size, part)[0]) for step in steps)
-            return nullcontext((step, (images[i], labels[i])) for step, i in rows)
-        pin = device.type == "cuda"
+            # A copy to a GPU from memory that is not page-locked waits for the step before.
+            return nullcontext(
+                (step, (images[i].pin_memory() if pin else images[i], labels[i]))
+                for step, i in rows
+            )
         loader = ImageLoader(faces, size, pin=pin, **self._reading(config, first, part))
         self.timing = loader.timing
         return loader

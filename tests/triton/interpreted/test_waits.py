@@ -415,6 +415,8 @@ def test_the_training_loop(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(loop, "check_device", torch.device)
     monkeypatch.setattr(loop, "seeded", lambda seed, device: seeded(seed))
     monkeypatch.setattr(pool._Resources, "pin", lambda self, array: None)
+    pinned: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(self) or self)
     take = loop._Training.step
 
     def step(self: Any, number: int, *args: Any) -> Any:
@@ -429,6 +431,7 @@ def test_the_training_loop(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         found = train(config, data, tmp_path / "gpu", progress=shown, device="cuda")
         assert found.head.weight.device.type == "cuda"
         assert not gpu.waits
+    assert [len(each) for each in pinned] == ([] if name == "mixed" else [8, 8, 8])
     assert len(found.history) == len(expected.history) == 3
     assert shown.losses == [row["loss"] for row in found.history]
     for row, other in zip(found.history, expected.history, strict=True):
