@@ -191,6 +191,19 @@ def test_the_loops_train_the_same_network(faces):
     assert tuned.backbone.stem(images).is_contiguous(memory_format=torch.channels_last)
 
 
+def test_the_tuned_loop_of_a_gpu_has_channels_last_convolutions(faces, monkeypatch):
+    config, meter = SpeedConfig("iresnet", (16, 16), 8, 50, 8, workers=1), Meter(CPU)
+    monkeypatch.setattr(meter, "on_gpu", True)
+    monkeypatch.setattr(meter, "allocated", lambda: 0)
+    for tuned in (False, True):
+        loop = loops.PlainLoop(config, iter(()), (16, 16, 3), tuned, meter)
+        convolutions = [m for m in loop.backbone.modules() if isinstance(m, torch.nn.Conv2d)]
+        wide = [m.weight for m in convolutions if m.kernel_size != (1, 1)]
+        assert wide
+        for weight in wide:
+            assert weight.is_contiguous(memory_format=torch.channels_last) == tuned
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_heads_are_timed_as_they_are_trained(faces, tmp_path, monkeypatch, precision):
     """Embeddings have the dtype, and the head the autocast, that they have in `train`."""
@@ -347,8 +360,7 @@ def test_the_report_of_a_gpu():
     result["float32"] = {"matmul_precision": "highest", "convolutions_tf32": True}
     result["seconds"]["synface"] = dict.fromkeys(PHASES, 0.001)
     page = training_report._page(result, "command")
-    assert "channels_last" not in page
-    assert "With fused SGD it has torch's fused" in page
+    assert "but for the loop with channels_last and fused SGD" in page
     assert "convolutions of float32 may use TF32" in page
     assert "peak memory, GiB" in page
     assert "| 3.00 |" in page

@@ -155,8 +155,8 @@ class PlainLoop:
     Args:
         batches: images and labels, on the CPU or on the device already.
         shape: (H, W, C) of the images.
-        tuned: with a built-in backbone's activations in torch's channels_last order on a CPU, as in
-            `train`, and its optimizer and the centers' fused; otherwise all are torch's defaults.
+        tuned: with a built-in backbone in torch's channels_last order, as in `train` on a CPU, and
+            its optimizer and the centers' fused; otherwise all are torch's defaults.
 
     Attributes:
         held: bytes of its tensors on a GPU between two steps, once it has taken one.
@@ -177,14 +177,16 @@ class PlainLoop:
         draw = generator(0, "centers", 0, meter.device)
         weight = normals((config.identities, config.embedding_size), draw).mul_(0.01)
         self.weight = nn.Parameter(weight)
+        # Torch's fused SGD fails where a parameter of a user's backbone has no gradient at first.
+        built_in = tuned and training.backbone in BUILT_IN
+        if built_in and meter.on_gpu:
+            self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if not tuned:
             for module in self.backbone.modules():
                 if isinstance(module, ChannelsLastConv2d):
                     module.register_forward_hook(lambda _, inputs, output: output.contiguous())
-        # Torch's fused SGD fails where a parameter of a user's backbone has no gradient at first.
-        fused = tuned and training.backbone in BUILT_IN
         self.optimizers = [
-            sgd(training, self.backbone.parameters(), fused),
+            sgd(training, self.backbone.parameters(), built_in),
             sgd(training, [self.weight], tuned),
         ]
         self.autocast = config.autocast()

@@ -43,9 +43,7 @@ def _titles(result: Mapping[str, Any]) -> dict[str, str]:
 
 def _tuned(result: Mapping[str, Any]) -> str:
     """Return the settings of the tuned loop; on a CPU they are those of `synface train`."""
-    if not result["built_in"]:
-        return "fused SGD for the centers"
-    return "fused SGD" if _on_gpu(result) else "channels_last and fused SGD"
+    return "channels_last and fused SGD" if result["built_in"] else "fused SGD for the centers"
 
 
 def _range(ratio: Mapping[str, float]) -> str:
@@ -177,13 +175,17 @@ def _about_loops(result: Mapping[str, Any]) -> str:
     text = (
         f"{rounds}All loops train the same network on the same images. Plain torch is\n{reads}, "
         "an ArcFace head with dense logits and SGD, all in torch's default layout\nand "
-        f"implementation, and reads no loss. With {_tuned(result)} it has "
+        "implementation, and reads no loss."
     )
     if not _on_gpu(result):
-        return f"{text}the settings of torch that\n`synface train` has for this backbone."
+        return (
+            f"{text} With {_tuned(result)} it has the settings of torch that\n"
+            "`synface train` has for this backbone."
+        )
     float32 = result.get("float32", {})
     tf32 = "may" if float32.get("convolutions_tf32") else "do not"
-    return f"""{text}torch's fused implementation.
+    return f"""{text} `synface train` has that layout and
+implementation too, but for the loop with {_tuned(result)}.
 
 All copy batches from page-locked memory without waiting. cuDNN is restricted to deterministic
 algorithms in `synface train` alone. In all loops, convolutions of float32 {tf32} use TF32, and the
