@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -16,7 +16,13 @@ def describe(value: object) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
     kind = str(value.dtype).removeprefix("torch.")
-    return f"{kind} {tuple(value.shape)} on {value.device}"
+    layout = "" if is_dense(value) else f"{value.layout} ".removeprefix("torch.")
+    return f"{layout}{kind} {tuple(value.shape)} on {value.device}"
+
+
+def is_dense(value: object) -> TypeGuard[Tensor]:
+    """Return whether a value is a tensor, and not a sparse or nested one."""
+    return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def number(name: str, value: Any, expected: str = "a float") -> float:

@@ -60,9 +60,27 @@ def check_tangents(op: str, *tensors: Tensor | None) -> None:
         raise _no_forward_mode(op)
 
 
-def once(op: str, tensor: Tensor) -> Tensor:
-    """Return the tensor for torch code that is differentiable once; a second derivative raises."""
-    return tensor if torch.compiler.is_compiling() else _Once.apply(tensor, op)
+def once(op: str, tensor: Tensor, *, forward_mode: bool = False) -> Tensor:
+    """Return the tensor for torch code that is differentiable once; a second derivative raises.
+
+    Args:
+        forward_mode: whether the code is differentiable in forward mode; else that raises too.
+    """
+    if torch.compiler.is_compiling():
+        return tensor
+    return (_OnceInReverse if forward_mode else _Once).apply(tensor, op)
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Apply an autograd function that has a ``setup_context``.
+
+    Where no gradient passes it, Dynamo (torch 2.13) gives its forward a context that it lacks.
+    """
+    tensors = [each for each in arguments if isinstance(each, Tensor)]
+    passes = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if torch.compiler.is_compiling() and not passes:
+        return function.forward(*arguments)
+    return function.apply(*arguments)
 
 
 def final(
@@ -160,6 +178,14 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
         raise _no_forward_mode(ctx.op)
+
+
+class _OnceInReverse(_Once):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:
+        return tangent.view_as(tangent)
 
 
 class _Final(torch.autograd.Function):

@@ -18,6 +18,8 @@ Note = Callable[[Sequence[torch.dtype]], str]
 # op -> implementation -> requirement, in the order in which `auto` prefers them
 _REGISTRY: dict[str, dict[str, Requirement]] = {}
 _NOTES: dict[tuple[str, str], Note] = {}
+# public function -> op, where an op has several
+_FUNCTIONS: dict[str, str] = {}
 # Makes an implementation available that was asked for by name; returns why that fails, or None.
 _PREPARATIONS: dict[tuple[str, str], Callable[[torch.device], str | None]] = {}
 
@@ -48,15 +50,18 @@ def register(
     implementations: dict[str, Requirement],
     notes: dict[str, Note] | None = None,
     preparations: dict[str, Callable[[torch.device], str | None]] | None = None,
+    functions: Sequence[str] = (),
 ) -> None:
     """Register an op's implementations, in the order in which ``impl="auto"`` prefers them.
 
     Args:
+        functions: names of public functions that are of this op but not named so.
         notes: what `explain` adds to the reason for an implementation.
         preparations: what makes an implementation available that a caller names; each returns why
             that fails, or None.
     """
     _REGISTRY[op] = implementations
+    _FUNCTIONS.update(dict.fromkeys(functions, op))
     _PREPARATIONS.update({(op, name): prepare for name, prepare in (preparations or {}).items()})
     _NOTES.update({(op, name): note for name, note in (notes or {}).items()})
 
@@ -140,7 +145,7 @@ def explain(
     """Return which implementation ``impl="auto"`` takes, and why.
 
     Args:
-        op: the public function, or its name.
+        op: a public function that takes ``impl``, or its name.
         tensors: the op's tensors.
         device, dtype: without tensors, the device and dtype that they would have.
 
@@ -149,10 +154,17 @@ def explain(
 
     Raises:
         ValueError: if there is no such op.
+        TypeError: for tensors and a dtype that are none.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    if name not in _REGISTRY:
-        raise ValueError(f"op must be one of {ops()}, got {name!r}")
+    if name not in {*_REGISTRY, *_FUNCTIONS}:
+        raise ValueError(f"op must be one of {[*_REGISTRY, *_FUNCTIONS]}, got {name!r}")
+    name = _FUNCTIONS.get(name, name)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"tensors must be tensors, got {type(tensor).__name__}")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
     if tensors:
         floating = [t.dtype for t in tensors if t.is_floating_point()]
         where, dtypes = tensors[0].device, floating or [tensors[0].dtype]

@@ -37,10 +37,11 @@ struct PointsOf {
         const bool is_long = most[i] > 0x1p60 && std::isfinite(most[i]);
         most[i] = is_long ? std::ldexp(1.0, -std::min(std::ilogb(most[i]), 1000)) : 1;
       }
-      rows = tensor.mul(shrink).to(tensor.scalar_type());
+      rows = with_contiguous_rows(tensor.mul(shrink).to(tensor.scalar_type()));
       bad = find_norms();
     }
-    TORCH_CHECK_VALUE(bad < 0, name, " must have finite, non-zero rows, got a norm of ",
+    TORCH_CHECK_VALUE(bad < 0, name, " must have finite, non-zero rows (norms above ", kNormMin,
+                      "), got a norm of ",
                       1 / inverse.const_data_ptr<double>()[std::max<int64_t>(bad, 0)], " in row ",
                       bad);
   }

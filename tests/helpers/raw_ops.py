@@ -71,6 +71,9 @@ def margin_arguments(draw: random.Random) -> dict[str, Any]:
         "last_step": draw.choice([None, torch.zeros(c, dtype=torch.int64)]),
         "target": torch.randint(0, c, (n, 2)),
         "target_weight": torch.rand(n, 2),
+        "m1": None,
+        "m2": torch.rand(n),
+        "m3": draw.choice([None, torch.rand(n)]),
         "num_classes": c,
         "workspace": draw.choice([-1, 0, 4096]),
     }

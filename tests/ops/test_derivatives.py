@@ -134,6 +134,58 @@ def test_a_gradient_penalty_under_update_raises(impl: str) -> None:
         (grad.square().sum() + x.sum()).backward()
 
 
+MARGINS = {
+    "m1": lambda m: sk.SphereFace(8.0, 1.3 + m),
+    "m2": lambda m: sk.ArcFace(8.0, m),
+    "m2, straight through": lambda m: sk.ArcFace(8.0, m, target_grad="straight_through"),
+    "m2, easy": lambda m: sk.ArcFace(8.0, m, beyond_pi="easy"),
+}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", MARGINS)
+def test_a_margins_gradient_has_no_derivative(name: str, impl: str) -> None:
+    """By the embeddings or by the margins: the margin's slope is a constant of the graph."""
+    x, w = points()
+    x.requires_grad_()
+
+    def loss(m: Tensor, x: Tensor) -> Any:
+        return sk.margin_cross_entropy(x, w, torch.arange(N), MARGINS[name](m), impl=impl)
+
+    m = torch.linspace(0.1, 0.5, N, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(loss(m, x), m, create_graph=True)
+    assert torch.autograd.gradcheck(lambda m: loss(m, x.detach()), (m,))
+    for of in (x, m):
+        with pytest.raises(RuntimeError, match=SECOND):
+            torch.autograd.grad(grad.sum() + of.sum(), of, retain_graph=True)
+    with pytest.raises(RuntimeError, match=SECOND):
+        torch.func.grad(lambda x: torch.func.grad(loss)(m.detach(), x).sum())(x.detach())
+    of_margin = torch.func.grad(loss)
+    with pytest.raises((RuntimeError, NotImplementedError), match=f"{SECOND}|{FORWARD}"):
+        torch.func.jvp(lambda x: of_margin(m.detach(), x), (x.detach(),), (x.detach(),))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_gradient_by_cosfaces_margin_has_right_derivatives(impl: str) -> None:
+    x, w = points()
+    m = torch.linspace(0.1, 0.5, N, dtype=torch.float64, requires_grad=True)
+
+    def grad(m: Tensor) -> Tensor:
+        loss = sk.margin_cross_entropy(x, w, torch.arange(N), sk.CosFace(8.0, m), impl=impl)
+        return torch.autograd.grad(loss, m, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(grad, (m,))
+
+
+def test_the_margins_own_function_is_differentiable_once() -> None:
+    cosine = torch.linspace(-0.9, 0.9, 7, dtype=torch.float64)[:, None].requires_grad_()
+    (grad,) = torch.autograd.grad(
+        sk.ArcFace().target_cosine(cosine).square().sum(), cosine, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match=SECOND):
+        grad.sum().backward()
+
+
 def _penalties(rank: int, ranks: int) -> list[str]:
     group = torch.distributed.group.WORLD
     x, y = torch.randn(5 + rank, D), torch.arange(4.0 * D).view(4, D).sin()

@@ -1,4 +1,4 @@
-"""A tensor on another device than the first is an error that names it and both devices."""
+"""A tensor elsewhere than the first, or a sparse one, is an error that names it and what it is."""
 
 import re
 from collections.abc import Callable
@@ -89,3 +89,13 @@ def test_a_tensor_elsewhere_is_named_with_both_devices(call: str, name: str) -> 
     message = str(raised.value)
     assert re.search(r"\bmeta\b", message), message
     assert re.search(r"\bcpu\b", message), message
+
+
+@pytest.mark.parametrize(
+    ("call", "name"), [(call, name) for call, (_, tensors, _) in CALLS.items() for name in tensors]
+)
+def test_a_sparse_tensor_is_named_with_its_layout(call: str, name: str) -> None:
+    op, tensors, others = CALLS[call]
+    with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b.*sparse_coo") as raised:
+        op(**(tensors | {name: tensors[name].to_sparse()}), **others)
+    assert "backend" not in str(raised.value)

@@ -291,6 +291,36 @@ def test_compile_fullgraph(energy):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("energy", PAIR + NEIGHBOR, ids=str)
+@pytest.mark.parametrize("gallery", [False, True])
+def test_the_definition_is_compiled_with_and_without_a_gradient(energy, gallery):
+    torch.compiler.reset()
+    x, y = (v.float() for v in points(20, 8, 6, torch.float32))
+    x[3] = x[2]  # the pair that needs a direction
+    compiled = torch.compile(sk.hypersphere_repulsion, fullgraph=True, backend="aot_eager")
+    options = {"energy": energy, "impl": "reference"}
+    for needs_grad in (False, True):
+        one, two = (x.clone().requires_grad_(needs_grad) for _ in range(2))
+        others = y if gallery else None
+        actual = compiled(one, others, **options)
+        expected = sk.hypersphere_repulsion(two, others, **options)
+        torch.testing.assert_close(actual, expected)
+        if needs_grad:
+            grads = (torch.autograd.grad(v, p)[0] for v, p in ((actual, one), (expected, two)))
+            torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("energy", PAIR + NEIGHBOR, ids=str)
+@pytest.mark.parametrize("gallery", [False, True])
+def test_tensors_without_values(energy, gallery):
+    x = torch.empty(5, 4, device="meta", requires_grad=True)
+    y = torch.empty(3, 4, device="meta") if gallery else None
+    value = sk.hypersphere_repulsion(x, y, energy=energy)
+    assert (value.shape, value.device.type) == ((), "meta")
+    value.backward()
+    assert x.grad.shape == x.shape
+
+
 def test_compile_with_inductor():
     x = points(20, None, 6, torch.float32)[0].float().requires_grad_()
 

@@ -160,7 +160,10 @@ def check_neighbors(results: tuple[list, ...]) -> None:
 
 
 BAD = [
-    ("rank 1: x must have finite, non-zero rows, got a norm of 0 in row 2", ValueError),
+    (
+        "rank 1: x must have finite, non-zero rows (norms above 1e-12), got a norm of 0 in row 2",
+        ValueError,
+    ),
     ("rank 1: x must be a tensor", TypeError),
     ("D must be the same on all ranks, got [4, 3]", ValueError),
     ("requires_grad of x must be the same on all ranks", ValueError),

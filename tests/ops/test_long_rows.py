@@ -121,6 +121,42 @@ def test_nearest_neighbors(dtype: torch.dtype, of_x: float, of_y: float, impl: s
     assert_relatively_close(cosine, expected, TOLERANCES[dtype][0])
 
 
+def by_columns(x: Tensor) -> Tensor:
+    """Return the same values with contiguous columns."""
+    return x.T.contiguous().T
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("k", [1, N])
+@pytest.mark.parametrize(("dtype", "of_x", "of_y"), LENGTHS)
+def test_strides_change_nothing(
+    dtype: torch.dtype, of_x: float, of_y: float, k: int, impl: str
+) -> None:
+    """Rows of which the first k are long, or short, whatever the order of their elements."""
+    x, y = rows(N, dtype, 1.0)[0], rows(C, dtype, 1.0)[0]
+    x[:k], y[:k] = (x[:k].double() * of_x).to(dtype), (y[:k].double() * of_y).to(dtype)
+    mixed = torch.stack([x, x], 2)[..., 0]
+    for a, b in ((by_columns(x), by_columns(y)), (mixed, by_columns(y))):
+        assert a.stride(1) != 1
+        pairs = [(x, None, a, None), (x, y, a, b)]
+        for one, others, same, too in pairs:
+            for energy in ENERGIES:
+                found, expected = (
+                    sk.hypersphere_repulsion(v.requires_grad_(), w, energy=energy, impl=impl)
+                    for v, w in ((same.clone(memory_format=torch.preserve_format), too),
+                                 (one.clone(), others))
+                )  # fmt: skip
+                torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+            got = sk.nearest_neighbors(same, too, 2, impl=impl)
+            wanted = sk.nearest_neighbors(one, others, 2, impl=impl)
+            assert torch.equal(got[1], wanted[1])
+        for got, wanted in zip(
+            margin(a, by_columns(y), "plain", impl=impl), margin(x, y, "plain", impl=impl),
+            strict=True,
+        ):  # fmt: skip
+            assert_relatively_close(got, wanted.double(), TOLERANCES[dtype][1])
+
+
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_rows_that_are_not_finite_or_zero_stay_an_error(impl: str) -> None:
     for value in (float("nan"), float("inf"), 1e-30):

@@ -133,6 +133,42 @@ def test_margins_that_make_no_sense(make, error, message):
         make()
 
 
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("make", "good", "bad", "message"),
+    [
+        (
+            sk.ArcFace,
+            0.5,
+            28.6,
+            "m2 is an angle in radians and must be between -3.14159 and",
+        ),
+        (sk.CosFace, 0.35, -2.0, "m3 is a difference of cosines and must be between -2 and 2"),
+        (sk.SphereFace, 1.35, 0.0, "m1 is a factor of the angle and must be between 0 and 16"),
+        (sk.SphereFace, 1.35, math.inf, "m1 is a factor of the angle"),
+    ],
+)
+def test_margins_per_row_are_checked_as_one_for_all_is(impl, make, good, bad, message):
+    margin = torch.full((4,), good)
+    expected = sk.margin_cross_entropy(X, W, T, make(margin=good), impl=impl, reduction="none")
+    margin[2] = bad
+    with pytest.raises(ValueError, match=rf"{message}.*, got {bad:.4g}.* at 2"):
+        sk.margin_cross_entropy(X, W, T, make(margin=margin), impl=impl)
+    with pytest.raises(ValueError, match=message):
+        torch.compile(sk.margin_cross_entropy, fullgraph=True, backend="aot_eager")(
+            X, W, T, make(margin=margin), impl=impl
+        )
+    # A NaN makes its row's loss NaN, and an ignored row has none.
+    margin[2] = math.nan
+    found = sk.margin_cross_entropy(X, W, T, make(margin=margin), impl=impl, reduction="none")
+    assert found.isnan().tolist() == [False, False, True, False]
+    torch.testing.assert_close(found[[0, 1, 3]], expected[[0, 1, 3]])
+    margin[2], ignored = bad, T.clone()
+    ignored[2] = -100
+    found = sk.margin_cross_entropy(X, W, ignored, make(margin=margin), impl=impl, reduction="none")
+    assert found[2] == 0
+
+
 def test_structures_follow_the_schemas():
     """Torch's custom ops take and return their fields by position."""
     renamed = {"kept": "saved"}
@@ -168,3 +204,9 @@ def test_explain():
         ValueError, match=r"op must be one of .*margin_cross_entropy.* got 'softmax'"
     ):
         sk.explain("softmax")
+    for function in (sk.nearest_neighbors, sk.row_sgd_, sk.row_adamw_, sk.domain_mixup):
+        assert sk.explain(function).impl == sk.explain(function.__name__).impl == "cpu"
+    with pytest.raises(TypeError, match="tensors must be tensors, got int"):
+        sk.explain("margin_cross_entropy", 3)
+    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype, got 'float32'"):
+        sk.explain("margin_cross_entropy", dtype="float32")

@@ -54,6 +54,23 @@ def test_compile_fullgraph_with_options(name, backend):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["plain", "class_ids", "autocast"])
+def test_compile_fullgraph_without_a_gradient(name, impl):
+    x, w, target, _, _ = problem(8, 40, 16, 1, torch.float32)
+    x, w, ids = x.float(), w.float(), torch.arange(40) if name == "class_ids" else None
+
+    def loss(x, w):
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast"):
+            return sk.margin_cross_entropy(x, w, target, class_ids=ids, impl=impl)
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, w), loss(x, w))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x.requires_grad_(), w), loss(x, w))
+
+
 @pytest.mark.parametrize(("impl", "backend"), [("cpu", "inductor"), ("reference", "aot_eager")])
 @pytest.mark.slow
 def test_compile_fullgraph_with_class_ids(impl, backend):

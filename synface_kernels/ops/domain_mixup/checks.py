@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._check import describe
+from ..._check import describe, is_dense
 from ..._derivatives import innermost
 from ..._layout import check_layout
 
@@ -22,7 +22,7 @@ def check_images(synthetic: Tensor, real: Tensor, layout: str) -> None:
         raise ValueError(f"layout must be 'NHWC' or 'NCHW', got {layout!r}")
     shape = "(B, H, W, C)" if layout == "NHWC" else "(B, C, H, W)"
     for name, images in (("synthetic", synthetic), ("real", real)):
-        if not isinstance(images, Tensor):
+        if not is_dense(images):
             raise TypeError(f"{name} must be a tensor, got {describe(images)}")
         if images.dim() != 4 or images.dtype not in (torch.uint8, *FLOATING):
             raise ValueError(
@@ -68,7 +68,7 @@ def flips(flip: Any, batch: int, device: torch.device) -> tuple[Tensor | None, T
     for name, side in zip(("flip_synthetic", "flip_real"), flip, strict=True):
         if side is None:
             continue
-        if not isinstance(side, Tensor):
+        if not is_dense(side):
             raise TypeError(f"{name} must be None or a tensor, got {describe(side)}")
         if side.dtype != torch.bool or side.shape != (batch,) or side.device != device:
             raise ValueError(
@@ -99,7 +99,7 @@ def check_out(
     out: Tensor, synthetic: Tensor, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> None:
     """Raise unless ``out`` has the result's shape, dtype, device and memory format."""
-    if not isinstance(out, Tensor):
+    if not is_dense(out):
         raise TypeError(f"out must be a tensor, got {describe(out)}")
     expected = (synthetic.shape, dtype, synthetic.device)
     if (out.shape, out.dtype, out.device) != expected:
@@ -120,7 +120,7 @@ def shares(psi: float | Tensor, batch: int, device: torch.device, name: str = "p
         if not 0 <= psi <= 1:
             raise ValueError(f"{name} must be in [0, 1], got {psi}")
         return torch.full((batch,), float(psi), dtype=torch.float64, device=device)
-    if not isinstance(psi, Tensor):
+    if not is_dense(psi):
         raise TypeError(f"{name} must be a number or a tensor, got {describe(psi)}")
     if not psi.is_floating_point() or psi.shape not in ((), (batch,)) or psi.device != device:
         raise ValueError(

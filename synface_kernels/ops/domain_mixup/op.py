@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import _cuda
-from ..._check import capturing, describe, require_apart
+from ..._check import capturing, describe, is_dense, require_apart
 from ..._derivatives import transformed
 from ..._load import library
 from ..._select import always, needs_cpu_extension, register, resolve
@@ -200,7 +200,7 @@ def identity_mixup(alpha1: Tensor, alpha2: Tensor, phi: float | Tensor) -> Tenso
     Source: Qiu et al., "SynFace", ICCV 2021, eq. 2.
     """
     for name, alpha in (("alpha1", alpha1), ("alpha2", alpha2)):
-        if not isinstance(alpha, Tensor):
+        if not is_dense(alpha):
             raise TypeError(f"{name} must be a tensor, got {describe(alpha)}")
     if alpha1.dim() != 2 or not alpha1.is_floating_point():
         raise ValueError(f"alpha1 must be floating point (B, D), got {describe(alpha1)}")

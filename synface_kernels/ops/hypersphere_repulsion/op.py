@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._check import describe, integer
+from ..._check import describe, integer, is_dense
 from ..._derivatives import (
     final,
     once,
@@ -45,7 +45,11 @@ OP = "hypersphere_repulsion"
 _DEFAULT = LogSumExp()
 # A row whose norm is at most this is refused as zero.
 NORM_MIN = 1e-12
-register(OP, {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always})
+register(
+    OP,
+    {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always},
+    functions=("nearest_neighbors",),
+)
 
 library.define(f"{OP}_check(Tensor rows, str name) -> ()")
 _SCHEMAS = {
@@ -355,7 +359,7 @@ def _check(x: Tensor, y: Tensor | None, sharded: bool = False) -> None:
     for name, tensor, shape in (("x", x, "(N, D)"), ("y", y, "(M, D)")):
         if tensor is None and name == "y":
             continue
-        if not isinstance(tensor, Tensor):
+        if not is_dense(tensor):
             raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
         allowed = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
         if tensor.dtype not in allowed or tensor.dim() != 2 or tensor.shape[1] < 1:
@@ -413,7 +417,7 @@ def _norms(rows: Tensor, name: str) -> Tensor:
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     valid = (norms > NORM_MIN) & norms.isfinite()
     norms = norms * unit
-    message = f"{name} must have finite, non-zero rows"
+    message = f"{name} must have finite, non-zero rows (norms above {NORM_MIN:g})"
     if rows.device.type != "cpu":
         torch._assert_async(valid.all(), message)
     elif not bool(valid.all()):

@@ -71,16 +71,19 @@ def pair_energy(
     distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
     pairs = torch.ones_like(distance, dtype=torch.bool)
     pairs = pairs.triu(1) if symmetric else pairs
-    i, j = (pairs & (distance < r_min)).nonzero(as_tuple=True)
-    distance = distance.index_put((i, j), r_min + _touching(x, y, i, j, symmetric))
-    square = distance[pairs].square()
+    if x.device.type != "meta":  # where no pair is known to be close
+        i, j = (pairs & (distance < r_min)).nonzero(as_tuple=True)
+        distance = distance.index_put((i, j), r_min + _touching(x, y, i, j, symmetric))
+    square = torch.where(pairs, distance, 1).square()  # others' terms are finite, and left out
     if kind == "log_sum_exp":
-        return (a * (1 - square / 2)).logsumexp(0)
+        return torch.where(pairs, a * (1 - square / 2), -torch.inf).flatten().logsumexp(0)
     if kind == "riesz":
-        return square.pow(-a / 2).sum()
-    if kind == "log":
-        return -square.log().sum() / 2
-    return (1 - square / 2 - a).clamp_min(0).pow(power).sum() / power
+        terms = square.pow(-a / 2)
+    elif kind == "log":
+        terms = -square.log() / 2
+    else:
+        terms = (1 - square / 2 - a).clamp_min(0).pow(power) / power
+    return torch.where(pairs, terms, 0).sum()
 
 
 def nearest(x: Tensor, y: Tensor | None, k: int, dtype: torch.dtype) -> Neighbors:

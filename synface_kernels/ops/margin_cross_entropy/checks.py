@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..._check import describe, integer, require
+from ..._check import describe, integer, is_dense, require
 from .margins import CombinedMargin
 
 
@@ -44,7 +44,7 @@ def check_arguments(
     Values of labels, their weights and class ids are checked with the targets.
     """
     for name, tensor in (("input", input), ("weight", weight), ("target", target)):
-        if not isinstance(tensor, Tensor):
+        if not is_dense(tensor):
             raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
     if not isinstance(margin, CombinedMargin):
         raise TypeError(
@@ -89,7 +89,7 @@ def check_arguments(
             f"target_weight (N, K) is required with (N, K) targets: {describe(target)}"
         )
     if target_weight is not None:
-        if not isinstance(target_weight, Tensor):
+        if not is_dense(target_weight):
             raise TypeError(f"target_weight must be a tensor, got {describe(target_weight)}")
         if (
             target.dim() != 2
@@ -103,7 +103,7 @@ def check_arguments(
         if target_weight.requires_grad:
             raise ValueError("target_weight gets no gradient: pass target_weight.detach()")
     if class_ids is not None:
-        if not isinstance(class_ids, Tensor):
+        if not is_dense(class_ids):
             raise TypeError(f"class_ids must be a tensor, got {describe(class_ids)}")
         if class_ids.dtype != torch.int64 or class_ids.dim() != 1 or class_ids.shape[0] < 1:
             raise ValueError(
@@ -120,6 +120,7 @@ def check_arguments(
             raise ValueError(
                 f"{name} must be on input's device {input.device}, got {describe(other)}"
             )
+    margin.check_rows(n, input.device)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if label_smoothing > 0 and margin.limit < math.inf:

@@ -9,12 +9,21 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ..._check import number
+from ..._check import describe, is_dense, number
+from ..._derivatives import once
 from ..._limits import SHARPEST
 
+OP = "margin_cross_entropy"
 # The margin's slope divides by sin θ, which vanishes at cos θ = ±1: it is clamped to this, a little
 # above √ε = 3e-4, below which a float32 cosine does not resolve the angle.
 SIN_MIN = 1e-3
+
+# The open range of each margin, and what it is.
+RANGES = {
+    "m1": (0.0, 16.0, "a factor of the angle"),
+    "m2": (-math.pi, math.pi, "an angle in radians"),
+    "m3": (-2.0, 2.0, "a difference of cosines"),
+}
 
 Margin: TypeAlias = "float | Tensor"
 BeyondPi: TypeAlias = Literal["linear", "none", "easy"]
@@ -26,11 +35,11 @@ class CombinedMargin:
 
     Args:
         scale: s in (0, 1e6], the inverse temperature of the softmax; no unit.
-        m1: multiplicative angular margin (SphereFace); > 0, no unit.
+        m1: multiplicative angular margin (SphereFace), in (0, 16), no unit.
         m2: additive angular margin (ArcFace), **in radians**, |m2| < π.
         m3: additive cosine margin (CosFace); |m3| < 2.
             Each of m1, m2 and m3 is a float or an (N,) tensor, one value per sample; a tensor may
-            require a gradient.
+            require a gradient. The op checks its values, but for NaN and those of ignored rows.
         beyond_pi: the continuation past m1·θ + m2 > π, where the cosine would rise again.
             ``"linear"`` is cos θ − max(m2·sin m2, 1 + cos((π − m2)/m1)) − m3, which falls
             monotonically, and for ArcFace is cos θ − m2·sin(π − m2) (its authors' first code, and
@@ -67,17 +76,13 @@ class CombinedMargin:
             raise ValueError(f"scale must be finite and positive, got {self.scale}")
         if self.scale > SHARPEST:
             raise ValueError(f"scale must be at most {SHARPEST:g}, got {self.scale}")
-        for name, low, high, hint in (
-            ("m1", 0.0, 16.0, "a factor of the angle"),
-            ("m2", -math.pi, math.pi, "an angle in radians"),
-            ("m3", -2.0, 2.0, "a difference of cosines"),
-        ):
+        for name, (low, high, hint) in RANGES.items():
             value = getattr(self, name)
             if isinstance(value, Tensor):
-                if value.dim() != 1 or not value.is_floating_point():
+                if not is_dense(value) or value.dim() != 1 or not value.is_floating_point():
                     raise ValueError(
                         f"{name} must be a float or a floating-point tensor of shape (N,), "
-                        f"got {value.dtype} {tuple(value.shape)}"
+                        f"got {describe(value)}"
                     )
                 continue
             value = number(name, value, "a float or a tensor")
@@ -114,14 +119,36 @@ class CombinedMargin:
         """Cosine above which classes are filtered; ∞ for none."""
         return math.inf if self.interclass_filter is None else self.interclass_filter
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the margins that are tensors, by name."""
+        values = ((name, getattr(self, name)) for name in RANGES)
+        return {name: value for name, value in values if isinstance(value, Tensor)}
+
+    def check_rows(self, rows: int, device: torch.device) -> None:
+        """Raise ValueError where a margin that is a tensor is not of so many rows on the device."""
+        for name, value in self.tensors().items():
+            if value.shape[0] != rows or value.device != device:
+                raise ValueError(
+                    f"margin's {name} must, as a tensor, be of shape ({rows},) on {device}, "
+                    f"got {tuple(value.shape)} on {value.device}"
+                )
+
     def target_cosine(self, cosine: Tensor) -> Tensor:
         """Return ψ of (N, M) plain cosines, with the gradient that ``target_grad`` names.
 
-        The value follows the margins too, so a margin that requires a gradient gets one.
+        The value follows the margins too, so a margin that requires a gradient gets one. The
+        gradients have no derivative, but those by m3; m1 and m2 have forward mode.
         """
-        m1, m2, m3 = (self._per_row(name, cosine) for name in ("m1", "m2", "m3"))
+        self.check_rows(cosine.shape[0], cosine.device)
+        m1, m2, m3 = (self._per_row(name, cosine) for name in RANGES)
         if self._is(m1, 1.0) and self._is(m2, 0.0):
             return cosine - m3
+        # The slope is a constant of the graph, so second derivatives would lack its part.
+        cosine = once(OP, cosine)
+        m1, m2 = (
+            once(OP, each, forward_mode=True) if isinstance(each, Tensor) else each
+            for each in (m1, m2)
+        )
 
         fixed = cosine.detach().clamp(-1.0, 1.0)
         theta = fixed.acos()
@@ -146,14 +173,7 @@ class CombinedMargin:
 
     def _per_row(self, name: str, cosine: Tensor) -> Margin:
         value: Margin = getattr(self, name)
-        if not isinstance(value, Tensor):
-            return value
-        if value.shape[0] != cosine.shape[0] or value.device != cosine.device:
-            raise ValueError(
-                f"margin's {name} must, as a tensor, be of shape ({cosine.shape[0]},) on "
-                f"{cosine.device}, got {tuple(value.shape)} on {value.device}"
-            )
-        return value.to(cosine.dtype).unsqueeze(1)
+        return value.to(cosine.dtype).unsqueeze(1) if isinstance(value, Tensor) else value
 
     @staticmethod
     def _is(value: Margin, number: float) -> bool:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..._autocast import gemm_dtype, suspended
 from ..._check import integer, number
-from ..._derivatives import check_tangents, once, transforms_active
+from ..._derivatives import apply, check_tangents, once, transforms_active
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
 from ..row_update.updates import AdamWUpdate, SGDUpdate
 from . import core, reference, sharded, targets
 from . import update as fused
 from .checks import check_arguments, check_class_ids, checked_workspace
 from .interface import ForwardInputs, Prepared, Statistics, statistics_dtype
-from .margins import ArcFace, CombinedMargin
+from .margins import RANGES, ArcFace, CombinedMargin
 
 OP = "margin_cross_entropy"
 _ARCFACE = ArcFace()
@@ -221,8 +221,11 @@ def margin_cross_entropy(
             indexed, num_classes = None, targets.ANY_CLASS
             if class_ids is not None:
                 check_class_ids(class_ids, weight.shape[0])
+        # Within a transform of torch.func, the op could not see values.
+        tensors = {} if transformed else margin.tensors()
+        margins = [tensors[name].detach() if name in tensors else None for name in RANGES]
         labels, label_weight = torch.ops.synface_kernels.margin_cross_entropy_targets(
-            target, target_weight, indexed, num_classes, ignore_index
+            target, target_weight, indexed, *margins, num_classes, ignore_index
         )
         if update is not None:
             update = fused.checked(update, input, weight, class_ids)
@@ -273,7 +276,7 @@ def margin_cross_entropy(
             else:
                 input, weight = fused.Reference.apply(fused.grad_anchor(), input, weight, update)
             if class_ids is not None:
-                weight = core.SelectRows.apply(weight, class_ids)
+                weight = apply(core.SelectRows, weight, class_ids)
             loss, lse, cosine, top1 = reference.margin_cross_entropy(
                 input.to(dtype),
                 weight.to(dtype),

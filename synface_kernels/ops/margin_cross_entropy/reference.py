@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._autocast import off
+from ..._derivatives import apply
 from ..._norms import shortened
 from .margins import CombinedMargin
 
@@ -66,9 +67,9 @@ def margin_cross_entropy(
             return cosine
         return cosine.unflatten(1, weight.shape[:2]).max(2).values  # the first of equals
 
-    cosine = others = of_classes(_Product.apply(embedding, centers, None, None))
+    cosine = others = of_classes(apply(_Product, embedding, centers, None, None))
     if rounded_to != (None, None):
-        others = of_classes(_Product.apply(embedding, centers, *rounded_to))
+        others = of_classes(apply(_Product, embedding, centers, *rounded_to))
     psi = margin.target_cosine(cosine)
     share = torch.zeros_like(cosine).scatter_add(1, label, label_weight)
     is_label = torch.zeros_like(cosine).scatter_add(1, label, present.to(cosine.dtype)) > 0
@@ -103,7 +104,7 @@ def margin_cross_entropy(
 class _Product(torch.autograd.Function):
     """The products of unit vectors, of which each matrix is rounded to a dtype or, by None, is not.
 
-    apply(embeddings, centers, dtype of embeddings, dtype of centers)
+    Of embeddings, centers, dtype of embeddings, dtype of centers.
     """
 
     generate_vmap_rule = True

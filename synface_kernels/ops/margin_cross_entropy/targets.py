@@ -13,15 +13,15 @@ from ..._check import require
 from ..._load import library
 from .checks import check_class_ids
 from .interface import Statistics
-from .margins import CombinedMargin
+from .margins import RANGES, CombinedMargin
 
 OP = "margin_cross_entropy_targets"
 # The number of classes while only the group knows it.
 ANY_CLASS = 2**63 - 1
 
 library.define(
-    f"{OP}(Tensor target, Tensor? target_weight, Tensor? class_ids, SymInt num_classes, "
-    "int ignore_index) -> (Tensor labels, Tensor label_weight)"
+    f"{OP}(Tensor target, Tensor? target_weight, Tensor? class_ids, Tensor? m1, Tensor? m2, "
+    "Tensor? m3, SymInt num_classes, int ignore_index) -> (Tensor labels, Tensor label_weight)"
 )
 
 
@@ -33,6 +33,9 @@ def _targets(
     target: Tensor,
     target_weight: Tensor | None,
     class_ids: Tensor | None,
+    m1: Tensor | None,
+    m2: Tensor | None,
+    m3: Tensor | None,
     num_classes: int,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
@@ -51,6 +54,11 @@ def _targets(
     classes = f"in [0, {num_classes})" if num_classes < ANY_CLASS else "at least 0"
     message = f"target must be {classes}{meaning}, or ignore_index ({ignore_index})"
     require(valid, message, target)
+    for (name, (low, high, hint)), margin in zip(RANGES.items(), (m1, m2, m3), strict=True):
+        if margin is not None:  # a NaN, such as that of a row of NaN, is its row's alone
+            outside = ((margin <= low) | (margin >= high)) & present.any(1)
+            message = f"{name} is {hint} and must be between {low:.6g} and {high:.6g}"
+            require(~outside, message, margin)
     if target_weight is None:
         weights = present.double()
     else:
@@ -78,6 +86,9 @@ def _targets_fake(
     target: Tensor,
     target_weight: Tensor | None,
     class_ids: Tensor | None,
+    m1: Tensor | None,
+    m2: Tensor | None,
+    m3: Tensor | None,
     num_classes: int,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
 from ..._autocast import suspended
-from ..._check import describe, require_apart
+from ..._check import describe, is_dense, require_apart
 from ..._load import library
 from ..row_update.op import check_last_step, check_states, mark_written, take_step
 from ..row_update.updates import AdamWUpdate, RowUpdate, SGDUpdate, most_missed
@@ -103,7 +103,7 @@ def checked(
 
 def _matrix(name: str, tensor: Any) -> Any:
     """Return a 3-d tensor as a matrix, one row per class, and anything else as it is."""
-    if not isinstance(tensor, Tensor) or tensor.dim() != 3:
+    if not is_dense(tensor) or tensor.dim() != 3:
         return tensor
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")

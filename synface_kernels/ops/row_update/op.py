@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._check import capturing, describe, require, require_apart
+from ..._check import capturing, describe, is_dense, require, require_apart
 from ..._load import library
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
 from . import reference
@@ -17,7 +17,11 @@ from .reference import Update
 from .updates import NUMBERS, AdamWUpdate, RowUpdate, SGDUpdate, most_missed
 
 OP = "row_update"
-register(OP, {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always})
+register(
+    OP,
+    {"cpu": needs_cpu_extension, "triton": needs_triton, "reference": always},
+    functions=("row_sgd_", "row_adamw_"),
+)
 
 _SCHEMAS = {
     "sgd": "(Tensor(a!) weight, Tensor? row_grad, Tensor class_ids, Tensor(b!)? momentum_buffer, "
@@ -216,7 +220,7 @@ def check_states(update: RowUpdate, weight: Tensor) -> None:
     states = {"weight": weight, **update.states}
     tensors = {**states, "last_step": update.last_step}
     for name, tensor in tensors.items():
-        if tensor is not None and not isinstance(tensor, Tensor):
+        if tensor is not None and not is_dense(tensor):
             raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != weight.device:
@@ -268,13 +272,13 @@ def _storage_dtypes(weight: Tensor) -> tuple[torch.dtype, ...]:
 
 
 def _check(update: RowUpdate, weight: Tensor, row_grad: Tensor | None, class_ids: Tensor) -> None:
-    if not isinstance(weight, Tensor):
+    if not is_dense(weight):
         raise TypeError(f"weight must be a tensor, got {describe(weight)}")
     check_states(update, weight)
     for name, tensor in (("class_ids", class_ids), ("row_grad", row_grad)):
         if tensor is None and name == "row_grad":
             continue
-        if not isinstance(tensor, Tensor):
+        if not is_dense(tensor):
             raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
         if tensor.device != weight.device:
             raise ValueError(

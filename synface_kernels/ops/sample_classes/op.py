@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._check import capturing, describe, integer, require
+from ..._check import capturing, describe, integer, is_dense, require
 from ..._distributed import check_group, gather_rows, validate_on_all_ranks
 from ..._load import library
 from ..._select import always, needs_cpu_extension, register, resolve
@@ -85,7 +85,7 @@ def sample_classes(
 
     def check() -> int:
         nonlocal num_classes, num_sampled, class_start, ignore_index
-        if not isinstance(target, Tensor):
+        if not is_dense(target):
             raise TypeError(f"target must be a tensor, got {describe(target)}")
         if target.dtype != torch.int64 or target.dim() not in (1, 2):
             raise ValueError(
