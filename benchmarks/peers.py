@@ -55,7 +55,7 @@ class Peer:
 
     @property
     def compiled(self) -> bool:
-        """Whether its first step waits for torch.compile."""
+        """Return whether its first step waits for torch.compile."""
         return self.name.startswith("torch.compile")
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark does on a GPU, which fakes take the place of: its clock, and a lost GPU."""
+"""The benchmarks tell a GPU's time, and a lost GPU, which fakes take the place of here."""
 
 from __future__ import annotations
 

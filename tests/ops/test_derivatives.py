@@ -145,7 +145,7 @@ MARGINS = {
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", MARGINS)
 def test_a_margins_gradient_has_no_derivative(name: str, impl: str) -> None:
-    """By the embeddings or by the margins: the margin's slope is a constant of the graph."""
+    """The slope is a constant of the graph, by the embeddings and by the margins."""
     x, w = points()
     x.requires_grad_()
 
