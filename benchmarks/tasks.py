@@ -25,6 +25,8 @@ Save = Callable[[dict[str, Any]], None]
 # The environment variable that chooses the margin softmax's design on a GPU.
 DESIGN = "SYNFACE_MARGIN_DESIGN"
 DESIGNS = ("fused", "tiled")
+# Rounds of a case end after so many seconds: a GPU's times are steady.
+ENOUGH_SECONDS = 2.0
 # Characters of a kernel's name that are kept.
 NAME_MAX = 120
 TOP_KERNELS = 40
@@ -62,7 +64,9 @@ def measure_case(
     """Time a case's peers, interleaved."""
     torch.compiler.reset()
     case = cases(suite, op)[index]
-    return driver.measure_time(case, device, rounds=rounds, seconds=seconds, save=save)
+    return driver.measure_time(
+        case, device, rounds=rounds, seconds=seconds, enough_seconds=ENOUGH_SECONDS, save=save
+    )
 
 
 # ---- kernels of one step -------------------------------------------------------------------------
