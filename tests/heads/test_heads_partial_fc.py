@@ -10,6 +10,7 @@ import pytest
 import torch
 from synface import checkpoint
 from synface.heads import AdaFace, MarginHead, PartialFC
+from synface.optim.centers import Centers, CentersConfig
 from synface.optim.rows import RowAdamW, RowSGD
 from torch.nn.functional import cross_entropy, normalize
 
@@ -194,6 +195,25 @@ def test_mixed_labels_sample_all_their_classes():
     indices = torch.searchsorted(ids, pairs)
     expected = sk.margin_cross_entropy(x, head.weight[ids], indices, target_weight=shares)
     torch.testing.assert_close(head(x, pairs, target_weight=shares), expected)
+
+
+def test_an_ignored_class_is_no_index_of_another():
+    head, centers = PartialFC(sk.ArcFace(), D, C, 0.01), Centers.create(CentersConfig(C, D))
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    x, labels = torch.randn(6, D), torch.tensor([11, 12, 3, 14, 15, 3])  # 15 becomes index 3
+    ids = torch.tensor([11, 12, 14, 15])
+    indices = torch.searchsorted(ids, labels).masked_fill(labels == 3, -100)
+    options = {"ignore_index": 3, "reduction": "none"}
+    for weight, losses in (
+        (head.weight, head(x, labels, **options)),
+        (head.weight, compiled(x, labels, **options)),
+        (centers.weight, centers.loss(x, labels, num_sampled=1, **options)),
+    ):
+        expected = sk.margin_cross_entropy(x, weight[ids], indices, reduction="none")
+        assert (losses == 0).tolist() == (labels == 3).tolist()
+        torch.testing.assert_close(losses, expected)
+    with pytest.raises(ValueError, match="got -100 at 0"):
+        head(x, labels.masked_fill(labels == 11, -100), **options)
 
 
 def test_a_sampled_steps_gradient_has_the_sampled_rows_alone():
