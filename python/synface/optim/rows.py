@@ -90,12 +90,21 @@ class _RowOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: for a parameter that is not this optimizer's.
         """
+        update = self.upcoming_update(parameter)
+        self.count(parameter, update)
+        return update
+
+    def upcoming_update(self, parameter: Tensor) -> sk.SGDUpdate | sk.AdamWUpdate:
+        """Return what `next_update` would return, for `count` to count once it is accepted."""
         for index, group, own in self._parameters():
             if own is parameter:
                 state = self._state(group, parameter)
-                state["step"] += 1
-                return self._next(**self._arguments(index, group, state, int(state["step"])))
+                return self._next(**self._arguments(index, group, state, int(state["step"]) + 1))
         raise ValueError(f"parameter must be one of this optimizer's, got {describe(parameter)}")
+
+    def count(self, parameter: Tensor, update: sk.SGDUpdate | sk.AdamWUpdate) -> None:
+        """Count a parameter's `upcoming_update` as taken; to count it again changes nothing."""
+        self.state[parameter]["step"].fill_(update.step)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict` bitwise, each state in its own dtype.
