@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,12 @@ def check_integer(name: str, value: object, least: int) -> None:
     check_least(name, value, least)
 
 
+def check_bool(name: str, value: object) -> None:
+    """Raise TypeError unless value is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {describe(value)}")
+
+
 def check_least(name: str, value: float, least: float) -> None:
     """Raise ValueError unless value ≥ least."""
     if value < least:
@@ -55,6 +62,15 @@ def check_integers(config: object, **least: int) -> None:
     """Check several attributes as `check_integer` does, each with its least value."""
     for name, bound in least.items():
         check_integer(name, getattr(config, name), bound)
+
+
+def check_by_op(call: Callable[[], object]) -> None:
+    """Raise the TypeError or ValueError of an op that is called with meta tensors.
+
+    An implementation that cannot run on these may run on others: its RuntimeError is suppressed.
+    """
+    with contextlib.suppress(RuntimeError):
+        call()
 
 
 def check_rows(name: str, rows: Tensor) -> Tensor:
@@ -118,6 +134,14 @@ def check_memory(what: str, needed: int) -> None:
             f"{what} would take {needed / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB "
             "are free"
         )
+
+
+def check_generator(generator: object) -> None:
+    """Raise TypeError unless generator is a `torch.Generator` or None."""
+    import torch
+
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {describe(generator)}")
 
 
 def check_device(device: object) -> torch.device:

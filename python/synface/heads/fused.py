@@ -12,7 +12,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 import synface_kernels as sk
 
-from ..common.check import check_integer, describe
+from ..common.check import check_by_op, check_integer, check_number, describe
 from ..optim import RowAdamW, RowSGD
 from .sparse_gradient import DenseGradient, watch
 
@@ -50,8 +50,16 @@ class FusedHead(nn.Module):
         super().__init__()
         if workspace != "auto":
             check_integer("workspace", workspace, 0)
+        check_number("init_std", init_std, 0)
+        margin = sk.ArcFace() if margin is None else margin
+        if not isinstance(margin, sk.CombinedMargin):
+            raise TypeError(
+                "margin must be an ArcFace, CosFace, SphereFace or CombinedMargin, "
+                f"got {describe(margin)}"
+            )
+        check_impl(impl)
         self._last = _Last()
-        self.margin = sk.ArcFace() if margin is None else margin
+        self.margin = margin
         self.init_std, self.workspace, self.sparse, self.impl = init_std, workspace, sparse, impl
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
@@ -184,6 +192,13 @@ class FusedHead(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"_last": _Last()} | state)  # older pickles have none
+
+
+def check_impl(impl: str) -> None:
+    """Raise ValueError unless `synface_kernels.margin_cross_entropy` has an implementation."""
+    if impl != "auto":
+        row, target = (torch.empty(shape, device="meta") for shape in ((1, 1), 1))
+        check_by_op(lambda: sk.margin_cross_entropy(row, row, target.long(), impl=impl))
 
 
 def _may_be_recomputed() -> bool:

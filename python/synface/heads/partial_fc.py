@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import synface_kernels as sk
 
-from ..common.check import check_integer, check_number, describe
+from ..common.check import check_generator, check_integer, check_number, describe
 from ..common.labels import ignored_outside, labels_of
 from .fused import FusedHead
 from .sharded import scale_grad, split
@@ -93,6 +93,7 @@ class PartialFC(FusedHead):
         check_number("sample_rate", sample_rate, 0, 1)
         if sample_rate == 0:
             raise ValueError("sample_rate must be in (0, 1], got 0")
+        check_generator(generator)
         margin = margin_of(margin_loss, convention)
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...common.check import check_integer, check_number, describe
+from ...common.check import check_bool, check_integer, check_number, describe
 
 ROWS, LAST_STEP = "rows.bin", "last_step.bin"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,8 +58,7 @@ class CentersConfig:
         for name in ("momentum", "eps", "weight_decay", "init_std"):
             check_number(name, getattr(self, name), 0)
         for name in ("nesterov", "catch_up"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool, got {describe(getattr(self, name))}")
+            check_bool(name, getattr(self, name))
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs momentum > 0, got 0")
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
