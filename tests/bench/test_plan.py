@@ -229,7 +229,7 @@ def test_what_is_no_result_is_refused(tmp_path, text):
     ("change", "message"),
     [
         ({"identities": 0}, "identities"),
-        ({"sample_rate": 0.0}, "sample_rate must be above 0"),
+        ({"sample_rate": 0.0}, r"sample_rate must be in \(0, 1\], got 0"),
         ({"sample_rate": 1.5}, "sample_rate"),
         ({"gpus": 2000}, "batch must hold an image for each of 2000 gpus, got 1024"),
         ({"centers": "int8"}, "centers must be one of float32, bfloat16, got 'int8'"),

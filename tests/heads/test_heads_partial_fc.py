@@ -375,7 +375,8 @@ def test_fp16_changes_nothing():
     [
         (ValueError, "num_classes must be at least 1", {"num_classes": 0}),
         (TypeError, "embedding_size must be an integer", {"embedding_size": "8"}),
-        (ValueError, r"sample_rate must be in \[0, 1\], got 1.5", {"sample_rate": 1.5}),
+        (ValueError, r"sample_rate must be in \(0, 1\], got 1.5", {"sample_rate": 1.5}),
+        (ValueError, r"sample_rate must be in \(0, 1\], got -0.1", {"sample_rate": -0.1}),
         (ValueError, r"sample_rate must be in \(0, 1\], got 0", {"sample_rate": 0}),
         (ValueError, "convention must be", {"convention": "theirs"}),
         (TypeError, "margin_loss must be .* s and m .*got function", {"margin_loss": exact}),

@@ -96,9 +96,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_integers(self, identities=1, dim=1, gpus=1, batch=1, labels=1)
         check_number("gpu_memory", self.gpu_memory, 1.0)
-        check_number("sample_rate", self.sample_rate, 0.0, 1.0)
-        if self.sample_rate == 0:
-            raise ValueError("sample_rate must be above 0, got 0")
+        check_number("sample_rate", self.sample_rate, 0.0, 1.0, above=True)
         for name, allowed in (
             ("centers", NAMES),
             ("precision", NAMES),

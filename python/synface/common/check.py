@@ -30,12 +30,19 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def check_number(name: str, value: object, least: float, most: float = math.inf) -> None:
-    """Raise TypeError or ValueError unless value is a finite number in [least, most]."""
-    bounds = f"in [{least:g}, {most:g}]" if most < math.inf else f"finite and ≥ {least:g}"
+def check_number(
+    name: str, value: object, least: float, most: float = math.inf, *, above: bool = False
+) -> None:
+    """Raise TypeError or ValueError unless value is a finite number in [least, most].
+
+    With ``above`` it must be in (least, most].
+    """
+    bounds = f"finite and {'>' if above else '≥'} {least:g}"
+    if most < math.inf:
+        bounds = f"in {'(' if above else '['}{least:g}, {most:g}]"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number {bounds}, got {describe(value)}")
-    if not (least <= value <= most and math.isfinite(value)):
+    if not (least <= value <= most and math.isfinite(value)) or (above and value == least):
         raise ValueError(f"{name} must be {bounds}, got {value}")
 
 

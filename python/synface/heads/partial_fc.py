@@ -90,9 +90,7 @@ class PartialFC(FusedHead):
     ) -> None:
         check_integer("embedding_size", embedding_size, 1)
         check_integer("num_classes", num_classes, 1)
-        check_number("sample_rate", sample_rate, 0, 1)
-        if sample_rate == 0:
-            raise ValueError("sample_rate must be in (0, 1], got 0")
+        check_number("sample_rate", sample_rate, 0, 1, above=True)
         check_generator(generator)
         margin = margin_of(margin_loss, convention)
         if group is None and dist.is_available() and dist.is_initialized():
