@@ -46,11 +46,13 @@ def check_number(
         raise ValueError(f"{name} must be {bounds}, got {value}")
 
 
-def check_integer(name: str, value: object, least: int) -> None:
-    """Raise TypeError or ValueError unless value is an integer ≥ least."""
+def check_integer(name: str, value: object, least: int, most: float = math.inf) -> None:
+    """Raise TypeError or ValueError unless value is an integer in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer ≥ {least}, got {describe(value)}")
     check_least(name, value, least)
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
 
 
 def check_bool(name: str, value: object) -> None:

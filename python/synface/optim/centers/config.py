@@ -46,9 +46,7 @@ class CentersConfig:
 
     def __post_init__(self) -> None:
         for name, most in (("num_classes", 2**31 - 1), ("embedding_size", 2**20)):
-            check_integer(name, getattr(self, name), 1)
-            if getattr(self, name) > most:
-                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
+            check_integer(name, getattr(self, name), 1, most)
         check_integer("seed", self.seed, 0)
         for name, allowed in (("dtype", tuple(DTYPES)), ("optimizer", ("sgd", "adamw"))):
             if getattr(self, name) not in allowed:
