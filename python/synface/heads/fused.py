@@ -197,8 +197,9 @@ class FusedHead(nn.Module):
 def check_impl(impl: str) -> None:
     """Raise ValueError unless `synface_kernels.margin_cross_entropy` has an implementation."""
     if impl != "auto":
-        row, target = (torch.empty(shape, device="meta") for shape in ((1, 1), 1))
-        check_by_op(lambda: sk.margin_cross_entropy(row, row, target.long(), impl=impl))
+        row = torch.empty(1, 1, dtype=torch.float32, device="meta")
+        target = torch.empty(1, dtype=torch.int64, device="meta")
+        check_by_op(lambda: sk.margin_cross_entropy(row, row, target, impl=impl))
 
 
 def _may_be_recomputed() -> bool:

@@ -60,7 +60,8 @@ class Mixer:
         check_ratio(self.ratio)
         check_bool("per_sample", self.per_sample)
         images = meta_images(self.mean, self.std)
-        check_by_op(lambda: self._mix(images, images, torch.empty(0, device="meta"), None))
+        share = torch.empty((), dtype=torch.float64, device="meta")
+        check_by_op(lambda: self._mix(images, images, share, None))
 
     def _shares(self, batch: int, generator: Generator | None) -> Tensor:
         """Draw shares (B,), or (1,) for the whole batch; float64, on the generator's device."""

@@ -241,7 +241,7 @@ class Mixup(_TimmCall):
         images = meta_images(self.mean, self.std)
         check_by_op(
             lambda: sk.domain_mixup(
-                images, images, torch.empty(0, device="meta"), mean=self.mean, std=self.std,
+                images, images, 0.5, mean=self.mean, std=self.std,
                 dtype=torch.float32 if self.dtype is None else self.dtype,
                 memory_format=self.memory_format or torch.contiguous_format,
                 layout=self.layout, impl=self.impl,
