@@ -90,6 +90,12 @@ def domain_mixup(
         raise ValueError(f"std must be > 0, got {std}")
     affine = np.stack([unit * means, 1.0 / (unit * stds)], axis=1)
     flips: list[NDArray | None] = [None, None]
+    if isinstance(flip, np.ndarray):
+        flip = tuple(flip) if flip.ndim else ()
+    if flip is not None and not isinstance(flip, (tuple, list)):
+        raise TypeError(
+            f"flip must be None or a pair (flip_synthetic, flip_real), got {type(flip).__name__}"
+        )
     if flip is not None and len(flip) != 2:
         raise ValueError(
             f"flip must be a pair (flip_synthetic, flip_real), got {len(flip)} elements"
@@ -176,7 +182,7 @@ def margin_cross_entropy_forward(
     Raises:
         ValueError: for a wrong dtype, shape or value.
         TypeError: for an argument of a wrong Python type.
-        IndexError: for a label out of range.
+        IndexError: for a label that is not below C.
     """
     return _numpy.margin_cross_entropy_forward(
         *_checked(input, weight, labels, scale), bool(needs_input_grad)
@@ -237,8 +243,12 @@ def _checked(
             "input (N, D), weight (C, D) and labels (N, K) do not fit together: got "
             f"{input.shape}, {weight.shape} and {labels.shape}"
         )
+    allowed = f"labels must be in [-1, {len(weight)})"
     if labels.size and int(labels.min()) < -1:
-        raise ValueError(f"labels must be in [-1, {len(weight)}), got {int(labels.min())}")
+        raise ValueError(f"{allowed}, got {int(labels.min())}")
+    if labels.size and int(labels.max()) >= len(weight):
+        row, column = np.unravel_index(labels.argmax(), labels.shape)
+        raise IndexError(f"{allowed}, got {labels[row, column]} in row {row}")
     if isinstance(scale, bool) or not isinstance(scale, (int, float, np.integer, np.floating)):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
     if not 0 < scale < math.inf:

@@ -1,6 +1,7 @@
 """The plan of a training run: its memory model against measured peaks, its sums and remedies."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -229,7 +230,10 @@ def test_what_is_no_result_is_refused(tmp_path, text):
     ("change", "message"),
     [
         ({"identities": 0}, "identities"),
-        ({"sample_rate": 0.0}, "sample_rate must be above 0"),
+        ({"identities": 10**30}, "identities must be at most 9223372036854775807, got 10{30}"),
+        ({"batch": 10**20}, "batch must be at most"),
+        ({"dim": 10**23}, "dim must be at most 1048576, got 10{23}"),
+        ({"sample_rate": 0.0}, r"sample_rate must be in \(0, 1\], got 0"),
         ({"sample_rate": 1.5}, "sample_rate"),
         ({"gpus": 2000}, "batch must hold an image for each of 2000 gpus, got 1024"),
         ({"centers": "int8"}, "centers must be one of float32, bfloat16, got 'int8'"),
@@ -239,6 +243,13 @@ def test_what_is_no_result_is_refused(tmp_path, text):
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Settings(**{"identities": 1000, **change})
+
+
+def test_the_largest_settings_have_a_plan():
+    most = 2**63 - 1
+    found = plan(Settings(most, 2**20, gpus=2, batch=most, labels=most, backbone=None))
+    assert not found.fits
+    assert math.isfinite(found.seconds)
 
 
 def test_counts_and_sizes():

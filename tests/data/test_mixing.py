@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ from synface.data.mixing import (
     Constant,
     CutMix,
     DomainMixup,
+    Grid,
     IdentityMixup,
     Mixup,
     TimmMixup,
+    timm_mixup,
 )
+from synface.heads import PartialFC
 from torch import Tensor
 
 import synface_kernels as sk
@@ -223,6 +227,45 @@ def test_a_ratio_must_be_one():
     for mixer in (IdentityMixup, Mixup, CutMix):
         with pytest.raises(TypeError, match="ratio must be a Grid, Beta or Constant, got float"):
             mixer(ratio=0.5)
+
+
+@pytest.mark.parametrize("made", [partial(DomainMixup, 2, 2), Mixup, CutMix, timm_mixup.Mixup])
+@pytest.mark.parametrize(
+    ("setting", "error", "message"),
+    [
+        ({"std": 0.0}, ValueError, "std must be > 0, got 0.0"),
+        ({"mean": "a"}, TypeError, "mean must be a number or a sequence of numbers, got 'a'"),
+        ({"mean": (0.5,) * 4, "std": (1.0,) * 3}, ValueError, "std must be .* C = 4, got 3"),
+        ({"dtype": "f"}, TypeError, "dtype must be a torch.dtype, got str"),
+        ({"memory_format": 3}, TypeError, "memory_format must be a torch.memory_format, got int"),
+        ({"layout": "HWC"}, ValueError, "layout must be 'NHWC' or 'NCHW', got 'HWC'"),
+        ({"impl": "zzz"}, ValueError, "impl must be one of .* got 'zzz'"),
+    ],
+)  # fmt: skip
+def test_settings_are_checked_at_once(made, setting, error, message):
+    made(mean=(0.5, 0.5), std=[0.5, 0.5], layout="NCHW", impl="triton")  # for a GPU
+    with pytest.raises(error, match=message):
+        made(**setting)
+
+
+def test_a_generator_must_be_one():
+    x, labels, alpha = pixels(2), torch.tensor([0, 1]), torch.randn(2, 3)
+    calls = [
+        lambda g: DomainMixup(2, 2)(x, labels, x, labels, generator=g),
+        lambda g: DomainMixup(2, 2).draw(2, g),
+        lambda g: IdentityMixup()(alpha, labels, g),
+        lambda g: timm_mixup.Mixup()(x.permute(0, 3, 1, 2), labels, g),
+        lambda g: timm_mixup.FastCollateMixup()([(x[0].permute(2, 0, 1), 0)], generator=g),
+        lambda g: PartialFC(sk.ArcFace(), 3, 2, generator=g),
+        *(lambda g, ratio=ratio: ratio.sample(2, g)
+          for ratio in (Grid(), Beta(1.0), Constant(0.5))),
+        *(lambda g, made=made, partner=partner: made(partner=partner)(x, labels, g)
+          for made in (Mixup, CutMix) for partner in ("permutation", "reverse")),
+    ]  # fmt: skip
+    for call in calls:
+        call(torch.Generator())
+        with pytest.raises(TypeError, match=r"generator must be a torch\.Generator, got int 3"):
+            call(3)
 
 
 HALF = torch.full((2, 2), 0.5)

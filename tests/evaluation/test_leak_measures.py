@@ -9,6 +9,7 @@ from PIL import Image
 from synface.data import DataError, convert, open_images, read_folder
 from synface.evaluation import (
     embed_pixels,
+    identify,
     leak,
     nearest_of_another,
     pixel_digests,
@@ -51,6 +52,21 @@ def test_labels_are_checked():
         nearest_of_another(x, torch.arange(5))
     with pytest.raises(ValueError, match="embeddings must be floating point"):
         nearest_of_another(x[0], torch.arange(3))
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("labels", [[0, 0, 1, 1, 2, 2], [0, 1, 0, 1, 0, 1]])
+def test_rows_without_a_cosine_are_refused(value, labels):
+    x = torch.randn(6, 3)
+    x[4] = value
+    wanted = "have non-zero" if value == 0 else "be finite"
+    with pytest.raises(ValueError, match=f"embeddings must {wanted}.*got 1 of 6 rows"):
+        nearest_of_another(x, torch.tensor(labels))
+    people = torch.arange(3)
+    with pytest.raises(ValueError, match=f"probe must {wanted}.*got 1 of 3 rows"):
+        identify(x[3:], people, x[:3], people)
+    with pytest.raises(ValueError, match=f"gallery must {wanted}.*got 1 of 3 rows"):
+        identify(x[:3], people, x[3:], people)
 
 
 def test_equal_pixels_have_equal_digests_in_any_format(tmp_path):

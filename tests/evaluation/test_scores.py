@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from synface.evaluation import hardest_pairs, score_densities
+from synface.evaluation import hardest_pairs, score_densities, scores_of_pairs
 
 
 def test_the_hardest_pairs_by_hand():
@@ -65,7 +65,26 @@ def test_refused(function):
         function(rows[0], labels)
     with pytest.raises(ValueError, match=r"labels must be integer of shape \(4,\), got"):
         function(rows, labels[:3])
+    with pytest.raises(ValueError, match=r"labels must be integer .*got bool"):
+        function(rows, labels.bool())
+    for value in (math.nan, math.inf):
+        broken = rows.clone()
+        broken[2, 1] = value
+        with pytest.raises(ValueError, match="embeddings must be finite, got 1 of 4 rows"):
+            function(broken, labels)
     with pytest.raises(ValueError, match="block must be at least 1, got 0"):
         function(rows, labels, block=0)
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
         function(rows, labels, 0)
+
+
+def test_scores_of_pairs_refuses():
+    cosine, same, rows = torch.rand(4), torch.tensor([True, True, False, False]), torch.arange(4)
+    scores_of_pairs(cosine, same, rows, rows)
+    with pytest.raises(ValueError, match=r"cosine must be finite.* got float32 \(4,\)"):
+        scores_of_pairs(cosine / 0, same, rows, rows)
+    with pytest.raises(ValueError, match=r"same must be bool of shape \(4,\), got int64"):
+        scores_of_pairs(cosine, rows, rows, rows)
+    for name in ("count", "bins"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            scores_of_pairs(cosine, same, rows, rows, **{name: 0})

@@ -100,6 +100,40 @@ def test_no_step_but_in_training() -> None:
     assert int(optimizer.state[head.weight]["step"]) == 1
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", HEADS)
+def test_a_pass_that_raises_is_no_step(name: str, optimizer: str) -> None:
+    expected, found = (build(name, optimizer, True) for _ in range(2))
+    for head, steps in (expected, found):
+        train(head, steps, range(2))
+        if head is found[0]:
+            before = {k: v.clone() for k, v in steps.state_dict()["state"][0].items()}
+            for labels, options, message in (
+                (torch.full((12,), C), {}, "target must be in"),
+                (torch.zeros(12, dtype=torch.long), {"reduction": "max"}, "reduction must be"),
+                (torch.zeros(12), {}, "target must be int64"),
+            ):
+                with pytest.raises(ValueError, match=message):
+                    head(torch.randn(12, D), labels, **options)
+            for key, value in before.items():
+                assert torch.equal(value, steps.state_dict()["state"][0][key]), key
+        train(head, steps, range(2, 4))
+    for key, value in expected[0].state_dict().items():
+        assert torch.equal(value, found[0].state_dict()[key]), key
+    assert int(found[1].state_dict()["state"][0]["step"]) == 4
+
+
+def test_a_pass_in_several_processes_without_shards_is_no_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    head, optimizer = build("margin", "sgd", True)
+    for name, value in (("is_initialized", True), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    with pytest.raises(ValueError, match="shard them"):
+        head(torch.randn(4, D), torch.arange(4))
+    assert int(optimizer.state[head.weight]["step"]) == 0
+
+
 def test_what_cannot_be_fused() -> None:
     head, other = MarginHead(D, C), MarginHead(D, C)
     with pytest.raises(TypeError, match="RowSGD or RowAdamW, got SGD"):

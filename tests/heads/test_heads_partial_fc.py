@@ -10,6 +10,7 @@ import pytest
 import torch
 from synface import checkpoint
 from synface.heads import AdaFace, MarginHead, PartialFC
+from synface.optim.centers import Centers, CentersConfig
 from synface.optim.rows import RowAdamW, RowSGD
 from torch.nn.functional import cross_entropy, normalize
 
@@ -196,6 +197,25 @@ def test_mixed_labels_sample_all_their_classes():
     torch.testing.assert_close(head(x, pairs, target_weight=shares), expected)
 
 
+def test_an_ignored_class_is_no_index_of_another():
+    head, centers = PartialFC(sk.ArcFace(), D, C, 0.01), Centers.create(CentersConfig(C, D))
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    x, labels = torch.randn(6, D), torch.tensor([11, 12, 3, 14, 15, 3])  # 15 becomes index 3
+    ids = torch.tensor([11, 12, 14, 15])
+    indices = torch.searchsorted(ids, labels).masked_fill(labels == 3, -100)
+    options = {"ignore_index": 3, "reduction": "none"}
+    for weight, losses in (
+        (head.weight, head(x, labels, **options)),
+        (head.weight, compiled(x, labels, **options)),
+        (centers.weight, centers.loss(x, labels, num_sampled=1, **options)),
+    ):
+        expected = sk.margin_cross_entropy(x, weight[ids], indices, reduction="none")
+        assert (losses == 0).tolist() == (labels == 3).tolist()
+        torch.testing.assert_close(losses, expected)
+    with pytest.raises(ValueError, match="got -100 at 0"):
+        head(x, labels.masked_fill(labels == 11, -100), **options)
+
+
 def test_a_sampled_steps_gradient_has_the_sampled_rows_alone():
     x, labels = batch(torch.float32)
     head = PartialFC(sk.ArcFace(), D, C, 0.7)
@@ -355,7 +375,8 @@ def test_fp16_changes_nothing():
     [
         (ValueError, "num_classes must be at least 1", {"num_classes": 0}),
         (TypeError, "embedding_size must be an integer", {"embedding_size": "8"}),
-        (ValueError, r"sample_rate must be in \[0, 1\], got 1.5", {"sample_rate": 1.5}),
+        (ValueError, r"sample_rate must be in \(0, 1\], got 1.5", {"sample_rate": 1.5}),
+        (ValueError, r"sample_rate must be in \(0, 1\], got -0.1", {"sample_rate": -0.1}),
         (ValueError, r"sample_rate must be in \(0, 1\], got 0", {"sample_rate": 0}),
         (ValueError, "convention must be", {"convention": "theirs"}),
         (TypeError, "margin_loss must be .* s and m .*got function", {"margin_loss": exact}),

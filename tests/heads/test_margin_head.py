@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from synface.heads import MarginHead
+from synface.heads import AdaFace, ArcFaceLoss, MagFace, MarginHead
 
 import synface_kernels as sk
 
@@ -25,5 +25,14 @@ def test_head_is_the_op():
 def test_head_errors():
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         MarginHead(8, 0)
+    for margin in ("m", 0.5):
+        with pytest.raises(TypeError, match=rf"margin must be an ArcFace, .* {margin!r}"):
+            MarginHead(8, 20, margin)
+    with pytest.raises(ValueError, match="init_std must be finite and ≥ 0, got -1"):
+        MarginHead(8, 20, init_std=-1)
+    for made in (MarginHead, AdaFace, MagFace, ArcFaceLoss):
+        made(8, 20, impl="triton")  # which runs once it is moved to a GPU
+        with pytest.raises(ValueError, match=r"impl must be one of .*, got 'foo'"):
+            made(8, 20, impl="foo")
     with pytest.raises(ValueError, match=r"\[0, 20\), got 20 in row 1|target must be in \[0, 20\)"):
         MarginHead(8, 20)(torch.randn(2, 8), torch.tensor([0, 20]))

@@ -357,10 +357,13 @@ def test_numpy_bad_input() -> None:
         ({"out": np.zeros((2, 3, 4, 4))}, "out must be float32"),
         ({"flip": (np.zeros(2), None)}, r"flip\[0\] must be bool"),
         ({"flip": (None,)}, "flip must be a pair"),
+        ({"flip": np.array(True)}, "flip must be a pair"),
     ):
         arguments: dict[str, Any] = {"synthetic": x, "real": x, "psi": 0.5} | options
         with pytest.raises(ValueError, match=message):
             skn.domain_mixup(**arguments)
+    with pytest.raises(TypeError, match=r"flip must be None or a pair .* got bool"):
+        skn.domain_mixup(x, x, 0.5, flip=True)  # type: ignore[arg-type]
     for name in ("psi", "mean", "std"):
         with pytest.raises(TypeError, match=f"{name} must be a number"):
             skn.domain_mixup(**({"synthetic": x, "real": x, "psi": 0.5} | {name: "0.5"}))
@@ -515,6 +518,7 @@ SHARED = torch.zeros(2 * 4 * 5 * 3, dtype=F32)
         ({"flip": torch.zeros(2, 2)}, ValueError, "flip_synthetic must be bool"),
         ({"flip": torch.zeros(3, 2).bool()}, ValueError, "flip must be a pair"),
         ({"flip": (None, torch.zeros(3).bool())}, ValueError, "flip_real must be bool.*B = 2"),
+        ({"flip": torch.tensor(True)}, ValueError, r"flip must be a pair .* got bool \(\)"),
         ({"flip": True}, TypeError, "flip must be"),
         ({"out": torch.zeros(2, 4, 5, 3)}, ValueError, r"out must be float32 \(2, 3, 4, 5\)"),
         ({"out": torch.zeros(2, 3, 4, 5, dtype=BF16)}, ValueError, "got bfloat16"),

@@ -158,6 +158,9 @@ def test_what_a_transform_does_not_go_through() -> None:
     ):
         with pytest.raises(error, match=message):
             torch.func.grad(lambda x: mixer(**options)(x, real, psi).sum())(synthetic)  # noqa: B023
+    many, out = synthetic.expand(4, *synthetic.shape), torch.empty(4, 2, 3, 2, 3, dtype=F64)
+    with pytest.raises(ValueError, match=r"out cannot be written under torch\.vmap: call without"):
+        torch.vmap(lambda x, out: mixer(out=out)(x, real, psi))(many, out)
 
 
 @pytest.mark.slow

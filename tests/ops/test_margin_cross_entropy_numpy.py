@@ -58,8 +58,10 @@ def test_numpy_binding_agrees(isa, dtype, monkeypatch):
 def test_numpy_bad_input():
     x, w = np.zeros((3, 4), np.float32), np.zeros((5, 4), np.float32)
     labels = np.array([[0], [1], [5]])
-    with pytest.raises(IndexError, match=r"labels must be in \[-2, 5\), got 5 in row 2"):
-        synface_kernels.numpy.margin_cross_entropy_forward(x, w, labels)
+    for wrong in (5, 2**63 - 1):
+        labels[2] = wrong
+        with pytest.raises(IndexError, match=rf"labels must be in \[-1, 5\), got {wrong} in row 2"):
+            synface_kernels.numpy.margin_cross_entropy_forward(x, w, labels)
     with pytest.raises(
         ValueError, match="both be float32 or both float64, got float32 and float64"
     ):

@@ -539,3 +539,12 @@ def test_bad_input_of_adamw(change: dict[str, Any], error: type[Exception], mess
     }  # fmt: skip
     with pytest.raises(error, match=message):
         sk.row_adamw_(**arguments | change)
+
+
+def test_vmap_is_refused() -> None:
+    weights, gradients = torch.ones(2, 5, 3), torch.ones(2, 2, 3)
+    with pytest.raises(
+        NotImplementedError, match=r"row_sgd_ .*torch\.vmap.* loop over the matrices"
+    ):
+        torch.vmap(lambda w, g: sk.row_sgd_(w, g, IDS, lr=0.1))(weights, gradients)
+    assert (weights == 1).all()

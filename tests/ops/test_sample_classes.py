@@ -246,6 +246,8 @@ def test_opcheck() -> None:
         ({"num_sampled": 11}, ValueError, r"num_sampled must be in \[1, 10\] .* got 11"),
         ({"num_sampled": 0}, ValueError, r"num_sampled must be in \[1, 10\]"),
         ({"num_sampled": True}, TypeError, "num_sampled must be an int, got bool"),
+        ({"ignore_index": 0}, ValueError, r"ignore_index must not be a class.*\[0, 10\).* got 0"),
+        ({"ignore_index": 9}, ValueError, "ignore_index must not be a class"),
         ({"generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
         ({"impl": "triton"}, ValueError, "impl must be one of"),
     ],

@@ -1,6 +1,7 @@
 """Row optimizers against torch's dense optimizers."""
 
 import io
+import math
 
 import pytest
 import torch
@@ -199,6 +200,18 @@ def test_the_closure_is_called_with_gradients_on():
         (ValueError, "state_dtype must be", lambda: RowSGD([parameter()], state_dtype=torch.int8)),
         (ValueError, "seed must be at least 0, got -1", lambda: RowSGD([parameter()], seed=-1)),
         (TypeError, "seed must be an integer", lambda: RowSGD([parameter()], seed=0.5)),
+        (ValueError, "float64, .* got float16", lambda: RowSGD([parameter(torch.float16)])),
+        (ValueError, "lr must be finite and ≥ 0, got -1", lambda: RowSGD([parameter()], -1)),
+        (ValueError, "lr must be .* got nan", lambda: RowAdamW([parameter()], math.nan)),
+        (TypeError, "lr must be a number, got NoneType", lambda: RowSGD([parameter()], None)),
+        (ValueError, "momentum must be .* got -1", lambda: RowSGD([parameter()], momentum=-1)),
+        (TypeError, "momentum must be .* got str", lambda: RowSGD([parameter()], momentum="a")),
+        (ValueError, "nesterov needs momentum", lambda: RowSGD([parameter()], nesterov=True)),
+        (TypeError, "nesterov must be a bool", lambda: RowSGD([parameter()], nesterov=1)),
+        (TypeError, "catch_up must be a bool", lambda: RowSGD([parameter()], catch_up=3)),
+        (ValueError, "betas must be in", lambda: RowAdamW([parameter()], betas=(1.0, 0.9))),
+        (ValueError, "eps must be .* got -1", lambda: RowAdamW([parameter()], eps=-1)),
+        (ValueError, "impl must be one of .*'foo'", lambda: RowSGD([parameter()], impl="foo")),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense(error, message, make):
@@ -206,10 +219,23 @@ def test_settings_that_make_no_sense(error, message, make):
         make()
 
 
+def test_a_group_with_settings_that_make_no_sense_is_not_added():
+    optimizer = RowAdamW([parameter()], lr=torch.tensor(0.1), impl="triton")  # moves to a GPU later
+    for wrong, message in (
+        ({"lr": -1}, "lr must be"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"state_dtype": torch.bfloat16}, "needs a seed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({"params": [parameter()]} | wrong)
+    assert len(optimizer.param_groups) == 1
+
+
 def test_gradients_and_rates_that_do_not_fit():
     weight = parameter()
     before = weight.detach().clone()
-    optimizer = RowSGD([weight], lr=-1.0)
+    optimizer = RowSGD([weight])
+    optimizer.param_groups[0]["lr"] = -1.0
     weight.grad = gradient(0)
     with pytest.raises(ValueError, match=r"lr must be finite and ≥ 0, got -1.0"):
         optimizer.step()

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from synface.synthesis.packing import bounds, delsarte
+from synface.synthesis.packing import PackConfig, bounds, delsarte
 
 from tests.helpers import codes
 
@@ -284,6 +284,20 @@ def test_antipodal_points_have_welchs_bound_too():
         bounds.certificate(7, 3, antipodal=True)
 
 
+@pytest.mark.parametrize("dim", [3, 4, 512])
+def test_bounds_of_very_many_points_are_lower_ones_of_fewer(dim):
+    found = [bounds.levenshtein(count, dim) for count in (10**7, 10**9, 10**12, 2**63 - 1)]
+    assert found == sorted(found)
+    assert found[-1] < 1
+    assert bounds.certificate(10**12, dim)[0].cosine <= bounds.random_worst(10**12, dim)
+    assert 0 < bounds.welch(10**12, dim) < 1
+    assert PackConfig(10**12, dim).count == 10**12
+    size = bounds._design_size(dim, bounds.MOST_DEGREE + 1)
+    if size < 2**62:
+        last, more = bounds.levenshtein(size - 1, dim), bounds.levenshtein(2 * size, dim)
+        assert last == pytest.approx(more, abs=1e-12)
+
+
 @pytest.mark.parametrize(
     "name", ["best", "certificate", "delsarte", "rankin", "welch", "levenshtein", "random_worst"]
 )
@@ -293,5 +307,7 @@ def test_bad_arguments(name):
         function(1, 3)
     with pytest.raises(ValueError, match="dim must be at least 2, got 1"):
         function(5, 1)
+    with pytest.raises(ValueError, match=r"count must be less than 2\^63, got 10{30}"):
+        function(10**30, 3)
     with pytest.raises(TypeError, match="count must be an int, got float"):
         function(5.0, 3)

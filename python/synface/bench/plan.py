@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..common.check import check_integers, check_number
+from ..common.check import check_integer, check_number
 from ..common.textfiles import parse_json, read_text
 from ..models import PRESETS, SHORT
 from ..training.config import option
@@ -67,7 +67,8 @@ class Settings:
     """The settings of a training run.
 
     Attributes:
-        identities: C. dim: D. gpus: P ranks, each with C/P classes and batch/P images.
+        identities: C. dim: D, at most 2^20.
+        gpus: P ranks, each with C/P classes and batch/P images.
         gpu_memory: bytes of each. device: a name of `DEVICES`.
         batch: images of one step, over all ranks.
         labels: per image (3 for mixed identities and domains).
@@ -94,11 +95,11 @@ class Settings:
     device: str = option("h100", "GPU: a100, h100, h200 or rtx4090.")
 
     def __post_init__(self) -> None:
-        check_integers(self, identities=1, dim=1, gpus=1, batch=1, labels=1)
+        for name in ("identities", "gpus", "batch", "labels"):
+            check_integer(name, getattr(self, name), 1, 2**63 - 1)
+        check_integer("dim", self.dim, 1, 2**20)
         check_number("gpu_memory", self.gpu_memory, 1.0)
-        check_number("sample_rate", self.sample_rate, 0.0, 1.0)
-        if self.sample_rate == 0:
-            raise ValueError("sample_rate must be above 0, got 0")
+        check_number("sample_rate", self.sample_rate, 0.0, 1.0, above=True)
         for name, allowed in (
             ("centers", NAMES),
             ("precision", NAMES),

@@ -58,9 +58,7 @@ class ScaleConfig:
     lr: float = 0.02
 
     def __post_init__(self) -> None:
-        check_number("sample_rate", self.sample_rate, 0, 1)
-        if not self.sample_rate:
-            raise ValueError("sample_rate must be in (0, 1], got 0")
+        check_number("sample_rate", self.sample_rate, 0, 1, above=True)
         check_integers(self, batch=1, working_set=1)
         if self.working_set > self.centers.num_classes:
             raise ValueError(

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,20 +30,35 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def check_number(name: str, value: object, least: float, most: float = math.inf) -> None:
-    """Raise TypeError or ValueError unless value is a finite number in [least, most]."""
-    bounds = f"in [{least:g}, {most:g}]" if most < math.inf else f"finite and ≥ {least:g}"
+def check_number(
+    name: str, value: object, least: float, most: float = math.inf, *, above: bool = False
+) -> None:
+    """Raise TypeError or ValueError unless value is a finite number in [least, most].
+
+    With ``above`` it must be in (least, most].
+    """
+    bounds = f"finite and {'>' if above else '≥'} {least:g}"
+    if most < math.inf:
+        bounds = f"in {'(' if above else '['}{least:g}, {most:g}]"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number {bounds}, got {describe(value)}")
-    if not (least <= value <= most and math.isfinite(value)):
+    if not (least <= value <= most and math.isfinite(value)) or (above and value == least):
         raise ValueError(f"{name} must be {bounds}, got {value}")
 
 
-def check_integer(name: str, value: object, least: int) -> None:
-    """Raise TypeError or ValueError unless value is an integer ≥ least."""
+def check_integer(name: str, value: object, least: int, most: float = math.inf) -> None:
+    """Raise TypeError or ValueError unless value is an integer in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer ≥ {least}, got {describe(value)}")
     check_least(name, value, least)
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise TypeError unless value is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {describe(value)}")
 
 
 def check_least(name: str, value: float, least: float) -> None:
@@ -55,6 +71,15 @@ def check_integers(config: object, **least: int) -> None:
     """Check several attributes as `check_integer` does, each with its least value."""
     for name, bound in least.items():
         check_integer(name, getattr(config, name), bound)
+
+
+def check_by_op(call: Callable[[], object]) -> None:
+    """Raise the TypeError or ValueError of an op that is called with meta tensors.
+
+    An implementation that cannot run on these may run on others: its RuntimeError is suppressed.
+    """
+    with contextlib.suppress(RuntimeError):
+        call()
 
 
 def check_rows(name: str, rows: Tensor) -> Tensor:
@@ -118,6 +143,14 @@ def check_memory(what: str, needed: int) -> None:
             f"{what} would take {needed / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB "
             "are free"
         )
+
+
+def check_generator(generator: object) -> None:
+    """Raise TypeError unless generator is a `torch.Generator` or None."""
+    import torch
+
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {describe(generator)}")
 
 
 def check_device(device: object) -> torch.device:

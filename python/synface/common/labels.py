@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_NO_CLASS = -(2**63)  # unlike -1 or -100 no label that a caller may have meant
 
 
 def labels_of(target: Any, keep_column: bool = False) -> Any:
@@ -21,3 +24,15 @@ def labels_of(target: Any, keep_column: bool = False) -> Any:
     if target.dim() == 2 and target.shape[1] == 1 and not keep_column:
         target = target.squeeze(1)
     return target.to(torch.int64)
+
+
+def ignored_outside(target: Any, ignore_index: Any, num_classes: int) -> tuple[Any, Any]:
+    """Return labels whose ignored ones are outside [0, num_classes), and the value of these.
+
+    `synface_kernels.sample_classes` replaces labels by indices, and a class's index may equal an
+    ``ignore_index`` inside. Invalid arguments are returned as they are, for the op to raise.
+    """
+    valid = isinstance(ignore_index, Integral) and not isinstance(ignore_index, bool)
+    if not (valid and 0 <= ignore_index < num_classes and isinstance(target, Tensor)):
+        return target, ignore_index
+    return target.masked_fill(target == ignore_index, _NO_CLASS), _NO_CLASS

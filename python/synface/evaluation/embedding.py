@@ -283,7 +283,8 @@ def pixel_embeddings(images: Tensor, mean: Tensor | None = None) -> Tensor:
         (N, H*W*C) float32 unit rows (zero for an image that equals its mean).
 
     Raises:
-        ValueError: for images of another dtype or shape, no images, or a mean of another shape.
+        ValueError: for images of another dtype or shape, no images, or a mean of another shape or
+            not finite.
     """
     _check_images(images)
     pixels = images.double().flatten(1)
@@ -293,6 +294,8 @@ def pixel_embeddings(images: Tensor, mean: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"mean must have the images' shape {tuple(images.shape[1:])}, got {tuple(mean.shape)}"
         )
+    if not mean.isfinite().all():
+        raise ValueError("mean must be finite, got NaN or infinite values")
     return F.normalize(pixels - mean.double().flatten()).float()
 
 

@@ -101,7 +101,7 @@ def nearest_of_another(
     Memory: a copy of the embeddings unless labels ascend, that of `sk.nearest_neighbors`, and
     the unit vectors and cosines of a block of labels with at most 8192 rows, or of one label.
     """
-    check_labeled(embeddings, labels)
+    check_labeled(embeddings, labels, nonzero=True)
     labels, order = labels.to(embeddings.device).sort(stable=True)
     ascend = bool((order.diff() > 0).all())
     rows = embeddings if ascend else embeddings[order]

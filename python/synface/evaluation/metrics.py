@@ -16,6 +16,7 @@ import synface_kernels as sk
 
 from ..common.check import check_least, describe
 from .embedding import doubled
+from .scores import check_labeled, check_rows_finite, check_scored
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,20 +95,10 @@ def verify(
     Memory: about 8*N*N bytes for the cosines (float64), on the embeddings' device, and 8*N*N more
     to sort them.
     """
-    if embeddings.ndim != 2 or not embeddings.is_floating_point():
-        raise ValueError(
-            f"embeddings must be floating point of shape (N, D), got {describe(embeddings)}"
-        )
-    n = len(embeddings)
-    integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    if labels.shape != (n,) or not integer:
-        raise ValueError(f"labels must be integer of shape ({n},), got {describe(labels)}")
+    check_labeled(embeddings, labels)
     check_least("folds", folds, 2)
-    embeddings = doubled(embeddings.detach())
+    n, embeddings = len(embeddings), doubled(embeddings.detach())
     labels = labels.to(embeddings.device)
-    if bad := int((~embeddings.isfinite()).any(1).sum()):
-        raise ValueError(f"embeddings must be finite, got {bad} of {n} rows with nan or inf")
-
     unit = F.normalize(embeddings)
     cosines = unit @ unit.T
     upper = torch.ones(n, n, dtype=torch.bool, device=embeddings.device).triu_(1)
@@ -145,13 +136,8 @@ def verify_pairs(
 
     Memory: about 100 bytes per pair.
     """
+    check_scored(cosine, same)
     count = len(cosine)
-    if cosine.ndim != 1 or not cosine.is_floating_point() or not cosine.isfinite().all():
-        raise ValueError(
-            f"cosine must be finite, floating point of shape (P,), got {describe(cosine)}"
-        )
-    if same.shape != (count,) or same.dtype != torch.bool:
-        raise ValueError(f"same must be bool of shape ({count},), got {describe(same)}")
     scores, kinds = cosine.detach().cpu().double().numpy(), same.cpu().numpy()
     if not 0 < int(kinds.sum()) < count:
         raise ValueError(
@@ -199,7 +185,8 @@ def identify(
         probe_people: (Q,) and gallery_people: (G,) integer.
 
     Raises:
-        ValueError: for mismatched shapes, and a probe of a person who is not in the gallery.
+        ValueError: for mismatched shapes, rows that are zero or not finite, and a probe of a person
+            who is not in the gallery.
 
     Memory: that of `synface_kernels.nearest_neighbors`, never Q×G.
     """
@@ -212,6 +199,7 @@ def identify(
                 f"{name} must be (N, D) with N at least 1 and its people (N,), "
                 f"got {tuple(rows.shape)} and {tuple(people.shape)}"
             )
+        check_rows_finite(name, rows, nonzero=True)
     if not torch.isin(probe_people, gallery_people).all():
         raise ValueError("probe must only hold people of the gallery")
     nearest = sk.nearest_neighbors(probe, gallery, k=1)[1][:, 0].to(gallery_people.device)

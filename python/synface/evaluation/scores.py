@@ -90,10 +90,16 @@ def scores_of_pairs(
     """Return the scores of given pairs.
 
     Args:
-        cosine: (P,) floating, in [-1, 1] but for rounding. same: (P,) bool. first, second: (P,)
-            integer.
+        cosine: (P,) floating, finite, in [-1, 1] but for rounding. same: (P,) bool. first, second:
+            (P,) integer.
         images: see `PairScores`. count: number of hardest pairs of each kind. bins: of densities.
+
+    Raises:
+        ValueError: for wrong shapes or dtypes, non-finite cosines, and numbers below 1.
     """
+    check_least("count", count, 1)
+    check_least("bins", bins, 1)
+    check_scored(cosine, same)
     scores, kinds = cosine.detach().cpu().double().clamp(-1, 1), same.cpu()
     edges = np.linspace(-1.0, 1.0, bins + 1)
 
@@ -113,11 +119,12 @@ def score_densities(
     """Return the densities of the cosines of all genuine and all impostor pairs.
 
     Args:
-        embeddings: (N, D) floating, of any length. labels: (N,) integer, on any device.
+        embeddings: (N, D) floating, finite, of any length; a zero row has cosine 0.
+        labels: (N,) integer, on any device.
         bins: number of bins, at least 1. block: rows compared at once.
 
     Raises:
-        ValueError: for wrong shapes or dtypes, and numbers below 1.
+        ValueError: for wrong shapes or dtypes, non-finite embeddings, and numbers below 1.
 
     Memory: 16·block·N bytes.
     """
@@ -146,7 +153,7 @@ def hardest_pairs(
         pair of the lower indices comes first.
 
     Raises:
-        ValueError: for wrong shapes or dtypes, and numbers below 1.
+        ValueError: as `score_densities`.
 
     Memory: 16·block·N bytes.
     """
@@ -170,16 +177,39 @@ def hardest_pairs(
     return genuine, impostor
 
 
-def check_labeled(embeddings: Tensor, labels: Tensor) -> None:
-    """Raise ValueError unless there are (N, D) floating embeddings and N integer labels."""
+def check_labeled(embeddings: Tensor, labels: Tensor, nonzero: bool = False) -> None:
+    """Raise ValueError unless there are (N, D) finite embeddings and N integer labels.
+
+    With ``nonzero``, a row of zeros raises too.
+    """
     if embeddings.ndim != 2 or not embeddings.is_floating_point():
         raise ValueError(
             f"embeddings must be floating point of shape (N, D), got {describe(embeddings)}"
         )
-    if labels.shape != embeddings.shape[:1] or labels.is_floating_point():
+    integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if labels.shape != embeddings.shape[:1] or not integer:
         raise ValueError(
             f"labels must be integer of shape ({len(embeddings)},), got {describe(labels)}"
         )
+    check_rows_finite("embeddings", embeddings, nonzero)
+
+
+def check_rows_finite(name: str, rows: Tensor, nonzero: bool = False) -> None:
+    """Raise ValueError unless rows (N, D) are finite and, with ``nonzero``, none is zero."""
+    if bad := int((~rows.isfinite()).any(1).sum()):
+        raise ValueError(f"{name} must be finite, got {bad} of {len(rows)} rows with nan or inf")
+    if nonzero and (zero := int((rows == 0).all(1).sum())):
+        raise ValueError(f"{name} must have non-zero rows, got {zero} of {len(rows)} rows of zeros")
+
+
+def check_scored(cosine: Tensor, same: Tensor) -> None:
+    """Raise ValueError unless there are P finite scores and as many bool kinds."""
+    if cosine.ndim != 1 or not cosine.is_floating_point() or not cosine.isfinite().all():
+        raise ValueError(
+            f"cosine must be finite, floating point of shape (P,), got {describe(cosine)}"
+        )
+    if same.shape != cosine.shape or same.dtype != torch.bool:
+        raise ValueError(f"same must be bool of shape ({len(cosine)},), got {describe(same)}")
 
 
 def _blocks(

@@ -12,7 +12,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 import synface_kernels as sk
 
-from ..common.check import check_integer, describe
+from ..common.check import check_by_op, check_integer, check_number, describe
 from ..optim import RowAdamW, RowSGD
 from .sparse_gradient import DenseGradient, watch
 
@@ -50,8 +50,16 @@ class FusedHead(nn.Module):
         super().__init__()
         if workspace != "auto":
             check_integer("workspace", workspace, 0)
+        check_number("init_std", init_std, 0)
+        margin = sk.ArcFace() if margin is None else margin
+        if not isinstance(margin, sk.CombinedMargin):
+            raise TypeError(
+                "margin must be an ArcFace, CosFace, SphereFace or CombinedMargin, "
+                f"got {describe(margin)}"
+            )
+        check_impl(impl)
         self._last = _Last()
-        self.margin = sk.ArcFace() if margin is None else margin
+        self.margin = margin
         self.init_std, self.workspace, self.sparse, self.impl = init_std, workspace, sparse, impl
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
@@ -63,9 +71,12 @@ class FusedHead(nn.Module):
         ``indices``: the target as indices into sampled classes, where classes are sampled.
         """
         settings = {"margin": self.margin, "workspace": self.workspace, "impl": self.impl}
-        options = self._with_update(settings | options, embeddings, target)
+        arguments = self._with_update(settings | options, embeddings, target)
         target = target if indices is None else indices
-        return sk.margin_cross_entropy(embeddings, self._centers(), target, **options)
+        result = sk.margin_cross_entropy(embeddings, self._centers(), target, **arguments)
+        if self._optimizer is not None and "update" in arguments.keys() - options.keys():
+            self._optimizer.count(self.weight, arguments["update"])  # only now: a call may raise
+        return result
 
     def step_in_backward(self, optimizer: RowSGD | RowAdamW) -> None:
         """Apply the optimizer to the centers inside the backward pass, from now on.
@@ -75,8 +86,9 @@ class FusedHead(nn.Module):
         Each forward pass in training mode reserves the optimizer's next step, with its settings at
         that time; the backward pass, which must come before the next forward pass, applies it. So
         gradients are neither accumulated nor clipped. A forward pass without its backward pass
-        counts as a step without a gradient. The optimizer's ``step()`` and ``zero_grad()`` do
-        nothing; ``state_dict`` and ``catch_up`` work as before. The centers no longer require grad.
+        counts as a step without a gradient, one that raises does not. The optimizer's ``step()``
+        and ``zero_grad()`` do nothing; ``state_dict`` and ``catch_up`` work as before. The centers
+        no longer require grad.
         A forward pass with ``update=None``, in evaluation mode or under no_grad reserves no step.
         A forward pass that `torch.utils.checkpoint` recomputes uses the step of the original pass.
 
@@ -114,7 +126,7 @@ class FusedHead(nn.Module):
             return options
 
         def settle() -> Any:  # reentrant checkpointing begins with a pass under no_grad
-            return optimizer.next_update(self.weight) if torch.is_grad_enabled() else None
+            return optimizer.upcoming_update(self.weight) if torch.is_grad_enabled() else None
 
         update = self._settled_eagerly("update", embeddings, target, settle)
         return options if update is None else options | {"update": update}
@@ -180,6 +192,14 @@ class FusedHead(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"_last": _Last()} | state)  # older pickles have none
+
+
+def check_impl(impl: str) -> None:
+    """Raise ValueError unless `synface_kernels.margin_cross_entropy` has an implementation."""
+    if impl != "auto":
+        row = torch.empty(1, 1, dtype=torch.float32, device="meta")
+        target = torch.empty(1, dtype=torch.int64, device="meta")
+        check_by_op(lambda: sk.margin_cross_entropy(row, row, target, impl=impl))
 
 
 def _may_be_recomputed() -> bool:

@@ -27,6 +27,7 @@ import synface_kernels as sk
 from ..common.check import check_integer, check_number, describe
 from ..common.labels import labels_of
 from .centers_view import CentersView, transposed, untransposed
+from .fused import check_impl
 
 _DEFAULTS = {"distance": "CosineSimilarity", "reducer": "MeanReducer"}  # PML's
 
@@ -63,6 +64,7 @@ class _Loss(nn.Module):
         super().__init__()
         for name, size in shape.items():
             check_integer(name, size, 1)
+        check_impl(impl)
         if collect_stats:
             raise NotImplementedError("collect_stats is not supported: leave it at None")
         self._margin = margin

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import synface_kernels as sk
 
-from ..common.check import check_integer, check_number, describe
-from ..common.labels import labels_of
+from ..common.check import check_generator, check_integer, check_number, describe
+from ..common.labels import ignored_outside, labels_of
 from .fused import FusedHead
 from .sharded import scale_grad, split
 
@@ -90,9 +90,8 @@ class PartialFC(FusedHead):
     ) -> None:
         check_integer("embedding_size", embedding_size, 1)
         check_integer("num_classes", num_classes, 1)
-        check_number("sample_rate", sample_rate, 0, 1)
-        if sample_rate == 0:
-            raise ValueError("sample_rate must be in (0, 1], got 0")
+        check_number("sample_rate", sample_rate, 0, 1, above=True)
+        check_generator(generator)
         margin = margin_of(margin_loss, convention)
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
@@ -138,7 +137,10 @@ class PartialFC(FusedHead):
             local_embeddings = scale_grad(local_embeddings, self.world_size)
         options, indices = dict(**options, **shard), None
         if self.sample_rate < 1:
-            shard["ignore_index"] = options.get("ignore_index", -100)
+            ignored = options.get("ignore_index", -100)
+            if self.group is None:  # with one, labels are not replaced by indices
+                labels, ignored = ignored_outside(labels, ignored, self.num_classes)
+            options["ignore_index"] = shard["ignore_index"] = ignored
             options["class_ids"], indices = self._sampled(local_embeddings, labels, shard)
         return self._loss(local_embeddings, labels, options, indices)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from numbers import Real
 from typing import Any
 from weakref import ref
 
@@ -12,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import synface_kernels as sk
 
-from ..common.check import check_integer, describe
+from ..common.check import check_bool, check_by_op, check_integer, describe
 
 _ODD = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits; spreads the parameters' seeds
 _WATCHED = WeakTensorKeyDictionary()  # the parameters with hooks, which all optimizers share
@@ -21,29 +23,50 @@ _WATCHED = WeakTensorKeyDictionary()  # the parameters with hooks, which all opt
 class _RowOptimizer(torch.optim.Optimizer):
     """Base class of `RowSGD` and `RowAdamW`: rows of gradients, states, saving and loading."""
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        seed, dtype = defaults["seed"], defaults["state_dtype"]
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters and their settings.
+
+        Raises:
+            TypeError, ValueError: for invalid ones; no group is added.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                _remember_coalesced(parameter)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise TypeError or ValueError for settings or parameters that no step could take."""
+        for name in ("nesterov", "catch_up"):
+            if name in group:
+                check_bool(name, group[name])
+        seed, dtype = group["seed"], group["state_dtype"]
         if seed is not None:
             check_integer("seed", seed, 0)
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(
                 f"state_dtype must be float32, bfloat16, float64 or None, got {describe(dtype)}"
             )
-        super().__init__(params, defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters, which must be contiguous and have rows."""
-        super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            if parameter.dim() < 2 or not parameter.is_contiguous():
-                self.param_groups.pop()
+        for parameter in group["params"]:
+            if (
+                parameter.dim() < 2
+                or not parameter.is_contiguous()
+                or parameter.dtype not in (torch.float32, torch.bfloat16, torch.float64)
+            ):
                 raise ValueError(
-                    "params must be contiguous and have rows, shape (C, D) or (C, S, D), "
-                    f"got {describe(parameter)}"
+                    "params must be float32, bfloat16 or float64, contiguous, and have rows, shape "
+                    f"(C, D) or (C, S, D), got {describe(parameter)}"
                 )
-        for parameter in self.param_groups[-1]["params"]:
-            if parameter.requires_grad:
-                _remember_coalesced(parameter)
+            row = torch.empty((1, *parameter.shape[1:]), dtype=parameter.dtype, device="meta")
+            ids = torch.empty(1, dtype=torch.int64, device="meta")
+            arguments = self._arguments(0, group, self._new_state(group, row), 1)
+            arguments |= {"class_ids": ids, "impl": group["impl"]}
+            check_by_op(partial(self._kernel, _matrix(row), _matrix(row), **arguments))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -90,12 +113,21 @@ class _RowOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: for a parameter that is not this optimizer's.
         """
+        update = self.upcoming_update(parameter)
+        self.count(parameter, update)
+        return update
+
+    def upcoming_update(self, parameter: Tensor) -> sk.SGDUpdate | sk.AdamWUpdate:
+        """Return what `next_update` would return, for `count` to count once it is accepted."""
         for index, group, own in self._parameters():
             if own is parameter:
                 state = self._state(group, parameter)
-                state["step"] += 1
-                return self._next(**self._arguments(index, group, state, int(state["step"])))
+                return self._next(**self._arguments(index, group, state, int(state["step"]) + 1))
         raise ValueError(f"parameter must be one of this optimizer's, got {describe(parameter)}")
+
+    def count(self, parameter: Tensor, update: sk.SGDUpdate | sk.AdamWUpdate) -> None:
+        """Count a parameter's `upcoming_update` as taken; to count it again changes nothing."""
+        self.state[parameter]["step"].fill_(update.step)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict` bitwise, each state in its own dtype.
@@ -165,8 +197,9 @@ class _RowOptimizer(torch.optim.Optimizer):
         self, index: int, group: dict[str, Any], state: dict[str, Tensor], step: int
     ) -> dict[str, Any]:
         """Return the arguments that the kernel and the update have in common."""
+        lr = group["lr"]
         return {
-            "lr": float(group["lr"]),
+            "lr": float(lr) if isinstance(lr, (Real, Tensor)) else lr,
             "weight_decay": group["weight_decay"],
             "step": step,
             "last_step": state.get("last_step"),
@@ -242,7 +275,7 @@ class RowSGD(_RowOptimizer):
         super().__init__(params, defaults)
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] > 0 else ()
+        return ("momentum_buffer",) if group["momentum"] else ()
 
 
 class RowAdamW(_RowOptimizer):
@@ -279,13 +312,16 @@ class RowAdamW(_RowOptimizer):
         state_dtype: torch.dtype | None = None,
         impl: str = "auto",
     ) -> None:
-        if state_dtype == torch.bfloat16 and seed is None:
-            raise ValueError("state_dtype bfloat16 needs a seed: rounding to nearest undoes decay")
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
             "catch_up": catch_up, "seed": seed, "state_dtype": state_dtype, "impl": impl,
         }  # fmt: skip
         super().__init__(params, defaults)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        if group["state_dtype"] == torch.bfloat16 and group["seed"] is None:
+            raise ValueError("state_dtype bfloat16 needs a seed: rounding to nearest undoes decay")
+        super()._check(group)
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")

@@ -60,7 +60,7 @@ def flips(flip: Any, batch: int, device: torch.device) -> tuple[Tensor | None, T
         return None, None
     if not isinstance(flip, (tuple, list, Tensor)):
         raise TypeError(f"flip must be None, a pair or a (2, B) bool tensor, got {describe(flip)}")
-    if len(flip) != 2:
+    if (isinstance(flip, Tensor) and not flip.dim()) or len(flip) != 2:
         raise ValueError(
             "flip must be a pair (flip_synthetic, flip_real) or a (2, B) bool tensor, "
             f"got {describe(flip) if isinstance(flip, Tensor) else f'{len(flip)} elements'}"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import _cuda
 from ..._check import capturing, describe, is_dense, require_apart
-from ..._derivatives import transformed
+from ..._derivatives import transformed, under_vmap
 from ..._load import library
 from ..._select import always, needs_cpu_extension, register, resolve
 from . import checks, reference
@@ -110,7 +110,7 @@ def domain_mixup(
         dtype: of the result: float32, float16, bfloat16 or float64.
         memory_format: of the result: ``torch.contiguous_format`` or ``torch.channels_last``.
         out: (B, C, H, W) tensor of exactly that dtype and memory format to write into; it may not
-            share memory with an image. Not differentiable.
+            share memory with an image. Not differentiable, nor under `torch.vmap`.
         impl: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; see `explain`.
             Where the build has no CUDA kernels, ``"cuda"`` compiles them once, which takes about
             a minute and needs a CUDA toolkit.
@@ -169,6 +169,8 @@ def domain_mixup(
     if out is None:
         channels_last = memory_format == torch.channels_last
         return ops.domain_mixup_forward(*inputs, dtype, channels_last, chosen)
+    if under_vmap():
+        raise ValueError("out cannot be written under torch.vmap: call without it")
     checks.check_out(out, synthetic, dtype, memory_format)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (synthetic, real, shares, out)):
         raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._check import capturing, describe, is_dense, require, require_apart
+from ..._derivatives import under_vmap
 from ..._load import library
 from ..._select import always, needs_cpu_extension, needs_triton, register, resolve
 from . import reference
@@ -101,6 +102,7 @@ def row_sgd_(
             tensor that is written overlaps itself or another argument in memory.
         TypeError: for an argument of a wrong Python type.
         RuntimeError: for an ``impl`` that cannot run here, naming the reason.
+        NotImplementedError: under `torch.vmap`.
 
     Source: Sutskever et al., ICML 2013; the missed steps: docs/kernels/row_update.md.
     """
@@ -167,7 +169,7 @@ def row_adamw_(
     Memory above the inputs, and errors: see `row_sgd_`.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `row_sgd_`.
+        ValueError, TypeError, RuntimeError, NotImplementedError: as `row_sgd_`.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019; the missed
     steps: docs/kernels/row_update.md.
@@ -190,6 +192,11 @@ def take_step(
     update: RowUpdate, weight: Tensor, row_grad: Tensor | None, class_ids: Tensor, impl: str
 ) -> Tensor:
     """Take the step that an update describes: `row_sgd_` or `row_adamw_`."""
+    if under_vmap():
+        raise NotImplementedError(
+            f"row_{update.rule}_ writes in place, which torch.vmap does not support for it: loop "
+            "over the matrices"
+        )
     _check(update, weight, row_grad, class_ids)
     op = getattr(torch.ops.synface_kernels, f"{OP}_{update.rule}")
     with torch.no_grad():

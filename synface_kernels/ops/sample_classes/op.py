@@ -56,7 +56,8 @@ def sample_classes(
             num_classes of them from class_start on, and includes the positives of all ranks. The
             labels, in [0, number of all ranks' classes), are gathered: 8·N·K bytes. All ranks must
             call this.
-        ignore_index: a label that is not a class; it remains in the returned target.
+        ignore_index: a label that is not a class; it remains in the returned target. Without a
+            group it must be outside [0, num_classes), or another label's index could equal it.
         impl: ``"auto"``, ``"cpu"``, ``"torch"`` or ``"reference"``; see `explain`.
 
     Returns:
@@ -124,6 +125,11 @@ def sample_classes(
         labels = target
         if class_start != 0:
             raise ValueError(f"class_start must be 0 without a group, got {class_start}")
+        if 0 <= ignore_index < num_classes:
+            raise ValueError(
+                f"ignore_index must not be a class, in [0, {num_classes}) (num_classes), got "
+                f"{ignore_index}: the index that replaces another label could equal it"
+            )
     else:
         check_group(group)
         # This rank ignores labels of other ranks' classes.
@@ -195,5 +201,6 @@ def _draw_fake(
 ) -> tuple[Tensor, Tensor]:
     size: int | torch.SymInt = num_sampled
     if num_sampled < target.numel():  # there may be more positives
-        size = torch.library.get_ctx().new_dynamic_size()
+        # a least size, for checks that there are any classes to be traced
+        size = torch.library.get_ctx().new_dynamic_size(min=1)
     return target.new_empty((size,)), target.new_empty(target.shape)

@@ -93,6 +93,9 @@ class Mixup(_OneBatch):
 
     Memory above the inputs: the result, and a copy of the images in their own dtype.
 
+    Raises:
+        TypeError, ValueError: for a wrong argument, naming it.
+
     Source: Zhang et al., "mixup", ICLR 2018.
     """
 
@@ -120,6 +123,9 @@ class CutMix(_OneBatch):
 
     Memory above the inputs: the result, and a copy of the images in their own dtype; on a GPU, or
     with gradients, two copies and a byte for each of their elements.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, naming it.
 
     Source: Yun et al., "CutMix", ICCV 2019.
     """

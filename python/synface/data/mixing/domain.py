@@ -154,6 +154,9 @@ class IdentityMixup:
     Args:
         ratio: the distribution of φ; SynFace's grid by default.
 
+    Raises:
+        TypeError: for a ratio of another type.
+
     Source: Qiu et al., "SynFace", ICCV 2021, eq. 2.
     """
 

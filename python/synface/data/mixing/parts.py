@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 import synface_kernels as sk
 
-from ...common.check import describe
+from ...common.check import check_bool, check_by_op, describe
 from ...common.labels import labels_of
 from .ratios import SYNFACE_GRID, Ratio, uniform
 
@@ -42,6 +42,9 @@ class Mixer:
             their ``sample``.
         per_sample: draw a share for each image; otherwise one for the batch.
         mean, std, dtype, memory_format, layout, impl: see `synface_kernels.domain_mixup`.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument, naming it.
     """
 
     ratio: Ratio = SYNFACE_GRID
@@ -55,7 +58,10 @@ class Mixer:
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
-        check_layout(self.layout)
+        check_bool("per_sample", self.per_sample)
+        images = meta_images(self.mean, self.std)
+        share = torch.empty((), dtype=torch.float64, device="meta")
+        check_by_op(lambda: self._mix(images, images, share, None))
 
     def _shares(self, batch: int, generator: Generator | None) -> Tensor:
         """Draw shares (B,), or (1,) for the whole batch; float64, on the generator's device."""
@@ -249,6 +255,12 @@ def require(condition: Tensor, message: str, values: Tensor) -> None:
     elif not condition.all():
         where = tuple((~condition).nonzero()[0].tolist())
         raise ValueError(f"{message}, got {values[where].item()} in row {where[0]}")
+
+
+def meta_images(mean: object, std: object) -> Tensor:
+    """Return meta images, none of them, of as many channels as mean or std has numbers."""
+    channels = next((len(each) for each in (mean, std) if isinstance(each, Sequence)), 3)
+    return torch.empty((0, channels, channels, channels), dtype=torch.uint8, device="meta")
 
 
 def check_ratio(ratio: object) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
-from ...common.check import check_integer, check_number
+from ...common.check import check_generator, check_integer, check_number
 
 
 class Ratio(Protocol):
@@ -104,6 +104,7 @@ class Constant:
 
 
 def device_of(generator: Generator | None) -> torch.device:
+    check_generator(generator)
     return torch.device("cpu") if generator is None else generator.device
 
 

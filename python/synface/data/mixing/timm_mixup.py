@@ -24,7 +24,7 @@ from torch.utils.data import default_collate
 
 import synface_kernels as sk
 
-from ...common.check import check_integer, check_number, describe
+from ...common.check import check_by_op, check_integer, check_number, describe
 from .parts import (
     check_images,
     check_labels,
@@ -35,6 +35,7 @@ from .parts import (
     exact_weights,
     image_size,
     memory_format_of,
+    meta_images,
     paired_labels,
     paste,
     share_outside,
@@ -234,6 +235,18 @@ class Mixup(_TimmCall):
     memory_format: torch.memory_format | None = None
     layout: Literal["NHWC", "NCHW"] = "NCHW"
     impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        images = meta_images(self.mean, self.std)
+        check_by_op(
+            lambda: sk.domain_mixup(
+                images, images, 0.5, mean=self.mean, std=self.std,
+                dtype=torch.float32 if self.dtype is None else self.dtype,
+                memory_format=self.memory_format or torch.contiguous_format,
+                layout=self.layout, impl=self.impl,
+            )
+        )  # fmt: skip
 
     def _check_arguments(self) -> None:
         super()._check_arguments()

@@ -17,7 +17,7 @@ from torch import Tensor
 import synface_kernels as sk
 
 from ...common.check import check_number
-from ...common.labels import labels_of
+from ...common.labels import ignored_outside, labels_of
 from ...common.rng import generator, seeds
 from .checksums import row_checksums
 from .config import DTYPES, CentersConfig
@@ -238,6 +238,7 @@ class Centers:
             )
         self.discard()
         target = labels_of(target, keep_column=options.get("target_weight") is not None)
+        target, ignore_index = ignored_outside(target, ignore_index, self.config.num_classes)
         with self._timed("sample"):
             class_ids, target = sk.sample_classes(
                 target,

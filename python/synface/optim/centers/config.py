@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...common.check import check_integer, check_number, describe
+from ...common.check import check_bool, check_integer, check_number, describe
 
 ROWS, LAST_STEP = "rows.bin", "last_step.bin"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -46,9 +46,7 @@ class CentersConfig:
 
     def __post_init__(self) -> None:
         for name, most in (("num_classes", 2**31 - 1), ("embedding_size", 2**20)):
-            check_integer(name, getattr(self, name), 1)
-            if getattr(self, name) > most:
-                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
+            check_integer(name, getattr(self, name), 1, most)
         check_integer("seed", self.seed, 0)
         for name, allowed in (("dtype", tuple(DTYPES)), ("optimizer", ("sgd", "adamw"))):
             if getattr(self, name) not in allowed:
@@ -58,8 +56,7 @@ class CentersConfig:
         for name in ("momentum", "eps", "weight_decay", "init_std"):
             check_number(name, getattr(self, name), 0)
         for name in ("nesterov", "catch_up"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool, got {describe(getattr(self, name))}")
+            check_bool(name, getattr(self, name))
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs momentum > 0, got 0")
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:

@@ -62,7 +62,7 @@ class PackConfig:
     polish: int | None = None
 
     def __post_init__(self) -> None:
-        bounds.best(self.count, self.dim)  # checks both
+        bounds.check(self.count, self.dim)
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
         if self.steps is not None and self.minutes is not None:
