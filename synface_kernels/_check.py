@@ -16,13 +16,17 @@ def describe(value: object) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
     kind = str(value.dtype).removeprefix("torch.")
-    layout = "" if is_dense(value) else f"{value.layout} ".removeprefix("torch.")
-    return f"{layout}{kind} {tuple(value.shape)} on {value.device}"
+    if value.is_nested:
+        return f"nested {kind} on {value.device}, which is not dense"
+    if not is_dense(value):
+        layout = str(value.layout).removeprefix("torch.")
+        return f"{layout} {kind} {tuple(value.shape)} on {value.device}, which is not dense"
+    return f"{kind} {tuple(value.shape)} on {value.device}"
 
 
 def is_dense(value: object) -> TypeGuard[Tensor]:
     """Return whether a value is a tensor, and not a sparse or nested one."""
-    return isinstance(value, Tensor) and value.layout == torch.strided
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
 
 
 def number(name: str, value: Any, expected: str = "a float") -> float:

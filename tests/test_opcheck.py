@@ -77,7 +77,7 @@ def test_margin_cross_entropy_targets(weighted):
     target = torch.tensor([[0, 1], [2, 2], [-100, -100]])
     weight = torch.tensor([[0.5, 0.5], [0.1, 0.9], [0, 0]]) if weighted else None
     margins = (None, torch.tensor([0.5, 0.1, 99.0]), None)  # the last row is ignored
-    sample = (target if weighted else target[:, 0], weight, None, *margins, 3, -100)
+    sample = (target if weighted else target[:, 0], weight, None, 3, -100, *margins)
     opcheck(ops.margin_cross_entropy_targets.default, sample)
 
 

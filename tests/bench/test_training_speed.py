@@ -338,7 +338,7 @@ def test_plain_torch_under_the_autocast_of_a_gpu(monkeypatch):
     torch.testing.assert_close(loss.float(), expected, rtol=0.05, atol=0)
 
 
-def test_without_synface_train_the_command_fails(tmp_path, monkeypatch, blank_figures):
+def test_without_synface_train_the_command_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "FILES", 16)
     monkeypatch.setattr(loops, "TURN", 0.01)
     monkeypatch.setattr(loops, "train", out_of_memory)
@@ -347,6 +347,8 @@ def test_without_synface_train_the_command_fails(tmp_path, monkeypatch, blank_fi
     result = json.loads((tmp_path / "training-speed.json").read_text())
     assert [set(row["times"]) for row in result["heads"]] == 2 * [set(training.HEADS)]
     assert "What limits `synface train`: not measured" in said
+    assert "not measured" in (tmp_path / "training-speed.md").read_text()
+    assert (tmp_path / "training-speed.png").stat().st_size > 0  # though a panel has no data
 
 
 def test_the_report_of_a_gpu():

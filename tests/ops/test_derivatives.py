@@ -184,6 +184,11 @@ def test_the_margins_own_function_is_differentiable_once() -> None:
     )
     with pytest.raises(RuntimeError, match=SECOND):
         grad.sum().backward()
+    ones = torch.ones_like(cosine)
+    _, slope = torch.func.jvp(sk.ArcFace().target_cosine, (cosine.detach(),), (ones,))
+    (expected,) = torch.autograd.grad(sk.ArcFace().target_cosine(cosine).sum(), cosine)
+    torch.testing.assert_close(slope, expected)
+    assert sk.ArcFace().target_cosine(torch.tensor(0.3)).shape == ()
 
 
 def _penalties(rank: int, ranks: int) -> list[str]:

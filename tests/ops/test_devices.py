@@ -94,8 +94,10 @@ def test_a_tensor_elsewhere_is_named_with_both_devices(call: str, name: str) -> 
 @pytest.mark.parametrize(
     ("call", "name"), [(call, name) for call, (_, tensors, _) in CALLS.items() for name in tensors]
 )
-def test_a_sparse_tensor_is_named_with_its_layout(call: str, name: str) -> None:
+def test_a_sparse_or_nested_tensor_is_named(call: str, name: str) -> None:
     op, tensors, others = CALLS[call]
-    with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b.*sparse_coo") as raised:
-        op(**(tensors | {name: tensors[name].to_sparse()}), **others)
-    assert "backend" not in str(raised.value)
+    nested = torch.nested.as_nested_tensor([tensors[name]])
+    for wrong, kind in ((tensors[name].to_sparse(), "sparse_coo"), (nested, "nested")):
+        match = rf"\b{name}\b.* got {kind} .*not dense"
+        with pytest.raises((TypeError, ValueError), match=match):
+            op(**(tensors | {name: wrong}), **others)

@@ -145,7 +145,7 @@ def test_margins_that_make_no_sense(make, error, message):
         ),
         (sk.CosFace, 0.35, -2.0, "m3 is a difference of cosines and must be between -2 and 2"),
         (sk.SphereFace, 1.35, 0.0, "m1 is a factor of the angle and must be between 0 and 16"),
-        (sk.SphereFace, 1.35, math.inf, "m1 is a factor of the angle"),
+        (sk.SphereFace, 1.35, 16.0, "m1 is a factor of the angle"),
     ],
 )
 def test_margins_per_row_are_checked_as_one_for_all_is(impl, make, good, bad, message):
@@ -158,11 +158,13 @@ def test_margins_per_row_are_checked_as_one_for_all_is(impl, make, good, bad, me
         torch.compile(sk.margin_cross_entropy, fullgraph=True, backend="aot_eager")(
             X, W, T, make(margin=margin), impl=impl
         )
-    # A NaN makes its row's loss NaN, and an ignored row has none.
+    # One that is not finite is its row's alone, and an ignored row has none.
+    for margin[2] in (math.nan, -math.inf):
+        found = sk.margin_cross_entropy(X, W, T, make(margin=margin), impl=impl, reduction="none")
+        torch.testing.assert_close(found[[0, 1, 3]], expected[[0, 1, 3]])
     margin[2] = math.nan
     found = sk.margin_cross_entropy(X, W, T, make(margin=margin), impl=impl, reduction="none")
     assert found.isnan().tolist() == [False, False, True, False]
-    torch.testing.assert_close(found[[0, 1, 3]], expected[[0, 1, 3]])
     margin[2], ignored = bad, T.clone()
     ignored[2] = -100
     found = sk.margin_cross_entropy(X, W, ignored, make(margin=margin), impl=impl, reduction="none")
@@ -188,6 +190,10 @@ def test_structures_follow_the_schemas():
     assert names(update.arguments) == (*inputs, "halves", *step, "impl", "gemm_dtype")
     # Exported programs of earlier versions have no GEMM dtype.
     assert all(op.arguments[-1].default_value is None for op in (forward, backward, update))
+    # Nor do they give the margins' values to be checked.
+    *_, index, m1, m2, m3 = ops.margin_cross_entropy_targets.default._schema.arguments
+    assert index.name == "ignore_index"
+    assert all(m.has_default_value() and m.default_value is None for m in (m1, m2, m3))
 
 
 def test_a_bad_isa_is_named(monkeypatch):

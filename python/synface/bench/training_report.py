@@ -225,14 +225,15 @@ def _head(row: Mapping[str, Any], name: str) -> str:
     """Return the milliseconds of a head's step and its share, or why there are none."""
     seconds, share = row["seconds"][name], row["share"].get(name)
     if isinstance(seconds, str):
-        return escape(seconds)
+        return seconds
     return f"{1e3 * seconds:.1f}" + ("" if share is None else f" ({share:.1%})")
 
 
 def _heads(result: Mapping[str, Any]) -> str:
     names = ("synface", "fused update", "torch")
     rows = [
-        [f"{row['classes']:,}", *(_head(row, name) for name in names)] for row in result["heads"]
+        [f"{row['classes']:,}", *(escape(_head(row, name)) for name in names)]
+        for row in result["heads"]
     ]
     return table(["classes, ms (share)", *(TITLES[name] for name in names)], rows)
 
@@ -284,11 +285,13 @@ def _draw_heads(axes: Any, heads: Sequence[Mapping[str, Any]]) -> None:
         ("torch", "plain torch", "^-", QUIET),
     ):
         rows = [row for row in heads if name in row["share"]]
-        shares = [100 * row["share"][name] for row in rows]
-        axes.plot([row["classes"] for row in rows], shares, line, color=color, label=label)
+        if rows:  # with none of them, the classes' axis has no logarithm
+            shares = [100 * row["share"][name] for row in rows]
+            axes.plot([row["classes"] for row in rows], shares, line, color=color, label=label)
     axes.set_ylim(bottom=0)
     last, title = heads[-1], "the head's share"
     if "synface" in last["share"]:
         title = f"{last['classes']:,} classes: {last['share']['synface']:.1%} of a step"
     finish(axes, title, "classes", "head's share of a step, %", loc="center left")
-    log_scale(axes, "x")
+    if any(row["share"] for row in heads):
+        log_scale(axes, "x")

@@ -7,8 +7,9 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the command line checks folders without importing torch
     import torch
@@ -31,7 +32,7 @@ def first_line(error: Exception) -> str:
 
 
 def check_number(
-    name: str, value: object, least: float, most: float = math.inf, *, above: bool = False
+    name: str, value: Any, least: float, most: float = math.inf, *, above: bool = False
 ) -> None:
     """Raise TypeError or ValueError unless value is a finite number in [least, most].
 
@@ -40,7 +41,8 @@ def check_number(
     bounds = f"finite and {'>' if above else '≥'} {least:g}"
     if most < math.inf:
         bounds = f"in {'(' if above else '['}{least:g}, {most:g}]"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number:
         raise TypeError(f"{name} must be a number {bounds}, got {describe(value)}")
     if not (least <= value <= most and math.isfinite(value)) or (above and value == least):
         raise ValueError(f"{name} must be {bounds}, got {value}")
@@ -56,8 +58,8 @@ def check_integer(name: str, value: object, least: int, most: float = math.inf) 
 
 
 def check_bool(name: str, value: object) -> None:
-    """Raise TypeError unless value is a bool."""
-    if not isinstance(value, bool):
+    """Raise TypeError unless value is a bool, NumPy's too."""
+    if type(value).__name__ not in ("bool", "bool_"):
         raise TypeError(f"{name} must be a bool, got {describe(value)}")
 
 

@@ -62,6 +62,13 @@ class _RowOptimizer(torch.optim.Optimizer):
                     "params must be float32, bfloat16 or float64, contiguous, and have rows, shape "
                     f"(C, D) or (C, S, D), got {describe(parameter)}"
                 )
+            double = parameter.dtype == torch.float64
+            if dtype is not None and (dtype == torch.float64) != double:
+                allowed = "float64" if double else "float32 or bfloat16"
+                raise ValueError(
+                    f"state_dtype must be {allowed}, or None, for {describe(parameter)}, "
+                    f"got {describe(dtype)}"
+                )
             row = torch.empty((1, *parameter.shape[1:]), dtype=parameter.dtype, device="meta")
             ids = torch.empty(1, dtype=torch.int64, device="meta")
             arguments = self._arguments(0, group, self._new_state(group, row), 1)

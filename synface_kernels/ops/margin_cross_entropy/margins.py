@@ -39,7 +39,8 @@ class CombinedMargin:
         m2: additive angular margin (ArcFace), **in radians**, |m2| < π.
         m3: additive cosine margin (CosFace); |m3| < 2.
             Each of m1, m2 and m3 is a float or an (N,) tensor, one value per sample; a tensor may
-            require a gradient. The op checks its values, but for NaN and those of ignored rows.
+            require a gradient. The op checks its values, but for those of ignored rows, those that
+            are not finite, and under the transforms of torch.func.
         beyond_pi: the continuation past m1·θ + m2 > π, where the cosine would rise again.
             ``"linear"`` is cos θ − max(m2·sin m2, 1 + cos((π − m2)/m1)) − m3, which falls
             monotonically, and for ArcFace is cos θ − m2·sin(π − m2) (its authors' first code, and
@@ -137,14 +138,15 @@ class CombinedMargin:
         """Return ψ of (N, M) plain cosines, with the gradient that ``target_grad`` names.
 
         The value follows the margins too, so a margin that requires a gradient gets one. The
-        gradients have no derivative, but those by m3; m1 and m2 have forward mode.
+        gradients have no derivative, but those by m3.
         """
-        self.check_rows(cosine.shape[0], cosine.device)
+        if self.tensors():
+            self.check_rows(cosine.shape[0], cosine.device)
         m1, m2, m3 = (self._per_row(name, cosine) for name in RANGES)
         if self._is(m1, 1.0) and self._is(m2, 0.0):
             return cosine - m3
         # The slope is a constant of the graph, so second derivatives would lack its part.
-        cosine = once(OP, cosine)
+        cosine = once(OP, cosine, forward_mode=True)
         m1, m2 = (
             once(OP, each, forward_mode=True) if isinstance(each, Tensor) else each
             for each in (m1, m2)

@@ -225,7 +225,7 @@ def margin_cross_entropy(
         tensors = {} if transformed else margin.tensors()
         margins = [tensors[name].detach() if name in tensors else None for name in RANGES]
         labels, label_weight = torch.ops.synface_kernels.margin_cross_entropy_targets(
-            target, target_weight, indexed, *margins, num_classes, ignore_index
+            target, target_weight, indexed, num_classes, ignore_index, *margins
         )
         if update is not None:
             update = fused.checked(update, input, weight, class_ids)

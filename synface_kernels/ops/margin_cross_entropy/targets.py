@@ -20,8 +20,9 @@ OP = "margin_cross_entropy_targets"
 ANY_CLASS = 2**63 - 1
 
 library.define(
-    f"{OP}(Tensor target, Tensor? target_weight, Tensor? class_ids, Tensor? m1, Tensor? m2, "
-    "Tensor? m3, SymInt num_classes, int ignore_index) -> (Tensor labels, Tensor label_weight)"
+    f"{OP}(Tensor target, Tensor? target_weight, Tensor? class_ids, SymInt num_classes, "
+    "int ignore_index, Tensor? m1=None, Tensor? m2=None, Tensor? m3=None) -> "
+    "(Tensor labels, Tensor label_weight)"
 )
 
 
@@ -33,11 +34,11 @@ def _targets(
     target: Tensor,
     target_weight: Tensor | None,
     class_ids: Tensor | None,
-    m1: Tensor | None,
-    m2: Tensor | None,
-    m3: Tensor | None,
     num_classes: int,
     ignore_index: int,
+    m1: Tensor | None = None,
+    m2: Tensor | None = None,
+    m3: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return labels (N, K), −1 where absent, and their float64 weights (N, K), 0 there.
 
@@ -55,8 +56,8 @@ def _targets(
     message = f"target must be {classes}{meaning}, or ignore_index ({ignore_index})"
     require(valid, message, target)
     for (name, (low, high, hint)), margin in zip(RANGES.items(), (m1, m2, m3), strict=True):
-        if margin is not None:  # a NaN, such as that of a row of NaN, is its row's alone
-            outside = ((margin <= low) | (margin >= high)) & present.any(1)
+        if margin is not None:  # what is not finite, as of a row of NaN, is its row's alone
+            outside = ((margin <= low) | (margin >= high)) & margin.isfinite() & present.any(1)
             message = f"{name} is {hint} and must be between {low:.6g} and {high:.6g}"
             require(~outside, message, margin)
     if target_weight is None:
@@ -86,11 +87,11 @@ def _targets_fake(
     target: Tensor,
     target_weight: Tensor | None,
     class_ids: Tensor | None,
-    m1: Tensor | None,
-    m2: Tensor | None,
-    m3: Tensor | None,
     num_classes: int,
     ignore_index: int,
+    m1: Tensor | None = None,
+    m2: Tensor | None = None,
+    m3: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     shape = (target.shape[0], 1 if target_weight is None else target.shape[1])
     return target.new_empty(shape), target.new_empty(shape, dtype=torch.float64)

@@ -17,7 +17,7 @@ from ...common.extras import extra
 from .delsarte import DEGREE, gegenbauer, improve
 
 __all__ = [
-    "Bound", "best", "certificate", "check", "delsarte", "fejes_toth", "levenshtein",
+    "Bound", "best", "certificate", "delsarte", "fejes_toth", "levenshtein",
     "random_nearest_cdf", "random_worst", "rankin", "test_functions", "welch",
 ]  # fmt: skip
 MOST_DEGREE = 2**14  # of Levenshtein's bound: a time of some tenths of a second
@@ -32,7 +32,7 @@ class Bound(NamedTuple):
     name: str
 
 
-def check(count: int, dim: int) -> None:
+def _check(count: int, dim: int) -> None:
     """Raise TypeError or ValueError unless both are integers in [2, 2^63)."""
     for name, value in (("count", count), ("dim", dim)):
         if isinstance(value, bool) or not isinstance(value, int):
@@ -51,7 +51,7 @@ def best(count: int, dim: int) -> Bound:
     Raises:
         TypeError, ValueError: unless both are integers in [2, 2^63); so do all functions here.
     """
-    check(count, dim)
+    _check(count, dim)
     if dim == 2:
         return Bound(math.cos(2 * math.pi / count), "regular polygon")
     bounds = [
@@ -76,7 +76,7 @@ def certificate(count: int, dim: int, *, antipodal: bool = False) -> list[Bound]
     Raises:
         TypeError, ValueError: as `best`, and for an odd count with ``antipodal``.
     """
-    check(count, dim)
+    _check(count, dim)
     bounds = [Bound(rankin(count, dim), "Rankin")]
     if dim == 2:
         bounds.append(Bound(math.cos(2 * math.pi / count), "regular polygon"))
@@ -101,7 +101,7 @@ def rankin(count: int, dim: int) -> float:
 
     Source: Rankin, The closest packing of spherical caps in n dimensions, 1955.
     """
-    check(count, dim)
+    _check(count, dim)
     return -1 / (count - 1) if count <= dim + 1 else 0.0
 
 
@@ -115,7 +115,7 @@ def welch(count: int, dim: int) -> float:
 
     Source: Welch, Lower bounds on the maximum cross correlation of signals, 1974; Sidelnikov, 1974.
     """
-    check(count, dim)
+    _check(count, dim)
     bound, moment, k = 0.0, 1.0, 0
     while k < MOST_MOMENTS:
         moment *= (2 * k + 1) / (dim + 2 * k)
@@ -134,7 +134,7 @@ def fejes_toth(count: int) -> float:
     Source: Fejes Tóth, Über die Abschätzung des kürzesten Abstandes zweier Punkte eines auf einer
     Kugelfläche liegenden Punktsystems, 1943.
     """
-    check(count, 3)
+    _check(count, 3)
     if count == 2:
         raise ValueError("count must be at least 3, got 2")
     omega = count / (count - 2) * math.pi / 6
@@ -156,7 +156,7 @@ def levenshtein(count: int, dim: int) -> float:
     reaches (6.7e7 in R³, 1.8e11 in R⁴), the bound of as many as it reaches, which is lower.
     Source: Levenshtein, Universal bounds for codes and designs, 1998, eq. 5.65 to 5.70.
     """
-    check(count, dim)
+    _check(count, dim)
     if dim == 2:
         return math.cos(2 * math.pi / count)
     degree = _levenshtein_degree(count, dim)
@@ -312,7 +312,7 @@ def random_worst(count: int, dim: int) -> float:
     The N(N−1)/2 cosines are pairwise independent and are treated as independent:
     E = ∫₀¹ Q(u) du over the quantiles of their maximum, by the midpoint rule.
     """
-    check(count, dim)
+    _check(count, dim)
     quantile = (np.arange(4096) + 0.5) / 4096
     pairs = count * (count - 1) / 2
     return float(_cosine_of_tail(-np.expm1(np.log(quantile) / pairs), dim).mean())
@@ -326,7 +326,7 @@ def random_nearest_cdf(cosine: np.ndarray, count: int, dim: int) -> np.ndarray:
     with extra("train", STATISTICS):
         from scipy.special import betainc
 
-    check(count, dim)
+    _check(count, dim)
     half = (dim - 1) / 2
     tail = betainc(half, half, (1 - np.clip(cosine, -1, 1)) / 2)
     return np.exp((count - 1) * np.log1p(-np.minimum(tail, 1 - 1e-16)))

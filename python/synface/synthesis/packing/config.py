@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 
 from ...common.check import check_integer, check_number
-from . import bounds, symmetries
+from . import symmetries
 from .search import FEW_POINTS, default_steps
 
 OBJECTIVES = ("auto", "orbit", "lse", "hyperface", "langevin")
@@ -62,7 +62,8 @@ class PackConfig:
     polish: int | None = None
 
     def __post_init__(self) -> None:
-        bounds.check(self.count, self.dim)
+        for name in ("count", "dim"):
+            check_integer(name, getattr(self, name), 2, 2**63 - 1)
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
         if self.steps is not None and self.minutes is not None:
