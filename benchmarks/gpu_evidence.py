@@ -11,27 +11,21 @@ the Triton kernels interpreted, and extensions that are built already.
 
 from __future__ import annotations
 
-import argparse
-import sys
-import time
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from . import table
-from .build import build
+from . import evidence, table
 from .cases import CASES, Case, cases
-from .process import GRACE_SECONDS, RESULTS, slug, write_json
+from .process import GRACE_SECONDS, RESULTS
 from .roofline import GEMM_CEILINGS
 from .verify import GPU_TESTS, Outcome, run_gpu_tests
 from .worker import Worker
 
 BUDGET_SECONDS, DRY_SECONDS = 420.0, 2400.0
-# The shares of the budget that building and testing may take.
-BUILD_SHARE, TEST_SHARE = 0.4, 0.3
+# The share of the budget that testing may take.
+TEST_SHARE = 0.3
 # The most that one measurement takes while others wait, and what is left to each of these.
 MOST_SECONDS, LEAST_SECONDS = 40.0, 3.0
 OPTIONAL = ["triton", "xdist", "pytorch_metric_learning", "liger_kernel", "cut_cross_entropy"]
@@ -57,22 +51,12 @@ class Job(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--dry", action="store_true", help="Run on the CPU with tiny shapes.")
-    parser.add_argument(
-        "--output", type=Path, help="Result file, instead of benchmarks/results/<device>.json."
-    )
-    parser.add_argument("--tests", type=Path, default=GPU_TESTS, help="Folder of the GPU tests.")
-    parser.add_argument("--seconds", type=float, help="Time limit of the whole run.")
-    args = parser.parse_args()
-    if not args.dry and not torch.cuda.is_available():
-        sys.exit(
-            f"torch {torch.__version__} sees no GPU; try the CPU with: make gpu-evidence DRY=1"
-        )
-    stem = "dry-run" if args.dry else slug(torch.cuda.get_device_name())
+    options = evidence.parser(__doc__)
+    options.add_argument("--tests", type=Path, default=GPU_TESTS, help="Folder of the GPU tests.")
+    args = options.parse_args()
     run = Run(
         args.dry,
-        args.output or RESULTS / f"{stem}.json",
+        evidence.output_of(args, "gpu-evidence", RESULTS),
         args.seconds or (DRY_SECONDS if args.dry else BUDGET_SECONDS),
     )
     run.build()
@@ -81,45 +65,22 @@ def main() -> None:
     environment = {"TRITON_INTERPRET": "1"} if args.dry else {}
     with Worker("cpu" if args.dry else "cuda", environment) as worker:
         run.measure(worker)
-    print(f"written: {run.output.name}, {run.budget - run.left():.0f} s")
-    if run.problems:
-        sys.exit("\n".join(["not all went well:", *run.problems]))
+    run.finish()
 
 
-class Run:
-    """A run's result file, its time, and what went wrong so far."""
+class Run(evidence.Evidence):
+    """A run of the ops' tests and benchmarks."""
 
     def __init__(self, dry: bool, output: Path, budget: float) -> None:
-        self.dry, self.output, self.budget = dry, output, budget
-        self.end = time.monotonic() + budget
-        self.problems: list[str] = []
+        super().__init__("gpu-evidence", dry, output, budget)
         self.outcomes: dict[str, Outcome] = {}
-        self.result: dict[str, Any] = {
-            "date": time.strftime("%Y-%m-%d"),
-            "command": "make gpu-evidence" + (" DRY=1" if dry else ""),
+        self.result |= {
             "cannot_import": [name for name in OPTIONAL if not _importable(name)],
-            "machine": {"not_measured": "not reached"},
             "tests": {},
             "ceilings": {},
             "cases": [_unmeasured(case, "not reached") for case in _all_cases(dry)],
         }
         print(f"cannot be imported here: {', '.join(self.result['cannot_import']) or 'nothing'}")
-
-    def left(self) -> float:
-        """Return the seconds that are left."""
-        return self.end - time.monotonic()
-
-    def save(self) -> None:
-        """Write the results so far."""
-        write_json(self.output, self.result)
-
-    def build(self) -> None:
-        """Build the extensions, in a dry run only where they are missing or old."""
-        print("building", flush=True)
-        self.result["build"] = build(BUILD_SHARE * self.budget, if_old=self.dry)
-        if problem := self.result["build"]["problem"]:
-            self.problems.append(f"build: {problem}")
-        self.save()
 
     def test(self, folder: Path) -> None:
         """Run the GPU tests; the verdict is one for each op."""

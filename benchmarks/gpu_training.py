@@ -10,7 +10,6 @@ is left out.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -22,11 +21,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from . import table
-from .build import build
-from .process import RESULTS, ROOT, run_limited, slug, write_json
+from . import evidence, table
+from .process import RESULTS, ROOT, run_limited
 from .pytest_results import without_folders
 from .verify import GPU_TESTS, run_gpu_tests, run_tests
 from .worker import Worker
@@ -34,7 +30,7 @@ from .worker import Worker
 FOLDER = RESULTS / "training"
 TESTS = GPU_TESTS / "training"
 BUDGET_SECONDS, DRY_SECONDS = 300.0, 1200.0
-BUILD_SHARE, TEST_SECONDS, SANITIZER_SECONDS = 0.4, 60.0, 60.0
+TEST_SECONDS, SANITIZER_SECONDS = 60.0, 60.0
 LINES_MAX = 12  # of a command's last lines, or of the sanitizer's first ones, that are kept
 SANITIZER = "compute-sanitizer"
 SANITIZED = "agree_bitwise"  # tests of every op that run its kernels and nothing else
@@ -109,21 +105,10 @@ def commands(dry: bool) -> list[Command]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--dry", action="store_true", help="Run on the CPU with tiny settings.")
-    parser.add_argument(
-        "--output", type=Path, help="Result file, instead of benchmarks/results/training/<device>."
-    )
-    parser.add_argument("--seconds", type=float, help="Time limit of the whole run.")
-    args = parser.parse_args()
-    if not args.dry and not torch.cuda.is_available():
-        sys.exit(
-            f"torch {torch.__version__} sees no GPU; try the CPU with: make gpu-training DRY=1"
-        )
-    stem = "dry-run" if args.dry else slug(torch.cuda.get_device_name())
+    args = evidence.parser(__doc__).parse_args()
     run = Run(
         args.dry,
-        args.output or FOLDER / f"{stem}.json",
+        evidence.output_of(args, "gpu-training", FOLDER),
         args.seconds or (DRY_SECONDS if args.dry else BUDGET_SECONDS),
     )
     run.build()
@@ -134,50 +119,34 @@ def main() -> None:
     run.sanitize()
     for number in others:
         run.command(number)
-    print(f"written: {run.output.name}, {run.budget - run.left():.0f} s")
-    if run.problems:
-        sys.exit("\n".join(["not all went well:", *run.problems]))
+    run.finish()
 
 
-class Run:
-    """A run's result file, its time, and what went wrong so far."""
+class Run(evidence.Evidence):
+    """A run of the training layer's tests and commands."""
 
     def __init__(self, dry: bool, output: Path, budget: float) -> None:
-        self.dry, self.output, self.budget = dry, output, budget
-        self.end = time.monotonic() + budget
-        self.problems: list[str] = []
+        super().__init__("gpu-training", dry, output, budget)
         self.todo = commands(dry)
         self.folder = tempfile.TemporaryDirectory()
         unreached = {"not_measured": "not reached"}
-        self.result: dict[str, Any] = {
-            "date": time.strftime("%Y-%m-%d"),
-            "command": "make gpu-training" + (" DRY=1" if dry else ""),
-            "machine": unreached,
+        self.result |= {
             "tests": unreached,
             "sanitizer": unreached,
             "commands": [{"command": each.title, **unreached} for each in self.todo],
         }
         output.parent.mkdir(parents=True, exist_ok=True)
 
-    def left(self) -> float:
-        """Return the seconds that are left."""
-        return self.end - time.monotonic()
-
     def keep(self, name: str, found: dict[str, Any], why: str | None) -> None:
         """Keep a result, and why it is not what it should be."""
         self.result[name] = found
-        self._save(name, found, why)
+        self._report(name, found, why)
 
-    def _save(self, name: str, found: dict[str, Any], why: str | None) -> None:
+    def _report(self, name: str, found: dict[str, Any], why: str | None) -> None:
         print(f"{name}: {found}", flush=True)
         if why:
             self.problems.append(f"{name}: {why}")
-        write_json(self.output, self.result)
-
-    def build(self) -> None:
-        """Build the extensions, in a dry run only where they are missing or old."""
-        found = build(BUILD_SHARE * self.budget, if_old=self.dry)
-        self.keep("build", found, found["problem"])
+        self.save()
 
     def describe(self) -> None:
         """Describe the machine."""
@@ -206,7 +175,7 @@ class Run:
         command = self.todo[number]
         found = {"command": command.title, **self._run(command)}
         self.result["commands"][number] = found
-        self._save(command.title, found, found.get("not_measured") or found.get("problem"))
+        self._report(command.title, found, found.get("not_measured") or found.get("problem"))
 
     def _run(self, command: Command) -> dict[str, Any]:
         seconds, folder = self.left(), Path(self.folder.name)

@@ -1,6 +1,7 @@
 """Small training runs: configuration, images, and comparisons of their results."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,14 @@ SMALL = TrainConfig(
     embedding_size=16,
     checkpoint_every=1,
 )
+# Settings of a step, by name.
+STEPS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "clipped": {"clip_norm": 1.0, "accumulate": 2},
+    "sampled": {"sample_rate": 0.9, "optimizer": "adamw"},
+    "fused": {"fused_update": True},
+    "sampled and fused": {"sample_rate": 0.9, "fused_update": True},
+}
 # The same backbone on the command line, without the widths.
 TINY = ["--epochs", "1", "--batch-size", "8", "--size", "16x16", "--embedding-size", "8"]
 

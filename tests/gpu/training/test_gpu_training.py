@@ -23,19 +23,14 @@ from synface.synthesis.packing import PackConfig, Packer  # noqa: E402
 from synface.training import TrainConfig, train  # noqa: E402
 from synface.training.sources import MixedSource  # noqa: E402
 
-from tests.helpers.training import same, state  # noqa: E402
+from tests.helpers.training import STEPS, same, state  # noqa: E402
 
 pytestmark = needs_device
 # A small rate: training amplifies the difference of two devices' rounding.
 CONFIG = TrainConfig(
     epochs=2, batch_size=8, embedding_size=16, widths=(8, 16), depths=(1, 1), lr=0.01
 )
-SETTINGS: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "clipped": {"clip_norm": 1.0, "accumulate": 2},
-    "sampled": {"sample_rate": 0.9, "optimizer": "adamw"},
-    "fused": {"fused_update": True},
-    "sampled and fused": {"sample_rate": 0.9, "fused_update": True},
+SETTINGS: dict[str, dict[str, Any]] = STEPS | {
     "bfloat16": {"precision": "bfloat16"},
     "mixed": {},
     "generated": {},

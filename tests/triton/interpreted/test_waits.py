@@ -25,6 +25,7 @@ from torch import Tensor
 import synface_kernels as sk
 from tests.helpers.generators import people
 from tests.helpers.stand_in_gpu import cpu, stand_in_gpu
+from tests.helpers.training import STEPS
 
 pytestmark = pytest.mark.pairwise
 N, C, D = 6, 40, 16
@@ -392,16 +393,7 @@ class Watched:
         self.losses.append(loss)
 
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "clipped": {"clip_norm": 1.0, "accumulate": 2},
-    "sampled": {"sample_rate": 0.9, "optimizer": "adamw"},
-    "fused": {"fused_update": True},
-    "sampled and fused": {"sample_rate": 0.9, "fused_update": True},
-}
-
-
-@pytest.mark.parametrize("name", [*SETTINGS, "mixed"])
+@pytest.mark.parametrize("name", [*STEPS, "mixed"])
 def test_the_training_loop(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it, from the first step on, but for writing checkpoints."""
     faces = embedded_faces(2, 16, identities=12)
@@ -410,7 +402,7 @@ def test_the_training_loop(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         data = MixedSource(faces, embedded_faces(4, 16, seed=1, identities=3), workers=1)
     # With a larger rate, training amplifies rounding: by the sixth step losses differed by 0.4 %.
     small: Any = {"embedding_size": 8, "widths": (4, 8), "depths": (1, 1), "lr": 0.01}
-    config = TrainConfig(epochs=1, batch_size=8, **small, **SETTINGS.get(name, {}))
+    config = TrainConfig(epochs=1, batch_size=8, **small, **STEPS.get(name, {}))
     expected = train(config, data, tmp_path / "cpu")
     monkeypatch.setattr(loop, "check_device", torch.device)
     monkeypatch.setattr(loop, "seeded", lambda seed, device: seeded(seed))
